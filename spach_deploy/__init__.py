@@ -1,0 +1,28 @@
+"""spach-deploy: from a SPACH checkpoint to a verified TensorRT engine.
+
+Attributes are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from spach_deploy._version import __version__
+
+if TYPE_CHECKING:
+    from spach_deploy.bundle import Bundle
+    from spach_deploy.models import create_model
+
+_LAZY = {
+    "Bundle": "spach_deploy.bundle",
+    "create_model": "spach_deploy.models",
+}
+
+__all__ = ["Bundle", "__version__", "create_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

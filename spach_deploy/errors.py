@@ -1,0 +1,93 @@
+"""Every error a user can meet, with the exit code its command ends with.
+
+    SpachError                      1
+    ├── UsageError                  2   an option or an input is wrong; says what to do instead
+    │   ├── ModelError                  no such model, or not with these options
+    │   ├── CheckpointError             the file cannot be read, or its tensors fit no model
+    │   ├── ImageError                  images missing, unreadable or unusable
+    │   └── BundleError                 not a bundle, changed files, or it cannot be written
+    ├── MismatchError               1   the numbers disagree
+    │   ├── RewriteError                a rewrite is not equal to what it replaced
+    │   ├── CertificateError            the graph breaks a promise that the certificate makes
+    │   └── PrecisionError              an asked precision cannot hold, or was not achieved
+    └── UnavailableError            3   this machine cannot do or verify it
+        ├── MissingPackageError         an optional package is absent; names the install command
+        └── BuildError                  the engine compiler refused
+
+Commands print `str(error)` as one sentence with the next step and exit with `exit_code`; no traceback unless
+`--debug` is given. `Interrupted` (Ctrl-C) is not an error of these kinds: commands end with 130 then.
+"""
+
+from __future__ import annotations
+
+
+class SpachError(Exception):
+    """Base of every error here. `hint` is the next step, printed after the sentence."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+class UsageError(SpachError):
+    """An option or input is wrong."""
+
+    exit_code = 2
+
+
+class ModelError(UsageError):
+    """No such model, or not with these options."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that cannot be read, or whose tensors do not fit."""
+
+
+class ImageError(UsageError):
+    """Images that are missing, unreadable or unusable."""
+
+
+class BundleError(UsageError):
+    """Not a bundle, a changed bundle, or one that cannot be written."""
+
+
+class MismatchError(SpachError):
+    """The numbers disagree."""
+
+    exit_code = 1
+
+
+class RewriteError(MismatchError):
+    """A rewritten model is not equal to the model it came from."""
+
+
+class CertificateError(MismatchError):
+    """The exported graph breaks a promise that the certificate makes."""
+
+
+class PrecisionError(MismatchError):
+    """A precision that cannot hold the model's numbers, or was not achieved."""
+
+
+class UnavailableError(SpachError):
+    """This machine cannot do it, or cannot verify it."""
+
+    exit_code = 3
+
+
+class MissingPackageError(UnavailableError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, purpose: str, install: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed here.", f"Install it: {install}")
+        self.package = package
+
+
+class BuildError(UnavailableError):
+    """The engine compiler refused the graph or the options."""

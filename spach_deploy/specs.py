@@ -1,0 +1,156 @@
+"""Options as small frozen objects: what a user asked for, checked once, carried unchanged through the pipeline.
+
+Nothing here imports torch, numpy or a compiler, so that `--help` and option errors are instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from pathlib import Path
+
+from spach_deploy.errors import UsageError
+
+
+class Precision(str, enum.Enum):
+    """Precision of the typed graph."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def is_half(self) -> bool:
+        """Whether tensors have 16 bits."""
+        return self is not Precision.FP32
+
+
+class IODtype(str, enum.Enum):
+    """What crosses the engine's boundary.
+
+    fp32, fp16: normalized images, (B, 3, H, W). uint8: RGB pixels as decoders give them, (B, H, W, 3); scale, mean
+    and standard deviation are in the graph. Logits are float32, or float16 with fp16.
+    """
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    UINT8 = "uint8"
+
+
+class Flavour(str, enum.Enum):
+    """Which TensorRT builds the engine."""
+
+    AUTO = "auto"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+    NONE = "none"
+
+
+class WeightSource(str, enum.Enum):
+    """Which weights of a training checkpoint to take."""
+
+    MODEL = "model"
+    EMA = "ema"
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchProfile:
+    """Smallest, usual and largest batch that an engine accepts; kernels are tuned for `opt`."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UsageError(
+                f"Batch profile {self} is not 1 <= MIN <= OPT <= MAX.", "Give --batch 1:8:32, or one number."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+    @classmethod
+    def parse(cls, text: str) -> BatchProfile:
+        """`8` (exactly that batch) or `MIN:OPT:MAX`."""
+        if not re.fullmatch(r"\d{1,6}(:\d{1,6}:\d{1,6})?", text):
+            raise UsageError(f"--batch {text!r} is not a batch profile.", "Give --batch 1:8:32, or one number.")
+        numbers = [int(part) for part in text.split(":")]
+        return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class ComputeCapability:
+    """CUDA compute capability of a GPU, such as 8.9; written sm89."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"sm{self.major}{self.minor}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The published evaluation transform as data: resize the shorter side, centre crop, scale to 0..1, normalize."""
+
+    image_size: int = 224
+    resize_size: int = 256
+    interpolation: str = "bicubic, antialiased"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def for_size(cls, image_size: int) -> Preprocessing:
+        """Evaluation transform of `image_size`: the shorter side becomes 256/224 of it."""
+        return cls(image_size=image_size, resize_size=int(image_size * 256 / 224))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Which model, with which weights. `checkpoint` None means demo weights."""
+
+    name: str | None = None
+    checkpoint: Path | None = None
+    weights: WeightSource = WeightSource.MODEL
+    image_size: int | None = None
+    num_classes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSpec:
+    """What the graph returns beside `logits` (B, classes), and in which dtype it speaks to its caller."""
+
+    io_dtype: IODtype = IODtype.FP32
+    top_k: int | None = None
+    softmax: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineTarget:
+    """Which compiler, for which GPUs, with which switches. Empty `gpus` means the flavour's default."""
+
+    flavour: Flavour = Flavour.AUTO
+    gpus: tuple[ComputeCapability, ...] = ()
+    batch: BatchProfile = BatchProfile()
+    opt_level: int | None = None
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+    tf32: bool = True
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """All that `spach-export` was asked for."""
+
+    model: ModelSpec = ModelSpec()
+    precision: Precision = Precision.FP32
+    outputs: OutputSpec = OutputSpec()
+    engine: EngineTarget = EngineTarget()
+    images: Path | None = None
+    output: Path | None = None
+    overwrite: bool = False
+    disabled_rewrites: tuple[str, ...] = ()
