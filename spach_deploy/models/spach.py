@@ -1,0 +1,133 @@
+"""The SPACH family: one Transformer-like frame, blocks that mix by convolution, attention or MLP.
+
+Source: Zhao et al., arXiv 2108.13002. A single-stage model has one stack, `blocks`; a multi-stage one has `layer1` to
+`layer4`, of which the later three begin with a downsampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from spach_deploy.errors import ModelError
+from spach_deploy.models.layers import (
+    LAYER_NORM_EPS,
+    Attention,
+    ConvStem,
+    Downsampling,
+    MixingBlock,
+    PatchStem,
+    SpatialMLP,
+)
+
+CONV, TRANS, MLP = "conv", "trans", "mlp"
+
+
+@dataclasses.dataclass(frozen=True)
+class SpachConfig:
+    """Shape of one model. `stages` lists, for each stage, how each of its blocks mixes tokens."""
+
+    dim: int
+    patch_size: int
+    mlp_ratio: int
+    stages: tuple[tuple[str, ...], ...]
+    num_heads: int = 0
+    conv_stem: bool = False
+    shared_spatial: bool = False
+
+    @property
+    def multi_stage(self) -> bool:
+        """Whether resolution falls from stage to stage."""
+        return len(self.stages) > 1
+
+    @property
+    def mixes_by_token_count(self) -> bool:
+        """Whether a spatial MLP fixes the number of tokens, and with it the image size of a checkpoint."""
+        return any(MLP in stage for stage in self.stages)
+
+    def grids(self, image_size: int) -> list[int]:
+        """Side of each stage's token grid for square images of `image_size` pixels."""
+        self.check_image_size(image_size)
+        side = image_size // self.patch_size
+        return [side >> stage for stage in range(len(self.stages))]
+
+    def check_image_size(self, image_size: int) -> None:
+        """Refuse image sizes that patches and strides do not divide."""
+        step = self.patch_size << (len(self.stages) - 1)
+        if image_size < step or image_size % step:
+            below = max(step, image_size // step * step)
+            nearest = f"{below}" if image_size < step else f"{below} or {below + step}"
+            raise ModelError(
+                f"Image size {image_size} is not a multiple of {step}, which patches and strides need.",
+                f"Take {nearest}.",
+            )
+
+
+class Spach(nn.Module):
+    """A SPACH classifier: images (B, 3, S, S) normalized, float -> logits (B, classes)."""
+
+    def __init__(self, config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ModelError(f"A classifier of {num_classes} classes does not exist.", "Give at least 1 class.")
+        self.config = config
+        self.image_size = image_size
+        self.num_classes = num_classes
+        stem = ConvStem if config.conv_stem else PatchStem
+        grids = config.grids(image_size)
+        self.stem = stem(config.dim, config.patch_size)
+        self.norm1 = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
+        for index, (mixers, side) in enumerate(zip(config.stages, grids, strict=True)):
+            setattr(self, self.stage_names[index], _stage(config, index, mixers, side))
+        width = config.dim << (len(config.stages) - 1)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(width, num_classes)
+        _initialize(self)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Attribute names of the stages, in order."""
+        return [f"layer{i + 1}" for i in range(len(self.config.stages))] if self.config.multi_stage else ["blocks"]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> normalized tokens of the last stage (B, N, C)."""
+        x = self.norm1(self.stem(x))
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+        y: Tensor = self.norm2(x)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> logits (B, classes)."""
+        y: Tensor = self.head(self.forward_features(x).mean(dim=1))
+        return y
+
+
+def _stage(config: SpachConfig, index: int, mixers: tuple[str, ...], side: int) -> nn.Sequential:
+    dim = config.dim << index
+    layers: list[nn.Module] = [Downsampling(dim // 2, (2 * side, 2 * side))] if index else []
+    shared = SpatialMLP(side * side) if config.shared_spatial and MLP in mixers else None
+    for mixer in mixers:
+        spatial = shared or _spatial(mixer, dim, side, config.num_heads)
+        layers.append(MixingBlock(dim, (side, side), config.mlp_ratio, spatial))
+    return nn.Sequential(*layers)
+
+
+def _spatial(mixer: str, dim: int, side: int, num_heads: int) -> Attention | SpatialMLP | None:
+    if mixer == TRANS:
+        return Attention(dim, num_heads)
+    return SpatialMLP(side * side) if mixer == MLP else None
+
+
+def _initialize(model: nn.Module) -> None:
+    """Published initialisation: truncated normals, zero biases, zero head (so a fresh model answers zero)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            if name == "head":
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
