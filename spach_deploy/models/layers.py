@@ -1,9 +1,9 @@
 """Building blocks of SPACH: mixing functions, stems, downsampling.
 
-Source: Zhao et al., "A Battle of Network Structures: An Empirical Study of CNN, Transformer, and MLP",
-arXiv 2108.13002. Module and attribute names are the published checkpoints' state-dict keys. Tensors between blocks are
-tokens (B, N, C), row-major over an H by W grid. einops stays here on purpose: this is the reference that everything
-else is compared with; `spach_deploy.rewrites` makes it static.
+Source: Zhao et al., "A Battle of Network Structures: An Empirical Study of CNN, Transformer, and MLP", arXiv
+2108.13002. Module and attribute names are the published checkpoints' state-dict keys. Tensors between blocks
+are tokens (B, N, C), row-major over an H by W grid. einops stays here on purpose: this is the reference that
+everything else is compared with; `spach_deploy.rewrites` makes it static.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from spach_deploy.models.configs import STEM_WIDTH
+
 LAYER_NORM_EPS = 1e-6
-STEM_WIDTH = 64
 
 
 class ChannelMLP(nn.Module):
@@ -45,8 +46,8 @@ class SpatialMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens of each channel."""
         x = rearrange(x, "b n c -> b c n")
-        x = self.fc2(self.act(self.fc1(x)))
-        return rearrange(x, "b c n -> b n c")
+        y: Tensor = rearrange(self.fc2(self.act(self.fc1(x))), "b c n -> b n c")
+        return y
 
 
 class Attention(nn.Module):
@@ -89,8 +90,8 @@ class PositionEncoding(nn.Module):
 class MixingBlock(nn.Module):
     """One SPACH block: (B, N, C) -> (B, N, C).
 
-    y = x + gamma_1 * spatial(norm1(x)) + depthwise(x), then y + channel(norm2(y)). The depthwise convolution sees the
-    block's input. Convolution blocks have no spatial function: y = x + depthwise(x).
+    y = x + gamma_1 * spatial(norm1(x)) + depthwise(x), then y + channel(norm2(y)). The depthwise convolution
+    sees the block's input. Convolution blocks have no spatial function: y = x + depthwise(x).
     """
 
     gamma_1: nn.Parameter
@@ -129,11 +130,12 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches as tokens."""
-        return rearrange(self.proj(x), "b c h w -> b (h w) c")
+        y: Tensor = rearrange(self.proj(x), "b c h w -> b (h w) c")
+        return y
 
 
 class ConvStem(nn.Module):
-    """Stem of the "+" models: three convolutions with BatchNorm and ReLU, then patches: (B, 3, S, S) -> (B, N, C)."""
+    """Stem of the "+" models, three convolutions before the patches: (B, 3, S, S) -> (B, N, C)."""
 
     def __init__(self, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -147,7 +149,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches as tokens."""
-        return rearrange(self.proj(x), "b c h w -> b (h w) c")
+        y: Tensor = rearrange(self.proj(x), "b c h w -> b (h w) c")
+        return y
 
 
 def _conv_bn_relu(channels: int, kernel_size: int, stride: int) -> list[nn.Module]:

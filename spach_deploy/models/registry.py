@@ -1,63 +1,134 @@
-"""Names of the SPACH models and what they are: the table that `spach-export --list` prints."""
+"""Names of the SPACH models and what they are: the table that `spach-export --list` prints.
+
+Importing this module imports no torch; only `create_model` does.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
+import itertools
+from typing import TYPE_CHECKING
 
 from spach_deploy.errors import ModelError
-from spach_deploy.models.spach import CONV, MLP, TRANS, Spach, SpachConfig
+from spach_deploy.models.configs import CONFIGS, SpachConfig
+from spach_deploy.models.shapes import count_macs, count_parameters
 
+if TYPE_CHECKING:
+    from spach_deploy.models.spach import Spach
 
-def _single(mixer: str, dim: int, depth: int, ratio: int, heads: int = 0, shared: bool = False) -> SpachConfig:
-    return SpachConfig(dim, 16, ratio, ((mixer,) * depth,), num_heads=heads, shared_spatial=shared)
+__all__ = ["CONFIGS", "ModelInfo", "create_model", "list_models", "model_info", "resolve"]
 
-
-def _multi(mixer: str, dim: int, ratio: int, depths: tuple[int, ...], heads: int = 0, shared: bool = False) -> SpachConfig:
-    """Convolution blocks in the first stage, `mixer` in the others."""
-    stages = ((CONV,) * depths[0], *((mixer,) * depth for depth in depths[1:]))
-    return SpachConfig(dim, 4, ratio, stages, num_heads=heads, shared_spatial=shared)
-
-
-_XXS, _XS = (2, 2, 6, 2), (3, 4, 12, 3)
-_HYBRID_XS = ((CONV,) * 3, (CONV,) * 4, (CONV,) * 2 + (TRANS,) * 10, (CONV,) + (TRANS,) * 2)
-_HYBRID_S = ((CONV,) * 3, (CONV,) * 2 + (TRANS,) * 2, (CONV,) * 2 + (TRANS,) * 10, (CONV,) + (TRANS,) * 2)
-
-CONFIGS: dict[str, SpachConfig] = {
-    "conv_xxs": _single(CONV, 384, 12, 2),
-    "conv_xs": _single(CONV, 384, 24, 2),
-    "conv_s": _single(CONV, 512, 24, 3),
-    "trans_xxs": _single(TRANS, 192, 12, 2, heads=6),
-    "trans_xs": _single(TRANS, 384, 12, 2, heads=12),
-    "trans_s": _single(TRANS, 512, 12, 3, heads=16),
-    "mlp_xxs": _single(MLP, 384, 12, 2),
-    "mlp_xs": _single(MLP, 384, 24, 2),
-    "mlp_s": _single(MLP, 512, 24, 3),
-    "mlp_s_shared": _single(MLP, 512, 24, 3, shared=True),
-    "ms_conv_xxs": _multi(CONV, 64, 2, _XXS),
-    "ms_conv_xs": _multi(CONV, 96, 2, _XS),
-    "ms_conv_s": _multi(CONV, 128, 3, _XS),
-    "ms_trans_xxs": _multi(TRANS, 32, 2, _XXS, heads=1),
-    "ms_trans_xs": _multi(TRANS, 64, 2, _XS, heads=2),
-    "ms_trans_s": _multi(TRANS, 96, 3, _XS, heads=3),
-    "ms_mlp_xxs": _multi(MLP, 64, 2, _XXS),
-    "ms_mlp_xs": _multi(MLP, 96, 2, _XS),
-    "ms_mlp_s": _multi(MLP, 128, 3, _XS),
-    "ms_mlp_s_shared": _multi(MLP, 128, 3, _XS, shared=True),
-    "ms_hybrid_xs": SpachConfig(96, 4, 2, _HYBRID_XS, num_heads=3),
-    "ms_hybrid_xs+": SpachConfig(96, 4, 2, _HYBRID_XS, num_heads=3, conv_stem=True),
-    "ms_hybrid_s": SpachConfig(128, 4, 3, _HYBRID_S, num_heads=4),
-    "ms_hybrid_s+": SpachConfig(128, 4, 3, _HYBRID_S, num_heads=4, conv_stem=True),
+# ImageNet-1K top-1 in percent at 224 pixels of the checkpoints that were published, each named spach_<our
+# name>.pth.
+PUBLISHED_TOP1 = {
+    "ms_conv_xxs": 73.1,
+    "ms_trans_xxs": 65.4,
+    "ms_mlp_xxs": 74.5,
+    "ms_conv_s": 81.6,
+    "ms_trans_s": 82.9,
+    "ms_mlp_s": 82.1,
+    "ms_hybrid_s": 83.7,
+    "ms_hybrid_s+": 83.9,
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """One line of the table, for 224 pixels and 1000 classes.
+
+    `reference_name` is the published registry name; a model with another stem or with shared weights has the
+    name of the plain one there. `macs` are multiply-adds of one image (see `shapes.count_macs` for what
+    counts). `published_top1` is ImageNet-1K accuracy in percent; it and `published_checkpoint` are None where
+    nothing was published.
+    """
+
+    name: str
+    config: SpachConfig
+    reference_name: str
+    parameters: int
+    macs: int
+    stages: str
+    published_top1: float | None
+    published_checkpoint: str | None
+
+
+def list_models() -> list[ModelInfo]:
+    """Every model, in the order of the table."""
+    return [model_info(name) for name in CONFIGS]
+
+
+@functools.cache
+def model_info(name: str) -> ModelInfo:
+    """What the model `name` (or an alias of it) is; ModelError when there is none."""
+    name = resolve(name)
+    config = CONFIGS[name]
+    return ModelInfo(
+        name=name,
+        config=config,
+        reference_name=_reference_name(name),
+        parameters=count_parameters(config),
+        macs=count_macs(config),
+        stages=_describe_stages(config),
+        published_top1=PUBLISHED_TOP1.get(name),
+        published_checkpoint=f"spach_{name}.pth" if name in PUBLISHED_TOP1 else None,
+    )
+
+
 def resolve(name: str) -> str:
-    """Our name for `name`, which may be an alias; ModelError with the nearest names otherwise."""
+    """Our name for `name`, which may be an alias.
+
+    Aliases are the published registry names (`spach_ms_s_patch4_224_hybrid`), which mean the plain model
+    where variants share one, and the published checkpoint names without suffix (`spach_ms_hybrid_s`). Case
+    and dashes are not repaired, but the ModelError says what the name would be.
+    """
     if name in CONFIGS:
         return name
-    near = difflib.get_close_matches(name, CONFIGS, n=3)
-    raise ModelError(f"There is no model {name!r}.", f"Near it: {', '.join(near)}." if near else "See --list.")
+    if name in _aliases():
+        return _aliases()[name]
+    raise ModelError(f"There is no model {name!r}.", _suggestion(name))
 
 
 def create_model(name: str, *, image_size: int = 224, num_classes: int = 1000) -> Spach:
-    """A freshly initialised model in evaluation mode, float32 on the CPU."""
+    """A freshly initialised model in evaluation mode, float32 on the CPU.
+
+    Its head is zero and so is its answer, as published: load a checkpoint, or `load_demo_weights`, before
+    comparing anything. ModelError for an unknown name or an image size that the architecture does not allow.
+    """
+    from spach_deploy.models.spach import Spach
+
     return Spach(CONFIGS[resolve(name)], image_size=image_size, num_classes=num_classes).eval()
+
+
+@functools.cache
+def _aliases() -> dict[str, str]:
+    plain = [name for name, config in CONFIGS.items() if not (config.conv_stem or config.shared_spatial)]
+    registry = {_reference_name(name): name for name in plain}
+    return registry | {f"spach_{name}": name for name in PUBLISHED_TOP1}
+
+
+def _reference_name(name: str) -> str:
+    """`ms_hybrid_s+` -> `spach_ms_s_patch4_224_hybrid`: stem and sharing are options there."""
+    *stages, mixer, size = name.rstrip("+").removesuffix("_shared").split("_")
+    mixer = "attn" if mixer == "trans" else mixer
+    return "_".join(["spach", *stages, size, f"patch{CONFIGS[name].patch_size}", "224", mixer])
+
+
+def _describe_stages(config: SpachConfig) -> str:
+    """`3 conv | 2 conv, 2 trans | ...`."""
+    runs = [[(len(list(run)), mixer) for mixer, run in itertools.groupby(stage)] for stage in config.stages]
+    return " | ".join(", ".join(f"{count} {mixer}" for count, mixer in stage) for stage in runs)
+
+
+def _suggestion(name: str) -> str:
+    known = [*CONFIGS, *_aliases()]
+    spelled = {_fold(other): other for other in known}
+    if _fold(name) in spelled:
+        return f"It is spelled {spelled[_fold(name)]}."
+    near = [spelled[other] for other in difflib.get_close_matches(_fold(name), spelled, n=3)]
+    return f"Near it: {', '.join(near)}." if near else "spach-export --list shows all."
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower().replace("-", "_")

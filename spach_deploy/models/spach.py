@@ -1,16 +1,15 @@
 """The SPACH family: one Transformer-like frame, blocks that mix by convolution, attention or MLP.
 
-Source: Zhao et al., arXiv 2108.13002. A single-stage model has one stack, `blocks`; a multi-stage one has `layer1` to
-`layer4`, of which the later three begin with a downsampling.
+Source: Zhao et al., arXiv 2108.13002. A single-stage model has one stack, `blocks`; a multi-stage one has
+`layer1` to `layer4`, of which the later three begin with a downsampling.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 from torch import Tensor, nn
 
 from spach_deploy.errors import ModelError
+from spach_deploy.models.configs import CONV, MLP, TRANS, SpachConfig
 from spach_deploy.models.layers import (
     LAYER_NORM_EPS,
     Attention,
@@ -21,47 +20,7 @@ from spach_deploy.models.layers import (
     SpatialMLP,
 )
 
-CONV, TRANS, MLP = "conv", "trans", "mlp"
-
-
-@dataclasses.dataclass(frozen=True)
-class SpachConfig:
-    """Shape of one model. `stages` lists, for each stage, how each of its blocks mixes tokens."""
-
-    dim: int
-    patch_size: int
-    mlp_ratio: int
-    stages: tuple[tuple[str, ...], ...]
-    num_heads: int = 0
-    conv_stem: bool = False
-    shared_spatial: bool = False
-
-    @property
-    def multi_stage(self) -> bool:
-        """Whether resolution falls from stage to stage."""
-        return len(self.stages) > 1
-
-    @property
-    def mixes_by_token_count(self) -> bool:
-        """Whether a spatial MLP fixes the number of tokens, and with it the image size of a checkpoint."""
-        return any(MLP in stage for stage in self.stages)
-
-    def grids(self, image_size: int) -> list[int]:
-        """Side of each stage's token grid for square images of `image_size` pixels."""
-        self.check_image_size(image_size)
-        side = image_size // self.patch_size
-        return [side >> stage for stage in range(len(self.stages))]
-
-    def check_image_size(self, image_size: int) -> None:
-        """Refuse image sizes that patches and strides do not divide."""
-        step = self.patch_size << (len(self.stages) - 1)
-        if image_size < step or image_size % step:
-            below = max(step, image_size // step * step)
-            nearest = f"{below}" if image_size < step else f"{below} or {below + step}"
-            raise ModelError(
-                f"Image size {image_size} is not a multiple of {step}, which patches and strides need.",
-                f"Take {nearest}.",
-            )
+__all__ = ["CONV", "MLP", "TRANS", "Spach", "SpachConfig"]
 
 
 class Spach(nn.Module):
@@ -70,7 +29,9 @@ class Spach(nn.Module):
     def __init__(self, config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> None:
         super().__init__()
         if num_classes < 1:
-            raise ModelError(f"A classifier of {num_classes} classes does not exist.", "Give at least 1 class.")
+            raise ModelError(
+                f"A classifier of {num_classes} classes does not exist.", "Give at least 1 class."
+            )
         self.config = config
         self.image_size = image_size
         self.num_classes = num_classes
@@ -88,7 +49,7 @@ class Spach(nn.Module):
     @property
     def stage_names(self) -> list[str]:
         """Attribute names of the stages, in order."""
-        return [f"layer{i + 1}" for i in range(len(self.config.stages))] if self.config.multi_stage else ["blocks"]
+        return self.config.stage_names
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> normalized tokens of the last stage (B, N, C)."""
@@ -129,5 +90,3 @@ def _initialize(model: nn.Module) -> None:
             else:
                 nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
-
-

@@ -1,0 +1,184 @@
+"""From what was asked for to a model with weights: a checkpoint's, or demo weights."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spach_deploy.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_from_content
+from spach_deploy.models.checkpoint_file import read_checkpoint
+from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.matching import check_fit, image_size_of, infer_model, num_classes_of
+from spach_deploy.models.registry import create_model, resolve
+from spach_deploy.models.spach import Spach
+from spach_deploy.models.training_args import choose_image_size, compare_classes, compare_model
+from spach_deploy.specs import ModelSpec, WeightSource
+
+DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"
+_FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be exported: evaluation mode, float32, on the CPU, without gradients.
+
+    `checkpoint_sha256` is of the file, `weights_sha256` of the float32 values (see the function of that
+    name), so that the same weights in another container are recognised. `notes` say what was unwrapped,
+    inferred, converted and compared, in sentences for the report.
+    """
+
+    model: Spach
+    name: str
+    image_size: int
+    num_classes: int
+    origin: Literal["checkpoint", "demo"]
+    checkpoint_path: Path | None
+    checkpoint_sha256: str | None
+    weights_sha256: str
+    notes: tuple[str, ...]
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """The model that `spec` describes, with its checkpoint's weights or, without one, demo weights.
+
+    Name, image size and number of classes are inferred from the checkpoint where `spec` leaves them open.
+    Raises ModelError for an unknown name or an image size the architecture does not allow, CheckpointError
+    for a file that cannot be read, does not fit, holds values that are not finite, or contradicts what was
+    asked.
+    """
+    if spec.name is not None and spec.image_size is not None:
+        CONFIGS[resolve(spec.name)].check_image_size(spec.image_size)
+    return _with_demo_weights(spec) if spec.checkpoint is None else _from_checkpoint(spec, spec.checkpoint)
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash over name, shape and float32 bytes of every floating-point tensor, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point():
+            digest.update(f"{name} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
+    if spec.name is None:
+        raise ModelError(
+            "No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names."
+        )
+    if spec.weights is WeightSource.EMA:
+        raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
+    name = resolve(spec.name)
+    classes = 1000 if spec.num_classes is None else spec.num_classes
+    # Built without values: drawing the published initialisation would take longer than all the rest.
+    with torch.device("meta"):
+        model = create_model(name, image_size=spec.image_size or 224, num_classes=classes)
+    model.to_empty(device="cpu")
+    load_demo_weights(model)
+    return _loaded(model, name, "demo", None, None, (DEMO_NOTE,))
+
+
+def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
+    content, sha256 = read_checkpoint(path)
+    state = state_dict_from_content(content, spec.weights)
+    name, notes = _identify(spec, state)
+    classes = num_classes_of(state.tensors) or 0
+    size, size_notes = choose_image_size(
+        state.args, name, image_size_of(CONFIGS[name], state.tensors), spec.image_size
+    )
+    values, value_notes = _values(state.tensors)
+    with torch.device("meta"):
+        model = create_model(name, image_size=size, num_classes=classes)
+    model.load_state_dict(_with_counters(model, values), strict=True, assign=True)
+    notes = [*state.notes, *notes, *compare_classes(state.args, classes), *size_notes, *value_notes]
+    return _loaded(model, name, "checkpoint", path, sha256, tuple(notes))
+
+
+def _identify(spec: ModelSpec, state: StateDict) -> tuple[str, list[str]]:
+    """Name of the model whose tensors these are, and what was inferred and compared to know it."""
+    notes: list[str] = []
+    classes = num_classes_of(state.tensors)
+    if spec.num_classes is not None and classes is not None and classes != spec.num_classes:
+        raise CheckpointError(
+            f"The checkpoint's head has {classes} classes, but {spec.num_classes} were asked for.",
+            f"Give --num-classes {classes}, or leave it out.",
+        )
+    if spec.name is None:
+        name = infer_model(state.tensors)
+        notes.append(f"model {name}: inferred from the tensors' names and shapes")
+        if CONFIGS[name].shared_spatial:
+            notes.append("its spatial tensors are the same in every block of a stage")
+    else:
+        name = resolve(spec.name)
+        check_fit(name, state.tensors)
+    if spec.num_classes is None:
+        notes.append(f"{classes} classes: rows of the head")
+    return name, notes + compare_model(state.args, name, asked=spec.name is not None)
+
+
+def _values(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Float32 copies, independent of the file, and a note where values were converted."""
+    counters = {name for name in tensors if name.endswith("num_batches_tracked")}
+    floats = {name: tensor for name, tensor in tensors.items() if name not in counters}
+    _check_plain(floats)
+    values = {name: _float32(tensor) for name, tensor in floats.items()}
+    _check_finite(values)
+    kinds = collections.Counter(tensor.dtype for tensor in floats.values() if tensor.dtype != torch.float32)
+    return values, [f"converted {count} {_FORMATS[dtype]} tensors to FP32" for dtype, count in kinds.items()]
+
+
+def _check_plain(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what holds no plain values (sparse, quantized, on no device) or would be rounded by FP32."""
+
+    def is_plain(tensor: Tensor) -> bool:
+        return tensor.dtype in _FORMATS and tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+    if wrong := [name for name, tensor in tensors.items() if not is_plain(tensor)]:
+        kinds = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in wrong})
+        raise CheckpointError(
+            f"Weights must be plain FP32, FP16 or BF16 tensors, but {len(wrong)} are not "
+            f"({', '.join(kinds)}): {shown(wrong)}.",
+            "Save them as one of these, not quantized or sparse.",
+        )
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """NaN and infinities show in the smallest and largest value, which needs no second array."""
+    wrong = [name for name, tensor in tensors.items() if not torch.stack(tensor.aminmax()).isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"The checkpoint holds NaN or infinite values in {len(wrong)} tensors: {shown(wrong)}.",
+            "Take one from before training diverged.",
+        )
+
+
+def _with_counters(model: Spach, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BatchNorm's counters do nothing in evaluation, so they are zero whatever the file says."""
+    counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
+    return values | {name: torch.zeros((), dtype=torch.int64) for name in counters}
+
+
+def _loaded(
+    model: Spach,
+    name: str,
+    origin: Literal["checkpoint", "demo"],
+    path: Path | None,
+    sha256: str | None,
+    notes: tuple[str, ...],
+) -> LoadedModel:
+    model.requires_grad_(False).eval()
+    digest = weights_sha256(model.state_dict())
+    return LoadedModel(model, name, model.image_size, model.num_classes, origin, path, sha256, digest, notes)

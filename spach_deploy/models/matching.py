@@ -1,0 +1,149 @@
+"""Which model a checkpoint's tensors are, and where they differ from it.
+
+Names and shapes decide, compared with `shapes.state_shapes` of every model. Two things they do not show:
+heads of attention (no two models differ in these alone), and whether spatial tensors are shared; there the
+values decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from spach_deploy.errors import CheckpointError
+from spach_deploy.models.checkpoint_content import shown
+from spach_deploy.models.configs import CONFIGS, MLP, SpachConfig
+from spach_deploy.models.shapes import shared_groups, state_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """How a state dict differs from a model's. Other shapes: (name, shape there, shape needed)."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    @property
+    def count(self) -> int:
+        """Tensors that do not fit; 0 means that all do."""
+        return len(self.missing) + len(self.unexpected) + len(self.misshaped)
+
+    def __str__(self) -> str:
+        shapes = [f"{name} is {_by(there)}, needs {_by(needed)}" for name, there, needed in self.misshaped]
+        groups = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
+        return "; ".join(f"{len(names)} {what} ({shown(names)})" for what, names in groups.items() if names)
+
+
+def differences(name: str, tensors: Tensors) -> Differences:
+    """`tensors` against model `name`, of as many classes and pixels as they show."""
+    config = CONFIGS[name]
+    image_size = image_size_of(config, tensors) or 224
+    needed = state_shapes(config, image_size, num_classes_of(tensors) or 1000)
+    shared = sorted(needed.keys() & tensors.keys())
+    there = {key: tuple(tensors[key].shape) for key in shared}
+    return Differences(
+        missing=tuple(key for key in needed if key not in tensors and not _is_counter(key)),
+        unexpected=tuple(key for key in tensors if key not in needed),
+        misshaped=tuple((key, there[key], needed[key]) for key in shared if there[key] != needed[key]),
+    )
+
+
+def num_classes_of(tensors: Tensors) -> int | None:
+    """Rows of the head, None when there is no head."""
+    head = tensors.get("head.weight")
+    return int(head.shape[0]) if head is not None and head.ndim == 2 else None
+
+
+def image_size_of(config: SpachConfig, tensors: Tensors) -> int | None:
+    """Image side in pixels that a spatial MLP's weights fix; None without one, or when of no square."""
+    for stage, mixers in enumerate(config.stages):
+        if MLP in mixers:
+            block = mixers.index(MLP) + (1 if stage else 0)  # a downsampling stands before the blocks
+            weight = tensors.get(f"{config.stage_names[stage]}.{block}.spatial_func.fc1.weight")
+            side = math.isqrt(weight.shape[1]) if weight is not None and weight.ndim == 2 else 0
+            fits = weight is not None and side >= 2 and side * side == weight.shape[1]
+            return (side << stage) * config.patch_size if fits else None
+    return None
+
+
+def infer_model(tensors: Tensors) -> str:
+    """The one model that `tensors` are; CheckpointError when they fit none, or several."""
+    found = {name: differences(name, tensors) for name in CONFIGS}
+    fitting = [name for name, difference in found.items() if not difference.count]
+    shared = [name for name in fitting if CONFIGS[name].shared_spatial and not unequal_copies(name, tensors)]
+    fitting = shared or [name for name in fitting if not CONFIGS[name].shared_spatial]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise CheckpointError(
+            f"The checkpoint's tensors fit {' and '.join(fitting)} alike.", "Say which with --model."
+        )
+    near = _closest(found, tensors)
+    if near is None:
+        raise CheckpointError(
+            f"The checkpoint's tensors are not those of a SPACH model: it holds {shown(tensors)}.",
+            "spach-export --list shows the models that can be exported.",
+        )
+    raise CheckpointError(
+        f"The checkpoint's tensors fit no model; nearest is {near}: {found[near]}.",
+        f"See why with --model {near}.",
+    )
+
+
+def check_fit(name: str, tensors: Tensors) -> None:
+    """CheckpointError that lists everything which keeps `tensors` from being model `name`."""
+    difference = differences(name, tensors)
+    if difference.count:
+        found = {other: differences(other, tensors) for other in CONFIGS}
+        raise CheckpointError(
+            f"The checkpoint does not fit {name}: {difference}.", _other_model(name, found, tensors)
+        )
+    if unequal := unequal_copies(name, tensors):
+        plain = name.removesuffix("_shared")
+        raise CheckpointError(
+            f"{name} has one spatial function for the blocks of a stage, but {len(unequal)} tensors differ "
+            f"between blocks: {shown(unequal)}.",
+            f"Try --model {plain}.",
+        )
+
+
+def unequal_copies(name: str, tensors: Tensors) -> list[str]:
+    """Tensors of blocks that should share one with the first block of their stage, and do not."""
+    groups = shared_groups(CONFIGS[name])
+    return [copy for first, *copies in groups for copy in copies if not tensors[first].equal(tensors[copy])]
+
+
+def _other_model(name: str, found: Mapping[str, Differences], tensors: Tensors) -> str:
+    """Hint: the model that fits better, if one does."""
+    near = _closest(found, tensors)
+    if near is None:
+        return "It does not seem to be of a SPACH model; spach-export --list shows them."
+    if found[near].count == 0:
+        return f"It fits {near}: give --model {near}."
+    if found[near].count < found[name].count:
+        return f"Nearest is {near}, with {found[near].count} differences."
+    return "No other model is nearer; was the file saved whole, and of this model?"
+
+
+def _closest(found: Mapping[str, Differences], tensors: Tensors) -> str | None:
+    """The model with the fewest differences, if half of the checkpoint's tensors have a place in it."""
+    near = min(found, key=lambda name: found[name].count)
+    misplaced = len(found[near].unexpected) + len(found[near].misshaped)
+    return near if 2 * misplaced <= len(tensors) else None
+
+
+def _is_counter(name: str) -> bool:
+    """BatchNorm's count of training steps, which evaluation does not read and old files lack."""
+    return name.endswith("num_batches_tracked")
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
