@@ -1,0 +1,353 @@
+"""Images from where users keep them: a folder, a tar, an npz, or one file.
+
+    source = open_images(Path("photos"))
+    for batch in batches(source, Preprocessing(), 8): ...
+    source.skipped      # what could not be read, and why
+
+Only bytes are read: nothing is unpacked to disk, no link in an archive is followed, no pickle is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from spach_deploy.data import preprocess
+from spach_deploy.data.source import (
+    Entry,
+    ImageBatch,
+    ImageItem,
+    ImageSource,
+    Skipped,
+    batches,
+    content_hash,
+    decode,
+    printable,
+)
+from spach_deploy.errors import ImageError
+
+__all__ = ["ImageBatch", "ImageItem", "ImageSource", "Skipped", "batches", "content_hash", "open_images"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+"""File name endings taken for pictures in folders and tars, in any case. Everything else is left alone."""
+
+MAX_FILE_BYTES = 256 * 1024**2
+"""Largest picture file read from an archive, whose headers may claim any size."""
+
+_WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
+_ZIP = b"PK"  # how every zip, and so every npz, begins
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
+_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+_NPZ_ERRORS = (zipfile.BadZipFile, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError)
+
+
+def open_images(path: Path) -> ImageSource:
+    """The images at `path`.
+
+    - A folder, read recursively and sorted; hidden files are left out and links followed. When all its
+      pictures lie in subfolders, each item's label is the index of its first folder in `ImageSource.classes`,
+      as torchvision's `ImageFolder` counts: a model's class only where the folders are that model's classes.
+    - A tar, also compressed, read in one pass, in the archive's order, without labels.
+    - An npz with `images` uint8 RGB (N, H, W, 3) and perhaps integer `labels` (N), or with one array alone.
+    - One picture.
+
+    Raises ImageError when `path` is missing, cannot be read, or holds no picture.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if not path.exists():
+            raise ImageError(f"There is no {path}.", _WANTED)
+        if not path.is_file():
+            raise ImageError(f"{path} is neither a folder nor a file.", _WANTED)
+        return _file(path)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read ({error.strerror or error}).", _WANTED) from error
+
+
+def _file(path: Path) -> ImageSource:
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path} is empty.", _WANTED)
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start.startswith(_ZIP):
+        return _npz(path)
+    with _explained(path, "file", _TAR_ERRORS):
+        is_tar = tarfile.is_tarfile(path)
+    if start.startswith(_COMPRESSED) and not is_tar:
+        raise ImageError(f"{path} is compressed, and not a tar that can be read.", _WANTED)
+    return _tar(path) if is_tar else _single(path)
+
+
+# One picture
+
+
+def _single(path: Path) -> ImageSource:
+    entry = Entry(printable(path.name), partial(_load_file, path))
+    try:
+        entry.load()
+    except ImageError as error:
+        raise ImageError(f"{path} cannot be used. {error.message}", error.hint or _WANTED) from error
+    return ImageSource(f"picture {path}", lambda _: iter([entry]), count=1)
+
+
+def _load_file(path: Path) -> Image.Image:
+    try:
+        if not path.is_file():  # a pipe would block, a dangling link has nothing
+            raise ImageError("It is not a regular file." if path.exists() else "The file is missing.")
+        with path.open("rb") as file:
+            return decode(file)
+    except OSError as error:
+        raise ImageError(f"It cannot be read ({error.strerror or error}).") from error
+
+
+# A folder
+
+
+def _folder(root: Path) -> ImageSource:
+    files = sorted(_walk(root), key=lambda relative: relative.parts)
+    pictures = [relative for relative in files if _is_picture(relative.name)]
+    if not pictures:
+        raise ImageError(
+            f"Folder {root} holds no picture ({len(files)} other files).",
+            f"Give a folder of files that end in {', '.join(SUFFIXES)}.",
+        )
+    classes = _classes(root, pictures)
+    labels = {name: i for i, name in enumerate(classes)}
+    entries = [_folder_entry(root, relative, labels.get(relative.parts[0])) for relative in pictures]
+    others = len(files) - len(pictures)
+    description = f"folder {root}" + (f" (beside {others} files of other kinds)" if others else "")
+
+    def choose(limit: int | None) -> Iterator[Entry]:
+        return (entries[i] for i in _spread_first(len(entries), limit))
+
+    return ImageSource(description, choose, count=len(entries), classes=classes)
+
+
+def _folder_entry(root: Path, relative: Path, label: int | None) -> Entry:
+    return Entry(printable(relative.as_posix()), partial(_load_file, root / relative), label)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Paths of all visible files below `root`, relative to it. Linked folders are entered, each only once."""
+    seen = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
+        visible = sorted(s for s in subfolders if not s.startswith("."))
+        subfolders[:] = [s for s in visible if _is_new(os.path.join(folder, s), seen)]
+        yield from (Path(folder, name).relative_to(root) for name in names if not name.startswith("."))
+
+
+def _is_new(folder: str, seen: set[str]) -> bool:
+    real = os.path.realpath(folder)
+    if real in seen:
+        return False
+    seen.add(real)
+    return True
+
+
+def _raise(error: OSError) -> None:
+    raise ImageError(
+        f"Folder {error.filename} cannot be read ({error.strerror}).", "Check its permissions."
+    ) from error
+
+
+def _classes(root: Path, pictures: Iterable[Path]) -> tuple[str, ...]:
+    if any(len(relative.parts) == 1 for relative in pictures):
+        return ()  # pictures beside the subfolders: the folders are not classes
+    # Empty ones count too, so that a class without pictures does not shift the others.
+    return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _spread(total: int, limit: int | None) -> list[int]:
+    """Indices of `limit` items spread evenly over `total`, or of all."""
+    if limit is None or limit >= total:
+        return list(range(total))
+    return [i * total // limit for i in range(limit)]
+
+
+def _spread_first(total: int, limit: int | None) -> list[int]:
+    """The spread indices, then the others as spares for items that turn out unreadable."""
+    chosen = _spread(total, limit)
+    taken = set(chosen)
+    return chosen + [i for i in range(total) if i not in taken]
+
+
+# A tar
+
+
+def _tar(path: Path) -> ImageSource:
+    if next(_tar_entries(path), None) is None:
+        raise ImageError(f"Tar {path} holds no picture.", f"Its files must end in {', '.join(SUFFIXES)}.")
+    return ImageSource(f"tar {path}", lambda _: _tar_entries(path))
+
+
+def _tar_entries(path: Path) -> Iterator[Entry]:
+    """Pictures of the tar in its order. One file's bytes are held at a time; names are only ever shown."""
+    with _explained(path, "tar", _TAR_ERRORS), tarfile.open(path, "r:*") as tar:
+        while (member := tar.next()) is not None:
+            if _is_picture(PurePosixPath(member.name).name) and not member.isdir():
+                yield _tar_entry(tar, member)
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member otherwise
+        _check_end(tar, path)
+
+
+def _tar_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
+    name = printable(member.name)
+    if not member.isreg():
+        return Entry(name, partial(_refuse, "It is a link or a device, and not followed in an archive."))
+    if member.size > MAX_FILE_BYTES:
+        return Entry(
+            name,
+            partial(_refuse, f"The file has {member.size:,} bytes; {MAX_FILE_BYTES:,} are read at most."),
+        )
+    file = tar.extractfile(member)
+    data = file.read() if file is not None else b""
+    return Entry(name, lambda: decode(io.BytesIO(data)))
+
+
+def _refuse(reason: str) -> Image.Image:
+    raise ImageError(reason)
+
+
+def _check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """A tar ends with a block of zeros. tarfile takes a cut or garbled header for the end too, silently."""
+    assert tar.fileobj is not None  # open archives have one
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise ImageError(
+            f"Tar {path} breaks off at byte {tar.offset:,} without an end mark.", "Copy it again."
+        )
+
+
+# An npz
+
+
+class _Stored(NamedTuple):
+    """An array inside an npz: its header, and where its data begin in the member."""
+
+    member: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    offset: int
+
+
+def _npz(path: Path) -> ImageSource:
+    with _explained(path, "npz", _NPZ_ERRORS), zipfile.ZipFile(path) as archive:
+        images = _images_header(archive, path)
+        labels = _labels(archive, path, images)
+    count = images.shape[0]
+
+    def choose(limit: int | None) -> Iterator[Entry]:
+        return _npz_entries(path, images, labels, _spread(count, limit))
+
+    return ImageSource(f"npz {path}", choose, count=count)
+
+
+def _npz_entries(
+    path: Path, images: _Stored, labels: npt.NDArray[np.int64] | None, chosen: list[int]
+) -> Iterator[Entry]:
+    """Read image by image from the compressed stream, so that a large array never is in memory."""
+    shape = images.shape[1:]
+    size = int(np.prod(shape))
+    with (
+        _explained(path, "npz", _NPZ_ERRORS),
+        zipfile.ZipFile(path) as archive,
+        archive.open(images.member) as file,
+    ):
+        for i in chosen:
+            file.seek(images.offset + i * size)
+            image = Image.fromarray(np.frombuffer(_read_exactly(file, size), np.uint8).reshape(shape))
+            label = None if labels is None else int(labels[i])
+            yield Entry(f"image {i}", partial(preprocess.to_rgb, image), label)
+
+
+def _images_header(archive: zipfile.ZipFile, path: Path) -> _Stored:
+    arrays = [name for name in archive.namelist() if name.endswith(".npy")]
+    if "images.npy" in arrays:
+        member = "images.npy"
+    elif len(arrays) == 1:
+        member = arrays[0]
+    elif not arrays:
+        raise ImageError(f"{path} is a zip file, not an npz.", "Unpack it and give the folder.")
+    else:
+        found = ", ".join(printable(a.removesuffix(".npy")) for a in arrays)
+        raise ImageError(f"{path} holds {found}; which are the images?", "Name the array 'images'.")
+    stored = _header(archive, member)
+    _check_images(stored, path)
+    return stored
+
+
+def _check_images(stored: _Stored, path: Path) -> None:
+    what = f"'{stored.member.removesuffix('.npy')}' in {path} is {stored.dtype} {stored.shape}"
+    if stored.dtype != np.uint8 or len(stored.shape) != 4 or stored.shape[-1] != 3:
+        raise ImageError(f"{what}; images must be uint8 (N, H, W, 3).", "Save RGB pixels 0..255 as uint8.")
+    if stored.shape[0] < 1:
+        raise ImageError(f"{what}: no image.", _WANTED)
+    preprocess.check_size(stored.shape[2], stored.shape[1])
+
+
+def _labels(archive: zipfile.ZipFile, path: Path, images: _Stored) -> npt.NDArray[np.int64] | None:
+    if "labels.npy" not in archive.namelist():
+        return None
+    stored = _header(archive, "labels.npy")
+    if stored.dtype.kind not in "iu" or stored.shape != images.shape[:1]:
+        raise ImageError(
+            f"'labels' in {path} is {stored.dtype} {stored.shape}; it must be {images.shape[0]} integers.",
+            "Save one class index per image.",
+        )
+    with archive.open(stored.member) as file:
+        file.seek(stored.offset)
+        data = _read_exactly(file, stored.shape[0] * stored.dtype.itemsize)
+    return np.frombuffer(data, stored.dtype).astype(np.int64)
+
+
+def _header(archive: zipfile.ZipFile, member: str) -> _Stored:
+    """Shape and dtype of an array without reading it. Raises ImageError where it cannot be streamed."""
+    with archive.open(member) as file:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        offset = file.tell()
+    if fortran and len(shape) > 1:
+        raise ImageError(f"'{member}' is stored column by column.", "Save numpy.ascontiguousarray(images).")
+    size = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if not dtype.hasobject and archive.getinfo(member).file_size != size:
+        raise ImageError(f"'{member}' is shorter or longer than its header says.", "Save it again.")
+    return _Stored(member, shape, dtype, offset)
+
+
+def _read_exactly(file: IO[bytes], size: int) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise EOFError("it ends too early")
+    return data
+
+
+@contextlib.contextmanager
+def _explained(path: Path, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn what a damaged archive raises into one sentence."""
+    try:
+        yield
+    except errors as error:
+        reason = printable(str(error)) or type(error).__name__
+        raise ImageError(
+            f"The {kind} {path} is damaged or cannot be read ({reason}).", "Copy it again."
+        ) from error
