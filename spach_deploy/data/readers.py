@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import lzma
 import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -50,8 +48,6 @@ MAX_FILE_BYTES = 256 * 1024**2
 _WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
 _ZIP = b"PK"  # how every zip, and so every npz, begins
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
-_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
-_NPZ_ERRORS = (zipfile.BadZipFile, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError)
 
 
 def open_images(path: Path) -> ImageSource:
@@ -86,7 +82,7 @@ def _file(path: Path) -> ImageSource:
         start = file.read(6)
     if start.startswith(_ZIP):
         return _npz(path)
-    with _explained(path, "file", _TAR_ERRORS):
+    with _explained(path, "file"):
         is_tar = tarfile.is_tarfile(path)
     if start.startswith(_COMPRESSED) and not is_tar:
         raise ImageError(f"{path} is compressed, and not a tar that can be read.", _WANTED)
@@ -201,7 +197,7 @@ def _tar(path: Path) -> ImageSource:
 
 def _tar_entries(path: Path) -> Iterator[Entry]:
     """Pictures of the tar in its order. One file's bytes are held at a time; names are only ever shown."""
-    with _explained(path, "tar", _TAR_ERRORS), tarfile.open(path, "r:*") as tar:
+    with _explained(path, "tar"), tarfile.open(path, "r:*") as tar:
         while (member := tar.next()) is not None:
             if _is_picture(PurePosixPath(member.name).name) and not member.isdir():
                 yield _tar_entry(tar, member)
@@ -250,7 +246,7 @@ class _Stored(NamedTuple):
 
 
 def _npz(path: Path) -> ImageSource:
-    with _explained(path, "npz", _NPZ_ERRORS), zipfile.ZipFile(path) as archive:
+    with _explained(path, "npz"), zipfile.ZipFile(path) as archive:
         images = _images_header(archive, path)
         labels = _labels(archive, path, images)
     count = images.shape[0]
@@ -268,7 +264,7 @@ def _npz_entries(
     shape = images.shape[1:]
     size = int(np.prod(shape))
     with (
-        _explained(path, "npz", _NPZ_ERRORS),
+        _explained(path, "npz"),
         zipfile.ZipFile(path) as archive,
         archive.open(images.member) as file,
     ):
@@ -342,12 +338,13 @@ def _read_exactly(file: IO[bytes], size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Turn what a damaged archive raises into one sentence."""
+def _explained(path: Path, kind: str) -> Iterator[None]:
+    """Turn what a damaged archive raises, which may be any exception, into one sentence."""
     try:
         yield
-    except errors as error:
+    except ImageError:
+        raise
+    except Exception as error:
         reason = printable(str(error)) or type(error).__name__
-        raise ImageError(
-            f"The {kind} {path} is damaged or cannot be read ({reason}).", "Copy it again."
-        ) from error
+        message = f"The {kind} {path} is damaged or cannot be read ({reason})."
+        raise ImageError(message, "Copy it again.") from error
