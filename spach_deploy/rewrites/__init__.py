@@ -1,0 +1,53 @@
+"""Exact rewrites from the reference model to the static one: PyTorch -> PyTorch, one per file, in this order.
+
+Each is proven where it acts, module by module in FP64, and the whole once more in FP32 on real images (`prove_whole`).
+`--no-rewrite NAME` leaves one out, so that a user can find the one to blame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+from spach_deploy.models.spach import Spach
+from spach_deploy.rewrites.base import Outcome, Rewrite, own
+from spach_deploy.rewrites.fold_attention_scale import fold_attention_scale
+from spach_deploy.rewrites.fold_batchnorm import fold_batchnorm
+from spach_deploy.rewrites.fold_layer_scale import fold_layer_scale
+from spach_deploy.rewrites.fold_qkv_bias import fold_qkv_bias
+from spach_deploy.rewrites.fold_residual import fold_residual
+from spach_deploy.rewrites.grid_stream import grid_stream
+from spach_deploy.rewrites.static_modules import StaticSpach
+from spach_deploy.rewrites.static_reshapes import prove_static, to_static
+
+REWRITES: tuple[Rewrite, ...] = (
+    Rewrite("fold_batchnorm", "BatchNorm into the stem's convolutions", fold_batchnorm),
+    Rewrite("fold_attention_scale", "attention scale into the query rows of qkv", fold_attention_scale),
+    Rewrite("fold_layer_scale", "LayerScale into the projection after attention", fold_layer_scale),
+    Rewrite("fold_qkv_bias", "key and value biases out of qkv", fold_qkv_bias),
+    Rewrite("fold_residual", "x + depthwise(x) into the centre tap", fold_residual),
+    Rewrite("grid_stream", "token stream as (B, H, W, C)", grid_stream),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteResult:
+    """The static model, and what each rewrite did ("static_reshapes" first)."""
+
+    model: StaticSpach
+    outcomes: dict[str, Outcome]
+
+
+def rewrite(model: Spach, disabled: Collection[str] = ()) -> RewriteResult:
+    """Static form of `model` with every rewrite that is not `disabled`; `model` itself is not changed.
+
+    Raises RewriteError when a rewrite changes what a module computes.
+    """
+    static = own(to_static(model))
+    outcomes = {"static_reshapes": prove_static(model, static)}
+    for step in REWRITES:
+        if step.name in disabled:
+            outcomes[step.name] = Outcome(skipped=("turned off with --no-rewrite",))
+        else:
+            outcomes[step.name] = step.apply(static)
+    return RewriteResult(static, outcomes)

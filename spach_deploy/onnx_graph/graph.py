@@ -1,0 +1,78 @@
+"""Small helpers over onnx.GraphProto that the passes share."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+FLOAT32_KEY = "spach.precision"
+"""metadata_props key of a node that half precision leaves in FP32 (value "fp32")."""
+
+
+def producers(graph: GraphProto) -> dict[str, NodeProto]:
+    """Node that makes each tensor."""
+    return {output: node for node in graph.node for output in node.output}
+
+
+def consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:
+    """Nodes that read each tensor."""
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in dict.fromkeys(node.input):
+            readers[name].append(node)
+    return readers
+
+
+def initializers(graph: GraphProto) -> dict[str, TensorProto]:
+    """Constant tensors by name."""
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
+def attributes(node: NodeProto) -> dict[str, object]:
+    """Attributes as Python values."""
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def constant(name: str, value: NDArray[np.generic]) -> TensorProto:
+    """An initializer."""
+    return numpy_helper.from_array(np.ascontiguousarray(value), name)
+
+
+def replace_nodes(graph: GraphProto, replacement: Mapping[int, Iterable[NodeProto]]) -> None:
+    """Put `replacement[i]` in the place of the i-th node; an empty list removes it."""
+    nodes: list[NodeProto] = []
+    for index, node in enumerate(graph.node):
+        nodes.extend(replacement.get(index, (node,)))
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def remove_unused_initializers(graph: GraphProto) -> None:
+    """Drop constants that no node reads."""
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    unused = [i for i, tensor in enumerate(graph.initializer) if tensor.name not in used]
+    for index in reversed(unused):
+        del graph.initializer[index]
+
+
+def mark_float32(node: NodeProto) -> NodeProto:
+    """Ask the precision step to leave this node in FP32."""
+    entry = node.metadata_props.add()
+    entry.key, entry.value = FLOAT32_KEY, "fp32"
+    return node
+
+
+def is_marked_float32(node: NodeProto) -> bool:
+    """Whether `mark_float32` was asked for this node."""
+    return any(p.key == FLOAT32_KEY and p.value == "fp32" for p in node.metadata_props)
+
+
+def batch_is_symbolic(model: ModelProto) -> bool:
+    """Whether the first input's first dimension has a name."""
+    return bool(model.graph.input[0].type.tensor_type.shape.dim[0].dim_param)

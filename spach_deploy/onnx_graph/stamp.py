@@ -1,0 +1,136 @@
+"""Repeat a block's graph with other weights.
+
+The nodes of a block are those whose names begin with its module path. They have one input from outside, the stream, and
+one output that others read. A copy takes the same nodes under the other block's path, and that block's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from spach_deploy.errors import CertificateError
+from spach_deploy.onnx_graph.graph import constant, consumers, initializers, producers
+from spach_deploy.rewrites.static_modules import StaticSpach
+
+
+def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weights: StaticSpach) -> ModelProto:
+    """Give `model` every block of `repeats`, with the parameters of `weights`; nodes stay in execution order."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    parameters = Parameters(weights)
+    stamped: list[NodeProto] = []
+    stream: dict[str, str] = {}
+    blocks = _nodes_by_block(graph, repeats)
+    for node in graph.node:
+        block = _block_of(node.name, repeats)
+        if block is None:
+            stamped.append(_connected(node, stream))
+        elif node is blocks[block][0] or node.name == blocks[block][0].name:
+            stamped.extend(_stamp_run(graph, blocks[block], block, repeats[block], stream))
+    _finish(graph, stamped, parameters, model)
+    return result
+
+
+class Parameters:
+    """The model's tensors by name; a tensor that several names share is stored once, under the first."""
+
+    def __init__(self, model: StaticSpach) -> None:
+        self._tensors = model.state_dict()
+        first: dict[int, str] = {}
+        self._canonical: dict[str, str] = {}
+        for name, tensor in self._tensors.items():
+            self._canonical[name] = first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
+
+    def canonical(self, name: str) -> str:
+        """The name under which `name` is stored; names that are no parameters stay."""
+        return self._canonical.get(name, name)
+
+    def proto(self, name: str) -> TensorProto | None:
+        """The tensor as an initializer, or None when no parameter has that name."""
+        tensor = self._tensors.get(name)
+        return None if tensor is None else constant(name, tensor.detach().numpy())
+
+
+def _nodes_by_block(graph: GraphProto, repeats: Mapping[str, tuple[str, ...]]) -> dict[str, list[NodeProto]]:
+    blocks: dict[str, list[NodeProto]] = {block: [] for block in repeats}
+    for node in graph.node:
+        block = _block_of(node.name, repeats)
+        if block is not None:
+            blocks[block].append(node)
+    return blocks
+
+
+def _block_of(name: str, blocks: Mapping[str, object]) -> str | None:
+    path = name.split("/", 1)[0]
+    head = ".".join(path.split(".")[:2])
+    return head if head in blocks else None
+
+
+def _connected(node: NodeProto, stream: Mapping[str, str]) -> NodeProto:
+    twin = NodeProto()
+    twin.CopyFrom(node)
+    twin.input[:] = [stream.get(name, name) for name in node.input]
+    return twin
+
+
+def _stamp_run(
+    graph: GraphProto, nodes: list[NodeProto], block: str, copies: tuple[str, ...], stream: dict[str, str]
+) -> list[NodeProto]:
+    """All copies of one block, each fed by the one before; `stream` learns what now carries the block's output."""
+    inside = {output for node in nodes for output in node.output}
+    incoming = _incoming(graph, nodes, inside, block)
+    outgoing = _outgoing(graph, nodes, inside, block)
+    source = stream.get(incoming, incoming)
+    result: list[NodeProto] = []
+    for copy in copies:
+        for node in nodes:
+            twin = NodeProto()
+            twin.CopyFrom(node)
+            twin.name = _moved(node.name, block, copy)
+            twin.input[:] = [source if name == incoming else _moved(name, block, copy) for name in node.input]
+            twin.output[:] = [_moved(name, block, copy) for name in node.output]
+            result.append(twin)
+        source = _moved(outgoing, block, copy)
+    stream[outgoing] = source
+    return result
+
+
+def _incoming(graph: GraphProto, nodes: list[NodeProto], inside: set[str], block: str) -> str:
+    made = set(producers(graph)) | {value.name for value in graph.input}
+    names = {name for node in nodes for name in node.input if name in made and name not in inside}
+    if len(names) != 1:
+        raise CertificateError(f"Block {block} reads {sorted(names)}; a block reads one tensor, the stream.")
+    return names.pop()
+
+
+def _outgoing(graph: GraphProto, nodes: list[NodeProto], inside: set[str], block: str) -> str:
+    own = {node.name for node in nodes}
+    read = consumers(graph)
+    names = {name for name in inside if any(reader.name not in own for reader in read.get(name, ()))}
+    if len(names) != 1:
+        raise CertificateError(f"Block {block} hands out {sorted(names)}; a block makes one tensor, the stream.")
+    return names.pop()
+
+
+def _moved(name: str, block: str, copy: str) -> str:
+    """`layer3.3/Add` -> `layer3.4/Add`; shared constants keep their names."""
+    return copy + name[len(block) :] if name.startswith((f"{block}.", f"{block}/")) else name
+
+
+def _finish(graph: GraphProto, nodes: list[NodeProto], parameters: Parameters, original: ModelProto) -> None:
+    for node in nodes:
+        node.input[:] = [parameters.canonical(name) for name in node.input]
+    constants = initializers(original.graph)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.initializer[:]
+    del graph.value_info[:]
+    made = {output for node in nodes for output in node.output} | {value.name for value in graph.input}
+    for name in dict.fromkeys(name for node in nodes for name in node.input if name and name not in made):
+        tensor = parameters.proto(name) or constants.get(name)
+        if tensor is None:
+            raise CertificateError(f"No tensor is known for {name}, which the simplifier made of a block's weights.")
+        graph.initializer.append(tensor)

@@ -1,0 +1,33 @@
+"""Biases of key and value out of qkv.
+
+Key: a bias adds q . b_k to every score of a row alike, and softmax does not see it. Value: the rows of the attention
+weights sum to 1, so b_v arrives unchanged at the projection:
+
+    softmax(q (k + b_k)^T) (v + b_v) = softmax(q k^T) v + b_v   =>   b' = W_proj b_v + b
+
+Both become zeros in the packed bias, which stays for the query's sake.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from spach_deploy.rewrites.base import Change, Outcome, modules_of, probe, prove, set_parameter
+from spach_deploy.rewrites.static_modules import FEW_TOKENS, StaticAttention, on_few_tokens
+
+NAME = "fold_qkv_bias"
+
+
+def fold_qkv_bias(model: nn.Module) -> Outcome:
+    """Zero the key and value biases of every attention."""
+    changes: list[Change] = []
+    for path, attention in modules_of(model, StaticAttention):
+        assert isinstance(attention, StaticAttention)
+        dim = attention.qkv.in_features
+        old, new = on_few_tokens(attention), on_few_tokens(attention)
+        new.proj.bias.data += new.proj.weight.data @ new.qkv.bias.data[2 * dim :]
+        new.qkv.bias.data[dim:] = 0.0
+        changes.append(prove(NAME, path, old, new, probe(2, FEW_TOKENS, dim)))
+        set_parameter(attention.proj, "bias", new.proj.bias)
+        set_parameter(attention.qkv, "bias", new.qkv.bias)
+    return Outcome(tuple(changes), () if changes else ("no attention in this model",))

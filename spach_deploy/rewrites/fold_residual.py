@@ -1,0 +1,30 @@
+"""x + depthwise(x) -> the kernel's centre tap.
+
+    x + W * x   =>   W'[:, 0, 1, 1] = W[:, 0, 1, 1] + 1
+
+Never together with a quantized depthwise convolution: the identity would be rounded to eight bits with the kernel.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from spach_deploy.rewrites.base import Change, Outcome, double, modules_of, probe, prove, set_parameter
+from spach_deploy.rewrites.static_modules import StaticPositionEncoding
+
+NAME = "fold_residual"
+
+
+def fold_residual(model: nn.Module) -> Outcome:
+    """Fold the residual around every position encoding."""
+    changes: list[Change] = []
+    for path, encoding in modules_of(model, StaticPositionEncoding):
+        assert isinstance(encoding, StaticPositionEncoding)
+        conv = encoding.net[1]
+        old, new = double(conv), double(conv)
+        new.weight.data[:, 0, 1, 1] += 1.0
+        x = probe(2, encoding.dim, 5, 7)
+        changes.append(prove(NAME, path, lambda x, old=old: x + old(x), new, x))
+        set_parameter(conv, "weight", new.weight)
+        encoding.includes_residual = True
+    return Outcome(tuple(changes))

@@ -1,0 +1,217 @@
+"""The static forms of SPACH's modules: reshapes with known sizes, only the batch symbolic.
+
+They compute what the einops modules of `spach_deploy.models.layers` compute and keep their attribute names, so that
+state-dict keys, and the node names that come from them, stay the published ones. `grid_stream` says how tokens travel
+between modules: False, (B, N, C) as in the reference; True, (B, H, W, C), the layout that convolutions and the
+compiler's pointwise fusions want. Linear layers work on (B*N, C) rows: one Gemm each, bias and GELU in its epilogue.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+FEW_TOKENS = 16
+"""Tokens that a proof of weight algebra needs: what is folded does not depend on their number."""
+
+
+class StaticStem(nn.Module):
+    """(B, 3, S, S) -> tokens. `proj` is the reference stem's projection."""
+
+    def __init__(self, proj: nn.Module, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.proj = proj
+        self.grid = grid
+        self.dim = dim
+        self.grid_stream = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed patches as tokens."""
+        x = self.proj(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        return x if self.grid_stream else x.reshape(-1, self.grid[0] * self.grid[1], self.dim)
+
+
+class StaticPositionEncoding(nn.Module):
+    """Depthwise convolution over the grid; with `includes_residual` its centre tap also carries the input."""
+
+    def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.net = net
+        self.grid = grid
+        self.dim = dim
+        self.grid_stream = False
+        self.includes_residual = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) or (B, H, W, C) -> the same."""
+        height, width = self.grid
+        y = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
+        y = self.net(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y if self.grid_stream else y.reshape(-1, height * width, self.dim)
+
+
+class StaticDownsampling(nn.Module):
+    """2x2 convolution of stride 2 and GroupNorm. `grid` is that of its input."""
+
+    def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.net = net
+        self.grid = grid
+        self.dim = dim
+        self.grid_stream = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N/4, 2C), or (B, H, W, C) -> (B, H/2, W/2, 2C)."""
+        height, width = self.grid
+        y = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
+        y = self.net(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y if self.grid_stream else y.reshape(-1, height * width // 4, 2 * self.dim)
+
+
+class StaticChannelMLP(nn.Module):
+    """Two linear layers on rows: (..., C) -> (B*N, C)."""
+
+    def __init__(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
+        super().__init__()
+        self.fc1 = fc1
+        self.act = nn.GELU()
+        self.fc2 = fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix channels of each token."""
+        y: Tensor = self.fc2(self.act(self.fc1(x.reshape(-1, self.fc1.in_features))))
+        return y
+
+
+class StaticSpatialMLP(nn.Module):
+    """Two linear layers over tokens: (..., C) -> (B, N, C)."""
+
+    def __init__(self, fc1: nn.Linear, fc2: nn.Linear, dim: int) -> None:
+        super().__init__()
+        self.fc1 = fc1
+        self.act = nn.GELU()
+        self.fc2 = fc2
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens of each channel."""
+        x = x.reshape(-1, self.fc1.in_features, self.dim).transpose(1, 2)  # (B, N, C) -> (B, C, N)
+        x = self.fc2(self.act(self.fc1(x)))
+        return x.transpose(1, 2)  # (B, C, N) -> (B, N, C)
+
+
+class StaticAttention(nn.Module):
+    """Attention with one transpose for q, k and v together: (..., C) -> (B*N, C)."""
+
+    def __init__(self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, num_tokens: int, scale: float) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.proj = proj
+        self.num_heads = num_heads
+        self.num_tokens = num_tokens
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens by content."""
+        dim, heads = self.qkv.in_features, self.num_heads
+        packed = self.qkv(x.reshape(-1, dim))
+        packed = packed.reshape(-1, self.num_tokens, 3 * heads, dim // heads).transpose(1, 2)  # (B, 3h, N, d)
+        q, k, v = packed.split(heads, dim=1)
+        if self.scale != 1.0:
+            q = q * self.scale
+        weights = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+        y: Tensor = self.proj((weights @ v).transpose(1, 2).reshape(-1, dim))
+        return y
+
+
+def on_few_tokens(attention: StaticAttention) -> StaticAttention:
+    """A copy in FP64 for `FEW_TOKENS` tokens."""
+    twin = copy.deepcopy(attention).double()
+    twin.num_tokens = FEW_TOKENS
+    return twin
+
+
+class StaticBlock(nn.Module):
+    """A mixing block; see `spach_deploy.models.layers.MixingBlock` for what it computes.
+
+    `spatial_func` None: a convolution block. `gamma_1` None: LayerScale stands in the spatial function's weights.
+    """
+
+    def __init__(
+        self,
+        cpe_net: StaticPositionEncoding,
+        norm2: nn.LayerNorm,
+        channel_func: StaticChannelMLP,
+        norm1: nn.LayerNorm | None = None,
+        spatial_func: StaticAttention | StaticSpatialMLP | None = None,
+        gamma_1: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.gamma_1 = gamma_1
+        self.spatial_func = spatial_func
+        self.norm1 = norm1
+        self.channel_func = channel_func
+        self.norm2 = norm2
+        self.cpe_net = cpe_net
+
+    @property
+    def dim(self) -> int:
+        """Channels."""
+        return self.cpe_net.dim
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token grid, (H, W)."""
+        return self.cpe_net.grid
+
+    def _stream(self, x: Tensor) -> Tensor:
+        height, width = self.grid
+        return x.reshape(-1, height, width, self.dim) if self.cpe_net.grid_stream else x.reshape(-1, height * width, self.dim)
+
+    def spatial_branch(self, x: Tensor) -> Tensor:
+        """gamma_1 * spatial(norm1(x)), shaped as the stream."""
+        assert self.norm1 is not None and self.spatial_func is not None
+        y = self._stream(self.spatial_func(self.norm1(x)))
+        return y if self.gamma_1 is None else self.gamma_1 * y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens, then channels."""
+        y = self.cpe_net(x)
+        if not self.cpe_net.includes_residual:
+            y = x + y
+        if self.spatial_func is not None:
+            y = y + self.spatial_branch(x)
+        return y + self._stream(self.channel_func(self.norm2(y)))
+
+
+class StaticSpach(nn.Module):
+    """The whole model of static modules: images (B, 3, S, S) -> logits (B, classes)."""
+
+    def __init__(self, stem: StaticStem, norm1: nn.LayerNorm, norm2: nn.LayerNorm, head: nn.Linear) -> None:
+        super().__init__()
+        self.stem = stem
+        self.norm1 = norm1
+        self.norm2 = norm2
+        self.head = head
+        self.stage_names: list[str] = []
+
+    def add_stage(self, name: str, stage: nn.Sequential) -> None:
+        """Append a stage under the reference's attribute name."""
+        setattr(self, name, stage)
+        self.stage_names.append(name)
+
+    @property
+    def grid_stream(self) -> bool:
+        """Whether tokens travel as (B, H, W, C)."""
+        return self.stem.grid_stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify."""
+        x = self.norm1(self.stem(x))
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+        x = self.norm2(x)
+        x = x.mean(dim=(1, 2)) if self.grid_stream else x.mean(dim=1)
+        y: Tensor = self.head(x)
+        return y

@@ -1,0 +1,102 @@
+"""einops -> reshapes of known size, only the batch symbolic.
+
+`rearrange(qkv(x), "b n (three h d) -> three b h n d")` becomes one transpose of (B, N, 3h, d) and a split over heads:
+the same numbers in the same order, and one move of memory where the compiler would make three. Linear layers see
+(B*N, C) rows. Nothing is computed differently.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from spach_deploy.models import layers
+from spach_deploy.models.spach import Spach
+from spach_deploy.rewrites import static_modules as static
+from spach_deploy.rewrites.base import Change, Outcome, double, probe, prove
+
+NAME = "static_reshapes"
+
+
+def to_static(model: Spach) -> static.StaticSpach:
+    """The static form of `model`; it shares the parameters."""
+    grids = [(side, side) for side in model.config.grids(model.image_size)]
+    dim = model.config.dim
+    result = static.StaticSpach(static.StaticStem(model.stem.proj, grids[0], dim), model.norm1, model.norm2, model.head)
+    for index, name in enumerate(model.stage_names):
+        result.add_stage(name, nn.Sequential(*(static_module(layer) for layer in getattr(model, name))))
+    return result.eval()
+
+
+def static_module(layer: nn.Module) -> nn.Module:
+    """Static form of one element of a stage."""
+    if isinstance(layer, layers.Downsampling):
+        return static.StaticDownsampling(_without_rearrange(layer.net), _grid(layer.net), layer.net[1][0].in_channels)
+    if isinstance(layer, layers.MixingBlock):
+        return _block(layer)
+    raise TypeError(f"{type(layer).__name__} is not part of a SPACH stage")
+
+
+def _block(block: layers.MixingBlock) -> static.StaticBlock:
+    dim, grid = block.norm2.normalized_shape[0], block.cpe_net.grid
+    cpe_net = static.StaticPositionEncoding(_without_rearrange(block.cpe_net.net), grid, dim)
+    channel = static.StaticChannelMLP(block.channel_func.fc1, block.channel_func.fc2)
+    if not block.has_spatial:
+        return static.StaticBlock(cpe_net, block.norm2, channel)
+    spatial = _spatial(block.spatial_func, grid[0] * grid[1], dim)
+    return static.StaticBlock(cpe_net, block.norm2, channel, block.norm1, spatial, block.gamma_1)
+
+
+def _spatial(
+    func: layers.Attention | layers.SpatialMLP, num_tokens: int, dim: int
+) -> static.StaticAttention | static.StaticSpatialMLP:
+    if isinstance(func, layers.Attention):
+        return static.StaticAttention(func.qkv, func.proj, func.num_heads, num_tokens, func.scale)
+    return static.StaticSpatialMLP(func.fc1, func.fc2, dim)
+
+
+def _without_rearrange(net: nn.Sequential) -> nn.Sequential:
+    """The convolution keeps its place, 1, so that its keys stay the published ones."""
+    return nn.Sequential(nn.Identity(), net[1], nn.Identity())
+
+
+def _grid(net: nn.Sequential) -> tuple[int, int]:
+    lengths = net[0].axes_lengths
+    return int(lengths["h"]), int(lengths["w"])
+
+
+def prove_static(model: Spach, rewritten: static.StaticSpach) -> Outcome:
+    """Every replaced module against its static form in FP64, each kind and shape once."""
+    changes: list[Change] = []
+    for name in model.stage_names:
+        seen: set[str] = set()
+        for index, layer in enumerate(getattr(model, name)):
+            path, kind = f"{name}.{index}", _kind(layer)
+            if kind not in seen:
+                seen.add(kind)
+                changes.extend(_prove_layer(path, layer, getattr(rewritten, name)[index]))
+    return Outcome(tuple(changes))
+
+
+def _kind(layer: nn.Module) -> str:
+    return f"{type(layer).__name__}/{type(getattr(layer, 'spatial_func', None)).__name__}"
+
+
+def _prove_layer(path: str, old: nn.Module, new: nn.Module) -> list[Change]:
+    if isinstance(old, layers.Downsampling):
+        height, width = _grid(old.net)
+        x = probe(2, height * width, old.net[1][0].in_channels)
+        return [prove(NAME, path, double(old), double(new), x)]
+    assert isinstance(old, layers.MixingBlock)
+    assert isinstance(new, static.StaticBlock)
+    x = probe(2, old.cpe_net.grid[0] * old.cpe_net.grid[1], new.dim)
+    few = x[:, : static.FEW_TOKENS]
+    changes = [
+        prove(NAME, f"{path}.cpe_net", double(old.cpe_net), double(new.cpe_net), x),
+        prove(NAME, f"{path}.channel_func", double(old.channel_func), double(new.channel_func), few),
+    ]
+    if isinstance(new.spatial_func, static.StaticAttention):
+        twin = static.on_few_tokens(new.spatial_func)
+        changes.append(prove(NAME, f"{path}.spatial_func", double(old.spatial_func), twin, few))
+    elif new.spatial_func is not None:
+        changes.append(prove(NAME, f"{path}.spatial_func", double(old.spatial_func), double(new.spatial_func), x))
+    return changes
