@@ -1,0 +1,1 @@
+"""Commands: options.py defines each option once, one file per command."""

@@ -109,7 +109,5 @@ def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         twin._parameters = dict(module._parameters)
         twin._buffers = dict(module._buffers)
         done[id(module)] = twin
-        twin._modules = {
-            name: None if child is None else _own(child, done) for name, child in module._modules.items()
-        }
+        twin._modules = {name: None if child is None else _own(child, done) for name, child in module._modules.items()}
     return done[id(module)]

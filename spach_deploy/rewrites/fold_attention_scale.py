@@ -1,6 +1,6 @@
 """Attention's scale -> the query rows of qkv.
 
-    (s q) k^T with q = W_q x + b_q   =>   W_q' = s W_q, b_q' = s b_q
+(s q) k^T with q = W_q x + b_q   =>   W_q' = s W_q, b_q' = s b_q
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """BatchNorm of the convolutional stem -> weights and bias of the convolution before it.
 
-    bn(conv(x)) = s * (W x - mean) + beta, s = weight / sqrt(var + eps)   =>   W' = s W, b' = beta - s * mean
+bn(conv(x)) = s * (W x - mean) + beta, s = weight / sqrt(var + eps)   =>   W' = s W, b' = beta - s * mean
 """
 
 from __future__ import annotations

@@ -167,7 +167,11 @@ class StaticBlock(nn.Module):
 
     def _stream(self, x: Tensor) -> Tensor:
         height, width = self.grid
-        return x.reshape(-1, height, width, self.dim) if self.cpe_net.grid_stream else x.reshape(-1, height * width, self.dim)
+        return (
+            x.reshape(-1, height, width, self.dim)
+            if self.cpe_net.grid_stream
+            else x.reshape(-1, height * width, self.dim)
+        )
 
     def spatial_branch(self, x: Tensor) -> Tensor:
         """gamma_1 * spatial(norm1(x)), shaped as the stream."""

@@ -96,7 +96,11 @@ def _shifted_products(graph: GraphProto, conv: NodeProto, source: str, target: s
             tap = f"{stem}.tap_{i}{j}"
             graph.initializer.append(constant(tap, kernel[:, i, j]))
             nodes.append(
-                _node("Slice", [f"{name}/pad", f"shift.start_{i}{j}", f"shift.end_{i}{j}", "shift.axes"], f"{name}/slice_{i}{j}")
+                _node(
+                    "Slice",
+                    [f"{name}/pad", f"shift.start_{i}{j}", f"shift.end_{i}{j}", "shift.axes"],
+                    f"{name}/slice_{i}{j}",
+                )
             )
             nodes.append(_node("Mul", [f"{name}/slice_{i}{j}", tap], f"{name}/product_{i}{j}"))
             if total:

@@ -1,0 +1,345 @@
+"""The bundle: one directory with the engine, the graph it was built from, and the evidence. Read, write, verify.
+
+    manifest.json    what, from what, with what, how well, and the SHA-256 of every other file
+    model.onnx       the typed graph the engine was built from
+    engine.plan      plain TensorRT plan, or absent with the reason in the manifest
+    golden.npz       a few preprocessed inputs with the reference logits
+    report.json      the validation in full
+
+It is written into a hidden sibling directory and moved into place in one step, so that a killed export leaves the old
+bundle or none, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST, GRAPH, PLAN, GOLDEN, REPORT = (
+    "manifest.json",
+    "model.onnx",
+    "engine.plan",
+    "golden.npz",
+    "report.json",
+)
+_SECTIONS = (
+    "model",
+    "preprocessing",
+    "inputs",
+    "outputs",
+    "batch",
+    "precision",
+    "engine",
+    "validation",
+    "files",
+)
+_READ_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A graph input or output. `shape` has None where the batch is free; `layout` names the axes, such as NCHW."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    layout: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """manifest.json. Sections are plain JSON; what code relies on has an accessor that checks it."""
+
+    content: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Manifest:
+        """Check the shape of a manifest; BundleError says what is wrong with it."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON ({error}).", "Export the bundle again.") from None
+        if not isinstance(content, dict) or "schema_version" not in content:
+            raise BundleError(f"{where} is not a spach-deploy manifest.", "Give a bundle that spach-export wrote.")
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise BundleError(
+                f"{where} has schema version {content['schema_version']!r}; this is spach-deploy for version"
+                f" {SCHEMA_VERSION}.",
+                "Export the bundle again, or install the spach-deploy that wrote it.",
+            )
+        missing = [name for name in _SECTIONS if name not in content]
+        if missing:
+            raise BundleError(f"{where} lacks {', '.join(missing)}.", "Export the bundle again.")
+        return cls(content)._checked(where)
+
+    def _checked(self, where: str) -> Manifest:
+        """Read every accessor once, so that a manifest of wrong types fails here and by name."""
+        try:
+            _ = (
+                self.files,
+                self.inputs,
+                self.outputs,
+                self.model["name"],
+                self.precision,
+                self.engine["flavour"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export it again.") from None
+        return self
+
+    @property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of each file, by name."""
+        return {str(name): str(entry["sha256"]) for name, entry in self.content["files"].items()}
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Graph inputs."""
+        return tuple(_tensor_info(entry) for entry in self.content["inputs"])
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """Graph outputs."""
+        return tuple(_tensor_info(entry) for entry in self.content["outputs"])
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Name, image size, classes, origin of the weights."""
+        return dict(self.content["model"])
+
+    @property
+    def precision(self) -> str:
+        """fp32, fp16 or bf16."""
+        return str(self.content["precision"]["asked"])
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Flavour, GPUs, plan facts, or the reason why there is no plan."""
+        return dict(self.content["engine"])
+
+
+def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
+    shape = tuple(None if size is None else int(size) for size in entry["shape"])
+    return TensorInfo(str(entry["name"]), str(entry["dtype"]), shape, str(entry.get("layout", "")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
+        """The bundle at `path`, a directory or a file in it.
+
+        With `verify` every file's SHA-256 is compared with the manifest. Raises BundleError that names what is missing,
+        changed or not a bundle.
+        """
+        directory = find_bundle(Path(path))
+        try:
+            text = (directory / MANIFEST).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{directory / MANIFEST} cannot be read ({error}).", "Export the bundle again.") from None
+        bundle = cls(directory, Manifest.parse(text, str(directory / MANIFEST)))
+        changed = bundle.changed_files() if verify else {}
+        if changed:
+            listed = "; ".join(f"{name} {state}" for name, state in changed.items())
+            raise BundleError(f"Bundle {directory} is not as it was exported: {listed}.", "Export it again.")
+        return bundle
+
+    def changed_files(self) -> dict[str, str]:
+        """Files that are not what the manifest says: name -> "is missing" or "was changed"."""
+        states = {name: self._state(name, digest) for name, digest in self.manifest.files.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def _state(self, name: str, digest: str) -> str:
+        if Path(name).name != name:
+            return "is outside the bundle"
+        file = self.path / name
+        if not file.is_file():
+            return "is missing"
+        try:
+            return "" if sha256_of(file) == digest else "was changed"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+
+    def file(self, name: str) -> Path:
+        """Path of one of the bundle's files; BundleError when it is not there."""
+        file = self.path / name
+        if not file.is_file():
+            raise BundleError(f"Bundle {self.path} has no {name}.", "Export it again.")
+        return file
+
+    @property
+    def plan(self) -> Path | None:
+        """The engine's plan, or None where the bundle was made without one."""
+        return self.path / PLAN if PLAN in self.manifest.files else None
+
+
+def find_bundle(path: Path) -> Path:
+    """The bundle's directory, for the directory itself or a file in it; BundleError otherwise."""
+    if not path.exists():
+        raise BundleError(f"{path} does not exist.", "Give a bundle directory, its engine.plan or its model.onnx.")
+    directory = path if path.is_dir() else path.parent
+    if (directory / MANIFEST).is_file():
+        return directory
+    kind = "is a directory without" if path.is_dir() else "has beside it no"
+    raise BundleError(f"{path} {kind} {MANIFEST}, so it is no bundle.", "Give what spach-export wrote.")
+
+
+def sha256_of(file: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_READ_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that could not be written at the end, before the work begins."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise BundleError(f"{target} exists and is not a directory.", "Choose another --output.")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / MANIFEST).is_file():
+            raise BundleError(
+                f"{target} holds files that are no bundle; they are left alone.", "Choose another --output."
+            )
+        if not overwrite:
+            raise BundleError(f"{target} holds a bundle already.", "Give --overwrite, or another --output.")
+    parent = _existing_parent(target)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise BundleError(f"{parent} is not writable.", "Choose another --output.")
+
+
+def _existing_parent(target: Path) -> Path:
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise BundleError(f"{parent} is not a directory.", "Choose another --output.")
+    return parent
+
+
+@contextlib.contextmanager
+def writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A hidden sibling directory to fill; it becomes `target` when the block ends well, and disappears otherwise.
+
+    `seal` must have been called in the block. Raises BundleError for a full disk or a target that cannot be written.
+    """
+    check_target(target, overwrite=overwrite)
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        staging = _staging_path(target)
+        staging.mkdir()
+    except OSError as error:
+        raise _write_error(target, error) from error
+    try:
+        yield staging
+        _move_into_place(staging, target)
+    except OSError as error:
+        raise _write_error(target, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def seal(staging: Path, sections: Mapping[str, Any]) -> Manifest:
+    """Write manifest.json with the hashes of all other files in `staging`, and flush everything to disk."""
+    files = {
+        file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+        for file in sorted(staging.iterdir())
+        if file.name != MANIFEST
+    }
+    content = {"schema_version": SCHEMA_VERSION, **sections, "files": files}
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    manifest = Manifest.parse(text, str(staging / MANIFEST))
+    (staging / MANIFEST).write_text(text, encoding="utf-8")
+    for file in staging.iterdir():
+        _flush(file)
+    return manifest
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_error(target: Path, error: OSError) -> BundleError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BundleError(f"No space left while writing {target}; nothing was changed there.", "Free some space.")
+    return BundleError(f"{target} cannot be written ({error.strerror or error}).", "Choose another --output.")
+
+
+def _staging_prefix(target: Path) -> str:
+    return f".{target.name}.partial-{socket.gethostname()}-"
+
+
+def _staging_path(target: Path) -> Path:
+    return target.absolute().parent / f"{_staging_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Delete what killed exports to the same target left on this host."""
+    prefix = _staging_prefix(target)
+    for sibling in target.absolute().parent.iterdir():
+        if sibling.name.startswith(prefix) and sibling.is_dir() and not sibling.is_symlink():
+            pid = sibling.name.removeprefix(prefix).split("-")[0]
+            if pid.isdigit() and not _is_alive(int(pid)):
+                shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    """Rename; an existing bundle is exchanged in the same step and deleted afterwards (by the caller)."""
+    if target.is_dir():
+        _exchange(staging, target)
+    else:
+        staging.rename(target)
+    _flush(target.absolute().parent)
+
+
+def _exchange(staging: Path, target: Path) -> None:
+    """Swap two directories: renameat2(RENAME_EXCHANGE) in one step, or two renames where the system has none."""
+    at_fdcwd, rename_exchange = -100, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (at_fdcwd, os.fsencode(staging), at_fdcwd, os.fsencode(target), rename_exchange)
+    if hasattr(libc, "renameat2") and libc.renameat2(*arguments) == 0:
+        return
+    aside = staging.with_name(f"{staging.name}-old")
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
