@@ -1,0 +1,36 @@
+"""ONNX -> ONNX passes that give the graph its target's form: one per file, in this order.
+
+Each works in place and returns the names of what it changed. The graph is run before and after them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+
+from onnx import ModelProto
+
+from spach_deploy.onnx_graph.passes.group_norm import split_group_norm
+from spach_deploy.onnx_graph.passes.shift_depthwise import shift_depthwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A named pass."""
+
+    name: str
+    summary: str
+    apply: Callable[[ModelProto], tuple[str, ...]]
+
+
+TENSORRT_PASSES: tuple[Pass, ...] = (
+    Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm),
+    Pass("shift_depthwise", "depthwise convolutions as shifted products", shift_depthwise),
+)
+
+
+def apply_passes(
+    model: ModelProto, passes: tuple[Pass, ...], disabled: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Run the passes that are not `disabled` on `model`, in place; what each changed."""
+    return {step.name: step.apply(model) for step in passes if step.name not in disabled}
