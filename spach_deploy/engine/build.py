@@ -1,0 +1,226 @@
+"""Engines from ONNX graphs: each is built in a process of its own, by Polygraphy.
+
+Why another process: the compiler holds its thread for seconds at a time, so Ctrl-C would wait for it, or be swallowed
+in one of its callbacks; it can crash (an ONNX Attention in FP32 ends TensorRT for RTX 1.7 with a segmentation fault);
+Polygraphy drives one flavour per process; and the memory it took is given back at once. Here Ctrl-C ends the build
+within milliseconds, a crash is an error, and validation can run beside the build:
+
+    with start_build(path, target, flavour, precision=precision) as build:
+        ...  # validate the graph meanwhile
+        result = build.wait()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from spach_deploy.engine.compile import OnProgress, ProgressEvent
+from spach_deploy.engine.flavours import EngineFlavour
+from spach_deploy.engine.network_facts import NetworkFacts
+from spach_deploy.engine.worker import Built, Failed, Request
+from spach_deploy.errors import BuildError, UsageError
+from spach_deploy.runtime.polygraphy_session import LogLine, summarize_warnings
+from spach_deploy.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_SHOWN_OUTPUT = 400
+_WORKER = "import sys; from spach_deploy.engine.worker import main; main(int(sys.argv[1]))"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineResult:
+    """A built engine. `warnings` are the log's, each kind once with its count. Seconds are of the wall clock."""
+
+    plan: bytes = dataclasses.field(repr=False)
+    flavour: Flavour
+    flavour_version: str
+    gpus: tuple[ComputeCapability, ...]
+    batch: BatchProfile
+    network: NetworkFacts = dataclasses.field(repr=False)
+    log: tuple[LogLine, ...] = dataclasses.field(repr=False)
+    warnings: tuple[tuple[str, int], ...]
+    parse_seconds: float
+    build_seconds: float
+    seconds: float
+
+    @property
+    def log_text(self) -> str:
+        """The builder's log as text, one message a line."""
+        return "".join(f"{line}\n" for line in self.log)
+
+
+def build_engine(
+    onnx_path: Path,
+    target: EngineTarget,
+    flavour: EngineFlavour,
+    *,
+    precision: Precision,
+    on_progress: OnProgress | None = None,
+) -> EngineResult:
+    """Build and wait; see `start_build`."""
+    with start_build(onnx_path, target, flavour, precision=precision, on_progress=on_progress) as build:
+        return build.wait()
+
+
+def start_build(
+    onnx_path: Path,
+    target: EngineTarget,
+    flavour: EngineFlavour,
+    *,
+    precision: Precision,
+    on_progress: OnProgress | None = None,
+) -> RunningBuild:
+    """Start building the plan of a strongly typed graph and return at once.
+
+    Inputs are (batch, ...); their shapes are read from the graph, the batch profile from `target`. `precision` is the
+    graph's, by which targets are checked. `on_progress` is called from another thread. Raises what
+    `EngineFlavour.resolve` raises, and UsageError when there is no such file.
+    """
+    resolved = flavour.resolve(target, precision)
+    if not onnx_path.is_file():
+        raise UsageError(f"There is no graph {onnx_path}.", "Give the ONNX file to build from.")
+    return RunningBuild(onnx_path, resolved, on_progress or _ignore)
+
+
+def _ignore(event: ProgressEvent) -> None:
+    """Progress that nobody watches."""
+
+
+class RunningBuild:
+    """A build under way in another process. Leaving its context ends that process, finished or not."""
+
+    def __init__(self, onnx_path: Path, target: EngineTarget, on_progress: OnProgress) -> None:
+        self._target = target
+        self._name = onnx_path.name
+        self._start = time.perf_counter()
+        self._outcome: Built | Failed | None = None
+        self._broken: BaseException | None = None
+        self._seconds = 0.0
+        with contextlib.ExitStack() as stack:
+            self._plan_fd, self._output_fd = (_memory_file(stack, name) for name in ("plan", "output"))
+            self._connection, self._process = _start_worker(stack, self._plan_fd, self._output_fd)
+            self._connection.send(Request(onnx_path.resolve(), target, self._plan_fd))
+            self._stack = stack.pop_all()
+        self._reader = threading.Thread(target=self._read, args=(on_progress,), daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End the build, if it still runs, and give back what it holds. Harmless when repeated."""
+        self._process.kill()
+        self._process.wait()
+        if self._reader is not threading.current_thread():
+            self._reader.join()
+        self._stack.close()
+
+    def wait(self) -> EngineResult:
+        """The engine. BuildError with the compiler's reason, also when its process crashed; UsageError for options.
+
+        Can be interrupted (Ctrl-C); then leave the context, which ends the build.
+        """
+        self._reader.join()
+        if self._broken is not None:
+            raise self._broken
+        if isinstance(self._outcome, Failed):
+            raise self._outcome.error()
+        if self._outcome is None:
+            raise self._crash()
+        return self._result(self._outcome)
+
+    def _read(self, on_progress: OnProgress) -> None:
+        """Pass on progress until the outcome comes, or the process is gone."""
+        try:
+            while isinstance(message := self._connection.recv(), ProgressEvent):
+                on_progress(message)
+            self._outcome = message
+        except (EOFError, OSError):
+            pass
+        except BaseException as error:  # of on_progress: raised again where the caller waits
+            self._broken = error
+            self._process.kill()
+        self._seconds = time.perf_counter() - self._start
+
+    def _result(self, built: Built) -> EngineResult:
+        return EngineResult(
+            plan=_contents(self._plan_fd),
+            flavour=self._target.flavour,
+            flavour_version=built.version,
+            gpus=self._target.gpus,
+            batch=self._target.batch,
+            network=built.network,
+            log=built.log,
+            warnings=summarize_warnings(built.log),
+            parse_seconds=built.parse_seconds,
+            build_seconds=built.build_seconds,
+            seconds=self._seconds,
+        )
+
+    def _crash(self) -> BuildError:
+        code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        words = " ".join(_contents(self._output_fd).decode(errors="replace").split())[-_SHOWN_OUTPUT:]
+        return BuildError(
+            f"The process that built {self._name} with {self._target.flavour.value} {how}"
+            f"{f', saying: {words}' if words else ' without a word'}.",
+            "SIGSEGV is a defect of the compiler that this graph meets; SIGKILL mostly means too little memory."
+            if code < 0
+            else "",
+        )
+
+
+def _memory_file(stack: contextlib.ExitStack, name: str) -> int:
+    """An open file that lives in memory: plans never touch a disk that may be full."""
+    descriptor = os.memfd_create(f"spach-deploy-{name}")
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _contents(descriptor: int) -> bytes:
+    with open(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def _start_worker(
+    stack: contextlib.ExitStack, plan_fd: int, output_fd: int
+) -> tuple[Connection, subprocess.Popen[bytes]]:
+    ours, theirs = Pipe()
+    stack.callback(ours.close)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=output_fd,
+            stderr=output_fd,
+            pass_fds=(plan_fd, theirs.fileno()),
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C at a terminal goes to this process, which then ends the worker
+        )
+    return ours, process
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this package importable and nothing imported from the directory a user happens to stand in."""
+    path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

@@ -1,0 +1,143 @@
+"""What the parser made of the graph: every layer with its data types, and whether they are what was asked for.
+
+A strongly typed network is a contract: the compiler must compute each layer in the types that the network states. So
+the precision that was achieved is read here, from the parsed network, and compared with the precision that was asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from spach_deploy.errors import PrecisionError
+from spach_deploy.specs import Precision
+
+WEIGHTED_KINDS = frozenset(
+    {"MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ATTENTION_INPUT", "ATTENTION_OUTPUT"}
+)
+"""Layers that carry the arithmetic, by TensorRT's names: matrix products, convolutions, attention."""
+
+_DTYPE_NAMES = {"FLOAT": "fp32", "HALF": "fp16"}
+_ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
+_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFact:
+    """An input or output of the network: fp32, fp16, bf16, int8, ... and its shape, with -1 where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFact:
+    """One layer: TensorRT's name and kind of it, the ONNX node it came from, the types of its inputs and outputs."""
+
+    name: str
+    kind: str
+    node: str
+    input_dtypes: tuple[str, ...]
+    output_dtypes: tuple[str, ...]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """All types it touches, each once."""
+        return tuple(dict.fromkeys((*self.input_dtypes, *self.output_dtypes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkFacts:
+    """The parsed network."""
+
+    inputs: tuple[TensorFact, ...]
+    outputs: tuple[TensorFact, ...]
+    layers: tuple[LayerFact, ...] = dataclasses.field(repr=False)
+
+    @property
+    def weighted_layers(self) -> tuple[LayerFact, ...]:
+        """Matrix products, convolutions and attentions."""
+        return tuple(layer for layer in self.layers if layer.kind in WEIGHTED_KINDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AchievedPrecision:
+    """How many weighted layers compute in which types, such as {"fp16": 73, "fp32": 1}."""
+
+    asked: Precision
+    layers_by_dtype: dict[str, int]
+    kept: tuple[str, ...]
+
+
+def read_network_facts(network: Any) -> NetworkFacts:
+    """Facts of a TensorRT INetworkDefinition, of any flavour and version."""
+    return NetworkFacts(
+        inputs=tuple(_tensor(network.get_input(index)) for index in range(network.num_inputs)),
+        outputs=tuple(_tensor(network.get_output(index)) for index in range(network.num_outputs)),
+        layers=tuple(_layer(network.get_layer(index)) for index in range(network.num_layers)),
+    )
+
+
+def _tensor(tensor: Any) -> TensorFact:
+    return TensorFact(tensor.name, _dtype(tensor), tuple(tensor.shape))
+
+
+def _layer(layer: Any) -> LayerFact:
+    match = _ONNX_NODE.search(layer.metadata or "")
+    return LayerFact(
+        name=layer.name,
+        kind=layer.type.name,
+        node=match[1] if match else layer.name,
+        input_dtypes=tuple(_dtypes(layer.get_input, layer.num_inputs)),
+        output_dtypes=tuple(_dtypes(layer.get_output, layer.num_outputs)),
+    )
+
+
+def _dtypes(get: Any, count: int) -> Iterator[str]:
+    for index in range(count):
+        if (tensor := get(index)) is not None:  # optional inputs are None
+            yield _dtype(tensor)
+
+
+def _dtype(tensor: Any) -> str:
+    name: str = tensor.dtype.name
+    return _DTYPE_NAMES.get(name, name.lower())
+
+
+def check_achieved_precision(
+    facts: NetworkFacts, asked: Precision, kept_float: Collection[str] = ()
+) -> AchievedPrecision:
+    """Compare the types of all weighted layers with the precision that was asked for.
+
+    `kept_float` names ONNX nodes (or patterns of them, as fnmatch reads them) that were deliberately kept in FP32;
+    those must then be in FP32. PrecisionError names every other layer that does not compute in `asked`, every kept one
+    that does not compute in FP32, and a network without any weighted layer, about which nothing could be said.
+    """
+    layers = facts.weighted_layers
+    if not layers:
+        raise PrecisionError("The network has no matrix product or convolution, so no precision could be checked.")
+    kept = {layer for layer in layers if _is_kept(layer, kept_float)}
+    wrong = [layer for layer in layers if set(layer.dtypes) != {"fp32" if layer in kept else asked.value}]
+    if wrong:
+        raise PrecisionError(_complaint(wrong, asked, kept), "Export the graph again in that precision.")
+    counts = Counter(layer.dtypes[0] for layer in layers)
+    return AchievedPrecision(asked, dict(counts), tuple(layer.node for layer in layers if layer in kept))
+
+
+def _is_kept(layer: LayerFact, kept_float: Collection[str]) -> bool:
+    names = (layer.node, layer.name)
+    return any(pattern in names or fnmatchcase(layer.node, pattern) for pattern in kept_float)
+
+
+def _complaint(wrong: list[LayerFact], asked: Precision, kept: set[LayerFact]) -> str:
+    named = ", ".join(
+        f"{layer.node} ({'/'.join(layer.dtypes)}{', to be kept in fp32' if layer in kept else ''})"
+        for layer in wrong[:_SHOWN]
+    )
+    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    return f"Asked for {asked.value}, but not achieved in {len(wrong)} layers: {named}{more}."

@@ -1,0 +1,265 @@
+r"""What a plan's schedule says: kernels, what each is made of, the bytes they move. Undocumented: facts, no verdicts.
+
+A plan of TensorRT for RTX 1.7 carries its compiler's schedule as text. After the bytes `NLYM`, four more and the text's
+length come the sections `header { }`, `descriptors { }` (tensors), `main { }` (one statement for each kernel, in order)
+and `shape_main { }` (how extents follow from the batch). A statement reads
+
+    runtime_fusion={ name=__myl_FcAdd input_args={ "a" "b" } output_args={ "y" } layers="[ONNX Layer: head]" ... }
+
+Kernels are all statements of `main` but `shape_call`: `function` (pointwise, reductions, moves, and fused attention,
+whose name holds `mha`), `runtime_fusion` (a matrix product with what follows it), `corrltn` (a convolution) and
+`fully_connected` (a bare matrix product). Bytes moved are, over all kernels, the bytes of every tensor that it reads or
+writes, weights included: what caches may spare is not known. None of this is in NVIDIA's documentation and any version
+may change it, so everything unexpected makes the answer None, "not known", and nothing is ever decided by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+_MAGIC = b"NLYM"
+_LENGTH_OFFSET, _TEXT_OFFSET = 8, 16
+_FUSION_CONSTANTS = "runtime-fusion-consts"  # schedules of the inside of one kernel
+_NO_KERNEL = frozenset({"shape_call"})
+_MOVES = frozenset({"Move", "Tran", "Resh", "Slic", "Conc", "Repl", "Cast"})
+_BYTES = {"bool": 1, "int8": 1, "uint8": 1, "fp8": 1, "half": 2, "bf16": 2, "float": 4, "int32": 4, "int64": 8}
+_SHAPE_OPERATORS = frozenset({"copy", "mul", "add", "sub", "div", "min", "max"})
+_DEEPEST = 64
+
+_STRING_OR_BRACE = re.compile(r'"[^"]*"|[{}]')
+_OPENED = re.compile(r"(\w+)\s*=?\s*$")
+_LIST = r'(?<!\w){key}=\{{((?:"[^"]*"|[^"}}])*)\}}'
+_STRING = re.compile(r'"([^"]*)"')
+_LAYER = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|\[|$)")
+_LITERAL = re.compile(r"__s\^(-?\d+)i64")
+_PIECE = re.compile(r"[A-Z][a-z0-9]*")
+
+
+class _UnexpectedTextError(Exception):
+    """The schedule is not what this module knows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelFact:
+    """One kernel: `kind` is gemm, convolution, attention, move or pointwise; `layers` the ONNX nodes it computes."""
+
+    kind: str
+    name: str
+    layers: tuple[str, ...]
+    operands: tuple[str, ...] = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    itemsize: int
+    extents: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extents:
+    """Symbolic extents: integers, the batch, and what `shape_main` computes from it."""
+
+    batch_names: frozenset[str]
+    program: Mapping[str, tuple[str, tuple[str, ...]]]
+
+    def value(self, name: str, batch: int, depth: int = 0) -> int:
+        if re.fullmatch(r"\d+", name):
+            return int(name)
+        if name in self.batch_names:
+            return batch
+        if literal := _LITERAL.fullmatch(name):
+            return int(literal[1])
+        if name not in self.program or depth > _DEEPEST:
+            raise _UnexpectedTextError(f"extent {name}")
+        operator, inputs = self.program[name]
+        return _compute(operator, [self.value(source, batch, depth + 1) for source in inputs])
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFacts:
+    """The kernels of a plan in the order of its schedule."""
+
+    kernels: tuple[KernelFact, ...]
+    _tensors: Mapping[str, _Tensor] = dataclasses.field(repr=False)
+    _extents: _Extents = dataclasses.field(repr=False)
+
+    @property
+    def kernels_by_kind(self) -> dict[str, int]:
+        """Number of kernels of each kind, most first."""
+        return dict(Counter(kernel.kind for kernel in self.kernels).most_common())
+
+    @property
+    def fused_attentions(self) -> int:
+        """Attentions whose products and softmax are one kernel."""
+        return self.kernels_by_kind.get("attention", 0)
+
+    def bytes_moved(self, batch: int) -> int | None:
+        """Bytes that all kernels read and write in one inference of `batch` samples; None when not known."""
+        try:
+            return sum(self._operand_bytes(name, batch) for kernel in self.kernels for name in kernel.operands)
+        except _UnexpectedTextError:
+            return None
+
+    def _operand_bytes(self, name: str, batch: int) -> int:
+        if name not in self._tensors:
+            raise _UnexpectedTextError(f"operand {name}")
+        tensor = self._tensors[name]
+        if not tensor.extents:
+            return 0  # a scalar, such as an extent handed to a kernel
+        return tensor.itemsize * math.prod(self._extents.value(extent, batch) for extent in tensor.extents)
+
+
+def _compute(operator: str, values: list[int]) -> int:
+    match operator, values:
+        case "copy", [value]:
+            return value
+        case "mul", [_, _]:
+            return math.prod(values)
+        case "add", [_, _]:
+            return sum(values)
+        case "sub", [left, right]:
+            return left - right
+        case "div", [left, right] if right:
+            return left // right
+        case "min", [_, *_]:
+            return min(values)
+        case "max", [_, *_]:
+            return max(values)
+    raise _UnexpectedTextError(operator)
+
+
+def read_plan_facts(plan: bytes | memoryview) -> PlanFacts | None:
+    """Facts of a serialized plan, or None when its schedule is not there or not as expected."""
+    try:
+        parts = [_read_schedule(text) for text in _schedules(bytes(plan))]
+    except (_UnexpectedTextError, UnicodeDecodeError):
+        return None
+    return _joined(parts) if any(part.kernels for part in parts) else None
+
+
+def _joined(parts: list[PlanFacts]) -> PlanFacts:
+    """One answer for a plan of several parts, whose names do not clash because every part numbers its own."""
+    return PlanFacts(
+        tuple(kernel for part in parts for kernel in part.kernels),
+        {name: tensor for part in parts for name, tensor in part._tensors.items()},
+        _Extents(
+            frozenset().union(*(part._extents.batch_names for part in parts)),
+            {name: entry for part in parts for name, entry in part._extents.program.items()},
+        ),
+    )
+
+
+def _schedules(plan: bytes) -> Iterator[str]:
+    position = plan.find(_MAGIC)
+    while position >= 0:
+        start = position + _TEXT_OFFSET
+        length = int.from_bytes(plan[position + _LENGTH_OFFSET : position + _LENGTH_OFFSET + 4], "little")
+        text = plan[start : start + length]
+        if text.startswith(b"header {"):
+            if len(text) < length:
+                raise _UnexpectedTextError("cut off")
+            if _FUSION_CONSTANTS.encode() not in text[:1000]:
+                yield text.decode("utf-8")
+        position = plan.find(_MAGIC, position + len(_MAGIC))
+
+
+def _read_schedule(text: str) -> PlanFacts:
+    sections = dict(_statements(text))
+    if not {"header", "descriptors", "main"} <= sections.keys():
+        raise _UnexpectedTextError("sections")
+    tensors = {
+        _value(body, "name"): _tensor(body)
+        for kind, body in _statements(sections["descriptors"])
+        if kind in ("tensor", "sub_tensor")
+    }
+    kernels = [_kernel(kind, body) for kind, body in _statements(sections["main"]) if kind not in _NO_KERNEL]
+    return PlanFacts(tuple(kernels), tensors, _read_extents(sections))
+
+
+def _read_extents(sections: Mapping[str, str]) -> _Extents:
+    batch_names = frozenset(_strings(sections["header"], "shape_inputs"))
+    if len(batch_names) > 1:  # more than the batch is dynamic
+        raise _UnexpectedTextError("extents")
+    program = {}
+    for kind, body in _statements(sections.get("shape_main", "")):
+        outputs = _strings(body, "output")
+        if kind in _SHAPE_OPERATORS and len(outputs) == 1:
+            program[outputs[0]] = (kind, tuple(_strings(body, "input")))
+    return _Extents(batch_names, program)
+
+
+def _statements(text: str) -> Iterator[tuple[str, str]]:
+    """`name { body }` and `name={ body }` at the outermost level of `text`; braces inside strings do not count."""
+    depth = start = opened = 0
+    name = ""
+    for match in _STRING_OR_BRACE.finditer(text):
+        if match[0] == "{":
+            depth += 1
+            if depth == 1:
+                start = match.end()
+                found = _OPENED.search(text, opened, match.start())
+                name = found[1] if found else ""
+        elif match[0] == "}":
+            depth -= 1
+            opened = match.end()
+            if depth < 0 or not name:
+                raise _UnexpectedTextError("braces")
+            if depth == 0:
+                yield name, text[start : match.start()]
+    if depth:
+        raise _UnexpectedTextError("braces")
+
+
+def _kernel(kind: str, body: str) -> KernelFact:
+    name = _value(body, "name")
+    operands = (*_operands(body, "input"), *_operands(body, "output"))
+    layers = tuple(_LAYER.findall(_quoted(body, "layers")))
+    return KernelFact(_kind_of(kind, name, body), name, layers, operands)
+
+
+def _kind_of(kind: str, name: str, body: str) -> str:
+    if kind == "corrltn":
+        return "convolution"
+    if kind == "fully_connected":
+        return "gemm"
+    if kind == "runtime_fusion":
+        return _value(body, "backbone")
+    if kind != "function":
+        return kind
+    if "mha" in name:
+        return "attention"
+    pieces = set(_PIECE.findall(name.removeprefix("__myl_")))
+    return "move" if pieces and pieces <= _MOVES else "pointwise"
+
+
+def _operands(body: str, side: str) -> list[str]:
+    return _strings(body, f"{side}_args") or _strings(body, side)
+
+
+def _tensor(body: str) -> _Tensor:
+    dtype = _value(body, "type")
+    match = re.search(_LIST.format(key="dims"), body)
+    if dtype not in _BYTES or match is None:
+        raise _UnexpectedTextError(f"tensor of type {dtype}")
+    return _Tensor(_BYTES[dtype], tuple(re.findall(r'[^\s"]+', match[1])))
+
+
+def _strings(body: str, key: str) -> list[str]:
+    match = re.search(_LIST.format(key=key), body)
+    return _STRING.findall(match[1]) if match else []
+
+
+def _quoted(body: str, key: str) -> str:
+    match = re.search(rf'(?<!\w){key}="([^"]*)"', body)
+    return match[1] if match else ""
+
+
+def _value(body: str, key: str) -> str:
+    match = re.search(rf'(?<!\w){key}=(?:"([^"]*)"|([^\s"]+))', body)
+    if match is None:
+        raise _UnexpectedTextError(f"no {key}")
+    return match[1] or match[2] or ""

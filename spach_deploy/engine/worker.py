@@ -1,0 +1,90 @@
+"""The process that builds one engine: reads a request from a connection, writes progress and the outcome to it.
+
+Started by `spach_deploy.engine.build`, never by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.engine.compile import Compiled, ProgressEvent, compile_plan
+from spach_deploy.engine.flavours import FLAVOURS
+from spach_deploy.engine.network_facts import NetworkFacts
+from spach_deploy.errors import SpachError
+from spach_deploy.runtime.polygraphy_session import LogLine
+from spach_deploy.specs import EngineTarget
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to build. The plan is written to the open file `plan_fd`."""
+
+    onnx_path: Path
+    target: EngineTarget
+    plan_fd: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """The build succeeded; all but the plan."""
+
+    version: str
+    network: NetworkFacts
+    log: tuple[LogLine, ...]
+    parse_seconds: float
+    build_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The build failed with an error a user can act on: its class and attributes (some constructors take others)."""
+
+    kind: type[SpachError]
+    attributes: dict[str, Any]
+
+    def error(self) -> SpachError:
+        """The error, as the process that builds raised it."""
+        error = self.kind.__new__(self.kind)
+        error.args = (self.attributes["message"],)
+        vars(error).update(self.attributes)
+        return error
+
+
+def main(connection_fd: int) -> None:
+    """Serve the one request that comes over the connection with this file descriptor."""
+    connection = Connection(connection_fd)
+    request: Request = connection.recv()
+    _exit_with_parent(connection)
+    connection.send(_outcome(request, connection.send))
+
+
+def _outcome(request: Request, send: Callable[[ProgressEvent], None]) -> Built | Failed:
+    try:
+        compiled = compile_plan(request.onnx_path, request.target, FLAVOURS[request.target.flavour], send)
+        _write_plan(compiled, request.plan_fd)
+    except SpachError as error:
+        return Failed(type(error), dict(vars(error)))
+    return Built(compiled.version, compiled.network, compiled.log, compiled.parse_seconds, compiled.build_seconds)
+
+
+def _write_plan(compiled: Compiled, plan_fd: int) -> None:
+    with open(plan_fd, "wb") as file:
+        file.write(compiled.plan)
+
+
+def _exit_with_parent(connection: Connection) -> None:
+    """End this process when the other end closes, as it does when the parent cancels or dies."""
+
+    def watch() -> None:
+        try:
+            connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

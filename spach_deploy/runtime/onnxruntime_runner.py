@@ -1,0 +1,116 @@
+"""ONNX graphs in ONNX Runtime, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from spach_deploy.errors import MissingPackageError, UnavailableError, UsageError
+from spach_deploy.runtime import TensorSpec
+from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Optimization = Literal["none", "basic", "extended", "all"]
+_LEVELS: dict[Optimization, str] = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+_DTYPES = {"float": "float32", "double": "float64"}
+_ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings go to stderr
+
+
+class OnnxRuntimeRunner:
+    """Runs an ONNX graph, given as a path (also with external weights) or as bytes.
+
+    `threads` None lets ONNX Runtime choose. `optimization` "none" runs the nodes as they stand. `max_batch` bounds
+    memory. Entering raises MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and
+    UnavailableError where the CPU has no kernel for a node (bfloat16, for most).
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        threads: int | None = None,
+        optimization: Optimization = "all",
+        max_batch: int = 32,
+    ) -> None:
+        self._model = model
+        self._threads = threads
+        self._optimization = optimization
+        self._max_batch = max_batch
+        self._session: Any = None
+        self.input_specs: Mapping[str, TensorSpec] = {}
+        self.output_specs: Mapping[str, TensorSpec] = {}
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+        return "ONNX Runtime (CPU)"
+
+    def __enter__(self) -> Self:
+        self._session = self._open(_import_onnxruntime())
+        self.input_specs = _specs(self._session.get_inputs())
+        self.output_specs = _specs(self._session.get_outputs())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+    def run(self, feeds: Feeds) -> Arrays:
+        """Outputs of `feeds`; larger batches are split."""
+        check_feeds(self.name, self.input_specs, feeds)
+        leading = next(iter(self.input_specs.values())).shape[0]
+        return run_in_batches(self._run_once, feeds, BatchLimits.of_shape(leading, self._max_batch))
+
+    def _run_once(self, feeds: Arrays) -> Arrays:
+        names = list(self.output_specs)
+        return dict(zip(names, self._session.run(names, feeds), strict=True))
+
+    def _open(self, ort: Any) -> Any:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[self._optimization])
+        options.log_severity_level = _ERRORS_ONLY
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        model = self._model if isinstance(self._model, bytes) else str(self._model)
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class of their own
+            raise self._explain(error) from error
+
+    def _explain(self, error: Exception) -> Exception:
+        what = "The given graph" if isinstance(self._model, bytes) else f"{self._model}"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if type(error).__name__ == "NotImplemented":
+            return UnavailableError(f"ONNX Runtime has no CPU kernel for a node of {what}: {reason}")
+        return UsageError(f"{what} does not load in ONNX Runtime: {reason}", "Give an ONNX file such as model.onnx.")
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", "Running an ONNX graph", "pip install 'spach-deploy[cpu]'") from error
+
+
+def _specs(infos: Any) -> dict[str, TensorSpec]:
+    return {info.name: TensorSpec(_dtype(info.type), _shape(info.shape)) for info in infos}
+
+
+def _dtype(text: str) -> str:
+    inner = text.removeprefix("tensor(").removesuffix(")")
+    return _DTYPES.get(inner, inner)
+
+
+def _shape(extents: Any) -> tuple[int | None, ...]:
+    return tuple(extent if isinstance(extent, int) else None for extent in extents)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+
+from spach_deploy.engine.network_facts import LayerFact, NetworkFacts, check_achieved_precision, read_network_facts
+from spach_deploy.errors import PrecisionError
+from spach_deploy.specs import Precision
+
+
+def layer(node: str, dtype: str, kind: str = "MATRIX_MULTIPLY") -> LayerFact:
+    return LayerFact(node, kind, node, (dtype, dtype), (dtype,))
+
+
+def network(*layers: LayerFact) -> NetworkFacts:
+    return NetworkFacts((), (), layers)
+
+
+def test_counts_weighted_layers_only() -> None:
+    facts = network(layer("a", "fp16"), layer("conv", "fp16", "CONVOLUTION"), layer("sum", "fp32", "ELEMENTWISE"))
+    assert check_achieved_precision(facts, Precision.FP16).layers_by_dtype == {"fp16": 2}
+
+
+@pytest.mark.parametrize("kind", ["MATRIX_MULTIPLY", "CONVOLUTION", "EINSUM", "ATTENTION_INPUT"])
+def test_names_every_layer_that_fell_back(kind: str) -> None:
+    facts = network(layer("good", "bf16"), layer("stem.proj", "fp32", kind), layer("head", "fp16"))
+    with pytest.raises(PrecisionError, match=r"not achieved in 2 layers: stem\.proj \(fp32\), head \(fp16\)"):
+        check_achieved_precision(facts, Precision.BF16)
+
+
+def test_a_layer_whose_inputs_differ_is_not_achieved() -> None:
+    mixed = LayerFact("odd", "MATRIX_MULTIPLY", "odd", ("fp16", "fp16"), ("fp32",))
+    with pytest.raises(PrecisionError, match="fp16/fp32"):
+        check_achieved_precision(network(mixed), Precision.FP16)
+
+
+def test_kept_layers_are_named_by_node_or_pattern_and_must_be_fp32() -> None:
+    facts = network(layer("layer1.0.fc1", "fp32"), layer("layer1.0.fc2", "fp32"), layer("head", "fp16"))
+    for kept in (["layer1.0.fc1", "layer1.0.fc2"], ["layer1.0.*"]):
+        assert check_achieved_precision(facts, Precision.FP16, kept).kept == ("layer1.0.fc1", "layer1.0.fc2")
+    with pytest.raises(PrecisionError, match="head"):
+        check_achieved_precision(facts, Precision.FP16, ["*"])
+
+
+def test_a_long_list_is_cut() -> None:
+    facts = network(*(layer(f"fc{index}", "fp32") for index in range(20)))
+    with pytest.raises(PrecisionError, match=r"in 20 layers: fc0 .* and 12 more"):
+        check_achieved_precision(facts, Precision.FP16)
+
+
+def test_a_network_without_weighted_layers_cannot_be_said_to_have_achieved_anything() -> None:
+    with pytest.raises(PrecisionError, match="no matrix product or convolution"):
+        check_achieved_precision(network(layer("sum", "fp16", "ELEMENTWISE")), Precision.FP16)
+
+
+def test_reads_names_types_and_the_onnx_node_of_each_layer() -> None:
+    half = types.SimpleNamespace(name="x", shape=(-1, 4), dtype=types.SimpleNamespace(name="HALF"))
+    inputs: list[Any] = [half, None]  # an optional input that is absent
+    product = types.SimpleNamespace(
+        name="fc1 (1)",
+        type=types.SimpleNamespace(name="MATRIX_MULTIPLY"),
+        metadata="[ONNX Layer: layer1.0.fc1]",
+        num_inputs=2,
+        num_outputs=1,
+        get_input=lambda index: inputs[index],
+        get_output=lambda index: half,
+    )
+    fake = types.SimpleNamespace(
+        num_inputs=1, num_outputs=1, num_layers=1,
+        get_input=lambda index: half, get_output=lambda index: half, get_layer=lambda index: product,
+    )  # fmt: skip
+    facts = read_network_facts(fake)
+    assert facts.inputs[0].shape == (-1, 4)
+    assert facts.layers == (LayerFact("fc1 (1)", "MATRIX_MULTIPLY", "layer1.0.fc1", ("fp16",), ("fp16",)),)
