@@ -72,16 +72,15 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
     if spec.name is None:
-        raise ModelError(
-            "No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names."
-        )
+        raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
     if spec.weights is WeightSource.EMA:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
     name = resolve(spec.name)
+    size = 224 if spec.image_size is None else spec.image_size
     classes = 1000 if spec.num_classes is None else spec.num_classes
     # Built without values: drawing the published initialisation would take longer than all the rest.
     with torch.device("meta"):
-        model = create_model(name, image_size=spec.image_size or 224, num_classes=classes)
+        model = create_model(name, image_size=size, num_classes=classes)
     model.to_empty(device="cpu")
     load_demo_weights(model)
     return _loaded(model, name, "demo", None, None, (DEMO_NOTE,))
@@ -92,9 +91,7 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     state = state_dict_from_content(content, spec.weights)
     name, notes = _identify(spec, state)
     classes = num_classes_of(state.tensors) or 0
-    size, size_notes = choose_image_size(
-        state.args, name, image_size_of(CONFIGS[name], state.tensors), spec.image_size
-    )
+    size, size_notes = choose_image_size(state.args, name, image_size_of(CONFIGS[name], state.tensors), spec.image_size)
     values, value_notes = _values(state.tensors)
     with torch.device("meta"):
         model = create_model(name, image_size=size, num_classes=classes)

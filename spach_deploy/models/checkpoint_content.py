@@ -45,9 +45,7 @@ def state_dict_from_content(content: Any, weights: WeightSource) -> StateDict:
     found, path = _descend(content, weights)
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(
-            f"The checkpoint holds no tensors: {_holds(found)}.", "Give one that holds weights."
-        )
+        raise CheckpointError(f"The checkpoint holds no tensors: {_holds(found)}.", "Give one that holds weights.")
     stripped = _strip_wrappers(tensors)
     notes = [f"unwrapped {' > '.join(path)}"] if path else []
     notes += _note_names(tensors, stripped) + _note_others(found, is_top=not path)

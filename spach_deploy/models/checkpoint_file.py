@@ -1,16 +1,13 @@
 """Checkpoint files to plain data, without running code from them.
 
-Pickles go through `torch.load(weights_only=True)`: its reader builds tensors and containers itself and knows
-no other class or function than those on a list. Training checkpoints also hold `args` and counters, so
-`PLAIN_DATA` adds the few classes that such values are made of. A file is recognised by its content, as names
-lie: downloads that are web pages, large-file pointers or cut short are common, and each is explained.
+Pickles go through `torch.load(weights_only=True)`, which builds tensors and containers itself and knows no
+other name than those of `plain_data`. A file is recognised by its content, as names lie: downloads that are
+web pages, large-file pointers or cut short are common, and each is explained.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import pathlib
 import re
 import stat
 import warnings
@@ -18,42 +15,16 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import safetensors.torch
 import torch
 
 from spach_deploy.errors import CheckpointError
+from spach_deploy.models.plain_data import PLAIN_DATA
 
 _SAVE_WEIGHTS = "Where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 _GET_AGAIN = "Copy or download it again."
-_NUMBERS = "?bBhHiIlLqQefd"
-
-# numpy pickles a scalar as a call of this function with a dtype and bytes. It is a function, but one that
-# only puts these bytes into a number or a string: dtypes that could hold anything else are not on the list,
-# so none reaches it.
-_numpy_scalar: Callable[..., Any] = np.float64(0).__reduce__()[0]  # type: ignore[assignment]
-
-# Classes that are plain data, with the names they have in pickles of other versions and systems. Paths are
-# read as pure ones: a WindowsPath cannot be made on Linux, and no checkpoint has a reason to touch the file
-# system.
-PLAIN_DATA: tuple[Any, ...] = (
-    argparse.Namespace,
-    np.dtype,
-    *sorted({type(np.dtype(code)) for code in _NUMBERS + "U"}, key=lambda cls: cls.__name__),
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),
-    *(
-        (pure, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for pure, names in (
-            (pathlib.PurePosixPath, ("PosixPath", "PurePosixPath")),
-            (pathlib.PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
-        )
-        for name in names
-    ),
-)
 
 
 def read_checkpoint(path: Path) -> tuple[Any, str]:
@@ -62,16 +33,14 @@ def read_checkpoint(path: Path) -> tuple[Any, str]:
     CheckpointError, with the reason and the next step, for anything that is not one or is damaged.
     """
     kind = _recognise(path)
-    load = {"zip": _load_zip, "pickle": _load_legacy, "safetensors": _load_safetensors}[kind]
+    load = {"zip": _load_zip, "pickle": _load_stream, "safetensors": _load_safetensors}[kind]
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(_sha256, path)  # beside the reading: both are a pass over the file
         content = load(path)
         try:
             return content, digest.result()
         except OSError as error:
-            raise CheckpointError(
-                f"Checkpoint {path} cannot be read: {error.strerror}.", _GET_AGAIN
-            ) from error
+            raise CheckpointError(f"Checkpoint {path} cannot be read: {error.strerror}.", _GET_AGAIN) from error
 
 
 def _recognise(path: Path) -> str:
@@ -139,12 +108,15 @@ _NOT_CHECKPOINTS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (
 def _load_zip(path: Path) -> Any:
     """A file of torch.save since 1.6: a zip archive whose members are a pickle and the tensors' bytes."""
     _check_zip(path)
-    return _torch_load(path, mmap=True)
+    if path.suffix == ".safetensors":  # by this name alone, torch.load would take it for the other format
+        return _load_stream(path)
+    return _torch_load(path, path, mmap=True)
 
 
-def _load_legacy(path: Path) -> Any:
-    """A file of torch.save before 1.6: pickles one after another."""
-    return _torch_load(path, mmap=False)
+def _load_stream(path: Path) -> Any:
+    """Either format through an open file; torch.save's before 1.6, pickles in a row, has no other way."""
+    with path.open("rb") as file:
+        return _torch_load(path, file, mmap=False)
 
 
 def _check_zip(path: Path) -> None:
@@ -152,39 +124,34 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-            if any(name.endswith("/constants.pkl") for name in members):
-                raise CheckpointError(
-                    f"Checkpoint {path} is a TorchScript program, not weights.", _SAVE_WEIGHTS
-                )
-            if not any(name.endswith("/data.pkl") for name in members):
-                raise CheckpointError(
-                    f"Checkpoint {path} is a zip archive, but not one of torch.save.", _SAVE_WEIGHTS
-                )
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+            has_checksums = any(member.CRC for member in archive.infolist())  # torch.save can leave them out
+            broken = archive.testzip() if has_checksums else None
+    except Exception as error:  # a damaged directory can raise much more than BadZipFile
         raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
     if broken is not None:
         raise CheckpointError(f"Checkpoint {path} is damaged: {broken} has a wrong checksum.", _GET_AGAIN)
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise CheckpointError(f"Checkpoint {path} is a TorchScript program, not weights.", _SAVE_WEIGHTS)
+    if not any(name.endswith("/data.pkl") for name in members):
+        raise CheckpointError(f"Checkpoint {path} is a zip archive but not one of torch.save.", _SAVE_WEIGHTS)
 
 
-def _torch_load(path: Path, mmap: bool) -> Any:
+def _torch_load(path: Path, source: Path | BinaryIO, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals(list(PLAIN_DATA)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise _explain(path, error) from error
 
 
 def _explain(path: Path, error: Exception) -> CheckpointError:
     text = str(error)
-    if refused := re.search(r"GLOBAL ([\w.<>]+)", text):
-        reason = f"asks for {refused[1]}, and only tensors and plain data are read, so that no code runs"
+    if refused := re.search(r"GLOBAL ([\w.<>]+)|but got <class '(\w+\.[\w.]+)'>", text):
+        reason = f"asks for {refused[1] or refused[2]}, and only tensors and plain data are read, so that no code runs"
         return CheckpointError(f"Checkpoint {path} was refused: it {reason}.", _SAVE_WEIGHTS)
     reason = "cut short, damaged, or a pickle that torch.save did not write"
-    return CheckpointError(
-        f"Checkpoint {path} cannot be read: it is {reason} ({_last_line(text)}).", _GET_AGAIN
-    )
+    return CheckpointError(f"Checkpoint {path} cannot be read: it is {reason} ({_last_line(text)}).", _GET_AGAIN)
 
 
 def _last_line(text: str) -> str:

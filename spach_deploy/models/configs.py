@@ -73,15 +73,11 @@ class SpachConfig:
                 f"Take {nearest}.",
             )
         if image_size < smallest:
-            reason = (
-                "a spatial MLP needs a grid of 2 by 2 tokens" if image_size == step else "it leaves no token"
-            )
+            reason = "a spatial MLP needs a grid of 2 by 2 tokens" if image_size == step else "it leaves no token"
             raise ModelError(f"Image size {image_size} is too small: {reason}.", f"Take {smallest} or more.")
 
 
-def _single(
-    mixer: str, dim: int, depth: int, ratio: int, heads: int = 0, shared: bool = False
-) -> SpachConfig:
+def _single(mixer: str, dim: int, depth: int, ratio: int, heads: int = 0, shared: bool = False) -> SpachConfig:
     return SpachConfig(dim, 16, ratio, ((mixer,) * depth,), num_heads=heads, shared_spatial=shared)
 
 

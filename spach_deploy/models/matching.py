@@ -37,7 +37,7 @@ class Differences:
         return len(self.missing) + len(self.unexpected) + len(self.misshaped)
 
     def __str__(self) -> str:
-        shapes = [f"{name} is {_by(there)}, needs {_by(needed)}" for name, there, needed in self.misshaped]
+        shapes = [f"{name} is {_by(there)} instead of {_by(needed)}" for name, there, needed in self.misshaped]
         groups = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
         return "; ".join(f"{len(names)} {what} ({shown(names)})" for what, names in groups.items() if names)
 
@@ -47,7 +47,7 @@ def differences(name: str, tensors: Tensors) -> Differences:
     config = CONFIGS[name]
     image_size = image_size_of(config, tensors) or 224
     needed = state_shapes(config, image_size, num_classes_of(tensors) or 1000)
-    shared = sorted(needed.keys() & tensors.keys())
+    shared = [key for key in needed if key in tensors]
     there = {key: tuple(tensors[key].shape) for key in shared}
     return Differences(
         missing=tuple(key for key in needed if key not in tensors and not _is_counter(key)),
@@ -83,9 +83,7 @@ def infer_model(tensors: Tensors) -> str:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise CheckpointError(
-            f"The checkpoint's tensors fit {' and '.join(fitting)} alike.", "Say which with --model."
-        )
+        raise CheckpointError(f"The checkpoint's tensors fit {' and '.join(fitting)} alike.", "Say which with --model.")
     near = _closest(found, tensors)
     if near is None:
         raise CheckpointError(
@@ -103,13 +101,11 @@ def check_fit(name: str, tensors: Tensors) -> None:
     difference = differences(name, tensors)
     if difference.count:
         found = {other: differences(other, tensors) for other in CONFIGS}
-        raise CheckpointError(
-            f"The checkpoint does not fit {name}: {difference}.", _other_model(name, found, tensors)
-        )
+        raise CheckpointError(f"The checkpoint does not fit {name}: {difference}.", _other_model(name, found, tensors))
     if unequal := unequal_copies(name, tensors):
         plain = name.removesuffix("_shared")
         raise CheckpointError(
-            f"{name} has one spatial function for the blocks of a stage, but {len(unequal)} tensors differ "
+            f"{name} has one spatial function for the blocks of a stage, but {len(unequal)} differ "
             f"between blocks: {shown(unequal)}.",
             f"Try --model {plain}.",
         )
@@ -134,10 +130,11 @@ def _other_model(name: str, found: Mapping[str, Differences], tensors: Tensors) 
 
 
 def _closest(found: Mapping[str, Differences], tensors: Tensors) -> str | None:
-    """The model with the fewest differences, if half of the checkpoint's tensors have a place in it."""
+    """The model with the fewest differences, if half of the names on both sides are common to them."""
     near = min(found, key=lambda name: found[name].count)
-    misplaced = len(found[near].unexpected) + len(found[near].misshaped)
-    return near if 2 * misplaced <= len(tensors) else None
+    common = len(tensors) - len(found[near].unexpected)
+    most = max(len(tensors), common + len(found[near].missing))
+    return near if 2 * common >= most else None
 
 
 def _is_counter(name: str) -> bool:

@@ -75,9 +75,7 @@ def is_buffer(name: str) -> bool:
 
 def _stages(config: SpachConfig, image_size: int) -> list[tuple[str, int, int, tuple[str, ...]]]:
     """(name, channels, grid side, mixers) of each stage."""
-    return list(
-        zip(config.stage_names, config.stage_dims, config.grids(image_size), config.stages, strict=True)
-    )
+    return list(zip(config.stage_names, config.stage_dims, config.grids(image_size), config.stages, strict=True))
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:
@@ -115,9 +113,7 @@ def _block(name: str, config: SpachConfig, mixer: str, dim: int, tokens: int) ->
         shapes[f"{name}.gamma_1"] = (1, 1, dim)
         shapes |= spatial(f"{name}.spatial_func", dim, tokens) | _norm(f"{name}.norm1", dim)
     hidden = dim * config.mlp_ratio
-    shapes |= _linear(f"{name}.channel_func.fc1", dim, hidden) | _linear(
-        f"{name}.channel_func.fc2", hidden, dim
-    )
+    shapes |= _linear(f"{name}.channel_func.fc1", dim, hidden) | _linear(f"{name}.channel_func.fc2", hidden, dim)
     depthwise: Shapes = {f"{name}.cpe_net.net.1.weight": (dim, 1, 3, 3), f"{name}.cpe_net.net.1.bias": (dim,)}
     return shapes | _norm(f"{name}.norm2", dim) | depthwise
 

@@ -29,9 +29,7 @@ class Spach(nn.Module):
     def __init__(self, config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> None:
         super().__init__()
         if num_classes < 1:
-            raise ModelError(
-                f"A classifier of {num_classes} classes does not exist.", "Give at least 1 class."
-            )
+            raise ModelError(f"A classifier of {num_classes} classes does not exist.", "Give at least 1 class.")
         self.config = config
         self.image_size = image_size
         self.num_classes = num_classes

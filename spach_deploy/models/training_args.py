@@ -63,14 +63,14 @@ def choose_image_size(
         _check_fixed(name, fixed, asked, said)
         agree = " and args" if said is not None else ""
         return fixed, [f"image size {fixed}: the spatial MLP's weights{agree} say so"]
-    size = asked or said or 224
+    size = next(size for size in (asked, said, 224) if size is not None)
     CONFIGS[name].check_image_size(size)
     if said is None:
         return size, [
-            f"image size {size}: {'as asked' if asked else 'the default, as the file does not say'}"
+            f"image size {size}: {'as asked' if asked is not None else 'the default, as the file does not say'}"
         ]
     if size == said:
-        return size, [f"image size {size}: args say so" + (", which agrees" if asked else "")]
+        return size, [f"image size {size}: args say so" + (", which agrees" if asked is not None else "")]
     return size, [f"image size {size} as asked, though args say that it was trained at {said}"]
 
 
@@ -88,6 +88,8 @@ def _number(value: Any) -> int | None:
     """An integer, or the last of a sequence (3, 224, 224); None for what is neither."""
     if isinstance(value, (list, tuple)) and value:
         value = value[-1]
+    if isinstance(value, bool):
+        return None
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):

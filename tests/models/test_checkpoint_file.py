@@ -1,0 +1,265 @@
+"""What is read from checkpoint files, and what is refused: nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gzip
+import hashlib
+import io
+import os
+import pathlib
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from small_models import load, refusal, save, state
+
+from spach_deploy.models.checkpoint_file import read_checkpoint
+
+
+def test_safetensors_and_both_formats_of_torch_save_give_the_same_weights(tmp_path: Path) -> None:
+    safetensors.torch.save_file(state(), tmp_path / "weights.safetensors")
+    paths = [
+        tmp_path / "weights.safetensors",
+        save(tmp_path, state(), "zip.pt"),
+        save(tmp_path, state(), "legacy.pth", _use_new_zipfile_serialization=False),
+    ]
+    loaded = [load(path) for path in paths]
+    assert len({model.weights_sha256 for model in loaded}) == 1
+    assert len({model.checkpoint_sha256 for model in loaded}) == 3
+    assert loaded[0].checkpoint_sha256 == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert loaded[0].checkpoint_path == paths[0]
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "weights.bin", "weights"])
+def test_content_decides_and_not_the_file_s_name(tmp_path: Path, name: str) -> None:
+    safetensors.torch.save_file(state(), tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / name)
+    assert load(tmp_path / name).name == "ms_trans_xxs"
+    assert load(save(tmp_path, state(), name)).name == "ms_trans_xxs"
+
+
+def test_the_model_does_not_depend_on_the_file_afterwards(tmp_path: Path) -> None:
+    path = save(tmp_path, state())
+    model = load(path).model
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert all(torch.equal(tensor, state()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_plain_data_of_training_arguments_is_read(tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        model="spach_ms_xxs_patch4_224_attn",
+        lr=np.float64(1e-3),
+        epochs=np.int64(300),
+        amp=np.bool_(True),
+        note=np.str_("run 1"),
+        dtype=np.dtype(">f4"),
+        big=np.array([7], ">i4")[0],
+        output=pathlib.PurePosixPath("/out"),
+        data=Path("/data"),
+        device=torch.device("cuda"),
+        betas=(0.9, 0.999),
+        tags={"a", "b"},
+        nested=argparse.Namespace(x=1),
+    )
+    content, _ = read_checkpoint(save(tmp_path, {"model": state(), "args": args}))
+    read = content["args"]
+    assert (read.lr, read.epochs, read.amp, read.note) == (1e-3, 300, True, "run 1")
+    assert repr(read.dtype) == "NumpyDtype(>f4)"
+    assert read.big == 7
+    assert read.output == pathlib.PurePosixPath("/out")
+    assert read.data == pathlib.PurePosixPath("/data")
+    assert read.nested.x == 1
+
+
+def test_names_of_other_versions_and_systems_are_read(tmp_path: Path) -> None:
+    """NumPy 1 called its module numpy.core, Python 3.13 has pathlib._local, and Windows has other paths."""
+    paths = [
+        pickled_call(b"pathlib\nWindowsPath", "C:\\", "data"),
+        pickled_call(b"pathlib._local\nPosixPath", "/", "a"),
+    ]
+    for path, expected in zip(paths, ("C:\\data", "/a"), strict=True):
+        assert str(read_checkpoint(legacy_file(tmp_path, path))[0]) == expected
+    # a scalar whose module name is the old one
+    scalar = pickle.dumps(np.float64(2.5), protocol=2)
+    for new in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
+        old = scalar.replace(b"numpy._core.multiarray", b"numpy.core.multiarray").replace(b"numpy.core.multiarray", new)
+        assert read_checkpoint(legacy_file(tmp_path, old))[0] == 2.5
+
+
+def pickled_call(function: bytes, *args: str) -> bytes:
+    """A pickle of protocol 2 that calls `function` (module and name, with a newline between)."""
+    words = b"".join(b"X" + len(arg).to_bytes(4, "little") + arg.encode() for arg in args)
+    return b"\x80\x02c" + function + b"\n(" + words + b"tR."
+
+
+def legacy_file(folder: Path, content: bytes) -> Path:
+    """A file in torch.save's format of before 1.6 whose object is the pickle `content`."""
+    magic, protocol = 0x1950A86A20F9469CFC6C, 1001
+    system = {"protocol_version": protocol, "little_endian": True, "type_sizes": {}}
+    head = b"".join(pickle.dumps(part, protocol=2) for part in (magic, protocol, system))
+    path = folder / "legacy.pth"
+    path.write_bytes(head + content + pickle.dumps([], protocol=2))
+    return path
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (os.system, "posix.system"),
+        (eval, "eval"),
+        (os.mkdir, "posix.mkdir"),
+        (getattr, "getattr"),
+        (Path.touch, "getattr"),
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, function: Any, name: str, zipped: bool) -> None:
+    victim = tmp_path / "victim"
+    commands = {os.system: f"touch {victim}", eval: f"open({str(victim)!r}, 'w')"}
+    evil = Call(function, commands.get(function, str(victim)))
+    path = save(tmp_path, {"model": state(), "args": evil}, _use_new_zipfile_serialization=zipped)
+    assert f"asks for {name}" in refusal(path, "ms_trans_xxs")
+    assert not victim.exists()
+
+
+def test_that_pickle_would_indeed_run_code(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    pickle.loads(pickle.dumps(Call(os.mkdir, str(victim))))
+    assert victim.exists()
+
+
+def test_a_whole_pickled_module_is_refused_by_its_class(tmp_path: Path) -> None:
+    text = refusal(save(tmp_path, torch.nn.Linear(2, 2)))
+    assert "torch.nn.modules.linear.Linear" in text
+    assert "save the weights alone" in text
+
+
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    assert "was refused" in refusal(save(tmp_path, {"args": np.array([1, "a"], dtype=object)}))
+
+
+@pytest.mark.parametrize("value", [np.datetime64("2024-01-01"), np.zeros(1, "i4,f8")[0], np.array([None])[:1]])
+def test_other_numpy_values_are_refused(tmp_path: Path, value: Any) -> None:
+    assert "Checkpoint" in refusal(save(tmp_path, {"model": state(), "args": {"value": value}}))
+
+
+@pytest.mark.parametrize("size", [-(2**31), -1, 0, 2**30, 10**12])
+def test_a_forged_numpy_string_is_harmless(tmp_path: Path, size: int) -> None:
+    """NumPy itself crashes on a string dtype whose state claims a negative size."""
+    honest = pickle.dumps(np.str_("ab"), protocol=2)
+    forged = honest.replace(b"K\x08K\x04K\x08t", pickle.dumps(size, protocol=2)[2:-1] + b"K\x04K\x08t")
+    assert forged != honest
+    assert read_checkpoint(legacy_file(tmp_path, forged))[0] == "ab"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\n  <html><body>404", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
+        (b"hello, this is text\n", "is not a PyTorch or safetensors file"),
+        (b"\x08\x07\x12\x07pytorch", "is not a PyTorch or safetensors file"),
+        (gzip.compress(b"x" * 100), "is compressed"),
+        (pickle.dumps({"a": 1}, protocol=2), "cannot be read"),
+        (pickle.dumps({"a": 1}, protocol=5), "cannot be read"),
+        (b"PK\x03\x04" + b"\0" * 100, "cut short or damaged"),
+        (b"\xff" * 8 + b"{", "cut short"),
+        (b"\x10" + b"\0" * 7 + b"{not json here!}", "cut short or damaged"),
+        (b"\x80", "cannot be read"),
+        (b"\0", "is not a PyTorch or safetensors file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_explained(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    assert says in refusal(path, "ms_trans_xxs")
+
+
+def test_other_archives_are_explained(tmp_path: Path) -> None:
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
+    assert "not one of torch.save" in refusal(tmp_path / "arrays.npz")
+    with tarfile.open(tmp_path / "old.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("tensors"), io.BytesIO())
+    assert "is a tar archive" in refusal(tmp_path / "old.tar")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as script:
+        for member in ("script/data.pkl", "script/constants.pkl", "script/code/__torch__.py"):
+            script.writestr(member, b"")
+    assert "TorchScript program" in refusal(tmp_path / "script.pt")
+
+
+def test_random_bytes_are_refused(tmp_path: Path) -> None:
+    for seed in range(50):
+        path = tmp_path / "random.pth"
+        path.write_bytes(np.random.default_rng(seed).bytes(1000))
+        assert "random.pth" in refusal(path, "ms_trans_xxs")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kept", [0.999, 0.5, 0.01, 0.0001])
+def test_files_cut_short_are_refused(tmp_path: Path, kind: str, kept: float) -> None:
+    path = tmp_path / "weights"
+    if kind == "safetensors":
+        safetensors.torch.save_file(state(), path)
+    else:
+        save(tmp_path, state(), "weights", _use_new_zipfile_serialization=kind == "zip")
+    os.truncate(path, int(path.stat().st_size * kept))
+    text = refusal(path, "ms_trans_xxs")
+    assert "cut short" in text
+    assert "Copy or download it again." in text
+
+
+def test_a_changed_bit_in_the_weights_is_seen(tmp_path: Path) -> None:
+    path = save(tmp_path, state())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+    assert "wrong checksum" in refusal(path)
+
+
+def test_a_file_saved_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tmp_path, state())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load(path).name == "ms_trans_xxs"
+
+
+def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a directory" in refusal(tmp_path)
+    assert "There is no checkpoint" in refusal(tmp_path / "absent.pth")
+    assert "not a regular file" in refusal(tmp_path / "pipe")
+    assert "not a regular file" in refusal(Path("/dev/zero"))
+    assert "cannot be read" in refusal(tmp_path / ("x" * 300))
+    assert "cannot be read" in refusal(Path("a\0b"))
+
+
+def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, state())
+
+    def denied(*_args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)  # by hand, as root may read everything
+    assert "cannot be read: Permission denied" in refusal(path)
