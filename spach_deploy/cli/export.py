@@ -1,0 +1,86 @@
+"""spach-export: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import command
+from spach_deploy.specs import Flavour, IODtype
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--list", "show_list", is_flag=True, help="Show all models and end.")
+@click.option("--list-rewrites", is_flag=True, help="Show the names that --no-rewrite takes and end.")
+@click.option("--recipe", type=opt.FILE, metavar="FILE", help="TOML recipe; the command line wins over it.")
+@click.option("--model", metavar="NAME", help="Model, such as ms_hybrid_s; inferred from the checkpoint if one fits.")
+@opt.checkpoint
+@opt.weights
+@click.option("--image-size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the square input.  [224]")
+@click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Classes; inferred from a checkpoint.")
+@click.option("--fp32", "precisions", flag_value="fp32", multiple=True, help="Single precision (the default).")
+@click.option("--fp16", "precisions", flag_value="fp16", multiple=True, help="Half precision, islands in FP32.")
+@click.option("--bf16", "precisions", flag_value="bf16", multiple=True, help="bfloat16, islands in FP32.")
+@opt.images
+@click.option("--io-dtype", type=click.Choice([d.value for d in IODtype]), help="What the caller sends.  [fp32]")
+@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Add the K best values and their indices.")
+@click.option("--softmax/--no-softmax", default=None, help="Add probabilities.")
+@click.option("--engine", type=click.Choice([f.value for f in Flavour]), help="Which TensorRT builds.  [auto]")
+@click.option("--gpu", metavar="LIST", help="GPUs, such as sm86,sm89 or rtx4090,l4; default: all from Ampere on.")
+@click.option("--batch", metavar="MIN:OPT:MAX", help="Batch sizes the engine accepts, or one number.  [1:8:32]")
+@click.option("--opt-level", type=click.IntRange(0, 5), help="The builder's optimization level.")
+@click.option("--workspace", metavar="SIZE", help="The builder's scratch memory, such as 2G or 512M.")
+@click.option("--timing-cache", type=opt.FILE, metavar="FILE", help="Keep tactic timings here (TensorRT).")
+@click.option("--tf32/--no-tf32", default=None, help="Allow TF32 in FP32 matrix products.  [--tf32]")
+@click.option("--version-compatible/--no-version-compatible", default=None, help="Plan for later TensorRT versions too.")
+@click.option("--hardware-compatible/--no-hardware-compatible", default=None, help="Plan for other Ampere+ GPUs too.")
+@click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out; may be repeated.")
+@click.option("-o", "--output", type=opt.FILE, metavar="DIR", help="The bundle.  [build/MODEL-PRECISION]")
+@click.option("--overwrite/--no-overwrite", default=None, help="Replace an earlier bundle in the same place.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of the summary.")
+@opt.debug
+@opt.version
+@command
+def main(
+    show_list: bool, list_rewrites: bool, recipe: Path | None, verbose: bool, as_json: bool, **given: Any
+) -> int | None:
+    """Export a SPACH model: ONNX graph, TensorRT engine and the evidence that both compute what PyTorch computes.
+
+    \b
+    spach-export --model ms_hybrid_s --fp16
+    spach-export --checkpoint run7.pth --fp16 --images val/ --gpu rtx4090,l4
+
+    Exit codes: 0 done and verified as far as this machine can, 1 the numbers disagree, 2 bad usage or input,
+    3 this machine cannot do it.
+    """
+    if show_list:
+        return _list(as_json)
+    if list_rewrites:
+        return _list_rewrites()
+    from spach_deploy.cli.export_options import export_options
+    from spach_deploy.cli.export_output import Progress, summary
+    from spach_deploy.pipeline import export
+
+    options = export_options(given, recipe)
+    with Progress(verbose=verbose) as progress:
+        result = export(options, progress)
+    click.echo(summary(result, verbose=verbose, as_json=as_json))
+    return 0
+
+
+def _list(as_json: bool) -> int:
+    from spach_deploy.cli.listing import models_as_json, models_as_table
+
+    click.echo(models_as_json() if as_json else models_as_table())
+    return 0
+
+
+def _list_rewrites() -> int:
+    from spach_deploy.cli.listing import rewrites_as_table
+
+    click.echo(rewrites_as_table())
+    return 0

@@ -1,0 +1,94 @@
+"""From command-line values and a recipe to `ExportOptions`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.cli.recipes import read_recipe
+from spach_deploy.errors import UsageError
+from spach_deploy.specs import (
+    BatchProfile,
+    EngineTarget,
+    ExportOptions,
+    Flavour,
+    IODtype,
+    ModelSpec,
+    OutputSpec,
+    Precision,
+    WeightSource,
+)
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions:
+    """Options from click's values, `precisions` being the precision flags that were given; a recipe fills the gaps.
+
+    Raises UsageError for contradictions and for what cannot be parsed.
+    """
+    values = dict(given)
+    values["precision"] = one_precision(values.pop("precisions"))
+    if recipe is not None:
+        values = {**read_recipe(recipe), **{name: value for name, value in values.items() if value not in (None, ())}}
+    return ExportOptions(
+        model=_model(values),
+        precision=Precision(values.get("precision") or "fp32"),
+        outputs=_outputs(values),
+        engine=_engine(values),
+        images=values.get("images"),
+        output=values.get("output"),
+        overwrite=bool(values.get("overwrite")),
+        disabled_rewrites=tuple(values.get("no_rewrite") or ()),
+    )
+
+
+def one_precision(given: tuple[str, ...]) -> str | None:
+    """The one precision flag, or None; UsageError for two different ones."""
+    chosen = list(dict.fromkeys(given))
+    if len(chosen) > 1:
+        flags = " and ".join(f"--{name}" for name in chosen)
+        raise UsageError(f"{flags} exclude each other: an engine has one precision.", "Give one of them.")
+    return chosen[0] if chosen else None
+
+
+def _model(values: Mapping[str, Any]) -> ModelSpec:
+    return ModelSpec(
+        name=values.get("model"),
+        checkpoint=values.get("checkpoint"),
+        weights=WeightSource(values.get("weights") or "model"),
+        image_size=values.get("image_size"),
+        num_classes=values.get("num_classes"),
+    )
+
+
+def _outputs(values: Mapping[str, Any]) -> OutputSpec:
+    return OutputSpec(IODtype(values.get("io_dtype") or "fp32"), values.get("top_k"), bool(values.get("softmax")))
+
+
+def _engine(values: Mapping[str, Any]) -> EngineTarget:
+    from spach_deploy.engine.gpus import parse_gpus
+
+    batch, gpus, workspace = values.get("batch"), values.get("gpu"), values.get("workspace")
+    tf32 = values.get("tf32")
+    return EngineTarget(
+        flavour=Flavour(values.get("engine") or "auto"),
+        gpus=parse_gpus(gpus) if gpus is not None else (),
+        batch=BatchProfile.parse(batch) if batch is not None else BatchProfile(),
+        opt_level=values.get("opt_level"),
+        workspace_bytes=parse_size(workspace) if workspace is not None else None,
+        timing_cache=values.get("timing_cache"),
+        tf32=True if tf32 is None else tf32,
+        version_compatible=bool(values.get("version_compatible")),
+        hardware_compatible=bool(values.get("hardware_compatible")),
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512M`, `2G` or a plain number (powers of 1024)."""
+    match = re.fullmatch(r"(\d{1,15})\s*([KMG]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise UsageError(f"--workspace {text!r} is not a size.", "Give 512M, 2G or a number of bytes.")
+    return int(match[1]) * _UNITS[match[2].upper()]

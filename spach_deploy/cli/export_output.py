@@ -1,0 +1,141 @@
+"""What spach-export shows: progress on stderr while it works, a summary on stdout when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from spach_deploy.cli.console import say
+from spach_deploy.phases import Phase
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from spach_deploy.pipeline import ExportResult
+
+
+class Progress:
+    """An observer that draws bars on a terminal, and plain lines with `verbose` or where there is no terminal."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._verbose = verbose
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: Any = None
+        self._build: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def started(self, phase: str) -> None:
+        """Show the phase as under way."""
+        self._task = self._bars.add_task(phase, total=None)
+
+    def finished(self, phase: Phase) -> None:
+        """Take the bar away; one line with `verbose`."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        if self._verbose:
+            self._say(f"{phase.name:<28} {phase.seconds:6.2f} s   peak {phase.peak_bytes / 1e9:5.2f} GB")
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self._say(text)
+
+    def building(self, event: Any) -> None:
+        """One bar for each of the builder's outermost phases."""
+        if event.parent is not None:
+            return
+        if event.finished:
+            task = self._build.pop(event.phase, None)
+            if task is not None:
+                self._bars.remove_task(task)
+            return
+        if event.phase not in self._build:
+            self._build[event.phase] = self._bars.add_task(f"engine: {event.phase}", total=event.steps or None)
+        self._bars.update(self._build[event.phase], completed=event.step)
+
+    def _say(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._bars.console.print(text, highlight=False, markup=False)
+        else:
+            say(text)
+
+
+def summary(result: ExportResult, *, verbose: bool, as_json: bool) -> str:
+    """The end of an export: what was made, what was proven and where it lies."""
+    content = dict(result.bundle.manifest.content)
+    if as_json:
+        return json.dumps(content, indent=2)
+    return "\n".join(_lines(result, content, verbose=verbose))
+
+
+def _lines(result: ExportResult, content: dict[str, Any], *, verbose: bool) -> Iterator[str]:
+    from spach_deploy.validation.table import as_text
+
+    model = content["model"]
+    if model["origin"] == "demo":
+        yield "DEMO WEIGHTS: this model was not trained; its answers mean nothing. Give --checkpoint FILE for yours."
+        yield ""
+    yield from _facts(content)
+    yield ""
+    yield as_text(result.validation)
+    if verbose:
+        yield ""
+        yield from _phases(content)
+    yield ""
+    yield f"Bundle: {_shown(result.bundle.path)}"
+
+
+def _facts(content: dict[str, Any]) -> Iterator[str]:
+    model, precision, engine, graph = content["model"], content["precision"], content["engine"], content["graph"]
+    yield f"model      {model['name']}, {model['image_size']} px, {model['num_classes']} classes"
+    yield f"graph      {graph['certificate']['nodes']} nodes, opset {graph['certificate']['opset']}, {precision['summary']}"
+    if engine["flavour"] == "none":
+        yield f"engine     none: {engine['reason']}"
+        return
+    yield f"engine     {engine['flavour']} {engine['version']} for {', '.join(engine['gpus'])}, batch {engine['batch']}"
+    yield f"           {_plan_facts(engine)}"
+
+
+def _plan_facts(engine: dict[str, Any]) -> str:
+    size = f"{engine['bytes'] / 1e6:.1f} MB"
+    kernels = engine["kernels"]
+    if kernels is None:
+        return f"{size}; kernels not known"
+    moved = "" if kernels["bytes_moved"] is None else f", {kernels['bytes_moved'] / 1e6:,.0f} MB moved at batch {kernels['batch']}"
+    return f"{size}, {kernels['total']} kernels, {kernels['fused_attentions']} fused attentions{moved}"
+
+
+def _phases(content: dict[str, Any]) -> Iterator[str]:
+    yield "phase                        seconds  peak GB"
+    for phase in content["phases"]:
+        yield f"{phase['name']:<28} {phase['seconds']:7.2f}  {phase['peak_bytes'] / 1e9:7.2f}"
+
+
+def _shown(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        return str(path.resolve().relative_to(Path.cwd()))
+    return str(path)

@@ -1,0 +1,90 @@
+"""Recipes: the options of spach-export in a TOML file. The command line wins over them; unknown keys are errors.
+
+A recipe's keys are the long options with `_` for `-`, at the top level:
+
+    model = "ms_hybrid_s"
+    precision = "fp16"
+    gpu = ["sm86", "sm89"]
+    batch = "1:8:32"
+
+Paths are relative to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.errors import UsageError
+from spach_deploy.specs import Flavour, IODtype, Precision, WeightSource
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_CHOICES = {
+    "precision": [p.value for p in Precision],
+    "io_dtype": [d.value for d in IODtype],
+    "engine": [f.value for f in Flavour],
+    "weights": [w.value for w in WeightSource],
+}
+_PATHS = ("checkpoint", "images", "output", "timing_cache")
+_LISTS = ("gpu", "no_rewrite")
+_NUMBERS = ("image_size", "num_classes", "top_k", "opt_level")
+_SWITCHES = ("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite")
+_TEXTS = ("model", "batch", "workspace")
+KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_SWITCHES, *_TEXTS))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Option values by name; UsageError for an unreadable file, an unknown key or a value of the wrong kind."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Recipe {path} cannot be read ({error.strerror}).", "Give a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"Recipe {path} is not TOML ({error}).", "See export/README.md for an example.") from None
+    return {key: _value(path, key, value) for key, value in content.items()}
+
+
+def _value(path: Path, key: str, value: Any) -> Any:
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(KEYS)}."
+        raise UsageError(f"Recipe {path} has an unknown key {key!r}.", hint)
+    if key in _PATHS:
+        return path.parent / _typed(path, key, value, str)
+    if key in _LISTS:
+        return _list(path, key, value)
+    if key in _CHOICES:
+        return _choice(path, key, _typed(path, key, value, str))
+    if key == "batch" and type(value) is int:
+        return str(value)
+    return _typed(path, key, value, int if key in _NUMBERS else bool if key in _SWITCHES else str)
+
+
+def _typed(path: Path, key: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise UsageError(f"Recipe {path}: {key} = {value!r} is not a {_NAMES[kind]}.", "See export/README.md.")
+    if kind is int and value < (0 if key == "opt_level" else 1):
+        raise UsageError(f"Recipe {path}: {key} = {value} is too small.", "See export/README.md.")
+    return value
+
+
+_NAMES: Mapping[type, str] = {str: "text", int: "whole number", bool: "true or false"}
+
+
+def _choice(path: Path, key: str, value: str) -> str:
+    if value not in _CHOICES[key]:
+        raise UsageError(f"Recipe {path}: {key} = {value!r} is unknown.", f"One of {', '.join(_CHOICES[key])}.")
+    return value
+
+
+def _list(path: Path, key: str, value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    texts = tuple(_typed(path, key, item, str) for item in items)
+    return ",".join(texts) if key == "gpu" else texts
