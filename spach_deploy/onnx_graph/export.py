@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import onnx
 from onnx import ModelProto
+from torch import nn
 
 from spach_deploy.errors import CertificateError
 from spach_deploy.onnx_graph.names import name_by_module
@@ -43,7 +44,7 @@ def export_canonical(model: StaticSpach, image_size: int) -> ModelProto:
     Raises CertificateError when the exporter or the simplifier fails.
     """
     prototype = make_prototype(model)
-    exported = _torch_export(prototype.model, image_size)
+    exported = torch_export(prototype.model, image_size)
     name_by_module(exported)
     simplified = simplify(exported)
     restore_block_boundaries(simplified)
@@ -57,7 +58,7 @@ def make_prototype(model: StaticSpach) -> Prototype:
     result = StaticSpach(model.stem, model.norm1, model.norm2, model.head)
     repeats: dict[str, list[str]] = {}
     for stage in model.stage_names:
-        kept: OrderedDict[str, object] = OrderedDict()
+        kept: OrderedDict[str, nn.Module] = OrderedDict()
         previous, representative = "", ""
         for index, layer in getattr(model, stage)._modules.items():
             kind = block_kind(layer) if isinstance(layer, StaticBlock) else ""
@@ -66,14 +67,8 @@ def make_prototype(model: StaticSpach) -> Prototype:
                 repeats[representative] = []
             repeats[representative].append(f"{stage}.{index}")
             previous = kind
-        result.add_stage(stage, _sequential(kept))
+        result.add_stage(stage, nn.Sequential(kept))
     return Prototype(result.eval(), {name: tuple(blocks) for name, blocks in repeats.items()})
-
-
-def _sequential(layers: OrderedDict[str, object]) -> object:
-    from torch import nn
-
-    return nn.Sequential(layers)  # type: ignore[arg-type]
 
 
 def block_kind(block: StaticBlock) -> str:
@@ -84,7 +79,8 @@ def block_kind(block: StaticBlock) -> str:
     return "/".join(str(part) for part in parts)
 
 
-def _torch_export(model: StaticSpach, image_size: int) -> ModelProto:
+def torch_export(model: StaticSpach, image_size: int) -> ModelProto:
+    """torch.onnx's own graph of `model`, every block traced."""
     import torch
 
     example = torch.zeros(_EXAMPLE_BATCH, 3, image_size, image_size)

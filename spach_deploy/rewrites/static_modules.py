@@ -96,9 +96,10 @@ class StaticSpatialMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens of each channel."""
-        x = x.reshape(-1, self.fc1.in_features, self.dim).transpose(1, 2)  # (B, N, C) -> (B, C, N)
+        tokens = self.fc1.in_features
+        x = x.reshape(-1, tokens, self.dim).transpose(1, 2).reshape(-1, tokens)  # (B, N, C) -> (B*C, N)
         x = self.fc2(self.act(self.fc1(x)))
-        return x.transpose(1, 2)  # (B, C, N) -> (B, N, C)
+        return x.reshape(-1, self.dim, tokens).transpose(1, 2)  # (B*C, N) -> (B, N, C)
 
 
 class StaticAttention(nn.Module):

@@ -89,7 +89,7 @@ def _prove_layer(path: str, old: nn.Module, new: nn.Module) -> list[Change]:
     assert isinstance(old, layers.MixingBlock)
     assert isinstance(new, static.StaticBlock)
     x = probe(2, old.cpe_net.grid[0] * old.cpe_net.grid[1], new.dim)
-    few = x[:, : static.FEW_TOKENS]
+    few = probe(2, static.FEW_TOKENS, new.dim)
     changes = [
         prove(NAME, f"{path}.cpe_net", double(old.cpe_net), double(new.cpe_net), x),
         prove(NAME, f"{path}.channel_func", double(old.channel_func), double(new.channel_func), few),

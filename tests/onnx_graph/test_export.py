@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto
+
+from spach_deploy.onnx_graph.certificate import certify
+from spach_deploy.onnx_graph.export import INPUT, LOGITS, make_prototype, simplify, torch_export
+from spach_deploy.onnx_graph.interface import add_interface
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.rewrites import rewrite
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.specs import IODtype, OutputSpec, Preprocessing
+from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, images, logits, relative_l2, small_model
+
+
+def canonical(kind: str) -> ModelProto:
+    return onnx.load_model_from_string(canonical_bytes(kind))
+
+
+def run(model: ModelProto, batch: np.ndarray) -> dict[str, np.ndarray]:
+    with OnnxRuntimeRunner(model.SerializeToString(), threads=1) as runner:
+        return runner.run({INPUT: batch})
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_stamped_graph_computes_what_pytorch_computes(kind: str) -> None:
+    model = canonical(kind)
+    for batch in (1, 3):
+        x = images(batch, seed=batch)
+        assert relative_l2(run(model, x)[LOGITS], logits(small_model(kind), x)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_target_passes_change_nothing_but_the_form(kind: str) -> None:
+    before, after = canonical(kind), canonical(kind)
+    changed = apply_passes(after, TENSORRT_PASSES)
+    blocks = sum(len(stage) for stage in CONFIGS[kind].stages)
+    assert len(changed["shift_depthwise"]) == blocks
+    assert len(changed["split_group_norm"]) == len(CONFIGS[kind].stages) - 1
+    assert not [n for n in after.graph.node if n.op_type == "Conv" and ".cpe_net." in n.name]
+    x = images(2)
+    assert relative_l2(run(after, x)[LOGITS], run(before, x)[LOGITS]) < 2e-6
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_both_forms_are_certified(kind: str) -> None:
+    modules = [name for name, _ in small_model(kind).named_modules()]
+    model = canonical(kind)
+    assert certify(model, modules).symbolic == "batch"
+    apply_passes(model, TENSORRT_PASSES)
+    add_interface(model, OutputSpec(IODtype.UINT8, top_k=3, softmax=True), Preprocessing.for_size(IMAGE_SIZE))
+    assert certify(model, modules).opset >= 20
+
+
+def test_a_pass_that_is_turned_off_leaves_the_convolution() -> None:
+    model = canonical("hybrid")
+    changed = apply_passes(model, TENSORRT_PASSES, disabled=["shift_depthwise"])
+    assert "shift_depthwise" not in changed
+    assert [n for n in model.graph.node if n.op_type == "Conv" and ".cpe_net." in n.name]
+
+
+def test_one_block_of_each_kind_is_exported() -> None:
+    prototype = make_prototype(rewrite(small_model("hybrid")).model)
+    assert prototype.repeats["layer3.1"] == ("layer3.1", "layer3.2", "layer3.3")
+    assert prototype.repeats["layer2.1"] == ("layer2.1",)
+
+
+def test_stamping_gives_the_graph_that_a_whole_export_gives() -> None:
+    static = rewrite(small_model("hybrid")).model
+    whole = simplify(torch_export(static, IMAGE_SIZE))
+    x = images(2)
+    assert relative_l2(run(canonical("hybrid"), x)[LOGITS], run(whole, x)[LOGITS]) < 2e-6
+
+
+def test_node_names_are_module_paths() -> None:
+    names = {node.name for node in canonical("hybrid").graph.node}
+    assert {"layer2.2.spatial_func.qkv/Gemm", "layer3.3.channel_func.fc1/Gemm", "stem.proj/Conv", "head/Gemm"} <= names
+
+
+def test_pixels_in_give_the_logits_of_normalized_images() -> None:
+    preprocessing = Preprocessing.for_size(IMAGE_SIZE)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    model, plain = canonical("conv"), canonical("conv")
+    add_interface(model, OutputSpec(IODtype.UINT8, top_k=3, softmax=True), preprocessing)
+    outputs = run(model, pixels)
+    normalized = ((pixels / 255.0 - preprocessing.mean) / preprocessing.std).astype(np.float32).transpose(0, 3, 1, 2)
+    expected = run(plain, np.ascontiguousarray(normalized))[LOGITS]
+    assert relative_l2(outputs[LOGITS], expected) < 2e-6
+    assert np.allclose(outputs["probabilities"].sum(axis=1), 1.0)
+    assert np.array_equal(outputs["top_indices"], np.argsort(-expected, axis=1)[:, :3])
+    assert np.array_equal(outputs["top_values"], np.take_along_axis(outputs[LOGITS], outputs["top_indices"], axis=1))

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spach_deploy.errors import RewriteError
+from spach_deploy.rewrites import REWRITES, rewrite
+from spach_deploy.rewrites.base import Outcome, prove
+from spach_deploy.rewrites.static_modules import StaticAttention, StaticBlock
+from tests.static_models import CONFIGS, images, logits, relative_l2, small_model
+
+NAMES = [step.name for step in REWRITES]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_static_model_equals_the_reference_in_fp32(kind: str, batch: int) -> None:
+    static = rewrite(small_model(kind)).model
+    x = images(batch)
+    assert relative_l2(logits(static, x), logits(small_model(kind), x)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("only", NAMES)
+def test_each_rewrite_alone_is_exact_algebra(kind: str, only: str) -> None:
+    disabled = [name for name in NAMES if name != only]
+    result = rewrite(small_model(kind), disabled)
+    assert result.outcomes[only].worst <= 1e-12
+    x = images(3)
+    # Folded weights are rounded to FP32 once, so the whole is held to FP32 rounding.
+    assert relative_l2(logits(result.model, x), logits(small_model(kind), x)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_reference_is_left_as_it_was(kind: str) -> None:
+    model = copy.deepcopy(small_model(kind))
+    before = copy.deepcopy(model.state_dict())
+    rewrite(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_that_no_rewrite_touches_are_not_copied() -> None:
+    model = small_model("hybrid")
+    static = rewrite(model).model
+    ours, theirs = dict(static.named_parameters()), dict(model.named_parameters())
+    name = "layer1.0.channel_func.fc1.weight"
+    assert ours[name].data_ptr() == theirs[name].data_ptr()
+
+
+def test_state_dict_keys_stay_the_published_ones() -> None:
+    published = set(small_model("hybrid").state_dict())
+    assert set(rewrite(small_model("hybrid")).model.state_dict()) <= published
+
+
+def test_a_shared_spatial_function_stays_shared() -> None:
+    static = rewrite(small_model("mlp_shared")).model
+    first = {block.spatial_func.fc1.weight.data_ptr() for block in static.modules() if isinstance(block, StaticBlock)}
+    assert len(first) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        ("trans", "fold_batchnorm", "without BatchNorm"),
+        ("conv", "fold_attention_scale", "no attention"),
+        ("mlp", "fold_layer_scale", "mixes tokens"),
+        ("conv", "fold_qkv_bias", "no attention"),
+    ],
+)
+def test_a_rewrite_that_does_not_apply_says_why(kind: str, name: str, reason: str) -> None:
+    outcome = rewrite(small_model(kind)).outcomes[name]
+    assert not outcome.changes
+    assert reason in outcome.skipped[0]
+
+
+def test_a_disabled_rewrite_is_not_applied() -> None:
+    result = rewrite(small_model("trans"), ["fold_attention_scale"])
+    scales = {m.scale for m in result.model.modules() if isinstance(m, StaticAttention)}
+    assert scales == {8**-0.5}
+    assert result.outcomes["fold_attention_scale"] == Outcome(skipped=("turned off with --no-rewrite",))
+
+
+def test_a_rewrite_that_changes_the_function_is_refused() -> None:
+    old, new = nn.Linear(8, 8).double(), nn.Linear(8, 8).double()
+    new.load_state_dict(old.state_dict())
+    new.weight.data[3, 4] += 1e-6
+    with pytest.raises(RewriteError, match=r"Rewrite halving changes what layer1\.0 computes"):
+        prove("halving", "layer1.0", old, new, torch.randn(4, 8, dtype=torch.float64))

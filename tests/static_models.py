@@ -1,0 +1,60 @@
+"""Small SPACH models with demo weights, one of every mixing type, that tests of several packages share."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spach_deploy.models.configs import SpachConfig
+from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph.export import export_canonical
+from spach_deploy.rewrites import rewrite
+
+IMAGE_SIZE = 32
+CLASSES = 11
+
+CONFIGS: dict[str, SpachConfig] = {
+    "conv": SpachConfig(16, 8, 2, (("conv",) * 3,)),
+    "trans": SpachConfig(16, 8, 2, (("trans",) * 3,), num_heads=2),
+    "mlp": SpachConfig(16, 8, 3, (("mlp",) * 3,)),
+    "mlp_shared": SpachConfig(16, 8, 2, (("mlp",) * 3,), shared_spatial=True),
+    "hybrid": SpachConfig(16, 4, 3, (("conv",) * 2, ("conv", "trans", "trans"), ("trans",) * 3), num_heads=4),
+    "hybrid_stem": SpachConfig(16, 4, 2, (("conv",) * 2, ("trans",) * 2), num_heads=2, conv_stem=True),
+    "ms_mlp": SpachConfig(16, 4, 2, (("conv",) * 2, ("mlp",) * 2), shared_spatial=True),
+}
+
+
+@functools.cache
+def small_model(kind: str) -> Spach:
+    """A model of `kind`; do not change it, tests share it."""
+    model = Spach(CONFIGS[kind], image_size=IMAGE_SIZE, num_classes=CLASSES).eval()
+    load_demo_weights(model)
+    return model
+
+
+@functools.cache
+def canonical_bytes(kind: str) -> bytes:
+    """The canonical FP32 graph of `small_model(kind)`, serialized."""
+    return export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE).SerializeToString()
+
+
+def images(count: int, seed: int = 0) -> NDArray[np.float32]:
+    """Normalized images (count, 3, S, S)."""
+    return np.random.default_rng(seed).standard_normal((count, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+
+
+def logits(model: torch.nn.Module, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits of `model` in its own precision."""
+    dtype = next(model.parameters()).dtype
+    with torch.inference_mode():
+        result: NDArray[np.float32] = model(torch.from_numpy(batch).to(dtype)).numpy()
+    return result
+
+
+def relative_l2(value: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
+    """||value - reference|| / ||reference||."""
+    return float(np.linalg.norm(value.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))
