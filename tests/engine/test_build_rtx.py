@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_graphs
 
 from spach_deploy.engine.build import EngineResult, build_engine, start_build
 from spach_deploy.engine.compile import ProgressEvent
@@ -17,6 +16,7 @@ from spach_deploy.errors import BuildError, PrecisionError, UsageError
 from spach_deploy.runtime.packages import is_installed
 from spach_deploy.runtime.plan_identity import plan_identity
 from spach_deploy.specs import BatchProfile, EngineTarget, Flavour, Precision
+from tests.engine import tiny_graphs
 
 pytestmark = pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")
 BATCH = BatchProfile(1, 2, 4)

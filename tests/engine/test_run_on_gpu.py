@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_graphs
 
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import FLAVOURS, EngineFlavour
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner, why_engine_cannot_run_here
 from spach_deploy.specs import BatchProfile, EngineTarget, Flavour, Precision
+from tests.engine import tiny_graphs
 
 
 def first_that_runs() -> EngineFlavour | None:
