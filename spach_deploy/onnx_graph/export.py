@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 import onnx
+import torch
 from onnx import ModelProto
 from torch import nn
 
@@ -23,6 +24,7 @@ from spach_deploy.errors import CertificateError
 from spach_deploy.onnx_graph.names import name_by_module
 from spach_deploy.onnx_graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.onnx_graph.stamp import stamp_blocks
+from spach_deploy.rewrites.base import own
 from spach_deploy.rewrites.static_modules import StaticBlock, StaticSpach
 
 OPSET = 20
@@ -54,21 +56,40 @@ def export_canonical(model: StaticSpach, image_size: int) -> ModelProto:
 
 
 def make_prototype(model: StaticSpach) -> Prototype:
-    """Keep the first of every run of blocks that differ in weights alone."""
+    """Keep the first of every run of blocks that differ in weights alone, with weights that have no special values.
+
+    Real weights may be zeros, ones or equal to each other, and optimizers act on that: what is true of one block's
+    weights would be stamped on all.
+    """
     result = StaticSpach(model.stem, model.norm1, model.norm2, model.head)
     repeats: dict[str, list[str]] = {}
+    generator = torch.Generator().manual_seed(0)
     for stage in model.stage_names:
         kept: OrderedDict[str, nn.Module] = OrderedDict()
         previous, representative = "", ""
         for index, layer in getattr(model, stage)._modules.items():
             kind = block_kind(layer) if isinstance(layer, StaticBlock) else ""
-            if not kind or kind != previous:
-                kept[index], representative = layer, f"{stage}.{index}"
-                repeats[representative] = []
-            repeats[representative].append(f"{stage}.{index}")
+            path = f"{stage}.{index}"
+            if kind and kind == previous:
+                repeats[representative].append(path)
+                continue
+            kept[index] = _with_ordinary_weights(layer, generator) if kind else layer
+            if kind:
+                representative = path
+                repeats[path] = [path]
             previous = kind
         result.add_stage(stage, nn.Sequential(kept))
     return Prototype(result.eval(), {name: tuple(blocks) for name, blocks in repeats.items()})
+
+
+def _with_ordinary_weights(block: nn.Module, generator: torch.Generator) -> nn.Module:
+    twin = own(block)
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.rand(parameter.shape, generator=generator) + 0.5
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    return twin
 
 
 def block_kind(block: StaticBlock) -> str:
@@ -81,8 +102,6 @@ def block_kind(block: StaticBlock) -> str:
 
 def torch_export(model: StaticSpach, image_size: int) -> ModelProto:
     """torch.onnx's own graph of `model`, every block traced."""
-    import torch
-
     example = torch.zeros(_EXAMPLE_BATCH, 3, image_size, image_size)
     with _quiet_exporter():
         program = torch.onnx.export(

@@ -81,6 +81,7 @@ def _stamp_run(
 ) -> list[NodeProto]:
     """All copies of one block, each fed by the one before; `stream` learns what now carries the block's output."""
     inside = {output for node in nodes for output in node.output}
+    _check_constants(graph, nodes, block)
     incoming = _incoming(graph, nodes, inside, block)
     outgoing = _outgoing(graph, nodes, inside, block)
     source = stream.get(incoming, incoming)
@@ -96,6 +97,19 @@ def _stamp_run(
         source = _moved(outgoing, block, copy)
     stream[outgoing] = source
     return result
+
+
+def _check_constants(graph: GraphProto, nodes: list[NodeProto], block: str) -> None:
+    """Float tensors in a block are its own parameters, under their own names; anything else could not be exchanged."""
+    known = initializers(graph)
+    read = {name: known[name] for node in nodes for name in node.input if name in known}
+    foreign = [
+        name
+        for name, tensor in read.items()
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) and not name.startswith(f"{block}.")
+    ]
+    if foreign:
+        raise CertificateError(f"Block {block} reads {sorted(foreign)}, which are not parameters of its own.")
 
 
 def _incoming(graph: GraphProto, nodes: list[NodeProto], inside: set[str], block: str) -> str:

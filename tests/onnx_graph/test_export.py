@@ -3,16 +3,18 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import ModelProto
 
 from spach_deploy.onnx_graph.certificate import certify
-from spach_deploy.onnx_graph.export import INPUT, LOGITS, make_prototype, simplify, torch_export
+from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical, make_prototype, simplify, torch_export
 from spach_deploy.onnx_graph.interface import add_interface
 from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.specs import IODtype, OutputSpec, Preprocessing
-from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, images, logits, relative_l2, small_model
+from tests.static_models import CLASSES, CONFIGS, IMAGE_SIZE, canonical_bytes, images, logits, relative_l2, small_model
 
 
 def canonical(kind: str) -> ModelProto:
@@ -46,7 +48,7 @@ def test_target_passes_change_nothing_but_the_form(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_both_forms_are_certified(kind: str) -> None:
-    modules = [name for name, _ in small_model(kind).named_modules()]
+    modules = [name for name, _ in small_model(kind).named_modules(remove_duplicate=False)]
     model = canonical(kind)
     assert certify(model, modules).symbolic == "batch"
     apply_passes(model, TENSORRT_PASSES)
@@ -91,3 +93,14 @@ def test_pixels_in_give_the_logits_of_normalized_images() -> None:
     assert np.allclose(outputs["probabilities"].sum(axis=1), 1.0)
     assert np.array_equal(outputs["top_indices"], np.argsort(-expected, axis=1)[:, :3])
     assert np.array_equal(outputs["top_values"], np.take_along_axis(outputs[LOGITS], outputs["top_indices"], axis=1))
+
+
+def test_special_weights_do_not_change_the_graph() -> None:
+    fresh = Spach(CONFIGS["hybrid"], image_size=IMAGE_SIZE, num_classes=CLASSES).eval()  # zeros, ones, equal tensors
+    torch.nn.init.normal_(fresh.head.weight, generator=torch.Generator().manual_seed(0))
+    model = export_canonical(rewrite(fresh).model, IMAGE_SIZE)
+    before = len(model.graph.node)
+    assert apply_passes(model, TENSORRT_PASSES)["split_group_norm"] == ("layer2.0.net.1.1", "layer3.0.net.1.1")
+    x = images(2)
+    assert relative_l2(run(model, x)[LOGITS], logits(fresh, x)) < 2e-6
+    assert abs(before - len(canonical("hybrid").graph.node)) <= 4  # Mul and Add of the two GroupNorms

@@ -14,6 +14,8 @@ decomposed normalization keeps no FP32 statistics of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
@@ -44,34 +46,40 @@ def split_group_norm(model: ModelProto) -> tuple[str, ...]:
     for node in list(graph.node):
         if node.op_type != "InstanceNormalization":
             continue
-        before, back = made[node.input[0]], read[node.output[0]][0]
-        scale = read[back.output[0]][0]
-        shift = read[scale.output[0]][0]
-        last = read[shift.output[0]]
-        if len(last) != 1 or not is_transpose(last[0], TO_CHANNELS_LAST):
+        before, chain = made[node.input[0]], _chain(graph, read, node)
+        if not is_transpose(chain[-1], TO_CHANNELS_LAST):
             continue
         name = owner(node.name)
-        epsilon = attributes(node).get("epsilon", 1e-5)
-        _store_constants(graph, name, _other(scale, back), _other(shift, scale), epsilon)
-        replacement[position[shift.name]] = _two_level(name, before.input[0], last[0].output[0])
-        replacement.update({position[old.name]: [] for old in (before, node, back, scale, last[0])})
+        channels = initializers(graph)[made[before.input[0]].input[1]].dims[0]
+        _store_constants(graph, name, chain, channels, attributes(node).get("epsilon", 1e-5))
+        replacement[position[chain[-1].name]] = _two_level(name, before.input[0], chain[-1].output[0])
+        replacement.update({position[old.name]: [] for old in (before, node, *chain[:-1])})
         changed.append(name)
     replace_nodes(graph, replacement)
     remove_unused_initializers(graph)
     return tuple(changed)
 
 
-def _other(node: NodeProto, producer: NodeProto) -> str:
-    """The input of a binary node that `producer` does not make."""
-    return next(name for name in node.input if name not in producer.output)
+def _chain(graph: GraphProto, read: Mapping[str, list[NodeProto]], node: NodeProto) -> list[NodeProto]:
+    """What follows the normalization: Reshape, then Mul and Add where weight and bias are not 1 and 0, then its reader."""
+    constants = initializers(graph)
+    chain = [read[node.output[0]][0]]
+    while len(following := read.get(chain[-1].output[0], [])) == 1:
+        chain.append(following[0])
+        if following[0].op_type not in ("Mul", "Add") or not any(name in constants for name in following[0].input):
+            break
+    return chain
 
 
-def _store_constants(graph: GraphProto, name: str, weight: str, bias: str, epsilon: object) -> None:
+def _store_constants(
+    graph: GraphProto, name: str, chain: list[NodeProto], channels: int, epsilon: object
+) -> None:
     known = initializers(graph)
-    for label, source in (("scale", weight), ("shift", bias)):
-        graph.initializer.append(constant(f"{name}.{label}", numpy_helper.to_array(known[source]).reshape(-1)))
-    if f"{name}.epsilon" not in known:
-        graph.initializer.append(constant(f"{name}.epsilon", np.array([epsilon], np.float32)))
+    for label, op_type, neutral in (("scale", "Mul", np.ones), ("shift", "Add", np.zeros)):
+        found = [known[i] for node in chain if node.op_type == op_type for i in node.input if i in known]
+        value = numpy_helper.to_array(found[0]).reshape(-1) if found else neutral(channels, np.float32)
+        graph.initializer.append(constant(f"{name}.{label}", value))
+    graph.initializer.append(constant(f"{name}.epsilon", np.array([epsilon], np.float32)))
     if "group_norm.channel" not in known:
         graph.initializer.append(constant("group_norm.channel", np.array([3], np.int64)))
         graph.initializer.append(constant("group_norm.tokens", np.array([1, 2], np.int64)))
