@@ -262,11 +262,14 @@ def writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def seal(staging: Path, sections: Mapping[str, Any]) -> Manifest:
-    """Write manifest.json with the hashes of all other files in `staging`, and flush everything to disk."""
+    """Write manifest.json with the hashes of the files in `staging`, and flush everything to disk.
+
+    The report is no part of what is hashed: validating again may write it again.
+    """
     files = {
         file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size}
         for file in sorted(staging.iterdir())
-        if file.name != MANIFEST
+        if file.name not in (MANIFEST, REPORT)
     }
     content = {"schema_version": SCHEMA_VERSION, **sections, "files": files}
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -47,18 +47,18 @@ class Certificate:
         return dataclasses.asdict(self)
 
 
-def certify(model: ModelProto, modules: Collection[str], shapes: ModelProto | None = None) -> Certificate:
+def certify(model: ModelProto, modules: Collection[str]) -> Certificate:
     """Check `model`; `modules` are the paths that node names may begin with.
 
-    `shapes` is the same graph with shapes inferred, where the caller has it. Raises CertificateError that lists every
-    broken promise with the nodes concerned.
+    Raises CertificateError that lists every broken promise with the nodes concerned.
     """
-    onnx.checker.check_model(model)
+    light = _without_large_weights(model)
+    _check_form(model, light)
     symbolic = _symbolic_dimensions(model)
     problems = [
         *_forbidden(model),
         *([f"more than one symbolic dimension: {', '.join(sorted(symbolic))}"] if len(symbolic) > 1 else []),
-        *_unknown_shapes(shapes or infer_shapes(model)),
+        *_unknown_shapes(infer_shapes(light)),
         *_unused(model),
         *_unnamed(model, modules),
     ]
@@ -69,11 +69,22 @@ def certify(model: ModelProto, modules: Collection[str], shapes: ModelProto | No
     return Certificate(_opset(model), len(model.graph.node), operators, next(iter(symbolic), None), named)
 
 
-def infer_shapes(model: ModelProto) -> ModelProto:
-    """`model` with every tensor's shape, its weights left behind (shapes do not depend on their values)."""
-    light = ModelProto()
-    light.CopyFrom(_without_large_weights(model))
-    return onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+def _check_form(model: ModelProto, light: ModelProto) -> None:
+    """onnx.checker on the graph and on each tensor; never on both at once, which would copy all weights."""
+    try:
+        onnx.checker.check_model(light)
+        for tensor in model.graph.initializer:
+            onnx.checker.check_tensor(tensor)
+    except onnx.checker.ValidationError as error:
+        raise CertificateError(f"The exported graph is not valid ONNX: {error}") from error
+
+
+def infer_shapes(light: ModelProto) -> ModelProto:
+    """A graph with every tensor's shape; weights may be inputs, shapes do not depend on their values."""
+    try:
+        return onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise CertificateError(f"Shapes of the exported graph contradict each other: {error}") from error
 
 
 def _without_large_weights(model: ModelProto) -> ModelProto:

@@ -1,0 +1,150 @@
+"""What manifest.json says of an export: sections of plain JSON, made from the stages' results."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+from typing import Any
+
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+from spach_deploy._version import __version__
+from spach_deploy.engine.build import EngineResult
+from spach_deploy.engine.network_facts import AchievedPrecision
+from spach_deploy.engine.plan_facts import PlanFacts
+from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.specs import ExportOptions, IODtype, Preprocessing
+from spach_deploy.stages import GraphStage, StaticStage, TypedStage
+
+_PACKAGES = (
+    *("torch", "einops", "numpy", "onnx", "onnxscript", "onnxsim", "onnxruntime", "polygraphy", "pillow"),
+    *("tensorrt", "tensorrt-rtx", "safetensors"),
+)
+
+
+def model_section(loaded: LoadedModel, options: ExportOptions) -> dict[str, Any]:
+    """Which model, with which weights."""
+    return {
+        "name": loaded.name,
+        "image_size": loaded.image_size,
+        "num_classes": loaded.num_classes,
+        "origin": loaded.origin,
+        "checkpoint": None if loaded.checkpoint_path is None else loaded.checkpoint_path.name,
+        "checkpoint_sha256": loaded.checkpoint_sha256,
+        "weights": options.model.weights.value,
+        "weights_sha256": loaded.weights_sha256,
+        "notes": list(loaded.notes),
+    }
+
+
+def preprocessing_section(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The evaluation transform."""
+    return dataclasses.asdict(preprocessing)
+
+
+def interface_sections(model: ModelProto, options: ExportOptions) -> dict[str, Any]:
+    """Inputs, outputs, batch."""
+    layout = "NHWC" if options.outputs.io_dtype is IODtype.UINT8 else "NCHW"
+    return {
+        "inputs": [_tensor(value, layout) for value in model.graph.input],
+        "outputs": [_tensor(value, "NC") for value in model.graph.output],
+        "output_options": {
+            "io_dtype": options.outputs.io_dtype.value,
+            "top_k": options.outputs.top_k,
+            "softmax": options.outputs.softmax,
+        },
+        "batch": dataclasses.asdict(options.engine.batch),
+    }
+
+
+def _tensor(value: ValueInfoProto, layout: str) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    name = "bfloat16" if kind.elem_type == TensorProto.BFLOAT16 else dtype.name
+    return {"name": value.name, "dtype": name, "shape": shape, "layout": layout}
+
+
+def graph_section(static: StaticStage, graph: GraphStage, typed: TypedStage) -> dict[str, Any]:
+    """What was rewritten, what it cost in FP32, and what the graph promises."""
+    return {
+        "certificate": typed.certificate.to_dict(),
+        "rewrites": {name: _outcome(outcome) for name, outcome in static.result.outcomes.items()},
+        "passes": {name: len(changed) for name, changed in graph.changed.items()},
+        "relative_l2": {
+            "static model": _by_batch(static.errors),
+            "exported graph": _by_batch(graph.errors),
+            "graph in its target's form": _by_batch(typed.errors),
+        },
+    }
+
+
+def _outcome(outcome: Any) -> dict[str, Any]:
+    return {"modules": len(outcome.changes), "worst_fp64": outcome.worst, "skipped": list(outcome.skipped)}
+
+
+def _by_batch(errors: dict[int, float]) -> dict[str, float]:
+    return {f"batch {batch}": error for batch, error in errors.items()}
+
+
+def engine_section(
+    engine: EngineResult | None,
+    achieved: AchievedPrecision | None,
+    facts: PlanFacts | None,
+    options: ExportOptions,
+    reason: str,
+) -> dict[str, Any]:
+    """The plan: who built it, for what, what it holds; or why there is none."""
+    if engine is None:
+        return {"flavour": "none", "reason": reason}
+    target = options.engine
+    return {
+        "flavour": engine.flavour.value,
+        "version": engine.flavour_version,
+        "gpus": [str(gpu) for gpu in engine.gpus],
+        "batch": str(engine.batch),
+        "bytes": len(engine.plan),
+        "tf32": target.tf32,
+        "opt_level": target.opt_level,
+        "workspace_bytes": target.workspace_bytes,
+        "version_compatible": target.version_compatible,
+        "hardware_compatible": target.hardware_compatible,
+        "layers_by_dtype": None if achieved is None else dict(achieved.layers_by_dtype),
+        "kernels": kernels(facts, engine.batch.opt),
+        "warnings": [{"text": text, "count": count} for text, count in engine.warnings],
+        "parse_seconds": round(engine.parse_seconds, 3),
+        "build_seconds": round(engine.build_seconds, 3),
+    }
+
+
+def kernels(facts: PlanFacts | None, batch: int) -> dict[str, Any] | None:
+    """The schedule in numbers; None where the plan's text could not be read."""
+    if facts is None:
+        return None
+    return {
+        "total": len(facts.kernels),
+        "by_kind": facts.kernels_by_kind,
+        "fused_attentions": facts.fused_attentions,
+        "batch": batch,
+        "bytes_moved": facts.bytes_moved(batch),
+    }
+
+
+def tools_section() -> dict[str, Any]:
+    """Versions of everything that had a hand in it, and when."""
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "tools": {"spach-deploy": __version__, "python": platform.python_version(), **_installed()},
+    }
+
+
+def _installed() -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

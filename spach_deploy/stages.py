@@ -1,0 +1,226 @@
+"""The stages that `pipeline.export` lists, up to the typed graph: each a function with a small frozen result."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from spach_deploy.data.preprocess import normalize, to_input
+from spach_deploy.data.probes import probe_source
+from spach_deploy.data.readers import ImageSource, batches, open_images
+from spach_deploy.errors import ImageError, MissingPackageError, UsageError
+from spach_deploy.models.checkpoint import LoadedModel, load_model
+from spach_deploy.onnx_graph.certificate import Certificate, certify
+from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.onnx_graph.interface import add_interface
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.phases import Phases
+from spach_deploy.precision.half import TypedGraph, TypingOptions, type_graph
+from spach_deploy.precision.ranges import RangeMeter
+from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.specs import ExportOptions, Flavour, IODtype, Preprocessing
+from spach_deploy.validation.exact import check_equal, prove_equal
+
+GOLDEN_IMAGES = 8
+"""Images in the golden pack, and those that every stage is proven on."""
+
+RANGE_IMAGES = 256
+"""At most this many of a user's images are looked at for ranges, spread evenly over the set."""
+
+EXACT_BATCHES = (1, 2)
+RANGE_BATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Photographs:
+    """The images an export is judged on, as uint8 (N, S, S, 3) and normalized float32 (N, 3, S, S)."""
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    names: tuple[str, ...]
+    pixels: NDArray[np.uint8]
+    images: NDArray[np.float32]
+    built_in: bool
+
+    def engine_input(self, io_dtype: IODtype) -> NDArray[np.generic]:
+        """The images as the engine's caller sends them."""
+        return to_input(self.pixels, self.preprocessing, io_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticStage:
+    """The static model, what each rewrite did, and how far the whole is from the reference at each batch size."""
+
+    result: RewriteResult
+    errors: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphStage:
+    """The FP32 graph in its target's form. `errors`: relative L2 of the exported graph at each batch size."""
+
+    model: ModelProto
+    certificate: Certificate
+    changed: dict[str, tuple[str, ...]]
+    errors: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TypedStage:
+    """The typed graph. `errors`: relative L2 of the FP32 graph in its target's form, at each batch size."""
+
+    graph: TypedGraph
+    certificate: Certificate
+    errors: dict[int, float]
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse what can be refused before any work."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
+    known = [step.name for step in (*REWRITES, *TENSORRT_PASSES)]
+    for name in options.disabled_rewrites:
+        if name not in known:
+            raise UsageError(f"There is no rewrite {name!r} to turn off.", f"One of {', '.join(known)}.")
+
+
+def load(options: ExportOptions, phases: Phases) -> LoadedModel:
+    """The reference model with its weights; what was inferred or unwrapped is said."""
+    loaded = load_model(options.model)
+    for note in loaded.notes:
+        phases.note(f"{note[0].upper()}{note[1:]}.")
+    return loaded
+
+
+def target_directory(options: ExportOptions, loaded: LoadedModel) -> Path:
+    """Where the bundle goes: --output, or build/MODEL-PRECISION."""
+    return options.output or Path("build") / f"{loaded.name}-{options.precision.value}"
+
+
+def read_photographs(options: ExportOptions, image_size: int, phases: Phases) -> Photographs:
+    """The golden images: the user's, spread evenly over the set, or the built-in photographs."""
+    built_in = options.images is None
+    source = probe_source() if options.images is None else open_images(options.images)
+    preprocessing = Preprocessing.for_size(image_size)
+    chosen = source.limit(GOLDEN_IMAGES)
+    parts = list(batches(chosen, preprocessing, GOLDEN_IMAGES))
+    if not parts:
+        raise ImageError(f"No image could be read from {source.description}.", "Give other --images.")
+    for skipped in chosen.skipped:
+        phases.note(f"Skipped {skipped.name}: {skipped.reason}.")
+    pixels = np.concatenate([part.pixels for part in parts])
+    names = tuple(name for part in parts for name in part.names)
+    if len(pixels) < GOLDEN_IMAGES:
+        phases.note(f"Only {len(pixels)} images to judge on; {GOLDEN_IMAGES} or more tell more.")
+    return Photographs(source, preprocessing, names, pixels, normalize(pixels, preprocessing), built_in)
+
+
+def reference_logits(loaded: LoadedModel, photographs: Photographs) -> NDArray[np.float32]:
+    """Logits (N, classes) of the reference model in FP32."""
+    logits = run_torch(loaded, photographs.images)
+    if not np.isfinite(logits).all():
+        raise UsageError("The reference model answers NaN or infinity in FP32.", "Check the checkpoint's weights.")
+    if not logits.any():
+        raise UsageError(
+            "The reference model answers exactly zero for every image, as a freshly initialised SPACH does, so nothing"
+            " could be compared.",
+            "Give a trained checkpoint, or none to use demo weights.",
+        )
+    return logits
+
+
+def run_torch(loaded: LoadedModel, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits of the loaded model."""
+    import torch
+
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = loaded.model(torch.from_numpy(images)).numpy()
+    return logits
+
+
+def rewrite_and_prove(
+    loaded: LoadedModel, photographs: Photographs, reference: NDArray[np.float32], options: ExportOptions
+) -> StaticStage:
+    """The static model, equal to the reference at several batch sizes."""
+    import torch
+
+    result = rewrite(loaded.model, options.disabled_rewrites)
+
+    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = result.model(torch.from_numpy(images)).numpy()
+        return logits
+
+    errors = prove_equal("static model", run, photographs.images, reference, EXACT_BATCHES)
+    return StaticStage(result, errors)
+
+
+def export_graph(
+    loaded: LoadedModel,
+    static: StaticStage,
+    photographs: Photographs,
+    reference: NDArray[np.float32],
+    options: ExportOptions,
+) -> GraphStage:
+    """The exported graph, equal to the reference; then in its target's form and with the caller's interface."""
+    model = export_canonical(static.result.model, loaded.image_size)
+    with OnnxRuntimeRunner(model.SerializeToString()) as runner:
+        errors = prove_equal(
+            "exported graph", lambda x: runner.run({INPUT: x})[LOGITS], photographs.images, reference, EXACT_BATCHES
+        )
+    passes = () if options.engine.flavour is Flavour.NONE else TENSORRT_PASSES
+    changed = apply_passes(model, passes, options.disabled_rewrites)
+    add_interface(model, options.outputs, photographs.preprocessing)
+    return GraphStage(model, certify(model, module_paths(loaded)), changed, errors)
+
+
+def module_paths(loaded: LoadedModel) -> list[str]:
+    """Paths of all modules, shared ones under each of their names."""
+    return [path for path, _ in loaded.model.named_modules(remove_duplicate=False)]
+
+
+def type_precision(
+    graph: GraphStage,
+    loaded: LoadedModel,
+    photographs: Photographs,
+    reference: NDArray[np.float32],
+    options: ExportOptions,
+    phases: Phases,
+) -> TypedStage:
+    """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified."""
+    meter = RangeMeter(graph.model, tensors=None if options.precision.is_half else ())
+    io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
+    feeds = photographs.engine_input(io_dtype)
+    errors: dict[int, float] = {}
+    for start in range(0, len(feeds), RANGE_BATCH):
+        batch = slice(start, start + RANGE_BATCH)
+        logits = meter.run({INPUT: np.ascontiguousarray(feeds[batch])})[LOGITS]
+        error = check_equal("graph in its target's form", logits, reference[batch])
+        errors[len(logits)] = max(error, errors.get(len(logits), 0.0))
+    described = f"the {len(feeds)} built-in photographs"
+    if not photographs.built_in and options.precision.is_half:
+        described = _measure_users_images(meter, photographs, io_dtype, phases)
+    options_of_typing = TypingOptions(io_dtype=options.outputs.io_dtype)
+    typed = type_graph(graph.model, options.precision, meter.ranges(described), options_of_typing)
+    return TypedStage(typed, certify(typed.model, module_paths(loaded)), errors)
+
+
+def _measure_users_images(meter: RangeMeter, photographs: Photographs, io_dtype: IODtype, phases: Phases) -> str:
+    """Look at more of the user's images, streamed; what was looked at, in words."""
+    chosen = photographs.source.limit(RANGE_IMAGES)
+    seen = 0
+    for batch in batches(chosen, photographs.preprocessing, RANGE_BATCH):
+        meter.run({INPUT: to_input(batch.pixels, photographs.preprocessing, io_dtype)})
+        seen += len(batch)
+    total = photographs.source.count
+    of_all = "" if total is None or total <= seen else f" of {total}, spread evenly"
+    described = f"{seen} images{of_all} from {photographs.source.description}"
+    phases.note(f"Ranges were measured on {described}.")
+    return described

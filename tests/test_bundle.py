@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spach_deploy import bundle as bundles
+from spach_deploy.bundle import Bundle, Manifest
+from spach_deploy.errors import BundleError
+
+SECTIONS: dict[str, Any] = {
+    "model": {"name": "ms_hybrid_s"},
+    "preprocessing": {},
+    "inputs": [{"name": "input", "dtype": "float32", "shape": [None, 3, 224, 224], "layout": "NCHW"}],
+    "outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 1000]}],
+    "batch": {"min": 1, "opt": 8, "max": 32},
+    "precision": {"asked": "fp16"},
+    "engine": {"flavour": "tensorrt-rtx"},
+    "validation": {},
+}
+
+
+def write(target: Path, graph: bytes = b"graph", *, overwrite: bool = False) -> None:
+    with bundles.writing(target, overwrite=overwrite) as staging:
+        (staging / bundles.GRAPH).write_bytes(graph)
+        (staging / bundles.PLAN).write_bytes(b"plan")
+        bundles.seal(staging, SECTIONS)
+
+
+def test_a_bundle_is_read_back(tmp_path: Path) -> None:
+    write(tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    assert bundle.manifest.inputs[0].shape == (None, 3, 224, 224)
+    assert bundle.plan == tmp_path / "b" / "engine.plan"
+    assert Bundle.open(tmp_path / "b" / "engine.plan").path == bundle.path
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_changed_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "b")
+    (tmp_path / "b" / bundles.GRAPH).write_bytes(b"grapH")
+    with pytest.raises(BundleError, match=r"model\.onnx was changed"):
+        Bundle.open(tmp_path / "b")
+    (tmp_path / "b" / bundles.PLAN).unlink()
+    with pytest.raises(BundleError, match=r"engine\.plan is missing; model\.onnx was changed"):
+        Bundle.open(tmp_path / "b")
+    assert Bundle.open(tmp_path / "b", verify=False).changed_files() == {
+        "engine.plan": "is missing",
+        "model.onnx": "was changed",
+    }
+
+
+def test_a_name_that_is_taken_is_refused_and_overwrite_replaces(tmp_path: Path) -> None:
+    write(tmp_path / "b", b"old")
+    with pytest.raises(BundleError, match="--overwrite"):
+        write(tmp_path / "b", b"new")
+    assert (tmp_path / "b" / bundles.GRAPH).read_bytes() == b"old"
+    write(tmp_path / "b", b"new", overwrite=True)
+    assert (tmp_path / "b" / bundles.GRAPH).read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_directory_that_is_no_bundle_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(BundleError, match="no bundle"):
+        write(tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+
+
+def test_an_error_in_the_middle_leaves_the_old_bundle(tmp_path: Path) -> None:
+    write(tmp_path / "b", b"old")
+
+    def interrupted() -> None:
+        with bundles.writing(tmp_path / "b", overwrite=True) as staging:
+            (staging / bundles.GRAPH).write_bytes(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert Bundle.open(tmp_path / "b").file(bundles.GRAPH).read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """A file-size limit stands in for a full disk: both end a write with OSError."""
+    with pytest.raises(BundleError, match="cannot be written"), bundles.writing(tmp_path / "b", overwrite=False) as staging:
+        raise OSError(27, "File too large", str(staging))
+    with pytest.raises(BundleError, match="No space left"), bundles.writing(tmp_path / "b", overwrite=False):
+        raise OSError(28, "No space left on device")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["file/b", "file"])
+def test_a_target_that_cannot_be_a_directory_is_refused(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(BundleError):
+        write(tmp_path / where)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not JSON"),
+        ("[1]", "not a spach-deploy manifest"),
+        ("{}", "not a spach-deploy manifest"),
+        ('{"schema_version": 99}', "schema version 99"),
+        ('{"schema_version": 1}', "lacks model"),
+        (json.dumps({"schema_version": 1, **SECTIONS, "files": 7}), "wrong kind"),
+        (json.dumps({"schema_version": 1, **SECTIONS, "files": {}, "inputs": [{"name": 3}]}), "wrong kind"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_hostile_manifest_is_one_sentence(text: str, reason: str) -> None:
+    with pytest.raises(BundleError, match=reason):
+        Manifest.parse(text, "manifest.json")
+
+
+def test_a_manifest_cannot_name_files_outside_the_bundle(tmp_path: Path) -> None:
+    write(tmp_path / "b")
+    path = tmp_path / "b" / bundles.MANIFEST
+    content = json.loads(path.read_text())
+    content["files"]["../../etc/passwd"] = {"sha256": "0", "bytes": 1}
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="is outside the bundle"):
+        Bundle.open(tmp_path / "b")
+
+
+@pytest.mark.parametrize("text", ["no bundle", ""])
+def test_what_is_no_bundle_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "notes.txt").write_text(text)
+    for path in (tmp_path / "notes.txt", tmp_path, tmp_path / "absent"):
+        with pytest.raises(BundleError):
+            Bundle.open(path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.test_bundle import write
+print("ready", flush=True)
+for turn in range(10_000):
+    write(Path(sys.argv[1]), bytes([turn % 251]) * 20_000, overwrite=True)
+"""
+
+
+def test_kills_at_many_moments_leave_a_whole_bundle(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    write(target, b"first")
+    chance = random.Random(7)
+    for _ in range(25):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert Bundle.open(target).plan is not None
+    write(target, b"last", overwrite=True)
+    assert os.listdir(tmp_path) == ["b"]  # what the killed ones left is gone
