@@ -1,0 +1,67 @@
+"""What the typing of a graph asks of its nodes and tensors: element types, and which operators only move numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from spach_deploy.errors import PrecisionError
+from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.precision.formats import decode, is_float
+
+VIEWS = frozenset(
+    ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Concat", "Pad")
+)
+"""Operators that move numbers and compute none: what they make lies within the range of what they read."""
+
+
+def element_types(model: ModelProto) -> dict[str, int]:
+    """ONNX element type of every tensor: inputs, constants and what nodes make.
+
+    Raises PrecisionError for a tensor whose type cannot be told.
+    """
+    inferred = onnx.shape_inference.infer_shapes(_without_weights(model)).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    types = {value.name: int(value.type.tensor_type.elem_type) for value in values}
+    types.update((tensor.name, int(tensor.data_type)) for tensor in model.graph.initializer)
+    unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
+    if unknown:
+        raise PrecisionError(f"The element type of {unknown[0]} cannot be told, so the graph cannot be typed.")
+    return types
+
+
+def _without_weights(model: ModelProto) -> ModelProto:
+    """The graph with its floating-point constants as inputs: types do not depend on their values."""
+    light = ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    graph = light.graph
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if is_float(tensor.data_type):
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            graph.initializer.append(tensor)
+    return light
+
+
+def is_view(node: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """Whether `node` only moves numbers. Padding counts when what it adds is zero."""
+    if node.op_type != "Pad" or len(node.input) < 3 or not node.input[2]:
+        return node.op_type in VIEWS
+    value = constants.get(node.input[2])
+    return value is not None and not decode(value).any()
+
+
+def view_sources(model: ModelProto) -> dict[str, tuple[str, ...]]:
+    """For every tensor that a view makes, the tensors it shows."""
+    constants = initializers(model.graph)
+    return {
+        output: tuple(node.input) if node.op_type == "Concat" else (node.input[0],)
+        for node in model.graph.node
+        if is_view(node, constants)
+        for output in node.output
+    }
