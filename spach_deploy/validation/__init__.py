@@ -1,0 +1,1 @@
+"""Comparison, tolerances, validation of bundles and their files, reports."""

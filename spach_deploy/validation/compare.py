@@ -1,12 +1,11 @@
-"""Compare the outputs of two forms of one model, and judge the difference. NumPy only, all sums in float64.
+"""Compare the outputs of two forms of one model. NumPy only, all sums in float64.
 
     comparison = compare_outputs({"logits": reference}, {"logits": candidate}, image_names=names)
-    verdict = judge(comparison, {"logits": Tolerance(rel_l2=2e-3, flip_margin=0.05, origin="measured")})
 
 The first axis of every output is the image. Names, dtypes and shapes come before values: whatever does not
 match there, is not finite, or could not have shown a fault (nothing compared, a reference of zeros or one
 that ignores its image) is a *problem*, and a comparison with a problem never passes. Differences of value
-are only measured here; `judge` holds them against tolerances.
+are only measured here; `verdict.judge` holds them against tolerances.
 
 Class scores are outputs (N, classes) of floats. For them a *flip* is an image whose best class differs. The
 reference margin of a flip is the reference's score of its own class minus its score of the candidate's
@@ -28,8 +27,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.errors import UsageError
-
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 Outputs = Mapping[str, Array]
@@ -42,7 +39,7 @@ _CLOSER = 0.1  # ... and is taken for it at a tenth of that distance
 
 
 @dataclasses.dataclass(frozen=True)
-class _Record:
+class Record:
     """Turns into plain JSON types; what JSON cannot say (inf, nan) becomes a string."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +48,7 @@ class _Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flip(_Record):
+class Flip(Record):
     """An image whose best class differs. Margins are in units of the scores, see the module's text."""
 
     image: int
@@ -63,7 +60,7 @@ class Flip(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreComparison(_Record):
+class ScoreComparison(Record):
     """What a classifier's user sees of a difference.
 
     `top1_agreement`: share of images without a flip. `top5_agreement`: mean share of the reference's best
@@ -81,7 +78,7 @@ class ScoreComparison(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputComparison(_Record):
+class OutputComparison(Record):
     """How far one float output is from its reference.
 
     `rel_l2`: norm of the difference over norm of the reference, over all images; `rel_l2_worst`: of the
@@ -108,7 +105,7 @@ class OutputComparison(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexDifference(_Record):
+class IndexDifference(Record):
     """A rank with another index. `gap`: difference of both classes' reference scores; None: not known."""
 
     image: int
@@ -120,7 +117,7 @@ class IndexDifference(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexComparison(_Record):
+class IndexComparison(Record):
     """How one integer output agrees. `agreement`: share of equal values. `ranks`: the scores it ranks."""
 
     name: str
@@ -132,48 +129,13 @@ class IndexComparison(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison(_Record):
+class Comparison(Record):
     """All that was compared: number of images, one result per output, and problems, one sentence each."""
 
     images: int
     outputs: tuple[OutputComparison, ...]
     indices: tuple[IndexComparison, ...]
     problems: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tolerance(_Record):
-    """What may differ in one output, and where that comes from.
-
-    `rel_l2` holds for every image by itself. `max_abs` and `flip_margin` are in units of the output; an
-    image may flip when its reference margin is at most `flip_margin`. `cosine_min` holds for every image.
-    `origin` says in words how the numbers were derived. Raises UsageError for numbers with which nothing
-    could fail.
-    """
-
-    rel_l2: float
-    max_abs: float | None = None
-    cosine_min: float | None = None
-    flip_margin: float = 0.0
-    origin: str = ""
-
-    def __post_init__(self) -> None:
-        for field in ("rel_l2", "max_abs", "flip_margin"):
-            value = getattr(self, field)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(
-                    f"A tolerance of {field}={value} means nothing.", "Give a number of 0 or more."
-                )
-        if self.cosine_min is not None and not -1 <= self.cosine_min <= 1:
-            raise UsageError(f"cosine_min={self.cosine_min} is no cosine.", "Give a number from -1 to 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict(_Record):
-    """Whether a comparison passed; `findings` says in one sentence each why not, and is empty when it did."""
-
-    passed: bool
-    findings: tuple[str, ...]
 
 
 def compare_outputs(
@@ -196,28 +158,6 @@ def compare_outputs(
     outputs = (_compare_float(n, reference, candidate, image_names, n not in not_scores) for n in floats)
     indices = (_compare_integer(n, reference, candidate, image_names, by) for n, by in ranked.items())
     return Comparison(_image_count(reference), tuple(outputs), tuple(indices), tuple(problems))
-
-
-def judge(comparison: Comparison, tolerances: Mapping[str, Tolerance]) -> Verdict:
-    """Hold `comparison` against one tolerance per output.
-
-    Every problem is a finding. So is an output without a tolerance, a tolerance without its output, and any
-    figure beyond its tolerance. An integer output needs no tolerance of its own where it ranks an output
-    that has one.
-    """
-    findings = list(comparison.problems)
-    for output in comparison.outputs:
-        findings += _judge_output(output, tolerances.get(output.name))
-    for index in comparison.indices:
-        findings += _judge_index(index, tolerances.get(index.name) or tolerances.get(index.ranks or ""))
-    compared = {o.name for o in comparison.outputs} | {i.name for i in comparison.indices}
-    if not compared and not findings:
-        findings.append("No output was compared.")
-    if not comparison.problems:
-        findings += [
-            f"Output '{n}' has a tolerance and was not compared." for n in tolerances if n not in compared
-        ]
-    return Verdict(not findings, tuple(findings))
 
 
 # Names, dtypes, shapes, and values that prove nothing
@@ -265,9 +205,7 @@ def _renamed(wanted: Array, unexpected: Outputs) -> str:
     return f"; '{best}' has its shape (relative L2 {distance:.3g} from it): was it renamed?"
 
 
-def _form_faults(
-    name: str, reference: Array, candidate: Array, promised: np.dtype[Any], images: int
-) -> Iterator[str]:
+def _form_faults(name: str, reference: Array, candidate: Array, promised: np.dtype[Any], images: int) -> Iterator[str]:
     dtypes = f"Output '{name}' has dtype {candidate.dtype}, the reference {reference.dtype}"
     if not (_is_number(reference) and _is_number(candidate)):
         yield f"{dtypes}: not numbers."
@@ -289,7 +227,7 @@ def _value_faults(name: str, reference: Array, candidate: Array, image_names: Se
         return
     for whose, array in (("reference", reference), ("candidate", candidate)):
         if images := _images_not_finite(array):
-            where = _listed([_label(i, _name(i, image_names)) for i in images])
+            where = listed([label(i, _name(i, image_names)) for i in images])
             yield f"Output '{name}' of the {whose} has NaN or infinite values in {where}."
     if not reference.any():
         yield f"Output '{name}' of the reference is zero everywhere: comparing it proves nothing."
@@ -366,9 +304,7 @@ class _ImageSums:
     def total(self) -> _ImageSums:
         """The same of all images together, as of one (1)."""
         fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return _ImageSums(
-            self.max_abs.max(keepdims=True), *(values.sum(keepdims=True) for values in fields[1:])
-        )
+        return _ImageSums(self.max_abs.max(keepdims=True), *(values.sum(keepdims=True) for values in fields[1:]))
 
     def rel_l2(self) -> Float64:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -528,72 +464,11 @@ def _gap(scores: Array | None, ours: Array, theirs: Array, image: int, rank: int
     return abs(float(scores[image, int(ours[image, rank])]) - float(scores[image, index]))
 
 
-# The verdict
-
-
-def _judge_output(output: OutputComparison, tolerance: Tolerance | None) -> list[str]:
-    if tolerance is None:
-        return [f"Output '{output.name}' has no tolerance, so nothing can be said of it."]
-    findings = [*_judge_figures(output, tolerance), *_judge_flips(output, tolerance)]
-    if findings and output.resembles:
-        findings.append(
-            f"Output '{output.name}' looks like the reference's '{output.resembles}': were they swapped?"
-        )
-    return findings
-
-
-def _judge_figures(output: OutputComparison, tolerance: Tolerance) -> Iterator[str]:
-    """`not a <= b` rather than `a > b`: a NaN must not pass."""
-    origin = f" ({tolerance.origin})" if tolerance.origin else ""
-    if not output.rel_l2_worst <= tolerance.rel_l2:
-        yield (
-            f"Output '{output.name}': relative L2 is {output.rel_l2_worst:.3g} in "
-            f"{_label(output.worst_image, output.worst_name)} and "
-            f"{output.rel_l2:.3g} overall; {tolerance.rel_l2:.3g} is allowed{origin}."
-        )
-    if tolerance.max_abs is not None and not output.max_abs <= tolerance.max_abs:
-        yield (
-            f"Output '{output.name}': the largest absolute error is {output.max_abs:.3g}; "
-            f"{tolerance.max_abs:.3g} is allowed{origin}."
-        )
-    if tolerance.cosine_min is not None and not output.cosine_worst >= tolerance.cosine_min:
-        yield (
-            f"Output '{output.name}': the smallest cosine of an image is {output.cosine_worst:.6g}; "
-            f"{tolerance.cosine_min:.6g} is required{origin}."
-        )
-
-
-def _judge_flips(output: OutputComparison, tolerance: Tolerance) -> list[str]:
-    flips = output.scores.flips if output.scores else ()
-    bad = [flip for flip in flips if not flip.reference_margin <= tolerance.flip_margin]
-    if not bad:
-        return []
-    return [
-        f"Output '{output.name}': {len(bad)} of {output.shape[0]} images change class although the reference "
-        f"prefers its own by more than {tolerance.flip_margin:.3g}: {_listed([_described(f) for f in bad])}."
-    ]
-
-
-def _judge_index(index: IndexComparison, tolerance: Tolerance | None) -> list[str]:
-    margin = tolerance.flip_margin if tolerance else 0.0
-    bad = [d for d in index.differences if d.gap is None or not d.gap <= margin]
-    if not bad:
-        return []
-    shown = _listed(
-        [f"{_label(d.image, d.name)} rank {d.rank}: {d.candidate} for {d.reference}" for d in bad]
-    )
-    return [f"Output '{index.name}': {len(bad)} indices differ by more than a tie: {shown}."]
-
-
 # Words and chunks
 
 
-def _described(flip: Flip) -> str:
-    classes = f"from {flip.reference_class} to {flip.candidate_class}"
-    return f"{_label(flip.image, flip.name)} {classes}, margin {flip.reference_margin:.3g}"
-
-
-def _label(image: int, name: str) -> str:
+def label(image: int, name: str) -> str:
+    """An image in words: its number and, where it has one, its name."""
     return f"image {image} ({name})" if name else f"image {image}"
 
 
@@ -601,7 +476,8 @@ def _name(image: int, image_names: Sequence[str]) -> str:
     return image_names[image] if image < len(image_names) else ""
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
+    """The first of a list's items, and how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return "; ".join(items[:_SHOWN]) + more
 
@@ -615,7 +491,7 @@ def _float64_chunks(reference: Array, candidate: Array) -> Iterator[tuple[Float6
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, _Record):
+    if isinstance(value, Record):
         return value.to_dict()
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]

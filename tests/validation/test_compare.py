@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pytest
 
 from spach_deploy.errors import UsageError
-from spach_deploy.validation.compare import Comparison, Tolerance, Verdict, compare_outputs, judge
+from spach_deploy.validation.compare import Comparison, compare_outputs
+from spach_deploy.validation.verdict import Tolerance, Verdict, judge
 
 Array = npt.NDArray[Any]
 IMAGES, CLASSES = 6, 50

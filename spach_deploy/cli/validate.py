@@ -1,0 +1,107 @@
+"""spach-validate: what a bundle's engine or graph computes, held against PyTorch in FP32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import command, say
+from spach_deploy.specs import WeightSource
+
+if TYPE_CHECKING:
+    from spach_deploy.validation.validate import Validation
+
+_IMAGES = "Compare on these images: a folder, a tar or an npz file. Without it, on the bundle's golden pack."
+_CHECKPOINT = "Run the reference from the checkpoint that the bundle was made from. Without it, its stored answers."
+_REPORT = "Write the report here.  [report.json in the bundle, where the target is one of its files]"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("target", type=opt.FILE)
+@click.option("--images", type=opt.FILE, metavar="PATH", help=_IMAGES)
+@click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Take at most N of --images, spread evenly.",
+)
+@click.option("--checkpoint", type=opt.FILE, metavar="FILE", help=_CHECKPOINT)
+@click.option(
+    "--weights",
+    type=click.Choice([source.value for source in WeightSource]),
+    help="Which weights of the checkpoint.  [those that the bundle was made from]",
+)
+@click.option("--accept", type=click.Choice(["graph"]), help="Exit with 0 where the graph agreed and no GPU is here.")
+@click.option("--report", type=opt.FILE, metavar="FILE", help=_REPORT)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of table and file.")
+@opt.debug
+@opt.version
+@command
+def main(
+    target: Path,
+    images: Path | None,
+    max_images: int,
+    checkpoint: Path | None,
+    weights: str | None,
+    accept: str | None,
+    report: Path | None,
+    as_json: bool,
+) -> int:
+    """Compare TARGET with PyTorch in FP32: a bundle's directory, its engine.plan or its model.onnx.
+
+    \b
+    spach-validate build/ms_hybrid_s-fp16/engine.plan
+    spach-validate build/ms_hybrid_s-fp16 --images val/ --checkpoint run7.pth
+
+    Two levels of evidence: `engine`, the plan itself ran here; `graph`, the graph that it was built from ran in ONNX
+    Runtime instead, because this machine cannot run the plan.
+
+    Exit codes: 0 agreed, 1 did not agree, 2 bad usage or input, 3 the graph agreed but the plan could not be run here
+    (0 with --accept graph).
+    """
+    from spach_deploy.validation.target import ValidationRequest, validate_target
+
+    request = ValidationRequest(
+        target=target,
+        images=images,
+        checkpoint=checkpoint,
+        weights=None if weights is None else WeightSource(weights),
+        max_images=max_images,
+        accept_graph=accept == "graph",
+    )
+    validation = validate_target(request, say)
+    _show(validation, as_json=as_json)
+    _write(validation, target, report, as_json=as_json)
+    return validation.exit_code
+
+
+def _show(validation: Validation, *, as_json: bool) -> None:
+    import sys
+
+    from spach_deploy.validation.report import as_json as report_text
+    from spach_deploy.validation.table import as_text
+
+    text = report_text(validation).rstrip() if as_json else as_text(validation, color=sys.stdout.isatty())
+    click.echo(text)
+
+
+def _write(validation: Validation, target: Path, report: Path | None, *, as_json: bool) -> None:
+    """The report file. Where the user named none, being unable to write into the bundle is no error."""
+    from spach_deploy.errors import UsageError
+    from spach_deploy.validation.report import write_report
+    from spach_deploy.validation.target import default_report
+
+    if report is not None:
+        write_report(validation, report)
+    elif not as_json and (default := default_report(target)) is not None:
+        try:
+            write_report(validation, default)
+        except UsageError as error:
+            say(error.message)
+            return
+        say(f"Report: {default}")

@@ -1,0 +1,64 @@
+"""What a manifest says, as the objects that a validation works with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from spach_deploy.bundle import MANIFEST, Bundle
+from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.specs import BatchProfile, Flavour, IODtype, OutputSpec, Precision, Preprocessing
+from spach_deploy.validation.tolerance import ToleranceSet
+
+_MODEL_ENTRIES = (
+    "name",
+    "image_size",
+    "num_classes",
+    "origin",
+    "checkpoint",
+    "checkpoint_sha256",
+    "weights",
+    "weights_sha256",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleFacts:
+    """A manifest, read. `tf32`: the engine may use TF32."""
+
+    precision: Precision
+    preprocessing: Preprocessing
+    outputs: OutputSpec
+    batch: BatchProfile
+    flavour: Flavour
+    tolerances: ToleranceSet
+    tf32: bool
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> BundleFacts:
+        """BundleError when the manifest has an entry of the wrong kind."""
+        content, where = bundle.manifest.content, str(bundle.path / MANIFEST)
+        try:
+            options, engine = content["output_options"], bundle.manifest.engine
+            _ = [bundle.manifest.model[name] for name in _MODEL_ENTRIES]
+            return cls(
+                precision=Precision(bundle.manifest.precision),
+                preprocessing=_preprocessing(content["preprocessing"]),
+                outputs=OutputSpec(IODtype(options["io_dtype"]), options["top_k"], bool(options["softmax"])),
+                batch=BatchProfile(**content["batch"]),
+                flavour=Flavour(engine["flavour"]),
+                tolerances=ToleranceSet.from_dict(content["validation"]["tolerances"], where),
+                tf32=bool(engine.get("tf32", False)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise BundleError(
+                f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again."
+            ) from None
+
+
+def _preprocessing(entry: Mapping[str, Any]) -> Preprocessing:
+    mean, std = ((float(r), float(g), float(b)) for r, g, b in (entry["mean"], entry["std"]))
+    size, resize = int(entry["image_size"]), int(entry["resize_size"])
+    return Preprocessing(size, resize, str(entry["interpolation"]), mean, std)

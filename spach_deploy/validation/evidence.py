@@ -1,0 +1,204 @@
+"""Run what was exported on images, and compare it with the reference: one piece of evidence per run.
+
+A graph runs in ONNX Runtime, a plan in TensorRT. The images go through in batches of different sizes, because a graph
+can be right at one and wrong at another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.errors import MismatchError, UnavailableError, UsageError
+from spach_deploy.runtime import Runner, TensorSpec
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
+from spach_deploy.specs import BatchProfile, Flavour, OutputSpec, Precision
+from spach_deploy.validation.compare import Comparison, compare_outputs
+from spach_deploy.validation.reference import INPUT, expected_outputs, promised_dtypes
+from spach_deploy.validation.tolerance import Bounds
+from spach_deploy.validation.verdict import Verdict, judge
+
+Array = npt.NDArray[Any]
+
+LARGEST_BATCH = 8
+"""Beyond it a CPU gains nothing and memory grows."""
+
+
+class Level(str, enum.Enum):
+    """What a run proves: `engine`, the plan itself; `graph`, the typed graph that it was built from."""
+
+    ENGINE = "engine"
+    GRAPH = "graph"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Images and the reference's answers. `inputs(start, stop)` gives inputs as the engine's caller sends them.
+
+    `logits` float32 (N, classes). `images` and `reference` say in words what the images are and who answered.
+    """
+
+    inputs: Callable[[int, int], Array] = dataclasses.field(repr=False)
+    logits: npt.NDArray[np.float32] = dataclasses.field(repr=False)
+    names: tuple[str, ...] = dataclasses.field(repr=False)
+    images: str
+    reference: str
+    outputs: OutputSpec = dataclasses.field(default_factory=OutputSpec)
+    batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed."""
+
+    level: Level
+    ran: str
+    batches: tuple[int, ...]
+    comparison: Comparison
+    bounds: Bounds
+    verdict: Verdict
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything agreed."""
+        return self.verdict.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "level": self.level.value,
+            "ran": self.ran,
+            "batches": list(self.batches),
+            "passed": self.passed,
+            "findings": list(self.verdict.findings),
+            "comparison": self.comparison.to_dict(),
+            "tolerances": self.bounds.to_dict(),
+        }
+
+
+def examine_graph(graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = "typed graph") -> Evidence:
+    """Run an ONNX graph in ONNX Runtime.
+
+    A graph that does not load, or takes other inputs, or fails while it runs is evidence that did not pass. Raises
+    UnavailableError where ONNX Runtime is missing or has no kernel for a node.
+    """
+    return _examine(OnnxRuntimeRunner(graph), Level.GRAPH, trial, bounds, ran)
+
+
+def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds) -> Evidence:
+    """The same in FP32 with every half tensor rounded to its type, so that what overflows on a GPU overflows here.
+
+    It is how a bfloat16 graph runs on a CPU at all. A graph that cannot be evaluated so is evidence that did not pass.
+    """
+    import onnx
+
+    from spach_deploy.precision.rounding import check_runtime_rounds, rounded_twin
+
+    check_runtime_rounds()
+    ran = "typed graph, every half tensor rounded,"
+    try:
+        typed = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
+        twin = rounded_twin(typed).SerializeToString()
+    except Exception as error:  # a foreign graph may hold anything
+        return _failed(Level.GRAPH, trial, bounds, ran, f"Its half tensors cannot be rounded one by one: {error}")
+    return _examine(OnnxRuntimeRunner(twin), Level.GRAPH, trial, bounds, ran)
+
+
+def examine_typed(
+    graph: Path | bytes, precision: Precision, trial: Trial, bounds: Bounds, *, rounded: bool = True
+) -> tuple[Evidence, ...]:
+    """What a CPU can tell of a typed graph.
+
+    FP32 and FP16 run as they are; but ONNX Runtime computes FP16 mostly in FP32 and hides overflow, so with `rounded`
+    FP16 is run once more with every half tensor rounded. bfloat16 only runs that way.
+    """
+    plain = () if precision is Precision.BF16 else (examine_graph(graph, trial, bounds),)
+    if precision is Precision.BF16 or (precision is Precision.FP16 and rounded):
+        return (*plain, examine_rounded(graph, trial, bounds))
+    return plain
+
+
+def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) -> Evidence:
+    """Run a plan through TensorRT. Raises UnavailableError where it cannot run here, UsageError when it is no plan."""
+    runner = TensorRTRunner(plan, flavour)
+    with runner:
+        return _run_and_judge(runner, Level.ENGINE, trial, bounds, "engine.plan")
+
+
+def plan_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
+    """Sizes in which `count` images go through: the smallest allowed first, then larger ones."""
+    largest = max(profile.min, min(profile.max, LARGEST_BATCH))
+    first = min(profile.min, count)
+    rest = count - first
+    whole, last = divmod(rest, largest)
+    return (first, *(largest for _ in range(whole)), *((last,) if last else ()))
+
+
+def _examine(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
+    try:
+        with runner:
+            return _run_and_judge(runner, level, trial, bounds, ran)
+    except UsageError as error:  # onnxruntime refused the graph
+        return _failed(level, trial, bounds, f"{ran} in {runner.name}", error.message)
+
+
+def _run_and_judge(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
+    ran = f"{ran} in {runner.name}"
+    if problem := _input_problem(runner.input_specs, trial):
+        return _failed(level, trial, bounds, ran, problem)
+    sizes = plan_batches(len(trial), trial.batch)
+    try:
+        parts = [runner.run({INPUT: array}) for array in _pieces(trial, sizes)]
+    except (UnavailableError, UsageError):
+        raise
+    except MismatchError as error:
+        return _failed(level, trial, bounds, ran, error.message)
+    except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return _failed(level, trial, bounds, ran, f"It failed while it ran: {reason}")
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    expected = expected_outputs(trial.logits, trial.outputs)
+    comparison = compare_outputs(expected, outputs, image_names=trial.names, dtypes=promised_dtypes(trial.outputs))
+    return Evidence(level, ran, sizes, comparison, bounds, judge(comparison, bounds.outputs))
+
+
+def _pieces(trial: Trial, sizes: tuple[int, ...]) -> Iterator[Array]:
+    start = 0
+    for size in sizes:
+        yield np.ascontiguousarray(trial.inputs(start, start + size))
+        start += size
+
+
+def _input_problem(specs: Mapping[str, TensorSpec], trial: Trial) -> str:
+    """Why it cannot be fed, in a sentence; empty where it can."""
+    example = trial.inputs(0, 1)
+    wanted = f"{INPUT} {example.dtype} {_shown((None, *example.shape[1:]))}"
+    spec = specs.get(INPUT)
+    fits = (
+        len(specs) == 1
+        and spec is not None
+        and spec.dtype == str(example.dtype)
+        and len(spec.shape) == example.ndim
+        and all(have in (None, want) for have, want in zip(spec.shape[1:], example.shape[1:], strict=True))
+    )
+    has = ", ".join(f"{name} {spec.dtype} {_shown(spec.shape)}" for name, spec in specs.items())
+    return "" if fits else f"Its inputs are not the bundle's: it has {has or 'none'}; the bundle has {wanted}."
+
+
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("batch" if extent is None else str(extent) for extent in shape) + ")"
+
+
+def _failed(level: Level, trial: Trial, bounds: Bounds, ran: str, problem: str) -> Evidence:
+    comparison = Comparison(len(trial), (), (), (problem,))
+    return Evidence(level, ran, (), comparison, bounds, judge(comparison, bounds.outputs))

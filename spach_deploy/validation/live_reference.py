@@ -1,0 +1,146 @@
+"""The reference rebuilt: PyTorch in FP32 with the very weights that a bundle was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.data.preprocess import normalize, to_input
+from spach_deploy.data.readers import ImageSource, batches, open_images
+from spach_deploy.errors import CheckpointError, UsageError
+from spach_deploy.specs import IODtype, ModelSpec, Preprocessing, WeightSource
+from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.evidence import LARGEST_BATCH, Trial
+from spach_deploy.validation.precision_loss import evaluate
+from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances
+
+if TYPE_CHECKING:
+    from spach_deploy.models.checkpoint import LoadedModel
+
+Say = Callable[[str], None]
+Float32Array = npt.NDArray[np.float32]
+
+_LOSS_IMAGES = 8  # more than in an export, which has less time
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Where the user says the bundle's weights are: a checkpoint and which of its weights, None for what it was."""
+
+    checkpoint: Path | None = None
+    source: WeightSource | None = None
+
+
+def rebuild(section: dict[str, Any], weights: Weights) -> LoadedModel:
+    """The reference model of a bundle whose manifest has the model section `section`.
+
+    Raises UsageError when the weights are needed and not given, CheckpointError when they are others.
+    """
+    from spach_deploy.models import load_model
+
+    if section["origin"] == "checkpoint" and weights.checkpoint is None:
+        raise UsageError(
+            "The bundle holds the reference's answers to its golden images only; for others the reference is needed.",
+            f"Give --checkpoint FILE: {section['checkpoint']}, SHA-256 {section['checkpoint_sha256']}.",
+        )
+    source = weights.source or WeightSource(section["weights"])
+    loaded = load_model(
+        ModelSpec(
+            name=section["name"],
+            checkpoint=weights.checkpoint,
+            weights=source if weights.checkpoint is not None else WeightSource.MODEL,
+            image_size=section["image_size"],
+            num_classes=section["num_classes"],
+        )
+    )
+    if loaded.weights_sha256 != section["weights_sha256"]:
+        raise _other_weights(loaded, section, source)
+    return loaded
+
+
+def _other_weights(loaded: LoadedModel, section: dict[str, Any], source: WeightSource) -> CheckpointError:
+    ours, theirs = loaded.weights_sha256[:16], str(section["weights_sha256"])[:16]
+    made_of = f"from {section['checkpoint']}" if section["origin"] == "checkpoint" else "with demo weights"
+    given = (
+        "This version's demo weights"
+        if loaded.checkpoint_path is None
+        else f"{loaded.checkpoint_path} ({source.value})"
+    )
+    return CheckpointError(
+        f"The bundle was made {made_of}, weights {theirs}; {given} has others, weights {ours}.",
+        "Give the checkpoint that the bundle was made from, and --weights ema where these were taken."
+        if section["origin"] == "checkpoint"
+        else "Leave --checkpoint out, or export the bundle again.",
+    )
+
+
+def rebuilt_on_golden(section: dict[str, Any], facts: BundleFacts, trial: Trial, weights: Weights, say: Say) -> Trial:
+    """The golden images answered by the reference rebuilt."""
+    say("Rebuilding the reference.")
+    loaded = rebuild(section, weights)
+    images = _as_images(trial.inputs(0, len(trial)), facts)
+    return dataclasses.replace(trial, logits=_answers(loaded, images), reference=_described(loaded))
+
+
+def rebuilt_on_images(
+    section: dict[str, Any], facts: BundleFacts, path: Path, max_images: int, weights: Weights, say: Say
+) -> tuple[Trial, ToleranceSet]:
+    """A user's images answered by the reference rebuilt, and tolerances derived on them.
+
+    At most `max_images`, spread evenly over the set. Raises ImageError when there is none.
+    """
+    source = open_images(path)
+    loaded = rebuild(section, weights)
+    names, pixels = _read(source.limit(max_images), facts.preprocessing, say)
+    say(f"Running the reference on {len(names)} images.")
+    images = normalize(pixels, facts.preprocessing)
+    logits = _answers(loaded, images)
+    trial = Trial(
+        inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.outputs.io_dtype),
+        logits=logits,
+        names=names,
+        images=_counted(source, len(names)),
+        reference=_described(loaded),
+        outputs=facts.outputs,
+        batch=facts.batch,
+    )
+    say("Deriving tolerances on these images.")
+    tolerances = derive_tolerances(
+        loaded.model, images, logits, facts.precision, facts.outputs, tf32=facts.tf32, loss_images=_LOSS_IMAGES
+    )
+    return trial, tolerances
+
+
+def _read(source: ImageSource, preprocessing: Preprocessing, say: Say) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+    parts = list(batches(source, preprocessing, LARGEST_BATCH))
+    for skipped in source.skipped:
+        say(f"Skipped {skipped}")
+    return tuple(name for part in parts for name in part.names), np.concatenate([part.pixels for part in parts])
+
+
+def _counted(source: ImageSource, used: int) -> str:
+    total = source.count
+    of_all = f" of {total}, spread evenly" if total is not None and total > used else ""
+    return f"from {source.description}{of_all}"
+
+
+def _as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
+    """What an engine's caller sends, as float32 (N, 3, S, S)."""
+    if facts.outputs.io_dtype is IODtype.UINT8:
+        return normalize(inputs, facts.preprocessing)
+    return inputs.astype(np.float32)
+
+
+def _answers(loaded: LoadedModel, images: Float32Array) -> Float32Array:
+    starts = range(0, len(images), LARGEST_BATCH)
+    return np.concatenate([evaluate(loaded.model, images[start : start + LARGEST_BATCH]) for start in starts])
+
+
+def _described(loaded: LoadedModel) -> str:
+    source = "demo weights" if loaded.checkpoint_path is None else loaded.checkpoint_path.name
+    return f"PyTorch in FP32, run here with {source}"

@@ -1,0 +1,116 @@
+"""What PyTorch itself loses when a model's numbers are stored in another format.
+
+The model is evaluated in FP32 with its input, every weight and every module's output rounded to the format. Sums inside
+a module stay FP32, which is what a GPU's tensor cores do: they multiply 16-bit numbers and accumulate in FP32. So this
+is the loss that no engine of that precision can avoid, and it costs about as much as one FP32 evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.specs import Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Float32Array = npt.NDArray[np.float32]
+Rounding = Callable[["Tensor"], "Tensor"]
+
+_FP16_LIMIT = 65_504.0
+_TF32_DROPPED_BITS = 13  # of FP32's 23: TF32 keeps 10
+
+
+class Arithmetic(str, enum.Enum):
+    """Format in which tensors are stored or, for TF32, enter a matrix product."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @classmethod
+    def of(cls, precision: Precision, *, tf32: bool = False) -> Arithmetic:
+        """That of an engine of `precision`; TF32 only concerns FP32 engines on a GPU."""
+        return cls.TF32 if tf32 and precision is Precision.FP32 else cls(precision.value)
+
+
+def evaluate(model: nn.Module, images: Float32Array, arithmetic: Arithmetic = Arithmetic.FP32) -> Float32Array:
+    """Answer of `model` (float32, evaluation mode) to `images` (N, 3, S, S), as `arithmetic` stores its tensors."""
+    import torch
+
+    if arithmetic is Arithmetic.FP32:
+        with torch.inference_mode():
+            exact: Float32Array = model(torch.from_numpy(images)).numpy()
+        return exact
+    rounding = _ROUNDINGS[arithmetic]
+    with torch.inference_mode(), _outputs_rounded(model, rounding):
+        answer: Float32Array = _with_tensors(model, rounding, rounding(torch.from_numpy(images))).numpy()
+    return answer
+
+
+def evaluate_fp64(model: nn.Module, images: Float32Array) -> npt.NDArray[np.float64]:
+    """Answer of `model` to `images` with every weight and every operation in FP64; `model` itself stays as it is."""
+    import torch
+
+    with torch.inference_mode():
+        answer: npt.NDArray[np.float64] = _with_tensors(
+            model, lambda tensor: tensor.double(), torch.from_numpy(images).double()
+        ).numpy()
+    return answer
+
+
+def _with_tensors(model: nn.Module, convert: Rounding, images: Tensor) -> Tensor:
+    """The model's answer with each of its floating tensors converted, once where several modules share one."""
+    import torch
+
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: convert(tensor) for name, tensor in named.items() if tensor.is_floating_point()}
+    answer: Tensor = torch.func.functional_call(model, tensors, (images,))
+    return answer
+
+
+@contextlib.contextmanager
+def _outputs_rounded(model: nn.Module, rounding: Rounding) -> Iterator[None]:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return rounding(output)
+
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _to_fp16(tensor: Tensor) -> Tensor:
+    """Rounded to FP16; what FP16 cannot hold stays, since the precision policy keeps such tensors in FP32."""
+    rounded = tensor.half().float()
+    return rounded if bool(rounded.abs().amax() <= _FP16_LIMIT) else tensor.where(rounded.isinf(), rounded)
+
+
+def _to_bf16(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16().float()
+
+
+def _to_tf32(tensor: Tensor) -> Tensor:
+    """Round the significand to TF32's 10 bits, ties to even."""
+    import torch
+
+    bits = tensor.contiguous().view(torch.int32)
+    half = (1 << (_TF32_DROPPED_BITS - 1)) - 1
+    nearest = bits + half + ((bits >> _TF32_DROPPED_BITS) & 1)
+    return (nearest & ~((1 << _TF32_DROPPED_BITS) - 1)).view(torch.float32)
+
+
+_ROUNDINGS: dict[Arithmetic, Rounding] = {
+    Arithmetic.FP16: _to_fp16,
+    Arithmetic.BF16: _to_bf16,
+    Arithmetic.TF32: _to_tf32,
+}

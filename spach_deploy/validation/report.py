@@ -1,0 +1,28 @@
+"""report.json: a validation in full."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+from spach_deploy.errors import UsageError
+from spach_deploy.validation.validate import Validation
+
+
+def as_json(validation: Validation) -> str:
+    """The report as text."""
+    return json.dumps(validation.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def write_report(validation: Validation, path: Path) -> None:
+    """Write the report in one step: a killed run leaves the old file. UsageError where it cannot be written."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        draft.write_text(as_json(validation), encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise UsageError(f"The report {path} cannot be written ({reason}).", "Choose another --report FILE.") from None

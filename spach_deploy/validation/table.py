@@ -1,0 +1,155 @@
+"""A validation as a table that a person can read, at 80 columns."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from spach_deploy.validation.compare import IndexComparison, OutputComparison, ScoreComparison
+from spach_deploy.validation.evidence import Evidence
+from spach_deploy.validation.validate import Validation
+from spach_deploy.validation.verdict import Tolerance
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+WIDTH = 80
+_FLIPS_SHOWN = 5
+Row = tuple[str, str, str, str]
+
+DEMO_WARNING = "DEMO WEIGHTS, not trained: the numbers below compare arithmetic, the answers mean nothing."
+
+
+def as_text(validation: Validation, *, width: int = WIDTH, color: bool = False) -> str:
+    """The whole table as text, without a newline at its end. `color`: with terminal colours."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False)
+    for part in _parts(validation, width):
+        console.print(part)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+
+
+def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    if validation.subject.is_demo:
+        yield Text(DEMO_WARNING, style="bold yellow")
+        yield ""
+    yield from _head(validation, width)
+    for item in validation.evidence:
+        yield from _evidence(item, width)
+    yield ""
+    for finding in validation.all_findings:
+        yield Text(_wrapped(f"x {finding}", width, 2), style="red")
+    for note in validation.notes:
+        yield Text(_wrapped(f"- {note}", width, 2))
+    if validation.all_findings or validation.notes:
+        yield ""
+    verdict, style = ("AGREED", "bold green") if validation.passed else ("DID NOT AGREE", "bold red")
+    yield Text(f"{verdict} with PyTorch in FP32.", style=style)
+    yield Text(_wrapped(validation.level_sentence(), width, 0))
+
+
+def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    subject, trial = validation.subject, validation.trial
+    facts = {
+        "target": subject.target,
+        "model": f"{subject.model}, {subject.precision}",
+        "images": f"{len(trial)}: {trial.images}",
+        "reference": trial.reference,
+    }
+    for name, value in facts.items():
+        yield Text(_wrapped(f"{name:<11}{value}", width, 11))
+
+
+def _evidence(item: Evidence, width: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    yield ""
+    batches = f", batches of {_sizes(item.batches)}" if item.batches else ""
+    yield Text(_wrapped(f"{item.ran[0].upper()}{item.ran[1:]}{batches}", width, 2), style="bold")
+    for output in item.comparison.outputs:
+        yield _output_table(output, item.bounds.outputs.get(output.name))
+    for index in item.comparison.indices:
+        yield _index_table(index)
+    yield Text(_wrapped(f"  allowed: {item.bounds.sentence}", width, 11), style="dim")
+
+
+def _sizes(batches: tuple[int, ...]) -> str:
+    sizes = sorted(set(batches))
+    return " and ".join(str(size) for size in sizes)
+
+
+def _output_table(output: OutputComparison, tolerance: Tolerance | None) -> Table:
+    shape = " x ".join(str(size) for size in output.shape)
+    table = _table(f"{output.name} {output.dtype} {shape}")
+    for row in _output_rows(output, tolerance):
+        table.add_row(*row)
+    return table
+
+
+def _table(title: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
+    table.add_column(title, no_wrap=True)
+    table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("allowed", justify="right", no_wrap=True)
+    table.add_column("where", overflow="ellipsis", no_wrap=True)
+    return table
+
+
+def _output_rows(output: OutputComparison, tolerance: Tolerance | None) -> Iterator[Row]:
+    worst = output.worst_name or f"image {output.worst_image}"
+    allowed = tolerance or Tolerance(0.0)
+    yield "relative L2, worst image", f"{output.rel_l2_worst:.2e}", f"{allowed.rel_l2:.2e}", worst
+    yield "relative L2, all images", f"{output.rel_l2:.2e}", "", ""
+    yield "max absolute error", f"{output.max_abs:.2e}", _number(allowed.max_abs, ".2e"), ""
+    yield "mean absolute error", f"{output.mean_abs:.2e}", "", ""
+    yield "cosine, worst image", f"{output.cosine_worst:.8f}", _number(allowed.cosine_min, ".8f"), ""
+    yield "signal to noise", f"{output.snr_db:.1f} dB", "", ""
+    if output.scores is not None:
+        yield from _score_rows(output.scores, allowed, output.shape[0])
+
+
+def _score_rows(scores: ScoreComparison, allowed: Tolerance, images: int) -> Iterator[Row]:
+    yield "top-1 agreement", f"{scores.top1_agreement:.2%}", "", ""
+    if scores.top5_agreement is not None:
+        yield "top-5 agreement", f"{scores.top5_agreement:.2%}", "", ""
+    yield "KL divergence, mean", f"{scores.kl_mean:.1e} nat", "", ""
+    yield "KL divergence, worst", f"{scores.kl_worst:.1e} nat", "", ""
+    yield "images that change class", f"{len(scores.flips)} of {images}", f"<{allowed.flip_margin:.2e}", "by margin"
+    for flip in scores.flips[:_FLIPS_SHOWN]:
+        name = flip.name or f"image {flip.image}"
+        yield f"  class {flip.reference_class} to {flip.candidate_class}", f"{flip.reference_margin:.2e}", "", name
+    if len(scores.flips) > _FLIPS_SHOWN:
+        yield f"  and {len(scores.flips) - _FLIPS_SHOWN} more", "", "", ""
+
+
+def _index_table(index: IndexComparison) -> Table:
+    table = _table(f"{index.name} {index.dtype} {' x '.join(str(size) for size in index.shape)}")
+    table.add_row("equal", f"{index.agreement:.2%}", "ties only", f"ranks {index.ranks}" if index.ranks else "")
+    for difference in index.differences[:_FLIPS_SHOWN]:
+        gap = "no tie" if difference.gap is None else f"gap {difference.gap:.2e}"
+        name = difference.name or f"image {difference.image}"
+        table.add_row(f"  rank {difference.rank}: {difference.candidate} for {difference.reference}", gap, "", name)
+    if len(index.differences) > _FLIPS_SHOWN:
+        table.add_row(f"  and {len(index.differences) - _FLIPS_SHOWN} more", "", "", "")
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _wrapped(text: str, width: int, indent: int) -> str:
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,280 @@
+"""How far an exported model may be from PyTorch in FP32: bounds derived from two measurements, not guessed.
+
+    noise   FP32's own noise: the reference in FP32 against the same in FP64
+    loss    what PyTorch loses in the engine's precision on the same images (`precision_loss`); none for FP32
+
+    bound = NOISE_FACTOR * noise + LOSS_FACTOR * loss
+
+Both are taken per image, as the mean plus two standard deviations over the images measured, so that a set whose images
+differ gets room for those that were not. What the factors stand for:
+
+LOSS_FACTOR. Engines round at other places than PyTorch's modules do: folded weights are rounded after folding, products
+of attention are rounded between, sums run in another order. The same models, rewritten for export and rounded at all
+of those places, lose 0.9 to 2.1 times as much per image as is measured here, and the worst of their images at most 1.6
+times the mean and two deviations (FP16 and BF16, all families). 2.5 leaves room for a compiler's own choices.
+
+NOISE_FACTOR. Two correct FP32 evaluations, with other orders of summation and other kernels for exp and erf, are one to
+three times as far apart as FP32 is from FP64. There is nothing between that and real faults, so 20.
+
+Bounds of probabilities and of top-k values follow from the logits' bound e on the absolute error. With every logit
+moved by at most e, a probability changes by a factor within exp(+-2e) and by at most tanh(e/2); sorted values move by
+at most e.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.errors import BundleError, PrecisionError
+from spach_deploy.specs import IODtype, OutputSpec, Precision
+from spach_deploy.validation.precision_loss import Arithmetic, Float32Array, evaluate, evaluate_fp64
+from spach_deploy.validation.reference import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
+from spach_deploy.validation.verdict import Tolerance
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Float64 = npt.NDArray[np.float64]
+
+LOSS_FACTOR = 2.5
+NOISE_FACTOR = 20.0
+SPREAD = 2.0
+"""Standard deviations over images that are added to the mean."""
+
+PEAK = 4.0
+"""Standard deviations within which the errors of a thousand logits lie, and the difference of two of them."""
+
+LOSS_IMAGES = 4
+_NOISE_IMAGES = {Precision.FP32: 2, Precision.FP16: 1, Precision.BF16: 1}  # beside a loss, noise hardly counts
+_HALF_ROUNDOFF = 2.0**-11
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """An error as bounds use it: mean plus two standard deviations over images.
+
+    `rel_l2` is relative; `max_abs` (largest of an image's errors) and `margin` (by how much the difference of two
+    scores moves) are in units of the logits.
+    """
+
+    images: int
+    rel_l2: float
+    max_abs: float
+    margin: float
+
+    @classmethod
+    def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any]) -> Measured:
+        """Error of logits `value` (N, classes) against `exact`, both of any float dtype."""
+        error = value.astype(np.float64) - exact
+        norm = np.linalg.norm(exact.astype(np.float64), axis=1)
+        root_mean_square = np.sqrt(np.mean(np.square(error), axis=1))
+        return cls(
+            images=len(error),
+            rel_l2=_with_spread(np.linalg.norm(error, axis=1)[norm > 0] / norm[norm > 0]),
+            max_abs=_with_spread(np.maximum(np.abs(error).max(axis=1), PEAK * root_mean_square)),
+            margin=_with_spread(PEAK * math.sqrt(2) * error.std(axis=1)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
+
+
+def _with_spread(figures: Float64) -> float:
+    if not len(figures):
+        return 0.0
+    spread = float(figures.std(ddof=1)) if len(figures) > 1 else 0.0
+    return float(figures.mean()) + SPREAD * spread
+
+
+NOTHING = Measured(0, 0.0, 0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Derivation:
+    """Where the bounds of one arithmetic come from."""
+
+    arithmetic: Arithmetic
+    noise: Measured
+    loss: Measured
+
+    def bound(self, figure: str) -> float:
+        """The bound on one of `Measured`'s figures."""
+        return NOISE_FACTOR * float(getattr(self.noise, figure)) + LOSS_FACTOR * float(getattr(self.loss, figure))
+
+    @property
+    def origin(self) -> str:
+        """In a few words, for a finding."""
+        noise = f"{NOISE_FACTOR:g} x FP32's noise"
+        return f"{LOSS_FACTOR:g} x PyTorch's loss in {self.arithmetic.value} + {noise}" if self.loss.images else noise
+
+    def sentence(self) -> str:
+        """With its figures, for the report."""
+        noise = (
+            f"{NOISE_FACTOR:g} x FP32's noise of {self.noise.rel_l2:.1e} (against FP64, {_images(self.noise.images)})"
+        )
+        if not self.loss.images:
+            return noise
+        return (
+            f"{LOSS_FACTOR:g} x {self.loss.rel_l2:.1e}, what PyTorch itself loses in {self.arithmetic.value} on "
+            f"{_images(self.loss.images)}, + {noise}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: the measurements, the factors and the sentence."""
+        return {
+            "arithmetic": self.arithmetic.value,
+            "noise": self.noise.to_dict(),
+            "noise_factor": NOISE_FACTOR,
+            "loss": self.loss.to_dict(),
+            "loss_factor": LOSS_FACTOR,
+            "sentence": self.sentence(),
+        }
+
+
+def _images(count: int) -> str:
+    return f"{count} image" if count == 1 else f"{count} images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """One tolerance per output, and their derivation."""
+
+    outputs: Mapping[str, Tolerance]
+    derivation: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "outputs": {name: tolerance.to_dict() for name, tolerance in self.outputs.items()},
+            "derivation": dict(self.derivation),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Bounds:
+        """What `to_dict` wrote. Raises KeyError, TypeError or UsageError for anything else."""
+        outputs = {str(name): Tolerance(**entry) for name, entry in content["outputs"].items()}
+        str(content["derivation"]["sentence"])
+        return cls(outputs, dict(content["derivation"]))
+
+    @property
+    def sentence(self) -> str:
+        """Where they come from."""
+        return str(self.derivation["sentence"])
+
+
+@dataclasses.dataclass(frozen=True)
+class ToleranceSet:
+    """Bounds for the graph in ONNX Runtime and for the engine; these differ only where a GPU may use TF32."""
+
+    graph: Bounds
+    engine: Bounds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, for the manifest."""
+        return {"graph": self.graph.to_dict(), "engine": self.engine.to_dict()}
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str) -> ToleranceSet:
+        """What `to_dict` wrote; BundleError naming `where` for anything else."""
+        try:
+            return cls(Bounds.from_dict(content["graph"]), Bounds.from_dict(content["engine"]))
+        except Exception as error:  # whatever a damaged manifest holds
+            raise BundleError(f"{where} has no usable tolerances ({error}).", "Export the bundle again.") from None
+
+
+def derive_tolerances(
+    model: nn.Module,
+    images: Float32Array,
+    reference: Float32Array,
+    precision: Precision,
+    outputs: OutputSpec | None = None,
+    *,
+    tf32: bool = False,
+    loss_images: int = LOSS_IMAGES,
+) -> ToleranceSet:
+    """Bounds for an export of `model` in `precision`.
+
+    `model` is the reference in FP32, `images` float32 (N, 3, S, S), `reference` its logits of them (N, classes), all of
+    which bounds of probabilities and top-k look at; the model runs on at most `loss_images` of them, spread evenly, and
+    on one or two in FP64. `tf32`: the engine may use TF32 in FP32 products. Raises PrecisionError when the model's
+    answers in that precision are not finite.
+    """
+    outputs = outputs or OutputSpec()
+    noise = _noise(model, images, reference, _NOISE_IMAGES[precision])
+    graph = _bounds(model, images, reference, outputs, noise, Arithmetic.of(precision), loss_images)
+    on_gpu = Arithmetic.of(precision, tf32=tf32)
+    if on_gpu is Arithmetic.of(precision):
+        return ToleranceSet(graph, graph)
+    return ToleranceSet(graph, _bounds(model, images, reference, outputs, noise, on_gpu, loss_images))
+
+
+def _spread(count: int, chosen: int) -> list[int]:
+    """`chosen` of `count` indices, evenly spread."""
+    return sorted(set(np.linspace(0, count - 1, min(count, chosen)).round().astype(int).tolist()))
+
+
+def _noise(model: nn.Module, images: Float32Array, reference: Float32Array, count: int) -> Measured:
+    chosen = _spread(len(images), count)
+    return Measured.of(reference[chosen], evaluate_fp64(model, images[chosen]))
+
+
+def _bounds(
+    model: nn.Module,
+    images: Float32Array,
+    reference: Float32Array,
+    outputs: OutputSpec,
+    noise: Measured,
+    arithmetic: Arithmetic,
+    loss_images: int,
+) -> Bounds:
+    chosen = _spread(len(images), loss_images)
+    lossy = _lossy(model, images[chosen], reference[chosen], arithmetic, outputs.io_dtype)
+    loss = NOTHING if lossy is None else Measured.of(lossy, reference[chosen])
+    if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
+        raise PrecisionError(f"The model's logits are not finite in {arithmetic.value}, even where they fit its range.")
+    derivation = Derivation(arithmetic, noise, loss)
+    return Bounds(_tolerances(derivation, reference, outputs), derivation.to_dict())
+
+
+def _lossy(
+    model: nn.Module, images: Float32Array, reference: Float32Array, arithmetic: Arithmetic, io_dtype: IODtype
+) -> Float32Array | None:
+    """Logits as `arithmetic` and the caller's dtype give them; None where nothing is rounded."""
+    if io_dtype is not IODtype.FP16:
+        return None if arithmetic is Arithmetic.FP32 else evaluate(model, images, arithmetic)
+    rounded = evaluate(model, images.astype(np.float16).astype(np.float32), arithmetic)
+    return rounded.astype(np.float16).astype(np.float32)
+
+
+def _tolerances(derivation: Derivation, reference: Float32Array, outputs: OutputSpec) -> dict[str, Tolerance]:
+    rel_l2, max_abs = derivation.bound("rel_l2"), derivation.bound("max_abs")
+    margin = derivation.bound("margin")
+    logits = Tolerance(rel_l2, max_abs, _cosine(rel_l2), margin, derivation.origin)
+    tolerances = {LOGITS: logits}
+    roundoff = _HALF_ROUNDOFF if outputs.io_dtype is IODtype.FP16 else 0.0
+    origin = f"logits within {max_abs:.2g}"
+    if outputs.softmax:
+        # The rounding of exp and of the sums is FP32's; 1e-6 covers it.
+        relative = math.expm1(min(2 * max_abs, 1.0)) + 2 * roundoff + 1e-6
+        absolute = math.tanh(max_abs / 2) + roundoff + 1e-6
+        ties = math.tanh(margin / 2) + 2 * roundoff + 1e-6
+        tolerances[PROBABILITIES] = Tolerance(relative, absolute, _cosine(relative), ties, origin)
+    if outputs.top_k is not None:
+        values = expected_outputs(reference, outputs)[TOP_VALUES].astype(np.float64)
+        norms = np.linalg.norm(values, axis=1)
+        moved = max_abs + roundoff * float(np.abs(values).max(initial=0.0))
+        relative = math.sqrt(values.shape[1]) * moved / max(float(norms.min(initial=math.inf)), 1e-12)
+        tolerances[TOP_VALUES] = Tolerance(relative, moved, None, margin, origin)
+    return tolerances
+
+
+def _cosine(rel_l2: float) -> float:
+    """The least cosine that an error of `rel_l2` allows."""
+    return math.sqrt(max(0.0, 1.0 - rel_l2**2))

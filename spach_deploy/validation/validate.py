@@ -1,0 +1,187 @@
+"""What a validation found: the evidence, how far it reaches, and the exit code that follows.
+
+Two levels are never confused. *engine*: the plan itself ran here. *graph*: the typed graph that the plan was built from
+ran in ONNX Runtime, and the plan is, by its hash, the one that was built from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from spach_deploy._version import __version__
+from spach_deploy.errors import UnavailableError
+from spach_deploy.specs import BatchProfile, Flavour, OutputSpec
+from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_engine
+from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.tolerance import Bounds, ToleranceSet
+
+REPORT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What was validated: a bundle's facts for the head of a report."""
+
+    target: str
+    model: str
+    precision: str
+    is_demo: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingEngineRun:
+    """Why a plan did not run here, as one clause, and what machine would run it."""
+
+    reason: str
+    needs: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A plan, who built it, and which machine runs it, in words."""
+
+    content: bytes = dataclasses.field(repr=False)
+    flavour: Flavour
+    needs: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """A finished validation.
+
+    `findings` are faults that no comparison shows, such as a changed file; `notes` are facts that are no faults.
+    `missing_engine_run` is set where there is a plan and it did not run. `graph_suffices`: the caller takes evidence of
+    the graph for enough, so that such a validation ends with 0.
+    """
+
+    subject: Subject
+    trial: Trial
+    evidence: tuple[Evidence, ...]
+    findings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    missing_engine_run: MissingEngineRun | None = None
+    graph_suffices: bool = False
+
+    @property
+    def level(self) -> Level:
+        """The highest level that was reached."""
+        return Level.ENGINE if any(item.level is Level.ENGINE for item in self.evidence) else Level.GRAPH
+
+    @property
+    def all_findings(self) -> tuple[str, ...]:
+        """Everything that is wrong, once each."""
+        compared = (finding for item in self.evidence for finding in item.verdict.findings)
+        return tuple(dict.fromkeys((*self.findings, *compared)))
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was evidence and nothing was wrong."""
+        return bool(self.evidence) and not self.all_findings
+
+    @property
+    def exit_code(self) -> int:
+        """0 agreed, 1 did not, 3 agreed as far as this machine can tell."""
+        if not self.passed:
+            return 1
+        return 3 if self.missing_engine_run and not self.graph_suffices else 0
+
+    def failure(self) -> str:
+        """What is wrong, in one sentence; for a validation that did not pass."""
+        findings = self.all_findings or ("Nothing was compared.",)
+        more = f" (and {len(findings) - 1} more findings)" if len(findings) > 1 else ""
+        return f"{self.subject.target} does not agree with PyTorch: {findings[0].rstrip('.')}{more}."
+
+    def level_sentence(self) -> str:
+        """How far the evidence reaches, in one plain line."""
+        if self.level is Level.ENGINE:
+            return "Level of evidence: engine. The plan itself ran here."
+        if self.missing_engine_run is None:
+            return "Level of evidence: graph. It ran in ONNX Runtime; there is no plan to run."
+        missing = self.missing_engine_run
+        return (
+            f"Level of evidence: graph. engine.plan itself did not run: {missing.reason}. The graph that it was built"
+            f" from ran instead. To run the plan: {missing.needs}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report: plain JSON, the same for the same inputs."""
+        missing = self.missing_engine_run
+        return {
+            "report_version": REPORT_VERSION,
+            "spach_deploy": __version__,
+            **self.subject.to_dict(),
+            "passed": self.passed,
+            "exit_code": self.exit_code,
+            "level": self.level.value,
+            "level_sentence": self.level_sentence(),
+            "engine_did_not_run": None if missing is None else missing.to_dict(),
+            "findings": list(self.all_findings),
+            "notes": list(self.notes),
+            "images": {"description": self.trial.images, "count": len(self.trial), "names": list(self.trial.names)},
+            "reference": self.trial.reference,
+            "evidence": [item.to_dict() for item in self.evidence],
+        }
+
+
+def manifest_section(validation: Validation, tolerances: ToleranceSet) -> dict[str, Any]:
+    """What a manifest keeps of an export's validation; later validations of the bundle read it."""
+    return {
+        "passed": validation.passed,
+        "level": validation.level.value,
+        "level_sentence": validation.level_sentence(),
+        "images": validation.trial.images,
+        "image_count": len(validation.trial),
+        "reference": validation.trial.reference,
+        "tolerances": tolerances.to_dict(),
+    }
+
+
+def golden_trial(golden: Golden, images: str, outputs: OutputSpec, batch: BatchProfile) -> Trial:
+    """A golden pack as a trial; `images` says in words what its images are."""
+    return Trial(
+        inputs=lambda start, stop: golden.input[start:stop],
+        logits=golden.logits,
+        names=golden.names,
+        images=images,
+        reference="PyTorch in FP32, as stored when the bundle was exported",
+        outputs=outputs,
+        batch=batch,
+    )
+
+
+def what_runs_a_plan(flavour: str, version: str, gpus: list[str]) -> str:
+    """The machine that a plan needs, in words."""
+    return f"an NVIDIA GPU ({', '.join(gpus)}) with {flavour} {version}".replace("()", "").replace("  ", " ").strip()
+
+
+def try_plan(plan: Plan, trial: Trial, bounds: Bounds) -> Evidence | MissingEngineRun:
+    """Run a plan, or say why it does not run here. UsageError when it is no plan."""
+    try:
+        return examine_engine(plan.content, plan.flavour, trial, bounds)
+    except UnavailableError as error:
+        reason = error.message.removeprefix("The engine cannot run here: ").rstrip(".")
+        return MissingEngineRun(reason, plan.needs)
+
+
+def validate_export(
+    subject: Subject, trial: Trial, graph: tuple[Evidence, ...], plan: Plan | None, bounds: Bounds
+) -> Validation:
+    """An export's validation: the evidence of its graph and, where there is a plan and it runs here, of the plan.
+
+    `bounds` are the engine's. Evidence of the graph suffices: an export is done when all that could be checked agreed.
+    """
+    if plan is None:
+        return Validation(subject, trial, graph)
+    tried = try_plan(plan, trial, bounds)
+    if isinstance(tried, Evidence):
+        return Validation(subject, trial, (tried, *graph))
+    return Validation(subject, trial, graph, missing_engine_run=tried, graph_suffices=True)
