@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 FEW_TOKENS = 16
@@ -84,10 +85,26 @@ class StaticChannelMLP(nn.Module):
         return y
 
 
+class TokenLinear(nn.Module):
+    """A linear layer over tokens as one product from the left, bias a column: (B, N, C) -> (B, M, C).
+
+    W x needs no transpose of the tokens, where the usual x^T W^T needs one before and one behind.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = nn.Parameter(linear.bias.detach().reshape(-1, 1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens of each channel."""
+        return torch.matmul(self.weight, x) + self.bias
+
+
 class StaticSpatialMLP(nn.Module):
     """Two linear layers over tokens: (..., C) -> (B, N, C)."""
 
-    def __init__(self, fc1: nn.Linear, fc2: nn.Linear, dim: int) -> None:
+    def __init__(self, fc1: TokenLinear, fc2: TokenLinear, dim: int) -> None:
         super().__init__()
         self.fc1 = fc1
         self.act = nn.GELU()
@@ -96,10 +113,9 @@ class StaticSpatialMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens of each channel."""
-        tokens = self.fc1.in_features
-        x = x.reshape(-1, tokens, self.dim).transpose(1, 2).reshape(-1, tokens)  # (B, N, C) -> (B*C, N)
-        x = self.fc2(self.act(self.fc1(x)))
-        return x.reshape(-1, self.dim, tokens).transpose(1, 2)  # (B*C, N) -> (B, N, C)
+        x = x.reshape(-1, self.fc1.weight.shape[1], self.dim)
+        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
 
 
 class StaticAttention(nn.Module):

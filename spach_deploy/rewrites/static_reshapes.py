@@ -2,7 +2,7 @@
 
 `rearrange(qkv(x), "b n (three h d) -> three b h n d")` becomes one transpose of (B, N, 3h, d) and a split over heads:
 the same numbers in the same order, and one move of memory where the compiler would make three. Linear layers see
-(B*N, C) rows. Nothing is computed differently.
+(B*N, C) rows, and those over tokens are products from the left. Nothing is computed differently.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _spatial(
 ) -> static.StaticAttention | static.StaticSpatialMLP:
     if isinstance(func, layers.Attention):
         return static.StaticAttention(func.qkv, func.proj, func.num_heads, num_tokens, func.scale)
-    return static.StaticSpatialMLP(func.fc1, func.fc2, dim)
+    return static.StaticSpatialMLP(static.TokenLinear(func.fc1), static.TokenLinear(func.fc2), dim)
 
 
 def _without_rearrange(net: nn.Sequential) -> nn.Sequential:

@@ -4,7 +4,7 @@
 
 To a TensorRT compiler Pad, Slice, Mul and Add are pointwise work: the residual add before them, the whole depthwise
 convolution and the LayerNorm behind it become one kernel, where a convolution is a kernel of its own between two layout
-changes. Products and sums are marked to stay in FP32: registers, not memory. The transposes around the convolution
+changes. Slices, products and sums are marked to stay in FP32: that is registers, while the padded tensor is memory. The transposes around the convolution
 disappear. On a CPU a convolution is faster, so this pass is for TensorRT targets only.
 """
 
@@ -109,7 +109,7 @@ def _shifted_products(graph: GraphProto, conv: NodeProto, source: str, target: s
     if len(conv.input) > 2:
         nodes.append(_node("Add", [total, conv.input[2]], f"{name}/bias"))
     nodes[-1].output[0] = target
-    return [mark_float32(node) for node in nodes]
+    return [nodes[0], *(mark_float32(node) for node in nodes[1:])]
 
 
 def _node(op_type: str, inputs: list[str], name: str) -> NodeProto:
