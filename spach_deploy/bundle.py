@@ -5,6 +5,7 @@
     engine.plan      plain TensorRT plan, or absent with the reason in the manifest
     golden.npz       a few preprocessed inputs with the reference logits
     report.json      the validation in full
+    build.log        what the engine's builder said
 
 It is written into a hidden sibling directory and moved into place in one step, so that a killed export leaves the old
 bundle or none, never half of one.
@@ -36,6 +37,7 @@ MANIFEST, GRAPH, PLAN, GOLDEN, REPORT = (
     "golden.npz",
     "report.json",
 )
+BUILD_LOG = "build.log"
 _SECTIONS = (
     "model",
     "preprocessing",

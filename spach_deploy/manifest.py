@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, TensorProto, ValueInfoProto, helper
 
 from spach_deploy._version import __version__
 from spach_deploy.engine.build import EngineResult
@@ -44,12 +44,12 @@ def preprocessing_section(preprocessing: Preprocessing) -> dict[str, Any]:
     return dataclasses.asdict(preprocessing)
 
 
-def interface_sections(model: ModelProto, options: ExportOptions) -> dict[str, Any]:
-    """Inputs, outputs, batch."""
+def interface_sections(graph: GraphProto, options: ExportOptions) -> dict[str, Any]:
+    """Inputs, outputs, batch. Of `graph` only inputs and outputs are read."""
     layout = "NHWC" if options.outputs.io_dtype is IODtype.UINT8 else "NCHW"
     return {
-        "inputs": [_tensor(value, layout) for value in model.graph.input],
-        "outputs": [_tensor(value, "NC") for value in model.graph.output],
+        "inputs": [_tensor(value, layout) for value in graph.input],
+        "outputs": [_tensor(value, "NC") for value in graph.output],
         "output_options": {
             "io_dtype": options.outputs.io_dtype.value,
             "top_k": options.outputs.top_k,
@@ -89,16 +89,15 @@ def _by_batch(errors: dict[int, float]) -> dict[str, float]:
     return {f"batch {batch}": error for batch, error in errors.items()}
 
 
+def no_engine_section(reason: str) -> dict[str, Any]:
+    """Why there is no plan."""
+    return {"flavour": "none", "reason": reason}
+
+
 def engine_section(
-    engine: EngineResult | None,
-    achieved: AchievedPrecision | None,
-    facts: PlanFacts | None,
-    options: ExportOptions,
-    reason: str,
+    engine: EngineResult, achieved: AchievedPrecision, facts: PlanFacts | None, options: ExportOptions
 ) -> dict[str, Any]:
-    """The plan: who built it, for what, what it holds; or why there is none."""
-    if engine is None:
-        return {"flavour": "none", "reason": reason}
+    """The plan: who built it, for what, and what it holds."""
     target = options.engine
     return {
         "flavour": engine.flavour.value,
@@ -111,7 +110,7 @@ def engine_section(
         "workspace_bytes": target.workspace_bytes,
         "version_compatible": target.version_compatible,
         "hardware_compatible": target.hardware_compatible,
-        "layers_by_dtype": None if achieved is None else dict(achieved.layers_by_dtype),
+        "layers_by_dtype": dict(achieved.layers_by_dtype),
         "kernels": kernels(facts, engine.batch.opt),
         "warnings": [{"text": text, "count": count} for text, count in engine.warnings],
         "parse_seconds": round(engine.parse_seconds, 3),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto
 
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.probes import probe_source
@@ -21,7 +21,9 @@ from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.onnx_graph.interface import add_interface
 from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.phases import Phases
-from spach_deploy.precision.half import TypedGraph, TypingOptions, type_graph
+from spach_deploy.precision.decision import TypingOptions
+from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.precision.ranges import RangeMeter
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -62,21 +64,30 @@ class StaticStage:
     errors: dict[int, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class GraphStage:
-    """The FP32 graph in its target's form. `errors`: relative L2 of the exported graph at each batch size."""
+    """The FP32 graph in its target's form. `errors`: relative L2 of the exported graph at each batch size.
 
-    model: ModelProto
+    `model` is None once it has been typed.
+    """
+
+    model: ModelProto | None
     certificate: Certificate
     changed: dict[str, tuple[str, ...]]
     errors: dict[int, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class TypedStage:
-    """The typed graph. `errors`: relative L2 of the FP32 graph in its target's form, at each batch size."""
+    """The typed graph. `errors`: relative L2 of the FP32 graph in its target's form, at each batch size.
 
-    graph: TypedGraph
+    `model` is None once it has been saved: nothing after that needs its weights in memory. `interface` keeps the inputs
+    and outputs.
+    """
+
+    model: ModelProto | None
+    interface: GraphProto
+    policy: PrecisionPolicy
     certificate: Certificate
     errors: dict[int, float]
 
@@ -85,7 +96,7 @@ def check_options(options: ExportOptions) -> None:
     """Refuse what can be refused before any work."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
-    known = [step.name for step in (*REWRITES, *TENSORRT_PASSES)]
+    known = [*(step.name for step in REWRITES), *(step.name for step in TENSORRT_PASSES)]
     for name in options.disabled_rewrites:
         if name not in known:
             raise UsageError(f"There is no rewrite {name!r} to turn off.", f"One of {', '.join(known)}.")
@@ -195,7 +206,9 @@ def type_precision(
     phases: Phases,
 ) -> TypedStage:
     """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified."""
-    meter = RangeMeter(graph.model, tensors=None if options.precision.is_half else ())
+    model, graph.model = graph.model, None
+    assert model is not None
+    meter = RangeMeter(model, tensors=None if options.precision.is_half else ())
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = photographs.engine_input(io_dtype)
     errors: dict[int, float] = {}
@@ -207,9 +220,23 @@ def type_precision(
     described = f"the {len(feeds)} built-in photographs"
     if not photographs.built_in and options.precision.is_half:
         described = _measure_users_images(meter, photographs, io_dtype, phases)
-    options_of_typing = TypingOptions(io_dtype=options.outputs.io_dtype)
-    typed = type_graph(graph.model, options.precision, meter.ranges(described), options_of_typing)
-    return TypedStage(typed, certify(typed.model, module_paths(loaded)), errors)
+    ranges = meter.ranges(described)
+    del meter  # its session holds the weights a second time
+    typed = type_graph(model, options.precision, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
+    certificate = certify(typed.model, module_paths(loaded))
+    return TypedStage(typed.model, interface_of(typed.model), typed.policy, certificate, errors)
+
+
+def interface_of(model: ModelProto) -> GraphProto:
+    """A graph of the model's inputs and outputs alone."""
+    return GraphProto(input=model.graph.input, output=model.graph.output)
+
+
+def save_graph(typed: TypedStage, path: Path) -> None:
+    """Write the typed graph and let go of it."""
+    assert typed.model is not None
+    onnx.save(typed.model, path)
+    typed.model = None
 
 
 def _measure_users_images(meter: RangeMeter, photographs: Photographs, io_dtype: IODtype, phases: Phases) -> str:

@@ -35,7 +35,9 @@ from spach_deploy.specs import Flavour, IODtype
 @click.option("--workspace", metavar="SIZE", help="The builder's scratch memory, such as 2G or 512M.")
 @click.option("--timing-cache", type=opt.FILE, metavar="FILE", help="Keep tactic timings here (TensorRT).")
 @click.option("--tf32/--no-tf32", default=None, help="Allow TF32 in FP32 matrix products.  [--tf32]")
-@click.option("--version-compatible/--no-version-compatible", default=None, help="Plan for later TensorRT versions too.")
+@click.option(
+    "--version-compatible/--no-version-compatible", default=None, help="Plan for later TensorRT versions too."
+)
 @click.option("--hardware-compatible/--no-hardware-compatible", default=None, help="Plan for other Ampere+ GPUs too.")
 @click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out; may be repeated.")
 @click.option("-o", "--output", type=opt.FILE, metavar="DIR", help="The bundle.  [build/MODEL-PRECISION]")

@@ -112,7 +112,8 @@ def _lines(result: ExportResult, content: dict[str, Any], *, verbose: bool) -> I
 def _facts(content: dict[str, Any]) -> Iterator[str]:
     model, precision, engine, graph = content["model"], content["precision"], content["engine"], content["graph"]
     yield f"model      {model['name']}, {model['image_size']} px, {model['num_classes']} classes"
-    yield f"graph      {graph['certificate']['nodes']} nodes, opset {graph['certificate']['opset']}, {precision['summary']}"
+    certificate = graph["certificate"]
+    yield f"graph      {certificate['nodes']} nodes, opset {certificate['opset']}, {precision['summary']}"
     if engine["flavour"] == "none":
         yield f"engine     none: {engine['reason']}"
         return
@@ -125,8 +126,10 @@ def _plan_facts(engine: dict[str, Any]) -> str:
     kernels = engine["kernels"]
     if kernels is None:
         return f"{size}; kernels not known"
-    moved = "" if kernels["bytes_moved"] is None else f", {kernels['bytes_moved'] / 1e6:,.0f} MB moved at batch {kernels['batch']}"
-    return f"{size}, {kernels['total']} kernels, {kernels['fused_attentions']} fused attentions{moved}"
+    known = f"{size}, {kernels['total']} kernels, {kernels['fused_attentions']} fused attentions"
+    if kernels["bytes_moved"] is None:
+        return known
+    return f"{known}, {kernels['bytes_moved'] / 1e6:,.0f} MB moved at batch {kernels['batch']}"
 
 
 def _phases(content: dict[str, Any]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from spach_deploy.models.registry import ModelInfo, list_models
@@ -55,13 +56,18 @@ def _facts(info: ModelInfo) -> dict[str, Any]:
 
 def rewrites_as_table() -> str:
     """Names that --no-rewrite takes."""
+    return _table(("rewrite", "what it does"), _steps())
+
+
+def _steps() -> list[tuple[str, str]]:
     from spach_deploy.onnx_graph.passes import TENSORRT_PASSES
     from spach_deploy.rewrites import REWRITES
 
-    return _table(("rewrite", "what it does"), [(step.name, step.summary) for step in (*REWRITES, *TENSORRT_PASSES)])
+    passes = [(step.name, step.summary) for step in TENSORRT_PASSES]
+    return [*((step.name, step.summary) for step in REWRITES), *passes]
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     from rich.console import Console
     from rich.table import Table
 

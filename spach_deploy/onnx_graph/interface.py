@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
@@ -66,5 +68,5 @@ def _add_top_k(model: ModelProto, k: int, classes: int) -> None:
     graph.output.append(helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, [BATCH, k]))
 
 
-def _node(op_type: str, inputs: list[str], name: str, output: str = "", **options: object) -> NodeProto:
+def _node(op_type: str, inputs: list[str], name: str, output: str = "", **options: Any) -> NodeProto:
     return helper.make_node(op_type, inputs, [output or name], name=name, **options)

@@ -5,6 +5,8 @@ bn(conv(x)) = s * (W x - mean) + beta, s = weight / sqrt(var + eps)   =>   W' = 
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -22,7 +24,7 @@ def fold_batchnorm(model: nn.Module) -> Outcome:
         return Outcome(skipped=("stem: one convolution without BatchNorm",))
     folded: list[nn.Module] = list(proj)
     changes: list[Change] = []
-    for index, (conv, norm) in enumerate(zip(proj[:-1], proj[1:], strict=True)):
+    for index, (conv, norm) in enumerate(itertools.pairwise(folded)):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             old = double(nn.Sequential(conv, norm)).eval()
             new = fuse_conv_bn_eval(old[0], old[1])

@@ -192,7 +192,8 @@ class StaticBlock(nn.Module):
 
     def spatial_branch(self, x: Tensor) -> Tensor:
         """gamma_1 * spatial(norm1(x)), shaped as the stream."""
-        assert self.norm1 is not None and self.spatial_func is not None
+        assert self.norm1 is not None
+        assert self.spatial_func is not None
         y = self._stream(self.spatial_func(self.norm1(x)))
         return y if self.gamma_1 is None else self.gamma_1 * y
 

@@ -22,7 +22,7 @@ def to_static(model: Spach) -> static.StaticSpach:
     grids = [(side, side) for side in model.config.grids(model.image_size)]
     dim = model.config.dim
     result = static.StaticSpach(static.StaticStem(model.stem.proj, grids[0], dim), model.norm1, model.norm2, model.head)
-    for index, name in enumerate(model.stage_names):
+    for name in model.stage_names:
         result.add_stage(name, nn.Sequential(*(static_module(layer) for layer in getattr(model, name))))
     return result.eval()
 

@@ -1,8 +1,8 @@
 """Every block reads and hands out the stream with channels last.
 
-The exporter cancels a transpose at the end of a downsampling against one at the start of the block behind it. That saves
-nothing (the compiler does the same), but then the first block of a stage differs from the others and has two inputs. This
-pass puts the pair back, so that blocks of one kind are alike.
+The exporter cancels a transpose at the end of a downsampling against one at the start of the block behind it. That
+saves nothing (the compiler does the same), but then the first block of a stage differs from the others and has two
+inputs. This pass puts the pair back, so that blocks of one kind are alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GroupNorm of one group in a form that compiles to two passes over memory.
 
-Statistics over (H, W, C) in one step make the compiler clear an accumulator, reduce with atomics, and do so twice. Taken
-in two levels, each token over its channels and then the tokens, the first level is a row reduction like LayerNorm's and
-the second works on one number a token:
+Statistics over (H, W, C) in one step make the compiler clear an accumulator, reduce with atomics, and do so twice.
+Taken in two levels, each token over its channels and then the tokens, the first level is a row reduction like
+LayerNorm's and the second works on one number a token:
 
     m_t = mean_c x,  v_t = mean_c (x - m_t)^2          a token's own mean and variance
     m = mean_t m_t,  v = mean_t (v_t + (m_t - m)^2)    law of total variance, nothing cancels
@@ -15,6 +15,7 @@ decomposed normalization keeps no FP32 statistics of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
@@ -61,7 +62,7 @@ def split_group_norm(model: ModelProto) -> tuple[str, ...]:
 
 
 def _chain(graph: GraphProto, read: Mapping[str, list[NodeProto]], node: NodeProto) -> list[NodeProto]:
-    """What follows the normalization: Reshape, then Mul and Add where weight and bias are not 1 and 0, then its reader."""
+    """What follows the normalization: Reshape, Mul and Add where weight and bias are not 1 and 0, then its reader."""
     constants = initializers(graph)
     chain = [read[node.output[0]][0]]
     while len(following := read.get(chain[-1].output[0], [])) == 1:
@@ -71,9 +72,7 @@ def _chain(graph: GraphProto, read: Mapping[str, list[NodeProto]], node: NodePro
     return chain
 
 
-def _store_constants(
-    graph: GraphProto, name: str, chain: list[NodeProto], channels: int, epsilon: object
-) -> None:
+def _store_constants(graph: GraphProto, name: str, chain: list[NodeProto], channels: int, epsilon: object) -> None:
     known = initializers(graph)
     for label, op_type, neutral in (("scale", "Mul", np.ones), ("shift", "Add", np.zeros)):
         found = [known[i] for node in chain if node.op_type == op_type for i in node.input if i in known]
@@ -89,7 +88,7 @@ def _two_level(name: str, source: str, target: str) -> list[NodeProto]:
     """Nodes from the convolution's (B, C, H, W) to the normalized (B, H, W, C)."""
     nodes: list[NodeProto] = []
 
-    def add(op_type: str, label: str, *inputs: str, **options: object) -> str:
+    def add(op_type: str, label: str, *inputs: str, **options: Any) -> str:
         output = f"{name}/{label}"
         nodes.append(mark_float32(helper.make_node(op_type, list(inputs), [output], name=output, **options)))
         return output

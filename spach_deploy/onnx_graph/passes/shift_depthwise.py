@@ -4,8 +4,9 @@
 
 To a TensorRT compiler Pad, Slice, Mul and Add are pointwise work: the residual add before them, the whole depthwise
 convolution and the LayerNorm behind it become one kernel, where a convolution is a kernel of its own between two layout
-changes. Slices, products and sums are marked to stay in FP32: that is registers, while the padded tensor is memory. The transposes around the convolution
-disappear. On a CPU a convolution is faster, so this pass is for TensorRT targets only.
+changes. Slices, products and sums are marked to stay in FP32: that is registers, while the padded tensor is memory.
+The transposes around the convolution disappear. On a CPU a convolution is faster, so this pass is for TensorRT
+targets only.
 """
 
 from __future__ import annotations

@@ -1,0 +1,196 @@
+"""From a checkpoint to a bundle: the visible list of stages.
+
+    reference model -> static model -> exported graph -> typed graph -> engine.plan -> report -> bundle
+
+Each stage (`spach_deploy.stages`) takes the result of the one before it and raises a `SpachError` rather than hand on
+something unproven. The engine is built beside the validation of the graph it is built from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spach_deploy import bundle as bundles
+from spach_deploy import manifest as sections
+from spach_deploy import stages
+from spach_deploy.bundle import Bundle
+from spach_deploy.engine.build import EngineResult, RunningBuild, start_build
+from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
+from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_precision
+from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
+from spach_deploy.errors import MismatchError
+from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.phases import Observer, Phases, Silent
+from spach_deploy.precision.policy import PrecisionPolicy
+from spach_deploy.specs import ExportOptions, Flavour
+from spach_deploy.validation.evidence import Trial, examine_typed
+from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.report import write_report
+from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances
+from spach_deploy.validation.validate import (
+    Plan,
+    Subject,
+    Validation,
+    golden_trial,
+    manifest_section,
+    validate_export,
+    what_runs_a_plan,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """The engine, what was checked of it and what its plan's text says."""
+
+    result: EngineResult
+    achieved: AchievedPrecision
+    facts: PlanFacts | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """A finished export."""
+
+    bundle: Bundle
+    validation: Validation
+    engine: BuiltEngine | None
+
+
+def export(options: ExportOptions, observer: Observer | None = None) -> ExportResult:
+    """Export, build, validate and write the bundle that `options` asks for.
+
+    Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
+    """
+    phases = Phases(observer or Silent())
+    stages.check_options(options)
+    flavour, options = choose_engine(options)
+    with phases.phase("load the model"):
+        loaded = stages.load(options, phases)
+        target = stages.target_directory(options, loaded)
+        bundles.check_target(target, overwrite=options.overwrite)
+    with phases.phase("read images"):
+        photographs = stages.read_photographs(options, loaded.image_size, phases)
+    with phases.phase("run the reference"):
+        reference = stages.reference_logits(loaded, photographs)
+    with phases.phase("rewrite and prove"):
+        static = stages.rewrite_and_prove(loaded, photographs, reference, options)
+    with phases.phase("export and prove the graph"):
+        graph = stages.export_graph(loaded, static, photographs, reference, options)
+    with phases.phase("measure ranges, set types"):
+        typed = stages.type_precision(graph, loaded, photographs, reference, options, phases)
+    with bundles.writing(target, overwrite=options.overwrite) as staging:
+        with phases.phase("write the graph"):
+            stages.save_graph(typed, staging / bundles.GRAPH)
+            golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
+        with building(staging / bundles.GRAPH, options, flavour, phases) as build:
+            with phases.phase("derive tolerances"):
+                tolerances = tolerances_for(loaded, photographs, reference, options)
+            with phases.phase("validate the graph"):
+                trial = trial_of(photographs, reference, options)
+                evidence = examine_typed(staging / bundles.GRAPH, options.precision, trial, tolerances.graph)
+            with phases.phase("wait for the engine"):
+                engine = finish(build, typed.policy, staging, phases)
+        with phases.phase("validate the engine"):
+            subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
+            validation = validate_export(subject, trial, evidence, plan_of(engine), tolerances.engine)
+        if not validation.passed:
+            raise MismatchError(validation.failure(), "Nothing was written.")
+        write_report(validation, staging / bundles.REPORT)
+        bundles.seal(
+            staging,
+            {
+                **sections.tools_section(),
+                "model": sections.model_section(loaded, options),
+                "preprocessing": sections.preprocessing_section(photographs.preprocessing),
+                **sections.interface_sections(typed.interface, options),
+                "precision": typed.policy.to_dict(),
+                "graph": sections.graph_section(static, graph, typed),
+                "engine": engine_section(engine, options),
+                "validation": manifest_section(validation, tolerances),
+                "phases": [phase.to_dict() for phase in phases.done],
+                "notes": phases.notes,
+            },
+        )
+    return ExportResult(Bundle.open(target, verify=False), validation, engine)
+
+
+def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:
+    """The flavour that builds, and the options with its GPUs filled in; errors before any work."""
+    flavour = choose_flavour(options.engine.flavour)
+    if flavour is None:
+        return None, options
+    target = dataclasses.replace(flavour.resolve(options.engine, options.precision), flavour=flavour.flavour)
+    return flavour, dataclasses.replace(options, engine=target)
+
+
+def golden_of(photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions) -> Golden:
+    """The golden pack: inputs as the engine's caller sends them, and the reference's logits."""
+    return Golden(photographs.engine_input(options.outputs.io_dtype), reference, photographs.names)
+
+
+def trial_of(photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions) -> Trial:
+    """The golden pack as a trial."""
+    golden = golden_of(photographs, reference, options)
+    trial = golden_trial(golden, photographs.source.description, options.outputs, options.engine.batch)
+    return dataclasses.replace(trial, reference="PyTorch in FP32")
+
+
+def tolerances_for(
+    loaded: LoadedModel, photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions
+) -> ToleranceSet:
+    """Bounds from FP32's noise and from what PyTorch loses in the asked precision on these images."""
+    tf32 = options.engine.tf32 and options.engine.flavour is not Flavour.NONE
+    images = photographs.images
+    return derive_tolerances(loaded.model, images, reference, options.precision, options.outputs, tf32=tf32)
+
+
+@contextlib.contextmanager
+def building(
+    graph: Path, options: ExportOptions, flavour: EngineFlavour | None, phases: Phases
+) -> Iterator[RunningBuild | None]:
+    """The engine's build, under way in another process; None with --engine none."""
+    if flavour is None:
+        yield None
+        return
+    observer = phases.observer
+    with start_build(
+        graph, options.engine, flavour, precision=options.precision, on_progress=observer.building
+    ) as build:
+        yield build
+
+
+def finish(build: RunningBuild | None, policy: PrecisionPolicy, staging: Path, phases: Phases) -> BuiltEngine | None:
+    """Wait for the engine, write it, and check that the precision is the one that was asked for."""
+    if build is None:
+        return None
+    result = build.wait()
+    phases.record("engine build (alongside)", result.seconds)
+    achieved = check_achieved_precision(result.network, policy.precision, [kept.node for kept in policy.kept])
+    (staging / bundles.PLAN).write_bytes(result.plan)
+    (staging / bundles.BUILD_LOG).write_text(result.log_text, encoding="utf-8")
+    for text, count in result.warnings:
+        phases.note(f"The engine builder warns{'' if count == 1 else f' {count} times'}: {text}")
+    return BuiltEngine(result, achieved, read_plan_facts(result.plan))
+
+
+def plan_of(engine: BuiltEngine | None) -> Plan | None:
+    """The plan with what is needed to run it."""
+    if engine is None:
+        return None
+    result = engine.result
+    gpus = [str(gpu) for gpu in result.gpus]
+    return Plan(result.plan, result.flavour, what_runs_a_plan(result.flavour.value, result.flavour_version, gpus))
+
+
+def engine_section(engine: BuiltEngine | None, options: ExportOptions) -> dict[str, Any]:
+    """The manifest's engine section."""
+    if engine is None:
+        return sections.no_engine_section("--engine none was asked for")
+    return sections.engine_section(engine.result, engine.achieved, engine.facts, options)
