@@ -76,7 +76,8 @@ class RangeMeter:
     """Runs a graph and keeps the largest |x| of its tensors.
 
     `tensors` None measures every FP32 tensor that typing may ask about: all but the inner ones of nodes marked to stay
-    in FP32. `threads` None lets ONNX Runtime choose. Raises MissingPackageError without onnxruntime.
+    in FP32. Inputs and outputs are looked at in any case. `threads` None lets ONNX Runtime choose. Raises
+    MissingPackageError without onnxruntime.
     """
 
     def __init__(self, model: ModelProto, *, tensors: Iterable[str] | None = None, threads: int | None = None) -> None:
@@ -90,10 +91,10 @@ class RangeMeter:
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """The graph's own outputs for one batch, after looking at every tensor."""
-        inputs = {name: float(np.abs(value).max()) for name, value in feeds.items() if value.dtype.kind == "f"}
-        self._see(inputs)
         results = self._session.run(None, dict(feeds))
         outputs = dict(zip(self._outputs, results, strict=False))
+        self._see(_largest(feeds))
+        self._see(_largest(outputs))
         scalars = np.abs(np.array(results[len(self._outputs) :], np.float64)).reshape(-1, len(_EXTREMES))
         self._see(dict(zip(self._tensors, scalars.max(axis=1).tolist(), strict=True)))
         if not all(np.isfinite(value).all() for value in outputs.values()):
@@ -113,6 +114,10 @@ class RangeMeter:
         session = open_probed(self._model, self._tensors, _SUM, self._threads)
         sums = session.run(None, dict(feeds))[len(self._outputs) :]
         return {name: float("nan") for name, total in zip(self._tensors, sums, strict=True) if np.isnan(total)}
+
+
+def _largest(arrays: Arrays) -> dict[str, float]:
+    return {name: float(np.abs(value).max()) for name, value in arrays.items() if value.dtype.kind == "f"}
 
 
 def measure_ranges(

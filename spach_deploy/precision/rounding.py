@@ -152,18 +152,18 @@ class _Twin:
         graph = self._typed.graph
         for value in graph.input:
             if value.name in self._foreign:
-                self._cast(value.name, self._inner(value.name), FLOAT, f"io/{value.name}/to_fp32")
+                self._cast(value.name, self._inner(value.name), FLOAT, f"io/{value.name}/twin")
         for node in graph.node:
             self._add(node)
         for value in graph.output:
             if value.name in self._foreign:
                 kind = self._types[value.name]
-                self._cast(self._inner(value.name), value.name, kind, f"io/{value.name}/to_{type_name(kind)}")
+                self._cast(self._inner(value.name), value.name, kind, f"io/{value.name}/twin")
         return self._assembled()
 
     def _inner(self, name: str) -> str:
         """Name of the FP32 tensor that stands for `name`: inputs and outputs keep theirs for the caller's type."""
-        return f"{name}/fp32" if name in self._foreign else name
+        return f"{name}/twin" if name in self._foreign else name
 
     def _add(self, node: NodeProto) -> None:
         twin = NodeProto()
