@@ -104,7 +104,7 @@ def _without_large_weights(model: ModelProto) -> ModelProto:
 
 
 def _opset(model: ModelProto) -> int:
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
 
 
 def _forbidden(model: ModelProto) -> list[str]:

@@ -114,7 +114,7 @@ def _check_constants(graph: GraphProto, nodes: list[NodeProto], block: str) -> N
 
 def _incoming(graph: GraphProto, nodes: list[NodeProto], inside: set[str], block: str) -> str:
     made = set(producers(graph)) | {value.name for value in graph.input}
-    names = {name for node in nodes for name in node.input if name in made and name not in inside}
+    names: set[str] = {name for node in nodes for name in node.input if name in made and name not in inside}
     if len(names) != 1:
         raise CertificateError(f"Block {block} reads {sorted(names)}; a block reads one tensor, the stream.")
     return names.pop()

@@ -26,8 +26,9 @@ def fold_batchnorm(model: nn.Module) -> Outcome:
     changes: list[Change] = []
     for index, (conv, norm) in enumerate(itertools.pairwise(folded)):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            old = double(nn.Sequential(conv, norm)).eval()
-            new = fuse_conv_bn_eval(old[0], old[1])
+            old_conv, old_norm = double(conv), double(norm).eval()
+            old = nn.Sequential(old_conv, old_norm)
+            new = fuse_conv_bn_eval(old_conv, old_norm)
             changes.append(prove(NAME, f"stem.proj.{index}", old, new, probe(2, conv.in_channels, 16, 16)))
             folded[index], folded[index + 1] = new.float(), nn.Identity()
     model.stem.proj = nn.Sequential(*folded)

@@ -7,7 +7,9 @@ Never together with a quantized depthwise convolution: the identity would be rou
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
+
+from torch import Tensor, nn
 
 from spach_deploy.rewrites.base import Change, Outcome, double, modules_of, probe, prove, set_parameter
 from spach_deploy.rewrites.static_modules import StaticPositionEncoding
@@ -21,10 +23,16 @@ def fold_residual(model: nn.Module) -> Outcome:
     for path, encoding in modules_of(model, StaticPositionEncoding):
         assert isinstance(encoding, StaticPositionEncoding)
         conv = encoding.net[1]
+        assert isinstance(conv, nn.Conv2d)
         old, new = double(conv), double(conv)
         new.weight.data[:, 0, 1, 1] += 1.0
-        x = probe(2, encoding.dim, 5, 7)
-        changes.append(prove(NAME, path, lambda x, old=old: x + old(x), new, x))
+        x = probe(1, encoding.dim, 3, 4)
+        changes.append(prove(NAME, path, partial(_with_residual, old), new, x))
         set_parameter(conv, "weight", new.weight)
         encoding.includes_residual = True
     return Outcome(tuple(changes))
+
+
+def _with_residual(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    y: Tensor = x + conv(x)
+    return y

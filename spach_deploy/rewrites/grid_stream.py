@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from spach_deploy.rewrites.base import Change, Outcome, double, probe, prove
+from spach_deploy.rewrites.base import Change, Outcome, own, probe, prove_layout
 from spach_deploy.rewrites.static_modules import StaticDownsampling, StaticPositionEncoding, StaticSpach
 
 NAME = "grid_stream"
@@ -23,9 +23,9 @@ def grid_stream(model: nn.Module) -> Outcome:
     for path, module in model.named_modules():
         if isinstance(module, (StaticDownsampling, StaticPositionEncoding)):
             shape = (type(module), module.grid, module.dim)
-            old = double(module) if shape not in proven else None
+            old = own(module)
             module.grid_stream = True
-            if old is not None:
+            if shape not in proven:
                 changes.append(_prove(path, old, module))
             proven.add(shape)
     return Outcome(tuple(changes))
@@ -33,6 +33,5 @@ def grid_stream(model: nn.Module) -> Outcome:
 
 def _prove(path: str, old: nn.Module, module: StaticDownsampling | StaticPositionEncoding) -> Change:
     height, width = module.grid
-    tokens = probe(1, height * width, module.dim)
-    new = double(module)
-    return prove(NAME, path, old, lambda x: new(x.reshape(-1, height, width, module.dim)), tokens)
+    tokens = probe(2, height * width, module.dim)
+    return prove_layout(NAME, path, old, lambda x: module(x.reshape(-1, height, width, module.dim)), tokens)

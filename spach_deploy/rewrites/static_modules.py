@@ -29,7 +29,8 @@ class StaticStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches as tokens."""
-        x = self.proj(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        x = self.proj(x)
+        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         return x if self.grid_stream else x.reshape(-1, self.grid[0] * self.grid[1], self.dim)
 
 
@@ -47,8 +48,9 @@ class StaticPositionEncoding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) or (B, H, W, C) -> the same."""
         height, width = self.grid
-        y = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
-        y = self.net(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y: Tensor = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
+        y = self.net(y.permute(0, 3, 1, 2))
+        y = y.permute(0, 2, 3, 1)
         return y if self.grid_stream else y.reshape(-1, height * width, self.dim)
 
 
@@ -65,8 +67,9 @@ class StaticDownsampling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N/4, 2C), or (B, H, W, C) -> (B, H/2, W/2, 2C)."""
         height, width = self.grid
-        y = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
-        y = self.net(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y: Tensor = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
+        y = self.net(y.permute(0, 3, 1, 2))
+        y = y.permute(0, 2, 3, 1)
         return y if self.grid_stream else y.reshape(-1, height * width // 4, 2 * self.dim)
 
 
@@ -199,7 +202,7 @@ class StaticBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens, then channels."""
-        y = self.cpe_net(x)
+        y: Tensor = self.cpe_net(x)
         if not self.cpe_net.includes_residual:
             y = x + y
         if self.spatial_func is not None:

@@ -7,12 +7,13 @@ the same numbers in the same order, and one move of memory where the compiler wo
 
 from __future__ import annotations
 
+from einops.layers.torch import Rearrange
 from torch import nn
 
 from spach_deploy.models import layers
 from spach_deploy.models.spach import Spach
 from spach_deploy.rewrites import static_modules as static
-from spach_deploy.rewrites.base import Change, Outcome, double, probe, prove
+from spach_deploy.rewrites.base import Change, Outcome, double, probe, prove, prove_layout
 
 NAME = "static_reshapes"
 
@@ -30,7 +31,7 @@ def to_static(model: Spach) -> static.StaticSpach:
 def static_module(layer: nn.Module) -> nn.Module:
     """Static form of one element of a stage."""
     if isinstance(layer, layers.Downsampling):
-        return static.StaticDownsampling(_without_rearrange(layer.net), _grid(layer.net), layer.net[1][0].in_channels)
+        return static.StaticDownsampling(_without_rearrange(layer.net), _grid(layer), _channels(layer))
     if isinstance(layer, layers.MixingBlock):
         return _block(layer)
     raise TypeError(f"{type(layer).__name__} is not part of a SPACH stage")
@@ -59,9 +60,16 @@ def _without_rearrange(net: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), net[1], nn.Identity())
 
 
-def _grid(net: nn.Sequential) -> tuple[int, int]:
-    lengths = net[0].axes_lengths
-    return int(lengths["h"]), int(lengths["w"])
+def _grid(layer: layers.Downsampling) -> tuple[int, int]:
+    rearrange = layer.net[0]
+    assert isinstance(rearrange, Rearrange)
+    return int(rearrange.axes_lengths["h"]), int(rearrange.axes_lengths["w"])
+
+
+def _channels(layer: layers.Downsampling) -> int:
+    convolution = layer.net.get_submodule("1.0")
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution.in_channels
 
 
 def prove_static(model: Spach, rewritten: static.StaticSpach) -> Outcome:
@@ -83,15 +91,14 @@ def _kind(layer: nn.Module) -> str:
 
 def _prove_layer(path: str, old: nn.Module, new: nn.Module) -> list[Change]:
     if isinstance(old, layers.Downsampling):
-        height, width = _grid(old.net)
-        x = probe(2, height * width, old.net[1][0].in_channels)
-        return [prove(NAME, path, double(old), double(new), x)]
+        height, width = _grid(old)
+        return [prove_layout(NAME, path, old, new, probe(2, height * width, _channels(old)))]
     assert isinstance(old, layers.MixingBlock)
     assert isinstance(new, static.StaticBlock)
     x = probe(2, old.cpe_net.grid[0] * old.cpe_net.grid[1], new.dim)
     few = probe(2, static.FEW_TOKENS, new.dim)
     changes = [
-        prove(NAME, f"{path}.cpe_net", double(old.cpe_net), double(new.cpe_net), x),
+        prove_layout(NAME, f"{path}.cpe_net", old.cpe_net, new.cpe_net, x),
         prove(NAME, f"{path}.channel_func", double(old.channel_func), double(new.channel_func), few),
     ]
     if isinstance(new.spatial_func, static.StaticAttention):

@@ -1,0 +1,128 @@
+"""How many kernels TensorRT for RTX schedules, and how many bytes they move, by graph form.
+
+    python -m benchmarks.kernels [MODEL ...] [--precision fp16] [--gpu sm89]
+
+Forms: *plain*, torch.onnx.export of the reference model; *simplified*, the same through onnxsim; *convolutions*, our
+graph with depthwise convolutions (`--no-rewrite shift_depthwise`); *ours*, what spach-export builds from. All are typed
+by the same rules, so only the form differs. The figures are the compiler's own schedule, read from the plan's text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import ModelProto
+
+from benchmarks.results import record, table
+from spach_deploy.engine.build import build_engine
+from spach_deploy.engine.flavours import TensorRTForRTX
+from spach_deploy.engine.gpus import parse_gpus
+from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
+from spach_deploy.errors import SpachError
+from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.registry import create_model
+from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph.export import OPSET, export_canonical, simplify
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.precision.half import type_graph
+from spach_deploy.rewrites import rewrite
+from spach_deploy.specs import EngineTarget, Precision
+
+BATCH = 8
+
+
+def plain_export(model: Spach) -> ModelProto:
+    """What a user gets from torch.onnx.export."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    batch = torch.export.Dim("batch", min=1, max=65535)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, model.image_size, model.image_size),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+    assert program is not None
+    proto: ModelProto = program.model_proto
+    return proto
+
+
+def forms(name: str) -> Iterator[tuple[str, ModelProto]]:
+    """The model's FP32 graph in each form."""
+    model = create_model(name)
+    load_demo_weights(model)
+    plain = plain_export(model)
+    yield "plain", plain
+    yield "simplified", simplify(plain)
+    canonical = export_canonical(rewrite(model).model, model.image_size)
+    for label, disabled in (("convolutions", ["shift_depthwise"]), ("ours", [])):
+        graph = ModelProto()
+        graph.CopyFrom(canonical)
+        apply_passes(graph, TENSORRT_PASSES, disabled)
+        yield label, graph
+
+
+def facts(graph: ModelProto, precision: Precision, target: EngineTarget) -> PlanFacts | None:
+    """Build for `target` and read the schedule."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(type_graph(graph, precision).model, path)
+        return read_plan_facts(build_engine(path, target, TensorRTForRTX(), precision=precision).plan)
+
+
+def row(name: str, precision: Precision, target: EngineTarget) -> list[str]:
+    """One line of the table."""
+    cells = [name]
+    attentions = ""
+    for label, graph in forms(name):
+        try:
+            found = facts(graph, precision, target)
+        except SpachError as error:
+            print(f"{name} {label}: {error}")
+            cells.append("does not build")
+            continue
+        if found is None:
+            cells.append("not known")
+            continue
+        moved = found.bytes_moved(BATCH)
+        cells.append(f"{len(found.kernels)}" + ("" if moved is None else f" / {moved / 1e6:,.0f}"))
+        attentions = str(found.fused_attentions)
+    print(" | ".join([*cells, attentions]), flush=True)
+    return [*cells, attentions]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(CONFIGS))
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp16")
+    parser.add_argument("--gpu", default="sm89")
+    arguments = parser.parse_args()
+    precision = Precision(arguments.precision)
+    target = EngineTarget(gpus=parse_gpus(arguments.gpu))
+    rows = [row(name, precision, target) for name in arguments.models]
+    headings = ("model", "plain", "simplified", "ours, convolutions", "ours", "attentions fused")
+    body = f"Kernels / MB moved at batch {BATCH}.\n\n{table(headings, rows)}"
+    if set(arguments.models) == set(CONFIGS):
+        command = f"python -m benchmarks.kernels --precision {precision.value} --gpu {arguments.gpu}"
+        record(f"Kernels and bytes moved, {precision.value}, {arguments.gpu}", command, body)
+    else:
+        print(body)
+
+
+if __name__ == "__main__":
+    main()

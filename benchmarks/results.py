@@ -1,0 +1,43 @@
+"""RESULTS.md: one section a script, replaced each time the script runs, with the machine and the date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+_HEAD = "# Results\n\nWritten by the scripts beside it; each section names its command, the machine and the date.\n"
+
+
+def record(title: str, command: str, body: str, packages: Iterable[str] = ("torch", "onnxsim", "tensorrt-rtx")) -> None:
+    """Print `body` and put it into RESULTS.md under `title`, in place of an earlier section of that name."""
+    text = f"## {title}\n\n`{command}`, {_circumstances(packages)}\n\n{body.rstrip()}\n"
+    print(text)
+    content = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else _HEAD
+    section = re.compile(rf"## {re.escape(title)}\n.*?(?=\n## |\Z)", re.DOTALL)
+    replaced, count = section.subn(lambda _: text, content)
+    RESULTS.write_text(replaced if count else f"{content.rstrip()}\n\n{text}", encoding="utf-8")
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; numbers to the right."""
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" + "--:|" * (len(headings) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])
+
+
+def _circumstances(packages: Iterable[str]) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    return f"{today}, {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}."
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
