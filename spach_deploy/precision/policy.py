@@ -53,6 +53,10 @@ class WeightCounts:
             notable=tuple(report for report in reports if report.is_notable),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON for the manifest."""
+        return {**dataclasses.asdict(self), "notable": [report.to_dict() for report in self.notable]}
+
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionPolicy:
@@ -103,7 +107,7 @@ class PrecisionPolicy:
             "limit": self.limit,
             "ranges": {"source": self.ranges_source, "images": self.images},
             "kept": self._kept_groups(),
-            "weights": dataclasses.asdict(self.weights),
+            "weights": self.weights.to_dict(),
             "closest": [{"tensor": tensor, "max_abs": value} for tensor, value in self.closest],
         }
 

@@ -20,6 +20,7 @@ from spach_deploy.errors import ImageError, MissingPackageError
 from spach_deploy.onnx_graph.graph import consumers, is_marked_float32
 from spach_deploy.precision.elements import element_types, view_sources
 from spach_deploy.precision.formats import FLOAT
+from spach_deploy.runtime.saved_graph import saved_graph
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -150,7 +151,7 @@ def measurable(model: ModelProto) -> Iterator[str]:
 def open_probed(model: ModelProto, tensors: Iterable[str], operators: tuple[str, ...], threads: int | None) -> Any:
     """An ONNX Runtime session whose outputs are those of `model`, then `operators` of each of `tensors`, as scalars.
 
-    Two serialized messages behind each other are one merged message, so the weights are not copied for this.
+    Two messages behind each other are one merged message, so the weights are not copied for this.
     """
     probes = ModelProto()
     for name in tensors:
@@ -158,11 +159,11 @@ def open_probed(model: ModelProto, tensors: Iterable[str], operators: tuple[str,
             probe = f"{name}/{operator}"
             probes.graph.node.append(helper.make_node(operator, [name], [probe], name=probe, keepdims=0))
             probes.graph.output.append(helper.make_tensor_value_info(probe, TensorProto.FLOAT, []))
-    return open_session(model.SerializeToString() + probes.SerializeToString(), threads)
+    return open_session(model, probes, threads=threads)
 
 
-def open_session(model: bytes, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU; MissingPackageError without onnxruntime."""
+def open_session(*messages: ModelProto, threads: int | None = None) -> Any:
+    """An ONNX Runtime session on the CPU, of one graph or of messages to merge; MissingPackageError without it."""
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -173,4 +174,5 @@ def open_session(model: bytes, threads: int | None = None) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    with saved_graph(*messages) as path:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -56,7 +56,7 @@ def prove_policy(
     check_runtime_rounds()
     twin = rounded_twin(typed)
     inputs = {value.name: int(value.type.tensor_type.elem_type) for value in typed.graph.input}
-    exact = open_session(canonical.SerializeToString(), threads)
+    exact = open_session(canonical, threads=threads)
     meter = RangeMeter(twin, tensors=rounded_tensors(twin), threads=threads)
     names = [value.name for value in canonical.graph.output]
     errors = {name: _Error() for name in names}
@@ -215,7 +215,7 @@ def check_runtime_rounds() -> None:
     graph.node.append(helper.make_node("Cast", ["y"], ["h"], name="canary/round", to=TensorProto.FLOAT16))
     graph.node.append(helper.make_node("Cast", ["h"], ["z"], name="canary/back", to=TensorProto.FLOAT))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    result = open_session(model.SerializeToString(), 1).run(None, {"x": np.array([5e4, 1e-9], np.float32)})[0]
+    result = open_session(model, threads=1).run(None, {"x": np.array([5e4, 1e-9], np.float32)})[0]
     if not (np.isinf(result[0]) and result[1] == 0.0):
         raise UnavailableError(
             "The ONNX Runtime installed here removes roundings, so it cannot prove a half-precision policy.",

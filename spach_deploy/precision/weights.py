@@ -48,8 +48,8 @@ class WeightReport:
         return self.overflow > 0 or self.underflow + self.subnormal > NOTABLE_SHARE * self.count
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON for the manifest."""
-        return dataclasses.asdict(self)
+        """Plain JSON for the manifest; `error` is None where a weight overflows, JSON has no infinity."""
+        return {**dataclasses.asdict(self), "error": None if self.overflow else self.error}
 
 
 def encode(name: str, values: Float32, form: HalfFormat) -> tuple[Bits, WeightReport]:

@@ -282,6 +282,13 @@ def test_the_policy_tells_the_whole_story_as_json() -> None:
     assert told["closest"][0]["tensor"] == "first/Gemm"
 
 
+def test_the_policy_of_an_overflowing_graph_is_strict_json() -> None:
+    model = target_graph("hybrid", 1e6)
+    told = type_graph(model, Precision.FP16, ranges_of(model)).policy.to_dict()
+    assert told["weights"]["overflow"] > 0
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
 def test_a_bfloat16_graph_is_valid_onnx() -> None:
     model = target_graph("hybrid")
     typed = type_graph(model, Precision.BF16, ranges_of(model)).model
