@@ -18,6 +18,7 @@ import numpy.typing as npt
 from spach_deploy.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.runtime import Runner, TensorSpec
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.runtime.saved_graph import saved_graph
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 from spach_deploy.specs import BatchProfile, Flavour, OutputSpec, Precision
 from spach_deploy.validation.compare import Comparison, compare_outputs
@@ -27,8 +28,8 @@ from spach_deploy.validation.verdict import Verdict, judge
 
 Array = npt.NDArray[Any]
 
-LARGEST_BATCH = 8
-"""Beyond it a CPU gains nothing and memory grows."""
+LARGEST_BATCH = 3
+"""On a CPU: beyond it a few cores gain nothing, and memory grows by a fifth of a gigabyte an image."""
 
 
 class Level(str, enum.Enum):
@@ -105,13 +106,16 @@ def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds) -> Eviden
     from spach_deploy.precision.rounding import check_runtime_rounds, rounded_twin
 
     check_runtime_rounds()
-    ran = "typed graph, every half tensor rounded,"
+    ran = "typed graph, every half tensor rounded"
     try:
         typed = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
-        twin = rounded_twin(typed).SerializeToString()
+        twin = rounded_twin(typed)
+        del typed
     except Exception as error:  # a foreign graph may hold anything
         return _failed(Level.GRAPH, trial, bounds, ran, f"Its half tensors cannot be rounded one by one: {error}")
-    return _examine(OnnxRuntimeRunner(twin), Level.GRAPH, trial, bounds, ran)
+    with saved_graph(twin) as path:
+        del twin
+        return _examine(OnnxRuntimeRunner(path), Level.GRAPH, trial, bounds, ran)
 
 
 def examine_typed(
@@ -135,9 +139,9 @@ def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) 
         return _run_and_judge(runner, Level.ENGINE, trial, bounds, "engine.plan")
 
 
-def plan_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
-    """Sizes in which `count` images go through: the smallest allowed first, then larger ones."""
-    largest = max(profile.min, min(profile.max, LARGEST_BATCH))
+def plan_batches(count: int, profile: BatchProfile, largest: int | None = None) -> tuple[int, ...]:
+    """Sizes in which `count` images go through: the smallest allowed first, then the largest, at most `largest`."""
+    largest = max(profile.min, min(profile.max, profile.max if largest is None else largest))
     first = min(profile.min, count)
     rest = count - first
     whole, last = divmod(rest, largest)
@@ -156,7 +160,7 @@ def _run_and_judge(runner: Runner, level: Level, trial: Trial, bounds: Bounds, r
     ran = f"{ran} in {runner.name}"
     if problem := _input_problem(runner.input_specs, trial):
         return _failed(level, trial, bounds, ran, problem)
-    sizes = plan_batches(len(trial), trial.batch)
+    sizes = plan_batches(len(trial), trial.batch, LARGEST_BATCH if level is Level.GRAPH else None)
     try:
         parts = [runner.run({INPUT: array}) for array in _pieces(trial, sizes)]
     except (UnavailableError, UsageError):

@@ -7,10 +7,10 @@ is the loss that no engine of that precision can avoid, and it costs about as mu
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import enum
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +50,11 @@ def evaluate(model: nn.Module, images: Float32Array, arithmetic: Arithmetic = Ar
             exact: Float32Array = model(torch.from_numpy(images)).numpy()
         return exact
     rounding = _ROUNDINGS[arithmetic]
-    with torch.inference_mode(), _outputs_rounded(model, rounding):
-        answer: Float32Array = _with_tensors(model, rounding, rounding(torch.from_numpy(images))).numpy()
+    with torch.inference_mode():
+        rounded = _converted(model, rounding)
+        for module in rounded.modules():
+            module.register_forward_hook(lambda _module, _inputs, output: rounding(output))
+        answer: Float32Array = rounded(rounding(torch.from_numpy(images))).numpy()
     return answer
 
 
@@ -60,33 +63,15 @@ def evaluate_fp64(model: nn.Module, images: Float32Array) -> npt.NDArray[np.floa
     import torch
 
     with torch.inference_mode():
-        answer: npt.NDArray[np.float64] = _with_tensors(
-            model, lambda tensor: tensor.double(), torch.from_numpy(images).double()
-        ).numpy()
+        exact = _converted(model, lambda tensor: tensor.double())
+        answer: npt.NDArray[np.float64] = exact(torch.from_numpy(images).double()).numpy()
     return answer
 
 
-def _with_tensors(model: nn.Module, convert: Rounding, images: Tensor) -> Tensor:
-    """The model's answer with each of its floating tensors converted, once where several modules share one."""
-    import torch
-
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors = {name: convert(tensor) for name, tensor in named.items() if tensor.is_floating_point()}
-    answer: Tensor = torch.func.functional_call(model, tensors, (images,))
-    return answer
-
-
-@contextlib.contextmanager
-def _outputs_rounded(model: nn.Module, rounding: Rounding) -> Iterator[None]:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return rounding(output)
-
-    handles = [module.register_forward_hook(hook) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _converted(model: nn.Module, convert: Rounding) -> nn.Module:
+    """A copy of `model` with each floating tensor converted; modules and tensors that are shared stay shared."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    return copy.deepcopy(model, {id(tensor): convert(tensor) for tensor in tensors})
 
 
 def _to_fp16(tensor: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield Text(DEMO_WARNING, style="bold yellow")
         yield ""
     yield from _head(validation, width)
-    for item in validation.evidence:
-        yield from _evidence(item, width)
+    for position, item in enumerate(validation.evidence):
+        yield from _evidence(item, width, in_full=position == 0 or not item.passed)
     yield ""
     for finding in validation.all_findings:
         yield Text(_wrapped(f"x {finding}", width, 2), style="red")
@@ -70,17 +70,27 @@ def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield Text(_wrapped(f"{name:<11}{value}", width, 11))
 
 
-def _evidence(item: Evidence, width: int) -> Iterator[RenderableType]:
+def _evidence(item: Evidence, width: int, *, in_full: bool) -> Iterator[RenderableType]:
+    """A table per output; for a second run that agreed, a line per output."""
     from rich.text import Text
 
     yield ""
     batches = f", batches of {_sizes(item.batches)}" if item.batches else ""
     yield Text(_wrapped(f"{item.ran[0].upper()}{item.ran[1:]}{batches}", width, 2), style="bold")
+    if not in_full:
+        yield from (Text(_line(output, item.bounds.outputs[output.name])) for output in item.comparison.outputs)
+        return
     for output in item.comparison.outputs:
         yield _output_table(output, item.bounds.outputs.get(output.name))
     for index in item.comparison.indices:
         yield _index_table(index)
-    yield Text(_wrapped(f"  allowed: {item.bounds.sentence}", width, 11), style="dim")
+    others = " Other outputs: what follows from the logits' largest error." if len(item.bounds.outputs) > 1 else ""
+    yield Text(_wrapped(f"Allowed: {item.bounds.sentence}.{others}", width, 9))
+
+
+def _line(output: OutputComparison, allowed: Tolerance) -> str:
+    flips = f", {len(output.scores.flips)} change class" if output.scores is not None else ""
+    return f" {output.name:<14} relative L2 {output.rel_l2_worst:.2e} of {allowed.rel_l2:.2e} allowed{flips}"
 
 
 def _sizes(batches: tuple[int, ...]) -> str:
@@ -101,10 +111,10 @@ def _table(title: str) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
-    table.add_column(title, no_wrap=True)
-    table.add_column("measured", justify="right", no_wrap=True)
-    table.add_column("allowed", justify="right", no_wrap=True)
-    table.add_column("where", overflow="ellipsis", no_wrap=True)
+    table.add_column(title, no_wrap=True, width=30)
+    table.add_column("measured", justify="right", no_wrap=True, width=11)
+    table.add_column("allowed", justify="right", no_wrap=True, width=11)
+    table.add_column("where", overflow="ellipsis", no_wrap=True, width=18)
     return table
 
 
@@ -127,10 +137,12 @@ def _score_rows(scores: ScoreComparison, allowed: Tolerance, images: int) -> Ite
         yield "top-5 agreement", f"{scores.top5_agreement:.2%}", "", ""
     yield "KL divergence, mean", f"{scores.kl_mean:.1e} nat", "", ""
     yield "KL divergence, worst", f"{scores.kl_worst:.1e} nat", "", ""
-    yield "images that change class", f"{len(scores.flips)} of {images}", f"<{allowed.flip_margin:.2e}", "by margin"
+    changed = f"{len(scores.flips)} of {images}"
+    yield "images that change class", changed, f"{allowed.flip_margin:.2e}", "up to this margin"
     for flip in scores.flips[:_FLIPS_SHOWN]:
         name = flip.name or f"image {flip.image}"
-        yield f"  class {flip.reference_class} to {flip.candidate_class}", f"{flip.reference_margin:.2e}", "", name
+        classes = f"  {flip.reference_class} to {flip.candidate_class}, margin"
+        yield classes, f"{flip.reference_margin:.2e}", "", name
     if len(scores.flips) > _FLIPS_SHOWN:
         yield f"  and {len(scores.flips) - _FLIPS_SHOWN} more", "", "", ""
 

@@ -155,8 +155,8 @@ def _trial(
     section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights)
     if request.images is not None:
         trial, tolerances = rebuilt_on_images(section, facts, request.images, request.max_images, weights, say)
-        note = f"{GOLDEN} {changed[GOLDEN]}; it was not used."
-        return trial, tolerances, (note,) if GOLDEN in changed else ()
+        notes = (f"{GOLDEN} {changed[GOLDEN]}; it was not used.",) if GOLDEN in changed else ()
+        return trial, tolerances, notes
     if GOLDEN in changed:
         raise BundleError(
             f"{bundle.path / GOLDEN} {changed[GOLDEN]} since the export, so there is no reference to trust.",

@@ -203,10 +203,12 @@ def derive_tolerances(
 
     `model` is the reference in FP32, `images` float32 (N, 3, S, S), `reference` its logits of them (N, classes), all of
     which bounds of probabilities and top-k look at; the model runs on at most `loss_images` of them, spread evenly, and
-    on one or two in FP64. `tf32`: the engine may use TF32 in FP32 products. Raises PrecisionError when the model's
-    answers in that precision are not finite.
+    on one or two in FP64. `tf32`: the engine may use TF32 in FP32 products. Raises PrecisionError for logits
+    that are not finite, in FP32 or in that precision.
     """
     outputs = outputs or OutputSpec()
+    if not np.isfinite(reference).all():
+        raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
     noise = _noise(model, images, reference, _NOISE_IMAGES[precision])
     graph = _bounds(model, images, reference, outputs, noise, Arithmetic.of(precision), loss_images)
     on_gpu = Arithmetic.of(precision, tf32=tf32)
@@ -235,17 +237,17 @@ def _bounds(
     loss_images: int,
 ) -> Bounds:
     chosen = _spread(len(images), loss_images)
-    lossy = _lossy(model, images[chosen], reference[chosen], arithmetic, outputs.io_dtype)
+    lossy = _lossy(model, images[chosen], arithmetic, outputs.io_dtype)
     loss = NOTHING if lossy is None else Measured.of(lossy, reference[chosen])
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
-        raise PrecisionError(f"The model's logits are not finite in {arithmetic.value}, even where they fit its range.")
+        raise PrecisionError(
+            f"The reference's logits are not finite when its tensors are rounded to {arithmetic.value}."
+        )
     derivation = Derivation(arithmetic, noise, loss)
     return Bounds(_tolerances(derivation, reference, outputs), derivation.to_dict())
 
 
-def _lossy(
-    model: nn.Module, images: Float32Array, reference: Float32Array, arithmetic: Arithmetic, io_dtype: IODtype
-) -> Float32Array | None:
+def _lossy(model: nn.Module, images: Float32Array, arithmetic: Arithmetic, io_dtype: IODtype) -> Float32Array | None:
     """Logits as `arithmetic` and the caller's dtype give them; None where nothing is rounded."""
     if io_dtype is not IODtype.FP16:
         return None if arithmetic is Arithmetic.FP32 else evaluate(model, images, arithmetic)

@@ -105,10 +105,10 @@ class Validation:
         if self.level is Level.ENGINE:
             return "Level of evidence: engine. The plan itself ran here."
         if self.missing_engine_run is None:
-            return "Level of evidence: graph. It ran in ONNX Runtime; there is no plan to run."
+            return "Level of evidence: graph. It ran in ONNX Runtime; no plan was to be run."
         missing = self.missing_engine_run
         return (
-            f"Level of evidence: graph. engine.plan itself did not run: {missing.reason}. The graph that it was built"
+            f"Level of evidence: graph. The plan itself did not run: {missing.reason}. The graph that it was built"
             f" from ran instead. To run the plan: {missing.needs}."
         )
 

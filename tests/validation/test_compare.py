@@ -281,11 +281,7 @@ def test_top5_agreement_is_overlap_of_sets() -> None:
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_five_classes_or_fewer_have_no_top5(classes: int) -> None:
-    result = (
-        compare_outputs({"logits": scores(classes=classes)}, {"logits": scores(classes=classes)})
-        .outputs[0]
-        .scores
-    )
+    result = compare_outputs({"logits": scores(classes=classes)}, {"logits": scores(classes=classes)}).outputs[0].scores
     assert result is not None
     assert result.top5_agreement is None
 

@@ -1,0 +1,412 @@
+"""spach-validate as a user calls it: exit codes, sentences, table and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from onnx import ModelProto
+from PIL import Image
+
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT
+from spach_deploy.cli.validate import main
+from spach_deploy.models.checkpoint import load_model
+from spach_deploy.specs import ModelSpec, Precision
+from spach_deploy.validation import evidence
+from tests import small_bundles
+from tests.validation import faults
+from tests.validation.test_evidence import FakeEngine
+
+HEADS = "layer3.1.spatial_func/Transpose_3"
+
+
+def validate(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The whole sentence of a refusal: exit 2, nothing on stdout, no traceback."""
+    result = validate(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def fp16() -> Path:
+    """Shared: not to be changed, and reports are not written into it."""
+    return small_bundles.bundle(Precision.FP16)
+
+
+@pytest.fixture
+def spoiled(fp16: Path, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    return small_bundles.copy(fp16, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 256, (40 + index, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+def planted(directory: Path, plant: Callable[[ModelProto], None], name: str = GRAPH) -> Path:
+    model = small_bundles.load_graph(directory)
+    plant(model)
+    return small_bundles.save_graph(model, directory, name)
+
+
+# Levels of evidence
+
+
+@pytest.mark.parametrize("target", [".", PLAN])
+def test_a_plan_that_cannot_run_here_is_exit_3_with_reason_and_remedy(fp16: Path, target: str) -> None:
+    result = validate(fp16 / target, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 3
+    assert report["level"] == "graph"
+    assert report["passed"]
+    assert "no NVIDIA GPU" in report["level_sentence"]
+    assert "sm86, sm89" in report["level_sentence"]
+
+
+def test_accepting_the_graph_makes_that_0(fp16: Path) -> None:
+    assert validate(fp16 / PLAN, "--json", "--accept", "graph").exit_code == 0
+
+
+def test_the_graph_itself_is_exit_0(fp16: Path) -> None:
+    result = validate(fp16 / GRAPH, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["level"] == "graph"
+
+
+def test_accepting_the_graph_excuses_no_difference(spoiled: Path) -> None:
+    planted(spoiled, lambda m: faults.perturb(m, "head.weight"))
+    assert validate(spoiled, "--json", "--accept", "graph").exit_code == 1
+
+
+def test_an_engine_that_runs_is_level_engine(fp16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = (fp16 / GRAPH).read_bytes()
+    monkeypatch.setattr(evidence, "TensorRTRunner", lambda plan, flavour: FakeEngine(graph, flavour))
+    result = validate(fp16 / PLAN, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert report["level"] == "engine"
+    assert [item["level"] for item in report["evidence"]] == ["engine"]
+
+
+def test_a_bundle_without_a_plan_is_validated_by_its_graph(spoiled: Path) -> None:
+    small_bundles.take_plan(spoiled)
+    assert validate(spoiled, "--json").exit_code == 0
+    sentence = refused(spoiled / PLAN)
+    assert "--engine none was asked for" in sentence
+
+
+# Planted faults
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda m: faults.perturb(m, "layer2.2.spatial_func.qkv.weight"),
+        lambda m: faults.permute_channel(m, "layer3.3.channel_func.fc2.weight"),
+        lambda m: faults.forget_scale(m, "norm2.weight"),
+        lambda m: faults.transpose_heads(m, HEADS),
+        lambda m: faults.swap_outputs(m, "logits", "probabilities"),
+        lambda m: faults.plant_nan(m, "head.weight"),
+        lambda m: faults.remove_output(m, "top_values"),
+        lambda m: faults.rename_output(m, "logits", "scores"),
+    ],
+)
+def test_a_planted_fault_is_exit_1(spoiled: Path, plant: Callable[[ModelProto], None]) -> None:
+    result = validate(planted(spoiled, plant))
+    assert result.exit_code == 1
+    assert "DID NOT AGREE" in result.stdout
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("change", [faults.reorder, lambda m: faults.unfold_constant(m, "head.weight")])
+def test_a_harmless_change_of_the_graph_passes_and_is_said(spoiled: Path, change: Callable[[ModelProto], None]) -> None:
+    result = validate(planted(spoiled, change))
+    assert result.exit_code == 0
+    assert "differs from the graph that was exported" in result.stdout
+
+
+def test_another_graph_beside_the_manifest_is_compared(spoiled: Path) -> None:
+    other = planted(spoiled, lambda m: faults.perturb(m, "head.weight"), "other.onnx")
+    before = (spoiled / REPORT).read_bytes()
+    assert validate(other).exit_code == 1
+    assert validate(spoiled / GRAPH, "--json").exit_code == 0
+    assert (spoiled / REPORT).read_bytes() == before  # it is the bundle's evidence, not the other graph's
+
+
+@pytest.mark.parametrize("target", [".", PLAN])
+def test_a_changed_graph_in_a_bundle_is_named_even_when_it_agrees(spoiled: Path, target: str) -> None:
+    planted(spoiled, faults.reorder)
+    result = validate(spoiled / target)
+    assert result.exit_code == 1
+    assert "model.onnx was changed" in result.stdout
+    assert "relative L2, worst image" in result.stdout
+
+
+def test_a_changed_plan_is_named(spoiled: Path) -> None:
+    (spoiled / PLAN).write_bytes(small_bundles.plan_bytes(8192))
+    for target in (spoiled, spoiled / PLAN):
+        result = validate(target)
+        assert result.exit_code == 1
+        assert "engine.plan was changed" in result.stdout
+    assert validate(spoiled / GRAPH).exit_code == 0
+
+
+def test_a_plan_of_another_export_is_not_this_bundles(spoiled: Path) -> None:
+    (spoiled / "other.plan").write_bytes(small_bundles.plan_bytes(8192))
+    result = validate(spoiled / "other.plan")
+    assert result.exit_code == 1
+    assert "other.plan is not the plan that was exported" in " ".join(result.stdout.split())
+
+
+def test_a_missing_graph_or_plan_is_named(spoiled: Path) -> None:
+    (spoiled / PLAN).unlink()
+    assert "engine.plan is missing" in refused(spoiled / PLAN)
+    assert validate(spoiled).exit_code == 1
+    (spoiled / GRAPH).unlink()
+    result = validate(spoiled)
+    assert result.exit_code == 1
+    assert "model.onnx is missing" in result.stdout
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"hello\n", "text file"), (b"", "empty"), (small_bundles.plan_bytes()[:1000], "declares 4096"), (None, "")],
+)
+def test_what_is_no_plan_is_refused(spoiled: Path, content: bytes | None, words: str) -> None:
+    random = np.random.default_rng(1).bytes(5000)
+    (spoiled / PLAN).write_bytes(random if content is None else content)
+    assert words in refused(spoiled / PLAN)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"", np.random.default_rng(2).bytes(5000)])
+def test_what_is_no_graph_is_refused(spoiled: Path, content: bytes) -> None:
+    (spoiled / GRAPH).write_bytes(content)
+    assert "is not an ONNX graph" in refused(spoiled / GRAPH)
+
+
+def test_a_truncated_graph_is_refused(spoiled: Path) -> None:
+    (spoiled / GRAPH).write_bytes((spoiled / GRAPH).read_bytes()[:20_000])
+    assert "is not an ONNX graph" in refused(spoiled / GRAPH)
+
+
+def test_what_is_neither_is_refused(spoiled: Path, tmp_path: Path) -> None:
+    (spoiled / "notes.txt").write_text("remember the milk")
+    assert "neither a TensorRT plan nor an ONNX graph: it is a text file" in refused(spoiled / "notes.txt")
+    assert "neither" in refused(spoiled / MANIFEST)
+    assert "neither" in refused(spoiled / GOLDEN)
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    assert "no bundle" in refused(tmp_path)
+
+
+def test_a_graph_without_a_manifest_beside_it_is_refused(fp16: Path, tmp_path: Path) -> None:
+    (tmp_path / "lonely.onnx").write_bytes((fp16 / GRAPH).read_bytes())
+    assert "no manifest.json" in refused(tmp_path / "lonely.onnx")
+
+
+def test_a_changed_golden_pack_is_no_reference(spoiled: Path, photographs: Path) -> None:
+    with np.load(spoiled / GOLDEN) as arrays:
+        content = dict(arrays)
+    np.savez(spoiled / GOLDEN, **{**content, "logits": content["logits"] * 1.01})
+    assert "golden.npz was changed" in refused(spoiled / GRAPH)
+    result = validate(spoiled / GRAPH, "--images", photographs)
+    assert result.exit_code == 0
+    assert "golden.npz was changed; it was not used" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("validation"),
+        lambda m: m["validation"].pop("tolerances"),
+        lambda m: m["validation"]["tolerances"]["graph"]["outputs"]["logits"].update(rel_l2="wide"),
+        lambda m: m["validation"]["tolerances"]["graph"]["outputs"]["logits"].update(rel_l2=float("nan")),
+        lambda m: m.update(batch={"min": 8, "opt": 4, "max": 2}),
+        lambda m: m["engine"].update(flavour="imaginary"),
+        lambda m: m["preprocessing"].update(mean=[0.5]),
+        lambda m: m["model"].pop("weights_sha256"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(spoiled: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = small_bundles.read_manifest(spoiled)
+    change(manifest)
+    small_bundles.write_manifest(spoiled, manifest)
+    assert MANIFEST in refused(spoiled)
+
+
+# Images and checkpoints
+
+
+def test_images_are_compared_with_the_reference_rebuilt(fp16: Path, photographs: Path) -> None:
+    result = validate(fp16 / GRAPH, "--images", photographs, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert report["images"]["count"] == 3
+    assert report["images"]["names"] == ["0.png", "1.png", "2.png"]
+    assert "run here" in report["reference"]
+    derivation = report["evidence"][0]["tolerances"]["derivation"]
+    assert derivation["loss"]["images"] == 3
+
+
+def test_at_most_so_many_images_are_taken_and_that_is_said(fp16: Path, photographs: Path) -> None:
+    report = json.loads(validate(fp16 / GRAPH, "--images", photographs, "--max-images", 2, "--json").stdout)
+    assert report["images"]["count"] == 2
+    assert "of 3, spread evenly" in report["images"]["description"]
+
+
+def test_a_fault_shows_on_the_users_images_too(spoiled: Path, photographs: Path) -> None:
+    graph = planted(spoiled, lambda m: faults.perturb(m, "layer3.1.spatial_func.proj.weight"))
+    assert validate(graph, "--images", photographs).exit_code == 1
+
+
+def test_an_empty_or_unreadable_image_folder_is_refused(fp16: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_text("no picture")
+    assert "picture" in refused(fp16, "--images", tmp_path / "empty")
+    assert "can be used" in refused(fp16, "--images", tmp_path / "broken")
+    assert "There is no" in refused(fp16, "--images", tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo weights as a training file; the moving average holds others."""
+    spec = ModelSpec(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=small_bundles.CLASSES)
+    state = load_model(spec).model.state_dict()
+    path = tmp_path_factory.mktemp("checkpoint") / "run7.pth"
+    torch.save({"model": state, "model_ema": {name: 0.5 * value for name, value in state.items()}}, path)
+    return path
+
+
+@pytest.fixture
+def from_checkpoint(spoiled: Path, checkpoint: Path) -> Path:
+    """The bundle as an export from the checkpoint would have made it."""
+    manifest = small_bundles.read_manifest(spoiled)
+    manifest["model"].update(origin="checkpoint", checkpoint=checkpoint.name, checkpoint_sha256="c" * 64)
+    small_bundles.write_manifest(spoiled, manifest)
+    return spoiled
+
+
+def test_images_need_the_checkpoint_where_there_was_one(
+    from_checkpoint: Path, checkpoint: Path, photographs: Path
+) -> None:
+    sentence = refused(from_checkpoint, "--images", photographs)
+    assert "--checkpoint" in sentence
+    assert checkpoint.name in sentence
+    assert validate(from_checkpoint / GRAPH, "--images", photographs, "--checkpoint", checkpoint).exit_code == 0
+
+
+def test_the_reference_is_rebuilt_on_the_golden_pack(from_checkpoint: Path, checkpoint: Path) -> None:
+    report = json.loads(validate(from_checkpoint / GRAPH, "--checkpoint", checkpoint, "--json").stdout)
+    assert report["passed"]
+    assert report["reference"] == "PyTorch in FP32, run here with run7.pth"
+
+
+def test_other_weights_are_refused_and_both_are_named(from_checkpoint: Path, checkpoint: Path) -> None:
+    sentence = refused(from_checkpoint, "--checkpoint", checkpoint, "--weights", "ema")
+    made_of = small_bundles.read_manifest(from_checkpoint)["model"]["weights_sha256"]
+    assert made_of[:16] in sentence
+    assert "run7.pth (ema)" in sentence
+
+
+def test_a_checkpoint_that_is_none_is_refused(fp16: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("hello")
+    assert "text.pth" in refused(fp16, "--checkpoint", tmp_path / "text.pth")
+
+
+# Table and report
+
+
+def test_the_table_says_what_a_reader_needs(fp16: Path, tmp_path: Path) -> None:
+    result = validate(fp16 / PLAN, "--report", tmp_path / "report.json")
+    text = " ".join(result.stdout.split())
+    for words in (
+        "DEMO WEIGHTS",
+        "relative L2, worst image",
+        "max absolute error",
+        "mean absolute error",
+        "cosine",
+        "signal to noise",
+        "top-1 agreement",
+        "top-5 agreement",
+        "KL divergence",
+        "images that change class",
+        "what PyTorch itself loses in fp16",
+        "AGREED",
+        "Level of evidence: graph. The plan itself did not run: no NVIDIA GPU",
+    ):
+        assert words in text
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_the_report_goes_into_the_bundle_and_leaves_it_valid(spoiled: Path) -> None:
+    (spoiled / REPORT).write_text("old")
+    result = validate(spoiled / PLAN)
+    report = json.loads((spoiled / REPORT).read_text())
+    assert result.exit_code == 3
+    assert report["exit_code"] == 3
+    assert report["target"] == str(spoiled / PLAN)
+    assert report["evidence"][0]["comparison"]["outputs"][0]["max_abs"] > 0
+    assert validate(spoiled, "--json").exit_code == 3
+
+
+def test_json_is_all_there_is_on_stdout_and_no_file_is_written(spoiled: Path) -> None:
+    (spoiled / REPORT).unlink()
+    result = validate(spoiled, "--json")
+    assert json.loads(result.stdout)["passed"]
+    assert not (spoiled / REPORT).exists()
+
+
+def test_a_report_that_cannot_be_written_is_refused(fp16: Path, tmp_path: Path) -> None:
+    result = validate(fp16, "--report", tmp_path / "nowhere" / "report.json")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr
+
+
+def test_the_same_validation_gives_the_same_report(fp16: Path) -> None:
+    assert validate(fp16, "--json").stdout == validate(fp16, "--json").stdout
+
+
+# The process
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'onnx', 'onnxruntime', 'numpy', 'rich', 'PIL', 'polygraphy'}"
+    program = f"import sys, spach_deploy.cli.validate; print(sorted({heavy} & set(sys.modules)))"
+    assert run("-c", program).stdout.strip() == "[]"
+
+
+def test_a_real_process_answers(fp16: Path) -> None:
+    result = run("-c", "from spach_deploy.cli.validate import main; main()", str(fp16 / PLAN), "--json")
+    assert result.returncode == 3
+    assert json.loads(result.stdout)["level"] == "graph"
+    assert onnx.__version__  # both ran the same graph

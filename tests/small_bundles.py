@@ -1,0 +1,98 @@
+"""Small bundles, exported for real once per run of the tests; tests that spoil one take a copy.
+
+The model is a small hybrid, registered under a name of its own so that `load_model` and a manifest can name it. A plan
+is a header with nothing behind it: enough for all that happens on a machine that cannot run it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto
+
+from spach_deploy.bundle import GRAPH, MANIFEST, PLAN
+from spach_deploy.models import configs
+from spach_deploy.pipeline import export
+from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision
+from tests import static_models
+
+NAME = "small_hybrid"
+SIZE = static_models.IMAGE_SIZE
+CLASSES = static_models.CLASSES
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="spach-small-bundles-")
+configs.CONFIGS.setdefault(NAME, static_models.CONFIGS["hybrid"])
+
+
+@functools.cache
+def bundle(precision: Precision = Precision.FP16) -> Path:
+    """A bundle with a plan, which tests share and do not change. FP16 comes with every output there is."""
+    outputs = OutputSpec(top_k=3, softmax=True) if precision is Precision.FP16 else OutputSpec()
+    target = Path(_FOLDER.name) / precision.value
+    model = ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)
+    export(ExportOptions(model, precision, outputs, EngineTarget(Flavour.NONE), output=target))
+    give_plan(target)
+    return target
+
+
+def copy(original: Path, to: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(original, to)
+    return to
+
+
+def plan_bytes(total: int = 4096) -> bytes:
+    """The header of a TensorRT for RTX plan, and zeros up to its declared size."""
+    header = bytearray(64)
+    header[:4] = b"vtrt"
+    header[16:24] = total.to_bytes(8, "little")
+    header[24:27] = bytes((1, 7, 1))
+    return bytes(header) + bytes(total - len(header))
+
+
+def give_plan(directory: Path) -> None:
+    """Make the bundle one that was exported with an engine."""
+    content = plan_bytes()
+    (directory / PLAN).write_bytes(content)
+    manifest = read_manifest(directory)
+    manifest["files"][PLAN] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest["engine"] = {"flavour": "tensorrt-rtx", "version": "1.7.1", "gpus": ["sm86", "sm89"], "tf32": True}
+    write_manifest(directory, manifest)
+
+
+def take_plan(directory: Path) -> None:
+    """Make the bundle one that was exported without an engine."""
+    (directory / PLAN).unlink()
+    manifest = read_manifest(directory)
+    del manifest["files"][PLAN]
+    manifest["engine"] = {"flavour": "none", "reason": "--engine none was asked for"}
+    write_manifest(directory, manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """manifest.json."""
+    content: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+    return content
+
+
+def write_manifest(directory: Path, content: dict[str, Any]) -> None:
+    """Replace manifest.json."""
+    (directory / MANIFEST).write_text(json.dumps(content))
+
+
+def load_graph(directory: Path) -> ModelProto:
+    """The bundle's graph."""
+    return onnx.load(directory / GRAPH)
+
+
+def save_graph(model: ModelProto, directory: Path, name: str = GRAPH) -> Path:
+    """Put a graph beside the manifest."""
+    onnx.save(model, directory / name)
+    return directory / name

@@ -1,0 +1,249 @@
+"""Planted faults are rejected, harmless changes pass: by the bounds that an export derives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto
+
+from spach_deploy.bundle import GOLDEN, GRAPH, Bundle
+from spach_deploy.errors import UnavailableError, UsageError
+from spach_deploy.precision.half import type_graph
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.specs import BatchProfile, Flavour, Precision
+from spach_deploy.validation import evidence as evidence_module
+from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.evidence import (
+    Evidence,
+    Level,
+    Trial,
+    examine_engine,
+    examine_graph,
+    examine_rounded,
+    examine_typed,
+    plan_batches,
+)
+from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.tolerance import Bounds
+from spach_deploy.validation.validate import golden_trial
+from spach_deploy.validation.verdict import Tolerance
+from tests import small_bundles
+from tests.validation import faults
+
+HEADS = "layer3.1.spatial_func/Transpose_3"
+HEAD = "head.weight"
+SCALE = "norm2.weight"
+GELU = "layer2.2.channel_func.act/Gelu"
+
+
+@functools.cache
+def case(precision: Precision) -> tuple[bytes, Trial, Bounds]:
+    """A bundle's graph, its golden pack as a trial, and its bounds."""
+    bundle = Bundle.open(small_bundles.bundle(precision))
+    facts = BundleFacts.of(bundle)
+    trial = golden_trial(Golden.load(bundle.file(GOLDEN)), "photographs", facts.outputs, facts.batch)
+    return bundle.file(GRAPH).read_bytes(), trial, facts.tolerances.graph
+
+
+def examine(precision: Precision, change: Callable[[ModelProto], None] = lambda model: None) -> Evidence:
+    graph, trial, bounds = case(precision)
+    model = onnx.load_from_string(graph)
+    change(model)
+    return examine_graph(model.SerializeToString(), trial, bounds)
+
+
+def findings(evidence: Evidence) -> str:
+    assert not evidence.passed
+    return " ".join(evidence.verdict.findings)
+
+
+def test_the_exported_graph_agrees_at_two_batch_sizes() -> None:
+    found = examine(Precision.FP16)
+    assert found.passed
+    assert found.level is Level.GRAPH
+    assert sum(found.batches) == 8
+    assert found.batches[0] == 1
+    assert len(set(found.batches)) > 1
+
+
+@pytest.mark.parametrize(("precision", "every"), [(Precision.FP32, 5), (Precision.FP16, 1)])
+def test_any_perturbed_weight_is_rejected(precision: Precision, every: int) -> None:
+    names = faults.big_tensors(onnx.load_from_string(case(precision)[0]))[::every]
+    assert len(names) > 30 // every
+    missed = [name for name in names if examine(precision, lambda m, n=name: faults.perturb(m, n)).passed]  # type: ignore[misc]
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda m: faults.permute_channel(m, HEAD),
+        lambda m: faults.permute_channel(m, "layer3.3.channel_func.fc2.weight"),
+        lambda m: faults.permute_channel(m, "layer1.0.cpe_net.net.1.weight"),
+        lambda m: faults.transpose_heads(m, HEADS),
+        lambda m: faults.forget_scale(m, SCALE),
+        lambda m: faults.set_epsilon(m, 0.1),
+        lambda m: faults.drop_gelu(m, GELU),
+    ],
+)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_a_wrong_graph_is_rejected(precision: Precision, plant: Callable[[ModelProto], None]) -> None:
+    assert "relative L2" in findings(examine(precision, plant))
+
+
+@pytest.mark.parametrize("plant", [lambda m: faults.set_epsilon(m, 1e-3), faults.approximate_gelu])
+def test_fp32_leaves_no_room_for_small_faults(plant: Callable[[ModelProto], None]) -> None:
+    assert "relative L2" in findings(examine(Precision.FP32, plant))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        faults.reorder,
+        faults.rename_tensors,
+        lambda m: faults.unfold_constant(m, HEAD),
+        lambda m: faults.fix_batch(m, 7),
+        lambda m: faults.fix_batch(m, 1),
+    ],
+)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_a_harmless_change_passes(precision: Precision, change: Callable[[ModelProto], None]) -> None:
+    found = examine(precision, change)
+    assert found.verdict.findings == ()
+
+
+def test_a_nan_is_a_finding() -> None:
+    assert "NaN" in findings(examine(Precision.FP16, lambda m: faults.plant_nan(m, HEAD)))
+
+
+def test_a_renamed_output_is_missing_and_the_likely_one_is_named() -> None:
+    found = findings(examine(Precision.FP16, lambda m: faults.rename_output(m, "logits", "scores")))
+    assert "'logits' is missing" in found
+    assert "'scores'" in found
+
+
+def test_a_renamed_input_is_a_finding_not_a_crash() -> None:
+    found = findings(examine(Precision.FP16, lambda m: faults.rename_input(m, "pixels")))
+    assert "Its inputs are not the bundle's: it has pixels" in found
+
+
+def test_a_graph_that_does_not_load_is_a_finding() -> None:
+    def break_it(model: ModelProto) -> None:
+        model.graph.node[5].op_type = "NoSuchOperator"
+
+    assert "does not load" in findings(examine(Precision.FP16, break_it))
+
+
+def test_a_graph_that_fails_at_one_batch_size_is_a_finding() -> None:
+    def break_it(model: ModelProto) -> None:
+        """A reshape that only a batch of 1 survives."""
+        shape = faults.value(model, "val_8").copy()
+        faults.set_value(model, "val_8", np.array([64, shape[1]]))
+
+    assert "failed while it ran" in findings(examine(Precision.FP16, break_it))
+
+
+def test_rounding_every_half_tensor_shows_overflow_that_the_cpu_hides() -> None:
+    """A stream of 1e6 in FP16: ONNX Runtime's inserted casts may keep it alive, the rounded run does not."""
+    graph, trial, bounds = case(Precision.FP16)
+    model = onnx.load_from_string(graph)
+    for name in ("stem.proj.weight", "stem.proj.bias"):
+        faults.set_value(model, name, np.clip(faults.value(model, name).astype(np.float64) * 1e6, -6e4, 6e4))
+    found = examine_rounded(model.SerializeToString(), trial, bounds)
+    assert not found.passed
+
+
+def test_bfloat16_runs_with_its_tensors_rounded() -> None:
+    graph, trial, bounds = case(Precision.FP32)
+    bounds = Bounds({"logits": Tolerance(rel_l2=5e-2)}, bounds.derivation)
+    typed = type_graph(onnx.load_from_string(graph), Precision.BF16).model.SerializeToString()
+    (found,) = examine_typed(typed, Precision.BF16, trial, bounds)
+    assert found.passed
+    assert "rounded" in found.ran
+
+
+def test_fp16_runs_as_it_is_and_with_its_tensors_rounded() -> None:
+    graph, trial, bounds = case(Precision.FP16)
+    plain, rounded = examine_typed(graph, Precision.FP16, trial, bounds)
+    assert plain.passed
+    assert rounded.passed
+    assert examine_typed(graph, Precision.FP16, trial, bounds, rounded=False) == (plain,)
+
+
+@pytest.mark.parametrize(
+    ("count", "profile", "sizes"),
+    [
+        (8, BatchProfile(1, 8, 32), (1, 7)),
+        (1, BatchProfile(1, 8, 32), (1,)),
+        (70, BatchProfile(1, 8, 32), (1, 32, 32, 5)),
+        (8, BatchProfile(8, 8, 8), (8,)),
+        (5, BatchProfile(8, 8, 8), (5,)),
+        (20, BatchProfile(16, 16, 16), (16, 4)),
+        (8, BatchProfile(1, 1, 1), (1,) * 8),
+    ],
+)
+def test_batches_lie_within_the_profile(count: int, profile: BatchProfile, sizes: tuple[int, ...]) -> None:
+    assert plan_batches(count, profile) == sizes
+
+
+def test_a_cpu_gets_smaller_batches_where_the_profile_has_them() -> None:
+    assert plan_batches(8, BatchProfile(1, 8, 32), 3) == (1, 3, 3, 1)
+    assert plan_batches(8, BatchProfile(4, 8, 32), 3) == (4, 4)
+
+
+class FakeEngine(OnnxRuntimeRunner):
+    """Stands where a TensorRT engine would: computes with the graph, has the engine's name."""
+
+    def __init__(self, plan: bytes, flavour: Flavour) -> None:
+        super().__init__(plan)
+        self.flavour = flavour
+
+    @property
+    def name(self) -> str:
+        return f"TensorRT engine ({self.flavour.value})"
+
+
+def test_an_engine_that_runs_is_evidence_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, trial, bounds = case(Precision.FP16)
+    monkeypatch.setattr(evidence_module, "TensorRTRunner", FakeEngine)
+    found = examine_engine(graph, Flavour.TENSORRT, trial, bounds)
+    assert found.passed
+    assert found.level is Level.ENGINE
+    assert found.batches == (1, 7)
+
+
+def test_a_wrong_engine_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, trial, bounds = case(Precision.FP16)
+    model = onnx.load_from_string(graph)
+    faults.perturb(model, HEAD)
+    monkeypatch.setattr(evidence_module, "TensorRTRunner", FakeEngine)
+    found = examine_engine(model.SerializeToString(), Flavour.TENSORRT, trial, bounds)
+    assert "relative L2" in findings(found)
+
+
+def test_an_engine_without_a_gpu_says_why() -> None:
+    _, trial, bounds = case(Precision.FP16)
+    with pytest.raises(UnavailableError, match="cannot run here"):
+        examine_engine(small_bundles.plan_bytes(), Flavour.TENSORRT_RTX, trial, bounds)
+    with pytest.raises(UsageError, match="not a whole TensorRT plan"):
+        examine_engine(b"hello", Flavour.TENSORRT_RTX, trial, bounds)
+
+
+def test_outputs_beside_logits_are_compared_too() -> None:
+    comparison = examine(Precision.FP16).comparison
+    assert [output.name for output in comparison.outputs] == ["logits", "probabilities", "top_values"]
+    assert [index.name for index in comparison.indices] == ["top_indices"]
+
+
+def test_swapped_outputs_are_recognised() -> None:
+    found = examine(Precision.FP16, lambda m: faults.swap_outputs(m, "logits", "probabilities"))
+    assert "were they swapped?" in findings(found)
+
+
+def test_a_missing_output_is_a_finding() -> None:
+    found = examine(Precision.FP16, lambda m: faults.remove_output(m, "top_indices"))
+    assert "'top_indices' is missing" in findings(found)

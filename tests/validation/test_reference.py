@@ -1,0 +1,83 @@
+"""Golden packs, and a bundle's outputs from logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spach_deploy.errors import BundleError
+from spach_deploy.specs import IODtype, OutputSpec
+from spach_deploy.validation.reference import Golden, expected_outputs, promised_dtypes
+
+
+def golden(count: int = 3) -> Golden:
+    rng = np.random.default_rng(0)
+    return Golden(
+        rng.standard_normal((count, 3, 8, 8)).astype(np.float32),
+        rng.standard_normal((count, 11)).astype(np.float32),
+        tuple(f"photo ü {index}.jpg" for index in range(count)),
+    )
+
+
+def test_a_golden_pack_survives_its_file(tmp_path: Path) -> None:
+    pack = golden()
+    pack.save(tmp_path / "golden.npz")
+    loaded = Golden.load(tmp_path / "golden.npz")
+    assert loaded.names == pack.names
+    assert np.array_equal(loaded.input, pack.input)
+    assert np.array_equal(loaded.logits, pack.logits)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])
+def test_what_is_no_pack_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "golden.npz").write_bytes(content)
+    with pytest.raises(BundleError, match="cannot be read as a golden pack"):
+        Golden.load(tmp_path / "golden.npz")
+
+
+def test_a_pickle_in_a_pack_is_not_loaded(tmp_path: Path) -> None:
+    np.savez(tmp_path / "golden.npz", input=np.array([{}], dtype=object), logits=golden().logits, names=["a"])
+    with pytest.raises(BundleError):
+        Golden.load(tmp_path / "golden.npz")
+
+
+def test_a_pack_of_unequal_lengths_is_refused(tmp_path: Path) -> None:
+    pack = golden()
+    Golden(pack.input[:2], pack.logits, pack.names).save(tmp_path / "golden.npz")
+    with pytest.raises(BundleError, match="no golden pack"):
+        Golden.load(tmp_path / "golden.npz")
+
+
+def test_outputs_are_what_pytorch_makes_of_the_logits() -> None:
+    logits = golden(16).logits
+    outputs = expected_outputs(logits, OutputSpec(top_k=3, softmax=True))
+    tensor = torch.from_numpy(logits)
+    values, indices = tensor.topk(3)
+    assert list(outputs) == ["logits", "probabilities", "top_values", "top_indices"]
+    np.testing.assert_allclose(outputs["probabilities"], tensor.softmax(1).numpy(), rtol=1e-6)
+    assert np.array_equal(outputs["top_values"], values.numpy())
+    assert np.array_equal(outputs["top_indices"], indices.numpy())
+    assert {name: array.dtype.name for name, array in outputs.items()} == promised_dtypes(
+        OutputSpec(top_k=3, softmax=True)
+    )
+
+
+def test_equal_logits_are_ranked_by_index() -> None:
+    outputs = expected_outputs(np.array([[1, 2, 2, 0]], np.float32), OutputSpec(top_k=3))
+    assert outputs["top_indices"].tolist() == [[1, 2, 0]]
+
+
+def test_large_logits_have_probabilities() -> None:
+    outputs = expected_outputs(np.array([[1e4, 0, -1e4]], np.float32), OutputSpec(softmax=True))
+    assert outputs["probabilities"].tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_fp16_at_the_boundary_is_promised_for_floats() -> None:
+    assert promised_dtypes(OutputSpec(IODtype.FP16, 1, False)) == {
+        "logits": "float16",
+        "top_values": "float16",
+        "top_indices": "int64",
+    }

@@ -1,0 +1,115 @@
+"""The table at 80 columns, and the report, from results made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spach_deploy.errors import UsageError
+from spach_deploy.specs import OutputSpec
+from spach_deploy.validation.compare import compare_outputs
+from spach_deploy.validation.evidence import Evidence, Level, Trial
+from spach_deploy.validation.reference import expected_outputs
+from spach_deploy.validation.report import write_report
+from spach_deploy.validation.table import as_text
+from spach_deploy.validation.tolerance import Bounds
+from spach_deploy.validation.validate import MissingEngineRun, Subject, Validation
+from spach_deploy.validation.verdict import Tolerance, judge
+
+NAMES = ("a.jpg", "an exceedingly long name of a photograph taken in the summer of last year.jpg")
+REFERENCE = np.array([[3.0, 2.99, 0.0, 1.0, 0.5, 0.2, 0.1], [0.0, 4.0, 0.0, 1.0, 0.5, 0.2, 0.1]], np.float32)
+BOUNDS = Bounds(
+    {"logits": Tolerance(0.01, 0.1, 0.99, 0.05, "by hand"), "top_values": Tolerance(0.01)}, {"sentence": "by hand"}
+)
+
+
+def evidence(logits: np.ndarray, level: Level = Level.GRAPH) -> Evidence:
+    outputs = OutputSpec(top_k=2)
+    comparison = compare_outputs(
+        expected_outputs(REFERENCE, outputs), expected_outputs(logits, outputs), image_names=NAMES
+    )
+    return Evidence(level, "typed graph in ONNX Runtime", (1, 7), comparison, BOUNDS, judge(comparison, BOUNDS.outputs))
+
+
+def validation(*items: Evidence, is_demo: bool = False, missing: bool = False) -> Validation:
+    trial = Trial(lambda start, stop: REFERENCE[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32")
+    why = MissingEngineRun("no NVIDIA GPU here", "an NVIDIA GPU with tensorrt 10.16") if missing else None
+    subject = Subject("bundle/model.onnx", "ms_hybrid_s", "fp16", is_demo)
+    return Validation(subject, trial, items, missing_engine_run=why)
+
+
+FLIPPED = REFERENCE + np.array([[-0.01, 0.01] + [0.0] * 5, [0.0] * 7], np.float32)
+WRONG = REFERENCE * np.float32(1.5)
+
+
+@pytest.mark.parametrize("logits", [REFERENCE, FLIPPED, WRONG, np.full_like(REFERENCE, np.nan)])
+def test_it_fits_eighty_columns(logits: np.ndarray) -> None:
+    text = as_text(validation(evidence(logits), evidence(logits), is_demo=True, missing=True))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+
+
+def test_a_flip_within_its_margin_is_shown_and_passes() -> None:
+    found = validation(evidence(FLIPPED))
+    text = as_text(found)
+    assert found.passed
+    assert "1 of 2" in text
+    assert "0 to 1, margin" in text
+    assert "rank 0: 1 for 0" in text
+    assert "AGREED" in text
+
+
+def test_a_difference_is_told_with_its_image_and_bound() -> None:
+    found = validation(evidence(WRONG))
+    text = " ".join(as_text(found).split())
+    assert found.exit_code == 1
+    assert "DID NOT AGREE" in text
+    assert "relative L2 is 0.5 in image" in text
+    assert "0.01 is allowed (by hand)" in text
+    assert "relative L2 is 0.5" in found.failure()
+
+
+def test_a_second_run_that_agrees_takes_a_line_per_output_and_one_that_does_not_a_table() -> None:
+    good = as_text(validation(evidence(REFERENCE), evidence(REFERENCE)))
+    bad = as_text(validation(evidence(REFERENCE), evidence(WRONG)))
+    assert good.count("relative L2, worst image") == 2
+    assert bad.count("relative L2, worst image") == 4
+
+
+def test_demo_weights_are_said_first() -> None:
+    assert as_text(validation(evidence(REFERENCE), is_demo=True)).startswith("DEMO WEIGHTS")
+    assert "DEMO" not in as_text(validation(evidence(REFERENCE)))
+
+
+def test_colour_only_when_asked() -> None:
+    assert "\x1b[" in as_text(validation(evidence(REFERENCE)), color=True)
+
+
+def test_levels_and_exit_codes() -> None:
+    graph, engine = evidence(REFERENCE), evidence(REFERENCE, Level.ENGINE)
+    assert validation(graph).exit_code == 0
+    assert validation(graph, missing=True).exit_code == 3
+    assert validation(engine, graph).level is Level.ENGINE
+    assert validation(engine, graph).exit_code == 0
+    assert validation(evidence(WRONG), missing=True).exit_code == 1
+
+
+def test_no_evidence_is_no_pass() -> None:
+    assert validation().exit_code == 1
+    assert "Nothing was compared" in validation().failure()
+
+
+def test_the_report_is_json_whatever_was_found(tmp_path: Path) -> None:
+    for logits in (REFERENCE, WRONG, np.full_like(REFERENCE, np.inf)):
+        write_report(validation(evidence(logits)), tmp_path / "report.json")
+        content = json.loads((tmp_path / "report.json").read_text())
+        assert content["passed"] is (logits is REFERENCE)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_report_without_a_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_report(validation(evidence(REFERENCE)), tmp_path / "nowhere" / "report.json")

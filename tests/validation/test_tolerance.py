@@ -1,0 +1,195 @@
+"""Bounds come from measurements, hold for what is right, and round-trip through the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from spach_deploy.errors import BundleError, PrecisionError
+from spach_deploy.specs import IODtype, OutputSpec, Precision
+from spach_deploy.validation.compare import compare_outputs
+from spach_deploy.validation.precision_loss import Arithmetic, evaluate, evaluate_fp64
+from spach_deploy.validation.reference import expected_outputs
+from spach_deploy.validation.tolerance import LOSS_FACTOR, Measured, ToleranceSet, derive_tolerances
+from spach_deploy.validation.verdict import judge
+from tests.static_models import images, logits, relative_l2, small_model
+
+KINDS = ("conv", "trans", "mlp", "hybrid", "hybrid_stem", "ms_mlp")
+
+
+def derived(
+    kind: str, precision: Precision, outputs: OutputSpec | None = None, *, tf32: bool = False
+) -> tuple[nn.Module, Any, Any, ToleranceSet]:
+    model, batch = small_model(kind), images(8)
+    reference = logits(model, batch)
+    return model, batch, reference, derive_tolerances(model, batch, reference, precision, outputs, tf32=tf32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_precisions_need_room_in_the_order_of_their_significands(kind: str) -> None:
+    bounds = [derived(kind, precision)[3].graph.outputs["logits"] for precision in Precision]
+    fp32, fp16, bf16 = (bound.rel_l2 for bound in bounds)
+    assert 1e-6 < fp32 < 5e-5
+    assert 10 * fp32 < fp16 < 2e-2
+    assert 3 * fp16 < bf16 < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_the_loss_itself_passes_on_images_that_were_not_measured(kind: str, precision: Precision) -> None:
+    model, _, _, tolerances = derived(kind, precision)
+    others = images(16, seed=5)
+    lossy = evaluate(model, others, Arithmetic.of(precision))
+    comparison = compare_outputs({"logits": logits(model, others)}, {"logits": lossy})
+    assert judge(comparison, tolerances.graph.outputs).findings == ()
+
+
+def test_half_of_what_is_allowed_is_not_rejected_and_twice_is() -> None:
+    _, _, reference, tolerances = derived("hybrid", Precision.FP16)
+    allowed = tolerances.graph.outputs["logits"].rel_l2
+    noise = np.random.default_rng(0).standard_normal(reference.shape)
+    noise *= np.linalg.norm(reference, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    for share, passes in ((0.5, True), (2.0, False)):
+        candidate = (reference + share * allowed * noise).astype(np.float32)
+        comparison = compare_outputs({"logits": reference}, {"logits": candidate})
+        assert judge(comparison, tolerances.graph.outputs).passed is passes
+
+
+def test_probabilities_and_top_values_pass_where_their_logits_pass() -> None:
+    outputs = OutputSpec(top_k=4, softmax=True)
+    _, _, reference, tolerances = derived("trans", Precision.BF16, outputs)
+    expected = expected_outputs(reference, outputs)
+    allowed = tolerances.graph.outputs["logits"]
+    assert allowed.max_abs is not None
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        moved = (reference + rng.uniform(-1, 1, reference.shape) * allowed.max_abs).astype(np.float32)
+        others = {name: t for name, t in tolerances.graph.outputs.items() if name != "logits"}
+        candidate = expected_outputs(moved, outputs)
+        keep = ("probabilities", "top_values")
+        comparison = compare_outputs({n: expected[n] for n in keep}, {n: candidate[n] for n in keep})
+        flips = "change class"  # of probabilities, which the margin of the logits decides
+        assert [f for f in judge(comparison, others).findings if flips not in f] == []
+
+
+def test_tf32_widens_the_engine_alone() -> None:
+    tolerances = derived("hybrid", Precision.FP32, tf32=True)[3]
+    assert tolerances.engine.outputs["logits"].rel_l2 > 20 * tolerances.graph.outputs["logits"].rel_l2
+    assert "tf32" in tolerances.engine.sentence
+    assert derived("hybrid", Precision.FP16, tf32=True)[3].engine.outputs["logits"].rel_l2 < 2e-2
+
+
+def test_fp16_at_the_boundary_of_an_fp32_graph_is_allowed_for() -> None:
+    model, batch, reference, tolerances = derived("mlp", Precision.FP32, OutputSpec(IODtype.FP16))
+    sent = logits(model, batch.astype(np.float16).astype(np.float32)).astype(np.float16)
+    comparison = compare_outputs({"logits": reference}, {"logits": sent}, dtypes={"logits": np.float16})
+    assert judge(comparison, tolerances.graph.outputs).findings == ()
+
+
+def test_one_image_is_enough_to_derive_from() -> None:
+    model, batch = small_model("conv"), images(1)
+    tolerances = derive_tolerances(model, batch, logits(model, batch), Precision.FP16)
+    assert tolerances.graph.outputs["logits"].rel_l2 > 1e-4
+
+
+def test_the_same_images_give_the_same_bounds() -> None:
+    assert derived("hybrid", Precision.FP16)[3].to_dict() == derived("hybrid", Precision.FP16)[3].to_dict()
+
+
+def test_the_derivation_says_its_figures() -> None:
+    tolerances = derived("hybrid", Precision.FP16)[3]
+    loss, noise = (tolerances.graph.derivation[part] for part in ("loss", "noise"))
+    bound = LOSS_FACTOR * loss["rel_l2"] + 20 * noise["rel_l2"]
+    assert math.isclose(tolerances.graph.outputs["logits"].rel_l2, bound)
+    assert f"2.5 x {loss['rel_l2']:.1e}" in tolerances.graph.sentence
+    assert "4 images" in tolerances.graph.sentence
+    assert "against FP64, 1 image" in tolerances.graph.sentence
+
+
+def test_bounds_survive_the_manifest() -> None:
+    tolerances = derived("hybrid", Precision.FP16, OutputSpec(top_k=2, softmax=True))[3]
+    stored = json.loads(json.dumps(tolerances.to_dict()))
+    assert ToleranceSet.from_dict(stored, "manifest.json") == tolerances
+
+
+@pytest.mark.parametrize("damage", [lambda d: d.pop("graph"), lambda d: d["engine"]["outputs"]["logits"].clear()])
+def test_damaged_bounds_are_refused(damage: Any) -> None:
+    stored = json.loads(json.dumps(derived("hybrid", Precision.FP16)[3].to_dict()))
+    damage(stored)
+    with pytest.raises(BundleError, match=r"manifest\.json has no usable tolerances"):
+        ToleranceSet.from_dict(stored, "manifest.json")
+
+
+def test_a_reference_of_zeros_gives_bounds_that_are_numbers() -> None:
+    zeros = np.zeros((3, 5), np.float32)
+    assert Measured.of(zeros, zeros) == Measured(3, 0.0, 0.0, 0.0)
+
+
+def test_an_answer_that_is_not_finite_is_refused() -> None:
+    model, batch = small_model("conv"), images(2)
+    reference = np.full((2, 11), np.inf, np.float32)
+    with pytest.raises(PrecisionError, match="not finite"):
+        derive_tolerances(model, batch, reference, Precision.FP16)
+
+
+# What PyTorch loses
+
+
+def test_rounding_leaves_the_model_as_it_was() -> None:
+    model, batch = small_model("hybrid"), images(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = logits(model, batch)
+    evaluate(model, batch, Arithmetic.FP16)
+    evaluate_fp64(model, batch)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert np.array_equal(logits(model, batch), first)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_fp32_and_fp64_agree_to_rounding() -> None:
+    model, batch = small_model("ms_mlp"), images(2)
+    assert 0 < relative_l2(evaluate(model, batch), evaluate_fp64(model, batch)) < 2e-6
+
+
+def test_tf32_and_fp16_lose_alike_where_fp16_has_range() -> None:
+    """Both keep ten bits of the significand."""
+    model, batch = small_model("hybrid"), images(4)
+    tf32, fp16 = (
+        relative_l2(evaluate(model, batch, arithmetic), logits(model, batch))
+        for arithmetic in (Arithmetic.TF32, Arithmetic.FP16)
+    )
+    assert 0.5 < tf32 / fp16 < 2
+
+
+def test_what_fp16_cannot_hold_stays_exact() -> None:
+    """The precision policy keeps such tensors in FP32, so they are no loss, and no infinity."""
+    import torch
+
+    class Large(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :4] * 1e6 + 1.0
+
+    batch = images(2)
+    large = evaluate(Large(), batch, Arithmetic.FP16)
+    assert np.isfinite(large).all()
+    assert relative_l2(large, evaluate(Large(), batch)) < 1e-3
+
+
+def test_shared_weights_are_rounded_once() -> None:
+    model, batch = small_model("mlp_shared"), images(2)
+    assert 0 < relative_l2(evaluate(model, batch, Arithmetic.BF16), logits(model, batch)) < 0.1
+
+
+def test_measured_figures_grow_with_their_spread() -> None:
+    exact = np.ones((4, 10))
+    even = Measured.of(exact * 1.01, exact)
+    uneven = Measured.of(exact * np.array([[1.0], [1.0], [1.0], [1.04]]), exact)
+    assert math.isclose(even.rel_l2, 0.01, rel_tol=1e-6)
+    assert math.isclose(uneven.rel_l2, 0.01 + 2 * 0.02, rel_tol=1e-6)
+    assert dataclasses.asdict(even)["images"] == 4
