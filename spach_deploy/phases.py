@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import resource
 import time
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ def peak_resident_bytes() -> int:
 
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system: glibc keeps it, and the next phase would come on top."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
