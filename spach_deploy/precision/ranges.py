@@ -92,7 +92,8 @@ class RangeMeter:
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """The graph's own outputs for one batch, after looking at every tensor."""
-        results = self._session.run(None, dict(feeds))
+        # Copies: a result of ONNX Runtime keeps the whole memory pool of its session alive.
+        results = [np.array(result) for result in self._session.run(None, dict(feeds))]
         outputs = dict(zip(self._outputs, results, strict=False))
         self._see(_largest(feeds))
         self._see(_largest(outputs))

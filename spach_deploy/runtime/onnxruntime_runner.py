@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from spach_deploy.errors import MissingPackageError, UnavailableError, UsageError
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
@@ -74,7 +76,8 @@ class OnnxRuntimeRunner:
 
     def _run_once(self, feeds: Arrays) -> Arrays:
         names = list(self.output_specs)
-        return dict(zip(names, self._session.run(names, feeds), strict=True))
+        # Copies: a result of ONNX Runtime keeps the whole memory pool of its session alive.
+        return {name: np.array(result) for name, result in zip(names, self._session.run(names, feeds), strict=True)}
 
     def _open(self, ort: Any) -> Any:
         options = ort.SessionOptions()
