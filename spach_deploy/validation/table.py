@@ -43,17 +43,25 @@ def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield ""
     yield from _head(validation, width)
     for position, item in enumerate(validation.evidence):
-        yield from _evidence(item, width, in_full=position == 0 or not item.passed)
+        yield from _evidence(item, width, in_full=position == 0 or (validation.evidence[0].passed and not item.passed))
     yield ""
-    for finding in validation.all_findings:
+    findings = _findings(validation)
+    for finding in findings:
         yield Text(_wrapped(f"x {finding}", width, 2), style="red")
     for note in validation.notes:
         yield Text(_wrapped(f"- {note}", width, 2))
-    if validation.all_findings or validation.notes:
+    if findings or validation.notes:
         yield ""
     verdict, style = ("AGREED", "bold green") if validation.passed else ("DID NOT AGREE", "bold red")
     yield Text(f"{verdict} with PyTorch in FP32.", style=style)
     yield Text(_wrapped(validation.level_sentence(), width, 0))
+
+
+def _findings(validation: Validation) -> tuple[str, ...]:
+    """Without those of later runs where the first has some: they say the same in other figures. The report has all."""
+    if not validation.evidence or validation.evidence[0].passed:
+        return validation.all_findings
+    return (*validation.findings, *validation.evidence[0].verdict.findings)
 
 
 def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
@@ -71,7 +79,7 @@ def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
 
 
 def _evidence(item: Evidence, width: int, *, in_full: bool) -> Iterator[RenderableType]:
-    """A table per output; for a second run that agreed, a line per output."""
+    """A table per output; for a second run that tells nothing new, a line per output."""
     from rich.text import Text
 
     yield ""

@@ -9,9 +9,10 @@ Both are taken per image, as the mean plus two standard deviations over the imag
 differ gets room for those that were not. What the factors stand for:
 
 LOSS_FACTOR. Engines round at other places than PyTorch's modules do: folded weights are rounded after folding, products
-of attention are rounded between, sums run in another order. The same models, rewritten for export and rounded at all
-of those places, lose 0.9 to 2.1 times as much per image as is measured here, and the worst of their images at most 1.6
-times the mean and two deviations (FP16 and BF16, all families). 2.5 leaves room for a compiler's own choices.
+of attention are rounded between, sums run in another order. The same models, rewritten for export and rounded behind
+every operation, lose at most 1.5 times the loss measured here in the worst of their images (fourteen models of all
+families, FP16 and BF16, demo weights); the typed graphs that are exported keep sums in FP32 and lose less. Fused
+kernels round less often still. So 2.
 
 NOISE_FACTOR. Two correct FP32 evaluations, with other orders of summation and other kernels for exp and erf, are one to
 three times as far apart as FP32 is from FP64. There is nothing between that and real faults, so 20.
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
 
 Float64 = npt.NDArray[np.float64]
 
-LOSS_FACTOR = 2.5
+LOSS_FACTOR = 2.0
 NOISE_FACTOR = 20.0
 SPREAD = 2.0
 """Standard deviations over images that are added to the mean."""
 
-PEAK = 4.0
-"""Standard deviations within which the errors of a thousand logits lie, and the difference of two of them."""
+PEAK = 5.0
+"""Standard deviations within which all errors of some hundred images' logits lie, or the difference of two of them."""
 
 LOSS_IMAGES = 4
 _NOISE_IMAGES = {Precision.FP32: 2, Precision.FP16: 1, Precision.BF16: 1}  # beside a loss, noise hardly counts

@@ -107,7 +107,7 @@ def test_the_derivation_says_its_figures() -> None:
     loss, noise = (tolerances.graph.derivation[part] for part in ("loss", "noise"))
     bound = LOSS_FACTOR * loss["rel_l2"] + 20 * noise["rel_l2"]
     assert math.isclose(tolerances.graph.outputs["logits"].rel_l2, bound)
-    assert f"2.5 x {loss['rel_l2']:.1e}" in tolerances.graph.sentence
+    assert f"{LOSS_FACTOR:g} x {loss['rel_l2']:.1e}" in tolerances.graph.sentence
     assert "4 images" in tolerances.graph.sentence
     assert "against FP64, 1 image" in tolerances.graph.sentence
 
