@@ -70,6 +70,8 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
         return Validation(subject, trial, evidence, notes=(*notes, *note))
     findings = _file_findings(request.target, kind, bundle, changed)
     evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, trial, tolerances)
+    if missing is not None and not findings:
+        notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
     return Validation(subject, trial, evidence, findings, notes, missing, request.accept_graph)
 
 

@@ -83,6 +83,7 @@ def test_a_plan_that_cannot_run_here_is_exit_3_with_reason_and_remedy(fp16: Path
     assert report["passed"]
     assert "no NVIDIA GPU" in report["level_sentence"]
     assert "sm86, sm89" in report["level_sentence"]
+    assert report["notes"] == ["By its SHA-256 the plan is the one that was built from this graph."]
 
 
 def test_accepting_the_graph_makes_that_0(fp16: Path) -> None:
