@@ -95,10 +95,6 @@ def summary(result: ExportResult, *, verbose: bool, as_json: bool) -> str:
 def _lines(result: ExportResult, content: dict[str, Any], *, verbose: bool) -> Iterator[str]:
     from spach_deploy.validation.table import as_text
 
-    model = content["model"]
-    if model["origin"] == "demo":
-        yield "DEMO WEIGHTS: this model was not trained; its answers mean nothing. Give --checkpoint FILE for yours."
-        yield ""
     yield from _facts(content)
     yield ""
     yield as_text(result.validation)

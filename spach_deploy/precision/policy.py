@@ -10,6 +10,10 @@ from spach_deploy.precision.weights import WeightReport
 from spach_deploy.specs import IODtype, Precision
 
 
+_SUMMARY = {"marked": "products and sums in registers", "range": "for their range", "weight": "for their weights"}
+"""How the summary words some reasons."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """A node that stays in FP32.
@@ -89,7 +93,8 @@ class PrecisionPolicy:
         """One line: precision, and how many nodes stay in FP32 for which reasons."""
         if not self.precision.is_half:
             return "fp32"
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(k.reason for k in self.kept).items())
+        counts = Counter(_SUMMARY.get(kept.reason, kept.reason) for kept in self.kept)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         return f"{self.precision.value}, {self.nodes - self.half_nodes} of {self.nodes} nodes in fp32" + (
             f" ({reasons})" if reasons else ""
         )
