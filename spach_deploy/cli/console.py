@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import sys
@@ -17,47 +19,73 @@ import click
 
 from spach_deploy.errors import SpachError
 
-INTERRUPTED = 130
+BAD_INPUT, UNAVAILABLE, INTERRUPTED = 2, 3, 130
+
+
+class Command(click.Command):
+    """A click command whose own errors (an unknown option, a number out of range) are one sentence too."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse; exit code 2 for what cannot be parsed."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            sentence = error.format_message().rstrip(".")
+            fail(error, f"{sentence}. See {info_name} --help.", debug="--debug" in args)
+            sys.exit(2)
 
 
 def command(body: Callable[..., int | None]) -> Callable[..., None]:
     """Wrap a command body: errors become one sentence and an exit code; `--debug` shows the traceback.
 
-    The body returns its exit code, None meaning 0. It is called with click's parameters, `debug` taken out.
+    The body returns its exit code, None meaning 0. It is called with click's parameters, `debug` taken out. A
+    KeyboardInterrupt that it raises may carry a sentence on what was kept.
     """
 
     @functools.wraps(body)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
             code = body(*args, **kwargs) or 0
-        except SpachError as error:
-            fail(error, debug=debug)
-            code = error.exit_code
         except KeyboardInterrupt:
             say("Interrupted. Nothing was written; an earlier bundle in the same place is as it was.")
             code = INTERRUPTED
         except BrokenPipeError:
             code = _reader_went_away()
-        except MemoryError as error:
-            fail(
-                error, "Out of memory. Close other programs, or choose a smaller --batch or fewer images.", debug=debug
-            )
-            code = 3
+        except Exception as error:
+            sentence, code = _explained(error)
+            fail(error, sentence, debug=debug)
         sys.exit(code)
 
     return run
 
 
+def _explained(error: Exception) -> tuple[str, int]:
+    """A sentence with the next step, and the exit code."""
+    if isinstance(error, SpachError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return "Out of memory. Close other programs, or choose a smaller --batch or fewer images.", UNAVAILABLE
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "No space left on the disk or in the folder for temporary files. Free some, or set TMPDIR.", BAD_INPUT
+    if isinstance(error, OSError):
+        return f"{error.strerror or error} ({error.filename or 'no file named'}). Check that path.", BAD_INPUT
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"This is a bug of spach-deploy ({what}). Run again with --debug and report what it shows.", UNAVAILABLE
+
+
 def say(text: str) -> None:
-    """A line on stderr."""
-    click.echo(text, err=True)
+    """A line on stderr, if anybody reads it: an export does not stop because its progress goes unread."""
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(text, err=True)
 
 
-def fail(error: BaseException, sentence: str = "", *, debug: bool = False) -> None:
+def fail(error: Exception, sentence: str, *, debug: bool) -> None:
     """`Error: sentence` on stderr, after the traceback with `debug`."""
     if debug:
         traceback.print_exception(error)
-    say(f"Error: {sentence or error}")
+    say(f"Error: {sentence}")
 
 
 def _reader_went_away() -> int:

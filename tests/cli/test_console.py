@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import errno
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from spach_deploy.cli import options
+from spach_deploy.cli.console import command
+from spach_deploy.errors import MismatchError, UnavailableError, UsageError
+
+
+def ending_with(error: BaseException) -> click.Command:
+    @click.command()
+    @options.debug
+    @command
+    def run() -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UsageError("No.", "Do this."), 2, "Error: No. Do this."),
+        (MismatchError("Differs."), 1, "Error: Differs."),
+        (UnavailableError("Not here."), 3, "Error: Not here."),
+        (KeyboardInterrupt(), 130, "Interrupted. Nothing was written"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "Error: No space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Error: Permission denied (/x)."),
+        (MemoryError(), 3, "Error: Out of memory."),
+        (ZeroDivisionError("by zero"), 3, "Error: This is a bug of spach-deploy (ZeroDivisionError: by zero)."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_is_one_sentence_and_an_exit_code(error: BaseException, code: int, sentence: str) -> None:
+    result = CliRunner().invoke(ending_with(error))
+    assert result.exit_code == code
+    assert result.stderr.startswith(sentence)
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = CliRunner().invoke(ending_with(UsageError("No.")), ["--debug"])
+    assert "Traceback" in result.stderr
+    assert result.exit_code == 2
