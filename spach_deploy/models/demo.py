@@ -44,6 +44,9 @@ def _fill(name: str, array: Float32Array, seed: int) -> None:
         _uniform(rng, array, 0.5, 1.5)
     elif name.endswith("gamma_1"):
         _uniform(rng, array, 0.1, 1.0)
+    elif array.ndim == 4 and array.shape[1] == 1:
+        # Depthwise kernels, over whose residual the stream grows: smaller, so that late blocks weigh in the answer too.
+        _normal(rng, array, 0.0, 0.1)
     elif array.ndim >= 2:
         _normal(rng, array, 0.0, 1 / math.sqrt(math.prod(array.shape[1:])))
     else:
