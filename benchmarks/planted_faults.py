@@ -2,8 +2,8 @@
 
     python -m benchmarks.planted_faults [MODEL ...] [--precision fp16]
 
-Each tensor of two or more dimensions in turn gets Gaussian noise of 0.2 of its own standard deviation; the logits on the
-built-in photographs are judged as an export would judge an engine's. Demo weights.
+Each tensor of two or more dimensions in turn gets Gaussian noise of 0.2 of its own standard deviation; the logits on
+the built-in photographs are judged as an export would judge an engine's. Demo weights.
 """
 
 from __future__ import annotations
