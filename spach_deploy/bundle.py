@@ -23,6 +23,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -215,8 +216,16 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def default_directory(model: str, precision: str) -> Path:
+    """Where a bundle goes that was given no place."""
+    return Path("build") / f"{model}-{precision}"
+
+
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse a target that could not be written at the end, before the work begins."""
+    if os.path.ismount(target) or target.absolute() == Path.cwd():
+        what = "a mount point" if os.path.ismount(target) else "the directory you are in"
+        raise BundleError(f"{target} is {what}, which cannot be replaced.", "Give an --output inside it.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise BundleError(f"{target} exists and is not a directory.", "Choose another --output.")
     if target.is_dir() and any(target.iterdir()):
@@ -227,8 +236,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise BundleError(f"{target} holds a bundle already.", "Give --overwrite, or another --output.")
     parent = _existing_parent(target)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise BundleError(f"{parent} is not writable.", "Choose another --output.")
+    try:  # permissions do not tell: root may write everywhere, except where the file system says no
+        os.rmdir(tempfile.mkdtemp(prefix=f"{_staging_prefix(target)}{os.getpid()}-", dir=parent))
+    except OSError as error:
+        raise BundleError(f"{parent} is not writable ({error.strerror}).", "Choose another --output.") from error
 
 
 def _existing_parent(target: Path) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto
 
+from spach_deploy.bundle import default_directory
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.probes import probe_source
 from spach_deploy.data.readers import ImageSource, batches, open_images
@@ -17,7 +18,7 @@ from spach_deploy.errors import ImageError, MissingPackageError, UsageError
 from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
-from spach_deploy.onnx_graph.interface import add_interface
+from spach_deploy.onnx_graph.interface import add_interface, check_outputs
 from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.phases import Phases, return_freed_memory
 from spach_deploy.precision.decision import TypingOptions
@@ -106,6 +107,7 @@ def check_options(options: ExportOptions) -> None:
 def load(options: ExportOptions, phases: Phases) -> LoadedModel:
     """The reference model with its weights; what was inferred or unwrapped is said."""
     loaded = load_model(options.model)
+    check_outputs(options.outputs, loaded.num_classes)
     for note in loaded.notes:
         phases.note(f"{note[0].upper()}{note[1:]}.")
     return loaded
@@ -113,7 +115,7 @@ def load(options: ExportOptions, phases: Phases) -> LoadedModel:
 
 def target_directory(options: ExportOptions, loaded: LoadedModel) -> Path:
     """Where the bundle goes: --output, or build/MODEL-PRECISION."""
-    return options.output or Path("build") / f"{loaded.name}-{options.precision.value}"
+    return options.output or default_directory(loaded.name, options.precision.value)
 
 
 def read_photographs(options: ExportOptions, image_size: int, phases: Phases) -> Photographs:

@@ -48,8 +48,8 @@ def command(body: Callable[..., int | None]) -> Callable[..., None]:
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
             code = body(*args, **kwargs) or 0
-        except KeyboardInterrupt:
-            say("Interrupted. Nothing was written; an earlier bundle in the same place is as it was.")
+        except KeyboardInterrupt as error:
+            say(f"Interrupted. {str(error) or 'Nothing was written.'}")
             code = INTERRUPTED
         except BrokenPipeError:
             code = _reader_went_away()
@@ -65,8 +65,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     """A sentence with the next step, and the exit code."""
     if isinstance(error, SpachError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError):
-        return "Out of memory. Close other programs, or choose a smaller --batch or fewer images.", UNAVAILABLE
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch and onnxruntime have no class for it
+        return "Out of memory. Close other programs, or choose a smaller model, image size or batch.", UNAVAILABLE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "No space left on the disk or in the folder for temporary files. Free some, or set TMPDIR.", BAD_INPUT
     if isinstance(error, OSError):

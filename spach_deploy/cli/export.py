@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import command
+from spach_deploy.cli.console import Command, command
 from spach_deploy.specs import Flavour, IODtype
 
+if TYPE_CHECKING:
+    from spach_deploy.specs import ExportOptions
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.command("spach-export", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--list", "show_list", is_flag=True, help="Show all models and end.")
 @click.option("--list-rewrites", is_flag=True, help="Show the names that --no-rewrite takes and end.")
 @click.option("--recipe", type=opt.FILE, metavar="FILE", help="TOML recipe; the command line wins over it.")
@@ -63,15 +66,29 @@ def main(
         return _list(as_json)
     if list_rewrites:
         return _list_rewrites()
+    from spach_deploy.cli.early_checks import refuse_early
     from spach_deploy.cli.export_options import export_options
-    from spach_deploy.cli.export_output import Progress, summary
-    from spach_deploy.pipeline import export
 
     options = export_options(given, recipe)
-    with Progress(verbose=verbose) as progress:
-        result = export(options, progress)
-    click.echo(summary(result, verbose=verbose, as_json=as_json))
+    refuse_early(options)
+    _export(options, verbose=verbose, as_json=as_json)
     return 0
+
+
+def _export(options: ExportOptions, *, verbose: bool, as_json: bool) -> None:
+    """Export and print. Ctrl-C says what was kept, from before torch is loaded to the last line."""
+    from spach_deploy.cli.keeping import Keeping
+
+    keeping = Keeping.of(options)
+    try:
+        from spach_deploy.cli.export_output import Progress, summary
+        from spach_deploy.pipeline import export
+
+        with Progress(verbose=verbose) as progress:
+            result = export(options, progress)
+        click.echo(summary(result, as_json=as_json))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(keeping.sentence()) from None
 
 
 def _list(as_json: bool) -> int:

@@ -22,6 +22,9 @@ from spach_deploy.specs import (
 )
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LARGEST_WORKSPACE = 1 << 50
+_OF_ENGINES = ("gpu", "opt_level", "workspace", "timing_cache", "version_compatible", "hardware_compatible")
+"""Options that mean nothing without an engine."""
 
 
 def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions:
@@ -29,10 +32,12 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
 
     Raises UsageError for contradictions and for what cannot be parsed.
     """
-    values = dict(given)
-    values["precision"] = one_precision(values.pop("precisions"))
-    if recipe is not None:
-        values = {**read_recipe(recipe), **{name: value for name, value in values.items() if value not in (None, ())}}
+    chosen = {name: value for name, value in given.items() if value not in (None, ())}
+    precision = one_precision(chosen.pop("precisions", ()))
+    if precision is not None:
+        chosen["precision"] = precision
+    values = {**(_recipe_values(recipe, chosen) if recipe is not None else {}), **chosen}
+    _check_no_engine(values)
     return ExportOptions(
         model=_model(values),
         precision=Precision(values.get("precision") or "fp32"),
@@ -43,6 +48,24 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
         overwrite=bool(values.get("overwrite")),
         disabled_rewrites=tuple(values.get("no_rewrite") or ()),
     )
+
+
+def _recipe_values(recipe: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's values; with --engine none on the command line, less those that an engine alone would need."""
+    values = read_recipe(recipe)
+    if chosen.get("engine") == Flavour.NONE.value and values.get("engine") != Flavour.NONE.value:
+        values = {name: value for name, value in values.items() if name not in _OF_ENGINES}
+    return values
+
+
+def _check_no_engine(values: Mapping[str, Any]) -> None:
+    """Refuse what would be silently left undone."""
+    if values.get("engine") != Flavour.NONE.value:
+        return
+    given = [name for name in _OF_ENGINES if not (values.get(name) is None or values[name] is False)]
+    idle = [f"--{name.replace('_', '-')}" for name in given]
+    if idle:
+        raise UsageError(f"--engine none builds no engine, so {', '.join(idle)} can do nothing.", "Leave that out.")
 
 
 def one_precision(given: tuple[str, ...]) -> str | None:
@@ -89,6 +112,7 @@ def _engine(values: Mapping[str, Any]) -> EngineTarget:
 def parse_size(text: str) -> int:
     """Bytes of `512M`, `2G` or a plain number (powers of 1024)."""
     match = re.fullmatch(r"(\d{1,15})\s*([KMG]?)i?B?", text.strip(), re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
+    size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
+    if not 0 < size <= _LARGEST_WORKSPACE:
         raise UsageError(f"--workspace {text!r} is not a size.", "Give 512M, 2G or a number of bytes.")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    return size

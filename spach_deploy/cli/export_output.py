@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from spach_deploy.pipeline import ExportResult
 
 
+_PHASES_HEADING = "phase                        seconds  peak GB\n"
+
+
 class Progress:
     """An observer that draws bars on a terminal, and plain lines with `verbose` or where there is no terminal."""
 
@@ -36,6 +39,7 @@ class Progress:
             transient=True,
             disable=not self._console.is_terminal,
         )
+        self._heading = _PHASES_HEADING
         self._task: Any = None
         self._build: dict[str, Any] = {}
 
@@ -53,12 +57,13 @@ class Progress:
         self._task = self._bars.add_task(phase, total=None)
 
     def finished(self, phase: Phase) -> None:
-        """Take the bar away; one line with `verbose`."""
+        """Take the bar away; with `verbose`, a line of the table of phases."""
         if self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
         if self._verbose:
-            self._say(f"{phase.name:<28} {phase.seconds:6.2f} s   peak {phase.peak_bytes / 1e9:5.2f} GB")
+            self._say(f"{self._heading}{phase.name:<28} {phase.seconds:7.2f}  {phase.peak_bytes / 1e9:7.2f}")
+            self._heading = ""
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -84,23 +89,20 @@ class Progress:
             say(text)
 
 
-def summary(result: ExportResult, *, verbose: bool, as_json: bool) -> str:
+def summary(result: ExportResult, *, as_json: bool) -> str:
     """The end of an export: what was made, what was proven and where it lies."""
     content = dict(result.bundle.manifest.content)
     if as_json:
         return json.dumps(content, indent=2)
-    return "\n".join(_lines(result, content, verbose=verbose))
+    return "\n".join(_lines(result, content))
 
 
-def _lines(result: ExportResult, content: dict[str, Any], *, verbose: bool) -> Iterator[str]:
+def _lines(result: ExportResult, content: dict[str, Any]) -> Iterator[str]:
     from spach_deploy.validation.table import as_text
 
     yield from _facts(content)
     yield ""
     yield as_text(result.validation)
-    if verbose:
-        yield ""
-        yield from _phases(content)
     yield ""
     yield f"Bundle: {_shown(result.bundle.path)}"
 
@@ -126,12 +128,6 @@ def _plan_facts(engine: dict[str, Any]) -> str:
     if kernels["bytes_moved"] is None:
         return known
     return f"{known}, {kernels['bytes_moved'] / 1e6:,.0f} MB moved at batch {kernels['batch']}"
-
-
-def _phases(content: dict[str, Any]) -> Iterator[str]:
-    yield "phase                        seconds  peak GB"
-    for phase in content["phases"]:
-        yield f"{phase['name']:<28} {phase['seconds']:7.2f}  {phase['peak_bytes'] / 1e9:7.2f}"
 
 
 def _shown(path: Path) -> str:

@@ -25,10 +25,8 @@ def checkpoint(function: F) -> F:
 def weights(function: F) -> F:
     """--weights."""
     choice = click.Choice([source.value for source in WeightSource])
-    text = "Which weights of a training checkpoint to take."
-    return click.option("--weights", type=choice, default=WeightSource.MODEL.value, show_default=True, help=text)(
-        function
-    )
+    text = "Which weights of a training checkpoint to take.  [model]"
+    return click.option("--weights", type=choice, help=text)(function)
 
 
 def images(function: F) -> F:

@@ -64,15 +64,24 @@ def _value(path: Path, key: str, value: Any) -> Any:
         return _choice(path, key, _typed(path, key, value, str))
     if key == "batch" and type(value) is int:
         return str(value)
-    return _typed(path, key, value, int if key in _NUMBERS else bool if key in _SWITCHES else str)
+    if key in _NUMBERS:
+        return _number(path, key, value)
+    return _typed(path, key, value, bool if key in _SWITCHES else str)
 
 
 def _typed(path: Path, key: str, value: Any, kind: type) -> Any:
-    if type(value) is not kind:
+    if type(value) is not kind:  # not isinstance: true is no whole number here
         raise UsageError(f"Recipe {path}: {key} = {value!r} is not a {_NAMES[kind]}.", "See export/README.md.")
-    if kind is int and value < (0 if key == "opt_level" else 1):
-        raise UsageError(f"Recipe {path}: {key} = {value} is too small.", "See export/README.md.")
     return value
+
+
+def _number(path: Path, key: str, value: Any) -> int:
+    smallest, largest = (0, 5) if key == "opt_level" else (1, None)
+    number: int = _typed(path, key, value, int)
+    if number < smallest or (largest is not None and number > largest):
+        bounds = f"{smallest} or more" if largest is None else f"{smallest} to {largest}"
+        raise UsageError(f"Recipe {path}: {key} = {number} is out of range.", f"Give {bounds}.")
+    return number
 
 
 _NAMES: Mapping[type, str] = {str: "text", int: "whole number", bool: "true or false"}

@@ -12,16 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spach_deploy.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.errors import CheckpointError
 from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_from_content
 from spach_deploy.models.checkpoint_file import read_checkpoint
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.matching import check_fit, image_size_of, infer_model, num_classes_of
-from spach_deploy.models.registry import create_model, resolve
+from spach_deploy.models.registry import check_spec, create_model, resolve
 from spach_deploy.models.spach import Spach
 from spach_deploy.models.training_args import choose_image_size, compare_classes, compare_model
-from spach_deploy.specs import ModelSpec, WeightSource
+from spach_deploy.specs import ModelSpec
 
 DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"
 _FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
@@ -55,8 +55,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     for a file that cannot be read, does not fit, holds values that are not finite, or contradicts what was
     asked.
     """
-    if spec.name is not None and spec.image_size is not None:
-        CONFIGS[resolve(spec.name)].check_image_size(spec.image_size)
+    check_spec(spec)
     return _with_demo_weights(spec) if spec.checkpoint is None else _from_checkpoint(spec, spec.checkpoint)
 
 
@@ -71,10 +70,7 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
-    if spec.name is None:
-        raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
-    if spec.weights is WeightSource.EMA:
-        raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
+    assert spec.name is not None  # check_spec
     name = resolve(spec.name)
     size = 224 if spec.image_size is None else spec.image_size
     classes = 1000 if spec.num_classes is None else spec.num_classes

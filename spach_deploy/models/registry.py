@@ -11,14 +11,15 @@ import functools
 import itertools
 from typing import TYPE_CHECKING
 
-from spach_deploy.errors import ModelError
+from spach_deploy.errors import ModelError, UsageError
 from spach_deploy.models.configs import CONFIGS, SpachConfig
 from spach_deploy.models.shapes import count_macs, count_parameters
+from spach_deploy.specs import ModelSpec, WeightSource
 
 if TYPE_CHECKING:
     from spach_deploy.models.spach import Spach
 
-__all__ = ["CONFIGS", "ModelInfo", "create_model", "list_models", "model_info", "resolve"]
+__all__ = ["CONFIGS", "ModelInfo", "check_spec", "create_model", "list_models", "model_info", "resolve"]
 
 # ImageNet-1K top-1 in percent at 224 pixels of the checkpoints that were published, each named spach_<our
 # name>.pth.
@@ -88,6 +89,18 @@ def resolve(name: str) -> str:
     if name in _aliases():
         return _aliases()[name]
     raise ModelError(f"There is no model {name!r}.", _suggestion(name))
+
+
+def check_spec(spec: ModelSpec) -> None:
+    """Refuse what needs no weights to be refused: no model, an unknown one, an image size it does not allow."""
+    if spec.name is None and spec.checkpoint is None:
+        raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
+    if spec.checkpoint is None and spec.weights is WeightSource.EMA:
+        raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
+    if spec.name is not None:
+        config = CONFIGS[resolve(spec.name)]
+        if spec.image_size is not None:
+            config.check_image_size(spec.image_size)
 
 
 def create_model(name: str, *, image_size: int = 224, num_classes: int = 1000) -> Spach:

@@ -25,10 +25,18 @@ def add_interface(model: ModelProto, outputs: OutputSpec, preprocessing: Preproc
     if outputs.io_dtype is IODtype.UINT8:
         _take_pixels(model, preprocessing)
     classes = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    check_outputs(outputs, classes)
     if outputs.softmax:
         _add_softmax(model, classes)
     if outputs.top_k is not None:
         _add_top_k(model, outputs.top_k, classes)
+
+
+def check_outputs(outputs: OutputSpec, classes: int) -> None:
+    """UsageError for more best classes than there are."""
+    k = outputs.top_k
+    if k is not None and not 1 <= k <= classes:
+        raise UsageError(f"--top-k {k} of {classes} classes does not exist.", f"Give a number from 1 to {classes}.")
 
 
 def _take_pixels(model: ModelProto, preprocessing: Preprocessing) -> None:
@@ -58,8 +66,6 @@ def _add_softmax(model: ModelProto, classes: int) -> None:
 
 
 def _add_top_k(model: ModelProto, k: int, classes: int) -> None:
-    if not 1 <= k <= classes:
-        raise UsageError(f"--top-k {k} of {classes} classes does not exist.", f"Give a number from 1 to {classes}.")
     graph = model.graph
     graph.initializer.append(constant("io.top_k", np.array([k], np.int64)))
     node = helper.make_node("TopK", [LOGITS, "io.top_k"], [TOP_VALUES, TOP_INDICES], name="io/TopK", axis=-1)

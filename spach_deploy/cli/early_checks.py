@@ -1,0 +1,31 @@
+"""What can be refused before torch is loaded, which takes seconds: a mistyped name is answered at once.
+
+The pipeline checks all of it again with the same functions, for callers that are no command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spach_deploy.bundle import check_target, default_directory
+from spach_deploy.engine.flavours import choose_flavour
+from spach_deploy.models.registry import check_spec, resolve
+from spach_deploy.specs import ExportOptions
+
+
+def refuse_early(options: ExportOptions) -> None:
+    """Raise the SpachError that `pipeline.export` would raise for model, engine or target."""
+    check_spec(options.model)
+    flavour = choose_flavour(options.engine.flavour)
+    if flavour is not None:
+        flavour.resolve(options.engine, options.precision)
+    target = target_directory(options)
+    if target is not None:
+        check_target(target, overwrite=options.overwrite)
+
+
+def target_directory(options: ExportOptions) -> Path | None:
+    """Where the bundle will go; None where the checkpoint has yet to tell which model it is."""
+    if options.output is not None or options.model.name is None:
+        return options.output
+    return default_directory(resolve(options.model.name), options.precision.value)
