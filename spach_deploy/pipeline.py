@@ -29,6 +29,7 @@ from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.phases import Observer, Phases, Silent
 from spach_deploy.precision.policy import PrecisionPolicy
+from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
 from spach_deploy.specs import ExportOptions, Flavour
 from spach_deploy.validation.evidence import Trial, examine_typed
 from spach_deploy.validation.reference import Golden
@@ -90,11 +91,13 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
             stages.save_graph(typed, staging / bundles.GRAPH)
             golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
         with building(staging / bundles.GRAPH, options, flavour, phases) as build:
-            with phases.phase("derive tolerances"):
+            threads = available_threads() if build is None else threads_beside_a_build()
+            with phases.phase("derive tolerances"), torch_threads(threads):
                 tolerances = tolerances_for(loaded, photographs, reference, options)
             with phases.phase("validate the graph"):
                 trial = trial_of(photographs, reference, options)
-                evidence = examine_typed(staging / bundles.GRAPH, options.precision, trial, tolerances.graph)
+                graph_file, bounds = staging / bundles.GRAPH, tolerances.graph
+                evidence = examine_typed(graph_file, options.precision, trial, bounds, threads=threads)
             with phases.phase("wait for the engine"):
                 engine = finish(build, typed.policy, staging, phases)
         with phases.phase("validate the engine"):

@@ -19,6 +19,7 @@ from spach_deploy.rewrites.fold_residual import fold_residual
 from spach_deploy.rewrites.grid_stream import grid_stream
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.rewrites.static_reshapes import prove_static, to_static
+from spach_deploy.runtime.threads import torch_threads
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_batchnorm", "BatchNorm into the stem's convolutions", fold_batchnorm),
@@ -44,10 +45,9 @@ def rewrite(model: Spach, disabled: Collection[str] = ()) -> RewriteResult:
     Raises RewriteError when a rewrite changes what a module computes.
     """
     static = own(to_static(model))
-    outcomes = {"static_reshapes": prove_static(model, static)}
-    for step in REWRITES:
-        if step.name in disabled:
-            outcomes[step.name] = Outcome(skipped=("turned off with --no-rewrite",))
-        else:
-            outcomes[step.name] = step.apply(static)
+    with torch_threads(1):  # the proofs are of small tensors
+        outcomes = {"static_reshapes": prove_static(model, static)}
+        for step in REWRITES:
+            off = step.name in disabled
+            outcomes[step.name] = Outcome(skipped=("turned off with --no-rewrite",)) if off else step.apply(static)
     return RewriteResult(static, outcomes)

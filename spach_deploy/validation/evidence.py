@@ -87,16 +87,18 @@ class Evidence:
         }
 
 
-def examine_graph(graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = "typed graph") -> Evidence:
+def examine_graph(
+    graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = "typed graph", threads: int | None = None
+) -> Evidence:
     """Run an ONNX graph in ONNX Runtime.
 
     A graph that does not load, or takes other inputs, or fails while it runs is evidence that did not pass. Raises
     UnavailableError where ONNX Runtime is missing or has no kernel for a node.
     """
-    return _examine(OnnxRuntimeRunner(graph), Level.GRAPH, trial, bounds, ran)
+    return _examine(OnnxRuntimeRunner(graph, threads=threads), Level.GRAPH, trial, bounds, ran)
 
 
-def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds) -> Evidence:
+def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds, *, threads: int | None = None) -> Evidence:
     """The same in FP32 with every half tensor rounded to its type, so that what overflows on a GPU overflows here.
 
     It is how a bfloat16 graph runs on a CPU at all. A graph that cannot be evaluated so is evidence that did not pass.
@@ -115,21 +117,21 @@ def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds) -> Eviden
         return _failed(Level.GRAPH, trial, bounds, ran, f"Its half tensors cannot be rounded one by one: {error}")
     with saved_graph(twin) as path:
         del twin
-        return _examine(OnnxRuntimeRunner(path), Level.GRAPH, trial, bounds, ran)
+        return _examine(OnnxRuntimeRunner(path, threads=threads), Level.GRAPH, trial, bounds, ran)
 
 
 def examine_typed(
-    graph: Path | bytes, precision: Precision, trial: Trial, bounds: Bounds, *, rounded: bool = True
+    graph: Path | bytes, precision: Precision, trial: Trial, bounds: Bounds, *, threads: int | None = None
 ) -> tuple[Evidence, ...]:
     """What a CPU can tell of a typed graph.
 
-    FP32 and FP16 run as they are; but ONNX Runtime computes FP16 mostly in FP32 and hides overflow, so with `rounded`
-    FP16 is run once more with every half tensor rounded. bfloat16 only runs that way.
+    FP32 and FP16 run as they are; but ONNX Runtime computes FP16 mostly in FP32 and hides overflow, so FP16 is run once
+    more with every half tensor rounded. bfloat16 only runs that way. `threads` None lets ONNX Runtime choose.
     """
-    plain = () if precision is Precision.BF16 else (examine_graph(graph, trial, bounds),)
-    if precision is Precision.BF16 or (precision is Precision.FP16 and rounded):
-        return (*plain, examine_rounded(graph, trial, bounds))
-    return plain
+    plain = () if precision is Precision.BF16 else (examine_graph(graph, trial, bounds, threads=threads),)
+    if precision is Precision.FP32:
+        return plain
+    return (*plain, examine_rounded(graph, trial, bounds, threads=threads))
 
 
 def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) -> Evidence:
