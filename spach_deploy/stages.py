@@ -74,7 +74,6 @@ class GraphStage:
     """
 
     model: ModelProto | None
-    certificate: Certificate
     changed: dict[str, tuple[str, ...]]
     errors: dict[int, float]
 
@@ -192,7 +191,7 @@ def export_graph(
     passes = () if options.engine.flavour is Flavour.NONE else TENSORRT_PASSES
     changed = apply_passes(model, passes, options.disabled_rewrites)
     add_interface(model, options.outputs, photographs.preprocessing)
-    return GraphStage(model, certify(model, module_paths(loaded)), changed, errors)
+    return GraphStage(model, changed, errors)
 
 
 def module_paths(loaded: LoadedModel) -> list[str]:

@@ -20,6 +20,7 @@ from onnx import ModelProto
 from torch import nn
 
 from spach_deploy.errors import CertificateError
+from spach_deploy.onnx_graph.free_batch import free_batch
 from spach_deploy.onnx_graph.names import name_by_module
 from spach_deploy.onnx_graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.onnx_graph.stamp import stamp_blocks
@@ -28,7 +29,7 @@ from spach_deploy.rewrites.static_modules import StaticBlock, StaticSpach
 
 OPSET = 20
 INPUT, LOGITS, BATCH = "input", "logits", "batch"
-_EXAMPLE_BATCH = 2
+_TRACED_BATCH = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def block_kind(block: StaticBlock) -> str:
 
 def torch_export(model: StaticSpach, image_size: int) -> ModelProto:
     """torch.onnx's own graph of `model`, every block traced."""
-    example = torch.zeros(_EXAMPLE_BATCH, 3, image_size, image_size)
+    example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)
     with _quiet_exporter():
         program = torch.onnx.export(
             model,
@@ -108,11 +109,11 @@ def torch_export(model: StaticSpach, image_size: int) -> ModelProto:
             opset_version=OPSET,
             input_names=[INPUT],
             output_names=[LOGITS],
-            dynamic_shapes=({0: torch.export.Dim(BATCH, min=1, max=65535)},),
             verbose=False,
         )
     assert program is not None
     proto: ModelProto = program.model_proto
+    free_batch(proto, _TRACED_BATCH, BATCH)
     return proto
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from spach_deploy.precision.weights import WeightReport
 from spach_deploy.specs import IODtype, Precision
 
-
 _SUMMARY = {"marked": "products and sums in registers", "range": "for their range", "weight": "for their weights"}
 """How the summary words some reasons."""
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from spach_deploy.onnx_graph.certificate import certify
 from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph.certificate import certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical, make_prototype, simplify, torch_export
 from spach_deploy.onnx_graph.interface import add_interface
 from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
