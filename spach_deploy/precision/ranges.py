@@ -173,6 +173,8 @@ def open_session(*messages: ModelProto, threads: int | None = None) -> Any:
         ) from error
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    # Probes run as soon as they can; in the default order they come last and keep every tensor alive until then.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if threads is not None:
         options.intra_op_num_threads = threads
     with saved_graph(*messages) as path:
