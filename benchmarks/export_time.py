@@ -3,8 +3,8 @@
     python -m benchmarks.export_time [MODEL ...] [--rounds 3]
 
 Both run as processes of their own, in turn, so that a machine whose speed drifts slows both. Ours certifies the graph,
-measures ranges, builds the engine, derives tolerances and validates; plain only writes a graph. Memory is resident size,
-sampled every 50 ms: of the largest process, and of all together (ours builds the engine in a process of its own).
+measures ranges, builds the engine, derives tolerances and validates; plain only writes a graph. Memory is resident
+size, sampled every 50 ms: of the largest process, and of all together (ours builds the engine in a process of its own).
 """
 
 from __future__ import annotations
