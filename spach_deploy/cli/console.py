@@ -17,9 +17,10 @@ from typing import Any
 
 import click
 
+from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
 from spach_deploy.errors import SpachError
 
-BAD_INPUT, UNAVAILABLE, INTERRUPTED = 2, 3, 130
+BAD_INPUT, UNAVAILABLE = 2, 3
 
 
 class Command(click.Command):
@@ -32,8 +33,8 @@ class Command(click.Command):
         try:
             return super().make_context(info_name, args, parent, **extra)
         except click.UsageError as error:
-            sentence = error.format_message().rstrip(".")
-            fail(error, f"{sentence}. See {info_name} --help.", debug="--debug" in args)
+            wrong = error.format_message().rstrip(".")
+            fail(error, f"{wrong}. See {info_name} --help.", debug="--debug" in args)
             sys.exit(2)
 
 
@@ -47,15 +48,16 @@ def command(body: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(body)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
-            code = body(*args, **kwargs) or 0
+            with ending_on_interrupt(lambda: NOTHING):
+                code = body(*args, **kwargs) or 0
         except KeyboardInterrupt as error:
-            say(f"Interrupted. {str(error) or 'Nothing was written.'}")
+            say(sentence(str(error) or NOTHING))
             code = INTERRUPTED
         except BrokenPipeError:
             code = _reader_went_away()
         except Exception as error:
-            sentence, code = _explained(error)
-            fail(error, sentence, debug=debug)
+            explanation, code = _explained(error)
+            fail(error, explanation, debug=debug)
         sys.exit(code)
 
     return run

@@ -9,6 +9,7 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command
+from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.specs import Flavour, IODtype
 
 if TYPE_CHECKING:
@@ -79,16 +80,13 @@ def _export(options: ExportOptions, *, verbose: bool, as_json: bool) -> None:
     """Export and print. Ctrl-C says what was kept, from before torch is loaded to the last line."""
     from spach_deploy.cli.keeping import Keeping
 
-    keeping = Keeping.of(options)
-    try:
+    with ending_on_interrupt(Keeping.of(options).sentence):
         from spach_deploy.cli.export_output import Progress, summary
         from spach_deploy.pipeline import export
 
         with Progress(verbose=verbose) as progress:
             result = export(options, progress)
         click.echo(summary(result, as_json=as_json))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(keeping.sentence()) from None
 
 
 def _list(as_json: bool) -> int:
