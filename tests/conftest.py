@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
 # Two test processes share two cores: one thread each is fastest, and results repeat.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def small_model_registered() -> Iterator[None]:
+    """The registry knows the model of `tests.small_bundles`."""
+    from tests.small_bundles import registered
+
+    with registered():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,20 +1,23 @@
 """Small bundles, exported for real once per run of the tests; tests that spoil one take a copy.
 
-The model is a small hybrid, registered under a name of its own so that `load_model` and a manifest can name it. A plan
+The model is a small hybrid. Within `registered` it has a name, so that `load_model` and a manifest can name it. A plan
 is a header with nothing behind it: enough for all that happens on a machine that cannot run it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 from onnx import ModelProto
 
 from spach_deploy.bundle import GRAPH, MANIFEST, PLAN
@@ -28,7 +31,14 @@ SIZE = static_models.IMAGE_SIZE
 CLASSES = static_models.CLASSES
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="spach-small-bundles-")
-configs.CONFIGS.setdefault(NAME, static_models.CONFIGS["hybrid"])
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Let the registry know the small model, for as long as the block lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs.CONFIGS, NAME, static_models.CONFIGS["hybrid"])
+        yield
 
 
 @functools.cache
@@ -37,7 +47,8 @@ def bundle(precision: Precision = Precision.FP16) -> Path:
     outputs = OutputSpec(top_k=3, softmax=True) if precision is Precision.FP16 else OutputSpec()
     target = Path(_FOLDER.name) / precision.value
     model = ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)
-    export(ExportOptions(model, precision, outputs, EngineTarget(Flavour.NONE), output=target))
+    with registered():
+        export(ExportOptions(model, precision, outputs, EngineTarget(Flavour.NONE), output=target))
     give_plan(target)
     return target
 

@@ -92,7 +92,10 @@ def test_an_error_in_the_middle_leaves_the_old_bundle(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     """A file-size limit stands in for a full disk: both end a write with OSError."""
-    with pytest.raises(BundleError, match="cannot be written"), bundles.writing(tmp_path / "b", overwrite=False) as staging:
+    with (
+        pytest.raises(BundleError, match="cannot be written"),
+        bundles.writing(tmp_path / "b", overwrite=False) as staging,
+    ):
         raise OSError(27, "File too large", str(staging))
     with pytest.raises(BundleError, match="No space left"), bundles.writing(tmp_path / "b", overwrite=False):
         raise OSError(28, "No space left on device")

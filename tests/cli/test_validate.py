@@ -27,6 +27,8 @@ from tests import small_bundles
 from tests.validation import faults
 from tests.validation.test_evidence import FakeEngine
 
+pytestmark = pytest.mark.usefixtures("small_model_registered")
+
 HEADS = "layer3.1.spatial_func/Transpose_3"
 
 
@@ -297,7 +299,8 @@ def test_an_empty_or_unreadable_image_folder_is_refused(fp16: Path, tmp_path: Pa
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo weights as a training file; the moving average holds others."""
     spec = ModelSpec(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=small_bundles.CLASSES)
-    state = load_model(spec).model.state_dict()
+    with small_bundles.registered():
+        state = load_model(spec).model.state_dict()
     path = tmp_path_factory.mktemp("checkpoint") / "run7.pth"
     torch.save({"model": state, "model_ema": {name: 0.5 * value for name, value in state.items()}}, path)
     return path

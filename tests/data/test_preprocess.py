@@ -51,9 +51,7 @@ def test_longer_side_is_rounded_down(width: int, height: int, expected: tuple[in
 
 def test_crop_is_central_and_offsets_round_half_to_even() -> None:
     # 383 wide: the offset 79.5 becomes 80, as torchvision rounds; 256 high: 16.
-    image = Image.fromarray(
-        np.arange(256 * 383, dtype=np.uint32).view(np.uint8).reshape(256, 383, 4)[..., :3]
-    )
+    image = Image.fromarray(np.arange(256 * 383, dtype=np.uint32).view(np.uint8).reshape(256, 383, 4)[..., :3])
     cropped = preprocess.pixels(image, Preprocessing())
     assert (cropped == np.asarray(image)[16:240, 80:304]).all()
 
@@ -77,9 +75,7 @@ def test_transparency_is_dropped_not_composited() -> None:
     opaque = gradient(60, 50)
     transparent = opaque.copy()
     transparent.putalpha(0)
-    assert (
-        preprocess.pixels(transparent, Preprocessing()) == preprocess.pixels(opaque, Preprocessing())
-    ).all()
+    assert (preprocess.pixels(transparent, Preprocessing()) == preprocess.pixels(opaque, Preprocessing())).all()
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:

@@ -70,9 +70,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 def test_folder_is_recursive_sorted_and_ignores_other_files(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPEG", "sub/c.webp", "sub/deeper/d.bmp"):
-        write(
-            tmp_path / name, photo(kind={"png": "PNG", "webp": "WEBP", "bmp": "BMP"}.get(name[-3:], "JPEG"))
-        )
+        write(tmp_path / name, photo(kind={"png": "PNG", "webp": "WEBP", "bmp": "BMP"}.get(name[-3:], "JPEG")))
     for name in ("notes.txt", ".hidden.png", ".cache/e.png", "sub/._c.png"):
         write(tmp_path / name, b"no picture")
     source = open_images(tmp_path)
@@ -138,9 +136,7 @@ def test_sixteen_bit_and_pipe_are_skipped(tmp_path: Path) -> None:
 def test_folder_of_nothing_readable_is_an_error_that_names_files(tmp_path: Path) -> None:
     for i, (data, _) in enumerate(BAD.values()):
         write(tmp_path / f"{i}.png", data)
-    with pytest.raises(
-        ImageError, match=rf"None of the {len(BAD)} images.*0\.png: .*and {len(BAD) - 3} more"
-    ):
+    with pytest.raises(ImageError, match=rf"None of the {len(BAD)} images.*0\.png: .*and {len(BAD) - 3} more"):
         names(open_images(tmp_path))
 
 
@@ -291,9 +287,7 @@ def test_hostile_tar_writes_nothing_and_follows_nothing(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "x.png").exists()
 
 
-def test_tar_member_of_unreasonable_size_is_skipped_unread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tar_member_of_unreasonable_size_is_skipped_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spach_deploy.data.readers.MAX_FILE_BYTES", 10_000)
     source = open_images(make_tar(tmp_path / "t.tar", {"a.png": photo(), "big.png": bytes(20_000)}))
     assert names(source) == ["a.png"]
@@ -354,9 +348,7 @@ def test_npz_gives_its_images_and_labels(save: Callable[..., None], tmp_path: Pa
     source = open_images(tmp_path / "a.npz")
     for _ in range(2):
         items = list(source)
-        assert all(
-            (np.asarray(item.image) == array).all() for item, array in zip(items, stack(), strict=True)
-        )
+        assert all((np.asarray(item.image) == array).all() for item, array in zip(items, stack(), strict=True))
         assert [item.label for item in items] == [3, 1, 4, 1, 5]
     assert names(source.limit(2)) == ["image 0", "image 2"]
     assert (np.asarray(list(source.limit(2))[1].image) == stack()[2]).all()

@@ -274,7 +274,7 @@ def test_the_policy_tells_the_whole_story_as_json() -> None:
     policy = type_graph(model, Precision.FP16, ranges).policy
     told = json.loads(json.dumps(policy.to_dict()))
     assert told["asked"] == "fp16"
-    assert told["summary"] == "fp16, 4 of 6 nodes in fp32 (4 range)"
+    assert told["summary"] == "fp16, 4 of 6 nodes in fp32 (4 for their range)"
     assert told["ranges"] == {"source": "one row", "images": 1}
     assert (told["margin"], told["limit"]) == (8.0, 65504.0)
     assert told["kept"][0] == {"module": "block", "reason": "range", "tensor": "block/Mul", "max_abs": 8e4, "nodes": 2}

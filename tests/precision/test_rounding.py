@@ -98,7 +98,8 @@ def test_a_scaled_stream_is_right_in_fp16(kind: str, scale: float) -> None:
     batch = images(4)
     twin = run(rounded_twin(half.model), {"input": batch})[0]
     assert relative_l2(twin, logits(small_model(kind), batch)) <= STREAM_LIMIT
-    assert half.policy.kept_for("range")
+    if scale > 1e3:  # a thousandfold stream may fit, margin and all
+        assert half.policy.kept_for("range")
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "ms_mlp"])

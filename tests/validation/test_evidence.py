@@ -140,9 +140,9 @@ def test_a_graph_that_does_not_load_is_a_finding() -> None:
 
 def test_a_graph_that_fails_at_one_batch_size_is_a_finding() -> None:
     def break_it(model: ModelProto) -> None:
-        """A reshape that only a batch of 1 survives."""
-        shape = faults.value(model, "val_8").copy()
-        faults.set_value(model, "val_8", np.array([64, shape[1]]))
+        """A reshape that only a batch of 1 survives: its rows are counted, not left open."""
+        name = faults.node(model, "layer1.0.channel_func/Reshape").input[1]
+        faults.set_value(model, name, np.array([64, faults.value(model, name)[1]]))
 
     assert "failed while it ran" in findings(examine(Precision.FP16, break_it))
 
