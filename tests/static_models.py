@@ -39,7 +39,7 @@ def small_model(kind: str) -> Spach:
 @functools.cache
 def canonical_bytes(kind: str) -> bytes:
     """The canonical FP32 graph of `small_model(kind)`, serialized."""
-    return export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE).SerializeToString()
+    return bytes(export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE).SerializeToString())
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.float32]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import load, refusal, save, state
 from torch import Tensor
 
 from spach_deploy.errors import CheckpointError
@@ -19,6 +18,7 @@ from spach_deploy.models import matching
 from spach_deploy.models.checkpoint import weights_sha256
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.specs import WeightSource
+from tests.models.small_models import load, refusal, save, state
 
 
 def noted(path: Path, name: str | None = None, **options: Any) -> str:

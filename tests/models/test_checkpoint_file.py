@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from small_models import load, refusal, save, state
 
 from spach_deploy.models.checkpoint_file import read_checkpoint
+from tests.models.small_models import load, refusal, save, state
 
 
 def test_safetensors_and_both_formats_of_torch_save_give_the_same_weights(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from golden_reference import golden_logits, golden_models, reference_input, reference_state_dict
 from torch import Tensor, nn
 
 from spach_deploy.models.configs import CONFIGS, SpachConfig
 from spach_deploy.models.layers import MixingBlock
 from spach_deploy.models.spach import Spach
+from tests.models.golden_reference import golden_logits, golden_models, reference_input, reference_state_dict
 
 
 def relative_l2(name: str, config: SpachConfig) -> float:

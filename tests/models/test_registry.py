@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from golden_reference import golden_models
 
 from spach_deploy.errors import ModelError
 from spach_deploy.models.registry import CONFIGS, create_model, list_models, model_info, resolve
+from tests.models.golden_reference import golden_models
 
 
 def test_the_table_has_every_model() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_reference import golden_models
 from torch.utils.flop_counter import FlopCounterMode
 
 from spach_deploy.errors import ModelError
 from spach_deploy.models import Spach, create_model
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.shapes import count_macs, count_parameters, shared_groups, state_shapes
+from tests.models.golden_reference import golden_models
 
 # Giga multiply-adds and million parameters, as published.
 PUBLISHED = {

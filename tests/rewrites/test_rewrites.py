@@ -9,7 +9,7 @@ from torch import nn
 from spach_deploy.errors import RewriteError
 from spach_deploy.rewrites import REWRITES, rewrite
 from spach_deploy.rewrites.base import Outcome, prove
-from spach_deploy.rewrites.static_modules import StaticAttention, StaticBlock
+from spach_deploy.rewrites.static_modules import StaticAttention, StaticSpatialMLP
 from tests.static_models import CONFIGS, images, logits, relative_l2, small_model
 
 NAMES = [step.name for step in REWRITES]
@@ -57,8 +57,9 @@ def test_state_dict_keys_stay_the_published_ones() -> None:
 
 def test_a_shared_spatial_function_stays_shared() -> None:
     static = rewrite(small_model("mlp_shared")).model
-    first = {block.spatial_func.fc1.weight.data_ptr() for block in static.modules() if isinstance(block, StaticBlock)}
-    assert len(first) == 1
+    functions = [module for module in static.modules() if isinstance(module, StaticSpatialMLP)]
+    assert len(functions) == 3
+    assert len({function.fc1.weight.data_ptr() for function in functions}) == 1
 
 
 @pytest.mark.parametrize(
