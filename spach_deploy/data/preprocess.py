@@ -63,9 +63,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ImageError(
-            f"Colour mode {image.mode} cannot be converted to RGB.", "Save it as RGB."
-        ) from error
+        raise ImageError(f"Colour mode {image.mode} cannot be converted to RGB.", "Save it as RGB.") from error
 
 
 def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:

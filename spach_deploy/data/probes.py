@@ -22,9 +22,7 @@ def probe_source() -> ImageSource:
     folder = resources.files("spach_deploy.data") / "probes"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name)
     if not files:
-        raise ImageError(
-            "The built-in photographs are missing from this installation.", "Reinstall spach-deploy."
-        )
+        raise ImageError("The built-in photographs are missing from this installation.", "Reinstall spach-deploy.")
     entries = [Entry(file.name, partial(_load, file.read_bytes)) for file in files]
 
     def choose(_: int | None) -> Iterator[Entry]:

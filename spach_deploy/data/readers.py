@@ -156,9 +156,7 @@ def _is_new(folder: str, seen: set[str]) -> bool:
 
 
 def _raise(error: OSError) -> None:
-    raise ImageError(
-        f"Folder {error.filename} cannot be read ({error.strerror}).", "Check its permissions."
-    ) from error
+    raise ImageError(f"Folder {error.filename} cannot be read ({error.strerror}).", "Check its permissions.") from error
 
 
 def _classes(root: Path, pictures: Iterable[Path]) -> tuple[str, ...]:
@@ -228,9 +226,7 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
     assert tar.fileobj is not None  # open archives have one
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise ImageError(
-            f"Tar {path} breaks off at byte {tar.offset:,} without an end mark.", "Copy it again."
-        )
+        raise ImageError(f"Tar {path} breaks off at byte {tar.offset:,} without an end mark.", "Copy it again.")
 
 
 # An npz

@@ -122,9 +122,7 @@ class ImageSource:
             nothing = False
             yield item
         if nothing:
-            raise ImageError(
-                _nothing_readable(self.description, self._skipped), "Give JPEG or PNG photographs."
-            )
+            raise ImageError(_nothing_readable(self.description, self._skipped), "Give JPEG or PNG photographs.")
 
     def _readable(self) -> Iterator[ImageItem]:
         for entry in self._entries(self._limit):
@@ -151,15 +149,11 @@ def decode(file: IO[bytes]) -> Image.Image:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"The picture has more pixels than the {preprocess.MAX_PIXELS:,} allowed."
-        ) from error
+        raise ImageError(f"The picture has more pixels than the {preprocess.MAX_PIXELS:,} allowed.") from error
     except UnidentifiedImageError as error:
         raise ImageError("It is not a picture in a known format.") from error
     except Exception as error:  # decoders meet hostile bytes with any exception; all mean the same here
-        raise ImageError(
-            f"It cannot be decoded ({printable(str(error)) or type(error).__name__})."
-        ) from error
+        raise ImageError(f"It cannot be decoded ({printable(str(error)) or type(error).__name__}).") from error
 
 
 def batches(source: ImageSource, preprocessing: Preprocessing, batch_size: int) -> Iterator[ImageBatch]:

@@ -1,7 +1,7 @@
 """How many threads to compute with.
 
-OpenMP threads wait for each other by spinning: where another process uses a core, or the work is small, two threads take
-several times as long as one. So proofs on small tensors take one thread, and what runs beside the engine's builder
+OpenMP threads wait for each other by spinning: where another process uses a core, or the work is small, two threads
+take several times as long as one. So proofs on small tensors take one thread, and what runs beside the engine's builder
 leaves it a core.
 """
 
