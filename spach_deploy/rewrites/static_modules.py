@@ -34,43 +34,40 @@ class StaticStem(nn.Module):
         return x if self.grid_stream else x.reshape(-1, self.grid[0] * self.grid[1], self.dim)
 
 
-class StaticPositionEncoding(nn.Module):
+class _GridNet(nn.Module):
+    """A channels-first `net` on the stream; `grid` and `dim` are its input's, `out_tokens` and `out_dim` its output's."""
+
+    def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int, out_tokens: int, out_dim: int) -> None:
+        super().__init__()
+        self.net = net
+        self.grid = grid
+        self.dim = dim
+        self.out_tokens = out_tokens
+        self.out_dim = out_dim
+        self.grid_stream = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, M, D), or (B, H, W, C) -> (B, H', W', D)."""
+        height, width = self.grid
+        y: Tensor = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
+        y = self.net(y.permute(0, 3, 1, 2))
+        y = y.permute(0, 2, 3, 1)
+        return y if self.grid_stream else y.reshape(-1, self.out_tokens, self.out_dim)
+
+
+class StaticPositionEncoding(_GridNet):
     """Depthwise convolution over the grid; with `includes_residual` its centre tap also carries the input."""
 
     def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int) -> None:
-        super().__init__()
-        self.net = net
-        self.grid = grid
-        self.dim = dim
-        self.grid_stream = False
+        super().__init__(net, grid, dim, grid[0] * grid[1], dim)
         self.includes_residual = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) or (B, H, W, C) -> the same."""
-        height, width = self.grid
-        y: Tensor = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
-        y = self.net(y.permute(0, 3, 1, 2))
-        y = y.permute(0, 2, 3, 1)
-        return y if self.grid_stream else y.reshape(-1, height * width, self.dim)
 
-
-class StaticDownsampling(nn.Module):
-    """2x2 convolution of stride 2 and GroupNorm. `grid` is that of its input."""
+class StaticDownsampling(_GridNet):
+    """2x2 convolution of stride 2 and GroupNorm: a quarter of the tokens, twice the channels."""
 
     def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int) -> None:
-        super().__init__()
-        self.net = net
-        self.grid = grid
-        self.dim = dim
-        self.grid_stream = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N/4, 2C), or (B, H, W, C) -> (B, H/2, W/2, 2C)."""
-        height, width = self.grid
-        y: Tensor = x if self.grid_stream else x.reshape(-1, height, width, self.dim)
-        y = self.net(y.permute(0, 3, 1, 2))
-        y = y.permute(0, 2, 3, 1)
-        return y if self.grid_stream else y.reshape(-1, height * width // 4, 2 * self.dim)
+        super().__init__(net, grid, dim, grid[0] * grid[1] // 4, 2 * dim)
 
 
 class StaticChannelMLP(nn.Module):

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spach_deploy.errors import MismatchError
+from spach_deploy.validation.exact import check_equal, prove_equal
+
+IMAGES = np.random.default_rng(0).standard_normal((3, 3, 4, 4)).astype(np.float32)
+LOGITS = IMAGES.reshape(3, -1)[:, :10].copy()
+
+
+def answer(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1)[:, :10].copy()
+
+
+def test_batches_take_other_images_each_and_wrap_around() -> None:
+    seen: list[np.ndarray] = []
+
+    def run(images: np.ndarray) -> np.ndarray:
+        seen.append(images)
+        return answer(images)
+
+    assert prove_equal("model", run, IMAGES, LOGITS, (1, 2, 1)) == {1: 0.0, 2: 0.0}
+    assert [len(batch) for batch in seen] == [1, 2, 1]
+    assert np.array_equal(seen[2], IMAGES[:1])
+
+
+def test_a_model_that_is_wrong_at_one_batch_size_is_refused() -> None:
+    with pytest.raises(MismatchError, match="The static model differs from the reference model at batch 2"):
+        prove_equal("static model", lambda x: answer(x) * (1 + 2e-5 * (len(x) == 2)), IMAGES, LOGITS, (1, 2))
+
+
+def test_what_is_not_a_number_is_refused() -> None:
+    spoilt = LOGITS.copy()
+    spoilt[1, 1] = np.nan
+    with pytest.raises(MismatchError):
+        check_equal("graph", spoilt, LOGITS)
+
+
+def test_rounding_passes() -> None:
+    assert check_equal("graph", LOGITS * np.float32(1 + 1e-6), LOGITS) < 2e-6
