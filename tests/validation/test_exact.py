@@ -28,7 +28,7 @@ def test_batches_take_other_images_each_and_wrap_around() -> None:
 
 def test_a_model_that_is_wrong_at_one_batch_size_is_refused() -> None:
     with pytest.raises(MismatchError, match="The static model differs from the reference model at batch 2"):
-        prove_equal("static model", lambda x: answer(x) * (1 + 2e-5 * (len(x) == 2)), IMAGES, LOGITS, (1, 2))
+        prove_equal("static model", lambda x: answer(x) * np.float32(1 + 2e-5 * (len(x) == 2)), IMAGES, LOGITS, (1, 2))
 
 
 def test_what_is_not_a_number_is_refused() -> None:
