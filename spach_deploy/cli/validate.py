@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import command, say
+from spach_deploy.cli.console import Command, command, say
 from spach_deploy.specs import WeightSource
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _CHECKPOINT = "Run the reference from the checkpoint that the bundle was made fr
 _REPORT = "Write the report here.  [report.json in the bundle, where the target is one of its files]"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("spach-validate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("target", type=opt.FILE)
 @click.option("--images", type=opt.FILE, metavar="PATH", help=_IMAGES)
 @click.option(

@@ -1,0 +1,164 @@
+"""Recipes and the command line become one set of options; what a recipe gets wrong is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spach_deploy.cli.export import main as export_command
+from spach_deploy.cli.export_options import export_options, parse_size
+from spach_deploy.cli.recipes import KEYS, read_recipe
+from spach_deploy.errors import UsageError
+from spach_deploy.specs import BatchProfile, ComputeCapability, ExportOptions, Flavour, IODtype, Precision, WeightSource
+from tests.commands import contents, export, refusal
+
+EVERYTHING = """
+model = "ms_hybrid_s"
+checkpoint = "weights.pth"
+weights = "ema"
+image_size = 256
+num_classes = 10
+precision = "bf16"
+io_dtype = "uint8"
+top_k = 5
+softmax = true
+images = "photos"
+engine = "tensorrt"
+gpu = ["sm89", "rtx3090"]
+batch = "1:2:4"
+opt_level = 0
+workspace = "2G"
+timing_cache = "cache"
+tf32 = false
+version_compatible = true
+hardware_compatible = true
+no_rewrite = ["shift_depthwise", "fold_residual"]
+output = "out"
+overwrite = true
+"""
+
+
+def options(recipe: Path | None, *arguments: str) -> ExportOptions:
+    """What the command makes of its arguments."""
+    context = export_command.make_context("spach-export", list(arguments))
+    own = {"show_list", "list_rewrites", "recipe", "verbose", "as_json", "debug"}
+    return export_options({name: value for name, value in context.params.items() if name not in own}, recipe)
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
+    path = recipe(tmp_path, EVERYTHING)
+    assert sorted(read_recipe(path)) == KEYS
+    made = options(path)
+    assert dataclasses.astuple(made.model) == ("ms_hybrid_s", tmp_path / "weights.pth", WeightSource.EMA, 256, 10)
+    assert made.precision is Precision.BF16
+    assert dataclasses.astuple(made.outputs) == (IODtype.UINT8, 5, True)
+    assert made.engine.gpus == (ComputeCapability(8, 6), ComputeCapability(8, 9))
+    assert made.engine.batch == BatchProfile(1, 2, 4)
+    assert (made.engine.opt_level, made.engine.workspace_bytes, made.engine.tf32) == (0, 2 << 30, False)
+    assert (made.engine.flavour, made.engine.timing_cache) == (Flavour.TENSORRT, tmp_path / "cache")
+    assert made.engine.version_compatible
+    assert made.engine.hardware_compatible
+    assert made.disabled_rewrites == ("shift_depthwise", "fold_residual")
+    assert (made.images, made.output, made.overwrite) == (tmp_path / "photos", tmp_path / "out", True)
+
+
+def test_the_command_line_wins_over_a_recipe(tmp_path: Path) -> None:
+    path = recipe(tmp_path, EVERYTHING)
+    flags = "--fp16 --weights model --no-softmax --tf32 --no-overwrite --opt-level 3 --gpu sm80 --batch 7 -o here"
+    made = options(path, *flags.split(), "--no-rewrite", "grid_stream")
+    assert made.precision is Precision.FP16
+    assert made.model.weights is WeightSource.MODEL
+    assert not made.outputs.softmax
+    assert made.engine.tf32
+    assert not made.overwrite
+    assert made.engine.opt_level == 3
+    assert made.engine.gpus == (ComputeCapability(8, 0),)
+    assert made.engine.batch == BatchProfile(7, 7, 7)
+    assert made.output == Path("here")
+    assert made.disabled_rewrites == ("grid_stream",)
+    assert made.outputs.top_k == 5  # what the command line leaves open stays the recipe's
+
+
+def test_without_a_recipe_and_flags_there_are_the_defaults() -> None:
+    assert options(None) == ExportOptions()
+
+
+def test_no_engine_on_the_command_line_drops_what_a_recipe_says_of_engines(tmp_path: Path) -> None:
+    made = options(recipe(tmp_path, EVERYTHING), "--engine", "none")
+    assert made.engine.flavour is Flavour.NONE
+    assert (made.engine.gpus, made.engine.opt_level, made.engine.timing_cache) == ((), None, None)
+
+
+def test_no_engine_beside_what_is_of_engines_is_a_contradiction(tmp_path: Path) -> None:
+    path = recipe(tmp_path, 'model = "conv_xxs"\nengine = "none"\ngpu = "sm89"\nversion_compatible = true')
+    with pytest.raises(UsageError, match="--gpu, --version-compatible can do nothing"):
+        options(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("1", 1), ("512M", 512 << 20), ("2G", 2 << 30), ("2 GiB", 2 << 30), ("3kb", 3 << 10)]
+)
+def test_sizes(text: str, bytes_: int) -> None:
+    assert parse_size(text) == bytes_
+
+
+WRONG: list[tuple[str, str, str]] = [
+    ('modell = "x"', "unknown key 'modell'", "Did you mean model?"),
+    ("image-size = 224", "unknown key 'image-size'", "Did you mean image_size?"),
+    ("zzz = 1", "unknown key 'zzz'", "Known keys: batch, checkpoint"),
+    ('[model]\nname = "conv_xxs"', "model = {'name': 'conv_xxs'} is not a text", "See export/README.md"),
+    ("model = 3", "model = 3 is not a text", "See export/README.md"),
+    ('image_size = "224"', "image_size = '224' is not a whole number", "See export/README.md"),
+    ("image_size = true", "image_size = True is not a whole number", "See export/README.md"),
+    ("image_size = 0", "image_size = 0 is out of range", "Give 1 or more"),
+    ("top_k = -1", "top_k = -1 is out of range", "Give 1 or more"),
+    ("opt_level = 6", "opt_level = 6 is out of range", "Give 0 to 5"),
+    ("opt_level = 2.0", "opt_level = 2.0 is not a whole number", "See export/README.md"),
+    ('softmax = "yes"', "softmax = 'yes' is not a true or false", "See export/README.md"),
+    ('precision = "int4"', "precision = 'int4' is unknown", "One of fp32, fp16, bf16"),
+    ('engine = "onnx"', "engine = 'onnx' is unknown", "One of auto, tensorrt"),
+    ("gpu = 89", "gpu = 89 is not a text", "See export/README.md"),
+    ('gpu = ["sm89", 86]', "gpu = 86 is not a text", "See export/README.md"),
+    ("batch = 0", "Batch profile 0:0:0", "Give --batch"),
+    ("model conv_xxs", "is not TOML", "See export/README.md"),
+    ('model = "a"\nmodel = "b"', "is not TOML", "See export/README.md"),
+    ("a = " + "[" * 50_000, "is not TOML", "See export/README.md"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case[0][:30])
+def test_what_is_wrong_with_a_recipe_is_named(case: tuple[str, str, str], tmp_path: Path) -> None:
+    text, reason, step = case
+    path = recipe(tmp_path, text)
+    before = contents(tmp_path)
+    sentence = refusal(export("--recipe", path, "-o", tmp_path / "bundle"))
+    assert reason in sentence
+    assert step in sentence
+    assert contents(tmp_path) == before
+
+
+def _binary(path: Path) -> None:
+    path.write_bytes(b"\x80\xff\x00")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "cannot be read (No such file"),
+        (Path.mkdir, "cannot be read (Is a directory)"),
+        (_binary, "is not TOML"),
+    ],
+    ids=["missing", "directory", "binary"],
+)
+def test_a_recipe_that_is_no_text_file_is_refused(make: Any, reason: str, tmp_path: Path) -> None:
+    make(tmp_path / "recipe.toml")
+    assert reason in refusal(export("--recipe", tmp_path / "recipe.toml"))

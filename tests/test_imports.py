@@ -1,0 +1,135 @@
+"""What imports what: optional packages only where they are used, heavy ones only when work begins."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT, entry_points
+
+PACKAGE = ROOT / "spach_deploy"
+
+IMPORTED_AS = {
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-gpu": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "matplotlib": "matplotlib",
+    "jinja2": "jinja2",
+    "pytest": "pytest",
+    "pytest-xdist": "xdist",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+    "mypy": "mypy",
+    "ruff": "ruff",
+}
+"""Every package of an extra, by the name it is imported as."""
+
+HEAVY = ("torch", "onnx", "numpy", "onnxruntime", "polygraphy", "onnxsim", "tensorrt", "tensorrt_rtx", "PIL", "rich")
+
+IMPORT_ALL = """
+import importlib, json, sys
+
+blocked, modules = json.loads(sys.argv[1])
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ImportError(f"{name} is blocked")
+
+
+sys.meta_path.insert(0, Blocker())
+failed = {}
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        failed[module] = str(error)
+print(json.dumps(failed))
+"""
+
+COMMAND = """
+import importlib, json, sys
+
+module, function, *arguments = sys.argv[1:]
+sys.argv = ["command", *arguments]
+try:
+    getattr(importlib.import_module(module), function)()
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file=sys.stderr)
+"""
+
+
+def modules() -> list[str]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    return [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in files]
+
+
+def failures(blocked: list[str], names: list[str]) -> dict[str, str]:
+    """Which of the modules do not import in a process where the blocked packages do not."""
+    call = [sys.executable, "-c", IMPORT_ALL, json.dumps([blocked, names])]
+    failed: dict[str, str] = json.loads(subprocess.run(call, cwd=ROOT, capture_output=True, check=True).stdout)
+    return failed
+
+
+def packages_of_extras() -> set[str]:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = "\n".join(config["options.extras_require"].values()).split("\n")
+    return {re.split(r"[ <>=;\[]", line)[0] for line in lines if line} - {"spach-deploy"}
+
+
+def test_the_list_of_optional_packages_is_that_of_setup_cfg() -> None:
+    assert set(IMPORTED_AS) == packages_of_extras()
+
+
+def test_every_module_imports_with_only_the_core_installed() -> None:
+    names = modules()
+    assert "spach_deploy.runtime.tensorrt_runner" in names
+    assert failures(sorted(set(IMPORTED_AS.values())), names) == {}
+
+
+def test_a_module_that_needs_a_blocked_package_is_found() -> None:
+    assert set(failures(["click"], ["spach_deploy.errors", "spach_deploy.cli.options"])) == {"spach_deploy.cli.options"}
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+@pytest.mark.parametrize("command", entry_points())
+def test_help_loads_nothing_heavy(command: str, option: str) -> None:
+    """Time depends on the machine; what is loaded does not. Without these it takes a tenth of a second."""
+    module, _, function = entry_points()[command].partition(":")
+    call = [sys.executable, "-c", COMMAND, module, function, option]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip()
+    loaded = json.loads(done.stderr)
+    assert "click" in loaded
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_one_way(file: Path) -> None:
+    """Nothing imports tests, benchmarks or scripts, and nothing but the commands imports the commands."""
+    imported = set(imports_of(file))
+    assert not {name for name in imported if name.partition(".")[0] in {"tests", "benchmarks", "scripts", "conftest"}}
+    if file.parent.name != "cli":
+        assert not {name for name in imported if name.startswith("spach_deploy.cli")}
