@@ -35,7 +35,7 @@ class StaticStem(nn.Module):
 
 
 class _GridNet(nn.Module):
-    """A channels-first `net` on the stream; `grid` and `dim` are its input's, `out_tokens` and `out_dim` its output's."""
+    """A channels-first `net` on the stream: `grid` and `dim` of its input, `out_tokens` and `out_dim` of its output."""
 
     def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int, out_tokens: int, out_dim: int) -> None:
         super().__init__()
