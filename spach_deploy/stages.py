@@ -184,6 +184,7 @@ def export_graph(
 ) -> GraphStage:
     """The exported graph, equal to the reference; then in its target's form and with the caller's interface."""
     model = export_canonical(static.result.model, loaded.image_size)
+    return_freed_memory()  # the exporter's programs are full of cycles
     with saved_graph(model) as path, OnnxRuntimeRunner(path) as runner:
         errors = prove_equal(
             "exported graph", lambda x: runner.run({INPUT: x})[LOGITS], photographs.images, reference, EXACT_BATCHES
