@@ -83,7 +83,7 @@ def main() -> None:
     precision = Precision(arguments.precision)
     rows = [row(name, precision) for name in arguments.models]
     headings = ("model", "rejected", "bound on rel. L2", "weakest fault", "in", "missed")
-    command = f"python -m benchmarks.planted_faults --precision {precision.value}"
+    command = f"python -m benchmarks.planted_faults {' '.join(arguments.models)} --precision {precision.value}"
     record(f"Planted faults, {precision.value}: 0.2 standard deviations in one tensor", command, table(headings, rows))
 
 
