@@ -179,7 +179,7 @@ def test_a_forged_numpy_string_is_harmless(tmp_path: Path, size: int) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
         (b"hello, this is text\n", "is not a PyTorch or safetensors file"),
         (b"\x08\x07\x12\x07pytorch", "is not a PyTorch or safetensors file"),
-        (gzip.compress(b"x" * 100), "is compressed", mtime=0),
+        (gzip.compress(b"x" * 100, mtime=0), "is compressed"),
         (pickle.dumps({"a": 1}, protocol=2), "cannot be read"),
         (pickle.dumps({"a": 1}, protocol=5), "cannot be read"),
         (b"PK\x03\x04" + b"\0" * 100, "cut short or damaged"),
