@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -23,62 +24,17 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
 )
 
-# A small model of the tests' own, so that a whole export takes seconds; everything else is the command itself.
 REGISTER = """
 from spach_deploy.models.configs import CONFIGS, SpachConfig
 CONFIGS["small"] = SpachConfig(16, 8, 2, (("conv", "trans"),), num_heads=2)
 """
-SMALL = "--model small --image-size 32 --num-classes 11 -v --overwrite"
-ENGINE = ("--engine", "tensorrt-rtx", "--gpu", "sm89")
+"""A small model of the tests' own, so that an export takes seconds; everything else is the command itself."""
+
+ARGUMENTS = [
+    *"--model small --image-size 32 --num-classes 11 -v --overwrite".split(),
+    *"--engine tensorrt-rtx --gpu sm89".split(),
+]
 PATIENCE_S = 60.0
-
-
-class Running:
-    """An export of its own session, whose progress is read as it comes."""
-
-    def __init__(self, script: Path, target: Path, engine: tuple[str, ...] = ENGINE) -> None:
-        call = [str(script), *SMALL.split(), *engine, "-o", str(target)]
-        self.process = subprocess.Popen(
-            call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        self.lines: list[str] = []
-        self._news = threading.Condition()
-        self._readers = [threading.Thread(target=self._read), threading.Thread(target=self._drain)]
-        for reader in self._readers:
-            reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._news:
-                self.lines.append(line.rstrip("\n"))
-                self._news.notify_all()
-
-    def _drain(self) -> None:
-        assert self.process.stdout is not None
-        self.process.stdout.read()
-
-    def wait_for(self, phase: str) -> None:
-        """Until the phase has ended."""
-        with self._news:
-            came = self._news.wait_for(lambda: any(line.startswith(phase) for line in self.lines), PATIENCE_S)
-        assert came, self.lines
-
-    def wait_for_builder(self) -> list[int]:
-        """Until the process that builds the engine is there; its id."""
-        end = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end and self.process.poll() is None:
-            if found := children(self.process.pid):
-                return found
-            time.sleep(0.01)
-        raise AssertionError(self.lines)
-
-    def end(self) -> int:
-        """Wait for it; its exit code."""
-        code = self.process.wait(PATIENCE_S)
-        for reader in self._readers:
-            reader.join(PATIENCE_S)
-        return code
 
 
 @pytest.fixture
@@ -94,16 +50,31 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "bundles" / "b"
 
 
+def beside(target: Path) -> list[str]:
+    """What else lies in the bundle's directory."""
+    return [name for name in os.listdir(target.parent) if name != target.name]
+
+
 def children(pid: int) -> list[int]:
     """Processes whose parent is `pid`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                status = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(status[1]) == pid and status[0] != "Z":
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == pid and state != "Z":
                     found.append(int(entry.name))
     return found
+
+
+def wait_for_children(pid: int) -> list[int]:
+    """Until the process that builds the engine is there; its id in a list."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if found := children(pid):
+            return found
+        time.sleep(0.01)
+    raise AssertionError("no engine was built")
 
 
 def gone(pids: list[int]) -> bool:
@@ -116,64 +87,176 @@ def gone(pids: list[int]) -> bool:
     return False
 
 
-def kill(running: Running, after_s: float) -> list[int]:
-    """SIGKILL after a while; the children that it had then."""
-    time.sleep(after_s)
-    orphans = children(running.process.pid)
-    running.process.kill()
-    running.end()
-    return orphans
+# Many moments: exports that are forks of a process which has loaded and traced everything once
+
+SERVER = """
+import json, os
+
+import spach_deploy.pipeline
+from spach_deploy.cli.export import main as command
 
 
-MOMENTS = (
-    "load the model",
-    "rewrite and prove",
-    "write the graph",
-    "validate the graph",
-    "wait for the engine",
-    "validate the engine",
-)
-"""Phases at whose end, or soon after, the kills of the quick test fall."""
+def serve():
+    for line in sys.stdin:
+        arguments, output = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            export(arguments, output)
+        print(process, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+    os._exit(0)
 
 
-def test_kills_at_random_moments_leave_a_whole_bundle_and_no_process(script: Path, target: Path) -> None:
+def export(arguments, output):
+    os.setsid()
+    written = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    sys.argv[1:] = arguments
+    try:
+        command()
+    except SystemExit as end:  # without Python's own end: threads of C++ libraries did not come along in the fork
+        sys.stdout.flush()
+        os._exit(end.code)
+
+
+try:
+    command()  # once, so that all is loaded and warm
+except SystemExit as end:
+    assert not end.code
+print("ready", flush=True)
+serve()
+"""
+
+
+class Server:
+    """Forks exports, one after the other."""
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self._output = folder / "output"
+        self._arguments = [*ARGUMENTS, "-o", str(target)]
+        script = console_script("spach-export", folder, before=REGISTER + SERVER)
+        call = [str(script), *self._arguments]
+        self.process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while self._line() != "ready":
+            pass
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the server ended"
+        return line.rstrip("\n")
+
+    def start(self) -> int:
+        """Start an export; its process."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([self._arguments, str(self._output)]) + "\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def end(self) -> tuple[int, list[str]]:
+        """Exit code of the export, and what it said."""
+        code = int(self._line())
+        lines = self._output.read_text().splitlines() if self._output.exists() else []
+        self._output.unlink(missing_ok=True)
+        return code, lines
+
+
+@pytest.fixture
+def server(tmp_path: Path, target: Path) -> Iterator[Server]:
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server", target)
+    yield server
+    with server.process:
+        assert server.process.stdin is not None
+        server.process.stdin.close()
+
+
+def strike(server: Server, target: Path, process: int, number: int) -> None:
+    """Send a signal to an export, which may have ended; the bundle is whole and no child lives."""
+    lying = set(beside(target))
+    had = children(process)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
+    code, said = server.end()
+    assert code in (0, 130 if number == signal.SIGINT else -number), said
+    assert gone(had)
+    assert Bundle.open(target).plan is not None
+    if number == signal.SIGINT and code:
+        assert said[-1].startswith("Interrupted. "), said
+        assert "Traceback (most recent call last):" not in said
+        assert set(beside(target)) <= lying
+
+
+def strike_often(server: Server, target: Path, times: int) -> None:
+    """Kill or interrupt exports at random moments of their whole length, and once while an engine is built."""
+    start = time.monotonic()
+    server.start()
+    assert server.end()[0] == 0
+    whole_s = time.monotonic() - start
     chance = random.Random(20)
-    orphans = leftovers = 0
-    for moment in MOMENTS:
-        running = Running(script, target)
-        running.wait_for(moment)
-        left = kill(running, chance.uniform(0.0, 0.3))
-        assert gone(left), moment
-        orphans += len(left)
-        leftovers += len(os.listdir(target.parent)) - 1
-        assert Bundle.open(target).plan is not None, moment
-    assert orphans > 0  # at least one kill fell into the build
-    assert leftovers > 0  # and what some had begun was lying beside the bundle
-    last = Running(script, target, ("--engine", "none"))
-    assert last.end() == 0
-    assert os.listdir(target.parent) == ["b"]
-    assert Bundle.open(target).manifest.model["name"] == "small"
+    for turn in range(times):
+        process = server.start()
+        time.sleep(chance.uniform(0.0, 1.1) * whole_s)
+        strike(server, target, process, signal.SIGINT if turn % 3 == 2 else signal.SIGKILL)
+    process = server.start()
+    wait_for_children(process)
+    strike(server, target, process, signal.SIGKILL)
+    assert beside(target)  # what it had begun
+    server.start()
+    assert server.end()[0] == 0
+    assert not beside(target)
+
+
+def test_kills_at_random_moments_leave_a_whole_bundle_and_no_process(server: Server, target: Path) -> None:
+    strike_often(server, target, 6)
 
 
 @pytest.mark.slow
-def test_kills_at_many_random_moments(script: Path, target: Path) -> None:
-    """Over the whole length of an export, from start to end."""
-    start = time.monotonic()
-    assert Running(script, target).end() == 0
-    whole_s = time.monotonic() - start
-    chance = random.Random(21)
-    for _ in range(40):
-        left = kill(Running(script, target), chance.uniform(0.0, 1.1 * whole_s))
-        assert gone(left)
-        assert Bundle.open(target).plan is not None
-    assert Running(script, target).end() == 0
-    assert os.listdir(target.parent) == ["b"]
+def test_kills_at_many_random_moments(server: Server, target: Path) -> None:
+    strike_often(server, target, 120)
+
+
+# A process as a user starts it
+
+
+class Running:
+    """An export in a session of its own, whose progress is read as it comes."""
+
+    def __init__(self, script: Path, target: Path) -> None:
+        call = [str(script), *ARGUMENTS, "-o", str(target)]
+        self.process = subprocess.Popen(
+            call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._news:
+                self.lines.append(line.rstrip("\n"))
+                self._news.notify_all()
+
+    def wait_for(self, phase: str) -> None:
+        """Until the phase has ended."""
+        with self._news:
+            came = self._news.wait_for(lambda: any(line.startswith(phase) for line in self.lines), PATIENCE_S)
+        assert came, self.lines
+
+    def end(self) -> int:
+        """Wait for it; its exit code."""
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        return code
 
 
 @contextlib.contextmanager
 def interrupted(script: Path, target: Path) -> Iterator[Running]:
     """An export that the block brings to a moment, at which Ctrl-C strikes; what must hold afterwards."""
-    before = contents(target.parent)
+    before = contents(target)
     running = Running(script, target)
     yield running
     builders = children(running.process.pid)
@@ -182,8 +265,8 @@ def interrupted(script: Path, target: Path) -> Iterator[Running]:
     assert gone(builders)
     assert running.lines[-1] == f"Interrupted. Nothing was written; {target} is as it was."
     assert not [line for line in running.lines if "Traceback" in line or line.startswith("Error")]
-    assert contents(target.parent) == before
-    assert os.listdir(target.parent) == ["b"]
+    assert contents(target) == before
+    assert not beside(target)
 
 
 def test_ctrl_c_while_the_graph_is_made(script: Path, target: Path) -> None:
@@ -194,9 +277,7 @@ def test_ctrl_c_while_the_graph_is_made(script: Path, target: Path) -> None:
 
 def test_ctrl_c_while_the_engine_is_built(script: Path, target: Path) -> None:
     with interrupted(script, target) as running:
-        builders = running.wait_for_builder()
-        time.sleep(0.5)
-    assert builders
+        wait_for_children(running.process.pid)
 
 
 @pytest.mark.slow
@@ -205,7 +286,7 @@ def test_ctrl_c_at_many_random_moments(script: Path, target: Path) -> None:
     chance = random.Random(22)
     for _ in range(40):
         with interrupted(script, target):
-            time.sleep(chance.uniform(0.3, 8.0))
+            time.sleep(chance.uniform(0.3, 7.0))
 
 
 def test_ctrl_c_where_nothing_was(script: Path, tmp_path: Path) -> None:
@@ -215,3 +296,14 @@ def test_ctrl_c_where_nothing_was(script: Path, tmp_path: Path) -> None:
     assert running.end() == 130
     assert running.lines[-1] == "Interrupted. Nothing was written."
     assert not (tmp_path / "new").exists()
+
+
+def test_a_kill_while_the_engine_is_built(script: Path, target: Path) -> None:
+    before = contents(target)
+    running = Running(script, target)
+    builders = wait_for_children(running.process.pid)
+    running.process.kill()
+    assert running.end() == -signal.SIGKILL
+    assert gone(builders)
+    assert contents(target) == before
+    assert len(beside(target)) == 1
