@@ -30,10 +30,10 @@ CONFIGS["small"] = SpachConfig(16, 8, 2, (("conv", "trans"),), num_heads=2)
 """
 """A small model of the tests' own, so that an export takes seconds; everything else is the command itself."""
 
-ARGUMENTS = [
-    *"--model small --image-size 32 --num-classes 11 -v --overwrite".split(),
-    *"--engine tensorrt-rtx --gpu sm89".split(),
-]
+ARGUMENTS = (
+    *("--model", "small", "--image-size", "32", "--num-classes", "11", "-v", "--overwrite"),
+    *("--engine", "tensorrt-rtx", "--gpu", "sm89"),
+)
 PATIENCE_S = 60.0
 
 
