@@ -42,19 +42,14 @@ class SpachConfig:
         return [self.dim << stage for stage in range(len(self.stages))]
 
     @property
-    def mixes_by_token_count(self) -> bool:
-        """Whether a spatial MLP fixes the number of tokens, and with it the image size of a checkpoint."""
-        return any(MLP in stage for stage in self.stages)
-
-    @property
     def image_size_step(self) -> int:
         """Image sizes are multiples of this, in pixels."""
         return self.patch_size << (len(self.stages) - 1)
 
     @property
     def smallest_image_size(self) -> int:
-        """In pixels; a spatial MLP halves the token count, so its smallest grid is 2 by 2."""
-        return self.image_size_step * (2 if self.mixes_by_token_count else 1)
+        """In pixels; one token cannot be mixed (a spatial MLP would halve it), so the smallest grid is 2 by 2."""
+        return 2 * self.image_size_step
 
     def grids(self, image_size: int) -> list[int]:
         """Side of each stage's token grid for square images of `image_size` pixels."""
@@ -73,8 +68,10 @@ class SpachConfig:
                 f"Take {nearest}.",
             )
         if image_size < smallest:
-            reason = "a spatial MLP needs a grid of 2 by 2 tokens" if image_size == step else "it leaves no token"
-            raise ModelError(f"Image size {image_size} is too small: {reason}.", f"Take {smallest} or more.")
+            raise ModelError(
+                f"Image size {image_size} is too small: mixing needs a grid of 2 by 2 tokens in the last stage.",
+                f"Take {smallest} or more.",
+            )
 
 
 def _single(mixer: str, dim: int, depth: int, ratio: int, heads: int = 0, shared: bool = False) -> SpachConfig:

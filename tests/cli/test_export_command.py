@@ -57,7 +57,7 @@ EARLY: list[tuple[tuple[str, ...], int, str, str]] = [
     (("--fp16",), 2, "No model was named", "--model NAME, --checkpoint FILE"),
     (("--model", "conv_xxs", "--weights", "ema"), 2, "--weights ema", "Give --checkpoint FILE"),
     (("--model", "conv_xxs", "--image-size", "225"), 2, "225 is not a multiple of 16", "Take 224 or 240"),
-    (("--model", "ms_mlp_xxs", "--image-size", "32"), 2, "a spatial MLP needs", "Take 64 or more"),
+    (("--model", "ms_mlp_xxs", "--image-size", "32"), 2, "a grid of 2 by 2 tokens", "Take 64 or more"),
     (("--model", "conv_xxs", "--image-size", "0"), 2, "'--image-size': 0", "See spach-export --help"),
     ((*CHEAP, "--fp16", "--bf16"), 2, "--fp16 and --bf16 exclude each other", "Give one of them"),
     ((*CHEAP, "--bf16", "--fp32", "--fp16"), 2, "--bf16 and --fp32 and --fp16 exclude", "Give one of them"),
@@ -213,7 +213,7 @@ class Malicious:
 
 
 def tensors(name: str = "conv_xxs", classes: int = 1000) -> dict[str, torch.Tensor]:
-    shapes = state_shapes(CONFIGS[name], 32, classes)
+    shapes = state_shapes(CONFIGS[name], 64, classes)
     return {key: torch.full(shape, 0.5) for key, shape in shapes.items()}
 
 

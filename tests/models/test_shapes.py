@@ -90,9 +90,10 @@ def test_shared_groups_are_the_module_s_shared_tensors(name: str) -> None:
     [
         ("ms_hybrid_s", 225, "Take 224 or 256"),
         ("trans_xxs", 225, "Take 224 or 240"),
-        ("ms_hybrid_s", 16, "Take 32"),
-        ("ms_hybrid_s", 0, "Take 32 or more"),
-        ("ms_hybrid_s", -32, "Take 32 or more"),
+        ("ms_hybrid_s", 16, "Take 64"),
+        ("ms_hybrid_s", 0, "Take 64 or more"),
+        ("ms_hybrid_s", 32, "2 by 2"),
+        ("ms_hybrid_s", -32, "Take 64 or more"),
         ("mlp_xxs", 16, "2 by 2"),
         ("ms_mlp_xxs", 32, "Take 64 or more"),
     ],
