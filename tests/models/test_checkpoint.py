@@ -173,7 +173,7 @@ class TestFit:
         with torch.device("meta"):
             tensors = create_model(name, num_classes=7).state_dict()
         spatial = {key: tensor.shape for key, tensor in tensors.items() if ".spatial_func." in key}
-        different = CONFIGS[name].mixes_by_token_count and not CONFIGS[name].shared_spatial
+        different = "mlp" in CONFIGS[name].stages[-1] and not CONFIGS[name].shared_spatial
         values = {
             key: torch.full(shape, float(len(key) + index if different else 0))
             for index, (key, shape) in enumerate(spatial.items())
