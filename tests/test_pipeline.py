@@ -25,6 +25,7 @@ from spach_deploy import stages
 from spach_deploy.bundle import Bundle
 from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import load_model
+from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
 from spach_deploy.phases import Phase, Phases, Silent
@@ -250,6 +251,19 @@ def test_a_rewrite_that_is_left_out_leaves_its_form(real: Export, tmp_path: Path
 
 def test_without_an_engine_depthwise_convolutions_stay(pickled: Export) -> None:
     assert depthwise(pickled.bundle) > 0
+
+
+# Other image sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["conv_xxs", "trans_xxs", "mlp_xxs", "ms_conv_xxs", "ms_trans_xxs", "ms_mlp_xxs", "ms_hybrid_xs+"]
+)
+def test_the_smallest_image_size_is_exported(name: str, tmp_path: Path) -> None:
+    size = CONFIGS[name].smallest_image_size
+    flags = ("--model", name, "--image-size", size, *NO_ENGINE, "--fp16")
+    assert exported(tmp_path / "b", *flags).bundle.manifest.inputs[0].shape == (None, 3, size, size)
 
 
 # The same place twice
