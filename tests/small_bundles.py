@@ -41,9 +41,13 @@ def registered() -> Iterator[None]:
         yield
 
 
-@functools.cache
 def bundle(precision: Precision = Precision.FP16) -> Path:
     """A bundle with a plan, which tests share and do not change. FP16 comes with every output there is."""
+    return _bundle(precision)
+
+
+@functools.cache  # behind a function of one spelling: `bundle()` and `bundle(Precision.FP16)` are the same bundle
+def _bundle(precision: Precision) -> Path:
     outputs = OutputSpec(top_k=3, softmax=True) if precision is Precision.FP16 else OutputSpec()
     target = Path(_FOLDER.name) / precision.value
     model = ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)
