@@ -12,6 +12,7 @@ from typing import Any
 from spach_deploy._version import __version__
 from spach_deploy.errors import UnavailableError
 from spach_deploy.specs import BatchProfile, Flavour, OutputSpec
+from spach_deploy.validation.accuracy import Accuracy
 from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_engine
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
@@ -60,7 +61,7 @@ class Validation:
 
     `findings` are faults that no comparison shows, such as a changed file; `notes` are facts that are no faults.
     `missing_engine_run` is set where there is a plan and it did not run. `graph_suffices`: the caller takes evidence of
-    the graph for enough, so that such a validation ends with 0.
+    the graph for enough, so that such a validation ends with 0. `accuracy` is set where the images have labels.
     """
 
     subject: Subject
@@ -70,6 +71,7 @@ class Validation:
     notes: tuple[str, ...] = ()
     missing_engine_run: MissingEngineRun | None = None
     graph_suffices: bool = False
+    accuracy: Accuracy | None = None
 
     @property
     def level(self) -> Level:
@@ -80,7 +82,13 @@ class Validation:
     def all_findings(self) -> tuple[str, ...]:
         """Everything that is wrong, once each."""
         compared = (finding for item in self.evidence for finding in item.verdict.findings)
-        return tuple(dict.fromkeys((*self.findings, *compared)))
+        dropped = self.accuracy.findings if self.accuracy else ()
+        return tuple(dict.fromkeys((*self.findings, *compared, *dropped)))
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the numbers agreed, whatever the accuracy."""
+        return dataclasses.replace(self, accuracy=None).passed
 
     @property
     def passed(self) -> bool:
@@ -128,6 +136,7 @@ class Validation:
             "notes": list(self.notes),
             "images": {"description": self.trial.images, "count": len(self.trial), "names": list(self.trial.names)},
             "reference": self.trial.reference,
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "evidence": [item.to_dict() for item in self.evidence],
         }
 
