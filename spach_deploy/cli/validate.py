@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from spach_deploy.validation.validate import Validation
 
 _IMAGES = "Compare on these images: a folder, a tar or an npz file. Without it, on the bundle's golden pack."
+_LABELS = (
+    "Classes of --images, to compare accuracy as well: the same folder of class folders, or a .txt, .csv or .json file"
+    " of image names and class indices. An npz with labels needs none."
+)
+_MAX_DROP = "With labels: exit with 1 where top-1 accuracy falls by more than so many points."
 _CHECKPOINT = "Run the reference from the checkpoint that the bundle was made from. Without it, its stored answers."
 _REPORT = "Write the report here.  [report.json in the bundle, where the target is one of its files]"
 
@@ -30,6 +35,8 @@ _REPORT = "Write the report here.  [report.json in the bundle, where the target 
     metavar="N",
     help="Take at most N of --images, spread evenly.",
 )
+@click.option("--labels", type=opt.FILE, metavar="PATH", help=_LABELS)
+@click.option("--max-drop", type=float, metavar="POINTS", help=_MAX_DROP)
 @click.option("--checkpoint", type=opt.FILE, metavar="FILE", help=_CHECKPOINT)
 @click.option(
     "--weights",
@@ -46,6 +53,8 @@ def main(
     target: Path,
     images: Path | None,
     max_images: int,
+    labels: Path | None,
+    max_drop: float | None,
     checkpoint: Path | None,
     weights: str | None,
     accept: str | None,
@@ -57,12 +66,13 @@ def main(
     \b
     spach-validate build/ms_hybrid_s-fp16/engine.plan
     spach-validate build/ms_hybrid_s-fp16 --images val/ --checkpoint run7.pth
+    spach-validate build/ms_hybrid_s-fp16 --images val/ --labels val/ --max-drop 0.3
 
     Two levels of evidence: `engine`, the plan itself ran here; `graph`, the graph that it was built from ran in ONNX
     Runtime instead, because this machine cannot run the plan.
 
-    Exit codes: 0 agreed, 1 did not agree, 2 bad usage or input, 3 the graph agreed but the plan could not be run here
-    (0 with --accept graph).
+    Exit codes: 0 agreed, 1 did not agree or lost more than --max-drop, 2 bad usage or input, 3 the graph agreed but the
+    plan could not be run here (0 with --accept graph).
     """
     from spach_deploy.validation.target import ValidationRequest, validate_target
 
@@ -73,6 +83,8 @@ def main(
         weights=None if weights is None else WeightSource(weights),
         max_images=max_images,
         accept_graph=accept == "graph",
+        labels=labels,
+        max_drop=max_drop,
     )
     validation = validate_target(request, say)
     _show(validation, as_json=as_json)

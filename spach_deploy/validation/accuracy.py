@@ -79,11 +79,14 @@ class PairedAccuracy:
 
     def sentence(self) -> str:
         """The difference in top-1, its interval, and whether chance explains it."""
-        move = _move(self.drop_points)
+        start = f"Top-1 {_move(self.drop_points)} ({interval_in_words(self.interval)}): "
+        if not self.only_reference_right + self.only_candidate_right:
+            return f"{start}not one of {_images(self.images)} is right with one and wrong with the other."
         return (
-            f"Top-1 {move} ({interval_in_words(self.interval)}): {self.only_reference_right} of {_images(self.images)} "
-            f"only PyTorch gets right, {self.only_candidate_right} only the candidate, which chance "
-            f"{'does not explain' if self.p_value < _LIKELY else 'explains'} (McNemar's exact p = {self.p_value:.2g})."
+            f"{start}{self.only_reference_right:,} of {_images(self.images)} only PyTorch gets right, "
+            f"{self.only_candidate_right:,} only the candidate, which "
+            f"{'is more than chance' if self.p_value < _LIKELY else 'may be chance'} (McNemar's exact p = "
+            f"{self.p_value:.2g})."
         )
 
     @property
@@ -321,8 +324,12 @@ class Accuracy:
     @property
     def sentences(self) -> tuple[str, ...]:
         """What the figures say, and what they cannot."""
-        too_few = self.measured.too_few(self.max_drop or ASKED_POINTS)
-        return tuple(filter(None, (self.measured.sentence(), too_few, self._guessing(), *self.notes)))
+        return tuple(filter(None, (self.measured.sentence(), self._too_few(), self._guessing(), *self.notes)))
+
+    def _too_few(self) -> str:
+        asked = self.max_drop or ASKED_POINTS  # no number of images shows that there is no drop at all
+        sentence = self.measured.too_few(asked)
+        return f"{sentence.rstrip('.')} (--max-images {self.measured.images_for(asked)})." if sentence else ""
 
     def _guessing(self) -> str:
         if not self.measured.is_guessing:

@@ -14,6 +14,7 @@ from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.errors import CheckpointError, UsageError
 from spach_deploy.specs import IODtype, ModelSpec, Preprocessing, WeightSource
+from spach_deploy.validation.accuracy import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import LARGEST_BATCH, Trial
 from spach_deploy.validation.precision_loss import evaluate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 Float32Array = npt.NDArray[np.float32]
+LabelsOf = Callable[[tuple[str, ...], Labels | None], tuple[ImageLabels | None, tuple[str, ...]]]
 
 _LOSS_IMAGES = 8  # more than in an export, which has less time
 
@@ -34,6 +36,25 @@ class Weights:
 
     checkpoint: Path | None = None
     source: WeightSource | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A user's images: where they are, how many to take at most, and where their labels are."""
+
+    path: Path
+    max_images: int
+    labels: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OnImages:
+    """A user's images answered, bounds that hold for them, their labels where there are any, and remarks."""
+
+    trial: Trial
+    tolerances: ToleranceSet
+    labels: ImageLabels | None = None
+    notes: tuple[str, ...] = ()
 
 
 def rebuild(section: dict[str, Any], weights: Weights) -> LoadedModel:
@@ -88,15 +109,18 @@ def rebuilt_on_golden(section: dict[str, Any], facts: BundleFacts, trial: Trial,
 
 
 def rebuilt_on_images(
-    section: dict[str, Any], facts: BundleFacts, path: Path, max_images: int, weights: Weights, say: Say
-) -> tuple[Trial, ToleranceSet]:
-    """A user's images answered by the reference rebuilt, and tolerances derived on them.
+    section: dict[str, Any], facts: BundleFacts, asked: Images, weights: Weights, say: Say
+) -> OnImages:
+    """A user's images answered by the reference rebuilt, tolerances derived on them, and their labels.
 
-    At most `max_images`, spread evenly over the set. Raises ImageError when there is none.
+    At most `max_images`, spread evenly over the set. Raises ImageError when there is none, UsageError for labels that
+    do not fit the images or the model, before the reference runs.
     """
-    source = open_images(path)
+    source = open_images(asked.path)
+    labels_of = _labelling(asked, source, section["num_classes"])
     loaded = rebuild(section, weights)
-    names, pixels = _read(source.limit(max_images), facts.preprocessing, say)
+    names, pixels, own = _read(source.limit(asked.max_images), facts.preprocessing, say)
+    labels, notes = labels_of(names, own)
     say(f"Running the reference on {len(names)} images.")
     images = normalize(pixels, facts.preprocessing)
     logits = _answers(loaded, images)
@@ -113,14 +137,42 @@ def rebuilt_on_images(
     tolerances = derive_tolerances(
         loaded.model, images, logits, facts.precision, facts.outputs, tf32=facts.tf32, loss_images=_LOSS_IMAGES
     )
-    return trial, tolerances
+    return OnImages(trial, tolerances, labels, notes)
 
 
-def _read(source: ImageSource, preprocessing: Preprocessing, say: Say) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+def _read(
+    source: ImageSource, preprocessing: Preprocessing, say: Say
+) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], Labels | None]:
+    """Names, pixels (N, S, S, 3), and labels (N) where all images came with one."""
     parts = list(batches(source, preprocessing, LARGEST_BATCH))
     for skipped in source.skipped:
         say(f"Skipped {skipped}")
-    return tuple(name for part in parts for name in part.names), np.concatenate([part.pixels for part in parts])
+    own = [part.labels for part in parts if part.labels is not None]
+    names = tuple(name for part in parts for name in part.names)
+    labels = np.concatenate(own) if len(own) == len(parts) else None
+    return names, np.concatenate([part.pixels for part in parts]), labels
+
+
+def _labelling(asked: Images, source: ImageSource, num_classes: int) -> LabelsOf:
+    """What finds the labels of images once they are read; a labels file is read and checked now."""
+    if asked.labels is not None:
+        labelling = open_labels(asked.labels, asked.path, source.classes, num_classes)
+        return lambda names, own: (labelling.of(names, own), ())
+    if source.classes:  # folders are the model's classes only where the user says so
+        return lambda names, own: (None, ())
+    return lambda names, own: _labels_of_npz(OwnLabels(asked.path, num_classes), names, own)
+
+
+def _labels_of_npz(
+    labelling: OwnLabels, names: tuple[str, ...], own: Labels | None
+) -> tuple[ImageLabels | None, tuple[str, ...]]:
+    """Labels in an npz need no option; those of other classes are no error then, but said."""
+    if own is None:
+        return None, ()
+    try:
+        return labelling.of(names, own), ()
+    except UsageError as error:
+        return None, (f"The labels were not used: {error.message}",)
 
 
 def _counted(source: ImageSource, used: int) -> str:

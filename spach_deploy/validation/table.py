@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from spach_deploy.validation.accuracy import Accuracy, PairedAccuracy
 from spach_deploy.validation.compare import IndexComparison, OutputComparison, ScoreComparison
 from spach_deploy.validation.evidence import Evidence
 from spach_deploy.validation.validate import Validation
@@ -15,6 +16,7 @@ from spach_deploy.validation.verdict import Tolerance
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 80
 _FLIPS_SHOWN = 5
@@ -44,6 +46,8 @@ def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
     yield from _head(validation, width)
     for position, item in enumerate(validation.evidence):
         yield from _evidence(item, width, in_full=position == 0 or (validation.evidence[0].passed and not item.passed))
+    if validation.accuracy is not None:
+        yield from _accuracy(validation.accuracy, width)
     yield ""
     findings = _findings(validation)
     for finding in findings:
@@ -52,8 +56,7 @@ def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield Text(_wrapped(f"- {note}", width, 2))
     if findings or validation.notes:
         yield ""
-    verdict, style = ("AGREED", "bold green") if validation.passed else ("DID NOT AGREE", "bold red")
-    yield Text(f"{verdict} with PyTorch in FP32.", style=style)
+    yield _verdict(validation)
     yield Text(_wrapped(validation.level_sentence(), width, 0))
 
 
@@ -61,7 +64,18 @@ def _findings(validation: Validation) -> tuple[str, ...]:
     """Without those of later runs where the first has some: they say the same in other figures. The report has all."""
     if not validation.evidence or validation.evidence[0].passed:
         return validation.all_findings
-    return (*validation.findings, *validation.evidence[0].verdict.findings)
+    dropped = validation.accuracy.findings if validation.accuracy else ()
+    return (*validation.findings, *validation.evidence[0].verdict.findings, *dropped)
+
+
+def _verdict(validation: Validation) -> Text:
+    from rich.text import Text
+
+    if not validation.agreed:
+        return Text("DID NOT AGREE with PyTorch in FP32.", style="bold red")
+    if not validation.passed:
+        return Text("AGREED with PyTorch in FP32, but LOST MORE ACCURACY than --max-drop allows.", style="bold red")
+    return Text("AGREED with PyTorch in FP32.", style="bold green")
 
 
 def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
@@ -164,6 +178,44 @@ def _index_table(index: IndexComparison) -> Table:
         table.add_row(f"  rank {difference.rank}: {difference.candidate} for {difference.reference}", gap, "", name)
     if len(index.differences) > _FLIPS_SHOWN:
         table.add_row(f"  and {len(index.differences) - _FLIPS_SHOWN} more", "", "", "")
+    return table
+
+
+def _accuracy(accuracy: Accuracy, width: int) -> Iterator[RenderableType]:
+    """Top-1 and top-5 of both, and below them what follows."""
+    from rich.text import Text
+
+    measured = accuracy.measured
+    yield ""
+    yield Text(_wrapped(f"Accuracy of: {accuracy.ran}, with labels from {accuracy.labels}", width, 2), style="bold")
+    table = _accuracy_table(measured.images)
+    for name, reference, candidate, drop, interval in _accuracy_rows(measured):
+        limits = f"{interval[0]:.2f} to {interval[1]:.2f}"
+        table.add_row(name, f"{reference:.2%}", f"{candidate:.2%}", f"{drop:.2f}", limits)
+    yield table
+    for sentence in accuracy.sentences:
+        yield Text(_wrapped(f"- {sentence}", width, 2))
+
+
+def _accuracy_rows(measured: PairedAccuracy) -> Iterator[tuple[str, float, float, float, tuple[float, float]]]:
+    top1 = measured.top1_reference, measured.top1_candidate
+    yield "top-1", *top1, measured.drop_points, measured.interval
+    top5 = measured.top5_reference, measured.top5_candidate, measured.top5_drop_points, measured.top5_interval
+    reference, candidate, drop, interval = top5
+    if reference is not None and candidate is not None and drop is not None and interval is not None:
+        yield "top-5", reference, candidate, drop, interval
+
+
+def _accuracy_table(images: int) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
+    table.add_column(f"{images:,} labelled images", no_wrap=True, width=24)
+    for name in ("PyTorch", "candidate"):
+        table.add_column(name, justify="right", no_wrap=True, width=9)
+    table.add_column("drop", justify="right", no_wrap=True, width=7)
+    table.add_column("95 % interval", justify="right", no_wrap=True, width=18)
     return table
 
 

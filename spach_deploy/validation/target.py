@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle, find_bundle, sha256_of
-from spach_deploy.errors import BundleError, SpachError, UsageError
+from spach_deploy.errors import BundleError, SpachError, UnavailableError, UsageError
+from spach_deploy.runtime import Runner
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
+from spach_deploy.runtime.saved_graph import saved_graph
+from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 from spach_deploy.specs import WeightSource
+from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
-from spach_deploy.validation.live_reference import Weights, rebuilt_on_golden, rebuilt_on_images
-from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_typed
+from spach_deploy.validation.live_reference import Images, OnImages, Weights, rebuilt_on_golden, rebuilt_on_images
+from spach_deploy.validation.reference import INPUT, LOGITS, Golden
 from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.validate import (
     MissingEngineRun,
@@ -40,8 +51,29 @@ class TargetKind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Pointed:
+    """What was pointed at, and the bundle that it belongs to."""
+
+    path: Path
+    kind: TargetKind
+    bundle: Bundle
+    facts: BundleFacts
+
+    @property
+    def graph(self) -> Path:
+        return self.path if self.kind is TargetKind.GRAPH else self.bundle.path / GRAPH
+
+    @property
+    def plan(self) -> Path:
+        return self.path if self.kind is TargetKind.PLAN else self.bundle.path / PLAN
+
+
+@dataclasses.dataclass(frozen=True)
 class ValidationRequest:
-    """What `spach-validate` was asked. `weights` None: those that the bundle was made with."""
+    """What `spach-validate` was asked. `weights` None: those that the bundle was made with.
+
+    `labels`: of `images`, a file or the same folder. `max_drop`: of top-1, in points, beyond which it does not pass.
+    """
 
     target: Path
     images: Path | None = None
@@ -49,6 +81,8 @@ class ValidationRequest:
     weights: WeightSource | None = None
     max_images: int = DEFAULT_MAX_IMAGES
     accept_graph: bool = False
+    labels: Path | None = None
+    max_drop: float | None = None
 
 
 def validate_target(request: ValidationRequest, say: Callable[[str], None] = lambda text: None) -> Validation:
@@ -57,12 +91,23 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     `say` gets a sentence for what takes long. Raises UsageError for what cannot be validated (no bundle, no reference
     that can be trusted, files that are no plan and no graph), UnavailableError when nothing can be run here.
     """
+    _check_options(request)
     bundle = _open(request.target)
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
     _check_form(request.target, kind)
     changed = {name: state for name, state in bundle.changed_files().items() if name != REPORT}
-    trial, tolerances, notes = _trial(bundle, facts, request, changed, say)
+    pointed = _Pointed(request.target, kind, bundle, facts)
+    answered = _answered(bundle, facts, request, changed, say)
+    found = _validation(request, pointed, answered, changed)
+    return _with_accuracy(found, request, pointed, answered, say)
+
+
+def _validation(
+    request: ValidationRequest, pointed: _Pointed, answered: OnImages, changed: dict[str, str]
+) -> Validation:
+    kind, bundle, facts = pointed.kind, pointed.bundle, pointed.facts
+    trial, tolerances, notes = answered.trial, answered.tolerances, answered.notes
     subject = _subject(request.target, bundle, facts)
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
@@ -73,6 +118,19 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
     return Validation(subject, trial, evidence, findings, notes, missing, request.accept_graph)
+
+
+def _check_options(request: ValidationRequest) -> None:
+    """Refuse labels without images, and a bound on the drop that is none or has nothing to be measured on."""
+    if request.labels is not None and request.images is None:
+        raise UsageError("--labels needs --images: the bundle's golden images are too few.", "Give --images PATH too.")
+    if request.max_drop is None:
+        return
+    if not (math.isfinite(request.max_drop) and 0 <= request.max_drop <= 100):
+        raise UsageError(f"--max-drop {request.max_drop:g} is no number of points.", "Give 0 to 100, such as 0.3.")
+    brings_labels = request.images is not None and request.images.suffix.lower() == ".npz"
+    if request.labels is None and not brings_labels:
+        raise UsageError("--max-drop needs labels.", "Give --images PATH and --labels FILE.")
 
 
 # What it is
@@ -146,19 +204,20 @@ def _subject(target: Path, bundle: Bundle, facts: BundleFacts) -> Subject:
 # Images and reference
 
 
-def _trial(
+def _answered(
     bundle: Bundle,
     facts: BundleFacts,
     request: ValidationRequest,
     changed: dict[str, str],
     say: Callable[[str], None],
-) -> tuple[Trial, ToleranceSet, tuple[str, ...]]:
+) -> OnImages:
     """The images with the reference's answers, the bounds that hold for them, and remarks."""
     section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights)
     if request.images is not None:
-        trial, tolerances = rebuilt_on_images(section, facts, request.images, request.max_images, weights, say)
+        asked = Images(request.images, request.max_images, request.labels)
+        answered = rebuilt_on_images(section, facts, asked, weights, say)
         notes = (f"{GOLDEN} {changed[GOLDEN]}; it was not used.",) if GOLDEN in changed else ()
-        return trial, tolerances, notes
+        return dataclasses.replace(answered, notes=(*notes, *answered.notes))
     if GOLDEN in changed:
         raise BundleError(
             f"{bundle.path / GOLDEN} {changed[GOLDEN]} since the export, so there is no reference to trust.",
@@ -169,7 +228,7 @@ def _trial(
     trial = golden_trial(golden, images, facts.outputs, facts.batch)
     if request.checkpoint is not None:
         trial = rebuilt_on_golden(section, facts, trial, weights, say)
-    return trial, facts.tolerances, ()
+    return OnImages(trial, facts.tolerances)
 
 
 # Evidence
@@ -217,6 +276,81 @@ def _try_file(
         return try_plan(Plan(file.read_bytes(), facts.flavour, needs), trial, tolerances.engine)
     except SpachError as error:  # a damaged plan in a bundle; that it was changed is a finding already
         return MissingEngineRun(error.message.rstrip("."), needs)
+
+
+# Accuracy
+
+
+def _with_accuracy(
+    found: Validation,
+    request: ValidationRequest,
+    pointed: _Pointed,
+    answered: OnImages,
+    say: Callable[[str], None],
+) -> Validation:
+    """With the accuracy of what ran first, where the images have labels."""
+    labels = answered.labels
+    if labels is None:
+        _check_not_bounded(request, answered)
+        return found
+    ran = found.evidence[0] if found.evidence else None
+    if ran is None or not ran.batches:
+        return _without_accuracy(found)
+    say(f"Measuring accuracy on {len(found.trial)} images.")
+    with _candidate(ran, pointed) as runner:
+        logits = _logits(runner, found.trial, ran.batches)
+    if logits is None or logits.shape != found.trial.logits.shape:
+        return _without_accuracy(found)
+    measured = paired(found.trial.logits, logits, labels.classes)
+    accuracy = Accuracy(measured, ran.ran, labels.origin, request.max_drop, labels.notes)
+    return dataclasses.replace(found, accuracy=accuracy)
+
+
+def _check_not_bounded(request: ValidationRequest, answered: OnImages) -> None:
+    if request.max_drop is not None:
+        reason = answered.notes[-1] if answered.notes else f"{request.images} has no array 'labels'."
+        raise UsageError(f"--max-drop needs labels. {reason}", "Give --labels FILE.")
+
+
+def _without_accuracy(found: Validation) -> Validation:
+    return dataclasses.replace(found, notes=(*found.notes, "Accuracy was not measured: there are no logits to rank."))
+
+
+@contextlib.contextmanager
+def _candidate(ran: Evidence, pointed: _Pointed) -> Iterator[Runner]:
+    """What `ran`, once more: evidence keeps no outputs."""
+    if ran.level is Level.ENGINE:
+        with TensorRTRunner(pointed.plan.read_bytes(), pointed.facts.flavour) as engine:
+            yield engine
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            runner = stack.enter_context(OnnxRuntimeRunner(pointed.graph))
+        except UnavailableError:  # no kernels for bfloat16
+            runner = stack.enter_context(OnnxRuntimeRunner(stack.enter_context(_rounded(pointed.graph))))
+        yield runner
+
+
+@contextlib.contextmanager
+def _rounded(graph: Path) -> Iterator[Path]:
+    """A file with the graph's twin in FP32, every half tensor rounded."""
+    import onnx
+
+    from spach_deploy.precision.rounding import rounded_twin
+
+    with saved_graph(rounded_twin(onnx.load(graph))) as path:
+        yield path
+
+
+def _logits(runner: Runner, trial: Trial, batches: tuple[int, ...]) -> npt.NDArray[Any] | None:
+    """Logits of the images in the same batches as before; None where it gives none."""
+    parts, start = [], 0
+    for size in batches:
+        inputs = np.ascontiguousarray(trial.inputs(start, start + size))
+        parts.append(runner.run({INPUT: inputs}).get(LOGITS))
+        start += size
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def default_report(target: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from click.testing import CliRunner, Result
 from onnx import ModelProto
 from PIL import Image
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle
 from spach_deploy.cli.validate import main
 from spach_deploy.models.checkpoint import load_model
 from spach_deploy.specs import ModelSpec, Precision
-from spach_deploy.validation import evidence
+from spach_deploy.validation import evidence, live_reference
+from spach_deploy.validation import target as target_module
+from spach_deploy.validation.accuracy import paired
+from spach_deploy.validation.bundle_facts import BundleFacts
 from tests import small_bundles
 from tests.validation import faults
 from tests.validation.test_evidence import FakeEngine
@@ -340,6 +344,185 @@ def test_other_weights_are_refused_and_both_are_named(from_checkpoint: Path, che
 def test_a_checkpoint_that_is_none_is_refused(fp16: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     assert "text.pth" in refused(fp16, "--checkpoint", tmp_path / "text.pth")
+
+
+# Labels
+
+
+@pytest.fixture(scope="session")
+def classed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of each class, in class folders."""
+    root = tmp_path_factory.mktemp("classed")
+    for index in range(2 * small_bundles.CLASSES):
+        folder = root / f"n{index % small_bundles.CLASSES:02d}"
+        folder.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(100 + index).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def right_answers(fp16: Path, classed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labels file with what the reference answers, so that it is right in every image."""
+    bundle = Bundle.open(fp16)
+    asked = live_reference.Images(classed, 256)
+    with small_bundles.registered():
+        section, facts = bundle.manifest.model, BundleFacts.of(bundle)
+        trial = live_reference.rebuilt_on_images(
+            section, facts, asked, live_reference.Weights(), say=lambda _: None
+        ).trial
+    path = tmp_path_factory.mktemp("labels") / "labels.json"
+    path.write_text(json.dumps(dict(zip(trial.names, trial.logits.argmax(axis=1).tolist(), strict=True))))
+    return path
+
+
+def accuracy_of(*arguments: object, code: int = 0) -> dict[str, Any]:
+    result = validate(*arguments, "--json")
+    assert result.exit_code == code, result.output
+    accuracy: dict[str, Any] = json.loads(result.stdout)["accuracy"]
+    return accuracy
+
+
+@pytest.mark.parametrize(("target", "code"), [(GRAPH, 0), (".", 3)])
+def test_class_folders_add_accuracy_and_leave_the_exit_code(fp16: Path, classed: Path, target: str, code: int) -> None:
+    accuracy = accuracy_of(fp16 / target, "--images", classed, "--labels", classed, code=code)
+    assert accuracy["images"] == 22
+    assert accuracy["labels"] == f"11 class folders of {classed}"
+    assert accuracy["top1_reference"] == accuracy["top1_candidate"]
+    assert accuracy["ran"] == "typed graph in ONNX Runtime (CPU)"
+    assert accuracy_of(fp16 / GRAPH, "--images", classed) is None  # folders are classes only where one says so
+
+
+def test_the_table_has_accuracy(fp16: Path, right_answers: Path, classed: Path, tmp_path: Path) -> None:
+    result = validate(
+        fp16 / GRAPH, "--images", classed, "--labels", right_answers, "--report", tmp_path / "report.json"
+    )
+    text = " ".join(result.stdout.split())
+    assert "22 labelled images PyTorch candidate drop 95 % interval" in text
+    assert "top-1 100.00% 100.00% 0.00" in text
+    assert "With 22 images a drop below 15 points cannot be seen; to see one of 1 point, give 390 images" in text
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert json.loads((tmp_path / "report.json").read_text())["accuracy"]["top5_reference"] == 1
+
+
+def test_labels_are_those_of_the_images_that_were_taken(fp16: Path, right_answers: Path, classed: Path) -> None:
+    arguments = "--images", classed, "--labels", right_answers, "--max-images", 7
+    accuracy = accuracy_of(fp16 / GRAPH, *arguments, "--max-drop", 0)
+    assert (accuracy["images"], accuracy["top1_reference"], accuracy["top1_candidate"]) == (7, 1, 1)
+    assert any("15 of 22 labels" in sentence for sentence in accuracy["sentences"])
+
+
+def test_a_graph_that_only_runs_rounded_has_accuracy_too(right_answers: Path, classed: Path) -> None:
+    accuracy = accuracy_of(small_bundles.bundle(Precision.BF16) / GRAPH, "--images", classed, "--labels", right_answers)
+    assert accuracy["top1_reference"] == 1
+    assert accuracy["top1_candidate"] >= 0.9
+    assert "every half tensor rounded" in accuracy["ran"]
+
+
+def test_an_engine_that_runs_is_what_accuracy_is_of(
+    fp16: Path, right_answers: Path, classed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = (fp16 / GRAPH).read_bytes()
+    for module in (evidence, target_module):
+        monkeypatch.setattr(module, "TensorRTRunner", lambda plan, flavour: FakeEngine(graph, flavour))
+    accuracy = accuracy_of(fp16 / PLAN, "--images", classed, "--labels", right_answers)
+    assert accuracy["ran"].startswith("engine.plan in")
+    assert accuracy["top1_candidate"] == 1
+
+
+def test_a_worse_graph_loses_accuracy_and_the_bound_is_a_finding(
+    spoiled: Path, right_answers: Path, classed: Path
+) -> None:
+    graph = planted(spoiled, lambda m: faults.transpose_heads(m, HEADS))
+    arguments = graph, "--images", classed, "--labels", right_answers
+    free = json.loads(validate(*arguments, "--json").stdout)
+    drop = free["accuracy"]["drop_points"]
+    assert free["accuracy"]["only_reference_right"] > 0
+    assert drop == 100 * free["accuracy"]["only_reference_right"] / 22
+    assert not any("--max-drop" in finding for finding in free["findings"])
+    bound = json.loads(validate(*arguments, "--max-drop", drop - 0.1, "--json").stdout)
+    assert bound["exit_code"] == 1
+    assert any(f"falls by {drop:.2f} points (95 % interval" in finding for finding in bound["findings"])
+
+
+def test_a_drop_beyond_the_bound_is_exit_1_though_the_numbers_agree(
+    fp16: Path, right_answers: Path, classed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within tolerances only near ties flip, which no fixed seed promises: so the answers are exchanged here."""
+    monkeypatch.setattr(target_module, "paired", lambda ours, theirs, labels: paired(ours, -theirs, labels))
+    arguments = fp16 / GRAPH, "--images", classed, "--labels", right_answers
+    assert accuracy_of(*arguments)["drop_points"] == 100
+    result = validate(*arguments, "--max-drop", 0.3, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["evidence"][0]["passed"]
+
+
+def test_without_logits_there_is_no_accuracy_and_that_is_said(
+    spoiled: Path, right_answers: Path, classed: Path
+) -> None:
+    graph = planted(spoiled, lambda m: faults.rename_output(m, "logits", "scores"))
+    result = validate(graph, "--images", classed, "--labels", right_answers, "--json")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["accuracy"]) == (1, None)
+    assert "Accuracy was not measured: there are no logits to rank." in report["notes"]
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Callable[[list[int] | None], Path]:
+    def save(labels: list[int] | None) -> Path:
+        images = np.random.default_rng(5).integers(0, 256, (4, 40, 40, 3), np.uint8)
+        arrays = {"images": images} if labels is None else {"images": images, "labels": np.array(labels)}
+        np.savez(tmp_path / "set.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub takes the dict for a flag
+        return tmp_path / "set.npz"
+
+    return save
+
+
+def test_an_npz_with_labels_needs_no_option(fp16: Path, npz: Callable[[list[int] | None], Path]) -> None:
+    for option in ([], ["--labels", npz([1, 2, 3, 10])]):
+        accuracy = accuracy_of(fp16 / GRAPH, "--images", npz([1, 2, 3, 10]), *option, "--max-drop", 100)
+        assert (accuracy["images"], accuracy["labels"]) == (4, "the npz's own")
+
+
+def test_an_npz_with_labels_of_other_classes_is_said_and_no_basis_for_a_bound(
+    fp16: Path, npz: Callable[[list[int] | None], Path]
+) -> None:
+    path = npz([1, 2, 3, 11])
+    report = json.loads(validate(fp16 / GRAPH, "--images", path, "--json").stdout)
+    assert report["accuracy"] is None
+    assert "gives image 3 the class 11; the model has 11 classes" in report["notes"][0]
+    assert "gives image 3 the class 11" in refused(fp16 / GRAPH, "--images", path, "--labels", path)
+    assert "gives image 3 the class 11" in refused(fp16 / GRAPH, "--images", path, "--max-drop", 1)
+    assert "has no array 'labels'" in refused(fp16 / GRAPH, "--images", npz(None), "--max-drop", 1)
+    assert "has no array 'labels'" in refused(fp16 / GRAPH, "--images", npz(None), "--labels", npz(None))
+
+
+def test_labels_that_do_not_fit_are_refused(fp16: Path, classed: Path, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "others.txt").write_text("x.png 1\n")
+    (tmp_path / "some.csv").write_text("0.png,1\n")
+    (tmp_path / "high.txt").write_text("0.png 11\n1.png 0\n2.png 0\n")
+    some = tmp_path / "two classes"
+    for name in ("n00", "n01"):
+        shutil.copytree(classed / name, some / name)
+    for images, labels, words in (
+        (photographs, tmp_path / "others.txt", "labels none of the 3 images"),
+        (photographs, tmp_path / "some.csv", "no label for 2 of 3 images: '1.png', '2.png'"),
+        (photographs, tmp_path / "high.txt", "the class 11; the model has 11 classes, 0 to 10"),
+        (photographs, photographs, "pictures outside of class folders"),
+        (photographs, classed, "another folder than --images"),
+        (some, some, "2 class folders, the model 11 classes"),
+        (photographs, tmp_path / "nothing.txt", "There is no"),
+    ):
+        assert words in refused(fp16, "--images", images, "--labels", labels)
+
+
+def test_labels_without_images_and_bounds_without_labels_are_refused(fp16: Path, classed: Path) -> None:
+    assert "--labels needs --images" in refused(fp16, "--labels", classed)
+    assert "--max-drop needs labels" in refused(fp16, "--max-drop", 1)
+    assert "--max-drop needs labels" in refused(fp16, "--images", classed, "--max-drop", 1)
+    for value in ("nan", "inf", "-1", "101"):
+        assert "no number of points" in refused(fp16, "--images", classed, "--labels", classed, "--max-drop", value)
+    assert "not a valid float" in refused(fp16, "--images", classed, "--labels", classed, "--max-drop", "0.3%")
 
 
 # Table and report

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import OutputSpec
+from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.evidence import Evidence, Level, Trial
 from spach_deploy.validation.reference import expected_outputs
@@ -32,6 +35,11 @@ def evidence(logits: np.ndarray, level: Level = Level.GRAPH) -> Evidence:
         expected_outputs(REFERENCE, outputs), expected_outputs(logits, outputs), image_names=NAMES
     )
     return Evidence(level, "typed graph in ONNX Runtime", (1, 7), comparison, BOUNDS, judge(comparison, BOUNDS.outputs))
+
+
+def accuracy(candidate: np.ndarray, max_drop: float | None = None) -> Accuracy:
+    measured = paired(REFERENCE, candidate, [0, 1])
+    return Accuracy(measured, "typed graph in ONNX Runtime", "a folder of a very long name " * 4, max_drop, ("Noted.",))
 
 
 def validation(*items: Evidence, is_demo: bool = False, missing: bool = False) -> Validation:
@@ -88,6 +96,42 @@ def test_demo_weights_are_said_first() -> None:
 
 def test_colour_only_when_asked() -> None:
     assert "\x1b[" in as_text(validation(evidence(REFERENCE)), color=True)
+
+
+@pytest.mark.parametrize("logits", [REFERENCE, FLIPPED, np.roll(REFERENCE, 3, axis=1), REFERENCE[:, :4]])
+def test_accuracy_stands_below_the_comparison(logits: np.ndarray) -> None:
+    measured = paired(REFERENCE[:, : logits.shape[1]], logits, [0, 1])
+    found = dataclasses.replace(validation(evidence(REFERENCE)), accuracy=Accuracy(measured, "graph", "l.txt"))
+    text = as_text(found)
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"top-1 +100.00% +\d+.00% +\d+.00 +-?\d+.\d\d to \d+.\d\d", text)
+    assert (" top-5  " in text) is (logits.shape[1] > 5)
+    assert "With 2 images a drop below" in text
+    assert text.index("images that change class") < text.index("2 labelled images") < text.index("AGREED")
+    assert found.exit_code == 0
+
+
+def test_a_drop_beyond_the_allowed_is_exit_1_and_no_disagreement(tmp_path: Path) -> None:
+    within = dataclasses.replace(validation(evidence(FLIPPED)), accuracy=accuracy(FLIPPED, 50.0))
+    beyond = dataclasses.replace(validation(evidence(FLIPPED)), accuracy=accuracy(FLIPPED, 49.9))
+    assert (within.exit_code, beyond.exit_code) == (0, 1)
+    text = " ".join(as_text(beyond).split())
+    assert "x Top-1 accuracy falls by 50.00 points (95 % interval of the drop -48.64 to 90.55 points)" in text
+    assert "AGREED with PyTorch in FP32, but LOST MORE ACCURACY than --max-drop allows." in text
+    assert "Noted." in text
+    write_report(beyond, tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["passed"] is False
+    assert "more than the 49.9 that --max-drop allows" in content["findings"][0]
+    assert content["accuracy"]["drop_points"] == 50
+    assert content["accuracy"]["interval"][0] < 0 < content["accuracy"]["interval"][1]
+
+
+def test_both_faults_are_told(tmp_path: Path) -> None:
+    found = dataclasses.replace(validation(evidence(WRONG)), accuracy=accuracy(FLIPPED, 1.0))
+    text = as_text(found)
+    assert "DID NOT AGREE" in text
+    assert "x Top-1 accuracy falls" in text
 
 
 def test_levels_and_exit_codes() -> None:
