@@ -1,0 +1,33 @@
+"""Names of classes: one a line, in the order of the model's classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spach_deploy.errors import UsageError
+
+_WANTED = "Give a text file with the name of one class a line, in the model's order."
+
+
+def read_labels(path: Path | None, classes: int) -> tuple[str, ...]:
+    """The names in `path`, or `class 0`, `class 1`, … without one.
+
+    UsageError for a file that cannot be read, has another number of names, or a name that is empty.
+    """
+    if path is None:
+        return tuple(f"class {index}" for index in range(classes))
+    try:
+        labels = tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"--labels {path} cannot be read ({reason}).", _WANTED) from None
+    if len(labels) != classes:
+        raise UsageError(f"--labels {path} has {len(labels)} lines; the model has {classes} classes.", _WANTED)
+    if empty := [number for number, label in enumerate(labels, start=1) if not label.strip()]:
+        raise UsageError(f"--labels {path} has no name in line {empty[0]}.", _WANTED)
+    return labels
+
+
+def as_text(labels: tuple[str, ...]) -> str:
+    """The file's content."""
+    return "".join(f"{label}\n" for label in labels)

@@ -1,0 +1,186 @@
+"""A model repository on disk, written in one step: a killed run leaves the old one or none.
+
+REPOSITORY/
+  manifest.json              that spach-package wrote it, from what; Triton looks at folders only
+  NAME/config.pbtxt          inputs, outputs, batching, instances, warm-up
+  NAME/labels.txt            the classes
+  NAME/warmup/golden_input   a golden image
+  NAME/1/model.plan          or model.onnx
+  NAME/1/bundle.json         the bundle's manifest: what --check holds the rest against
+  NAME_preprocess/ NAME_top_k/ NAME_ensemble/   with --ensemble
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spach_deploy._version import __version__
+from spach_deploy.bundle import MANIFEST, check_target, writing
+from spach_deploy.deployment.triton.config import LABELS_FILE, model_configuration
+from spach_deploy.deployment.triton.ensemble import STEP_FILE, Step, ensemble_steps
+from spach_deploy.deployment.triton.labels import as_text, read_labels
+from spach_deploy.deployment.triton.options import TritonOptions
+from spach_deploy.deployment.triton.schema import to_text
+from spach_deploy.deployment.triton.served import BundleArgument, ServedModel, served_models
+from spach_deploy.deployment.triton.warmup import FOLDER, WarmUp, warm_up
+from spach_deploy.errors import BundleError, UsageError
+
+KIND = "triton-model-repository"
+CONFIG = "config.pbtxt"
+FACTS = "bundle.json"
+
+_STEPS = Path(__file__).with_name("steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A repository that was written: its place, its models with their steps, and which are served."""
+
+    path: Path
+    models: tuple[ServedModel, ...]
+    steps: tuple[str, ...]
+    options: TritonOptions
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What will not work."""
+        return tuple(warning for model in self.models for warning in model.warnings)
+
+
+def write_repository(
+    arguments: Sequence[BundleArgument], output: Path, options: TritonOptions, *, overwrite: bool = False
+) -> Written:
+    """Write the model repository of some bundles to `output`.
+
+    Raises BundleError for what is no bundle, has nothing for the backend, or for a target that cannot be written, and
+    UsageError for options that do not fit the bundles.
+    """
+    _check_output(output, overwrite=overwrite)
+    models = served_models(arguments, options)
+    parts = [_Part.of(model, options) for model in models]
+    _check_names([name for part in parts for name in part.names])
+    with writing(output, overwrite=overwrite) as staging:
+        for part in parts:
+            part.write(staging)
+        _write_manifest(staging, models)
+    return Written(output, models, tuple(name for part in parts for name in part.names[1:]), options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A model and the steps around it, ready to be written."""
+
+    model: ServedModel
+    config: Any
+    warm_up: WarmUp
+    labels: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(cls, model: ServedModel, options: TritonOptions) -> _Part:
+        requests = warm_up(model) if options.warm_up else WarmUp()
+        _check_policy(model, options)
+        return cls(
+            model=model,
+            config=model_configuration(model, options, requests),
+            warm_up=requests,
+            labels=read_labels(options.labels, model.classes),
+            steps=ensemble_steps(model, options.ensemble) if options.ensemble else (),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return [self.model.name, *(str(step.config.name) for step in self.steps)]
+
+    def write(self, repository: Path) -> None:
+        folder = repository / self.model.name
+        folder.mkdir()
+        _write_text(folder / CONFIG, to_text(self.config))
+        _write_text(folder / LABELS_FILE, as_text(self.labels))
+        self._write_warm_up(folder)
+        for version in self.model.versions:
+            target = folder / str(version.number)
+            target.mkdir()
+            shutil.copyfile(version.artifact, target / self.model.backend.file_name)
+            shutil.copyfile(version.bundle.path / MANIFEST, target / FACTS)
+        for step in self.steps:
+            self._write_step(repository / step.config.name, step)
+
+    def _write_warm_up(self, folder: Path) -> None:
+        if self.warm_up.files:
+            (folder / FOLDER).mkdir()
+        for name, content in self.warm_up.files.items():
+            (folder / FOLDER / name).write_bytes(content)
+
+    def _write_step(self, folder: Path, step: Step) -> None:
+        version = folder / "1"  # an ensemble needs the folder too, though there is nothing in it
+        version.mkdir(parents=True)
+        _write_text(folder / CONFIG, to_text(step.config))
+        if step.source:
+            shutil.copyfile(_STEPS / f"{step.source}.py", version / STEP_FILE)
+        if step.has_labels:
+            _write_text(folder / LABELS_FILE, as_text(self.labels))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _check_policy(model: ServedModel, options: TritonOptions) -> None:
+    """Refuse a policy that names versions which are not there: Triton would serve less than was asked for."""
+    policy = options.version_policy
+    numbers = tuple(version.number for version in model.versions)
+    absent = [number for number in policy.specific if number not in numbers] if policy else []
+    if absent:
+        raise UsageError(
+            f"--version-policy names version {absent[0]}; {model.name} has {', '.join(map(str, numbers))}.",
+            "Bundles of one name become its versions 1, 2, … in the order given.",
+        )
+
+
+def _check_names(names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"Two models would be called {twice[0]}.", "Give other names: NAME=BUNDLE.")
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a target that holds anything but a repository that was written here; before any work."""
+    if output.is_dir() and (output / MANIFEST).is_file():
+        if not _is_repository(output):
+            raise BundleError(f"{output} holds something else than a model repository.", "Choose another --output.")
+        if not overwrite:
+            raise BundleError(f"{output} holds a model repository already.", "Give --overwrite, or another --output.")
+    elif output.is_dir() and any(output.iterdir()):
+        raise BundleError(
+            f"{output} holds files that spach-package did not write; they are left alone.", "Choose another --output."
+        )
+    check_target(output, overwrite=overwrite)
+
+
+def _is_repository(path: Path) -> bool:
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == KIND
+
+
+def _write_manifest(staging: Path, models: Sequence[ServedModel]) -> None:
+    content = {
+        "kind": KIND,
+        "spach_deploy": __version__,
+        "models": {
+            model.name: {
+                "backend": model.backend.value,
+                "versions": {str(version.number): version.bundle.path.name for version in model.versions},
+            }
+            for model in models
+        },
+    }
+    _write_text(staging / MANIFEST, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,133 @@
+"""Bundles made by hand in milliseconds: a linear model behind every interface that an export can have.
+
+The manifest is written by `seal`, the golden logits are the model's own in FP32, a plan is a header with nothing
+behind it. What only a real export can show is tested on `tests.small_bundles`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from spach_deploy.bundle import GOLDEN, GRAPH, PLAN, seal
+from spach_deploy.onnx_graph.interface import PROBABILITIES, TOP_INDICES, TOP_VALUES
+from spach_deploy.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
+from spach_deploy.validation.reference import INPUT, LOGITS, Golden
+from tests import small_bundles
+
+SIZE = 8
+CLASSES = 7
+RESIZE = 9
+
+_DTYPES = {IODtype.FP32: TensorProto.FLOAT, IODtype.FP16: TensorProto.FLOAT16, IODtype.UINT8: TensorProto.UINT8}
+_TOLERANCE = {"rel_l2": 1e-3, "max_abs": 1e-2, "cosine_min": 0.999, "flip_margin": 1e-2, "origin": "a test"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """What the bundle is like. `engine`: tensorrt, tensorrt-rtx, or none for a bundle without a plan."""
+
+    name: str = "tiny"
+    outputs: OutputSpec = dataclasses.field(default_factory=OutputSpec)
+    batch: BatchProfile = dataclasses.field(default_factory=lambda: BatchProfile(1, 4, 8))
+    engine: str = "tensorrt"
+    precision: Precision = Precision.FP16
+    classes: int = CLASSES
+
+
+def write(folder: Path, tiny: Tiny | None = None) -> Path:
+    """A bundle in `folder`, which is made."""
+    tiny = tiny or Tiny()
+    folder.mkdir(parents=True)
+    graph = _graph(tiny)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / GRAPH)
+    _golden(tiny).save(folder / GOLDEN)
+    if tiny.engine != "none":
+        (folder / PLAN).write_bytes(_plan(tiny.engine))
+    seal(folder, _sections(tiny, graph))
+    return folder
+
+
+def weights(classes: int = CLASSES) -> npt.NDArray[np.float32]:
+    """The model: logits = input @ weights, (3 S S, classes)."""
+    return np.random.default_rng(7).normal(0, 0.2, (3 * SIZE * SIZE, classes)).astype(np.float32)
+
+
+def samples(tiny: Tiny, count: int = 4) -> npt.NDArray[Any]:
+    """Inputs as the model's caller sends them."""
+    random = np.random.default_rng(11)
+    if tiny.outputs.io_dtype is IODtype.UINT8:
+        return random.integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+    dtype = np.float16 if tiny.outputs.io_dtype is IODtype.FP16 else np.float32
+    return random.normal(0, 1, (count, 3, SIZE, SIZE)).astype(dtype)
+
+
+def logits(tiny: Tiny, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """What the model answers, in FP32."""
+    pixels = inputs.astype(np.float32)
+    if tiny.outputs.io_dtype is IODtype.UINT8:
+        pixels = pixels.transpose(0, 3, 1, 2)
+    return (pixels.reshape(len(pixels), -1) @ weights(tiny.classes)).astype(np.float32)
+
+
+def _golden(tiny: Tiny) -> Golden:
+    inputs = samples(tiny)
+    return Golden(inputs, logits(tiny, inputs), tuple(f"{index}.jpg" for index in range(len(inputs))))
+
+
+def _plan(engine: str) -> bytes:
+    if engine == "tensorrt-rtx":
+        return small_bundles.plan_bytes()
+    return b"ftrt" + bytes(20) + bytes((10, 8, 0)) + bytes(1024)
+
+
+def _graph(tiny: Tiny) -> GraphProto:
+    io_dtype, k = tiny.outputs.io_dtype, tiny.outputs.top_k
+    answers = TensorProto.FLOAT16 if io_dtype is IODtype.FP16 else TensorProto.FLOAT
+    shape = ["batch", SIZE, SIZE, 3] if io_dtype is IODtype.UINT8 else ["batch", 3, SIZE, SIZE]
+    perm = [0, 3, 1, 2] if io_dtype is IODtype.UINT8 else [0, 1, 2, 3]
+    nodes: list[NodeProto] = [
+        helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["channels"], perm=perm),
+        helper.make_node("Flatten", ["channels"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["product"]),
+        helper.make_node("Cast", ["product"], [LOGITS], to=answers),
+    ]
+    outputs = [helper.make_tensor_value_info(LOGITS, answers, ["batch", tiny.classes])]
+    constants = [numpy_helper.from_array(weights(tiny.classes), "weights")]
+    if tiny.outputs.softmax:
+        nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=-1))
+        outputs.append(helper.make_tensor_value_info(PROBABILITIES, answers, ["batch", tiny.classes]))
+    if k:
+        constants.append(numpy_helper.from_array(np.array([k], np.int64), "k"))
+        nodes.append(helper.make_node("TopK", [LOGITS, "k"], [TOP_VALUES, TOP_INDICES], axis=-1))
+        outputs.append(helper.make_tensor_value_info(TOP_VALUES, answers, ["batch", k]))
+        outputs.append(helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, ["batch", k]))
+    inputs = [helper.make_tensor_value_info(INPUT, _DTYPES[io_dtype], shape)]
+    return helper.make_graph(nodes, "tiny", inputs, outputs, constants)
+
+
+def _sections(tiny: Tiny, graph: GraphProto) -> dict[str, Any]:
+    from spach_deploy.manifest import interface_sections
+    from spach_deploy.specs import EngineTarget, ExportOptions
+
+    options = ExportOptions(outputs=tiny.outputs, engine=EngineTarget(batch=tiny.batch))
+    engine = {"flavour": tiny.engine, "version": "10.8", "gpus": ["sm89"], "tf32": True}
+    bounds = {"outputs": {LOGITS: _TOLERANCE}, "derivation": {"sentence": "given"}}
+    return {
+        "model": {
+            **{"name": tiny.name, "image_size": SIZE, "num_classes": tiny.classes, "origin": "demo"},
+            **{"checkpoint": None, "checkpoint_sha256": None, "weights": "model", "weights_sha256": "0" * 64},
+        },
+        "preprocessing": dataclasses.asdict(Preprocessing(SIZE, RESIZE)),
+        **interface_sections(graph, options),
+        "precision": {"asked": tiny.precision.value},
+        "engine": {"flavour": "none", "reason": "--engine none was asked for"} if tiny.engine == "none" else engine,
+        "validation": {"passed": True, "tolerances": {"graph": bounds, "engine": bounds}},
+    }
