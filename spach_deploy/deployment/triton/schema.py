@@ -70,3 +70,17 @@ def parse(text: str) -> Any:
 def to_text(config: Any) -> str:
     """config.pbtxt of a ModelConfig."""
     return str(text_format.MessageToString(config, use_short_repeated_primitives=True))
+
+
+def field_names() -> list[str]:
+    """Names of all fields of all messages of a model configuration, sorted."""
+    names: set[str] = set()
+    pending, seen = [message_class("ModelConfig").DESCRIPTOR], set()
+    while pending:
+        message = pending.pop()
+        seen.add(message.full_name)
+        for field in message.fields:
+            names.add(field.name)
+            if field.message_type is not None and field.message_type.full_name not in seen:
+                pending.append(field.message_type)
+    return sorted(names)

@@ -49,7 +49,7 @@ def write(folder: Path, tiny: Tiny | None = None) -> Path:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / GRAPH)
     _golden(tiny).save(folder / GOLDEN)
     if tiny.engine != "none":
-        (folder / PLAN).write_bytes(_plan(tiny.engine))
+        (folder / PLAN).write_bytes(plan_bytes(tiny.engine))
     seal(folder, _sections(tiny, graph))
     return folder
 
@@ -81,7 +81,7 @@ def _golden(tiny: Tiny) -> Golden:
     return Golden(inputs, logits(tiny, inputs), tuple(f"{index}.jpg" for index in range(len(inputs))))
 
 
-def _plan(engine: str) -> bytes:
+def plan_bytes(engine: str) -> bytes:
     if engine == "tensorrt-rtx":
         return small_bundles.plan_bytes()
     return b"ftrt" + bytes(20) + bytes((10, 8, 0)) + bytes(1024)
@@ -90,7 +90,7 @@ def _plan(engine: str) -> bytes:
 def _graph(tiny: Tiny) -> GraphProto:
     io_dtype, k = tiny.outputs.io_dtype, tiny.outputs.top_k
     answers = TensorProto.FLOAT16 if io_dtype is IODtype.FP16 else TensorProto.FLOAT
-    shape = ["batch", SIZE, SIZE, 3] if io_dtype is IODtype.UINT8 else ["batch", 3, SIZE, SIZE]
+    shape: list[str | int | None] = ["batch", SIZE, SIZE, 3] if io_dtype is IODtype.UINT8 else ["batch", 3, SIZE, SIZE]
     perm = [0, 3, 1, 2] if io_dtype is IODtype.UINT8 else [0, 1, 2, 3]
     nodes: list[NodeProto] = [
         helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),

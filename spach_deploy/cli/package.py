@@ -1,0 +1,76 @@
+"""spach-package: what a bundle becomes to serve, one subcommand a way, each loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import fail
+
+SUBCOMMANDS = {
+    "triton": ("spach_deploy.cli.package_triton", "A model repository for NVIDIA Triton, and its offline check."),
+    "cpp": ("spach_deploy.cli.package_cpp", "A C++17 library that loads the engine, with a self-test."),
+    "kubernetes": ("spach_deploy.cli.package_kubernetes", "A container image and manifests for a cluster."),
+}
+"""Module, whose `main` it is, and help line of each subcommand. One whose module is not there is not offered."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand when it is called, and speaks as the other commands do."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names, in the order of `SUBCOMMANDS`."""
+        return [name for name, (module, _) in SUBCOMMANDS.items() if importlib.util.find_spec(module)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The subcommand's `main`."""
+        if name not in self.list_commands(context):
+            return None
+        main = importlib.import_module(SUBCOMMANDS[name][0]).main
+        assert isinstance(main, click.Command)
+        return main
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in --help, from the table instead of from the subcommands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, SUBCOMMANDS[name][1]) for name in self.list_commands(context)])
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse; one sentence and exit code 2 for what cannot be parsed."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            self._refuse(error, info_name)
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The subcommand; one sentence and exit code 2 for one that there is not."""
+        try:
+            return super().resolve_command(context, args)
+        except click.UsageError as error:
+            self._refuse(error, context.info_name)
+
+    def _refuse(self, error: click.UsageError, name: str | None) -> NoReturn:
+        fail(error, f"{error.format_message().rstrip('.')}. See {name} --help.", debug=False)
+        sys.exit(2)
+
+
+@click.group("spach-package", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@opt.version
+def main() -> None:
+    """Turn a bundle into something that serves.
+
+    \b
+    spach-package triton build/ms_hybrid_s-fp16 -o models
+    spach-package triton --check models
+    """

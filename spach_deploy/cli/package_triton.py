@@ -1,0 +1,137 @@
+"""spach-package triton: a model repository from bundles, and the check of any repository."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import Command, command, say
+from spach_deploy.deployment.triton.options import (
+    Backend,
+    Batching,
+    Device,
+    Ensemble,
+    EnsembleInput,
+    Instances,
+    TritonOptions,
+    VersionPolicy,
+)
+from spach_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from spach_deploy.deployment.triton.repository import Written
+
+_BACKEND = "What runs the model.  [auto: the plan where ordinary TensorRT can load it, else the graph]"
+_FORCE = "Take a plan that Triton cannot load, for a repository that is only to be read."
+_DEVICE = "Where instances run.  [gpu for tensorrt, auto for onnxruntime]"
+_DELAY = "How long a request may wait until it shares a batch."
+_POLICY = "Which versions are served: latest, latest:N, all or specific:1,3.  [latest]"
+_CACHE = "Answer repeated requests from the server's cache; start it with --cache-config local,size=…"
+_LABELS = "Names of the classes, one a line.  [class 0, class 1, …]"
+_ENSEMBLE = "Add steps around the model: a client sends a picture's file and gets the best classes with labels."
+_INPUT = "What a client of the ensemble sends; pixels needs a model exported with --io-dtype uint8."
+
+
+@click.command("triton", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundles", nargs=-1, metavar="[NAME=]BUNDLE...")
+@click.option("-o", "--output", type=opt.FILE, metavar="REPO", help="The model repository to write.")
+@click.option("--check", type=opt.FILE, metavar="REPO", help="Check a repository instead; exit code 1 on any finding.")
+@click.option("--backend", type=click.Choice([item.value for item in Backend]), default="auto", help=_BACKEND)
+@click.option("--force", is_flag=True, help=_FORCE)
+@click.option("--instances", type=int, default=1, show_default=True, metavar="N", help="Instances of each model.")
+@click.option("--device", type=click.Choice([item.value for item in Device]), help=_DEVICE)
+@click.option("--gpus", metavar="0,1", help="GPUs that get instances.  [all]")
+@click.option("--no-dynamic-batching", is_flag=True, help="Never join requests into a batch.")
+@click.option("--queue-delay-us", type=click.IntRange(0, 10**7), default=500, show_default=True, help=_DELAY)
+@click.option("--version-policy", metavar="POLICY", help=_POLICY)
+@click.option("--response-cache", is_flag=True, help=_CACHE)
+@click.option("--no-warm-up", is_flag=True, help="No requests with golden images while the model is loaded.")
+@click.option("--labels", type=opt.FILE, metavar="FILE", help=_LABELS)
+@click.option("--ensemble", is_flag=True, help=_ENSEMBLE)
+@click.option("--ensemble-input", type=click.Choice([item.value for item in EnsembleInput]), help=_INPUT)
+@click.option("--top-k", type=int, metavar="K", help="How many classes the ensemble answers.  [5, or all if fewer]")
+@click.option("--overwrite", is_flag=True, help="Replace a repository that spach-package wrote.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written or found as JSON.")
+@opt.debug
+@opt.version
+@command
+def main(**given: Any) -> int:
+    """Write a Triton model repository of one or several bundles, or check one.
+
+    \b
+    spach-package triton build/ms_hybrid_s-fp16 -o models
+    spach-package triton build/ms_hybrid_s-fp16 -o models --ensemble --labels imagenet.txt
+    spach-package triton exact=build/a fast=build/b -o models
+    spach-package triton --check models
+
+    Bundles of one name become versions 1, 2, ... of it; the name is the model's own unless NAME= gives another.
+
+    Exit codes: 0 written, or nothing found; 1 the check found something; 2 bad usage or input.
+    """
+    if given["check"] is not None:
+        return _check(given)
+    return _write(given)
+
+
+def _write(given: dict[str, Any]) -> int:
+    if not given["bundles"] or given["output"] is None:
+        raise UsageError("Nothing to do.", "Give a BUNDLE and --output REPO, or --check REPO.")
+    options = _options(given)
+    from spach_deploy.deployment.triton.repository import write_repository
+    from spach_deploy.deployment.triton.served import BundleArgument
+    from spach_deploy.deployment.triton.summary import as_json, as_text
+
+    bundles = [BundleArgument.parse(text) for text in given["bundles"]]
+    written: Written = write_repository(bundles, given["output"], options, overwrite=given["overwrite"])
+    for warning in written.warnings:
+        say(f"Warning: {warning}")
+    click.echo(as_json(written) if given["as_json"] else as_text(written))
+    return 0
+
+
+def _options(given: dict[str, Any]) -> TritonOptions:
+    """What was asked for. UsageError for options that contradict each other."""
+    policy = given["version_policy"]
+    device = given["device"]
+    return TritonOptions(
+        backend=Backend(given["backend"]),
+        force=given["force"],
+        instances=Instances(given["instances"], Device(device) if device else None, _gpus(given["gpus"])),
+        batching=Batching(not given["no_dynamic_batching"], given["queue_delay_us"]),
+        version_policy=VersionPolicy.parse(policy) if policy else None,
+        response_cache=given["response_cache"],
+        warm_up=not given["no_warm_up"],
+        labels=given["labels"],
+        ensemble=_ensemble(given),
+    )
+
+
+def _gpus(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) != len(parts):
+        raise UsageError(f"--gpus {text!r} is no list of GPUs.", "Give their numbers, such as 0,1.")
+    return tuple(int(part) for part in parts)
+
+
+def _ensemble(given: dict[str, Any]) -> Ensemble | None:
+    if given["ensemble"]:
+        return Ensemble(EnsembleInput(given["ensemble_input"] or "bytes"), given["top_k"])
+    for option in ("ensemble_input", "top_k"):
+        if given[option] is not None:
+            raise UsageError(f"--{option.replace('_', '-')} needs --ensemble.", "Give --ensemble too.")
+    return None
+
+
+def _check(given: dict[str, Any]) -> int:
+    if given["bundles"] or given["output"] is not None:
+        raise UsageError("--check takes neither bundles nor --output.", "Give --check REPO alone.")
+    from spach_deploy.deployment.triton.check import check_repository
+    from spach_deploy.deployment.triton.check.report import as_json, as_text
+
+    found = check_repository(given["check"])
+    click.echo(as_json(found) if given["as_json"] else as_text(found))
+    return found.exit_code

@@ -1,0 +1,86 @@
+// Load a model folder once, run it from as many threads as you like, each with a context of its own.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "spach/facts.h"
+#include "spach/preprocess.h"
+#include "spach/ranking.h"
+#include "spach/result.h"
+
+struct CUstream_st;  // what cudaStream_t points to; NVIDIA's headers are not needed to use this one
+
+namespace spach {
+
+// An output of a batch, in host memory.
+struct Output {
+  TensorFacts tensor;
+  std::vector<std::byte> data;  // batch * tensor.bytes()
+
+  // Numbers as float, whatever the dtype is.
+  Result<std::vector<float>> floats() const noexcept;
+};
+
+using Outputs = std::vector<Output>;  // in the order of ModelFacts::outputs
+
+// An execution context with its buffers and its stream: for one thread at a time. A second thread
+// that uses it at the same moment gets an error, `busy`. It keeps the engine alive.
+class Context {
+ public:
+  Context(Context&&) noexcept;
+  Context& operator=(Context&&) noexcept;
+  ~Context();
+
+  // Runs one batch from and to host memory, and waits. `input` holds batch * input.bytes().
+  // The batch must be within the profile.
+  Result<Outputs> run(const void* input, std::size_t input_bytes, int batch) noexcept;
+
+  // Puts one batch on `stream` and does not wait. `device_input` and `device_outputs` (in the order
+  // of ModelFacts::outputs) are device memory of the caller, valid until the stream has passed.
+  Status enqueue(const void* device_input, int batch, void* const* device_outputs,
+                 std::size_t output_count, CUstream_st* stream) noexcept;
+
+  // Preprocesses, runs and ranks any number of images, in batches that the profile allows.
+  // A last batch that is too small is filled up with its last image, whose answers are dropped.
+  Result<std::vector<std::vector<Prediction>>> classify(const Image* images, std::size_t count,
+                                                        std::size_t k) noexcept;
+
+  // Logits (count, classes) of inputs in host memory, any number, batched as `classify` does.
+  Result<std::vector<float>> logits(const void* input, std::size_t count) noexcept;
+
+ private:
+  friend class Engine;
+  struct Impl;
+  explicit Context(std::unique_ptr<Impl> impl) noexcept;
+  std::unique_ptr<Impl> impl_;
+};
+
+// A loaded plan. Copies share it; every member may be called from several threads at once.
+class Engine {
+ public:
+  // Loads `folder` (engine.plan, model.txt, labels.txt) for CUDA device `device`. The plan's size,
+  // SHA-256, beginning, flavour and version are checked before TensorRT sees it.
+  static Result<Engine> load(const std::string& folder, int device = 0) noexcept;
+
+  const ModelFacts& facts() const noexcept;
+  const std::vector<std::string>& labels() const noexcept;  // empty, or one a class
+  const std::string& folder() const noexcept;
+
+  Result<Context> create_context() const noexcept;
+
+  struct Impl;
+
+ private:
+  explicit Engine(std::shared_ptr<Impl> impl) noexcept;
+  std::shared_ptr<Impl> impl_;
+};
+
+// The TensorRT that this program is linked with: "tensorrt" or "tensorrt-rtx", and "10.13.2".
+const char* linked_flavour() noexcept;
+std::string linked_version();
+
+}  // namespace spach

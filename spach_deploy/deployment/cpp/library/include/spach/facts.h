@@ -1,0 +1,79 @@
+// What a model folder says of its model: the content of model.txt.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "spach/result.h"
+
+namespace spach {
+
+enum class DType { float32, float16, uint8, int64 };
+
+std::size_t size_of(DType dtype) noexcept;
+const char* name_of(DType dtype) noexcept;
+
+// A graph input or output. `shape` is one image's: the leading batch is left out.
+struct TensorFacts {
+  std::string name;
+  DType dtype = DType::float32;
+  std::vector<std::int64_t> shape;
+
+  std::size_t items() const noexcept;  // of one image
+  std::size_t bytes() const noexcept;  // of one image
+};
+
+// How far an output may be from the reference. As spach-validate judges, image by image.
+struct Tolerance {
+  double rel_l2 = 0;
+  double max_abs = 0;      // infinite where it is not bounded
+  double cosine_min = -1;  // -1 where it is not bounded
+  double flip_margin = 0;  // a class may change where the reference preferred its own by this much
+};
+
+struct OutputFacts {
+  TensorFacts tensor;
+  Tolerance tolerance;  // of no meaning for int64
+};
+
+struct FileFacts {
+  std::uint64_t bytes = 0;
+  std::string sha256;  // 64 hexadecimal digits
+};
+
+struct BatchFacts {
+  int min = 1;
+  int opt = 1;
+  int max = 1;
+};
+
+struct ModelFacts {
+  std::string name;
+  std::string precision;
+  std::string flavour;             // "tensorrt" or "tensorrt-rtx"
+  std::string version;             // of the TensorRT that built the plan
+  bool version_compatible = false; // later versions may load it too
+  std::vector<int> gpus;           // compute capabilities as 10 * major + minor; empty: not known
+  BatchFacts batch;
+  TensorFacts input;
+  std::vector<OutputFacts> outputs;  // "logits" is one of them
+  int image_size = 0;
+  int resize_size = 0;
+  std::array<double, 3> mean{};
+  std::array<double, 3> stddev{};
+  FileFacts plan;
+  FileFacts golden;
+
+  const OutputFacts& logits() const noexcept;
+  int classes() const noexcept;
+  bool takes_pixels() const noexcept { return input.dtype == DType::uint8; }
+};
+
+// Reads model.txt's text. Every entry is checked, so that later code may trust the numbers.
+Result<ModelFacts> parse_facts(std::string_view text) noexcept;
+
+}  // namespace spach

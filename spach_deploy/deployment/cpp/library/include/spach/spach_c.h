@@ -1,0 +1,80 @@
+/* The library for C, and for every language that can call C. The same rules as in engine.h hold: an
+ * engine may be used by several threads at once, a context by one at a time. Functions that can fail
+ * return 0, or the number of an error (spach::ErrorCode) and fill `error`, which may be null. */
+#ifndef SPACH_SPACH_C_H
+#define SPACH_SPACH_C_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32) && defined(SPACH_SHARED)
+#ifdef SPACH_BUILDING
+#define SPACH_API __declspec(dllexport)
+#else
+#define SPACH_API __declspec(dllimport)
+#endif
+#else
+#define SPACH_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct spach_engine spach_engine;
+typedef struct spach_context spach_context;
+
+typedef struct spach_error {
+  int code;          /* 0: none */
+  char message[512]; /* "wrong GPU. The plan is for ...", cut to fit, always terminated */
+} spach_error;
+
+typedef struct spach_prediction {
+  int index;
+  float logit;
+  float probability;
+} spach_prediction;
+
+typedef struct spach_model {
+  int image_size;
+  int classes;
+  int batch_min;
+  int batch_max;
+  size_t input_bytes;  /* of one image */
+  size_t output_count; /* what spach_context_enqueue takes */
+} spach_model;
+
+/* Loads a model folder for a CUDA device. `*engine` is null after an error. */
+SPACH_API int spach_engine_load(const char* folder, int device, spach_engine** engine,
+                                spach_error* error);
+SPACH_API void spach_engine_free(spach_engine* engine); /* contexts may outlive it; null is fine */
+SPACH_API int spach_engine_model(const spach_engine* engine, spach_model* model,
+                                 spach_error* error);
+/* A class's label, valid as long as the engine; "" for one that has none. */
+SPACH_API const char* spach_engine_label(const spach_engine* engine, int index);
+/* 1 in `*passed` where the golden pack agrees. */
+SPACH_API int spach_engine_self_test(const spach_engine* engine, int* passed, spach_error* error);
+
+SPACH_API int spach_context_create(const spach_engine* engine, spach_context** context,
+                                   spach_error* error);
+SPACH_API void spach_context_free(spach_context* context);
+
+/* The `k` best classes of one picture into `predictions`, which has room for `k`. `stride` 0: rows
+ * lie one after another. `*found` (may be null) is how many there are, at most the classes. */
+SPACH_API int spach_context_classify_rgb8(spach_context* context, const uint8_t* rgb, int width,
+                                          int height, size_t stride, size_t k,
+                                          spach_prediction* predictions, size_t* found,
+                                          spach_error* error);
+/* Logits (count, classes) of `count` inputs in host memory; `logits_size` counts floats. */
+SPACH_API int spach_context_logits(spach_context* context, const void* input, size_t count,
+                                   float* logits, size_t logits_size, spach_error* error);
+/* One batch from and to device memory on a cudaStream_t, without waiting. */
+SPACH_API int spach_context_enqueue(spach_context* context, const void* device_input, int batch,
+                                    void* const* device_outputs, size_t output_count, void* stream,
+                                    spach_error* error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

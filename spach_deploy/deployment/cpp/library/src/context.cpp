@@ -1,0 +1,319 @@
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "cuda.h"
+#include "engine_impl.h"
+#include "guard.h"
+#include "half.h"
+
+namespace spach {
+namespace {
+
+template <typename T>
+std::vector<float> as_floats(const std::vector<std::byte>& data, float (*convert)(T)) {
+  std::vector<float> values(data.size() / sizeof(T));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    T value;
+    std::memcpy(&value, data.data() + i * sizeof(T), sizeof(T));
+    values[i] = convert(value);
+  }
+  return values;
+}
+
+}  // namespace
+
+Result<std::vector<float>> Output::floats() const noexcept {
+  return guarded([&]() -> Result<std::vector<float>> {
+    switch (tensor.dtype) {
+      case DType::float32: return as_floats<float>(data, [](float x) { return x; });
+      case DType::float16: return as_floats<std::uint16_t>(data, [](std::uint16_t x) { return float_from_half(x); });
+      case DType::uint8: return as_floats<std::uint8_t>(data, [](std::uint8_t x) { return static_cast<float>(x); });
+      case DType::int64: return as_floats<std::int64_t>(data, [](std::int64_t x) { return static_cast<float>(x); });
+    }
+    return Error{ErrorCode::bad_argument, "An output of an unknown type."};
+  });
+}
+
+namespace {
+
+// Memory on both sides for one tensor of the largest batch.
+struct Buffer {
+  cuda::DeviceMemory device;
+  cuda::PinnedMemory host;
+};
+
+Result<Buffer> make_buffer(std::size_t bytes) {
+  Result<cuda::DeviceMemory> device = cuda::device_memory(bytes);
+  if (!device) return device.error();
+  Result<cuda::PinnedMemory> host = cuda::pinned_memory(bytes);
+  if (!host) return host.error();
+  return Buffer{std::move(*device), std::move(*host)};
+}
+
+// Holds a context for one thread, or finds that another one has it.
+class InUse {
+ public:
+  explicit InUse(std::atomic_flag& flag) noexcept : flag_(flag), mine_(!flag.test_and_set()) {}
+  ~InUse() {
+    if (mine_) flag_.clear();
+  }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+
+  Status status() const {
+    if (mine_) return Done{};
+    return Error{ErrorCode::busy, "Another thread uses this context; create one for each thread."};
+  }
+
+ private:
+  std::atomic_flag& flag_;
+  bool mine_;
+};
+
+}  // namespace
+
+struct Context::Impl {
+  std::shared_ptr<Engine::Impl> owner;
+  std::unique_ptr<nvinfer1::IExecutionContext> context;
+  Preprocessor preprocessor;
+  cuda::Stream stream;
+  Buffer input;                 // made when host memory is first used
+  std::vector<Buffer> outputs;
+  std::atomic_flag in_use = ATOMIC_FLAG_INIT;
+
+  Impl(std::shared_ptr<Engine::Impl> engine, std::unique_ptr<nvinfer1::IExecutionContext> made)
+      : owner(std::move(engine)), context(std::move(made)), preprocessor(owner->facts) {}
+
+  ~Impl() {
+    const cuda::OnDevice on(owner->device);
+    if (stream) cudaStreamSynchronize(stream.get());
+    outputs.clear();
+    input = Buffer();
+    stream.reset();
+    context.reset();
+  }
+
+  const ModelFacts& facts() const { return owner->facts; }
+
+  Status check_batch(int batch) const;
+  Status allocate();
+  Status enqueue(const void* device_input, int batch, void* const* device_outputs, cudaStream_t on);
+  Status run_staged(int batch);
+  Status transfer(int batch);
+  Result<Outputs> collect(int batch) const;
+  Status fill(std::size_t from, int batch);
+
+  template <typename Stage>
+  Result<std::vector<float>> logits(std::size_t count, Stage stage);
+};
+
+Status Context::Impl::check_batch(int batch) const {
+  const BatchFacts& limits = facts().batch;
+  if (limits.min <= batch && batch <= limits.max) return Done{};
+  return Error{ErrorCode::bad_argument, "A batch of " + std::to_string(batch) +
+                                            " is outside the plan's profile, " +
+                                            std::to_string(limits.min) + " to " +
+                                            std::to_string(limits.max) + "."};
+}
+
+Status Context::Impl::allocate() {
+  if (stream) return Done{};
+  const auto most = static_cast<std::size_t>(facts().batch.max);
+  Result<Buffer> made = make_buffer(most * facts().input.bytes());
+  if (!made) return made.error();
+  input = std::move(*made);
+  outputs.clear();
+  for (const OutputFacts& output : facts().outputs) {
+    Result<Buffer> buffer = make_buffer(most * output.tensor.bytes());
+    if (!buffer) return buffer.error();
+    outputs.push_back(std::move(*buffer));
+  }
+  Result<cuda::Stream> created = cuda::make_stream();
+  if (!created) return created.error();
+  stream = std::move(*created);
+  return Done{};
+}
+
+Status Context::Impl::enqueue(const void* device_input, int batch, void* const* device_outputs,
+                              cudaStream_t on) {
+  const char* name = facts().input.name.c_str();
+  bool accepted = context->setInputShape(name, dims_of(facts().input, batch)) &&
+                  context->setTensorAddress(name, const_cast<void*>(device_input));
+  for (std::size_t i = 0; accepted && i < facts().outputs.size(); ++i)
+    accepted = context->setTensorAddress(facts().outputs[i].tensor.name.c_str(), device_outputs[i]);
+  if (accepted && context->enqueueV3(on)) return Done{};
+  return Error{ErrorCode::engine, owner->logger.take("TensorRT could not run the plan.")};
+}
+
+// Runs what lies in `input.host`; the answers lie in `outputs[i].host` afterwards.
+Status Context::Impl::run_staged(int batch) {
+  Status status = transfer(batch);
+  // Whatever failed, nothing may be in flight when the buffers are used again.
+  Status waited = cuda::checked(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+  return status ? waited : status;
+}
+
+Status Context::Impl::transfer(int batch) {
+  const auto images = static_cast<std::size_t>(batch);
+  const std::size_t input_bytes = images * facts().input.bytes();
+  Status status = cuda::checked(cudaMemcpyAsync(input.device.get(), input.host.get(), input_bytes,
+                                                cudaMemcpyHostToDevice, stream.get()),
+                                "cudaMemcpyAsync");
+  if (!status) return status;
+  std::vector<void*> addresses;
+  for (const Buffer& buffer : outputs) addresses.push_back(buffer.device.get());
+  status = enqueue(input.device.get(), batch, addresses.data(), stream.get());
+  for (std::size_t i = 0; status && i < outputs.size(); ++i) {
+    const std::size_t bytes = images * facts().outputs[i].tensor.bytes();
+    status = cuda::checked(cudaMemcpyAsync(outputs[i].host.get(), outputs[i].device.get(), bytes,
+                                           cudaMemcpyDeviceToHost, stream.get()),
+                           "cudaMemcpyAsync");
+  }
+  return status;
+}
+
+Result<Outputs> Context::Impl::collect(int batch) const {
+  Outputs results;
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const TensorFacts& tensor = facts().outputs[i].tensor;
+    const auto* from = static_cast<const std::byte*>(outputs[i].host.get());
+    const std::size_t bytes = static_cast<std::size_t>(batch) * tensor.bytes();
+    results.push_back(Output{tensor, std::vector<std::byte>(from, from + bytes)});
+  }
+  return results;
+}
+
+// Copies of image `from - 1` of the staged batch, up to `batch`: the profile asks for so many.
+Status Context::Impl::fill(std::size_t from, int batch) {
+  const std::size_t bytes = facts().input.bytes();
+  auto* images = static_cast<std::byte*>(input.host.get());
+  for (std::size_t i = from; i < static_cast<std::size_t>(batch); ++i)
+    std::memcpy(images + i * bytes, images + (from - 1) * bytes, bytes);
+  return Done{};
+}
+
+// Logits of `count` images, of which `stage(i, destination)` writes one's input.
+template <typename Stage>
+Result<std::vector<float>> Context::Impl::logits(std::size_t count, Stage stage) {
+  if (Status status = allocate(); !status) return status.error();
+  const BatchFacts& limits = facts().batch;
+  const std::size_t which = static_cast<std::size_t>(&facts().logits() - facts().outputs.data());
+  std::vector<float> all;
+  for (std::size_t start = 0; start < count;) {
+    const std::size_t here = std::min(count - start, static_cast<std::size_t>(limits.max));
+    auto* host = static_cast<std::byte*>(input.host.get());
+    for (std::size_t i = 0; i < here; ++i) {
+      Status staged = stage(start + i, host + i * facts().input.bytes());
+      if (!staged) return staged.error();
+    }
+    const int batch = std::max(static_cast<int>(here), limits.min);
+    Status status = fill(here, batch);
+    if (status) status = run_staged(batch);
+    if (!status) return status.error();
+    Result<Outputs> results = collect(static_cast<int>(here));
+    if (!results) return results.error();
+    Result<std::vector<float>> values = (*results)[which].floats();
+    if (!values) return values.error();
+    all.insert(all.end(), values->begin(), values->end());
+    start += here;
+  }
+  return all;
+}
+
+Context::Context(std::unique_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}
+Context::Context(Context&&) noexcept = default;
+Context& Context::operator=(Context&&) noexcept = default;
+Context::~Context() = default;
+
+namespace {
+
+// What every call of a context begins with: it is free, and its device is this thread's.
+template <typename Impl, typename Body>
+auto with_context(Impl* impl, Body body) noexcept -> decltype(body(*impl)) {
+  return guarded([&]() -> decltype(body(*impl)) {
+    if (impl == nullptr) return Error{ErrorCode::bad_argument, "The context was moved from."};
+    const InUse in_use(impl->in_use);
+    if (Status status = in_use.status(); !status) return status.error();
+    const cuda::OnDevice on(impl->owner->device);
+    if (Status status = on.status(); !status) return status.error();
+    return body(*impl);
+  });
+}
+
+}  // namespace
+
+Result<Outputs> Context::run(const void* input, std::size_t input_bytes, int batch) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Result<Outputs> {
+    if (Status status = impl.check_batch(batch); !status) return status.error();
+    const std::size_t wanted = static_cast<std::size_t>(batch) * impl.facts().input.bytes();
+    if (input == nullptr || input_bytes != wanted) {
+      return Error{ErrorCode::bad_argument, "A batch of " + std::to_string(batch) + " has " +
+                                                std::to_string(wanted) + " bytes, not " +
+                                                std::to_string(input_bytes) + "."};
+    }
+    if (Status status = impl.allocate(); !status) return status.error();
+    std::memcpy(impl.input.host.get(), input, wanted);
+    if (Status status = impl.run_staged(batch); !status) return status.error();
+    return impl.collect(batch);
+  });
+}
+
+Status Context::enqueue(const void* device_input, int batch, void* const* device_outputs,
+                        std::size_t output_count, CUstream_st* stream) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Status {
+    if (Status status = impl.check_batch(batch); !status) return status.error();
+    const std::size_t wanted = impl.facts().outputs.size();
+    if (device_input == nullptr || device_outputs == nullptr || output_count != wanted) {
+      return Error{ErrorCode::bad_argument,
+                   "The plan has one input and " + std::to_string(wanted) + " outputs."};
+    }
+    return impl.enqueue(device_input, batch, device_outputs, stream);
+  });
+}
+
+Result<std::vector<float>> Context::logits(const void* input, std::size_t count) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Result<std::vector<float>> {
+    if (input == nullptr) return Error{ErrorCode::bad_argument, "The input is a null pointer."};
+    const std::size_t bytes = impl.facts().input.bytes();
+    const auto* from = static_cast<const std::byte*>(input);
+    return impl.logits(count, [&](std::size_t i, std::byte* destination) -> Status {
+      std::memcpy(destination, from + i * bytes, bytes);
+      return Done{};
+    });
+  });
+}
+
+Result<std::vector<std::vector<Prediction>>> Context::classify(const Image* images,
+                                                               std::size_t count,
+                                                               std::size_t k) noexcept {
+  using Ranked = std::vector<std::vector<Prediction>>;
+  return with_context(impl_.get(), [&](Impl& impl) -> Result<Ranked> {
+    if (images == nullptr) return Error{ErrorCode::bad_argument, "The images are a null pointer."};
+    Result<std::vector<float>> logits =
+        impl.logits(count, [&](std::size_t i, std::byte* destination) {
+          return impl.preprocessor.write(images[i], destination);
+        });
+    if (!logits) return logits.error();
+    const auto classes = static_cast<std::size_t>(impl.facts().classes());
+    Ranked ranked;
+    for (std::size_t i = 0; i < count; ++i) {
+      auto best = top_k(logits->data() + i * classes, classes, k, impl.owner->labels);
+      if (!best) return best.error();
+      ranked.push_back(std::move(*best));
+    }
+    return ranked;
+  });
+}
+
+Result<Context> Engine::create_context() const noexcept {
+  return guarded([&]() -> Result<Context> {
+    const cuda::OnDevice on(impl_->device);
+    if (Status status = on.status(); !status) return status.error();
+    Result<std::unique_ptr<nvinfer1::IExecutionContext>> made = impl_->context();
+    if (!made) return made.error();
+    return Context(std::make_unique<Context::Impl>(impl_, std::move(*made)));
+  });
+}
+
+}  // namespace spach

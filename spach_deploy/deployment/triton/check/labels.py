@@ -1,0 +1,46 @@
+"""Rules for labels: the file is there, and has a name for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from spach_deploy.deployment.triton.check.findings import Finding
+from spach_deploy.deployment.triton.check.model_folder import ModelFolder, Repository
+from spach_deploy.validation.reference import LOGITS
+
+_FIX = "Write one name a line, in the order of the classes."
+
+
+def check_labels(model: ModelFolder, repository: Repository) -> Iterator[Finding]:
+    """label_filename of every output. Logits without one give clients numbers where they asked for classes."""
+    for index, output in enumerate(model.config.output):
+        where = f"output[{index}].label_filename"
+        if output.label_filename:
+            yield from label_file(model, where, output.label_filename, _classes(output))
+        elif output.name == LOGITS and any(facts.profile is not None for facts in model.facts.values()):
+            yield model.finding(
+                where, "none", "the file with the names of the classes", 'Write "labels.txt" and add it.'
+            )
+
+
+def label_file(model: ModelFolder, where: str, name: str, classes: int | None) -> Iterator[Finding]:
+    """One label file against the number of classes, which is None where the dims leave it free."""
+    file = model.path / name
+    if not file.is_file():
+        yield model.finding(where, f"no file {name}", "a text file beside config.pbtxt", _FIX, file=name)
+        return
+    try:
+        labels = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        yield model.finding("", "bytes that are not UTF-8", "text", _FIX, file=name)
+        return
+    if classes is not None and len(labels) != classes:
+        yield model.finding("", f"{len(labels)} lines", f"{classes}, one per class", _FIX, file=name)
+    elif empty := [number for number, label in enumerate(labels, start=1) if not label.strip()]:
+        yield model.finding(f"line {empty[0]}", "no name", "the name of a class", _FIX, file=name)
+
+
+def _classes(output: Any) -> int | None:
+    """The last extent: classes, in a batch or without one."""
+    return int(output.dims[-1]) if output.dims and output.dims[-1] > 0 else None

@@ -1,0 +1,132 @@
+"""A model's folder as the rules see it: its configuration, its versions, what the served files say of themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.deployment.triton.check.artifact_facts import Facts, artifact_facts
+from spach_deploy.deployment.triton.check.findings import Finding, Severity
+from spach_deploy.deployment.triton.options import Backend
+
+CONFIG = "config.pbtxt"
+
+PLATFORMS = {
+    "tensorrt_plan": "tensorrt",
+    "onnxruntime_onnx": "onnxruntime",
+    "pytorch_libtorch": "pytorch",
+    "tensorflow_graphdef": "tensorflow",
+    "tensorflow_savedmodel": "tensorflow",
+}
+"""Backend of each platform; an ensemble has none."""
+
+DEFAULT_FILES = {
+    "tensorrt": "model.plan",
+    "onnxruntime": "model.onnx",
+    "pytorch": "model.pt",
+    "python": "model.py",
+    "openvino": "model.xml",
+}
+"""The file that a backend loads where the configuration names none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A model with a configuration that could be parsed."""
+
+    path: Path
+    config: Any
+
+    @property
+    def name(self) -> str:
+        """The folder's, which is what Triton goes by."""
+        return self.path.name
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it only ties other models together."""
+        return bool(self.config.platform == "ensemble" or self.config.HasField("ensemble_scheduling"))
+
+    @property
+    def backend(self) -> str:
+        """Its backend, by the platform where none is named; empty where neither tells."""
+        return str(self.config.backend or PLATFORMS.get(self.config.platform, ""))
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether ordinary TensorRT runs it."""
+        return self.backend == Backend.TENSORRT.value
+
+    @property
+    def file_name(self) -> str:
+        """The file in each version's folder; empty for an ensemble or an unknown backend."""
+        if self.is_ensemble:
+            return ""
+        return str(self.config.default_model_filename or DEFAULT_FILES.get(self.backend, ""))
+
+    @functools.cached_property
+    def versions(self) -> tuple[int, ...]:
+        """Numbers of the version folders that Triton sees, ascending."""
+        folders = (entry.name for entry in self.path.iterdir() if entry.is_dir())
+        return tuple(sorted(int(name) for name in folders if is_version(name)))
+
+    @property
+    def served_versions(self) -> tuple[int, ...]:
+        """Those that the version policy serves."""
+        policy = self.config.version_policy
+        choice = policy.WhichOneof("policy_choice")
+        if choice == "all":
+            return self.versions
+        if choice == "specific":
+            return tuple(version for version in self.versions if version in policy.specific.versions)
+        count = policy.latest.num_versions if choice == "latest" else 1
+        return self.versions[-count:] if count else ()
+
+    @functools.cached_property
+    def facts(self) -> dict[int, Facts]:
+        """What is known of each version's file; versions of which nothing is known are left out."""
+        if self.is_ensemble or not self.file_name:
+            return {}
+        found = {
+            number: artifact_facts(self.path / str(number), self.file_name, self.backend) for number in self.versions
+        }
+        return {number: facts for number, facts in found.items() if facts is not None}
+
+    def finding(
+        self,
+        field: str,
+        found: str,
+        expected: str,
+        fix: str,
+        *,
+        file: str = CONFIG,
+        severity: Severity = Severity.ERROR,
+    ) -> Finding:
+        """A finding in one of its files."""
+        return Finding(f"{self.name}/{file}", field, found, expected, fix, severity)
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """`input[0]` and so on, with the tensor."""
+        yield from ((f"input[{index}]", tensor) for index, tensor in enumerate(self.config.input))
+        yield from ((f"output[{index}]", tensor) for index, tensor in enumerate(self.config.output))
+
+
+def is_version(name: str) -> bool:
+    """Whether Triton takes a folder of this name for a version: a number that does not begin with 0."""
+    return name.isascii() and name.isdigit() and not name.startswith("0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """All models with a configuration, and the names of all folders."""
+
+    path: Path
+    models: tuple[ModelFolder, ...]
+    folders: frozenset[str]
+
+    def find(self, name: str) -> ModelFolder | None:
+        """A model by its name."""
+        return next((model for model in self.models if model.name == name), None)

@@ -1,0 +1,141 @@
+"""The offline check: nothing is found in what is written here, and each thing that can be broken is found by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import helper
+
+from spach_deploy.deployment.triton.check import Checked, Severity, check_repository
+from spach_deploy.deployment.triton.check.report import as_json, as_text
+from spach_deploy.deployment.triton.options import Backend, TritonOptions
+from spach_deploy.deployment.triton.repository import write_repository
+from spach_deploy.deployment.triton.served import BundleArgument
+from spach_deploy.errors import UsageError
+from tests.deployment.triton import tiny_bundles
+from tests.deployment.triton.broken_repositories import BROKEN, GOOD, GRAPH_FILE, preferred, set_
+from tests.deployment.triton.tiny_bundles import Tiny
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Repositories that are as they should be, not to be changed."""
+    root = tmp_path_factory.mktemp("good")
+
+    def get(name: str) -> Path:
+        if not (root / name).exists():
+            tiny, options = GOOD[name]
+            bundle = tiny_bundles.write(root / f"{name}-bundle", tiny)
+            write_repository([BundleArgument(bundle)], root / name, options)
+        return root / name
+
+    return get
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_nothing_is_found_in_what_is_written_here(good: Callable[[str], Path], name: str) -> None:
+    checked = check_repository(good(name))
+    assert checked.findings == ()
+    assert checked.exit_code == 0
+    assert checked.models
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_thing_that_is_broken_is_found_by_name(good: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    broken = BROKEN[name]
+    repository = tmp_path / "repository"
+    shutil.copytree(good(broken.base), repository)
+    broken.spoil(repository)
+    checked = check_repository(repository)
+    assert checked.exit_code == 1
+    listed = [(finding.file, finding.field, finding.found) for finding in checked.errors]
+    assert [f for f in listed if f[:2] == (broken.file, broken.field) and broken.found in f[2]], listed
+    assert all(finding.expected and finding.fix for finding in checked.errors)
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(BROKEN) >= 40
+    assert {broken.base for broken in BROKEN.values()} <= set(GOOD)
+
+
+# Warnings, other repositories, the report
+
+
+def test_a_plan_of_rtx_that_was_asked_for_is_a_warning(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="tensorrt-rtx"))
+    write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions(Backend.TENSORRT))
+    checked = check_repository(tmp_path / "repository")
+    assert checked.exit_code == 0
+    assert [finding.severity for finding in checked.findings] == [Severity.WARNING]
+    assert "does not load plans of TensorRT for RTX" in checked.findings[0].expected
+
+
+def test_more_than_the_profile_is_a_warning_for_a_graph(good: Callable[[str], Path], tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good("graph"), repository)
+    set_("max_batch_size", 64)(repository)
+    checked = check_repository(repository)
+    assert checked.exit_code == 0
+    assert [finding.field for finding in checked.findings] == ["max_batch_size"]
+
+
+def test_a_repository_of_others_is_checked_by_its_graphs(tmp_path: Path) -> None:
+    folder = tmp_path / "repository" / "theirs" / "3"
+    folder.mkdir(parents=True)
+    bundle = tiny_bundles.write(tmp_path / "bundle")
+    shutil.copy(bundle / "model.onnx", folder / "model.onnx")
+    config = 'backend: "onnxruntime" max_batch_size: 99 input {{ name: "input" data_type: TYPE_FP32 dims: {dims} }}'
+    config += ' output {{ name: "logits" data_type: TYPE_FP32 dims: 7 }}'
+    file = folder.parent / "config.pbtxt"
+    file.write_text(config.format(dims="[3, 8, 8]"))
+    assert check_repository(tmp_path / "repository").findings == ()
+    file.write_text(config.format(dims="[3, 9, 9]"))
+    assert [finding.field for finding in check_repository(tmp_path / "repository").findings] == ["input[0].dims"]
+
+
+def test_constants_of_old_graphs_are_no_inputs(tmp_path: Path) -> None:
+    """Up to IR version 3 a graph listed its weights among its inputs."""
+    bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none"))
+    write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions())
+    path = tmp_path / "repository" / GRAPH_FILE
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("weights", 1, [192, 7]))
+    onnx.save(model, path)
+    (path.parent / "bundle.json").unlink()
+    assert [finding.field for finding in check_repository(tmp_path / "repository").findings] == []
+
+
+def test_an_empty_repository_is_a_finding(tmp_path: Path) -> None:
+    assert check_repository(tmp_path).exit_code == 1
+
+
+@pytest.mark.parametrize(("name", "reason"), [("nowhere", "does not exist"), ("file", "is not a folder")])
+def test_what_is_no_repository_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=reason):
+        check_repository(tmp_path / name)
+
+
+def test_the_report_names_file_field_found_expected_and_fix(good: Callable[[str], Path], tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good("plan"), repository)
+    set_("max_batch_size", 64)(repository)
+    preferred(4, 64)(repository)
+    checked = check_repository(repository)
+    assert as_text(checked).splitlines() == [
+        "tiny/config.pbtxt",
+        "  max_batch_size: found 64",
+        "    expected at most 8: the engine's batch profile is 1:4:8",
+        "    fix      Write max_batch_size: 8, or export it with a larger --batch.",
+        "",
+        f"{repository}: 1 model, 1 finding.",
+    ]
+    report = json.loads(as_json(checked))
+    assert not report["passed"]
+    assert set(report["findings"][0]) == {"file", "field", "found", "expected", "fix", "severity"}
+    assert as_text(Checked("r", ("a", "b"), ())) == "r: 2 models, nothing found."
