@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import logging
@@ -37,10 +38,12 @@ from spach_deploy.models.configs import CONV, MLP, TRANS, SpachConfig
 from spach_deploy.models.layers import Attention, MixingBlock
 from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.rounding import rounded_twin
 from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.threads import torch_threads
-from spach_deploy.specs import Preprocessing
+from spach_deploy.specs import Precision, Preprocessing
 
 IMAGE_SIZE, CLASSES, FOLDS = 16, 10, 5
 PREPROCESSING = Preprocessing(image_size=IMAGE_SIZE, resize_size=IMAGE_SIZE)
@@ -57,6 +60,9 @@ MIXINGS = tuple(CONFIGS)
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
+Quantize = Callable[[Spach, Images], ModelProto]
+Spoil = Callable[[Spach], Spach]
+Run = Callable[[ModelProto, Images], Logits]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Recipe:
     batch: int = 32
     epochs: int = 16
     warm_up_epochs: int = 2
-    largest_shift: int = 1
+    largest_shift: int = 2
     clip: float = 1.0
     seed: int = 0
 
@@ -113,18 +119,26 @@ def calibration_images(k: int, count: int = CALIBRATION_IMAGES) -> Images:
 
 def train(mixing: str, k: int, recipe: Recipe = RECIPE) -> Spach:
     """The model of `mixing` trained on fold `k`, in evaluation mode; from the cache where it is there."""
-    model = Spach(CONFIGS[mixing], IMAGE_SIZE, CLASSES)
     path = cache_folder(recipe) / f"{mixing}-{k}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
-    with torch_threads(1), torch.random.fork_rng(devices=[]):
+    with _alone(path), torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = Spach(CONFIGS[mixing], IMAGE_SIZE, CLASSES)
-        _initialize(model)
-        _fit(model, fold(k)[0], recipe)
-    _save(model, path)
+        if path.exists():
+            model.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            _initialize(model)
+            _fit(model, fold(k)[0], recipe)
+            _save(model, path)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time, so that of several that want the same model one trains and the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file closes, also by a killed process
+        yield
 
 
 def cache_folder(recipe: Recipe = RECIPE) -> Path:
@@ -135,8 +149,7 @@ def cache_folder(recipe: Recipe = RECIPE) -> Path:
 
 
 def _save(model: Spach, path: Path) -> None:
-    """Whole or not at all: several test processes may train the same model at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all: a killed process must not leave half a model."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         torch.save(model.state_dict(), file)
     os.replace(file.name, path)
@@ -283,6 +296,11 @@ def everything_int8(model: Spach, calibration: Images) -> ModelProto:
     return _quantized(model, calibration)
 
 
+def naive_fp16(model: Spach, calibration: Images) -> ModelProto:
+    """Everything in half that the format's rules allow, whatever the ranges."""
+    return type_graph(canonical(model), Precision.FP16).model
+
+
 def _quantized(model: Spach, calibration: Images, **options: Any) -> ModelProto:
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
@@ -329,6 +347,11 @@ def logits(graph: ModelProto, batch: Images) -> Logits:
         return np.asarray(runner.run({INPUT: batch})[LOGITS], np.float32)
 
 
+def rounded_logits(graph: ModelProto, batch: Images) -> Logits:
+    """Logits (n, 10) of a half graph, every half tensor rounded to its format and infinite beyond it, as on a GPU."""
+    return logits(rounded_twin(graph), batch)
+
+
 def torch_logits(model: Spach, batch: Images) -> Logits:
     """Logits (n, 10) of the PyTorch model."""
     with torch_threads(1), torch.inference_mode():
@@ -352,11 +375,6 @@ class CrossValidation:
     def loss(self) -> float:
         """Points of accuracy lost against FP32."""
         return self.fp32_accuracy - self.accuracy
-
-
-Quantize = Callable[[Spach, Images], ModelProto]
-Spoil = Callable[[Spach], Spach]
-Run = Callable[[ModelProto, Images], Logits]
 
 
 def clean(model: Spach) -> Spach:
