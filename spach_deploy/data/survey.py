@@ -12,27 +12,32 @@ Memory holds one digest an image, and no pixels. The result does not depend on h
 
 How noise is told from pictures. Independent pixels have a flat spectrum: neighbours do not correlate, and
 neither do neighbouring blocks. But only the resized picture is seen, and interpolation correlates neighbours:
-noise of half the model's size has a lag-1 autocorrelation of 0.75, fine gravel and grass have 0.65 to 0.75. One
-scale cannot tell them apart; several can. Let r(k) be the lag-1 autocorrelation, both axes, of the picture averaged
-over k x k blocks. Whatever interpolation leaves is forgotten within a few pixels, so that noise obeys
-r(2k) <= 0.64 r(k)^2 at every scale (white noise through the evaluation transform, measured from 0.4 to 4 times the
-model's size), while pictures stay correlated as blocks grow. What exceeds the bound, summed over the scales with
-weights that give each the same sampling error, is the *excess*: 0 for noise, up to 1 for pictures. At 224 pixels:
+noise of half the model's size gets a lag-1 autocorrelation of 0.75, while grass and gravel have 0.65 and 0.74. One
+scale cannot tell them apart; several can. Let r(k) be the lag-1 autocorrelation, the mean over both axes, of the
+picture averaged over k x k blocks. What interpolation adds is forgotten within a few pixels, so that noise keeps
+r(2k) <= 0.64 r(k)^2 at every scale (white noise through the evaluation transform, measured from 0.5 to 4 times the
+model's size), while pictures stay correlated as blocks grow. The *excess* is the sum over k = 1, 2, 4 of
+(r(2k) - 0.64 r(k)^2) / k; dividing by k gives each scale the same sampling error. At 224 pixels, lowest to highest:
 
-    kind                                                       r(1)          r(2)          r(4)        excess
-    noise of the model's size, 2x, 4x                          0.11..0.28    0.01..0.07    0..0.04     -0.01..0.06
-    noise of 0.75x, 0.5x                                       0.48..0.76    0.10..0.38    0.02..0.12  -0.05..0.06
-    the limit                                                  0.80                                    0.078
-    gravel                                                     0.74          0.49          0.24        0.20
-    grass                                                      0.65          0.45          0.31        0.30
-    hubble deep field                                          0.78          0.62          0.45        0.35
-    other photographs, drawings, text, digits                  over 0.80
-    photographs under noise of sigma 100                       0.28..0.96                              over 0.45
+    kind                                              r(1)          r(2)          r(4)          excess
+    noise of the model's size, 2x and 4x              -0.01..0.28   -0.01..0.08   -0.03..0.07   -0.03..0.06
+    noise of 0.5x and 0.75x                           0.48..0.76    0.12..0.38    0.01..0.12    -0.05..0.05
+    the limit for one picture                         0.80                                      0.077
+    gravel                                            0.74          0.49          0.24          0.20
+    brick                                             0.82          0.60          0.38          0.24
+    grass                                             0.65          0.45          0.31          0.30
+    hubble deep field                                 0.78          0.63          0.45          0.35
+    other photographs, drawings, text, digits         over 0.80, or excess over 0.48
+    photographs as JPEG of quality 5                  0.66..1.00    0.45..0.99    0.23..0.98    0.19 and more
+    photographs under noise of sigma 100              0.28..0.96    0.34..0.96    0.37..0.98    0.43 and more
 
-The three channels are added up first, which keeps JPEG's halved colour resolution out of it. What looks like
-noise by this and yet is none: a few bright dots on black, such as stars (told by their skewness), and fine textures
-on less than about 128 pixels. So one such picture is only reported; a set is refused when nearly all of it is noise,
-and for small pictures only when the brightness of whole pictures varies as little as independent pixels make it.
+Noise was uniform, normal (sigma 2 to 255), salt and pepper, grey or coloured. The channels are added up first: that
+keeps JPEG's halved colour resolution out of it. Noise of less than half the model's size is not recognized.
+
+What can look like noise and is none: a few bright dots on black, such as stars, which skewness tells; and fine
+textures on few pixels. So single pictures are only reported, by a limit that narrows as their number grows, and a
+set is refused only when nearly all of it is noise and, below 96 pixels, when also the brightness of whole pictures
+varies as little as independent pixels make it.
 """
 
 from __future__ import annotations
@@ -55,21 +60,22 @@ from spach_deploy.specs import Preprocessing
 ENOUGH_IMAGES = 64
 """Fewer calibration images than this are warned about."""
 
-UNUSABLE_SHARE = 0.9
+UNUSABLE_SHARE = 0.85
 """A set is refused when at least this share of it is of one colour or noise."""
 
 MAX_LAG1 = 0.8
-"""No noise from 0.4 times the model's size upwards has a lag-1 autocorrelation above this."""
+"""No noise of half the model's size or more has a higher lag-1 autocorrelation."""
 
 MAX_SKEWNESS = 3.0
 """Above it a picture is a few bright dots on dark; symmetric noise has 0, exponential noise 2."""
 
-CERTAIN_SIZE = 128
-"""Image size from which the finest photographed textures are told from noise picture by picture."""
+CERTAIN_SIZE = 96
+"""Image size from which no set of photographed textures was taken for noise."""
 
-MAX_SPREAD = 32.0
-"""How much the means of noise pictures vary, over what independent pixels give: 1, or 5 to 14 after upscaling."""
+MAX_SPREAD = 64.0
+"""Variance of the noise pictures' means over what independent pixels give: 1, about 8 after upscaling by 2."""
 
+_SCALED = "If they were scaled to 0..1 or normalized before they were saved, save them as 0..255."
 _NAMED = 3  # images that a sentence names
 _BLOCKS = (1, 2, 4)  # k: r(2k) is compared with r(k)
 _MIN_GRID = 8  # blocks along a side from which an autocorrelation is taken
@@ -83,7 +89,7 @@ class Survey:
     `channel_mean`, `channel_std`: of the prepared pixels (0..255, RGB), exact over the set. `class_counts`: images
     by folder name, 0 for folders without one; empty where folders name no classes. `content_sha256`: as
     `source.content_hash` of the prepared pixels. `digests`: SHA-256 of each distinct image. `constant`, `noise`,
-    `duplicates`, `grey`: numbers of images; `examples` names up to three of the first three kinds.
+    `duplicates`, `grey`: numbers of images; `examples` names up to three of each kind.
     `noise_spread`: variance of the noise images' means over that of independent pixels; 0 below two images.
     """
 
@@ -111,7 +117,7 @@ class Survey:
     def check(self) -> None:
         """Refuse a set from which no scale should be taken. Raises ImageError.
 
-        That is one of constant images, of noise, or of both, with at most one other image in ten.
+        That is one of constant images, of noise, or of both, with hardly another image.
         """
         noise = self.noise if self._noise_is_certain() else 0
         unusable = self.constant + noise
@@ -123,7 +129,7 @@ class Survey:
         raise ImageError(
             f"{how_many} image{_s(self.images)} in {self.description} {_kinds(self.constant, noise)}: "
             "ranges taken from them would fit no real picture.",
-            "Give photographs such as the model will see.",
+            _SCALED if self._is_black() else "Give photographs such as the model will see.",
         )
 
     def warnings(self) -> tuple[str, ...]:
@@ -162,6 +168,9 @@ class Survey:
         if self.preprocessing.image_size >= CERTAIN_SIZE:
             return True
         return self.noise > 1 and self.noise_spread <= MAX_SPREAD
+
+    def _is_black(self) -> bool:
+        return max(self.channel_mean) < 5 and max(self.channel_std) < 5
 
     def _few(self) -> str:
         if self.images >= ENOUGH_IMAGES:
@@ -202,11 +211,8 @@ class Survey:
         """Channel statistics against those that the normalization was made for."""
         mean, std = np.array(self.channel_mean), np.array(self.channel_std)
         expected_mean, expected_std = (255 * np.array(v) for v in (self.preprocessing.mean, self.preprocessing.std))
-        if mean.max() < 5 and std.max() < 5:
-            return (
-                f"The images are almost black (mean {_rgb(mean)} of 255): were they scaled to 0..1 or normalized "
-                "before they were saved? Save them as 0..255."
-            )
+        if self._is_black():
+            return f"The images are almost black (mean {_rgb(mean)} of 255). {_SCALED}"
         if self.images >= 16 and _is_swapped(mean, expected_mean):
             return (
                 f"Red and blue look exchanged (mean {_rgb(mean)}; RGB pictures have about {_rgb(expected_mean)}). "
@@ -244,7 +250,7 @@ class SurveyTaker:
         self._pixels = 0  # of all images, per channel
         self._sums = [0, 0, 0]  # Python integers: exact for any number of images
         self._squares = [0, 0, 0]
-        self._noise_means = _Spread()
+        self._noise = _NoiseTally(preprocessing.image_size)
 
     def see(self, batch: ImageBatch) -> None:
         """Take in `batch`: pixels uint8 (n, S, S, 3). Raises ValueError for arrays of another kind."""
@@ -258,6 +264,7 @@ class SurveyTaker:
         """What was seen so far. Raises ValueError when that is nothing."""
         if not self._pixels:
             raise ValueError("no image was seen")
+        noise = self._counts["noise"] if self._noise.is_confirmed() else 0
         return Survey(
             description=self._source.description,
             images=self._digests.total(),
@@ -267,11 +274,11 @@ class SurveyTaker:
             content_sha256=hashlib.sha256(b"".join(sorted(self._digests.elements()))).hexdigest(),
             digests=frozenset(self._digests),
             constant=self._counts["constant"],
-            noise=self._counts["noise"],
+            noise=noise,
             duplicates=self._counts["duplicates"],
             skipped=self._source.skipped,
             grey=self._counts["grey"],
-            noise_spread=self._noise_means.ratio(self._preprocessing.image_size**2),
+            noise_spread=self._noise.spread(),
             examples={kind: tuple(names) for kind, names in self._examples.items()},
             preprocessing=self._preprocessing,
         )
@@ -286,9 +293,9 @@ class SurveyTaker:
         self._note("grey", name, moments.is_grey)
         if moments.is_constant:
             self._note("constant", name)
-        elif _is_noise(moments.brightness):
+        elif (correlations := _noise_correlations(moments.brightness)) is not None:
             self._note("noise", name)
-            self._noise_means.add(moments.brightness)
+            self._noise.add(moments.brightness, correlations)
         digest = _image_digest(image)
         self._note("duplicates", name, digest in self._digests)
         self._digests[digest] += 1
@@ -366,18 +373,24 @@ def _moments(image: UInt8Array) -> _Moments:
     )
 
 
-def _is_noise(brightness: _Array) -> bool:
-    """Whether the pixels (S, S) look independent but for what interpolation does; see the module's text."""
+def _noise_correlations(brightness: _Array) -> list[float] | None:
+    """The `_correlations` of a picture (S, S) that looks like noise, None for one that does not."""
     correlations = _correlations(brightness)
-    if len(correlations) < 2 or correlations[0] > MAX_LAG1:
-        return False
     size = len(brightness)
-    # Three standard errors: of r(k) it is about 0.7 k / size, of the excess about 1.4 sqrt(scales) / size.
-    least = (-0.06 - 2.1 * k / size for k in (1, 2, 4, 8))
+    if len(correlations) < 2 or correlations[0] > MAX_LAG1:
+        return None
+    # Neighbours that oppose each other are a pattern. The standard error of r(k) is about 0.7 k / size; take three.
+    least = (-0.06 - 2.1 * k / size for k in (*_BLOCKS, 2 * _BLOCKS[-1]))
     if any(r < limit for r, limit in zip(correlations, least, strict=False)):
-        return False  # neighbours that oppose each other are a pattern
-    limit = 0.045 + 4.2 * math.sqrt(len(correlations) - 1) / size
-    return _excess(correlations) <= limit and _skewness(brightness) <= MAX_SKEWNESS
+        return None
+    if _excess(correlations) > _excess_limit(size, len(correlations)) or _skewness(brightness) > MAX_SKEWNESS:
+        return None
+    return correlations
+
+
+def _excess_limit(size: int, scales: int, images: int = 1) -> float:
+    """Most excess, averaged over `images`, that noise has: 0.045 and three standard errors."""
+    return 0.045 + 4.2 * math.sqrt((scales - 1) / images) / size
 
 
 def _excess(correlations: Sequence[float]) -> float:
@@ -420,26 +433,36 @@ def _skewness(values: _Array) -> float:
     return float((square * centred).mean() / square.mean() ** 1.5)
 
 
-class _Spread:
-    """How the means of images vary, against what their pixels would give if they were independent."""
+class _NoiseTally:
+    """What the pictures that look like noise have in common."""
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._count = self._scales = 0
+        self._excess = 0.0
         self._mean = self._squares = self._variances = 0.0
 
-    def add(self, brightness: _Array) -> None:
-        mean = float(brightness.mean())
+    def add(self, brightness: _Array, correlations: list[float]) -> None:
         self._count += 1
-        step = mean - self._mean  # Welford's update
+        self._scales = len(correlations)
+        self._excess += _excess(correlations)
+        mean = float(brightness.mean())
+        step = mean - self._mean  # Welford's update of mean and sum of squares
         self._mean += step / self._count
         self._squares += step * (mean - self._mean)
         self._variances += float(brightness.var())
 
-    def ratio(self, pixels: int) -> float:
-        """1 for independent pixels, more where whole images are brighter or darker than others."""
+    def is_confirmed(self) -> bool:
+        """Whether they are noise on average too, where textures that passed one by one are not."""
+        if not self._count:
+            return False
+        return self._excess / self._count <= _excess_limit(self._size, self._scales, self._count)
+
+    def spread(self) -> float:
+        """1 for independent pixels, more where whole images are brighter or darker than others; 0 below two."""
         if self._count < 2:
             return 0.0
-        return pixels * (self._squares / (self._count - 1)) / (self._variances / self._count)
+        return self._size**2 * (self._squares / (self._count - 1)) / (self._variances / self._count)
 
 
 def _check_pixels(pixels: UInt8Array, preprocessing: Preprocessing) -> None:
