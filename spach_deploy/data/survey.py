@@ -14,9 +14,9 @@ How noise is told from pictures. Independent pixels have a flat spectrum: neighb
 neither do neighbouring blocks. But only the resized picture is seen, and interpolation correlates neighbours:
 noise of half the model's size gets a lag-1 autocorrelation of 0.75, while grass and gravel have 0.65 and 0.74. One
 scale cannot tell them apart; several can. Let r(k) be the lag-1 autocorrelation, the mean over both axes, of the
-picture averaged over k x k blocks. What interpolation adds is forgotten within a few pixels, so that noise keeps
-r(2k) <= 0.64 r(k)^2 at every scale (white noise through the evaluation transform, measured from 0.5 to 4 times the
-model's size), while pictures stay correlated as blocks grow. The *excess* is the sum over k = 1, 2, 4 of
+picture averaged over k x k blocks. What interpolation adds is forgotten within a few pixels, so that for noise
+r(2k) is about 0.64 r(k)^2 at every scale (white noise through the evaluation transform, measured from 0.5 to 4 times the
+model's size), while pictures keep more as blocks grow. The *excess* is the sum over k = 1, 2, 4 of
 (r(2k) - 0.64 r(k)^2) / k; dividing by k gives each scale the same sampling error. At 224 pixels, lowest to highest:
 
     kind                                              r(1)          r(2)          r(4)          excess
@@ -375,10 +375,10 @@ def _moments(image: UInt8Array) -> _Moments:
 
 def _noise_correlations(brightness: _Array) -> list[float] | None:
     """The `_correlations` of a picture (S, S) that looks like noise, None for one that does not."""
-    correlations = _correlations(brightness)
     size = len(brightness)
-    if len(correlations) < 2 or correlations[0] > MAX_LAG1:
+    if size < 2 * _MIN_GRID or _lag1(brightness) > MAX_LAG1:  # most pictures end here
         return None
+    correlations = _correlations(brightness)
     # Neighbours that oppose each other are a pattern. The standard error of r(k) is about 0.7 k / size; take three.
     least = (-0.06 - 2.1 * k / size for k in (*_BLOCKS, 2 * _BLOCKS[-1]))
     if any(r < limit for r, limit in zip(correlations, least, strict=False)):
