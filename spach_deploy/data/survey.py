@@ -15,8 +15,8 @@ neither do neighbouring blocks. But only the resized picture is seen, and interp
 noise of half the model's size gets a lag-1 autocorrelation of 0.75, while grass and gravel have 0.65 and 0.74. One
 scale cannot tell them apart; several can. Let r(k) be the lag-1 autocorrelation, the mean over both axes, of the
 picture averaged over k x k blocks. What interpolation adds is forgotten within a few pixels, so that for noise
-r(2k) is about 0.64 r(k)^2 at every scale (white noise through the evaluation transform, measured from 0.5 to 4 times the
-model's size), while pictures keep more as blocks grow. The *excess* is the sum over k = 1, 2, 4 of
+r(2k) is about 0.64 r(k)^2 at every scale (white noise through the evaluation transform, measured from 0.5 to 4
+times the model's size), while pictures keep more as blocks grow. The *excess* is the sum over k = 1, 2, 4 of
 (r(2k) - 0.64 r(k)^2) / k; dividing by k gives each scale the same sampling error. At 224 pixels, lowest to highest:
 
     kind                                              r(1)          r(2)          r(4)          excess
