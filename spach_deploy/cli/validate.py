@@ -21,11 +21,13 @@ _LABELS = (
 )
 _MAX_DROP = "With labels: exit with 1 where top-1 accuracy falls by more than so many points."
 _CHECKPOINT = "Run the reference from the checkpoint that the bundle was made from. Without it, its stored answers."
+_BUNDLE = "The bundle that a model on a server was packaged from."
 _REPORT = "Write the report here.  [report.json in the bundle, where the target is one of its files]"
 
 
 @click.command("spach-validate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("target", type=opt.FILE)
+@click.argument("target", type=str)
+@click.option("--bundle", type=opt.FILE, metavar="DIR", help=_BUNDLE)
 @click.option("--images", type=opt.FILE, metavar="PATH", help=_IMAGES)
 @click.option(
     "--max-images",
@@ -50,7 +52,8 @@ _REPORT = "Write the report here.  [report.json in the bundle, where the target 
 @opt.version
 @command
 def main(
-    target: Path,
+    target: str,
+    bundle: Path | None,
     images: Path | None,
     max_images: int,
     labels: Path | None,
@@ -61,12 +64,13 @@ def main(
     report: Path | None,
     as_json: bool,
 ) -> int:
-    """Compare TARGET with PyTorch in FP32: a bundle's directory, its engine.plan or its model.onnx.
+    """Compare TARGET with PyTorch in FP32: a bundle, its engine.plan, its model.onnx, or a model on a Triton server.
 
     \b
     spach-validate build/ms_hybrid_s-fp16/engine.plan
     spach-validate build/ms_hybrid_s-fp16 --images val/ --checkpoint run7.pth
     spach-validate build/ms_hybrid_s-fp16 --images val/ --labels val/ --max-drop 0.3
+    spach-validate grpc://localhost:8001/ms_hybrid_s --bundle build/ms_hybrid_s-fp16
 
     Two levels of evidence: `engine`, the plan itself ran here; `graph`, the graph that it was built from ran in ONNX
     Runtime instead, because this machine cannot run the plan.
@@ -74,10 +78,20 @@ def main(
     Exit codes: 0 agreed, 1 did not agree or lost more than --max-drop, 2 bad usage or input, 3 the graph agreed but the
     plan could not be run here (0 with --accept graph).
     """
+    from spach_deploy.cli.validate_server import check_bundle, is_server, validate_on_server
+
+    if is_server(target):
+        misplaced = {"--images": images, "--labels": labels, "--checkpoint": checkpoint, "--accept": accept}
+        validation = validate_on_server(target, bundle, misplaced)
+        _show(validation, as_json=as_json)
+        _write(validation, None, report, as_json=as_json)
+        return validation.exit_code
+    check_bundle(bundle)
     from spach_deploy.validation.target import ValidationRequest, validate_target
 
+    path = Path(target)
     request = ValidationRequest(
-        target=target,
+        target=path,
         images=images,
         checkpoint=checkpoint,
         weights=None if weights is None else WeightSource(weights),
@@ -88,7 +102,7 @@ def main(
     )
     validation = validate_target(request, say)
     _show(validation, as_json=as_json)
-    _write(validation, target, report, as_json=as_json)
+    _write(validation, path, report, as_json=as_json)
     return validation.exit_code
 
 
@@ -102,7 +116,7 @@ def _show(validation: Validation, *, as_json: bool) -> None:
     click.echo(text)
 
 
-def _write(validation: Validation, target: Path, report: Path | None, *, as_json: bool) -> None:
+def _write(validation: Validation, target: Path | None, report: Path | None, *, as_json: bool) -> None:
     """The report file. Where the user named none, being unable to write into the bundle is no error."""
     from spach_deploy.errors import UsageError
     from spach_deploy.validation.report import write_report
@@ -110,7 +124,7 @@ def _write(validation: Validation, target: Path, report: Path | None, *, as_json
 
     if report is not None:
         write_report(validation, report)
-    elif not as_json and (default := default_report(target)) is not None:
+    elif not as_json and target is not None and (default := default_report(target)) is not None:
         try:
             write_report(validation, default)
         except UsageError as error:

@@ -141,6 +141,11 @@ def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) 
         return _run_and_judge(runner, Level.ENGINE, trial, bounds, "engine.plan")
 
 
+def examine_runner(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
+    """Run what is entered already, such as a model on a server; `level` says what it proves, `ran` what it is."""
+    return _run_and_judge(runner, level, trial, bounds, ran)
+
+
 def plan_batches(count: int, profile: BatchProfile, largest: int | None = None) -> tuple[int, ...]:
     """Sizes in which `count` images go through: the smallest allowed first, then the largest, at most `largest`."""
     largest = max(profile.min, min(profile.max, profile.max if largest is None else largest))

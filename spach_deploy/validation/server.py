@@ -1,0 +1,65 @@
+"""Validate what a Triton server answers: a bundle's golden pack, sent to a running model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from spach_deploy.bundle import GOLDEN, Bundle
+from spach_deploy.errors import BundleError
+from spach_deploy.runtime.triton_runner import DEFAULT_TIMEOUT_S, ServedAt, TritonRunner
+from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_runner
+from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.tolerance import ToleranceSet
+from spach_deploy.validation.validate import Subject, Validation, golden_trial
+
+_RUNS_THE_PLAN = ("tensorrt_plan", "tensorrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerRequest:
+    """A model on a server, and the bundle that it should compute."""
+
+    served: ServedAt
+    bundle: Path
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerValidation(Validation):
+    """A validation of a served model. `platform`: Triton's name of what ran."""
+
+    platform: str = ""
+
+    def level_sentence(self) -> str:
+        """How far the evidence reaches, in one plain line."""
+        what = "The plan itself ran" if self.level is Level.ENGINE else "The graph ran"
+        return f"Level of evidence: {self.level.value}. {what}, on the server ({self.platform})."
+
+
+def validate_server(request: ServerRequest) -> Validation:
+    """Send the bundle's golden pack to the server, and compare its answers with PyTorch in FP32.
+
+    Raises BundleError for what is no bundle, UnavailableError where the server does not answer or the model is not
+    ready, UsageError where it has no such model, MissingPackageError without tritonclient. Answers that differ, and
+    requests that are refused, are findings.
+    """
+    bundle = Bundle.open(request.bundle, verify=False)
+    facts = BundleFacts.of(bundle)
+    if state := bundle.changed_files().get(GOLDEN):
+        raise BundleError(f"{bundle.path / GOLDEN} {state} since the export.", "Give --bundle as it was exported.")
+    images = str(bundle.manifest.content["validation"].get("images", "the bundle's golden pack"))
+    trial = golden_trial(Golden.load(bundle.file(GOLDEN)), images, facts.outputs, facts.batch)
+    evidence, platform = _evidence(request, trial, facts.tolerances)
+    model = bundle.manifest.model
+    is_demo = model.get("origin") != "checkpoint"
+    subject = Subject(str(request.served), str(model["name"]), facts.precision.value, is_demo)
+    return ServerValidation(subject, trial, (evidence,), platform=platform)
+
+
+def _evidence(request: ServerRequest, trial: Trial, tolerances: ToleranceSet) -> tuple[Evidence, str]:
+    with TritonRunner(request.served, timeout_s=request.timeout_s) as runner:
+        level = Level.ENGINE if runner.platform in _RUNS_THE_PLAN else Level.GRAPH
+        bounds = tolerances.engine if level is Level.ENGINE else tolerances.graph
+        return examine_runner(runner, level, trial, bounds, runner.platform), runner.platform

@@ -1,0 +1,56 @@
+"""spach-validate http://… and grpc://…: which options go with it. What a server answers: tests/deployment/triton."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from spach_deploy.cli.validate import main
+from tests.commands import refusal
+from tests.deployment.triton import tiny_bundles
+
+
+def validate(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+URL = "http://localhost:8000/tiny"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return tiny_bundles.write(tmp_path / "bundle")
+
+
+def test_a_server_has_no_golden_pack_of_its_own() -> None:
+    assert "Give --bundle DIR" in refusal(validate(URL))
+
+
+def test_a_bundle_is_for_servers_only(bundle: Path) -> None:
+    assert "--bundle is for models on a server" in refusal(validate(bundle, "--bundle", bundle))
+
+
+@pytest.mark.parametrize("option", ["--images", "--labels", "--checkpoint"])
+def test_options_of_files_are_refused(bundle: Path, option: str) -> None:
+    assert f"{option} is not for models on a server" in refusal(validate(URL, "--bundle", bundle, option, "x"))
+
+
+def test_an_address_without_a_model_is_refused(bundle: Path) -> None:
+    assert "names no model on a server" in refusal(validate("grpc://localhost:8001", "--bundle", bundle))
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(validate(URL, "--bundle", tmp_path / "nowhere"))
+
+
+def test_a_changed_golden_pack_is_no_reference(bundle: Path) -> None:
+    (bundle / "golden.npz").write_bytes(b"")
+    assert "golden.npz was changed" in refusal(validate(URL, "--bundle", bundle))
+
+
+def test_without_a_client_it_is_exit_3(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient.http", None)
+    assert "pip install 'tritonclient[http]'" in refusal(validate(URL, "--bundle", bundle), code=3)
