@@ -1,5 +1,3 @@
-#include "spach/spach_c.h"
-
 #include <algorithm>
 #include <cstdio>
 #include <new>
@@ -7,6 +5,7 @@
 
 #include "guard.h"
 #include "spach/spach.h"
+#include "spach/spach_c.h"
 
 struct spach_engine {
   spach::Engine engine;
@@ -41,7 +40,9 @@ int call(spach_error* error, Body body) noexcept {
   return finish(spach::guarded([&]() -> Status { return body(); }), error);
 }
 
-Error null_pointer() { return Error{ErrorCode::bad_argument, "A null pointer was given."}; }
+Error null_pointer() {
+  return Error{ErrorCode::bad_argument, "A null pointer was given."};
+}
 
 }  // namespace
 
@@ -56,14 +57,16 @@ int spach_engine_load(const char* folder, int device, spach_engine** engine, spa
   });
 }
 
-void spach_engine_free(spach_engine* engine) { delete engine; }
+void spach_engine_free(spach_engine* engine) {
+  delete engine;
+}
 
 int spach_engine_model(const spach_engine* engine, spach_model* model, spach_error* error) {
   return call(error, [&]() -> Status {
     if (engine == nullptr || model == nullptr) return null_pointer();
     const spach::ModelFacts& facts = engine->engine.facts();
-    *model = {facts.image_size,    facts.classes(),     facts.batch.min,
-              facts.batch.max,     facts.input.bytes(), facts.outputs.size()};
+    *model = {facts.image_size, facts.classes(),     facts.batch.min,
+              facts.batch.max,  facts.input.bytes(), facts.outputs.size()};
     return Done{};
   });
 }
@@ -97,7 +100,9 @@ int spach_context_create(const spach_engine* engine, spach_context** context, sp
   });
 }
 
-void spach_context_free(spach_context* context) { delete context; }
+void spach_context_free(spach_context* context) {
+  delete context;
+}
 
 int spach_context_classify_rgb8(spach_context* context, const uint8_t* rgb, int width, int height,
                                 size_t stride, size_t k, spach_prediction* predictions,

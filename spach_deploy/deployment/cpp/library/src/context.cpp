@@ -27,9 +27,12 @@ Result<std::vector<float>> Output::floats() const noexcept {
   return guarded([&]() -> Result<std::vector<float>> {
     switch (tensor.dtype) {
       case DType::float32: return as_floats<float>(data, [](float x) { return x; });
-      case DType::float16: return as_floats<std::uint16_t>(data, [](std::uint16_t x) { return float_from_half(x); });
-      case DType::uint8: return as_floats<std::uint8_t>(data, [](std::uint8_t x) { return static_cast<float>(x); });
-      case DType::int64: return as_floats<std::int64_t>(data, [](std::int64_t x) { return static_cast<float>(x); });
+      case DType::float16:
+        return as_floats<std::uint16_t>(data, [](std::uint16_t x) { return float_from_half(x); });
+      case DType::uint8:
+        return as_floats<std::uint8_t>(data, [](std::uint8_t x) { return static_cast<float>(x); });
+      case DType::int64:
+        return as_floats<std::int64_t>(data, [](std::int64_t x) { return static_cast<float>(x); });
     }
     return Error{ErrorCode::bad_argument, "An output of an unknown type."};
   });
@@ -78,7 +81,7 @@ struct Context::Impl {
   std::unique_ptr<nvinfer1::IExecutionContext> context;
   Preprocessor preprocessor;
   cuda::Stream stream;
-  Buffer input;                 // made when host memory is first used
+  Buffer input;  // made when host memory is first used
   std::vector<Buffer> outputs;
   std::atomic_flag in_use = ATOMIC_FLAG_INIT;
 
@@ -111,10 +114,9 @@ struct Context::Impl {
 Status Context::Impl::check_batch(int batch) const {
   const BatchFacts& limits = facts().batch;
   if (limits.min <= batch && batch <= limits.max) return Done{};
-  return Error{ErrorCode::bad_argument, "A batch of " + std::to_string(batch) +
-                                            " is outside the plan's profile, " +
-                                            std::to_string(limits.min) + " to " +
-                                            std::to_string(limits.max) + "."};
+  return Error{ErrorCode::bad_argument,
+               "A batch of " + std::to_string(batch) + " is outside the plan's profile, " +
+                   std::to_string(limits.min) + " to " + std::to_string(limits.max) + "."};
 }
 
 Status Context::Impl::allocate() {

@@ -1,8 +1,7 @@
-#include "engine_impl.h"
-
 #include <algorithm>
 
 #include "cuda.h"
+#include "engine_impl.h"
 #include "guard.h"
 #include "plan.h"
 
@@ -61,10 +60,12 @@ Result<Bytes> load_plan(const std::string& folder, const ModelFacts& facts) {
   return plan;
 }
 
-std::string gpu_name(int capability) { return "sm" + std::to_string(capability); }
+std::string gpu_name(int capability) {
+  return "sm" + std::to_string(capability);
+}
 
-// TensorRT failed. Was it because the plan is for other GPUs? That is only asked now: whether a plan
-// loads is TensorRT's to decide.
+// TensorRT failed. Was it because the plan is for other GPUs? That is only asked now: whether a
+// plan loads is TensorRT's to decide.
 Error explain(const ModelFacts& facts, int device, const std::string& reason) {
   const int here = cuda::compute_capability(device);
   const std::vector<int>& gpus = facts.gpus;
@@ -191,12 +192,22 @@ Result<Engine> Engine::load(const std::string& folder, int device) noexcept {
   });
 }
 
-const ModelFacts& Engine::facts() const noexcept { return impl_->facts; }
-const std::vector<std::string>& Engine::labels() const noexcept { return impl_->labels; }
-const std::string& Engine::folder() const noexcept { return impl_->folder; }
+const ModelFacts& Engine::facts() const noexcept {
+  return impl_->facts;
+}
+const std::vector<std::string>& Engine::labels() const noexcept {
+  return impl_->labels;
+}
+const std::string& Engine::folder() const noexcept {
+  return impl_->folder;
+}
 
-const char* linked_flavour() noexcept { return SPACH_FLAVOUR; }
+const char* linked_flavour() noexcept {
+  return SPACH_FLAVOUR;
+}
 
-std::string linked_version() { return dotted(linked_library().version); }
+std::string linked_version() {
+  return dotted(linked_library().version);
+}
 
 }  // namespace spach

@@ -169,9 +169,10 @@ bool read_entry(const std::string& key, Line& line, ModelFacts& facts) {
   return true;
 }
 
-constexpr const char* kKeys[] = {"spach-model", "name",  "precision", "flavour", "version",
-                                 "version-compatible", "gpus", "batch", "input", "output",
-                                 "resize", "mean", "std", "plan", "golden"};
+constexpr const char* kKeys[] = {
+    "spach-model", "name",  "precision", "flavour", "version", "version-compatible",
+    "gpus",        "batch", "input",     "output",  "resize",  "mean",
+    "std",         "plan",  "golden"};
 
 Error malformed(const std::string& what) {
   return Error{ErrorCode::bad_file, "model.txt " + what + "."};
@@ -209,7 +210,8 @@ Result<ModelFacts> parse(std::string_view text) {
     if (!line.more()) continue;
     const std::string key = line.word();
     const std::string where = "has in line " + std::to_string(number) + " ";
-    if (number == 1 && key != "spach-model") return malformed("does not begin as a model file does");
+    if (number == 1 && key != "spach-model")
+      return malformed("does not begin as a model file does");
     if (!seen.insert(key).second && key != "output") return malformed(where + "a second " + key);
     if (!read_entry(key, line, facts)) return malformed(where + "an unknown entry");
     if (!line.ended_well()) return malformed(where + "an unusable " + key);
@@ -249,7 +251,9 @@ std::size_t TensorFacts::items() const noexcept {
   return count;
 }
 
-std::size_t TensorFacts::bytes() const noexcept { return items() * size_of(dtype); }
+std::size_t TensorFacts::bytes() const noexcept {
+  return items() * size_of(dtype);
+}
 
 const OutputFacts& ModelFacts::logits() const noexcept {
   for (const OutputFacts& output : outputs)
@@ -257,7 +261,9 @@ const OutputFacts& ModelFacts::logits() const noexcept {
   return outputs.front();  // not reached: parse_facts demands one
 }
 
-int ModelFacts::classes() const noexcept { return static_cast<int>(logits().tensor.items()); }
+int ModelFacts::classes() const noexcept {
+  return static_cast<int>(logits().tensor.items());
+}
 
 Result<ModelFacts> parse_facts(std::string_view text) noexcept {
   return guarded([&]() -> Result<ModelFacts> { return parse(text); });

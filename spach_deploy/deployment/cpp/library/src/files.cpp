@@ -30,11 +30,13 @@ Status check_file(const std::string& name, const std::byte* data, std::size_t si
   if (size != facts.bytes) {
     const bool is_short = size < facts.bytes;
     return Error{is_short ? ErrorCode::truncated : ErrorCode::changed,
-                 name + (is_short ? " has only " + std::to_string(size) : " has more") + (is_short ? " of the " : " than the ") +
-                     std::to_string(facts.bytes) + " bytes that were exported."};
+                 name + (is_short ? " has only " + std::to_string(size) : " has more") +
+                     (is_short ? " of the " : " than the ") + std::to_string(facts.bytes) +
+                     " bytes that were exported."};
   }
   if (sha256(data, size) != facts.sha256) {
-    return Error{ErrorCode::changed, name + " was changed: its SHA-256 is not the exported file's."};
+    return Error{ErrorCode::changed,
+                 name + " was changed: its SHA-256 is not the exported file's."};
   }
   return Done{};
 }

@@ -11,7 +11,8 @@ namespace spach {
 
 using Bytes = std::vector<std::byte>;
 
-// A file's first `most` bytes, which is all of it where it has no more: a wrong path costs no memory.
+// A file's first `most` bytes, which is all of it where it has no more: a wrong path costs no
+// memory.
 Result<Bytes> read_file(const std::string& path, std::uint64_t most);
 
 // An exported file, or one byte more than it should have, by which `check_file` knows.

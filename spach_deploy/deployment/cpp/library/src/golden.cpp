@@ -187,7 +187,8 @@ Comparison compare_floats(const OutputFacts& facts, const std::vector<float>& re
 }
 
 // How much the reference prefers class `ours` to class `theirs`; infinite where `theirs` is none.
-double preference(const float* logits, std::size_t classes, std::int64_t ours, std::int64_t theirs) {
+double preference(const float* logits, std::size_t classes, std::int64_t ours,
+                  std::int64_t theirs) {
   const auto is_class = [classes](std::int64_t i) {
     return i >= 0 && static_cast<std::uint64_t>(i) < classes;
   };
@@ -207,10 +208,12 @@ Comparison compare_ranks(const TensorFacts& tensor, const std::vector<std::int64
     ++result.changed;
     const std::size_t row = i / items;
     const auto begin = candidate.begin() + static_cast<std::ptrdiff_t>(row * items);
-    const bool repeated = std::count(begin, begin + static_cast<std::ptrdiff_t>(items), candidate[i]) > 1;
-    const double gap = preference(logits.data() + row * classes, classes, reference[i], candidate[i]);
-    result.changed_margin = std::max(
-        result.changed_margin, repeated ? std::numeric_limits<double>::infinity() : gap);
+    const bool repeated =
+        std::count(begin, begin + static_cast<std::ptrdiff_t>(items), candidate[i]) > 1;
+    const double gap =
+        preference(logits.data() + row * classes, classes, reference[i], candidate[i]);
+    result.changed_margin =
+        std::max(result.changed_margin, repeated ? std::numeric_limits<double>::infinity() : gap);
   }
   if (!(result.changed_margin <= result.allowed.flip_margin))
     result.findings.push_back("classes are ranked differently by more than a tie");
@@ -219,7 +222,8 @@ Comparison compare_ranks(const TensorFacts& tensor, const std::vector<std::int64
 
 std::vector<std::int64_t> integers_of(const Output& output) {
   std::vector<std::int64_t> values(output.data.size() / sizeof(std::int64_t));
-  if (!values.empty()) std::memcpy(values.data(), output.data.data(), values.size() * sizeof(std::int64_t));
+  if (!values.empty())
+    std::memcpy(values.data(), output.data.data(), values.size() * sizeof(std::int64_t));
   return values;
 }
 
@@ -252,7 +256,8 @@ Result<std::vector<Comparison>> compare_all(const Golden& golden, const Outputs&
 // The self-test
 
 // The answers to all golden images in batches of `size`; a last one that is too small is filled up.
-Result<Outputs> run_golden(Context& context, const Golden& golden, const ModelFacts& facts, int size) {
+Result<Outputs> run_golden(Context& context, const Golden& golden, const ModelFacts& facts,
+                           int size) {
   Outputs all;
   for (const OutputFacts& output : facts.outputs) all.push_back(Output{output.tensor, {}});
   const std::size_t bytes = facts.input.bytes();
@@ -335,9 +340,8 @@ bool SelfTest::passed() const noexcept {
 
 Result<std::vector<Comparison>> compare(const Golden& golden, const Outputs& outputs,
                                         const ModelFacts& facts) noexcept {
-  return guarded([&]() -> Result<std::vector<Comparison>> {
-    return compare_all(golden, outputs, facts);
-  });
+  return guarded(
+      [&]() -> Result<std::vector<Comparison>> { return compare_all(golden, outputs, facts); });
 }
 
 Result<SelfTest> self_test(const Engine& engine) noexcept {

@@ -1,4 +1,5 @@
-// The border between code that may throw (the standard library does) and callers that must not see it.
+// The border between code that may throw (the standard library does) and callers that must not see
+// it.
 #pragma once
 
 #include <exception>

@@ -13,7 +13,8 @@ void Logger::log(Severity severity, const char* message) noexcept {
   if (severity > Severity::kERROR || message == nullptr) return;
   try {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (errors_.size() < kMostCharacters) errors_.append(errors_.empty() ? "" : " ").append(message);
+    if (errors_.size() < kMostCharacters)
+      errors_.append(errors_.empty() ? "" : " ").append(message);
   } catch (...) {
     // No memory for the reason; the failure itself is reported all the same.
   }

@@ -71,9 +71,9 @@ Status check_plan(const std::byte* plan, std::size_t size, const ModelFacts& fac
   if (Status status = check_file("engine.plan", plan, size, facts.plan); !status) return status;
   if (Status status = check_declared(plan, size, flavour); !status) return status;
   if (library.flavour != flavour || library.flavour != facts.flavour) {
-    return Error{ErrorCode::other_flavour,
-                 "engine.plan was built by " + std::string(flavour) +
-                     ", and this program is linked with " + library.flavour + "."};
+    return Error{ErrorCode::other_flavour, "engine.plan was built by " + std::string(flavour) +
+                                               ", and this program is linked with " +
+                                               library.flavour + "."};
   }
   int built[3] = {0, 0, 0};
   const bool is_known = parse_version(facts.version, built);

@@ -10,7 +10,7 @@ namespace spach {
 
 // The TensorRT that would load a plan.
 struct Library {
-  std::string flavour;     // "tensorrt" or "tensorrt-rtx"
+  std::string flavour;  // "tensorrt" or "tensorrt-rtx"
   int version[3] = {0, 0, 0};
 };
 

@@ -11,7 +11,8 @@
 namespace spach {
 namespace {
 
-constexpr std::int64_t kMostPixels = 2 * std::int64_t{89'478'485};  // as spach_deploy.data.preprocess
+constexpr std::int64_t kMostPixels =
+    2 * std::int64_t{89'478'485};  // as spach_deploy.data.preprocess
 constexpr std::int64_t kMostAspect = 200;
 
 // Weights are fixed-point numbers with so many bits behind the point: eight bits of a pixel and two
@@ -103,8 +104,7 @@ std::vector<std::uint8_t> resize_and_crop(const Image& image, int shorter, int c
   const bool upright = width <= height;
   const int to_width = upright ? shorter : static_cast<int>(shorter * width / height);
   const int to_height = upright ? static_cast<int>(shorter * height / width) : shorter;
-  const auto columns =
-      taps_of_crop(half_to_even(to_width - crop), crop, image.width, to_width);
+  const auto columns = taps_of_crop(half_to_even(to_width - crop), crop, image.width, to_width);
   const auto rows = taps_of_crop(half_to_even(to_height - crop), crop, image.height, to_height);
 
   const int first = rows.front().first;

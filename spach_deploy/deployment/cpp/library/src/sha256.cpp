@@ -21,10 +21,13 @@ constexpr std::array<std::uint32_t, 64> kRound = {
 
 using State = std::array<std::uint32_t, 8>;
 
-std::uint32_t rotate(std::uint32_t x, int bits) { return (x >> bits) | (x << (32 - bits)); }
+std::uint32_t rotate(std::uint32_t x, int bits) {
+  return (x >> bits) | (x << (32 - bits));
+}
 
 std::uint32_t big_endian(const std::uint8_t* p) {
-  return (std::uint32_t{p[0]} << 24) | (std::uint32_t{p[1]} << 16) | (std::uint32_t{p[2]} << 8) | p[3];
+  return (std::uint32_t{p[0]} << 24) | (std::uint32_t{p[1]} << 16) | (std::uint32_t{p[2]} << 8) |
+         p[3];
 }
 
 void absorb(State& state, const std::uint8_t* block) {
@@ -71,7 +74,8 @@ std::string sha256(const void* data, std::size_t size) {
   tail[left] = 0x80;
   const std::size_t end = left + 9 <= kBlock ? kBlock : 2 * kBlock;
   const std::uint64_t bits = std::uint64_t{size} * 8;
-  for (std::size_t i = 0; i < 8; ++i) tail[end - 1 - i] = static_cast<std::uint8_t>(bits >> (8 * i));
+  for (std::size_t i = 0; i < 8; ++i)
+    tail[end - 1 - i] = static_cast<std::uint8_t>(bits >> (8 * i));
   for (std::size_t at = 0; at < end; at += kBlock) absorb(state, tail.data() + at);
   return hexadecimal(state);
 }

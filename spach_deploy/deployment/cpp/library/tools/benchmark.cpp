@@ -34,7 +34,8 @@ void measure(const spach::Engine& engine, const Plan& plan, Measured& measured) 
     return;
   }
   const std::size_t bytes = static_cast<std::size_t>(plan.batch) * engine.facts().input.bytes();
-  const std::vector<std::byte> input(bytes);  // zeros: what is in a picture does not change the time
+  const std::vector<std::byte> input(
+      bytes);  // zeros: what is in a picture does not change the time
   const int warm_up = std::max(1, plan.runs / 10);
   for (int i = -warm_up; i < plan.runs; ++i) {
     const Clock::time_point start = Clock::now();
@@ -67,7 +68,8 @@ int report(const Plan& plan, const std::vector<Measured>& threads, double second
               percentile(all, 0.5), percentile(all, 0.95), percentile(all, 0.99), all.back());
   // Warm-up is part of the time here, and its images are counted.
   const int warm_up = std::max(1, plan.runs / 10) * plan.threads;
-  const double images = static_cast<double>(plan.batch) * (static_cast<double>(all.size()) + warm_up);
+  const double images =
+      static_cast<double>(plan.batch) * (static_cast<double>(all.size()) + warm_up);
   std::printf("together: %.1f images/s\n", images / seconds);
   return 0;
 }
@@ -89,8 +91,7 @@ int benchmark(Plan plan) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  constexpr const char* kUsage =
-      "spach_benchmark [-m FOLDER] [-b BATCH] [-t THREADS] [-n RUNS]";
+  constexpr const char* kUsage = "spach_benchmark [-m FOLDER] [-b BATCH] [-t THREADS] [-n RUNS]";
   Plan plan;
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];

@@ -28,8 +28,7 @@ void print_output(const spach::Comparison& output, std::size_t images) {
     if (output.allowed.cosine_min > -1) std::printf(" %12.8f", output.allowed.cosine_min);
     std::printf("\n  %-24s %5zu of %3zu\n", "images that change class", output.changed, images);
   }
-  for (const std::string& finding : output.findings)
-    std::printf("  FAILED: %s\n", finding.c_str());
+  for (const std::string& finding : output.findings) std::printf("  FAILED: %s\n", finding.c_str());
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Load a model folder once, run it from as many threads as you like, each with a context of its own.
+// Load a model folder once, run it from as many threads as you like, each with a context of its
+// own.
 #pragma once
 
 #include <cstddef>

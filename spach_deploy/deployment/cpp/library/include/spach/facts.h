@@ -54,10 +54,10 @@ struct BatchFacts {
 struct ModelFacts {
   std::string name;
   std::string precision;
-  std::string flavour;             // "tensorrt" or "tensorrt-rtx"
-  std::string version;             // of the TensorRT that built the plan
-  bool version_compatible = false; // later versions may load it too
-  std::vector<int> gpus;           // compute capabilities as 10 * major + minor; empty: not known
+  std::string flavour;              // "tensorrt" or "tensorrt-rtx"
+  std::string version;              // of the TensorRT that built the plan
+  bool version_compatible = false;  // later versions may load it too
+  std::vector<int> gpus;            // compute capabilities as 10 * major + minor; empty: not known
   BatchFacts batch;
   TensorFacts input;
   std::vector<OutputFacts> outputs;  // "logits" is one of them

@@ -40,8 +40,8 @@ struct Comparison {
   double rel_l2 = 0;
   double max_abs = 0;
   double cosine = 1;
-  std::size_t changed = 0;        // images that change class; for int64: ranks that differ
-  double changed_margin = 0;      // the reference's largest preference among them
+  std::size_t changed = 0;            // images that change class; for int64: ranks that differ
+  double changed_margin = 0;          // the reference's largest preference among them
   std::vector<std::string> findings;  // why it did not pass
 };
 

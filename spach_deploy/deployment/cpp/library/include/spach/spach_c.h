@@ -1,6 +1,7 @@
 /* The library for C, and for every language that can call C. The same rules as in engine.h hold: an
- * engine may be used by several threads at once, a context by one at a time. Functions that can fail
- * return 0, or the number of an error (spach::ErrorCode) and fill `error`, which may be null. */
+ * engine may be used by several threads at once, a context by one at a time. Functions that can
+ * fail return 0, or the number of an error (spach::ErrorCode) and fill `error`, which may be null.
+ */
 #ifndef SPACH_SPACH_C_H
 #define SPACH_SPACH_C_H
 

@@ -1,0 +1,82 @@
+"""spach-package cpp: a C++ library with the bundle's plan in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import Command, command
+
+if TYPE_CHECKING:
+    from spach_deploy.deployment.cpp.folder import Written
+
+_LABELS = "Names of the classes, one a line.  [class 0, class 1, …]"
+_OVERWRITE = "Replace a folder that spach-package cpp wrote."
+
+
+@click.command("cpp", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=opt.FILE)
+@click.option("-o", "--output", type=opt.FILE, metavar="DIR", required=True, help="The folder to write.")
+@click.option("--labels", type=opt.FILE, metavar="FILE", help=_LABELS)
+@click.option("--overwrite", is_flag=True, help=_OVERWRITE)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@opt.debug
+@opt.version
+@command
+def main(bundle: Path, output: Path, labels: Path | None, overwrite: bool, as_json: bool) -> int:
+    """Write a C++17 library that loads BUNDLE's engine, with a self-test, an example and a benchmark.
+
+    \b
+    spach-package cpp build/ms_hybrid_s-fp16 -o engine-cpp --labels imagenet.txt
+    cmake -S engine-cpp -B engine-cpp/build -DTENSORRT_ROOT=/opt/tensorrt
+    cmake --build engine-cpp/build && ctest --test-dir engine-cpp/build
+
+    Exit codes: 0 written, 2 bad usage or input.
+    """
+    from spach_deploy.deployment.cpp.folder import write_folder
+
+    written = write_folder(bundle, output, labels=labels, overwrite=overwrite)
+    click.echo(_json(written) if as_json else _text(written))
+    return 0
+
+
+def _text(written: Written) -> str:
+    model = written.model
+    gpus = ", ".join(model.gpus) or "the GPU that it was built on"
+    return "\n".join(
+        [
+            f"model      {model.name}, {model.facts.precision.value}, batch {model.facts.batch}",
+            f"engine     {model.facts.flavour.value} {model.version} for {gpus}",
+            f"library    {written.path}",
+            "",
+            "Build it and run the self-test:",
+            *(f"  {line}" for line in _commands(written)),
+        ]
+    )
+
+
+def _commands(written: Written) -> tuple[str, ...]:
+    path = written.path
+    return (
+        f"cmake -S {path} -B {path}/build -DTENSORRT_ROOT=DIR",
+        f"cmake --build {path}/build",
+        f"{path}/build/spach_self_test {path}/model",
+    )
+
+
+def _json(written: Written) -> str:
+    model = written.model
+    content: dict[str, Any] = {
+        "folder": str(written.path),
+        "model": model.name,
+        "flavour": model.facts.flavour.value,
+        "version": model.version,
+        "gpus": list(model.gpus),
+        "labels": written.has_labels,
+        "commands": list(_commands(written)),
+    }
+    return json.dumps(content, indent=2)

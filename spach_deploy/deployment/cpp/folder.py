@@ -1,0 +1,126 @@
+"""The folder that spach-package cpp writes, in one step: a killed run leaves the old one or none.
+
+FOLDER/
+  manifest.json    that spach-package wrote it, from what; nothing reads it afterwards
+  README.md        how to build, test and use it
+  CMakeLists.txt cmake/ include/ src/ tools/   the library, the same for every bundle
+  model/engine.plan model.txt golden.bin       what programs load; labels.txt with --labels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from spach_deploy._version import __version__
+from spach_deploy.bundle import MANIFEST, PLAN, check_target, writing
+from spach_deploy.deployment.cpp.facts import FileFacts, PackagedModel, model_text
+from spach_deploy.deployment.cpp.golden import golden_bytes
+from spach_deploy.deployment.triton.labels import as_text, read_labels
+from spach_deploy.errors import BundleError
+
+KIND = "cpp-library"
+LIBRARY = Path(__file__).with_name("library")
+MODEL, MODEL_TEXT, GOLDEN_BIN, LABELS = "model", "model.txt", "golden.bin", "labels.txt"
+README = "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A folder that was written, and the model in it."""
+
+    path: Path
+    model: PackagedModel
+    has_labels: bool
+
+
+def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, overwrite: bool = False) -> Written:
+    """Write the library with the model of `bundle` to `output`.
+
+    Raises BundleError for what is no bundle, was changed, has no plan, or for a target that cannot be written, and
+    UsageError for labels that do not fit.
+    """
+    _check_output(output, overwrite=overwrite)
+    model = PackagedModel.of(bundle)
+    names = None if labels is None else read_labels(labels, model.classes)
+    golden = golden_bytes(model)
+    with writing(output, overwrite=overwrite) as staging:
+        shutil.copytree(LIBRARY, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        _write_model(staging / MODEL, model, golden)
+        if names is not None:
+            _write_text(staging / MODEL / LABELS, as_text(names))
+        _write_text(staging / README, readme(model))
+        _write_text(staging / MANIFEST, _manifest(model))
+    return Written(output, model, names is not None)
+
+
+def _write_model(folder: Path, model: PackagedModel, golden: bytes) -> None:
+    folder.mkdir()
+    shutil.copyfile(model.plan, folder / PLAN)
+    (folder / GOLDEN_BIN).write_bytes(golden)
+    text = model_text(model, FileFacts.of(folder / PLAN), FileFacts.of(folder / GOLDEN_BIN))
+    _write_text(folder / MODEL_TEXT, text)
+
+
+def readme(model: PackagedModel) -> str:
+    """README.md with the model's facts in place of the words between @."""
+    text = (LIBRARY / README).read_text(encoding="utf-8")
+    for word, value in _words(model).items():
+        text = text.replace(f"@{word}@", value)
+    return text
+
+
+def _words(model: PackagedModel) -> dict[str, str]:
+    size = model.facts.preprocessing.image_size
+    shape = "x".join(str(extent) for extent in model.input.shape[1:])
+    return {
+        "MODEL": model.name,
+        "PRECISION": model.facts.precision.value,
+        "SIZE": str(size),
+        "CLASSES": str(model.classes),
+        "INPUT": f"{model.input.dtype} {shape}",
+        "OUTPUTS": ", ".join(f"`{output.name}`" for output in model.outputs),
+        "BATCH": f"{model.facts.batch.min} to {model.facts.batch.max}",
+        "FLAVOUR": model.facts.flavour.value,
+        "VERSION": model.version,
+        "GPUS": ", ".join(model.gpus) or "the GPU that it was built on",
+        "LIBRARY": "tensorrt_rtx" if model.facts.flavour.value == "tensorrt-rtx" else "nvinfer",
+    }
+
+
+def _manifest(model: PackagedModel) -> str:
+    content = {
+        "kind": KIND,
+        "spach_deploy": __version__,
+        "bundle": model.bundle.path.name,
+        "model": model.name,
+        "plan_sha256": model.bundle.manifest.files[PLAN],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a target that holds anything but what was written here; before any work."""
+    if output.is_dir() and any(output.iterdir()):
+        if not _is_ours(output):
+            raise BundleError(
+                f"{output} holds files that spach-package cpp did not write; they are left alone.",
+                "Choose another --output.",
+            )
+        if not overwrite:
+            raise BundleError(f"{output} holds a C++ library already.", "Give --overwrite, or another --output.")
+    check_target(output, overwrite=overwrite)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == KIND
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,330 @@
+// What tests ask the library, one subcommand a question; answers on stdout.
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "half.h"
+#include "plan.h"
+#include "sha256.h"
+#include "spach/spach.h"
+
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+Bytes read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<char> content((std::istreambuf_iterator<char>(file)), {});
+  Bytes bytes(content.size());
+  if (!bytes.empty()) std::memcpy(bytes.data(), content.data(), content.size());
+  return bytes;
+}
+
+void write(const std::string& path, const void* data, std::size_t size) {
+  std::ofstream(path, std::ios::binary)
+      .write(static_cast<const char*>(data), static_cast<std::streamsize>(size));
+}
+
+int refused(const spach::Error& error) {
+  std::printf("%s: %s\n", spach::name_of(error.code), error.message.c_str());
+  return 1;
+}
+
+spach::Result<spach::ModelFacts> facts_of(const std::string& folder) {
+  const Bytes text = read(folder + "/model.txt");
+  return spach::parse_facts({reinterpret_cast<const char*>(text.data()), text.size()});
+}
+
+// sha256 FILE
+int hash(const std::string& path) {
+  const Bytes content = read(path);
+  std::printf("%s\n", spach::sha256(content.data(), content.size()).c_str());
+  return 0;
+}
+
+// half OUT: every half as float32, then as half again; and FLOATS as half.
+int halves(const std::string& in, const std::string& out) {
+  const Bytes content = read(in);
+  std::vector<std::uint16_t> results;
+  std::vector<float> floats;
+  for (std::uint32_t i = 0; i < 65536; ++i)
+    floats.push_back(spach::float_from_half(static_cast<std::uint16_t>(i)));
+  for (std::size_t at = 0; at + 4 <= content.size(); at += 4) {
+    float value;
+    std::memcpy(&value, content.data() + at, 4);
+    results.push_back(spach::half_from_float(value));
+  }
+  write(out + ".f32", floats.data(), 4 * floats.size());
+  write(out + ".f16", results.data(), 2 * results.size());
+  return 0;
+}
+
+// preprocess MODEL RGB WIDTH HEIGHT STRIDE OUT: pixels, and the model's input.
+int preprocess(char** arguments) {
+  const spach::Result<spach::ModelFacts> facts = facts_of(arguments[0]);
+  if (!facts) return refused(facts.error());
+  const Bytes rgb = read(arguments[1]);
+  const spach::Image image{reinterpret_cast<const std::uint8_t*>(rgb.data()),
+                           std::atoi(arguments[2]), std::atoi(arguments[3]),
+                           static_cast<std::size_t>(std::atoi(arguments[4]))};
+  const spach::Preprocessor preprocessor(*facts);
+  const auto pixels = preprocessor.pixels(image);
+  if (!pixels) return refused(pixels.error());
+  Bytes input(facts->input.bytes());
+  const spach::Status status = preprocessor.write(image, input.data());
+  if (!status) return refused(status.error());
+  write(std::string(arguments[5]) + ".pixels", pixels->data(), pixels->size());
+  write(std::string(arguments[5]) + ".input", input.data(), input.size());
+  return 0;
+}
+
+// load MODEL [DEVICE]
+int load(const std::string& folder, int device) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder, device);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  std::printf("loaded\n");
+  return 0;
+}
+
+// run MODEL INPUT BATCH OUT: every output, one file each.
+int run(const std::string& folder, const std::string& in, int batch, const std::string& out) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const Bytes input = read(in);
+  const auto outputs = context->run(input.data(), input.size(), batch);
+  if (!outputs) return refused(outputs.error());
+  for (const spach::Output& output : *outputs)
+    write(out + "." + output.tensor.name, output.data.data(), output.data.size());
+  return 0;
+}
+
+// logits MODEL INPUT COUNT OUT
+int logits(const std::string& folder, const std::string& in, std::size_t count,
+           const std::string& out) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const Bytes input = read(in);
+  const auto values = context->logits(input.data(), count);
+  if (!values) return refused(values.error());
+  write(out, values->data(), 4 * values->size());
+  return 0;
+}
+
+// enqueue MODEL INPUT BATCH OUT: from and to device memory on a stream of our own; logits.
+int enqueue(const std::string& folder, const std::string& in, int batch, const std::string& out) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const spach::ModelFacts& facts = engine->facts();
+  const Bytes input = read(in);
+  const auto images = static_cast<std::size_t>(batch);
+
+  cudaStream_t stream = nullptr;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  void* device_input = nullptr;
+  cudaMalloc(&device_input, input.size());
+  cudaMemcpyAsync(device_input, input.data(), input.size(), cudaMemcpyHostToDevice, stream);
+  std::vector<void*> outputs;
+  for (const spach::OutputFacts& output : facts.outputs) {
+    outputs.push_back(nullptr);
+    cudaMalloc(&outputs.back(), images * output.tensor.bytes());
+  }
+  const spach::Status status =
+      context->enqueue(device_input, batch, outputs.data(), outputs.size(), stream);
+  Bytes answer(images * facts.outputs.front().tensor.bytes());
+  if (status)
+    cudaMemcpyAsync(answer.data(), outputs.front(), answer.size(), cudaMemcpyDeviceToHost, stream);
+  cudaStreamSynchronize(stream);
+  for (void* output : outputs) cudaFree(output);
+  cudaFree(device_input);
+  cudaStreamDestroy(stream);
+  if (!status) return refused(status.error());
+  write(out, answer.data(), answer.size());
+  return 0;
+}
+
+// threads MODEL INPUT COUNT THREADS ROUNDS: each thread runs the images in an order of its own, in
+// batches of changing sizes, and must get for each the logits that one thread alone got.
+int threads(const std::string& folder, const std::string& in, std::size_t count,
+            std::size_t workers, int rounds) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  const Bytes input = read(in);
+  const std::size_t bytes = engine->facts().input.bytes();
+  const auto classes = static_cast<std::size_t>(engine->facts().classes());
+  std::vector<float> alone;
+  {
+    spach::Result<spach::Context> context = engine->create_context();
+    if (!context) return refused(context.error());
+    auto values = context->logits(input.data(), count);
+    if (!values) return refused(values.error());
+    alone = *values;
+  }
+  std::atomic<int> wrong{0}, answered{0};
+  std::vector<std::thread> pool;
+  for (std::size_t me = 0; me < workers; ++me) {
+    pool.emplace_back([&, me] {
+      spach::Result<spach::Context> context = engine->create_context();
+      if (!context) return void(++wrong);
+      for (int round = 0; round < rounds; ++round) {
+        const std::size_t size = 1 + (me + static_cast<std::size_t>(round)) % 4;
+        std::vector<std::size_t> which;
+        Bytes mine;
+        for (std::size_t i = 0; i < size; ++i) {
+          which.push_back((me * 3 + i * 5 + static_cast<std::size_t>(round)) % count);
+          const auto from = input.begin() + static_cast<std::ptrdiff_t>(which.back() * bytes);
+          mine.insert(mine.end(), from, from + static_cast<std::ptrdiff_t>(bytes));
+        }
+        const auto values = context->logits(mine.data(), size);
+        if (!values) return void(++wrong);
+        for (std::size_t i = 0; i < size; ++i) {
+          ++answered;
+          for (std::size_t c = 0; c < classes; ++c) {
+            const float difference = (*values)[i * classes + c] - alone[which[i] * classes + c];
+            if (!(difference < 1e-3f && difference > -1e-3f)) return void(++wrong);
+          }
+        }
+      }
+    });
+  }
+  for (std::thread& thread : pool) thread.join();
+  std::printf("%d answered, %d wrong\n", answered.load(), wrong.load());
+  return wrong.load() == 0 ? 0 : 1;
+}
+
+// shared MODEL INPUT: one context, many threads. Each call answers or says that it is in use.
+int shared(const std::string& folder, const std::string& in) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const Bytes input = read(in);
+  std::atomic<int> fine{0}, busy{0}, other{0};
+  std::vector<std::thread> pool;
+  for (int i = 0; i < 8; ++i) {
+    pool.emplace_back([&] {
+      for (int round = 0; round < 10; ++round) {
+        const auto values = context->logits(input.data(), 1);
+        if (values) {
+          ++fine;
+        } else if (values.error().code == spach::ErrorCode::busy) {
+          ++busy;
+        } else {
+          ++other;
+        }
+      }
+    });
+  }
+  for (std::thread& thread : pool) thread.join();
+  std::printf("%d other\n", other.load());
+  return fine > 0 && busy > 0 && other == 0 ? 0 : 1;
+}
+
+// lifetime MODEL INPUT: a context outlives its engine, moves, and a moved-from one only refuses.
+int lifetime(const std::string& folder, const std::string& in) {
+  const Bytes input = read(in);
+  spach::Result<spach::Context> context = [&]() -> spach::Result<spach::Context> {
+    spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+    if (!engine) return engine.error();
+    const spach::Engine copy = *engine;
+    return copy.create_context();
+  }();
+  if (!context) return refused(context.error());
+  spach::Context moved = std::move(*context);
+  const auto values = moved.logits(input.data(), 1);
+  const auto empty = context->logits(input.data(), 1);
+  if (!values || empty) return 1;
+  std::printf("%s\n", empty.error().message.c_str());
+  return 0;
+}
+
+// files FOLDER KIND MODEL: every file of a folder as a plan, a golden pack or a model text. Counts.
+// The facts are bent to fit each file, so that sizes and hashes do not end it at the door.
+int files(const std::string& list, const std::string& kind, const std::string& folder) {
+  const spach::Result<spach::ModelFacts> facts = facts_of(folder);
+  if (!facts) return refused(facts.error());
+  std::ifstream names(list);
+  int total = 0, taken = 0, silent = 0;
+  for (std::string path; std::getline(names, path); ++total) {
+    const Bytes content = read(path);
+    spach::ModelFacts bent = *facts;
+    spach::Status status = spach::Done{};
+    if (kind == "plan") {
+      bent.plan = {content.size(), spach::sha256(content.data(), content.size())};
+      status = spach::check_plan(content.data(), content.size(), bent, {"tensorrt-rtx", {1, 7, 1}});
+    } else if (kind == "golden") {
+      const auto golden = spach::parse_golden(content.data(), content.size(), bent);
+      if (!golden) status = golden.error();
+    } else {
+      const auto parsed =
+          spach::parse_facts({reinterpret_cast<const char*>(content.data()), content.size()});
+      if (!parsed) status = parsed.error();
+    }
+    if (status) {
+      ++taken;
+    } else if (status.error().message.empty()) {
+      ++silent;
+    }
+  }
+  std::printf("%d files, %d taken, %d without a reason\n", total, taken, silent);
+  return 0;
+}
+
+// folders LIST: loads every model folder of a list and tests itself if it can. Counts.
+int folders(const std::string& list) {
+  std::ifstream names(list);
+  int total = 0, loaded = 0, tested = 0;
+  for (std::string path; std::getline(names, path); ++total) {
+    const spach::Result<spach::Engine> engine = spach::Engine::load(path);
+    if (!engine) {
+      if (engine.error().message.empty()) return 1;
+      continue;
+    }
+    ++loaded;
+    if (spach::self_test(*engine)) ++tested;
+  }
+  std::printf("%d folders, %d loaded, %d tested\n", total, loaded, tested);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  char** a = argv + 2;
+  const int n = argc - 2;
+  if (what == "sha256" && n == 1) return hash(a[0]);
+  if (what == "half" && n == 2) return halves(a[0], a[1]);
+  if (what == "preprocess" && n == 6) return preprocess(a);
+  if (what == "load" && n == 2) return load(a[0], std::atoi(a[1]));
+  if (what == "run" && n == 4) return run(a[0], a[1], std::atoi(a[2]), a[3]);
+  if (what == "enqueue" && n == 4) return enqueue(a[0], a[1], std::atoi(a[2]), a[3]);
+  if (what == "logits" && n == 4)
+    return logits(a[0], a[1], static_cast<std::size_t>(std::atoi(a[2])), a[3]);
+  if (what == "threads" && n == 5)
+    return threads(a[0], a[1], static_cast<std::size_t>(std::atoi(a[2])),
+                   static_cast<std::size_t>(std::atoi(a[3])), std::atoi(a[4]));
+  if (what == "shared" && n == 2) return shared(a[0], a[1]);
+  if (what == "lifetime" && n == 2) return lifetime(a[0], a[1]);
+  if (what == "files" && n == 3) return files(a[0], a[1], a[2]);
+  if (what == "folders" && n == 1) return folders(a[0]);
+  std::fprintf(stderr, "unknown question\n");
+  return 2;
+}
