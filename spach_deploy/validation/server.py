@@ -60,6 +60,8 @@ def validate_server(request: ServerRequest) -> Validation:
 
 def _evidence(request: ServerRequest, trial: Trial, tolerances: ToleranceSet) -> tuple[Evidence, str]:
     with TritonRunner(request.served, timeout_s=request.timeout_s) as runner:
-        level = Level.ENGINE if runner.platform in _RUNS_THE_PLAN else Level.GRAPH
-        bounds = tolerances.engine if level is Level.ENGINE else tolerances.graph
-        return examine_runner(runner, level, trial, bounds, runner.platform), runner.platform
+        if runner.platform in _RUNS_THE_PLAN:
+            ran = f"plan ({runner.platform})"
+            return examine_runner(runner, Level.ENGINE, trial, tolerances.engine, ran), runner.platform
+        ran = f"graph ({runner.platform})"
+        return examine_runner(runner, Level.GRAPH, trial, tolerances.graph, ran), runner.platform
