@@ -39,6 +39,7 @@ MANIFEST, GRAPH, PLAN, GOLDEN, REPORT = (
     "report.json",
 )
 BUILD_LOG = "build.log"
+QUANTIZATION = "quantization.json"
 _SECTIONS = (
     "model",
     "preprocessing",
@@ -127,7 +128,7 @@ class Manifest:
 
     @property
     def precision(self) -> str:
-        """fp32, fp16 or bf16."""
+        """fp32, fp16, bf16, int8 or fp8."""
         return str(self.content["precision"]["asked"])
 
     @property

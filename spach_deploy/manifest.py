@@ -10,13 +10,16 @@ from typing import Any
 
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper
 
+from spach_deploy import bundle as bundles
 from spach_deploy._version import __version__
 from spach_deploy.engine.build import EngineResult
 from spach_deploy.engine.network_facts import AchievedPrecision
 from spach_deploy.engine.plan_facts import PlanFacts
 from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.quantization.equalize import EqualizedPair
 from spach_deploy.specs import ExportOptions, IODtype, Preprocessing
 from spach_deploy.stages import GraphStage, StaticStage, TypedStage
+from spach_deploy.stages_quantization import QuantizationStage
 
 _PACKAGES = (
     *("torch", "einops", "numpy", "onnx", "onnxscript", "onnxsim", "onnxruntime", "polygraphy", "pillow"),
@@ -89,6 +92,31 @@ def _by_batch(errors: dict[int, float]) -> dict[str, float]:
     return {f"batch {batch}": error for batch, error in errors.items()}
 
 
+def quantization_sections(quantized: QuantizationStage | None, options: ExportOptions) -> dict[str, Any]:
+    """How it was calibrated, and which layers stayed in float and why; nothing for other precisions."""
+    if quantized is None:
+        return {}
+    plan = quantized.plan
+    return {
+        "quantization": {
+            "format": plan.form.name,
+            "rest": options.rest.value,
+            "layers": len(plan.sites),
+            "macs_share": plan.macs_share,
+            "per_tensor_layers": sum(not site.per_channel for site in plan.sites if site.weight),
+            "calibration": quantized.calibration.summary(),
+            "equalization": [_equalized(pair) for pair in plan.equalized],
+            "scales": bundles.QUANTIZATION,
+            "kept_float": [kept.to_dict() for kept in plan.kept],
+            "rewrites": {"disabled": list(options.disabled_rewrites), "quantize": list(options.quantization.quantize)},
+        }
+    }
+
+
+def _equalized(pair: EqualizedPair) -> dict[str, Any]:
+    return {name: value for name, value in pair.to_dict().items() if name not in ("factors", "divided", "weight")}
+
+
 def no_engine_section(reason: str) -> dict[str, Any]:
     """Why there is no plan."""
     return {"flavour": "none", "reason": reason}
@@ -126,6 +154,7 @@ def kernels(facts: PlanFacts | None, batch: int) -> dict[str, Any] | None:
         "total": len(facts.kernels),
         "by_kind": facts.kernels_by_kind,
         "fused_attentions": facts.fused_attentions,
+        "products_by_dtype": facts.products_by_dtype,
         "batch": batch,
         "bytes_moved": facts.bytes_moved(batch),
     }

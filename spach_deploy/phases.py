@@ -40,6 +40,9 @@ class Observer(Protocol):
     def building(self, event: Any) -> None:
         """A progress event of the engine builder (`spach_deploy.engine.compile.ProgressEvent`), from another thread."""
 
+    def calibrating(self, progress: Any) -> None:
+        """How far calibration is (`spach_deploy.quantization.calibrate.Progress`), after every image."""
+
 
 class Silent:
     """Watches and says nothing."""
@@ -54,6 +57,9 @@ class Silent:
         """Say nothing."""
 
     def building(self, event: Any) -> None:
+        """Say nothing."""
+
+    def calibrating(self, progress: Any) -> None:
         """Say nothing."""
 
 

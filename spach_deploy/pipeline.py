@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,11 @@ from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.phases import Observer, Phases, Silent
 from spach_deploy.precision.policy import PrecisionPolicy
+from spach_deploy.quantization.plan import QuantizationPlan, write_plan
+from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
-from spach_deploy.specs import ExportOptions, Flavour
+from spach_deploy.specs import EngineTarget, ExportOptions, Flavour
+from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
 from spach_deploy.validation.evidence import Trial, examine_typed
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
@@ -44,6 +47,9 @@ from spach_deploy.validation.validate import (
     validate_export,
     what_runs_a_plan,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,23 +89,30 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
     with phases.phase("rewrite and prove"):
         static = stages.rewrite_and_prove(loaded, photographs, reference, options)
     with phases.phase("export and prove the graph"):
-        graph = stages.export_graph(loaded, static, photographs, reference, options)
+        graph = stages.export_graph(loaded, static, photographs, reference)
+    quantized = calibrated(graph, loaded, photographs, options, phases)
+    plan = None if quantized is None else quantized.plan
     with phases.phase("measure ranges, set types"):
-        typed = stages.type_precision(graph, loaded, photographs, reference, options, phases)
+        graph = stages.give_form(graph, photographs, options, plan)
+        typed = stages.type_precision(graph, loaded, photographs, reference, options, phases, plan)
     with bundles.writing(target, overwrite=options.overwrite) as staging:
         with phases.phase("write the graph"):
             stages.save_graph(typed, staging / bundles.GRAPH)
             golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
+            if plan is not None:
+                write_plan(plan, staging / bundles.QUANTIZATION)
         with building(staging / bundles.GRAPH, options, flavour, phases) as build:
             threads = available_threads() if build is None else threads_beside_a_build()
             with phases.phase("derive tolerances"), torch_threads(threads):
-                tolerances = tolerances_for(loaded, photographs, reference, options)
+                twin = None if plan is None else quantized_twin(static.result.model, plan)
+                tolerances = tolerances_for(loaded, photographs, reference, options, twin)
+                del twin
             with phases.phase("validate the graph"):
                 trial = trial_of(photographs, reference, options)
                 graph_file, bounds = staging / bundles.GRAPH, tolerances.graph
-                evidence = examine_typed(graph_file, options.precision, trial, bounds, threads=threads)
+                evidence = examine_typed(graph_file, options.rest, trial, bounds, threads=threads)
             with phases.phase("wait for the engine"):
-                engine = finish(build, typed.policy, staging, phases)
+                engine = finish(build, typed.policy, plan, staging, phases)
         with phases.phase("validate the engine"):
             subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
             validation = validate_export(subject, trial, evidence, plan_of(engine), tolerances.engine)
@@ -114,6 +127,7 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
                 "preprocessing": sections.preprocessing_section(photographs.preprocessing),
                 **sections.interface_sections(typed.interface, options),
                 "precision": typed.policy.to_dict(),
+                **sections.quantization_sections(quantized, options),
                 "graph": sections.graph_section(static, graph, typed),
                 "engine": engine_section(engine, options),
                 "validation": manifest_section(validation, tolerances),
@@ -129,8 +143,14 @@ def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportO
     flavour = choose_flavour(options.engine.flavour)
     if flavour is None:
         return None, options
-    target = dataclasses.replace(flavour.resolve(options.engine, options.precision), flavour=flavour.flavour)
+    target = dataclasses.replace(resolved(flavour, options), flavour=flavour.flavour)
     return flavour, dataclasses.replace(options, engine=target)
+
+
+def resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
+    """The target with its GPUs, which must compute both the quantized layers and the rest."""
+    target = flavour.resolve(options.engine, options.precision)
+    return flavour.resolve(target, options.rest) if options.precision.is_quantized else target
 
 
 def golden_of(photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions) -> Golden:
@@ -145,13 +165,34 @@ def trial_of(photographs: stages.Photographs, reference: NDArray[np.float32], op
     return dataclasses.replace(trial, reference="PyTorch in FP32")
 
 
+def calibrated(
+    graph: stages.GraphStage,
+    loaded: LoadedModel,
+    photographs: stages.Photographs,
+    options: ExportOptions,
+    phases: Phases,
+) -> QuantizationStage | None:
+    """Which layers go into eight bits, with which scales; None for other precisions."""
+    if not options.precision.is_quantized:
+        return None
+    with phases.phase("calibrate"):
+        assert graph.model is not None
+        quantized = calibrate(graph.model, loaded, photographs.preprocessing, options, phases)
+        refuse_overlap(quantized, [photographs.pixels], photographs.names, options, phases)
+    return quantized
+
+
 def tolerances_for(
-    loaded: LoadedModel, photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions
+    loaded: LoadedModel,
+    photographs: stages.Photographs,
+    reference: NDArray[np.float32],
+    options: ExportOptions,
+    twin: nn.Module | None = None,
 ) -> ToleranceSet:
     """Bounds from FP32's noise and from what PyTorch loses in the asked precision on these images."""
     tf32 = options.engine.tf32 and options.engine.flavour is not Flavour.NONE
     images = photographs.images
-    return derive_tolerances(loaded.model, images, reference, options.precision, options.outputs, tf32=tf32)
+    return derive_tolerances(loaded.model, images, reference, options.rest, options.outputs, tf32=tf32, twin=twin)
 
 
 @contextlib.contextmanager
@@ -169,13 +210,17 @@ def building(
         yield build
 
 
-def finish(build: RunningBuild | None, policy: PrecisionPolicy, staging: Path, phases: Phases) -> BuiltEngine | None:
+def finish(
+    build: RunningBuild | None, policy: PrecisionPolicy, plan: QuantizationPlan | None, staging: Path, phases: Phases
+) -> BuiltEngine | None:
     """Wait for the engine, write it, and check that the precision is the one that was asked for."""
     if build is None:
         return None
     result = build.wait()
     phases.record("engine build (alongside)", result.seconds)
-    achieved = check_achieved_precision(result.network, policy.precision, [kept.node for kept in policy.kept])
+    quantized = () if plan is None else plan.product_nodes
+    kept = [entry.node for entry in policy.kept]
+    achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
     (staging / bundles.PLAN).write_bytes(result.plan)
     (staging / bundles.BUILD_LOG).write_text(result.log_text, encoding="utf-8")
     for text, count in result.warnings:

@@ -19,11 +19,18 @@ class Precision(str, enum.Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
 
     @property
     def is_half(self) -> bool:
         """Whether tensors have 16 bits."""
-        return self is not Precision.FP32
+        return self in (Precision.FP16, Precision.BF16)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weighted layers compute in 8 bits; the rest of the graph then has a precision of its own."""
+        return self in (Precision.INT8, Precision.FP8)
 
 
 class IODtype(str, enum.Enum):
@@ -143,6 +150,29 @@ class EngineTarget:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizationSpec:
+    """How a quantized export is calibrated and which layers it quantizes. Nothing of it means anything elsewhere.
+
+    `calibration`: images (folder, tar, npz), or a file that `spach-calibrate` made. `cache`: such a file, reused where
+    it fits and written otherwise. `rest`: precision of everything that is not quantized. `keep_float`, `quantize`:
+    patterns of module names, as fnmatch reads them. `per_tensor`: patterns of layers whose weights have one scale.
+    """
+
+    calibration: Path | None = None
+    cache: Path | None = None
+    method: str = "max"
+    rest: Precision = Precision.FP16
+    keep_float: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    per_tensor: tuple[str, ...] = ()
+    equalize: bool = True
+    allow_overlap: bool = False
+    max_rel_l2: float | None = None
+    max_drop: float | None = None
+    labels: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportOptions:
     """All that `spach-export` was asked for."""
 
@@ -154,3 +184,9 @@ class ExportOptions:
     output: Path | None = None
     overwrite: bool = False
     disabled_rewrites: tuple[str, ...] = ()
+    quantization: QuantizationSpec = QuantizationSpec()
+
+    @property
+    def rest(self) -> Precision:
+        """Precision of what is not quantized; the precision itself where nothing is."""
+        return self.quantization.rest if self.precision.is_quantized else self.precision

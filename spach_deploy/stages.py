@@ -25,10 +25,16 @@ from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.half import type_graph
 from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.precision.ranges import RangeMeter
+from spach_deploy.quantization.correct import correct_biases
+from spach_deploy.quantization.options import check_quantization
+from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import save_model, saved_graph
 from spach_deploy.specs import ExportOptions, Flavour, IODtype, Preprocessing
+from spach_deploy.stages_quantization import mark_sites, quantize_typed
+from spach_deploy.stages_quantization import summary as quantized_summary
 from spach_deploy.validation.exact import check_equal, prove_equal
 
 GOLDEN_IMAGES = 8
@@ -97,6 +103,7 @@ def check_options(options: ExportOptions) -> None:
     """Refuse what can be refused before any work."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
+    check_quantization(options)
     known = [*(step.name for step in REWRITES), *(step.name for step in TENSORRT_PASSES)]
     for name in options.disabled_rewrites:
         if name not in known:
@@ -164,7 +171,7 @@ def rewrite_and_prove(
     """The static model, equal to the reference at several batch sizes."""
     import torch
 
-    result = rewrite(loaded.model, options.disabled_rewrites)
+    result = rewrite(loaded.model, options.disabled_rewrites, options.quantization.quantize)
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -180,19 +187,30 @@ def export_graph(
     static: StaticStage,
     photographs: Photographs,
     reference: NDArray[np.float32],
-    options: ExportOptions,
 ) -> GraphStage:
-    """The exported graph, equal to the reference; then in its target's form and with the caller's interface."""
+    """The exported graph, equal to the reference."""
     model = export_canonical(static.result.model, loaded.image_size)
     return_freed_memory()  # the exporter's programs are full of cycles
     with saved_graph(model) as path, OnnxRuntimeRunner(path) as runner:
         errors = prove_equal(
             "exported graph", lambda x: runner.run({INPUT: x})[LOGITS], photographs.images, reference, EXACT_BATCHES
         )
+    return GraphStage(model, {}, errors)
+
+
+def give_form(
+    graph: GraphStage, photographs: Photographs, options: ExportOptions, plan: QuantizationPlan | None = None
+) -> GraphStage:
+    """The graph in its target's form, with the caller's interface; equalized first where it will be quantized."""
+    model = graph.model
+    assert model is not None
+    if plan is not None:
+        equalize_graph(model, plan)
+        mark_sites(model, plan)
     passes = () if options.engine.flavour is Flavour.NONE else TENSORRT_PASSES
     changed = apply_passes(model, passes, options.disabled_rewrites)
     add_interface(model, options.outputs, photographs.preprocessing)
-    return GraphStage(model, changed, errors)
+    return dataclasses.replace(graph, changed=changed)
 
 
 def module_paths(loaded: LoadedModel) -> list[str]:
@@ -207,11 +225,16 @@ def type_precision(
     reference: NDArray[np.float32],
     options: ExportOptions,
     phases: Phases,
+    plan: QuantizationPlan | None = None,
 ) -> TypedStage:
-    """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified."""
+    """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified.
+
+    With a plan, biases are corrected after that proof, and the quantized layers' inputs go through eight bits.
+    """
     model, graph.model = graph.model, None
     assert model is not None
-    meter = RangeMeter(model, tensors=None if options.precision.is_half else ())
+    rest = options.rest
+    meter = RangeMeter(model, tensors=None if rest.is_half else ())
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = photographs.engine_input(io_dtype)
     errors: dict[int, float] = {}
@@ -221,14 +244,20 @@ def type_precision(
         error = check_equal("graph in its target's form", logits, reference[batch])
         errors[len(logits)] = max(error, errors.get(len(logits), 0.0))
     described = f"the {len(feeds)} built-in photographs"
-    if not photographs.built_in and options.precision.is_half:
+    if not photographs.built_in and rest.is_half:
         described = _measure_users_images(meter, photographs, io_dtype, phases)
     ranges = meter.ranges(described)
     del meter  # its session holds the weights a second time
     return_freed_memory()
-    typed = type_graph(model, options.precision, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
-    certificate = certify(typed.model, module_paths(loaded))
-    return TypedStage(typed.model, interface_of(typed.model), typed.policy, certificate, errors)
+    if plan is not None:
+        correct_biases(model, plan)
+    typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
+    result, policy = typed.model, typed.policy
+    if plan is not None:
+        result = quantize_typed(result, plan)
+        policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
+    certificate = certify(result, module_paths(loaded))
+    return TypedStage(result, interface_of(result), policy, certificate, errors)
 
 
 def interface_of(model: ModelProto) -> GraphProto:

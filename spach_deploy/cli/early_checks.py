@@ -10,15 +10,19 @@ from pathlib import Path
 from spach_deploy.bundle import check_target, default_directory
 from spach_deploy.engine.flavours import choose_flavour
 from spach_deploy.models.registry import check_spec, resolve
+from spach_deploy.quantization.options import check_quantization
 from spach_deploy.specs import ExportOptions
 
 
 def refuse_early(options: ExportOptions) -> None:
     """Raise the SpachError that `pipeline.export` would raise for model, engine or target."""
     check_spec(options.model)
+    check_quantization(options)
     flavour = choose_flavour(options.engine.flavour)
     if flavour is not None:
-        flavour.resolve(options.engine, options.precision)
+        engine = flavour.resolve(options.engine, options.precision)
+        if options.precision.is_quantized:
+            flavour.resolve(engine, options.rest)
     target = target_directory(options)
     if target is not None:
         check_target(target, overwrite=options.overwrite)

@@ -18,6 +18,7 @@ from spach_deploy.specs import (
     ModelSpec,
     OutputSpec,
     Precision,
+    QuantizationSpec,
     WeightSource,
 )
 
@@ -47,6 +48,24 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
         output=values.get("output"),
         overwrite=bool(values.get("overwrite")),
         disabled_rewrites=tuple(values.get("no_rewrite") or ()),
+        quantization=quantization_spec(values),
+    )
+
+
+def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
+    """What was said about calibration and quantized layers."""
+    default = QuantizationSpec()
+    equalize = values.get("equalize")
+    return QuantizationSpec(
+        calibration=values.get("calibration"),
+        cache=values.get("calibration_cache"),
+        method=values.get("method") or default.method,
+        rest=Precision(values.get("rest") or default.rest.value),
+        keep_float=tuple(values.get("keep_float") or ()),
+        quantize=tuple(values.get("quantize") or ()),
+        per_tensor=tuple(values.get("per_tensor") or ()),
+        equalize=default.equalize if equalize is None else equalize,
+        allow_overlap=bool(values.get("allow_overlap")),
     )
 
 

@@ -82,6 +82,14 @@ class Progress:
             self._build[event.phase] = self._bars.add_task(f"engine: {event.phase}", total=event.steps or None)
         self._bars.update(self._build[event.phase], completed=event.step)
 
+    def calibrating(self, progress: Any) -> None:
+        """The phase's bar, and what is left of it."""
+        if self._task is None:
+            return
+        left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
+        text = f"calibrate: image {progress.done}{left}"
+        self._bars.update(self._task, description=text, total=progress.total, completed=progress.done)
+
     def _say(self, text: str) -> None:
         if self._console.is_terminal:
             self._bars.console.print(text, highlight=False, markup=False)

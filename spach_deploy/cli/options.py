@@ -14,6 +14,8 @@ from spach_deploy.specs import WeightSource
 F = TypeVar("F", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
+METHODS = ("max", "percentile", "entropy", "mse")
+RESTS = ("fp16", "bf16", "fp32")
 
 
 def checkpoint(function: F) -> F:
@@ -27,6 +29,32 @@ def weights(function: F) -> F:
     choice = click.Choice([source.value for source in WeightSource])
     text = "Which weights of a training checkpoint to take.  [model]"
     return click.option("--weights", type=choice, help=text)(function)
+
+
+def calibration(function: F) -> F:
+    """--calibration."""
+    text = "Images to calibrate on: a folder, a tar or an npz; or what spach-calibrate wrote (.json)."
+    return click.option("--calibration", type=FILE, metavar="PATH", help=text)(function)
+
+
+_QUANTIZATION: tuple[Callable[[Any], Any], ...] = (
+    calibration,
+    click.option("--calibration-cache", type=FILE, metavar="FILE", help="Reuse this calibration, or write it here."),
+    click.option("--method", type=click.Choice(METHODS), help="How activation scales are set.  [max]"),
+    click.option("--rest", type=click.Choice(RESTS), help="Precision of what is not quantized.  [fp16]"),
+    click.option("--keep-float", multiple=True, metavar="PATTERN", help="Layers to leave alone, such as 'layer4.*'."),
+    click.option("--quantize", multiple=True, metavar="PATTERN", help="Layers to quantize against the rules."),
+    click.option("--per-tensor", multiple=True, metavar="PATTERN", help="Layers whose weights share one scale."),
+    click.option("--equalize/--no-equalize", default=None, help="Exchange ranges before scales are set."),
+    click.option("--allow-overlap/--no-allow-overlap", default=None, help="Accept validation images in the set."),
+)
+
+
+def quantization(function: F) -> F:
+    """Everything that a quantized export can be told."""
+    for option in reversed(_QUANTIZATION):
+        function = option(function)
+    return function
 
 
 def images(function: F) -> F:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.cli.options import METHODS, RESTS
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import Flavour, IODtype, Precision, WeightSource
 
@@ -31,11 +32,13 @@ _CHOICES = {
     "io_dtype": [d.value for d in IODtype],
     "engine": [f.value for f in Flavour],
     "weights": [w.value for w in WeightSource],
+    "method": list(METHODS),
+    "rest": list(RESTS),
 }
-_PATHS = ("checkpoint", "images", "output", "timing_cache")
-_LISTS = ("gpu", "no_rewrite")
+_PATHS = ("checkpoint", "images", "output", "timing_cache", "calibration", "calibration_cache")
+_LISTS = ("gpu", "no_rewrite", "keep_float", "quantize", "per_tensor")
 _NUMBERS = ("image_size", "num_classes", "top_k", "opt_level")
-_SWITCHES = ("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite")
+_SWITCHES = ("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite", "equalize", "allow_overlap")
 _TEXTS = ("model", "batch", "workspace")
 KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_SWITCHES, *_TEXTS))
 

@@ -174,7 +174,7 @@ def content_hash(pixels: Iterable[preprocess.UInt8Array]) -> str:
     Each image is hashed with its shape; the sorted digests are hashed again. Names, order and the division
     into batches do not matter; a repeated image does.
     """
-    digests = sorted(_image_digest(image) for array in pixels for image in array)
+    digests = sorted(image_digest(image) for array in pixels for image in array)
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -193,7 +193,8 @@ def _stack(chunk: list[tuple[str, preprocess.UInt8Array, int | None]]) -> ImageB
     return ImageBatch(names, np.stack(arrays), known)
 
 
-def _image_digest(image: preprocess.UInt8Array) -> bytes:
+def image_digest(image: preprocess.UInt8Array) -> bytes:
+    """SHA-256 of a decoded image, uint8 (H, W, 3), and its shape."""
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(np.ascontiguousarray(image).tobytes())
     return digest.digest()

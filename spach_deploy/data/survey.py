@@ -53,7 +53,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.data.preprocess import UInt8Array
-from spach_deploy.data.source import ImageBatch, ImageSource, Skipped, _image_digest
+from spach_deploy.data.source import ImageBatch, ImageSource, Skipped, image_digest
 from spach_deploy.errors import ImageError, UsageError
 from spach_deploy.specs import Preprocessing
 
@@ -296,7 +296,7 @@ class SurveyTaker:
         elif (correlations := _noise_correlations(moments.brightness)) is not None:
             self._note("noise", name)
             self._noise.add(moments.brightness, correlations)
-        digest = _image_digest(image)
+        digest = image_digest(image)
         self._note("duplicates", name, digest in self._digests)
         self._digests[digest] += 1
 
@@ -312,22 +312,24 @@ class SurveyTaker:
 
 
 def check_overlap(
-    calibration: Survey, other_pixels: Iterable[UInt8Array], names: Iterable[str], *, allow: bool, what: str
+    digests: frozenset[bytes], other_pixels: Iterable[UInt8Array], names: Iterable[str], *, allow: bool, what: str
 ) -> tuple[str, ...]:
-    """Refuse images that are in `calibration` too, by their prepared pixels.
+    """Refuse images that are in a calibration set too, by their prepared pixels.
+
+    `digests`: of the calibration images, as `Survey.digests` has them or the first bytes of these, all of one length.
 
     `other_pixels`: uint8 (n, S, S, 3) each, prepared by the same transform; `names`: one for each image, read as
     the arrays are; `what`: what these images are, such as "validation images". Returns nothing, or with `allow`
     one sentence where some are in both. Raises UsageError without `allow`, ValueError for other arrays.
     """
     shared, total, remaining = [], 0, iter(names)
+    length = len(next(iter(digests), b""))
     for pixels in other_pixels:
-        _check_pixels(pixels, calibration.preprocessing)
         for image in pixels:
             total, name = total + 1, next(remaining, None)
             if name is None:
                 raise ValueError(f"fewer names than images: {total - 1}")
-            if _image_digest(image) in calibration.digests:
+            if image_digest(image)[:length] in digests:
                 shared.append(name)
     if not shared:
         return ()

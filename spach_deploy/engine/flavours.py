@@ -22,6 +22,8 @@ Profile: TypeAlias = Mapping[str, tuple[Shape, Shape, Shape]]
 """Smallest, usual and largest shape of each input."""
 
 TURING = ComputeCapability(7, 5)
+AMPERE = ComputeCapability(8, 0)
+ADA = ComputeCapability(8, 9)
 _OPT_LEVELS = range(6)
 _SMALLEST_WORKSPACE = 1 << 20
 
@@ -78,6 +80,7 @@ class TensorRT:
             )
         gpus = here or target.gpus
         _check_turing(gpus, precision, (Precision.BF16,))
+        _check_fp8(gpus, precision)
         return dataclasses.replace(target, flavour=self.flavour, gpus=gpus)
 
     def create_config(self, trt: Any, target: EngineTarget, profile: Profile, monitor: Any) -> Any:
@@ -114,13 +117,15 @@ class TensorRTForRTX:
         return None
 
     def resolve(self, target: EngineTarget, precision: Precision) -> EngineTarget:
-        """By default every capability from Ampere on, in one plan: that costs nothing."""
+        """By default every capability from Ampere on (with FP8, from Ada on), in one plan: that costs nothing."""
         _check_common(target)
         _refuse_what_rtx_lacks(target)
-        newer = tuple(gpu for gpu in RTX_CAPABILITIES if gpu > TURING)
+        least = ADA if precision is Precision.FP8 else AMPERE
+        newer = tuple(gpu for gpu in RTX_CAPABILITIES if gpu >= least)
         gpus = target.gpus or newer
         _check_rtx_gpus(gpus)
         _check_turing(gpus, precision, (Precision.BF16, Precision.FP32))
+        _check_fp8(gpus, precision)
         return dataclasses.replace(target, flavour=self.flavour, gpus=gpus)
 
     def create_config(self, trt: Any, target: EngineTarget, profile: Profile, monitor: Any) -> Any:
@@ -245,4 +250,13 @@ def _check_turing(gpus: tuple[ComputeCapability, ...], precision: Precision, lac
             f"--{precision.value} cannot be built for sm75: there are no {precision.value.upper()} matrix products for "
             "Turing in this flavour of TensorRT.",
             "Take --fp16, or GPUs from sm80 on.",
+        )
+
+
+def _check_fp8(gpus: tuple[ComputeCapability, ...], precision: Precision) -> None:
+    lacking = [str(gpu) for gpu in gpus if gpu < ADA]
+    if precision is Precision.FP8 and lacking:
+        raise UsageError(
+            f"--fp8 cannot be built for {', '.join(lacking)}: FP8 matrix products begin with Ada, sm89.",
+            "Take --int8, or GPUs from sm89 on.",
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -37,13 +37,17 @@ class TensorFact:
 
 @dataclasses.dataclass(frozen=True)
 class LayerFact:
-    """One layer: TensorRT's name and kind of it, the ONNX node it came from, the types of its inputs and outputs."""
+    """One layer: TensorRT's name and kind of it, the ONNX node it came from, the types of its inputs and outputs.
+
+    `eight_bits`: int8 or fp8 where its first two inputs come out of such numbers, so that it multiplies in them.
+    """
 
     name: str
     kind: str
     node: str
     input_dtypes: tuple[str, ...]
     output_dtypes: tuple[str, ...]
+    eight_bits: str = ""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -67,7 +71,7 @@ class NetworkFacts:
 
 @dataclasses.dataclass(frozen=True)
 class AchievedPrecision:
-    """How many weighted layers compute in which types, such as {"fp16": 73, "fp32": 1}."""
+    """How many weighted layers compute in which types, such as {"int8": 73, "fp16": 30}; `asked`: of the rest."""
 
     asked: Precision
     layers_by_dtype: dict[str, int]
@@ -76,18 +80,25 @@ class AchievedPrecision:
 
 def read_network_facts(network: Any) -> NetworkFacts:
     """Facts of a TensorRT INetworkDefinition, of any flavour and version."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    stored = _dequantized(layers)
     return NetworkFacts(
         inputs=tuple(_tensor(network.get_input(index)) for index in range(network.num_inputs)),
         outputs=tuple(_tensor(network.get_output(index)) for index in range(network.num_outputs)),
-        layers=tuple(_layer(network.get_layer(index)) for index in range(network.num_layers)),
+        layers=tuple(_layer(layer, stored) for layer in layers),
     )
+
+
+def _dequantized(layers: list[Any]) -> dict[str, str]:
+    """Tensors that DEQUANTIZE layers make -> the type of what these read."""
+    return {layer.get_output(0).name: _dtype(layer.get_input(0)) for layer in layers if layer.type.name == "DEQUANTIZE"}
 
 
 def _tensor(tensor: Any) -> TensorFact:
     return TensorFact(tensor.name, _dtype(tensor), tuple(tensor.shape))
 
 
-def _layer(layer: Any) -> LayerFact:
+def _layer(layer: Any, stored: Mapping[str, str]) -> LayerFact:
     match = _ONNX_NODE.search(layer.metadata or "")
     return LayerFact(
         name=layer.name,
@@ -95,7 +106,16 @@ def _layer(layer: Any) -> LayerFact:
         node=match[1] if match else layer.name,
         input_dtypes=tuple(_dtypes(layer.get_input, layer.num_inputs)),
         output_dtypes=tuple(_dtypes(layer.get_output, layer.num_outputs)),
+        eight_bits=_eight_bits(layer, stored),
     )
+
+
+def _eight_bits(layer: Any, stored: Mapping[str, str]) -> str:
+    if layer.type.name not in WEIGHTED_KINDS or not stored:
+        return ""
+    inputs = [layer.get_input(index) for index in range(min(2, layer.num_inputs))]
+    types = {stored.get(tensor.name, "") for tensor in inputs if tensor is not None}
+    return types.pop() if len(types) == 1 else ""
 
 
 def _dtypes(get: Any, count: int) -> Iterator[str]:
@@ -110,13 +130,14 @@ def _dtype(tensor: Any) -> str:
 
 
 def check_achieved_precision(
-    facts: NetworkFacts, asked: Precision, kept_float: Collection[str] = ()
+    facts: NetworkFacts, asked: Precision, kept_float: Collection[str] = (), quantized: Collection[str] = ()
 ) -> AchievedPrecision:
     """Compare the types of all weighted layers with the precision that was asked for.
 
     `kept_float` names ONNX nodes (or patterns of them, as fnmatch reads them) that were deliberately kept in FP32;
     those must then be in FP32. PrecisionError names every other layer that does not compute in `asked`, every kept one
     that does not compute in FP32, and a network without any weighted layer, about which nothing could be said.
+    `quantized` names ONNX nodes that must multiply in eight bits, and no others may; `asked` is then that of the rest.
     """
     layers = facts.weighted_layers
     if not layers:
@@ -125,7 +146,15 @@ def check_achieved_precision(
     wrong = [layer for layer in layers if set(layer.dtypes) != {"fp32" if layer in kept else asked.value}]
     if wrong:
         raise PrecisionError(_complaint(wrong, asked, kept), "Export the graph again in that precision.")
-    counts = Counter(layer.dtypes[0] for layer in layers)
+    stray = [layer for layer in layers if bool(layer.eight_bits) != (layer.node in quantized)]
+    missing = set(quantized) - {layer.node for layer in layers}
+    if stray or missing:
+        names = [layer.node for layer in stray] + sorted(missing)
+        raise PrecisionError(
+            f"Eight bits were not achieved as planned in {len(names)} layers: {', '.join(names[:_SHOWN])}.",
+            "Export the graph again in that precision.",
+        )
+    counts = Counter(layer.eight_bits or layer.dtypes[0] for layer in layers)
     return AchievedPrecision(asked, dict(counts), tuple(layer.node for layer in layers if layer in kept))
 
 

@@ -26,7 +26,9 @@ _LENGTH_OFFSET, _TEXT_OFFSET = 8, 16
 _FUSION_CONSTANTS = "runtime-fusion-consts"  # schedules of the inside of one kernel
 _NO_KERNEL = frozenset({"shape_call"})
 _MOVES = frozenset({"Move", "Tran", "Resh", "Slic", "Conc", "Repl", "Cast"})
-_BYTES = {"bool": 1, "int8": 1, "uint8": 1, "fp8": 1, "half": 2, "bf16": 2, "float": 4, "int32": 4, "int64": 8}
+_BYTES = {"bool": 1, "int8": 1, "uint8": 1, "fp8_e4m3": 1, "half": 2, "bf16": 2, "float": 4, "int32": 4, "int64": 8}
+_PRODUCTS = frozenset({"gemm", "convolution"})
+_FLOATS = frozenset({"int8", "fp8_e4m3", "half", "bf16", "float"})
 _SHAPE_OPERATORS = frozenset({"copy", "mul", "add", "sub", "div", "min", "max"})
 _DEEPEST = 64
 
@@ -55,8 +57,12 @@ class KernelFact:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    itemsize: int
+    dtype: str
     extents: tuple[str, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return _BYTES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,16 @@ class PlanFacts:
     def fused_attentions(self) -> int:
         """Attentions whose products and softmax are one kernel."""
         return self.kernels_by_kind.get("attention", 0)
+
+    @property
+    def products_by_dtype(self) -> dict[str, int]:
+        """Matrix products and convolutions by the type that two of their operands share, the narrowest: int8, half."""
+        return dict(Counter(self._product_dtype(kernel) for kernel in self.kernels if kernel.kind in _PRODUCTS))
+
+    def _product_dtype(self, kernel: KernelFact) -> str:
+        types = Counter(self._tensors[name].dtype for name in kernel.operands if name in self._tensors)
+        shared = [dtype for dtype, count in types.items() if count > 1 and dtype in _FLOATS]
+        return min(shared, key=_BYTES.__getitem__, default="unknown")
 
     def bytes_moved(self, batch: int) -> int | None:
         """Bytes that all kernels read and write in one inference of `batch` samples; None when not known."""
@@ -245,7 +261,7 @@ def _tensor(body: str) -> _Tensor:
     match = re.search(_LIST.format(key="dims"), body)
     if dtype not in _BYTES or match is None:
         raise _UnexpectedTextError(f"tensor of type {dtype}")
-    return _Tensor(_BYTES[dtype], tuple(re.findall(r'[^\s"]+', match[1])))
+    return _Tensor(dtype, tuple(re.findall(r'[^\s"]+', match[1])))
 
 
 def _strings(body: str, key: str) -> list[str]:

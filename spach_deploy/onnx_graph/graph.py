@@ -13,6 +13,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 FLOAT32_KEY = "spach.precision"
 """metadata_props key of a node that half precision leaves in FP32 (value "fp32")."""
 
+QUANTIZED_KEY = "spach.quantized"
+"""metadata_props key of a convolution that passes leave whole, because it is quantized."""
+
 
 def producers(graph: GraphProto) -> dict[str, NodeProto]:
     """Node that makes each tensor."""
@@ -73,6 +76,39 @@ def is_marked_float32(node: NodeProto) -> bool:
     return any(p.key == FLOAT32_KEY and p.value == "fp32" for p in node.metadata_props)
 
 
+def mark_quantized(node: NodeProto) -> NodeProto:
+    """Keep passes from taking this node apart: its inputs will go through eight bits."""
+    entry = node.metadata_props.add()
+    entry.key, entry.value = QUANTIZED_KEY, "yes"
+    return node
+
+
+def is_marked_quantized(node: NodeProto) -> bool:
+    """Whether `mark_quantized` was asked for this node."""
+    return any(p.key == QUANTIZED_KEY for p in node.metadata_props)
+
+
 def batch_is_symbolic(model: ModelProto) -> bool:
     """Whether the first input's first dimension has a name."""
     return bool(model.graph.input[0].type.tensor_type.shape.dim[0].dim_param)
+
+
+def shapes_at_batch_one(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor for one image, as far as ONNX can tell."""
+    light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    graph = light.graph
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    for value in (*graph.input, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if dims and dims[0].dim_param:
+            dims[0].dim_value = 1
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.INT64:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in values}

@@ -67,7 +67,8 @@ class PrecisionPolicy:
 
     `limit`: largest finite number of the half format, None with FP32. `nodes`: those that compute or move
     floating-point numbers, casts not counted; `half_nodes`: of these in half. `closest`: the tensors in half that come
-    closest to the limit, with their largest |x|.
+    closest to the limit, with their largest |x|. `quantized`: INT8 or FP8 for the layers that `quantized_summary`
+    counts in words; `precision` is then that of all the rest.
     """
 
     precision: Precision
@@ -82,6 +83,8 @@ class PrecisionPolicy:
     kept: tuple[Kept, ...] = ()
     weights: WeightCounts = WeightCounts()
     closest: tuple[tuple[str, float], ...] = ()
+    quantized: Precision | None = None
+    quantized_summary: str = ""
 
     def kept_for(self, reason: str) -> tuple[Kept, ...]:
         """Nodes that stay in FP32 for one reason."""
@@ -90,6 +93,9 @@ class PrecisionPolicy:
     @property
     def summary(self) -> str:
         """One line: precision, and how many nodes stay in FP32 for which reasons."""
+        if self.quantized is not None:
+            rest = dataclasses.replace(self, quantized=None)
+            return f"{self.quantized_summary}, the rest {rest.summary}"
         if not self.precision.is_half:
             return "fp32"
         counts = Counter(_SUMMARY.get(kept.reason, kept.reason) for kept in self.kept)
@@ -101,7 +107,8 @@ class PrecisionPolicy:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON for manifest and report; nodes that were kept are grouped by module, reason and tensor."""
         return {
-            "asked": self.precision.value,
+            "asked": (self.quantized or self.precision).value,
+            "rest": self.precision.value,
             "summary": self.summary,
             "io_dtype": self.io_dtype.value,
             "nodes": self.nodes,

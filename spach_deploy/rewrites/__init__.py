@@ -7,17 +7,18 @@ Each is proven where it acts, module by module in FP64, and the whole once more 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Collection
 
 from spach_deploy.models.spach import Spach
-from spach_deploy.rewrites.base import Outcome, Rewrite, own
+from spach_deploy.rewrites.base import Outcome, Rewrite, modules_of, own
 from spach_deploy.rewrites.fold_attention_scale import fold_attention_scale
 from spach_deploy.rewrites.fold_batchnorm import fold_batchnorm
 from spach_deploy.rewrites.fold_layer_scale import fold_layer_scale
 from spach_deploy.rewrites.fold_qkv_bias import fold_qkv_bias
 from spach_deploy.rewrites.fold_residual import fold_residual
 from spach_deploy.rewrites.grid_stream import grid_stream
-from spach_deploy.rewrites.static_modules import StaticSpach
+from spach_deploy.rewrites.static_modules import StaticPositionEncoding, StaticSpach
 from spach_deploy.rewrites.static_reshapes import prove_static, to_static
 from spach_deploy.runtime.threads import torch_threads
 
@@ -39,15 +40,23 @@ class RewriteResult:
     outcomes: dict[str, Outcome]
 
 
-def rewrite(model: Spach, disabled: Collection[str] = ()) -> RewriteResult:
+def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] = ()) -> RewriteResult:
     """Static form of `model` with every rewrite that is not `disabled`; `model` itself is not changed.
 
-    Raises RewriteError when a rewrite changes what a module computes.
+    `quantized`: patterns of modules that will be quantized against the rules, such as depthwise convolutions; rewrites
+    that must not meet quantization leave them alone. Raises RewriteError when a rewrite changes what a module computes.
     """
     static = own(to_static(model))
+    _mark_quantized(static, quantized)
     with torch_threads(1):  # the proofs are of small tensors
         outcomes = {"static_reshapes": prove_static(model, static)}
         for step in REWRITES:
             off = step.name in disabled
             outcomes[step.name] = Outcome(skipped=("turned off with --no-rewrite",)) if off else step.apply(static)
     return RewriteResult(static, outcomes)
+
+
+def _mark_quantized(static: StaticSpach, patterns: Collection[str]) -> None:
+    for path, encoding in modules_of(static, StaticPositionEncoding):
+        assert isinstance(encoding, StaticPositionEncoding)
+        encoding.is_quantized = any(fnmatch.fnmatchcase(f"{path}.net.1", pattern) for pattern in patterns)

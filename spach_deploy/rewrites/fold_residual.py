@@ -20,8 +20,12 @@ NAME = "fold_residual"
 def fold_residual(model: nn.Module) -> Outcome:
     """Fold the residual around every position encoding."""
     changes: list[Change] = []
+    skipped: list[str] = []
     for path, encoding in modules_of(model, StaticPositionEncoding):
         assert isinstance(encoding, StaticPositionEncoding)
+        if encoding.is_quantized:
+            skipped.append(f"{path}: its kernel is quantized, and the identity would be rounded with it")
+            continue
         conv = encoding.net[1]
         assert isinstance(conv, nn.Conv2d)
         old, new = double(conv), double(conv)
@@ -30,7 +34,7 @@ def fold_residual(model: nn.Module) -> Outcome:
         changes.append(prove(NAME, path, partial(_with_residual, old), new, x))
         set_parameter(conv, "weight", new.weight)
         encoding.includes_residual = True
-    return Outcome(tuple(changes))
+    return Outcome(tuple(changes), tuple(skipped))
 
 
 def _with_residual(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -56,11 +56,15 @@ class _GridNet(nn.Module):
 
 
 class StaticPositionEncoding(_GridNet):
-    """Depthwise convolution over the grid; with `includes_residual` its centre tap also carries the input."""
+    """Depthwise convolution over the grid; with `includes_residual` its centre tap also carries the input.
+
+    `is_quantized`: its kernel will be rounded to eight bits, which no identity folded into it would survive.
+    """
 
     def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int) -> None:
         super().__init__(net, grid, dim, grid[0] * grid[1], dim)
         self.includes_residual = False
+        self.is_quantized = False
 
 
 class StaticDownsampling(_GridNet):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from spach_deploy.bundle import MANIFEST, Bundle
@@ -24,16 +25,27 @@ _MODEL_ENTRIES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizationFacts:
+    """Where a bundle's record of quantization lies, and what its model's rewrites were told."""
+
+    record: Path
+    disabled: tuple[str, ...]
+    quantize: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """A manifest, read. `tf32`: the engine may use TF32."""
+    """A manifest, read. `rest`: precision of what is not quantized. `tf32`: the engine may use TF32."""
 
     precision: Precision
+    rest: Precision
     preprocessing: Preprocessing
     outputs: OutputSpec
     batch: BatchProfile
     flavour: Flavour
     tolerances: ToleranceSet
     tf32: bool
+    quantization: QuantizationFacts | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> BundleFacts:
@@ -44,18 +56,28 @@ class BundleFacts:
             _ = [bundle.manifest.model[name] for name in _MODEL_ENTRIES]
             return cls(
                 precision=Precision(bundle.manifest.precision),
+                rest=Precision(content["precision"].get("rest", bundle.manifest.precision)),
                 preprocessing=_preprocessing(content["preprocessing"]),
                 outputs=OutputSpec(IODtype(options["io_dtype"]), options["top_k"], bool(options["softmax"])),
                 batch=BatchProfile(**content["batch"]),
                 flavour=Flavour(engine["flavour"]),
                 tolerances=ToleranceSet.from_dict(content["validation"]["tolerances"], where),
                 tf32=bool(engine.get("tf32", False)),
+                quantization=_quantization(bundle, content.get("quantization")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise BundleError(
                 f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again."
             ) from None
+
+
+def _quantization(bundle: Bundle, section: Mapping[str, Any] | None) -> QuantizationFacts | None:
+    if section is None:
+        return None
+    rewrites = section["rewrites"]
+    record = bundle.path / str(section["scales"])
+    return QuantizationFacts(record, tuple(map(str, rewrites["disabled"])), tuple(map(str, rewrites["quantize"])))
 
 
 def _preprocessing(entry: Mapping[str, Any]) -> Preprocessing:

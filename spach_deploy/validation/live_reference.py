@@ -21,6 +21,8 @@ from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spach_deploy.models.checkpoint import LoadedModel
 
 Say = Callable[[str], None]
@@ -135,9 +137,29 @@ def rebuilt_on_images(
     )
     say("Deriving tolerances on these images.")
     tolerances = derive_tolerances(
-        loaded.model, images, logits, facts.precision, facts.outputs, tf32=facts.tf32, loss_images=_LOSS_IMAGES
+        loaded.model,
+        images,
+        logits,
+        facts.rest,
+        facts.outputs,
+        tf32=facts.tf32,
+        loss_images=_LOSS_IMAGES,
+        twin=_quantized(loaded, facts),
     )
     return OnImages(trial, tolerances, labels, notes)
+
+
+def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:
+    """The reference with its layers in eight bits, as the bundle's record has it; None for other precisions."""
+    if facts.quantization is None:
+        return None
+    from spach_deploy.quantization.plan import read_plan
+    from spach_deploy.quantization.twin import quantized_twin
+    from spach_deploy.rewrites import rewrite
+
+    plan = read_plan(facts.quantization.record)
+    static = rewrite(loaded.model, facts.quantization.disabled, facts.quantization.quantize).model
+    return quantized_twin(static, plan)
 
 
 def _read(

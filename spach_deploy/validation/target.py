@@ -111,9 +111,9 @@ def _validation(
     subject = _subject(request.target, bundle, facts)
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
-        evidence = examine_typed(request.target, facts.precision, trial, tolerances.graph)
-        return Validation(subject, trial, evidence, notes=(*notes, *note))
-    findings = _file_findings(request.target, kind, bundle, changed)
+        evidence = examine_typed(request.target, facts.rest, trial, tolerances.graph)
+        return Validation(subject, trial, evidence, _quantization_findings(pointed), notes=(*notes, *note))
+    findings = (*_file_findings(request.target, kind, bundle, changed), *_quantization_findings(pointed))
     evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, trial, tolerances)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
@@ -242,6 +242,19 @@ def _file_findings(target: Path, kind: TargetKind, bundle: Bundle, changed: dict
     return tuple(findings)
 
 
+def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:
+    """Where the graph's scales and pairs are not what the bundle's record of quantization says."""
+    if pointed.facts.quantization is None or not pointed.graph.is_file():
+        return ()
+    import onnx
+
+    from spach_deploy.quantization.audit import audit
+    from spach_deploy.quantization.plan import read_plan
+
+    plan = read_plan(pointed.facts.quantization.record)
+    return tuple(f"Quantization: {finding}." for finding in audit(onnx.load(pointed.graph), plan))
+
+
 def _graph_note(target: Path, bundle: Bundle) -> tuple[str, ...]:
     if sha256_of(target) == bundle.manifest.files.get(GRAPH):
         return ()
@@ -262,7 +275,7 @@ def _plan_or_graph(
     graph = bundle.path / GRAPH
     if not graph.is_file():
         return (), missing
-    return examine_typed(graph, facts.precision, trial, tolerances.graph), missing
+    return examine_typed(graph, facts.rest, trial, tolerances.graph), missing
 
 
 def _try_file(

@@ -101,7 +101,7 @@ NOTHING = Measured(0, 0.0, 0.0, 0.0)
 class Derivation:
     """Where the bounds of one arithmetic come from."""
 
-    arithmetic: Arithmetic
+    arithmetic: str
     noise: Measured
     loss: Measured
 
@@ -113,7 +113,7 @@ class Derivation:
     def origin(self) -> str:
         """In a few words, for a finding."""
         noise = f"{NOISE_FACTOR:g} x FP32's noise"
-        return f"{LOSS_FACTOR:g} x PyTorch's loss in {self.arithmetic.value} + {noise}" if self.loss.images else noise
+        return f"{LOSS_FACTOR:g} x PyTorch's loss in {self.arithmetic} + {noise}" if self.loss.images else noise
 
     def sentence(self) -> str:
         """With its figures, for the report."""
@@ -123,14 +123,14 @@ class Derivation:
         if not self.loss.images:
             return noise
         return (
-            f"{LOSS_FACTOR:g} x {self.loss.rel_l2:.1e}, what PyTorch itself loses in {self.arithmetic.value} on "
+            f"{LOSS_FACTOR:g} x {self.loss.rel_l2:.1e}, what PyTorch itself loses in {self.arithmetic} on "
             f"{_images(self.loss.images)}, + {noise}"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: the measurements, the factors and the sentence."""
         return {
-            "arithmetic": self.arithmetic.value,
+            "arithmetic": self.arithmetic,
             "noise": self.noise.to_dict(),
             "noise_factor": NOISE_FACTOR,
             "loss": self.loss.to_dict(),
@@ -199,8 +199,12 @@ def derive_tolerances(
     *,
     tf32: bool = False,
     loss_images: int = LOSS_IMAGES,
+    twin: nn.Module | None = None,
 ) -> ToleranceSet:
     """Bounds for an export of `model` in `precision`.
+
+    `twin`: for quantized exports, the same model with its quantized layers rounded as planned; `precision` is then that
+    of the rest, and the loss is what both lose together.
 
     `model` is the reference in FP32, `images` float32 (N, 3, S, S), `reference` its logits of them (N, classes), all of
     which bounds of probabilities and top-k look at; the model runs on at most `loss_images` of them, spread evenly, and
@@ -211,11 +215,36 @@ def derive_tolerances(
     if not np.isfinite(reference).all():
         raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
     noise = _noise(model, images, reference, _NOISE_IMAGES[precision])
-    graph = _bounds(model, images, reference, outputs, noise, Arithmetic.of(precision), loss_images)
+    lossy = Lossy(model if twin is None else twin, Arithmetic.of(precision), is_quantized=twin is not None)
+    graph = _bounds(lossy, images, reference, outputs, noise, loss_images)
     on_gpu = Arithmetic.of(precision, tf32=tf32)
-    if on_gpu is Arithmetic.of(precision):
+    if on_gpu is lossy.arithmetic:
         return ToleranceSet(graph, graph)
-    return ToleranceSet(graph, _bounds(model, images, reference, outputs, noise, on_gpu, loss_images))
+    lossy = dataclasses.replace(lossy, arithmetic=on_gpu)
+    return ToleranceSet(graph, _bounds(lossy, images, reference, outputs, noise, loss_images))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lossy:
+    """What loses: a model, and the arithmetic in which it is evaluated."""
+
+    model: nn.Module
+    arithmetic: Arithmetic
+    is_quantized: bool = False
+
+    @property
+    def words(self) -> str:
+        """For reports."""
+        return f"eight bits and {self.arithmetic.value}" if self.is_quantized else self.arithmetic.value
+
+    def logits(self, images: Float32Array, io_dtype: IODtype) -> Float32Array | None:
+        """As the arithmetic and the caller's dtype give them; None where nothing is rounded."""
+        if io_dtype is IODtype.FP16:
+            rounded = evaluate(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic)
+            return rounded.astype(np.float16).astype(np.float32)
+        if self.arithmetic is Arithmetic.FP32 and not self.is_quantized:
+            return None
+        return evaluate(self.model, images, self.arithmetic)
 
 
 def _spread(count: int, chosen: int) -> list[int]:
@@ -229,31 +258,20 @@ def _noise(model: nn.Module, images: Float32Array, reference: Float32Array, coun
 
 
 def _bounds(
-    model: nn.Module,
+    lossy: Lossy,
     images: Float32Array,
     reference: Float32Array,
     outputs: OutputSpec,
     noise: Measured,
-    arithmetic: Arithmetic,
     loss_images: int,
 ) -> Bounds:
     chosen = _spread(len(images), loss_images)
-    lossy = _lossy(model, images[chosen], arithmetic, outputs.io_dtype)
-    loss = NOTHING if lossy is None else Measured.of(lossy, reference[chosen])
+    logits = lossy.logits(images[chosen], outputs.io_dtype)
+    loss = NOTHING if logits is None else Measured.of(logits, reference[chosen])
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
-        raise PrecisionError(
-            f"The reference's logits are not finite when its tensors are rounded to {arithmetic.value}."
-        )
-    derivation = Derivation(arithmetic, noise, loss)
+        raise PrecisionError(f"The reference's logits are not finite when its tensors are rounded to {lossy.words}.")
+    derivation = Derivation(lossy.words, noise, loss)
     return Bounds(_tolerances(derivation, reference, outputs), derivation.to_dict())
-
-
-def _lossy(model: nn.Module, images: Float32Array, arithmetic: Arithmetic, io_dtype: IODtype) -> Float32Array | None:
-    """Logits as `arithmetic` and the caller's dtype give them; None where nothing is rounded."""
-    if io_dtype is not IODtype.FP16:
-        return None if arithmetic is Arithmetic.FP32 else evaluate(model, images, arithmetic)
-    rounded = evaluate(model, images.astype(np.float16).astype(np.float32), arithmetic)
-    return rounded.astype(np.float16).astype(np.float32)
 
 
 def _tolerances(derivation: Derivation, reference: Float32Array, outputs: OutputSpec) -> dict[str, Tolerance]:

@@ -19,6 +19,7 @@ from spach_deploy.onnx_graph.graph import (
     constant,
     consumers,
     initializers,
+    is_marked_quantized,
     mark_float32,
     producers,
     remove_unused_initializers,
@@ -49,6 +50,8 @@ def shift_depthwise(model: ModelProto) -> tuple[str, ...]:
     replacement: dict[int, list[NodeProto]] = {}
     for node in list(graph.node):
         if node.op_type != "Conv" or not is_depthwise_3x3(node, tuple(weights[node.input[1]].dims)):
+            continue
+        if is_marked_quantized(node):  # a quantized convolution has to stay one
             continue
         after = read[node.output[0]]
         if [is_transpose(reader, TO_CHANNELS_LAST) for reader in after] != [True]:

@@ -1,0 +1,167 @@
+"""A graph held against its record: every pair, every scale, every layer.
+
+A scale that is off by two, two channels' scales exchanged or a pair that is missing on one tensor of an attention may
+hide in the noise of eight bits when only logits are compared. Here they cannot: what the graph holds is compared with
+what the record says it should, number by number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, numpy_helper
+
+from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
+from spach_deploy.precision.formats import HALF_FORMATS, decode
+from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite, QuantizedTensor
+from spach_deploy.quantization.sites import Kind
+
+_SHOWN = 5
+_ROUNDOFF = 2.0**-10  # scales are rounded to the type of what they scale; bfloat16 to eight bits of mantissa
+_BF16_ROUNDOFF = 2.0**-7
+
+
+def audit(model: ModelProto, plan: QuantizationPlan) -> tuple[str, ...]:
+    """What differs between a graph and its record, one sentence each, most telling first; empty where nothing does."""
+    auditor = _Auditor(model, plan)
+    findings = [finding for site in plan.sites for finding in auditor.site(site)]
+    findings.extend(auditor.strays())
+    more = len(findings) - _SHOWN
+    return (*findings[:_SHOWN], *([f"and {more} more layers differ from their record"] if more > 0 else []))
+
+
+class _Auditor:
+    def __init__(self, model: ModelProto, plan: QuantizationPlan) -> None:
+        self._plan = plan
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._made = producers(model.graph)
+        self._readers = consumers(model.graph)
+        self._constants = initializers(model.graph)
+        self._accounted: set[str] = set()
+
+    def site(self, site: QuantizedSite) -> Iterator[str]:
+        node = self._nodes.get(site.node)
+        if node is None:
+            yield f"{site.module}: the graph has no node {site.node}"
+        elif site.kind is Kind.ATTENTION:
+            yield from self._attention(site, node)
+        else:
+            slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
+            yield from self._activation(site, node, slot, site.tensors[0])
+            yield from self._scales(site, node, 1 - slot, site.weight_scales, "weights")
+            yield from self._weight_range(site, node, 1 - slot)
+
+    def _attention(self, site: QuantizedSite, softmax: NodeProto) -> Iterator[str]:
+        scores = self._through_casts_back(softmax.input[0])
+        mixed = self._through_casts_on(softmax.output[0])
+        if scores is None or mixed is None:
+            yield f"{site.module}: its products are not where they were"
+            return
+        places = ((scores, 0, "q"), (scores, 1, "k"), (mixed, 0, "softmax"), (mixed, 1, "v"))
+        for (node, slot, what), tensor in zip(places, site.tensors, strict=True):
+            yield from self._scales(site, node, slot, (tensor.scale,), what)
+
+    def _through_casts_back(self, name: str) -> NodeProto | None:
+        node = self._made.get(name)
+        return self._made.get(node.input[0]) if node is not None and node.op_type == "Cast" else node
+
+    def _through_casts_on(self, name: str) -> NodeProto | None:
+        """The product with v, behind casts and the pair of the softmax's result."""
+        for _ in range(4):
+            readers = self._readers.get(name, [])
+            if len(readers) != 1:
+                return None
+            if readers[0].op_type == "MatMul":
+                return readers[0]
+            name = readers[0].output[0]
+        return None
+
+    def _activation(self, site: QuantizedSite, node: NodeProto, slot: int, tensor: QuantizedTensor) -> Iterator[str]:
+        yield from self._scales(site, node, slot, (tensor.scale,), "input")
+        if not 0 < tensor.clip <= tensor.largest * (1 + _BF16_ROUNDOFF) and tensor.largest > 0:
+            yield f"{site.module}: its record holds {tensor.clip:.4g}, more than the {tensor.largest:.4g} that was seen"
+
+    def _scales(
+        self, site: QuantizedSite, node: NodeProto, slot: int, expected: tuple[float, ...], what: str
+    ) -> Iterator[str]:
+        back = self._made.get(node.input[slot])
+        forth = None if back is None else self._made.get(back.input[0])
+        if back is None or forth is None or (forth.op_type, back.op_type) != ("QuantizeLinear", "DequantizeLinear"):
+            yield f"{site.module}: its {what} do not go through eight bits"
+            return
+        self._accounted.update((forth.name, back.name))
+        for pair in (forth, back):
+            yield from self._compare(site, pair, expected, what)
+
+    def _compare(self, site: QuantizedSite, pair: NodeProto, expected: tuple[float, ...], what: str) -> Iterator[str]:
+        tensor = self._constants.get(pair.input[1])
+        zero = self._constants.get(pair.input[2]) if len(pair.input) > 2 else None
+        if tensor is None:
+            yield f"{site.module}: the scale of its {what} is no constant"
+            return
+        if zero is None or zero.data_type != self._plan.form.onnx_type:
+            yield f"{site.module}: its {what} are not {self._plan.form.name}"
+        elif np.frombuffer(zero.raw_data, np.uint8).any():
+            yield f"{site.module}: the zero point of its {what} is not 0"
+        found = np.atleast_1d(decode(tensor)).astype(np.float64)
+        limit = _BF16_ROUNDOFF if _is_bf16(tensor.data_type) else _ROUNDOFF
+        yield from _differences(f"{site.module}: {what}", found, np.array(expected), limit)
+        if len(expected) > 1 and attributes(pair).get("axis", 1) != 0:
+            yield f"{site.module}: the scales of its {what} belong to another axis"
+
+    def _weight_range(self, site: QuantizedSite, node: NodeProto, slot: int) -> Iterator[str]:
+        """Scales follow from the weights themselves: the record's own scales are checked by them."""
+        name = self._weight_name(node.input[slot])
+        if name is None:
+            return
+        weight = decode(self._constants[name]) if self._constants[name].data_type in HALF_FORMATS else None
+        values = numpy_helper.to_array(self._constants[name]) if weight is None else weight
+        rows = np.abs(values.reshape(len(values), -1)).max(axis=1)
+        largest = rows if site.per_channel else rows.max(keepdims=True)
+        reached = largest / np.array(site.weight_scales) / self._plan.form.limit
+        wrong = np.flatnonzero((np.abs(reached - 1) > 2 * _BF16_ROUNDOFF) & (largest > 0))
+        if len(wrong):
+            yield (
+                f"{site.module}: the scale of output channel {wrong[0]} fits weights up to "
+                f"{site.weight_scales[wrong[0]] * self._plan.form.limit:.4g}; they reach {largest[wrong[0]]:.4g}"
+            )
+
+    def _weight_name(self, name: str) -> str | None:
+        back = self._made.get(name)
+        forth = None if back is None else self._made.get(back.input[0])
+        if forth is None:
+            return None
+        source = forth.input[0]
+        return source if source in self._constants else None
+
+    def strays(self) -> Iterator[str]:
+        """Pairs that no layer of the record has."""
+        for node in self._nodes.values():
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.name not in self._accounted:
+                yield f"{node.name} belongs to no layer of the record"
+
+
+def _is_bf16(kind: int) -> bool:
+    return kind in HALF_FORMATS and HALF_FORMATS[kind].name == "bf16"
+
+
+def _differences(what: str, found: NDArray[np.float64], expected: NDArray[np.float64], limit: float) -> Iterator[str]:
+    if found.shape != expected.shape:
+        yield f"{what}: {_number(found)} in the graph, {_number(expected)} in the record"
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = found / expected
+    wrong = np.flatnonzero(~(np.abs(ratio - 1) <= limit))
+    if len(wrong):
+        index = int(wrong[0])
+        where = f", channel {index}" if len(expected) > 1 else ""
+        times = f" ({ratio[index]:.3g} times)" if math.isfinite(ratio[index]) else ""
+        more = f"; {len(wrong)} channels in all" if len(wrong) > 1 else ""
+        yield f"{what}: scale {found[index]:.4g}{where}, {expected[index]:.4g} in the record{times}{more}"
+
+
+def _number(scales: NDArray[np.float64]) -> str:
+    return "one scale" if scales.size == 1 else f"{scales.size} scales"

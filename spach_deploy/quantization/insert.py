@@ -1,0 +1,152 @@
+"""QuantizeLinear and DequantizeLinear in a typed graph: activations with one scale, weights with one a channel or one.
+
+Weights stay floating-point numbers in front of their own pair, because TensorRT falls back to half where a packed qkv
+comes as integers already. Scales have the type of what they scale. Names begin with the
+tensor's, `layer3.0.channel_func/Reshape/quantize`, or the layer's, `layer3.0.channel_func.fc1/weight/quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from spach_deploy.errors import PrecisionError
+from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.precision.elements import element_types
+from spach_deploy.precision.formats import FLOAT, HALF_FORMATS
+from spach_deploy.quantization.formats import EightBits, Float32
+from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
+from spach_deploy.quantization.sites import Kind
+
+QUANTIZE, DEQUANTIZE, SCALE, ZERO = "/quantize", "/dequantize", "/scale", "/zero"
+_BF16_OPSET = 21
+"""QuantizeLinear takes bfloat16 from this opset on."""
+
+
+def insert_pairs(typed: ModelProto, plan: QuantizationPlan) -> ModelProto:
+    """`typed` with the pairs of `plan`; `typed` itself is not changed.
+
+    Raises PrecisionError for a site whose node is not there or reads other tensors.
+    """
+    return _Inserter(typed, plan).run()
+
+
+class _Inserter:
+    def __init__(self, typed: ModelProto, plan: QuantizationPlan) -> None:
+        self._source, self._plan = typed, plan
+        self._types = element_types(typed)
+        self._constants = initializers(typed.graph)
+        self._sites = {site.node: site for site in plan.sites}
+        self._attention = self._attention_inputs(plan.sites)
+        self._inputs = {value.name for value in typed.graph.input}
+        self._pairs: dict[str, str] = {}
+        self._nodes: list[NodeProto] = []
+        self._added: list[TensorProto] = []
+
+    def run(self) -> ModelProto:
+        left = set(self._sites)
+        for node in self._source.graph.node:
+            twin = NodeProto()
+            twin.CopyFrom(node)
+            site = self._sites.get(node.name)
+            if site is not None:
+                left.discard(node.name)
+                self._quantize_inputs(twin, site)
+            for index, name in enumerate(node.input):
+                scale = self._attention.get((node.name, index))
+                if scale is not None:
+                    twin.input[index] = self._pair(name, (scale,), None)
+            self._nodes.append(twin)
+        if left:
+            raise PrecisionError(f"The graph has no node {sorted(left)[0]}, which was to be quantized.")
+        return self._assembled()
+
+    def _quantize_inputs(self, node: NodeProto, site: QuantizedSite) -> None:
+        if site.kind is Kind.ATTENTION:
+            return  # its products read the pairs, see _attention_inputs
+        slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
+        weight = 1 - slot
+        node.input[slot] = self._pair(node.input[slot], (site.tensors[0].scale,), None)
+        axis = 0 if site.per_channel else None
+        node.input[weight] = self._pair(node.input[weight], site.weight_scales, axis, f"{site.module}/weight")
+
+    def _attention_inputs(self, sites: Iterable[QuantizedSite]) -> dict[tuple[str, int], float]:
+        """(product, input) -> scale, for both products of every attention that is quantized."""
+        made = {name: node for node in self._source.graph.node for name in node.output}
+        readers: dict[str, list[NodeProto]] = {}
+        for node in self._source.graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        found: dict[tuple[str, int], float] = {}
+        for site in sites:
+            if site.kind is Kind.ATTENTION:
+                scores, mixed = _products(site, made, readers)
+                q, k, weights, v = (tensor.scale for tensor in site.tensors)
+                found.update({(scores, 0): q, (scores, 1): k, (mixed, 0): weights, (mixed, 1): v})
+        return found
+
+    def _pair(self, name: str, scales: tuple[float, ...], axis: int | None, stem: str = "") -> str:
+        """Name of the tensor that has been through eight bits; one pair for all that read the same tensor.
+
+        `stem` begins the new names; without it, they begin with the tensor's.
+        """
+        if name in self._pairs:
+            return self._pairs[name]
+        stem = stem or (f"io/{name}" if name in self._inputs else name)
+        kind = self._types[name]
+        self._added.append(_scale_tensor(stem + SCALE, scales, kind, axis))
+        self._added.append(_zero_tensor(stem + ZERO, len(scales), self._plan.form, axis))
+        inputs = [stem + SCALE, stem + ZERO]
+        stored, back = stem + QUANTIZE, stem + DEQUANTIZE
+        for operator, source, target in (("QuantizeLinear", name, stored), ("DequantizeLinear", stored, back)):
+            node = helper.make_node(operator, [source, *inputs], [target], name=target)
+            if axis is not None:
+                node.attribute.append(helper.make_attribute("axis", axis))
+            self._nodes.append(node)
+        self._pairs[name] = back
+        return back
+
+    def _assembled(self) -> ModelProto:
+        model = ModelProto(ir_version=self._source.ir_version, opset_import=self._source.opset_import)
+        graph = model.graph
+        graph.name = self._source.graph.name
+        graph.node.extend(self._nodes)
+        graph.initializer.extend(self._source.graph.initializer)
+        graph.initializer.extend(self._added)
+        graph.input.extend(self._source.graph.input)
+        graph.output.extend(self._source.graph.output)
+        if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in self._added):
+            entry = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+            entry.version = max(entry.version, _BF16_OPSET)
+        return model
+
+
+def _products(site: QuantizedSite, made: dict[str, NodeProto], readers: dict[str, list[NodeProto]]) -> tuple[str, str]:
+    """Names of q k^T and of the product with v; casts to and from FP32 may stand around the softmax."""
+    softmax = next((node for node in made.values() if node.name == site.node), None)
+    if softmax is None:
+        raise PrecisionError(f"The graph has no node {site.node}, which was to be quantized.")
+    before, after = made[softmax.input[0]], readers[softmax.output[0]][0]
+    if before.op_type == "Cast":
+        before = made[before.input[0]]
+    if after.op_type == "Cast":
+        after = readers[after.output[0]][0]
+    if before.op_type != "MatMul" or after.op_type != "MatMul":
+        raise PrecisionError(f"{site.module} is no attention any more, so it cannot be quantized.")
+    return before.name, after.name
+
+
+def _scale_tensor(name: str, scales: tuple[float, ...], kind: int, axis: int | None) -> TensorProto:
+    values: Float32 = np.array(scales if axis is not None else scales[0], np.float32)
+    if kind == FLOAT:
+        return helper.make_tensor(name, FLOAT, values.shape, values.tobytes(), raw=True)
+    form = HALF_FORMATS[kind]
+    return form.tensor(name, form.encode(np.atleast_1d(values)).reshape(values.shape))
+
+
+def _zero_tensor(name: str, count: int, form: EightBits, axis: int | None) -> TensorProto:
+    dims = [] if axis is None else [count]
+    raw = bytes(count) if axis is not None else bytes(1)
+    return helper.make_tensor(name, form.onnx_type, dims, raw, raw=True)

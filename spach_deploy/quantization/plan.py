@@ -1,0 +1,276 @@
+"""Which layers are quantized, with which scales, and why the others are not: the record that a bundle keeps.
+
+`quantization.json` in a bundle is a `QuantizationPlan`. `insert.py` writes it into a graph, `audit.py` reads a graph
+and says where it differs, `twin.py` computes it in PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spach_deploy.errors import BundleError
+from spach_deploy.quantization.equalize import EqualizedPair
+from spach_deploy.quantization.formats import FP8, INT8, EightBits, Float32, Float64
+from spach_deploy.quantization.scales import SMALLEST, Method, clipped_at, store, weight_scales
+from spach_deploy.quantization.sites import Kind, Site
+from spach_deploy.quantization.statistics import TensorStatistics, mixture
+
+SCHEMA = 1
+_FORMATS = {form.name: form for form in (INT8, FP8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """An activation's scale. `largest`: the largest |x| that calibration saw; `clip`: the largest that is held."""
+
+    tensor: str
+    scale: float
+    clip: float
+    largest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedSite:
+    """A layer in eight bits. `weight_scales`: one for each output channel, or a single one; none for an attention.
+
+    `correction`: what the bias gains (one number an output channel), so that the layer's mean output stays what it was.
+    """
+
+    module: str
+    node: str
+    kind: Kind
+    macs: int
+    tensors: tuple[QuantizedTensor, ...]
+    weight: str
+    weight_scales: tuple[float, ...]
+    correction: tuple[float, ...] = ()
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether every output channel has a scale of its own."""
+        return len(self.weight_scales) > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "module": self.module,
+            "node": self.node,
+            "kind": self.kind.value,
+            "macs": self.macs,
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
+            "weight": self.weight,
+            "weight_scales": list(self.weight_scales),
+            "correction": list(self.correction),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptFloat:
+    """A layer that could be quantized and is not."""
+
+    module: str
+    node: str
+    kind: Kind
+    macs: int
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**dataclasses.asdict(self), "kind": self.kind.value}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationPlan:
+    """All of it. `half`: scales are rounded to FP16, in which the graph around them computes."""
+
+    form: EightBits
+    method: Method
+    sites: tuple[QuantizedSite, ...]
+    kept: tuple[KeptFloat, ...]
+    equalized: tuple[EqualizedPair, ...]
+
+    @property
+    def macs_share(self) -> float:
+        """Share of all multiplications that are done in eight bits."""
+        done = sum(site.macs for site in self.sites)
+        return done / max(done + sum(kept.macs for kept in self.kept), 1)
+
+    @property
+    def product_nodes(self) -> tuple[str, ...]:
+        """Nodes whose layers the engine computes in eight bits, attentions left out."""
+        return tuple(site.node for site in self.sites if site.kind is not Kind.ATTENTION)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, for quantization.json."""
+        return {
+            "schema": SCHEMA,
+            "format": self.form.name,
+            "method": self.method.value,
+            "sites": [site.to_dict() for site in self.sites],
+            "kept_float": [kept.to_dict() for kept in self.kept],
+            "equalization": [pair.to_dict() for pair in self.equalized],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str) -> QuantizationPlan:
+        """What `to_dict` wrote; BundleError naming `where` for anything else."""
+        try:
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
+            return cls(
+                _FORMATS[content["format"]],
+                Method(content["method"]),
+                tuple(map(_site, content["sites"])),
+                tuple(KeptFloat(**{**entry, "kind": Kind(entry["kind"])}) for entry in content["kept_float"]),
+                tuple(map(EqualizedPair.from_dict, content["equalization"])),
+            )
+        except Exception as error:  # whatever a damaged file holds
+            raise BundleError(
+                f"{where} is no record of a quantization ({error}).", "Export the bundle again."
+            ) from None
+
+
+def _site(entry: dict[str, Any]) -> QuantizedSite:
+    tensors = tuple(QuantizedTensor(**tensor) for tensor in entry["tensors"])
+    numbers = {key: tuple(float(number) for number in entry[key]) for key in ("weight_scales", "correction")}
+    return QuantizedSite(**{**entry, "kind": Kind(entry["kind"]), "tensors": tensors, **numbers})
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How scales are set. `per_tensor`: modules whose weights have one scale; `half`: scales must be FP16 numbers."""
+
+    form: EightBits
+    method: Method
+    half: bool = True
+    per_tensor: frozenset[str] = frozenset()
+
+
+def make_plan(
+    sites: Sequence[Site],
+    reasons: Mapping[str, str],
+    statistics: Mapping[str, TensorStatistics],
+    weights: Mapping[str, Float32],
+    equalized: Sequence[EqualizedPair],
+    scaling: Scaling,
+) -> QuantizationPlan:
+    """Scales for every site without a reason (by node) against it.
+
+    `statistics` are those of the model before equalization, `weights` the sites' weights after it, by name. A layer
+    whose scales no FP16 number can hold stays in float, with that as the reason.
+    """
+    factors = {entry.site: np.array(entry.factors) for entry in equalized if entry.alpha is not None}
+    quantized: list[QuantizedSite] = []
+    kept: list[KeptFloat] = []
+    for site in sites:
+        reason = reasons[site.node]
+        entry = None
+        if not reason:
+            entry = _quantized(site, statistics, weights, factors.get(site.module), scaling)
+            reason = "" if entry is not None else "scale: too small for FP16"
+        if entry is not None:
+            quantized.append(entry)
+        else:
+            kept.append(KeptFloat(site.module, site.node, site.kind, site.macs, reason))
+    return QuantizationPlan(scaling.form, scaling.method, tuple(quantized), tuple(kept), tuple(equalized))
+
+
+def _quantized(
+    site: Site,
+    statistics: Mapping[str, TensorStatistics],
+    weights: Mapping[str, Float32],
+    factors: Float64 | None,
+    scaling: Scaling,
+) -> QuantizedSite | None:
+    weight = weights[site.weight] if site.weight else None
+    tensors = tuple(
+        _tensor(name, statistics[name], factors if name == site.activation else None, weight, scaling)
+        for name in site.measured
+    )
+    scales: tuple[float, ...] = ()
+    if weight is not None:
+        found = weight_scales(weight, scaling.form, per_channel=site.module not in scaling.per_tensor)
+        scales = tuple(_representable(float(scale), half=scaling.half) for scale in found)
+    if scaling.half and min((*scales, *(tensor.scale for tensor in tensors))) < 2.0**-20:
+        return None
+    correction: tuple[float, ...] = ()
+    if weight is not None and site.kind is not Kind.DEPTHWISE:
+        divisors = np.ones(weight.shape[1]) if factors is None else factors
+        moved = mean_shift(statistics[site.activation], divisors, weight, tensors[0].scale, scales, scaling.form)
+        correction = tuple(float(np.float32(-number)) for number in moved)
+    return QuantizedSite(site.module, site.node, site.kind, site.macs, tensors, site.weight, scales, correction)
+
+
+def mean_shift(
+    seen: TensorStatistics,
+    divisors: Float64,
+    weight: Float32,
+    scale: float,
+    weight_scales: Sequence[float],
+    form: EightBits,
+) -> Float64:
+    """By how much eight bits move the mean of each output channel (outputs,).
+
+    Of the weights' errors the exact mean of the inputs is needed, of the activations' a sample of rows. (Nagel et al.,
+    arXiv 1906.04721, correct biases so from BatchNorm's statistics; here they are measured.)
+    """
+    scales = np.array(weight_scales, np.float32).reshape((-1,) + (1,) * (weight.ndim - 1))
+    stored = store(weight, scales, form).astype(np.float64)
+    axes = tuple(range(2, weight.ndim))
+    rows = (seen.rows / divisors).astype(np.float32)
+    rounding = (store(rows, scale, form).astype(np.float64) - rows).mean(axis=0)
+    mean = seen.mean / divisors
+    shift: Float64 = (stored - weight).sum(axis=axes) @ mean + stored.sum(axis=axes) @ rounding
+    return shift
+
+
+def _tensor(
+    name: str, seen: TensorStatistics, factors: Float64 | None, weight: Float32 | None, scaling: Scaling
+) -> QuantizedTensor:
+    divisors = np.ones(len(seen.max_abs)) if factors is None else factors
+    largest = float((seen.max_abs / divisors).max(initial=0.0))
+    histogram = None
+    if scaling.method.needs_histograms and seen.histogram is not None:
+        histogram = mixture(seen, divisors, _energy(weight, len(divisors)) if scaling.method is Method.MSE else None)
+    clip = clipped_at(scaling.method, histogram, largest, scaling.form)
+    scale = _representable(max(scaling.form.scale_of(clip), SMALLEST) if clip else 1.0, half=scaling.half)
+    return QuantizedTensor(name, scale, scale * scaling.form.limit, largest)
+
+
+def _energy(weight: Float32 | None, channels: int) -> Float64 | None:
+    """Sum of squares of the weights that each input channel meets; None where the tensor was measured as a whole."""
+    if weight is None or channels == 1 or weight.shape[1] != channels:
+        return None
+    columns = weight.reshape(weight.shape[0], channels, -1)
+    energy: Float64 = np.einsum("oir,oir->i", columns, columns).astype(np.float64)
+    return energy
+
+
+def _representable(scale: float, *, half: bool) -> float:
+    """The number that the graph will hold."""
+    return float(np.float16(scale)) if half else float(np.float32(scale))
+
+
+def write_plan(plan: QuantizationPlan, path: Path) -> None:
+    """Write quantization.json, a layer a line."""
+    text = json.dumps(plan.to_dict(), allow_nan=False)
+    path.write_text(text.replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"') + "\n", encoding="utf-8")
+
+
+def read_plan(path: Path) -> QuantizationPlan:
+    """A bundle's quantization.json; BundleError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read ({error}).", "Export the bundle again.") from None
+    return QuantizationPlan.from_dict(content, str(path))

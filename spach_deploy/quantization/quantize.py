@@ -1,0 +1,84 @@
+"""From a calibrated set to a plan, and from a plan to a changed graph: the two steps that exports and tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.quantization.equalize import Pair, apply_to_arrays, apply_to_graph, find_pairs, search
+from spach_deploy.quantization.formats import Float32
+from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
+from spach_deploy.quantization.sites import Selection, Site, find_sites
+from spach_deploy.quantization.statistics import TensorStatistics, Wanted, wanted_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """All sites of a graph, and why some of them stay in float (by node; "" where they do not)."""
+
+    sites: tuple[Site, ...]
+    reasons: Mapping[str, str]
+
+    @property
+    def quantized(self) -> tuple[Site, ...]:
+        """Sites that will be quantized."""
+        return tuple(site for site in self.sites if not self.reasons[site.node])
+
+    @property
+    def wanted(self) -> tuple[Wanted, ...]:
+        """The tensors to be measured, by channel wherever a site has channels."""
+        chosen = self.quantized
+        return wanted_tensors(chosen, [site.node for site in chosen if site.channel_axis is not None])
+
+
+def candidates(model: ModelProto, selection: Selection, scaling: Scaling) -> Candidates:
+    """Which layers of the FP32 graph would be quantized. UsageError for patterns that match nothing."""
+    sites = find_sites(model)
+    return Candidates(sites, selection.chosen(sites, scaling.form))
+
+
+def plan_from_statistics(
+    model: ModelProto,
+    chosen: Candidates,
+    statistics: Mapping[str, TensorStatistics],
+    scaling: Scaling,
+    *,
+    equalize: bool = True,
+) -> QuantizationPlan:
+    """Equalization, scales and corrections for the FP32 graph `model`, which is not changed."""
+    weights = _weights(model, chosen.quantized)
+    pairs = find_pairs(chosen.quantized, _parameters(model)) if equalize else ()
+    equalized = search(pairs, statistics, weights, scaling.form, scaling.method)
+    changed = apply_to_arrays(_all_floats(model, equalized_names(pairs)), equalized)
+    weights.update((name, value) for name, value in changed.items() if name in weights)
+    return make_plan(chosen.sites, chosen.reasons, statistics, weights, equalized, scaling)
+
+
+def equalized_names(pairs: Sequence[Pair]) -> set[str]:
+    """Parameters that the pairs may change."""
+    names: set[str] = set()
+    for pair in pairs:
+        names.update(rows.parameter for rows in pair.divided)
+        names.add(pair.site.weight)
+    return names
+
+
+def _parameters(model: ModelProto) -> list[str]:
+    return [tensor.name for tensor in model.graph.initializer]
+
+
+def _weights(model: ModelProto, sites: Sequence[Site]) -> dict[str, Float32]:
+    return _all_floats(model, {site.weight for site in sites if site.weight})
+
+
+def _all_floats(model: ModelProto, names: set[str]) -> dict[str, Float32]:
+    known = initializers(model.graph)
+    return {name: numpy_helper.to_array(known[name]) for name in names if known[name].data_type == TensorProto.FLOAT}
+
+
+def equalize_graph(model: ModelProto, plan: QuantizationPlan) -> int:
+    """Apply the plan's equalization to the FP32 graph, in place: the same function. How many weights changed."""
+    return apply_to_graph(model, plan.equalized)

@@ -1,0 +1,138 @@
+"""From distributions to scales.
+
+Activations have one scale a tensor, found from the histogram of |x|:
+
+- `max`: nothing that was seen is clipped;
+- `percentile`: all but one number in ten thousand (the largest, whichever channel they are in) are not clipped;
+- `entropy`: least Kullback-Leibler divergence between the distribution and its eight-bit form (as TensorRT's entropy
+  calibrator: Migacz, "8-bit Inference with TensorRT", GTC 2017);
+- `mse`: least expected squared error, every input channel counted by the weights it meets, so that what is minimal is
+  the error of the layer's output.
+
+Weights have one scale for each output channel, or one for all: their largest |w|. (Clipping that where it lowers the
+squared error was tried: it moved the logits' relative L2 by less than a hundredth of itself.)
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import numpy as np
+
+from spach_deploy.quantization.formats import INT8, EightBits, Float32, Float64
+from spach_deploy.quantization.statistics import BINS, CENTERS, EDGES
+
+SMALLEST = 2.0**-24
+"""Least scale that is written: FP16's smallest number. A channel of zeros gets 1."""
+
+_PERCENTILE = 1 - 1e-4
+_ENTROPY_BINS, _ENTROPY_LEVELS = 2048, 128
+_CLIPS = np.exp2(-np.arange(0, 49) / 12)  # down to a sixteenth
+
+
+class Method(str, enum.Enum):
+    """How an activation's largest number that is not clipped is chosen."""
+
+    MAX = "max"
+    PERCENTILE = "percentile"
+    ENTROPY = "entropy"
+    MSE = "mse"
+
+    @property
+    def needs_histograms(self) -> bool:
+        """Whether extremes alone are not enough."""
+        return self is not Method.MAX
+
+
+def clipped_at(method: Method, histogram: Float64 | None, largest: float, form: EightBits) -> float:
+    """The largest |x| that `form` shall hold, at most `largest`. `histogram`: counts (BINS), None with `max`."""
+    if method is Method.MAX or histogram is None or largest <= 0 or not histogram.any():
+        return largest
+    choose: dict[Method, Callable[[Float64, float, EightBits], float]] = {
+        Method.PERCENTILE: _percentile,
+        Method.ENTROPY: _entropy,
+        Method.MSE: _least_error,
+    }
+    return min(largest, choose[method](histogram, largest, form))
+
+
+def _percentile(histogram: Float64, largest: float, form: EightBits) -> float:
+    total = np.cumsum(histogram)
+    index = int(np.searchsorted(total, _PERCENTILE * total[-1]))
+    return float(EDGES[min(index + 1, BINS)])
+
+
+def _least_error(histogram: Float64, largest: float, form: EightBits) -> float:
+    used = np.flatnonzero(histogram)
+    counts, values = histogram[used], np.minimum(CENTERS[used], largest)
+    clips = largest * _CLIPS
+    errors = [expected_error(counts, values, form.scale_of(clip), form) for clip in clips]
+    return float(clips[int(np.argmin(errors))])
+
+
+def expected_error(counts: Float64, values: Float64, scale: float, form: EightBits) -> float:
+    """Sum over a histogram of the squared error of storing `values` at `scale`."""
+    return float(counts @ form.noise(values / scale)) * scale**2
+
+
+def _entropy(histogram: Float64, largest: float, form: EightBits) -> float:
+    linear = _linear(histogram, largest)
+    width = largest / _ENTROPY_BINS
+    candidates = range(_ENTROPY_LEVELS, _ENTROPY_BINS + 1, 16)
+    divergences = [_divergence(linear, size) for size in candidates]
+    return float(candidates[int(np.argmin(divergences))] * width)
+
+
+def _linear(histogram: Float64, largest: float) -> Float64:
+    """The histogram over bins of one width from 0 to `largest`, numbers spread evenly within each old bin."""
+    total = np.concatenate([[0.0], np.cumsum(histogram)])
+    edges = np.concatenate([[0.0], EDGES[1:]])
+    edges[-1] = max(edges[-1], largest)
+    wanted = np.linspace(0.0, largest, _ENTROPY_BINS + 1)
+    cumulated = np.interp(wanted, edges, total)
+    cumulated[-1] = total[-1]
+    counts: Float64 = np.diff(cumulated)
+    return counts
+
+
+def _divergence(linear: Float64, size: int) -> float:
+    """KL divergence between the first `size` bins, all beyond gathered in the last, and their form in 128 levels."""
+    reference = linear[:size].copy()
+    reference[-1] += linear[size:].sum()
+    groups = np.minimum(np.arange(size) * _ENTROPY_LEVELS // size, _ENTROPY_LEVELS - 1)
+    present = linear[:size] > 0
+    sums = np.bincount(groups, linear[:size], _ENTROPY_LEVELS)
+    shares = np.bincount(groups, present, _ENTROPY_LEVELS)
+    candidate = np.where(present, (sums / np.maximum(shares, 1))[groups], 0.0)
+    if not candidate.any():
+        return float("inf")
+    p, q = reference / reference.sum(), candidate / candidate.sum()
+    used = p > 0
+    return float(np.sum(p[used] * np.log(p[used] / np.maximum(q[used], 1e-12))))
+
+
+def weight_scales(weights: Float32, form: EightBits, *, per_channel: bool = True) -> Float64:
+    """Scales of `weights` (outputs, ...): (outputs,), or (1,) for the whole tensor."""
+    rows = weights.reshape(len(weights), -1) if per_channel else weights.reshape(1, -1)
+    scales: Float64 = np.abs(rows).max(axis=1).astype(np.float64) / form.limit
+    scales[scales == 0] = 1.0
+    kept: Float64 = np.maximum(scales, SMALLEST)
+    return kept
+
+
+def store(values: Float32, scale: Float32 | float, form: EightBits) -> Float32:
+    """What `values` become in `form` at `scale`, float32: rounded to nearest, ties to even, and clipped.
+
+    INT8 has one number more on the negative side, and ONNX and TensorRT use it.
+    """
+    scaled: Float32 = np.divide(values, np.asarray(scale, np.float32), dtype=np.float32)
+    np.clip(scaled, -form.limit - (form is INT8), form.limit, out=scaled)
+    if form is INT8:
+        np.rint(scaled, out=scaled)
+    else:
+        import torch
+
+        scaled = torch.from_numpy(scaled).to(torch.float8_e4m3fn).float().numpy()
+    scaled *= np.asarray(scale, np.float32)
+    return scaled

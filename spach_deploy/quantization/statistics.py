@@ -1,0 +1,234 @@
+"""What the inputs of quantized layers look like, streamed: memory does not grow with the number of images.
+
+For every input channel of every site: the largest |x|, sums of x and of its squares, some rows as they were, and a
+histogram of |x|. Its bins are the top bits of the number itself, the exponent and four bits of mantissa: sixteen bins
+an octave, found by one shift. Bins that widen with the magnitude serve every range alike, so nothing has to be known of
+it beforehand and one pass over the images is enough. Dividing a channel by a factor moves its histogram along, so what
+equalization would do to a tensor's distribution is known without looking at the images again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from spach_deploy.errors import PrecisionError
+from spach_deploy.precision.ranges import Arrays, open_session
+from spach_deploy.quantization.formats import Float32, Float64
+from spach_deploy.quantization.sites import Site
+
+_MANTISSA_BITS = 4
+PER_OCTAVE = 1 << _MANTISSA_BITS
+"""Bins from one power of two to the next."""
+
+_LOWEST, _HIGHEST = -20, 20
+BINS = (_HIGHEST - _LOWEST) * PER_OCTAVE
+_SHIFT = 23 - _MANTISSA_BITS
+_FIRST = (127 + _LOWEST) << _MANTISSA_BITS
+_CHUNK = 1 << 16
+
+ROWS = 512
+"""Rows of a tensor that are kept as a sample."""
+
+_ROWS_A_BATCH = 8
+
+EDGES: Float64 = np.concatenate(
+    [2.0 ** (_LOWEST + octave) * (1 + np.arange(PER_OCTAVE) / PER_OCTAVE) for octave in range(_HIGHEST - _LOWEST)]
+    + [np.array([2.0**_HIGHEST])]
+)
+"""Lower edge of every bin, and the upper edge of the last (BINS + 1)."""
+
+CENTERS: Float64 = (EDGES[1:] + EDGES[:-1]) / 2
+
+
+@dataclasses.dataclass
+class TensorStatistics:
+    """What was seen of one tensor, for each of its channels (C), one where channels do not matter.
+
+    `max_abs`, `sums`, `squares` float64 (C): largest |x|, sums of x and x^2; `count`: numbers seen in each channel;
+    `rows` float32 (up to ROWS, C): a sample of all rows, each as likely as any other batch by batch; `histogram` int64
+    (C, BINS) or None where only extremes are kept.
+    """
+
+    max_abs: Float64
+    sums: Float64
+    squares: Float64
+    count: int
+    batches: int
+    rows: Float32
+    histogram: NDArray[np.int64] | None
+
+    @classmethod
+    def empty(cls, channels: int, *, histogram: bool) -> TensorStatistics:
+        """Nothing seen yet."""
+        counts = np.zeros((channels, BINS), np.int64) if histogram else None
+        rows = np.zeros((0, channels), np.float32)
+        return cls(np.zeros(channels), np.zeros(channels), np.zeros(channels), 0, 0, rows, counts)
+
+    def see(self, rows: Float32) -> None:
+        """Add numbers (n, C). Raises FloatingPointError when one is not finite."""
+        bits = rows.view(np.uint32) & np.uint32(0x7FFFFFFF)
+        largest = bits.max(axis=0)
+        if (largest >= np.uint32(0x7F800000)).any():
+            raise FloatingPointError
+        np.maximum(self.max_abs, largest.view(np.float32), out=self.max_abs)
+        self.sums += rows.sum(axis=0)
+        self.squares += np.einsum("nc,nc->c", rows, rows)
+        self.count += len(rows)
+        self.batches += 1
+        self._sample(rows)
+        if self.histogram is not None:
+            self._count(bits)
+
+    def _count(self, bits: NDArray[np.uint32]) -> None:
+        assert self.histogram is not None
+        channels = bits.shape[1]
+        first = np.arange(channels, dtype=np.int64) * BINS - _FIRST
+        lowest, highest = first + _FIRST, first + _FIRST + BINS - 1
+        flat = self.histogram.reshape(-1)
+        step = max(1, _CHUNK // channels)
+        for start in range(0, len(bits), step):
+            index = (bits[start : start + step] >> np.uint32(_SHIFT)).astype(np.int64)
+            index += first
+            np.clip(index, lowest, highest, out=index)
+            flat += np.bincount(index.reshape(-1), minlength=flat.size)
+
+    def _sample(self, rows: Float32) -> None:
+        """A few rows of every batch; once the sample is full, later batches replace rows of it ever more rarely."""
+        generator = np.random.default_rng(self.batches)
+        taken = rows[generator.integers(0, len(rows), _ROWS_A_BATCH)]
+        if len(self.rows) < ROWS:
+            self.rows = np.concatenate([self.rows, taken])
+            return
+        places = generator.integers(0, self.batches * _ROWS_A_BATCH, _ROWS_A_BATCH)
+        kept = places < ROWS
+        self.rows[places[kept]] = taken[kept]
+
+    @property
+    def mean(self) -> Float64:
+        """E[x] of each channel (C)."""
+        mean: Float64 = self.sums / max(self.count, 1)
+        return mean
+
+    @property
+    def mean_square(self) -> Float64:
+        """E[x^2] of each channel (C)."""
+        mean: Float64 = self.squares / max(self.count, 1)
+        return mean
+
+    @property
+    def variance(self) -> Float64:
+        """Variance of each channel (C)."""
+        variance: Float64 = np.maximum(self.mean_square - self.mean**2, 0.0)
+        return variance
+
+
+def rows_of(tensor: Float32, axis: int | None) -> Float32:
+    """`tensor` as (n, C), C being its `axis`; (n, 1) for None."""
+    if axis is None:
+        return tensor.reshape(-1, 1)
+    if axis in (-1, tensor.ndim - 1):
+        return tensor.reshape(-1, tensor.shape[-1])
+    moved = np.moveaxis(tensor, axis, -1)
+    return np.ascontiguousarray(moved).reshape(-1, tensor.shape[axis])
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A tensor to be measured: which axis has channels of their own, None for the tensor as a whole."""
+
+    tensor: str
+    axis: int | None
+
+
+def wanted_tensors(sites: Iterable[Site], per_channel: Iterable[str]) -> tuple[Wanted, ...]:
+    """The tensors of `sites`, each once; those of the nodes in `per_channel` by channel."""
+    nodes = set(per_channel)
+    wanted: dict[str, Wanted] = {}
+    for site in sites:
+        for tensor in site.measured:
+            axis = site.channel_axis if site.node in nodes else None
+            known = wanted.get(tensor)
+            wanted[tensor] = Wanted(tensor, axis if known is None or known.axis is None else known.axis)
+    return tuple(wanted.values())
+
+
+class Collector:
+    """Runs the FP32 graph and keeps `TensorStatistics` of the wanted tensors.
+
+    `histograms` False keeps extremes alone, which is all that the method `max` needs. `threads` None lets ONNX Runtime
+    choose. Raises MissingPackageError without onnxruntime.
+    """
+
+    def __init__(
+        self, model: ModelProto, wanted: Sequence[Wanted], *, histograms: bool = True, threads: int | None = None
+    ) -> None:
+        self._wanted = tuple(wanted)
+        self._histograms = histograms
+        self._inputs = [value.name for value in model.graph.input]
+        self.statistics: dict[str, TensorStatistics] = {}
+        self.images = 0
+        probes = ModelProto()
+        made = [item.tensor for item in self._wanted if item.tensor not in self._inputs]
+        probes.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made)
+        self._outputs = [value.name for value in model.graph.output] + made
+        self._session = open_session(model, probes, threads=threads)
+
+    def run(self, feeds: Arrays) -> None:
+        """Look at one batch. PrecisionError naming a tensor that is not finite."""
+        values = dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        for item in self._wanted:
+            self._see(item, feeds[item.tensor] if item.tensor in feeds else values.pop(item.tensor))
+        self.images += len(next(iter(feeds.values())))
+
+    def _see(self, item: Wanted, value: NDArray[Any]) -> None:
+        rows = rows_of(value, item.axis)
+        if item.tensor not in self.statistics:
+            self.statistics[item.tensor] = TensorStatistics.empty(rows.shape[1], histogram=self._histograms)
+        try:
+            self.statistics[item.tensor].see(rows)
+        except FloatingPointError:
+            raise PrecisionError(
+                f"{item.tensor} is not finite in FP32 for one of the calibration images.",
+                "Check the checkpoint and the images: the model itself gives NaN or infinity.",
+            ) from None
+
+
+def mixture(statistics: TensorStatistics, factors: Float64, weights: Float64 | None = None) -> Float64:
+    """Histogram (BINS) of a tensor whose channel c is divided by factors[c], channels counted `weights[c]` times.
+
+    Between bins, counts are shared by the distance on the logarithmic scale.
+    """
+    assert statistics.histogram is not None
+    used = np.flatnonzero(statistics.histogram.any(axis=0))
+    if not len(used):
+        return np.zeros(BINS)
+    low, high = int(used[0]), int(used[-1]) + 1
+    counts = statistics.histogram[:, low:high].astype(np.float64)
+    if weights is not None:
+        counts *= weights[:, None]
+    shift = -np.log2(factors) * PER_OCTAVE
+    whole = np.floor(shift)
+    part = (shift - whole)[:, None]
+    bins = np.arange(low, high) + whole.astype(np.int64)[:, None]
+    total = _gathered(bins, counts * (1 - part))
+    if part.any():
+        total += _gathered(bins + 1, counts * part)
+    return total
+
+
+def _gathered(bins: NDArray[np.int64], counts: Float64) -> Float64:
+    """Counts by bin; what falls off either end gathers in the last bin there."""
+    inside = np.clip(bins, 0, BINS - 1)
+    total: Float64 = np.bincount(inside.reshape(-1), counts.reshape(-1), BINS).astype(np.float64)
+    return total
+
+
+def per_tensor(statistics: Mapping[str, TensorStatistics]) -> dict[str, float]:
+    """Largest |x| of every tensor."""
+    return {name: float(entry.max_abs.max(initial=0.0)) for name, entry in statistics.items()}

@@ -1,0 +1,136 @@
+"""A plan in PyTorch: the static model whose quantized layers compute as the engine's will.
+
+By it tolerances are derived: it is what eight bits cost on given images, measured without any of the exported files.
+Weights are rounded once; activations are rounded at each layer's input, biases are corrected, sums are FP32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spach_deploy.errors import BundleError
+from spach_deploy.quantization.equalize import apply_to_arrays
+from spach_deploy.quantization.formats import INT8, EightBits
+from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
+from spach_deploy.quantization.scales import store
+from spach_deploy.quantization.sites import Kind
+from spach_deploy.rewrites.base import own
+from spach_deploy.rewrites.static_modules import StaticAttention, StaticSpach, TokenLinear
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def quantized_twin(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
+    """A copy of `static` that computes what `plan` says; BundleError where the plan is another model's."""
+    twin = own(static)
+    _equalize(twin, plan)
+    modules = dict(twin.named_modules(remove_duplicate=False))
+    for site in plan.sites:
+        if site.module not in modules:
+            raise BundleError(f"The record of quantization names {site.module}, which this model does not have.")
+        quantized = _quantized(modules[site.module], site, plan.form)
+        parent, _, name = site.module.rpartition(".")
+        (modules[parent] if parent else twin)._modules[name] = quantized
+    return twin.eval()
+
+
+def equalized_twin(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
+    """A copy of `static` with the plan's equalization alone: the same function, other weights."""
+    twin = own(static)
+    _equalize(twin, plan)
+    return twin
+
+
+def _equalize(model: StaticSpach, plan: QuantizationPlan) -> None:
+    arrays = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    try:
+        changed = apply_to_arrays(arrays, plan.equalized)
+    except (KeyError, ValueError) as error:
+        raise BundleError(f"The record of quantization does not fit this model ({error}).") from None
+    for name, value in changed.items():
+        path, _, attribute = name.rpartition(".")
+        setattr(modules[path], attribute, nn.Parameter(torch.from_numpy(value), requires_grad=False))
+
+
+def rounding(scale: float, form: EightBits) -> Rounding:
+    """Round to eight bits and back."""
+    if form is INT8:
+        return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
+    return lambda x: (x / scale).clamp(-form.limit, form.limit).to(torch.float8_e4m3fn).float() * scale
+
+
+def _quantized(module: nn.Module, site: QuantizedSite, form: EightBits) -> nn.Module:
+    if site.kind is Kind.ATTENTION:
+        assert isinstance(module, StaticAttention)
+        return QuantizedAttention(module, [rounding(tensor.scale, form) for tensor in site.tensors])
+    assert isinstance(module, (nn.Linear, nn.Conv2d, TokenLinear))
+    return QuantizedLayer(module, site, form)
+
+
+class QuantizedLayer(nn.Module):
+    """A Linear, Conv2d or TokenLinear whose weights are rounded and whose inputs are rounded as they come.
+
+    `weight` and `bias` are kept for what reads their shapes.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d | TokenLinear, site: QuantizedSite, form: EightBits) -> None:
+        super().__init__()
+        weight = layer.weight.detach().numpy()
+        scales = np.array(site.weight_scales, np.float32).reshape((-1,) + (1,) * (weight.ndim - 1))
+        self.layer = copy.copy(layer)
+        self.layer._parameters = dict(layer._parameters)
+        self.layer.weight = nn.Parameter(torch.from_numpy(store(weight, scales, form)), requires_grad=False)
+        self.layer.bias = _corrected(layer, site)
+        self.round = rounding(site.tensors[0].scale, form)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weights."""
+        return self.layer.weight
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of a linear layer."""
+        return self.layer.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round, then compute."""
+        y: Tensor = self.layer(self.round(x))
+        return y
+
+
+def _corrected(layer: nn.Linear | nn.Conv2d | TokenLinear, site: QuantizedSite) -> nn.Parameter | None:
+    if not site.correction:
+        return layer.bias  # type: ignore[return-value]  # a buffer never stands here
+    correction = torch.tensor(site.correction)
+    if isinstance(layer, TokenLinear):
+        correction = correction.reshape(-1, 1)
+    bias = correction if layer.bias is None else layer.bias.detach() + correction
+    return nn.Parameter(bias, requires_grad=False)
+
+
+class QuantizedAttention(nn.Module):
+    """Attention whose q, k, v and softmax are rounded. `qkv` and `proj` are those of the original."""
+
+    def __init__(self, attention: StaticAttention, roundings: list[Rounding]) -> None:
+        super().__init__()
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.num_heads, self.num_tokens, self.scale = attention.num_heads, attention.num_tokens, attention.scale
+        self.roundings = roundings
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens by content, (..., C) -> (B*N, C)."""
+        dim, heads = self.qkv.in_features, self.num_heads
+        packed = self.qkv(x.reshape(-1, dim))
+        packed = packed.reshape(-1, self.num_tokens, 3 * heads, dim // heads).transpose(1, 2)  # (B, 3h, N, d)
+        q, k, v = packed.split(heads, dim=1)
+        round_q, round_k, round_weights, round_v = self.roundings
+        scores = round_q(q * self.scale) @ round_k(k).transpose(-2, -1)
+        y: Tensor = self.proj((round_weights(scores.softmax(dim=-1)) @ round_v(v)).transpose(1, 2).reshape(-1, dim))
+        return y

@@ -1,0 +1,255 @@
+"""The stages that a quantized export has more than another: calibrate, and put eight bits into the typed graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnx import ModelProto
+
+from spach_deploy.data.preprocess import UInt8Array
+from spach_deploy.data.probes import probe_source
+from spach_deploy.data.readers import open_images
+from spach_deploy.data.survey import check_overlap
+from spach_deploy.errors import PrecisionError, UsageError
+from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.onnx_graph.graph import mark_quantized
+from spach_deploy.phases import Phases
+from spach_deploy.quantization.audit import audit
+from spach_deploy.quantization.calibrate import (
+    Calibration,
+    Key,
+    Run,
+    Seen,
+    check_activations,
+    collect,
+    read_calibration,
+    write_calibration,
+)
+from spach_deploy.quantization.formats import eight_bits
+from spach_deploy.quantization.insert import insert_pairs
+from spach_deploy.quantization.plan import KeptFloat, QuantizationPlan, QuantizedSite, Scaling
+from spach_deploy.quantization.quantize import Candidates, candidates, plan_from_statistics
+from spach_deploy.quantization.scales import Method
+from spach_deploy.quantization.sites import Kind, Selection
+from spach_deploy.quantization.statistics import TensorStatistics
+from spach_deploy.specs import ExportOptions, Preprocessing, QuantizationSpec
+
+CALIBRATION_SUFFIX = ".json"
+_USUAL_IMAGES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationStage:
+    """What calibration gave."""
+
+    calibration: Calibration
+    notes: tuple[str, ...] = ()
+
+    @property
+    def plan(self) -> QuantizationPlan:
+        """Layers, scales, reasons."""
+        return self.calibration.plan
+
+
+def scaling_of(options: ExportOptions) -> Scaling:
+    """How scales are set for these options; modules with one weight scale are filled in once they are known."""
+    form = eight_bits(options.precision)
+    assert form is not None
+    return Scaling(form, Method(options.quantization.method), half=options.rest.is_half)
+
+
+def calibrate(
+    model: ModelProto, loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, phases: Phases
+) -> QuantizationStage:
+    """The plan for the FP32 graph `model`, input (B, 3, S, S) float32, from the user's images or a calibration file.
+
+    Raises UsageError for a file that does not fit, ImageError for images that are unfit.
+    """
+    spec = options.quantization
+    assert spec.calibration is not None
+    scaling = scaling_of(options)
+    chosen = candidates(model, Selection(spec.keep_float, spec.quantize), scaling)
+    scaling = dataclasses.replace(scaling, per_tensor=_per_tensor(chosen, spec.per_tensor))
+    key = key_of(chosen, loaded, preprocessing, scaling, spec)
+    if spec.calibration.suffix == CALIBRATION_SUFFIX:
+        calibration = read_calibration(spec.calibration, key)
+        phases.note(f"Scales from {spec.calibration}, made on {calibration.images} images.")
+    else:
+        calibration = _from_images(model, chosen, scaling, key, preprocessing, spec, phases)
+    return QuantizationStage(calibration)
+
+
+def key_of(
+    chosen: Candidates, loaded: LoadedModel, preprocessing: Preprocessing, scaling: Scaling, spec: QuantizationSpec
+) -> Key:
+    """What a calibration with these options depends on."""
+    layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
+    return Key.of(
+        [*layers, f"equalize {spec.equalize}"],
+        preprocessing,
+        weights_sha256=loaded.weights_sha256,
+        model=loaded.name,
+        image_size=loaded.image_size,
+        format=scaling.form.name,
+        method=scaling.method.value,
+        half=scaling.half,
+    )
+
+
+def _per_tensor(chosen: Candidates, patterns: Sequence[str]) -> frozenset[str]:
+    modules = [site.module for site in chosen.quantized if site.kind is not Kind.ATTENTION]
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = fnmatch.filter(modules, pattern)
+        if not matching:
+            raise UsageError(
+                f"--per-tensor {pattern!r} matches no quantized layer.",
+                f"Layers are named like {', '.join(modules[:3])}.",
+            )
+        found.update(matching)
+    return frozenset(found)
+
+
+def _from_images(
+    model: ModelProto,
+    chosen: Candidates,
+    scaling: Scaling,
+    key: Key,
+    preprocessing: Preprocessing,
+    spec: QuantizationSpec,
+    phases: Phases,
+) -> Calibration:
+    assert spec.calibration is not None
+    if spec.cache is not None and spec.cache.exists():
+        return _reused(spec.cache, key, spec.calibration, preprocessing, phases)
+    seen = measure(model, chosen, scaling, key, preprocessing, spec, phases)
+    start = time.monotonic()
+    plan = plan_from_statistics(model, chosen, seen.statistics, scaling, equalize=spec.equalize)
+    survey = seen.survey
+    calibration = Calibration(
+        key=key,
+        source=survey.description,
+        images=survey.images,
+        images_sha256=survey.content_sha256,
+        survey=survey.to_dict(),
+        plan=plan,
+        seconds=seen.seconds + time.monotonic() - start,
+        digests=frozenset(digest[:8] for digest in survey.digests),
+    )
+    if spec.cache is not None:
+        write_calibration(calibration, spec.cache)
+    return calibration
+
+
+def measure(
+    model: ModelProto,
+    chosen: Candidates,
+    scaling: Scaling,
+    key: Key,
+    preprocessing: Preprocessing,
+    spec: QuantizationSpec,
+    phases: Phases,
+) -> Seen:
+    """Statistics over the calibration images, which are looked at on the way."""
+    assert spec.calibration is not None
+    source = open_images(spec.calibration)
+    state = None if spec.cache is None else spec.cache.with_name(f"{spec.cache.name}.unfinished")
+    run = Run(scaling.method.needs_histograms, state, key, on_progress=phases.observer.calibrating)
+    seen = collect(model, chosen.wanted, source, preprocessing, run)
+    if seen.resumed:
+        phases.note(f"The calibration went on after {seen.resumed} images that were done already.")
+    for skipped in seen.survey.skipped:
+        phases.note(f"Skipped {skipped.name}: {skipped.reason}.")
+    for warning in seen.survey.warnings():
+        phases.note(warning)
+    usual = _usual(model, chosen, preprocessing)
+    check_activations(seen.statistics, usual, survey_words(seen))
+    return seen
+
+
+def survey_words(seen: Seen) -> str:
+    """The calibration images in words."""
+    return f"the {seen.survey.images} images from {seen.survey.description}"
+
+
+def _usual(model: ModelProto, chosen: Candidates, preprocessing: Preprocessing) -> dict[str, TensorStatistics]:
+    """Statistics on a few photographs."""
+    source = probe_source().limit(_USUAL_IMAGES)
+    return collect(model, chosen.wanted, source, preprocessing, Run(histograms=False)).statistics
+
+
+def _reused(cache: Path, key: Key, images: Path, preprocessing: Preprocessing, phases: Phases) -> Calibration:
+    """A cache that fits, and is of these images."""
+    from spach_deploy.data.readers import batches
+    from spach_deploy.data.source import content_hash
+
+    calibration = read_calibration(cache, key)
+    found = content_hash(batch.pixels for batch in batches(open_images(images), preprocessing, 8))
+    if found != calibration.images_sha256:
+        raise UsageError(
+            f"The calibration cache {cache} was made on other images than {images} holds"
+            f" ({calibration.images} images, {calibration.images_sha256[:16]}; now {found[:16]}).",
+            f"Delete {cache}, or give another --calibration-cache.",
+        )
+    phases.note(f"Scales from {cache}: same weights, layers, method and images.")
+    return calibration
+
+
+def refuse_overlap(
+    quantized: QuantizationStage,
+    pixels: Sequence[UInt8Array],
+    names: Sequence[str],
+    options: ExportOptions,
+    phases: Phases,
+) -> None:
+    """UsageError where validation images were calibrated on; with --allow-overlap a note."""
+    allow = options.quantization.allow_overlap
+    notes = check_overlap(
+        quantized.calibration.digests,
+        pixels,
+        names,
+        allow=allow,
+        what="validation images",
+    )
+    for note in notes:
+        phases.note(note)
+
+
+def mark_sites(model: ModelProto, plan: QuantizationPlan) -> None:
+    """Tell the passes which convolutions have to stay whole."""
+    nodes = {site.node for site in plan.sites if site.kind in (Kind.DEPTHWISE, Kind.CONVOLUTION)}
+    for node in model.graph.node:
+        if node.name in nodes:
+            mark_quantized(node)
+
+
+def quantize_typed(typed: ModelProto, plan: QuantizationPlan) -> ModelProto:
+    """The typed graph with its pairs, held against the plan before anybody else does."""
+    quantized = insert_pairs(typed, plan)
+    findings = audit(quantized, plan)
+    if findings:
+        raise PrecisionError(f"The quantized graph is not what was planned: {findings[0]}.", "Report this.")
+    return quantized
+
+
+def summary(plan: QuantizationPlan) -> str:
+    """One line for people: how many layers, how much of the arithmetic."""
+    weighted = [site for site in plan.sites if site.kind is not Kind.ATTENTION]
+    kept = [entry for entry in plan.kept if entry.kind not in (Kind.ATTENTION, Kind.DEPTHWISE)]
+    total = len(weighted) + len(kept)
+    return f"{len(weighted)} of {total} layers in {plan.form.name} ({plan.macs_share:.1%} of multiplications)"
+
+
+def without(plan: QuantizationPlan, modules: frozenset[str], reason: str) -> QuantizationPlan:
+    """`plan` with some of its layers left in float."""
+    kept = [_kept(site, reason) for site in plan.sites if site.module in modules]
+    sites = tuple(site for site in plan.sites if site.module not in modules)
+    return dataclasses.replace(plan, sites=sites, kept=(*plan.kept, *kept))
+
+
+def _kept(site: QuantizedSite, reason: str) -> KeptFloat:
+    return KeptFloat(site.module, site.node, site.kind, site.macs, reason)
