@@ -1,18 +1,30 @@
-"""From a calibrated set to a plan, and from a plan to a changed graph: the two steps that exports and tests share."""
+"""From a calibrated set to a plan, and from a plan to a changed graph: the steps that exports share with whoever has an
+FP32 graph in memory.
+
+    quantized = quantize_graph(graph, batches, Scaling(INT8, Method.MAX))
+    onnx.save(quantized.model, "model.onnx")
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from spach_deploy.errors import ImageError
+from spach_deploy.onnx_graph.export import INPUT
 from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.ranges import measure_ranges
+from spach_deploy.quantization.correct import correct_biases
 from spach_deploy.quantization.equalize import Pair, apply_to_arrays, apply_to_graph, find_pairs, search
 from spach_deploy.quantization.formats import Float32
+from spach_deploy.quantization.insert import insert_pairs
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
 from spach_deploy.quantization.sites import Selection, Site, find_sites
-from spach_deploy.quantization.statistics import TensorStatistics, Wanted, wanted_tensors
+from spach_deploy.quantization.statistics import Collector, TensorStatistics, Wanted, wanted_tensors
+from spach_deploy.specs import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +94,44 @@ def _all_floats(model: ModelProto, names: set[str]) -> dict[str, Float32]:
 def equalize_graph(model: ModelProto, plan: QuantizationPlan) -> int:
     """Apply the plan's equalization to the FP32 graph, in place: the same function. How many weights changed."""
     return apply_to_graph(model, plan.equalized)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedGraph:
+    """A typed graph in eight bits, and why it is as it is."""
+
+    model: ModelProto = dataclasses.field(repr=False)
+    plan: QuantizationPlan
+
+
+def quantize_graph(
+    model: ModelProto,
+    batches: Iterable[Float32],
+    scaling: Scaling,
+    selection: Selection | None = None,
+    *,
+    rest: Precision = Precision.FP16,
+    equalize: bool = True,
+) -> QuantizedGraph:
+    """Quantize the FP32 graph `model`, which is not changed.
+
+    `batches`: calibration images, float32 (n, 3, S, S) each, in the scale that the model takes; they are read twice
+    where `rest` is a half precision, whose ranges are measured on the equalized graph. Raises ImageError when there are
+    none, PrecisionError for numbers that are not finite.
+    """
+    images = list(batches)
+    chosen = candidates(model, selection or Selection(), scaling)
+    collector = Collector(model, chosen.wanted, histograms=scaling.method.needs_histograms)
+    for batch in images:
+        collector.run({INPUT: batch})
+    if not collector.images:
+        raise ImageError("No images were given to calibrate on.", "Give 64 or more.")
+    plan = plan_from_statistics(model, chosen, collector.statistics, scaling, equalize=equalize)
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    equalize_graph(changed, plan)
+    feeds = ({INPUT: batch} for batch in images)
+    ranges = measure_ranges(changed, feeds) if rest.is_half else None
+    correct_biases(changed, plan)
+    typed = type_graph(changed, rest, ranges).model
+    return QuantizedGraph(insert_pairs(typed, plan), plan)
