@@ -1,0 +1,83 @@
+"""Commands as a user can paste them: for this interpreter, quoted for a shell."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.bundle import Bundle
+
+_USUAL_SIZE, _USUAL_CLASSES, _USUAL_BATCH = 224, 1000, "1:8:32"
+
+
+def installing(*requirements: str) -> str:
+    """The command that installs into the environment of this process."""
+    return shlex.join([*_pip("install"), *requirements])
+
+
+def reinstalling(remove: Iterable[str], requirement: str) -> str:
+    """One line that takes `remove` away and installs `requirement` anew."""
+    agree = ["-y"] if _has_pip() else []
+    return f"{shlex.join([*_pip('uninstall'), *agree, *remove])} && {installing(requirement)}"
+
+
+def installing_torch(backend: str, requirement: str) -> str:
+    """uv knows where PyTorch keeps its builds: `backend` is cpu, or auto for the CUDA of this machine."""
+    return shlex.join(["uv", "pip", "install", "--python", _python(), "--torch-backend", backend, requirement])
+
+
+def _pip(verb: str) -> list[str]:
+    """pip of this interpreter, or uv where the environment was made without pip."""
+    return [_python(), "-m", "pip", verb] if _has_pip() else ["uv", "pip", verb, "--python", _python()]
+
+
+def _has_pip() -> bool:
+    return importlib.util.find_spec("pip") is not None
+
+
+def _python() -> str:
+    """`python` where the shell's is this one, else the path of this one."""
+    found = shutil.which("python")
+    if found is not None and os.path.realpath(Path(found).parent) == os.path.realpath(Path(sys.executable).parent):
+        return "python"
+    return sys.executable or "python3"
+
+
+def exporting(bundle: Bundle, *changes: str) -> str:
+    """The export that made `bundle`, into the same place, with `changes` (words of a command line) added."""
+    model, options = bundle.manifest.model, bundle.manifest.content.get("output_options", {})
+    words = ["spach-export", "--model", str(model["name"]), *_weights(model), *_sizes(model)]
+    words += [f"--{bundle.manifest.precision}", *_outputs(options), *_batch(bundle.manifest.content["batch"])]
+    return shlex.join([*words, *changes, "--overwrite", "-o", str(bundle.path)])
+
+
+def _weights(model: Mapping[str, Any]) -> list[str]:
+    """The manifest keeps the checkpoint's name only: the user knows where it lies."""
+    if not model.get("checkpoint"):
+        return []
+    chosen = str(model.get("weights", "model"))
+    return ["--checkpoint", str(model["checkpoint"]), *([] if chosen == "model" else ["--weights", chosen])]
+
+
+def _sizes(model: Mapping[str, Any]) -> list[str]:
+    size, classes = model.get("image_size", _USUAL_SIZE), model.get("num_classes", _USUAL_CLASSES)
+    words = [] if size == _USUAL_SIZE else ["--image-size", str(size)]
+    return words if classes == _USUAL_CLASSES or model.get("checkpoint") else [*words, "--num-classes", str(classes)]
+
+
+def _outputs(options: Mapping[str, Any]) -> list[str]:
+    words = [] if options.get("io_dtype", "fp32") == "fp32" else ["--io-dtype", str(options["io_dtype"])]
+    words += ["--top-k", str(options["top_k"])] if options.get("top_k") else []
+    return [*words, *(["--softmax"] if options.get("softmax") else [])]
+
+
+def _batch(batch: Mapping[str, Any]) -> list[str]:
+    smallest, usual, largest = batch["min"], batch["opt"], batch["max"]
+    profile = str(smallest) if smallest == usual == largest else f"{smallest}:{usual}:{largest}"
+    return [] if profile == _USUAL_BATCH else ["--batch", profile]

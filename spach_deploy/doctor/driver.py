@@ -1,0 +1,166 @@
+"""The NVIDIA driver and its GPUs; where there is none that works, why, and the command that would change that.
+
+Sources: CUDA Driver API, "CUresult"; NVIDIA, "CUDA Compatibility", "Minor Version Compatibility" (least driver of each
+major version of CUDA).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.doctor.driver_question import kernel_module_version
+from spach_deploy.doctor.probe import Answer
+from spach_deploy.runtime.devices import LocalGpu
+from spach_deploy.specs import ComputeCapability
+
+LEAST_DRIVER = {11: "450", 12: "525", 13: "580"}
+"""First branch of the driver that runs programs made with each major version of CUDA."""
+
+_NO_DEVICE = 100
+_ERRORS = {
+    34: ("a stub library of the CUDA toolkit stands in for the driver", "unset LD_LIBRARY_PATH"),
+    802: ("the GPU's fabric is not ready (802)", "sudo systemctl restart nvidia-fabricmanager"),
+    803: ("its library and its kernel module are of different versions (803), as after an update", "sudo reboot"),
+    804: ("a cuda-compat library stands in for the driver, and this GPU does not allow it (804)", None),
+    999: ("it failed for a reason that it does not tell (999)", "sudo reboot"),
+}
+"""Results of cuInit that have a known remedy."""
+
+_IN_CONTAINER = "docker run --gpus all IMAGE"
+_UNHIDE = "unset CUDA_VISIBLE_DEVICES"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One GPU, as the driver names it."""
+
+    name: str
+    capability: ComputeCapability
+    memory_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.capability})"
+
+    @property
+    def local(self) -> LocalGpu:
+        """For the functions of the package that take one."""
+        return LocalGpu(self.name, self.capability)
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver:
+    """GPUs in the driver's order. Without any, `problem` says why in a clause and `remedy` is a command, if any is.
+
+    `is_broken`: there is something to repair, rather than no GPU. `cuda` is the newest CUDA that the driver runs;
+    `upgrade` the command that installs a newer driver, where this system has one that is known.
+    """
+
+    gpus: tuple[Gpu, ...] = ()
+    version: str | None = None
+    cuda: tuple[int, int] | None = None
+    problem: str = ""
+    remedy: str | None = None
+    is_broken: bool = False
+    upgrade: str | None = None
+
+    def runs_cuda(self, major: int) -> bool:
+        """Whether programs made with that major version of CUDA run; True where the driver did not tell."""
+        return self.cuda is None or self.cuda[0] >= major
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What stands around a driver that does not answer. `has_card`: an NVIDIA GPU is plugged in or passed through."""
+
+    has_card: bool
+    has_kernel_module: bool
+    in_container: bool
+    visible_devices: str | None
+    install: str | None
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        """Of this machine."""
+        return cls(
+            has_card=_has_card(Path("/sys/bus/pci/devices")) or Path("/dev/nvidia0").exists(),
+            has_kernel_module=kernel_module_version() is not None or Path("/dev/nvidiactl").exists(),
+            in_container=Path("/.dockerenv").exists() or Path("/run/.containerenv").exists(),
+            visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            install=_driver_install(),
+        )
+
+
+def _has_card(pci: Path) -> bool:
+    """A display or 3D controller (class 03) of NVIDIA's (vendor 10de) on the PCI bus."""
+    try:
+        devices = [(_word(device / "vendor"), _word(device / "class")) for device in pci.iterdir()]
+    except OSError:
+        return False
+    return any(vendor == "0x10de" and kind.startswith("0x03") for vendor, kind in devices)
+
+
+def _word(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _driver_install() -> str | None:
+    if shutil.which("ubuntu-drivers"):
+        return "sudo ubuntu-drivers install"
+    return "sudo apt install nvidia-driver" if shutil.which("apt") else None
+
+
+def driver_from(answer: Answer, around: Surroundings) -> Driver:
+    """What the child found, put in words."""
+    if answer.content is None:
+        problem = f"the NVIDIA driver gives no answer: {answer.silence}"
+        return Driver(problem=problem, remedy="sudo reboot", is_broken=True)
+    found = answer.content
+    driver = Driver(_gpus(found), found.get("driver"), _cuda(found), upgrade=around.install)
+    if driver.gpus:
+        return driver
+    code = found.get("init")
+    absent = _no_library(around) if code is None else _no_gpu(int(code), around)
+    return dataclasses.replace(absent, version=driver.version, cuda=driver.cuda)
+
+
+def _gpus(found: Mapping[str, Any]) -> tuple[Gpu, ...]:
+    return tuple(
+        Gpu(str(gpu["name"]), ComputeCapability(*gpu["capability"]), gpu["bytes"]) for gpu in found.get("gpus", ())
+    )
+
+
+def _cuda(found: Mapping[str, Any]) -> tuple[int, int] | None:
+    number = found.get("cuda")
+    return None if not number else (number // 1000, number % 1000 // 10)
+
+
+def _no_library(around: Surroundings) -> Driver:
+    if around.has_kernel_module:
+        problem = "the driver's kernel module is loaded, but its library libcuda.so.1 is not here"
+        return Driver(problem=problem, remedy=_IN_CONTAINER if around.in_container else around.install, is_broken=True)
+    if around.has_card:
+        problem = "an NVIDIA GPU is here, but no driver"
+        return Driver(problem=problem, remedy=around.install, is_broken=True)
+    if around.in_container:
+        return Driver(problem="no NVIDIA GPU is in this container", remedy=_IN_CONTAINER)
+    return Driver(problem="no NVIDIA GPU is here")
+
+
+def _no_gpu(code: int, around: Surroundings) -> Driver:
+    """The library is there; cuInit returned `code`, or counted no GPU."""
+    if code in (0, _NO_DEVICE):
+        if around.visible_devices is not None:
+            shown = around.visible_devices
+            return Driver(problem=f"CUDA_VISIBLE_DEVICES={shown!r} hides every GPU", remedy=_UNHIDE, is_broken=True)
+        remedy = _IN_CONTAINER if around.in_container else None
+        return Driver(problem="the NVIDIA driver is here, but sees no GPU", remedy=remedy)
+    reason, remedy = _ERRORS.get(code, (f"it does not start (CUDA error {code})", "sudo reboot"))
+    return Driver(problem=f"the NVIDIA driver does not work: {reason}", remedy=remedy, is_broken=True)

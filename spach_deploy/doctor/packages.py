@@ -1,0 +1,116 @@
+"""What the packages are, learned from files: is torch a CPU build, which onnxruntime's files won.
+
+Importing torch takes seconds; its version.py says the same. The wheels onnxruntime and onnxruntime-gpu write into one
+folder, so that the one installed last wins, and uninstalling either takes files of both; `build_and_package_info.py`
+in that folder tells whose files they are (seen in 1.20 to 1.32).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+from spach_deploy.doctor.requirements import installed
+
+ONNXRUNTIME_WHEELS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-rocm",
+    "onnxruntime-migraphx",
+    "onnxruntime-qnn",
+    "onnxruntime-training",
+    "ort-nightly",
+    "ort-nightly-gpu",
+)
+"""Every wheel that brings a package named onnxruntime."""
+
+_PROVIDER = re.compile(r"libonnxruntime_providers_(?!shared)(\w+)\.so")
+
+
+@dataclasses.dataclass(frozen=True)
+class Torch:
+    """`build` is "CPU", "CUDA 13.0", "ROCm 6.2", or "" where it cannot be told."""
+
+    version: str
+    build: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxRuntime:
+    """Installed wheels by name, whose files are there, and what they offer. `broken` says which file is missing."""
+
+    wheels: dict[str, str]
+    files_of: str | None = None
+    files_version: str | None = None
+    providers: tuple[str, ...] = ()
+    broken: str = ""
+
+
+def find_torch() -> Torch | None:
+    """The torch that would be imported; None where there is none."""
+    text = _read(_folder("torch"), "version.py")
+    version = _assigned(text, "__version__") or installed("torch")
+    return None if version is None else Torch(version, _torch_build(text, version))
+
+
+def _torch_build(text: str, version: str) -> str:
+    if cuda := _assigned(text, "cuda"):
+        return f"CUDA {cuda}"
+    if hip := _assigned(text, "hip"):
+        return f"ROCm {hip}"
+    return "CPU" if text or version.endswith("+cpu") else ""
+
+
+def find_onnxruntime() -> OnnxRuntime | None:
+    """The onnxruntime that would be imported, with every wheel that claims to be it; None where there is none."""
+    wheels = {name: version for name in ONNXRUNTIME_WHEELS if (version := installed(name)) is not None}
+    folder = _folder("onnxruntime")
+    if folder is None:
+        return OnnxRuntime(wheels, broken="the package's folder") if wheels else None
+    info = _read(folder / "capi", "build_and_package_info.py")
+    return OnnxRuntime(
+        wheels,
+        _assigned(info, "package_name"),
+        _assigned(info, "__version__"),
+        _providers(folder / "capi"),
+        _broken(folder),
+    )
+
+
+def _broken(folder: Path) -> str:
+    if not (folder / "__init__.py").is_file():
+        return "__init__.py"
+    has_library = any((folder / "capi").glob("onnxruntime_pybind11_state*"))
+    return "" if has_library else "its compiled library"
+
+
+def _providers(capi: Path) -> tuple[str, ...]:
+    names = (match[1] for file in sorted(capi.glob("*.so")) if (match := _PROVIDER.fullmatch(file.name)))
+    return ("cpu", *names)
+
+
+def _folder(package: str) -> Path | None:
+    """Where a package would be imported from; finding it runs nothing of it."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(locations[0]) if locations else None
+
+
+def _read(folder: Path | None, name: str) -> str:
+    try:
+        return "" if folder is None else (folder / name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _assigned(text: str, name: str) -> str | None:
+    """The string that a line of Python assigns to `name`; None for None or no such line."""
+    match = re.search(rf"""^{name}\s*(?::[^=\n]*)?=\s*['"]([^'"\n]*)['"]""", text, re.MULTILINE)
+    return match[1] if match else None

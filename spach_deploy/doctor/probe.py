@@ -1,0 +1,99 @@
+"""Questions asked in a child process that has a few seconds to answer: a driver may hang, a library may crash.
+
+A question is a module of this package with `answer(*arguments)`, which returns plain JSON. A child that hangs is
+killed and not waited for: one that a driver holds in the kernel cannot be killed either, and would be waited for
+without end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_PACKAGE_PARENT = Path(__file__).parents[2]
+_CHILD = (
+    "import importlib, json, sys; module, *arguments = sys.argv[1:];"
+    "found = importlib.import_module(module).answer(*arguments);"
+    "sys.stdout.write('\\n' + json.dumps(found))"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a child said, or why it said nothing. `timed_out`: it may have been slow only."""
+
+    content: dict[str, Any] | None
+    silence: str = ""
+    timed_out: bool = False
+
+
+class Question:
+    """A child that is finding out something. Started at once, so that several work side by side."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._started = time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(OSError):  # no memory left for a process: no answer
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C at a terminal goes to the doctor, which then ends the child
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def answer(self, limit_s: float) -> Answer:
+        """The answer, when it comes within `limit_s` seconds of the start."""
+        if self._process is None:
+            return Answer(None, "no process could be started")
+        try:
+            left_s = max(0.0, self._started + limit_s - time.monotonic())
+            output, _ = self._process.communicate(timeout=left_s)
+        except subprocess.TimeoutExpired:
+            self._end()
+            return Answer(None, f"no answer within {limit_s:g} s", timed_out=True)
+        return _parse(output, self._process.returncode)
+
+    def _end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                self._process.kill()
+
+
+def _parse(output: bytes, returncode: int) -> Answer:
+    """The last line; libraries may print others before it."""
+    if returncode < 0:
+        with contextlib.suppress(ValueError):
+            return Answer(None, f"it crashed ({signal.Signals(-returncode).name})")
+    try:
+        content = json.loads(output.rsplit(b"\n", 1)[-1])
+    except ValueError:
+        return Answer(None, f"it ended with exit code {returncode}")
+    return Answer(content) if isinstance(content, dict) else Answer(None, "its answer cannot be read")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this package importable and nothing imported from the directory a user happens to stand in."""
+    path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

@@ -1,0 +1,131 @@
+"""Findings as text: a line of what there is, what it means, and the command that would change it."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from spach_deploy._version import __version__
+from spach_deploy.doctor.finding import Finding, Status, Task, blockers, reasons
+from spach_deploy.doctor.machine import CORE_FLOW, Machine
+from spach_deploy.doctor.target import Target
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+WIDTH = 88
+_STATUS_COLUMN, _TOPIC_COLUMN = 9, 17
+_INDENT = 2 + _STATUS_COLUMN + _TOPIC_COLUMN
+_STYLES = {Status.OK: "green", Status.MISSING: "yellow", Status.PROBLEM: "bold red", Status.UNKNOWN: "yellow"}
+_FIRST = "spach-export --model ms_hybrid_s --fp16"
+
+
+def machine_as_text(machine: Machine, *, width: int = WIDTH, color: bool = False) -> str:
+    """The machine's findings, and what it can do."""
+    return _rendered(_machine(machine, width), color=color)
+
+
+def target_as_text(target: Target, *, width: int = WIDTH, color: bool = False) -> str:
+    """The target's findings, and whether it can run here."""
+    return _rendered(_target(target, width), color=color)
+
+
+def _rendered(lines: Iterator[Text], *, color: bool) -> str:
+    """Commands are never broken over lines: they are there to be copied. Without a terminal only ASCII is written."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=color, no_color=not color, highlight=False)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    text = "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+    return text if color else text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _machine(machine: Machine, width: int) -> Iterator[Text]:
+    from rich.text import Text
+
+    yield Text(f"spach-deploy {__version__}, this machine", style="bold")
+    yield Text()
+    for finding in machine.findings:
+        yield from _finding(finding, width)
+    yield Text()
+    yield Text("This machine can", style="bold")
+    for ability in machine.abilities:
+        status = Status.OK if ability.possible else Status.PROBLEM if ability.task in CORE_FLOW else Status.MISSING
+        yield from _columns("yes" if ability.possible else "no", status, ability.task.value, ability.how, width)
+    yield Text()
+    yield from _conclusion(machine)
+
+
+def _conclusion(machine: Machine) -> Iterator[Text]:
+    from rich.text import Text
+
+    if machine.exit_code == 0:
+        yield Text("All that it takes to export, build and verify is here. To begin:", style="bold green")
+        yield Text(f"  $ {_FIRST}")
+        return
+    yield Text("Not all that it takes to export, build and verify is here. To change that:", style="bold red")
+    for command in dict.fromkeys(finding.command for finding in _in_the_way(machine) if finding.command):
+        yield Text(f"  $ {command}")
+
+
+def _in_the_way(machine: Machine) -> tuple[Finding, ...]:
+    return tuple(finding for task in CORE_FLOW for finding in blockers(machine.findings, task))
+
+
+def _target(target: Target, width: int) -> Iterator[Text]:
+    from rich.text import Text
+
+    yield Text(f"{target.path}: {target.name}", style="bold")
+    yield Text()
+    for finding in target.findings:
+        yield from _finding(finding, width)
+    yield Text()
+    sentence, style = _verdict(target)
+    yield Text(textwrap.fill(sentence, width, break_on_hyphens=False, break_long_words=False), style=style)
+
+
+def _verdict(target: Target) -> tuple[str, str]:
+    at_fault = [finding for finding in target.findings if finding.bad_target]
+    if at_fault:
+        return f"NO, not as it is: {reasons(at_fault)}.", "bold red"
+    if not target.can_run:
+        why = reasons(blockers(target.findings, Task.RUN))
+        return f"NO, this machine cannot run it: {why}.", "bold yellow"
+    if any(finding.status is Status.UNKNOWN for finding in target.findings):
+        return "PERHAPS: nothing stands in the way, but not all is known. TensorRT decides.", "bold yellow"
+    return "YES, this machine can run it.", "bold green"
+
+
+def _finding(finding: Finding, width: int) -> Iterator[Text]:
+    from rich.text import Text
+
+    yield from _columns(finding.status.value, finding.status, finding.topic, finding.what, width)
+    if finding.means:
+        yield from (Text(line) for line in _indented(finding.means, width))
+    if finding.command:
+        yield Text(f"{' ' * _INDENT}$ {finding.command}", style="dim" if finding.status is Status.OK else "cyan")
+
+
+def _columns(word: str, status: Status, topic: str, text: str, width: int) -> Iterator[Text]:
+    from rich.text import Text
+
+    first, *others = _indented(text, width)
+    line = Text("  ")
+    line.append(f"{word:<{_STATUS_COLUMN}}", style=_STYLES[status])
+    line.append(f"{topic:<{_TOPIC_COLUMN}}", style="bold")
+    line.append(first[_INDENT:])
+    yield line
+    yield from (Text(other) for other in others)
+
+
+def _indented(text: str, width: int) -> list[str]:
+    space = " " * _INDENT
+    filled = textwrap.fill(
+        text, width, initial_indent=space, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
+    )
+    return filled.splitlines() or [space]
