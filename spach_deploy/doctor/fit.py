@@ -153,18 +153,17 @@ def _build_for(plan: Plan, gpu: Gpu) -> str | None:
 
 
 def _wrong_gpu(plan: Plan, here: Here, first: Gpu, built_for: str) -> Finding:
+    what = f"{first}, and it was built for {built_for.removeprefix('an NVIDIA GPU of ')}"
     fitting = [ordinal for ordinal, gpu in enumerate(here.driver.gpus) if _runs_on(plan, gpu.capability)]
     if fitting:
-        means = f"Not the kind that it was built for, {built_for}; GPU {fitting[0]} is: {here.driver.gpus[fitting[0]]}."
+        means = f"Engines run on the first GPU. The one that fits is GPU {fitting[0]}, {here.driver.gpus[fitting[0]]}."
         choose = f"export CUDA_VISIBLE_DEVICES={fitting[0]}"
-        return Finding(Status.PROBLEM, "NVIDIA GPU", str(first), means, choose, _RUN)
+        return Finding(Status.PROBLEM, "NVIDIA GPU", what, means, choose, _RUN)
     if plan.flavour is Flavour.TENSORRT_RTX and first.capability not in RTX_CAPABILITIES:
-        means = (
-            f"TensorRT for RTX does not run on it, only on {format_gpus(RTX_CAPABILITIES)}. Build for tensorrt here."
-        )
+        means = f"TensorRT for RTX runs on {format_gpus(RTX_CAPABILITIES)} only. Build it with tensorrt, here."
     else:
-        means = f"It was built for {built_for}. Build it again for this one."
-    return Finding(Status.PROBLEM, "NVIDIA GPU", str(first), means, _build_for(plan, first), _RUN)
+        means = "A plan runs on what it was built for. Build it again for this one."
+    return Finding(Status.PROBLEM, "NVIDIA GPU", what, means, _build_for(plan, first), _RUN)
 
 
 # The driver

@@ -51,7 +51,7 @@ def about_core(here: Here) -> Iterator[Finding]:
         means = f"Too old: {', '.join(map(str, old))} is needed."
         yield Finding(Status.PROBLEM, "core packages", what, means, _install(old), EVERYTHING)
     else:
-        shown = ", ".join(f"{name} {here.packages.get(name)}" for name in _SHOWN_CORE)
+        shown = ", ".join(f"{name} {here.packages[name]}" for name in _SHOWN_CORE if here.packages.get(name))
         yield Finding(Status.OK, "core packages", f"all {len(core)}", f"Among them {shown}.", _set_up(here))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from spach_deploy._version import __version__
@@ -69,12 +69,14 @@ def _conclusion(machine: Machine) -> Iterator[Text]:
         yield Text(f"  $ {_FIRST}")
         return
     yield Text("Not all that it takes to export, build and verify is here. To change that:", style="bold red")
-    for command in dict.fromkeys(finding.command for finding in _in_the_way(machine) if finding.command):
-        yield Text(f"  $ {command}")
+    yield from _remedies(finding for task in CORE_FLOW for finding in blockers(machine.findings, task))
 
 
-def _in_the_way(machine: Machine) -> tuple[Finding, ...]:
-    return tuple(finding for task in CORE_FLOW for finding in blockers(machine.findings, task))
+def _remedies(findings: Iterable[Finding]) -> Iterator[Text]:
+    """Each command once."""
+    from rich.text import Text
+
+    yield from (Text(f"  $ {command}") for command in dict.fromkeys(f.command for f in findings if f.command))
 
 
 def _target(target: Target, width: int) -> Iterator[Text]:
@@ -87,18 +89,24 @@ def _target(target: Target, width: int) -> Iterator[Text]:
     yield Text()
     sentence, style = _verdict(target)
     yield Text(textwrap.fill(sentence, width, break_on_hyphens=False, break_long_words=False), style=style)
+    yield from _remedies(_in_the_way(target))
 
 
 def _verdict(target: Target) -> tuple[str, str]:
-    at_fault = [finding for finding in target.findings if finding.bad_target]
-    if at_fault:
-        return f"NO, not as it is: {reasons(at_fault)}.", "bold red"
+    why = reasons(_in_the_way(target))
+    if target.is_bad:
+        return f"NO, not as it is: {why}.", "bold red"
     if not target.can_run:
-        why = reasons(blockers(target.findings, Task.RUN))
         return f"NO, this machine cannot run it: {why}.", "bold yellow"
     if any(finding.status is Status.UNKNOWN for finding in target.findings):
         return "PERHAPS: nothing stands in the way, but not all is known. TensorRT decides.", "bold yellow"
     return "YES, this machine can run it.", "bold green"
+
+
+def _in_the_way(target: Target) -> tuple[Finding, ...]:
+    """What is wrong with the target comes first: on no machine would it run."""
+    at_fault = tuple(finding for finding in target.findings if finding.bad_target)
+    return at_fault or blockers(target.findings, Task.RUN)
 
 
 def _finding(finding: Finding, width: int) -> Iterator[Text]:

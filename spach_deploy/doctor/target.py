@@ -232,9 +232,8 @@ def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:
         means = "Without it there is nothing to compare with but the reference on other images."
         return Finding(Status.MISSING, "golden data", what, means, images, _VERIFY)
     validation = bundle.manifest.content["validation"]
-    what = (
-        f"{validation.get('image_count', 'its')} images with {validation.get('reference', 'the reference')}'s answers"
-    )
+    count, reference = validation.get("image_count", "some"), validation.get("reference", "the reference")
+    what = f"{count} images, answered by {reference}"
     level = validation.get("level")
     if level == "engine":
         means = "At the export the plan itself ran and agreed."
