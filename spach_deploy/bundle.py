@@ -40,6 +40,7 @@ MANIFEST, GRAPH, PLAN, GOLDEN, REPORT = (
 )
 BUILD_LOG = "build.log"
 QUANTIZATION = "quantization.json"
+SENSITIVITY = "sensitivity.svg"
 _SECTIONS = (
     "model",
     "preprocessing",

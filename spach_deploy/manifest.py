@@ -17,6 +17,7 @@ from spach_deploy.engine.network_facts import AchievedPrecision
 from spach_deploy.engine.plan_facts import PlanFacts
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.quantization.equalize import EqualizedPair
+from spach_deploy.quantization.sensitivity import Choice
 from spach_deploy.specs import ExportOptions, IODtype, Preprocessing
 from spach_deploy.stages import GraphStage, StaticStage, TypedStage
 from spach_deploy.stages_quantization import QuantizationStage
@@ -92,7 +93,9 @@ def _by_batch(errors: dict[int, float]) -> dict[str, float]:
     return {f"batch {batch}": error for batch, error in errors.items()}
 
 
-def quantization_sections(quantized: QuantizationStage | None, options: ExportOptions) -> dict[str, Any]:
+def quantization_sections(
+    quantized: QuantizationStage | None, choice: Choice | None, options: ExportOptions
+) -> dict[str, Any]:
     """How it was calibrated, and which layers stayed in float and why; nothing for other precisions."""
     if quantized is None:
         return {}
@@ -108,6 +111,7 @@ def quantization_sections(quantized: QuantizationStage | None, options: ExportOp
             "equalization": [_equalized(pair) for pair in plan.equalized],
             "scales": bundles.QUANTIZATION,
             "kept_float": [kept.to_dict() for kept in plan.kept],
+            "sensitivity": None if choice is None else choice.to_dict(),
             "rewrites": {"disabled": list(options.disabled_rewrites), "quantize": list(options.quantization.quantize)},
         }
     }

@@ -29,11 +29,13 @@ from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.phases import Observer, Phases, Silent
 from spach_deploy.precision.policy import PrecisionPolicy
+from spach_deploy.quantization.calibrate import Calibration
 from spach_deploy.quantization.plan import QuantizationPlan, write_plan
 from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
+from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
 from spach_deploy.validation.evidence import Trial, examine_typed
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
@@ -91,6 +93,11 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
     with phases.phase("export and prove the graph"):
         graph = stages.export_graph(loaded, static, photographs, reference)
     quantized = calibrated(graph, loaded, photographs, options, phases)
+    choice = None
+    if quantized is not None and options.quantization.is_bounded:
+        with phases.phase("choose the layers"):
+            held_out = held_out_images(loaded, photographs, reference, options)
+            quantized, choice = choose_layers(quantized, static.result.model, held_out, options, phases)
     plan = None if quantized is None else quantized.plan
     with phases.phase("measure ranges, set types"):
         graph = stages.give_form(graph, photographs, options, plan)
@@ -101,6 +108,8 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
             golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
             if plan is not None:
                 write_plan(plan, staging / bundles.QUANTIZATION)
+            if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
+                phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
         with building(staging / bundles.GRAPH, options, flavour, phases) as build:
             threads = available_threads() if build is None else threads_beside_a_build()
             with phases.phase("derive tolerances"), torch_threads(threads):
@@ -127,7 +136,7 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
                 "preprocessing": sections.preprocessing_section(photographs.preprocessing),
                 **sections.interface_sections(typed.interface, options),
                 "precision": typed.policy.to_dict(),
-                **sections.quantization_sections(quantized, options),
+                **sections.quantization_sections(quantized, choice, options),
                 "graph": sections.graph_section(static, graph, typed),
                 "engine": engine_section(engine, options),
                 "validation": manifest_section(validation, tolerances),
@@ -165,6 +174,31 @@ def trial_of(photographs: stages.Photographs, reference: NDArray[np.float32], op
     return dataclasses.replace(trial, reference="PyTorch in FP32")
 
 
+def calibrate_to_file(options: ExportOptions, file: Path, observer: Observer | None = None) -> Calibration:
+    """Calibrate as an export with `options` would, and keep the result in `file` for later exports.
+
+    A file that is there already is kept where it fits these options and images; UsageError names what differs, unless
+    `options.overwrite`. A run that was killed is continued. Raises a SpachError of the kind that fits.
+    """
+    phases = Phases(observer or Silent())
+    stages.check_options(options)
+    cache = dataclasses.replace(options.quantization, cache=file)
+    options = dataclasses.replace(options, quantization=cache)
+    with phases.phase("load the model"):
+        loaded = stages.load(options, phases)
+    with phases.phase("read images"):
+        photographs = stages.read_photographs(options, loaded.image_size, phases)
+    with phases.phase("run the reference"):
+        reference = stages.reference_logits(loaded, photographs)
+    with phases.phase("rewrite and prove"):
+        static = stages.rewrite_and_prove(loaded, photographs, reference, options)
+    with phases.phase("export and prove the graph"):
+        graph = stages.export_graph(loaded, static, photographs, reference)
+    quantized = calibrated(graph, loaded, photographs, options, phases)
+    assert quantized is not None
+    return quantized.calibration
+
+
 def calibrated(
     graph: stages.GraphStage,
     loaded: LoadedModel,
@@ -180,6 +214,15 @@ def calibrated(
         quantized = calibrate(graph.model, loaded, photographs.preprocessing, options, phases)
         refuse_overlap(quantized, [photographs.pixels], photographs.names, options, phases)
     return quantized
+
+
+def held_out_images(
+    loaded: LoadedModel, photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions
+) -> HeldOut:
+    """Images to judge layers on: labelled ones for --max-drop, else those that the export is judged on."""
+    if options.quantization.max_drop is not None:
+        return labelled_images(loaded, photographs.preprocessing, options)
+    return HeldOut(photographs.images, reference)
 
 
 def tolerances_for(

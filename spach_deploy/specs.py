@@ -156,6 +156,7 @@ class QuantizationSpec:
     `calibration`: images (folder, tar, npz), or a file that `spach-calibrate` made. `cache`: such a file, reused where
     it fits and written otherwise. `rest`: precision of everything that is not quantized. `keep_float`, `quantize`:
     patterns of module names, as fnmatch reads them. `per_tensor`: patterns of layers whose weights have one scale.
+    `max_rel_l2` of the logits, `max_drop` in points of top-1 on labelled images: layers stay in float until it holds.
     """
 
     calibration: Path | None = None
@@ -170,6 +171,11 @@ class QuantizationSpec:
     max_rel_l2: float | None = None
     max_drop: float | None = None
     labels: Path | None = None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether layers are left in float until a bound holds."""
+        return self.max_rel_l2 is not None or self.max_drop is not None
 
 
 @dataclasses.dataclass(frozen=True)

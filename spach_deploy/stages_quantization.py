@@ -31,6 +31,7 @@ from spach_deploy.quantization.calibrate import (
 )
 from spach_deploy.quantization.formats import eight_bits
 from spach_deploy.quantization.insert import insert_pairs
+from spach_deploy.quantization.options import CALIBRATION_SUFFIX
 from spach_deploy.quantization.plan import KeptFloat, QuantizationPlan, QuantizedSite, Scaling
 from spach_deploy.quantization.quantize import Candidates, candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
@@ -38,7 +39,6 @@ from spach_deploy.quantization.sites import Kind, Selection
 from spach_deploy.quantization.statistics import TensorStatistics
 from spach_deploy.specs import ExportOptions, Preprocessing, QuantizationSpec
 
-CALIBRATION_SUFFIX = ".json"
 _USUAL_IMAGES = 8
 
 
@@ -79,7 +79,9 @@ def calibrate(
         calibration = read_calibration(spec.calibration, key)
         phases.note(f"Scales from {spec.calibration}, made on {calibration.images} images.")
     else:
-        calibration = _from_images(model, chosen, scaling, key, preprocessing, spec, phases)
+        calibration = _from_images(
+            model, chosen, scaling, key, preprocessing, spec, phases, overwrite=options.overwrite
+        )
     return QuantizationStage(calibration)
 
 
@@ -122,9 +124,11 @@ def _from_images(
     preprocessing: Preprocessing,
     spec: QuantizationSpec,
     phases: Phases,
+    *,
+    overwrite: bool,
 ) -> Calibration:
     assert spec.calibration is not None
-    if spec.cache is not None and spec.cache.exists():
+    if spec.cache is not None and spec.cache.exists() and not overwrite:
         return _reused(spec.cache, key, spec.calibration, preprocessing, phases)
     seen = measure(model, chosen, scaling, key, preprocessing, spec, phases)
     start = time.monotonic()

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 @click.option("--bf16", "precisions", flag_value="bf16", multiple=True, help="bfloat16, islands in FP32.")
 @click.option("--int8", "precisions", flag_value="int8", multiple=True, help="8-bit integers; needs --calibration.")
 @click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="8-bit floats (E4M3), from sm89 on.")
-@opt.quantization
+@opt.calibration
+@opt.calibration_cache
+@opt.scales
+@opt.bounds
 @opt.images
 @click.option("--io-dtype", type=click.Choice([d.value for d in IODtype]), help="What the caller sends.  [fp32]")
 @click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Add the K best values and their indices.")

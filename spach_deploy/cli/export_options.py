@@ -52,6 +52,19 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
     )
 
 
+def calibrate_options(given: Mapping[str, Any]) -> ExportOptions:
+    """Options of an export that would need the calibration which spach-calibrate was asked for."""
+    chosen = {name: value for name, value in given.items() if value not in (None, ())}
+    return ExportOptions(
+        model=_model(chosen),
+        precision=Precision(one_precision(chosen.pop("precisions", ())) or "int8"),
+        engine=EngineTarget(Flavour.NONE),
+        overwrite=bool(chosen.get("overwrite")),
+        disabled_rewrites=tuple(chosen.get("no_rewrite") or ()),
+        quantization=quantization_spec(chosen),
+    )
+
+
 def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
     """What was said about calibration and quantized layers."""
     default = QuantizationSpec()
@@ -66,6 +79,9 @@ def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
         per_tensor=tuple(values.get("per_tensor") or ()),
         equalize=default.equalize if equalize is None else equalize,
         allow_overlap=bool(values.get("allow_overlap")),
+        max_rel_l2=values.get("max_rel_l2"),
+        max_drop=values.get("max_drop"),
+        labels=values.get("labels"),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from spach_deploy.pipeline import ExportResult
 
 
+_LINE_EVERY_S = 10.0
 _PHASES_HEADING = "phase                        seconds  peak GB\n"
 
 
@@ -29,6 +31,7 @@ class Progress:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._verbose = verbose
+        self._said = time.monotonic()
         self._console = Console(stderr=True)
         self._bars = Progress(
             SpinnerColumn(),
@@ -54,6 +57,7 @@ class Progress:
 
     def started(self, phase: str) -> None:
         """Show the phase as under way."""
+        self._said = time.monotonic()
         self._task = self._bars.add_task(phase, total=None)
 
     def finished(self, phase: Phase) -> None:
@@ -84,11 +88,21 @@ class Progress:
 
     def calibrating(self, progress: Any) -> None:
         """The phase's bar, and what is left of it."""
+        if not self._console.is_terminal:
+            self._calibrating_line(progress)
         if self._task is None:
             return
         left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
         text = f"calibrate: image {progress.done}{left}"
         self._bars.update(self._task, description=text, total=progress.total, completed=progress.done)
+
+    def _calibrating_line(self, progress: Any) -> None:
+        """A line now and then, where there are no bars."""
+        now = time.monotonic()
+        if now - self._said < _LINE_EVERY_S or progress.seconds_left is None:
+            return
+        self._said = now
+        say(f"Calibrating: image {progress.done} of {progress.total}, {progress.seconds_left:.0f} s left.")
 
     def _say(self, text: str) -> None:
         if self._console.is_terminal:

@@ -37,9 +37,7 @@ def calibration(function: F) -> F:
     return click.option("--calibration", type=FILE, metavar="PATH", help=text)(function)
 
 
-_QUANTIZATION: tuple[Callable[[Any], Any], ...] = (
-    calibration,
-    click.option("--calibration-cache", type=FILE, metavar="FILE", help="Reuse this calibration, or write it here."),
+_SCALES: tuple[Callable[[Any], Any], ...] = (
     click.option("--method", type=click.Choice(METHODS), help="How activation scales are set.  [max]"),
     click.option("--rest", type=click.Choice(RESTS), help="Precision of what is not quantized.  [fp16]"),
     click.option("--keep-float", multiple=True, metavar="PATTERN", help="Layers to leave alone, such as 'layer4.*'."),
@@ -50,11 +48,29 @@ _QUANTIZATION: tuple[Callable[[Any], Any], ...] = (
 )
 
 
-def quantization(function: F) -> F:
-    """Everything that a quantized export can be told."""
-    for option in reversed(_QUANTIZATION):
+def scales(function: F) -> F:
+    """How scales are set, and for which layers."""
+    for option in reversed(_SCALES):
         function = option(function)
     return function
+
+
+def bounds(function: F) -> F:
+    """--max-rel-l2, --max-drop, --labels: how much a quantized model may change."""
+    options = (
+        click.option("--max-rel-l2", type=float, metavar="X", help="Leave layers in float until logits change less."),
+        click.option("--max-drop", type=float, metavar="POINTS", help="Leave layers in float until top-1 drops less."),
+        click.option("--labels", type=FILE, metavar="PATH", help="Labels of --images, for --max-drop."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def calibration_cache(function: F) -> F:
+    """--calibration-cache."""
+    text = "Reuse this calibration where it fits, or write it here."
+    return click.option("--calibration-cache", type=FILE, metavar="FILE", help=text)(function)
 
 
 def images(function: F) -> F:

@@ -35,12 +35,13 @@ _CHOICES = {
     "method": list(METHODS),
     "rest": list(RESTS),
 }
-_PATHS = ("checkpoint", "images", "output", "timing_cache", "calibration", "calibration_cache")
+_PATHS = ("checkpoint", "images", "output", "timing_cache", "calibration", "calibration_cache", "labels")
 _LISTS = ("gpu", "no_rewrite", "keep_float", "quantize", "per_tensor")
 _NUMBERS = ("image_size", "num_classes", "top_k", "opt_level")
+_BOUNDS = ("max_rel_l2", "max_drop")
 _SWITCHES = ("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite", "equalize", "allow_overlap")
 _TEXTS = ("model", "batch", "workspace")
-KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_SWITCHES, *_TEXTS))
+KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_BOUNDS, *_SWITCHES, *_TEXTS))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def _value(path: Path, key: str, value: Any) -> Any:
         return _choice(path, key, _typed(path, key, value, str))
     if key == "batch" and type(value) is int:
         return str(value)
+    if key in _BOUNDS:
+        return float(value if type(value) is int else _typed(path, key, value, float))
     if key in _NUMBERS:
         return _number(path, key, value)
     return _typed(path, key, value, bool if key in _SWITCHES else str)
@@ -87,7 +90,7 @@ def _number(path: Path, key: str, value: Any) -> int:
     return number
 
 
-_NAMES: Mapping[type, str] = {str: "text", int: "whole number", bool: "true or false"}
+_NAMES: Mapping[type, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 
 def _choice(path: Path, key: str, value: str) -> str:

@@ -1,7 +1,7 @@
 """Biases corrected for what eight bits do to a layer's mean output, in the FP32 graph before it is typed.
 
 An error that is the same for every token survives all averaging, so taking the mean of it out of the bias is worth more
-than any choice of scales: on ms_hybrid_s it brings the logits' relative L2 from 0.026 to 0.020.
+than any choice of scales: on ms_hybrid_s, not equalized, it brings the logits' relative L2 from 0.026 to 0.020.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ from spach_deploy.quantization.statistics import CENTERS, TensorStatistics, mixt
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
 COHERENCE = 16.0
-"""How many tokens' worth of independent errors one error that all tokens share is. Found by experiment: on ms_hybrid_s
-the relative L2 of the logits falls from 0.026 (at 1) to 0.018 (10 to 30), and is flat there."""
+"""How many tokens' worth of independent errors one error that all tokens share is. Found by experiment: the relative L2
+of ms_hybrid_s's logits is 0.018 at 4, 0.016 at 8 and 0.015 at 16; small models trained on digits hardly care."""
 
 _LARGEST_FACTOR = 2.0**12
 """Factors stay within this of each other: beyond it FP16 would lose the small ones."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from pathlib import Path
 
 from spach_deploy.errors import ImageError, UsageError
 from spach_deploy.specs import ExportOptions, QuantizationSpec
+
+CALIBRATION_SUFFIX = ".json"
+"""Of calibration files; anything else that is given to --calibration is images."""
 
 
 def check_quantization(options: ExportOptions) -> None:
@@ -22,8 +27,21 @@ def check_quantization(options: ExportOptions) -> None:
         )
     if not spec.calibration.exists():
         raise ImageError(f"{spec.calibration} does not exist.", "Give --calibration a folder, a tar, an npz or a file.")
+    _check_bounds(spec, options)
     if spec.rest.is_quantized:
         raise UsageError("--rest is for what is not quantized.", "Give --rest fp16, bf16 or fp32.")
+
+
+def _check_bounds(spec: QuantizationSpec, options: ExportOptions) -> None:
+    if spec.max_rel_l2 is not None and spec.max_drop is not None:
+        raise UsageError("--max-rel-l2 and --max-drop are two bounds; one of them decides.", "Give one of them.")
+    for option, value in (("--max-rel-l2", spec.max_rel_l2), ("--max-drop", spec.max_drop)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{option} {value:g} is no bound.", "Give a number of 0 or more.")
+    if spec.max_drop is not None and (options.images is None or spec.labels is None):
+        raise UsageError("--max-drop needs labelled images.", "Give --images PATH and --labels FILE or folder.")
+    if spec.labels is not None and spec.max_drop is None:
+        raise UsageError("--labels is for --max-drop here.", "Give --max-drop POINTS, or leave --labels out.")
 
 
 def _check_idle(spec: QuantizationSpec) -> None:
@@ -32,3 +50,11 @@ def _check_idle(spec: QuantizationSpec) -> None:
         if getattr(spec, field.name) != getattr(default, field.name):
             option = f"--{field.name.replace('_', '-')}"
             raise UsageError(f"{option} is for quantized exports.", "Add --int8 or --fp8, or leave it out.")
+
+
+def check_calibration_file(file: Path) -> None:
+    """UsageError for a place where no calibration file could be written, before the work."""
+    if file.suffix != CALIBRATION_SUFFIX:
+        raise UsageError(f"{file} does not end with {CALIBRATION_SUFFIX}.", "Calibrations are JSON: give -o FILE.json.")
+    if not file.parent.is_dir():
+        raise UsageError(f"{file.parent} is not a directory.", "Choose another -o FILE.json.")

@@ -6,7 +6,6 @@ Weights are rounded once; activations are rounded at each layer's input, biases 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -33,7 +32,7 @@ def quantized_twin(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
     for site in plan.sites:
         if site.module not in modules:
             raise BundleError(f"The record of quantization names {site.module}, which this model does not have.")
-        quantized = _quantized(modules[site.module], site, plan.form)
+        quantized = quantized_module(modules[site.module], site, plan.form)
         parent, _, name = site.module.rpartition(".")
         (modules[parent] if parent else twin)._modules[name] = quantized
     return twin.eval()
@@ -65,7 +64,8 @@ def rounding(scale: float, form: EightBits) -> Rounding:
     return lambda x: (x / scale).clamp(-form.limit, form.limit).to(torch.float8_e4m3fn).float() * scale
 
 
-def _quantized(module: nn.Module, site: QuantizedSite, form: EightBits) -> nn.Module:
+def quantized_module(module: nn.Module, site: QuantizedSite, form: EightBits) -> nn.Module:
+    """What stands for `module`, of an equalized model, in eight bits."""
     if site.kind is Kind.ATTENTION:
         assert isinstance(module, StaticAttention)
         return QuantizedAttention(module, [rounding(tensor.scale, form) for tensor in site.tensors])
@@ -83,8 +83,7 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         weight = layer.weight.detach().numpy()
         scales = np.array(site.weight_scales, np.float32).reshape((-1,) + (1,) * (weight.ndim - 1))
-        self.layer = copy.copy(layer)
-        self.layer._parameters = dict(layer._parameters)
+        self.layer = own(layer)
         self.layer.weight = nn.Parameter(torch.from_numpy(store(weight, scales, form)), requires_grad=False)
         self.layer.bias = _corrected(layer, site)
         self.round = rounding(site.tensors[0].scale, form)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -123,6 +124,7 @@ def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         twin = copy.copy(module)
         twin._parameters = dict(module._parameters)
         twin._buffers = dict(module._buffers)
+        twin._forward_hooks = OrderedDict(module._forward_hooks)
         done[id(module)] = twin
         twin._modules = {name: None if child is None else _own(child, done) for name, child in module._modules.items()}
     return done[id(module)]

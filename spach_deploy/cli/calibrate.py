@@ -1,0 +1,92 @@
+"""spach-calibrate: scales for a quantized export, made once and kept in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import Command, command
+
+if TYPE_CHECKING:
+    from spach_deploy.quantization.calibrate import Calibration
+
+
+@click.command("spach-calibrate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", metavar="NAME", help="Model, such as ms_hybrid_s; inferred from the checkpoint if one fits.")
+@opt.checkpoint
+@opt.weights
+@click.option("--image-size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the square input.  [224]")
+@click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Classes; inferred from a checkpoint.")
+@opt.calibration
+@click.option("--int8", "precisions", flag_value="int8", multiple=True, help="For 8-bit integers (the default).")
+@click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="For 8-bit floats (E4M3).")
+@opt.scales
+@click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out, as the export will.")
+@click.option("-o", "--output", type=opt.FILE, metavar="FILE", required=True, help="The calibration, FILE.json.")
+@click.option("--overwrite/--no-overwrite", default=None, help="Replace a calibration that does not fit.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print the survey as JSON instead of a summary.")
+@opt.debug
+@opt.version
+@command
+def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
+    """Calibrate: run images through the model in FP32 and keep the scales that an 8-bit export needs.
+
+    \b
+    spach-calibrate --model ms_hybrid_s --calibration photos/ -o ms_hybrid_s.json
+    spach-export --model ms_hybrid_s --int8 --calibration ms_hybrid_s.json
+
+    The file names what it depends on: weights, layers, preprocessing, method and images. An export refuses one that
+    does not fit. A run that was killed goes on where it was when it is started again.
+
+    Exit codes: 0 done, 2 bad usage or input, 3 this machine cannot do it.
+    """
+    from spach_deploy.cli.export_options import calibrate_options
+    from spach_deploy.cli.interrupts import ending_on_interrupt
+    from spach_deploy.quantization.options import check_calibration_file, check_quantization
+
+    options = calibrate_options(given)
+    check_quantization(options)
+    check_calibration_file(output)
+    with ending_on_interrupt(lambda: "What was done is kept; the same command goes on from there."):
+        _calibrate(options, output, verbose=verbose, as_json=as_json)
+    return 0
+
+
+def _calibrate(options: Any, output: Path, *, verbose: bool, as_json: bool) -> None:
+    import json
+
+    from spach_deploy.cli.export_output import Progress
+    from spach_deploy.pipeline import calibrate_to_file
+
+    with Progress(verbose=verbose) as progress:
+        calibration = calibrate_to_file(options, output, progress)
+    if as_json:
+        click.echo(json.dumps(calibration.summary(), indent=2))
+    else:
+        click.echo("\n".join(_lines(calibration, output)))
+
+
+def _lines(calibration: Calibration, output: Path) -> Iterator[str]:
+    plan, survey = calibration.plan, calibration.survey
+    yield f"model        {calibration.key.model}, {calibration.key.image_size} px"
+    yield f"images       {calibration.images}: {calibration.source}"
+    yield f"pixels       mean {_rgb(survey['channel_mean'])}, standard deviation {_rgb(survey['channel_std'])}"
+    if survey["class_counts"]:
+        counts = list(survey["class_counts"].values())
+        covered = sum(count > 0 for count in counts)
+        yield f"classes      {covered} of {len(counts)}, {min(counts)} to {max(counts)} images each"
+    yield f"layers       {len(plan.sites)} in {plan.form.name}, {plan.macs_share:.1%} of multiplications"
+    changed = [pair for pair in plan.equalized if pair.alpha is not None]
+    yield f"equalized    {len(changed)} of {len(plan.equalized)} pairs"
+    yield f"time         {calibration.seconds:.1f} s"
+    yield ""
+    yield f"Calibration: {output} ({output.stat().st_size / 1e3:,.0f} kB)"
+
+
+def _rgb(values: Any) -> str:
+    return " ".join(f"{value:.1f}" for value in values) + " (RGB, 0 to 255)"
