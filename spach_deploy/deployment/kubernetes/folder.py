@@ -69,7 +69,7 @@ def write_folder(bundle: Path, output: Path, options: KubernetesOptions, *, over
     pack = golden_pack(deployed.model)
     with writing(output, overwrite=overwrite) as staging:
         tag = _write_image(staging / IMAGE, deployed, pack)
-        _write_manifests(staging, all_words(deployed, tag), kserve=options.kserve)
+        _write_manifests(staging, all_words(deployed, tag, pack.batch_sizes), kserve=options.kserve)
         _write(staging / MANIFEST, _manifest(deployed, tag))
     return Written(output, deployed, tag)
 

@@ -31,9 +31,10 @@ _EXPORT_AGAIN = "Export the bundle again."
 
 @dataclasses.dataclass(frozen=True)
 class GoldenPack:
-    """Files by name."""
+    """Files by name, and the sizes of the batches that the check sends."""
 
     files: dict[str, bytes]
+    batch_sizes: tuple[int, ...]
 
 
 def golden_pack(model: ServedModel) -> GoldenPack:
@@ -44,16 +45,17 @@ def golden_pack(model: ServedModel) -> GoldenPack:
     tensors = {"input.bin": np.ascontiguousarray(golden.input).tobytes()}
     for output in model.outputs:
         tensors[f"{output.name}.bin"] = _bytes(output, expected[output.name])
+    sent = batches(len(golden.names), model.batch)
     description = {
         "model": model.name,
         "images": list(golden.names),
         "input": _tensor(model.inputs[0], "input.bin"),
         "outputs": [_output(output, model) for output in model.outputs],
-        "batches": [list(batch) for batch in batches(len(golden.names), model.batch)],
+        "batches": [list(batch) for batch in sent],
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in tensors.items()},
     }
     text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-    return GoldenPack({DESCRIPTION: text.encode(), **tensors})
+    return GoldenPack({DESCRIPTION: text.encode(), **tensors}, tuple(map(len, sent)))
 
 
 def bounds(model: ServedModel) -> Bounds:

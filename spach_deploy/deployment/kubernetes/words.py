@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from spach_deploy.deployment.kubernetes.deployed import Deployed
-from spach_deploy.deployment.kubernetes.golden_pack import allows_tf32, batches
+from spach_deploy.deployment.kubernetes.golden_pack import allows_tf32
 from spach_deploy.deployment.kubernetes.sizes import PROBE_SECONDS, quantity
 from spach_deploy.deployment.kubernetes.templating import TEMPLATES, read_template, render
 from spach_deploy.deployment.kubernetes.versions import is_version_compatible, listed
 from spach_deploy.deployment.triton.options import Batching
-from spach_deploy.validation.reference import Golden
 
 PILLOW = "11.3.0"
 """For every Python that Triton's images have; its resizing is what it has been for years."""
@@ -45,14 +44,15 @@ class Words(Mapping[str, str]):
         return Words({**self._given, **words})
 
 
-def all_words(deployed: Deployed, image_tag: str) -> Words:
-    """The words for `deployed`; NAMESPACE is an overlay's."""
+def all_words(deployed: Deployed, image_tag: str, batch_sizes: Sequence[int] = ()) -> Words:
+    """The words for `deployed`; NAMESPACE is an overlay's. `batch_sizes`: of the golden check."""
     return Words(
         {
             **_model_words(deployed),
             **_image_words(deployed, image_tag),
             **_size_words(deployed),
             **_conditional(deployed),
+            "BATCHES": listed(str(size) for size in batch_sizes),
             **(_kserve_words(deployed) if deployed.options.kserve else _plain_words(deployed)),
         }
     )
@@ -61,7 +61,6 @@ def all_words(deployed: Deployed, image_tag: str) -> Words:
 def _model_words(deployed: Deployed) -> dict[str, str]:
     model = deployed.model
     version = model.versions[-1]
-    sizes = (len(batch) for batch in batches(len(_names(deployed)), model.batch))
     return {
         "NAME": deployed.name,
         "MODEL": deployed.title,
@@ -70,14 +69,9 @@ def _model_words(deployed: Deployed) -> dict[str, str]:
         "DESCRIPTION": f"{deployed.title} in {model.facts.precision.value}: {deployed.serves}, in Triton "
         f"{deployed.image.release}",
         "ARTIFACT_SHA256": version.bundle.manifest.files[version.artifact.name],
-        "BATCHES": listed(str(size) for size in sizes),
         "MIN_REPLICAS": str(deployed.options.replicas.min),
         "MAX_REPLICAS": str(deployed.options.replicas.max),
     }
-
-
-def _names(deployed: Deployed) -> tuple[str, ...]:
-    return Golden.load(deployed.model.bundle.file("golden.npz")).names
 
 
 def _image_words(deployed: Deployed, image_tag: str) -> dict[str, str]:
