@@ -213,7 +213,13 @@ BROKEN: dict[str, Broken] = {
     "no configuration": Broken("plan", remove(CONFIG), CONFIG, "", "no such file"),
     # names, platform
     "name of another": Broken("plan", set_("name", "other"), CONFIG, "name", '"other"'),
-    "no platform": Broken("plan", both(clear("platform"), clear("backend")), CONFIG, "backend", "none"),
+    "no platform": Broken(
+        "plan",
+        both(clear("platform"), clear("backend"), rename(PLAN_FILE, "tiny/1/engine.plan")),
+        CONFIG,
+        "backend",
+        "none",
+    ),
     "unknown platform": Broken(
         "plan",
         both(clear("backend"), set_("platform", "tensorrt")),

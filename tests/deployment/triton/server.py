@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.deployment.triton.server_environment import environment, stub
 
 _SHIM = Path(__file__).with_name("backend") / "model.py"
-_START_SECONDS = 60
+_START_SECONDS = 120
 _SHARED_MEMORY = Path("/dev/shm")
 
 

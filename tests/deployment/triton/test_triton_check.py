@@ -18,7 +18,7 @@ from spach_deploy.deployment.triton.repository import write_repository
 from spach_deploy.deployment.triton.served import BundleArgument
 from spach_deploy.errors import UsageError
 from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.broken_repositories import BROKEN, GOOD, GRAPH_FILE, preferred, set_
+from tests.deployment.triton.broken_repositories import BROKEN, GOOD, GRAPH_FILE, both, clear, preferred, set_
 from tests.deployment.triton.tiny_bundles import Tiny
 
 
@@ -96,6 +96,15 @@ def test_a_repository_of_others_is_checked_by_its_graphs(tmp_path: Path) -> None
     assert check_repository(tmp_path / "repository").findings == ()
     file.write_text(config.format(dims="[3, 9, 9]"))
     assert [finding.field for finding in check_repository(tmp_path / "repository").findings] == ["input[0].dims"]
+
+
+def test_a_backend_that_is_not_named_is_known_by_the_file(good: Callable[[str], Path], tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good("plan"), repository)
+    both(clear("platform"), clear("backend"))(repository)
+    assert check_repository(repository).findings == ()
+    set_("input.0.data_type", 10)(repository)
+    assert "input[0].data_type" in [finding.field for finding in check_repository(repository).errors]
 
 
 def test_constants_of_old_graphs_are_no_inputs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ kill one start their own.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -45,6 +46,7 @@ from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.reference import Golden, expected_outputs
 from tests import small_bundles
 from tests.deployment.triton import load, tiny_bundles
+from tests.deployment.triton.broken_repositories import BROKEN, GOOD
 from tests.deployment.triton.clients import Client, client
 from tests.deployment.triton.server import Server, serving
 from tests.deployment.triton.tiny_bundles import Tiny
@@ -254,6 +256,48 @@ def test_a_file_that_is_no_picture_fails_its_own_request_only(served: Served, pr
         assert one.ask("half_ensemble", image=np.array([[good]], np.object_))["indices"].shape == (1, 2)
 
 
+# What the check finds
+
+REFUSED = (
+    *("unknown field", "two schedulers", "backend of another", "no dims", "format without three dims"),
+    *("preferred size above the maximum", "warm-up above the maximum", "warm-up file cut"),
+)
+"""Broken repositories that tritonserver refuses within a second or two; it refuses most of the others as well."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_check_finds_keeps_the_server_from_starting(tmp_path: Path, name: str) -> None:
+    broken = BROKEN[name]
+    repository = _loadable(tmp_path, broken.base)
+    broken.spoil(repository)
+    assert check_repository(repository).exit_code == 1
+    (tmp_path / "server").mkdir()
+    server = Server([repository], tmp_path / "server")
+    try:
+        server.start(wait=False)
+        assert not server.wait_until_ready()
+        assert not server.is_running()
+        assert "failed to load" in server.log or "Poll failed" in server.log
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("base", ["plan", "explicit"])
+def test_unbroken_they_are_served(tmp_path: Path, base: str) -> None:
+    with serving([_loadable(tmp_path, base)], tmp_path / "server") as server:
+        assert server.is_ready()
+
+
+def _loadable(folder: Path, base: str) -> Path:
+    """A good repository that a server without a GPU can load."""
+    tiny, options = GOOD[base]
+    bundle = tiny_bundles.write(folder / "bundle", tiny)
+    options = dataclasses.replace(options, instances=ANY_DEVICE)
+    repository = write_repository([BundleArgument(bundle)], folder / "repository", options).path
+    shutil.copy(bundle / GRAPH, repository / "tiny" / "1" / "model.onnx")
+    return repository
+
+
 # Many clients
 
 
@@ -409,7 +453,7 @@ def test_killed_in_mid_load_clients_see_errors_and_never_wrong_numbers(tmp_path:
     bundle = tiny_bundles.write(tmp_path / "bundle", PLAN)
     options = TritonOptions(Backend.ONNXRUNTIME)
     repository = write_repository([BundleArgument(bundle)], tmp_path / "repository", options).path
-    inputs = tiny_bundles.samples(PLAN, 20_000, seed=5)
+    inputs = tiny_bundles.samples(PLAN, 4_000, seed=5)
     expected = tiny_bundles.logits(PLAN, inputs)
 
     def kill(answers: load.Answers) -> None:

@@ -38,7 +38,7 @@ def _platform(model: ModelFolder) -> Iterator[Finding]:
     platform, backend = model.config.platform, model.config.backend
     if model.is_ensemble:
         yield from _ensemble_platform(model)
-    elif not platform and not backend:
+    elif not platform and not model.backend:
         yield model.finding("backend", "none", "a backend or a platform", 'Add backend: "onnxruntime" or the like.')
     elif platform and not backend and platform not in PLATFORMS:
         known = ", ".join([*PLATFORMS, "ensemble"])

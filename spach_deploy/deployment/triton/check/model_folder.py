@@ -52,8 +52,18 @@ class ModelFolder:
 
     @property
     def backend(self) -> str:
-        """Its backend, by the platform where none is named; empty where neither tells."""
-        return str(self.config.backend or PLATFORMS.get(self.config.platform, ""))
+        """Its backend; where neither backend nor platform is named, by the file that is there, as Triton does it.
+
+        Empty where nothing tells.
+        """
+        named = self.config.backend or PLATFORMS.get(self.config.platform, "")
+        if named or self.config.platform or self.config.default_model_filename:
+            return str(named)
+        there = [backend for backend, file in DEFAULT_FILES.items() if self._has(file)]
+        return there[0] if there else ""
+
+    def _has(self, file: str) -> bool:
+        return bool(self.versions) and (self.path / str(self.versions[-1]) / file).exists()
 
     @property
     def is_tensorrt(self) -> bool:
