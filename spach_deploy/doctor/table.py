@@ -65,10 +65,10 @@ def _conclusion(machine: Machine) -> Iterator[Text]:
     from rich.text import Text
 
     if machine.exit_code == 0:
-        yield Text("All that it takes to export, build and verify is here. To begin:", style="bold green")
+        yield Text("All that an export takes is here. To begin:", style="bold green")
         yield Text(f"  $ {_FIRST}")
         return
-    yield Text("Not all that it takes to export, build and verify is here. To change that:", style="bold red")
+    yield Text("Not all that an export takes is here. To change that:", style="bold red")
     yield from _remedies(finding for task in CORE_FLOW for finding in blockers(machine.findings, task))
 
 

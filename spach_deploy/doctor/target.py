@@ -21,8 +21,7 @@ from spach_deploy.doctor.plan_file import PlanFile, find_plan
 from spach_deploy.doctor.probe import Answer
 from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.errors import BundleError, UsageError
-from spach_deploy.specs import ComputeCapability, Flavour
-from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.specs import BatchProfile, ComputeCapability, Flavour
 
 _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
 _EXPORT_AGAIN = "Export it again."
@@ -201,17 +200,38 @@ def _asked(plan: PlanFile, here: Here, ask: AskTensorRT) -> Iterator[Finding]:
 
 
 def _bundle(path: Path, bundle: Bundle, here: Here, ask: AskTensorRT) -> Target:
-    facts = BundleFacts.of(bundle)
-    name = f"{bundle.manifest.model['name']} in {facts.precision.value}, a bundle"
+    batch, plan = _read(bundle)
+    name = f"{bundle.manifest.model['name']} in {bundle.manifest.precision}, a bundle"
     changed = {name: state for name, state in bundle.changed_files().items() if name != REPORT}
     findings = (
         *_files(bundle, changed),
         _golden(bundle, changed),
-        _inputs(bundle, facts),
-        *_engine(bundle, changed, here, ask),
+        _inputs(bundle, batch),
+        *_engine(bundle, plan, changed, here, ask),
         *_graph(bundle, here),
     )
     return Target(str(path), name, findings)
+
+
+def _read(bundle: Bundle) -> tuple[BatchProfile, Plan]:
+    """What the manifest says of batch and plan, and every entry that is used later is looked at once."""
+    content = bundle.manifest.content
+    try:
+        batch, engine = BatchProfile(**content["batch"]), bundle.manifest.engine
+        for section in ("model", "output_options", "validation"):
+            _ = content[section].keys()
+        plan = Plan(
+            Flavour(engine["flavour"]),
+            str(engine["version"]) if engine.get("version") else None,
+            _capabilities(engine.get("gpus")),
+            version_compatible=bool(engine.get("version_compatible")),
+            hardware_compatible=bool(engine.get("hardware_compatible")),
+            rebuild=functools.partial(exporting, bundle),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        where, reason = bundle.path / MANIFEST, f"{type(error).__name__}: {error}"
+        raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", _EXPORT_AGAIN) from None
+    return batch, plan
 
 
 def _files(bundle: Bundle, changed: dict[str, str]) -> Iterator[Finding]:
@@ -246,9 +266,8 @@ def _validate(bundle: Bundle) -> str:
     return f"spach-validate {shlex.quote(str(bundle.path))}"
 
 
-def _inputs(bundle: Bundle, facts: BundleFacts) -> Finding:
+def _inputs(bundle: Bundle, batch: BatchProfile) -> Finding:
     """What a caller has to send."""
-    batch = facts.batch
     tensors = "; ".join(
         f"{tensor.name}: {tensor.dtype} {' x '.join('N' if size is None else str(size) for size in tensor.shape)}"
         f"{f' ({tensor.layout})' if tensor.layout else ''}"
@@ -261,15 +280,13 @@ def _inputs(bundle: Bundle, facts: BundleFacts) -> Finding:
     return Finding(Status.OK, "input profile", tensors, means, exporting(bundle, "--batch", str(batch)))
 
 
-def _engine(bundle: Bundle, changed: dict[str, str], here: Here, ask: AskTensorRT) -> Iterator[Finding]:
-    engine = bundle.manifest.engine
+def _engine(bundle: Bundle, plan: Plan, changed: dict[str, str], here: Here, ask: AskTensorRT) -> Iterator[Finding]:
     if bundle.plan is None:
-        reason = str(engine.get("reason", "none was built")).rstrip(".")
+        reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
         again = exporting(bundle, "--engine", "auto")
         means = "The bundle was exported without an engine; its graph can be verified."
         yield Finding(Status.MISSING, PLAN, reason, means, again, _RUN)
         return
-    plan = _known(bundle)
     found = None
     if PLAN not in changed:
         found = find_plan(bundle.plan)
@@ -278,18 +295,6 @@ def _engine(bundle: Bundle, changed: dict[str, str], here: Here, ask: AskTensorR
         yield from fit(plan, here)
     if found is not None:
         yield from _asked(found, here, ask)
-
-
-def _known(bundle: Bundle) -> Plan:
-    engine, facts = bundle.manifest.engine, BundleFacts.of(bundle)
-    return Plan(
-        facts.flavour,
-        str(engine["version"]) if engine.get("version") else None,
-        _capabilities(engine.get("gpus")),
-        version_compatible=bool(engine.get("version_compatible")),
-        hardware_compatible=bool(engine.get("hardware_compatible")),
-        rebuild=functools.partial(exporting, bundle),
-    )
 
 
 def _capabilities(gpus: Any) -> tuple[ComputeCapability, ...] | None:

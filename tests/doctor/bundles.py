@@ -1,0 +1,63 @@
+"""Bundles made by hand: a manifest as an export writes it, and files with the right hashes and nothing in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN
+from tests.doctor import plans
+from tests.doctor.machines import A100, L4
+
+
+def write_bundle(directory: Path, *, plan: bytes | None = None, **engine: Any) -> Path:
+    """A bundle with a plan of TensorRT for RTX for sm80 and sm89, or with `plan` and what `engine` says of it."""
+    content = plans.rtx_plan(A100.capability, L4.capability) if plan is None else plan
+    files = {"build.log": b"", GRAPH: b"\x08\x0a\x12\x04test", GOLDEN: b"PK", PLAN: content}
+    directory.mkdir(parents=True)
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    usual = {"flavour": "tensorrt-rtx", "version": "1.7.1.116", "gpus": ["sm80", "sm89"], "tf32": True}
+    rewrite(directory, engine={**usual, **engine}, files={name: _entry(data) for name, data in files.items()})
+    return directory
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def rewrite(directory: Path, **sections: Any) -> None:
+    """Replace sections of the manifest."""
+    file = directory / MANIFEST
+    content = json.loads(file.read_text()) if file.is_file() else dict(_MANIFEST)
+    file.write_text(json.dumps({**content, **sections}))
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest."""
+    content: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+    return content
+
+
+def without(directory: Path, name: str) -> Path:
+    """The bundle as if it had been exported without that file."""
+    (directory / name).unlink()
+    files = read(directory)["files"]
+    del files[name]
+    rewrite(directory, files=files)
+    return directory
+
+
+_MANIFEST: dict[str, Any] = {
+    "schema_version": 1,
+    "model": {"name": "ms_hybrid_s", "image_size": 224, "num_classes": 1000, "origin": "demo", "checkpoint": None},
+    "preprocessing": {},
+    "inputs": [{"name": "input", "dtype": "float32", "shape": [None, 3, 224, 224], "layout": "NCHW"}],
+    "outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 1000], "layout": "NC"}],
+    "output_options": {"io_dtype": "fp32", "top_k": None, "softmax": False},
+    "batch": {"min": 1, "opt": 8, "max": 32},
+    "precision": {"asked": "fp16"},
+    "validation": {"level": "graph", "passed": True, "image_count": 8, "reference": "PyTorch in FP32"},
+}
