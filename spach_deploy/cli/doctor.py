@@ -41,12 +41,9 @@ def main(target: Path | None, as_json: bool) -> int:
     from spach_deploy.doctor.machine import examine_machine
     from spach_deploy.doctor.target import examine_target
 
-    if target is None:
-        machine = examine_machine(look_around())
-        click.echo(_json(machine) if as_json else _machine_text(machine))
-        return machine.exit_code
-    found = examine_target(target, look_around())
-    click.echo(_json(found) if as_json else _target_text(found))
+    here = look_around()
+    found: Machine | Target = examine_machine(here) if target is None else examine_target(target, here)
+    click.echo(_json(found) if as_json else _text(found))
     return found.exit_code
 
 
@@ -56,28 +53,29 @@ def _json(found: Machine | Target) -> str:
     return json.dumps(found.to_dict(), indent=2)
 
 
-def _machine_text(machine: Machine) -> str:
-    from spach_deploy.doctor.table import machine_as_text
-
-    return machine_as_text(machine, width=_width(), color=_on_terminal())
-
-
-def _target_text(target: Target) -> str:
-    from spach_deploy.doctor.table import target_as_text
-
-    return target_as_text(target, width=_width(), color=_on_terminal())
-
-
-def _on_terminal() -> bool:
+def _text(found: Machine | Target) -> str:
+    """The doctor works where packages are missing, so it says so of the one that it needs to be read."""
     import sys
 
-    return sys.stdout.isatty()
+    from spach_deploy.doctor.commands import installing
+    from spach_deploy.doctor.table import as_text
+    from spach_deploy.errors import UnavailableError
+
+    on_terminal = sys.stdout.isatty()
+    try:
+        return as_text(found, width=_width(on_terminal), color=on_terminal)
+    except ImportError:
+        message = "Showing the findings needs rich, which is not installed here."
+        raise UnavailableError(
+            message, f"Install it: {installing('rich')}, or add --json, which needs it not."
+        ) from None
 
 
-def _width() -> int:
+def _width(on_terminal: bool) -> int:
     """The terminal's, within reason; a usual one where there is none."""
     import shutil
 
     from spach_deploy.doctor.table import WIDTH
 
-    return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, _NARROWEST), _WIDEST) if _on_terminal() else WIDTH
+    columns = shutil.get_terminal_size((WIDTH, 24)).columns
+    return min(max(columns, _NARROWEST), _WIDEST) if on_terminal else WIDTH

@@ -22,14 +22,10 @@ _STYLES = {Status.OK: "green", Status.MISSING: "yellow", Status.PROBLEM: "bold r
 _FIRST = "spach-export --model ms_hybrid_s --fp16"
 
 
-def machine_as_text(machine: Machine, *, width: int = WIDTH, color: bool = False) -> str:
-    """The machine's findings, and what it can do."""
-    return _rendered(_machine(machine, width), color=color)
-
-
-def target_as_text(target: Target, *, width: int = WIDTH, color: bool = False) -> str:
-    """The target's findings, and whether it can run here."""
-    return _rendered(_target(target, width), color=color)
+def as_text(found: Machine | Target, *, width: int = WIDTH, color: bool = False) -> str:
+    """Findings, and what follows from them: what the machine can do, or whether the target can run here."""
+    lines = _machine(found, width) if isinstance(found, Machine) else _target(found, width)
+    return _rendered(lines, color=color)
 
 
 def _rendered(lines: Iterator[Text], *, color: bool) -> str:

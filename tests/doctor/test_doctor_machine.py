@@ -20,7 +20,7 @@ from spach_deploy.doctor.here import Here, TensorRTPackage
 from spach_deploy.doctor.machine import Machine, examine_machine
 from spach_deploy.doctor.packages import OnnxRuntime, Torch
 from spach_deploy.doctor.resources import Folder, Memory
-from spach_deploy.doctor.table import machine_as_text
+from spach_deploy.doctor.table import as_text
 from spach_deploy.specs import Flavour
 from tests.doctor.machines import (
     GIGABYTE,
@@ -148,7 +148,7 @@ def test_every_line_has_a_command_that_can_be_pasted(here: Here) -> None:
 
 
 def test_the_end_names_the_commands_that_make_it_possible() -> None:
-    text = machine_as_text(examine_machine(cpu_machine(tensorrt={}, onnxruntime=None)))
+    text = as_text(examine_machine(cpu_machine(tensorrt={}, onnxruntime=None)))
     last = text[text.index("To change that:") :].splitlines()[1:]
     assert [line.split()[-1] for line in last] == ["'onnxruntime>=1.20'", "'tensorrt-rtx>=1.1'"]
 
@@ -304,7 +304,7 @@ def test_memory_that_a_container_limits() -> None:
 
 def test_text_is_wrapped_and_commands_are_not() -> None:
     machine = examine_machine(gpu_machine(L4, T4))
-    text = machine_as_text(machine, width=60)
+    text = as_text(machine, width=60)
     lines = [line.strip() for line in text.splitlines()]
     assert all(f"$ {item.command}" in lines for item in machine.findings if item.command)
     assert all(len(line) <= 60 for line in text.splitlines() if "$ " not in line)
@@ -312,15 +312,15 @@ def test_text_is_wrapped_and_commands_are_not() -> None:
 
 def test_a_name_that_is_not_ascii_is_written_in_ascii() -> None:
     driver = Driver((L4,), "580 \N{SNOWMAN}", (13, 0))
-    text = machine_as_text(examine_machine(cpu_machine(driver=driver)))
+    text = as_text(examine_machine(cpu_machine(driver=driver)))
     assert text.isascii()
     assert r"580 \u2603" in text
 
 
 def test_colour_comes_on_request_only() -> None:
     machine = examine_machine(cpu_machine())
-    assert "\x1b[" not in machine_as_text(machine)
-    assert "\x1b[" in machine_as_text(machine, color=True)
+    assert "\x1b[" not in as_text(machine)
+    assert "\x1b[" in as_text(machine, color=True)
 
 
 def test_json_says_the_same() -> None:

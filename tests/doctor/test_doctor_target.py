@@ -16,7 +16,7 @@ from spach_deploy.cli.export import main as export_command
 from spach_deploy.doctor.finding import Finding, Status
 from spach_deploy.doctor.here import Here
 from spach_deploy.doctor.probe import Answer
-from spach_deploy.doctor.table import target_as_text
+from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import Flavour
@@ -43,7 +43,7 @@ def finding(target: Target, topic: str) -> Finding:
 
 
 def verdict(target: Target) -> str:
-    text = target_as_text(target, width=500)
+    text = as_text(target, width=500)
     return next(line for line in text.splitlines() if line.startswith(("YES", "NO", "PERHAPS")))
 
 
@@ -89,7 +89,7 @@ def test_no_gpu(bundle: Path) -> None:
 
 
 def test_the_command_that_changes_the_verdict_is_at_the_end(bundle: Path) -> None:
-    text = target_as_text(examine(bundle, gpu_machine(T4)))
+    text = as_text(examine(bundle, gpu_machine(T4)))
     last = f"spach-export --model ms_hybrid_s --fp16 --engine tensorrt-rtx --gpu sm75 --overwrite -o {bundle}"
     assert text.splitlines()[-1] == f"  $ {last}"
 
