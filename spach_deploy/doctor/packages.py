@@ -1,8 +1,9 @@
 """What the packages are, learned from files: is torch a CPU build, which onnxruntime's files won.
 
 Importing torch takes seconds; its version.py says the same. The wheels onnxruntime and onnxruntime-gpu write into one
-folder, so that the one installed last wins, and uninstalling either takes files of both; `build_and_package_info.py`
-in that folder tells whose files they are (seen in 1.20 to 1.32).
+folder: the one installed last wins where both have a file, libraries of providers stay of either, and uninstalling one
+takes what both share. `build_and_package_info.py` in that folder tells whose the shared files are (all seen with 1.31
+and 1.32).
 """
 
 from __future__ import annotations
@@ -72,13 +73,9 @@ def find_onnxruntime() -> OnnxRuntime | None:
     if folder is None:
         return OnnxRuntime(wheels, broken="the package's folder") if wheels else None
     info = _read(folder / "capi", "build_and_package_info.py")
-    return OnnxRuntime(
-        wheels,
-        _assigned(info, "package_name"),
-        _assigned(info, "__version__"),
-        _providers(folder / "capi"),
-        _broken(folder),
-    )
+    owner = _assigned(info, "package_name")
+    providers = ("cpu",) if owner == ONNXRUNTIME_WHEELS[0] else _providers(folder / "capi")
+    return OnnxRuntime(wheels, owner, _assigned(info, "__version__"), providers, _broken(folder))
 
 
 def _broken(folder: Path) -> str:

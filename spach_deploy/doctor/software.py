@@ -44,11 +44,11 @@ def about_core(here: Here) -> Iterator[Finding]:
     missing = [package for package in core if here.packages.get(package.name) is None]
     old = [package for package in core if (has := here.packages.get(package.name)) and not package.is_met_by(has)]
     if missing:
-        means = f"{len(missing)} of the {len(core)} packages that everything here is built on."
-        yield Finding(Status.MISSING, "core packages", _names(missing), means, _install(missing), EVERYTHING)
+        what, means = f"{len(missing)} of {len(core)} are missing", f"Nothing here works without {_names(missing)}."
+        yield Finding(Status.MISSING, "core packages", what, means, _install(missing), EVERYTHING)
     elif old:
-        what = ", ".join(f"{package.name} {here.packages[package.name]}" for package in old)
-        means = f"Too old: {', '.join(map(str, old))} is needed."
+        what = f"{len(old)} of {len(core)} are too old"
+        means = "; ".join(f"{package.name} {here.packages[package.name]}, {package} is needed" for package in old) + "."
         yield Finding(Status.PROBLEM, "core packages", what, means, _install(old), EVERYTHING)
     else:
         shown = ", ".join(f"{name} {here.packages[name]}" for name in _SHOWN_CORE if here.packages.get(name))
@@ -103,7 +103,7 @@ def _installed_onnxruntime(here: Here, found: OnnxRuntime, wanted: Requirement) 
     mend = reinstalling(found.wheels or ("onnxruntime",), str(Requirement(keep, wanted.minimum)))
     version = found.files_version or next(iter(found.wheels.values()), "")
     what = " and ".join(f"{name} {number}" for name, number in found.wheels.items()) or f"{version}, of no wheel"
-    runs_on = ", ".join(_PROVIDERS.get(name, name) for name in found.providers) or "nothing known"
+    runs_on = _words(found.providers)
     needs_it = (Task.EXPORT, Task.VERIFY)
     if found.broken:
         means = f"{found.broken} is missing, as after one of two wheels was uninstalled, so it does not import."
@@ -112,12 +112,18 @@ def _installed_onnxruntime(here: Here, found: OnnxRuntime, wanted: Requirement) 
         return Finding(Status.PROBLEM, "onnxruntime", what, f"{wanted} is needed.", mend, needs_it)
     if len(found.wheels) > 1:
         means = (
-            f"They share one folder, and the files in it are those of {found.files_of or 'one of them'} {version}: it"
-            f" runs graphs on {runs_on}, nothing else. That will do here, until one of them is uninstalled."
+            f"They share one folder, and the files in it are those of {found.files_of or 'one of them'} {version}:"
+            f" graphs run on {runs_on}. That will do here, until one of them is uninstalled."
         )
         return Finding(Status.PROBLEM, "onnxruntime", what, means, mend)
-    means = f"Runs graphs on {runs_on}; they are verified on the CPU."
+    means = f"Graphs run on {runs_on}; they are verified on the CPU."
     return Finding(Status.OK, "onnxruntime", what.removeprefix("onnxruntime "), means, installing("--upgrade", keep))
+
+
+def _words(providers: tuple[str, ...]) -> str:
+    if providers == ("cpu",):
+        return "the CPU only"
+    return ", ".join(_PROVIDERS.get(name, name) for name in providers) or "nothing that is known"
 
 
 def about_tensorrt_rtx(here: Here) -> Iterator[Finding]:

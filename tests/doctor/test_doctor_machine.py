@@ -164,20 +164,21 @@ def test_old_python() -> None:
 
 def test_core_packages_that_are_missing_are_named_with_what_installs_them() -> None:
     found = finding(cpu_machine(packages={**cpu_machine().packages, "onnx": None}), "core packages")
-    assert (found.status, found.what) == (Status.MISSING, "onnx")
+    assert (found.status, found.what) == (Status.MISSING, "1 of 2 are missing")
+    assert "onnx" in found.means
     assert found.command is not None
     assert found.command.endswith("'onnx>=1.18'")
 
 
 def test_core_packages_that_are_too_old() -> None:
     found = finding(cpu_machine(packages={**cpu_machine().packages, "onnx": "1.9.3"}), "core packages")
-    assert (found.status, found.what) == (Status.PROBLEM, "onnx 1.9.3")
+    assert (found.status, found.means) == (Status.PROBLEM, "onnx 1.9.3, onnx>=1.18 is needed.")
     assert set(found.blocks) == set(Task)
 
 
 def test_a_package_is_asked_for_only_where_this_python_needs_it() -> None:
     assert finding(cpu_machine(python=(3, 11, 0)), "core packages").status is Status.OK
-    assert finding(cpu_machine(python=(3, 10, 0)), "core packages").what == "tomli"
+    assert finding(cpu_machine(python=(3, 10, 0)), "core packages").means == "Nothing here works without tomli."
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_both_wheels_of_onnxruntime() -> None:
     both = OnnxRuntime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.22.0"}, "onnxruntime", "1.32.0", ("cpu",))
     found = finding(cpu_machine(onnxruntime=both), "onnxruntime")
     assert (found.status, found.blocks) == (Status.PROBLEM, ())
-    assert "those of onnxruntime 1.32.0: it runs graphs on the CPU" in found.means
+    assert "those of onnxruntime 1.32.0: graphs run on the CPU only" in found.means
     assert found.command is not None
     assert "uninstall -y onnxruntime onnxruntime-gpu && " in found.command
     assert found.command.endswith("'onnxruntime>=1.20'")

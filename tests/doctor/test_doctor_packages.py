@@ -95,6 +95,16 @@ def test_the_wheel_whose_files_are_there_wins(site: Path) -> None:
     assert not found.broken
 
 
+def test_libraries_that_the_other_wheel_left_are_no_providers(site: Path) -> None:
+    """onnxruntime installed over onnxruntime-gpu: CUDA's library is still there, and nothing loads it."""
+    wheel(site, "onnxruntime", "1.32.0")
+    wheel(site, "onnxruntime-gpu", "1.31.1")
+    onnxruntime(site, "libonnxruntime_providers_cuda.so")
+    found = find_onnxruntime()
+    assert found is not None
+    assert (found.files_of, found.providers) == ("onnxruntime", ("cpu",))
+
+
 @pytest.mark.parametrize(
     ("gone", "broken"), [("capi/onnxruntime_pybind11_state.so", "its compiled library"), ("__init__.py", "__init__.py")]
 )
