@@ -120,7 +120,7 @@ def _driver_install() -> str | None:
 def driver_from(answer: Answer, around: Surroundings) -> Driver:
     """What the child found, put in words."""
     if answer.content is None:
-        problem = f"the NVIDIA driver gives no answer: {answer.silence}"
+        problem = f"the NVIDIA driver does not answer: {answer.silence}"
         return Driver(problem=problem, remedy="sudo reboot", is_broken=True)
     found = answer.content
     driver = Driver(_gpus(found), found.get("driver"), _cuda(found), upgrade=around.install)

@@ -99,7 +99,7 @@ def _cuda_of(flavour: Flavour) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def ask_tensorrt(flavour: Flavour, header: bytes, limit_s: float = LIMIT_S) -> Answer:
+def ask_tensorrt(flavour: Flavour, header: bytes, limit_s: float = LIMIT_S / 2) -> Answer:
     """What the flavour's own library says of a plan's first bytes."""
     with Question(f"{_QUESTIONS}.tensorrt_question", MODULE_NAMES[flavour], header.hex()) as question:
         return question.answer(limit_s)

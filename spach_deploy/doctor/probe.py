@@ -72,7 +72,7 @@ class Question:
             output, _ = self._process.communicate(timeout=left_s)
         except subprocess.TimeoutExpired:
             self._end()
-            return Answer(None, f"no answer within {limit_s:g} s", timed_out=True)
+            return Answer(None, f"nothing within {limit_s:g} s", timed_out=True)
         return _parse(output, self._process.returncode)
 
     def _end(self) -> None:

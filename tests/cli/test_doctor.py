@@ -111,7 +111,7 @@ def _read(descriptor: int) -> bytes:
 def test_exit_codes_of_a_bundle(
     on: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Here, code: int
 ) -> None:
-    monkeypatch.setattr("spach_deploy.doctor.target._asked", lambda plan, here, ask: ())
+    monkeypatch.setattr("spach_deploy.doctor.bundle_findings.about_header", lambda *asked: ())
     path = bundles.write_bundle(tmp_path / "bundle")
     assert on(here, path).exit_code == code
     assert on(here, path / PLAN).exit_code == code

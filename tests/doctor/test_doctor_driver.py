@@ -37,9 +37,9 @@ def test_a_driver_of_unknown_version_runs_everything() -> None:
 
 
 def test_no_answer() -> None:
-    found = driver_from(Answer(None, "no answer within 3 s", timed_out=True), BARE)
+    found = driver_from(Answer(None, "nothing within 3 s", timed_out=True), BARE)
     assert found.is_broken
-    assert "no answer within 3 s" in found.problem
+    assert "nothing within 3 s" in found.problem
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_no_gpu() -> None:
 
 
 def test_a_driver_that_does_not_answer() -> None:
-    here = cpu_machine(driver=Driver(problem="no answer within 3 s", remedy="sudo reboot", is_broken=True))
+    here = cpu_machine(driver=Driver(problem="nothing within 3 s", remedy="sudo reboot", is_broken=True))
     found = finding(RTX_PLAN, here, "NVIDIA GPU")
     assert (found.status, found.command) == (Status.PROBLEM, "sudo reboot")
 

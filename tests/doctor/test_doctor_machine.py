@@ -97,7 +97,7 @@ def test_what_is_needed_and_not_there_ends_with_3(changes: dict[str, Any], lost:
         {"memory": None},
         {"pins": {}},
         {"packages": {**cpu_machine().packages, "matplotlib": None}},
-        {"driver": Driver(problem="the NVIDIA driver gives no answer: no answer within 3 s", is_broken=True)},
+        {"driver": Driver(problem="the NVIDIA driver does not answer: nothing within 3 s", is_broken=True)},
     ],
 )
 def test_what_the_core_flow_does_not_need_ends_with_0(changes: dict[str, Any]) -> None:

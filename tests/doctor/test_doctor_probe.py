@@ -49,7 +49,7 @@ def test_one_that_hangs_is_left(asked: Any) -> None:
     """It ignores every signal that can be ignored, as one held by a driver would ignore all."""
     found = asked("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", 0.5)
     assert (found.content, found.timed_out) == (None, True)
-    assert found.silence == "no answer within 0.5 s"
+    assert found.silence == "nothing within 0.5 s"
 
 
 def test_one_that_crashes(asked: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_driver_that_hangs_does_not_hang_the_doctor(tmp_path: Path, monkeypatc
     questions(tmp_path, monkeypatch, "time.sleep(600)")
     found = look_around(limit_s=0.5)
     assert found.driver.is_broken
-    assert found.driver.problem == "the NVIDIA driver gives no answer: no answer within 0.5 s"
+    assert found.driver.problem == "the NVIDIA driver does not answer: nothing within 0.5 s"
     assert not any(package.error for package in found.tensorrt.values())  # slow is not broken
 
 

@@ -260,9 +260,12 @@ def test_tensorrt_itself_is_asked_where_there_is_a_gpu(tmp_path: Path) -> None:
     invalid = examine_target(path, here, says(validity="INVALID", flaws=["VERSION_MISMATCH", "UNSUPPORTED_CC"]))
     assert (invalid.exit_code, finding(invalid, "header").status) == (3, Status.PROBLEM)
     assert "version mismatch, unsupported cc" in finding(invalid, "header").means
+    for flaws in ([], ["CUDA_ERROR"]):
+        unusable = examine_target(path, here, says(validity="INVALID", flaws=flaws))
+        assert (unusable.exit_code, finding(unusable, "header").command) == (3, "nvidia-smi")
     suboptimal = examine_target(path, here, says(validity="SUBOPTIMAL", flaws=[]))
     assert (suboptimal.exit_code, finding(suboptimal, "header").status) == (0, Status.OK)
-    for silent in (says(), says(error="it crashed"), lambda flavour, header: Answer(None, "no answer within 3 s")):
+    for silent in (says(), says(error="it crashed"), lambda flavour, header: Answer(None, "nothing within 3 s")):
         assert not [item for item in examine_target(path, here, silent).findings if item.topic == "header"]
 
 

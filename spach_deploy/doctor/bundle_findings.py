@@ -1,0 +1,154 @@
+"""Findings about a bundle: its files, its golden data, what a caller has to send, and its plan against this machine."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle
+from spach_deploy.doctor.capability import RUNS_ON
+from spach_deploy.doctor.commands import exporting, installing
+from spach_deploy.doctor.finding import Finding, Status, Task
+from spach_deploy.doctor.fit import Plan, fit
+from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.plan_file import PlanFile, find_plan
+from spach_deploy.doctor.plan_findings import AskTensorRT, about_header
+from spach_deploy.engine.gpus import parse_gpus
+from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.specs import BatchProfile, ComputeCapability, Flavour
+
+_RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
+
+
+def about_bundle(bundle: Bundle, here: Here, ask: AskTensorRT) -> tuple[Finding, ...]:
+    """Everything about a bundle, whose files are compared with their hashes here. BundleError for a manifest with
+    entries of the wrong kind; OSError as reading its files raises it."""
+    batch, plan = _read(bundle)
+    changed = {name: state for name, state in bundle.changed_files().items() if name != REPORT}
+    return (
+        *_files(bundle, changed),
+        _golden(bundle, changed),
+        _inputs(bundle, batch),
+        *_engine(bundle, plan, changed, here, ask),
+        _graph(bundle, here),
+    )
+
+
+def _read(bundle: Bundle) -> tuple[BatchProfile, Plan]:
+    """What the manifest says of batch and plan, and every entry that is used later is looked at once."""
+    content = bundle.manifest.content
+    try:
+        batch, engine = BatchProfile(**content["batch"]), bundle.manifest.engine
+        for section in ("model", "output_options", "validation"):
+            _ = content[section].keys()
+        plan = Plan(
+            Flavour(engine["flavour"]),
+            str(engine["version"]) if engine.get("version") else None,
+            _capabilities(engine.get("gpus")),
+            version_compatible=bool(engine.get("version_compatible")),
+            hardware_compatible=bool(engine.get("hardware_compatible")),
+            rebuild=functools.partial(exporting, bundle),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        where, reason = bundle.path / MANIFEST, f"{type(error).__name__}: {error}"
+        raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export it again.") from None
+    return batch, plan
+
+
+def _files(bundle: Bundle, changed: dict[str, str]) -> Iterator[Finding]:
+    for name, state in changed.items():
+        means = "It is not what was exported. Export it again, or copy the bundle again."
+        blocks = {PLAN: _RUN, GRAPH: _VERIFY, GOLDEN: _VERIFY}.get(name, ())
+        yield Finding(Status.PROBLEM, "files", f"{name} {state}", means, exporting(bundle), blocks, bad_target=True)
+    if not changed:
+        names = ", ".join(bundle.manifest.files)
+        yield Finding(Status.OK, "files", names, "By SHA-256 they are what was exported.", exporting(bundle))
+
+
+def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:
+    validate = _validate(bundle)
+    images = f"{validate} --images DIR --checkpoint FILE"
+    if GOLDEN not in bundle.manifest.files or GOLDEN in changed:
+        what = f"{GOLDEN} {changed.get(GOLDEN, 'is not in the bundle')}"
+        means = "Without it there is nothing to compare with but the reference on other images."
+        return Finding(Status.MISSING, "golden data", what, means, images, _VERIFY)
+    validation = bundle.manifest.content["validation"]
+    count, reference = validation.get("image_count", "some"), validation.get("reference", "the reference")
+    what = f"{count} images, answered by {reference}"
+    level = validation.get("level")
+    if level == "engine":
+        means = "At the export the plan itself ran and agreed."
+    else:
+        means = "At the export the graph agreed; the plan itself did not run there."
+    return Finding(Status.OK, "golden data", what, means, validate)
+
+
+def _validate(bundle: Bundle) -> str:
+    return f"spach-validate {shlex.quote(str(bundle.path))}"
+
+
+def _inputs(bundle: Bundle, batch: BatchProfile) -> Finding:
+    """What a caller has to send."""
+    tensors = "; ".join(
+        f"{tensor.name}: {tensor.dtype} {' x '.join('N' if size is None else str(size) for size in tensor.shape)}"
+        f"{f' ({tensor.layout})' if tensor.layout else ''}"
+        for tensor in bundle.manifest.inputs
+    )
+    if batch.min == batch.max:
+        means = f"N is {batch.min}, exactly."
+    else:
+        means = f"N is {batch.min} to {batch.max}; it is fastest at {batch.opt}. spach-validate splits larger batches."
+    return Finding(Status.OK, "input profile", tensors, means, exporting(bundle, "--batch", str(batch)))
+
+
+def _engine(bundle: Bundle, plan: Plan, changed: dict[str, str], here: Here, ask: AskTensorRT) -> Iterator[Finding]:
+    if bundle.plan is None:
+        reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
+        again = exporting(bundle, "--engine", "auto")
+        means = "The bundle was exported without an engine; its graph can be verified."
+        yield Finding(Status.MISSING, PLAN, reason, means, again, _RUN)
+        return
+    found = None
+    if PLAN not in changed:
+        found = find_plan(bundle.plan)
+        yield _header(plan, found, bundle)
+    if plan.flavour in RUNS_ON:
+        yield from fit(plan, here)
+    if found is not None:
+        yield from about_header(found, plan, here, ask)
+
+
+def _capabilities(gpus: Any) -> tuple[ComputeCapability, ...] | None:
+    """What the manifest lists; None for anything but a list of GPUs that are known."""
+    try:
+        return parse_gpus(",".join(str(gpu) for gpu in gpus)) if isinstance(gpus, list) else None
+    except UsageError:
+        return None
+
+
+def _header(plan: Plan, found: PlanFile | None, bundle: Bundle) -> Finding:
+    """The plan's own first bytes against the manifest: a bundle may have been put together by hand."""
+    size = bundle.file(PLAN).stat().st_size
+    what = f"{plan.flavour.value} {plan.version or 'of unknown version'}, {size / 1e6:,.1f} MB"
+    again = exporting(bundle, "--engine", plan.flavour.value)
+    if found is None or not found.is_whole or found.flavour is not plan.flavour:
+        means = "By its first bytes it is no whole plan of that flavour, whatever the manifest says."
+        return Finding(Status.PROBLEM, PLAN, what, means, again, _RUN, bad_target=True)
+    return Finding(Status.OK, PLAN, what, "A whole plan of that flavour, by its first bytes.", again)
+
+
+def _graph(bundle: Bundle, here: Here) -> Finding:
+    """The graph stands in for a plan that cannot run, where ONNX Runtime is here."""
+    accept = f"{_validate(bundle)} --accept graph"
+    if GRAPH not in bundle.manifest.files:
+        means = "So only the plan itself can be verified, where it runs."
+        return Finding(Status.MISSING, GRAPH, "not in the bundle", means, exporting(bundle))
+    if here.onnxruntime is None or here.onnxruntime.broken:
+        means = "With onnxruntime the graph that the plan was built from can be verified on the CPU."
+        wanted = str(here.requirements.get("onnxruntime"))
+        return Finding(Status.MISSING, GRAPH, "onnxruntime is not here", means, installing(wanted), _VERIFY)
+    means = "Even where the plan cannot run, the graph that it was built from can be verified."
+    version = here.onnxruntime.files_version or ""
+    return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)
