@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.bundle import Bundle
+from spach_deploy.specs import BatchProfile
 
-_USUAL_SIZE, _USUAL_CLASSES, _USUAL_BATCH = 224, 1000, "1:8:32"
+_USUAL_SIZE, _USUAL_CLASSES = 224, 1000
 
 
 def installing(*requirements: str) -> str:
@@ -53,7 +54,8 @@ def exporting(bundle: Bundle, *changes: str) -> str:
     """The export that made `bundle`, into the same place, with `changes` (words of a command line) added."""
     model, options = bundle.manifest.model, bundle.manifest.content.get("output_options", {})
     words = ["spach-export", "--model", str(model["name"]), *_weights(model), *_sizes(model)]
-    words += [f"--{bundle.manifest.precision}", *_outputs(options), *_batch(bundle.manifest.content["batch"])]
+    batch = BatchProfile(**bundle.manifest.content["batch"])
+    words += [f"--{bundle.manifest.precision}", *_outputs(options), *_batch(batch)]
     return shlex.join([*words, *changes, "--overwrite", "-o", str(bundle.path)])
 
 
@@ -77,7 +79,5 @@ def _outputs(options: Mapping[str, Any]) -> list[str]:
     return [*words, *(["--softmax"] if options.get("softmax") else [])]
 
 
-def _batch(batch: Mapping[str, Any]) -> list[str]:
-    smallest, usual, largest = batch["min"], batch["opt"], batch["max"]
-    profile = str(smallest) if smallest == usual == largest else f"{smallest}:{usual}:{largest}"
-    return [] if profile == _USUAL_BATCH else ["--batch", profile]
+def _batch(batch: BatchProfile) -> list[str]:
+    return [] if batch == BatchProfile() else ["--batch", str(batch)]

@@ -72,19 +72,21 @@ def _remedies(findings: Iterable[Finding]) -> Iterator[Text]:
     """Each command once."""
     from rich.text import Text
 
-    yield from (Text(f"  $ {command}") for command in dict.fromkeys(f.command for f in findings if f.command))
+    yield from (
+        Text(_printable(f"  $ {command}")) for command in dict.fromkeys(f.command for f in findings if f.command)
+    )
 
 
 def _target(target: Target, width: int) -> Iterator[Text]:
     from rich.text import Text
 
-    yield Text(f"{target.path}: {target.name}", style="bold")
+    yield Text(_printable(f"{target.path}: {target.name}"), style="bold")
     yield Text()
     for finding in target.findings:
         yield from _finding(finding, width)
     yield Text()
     sentence, style = _verdict(target)
-    yield Text(textwrap.fill(sentence, width, break_on_hyphens=False, break_long_words=False), style=style)
+    yield Text(textwrap.fill(_printable(sentence), width, break_on_hyphens=False, break_long_words=False), style=style)
     yield from _remedies(_in_the_way(target))
 
 
@@ -112,7 +114,9 @@ def _finding(finding: Finding, width: int) -> Iterator[Text]:
     if finding.means:
         yield from (Text(line) for line in _indented(finding.means, width))
     if finding.command:
-        yield Text(f"{' ' * _INDENT}$ {finding.command}", style="dim" if finding.status is Status.OK else "cyan")
+        yield Text(
+            _printable(f"{' ' * _INDENT}$ {finding.command}"), style="dim" if finding.status is Status.OK else "cyan"
+        )
 
 
 def _columns(word: str, status: Status, topic: str, text: str, width: int) -> Iterator[Text]:
@@ -127,9 +131,19 @@ def _columns(word: str, status: Status, topic: str, text: str, width: int) -> It
     yield from (Text(other) for other in others)
 
 
+def _printable(text: str) -> str:
+    """A manifest and a driver may hold anything, and a terminal obeys control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _indented(text: str, width: int) -> list[str]:
     space = " " * _INDENT
     filled = textwrap.fill(
-        text, width, initial_indent=space, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
+        _printable(text),
+        width,
+        initial_indent=space,
+        subsequent_indent=space,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
     return filled.splitlines() or [space]

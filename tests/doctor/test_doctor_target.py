@@ -164,6 +164,7 @@ def test_the_input_profile(bundle: Path, batch: dict[str, int], says: str) -> No
     [
         {"batch": {"min": 0, "opt": 8, "max": 32}},
         {"batch": 8},
+        {"batch": {"opt": "8"}},
         {"model": []},
         {"engine": {"flavour": "tensorflow"}},
         {"output_options": None},
@@ -192,6 +193,14 @@ def test_the_export_that_would_change_it_is_one_that_spach_export_takes(bundle: 
     assert "--checkpoint 'my run.pth' --weights ema --image-size 256 --fp16 --io-dtype uint8 --top-k 5" in command
     context = export_command.make_context("spach-export", shlex.split(command)[1:])
     assert context.params["batch"] is not None
+
+
+def test_control_characters_of_a_manifest_do_not_reach_the_terminal(bundle: Path) -> None:
+    model = {**bundles.read(bundle)["model"], "name": "red\x1b[31m\nYES"}
+    bundles.rewrite(bundle, model=model)
+    text = as_text(examine(bundle, cpu_machine()))
+    assert "\x1b" not in text
+    assert "\nYES" not in text
 
 
 # Plans from elsewhere
