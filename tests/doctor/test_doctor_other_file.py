@@ -56,6 +56,7 @@ KINDS = {
     "tflite": (b"\x1c\x00\x00\x00TFL3" + bytes(100), "TensorFlow Lite"),
     "html": (b"<!DOCTYPE html><title>404</title>", "HTML"),
     "text": ("a text with \N{SNOWMAN}".encode() * 400, "a text file"),
+    "control characters": (b"\x01\x02\x03abc" * 20, "not a TensorRT plan"),
     "bytes": (bytes(range(1, 256)) * 20, "not a TensorRT plan"),
 }
 
