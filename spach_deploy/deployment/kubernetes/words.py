@@ -155,7 +155,8 @@ def _term(operator: str, major: str, minor: str | None = None) -> list[str]:
 def _requirements(deployed: Deployed) -> str:
     image = deployed.image
     lines = [
-        f"- NVIDIA's device plugin (`nvidia.com/gpu`), and on the nodes a driver for CUDA {image.cuda}: {image.notes}",
+        f"- NVIDIA's device plugin (`nvidia.com/gpu`), and on the nodes a driver for CUDA {image.cuda}, see",
+        f"  {image.notes}",
         "- for autoscaling, Prometheus and prometheus-adapter with the rule in monitoring/prometheus-adapter.yaml",
         "- a network plugin that enforces network policies, or they are only words",
     ]
@@ -177,7 +178,6 @@ def _plain_words(deployed: Deployed) -> dict[str, str]:
         "SPREAD_PATH": "/spec/template/spec/topologySpreadConstraints/-",
         "KSERVE_TITLE": "",
         "KSERVE_STAGING_PATCH": "",
-        "SERVICE": f"{deployed.name}:8000",
     }
 
 
@@ -193,5 +193,5 @@ def _kserve_words(deployed: Deployed) -> dict[str, str]:
         "SPREAD_PATH": "/spec/predictor/topologySpreadConstraints/-",
         "KSERVE_TITLE": ", by KServe",
         "WORKLOAD_FILES": read_template("fragments/kserve-files.md"),
-        "SERVICE": predictor,
+        "ASK": render(read_template("fragments/kserve-ask.md"), _model_words(deployed)),
     }
