@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,26 @@ def test_a_real_triton_agrees_with_the_flags_that_pods_use(tmp_path: Path) -> No
         done = check(image / "golden", f"http://127.0.0.1:{server.http}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "AGREED with PyTorch in FP32."
+
+
+@pytest.mark.triton
+def test_a_real_triton_has_the_counters_that_the_autoscaler_lives_on(tmp_path: Path) -> None:
+    """Both with the same labels, so that one can be divided by the other."""
+    from tests.deployment.triton.server import serving as triton
+
+    bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="tensorrt-rtx"))
+    image = write_folder(bundle, tmp_path / "k8s", KubernetesOptions()).path / "image"
+    config = image / "models" / "tiny" / "config.pbtxt"
+    config.write_text(config.read_text().replace("KIND_GPU", "KIND_CPU"))
+    with triton([image / "models"], tmp_path / "server") as server:
+        assert check(image / "golden", f"http://127.0.0.1:{server.http}").returncode == 0
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+    found = dict(
+        re.findall(r"^(nv_inference_(?:queue_duration_us|request_success))\{(.*)\} \d+$", metrics, re.MULTILINE)
+    )
+    assert set(found) == {"nv_inference_queue_duration_us", "nv_inference_request_success"}
+    assert len(set(found.values())) == 1
 
 
 def test_stand_ins_count_their_batches() -> None:
