@@ -38,7 +38,7 @@ def test_a_folder_is_written_and_the_three_commands_are_shown(bundle: Path, tmp_
         "serves      TensorRT 10.13.2.6 plan",
         "image       nvcr.io/nvidia/tritonserver:25.08-py3 (TensorRT 10.13.2.6, ONNX Runtime 1.23.0, CUDA 13.0)",
         "pods        2 to 8 of tiny, each with 1 GPU and 5Gi for sm90",
-        "start-up    70 s (60 s + 0.0 MB at 20 MB/s, rounded up to 70 s)",
+        "start-up    190 s (180 s + 0.0 MB at 20 MB/s, rounded up to 190 s)",
         f"folder      {folder}",
         "",
         "Run it:",
@@ -61,7 +61,7 @@ def test_json_says_the_same(bundle: Path, tmp_path: Path) -> None:
     assert content["name"] == "classifier"
     assert content["kserve"] is True
     assert content["gpus"] == ["sm90"]
-    assert content["startup_seconds"] == 70
+    assert content["startup_seconds"] == 190
     assert len(content["commands"]) == 3
     assert (tmp_path / "k8s" / "base" / "inference-service.yaml").is_file()
 

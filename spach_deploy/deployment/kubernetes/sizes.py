@@ -16,8 +16,8 @@ from spach_deploy.deployment.triton.tensors import DATA_TYPES, byte_size
 
 MEBI, GIBI = 1 << 20, 1 << 30
 
-SERVER_SECONDS = 60
-"""For the server's process, the CUDA context and warm-up."""
+SERVER_SECONDS = 180
+"""For the server's process, some 2 GB of CUDA's libraries from a cold disk, the CUDA context and warm-up."""
 
 BYTES_PER_SECOND = 20_000_000
 """Of a plan, read from a cold disk and brought to the GPU."""

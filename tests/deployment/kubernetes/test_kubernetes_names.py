@@ -89,10 +89,10 @@ def sizes(folder: Path, total: int, backend: Backend = Backend.AUTO) -> Sizes:
 @pytest.mark.parametrize(
     ("megabytes", "backend", "seconds"),
     [
-        (1, Backend.TENSORRT, 70),
-        (140, Backend.TENSORRT, 70),
-        (1000, Backend.TENSORRT, 110),
-        (1000, Backend.ONNXRUNTIME, 160),
+        (1, Backend.TENSORRT, 190),
+        (140, Backend.TENSORRT, 190),
+        (1000, Backend.TENSORRT, 230),
+        (1000, Backend.ONNXRUNTIME, 280),
     ],
 )
 def test_the_start_takes_as_long_as_the_engine_is_large(
