@@ -37,6 +37,9 @@ ROWS = 512
 
 _ROWS_A_BATCH = 8
 
+_SQUARES_FIT = 2.0**40
+"""Sums of squares are taken in float32, which is fast, where they are far from its largest number."""
+
 EDGES: Float64 = np.concatenate(
     [2.0 ** (_LOWEST + octave) * (1 + np.arange(PER_OCTAVE) / PER_OCTAVE) for octave in range(_HIGHEST - _LOWEST)]
     + [np.array([2.0**_HIGHEST])]
@@ -77,8 +80,9 @@ class TensorStatistics:
         if (largest >= np.uint32(0x7F800000)).any():
             raise FloatingPointError
         np.maximum(self.max_abs, largest.view(np.float32), out=self.max_abs)
-        self.sums += rows.sum(axis=0)
-        self.squares += np.einsum("nc,nc->c", rows, rows)
+        wide = np.float64 if self.max_abs.max() > _SQUARES_FIT else None
+        self.sums += rows.sum(axis=0, dtype=wide)
+        self.squares += np.einsum("nc,nc->c", rows, rows, dtype=wide)
         self.count += len(rows)
         self.batches += 1
         self._sample(rows)
@@ -202,7 +206,7 @@ class Collector:
 def mixture(statistics: TensorStatistics, factors: Float64, weights: Float64 | None = None) -> Float64:
     """Histogram (BINS) of a tensor whose channel c is divided by factors[c], channels counted `weights[c]` times.
 
-    Between bins, counts are shared by the distance on the logarithmic scale.
+    Between bins, counts are shared by the distance of their centers.
     """
     assert statistics.histogram is not None
     used = np.flatnonzero(statistics.histogram.any(axis=0))
@@ -212,14 +216,20 @@ def mixture(statistics: TensorStatistics, factors: Float64, weights: Float64 | N
     counts = statistics.histogram[:, low:high].astype(np.float64)
     if weights is not None:
         counts *= weights[:, None]
-    shift = -np.log2(factors) * PER_OCTAVE
-    whole = np.floor(shift)
-    part = (shift - whole)[:, None]
-    bins = np.arange(low, high) + whole.astype(np.int64)[:, None]
-    total = _gathered(bins, counts * (1 - part))
-    if part.any():
-        total += _gathered(bins + 1, counts * part)
-    return total
+    octave, place = np.divmod(np.arange(low, high), PER_OCTAVE)
+    position = octave * PER_OCTAVE + _divided_places(factors)[:, place]
+    whole = np.floor(position)
+    part = position - whole
+    bins = whole.astype(np.int64)
+    return _gathered(bins, counts * (1 - part)) + _gathered(bins + 1, counts * part)
+
+
+def _divided_places(factors: Float64) -> Float64:
+    """Where the centers of an octave's bins go when divided: in bins, (channels, PER_OCTAVE)."""
+    mantissa, exponent = np.frexp(CENTERS[-PER_OCTAVE:] / factors[:, None])  # 2 m is in 1..2
+    moved = exponent - np.frexp(CENTERS[-1])[1]
+    places: Float64 = PER_OCTAVE * (moved + 2 * mantissa - 1) - 0.5
+    return places
 
 
 def _gathered(bins: NDArray[np.int64], counts: Float64) -> Float64:
