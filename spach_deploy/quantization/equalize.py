@@ -41,7 +41,7 @@ COHERENCE = 16.0
 of ms_hybrid_s's logits is 0.018 at 4, 0.016 at 8 and 0.015 at 16; small models trained on digits hardly care."""
 
 _LARGEST_FACTOR = 2.0**12
-"""Factors stay within this of each other: beyond it FP16 would lose the small ones."""
+"""Factors stay within this of their geometric mean: beyond it FP16 would lose the small ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _by_column(weight: Float32) -> Float32:
 
 
 def smoothing_factors(activation: Float64, weight: Float32, alpha: float) -> Float64:
-    """s_c = max|x_c|^alpha / max|w_c|^(1 - alpha), their geometric mean 1, none further apart than FP16 bears."""
+    """s_c = max|x_c|^alpha / max|w_c|^(1 - alpha), their geometric mean 1, none further from it than FP16 bears."""
     alive = (activation > 0) & (weight > 0)
     factors = np.ones(len(activation))
     if not alive.any():
