@@ -88,7 +88,8 @@ class EqualizedPair:
     def from_dict(cls, entry: dict[str, Any]) -> EqualizedPair:
         """What `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         divided = tuple(Rows(**rows) for rows in entry["divided"])
-        return cls(**{**entry, "divided": divided, "factors": tuple(float(factor) for factor in entry["factors"])})
+        alpha = None if entry["alpha"] is None else float(entry["alpha"])
+        return cls(**{**entry, "divided": divided, "alpha": alpha, "factors": tuple(map(float, entry["factors"]))})
 
 
 def _short(number: float) -> float:

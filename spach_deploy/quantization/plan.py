@@ -91,7 +91,7 @@ class KeptFloat:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPlan:
-    """All of it. `half`: scales are rounded to FP16, in which the graph around them computes."""
+    """All of it: the format, how scales were set, the layers in eight bits and the others, what was equalized."""
 
     form: EightBits
     method: Method
@@ -141,9 +141,33 @@ class QuantizationPlan:
 
 
 def _site(entry: dict[str, Any]) -> QuantizedSite:
-    tensors = tuple(QuantizedTensor(**tensor) for tensor in entry["tensors"])
-    numbers = {key: tuple(float(number) for number in entry[key]) for key in ("weight_scales", "correction")}
-    return QuantizedSite(**{**entry, "kind": Kind(entry["kind"]), "tensors": tensors, **numbers})
+    site = QuantizedSite(
+        **{
+            **entry,
+            **{key: _text(entry[key]) for key in ("module", "node", "weight")},
+            **{key: tuple(map(float, entry[key])) for key in ("weight_scales", "correction")},
+            "kind": Kind(entry["kind"]),
+            "macs": int(entry["macs"]),
+            "tensors": tuple(map(_tensor_entry, entry["tensors"])),
+        }
+    )
+    is_attention = site.kind is Kind.ATTENTION
+    if len(site.tensors) != (4 if is_attention else 1) or bool(site.weight_scales) == is_attention:
+        raise ValueError(f"{site.module} has {len(site.tensors)} tensors and {len(site.weight_scales)} weight scales")
+    if site.per_channel and len(site.correction) not in (0, len(site.weight_scales)):
+        raise ValueError(f"{site.module} has {len(site.weight_scales)} channels and {len(site.correction)} corrections")
+    return site
+
+
+def _tensor_entry(entry: dict[str, Any]) -> QuantizedTensor:
+    numbers = {key: float(entry[key]) for key in ("scale", "clip", "largest")}
+    return QuantizedTensor(**{**entry, **numbers, "tensor": _text(entry["tensor"])})
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
