@@ -7,7 +7,8 @@ channel that alone fills a tensor's range thereby leaves most of the eight bits 
 Pairs of this family that are exact:
 
 - a LayerNorm's weight and bias -> qkv, fc1, and the head (the mean over tokens in between is linear);
-- the value rows of qkv -> the columns of proj (attention's result is linear in v);
+- the value rows of qkv -> the columns of proj (attention's result is linear in v; not where v itself is quantized,
+  whose scale would have to follow);
 - of the convolutional stem, a convolution's output channels -> the next one's inputs (ReLU is homogeneous).
 
 GELU is not homogeneous, so fc1 -> fc2 is no pair; and a spatial MLP's inputs are tokens, but LayerNorm scales channels.
@@ -98,12 +99,13 @@ def _short(number: float) -> float:
 
 
 def find_pairs(sites: Iterable[Site], names: Iterable[str]) -> tuple[Pair, ...]:
-    """The exact pairs of a model whose parameters are called `names`."""
-    known = set(names)
+    """The exact pairs of the `sites` that are quantized, in a model whose parameters are called `names`."""
+    known, chosen = set(names), tuple(sites)
+    attentions = {site.module for site in chosen if site.kind is Kind.ATTENTION}
     pairs = []
-    for site in sites:
+    for site in chosen:
         divided = _divided(site, known)
-        if divided:
+        if divided and not (divided[0].values and site.module.rpartition(".")[0] in attentions):
             pairs.append(Pair(f"{divided[0].parameter.rsplit('.', 1)[0]} -> {site.module}", divided, site))
     return tuple(pairs)
 

@@ -35,6 +35,7 @@ def quantized_twin(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
         quantized = quantized_module(modules[site.module], site, plan.form)
         parent, _, name = site.module.rpartition(".")
         (modules[parent] if parent else twin)._modules[name] = quantized
+        modules[site.module] = quantized  # the parent of what follows: an attention's projection
     return twin.eval()
 
 
@@ -65,12 +66,14 @@ def rounding(scale: float, form: EightBits) -> Rounding:
 
 
 def quantized_module(module: nn.Module, site: QuantizedSite, form: EightBits) -> nn.Module:
-    """What stands for `module`, of an equalized model, in eight bits."""
-    if site.kind is Kind.ATTENTION:
-        assert isinstance(module, StaticAttention)
+    """What stands for `module`, of an equalized model, in eight bits; BundleError where the record is of another."""
+    if site.kind is Kind.ATTENTION and isinstance(module, StaticAttention):
         return QuantizedAttention(module, [rounding(tensor.scale, form) for tensor in site.tensors])
-    assert isinstance(module, (nn.Linear, nn.Conv2d, TokenLinear))
-    return QuantizedLayer(module, site, form)
+    if site.kind is not Kind.ATTENTION and isinstance(module, (nn.Linear, nn.Conv2d, TokenLinear)):
+        outputs = len(module.weight)
+        if len(site.weight_scales) in (1, outputs) and len(site.correction) in (0, outputs):
+            return QuantizedLayer(module, site, form)
+    raise BundleError(f"The record of quantization does not fit this model ({site.module}).")
 
 
 class QuantizedLayer(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,16 +13,22 @@ from onnx import ModelProto
 from PIL import Image
 
 from spach_deploy.data.preprocess import normalize, pixels
+from spach_deploy.onnx_graph.export import export_canonical
+from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.ranges import measure_ranges
+from spach_deploy.quantization.correct import correct_biases
+from spach_deploy.quantization.equalize import apply_to_graph
 from spach_deploy.quantization.formats import INT8, EightBits
+from spach_deploy.quantization.insert import insert_pairs
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
-from spach_deploy.quantization.quantize import Candidates, candidates, plan_from_statistics
+from spach_deploy.quantization.quantize import candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import Collector, TensorStatistics
-from spach_deploy.rewrites import rewrite
+from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.specs import Preprocessing
+from spach_deploy.specs import Precision, Preprocessing
 from tests import static_models
 from tests.quantization.small_quantized import pictures
 
@@ -30,15 +38,31 @@ KINDS = tuple(static_models.CONFIGS)
 """Every mixing type, a convolutional stem and shared spatial MLPs among them."""
 
 
-def canonical(kind: str) -> ModelProto:
-    """The FP32 graph of `static_models.small_model(kind)`; a copy."""
-    return onnx.load_from_string(static_models.canonical_bytes(kind))
+def _depthwise(quantize: tuple[str, ...]) -> bool:
+    """Whether depthwise convolutions are asked for, so that no residual may be folded into them."""
+    return any(fnmatch.fnmatchcase("layer.cpe_net.net.1", pattern) for pattern in quantize)
+
+
+def static(kind: str, quantize: tuple[str, ...] = ()) -> StaticSpach:
+    """The static model that the graph is exported from; not to be changed."""
+    return _rewritten(kind, _depthwise(quantize)).model
 
 
 @functools.cache
-def static(kind: str) -> StaticSpach:
-    """The static model that the graph was exported from; not to be changed."""
-    return rewrite(static_models.small_model(kind)).model
+def _rewritten(kind: str, depthwise: bool) -> RewriteResult:
+    return rewrite(static_models.small_model(kind), (), ("*.cpe_net.net.1",) if depthwise else ())
+
+
+def canonical(kind: str, quantize: tuple[str, ...] = ()) -> ModelProto:
+    """The FP32 graph of `static(kind, quantize)`; a copy."""
+    return onnx.load_from_string(_bytes(kind, _depthwise(quantize)))
+
+
+@functools.cache
+def _bytes(kind: str, depthwise: bool) -> bytes:
+    if not depthwise:
+        return static_models.canonical_bytes(kind)
+    return bytes(export_canonical(_rewritten(kind, True).model, static_models.IMAGE_SIZE).SerializeToString())
 
 
 @functools.cache
@@ -49,22 +73,22 @@ def inputs(count: int = 8, first: int = 1) -> Float32:
     return normalize(np.stack(found), preprocessing)
 
 
-@functools.cache
-def statistics(kind: str, *, histograms: bool = False) -> dict[str, TensorStatistics]:
+def statistics(kind: str, quantize: tuple[str, ...] = (), *, histograms: bool = False) -> dict[str, TensorStatistics]:
     """Of the inputs of all sites, by channel."""
-    model = canonical(kind)
-    chosen = candidates(model, Selection(quantize=("*",)), Scaling(INT8, Method.MAX))
-    collector = Collector(model, chosen.wanted, histograms=histograms, threads=1)
+    return _statistics(kind, _depthwise(quantize), histograms)
+
+
+@functools.cache
+def _statistics(kind: str, depthwise: bool, histograms: bool) -> dict[str, TensorStatistics]:
+    model = onnx.load_from_string(_bytes(kind, depthwise))
+    everything = candidates(model, Selection(quantize=("*",)), Scaling(INT8, Method.MAX))
+    collector = Collector(model, everything.wanted, histograms=histograms, threads=1)
     for image in inputs():
         collector.run({"input": image[None]})
     return collector.statistics
 
 
-def chosen(kind: str, form: EightBits, quantize: tuple[str, ...] = ()) -> Candidates:
-    """Sites of a small model, and why some stay in float."""
-    return candidates(canonical(kind), Selection(quantize=quantize), Scaling(form, Method.MAX))
-
-
+@functools.cache
 def plan(
     kind: str,
     form: EightBits,
@@ -76,9 +100,27 @@ def plan(
     per_tensor: frozenset[str] = frozenset(),
 ) -> QuantizationPlan:
     """A plan from `statistics`."""
-    seen = statistics(kind, histograms=method.needs_histograms)
-    scaling = Scaling(form, method, half=half, per_tensor=per_tensor)
-    return plan_from_statistics(canonical(kind), chosen(kind, form, quantize), seen, scaling, equalize=equalize)
+    model, scaling = canonical(kind, quantize), Scaling(form, method, half=half, per_tensor=per_tensor)
+    seen = statistics(kind, quantize, histograms=method.needs_histograms)
+    chosen = candidates(model, Selection(quantize=quantize), scaling)
+    return plan_from_statistics(model, chosen, seen, scaling, equalize=equalize)
+
+
+def quantized(
+    kind: str, form: EightBits, quantize: tuple[str, ...] = (), rest: Precision = Precision.FP32, **options: Any
+) -> ModelProto:
+    """The typed graph of `plan(kind, form, quantize)`, what is not quantized in `rest`; a copy."""
+    made = plan(kind, form, quantize, half=rest.is_half, **options)
+    return insert_pairs(typed(kind, made, quantize, rest), made)
+
+
+def typed(kind: str, made: QuantizationPlan, quantize: tuple[str, ...], rest: Precision) -> ModelProto:
+    """The typed graph into which the pairs of `made` go."""
+    model = canonical(kind, quantize)
+    apply_to_graph(model, made.equalized)
+    ranges = measure_ranges(model, [{"input": inputs()}], threads=1) if rest.is_half else None
+    correct_biases(model, made)
+    return type_graph(model, rest, ranges).model
 
 
 def run(model: ModelProto, images: Float32) -> Float32:
