@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL
+
 from spach_deploy.bundle import MANIFEST, PLAN, Bundle, TensorInfo, sha256_of
 from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.specs import Preprocessing
@@ -105,6 +107,14 @@ class PackagedModel:
         """Version of the TensorRT that built the plan."""
         return str(self.engine.get("version", ""))
 
+    @property
+    def pillow(self) -> int:
+        """Major version of the Pillow that the bundle was made with: 13 changed the order of a resize's two passes."""
+        tools = self.bundle.manifest.content.get("tools")
+        recorded = tools.get("pillow") if isinstance(tools, dict) else None
+        major = re.match(r"\d{1,4}", str(recorded)) or re.match(r"\d{1,4}", PIL.__version__)
+        return int(major.group()) if major else 0
+
 
 def model_text(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> str:
     """The content of model.txt. BundleError where an entry of the manifest cannot be a word of a line."""
@@ -129,6 +139,7 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
         bounds = "" if output.dtype == "int64" else f" {_tolerance(model.tolerances[output.name])}"
         yield "output", _tensor(output) + bounds
     yield "resize", f"{transform.resize_size} {transform.image_size}"
+    yield "pillow", str(model.pillow)
     yield "mean", " ".join(repr(value) for value in transform.mean)
     yield "std", " ".join(repr(value) for value in transform.std)
     yield "plan", f"{plan.bytes} {plan.sha256}"

@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "half.h"
-#include "plan.h"
 #include "sha256.h"
 #include "spach/spach.h"
 
@@ -134,7 +133,7 @@ int enqueue(const std::string& folder, const std::string& in, int batch, const s
   if (!context) return refused(context.error());
   const spach::ModelFacts& facts = engine->facts();
   const Bytes input = read(in);
-  const auto images = static_cast<std::size_t>(batch);
+  const auto images = static_cast<std::size_t>(std::max(batch, 1));  // a bad one is to be refused
 
   cudaStream_t stream = nullptr;
   cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
@@ -220,7 +219,7 @@ int shared(const std::string& folder, const std::string& in) {
   std::vector<std::thread> pool;
   for (int i = 0; i < 8; ++i) {
     pool.emplace_back([&] {
-      for (int round = 0; round < 10; ++round) {
+      for (int round = 0; round < 10000 && (busy < 10 || fine < 10); ++round) {  // until they met
         const auto values = context->logits(input.data(), 1);
         if (values) {
           ++fine;
@@ -252,38 +251,6 @@ int lifetime(const std::string& folder, const std::string& in) {
   const auto empty = context->logits(input.data(), 1);
   if (!values || empty) return 1;
   std::printf("%s\n", empty.error().message.c_str());
-  return 0;
-}
-
-// files FOLDER KIND MODEL: every file of a folder as a plan, a golden pack or a model text. Counts.
-// The facts are bent to fit each file, so that sizes and hashes do not end it at the door.
-int files(const std::string& list, const std::string& kind, const std::string& folder) {
-  const spach::Result<spach::ModelFacts> facts = facts_of(folder);
-  if (!facts) return refused(facts.error());
-  std::ifstream names(list);
-  int total = 0, taken = 0, silent = 0;
-  for (std::string path; std::getline(names, path); ++total) {
-    const Bytes content = read(path);
-    spach::ModelFacts bent = *facts;
-    spach::Status status = spach::Done{};
-    if (kind == "plan") {
-      bent.plan = {content.size(), spach::sha256(content.data(), content.size())};
-      status = spach::check_plan(content.data(), content.size(), bent, {"tensorrt-rtx", {1, 7, 1}});
-    } else if (kind == "golden") {
-      const auto golden = spach::parse_golden(content.data(), content.size(), bent);
-      if (!golden) status = golden.error();
-    } else {
-      const auto parsed =
-          spach::parse_facts({reinterpret_cast<const char*>(content.data()), content.size()});
-      if (!parsed) status = parsed.error();
-    }
-    if (status) {
-      ++taken;
-    } else if (status.error().message.empty()) {
-      ++silent;
-    }
-  }
-  std::printf("%d files, %d taken, %d without a reason\n", total, taken, silent);
   return 0;
 }
 
@@ -323,7 +290,6 @@ int main(int argc, char** argv) {
                    static_cast<std::size_t>(std::atoi(a[3])), std::atoi(a[4]));
   if (what == "shared" && n == 2) return shared(a[0], a[1]);
   if (what == "lifetime" && n == 2) return lifetime(a[0], a[1]);
-  if (what == "files" && n == 3) return files(a[0], a[1], a[2]);
   if (what == "folders" && n == 1) return folders(a[0]);
   std::fprintf(stderr, "unknown question\n");
   return 2;

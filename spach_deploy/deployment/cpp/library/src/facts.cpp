@@ -153,6 +153,8 @@ bool read_entry(const std::string& key, Line& line, ModelFacts& facts) {
   } else if (key == "resize") {
     facts.resize_size = line.small(1, kMostSide);
     facts.image_size = line.small(1, facts.resize_size);
+  } else if (key == "pillow") {
+    facts.pillow = line.small(1, 9999);
   } else if (key == "mean") {
     facts.mean = read_channels(line);
   } else if (key == "std") {
@@ -171,8 +173,8 @@ bool read_entry(const std::string& key, Line& line, ModelFacts& facts) {
 
 constexpr const char* kKeys[] = {
     "spach-model", "name",  "precision", "flavour", "version", "version-compatible",
-    "gpus",        "batch", "input",     "output",  "resize",  "mean",
-    "std",         "plan",  "golden"};
+    "gpus",        "batch", "input",     "output",  "resize",  "pillow",
+    "mean",        "std",   "plan",      "golden"};
 
 Error malformed(const std::string& what) {
   return Error{ErrorCode::bad_file, "model.txt " + what + "."};

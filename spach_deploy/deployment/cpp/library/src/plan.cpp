@@ -65,8 +65,9 @@ std::string dotted(const int (&version)[3]) {
 
 Status check_plan(const std::byte* plan, std::size_t size, const ModelFacts& facts,
                   const Library& library) {
+  if (size == 0) return Error{ErrorCode::truncated, "engine.plan is empty."};
   const char* flavour = flavour_of(plan, size);
-  if (flavour == nullptr && size > 0)
+  if (flavour == nullptr)
     return Error{ErrorCode::not_a_plan, "engine.plan does not begin as TensorRT plans do."};
   if (Status status = check_file("engine.plan", plan, size, facts.plan); !status) return status;
   if (Status status = check_declared(plan, size, flavour); !status) return status;

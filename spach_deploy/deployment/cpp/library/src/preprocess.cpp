@@ -20,6 +20,8 @@ constexpr std::int64_t kMostAspect = 200;
 constexpr int kPrecisionBits = 32 - 8 - 2;
 constexpr double kBicubicSupport = 2.0;
 
+using Levels = std::vector<std::uint8_t>;  // RGB8, rows without gaps
+
 double bicubic(double x) {
   constexpr double a = -0.5;
   x = std::abs(x);
@@ -97,40 +99,73 @@ Status check_image(const Image& image) {
   return Done{};
 }
 
-// Resize the shorter side to `shorter`, cut `crop` x `crop` out of the middle. Rows first, then
-// columns, and whole levels between the two, as Pillow does.
-std::vector<std::uint8_t> resize_and_crop(const Image& image, int shorter, int crop) {
+// Pixels in memory: where the first one is, and how many bytes the next row is away.
+struct Rows {
+  const std::uint8_t* first;
+  std::size_t stride;
+};
+
+// Every row's `columns`, whose taps count from column `origin`: `count` rows of columns.size()
+// pixels.
+Levels across(Rows from, int count, const std::vector<Taps>& columns, int origin) {
+  Levels result(3 * columns.size() * static_cast<std::size_t>(count));
+  std::uint8_t* to = result.data();
+  for (int y = 0; y < count; ++y, from.first += from.stride)
+    for (const Taps& taps : columns)
+      for (std::size_t channel = 0; channel < 3; ++channel)
+        *to++ = apply(taps,
+                      from.first + 3 * static_cast<std::size_t>(taps.first - origin) + channel, 3);
+  return result;
+}
+
+// The `rows`, whose taps count from row `origin`, each `bytes` long.
+Levels down(Rows from, std::size_t bytes, const std::vector<Taps>& rows, int origin) {
+  Levels result(bytes * rows.size());
+  std::uint8_t* to = result.data();
+  for (const Taps& taps : rows) {
+    const std::uint8_t* top =
+        from.first + static_cast<std::size_t>(taps.first - origin) * from.stride;
+    for (std::size_t x = 0; x < bytes; ++x) *to++ = apply(taps, top + x, from.stride);
+  }
+  return result;
+}
+
+int first_of(const std::vector<Taps>& taps) {
+  return taps.front().first;
+}
+
+int end_of(const std::vector<Taps>& taps) {
+  return taps.back().first + static_cast<int>(taps.back().weights.size());
+}
+
+// Resize the shorter side to `shorter`, cut `crop` x `crop` out of the middle. In two passes with
+// whole levels between them, so that their order shows: Pillow's, that changed with version 13.
+Levels resize_and_crop(const Image& image, int shorter, int crop, int pillow) {
   const std::int64_t width = image.width, height = image.height;
   const bool upright = width <= height;
   const int to_width = upright ? shorter : static_cast<int>(shorter * width / height);
   const int to_height = upright ? static_cast<int>(shorter * height / width) : shorter;
   const auto columns = taps_of_crop(half_to_even(to_width - crop), crop, image.width, to_width);
   const auto rows = taps_of_crop(half_to_even(to_height - crop), crop, image.height, to_height);
-
-  const int first = rows.front().first;
-  const int last = rows.back().first + static_cast<int>(rows.back().weights.size());
   const std::size_t stride = image.stride != 0 ? image.stride : 3 * static_cast<std::size_t>(width);
-  const std::size_t line = 3 * static_cast<std::size_t>(crop);
-  std::vector<std::uint8_t> narrow(static_cast<std::size_t>(last - first) * line);
-  for (int y = first; y < last; ++y) {
-    const std::uint8_t* from = image.rgb + static_cast<std::size_t>(y) * stride;
-    std::uint8_t* to = narrow.data() + static_cast<std::size_t>(y - first) * line;
-    for (const Taps& taps : columns)
-      for (std::size_t channel = 0; channel < 3; ++channel)
-        *to++ = apply(taps, from + 3 * static_cast<std::size_t>(taps.first) + channel, 3);
+
+  const std::int64_t saved_rows = height - to_height, saved_columns = width - to_width;
+  if (pillow >= 13 && saved_rows > 0 && saved_rows > 2 * saved_columns) {
+    const auto left = static_cast<std::size_t>(first_of(columns));
+    const std::size_t bytes = 3 * (static_cast<std::size_t>(end_of(columns)) - left);
+    const Levels low = down({image.rgb + 3 * left, stride}, bytes, rows, 0);
+    return across({low.data(), bytes}, crop, columns, first_of(columns));
   }
-  std::vector<std::uint8_t> result(static_cast<std::size_t>(crop) * line);
-  std::uint8_t* to = result.data();
-  for (const Taps& taps : rows) {
-    const std::uint8_t* from = narrow.data() + static_cast<std::size_t>(taps.first - first) * line;
-    for (std::size_t x = 0; x < line; ++x) *to++ = apply(taps, from + x, line);
-  }
-  return result;
+  const int top = first_of(rows);
+  const Rows used{image.rgb + static_cast<std::size_t>(top) * stride, stride};
+  const Levels narrow = across(used, end_of(rows) - top, columns, 0);
+  const std::size_t bytes = 3 * columns.size();
+  return down({narrow.data(), bytes}, bytes, rows, top);
 }
 
 // RGB RGB ... -> RR.. GG.. BB..
 template <typename T, typename Convert>
-void write_planes(const std::vector<std::uint8_t>& pixels, void* destination, Convert convert) {
+void write_planes(const Levels& pixels, void* destination, Convert convert) {
   const std::size_t plane = pixels.size() / 3;
   auto* to = static_cast<char*>(destination);  // the caller's memory may be of any alignment
   for (std::size_t channel = 0; channel < 3; ++channel) {
@@ -144,7 +179,10 @@ void write_planes(const std::vector<std::uint8_t>& pixels, void* destination, Co
 }  // namespace
 
 Preprocessor::Preprocessor(const ModelFacts& facts)
-    : image_size_(facts.image_size), resize_size_(facts.resize_size), dtype_(facts.input.dtype) {
+    : image_size_(facts.image_size),
+      resize_size_(facts.resize_size),
+      pillow_(facts.pillow),
+      dtype_(facts.input.dtype) {
   for (std::size_t channel = 0; channel < 3; ++channel) {
     const auto mean = static_cast<float>(facts.mean[channel]);
     const auto stddev = static_cast<float>(facts.stddev[channel]);
@@ -156,14 +194,14 @@ Preprocessor::Preprocessor(const ModelFacts& facts)
 Result<std::vector<std::uint8_t>> Preprocessor::pixels(const Image& image) const noexcept {
   return guarded([&]() -> Result<std::vector<std::uint8_t>> {
     if (Status status = check_image(image); !status) return status.error();
-    return resize_and_crop(image, resize_size_, image_size_);
+    return resize_and_crop(image, resize_size_, image_size_, pillow_);
   });
 }
 
 Status Preprocessor::write(const Image& image, void* destination) const noexcept {
   Result<std::vector<std::uint8_t>> result = pixels(image);
   if (!result) return result.error();
-  const std::vector<std::uint8_t>& levels = *result;
+  const Levels& levels = *result;
   const auto normalized = [this](std::size_t channel, std::uint8_t level) {
     return normalized_[256 * channel + level];
   };

@@ -63,6 +63,7 @@ struct ModelFacts {
   std::vector<OutputFacts> outputs;  // "logits" is one of them
   int image_size = 0;
   int resize_size = 0;
+  int pillow = 0;  // major version of the Pillow whose pixels the model was validated with
   std::array<double, 3> mean{};
   std::array<double, 3> stddev{};
   FileFacts plan;

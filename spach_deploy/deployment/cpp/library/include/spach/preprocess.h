@@ -34,6 +34,7 @@ class Preprocessor {
  private:
   int image_size_;
   int resize_size_;
+  int pillow_;
   DType dtype_;
   std::vector<float> normalized_;  // (3, 256): what a channel's level becomes
 };
