@@ -41,7 +41,7 @@ class _Inserter:
         self._sites = {site.node: site for site in plan.sites}
         self._attention = self._attention_inputs(plan.sites)
         self._inputs = {value.name for value in typed.graph.input}
-        self._pairs: dict[str, str] = {}
+        self._pairs: dict[tuple[str, tuple[float, ...]], str] = {}
         self._nodes: list[NodeProto] = []
         self._added: list[TensorProto] = []
 
@@ -88,12 +88,12 @@ class _Inserter:
         return found
 
     def _pair(self, name: str, scales: tuple[float, ...], axis: int | None, stem: str = "") -> str:
-        """Name of the tensor that has been through eight bits; one pair for all that read the same tensor.
+        """Name of the tensor that has been through eight bits; one pair for all that read it with the same scales.
 
         `stem` begins the new names; without it, they begin with the tensor's.
         """
-        if name in self._pairs:
-            return self._pairs[name]
+        if (name, scales) in self._pairs:
+            return self._pairs[name, scales]
         stem = stem or (f"io/{name}" if name in self._inputs else name)
         kind = self._types[name]
         self._added.append(_scale_tensor(stem + SCALE, scales, kind, axis))
@@ -105,7 +105,7 @@ class _Inserter:
             if axis is not None:
                 node.attribute.append(helper.make_attribute("axis", axis))
             self._nodes.append(node)
-        self._pairs[name] = back
+        self._pairs[name, scales] = back
         return back
 
     def _assembled(self) -> ModelProto:

@@ -44,6 +44,7 @@ class QuantizedSite:
     """A layer in eight bits. `weight_scales`: one for each output channel, or a single one; none for an attention.
 
     `correction`: what the bias gains (one number an output channel), so that the layer's mean output stays what it was.
+    `products`: nodes of an attention that multiply; `node` is its softmax.
     """
 
     module: str
@@ -54,6 +55,7 @@ class QuantizedSite:
     weight: str
     weight_scales: tuple[float, ...]
     correction: tuple[float, ...] = ()
+    products: tuple[str, ...] = ()
 
     @property
     def per_channel(self) -> bool:
@@ -71,6 +73,7 @@ class QuantizedSite:
             "weight": self.weight,
             "weight_scales": list(self.weight_scales),
             "correction": list(self.correction),
+            "products": list(self.products),
         }
 
 
@@ -107,8 +110,8 @@ class QuantizationPlan:
 
     @property
     def product_nodes(self) -> tuple[str, ...]:
-        """Nodes whose layers the engine computes in eight bits, attentions left out."""
-        return tuple(site.node for site in self.sites if site.kind is not Kind.ATTENTION)
+        """Nodes that multiply in eight bits: one of each layer, two of an attention."""
+        return tuple(node for site in self.sites for node in site.products or (site.node,))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, for quantization.json."""
@@ -149,9 +152,12 @@ def _site(entry: dict[str, Any]) -> QuantizedSite:
             "kind": Kind(entry["kind"]),
             "macs": int(entry["macs"]),
             "tensors": tuple(map(_tensor_entry, entry["tensors"])),
+            "products": tuple(map(_text, entry.get("products", ()))),
         }
     )
     is_attention = site.kind is Kind.ATTENTION
+    if bool(site.products) != is_attention:
+        raise ValueError(f"{site.module} has {len(site.products)} products of its own")
     if len(site.tensors) != (4 if is_attention else 1) or bool(site.weight_scales) == is_attention:
         raise ValueError(f"{site.module} has {len(site.tensors)} tensors and {len(site.weight_scales)} weight scales")
     if site.per_channel and len(site.correction) not in (0, len(site.weight_scales)):
@@ -232,7 +238,8 @@ def _quantized(
         divisors = np.ones(weight.shape[1]) if factors is None else factors
         moved = mean_shift(statistics[site.activation], divisors, weight, tensors[0].scale, scales, scaling.form)
         correction = tuple(float(np.float32(-number)) for number in moved)
-    return QuantizedSite(site.module, site.node, site.kind, site.macs, tensors, site.weight, scales, correction)
+    numbers = (tensors, site.weight, scales, correction, site.products)
+    return QuantizedSite(site.module, site.node, site.kind, site.macs, *numbers)
 
 
 def mean_shift(

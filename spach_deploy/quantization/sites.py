@@ -49,7 +49,8 @@ class Site:
     """A weighted layer. `activation` is the tensor that input `slot` of `node` reads; weights are channel by axis 0.
 
     `channel_axis`: the activation's axis that meets the weights' inputs, axis 1 of the weight; None for an attention.
-    `macs`: multiplications for one image. An attention has no weights: its tensors are in `tensors`.
+    `macs`: multiplications for one image. An attention has no weights: its tensors are in `tensors`, and in `products`
+    the nodes that multiply, `node` being the softmax between them.
     """
 
     module: str
@@ -61,6 +62,7 @@ class Site:
     channel_axis: int | None
     macs: int
     tensors: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -119,6 +121,7 @@ class _Finder:
             *(owner(softmax.name), softmax.name, Kind.ATTENTION, softmax.output[0], 0, "", None),
             macs=2 * math.prod(scores) * values[-1],
             tensors=tensors,
+            products=(before.name, after[0].name),
         )
 
 

@@ -77,6 +77,7 @@ def test_an_attention_has_four_scales_and_no_weights() -> None:
     assert (site.weight, site.weight_scales, site.correction) == ("", (), ())
     assert site.tensors[2].largest <= 1  # a softmax's result
     assert site.node not in everything(INT8).product_nodes
+    assert {f"{ATTENTION}/MatMul", f"{ATTENTION}/MatMul_2"} <= set(everything(INT8).product_nodes)
 
 
 def test_depthwise_convolutions_are_not_corrected() -> None:
@@ -185,6 +186,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an activation's scale that is null": lambda content: _site(content)["tensors"][0].update(scale=None),
     "an activation without a clip": lambda content: _site(content)["tensors"][0].pop("clip"),
     "an attention of three tensors": _set("kind", "attention"),
+    "products of a linear layer": _set("products", ["blocks.0/MatMul"]),
     "a module that is no name": _set("module", 7),
     "multiplications that are no number": _set("macs", "many"),
     "a kept layer without a reason": lambda content: content["kept_float"][0].pop("reason"),

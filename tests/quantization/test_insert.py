@@ -1,0 +1,263 @@
+"""Pairs in the typed graph: where they stand, what they hold, and who runs and builds the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto
+
+from spach_deploy.engine.build import build_engine
+from spach_deploy.engine.flavours import TensorRTForRTX
+from spach_deploy.engine.network_facts import check_achieved_precision
+from spach_deploy.errors import PrecisionError
+from spach_deploy.onnx_graph.certificate import certify
+from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
+from spach_deploy.precision.formats import decode
+from spach_deploy.precision.rounding import rounded_twin
+from spach_deploy.quantization.audit import audit
+from spach_deploy.quantization.formats import FP8, INT8, EightBits
+from spach_deploy.quantization.insert import insert_pairs
+from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.quantization.sites import Kind
+from spach_deploy.runtime.packages import is_installed
+from spach_deploy.specs import BatchProfile, EngineTarget, Flavour, Precision
+from tests import static_models
+from tests.quantization.small_models import KINDS, inputs, plan, quantized, run, static, typed
+from tests.static_models import relative_l2
+
+needs_rtx = pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")
+both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])
+ATTENTION = "blocks.1.spatial_func"
+TYPES = {
+    Precision.FP32: TensorProto.FLOAT,
+    Precision.FP16: TensorProto.FLOAT16,
+    Precision.BF16: TensorProto.BFLOAT16,
+}
+
+
+def of_type(model: ModelProto, op_type: str) -> list[NodeProto]:
+    return [node for node in model.graph.node if node.op_type == op_type]
+
+
+def modules(kind: str) -> list[str]:
+    return [path for path, _ in static_models.small_model(kind).named_modules(remove_duplicate=False)]
+
+
+# Where they stand
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@both
+def test_only_weighted_layers_read_eight_bits(kind: str, form: EightBits) -> None:
+    model = quantized(kind, form)
+    read, planned = consumers(model.graph), set(plan(kind, form, half=False).product_nodes)
+    for node in of_type(model, "DequantizeLinear"):
+        readers = read[node.output[0]]
+        assert readers
+        assert {reader.op_type for reader in readers} <= {"Gemm", "MatMul", "Conv"}
+        assert {reader.name for reader in readers} <= planned
+    for node in of_type(model, "QuantizeLinear"):
+        assert [reader.op_type for reader in read[node.output[0]]] == ["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@both
+def test_every_planned_layer_reads_its_input_and_its_weight_through_a_pair(kind: str, form: EightBits) -> None:
+    model, made = quantized(kind, form), plan(kind, form, half=False)
+    nodes, made_by = {node.name: node for node in model.graph.node}, producers(model.graph)
+    constants = initializers(model.graph)
+    for site in made.sites:
+        slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
+        for index, source in ((slot, site.tensors[0].tensor), (1 - slot, site.weight)):
+            back = made_by[nodes[site.node].input[index]]
+            forth = made_by[back.input[0]]
+            assert (forth.op_type, back.op_type) == ("QuantizeLinear", "DequantizeLinear")
+            assert forth.input[0] == source
+            assert forth.input[1:] == back.input[1:]
+        assert constants[site.weight].data_type == TensorProto.FLOAT
+
+
+def test_residual_sums_and_normalizations_read_what_they_read_before() -> None:
+    before = {
+        node.name: list(node.input) for node in typed("hybrid", plan("hybrid", INT8), (), Precision.FP16).graph.node
+    }
+    after = quantized("hybrid", INT8, rest=Precision.FP16)
+    planned = set(plan("hybrid", INT8).product_nodes)
+    for node in after.graph.node:
+        if node.name in before and node.name not in planned:
+            assert list(node.input) == before[node.name]
+    assert {"Add", "LayerNormalization"} <= {node.op_type for node in after.graph.node}
+
+
+def test_a_weight_that_two_layers_read_has_one_pair() -> None:
+    model = quantized("mlp_shared", INT8)
+    read = consumers(model.graph)
+    weight = "blocks.0.spatial_func.fc1.weight"
+    (forth,) = (node for node in of_type(model, "QuantizeLinear") if node.input[0] == weight)
+    (back,) = read[forth.output[0]]
+    assert [node.name.split("/")[0] for node in read[back.output[0]]] == [
+        f"blocks.{i}.spatial_func.fc1" for i in range(3)
+    ]
+
+
+def test_layers_of_one_weight_with_different_scales_have_pairs_of_their_own() -> None:
+    per_tensor = frozenset({"blocks.1.spatial_func.fc1"})
+    model = quantized("mlp_shared", INT8, per_tensor=per_tensor)
+    assert audit(model, plan("mlp_shared", INT8, half=False, per_tensor=per_tensor)) == ()
+    onnx.checker.check_model(model, full_check=True)
+    forth = [node for node in of_type(model, "QuantizeLinear") if node.input[0] == "blocks.0.spatial_func.fc1.weight"]
+    assert sorted(len(initializers(model.graph)[node.input[1]].dims) for node in forth) == [0, 1]
+
+
+# What they hold
+
+
+@pytest.mark.parametrize("rest", TYPES)
+@both
+def test_scales_are_planned_ones_of_the_rests_type_and_zero_points_are_zero(rest: Precision, form: EightBits) -> None:
+    model, made = quantized("trans", form, rest=rest), plan("trans", form, half=rest.is_half)
+    constants = initializers(model.graph)
+    planned = {site.tensors[0].scale for site in made.sites}
+    for node in of_type(model, "QuantizeLinear") + of_type(model, "DequantizeLinear"):
+        scale, zero = constants[node.input[1]], constants[node.input[2]]
+        assert scale.data_type == TYPES[rest]
+        assert zero.data_type == form.onnx_type
+        assert list(zero.dims) == list(scale.dims)
+        assert not any(zero.raw_data)
+        if scale.dims:
+            assert attributes(node)["axis"] == 0
+        else:
+            assert "axis" not in attributes(node)
+            value = float(decode(scale))
+            assert any(
+                value == pytest.approx(number, rel=2**-8 if rest is Precision.BF16 else 1e-7) for number in planned
+            )
+
+
+@both
+def test_weight_scales_are_the_plans_channel_by_channel(form: EightBits) -> None:
+    model, made = quantized("trans", form, rest=Precision.FP16), plan("trans", form)
+    constants = initializers(model.graph)
+    for site in made.sites:
+        (forth,) = (node for node in of_type(model, "QuantizeLinear") if node.input[0] == site.weight)
+        assert tuple(float(value) for value in decode(constants[forth.input[1]])) == site.weight_scales
+
+
+def test_eight_bit_integers_are_zero_points_alone() -> None:
+    model = quantized("hybrid", INT8, rest=Precision.FP16)
+    stored = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8]
+    assert stored
+    assert all(tensor.name.endswith("/zero") for tensor in stored)
+
+
+# Attention: all four, or none
+
+
+def attention_pairs(model: ModelProto, module: str) -> set[str]:
+    return {node.name for node in of_type(model, "QuantizeLinear") if node.name.startswith(f"{module}/")}
+
+
+@pytest.mark.parametrize("rest", [Precision.FP32, Precision.FP16])
+@both
+def test_an_attention_is_quantized_whole_or_not_at_all(form: EightBits, rest: Precision) -> None:
+    model = quantized("trans", form, (ATTENTION,), rest)
+    layers = {f"{ATTENTION}/Reshape/quantize", f"{ATTENTION}/Reshape_3/quantize"}
+    extra = attention_pairs(model, ATTENTION) - layers
+    assert len(extra) == 4
+    made_by = producers(model.graph)
+    products = [node for node in of_type(model, "MatMul") if node.name.startswith(f"{ATTENTION}/")]
+    assert len(products) == 2
+    for product in products:
+        assert [made_by[name].op_type for name in product.input] == ["DequantizeLinear"] * 2
+    other = "blocks.0.spatial_func"
+    assert attention_pairs(model, other) == {f"{other}/Reshape/quantize", f"{other}/Reshape_3/quantize"}
+
+
+# Valid, certified, run
+
+
+@pytest.mark.parametrize("rest", TYPES)
+@pytest.mark.parametrize("kind", ["hybrid", "mlp_shared"])
+@both
+def test_the_graph_is_valid_and_keeps_the_certificates_promises(kind: str, form: EightBits, rest: Precision) -> None:
+    model = quantized(kind, form, ("*.spatial_func*",), rest)
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    assert len(inferred.graph.node) == len(model.graph.node)
+    certificate = certify(model, modules(kind))
+    assert certificate.operators["QuantizeLinear"] == certificate.operators["DequantizeLinear"]
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+
+
+@pytest.mark.parametrize("rest", TYPES)
+@both
+def test_onnxruntime_runs_it(form: EightBits, rest: Precision) -> None:
+    model = quantized("trans", form, rest=rest)
+    model = rounded_twin(model) if rest is Precision.BF16 else model
+    reference = static_models.logits(static("trans"), inputs())
+    error = relative_l2(run(model, inputs()), reference)
+    assert 1e-4 < error < (0.02 if form is INT8 else 0.08)
+
+
+def test_what_was_given_is_not_changed() -> None:
+    made = plan("trans", INT8)
+    before = typed("trans", made, (), Precision.FP16)
+    content = before.SerializeToString()
+    insert_pairs(before, made)
+    assert before.SerializeToString() == content
+
+
+# What it refuses
+
+
+def renamed(made: QuantizationPlan, kind: Kind) -> QuantizationPlan:
+    sites = tuple(dataclasses.replace(s, node="nowhere/Gemm") if s.kind is kind else s for s in made.sites)
+    return dataclasses.replace(made, sites=sites)
+
+
+@pytest.mark.parametrize("kind", [Kind.LINEAR, Kind.ATTENTION])
+def test_a_planned_node_that_is_not_there_is_refused(kind: Kind) -> None:
+    made = plan("trans", INT8, (ATTENTION,))
+    with pytest.raises(PrecisionError, match="has no node nowhere/Gemm, which was to be quantized"):
+        insert_pairs(typed("trans", made, (ATTENTION,), Precision.FP16), renamed(made, kind))
+
+
+def test_an_attention_that_is_none_any_more_is_refused() -> None:
+    made = plan("trans", INT8, (ATTENTION,), half=False)
+    model = typed("trans", made, (ATTENTION,), Precision.FP32)
+    index, softmax = next((i, n) for i, n in enumerate(model.graph.node) if n.name == f"{ATTENTION}/Softmax")
+    softmax.output[0] += "/sharpened"
+    between = onnx.helper.make_node("Identity", [softmax.output[0]], [f"{ATTENTION}/Softmax"], name="between")
+    model.graph.node.insert(index + 1, between)
+    with pytest.raises(PrecisionError, match=f"{ATTENTION} is no attention any more"):
+        insert_pairs(model, made)
+
+
+# The compiler
+
+
+def built(path: Path, form: EightBits, quantize: tuple[str, ...]) -> tuple[dict[str, int], QuantizationPlan]:
+    """Weighted layers of the parsed network by the type they multiply in."""
+    made = plan("hybrid", form, quantize)
+    onnx.save(quantized("hybrid", form, quantize, Precision.FP16), path)
+    precision = Precision(form.name)
+    result = build_engine(path, EngineTarget(batch=BatchProfile(1, 2, 4)), TensorRTForRTX(), precision=precision)
+    achieved = check_achieved_precision(result.network, Precision.FP16, quantized=made.product_nodes)
+    return achieved.layers_by_dtype, made
+
+
+@needs_rtx
+@both
+def test_tensorrt_builds_it_and_multiplies_in_eight_bits_where_it_was_planned(tmp_path: Path, form: EightBits) -> None:
+    counts, made = built(tmp_path / "model.onnx", form, ())
+    assert counts[form.name] == len(made.product_nodes) == 26
+    assert set(counts) == {form.name, "fp16"}
+
+
+@needs_rtx
+def test_tensorrt_builds_a_quantized_attention(tmp_path: Path) -> None:
+    counts, made = built(tmp_path / "model.onnx", INT8, ("layer3.3.spatial_func",))
+    assert counts["int8"] == len(made.product_nodes) == 28
