@@ -205,7 +205,7 @@ def test_a_spoiled_folder_is_refused_with_the_reason(plain: Build, model: Path, 
     spoil, reason = REFUSALS[name]
     folder = small_bundles.copy(model, tmp_path / "model")
     spoil(folder)
-    result = plain.run("probe", "load", folder, 0)
+    result = plain.run("probe", "load", folder, 0, SPACH_DOUBLE_DEVICES="0")
     assert result.returncode == 1
     assert result.stdout.startswith(reason)
     assert plain.run("spach_self_test", folder).returncode in (1, 2)
@@ -220,7 +220,8 @@ def test_the_plan_of_the_other_flavour_is_refused_by_name(plain: Build, tmp_path
 
 @pytest.mark.parametrize("version", ["10700", "10702", "10801", "20000"])
 def test_another_version_is_refused_before_tensorrt_sees_the_plan(plain: Build, model: Path, version: str) -> None:
-    result = plain.run("probe", "load", model, 0, SPACH_DOUBLE_VERSION=version)
+    # That there is no GPU would be found out first by anything that asks for one.
+    result = plain.run("probe", "load", model, 0, SPACH_DOUBLE_VERSION=version, SPACH_DOUBLE_DEVICES="0")
     assert result.returncode == 1
     assert result.stdout.startswith("other TensorRT version: engine.plan was built by tensorrt-rtx 1.7.1, and this")
 
@@ -495,6 +496,27 @@ def test_half_is_that_of_numpy(plain: Build, tmp_path: Path) -> None:
 
 
 # The folder
+
+
+def test_the_readmes_example_compiles_and_runs(plain: Build, package: Path, tmp_path: Path) -> None:
+    """The C++ in README.md, as it stands, in a main() that has what it speaks of: pixels and their size."""
+    example = (package / "README.md").read_text().split("```cpp\n")[1].split("```")[0]
+    include, body = example.split("\n", 1)
+    pixels = "const int width = 9, height = 11; const std::vector<unsigned char> all(297, 90);"
+    before = (
+        f"#include <iostream>\n#include <vector>\n{include}\nint main() {{\n{pixels}\nconst auto* rgb = all.data();\n"
+    )
+    (tmp_path / "main.cpp").write_text(f"{before}{body}\nreturn best ? 0 : 1;\n}}\n")
+    (library,) = (plain.path / "installed").rglob("libspach.so")
+    command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "main.cpp", "-o", "app", str(library)]
+    search = [f"-I{plain.path / 'installed' / 'include'}", f"-Wl,-rpath,{library.parent}"]
+    subprocess.run([*command, *search], cwd=tmp_path, check=True)
+    (tmp_path / "model").symlink_to(package / "model")
+    result = subprocess.run(
+        ["./app"], cwd=tmp_path, env={**os.environ, **plain.variables}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 5
 
 
 def test_a_written_folder_holds_the_sources_as_they_are_here(package: Path) -> None:

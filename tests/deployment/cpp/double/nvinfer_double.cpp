@@ -400,5 +400,7 @@ extern "C" int32_t getInferLibVersion() noexcept {
 
 extern "C" void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept {
   if (spach_double::should_fail("createInferRuntime")) return nullptr;
-  return static_cast<nvinfer1::IRuntime*>(new Runtime(*static_cast<ILogger*>(logger)));
+  // As TensorRT does: the first logger stays in use, whoever comes later.
+  static ILogger* const first = static_cast<ILogger*>(logger);
+  return static_cast<nvinfer1::IRuntime*>(new Runtime(*first));
 }

@@ -145,7 +145,7 @@ Status Context::Impl::enqueue(const void* device_input, int batch, void* const* 
   for (std::size_t i = 0; accepted && i < facts().outputs.size(); ++i)
     accepted = context->setTensorAddress(facts().outputs[i].tensor.name.c_str(), device_outputs[i]);
   if (accepted && context->enqueueV3(on)) return Done{};
-  return Error{ErrorCode::engine, owner->logger.take("TensorRT could not run the plan.")};
+  return Error{ErrorCode::engine, Logger::instance().take("TensorRT could not run the plan.")};
 }
 
 // Runs what lies in `input.host`; the answers lie in `outputs[i].host` afterwards.

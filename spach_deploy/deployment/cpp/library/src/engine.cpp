@@ -156,19 +156,22 @@ Status Engine::Impl::read(const std::string& from) {
 Status Engine::Impl::deserialize(const Bytes& plan) {
   const cuda::OnDevice on(device);
   if (Status status = on.status(); !status) return status;
-  runtime.reset(nvinfer1::createInferRuntime(logger));
+  runtime.reset(nvinfer1::createInferRuntime(Logger::instance()));
   if (!runtime)
-    return Error{ErrorCode::engine, logger.take("TensorRT's runtime could not be created.")};
+    return Error{ErrorCode::engine,
+                 Logger::instance().take("TensorRT's runtime could not be created.")};
   engine.reset(runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (!engine)
-    return explain(facts, device, logger.take("TensorRT refused the plan and gave no reason."));
+    return explain(facts, device,
+                   Logger::instance().take("TensorRT refused the plan and gave no reason."));
   return check_interface(*engine, facts);
 }
 
 Result<std::unique_ptr<nvinfer1::IExecutionContext>> Engine::Impl::context() {
   const std::lock_guard<std::mutex> lock(creating);
   std::unique_ptr<nvinfer1::IExecutionContext> made(engine->createExecutionContext());
-  if (!made) return explain(facts, device, logger.take("TensorRT could not create a context."));
+  if (!made)
+    return explain(facts, device, Logger::instance().take("TensorRT could not create a context."));
   return made;
 }
 

@@ -15,12 +15,10 @@
 namespace spach {
 
 struct Engine::Impl {
-  // Destroyed from below: the engine before the runtime, the runtime before its logger.
   std::string folder;
   int device = 0;
   ModelFacts facts;
   std::vector<std::string> labels;
-  Logger logger;
   std::unique_ptr<nvinfer1::IRuntime> runtime;
   std::unique_ptr<nvinfer1::ICudaEngine> engine;
   std::mutex creating;  // TensorRT does not promise that contexts may be created concurrently

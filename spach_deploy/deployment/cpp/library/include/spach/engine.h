@@ -41,7 +41,8 @@ class Context {
   Result<Outputs> run(const void* input, std::size_t input_bytes, int batch) noexcept;
 
   // Puts one batch on `stream` and does not wait. `device_input` and `device_outputs` (in the order
-  // of ModelFacts::outputs) are device memory of the caller, valid until the stream has passed.
+  // of ModelFacts::outputs) are device memory of the caller, valid until the stream has passed;
+  // until then the context is to be used on that stream only.
   Status enqueue(const void* device_input, int batch, void* const* device_outputs,
                  std::size_t output_count, CUstream_st* stream) noexcept;
 

@@ -8,16 +8,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32) && defined(SPACH_SHARED)
-#ifdef SPACH_BUILDING
-#define SPACH_API __declspec(dllexport)
-#else
-#define SPACH_API __declspec(dllimport)
-#endif
-#else
-#define SPACH_API
-#endif
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -46,33 +36,29 @@ typedef struct spach_model {
 } spach_model;
 
 /* Loads a model folder for a CUDA device. `*engine` is null after an error. */
-SPACH_API int spach_engine_load(const char* folder, int device, spach_engine** engine,
-                                spach_error* error);
-SPACH_API void spach_engine_free(spach_engine* engine); /* contexts may outlive it; null is fine */
-SPACH_API int spach_engine_model(const spach_engine* engine, spach_model* model,
-                                 spach_error* error);
+int spach_engine_load(const char* folder, int device, spach_engine** engine, spach_error* error);
+void spach_engine_free(spach_engine* engine); /* contexts may outlive it; null is fine */
+int spach_engine_model(const spach_engine* engine, spach_model* model, spach_error* error);
 /* A class's label, valid as long as the engine; "" for one that has none. */
-SPACH_API const char* spach_engine_label(const spach_engine* engine, int index);
+const char* spach_engine_label(const spach_engine* engine, int index);
 /* 1 in `*passed` where the golden pack agrees. */
-SPACH_API int spach_engine_self_test(const spach_engine* engine, int* passed, spach_error* error);
+int spach_engine_self_test(const spach_engine* engine, int* passed, spach_error* error);
 
-SPACH_API int spach_context_create(const spach_engine* engine, spach_context** context,
-                                   spach_error* error);
-SPACH_API void spach_context_free(spach_context* context);
+int spach_context_create(const spach_engine* engine, spach_context** context, spach_error* error);
+void spach_context_free(spach_context* context);
 
 /* The `k` best classes of one picture into `predictions`, which has room for `k`. `stride` 0: rows
  * lie one after another. `*found` (may be null) is how many there are, at most the classes. */
-SPACH_API int spach_context_classify_rgb8(spach_context* context, const uint8_t* rgb, int width,
-                                          int height, size_t stride, size_t k,
-                                          spach_prediction* predictions, size_t* found,
-                                          spach_error* error);
+int spach_context_classify_rgb8(spach_context* context, const uint8_t* rgb, int width, int height,
+                                size_t stride, size_t k, spach_prediction* predictions,
+                                size_t* found, spach_error* error);
 /* Logits (count, classes) of `count` inputs in host memory; `logits_size` counts floats. */
-SPACH_API int spach_context_logits(spach_context* context, const void* input, size_t count,
-                                   float* logits, size_t logits_size, spach_error* error);
+int spach_context_logits(spach_context* context, const void* input, size_t count, float* logits,
+                         size_t logits_size, spach_error* error);
 /* One batch from and to device memory on a cudaStream_t, without waiting. */
-SPACH_API int spach_context_enqueue(spach_context* context, const void* device_input, int batch,
-                                    void* const* device_outputs, size_t output_count, void* stream,
-                                    spach_error* error);
+int spach_context_enqueue(spach_context* context, const void* device_input, int batch,
+                          void* const* device_outputs, size_t output_count, void* stream,
+                          spach_error* error);
 
 #ifdef __cplusplus
 }
