@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from spach_deploy.cli.package import main
 from spach_deploy.specs import IODtype, OutputSpec
-from tests.commands import console_script, refusal
+from tests.commands import ROOT, console_script, refusal
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import Tiny
 
@@ -143,6 +144,16 @@ def test_help_lists_the_subcommands_that_are_there() -> None:
     result = package("--help")
     assert result.exit_code == 0
     assert "  triton " in result.stdout
+
+
+def test_help_of_the_subcommand_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from spach_deploy.cli.package import main; main(['triton', '--help'], standalone_mode=False);"
+        "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--ensemble" in done.stdout
+    assert not [name for name in ("numpy", "onnx", "torch", "google", "PIL") if f"'{name}'" in done.stderr]
 
 
 def test_the_script_that_pip_makes_starts(tmp_path: Path, bundle: Path) -> None:

@@ -90,6 +90,11 @@ class Server:
         """Whether the server's process is there."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """How its process ended, a signal as its negative number; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
     def is_ready(self) -> bool:
         """Whether it answers and has loaded all models."""
         try:
