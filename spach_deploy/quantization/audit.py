@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,27 +17,33 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
 from spach_deploy.precision.formats import HALF_FORMATS, decode
-from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite, QuantizedTensor
+from spach_deploy.quantization.insert import weight_axis
+from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
+from spach_deploy.quantization.scales import SMALLEST, Method
 from spach_deploy.quantization.sites import Kind
+
+Float = TypeVar("Float", float, NDArray[np.float64])
 
 _SHOWN = 5
 _ROUNDOFF = 2.0**-10  # scales are rounded to the type of what they scale; bfloat16 to eight bits of mantissa
 _BF16_ROUNDOFF = 2.0**-7
+_HALF_STEP = SMALLEST / 2  # a scale below FP16's normal numbers is off by as much
 
 
 def audit(model: ModelProto, plan: QuantizationPlan) -> tuple[str, ...]:
     """What differs between a graph and its record, one sentence each, most telling first; empty where nothing does."""
     auditor = _Auditor(model, plan)
-    findings = [finding for site in plan.sites for finding in auditor.site(site)]
-    findings.extend(auditor.strays())
+    findings = [finding for site in plan.sites for finding in (*auditor.site(site), *auditor.record(site))]
+    findings = list(dict.fromkeys((*findings, *auditor.strays())))  # both nodes of a pair read the same scale
     more = len(findings) - _SHOWN
-    return (*findings[:_SHOWN], *([f"and {more} more layers differ from their record"] if more > 0 else []))
+    return (*findings[:_SHOWN], *([f"and {more} more differences"] if more > 0 else []))
 
 
 class _Auditor:
     def __init__(self, model: ModelProto, plan: QuantizationPlan) -> None:
         self._plan = plan
         self._nodes = {node.name: node for node in model.graph.node}
+        self._pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
         self._made = producers(model.graph)
         self._readers = consumers(model.graph)
         self._constants = initializers(model.graph)
@@ -50,7 +57,7 @@ class _Auditor:
             yield from self._attention(site, node)
         else:
             slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
-            yield from self._activation(site, node, slot, site.tensors[0])
+            yield from self._scales(site, node, slot, (site.tensors[0].scale,), "input")
             yield from self._scales(site, node, 1 - slot, site.weight_scales, "weights")
             yield from self._weight_range(site, node, 1 - slot)
 
@@ -79,10 +86,21 @@ class _Auditor:
             name = readers[0].output[0]
         return None
 
-    def _activation(self, site: QuantizedSite, node: NodeProto, slot: int, tensor: QuantizedTensor) -> Iterator[str]:
-        yield from self._scales(site, node, slot, (tensor.scale,), "input")
-        if not 0 < tensor.clip <= tensor.largest * (1 + _BF16_ROUNDOFF) and tensor.largest > 0:
-            yield f"{site.module}: its record holds {tensor.clip:.4g}, more than the {tensor.largest:.4g} that was seen"
+    def record(self, site: QuantizedSite) -> Iterator[str]:
+        """Whether activations' scales hold what calibration saw, by the record's own figures."""
+        for tensor in site.tensors:
+            held, seen = tensor.scale * self._plan.form.limit, tensor.largest
+            if seen == 0 or 0 < tensor.scale <= SMALLEST:
+                continue
+            room = self._room(seen, _BF16_ROUNDOFF)
+            if not 0 < held <= seen + room:
+                yield f"{site.module}: its record holds {held:.4g}, where the largest that was seen is {seen:.4g}"
+            elif self._plan.method is Method.MAX and held < seen - room:
+                yield f"{site.module}: its record clips at {held:.4g} what was seen up to {seen:.4g}"
+
+    def _room(self, largest: Float, roundoff: float) -> Float:
+        """How far what a scale holds may be from what it was made for: scales are rounded, and so are weights."""
+        return roundoff * largest + self._plan.form.limit * _HALF_STEP
 
     def _scales(
         self, site: QuantizedSite, node: NodeProto, slot: int, expected: tuple[float, ...], what: str
@@ -90,9 +108,9 @@ class _Auditor:
         back = self._made.get(node.input[slot])
         forth = None if back is None else self._made.get(back.input[0])
         if back is None or forth is None or (forth.op_type, back.op_type) != ("QuantizeLinear", "DequantizeLinear"):
-            yield f"{site.module}: its {what} do not go through eight bits"
+            yield f"{site.module}: no pair before its {what}"
             return
-        self._accounted.update((forth.name, back.name))
+        self._accounted.update((forth.output[0], back.output[0]))
         for pair in (forth, back):
             yield from self._compare(site, pair, expected, what)
 
@@ -103,13 +121,13 @@ class _Auditor:
             yield f"{site.module}: the scale of its {what} is no constant"
             return
         if zero is None or zero.data_type != self._plan.form.onnx_type:
-            yield f"{site.module}: its {what} are not {self._plan.form.name}"
+            yield f"{site.module}: the pair of its {what} is not {self._plan.form.name}"
         elif np.frombuffer(zero.raw_data, np.uint8).any():
             yield f"{site.module}: the zero point of its {what} is not 0"
         found = np.atleast_1d(decode(tensor)).astype(np.float64)
         limit = _BF16_ROUNDOFF if _is_bf16(tensor.data_type) else _ROUNDOFF
         yield from _differences(f"{site.module}: {what}", found, np.array(expected), limit)
-        if len(expected) > 1 and attributes(pair).get("axis", 1) != 0:
+        if len(expected) > 1 and attributes(pair).get("axis", 1) != weight_axis(site, self._nodes[site.node]):
             yield f"{site.module}: the scales of its {what} belong to another axis"
 
     def _weight_range(self, site: QuantizedSite, node: NodeProto, slot: int) -> Iterator[str]:
@@ -119,14 +137,20 @@ class _Auditor:
             return
         weight = decode(self._constants[name]) if self._constants[name].data_type in HALF_FORMATS else None
         values = numpy_helper.to_array(self._constants[name]) if weight is None else weight
-        rows = np.abs(values.reshape(len(values), -1)).max(axis=1)
+        values = np.moveaxis(values, weight_axis(site, node), 0)
+        rows = np.abs(values.reshape(len(values), -1)).max(axis=1).astype(np.float64)
         largest = rows if site.per_channel else rows.max(keepdims=True)
-        reached = largest / np.array(site.weight_scales) / self._plan.form.limit
-        wrong = np.flatnonzero((np.abs(reached - 1) > 2 * _BF16_ROUNDOFF) & (largest > 0))
+        if len(largest) != len(site.weight_scales):
+            yield f"{site.module}: {len(largest)} output channels, {len(site.weight_scales)} scales in the record"
+            return
+        scales = np.array(site.weight_scales)
+        fits = np.abs(largest - scales * self._plan.form.limit) <= self._room(largest, 2 * _BF16_ROUNDOFF)
+        tiny = (scales > 0) & (scales <= SMALLEST)
+        wrong = np.flatnonzero(~fits & (largest > 0) & ~tiny)
         if len(wrong):
             yield (
                 f"{site.module}: the scale of output channel {wrong[0]} fits weights up to "
-                f"{site.weight_scales[wrong[0]] * self._plan.form.limit:.4g}; they reach {largest[wrong[0]]:.4g}"
+                f"{scales[wrong[0]] * self._plan.form.limit:.4g}; they reach {largest[wrong[0]]:.4g}"
             )
 
     def _weight_name(self, name: str) -> str | None:
@@ -139,9 +163,9 @@ class _Auditor:
 
     def strays(self) -> Iterator[str]:
         """Pairs that no layer of the record has."""
-        for node in self._nodes.values():
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.name not in self._accounted:
-                yield f"{node.name} belongs to no layer of the record"
+        for node in self._pairs:
+            if node.output[0] not in self._accounted:
+                yield f"{node.name or node.output[0]} belongs to no layer of the record"
 
 
 def _is_bf16(kind: int) -> bool:

@@ -36,9 +36,10 @@ def correct_biases(model: ModelProto, plan: QuantizationPlan) -> int:
 def _correct(graph: GraphProto, node: NodeProto, site: QuantizedSite) -> None:
     correction: Float32 = np.array(site.correction, np.float32)
     name = corrected_bias(site)
-    if site.kind is Kind.TOKEN_LINEAR:
+    if node.op_type == "MatMul":
         add, slot = _bias_addition(graph, node, site)
-        graph.initializer.append(constant(name, _bias(graph, add.input[slot]) + correction[:, None]))
+        column = correction[:, None] if site.kind is Kind.TOKEN_LINEAR else correction
+        graph.initializer.append(constant(name, _bias(graph, add.input[slot]) + column))
         add.input[slot] = name
         return
     old = _bias(graph, node.input[2]) if len(node.input) > 2 else np.float32(0.0)

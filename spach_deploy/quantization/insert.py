@@ -69,7 +69,7 @@ class _Inserter:
         slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
         weight = 1 - slot
         node.input[slot] = self._pair(node.input[slot], (site.tensors[0].scale,), None)
-        axis = 0 if site.per_channel else None
+        axis = weight_axis(site, node) if site.per_channel else None
         node.input[weight] = self._pair(node.input[weight], site.weight_scales, axis, f"{site.module}/weight")
 
     def _attention_inputs(self, sites: Iterable[QuantizedSite]) -> dict[tuple[str, int], float]:
@@ -121,6 +121,11 @@ class _Inserter:
             entry = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
             entry.version = max(entry.version, _BF16_OPSET)
         return model
+
+
+def weight_axis(site: QuantizedSite, node: NodeProto) -> int:
+    """Axis of the output channels in a site's weights: linear layers may stand there transposed, as a MatMul."""
+    return 1 if site.kind is Kind.LINEAR and node.op_type == "MatMul" else 0
 
 
 def _products(site: QuantizedSite, made: dict[str, NodeProto], readers: dict[str, list[NodeProto]]) -> tuple[str, str]:
