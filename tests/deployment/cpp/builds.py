@@ -156,7 +156,7 @@ _MAKERS: dict[Variant, Callable[[Path, Path], None]] = {
 
 def _cmake(source: Path, build: Path, *options: str, flags: str = _PLAIN) -> None:
     generator = ("-G", "Ninja") if shutil.which("ninja") else ()
-    common = ("-DCMAKE_BUILD_TYPE=", f"-DCMAKE_CXX_FLAGS={flags}")
+    common = ("-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={flags}")
     _run("cmake", *generator, "-S", source, "-B", build, *common, *options)
     _run("cmake", "--build", build, "--parallel", "2")
 

@@ -30,12 +30,16 @@ def plan_bytes(graph: bytes, batch: BatchProfile, flavour: str = "tensorrt-rtx")
 
 def give_plan(directory: Path, flavour: str = "tensorrt-rtx") -> None:
     """Make the bundle one whose engine the double runs."""
+    batch = BatchProfile(**small_bundles.read_manifest(directory)["batch"])
+    content = plan_bytes((directory / GRAPH).read_bytes(), batch, flavour)
+    version = ".".join(str(number) for number in VERSIONS[flavour])
+    set_plan(directory, content, flavour, f"{version}.6", [f"sm{gpu}" for gpu in GPUS])
+
+
+def set_plan(directory: Path, content: bytes, flavour: str, version: str, gpus: list[str]) -> None:
+    """Make the bundle one with this engine."""
     manifest = small_bundles.read_manifest(directory)
-    graph = (directory / GRAPH).read_bytes()
-    content = plan_bytes(graph, BatchProfile(**manifest["batch"]), flavour)
     (directory / PLAN).write_bytes(content)
     manifest["files"][PLAN] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    version = ".".join(str(number) for number in VERSIONS[flavour])
-    gpus = [f"sm{gpu}" for gpu in GPUS]
-    manifest["engine"] = {"flavour": flavour, "version": f"{version}.6", "gpus": gpus, "tf32": True}
+    manifest["engine"] = {"flavour": flavour, "version": version, "gpus": gpus, "tf32": True}
     small_bundles.write_manifest(directory, manifest)

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.cpp import builds, models
+from spach_deploy.bundle import GRAPH
+from spach_deploy.deployment.cpp.folder import write_folder
+from spach_deploy.engine.build import build_engine
+from spach_deploy.engine.flavours import TensorRTForRTX
+from spach_deploy.specs import EngineTarget, Precision
+from tests.deployment.cpp import builds, models, plans
 from tests.deployment.cpp.builds import Build, Variant, real_tensorrt_rtx
 
 pytestmark = pytest.mark.cpp
@@ -45,6 +50,26 @@ def test_its_refusal_of_a_plan_is_passed_on(real: Build, tmp_path: Path) -> None
     assert result.stderr.startswith("Error: TensorRT error. IRuntime::deserializeCudaEngine: Error Code 1")
     other_gpu = real.run("spach_self_test", model, SPACH_DOUBLE_GPU="75")
     assert other_gpu.stderr.startswith("Error: wrong GPU. The plan is for sm86, sm89, and this GPU is sm75. IRuntime::")
+
+
+def test_a_real_plan_passes_every_check_and_only_the_driver_is_missing(real: Build, tmp_path: Path) -> None:
+    """Built here by the real compiler: magic, size and version are what the checks take them to be."""
+    bundle = models.bundle(tmp_path / "bundle")
+    target = EngineTarget(batch=models.EVERY.batch)
+    result = build_engine(bundle / GRAPH, target, TensorRTForRTX(), precision=Precision.FP32)
+    plans.set_plan(bundle, result.plan, "tensorrt-rtx", result.flavour_version, [str(gpu) for gpu in result.gpus])
+    write_folder(bundle, tmp_path / "package")
+    model = tmp_path / "package" / "model"
+    refused = real.run("spach_self_test", model)
+    assert refused.returncode == 3, refused.stderr
+    assert refused.stderr.startswith("Error: TensorRT error. ")
+    assert "CUDA driver version is insufficient" in refused.stderr
+    assert "Serialization" not in refused.stderr
+    cut = (model / "engine.plan").read_bytes()[:-1]
+    (model / "engine.plan").write_bytes(cut)
+    models.refresh(model, bundle)
+    declared = real.run("spach_self_test", model)
+    assert declared.stderr.startswith(f"Error: truncated. engine.plan has {len(cut)} bytes, and its header declares")
 
 
 def test_its_version_is_compared_with_the_plans(real: Build, tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ struct Context::Impl {
   Status enqueue(const void* device_input, int batch, void* const* device_outputs, cudaStream_t on);
   Status run_staged(int batch);
   Status transfer(int batch);
-  Result<Outputs> collect(int batch) const;
-  Status fill(std::size_t from, int batch);
+  Outputs collect(int batch) const;
+  void fill(std::size_t from, int batch);
 
   template <typename Stage>
   Result<std::vector<float>> logits(std::size_t count, Stage stage);
@@ -150,7 +150,7 @@ Status Context::Impl::enqueue(const void* device_input, int batch, void* const* 
 
 // Runs what lies in `input.host`; the answers lie in `outputs[i].host` afterwards.
 Status Context::Impl::run_staged(int batch) {
-  Status status = transfer(batch);
+  Status status = guarded([&] { return transfer(batch); });
   // Whatever failed, nothing may be in flight when the buffers are used again.
   Status waited = cuda::checked(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
   return status ? waited : status;
@@ -175,7 +175,7 @@ Status Context::Impl::transfer(int batch) {
   return status;
 }
 
-Result<Outputs> Context::Impl::collect(int batch) const {
+Outputs Context::Impl::collect(int batch) const {
   Outputs results;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const TensorFacts& tensor = facts().outputs[i].tensor;
@@ -187,12 +187,11 @@ Result<Outputs> Context::Impl::collect(int batch) const {
 }
 
 // Copies of image `from - 1` of the staged batch, up to `batch`: the profile asks for so many.
-Status Context::Impl::fill(std::size_t from, int batch) {
+void Context::Impl::fill(std::size_t from, int batch) {
   const std::size_t bytes = facts().input.bytes();
   auto* images = static_cast<std::byte*>(input.host.get());
   for (std::size_t i = from; i < static_cast<std::size_t>(batch); ++i)
     std::memcpy(images + i * bytes, images + (from - 1) * bytes, bytes);
-  return Done{};
 }
 
 // Logits of `count` images, of which `stage(i, destination)` writes one's input.
@@ -210,12 +209,10 @@ Result<std::vector<float>> Context::Impl::logits(std::size_t count, Stage stage)
       if (!staged) return staged.error();
     }
     const int batch = std::max(static_cast<int>(here), limits.min);
-    Status status = fill(here, batch);
-    if (status) status = run_staged(batch);
-    if (!status) return status.error();
-    Result<Outputs> results = collect(static_cast<int>(here));
-    if (!results) return results.error();
-    Result<std::vector<float>> values = (*results)[which].floats();
+    fill(here, batch);
+    if (Status status = run_staged(batch); !status) return status.error();
+    const Outputs results = collect(static_cast<int>(here));
+    Result<std::vector<float>> values = results[which].floats();
     if (!values) return values.error();
     all.insert(all.end(), values->begin(), values->end());
     start += here;

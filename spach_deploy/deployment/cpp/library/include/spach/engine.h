@@ -76,6 +76,9 @@ class Engine {
 
   struct Impl;
 
+  Engine(const Engine&) noexcept = default;  // and so moving copies: there is no empty engine
+  Engine& operator=(const Engine&) noexcept = default;
+
  private:
   explicit Engine(std::shared_ptr<Impl> impl) noexcept;
   std::shared_ptr<Impl> impl_;
