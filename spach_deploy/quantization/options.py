@@ -12,6 +12,8 @@ from spach_deploy.specs import ExportOptions, QuantizationSpec
 CALIBRATION_SUFFIX = ".json"
 """Of calibration files; anything else that is given to --calibration is images."""
 
+_SPELLED = {"cache": "--calibration-cache", "equalize": "--no-equalize"}
+
 
 def check_quantization(options: ExportOptions) -> None:
     """Refuse what can be refused before any work."""
@@ -48,7 +50,7 @@ def _check_idle(spec: QuantizationSpec) -> None:
     default = QuantizationSpec()
     for field in dataclasses.fields(spec):
         if getattr(spec, field.name) != getattr(default, field.name):
-            option = f"--{field.name.replace('_', '-')}"
+            option = _SPELLED.get(field.name, f"--{field.name.replace('_', '-')}")
             raise UsageError(f"{option} is for quantized exports.", "Add --int8 or --fp8, or leave it out.")
 
 
