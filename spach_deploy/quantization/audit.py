@@ -92,7 +92,7 @@ class _Auditor:
             held, seen = tensor.scale * self._plan.form.limit, tensor.largest
             if seen == 0 or 0 < tensor.scale <= SMALLEST:
                 continue
-            room = self._room(seen, _BF16_ROUNDOFF)
+            room = self._room(seen, _ROUNDOFF)
             if not 0 < held <= seen + room:
                 yield f"{site.module}: its record holds {held:.4g}, where the largest that was seen is {seen:.4g}"
             elif self._plan.method is Method.MAX and held < seen - room:
@@ -125,7 +125,7 @@ class _Auditor:
         elif np.frombuffer(zero.raw_data, np.uint8).any():
             yield f"{site.module}: the zero point of its {what} is not 0"
         found = np.atleast_1d(decode(tensor)).astype(np.float64)
-        limit = _BF16_ROUNDOFF if _is_bf16(tensor.data_type) else _ROUNDOFF
+        limit = _roundoff(tensor.data_type)
         yield from _differences(f"{site.module}: {what}", found, np.array(expected), limit)
         if len(expected) > 1 and attributes(pair).get("axis", 1) != weight_axis(site, self._nodes[site.node]):
             yield f"{site.module}: the scales of its {what} belong to another axis"
@@ -144,7 +144,8 @@ class _Auditor:
             yield f"{site.module}: {len(largest)} output channels, {len(site.weight_scales)} scales in the record"
             return
         scales = np.array(site.weight_scales)
-        fits = np.abs(largest - scales * self._plan.form.limit) <= self._room(largest, 2 * _BF16_ROUNDOFF)
+        room = self._room(largest, 2 * _roundoff(self._constants[name].data_type))
+        fits = np.abs(largest - scales * self._plan.form.limit) <= room
         tiny = (scales > 0) & (scales <= SMALLEST)
         wrong = np.flatnonzero(~fits & (largest > 0) & ~tiny)
         if len(wrong):
@@ -168,8 +169,8 @@ class _Auditor:
                 yield f"{node.name or node.output[0]} belongs to no layer of the record"
 
 
-def _is_bf16(kind: int) -> bool:
-    return kind in HALF_FORMATS and HALF_FORMATS[kind].name == "bf16"
+def _roundoff(kind: int) -> float:
+    return _BF16_ROUNDOFF if kind in HALF_FORMATS and HALF_FORMATS[kind].name == "bf16" else _ROUNDOFF
 
 
 def _differences(what: str, found: NDArray[np.float64], expected: NDArray[np.float64], limit: float) -> Iterator[str]:
