@@ -250,14 +250,14 @@ def built(path: Path, form: EightBits, quantize: tuple[str, ...]) -> tuple[dict[
 
 
 @needs_rtx
-@both
-def test_tensorrt_builds_it_and_multiplies_in_eight_bits_where_it_was_planned(tmp_path: Path, form: EightBits) -> None:
-    counts, made = built(tmp_path / "model.onnx", form, ())
-    assert counts[form.name] == len(made.product_nodes) == 26
+@pytest.mark.parametrize(
+    ("form", "quantize", "products"),
+    [(INT8, ("layer3.3.spatial_func",), 28), (FP8, (), 26)],
+    ids=["int8 with an attention", "fp8"],
+)
+def test_tensorrt_builds_it_and_multiplies_in_eight_bits_where_it_was_planned(
+    form: EightBits, quantize: tuple[str, ...], products: int, tmp_path: Path
+) -> None:
+    counts, made = built(tmp_path / "model.onnx", form, quantize)
+    assert counts[form.name] == len(made.product_nodes) == products
     assert set(counts) == {form.name, "fp16"}
-
-
-@needs_rtx
-def test_tensorrt_builds_a_quantized_attention(tmp_path: Path) -> None:
-    counts, made = built(tmp_path / "model.onnx", INT8, ("layer3.3.spatial_func",))
-    assert counts["int8"] == len(made.product_nodes) == 28

@@ -103,14 +103,6 @@ def test_the_bundles_files_are_listed_and_the_graph_is_the_records(precision: Pr
     assert manifest(precision)["precision"]["rest"] == "fp16"
 
 
-def test_two_calibrations_on_the_same_images_are_the_same(tmp_path: Path) -> None:
-    spec = QuantizationSpec(calibration=calibration_images())
-    export(small_quantized.options(Precision.FP8, tmp_path / "again", spec))
-    first = small_quantized.bundle(Precision.FP8)
-    for name in (GRAPH, QUANTIZATION):
-        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
-
-
 # spach-validate
 
 
