@@ -84,8 +84,13 @@ def test_a_second_training_reads_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_of_several_that_want_the_same_model_one_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPACH_DIGITS_CACHE", str(tmp_path))
-    fits: list[float] = []
-    monkeypatch.setattr(digits, "_fit", lambda *_: (fits.append(time.monotonic()), time.sleep(0.3)))
+    fits = []
+
+    def fit(*arguments: object) -> None:
+        fits.append(arguments)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(digits, "_fit", fit)
     with ThreadPoolExecutor() as pool:  # the lock is between open files, so threads stand for processes
         first, second = pool.map(lambda _: digits.train("conv", 0), range(2))
     assert len(fits) == 1
