@@ -98,6 +98,44 @@ def test_a_thousand_hostile_model_texts(asan: Build, model: Path, tmp_path: Path
     assert taken < COUNT / 2
 
 
+LIES = {
+    "input input float32 3 3 8 8": {
+        "input input float32 4 268435456 268435456 268435456 268435456": "an unusable input",
+        "input input float32 9 3 8 8": "an unusable input",
+        "input input float32 3 3 8 9": "describes an input that no picture of the model's size becomes",
+        "input input int64 3 3 8 8": "describes an input that no picture of the model's size becomes",
+        "input input float64 3 3 8 8": "an unusable input",
+    },
+    "batch 1 4 8": {
+        "batch 1 4 99999999": "an unusable batch",
+        "batch 4 1 8": "an unusable batch",
+        "batch 1 4 8 8": "an unusable batch",
+    },
+    "resize 9 8": {"resize 8 9": "an unusable resize", "resize 99999 8": "an unusable resize"},
+    "std 0.229 0.224 0.225": {"std 0.229 0 0.225": "an unusable std", "std 0.229 nan 0.225": "an unusable std"},
+    "output top_indices int64 1 3": {
+        "output logits int64 1 3": "names two tensors logits",
+        "output top_indices int64 2 3 3": "describes an output that is no list of numbers: top_indices",
+        "\n".join(f"output a{number} int64 1 3" for number in range(20)): "has too many outputs",
+    },
+    "spach-model 1": {"spach-model 2": "an unusable spach-model", "a-model 1": "does not begin as a model file does"},
+    "flavour tensorrt-rtx": {"flavour onnx": "an unusable flavour", "": "has no entry flavour"},
+    "precision fp16": {"precision fp16\nprecision fp16": "a second precision", "colour red": "an unknown entry"},
+}
+
+
+def test_a_model_text_that_lies_is_refused_with_the_line_and_why(asan: Build, model: Path, tmp_path: Path) -> None:
+    good = (model / "model.txt").read_text()
+    for truth, lies in LIES.items():
+        assert good.count(f"{truth}\n") == 1, truth
+        for lie, reason in lies.items():
+            (tmp_path / "model.txt").write_text(good.replace(f"{truth}\n", f"{lie}\n"))
+            result = asan.run("probe", "load", tmp_path, 0)
+            assert result.returncode == 1, result.stderr
+            assert result.stdout.startswith("bad file: model.txt "), result.stdout
+            assert f"{reason}.\n" in result.stdout, (lie, result.stdout)
+
+
 def test_good_files_are_taken_by_the_same_target(asan: Build, model: Path, tmp_path: Path) -> None:
     """Or refusing everything would pass above."""
     kinds = {b"p": "engine.plan", b"g": "golden.bin", b"m": "model.txt"}
