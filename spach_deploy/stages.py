@@ -19,7 +19,7 @@ from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.onnx_graph.interface import add_interface, check_outputs
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.phases import Phases, return_freed_memory
 from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.half import type_graph
@@ -32,7 +32,7 @@ from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import save_model, saved_graph
-from spach_deploy.specs import ExportOptions, Flavour, IODtype, Preprocessing
+from spach_deploy.specs import ExportOptions, Flavour, IODtype, Precision, Preprocessing
 from spach_deploy.stages_quantization import mark_sites, quantize_typed
 from spach_deploy.stages_quantization import summary as quantized_summary
 from spach_deploy.validation.exact import check_equal, prove_equal
@@ -104,7 +104,7 @@ def check_options(options: ExportOptions) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
     check_quantization(options)
-    known = [*(step.name for step in REWRITES), *(step.name for step in TENSORRT_PASSES)]
+    known = [*(step.name for step in REWRITES), *(step.name for step in (*TENSORRT_PASSES, *CPU_PASSES))]
     for name in options.disabled_rewrites:
         if name not in known:
             raise UsageError(f"There is no rewrite {name!r} to turn off.", f"One of {', '.join(known)}.")
@@ -207,10 +207,17 @@ def give_form(
     if plan is not None:
         equalize_graph(model, plan)
         mark_sites(model, plan)
-    passes = () if options.engine.flavour is Flavour.NONE else TENSORRT_PASSES
+    passes = _passes(options)
     changed = apply_passes(model, passes, options.disabled_rewrites)
     add_interface(model, options.outputs, photographs.preprocessing)
     return dataclasses.replace(graph, changed=changed)
+
+
+def _passes(options: ExportOptions) -> tuple[Pass, ...]:
+    """What gives the graph its target's form: TensorRT's, that of eight bits on a CPU, or the graph as exported."""
+    if options.engine.flavour is not Flavour.NONE:
+        return TENSORRT_PASSES
+    return CPU_PASSES if options.precision.is_quantized and options.rest is Precision.FP32 else ()
 
 
 def module_paths(loaded: LoadedModel) -> list[str]:

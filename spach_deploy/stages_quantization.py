@@ -74,7 +74,7 @@ def calibrate(
     scaling = scaling_of(options)
     chosen = candidates(model, Selection(spec.keep_float, spec.quantize), scaling)
     scaling = dataclasses.replace(scaling, per_tensor=_per_tensor(chosen, spec.per_tensor))
-    key = key_of(chosen, loaded, preprocessing, scaling, spec)
+    key = key_of(chosen, loaded, preprocessing, scaling, spec, options.disabled_rewrites)
     if spec.calibration.suffix == CALIBRATION_SUFFIX:
         calibration = read_calibration(spec.calibration, key)
         phases.note(f"Scales from {spec.calibration}, made on {calibration.images} images.")
@@ -86,12 +86,17 @@ def calibrate(
 
 
 def key_of(
-    chosen: Candidates, loaded: LoadedModel, preprocessing: Preprocessing, scaling: Scaling, spec: QuantizationSpec
+    chosen: Candidates,
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    scaling: Scaling,
+    spec: QuantizationSpec,
+    disabled: Sequence[str] = (),
 ) -> Key:
     """What a calibration with these options depends on."""
     layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
     return Key.of(
-        [*layers, f"equalize {spec.equalize}"],
+        [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled))],
         preprocessing,
         weights_sha256=loaded.weights_sha256,
         model=loaded.name,
@@ -224,8 +229,8 @@ def refuse_overlap(
 
 
 def mark_sites(model: ModelProto, plan: QuantizationPlan) -> None:
-    """Tell the passes which convolutions have to stay whole."""
-    nodes = {site.node for site in plan.sites if site.kind in (Kind.DEPTHWISE, Kind.CONVOLUTION)}
+    """Tell the passes which layers will be quantized."""
+    nodes = set(plan.product_nodes)
     for node in model.graph.node:
         if node.name in nodes:
             mark_quantized(node)

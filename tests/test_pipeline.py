@@ -352,7 +352,7 @@ def test_a_static_model_that_computes_something_else_is_found() -> None:
         weight = max(static.result.model.parameters(), key=lambda weight: weight.numel())
         weight.mul_(1.01)
     with pytest.raises(MismatchError, match="exported graph differs from the reference model") as caught:
-        stages.export_graph(loaded, static, photographs, reference, OPTIONS)
+        stages.export_graph(loaded, static, photographs, reference)
     assert caught.value.exit_code == 1
 
 

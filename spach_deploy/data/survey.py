@@ -320,7 +320,7 @@ def check_overlap(
 
     `other_pixels`: uint8 (n, S, S, 3) each, prepared by the same transform; `names`: one for each image, read as
     the arrays are; `what`: what these images are, such as "validation images". Returns nothing, or with `allow`
-    one sentence where some are in both. Raises UsageError without `allow`, ValueError for other arrays.
+    one sentence where some are in both. Raises UsageError without `allow`.
     """
     shared, total, remaining = [], 0, iter(names)
     length = len(next(iter(digests), b""))

@@ -125,11 +125,11 @@ def _unknown_shapes(inferred: ModelProto) -> list[str]:
 
 
 def _is_known(value: TypeProto) -> bool:
-    """Every dimension but the first has a number; the first has one or is the batch."""
+    """Every dimension has a number, but for the one that grows with the batch."""
     if not value.tensor_type.HasField("shape"):
         return False
     dims = list(value.tensor_type.shape.dim)
-    return all(dim.HasField("dim_value") for dim in dims[1:])
+    return sum(not dim.HasField("dim_value") for dim in dims) <= 1
 
 
 def _unused(model: ModelProto) -> list[str]:

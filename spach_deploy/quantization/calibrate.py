@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from onnx import ModelProto
@@ -147,8 +147,10 @@ def collect(
             state.save(done, seen.hexdigest())
             saved = time.monotonic()
         run.on_progress(_progress(done, skip, source.count, time.monotonic() - start))
-    state.remove()
     survey = taker.survey()
+    if survey.images < skip:
+        state.refuse(source)
+    state.remove()
     survey.check()
     return Seen(collector.statistics, survey, time.monotonic() - start, skip)
 
@@ -187,10 +189,14 @@ class _State:
     def check(self, digest: str, source: ImageSource) -> None:
         """UsageError when the images that were done are others than those that are there now."""
         if digest != self._digest:
-            raise UsageError(
-                f"{self._run.state} continues a calibration on other images than {source.description} holds now.",
-                f"Delete {self._run.state} to begin again.",
-            )
+            self.refuse(source)
+
+    def refuse(self, source: ImageSource) -> NoReturn:
+        """UsageError: the state is of other images."""
+        raise UsageError(
+            f"{self._run.state} continues a calibration on other images than {source.description} holds now.",
+            f"Delete {self._run.state} to begin again.",
+        )
 
     def save(self, images: int, digest: str) -> None:
         """Write the state in one step."""

@@ -1,11 +1,12 @@
 """What each quantized layer costs, and the largest set of layers that stays within a bound.
 
 Cheaper than one evaluation a layer, by two tricks. Locally, a layer's error d on the right input is known from running
-that one layer twice. What becomes of it in the logits is, to first order, J d, with the Jacobian J of everything behind
-the layer; and for a random normal vector u, the mean of (u^T J d)^2 is |J d|^2 (Hutchinson, 1990). Now u^T J is what one
-backward pass from u^T logits leaves at the layer, and the same pass leaves it at every layer. So `PROBES` backward passes
-an image give the cost of all layers at once, however many there are. Errors of different layers are independent, so
-their squares add up; the choice made from them is then measured, all layers together, and only that decides.
+that one layer twice. What becomes of it in the logits is, to first order, J d, with the Jacobian J of all that stands
+behind the layer; and for a random normal vector u, the mean of (u^T J d)^2 is |J d|^2 (Hutchinson, 1990). Now u^T J is
+what one backward pass from u^T logits leaves at the layer, and the same pass leaves it at every layer. So `PROBES`
+backward passes an image give the cost of all layers at once, however many there are. Errors of different layers are
+independent, so their squares add up; the choice made from them is then measured, all layers together, and only that
+decides.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from spach_deploy.quantization.twin import equalized_twin, quantized_module
 from spach_deploy.rewrites.static_modules import StaticSpach
 
 PROBES = 2
-"""Backward passes an image. With eight images a layer's squared cost is known to a third: enough for an order."""
+"""Backward passes an image. With eight images a layer's squared cost is known to a third, enough for an order."""
 
 _SEED = 1990
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """What one layer adds. `rel_l2`: expected relative L2 of the logits if it alone were quantized; `macs`: its size."""
+    """What one layer adds. `rel_l2`: expected relative L2 of the logits with it alone quantized; `macs`: its size."""
 
     module: str
     rel_l2: float

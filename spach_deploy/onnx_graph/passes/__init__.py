@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from onnx import ModelProto
 
 from spach_deploy.onnx_graph.passes.group_norm import split_group_norm
+from spach_deploy.onnx_graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.onnx_graph.passes.shift_depthwise import shift_depthwise
 
 
@@ -27,6 +28,11 @@ TENSORRT_PASSES: tuple[Pass, ...] = (
     Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm),
     Pass("shift_depthwise", "depthwise convolutions as shifted products", shift_depthwise),
 )
+
+CPU_PASSES: tuple[Pass, ...] = (
+    Pass("linear_as_matmul", "linear layers as MatMul and Add, for eight bits on a CPU", linear_as_matmul),
+)
+"""For graphs that are to run in eight bits in ONNX Runtime on a CPU."""
 
 
 def apply_passes(
