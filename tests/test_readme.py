@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 import pytest
 
+from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.recipes import KEYS
 from spach_deploy.cli.validate import main as validate_command
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"spach-export": export_command, "spach-validate": validate_command}
+COMMANDS = {"spach-calibrate": calibrate_command, "spach-export": export_command, "spach-validate": validate_command}
 PAGES = [
     ROOT / "README.md",
     ROOT / "export" / "README.md",
@@ -29,7 +30,8 @@ def known_options(command: click.Command) -> set[str]:
 def test_commands_in_the_documentation_exist(page: Path) -> None:
     for line in page.read_text(encoding="utf-8").splitlines():
         for start in (
-            m.start() for m in re.finditer(r"(?<![\w./-])(?:\.venv/bin/)?spach-(?:export|validate) --?\w", line)
+            m.start()
+            for m in re.finditer(r"(?<![\w./-])(?:\.venv/bin/)?spach-(?:calibrate|export|validate) --?\w", line)
         ):
             words = shlex.split(re.split(r"[`|;#]", line[start:])[0].removeprefix(".venv/bin/"))
             unknown = {w for w in words if w.startswith("-")} - known_options(COMMANDS[words[0]])

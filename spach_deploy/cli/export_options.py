@@ -27,6 +27,12 @@ _LARGEST_WORKSPACE = 1 << 50
 _OF_ENGINES = ("gpu", "opt_level", "workspace", "timing_cache", "version_compatible", "hardware_compatible")
 """Options that mean nothing without an engine."""
 
+_OF_EIGHT_BITS = (
+    *("calibration", "calibration_cache", "method", "rest", "keep_float", "quantize", "per_tensor", "equalize"),
+    *("allow_overlap", "max_rel_l2", "max_drop", "labels"),
+)
+"""Options that mean nothing in other precisions."""
+
 
 def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions:
     """Options from click's values, `precisions` being the precision flags that were given; a recipe fills the gaps.
@@ -86,10 +92,16 @@ def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
 
 
 def _recipe_values(recipe: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's values; with --engine none on the command line, less those that an engine alone would need."""
+    """The recipe's values; with --engine none on the command line, less those that an engine alone would need.
+
+    With another precision there, also less those of eight bits.
+    """
     values = read_recipe(recipe)
     if chosen.get("engine") == Flavour.NONE.value and values.get("engine") != Flavour.NONE.value:
         values = {name: value for name, value in values.items() if name not in _OF_ENGINES}
+    precision = chosen.get("precision")
+    if precision is not None and not Precision(precision).is_quantized:
+        values = {name: value for name, value in values.items() if name not in _OF_EIGHT_BITS}
     return values
 
 

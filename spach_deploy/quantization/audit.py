@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
 from spach_deploy.precision.formats import HALF_FORMATS, decode
-from spach_deploy.quantization.insert import weight_axis
+from spach_deploy.quantization.insert import MIDDLE, is_for_cpu, weight_axis
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
 from spach_deploy.quantization.scales import SMALLEST, Method
 from spach_deploy.quantization.sites import Kind
@@ -120,10 +120,13 @@ class _Auditor:
         if tensor is None:
             yield f"{site.module}: the scale of its {what} is no constant"
             return
-        if zero is None or zero.data_type != self._plan.form.onnx_type:
+        kind, middle = self._plan.form.onnx_type, 0
+        if what == "weights" and is_for_cpu(site, self._nodes[site.node]):
+            kind, middle = TensorProto.UINT8, MIDDLE
+        if zero is None or zero.data_type != kind:
             yield f"{site.module}: the pair of its {what} is not {self._plan.form.name}"
-        elif np.frombuffer(zero.raw_data, np.uint8).any():
-            yield f"{site.module}: the zero point of its {what} is not 0"
+        elif (np.frombuffer(zero.raw_data, np.uint8) != middle).any():
+            yield f"{site.module}: the zero point of its {what} is not {middle}"
         found = np.atleast_1d(decode(tensor)).astype(np.float64)
         limit = _roundoff(tensor.data_type)
         yield from _differences(f"{site.module}: {what}", found, np.array(expected), limit)

@@ -12,7 +12,16 @@ from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.export_options import export_options, parse_size
 from spach_deploy.cli.recipes import KEYS, read_recipe
 from spach_deploy.errors import UsageError
-from spach_deploy.specs import BatchProfile, ComputeCapability, ExportOptions, Flavour, IODtype, Precision, WeightSource
+from spach_deploy.specs import (
+    BatchProfile,
+    ComputeCapability,
+    ExportOptions,
+    Flavour,
+    IODtype,
+    Precision,
+    QuantizationSpec,
+    WeightSource,
+)
 from tests.commands import contents, export, refusal
 
 EVERYTHING = """
@@ -38,6 +47,18 @@ hardware_compatible = true
 no_rewrite = ["shift_depthwise", "fold_residual"]
 output = "out"
 overwrite = true
+calibration = "set"
+calibration_cache = "scales.json"
+method = "mse"
+rest = "bf16"
+keep_float = ["layer4.*"]
+quantize = "*.spatial_func"
+per_tensor = ["*.fc1", "*.fc2"]
+equalize = false
+allow_overlap = true
+max_rel_l2 = 1
+max_drop = 0.3
+labels = "labels.txt"
 """
 
 
@@ -69,6 +90,16 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     assert made.engine.hardware_compatible
     assert made.disabled_rewrites == ("shift_depthwise", "fold_residual")
     assert (made.images, made.output, made.overwrite) == (tmp_path / "photos", tmp_path / "out", True)
+    said = made.quantization
+    assert (said.calibration, said.cache) == (tmp_path / "set", tmp_path / "scales.json")
+    assert (said.method, said.rest, said.equalize, said.allow_overlap) == ("mse", Precision.BF16, False, True)
+    assert (said.keep_float, said.quantize) == (("layer4.*",), ("*.spatial_func",))
+    assert said.per_tensor == ("*.fc1", "*.fc2")
+    assert (said.max_rel_l2, said.max_drop, said.labels) == (1.0, 0.3, tmp_path / "labels.txt")
+
+
+def test_another_precision_on_the_command_line_drops_what_a_recipe_says_of_eight_bits(tmp_path: Path) -> None:
+    assert options(recipe(tmp_path, EVERYTHING), "--fp16").quantization == QuantizationSpec()
 
 
 def test_the_command_line_wins_over_a_recipe(tmp_path: Path) -> None:
@@ -114,7 +145,7 @@ def test_sizes(text: str, bytes_: int) -> None:
 WRONG: list[tuple[str, str, str]] = [
     ('modell = "x"', "unknown key 'modell'", "Did you mean model?"),
     ("image-size = 224", "unknown key 'image-size'", "Did you mean image_size?"),
-    ("zzz = 1", "unknown key 'zzz'", "Known keys: batch, checkpoint"),
+    ("zzz = 1", "unknown key 'zzz'", "Known keys: allow_overlap, batch, calibration"),
     ('[model]\nname = "conv_xxs"', "model = {'name': 'conv_xxs'} is not a text", "See export/README.md"),
     ("model = 3", "model = 3 is not a text", "See export/README.md"),
     ('image_size = "224"', "image_size = '224' is not a whole number", "See export/README.md"),

@@ -237,7 +237,7 @@ def test_pixels_are_normalized_in_fp32(precision: Precision) -> None:
     assert typed.model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
 
 
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", [precision for precision in Precision if not precision.is_quantized])
 def test_outputs_that_fp16_cannot_hold_are_refused_by_name(precision: Precision) -> None:
     model = graph([node("Mul", ["input", "w"], "head/Mul", ["logits"])], ["logits"], w=array(1e4, 1, 1, 1))
     ranges = measured(model, [5, 1, 1, 1])

@@ -33,7 +33,8 @@ def derived(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_precisions_need_room_in_the_order_of_their_significands(kind: str) -> None:
-    bounds = [derived(kind, precision)[3].graph.outputs["logits"] for precision in Precision]
+    precisions = (Precision.FP32, Precision.FP16, Precision.BF16)
+    bounds = [derived(kind, precision)[3].graph.outputs["logits"] for precision in precisions]
     fp32, fp16, bf16 = (bound.rel_l2 for bound in bounds)
     assert 1e-6 < fp32 < 5e-5
     assert 10 * fp32 < fp16 < 2e-2
