@@ -23,13 +23,32 @@ from onnx import ModelProto
 from benchmarks.results import record, table
 from spach_deploy.models.configs import TRANS
 from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph.export import INPUT
+from spach_deploy.precision.decision import TypingOptions
+from spach_deploy.precision.formats import half_format
+from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.ranges import measure_ranges
+from spach_deploy.quantization.formats import eight_bits
+from spach_deploy.quantization.plan import Scaling
+from spach_deploy.quantization.quantize import quantize_graph
+from spach_deploy.quantization.scales import Method
+from spach_deploy.quantization.tame import tame_outliers
 from spach_deploy.specs import Precision
 from tests import digits
 
 
 def ours(model: Spach, calibration: digits.Images, precision: Precision) -> ModelProto:
     """The typed graph of `model` in `precision`, calibrated on (n, 3, 16, 16) float32, as spach-export makes it."""
-    raise NotImplementedError(f"spach_deploy does not quantize to {precision.value} yet.")
+    graph = digits.canonical(model)
+    batches = [calibration[start : start + 8] for start in range(0, len(calibration), 8)]
+    form = eight_bits(precision)
+    if form is not None:
+        return quantize_graph(graph, batches, Scaling(form, Method.MAX)).model
+    half = half_format(precision)
+    assert half is not None
+    feeds = [{INPUT: batch} for batch in batches]
+    tame_outliers(graph, measure_ranges(graph, feeds), half, TypingOptions().margin)
+    return type_graph(graph, precision, measure_ranges(graph, feeds)).model
 
 
 QUANTIZERS = ("naive", "everything", "ours")

@@ -22,13 +22,15 @@ from spach_deploy.onnx_graph.interface import add_interface, check_outputs
 from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.phases import Phases, return_freed_memory
 from spach_deploy.precision.decision import TypingOptions
+from spach_deploy.precision.formats import half_format
 from spach_deploy.precision.half import type_graph
 from spach_deploy.precision.policy import PrecisionPolicy
-from spach_deploy.precision.ranges import RangeMeter
+from spach_deploy.precision.ranges import RangeMeter, Ranges
 from spach_deploy.quantization.correct import correct_biases
 from spach_deploy.quantization.options import check_quantization
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.quantize import equalize_graph
+from spach_deploy.quantization.tame import tame_outliers
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import save_model, saved_graph
@@ -241,21 +243,10 @@ def type_precision(
     model, graph.model = graph.model, None
     assert model is not None
     rest = options.rest
-    meter = RangeMeter(model, tensors=None if rest.is_half else ())
-    io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
-    feeds = photographs.engine_input(io_dtype)
-    errors: dict[int, float] = {}
-    for start in range(0, len(feeds), RANGE_BATCH):
-        batch = slice(start, start + RANGE_BATCH)
-        logits = meter.run({INPUT: np.ascontiguousarray(feeds[batch])})[LOGITS]
-        error = check_equal("graph in its target's form", logits, reference[batch])
-        errors[len(logits)] = max(error, errors.get(len(logits), 0.0))
-    described = f"the {len(feeds)} built-in photographs"
-    if not photographs.built_in and rest.is_half:
-        described = _measure_users_images(meter, photographs, io_dtype, phases)
-    ranges = meter.ranges(described)
-    del meter  # its session holds the weights a second time
-    return_freed_memory()
+    ranges, errors = _measured(model, photographs, reference, options, phases)
+    tamed = _tame(model, ranges, rest, phases)
+    if tamed:
+        ranges, errors = _measured(model, photographs, reference, options, phases)
     if plan is not None:
         correct_biases(model, plan)
     typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
@@ -265,6 +256,45 @@ def type_precision(
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
     certificate = certify(result, module_paths(loaded))
     return TypedStage(result, interface_of(result), policy, certificate, errors)
+
+
+def _measured(
+    model: ModelProto,
+    photographs: Photographs,
+    reference: NDArray[np.float32],
+    options: ExportOptions,
+    phases: Phases,
+) -> tuple[Ranges, dict[int, float]]:
+    """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that is more than rounding."""
+    is_half = options.rest.is_half
+    meter = RangeMeter(model, tensors=None if is_half else ())
+    io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
+    feeds = photographs.engine_input(io_dtype)
+    errors: dict[int, float] = {}
+    for start in range(0, len(feeds), RANGE_BATCH):
+        batch = slice(start, start + RANGE_BATCH)
+        logits = meter.run({INPUT: np.ascontiguousarray(feeds[batch])})[LOGITS]
+        error = check_equal("graph in its target's form", logits, reference[batch])
+        errors[len(logits)] = max(error, errors.get(len(logits), 0.0))
+    described = f"the {len(feeds)} built-in photographs"
+    if not photographs.built_in and is_half:
+        described = _measure_users_images(meter, photographs, io_dtype, phases)
+    ranges = meter.ranges(described)
+    del meter  # its session holds the weights a second time
+    return_freed_memory()
+    return ranges, errors
+
+
+def _tame(model: ModelProto, ranges: Ranges, rest: Precision, phases: Phases) -> tuple[str, ...]:
+    """Outlier channels that a half precision could not hold, exchanged with the weights behind them, in place."""
+    form = half_format(rest)
+    if form is None:
+        return ()
+    tamed = tame_outliers(model, ranges, form, TypingOptions().margin)
+    if tamed:
+        names = f"{', '.join(tamed[:2])}{' and more' if len(tamed) > 2 else ''}"
+        phases.note(f"Outlier channels that {rest.value} could not hold were equalized, exactly: {names}.")
+    return tamed
 
 
 def interface_of(model: ModelProto) -> GraphProto:

@@ -1,0 +1,76 @@
+"""Outliers that FP16 cannot hold are exchanged away, exactly, and nothing else is touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto, numpy_helper
+
+from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.precision.decision import TypingOptions
+from spach_deploy.precision.formats import BF16, FP16
+from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.ranges import Ranges, measure_ranges, open_session
+from spach_deploy.quantization.tame import tame_outliers
+from spach_deploy.specs import Precision
+from tests.quantization import small_models
+
+MARGIN = TypingOptions().margin
+
+
+def ranges_of(model: ModelProto) -> Ranges:
+    return measure_ranges(model, [{"input": small_models.inputs()}], threads=1)
+
+
+def scale(model: ModelProto, name: str, factor: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
+    tensor = initializers(model.graph)[name]
+    value = (numpy_helper.to_array(tensor) * factor).astype(np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(value, name))
+
+
+def loud() -> ModelProto:
+    """A LayerNorm with three channels 2^16 times as large, which fc1 undoes: the same function."""
+    model = small_models.canonical("hybrid")
+    known = initializers(model.graph)
+    name = next(name for name in known if name.endswith("norm2.weight") and name != "norm2.weight")
+    block = name.removesuffix(".norm2.weight")
+    factors = np.ones(known[name].dims[0])
+    factors[[1, 5, 7]] = 2.0**16
+    scale(model, name, factors)
+    scale(model, f"{block}.norm2.bias", factors)
+    scale(model, f"{block}.channel_func.fc1.weight", 1 / factors)
+    return model
+
+
+def logits(model: ModelProto) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    result: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = open_session(model).run(
+        None, {"input": small_models.inputs()}
+    )[0]
+    return result
+
+
+def test_the_outliers_go_and_the_function_stays() -> None:
+    model = loud()
+    before = logits(model)
+    assert len(tame_outliers(model, ranges_of(model), FP16, MARGIN)) == 1
+    assert np.linalg.norm(logits(model) - before) <= 1e-6 * np.linalg.norm(before)
+
+
+def test_no_layer_has_to_stay_in_fp32_then() -> None:
+    model = loud()
+    kept = type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range")
+    assert kept
+    tame_outliers(model, ranges_of(model), FP16, MARGIN)
+    assert type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range") == ()
+
+
+@pytest.mark.parametrize("kind", ["conv", "trans", "hybrid"])
+def test_ordinary_models_are_left_alone(kind: str) -> None:
+    model = small_models.canonical(kind)
+    assert tame_outliers(model, ranges_of(model), FP16, MARGIN) == ()
+    assert model == small_models.canonical(kind)
+
+
+def test_what_bfloat16_holds_is_left_alone() -> None:
+    model = loud()
+    assert tame_outliers(model, ranges_of(model), BF16, MARGIN) == ()
