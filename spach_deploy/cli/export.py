@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--bf16", "precisions", flag_value="bf16", multiple=True, help="bfloat16, islands in FP32.")
 @click.option("--int8", "precisions", flag_value="int8", multiple=True, help="8-bit integers; needs --calibration.")
 @click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="8-bit floats (E4M3), from sm89 on.")
+@click.option("--auto", is_flag=True, help="Export fp16, int8 and fp8, compare them and recommend one.")
 @opt.calibration
 @opt.calibration_cache
 @opt.scales
@@ -58,13 +59,15 @@ if TYPE_CHECKING:
 @opt.version
 @command
 def main(
-    show_list: bool, list_rewrites: bool, recipe: Path | None, verbose: bool, as_json: bool, **given: Any
+    show_list: bool, list_rewrites: bool, recipe: Path | None, auto: bool, verbose: bool, as_json: bool, **given: Any
 ) -> int | None:
     """Export a SPACH model: ONNX graph, TensorRT engine and the evidence that both compute what PyTorch computes.
 
     \b
     spach-export --model ms_hybrid_s --fp16
     spach-export --checkpoint run7.pth --fp16 --images val/ --gpu rtx4090,l4
+    spach-export --model ms_hybrid_s --int8 --calibration photos/
+    spach-export --model ms_hybrid_s --auto --calibration photos/ --gpu l4
 
     Exit codes: 0 done and verified as far as this machine can, 1 the numbers disagree, 2 bad usage or input,
     3 this machine cannot do it.
@@ -76,6 +79,8 @@ def main(
     from spach_deploy.cli.early_checks import refuse_early
     from spach_deploy.cli.export_options import export_options
 
+    if auto:
+        return _recommend(given, recipe, verbose=verbose, as_json=as_json)
     options = export_options(given, recipe)
     refuse_early(options)
     _export(options, verbose=verbose, as_json=as_json)
@@ -93,6 +98,24 @@ def _export(options: ExportOptions, *, verbose: bool, as_json: bool) -> None:
         with Progress(verbose=verbose) as progress:
             result = export(options, progress)
         click.echo(summary(result, as_json=as_json))
+
+
+def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> int:
+    """Every candidate exported, one table, one recommendation."""
+    import json
+
+    from spach_deploy.cli.export_options import auto_options
+    from spach_deploy.cli.interrupts import ending_on_interrupt
+
+    options = auto_options(given, recipe)
+    with ending_on_interrupt(lambda: "Bundles that were finished are kept."):
+        from spach_deploy.auto import as_table, recommend
+        from spach_deploy.cli.export_output import Progress
+
+        with Progress(verbose=verbose) as progress:
+            found = recommend(options, progress)
+        click.echo(json.dumps(found.to_dict(), indent=2) if as_json else as_table(found))
+    return found.exit_code
 
 
 def _list(as_json: bool) -> int:

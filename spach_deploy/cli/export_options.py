@@ -58,6 +58,20 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
     )
 
 
+def auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions:
+    """Options that every candidate of --auto shares. UsageError beside a precision, which --auto is to find."""
+    precision = one_precision(given.get("precisions", ()))
+    if precision is not None:
+        raise UsageError(f"--auto chooses the precision, and --{precision} does too.", "Give one of them.")
+    options = export_options({**given, "precisions": ("int8",)}, recipe)
+    from spach_deploy.auto import check_auto, options_for
+    from spach_deploy.cli.early_checks import refuse_early
+
+    check_auto(options)
+    refuse_early(options_for(options, Precision.FP16))
+    return options
+
+
 def calibrate_options(given: Mapping[str, Any]) -> ExportOptions:
     """Options of an export that would need the calibration which spach-calibrate was asked for."""
     chosen = {name: value for name, value in given.items() if value not in (None, ())}

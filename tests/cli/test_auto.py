@@ -1,0 +1,75 @@
+"""spach-export --auto: candidates side by side, one recommendation, the reasons in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spach_deploy.auto import Candidate, judge_candidates, pareto
+from spach_deploy.bundle import Bundle
+from spach_deploy.specs import Precision
+from tests import small_bundles
+from tests.commands import export, refusal
+from tests.quantization.small_quantized import calibration_images
+
+SMALL = ("--model", small_bundles.NAME, "--image-size", small_bundles.SIZE, "--num-classes", small_bundles.CLASSES)
+
+
+def candidate(precision: Precision, rel_l2: float, kernels: int, moved: int, plan: int) -> Candidate:
+    return Candidate(precision, Path(precision.value), rel_l2, 1.0, kernels, moved, plan)
+
+
+HALF = candidate(Precision.FP16, 1e-3, 158, 1371, 142)
+INT8 = candidate(Precision.INT8, 1.5e-2, 194, 1396, 87)
+FP8 = candidate(Precision.FP8, 5e-2, 180, 1300, 88)
+
+
+def test_half_is_recommended_where_eight_bits_need_more_kernels_and_the_reason_says_so() -> None:
+    found = judge_candidates((HALF, INT8, FP8), None)
+    assert found.chosen is HALF
+    assert any("194 kernels against 158" in reason for reason in found.reasons)
+    assert any("stopwatch" in reason for reason in found.reasons)
+
+
+def test_what_is_lighter_in_all_that_is_known_wins() -> None:
+    lighter = candidate(Precision.INT8, 1.5e-2, 150, 1000, 87)
+    assert judge_candidates((HALF, lighter), None).chosen is lighter
+
+
+def test_a_bound_leaves_out_what_passes_it() -> None:
+    lighter = candidate(Precision.INT8, 1.5e-2, 150, 1000, 87)
+    found = judge_candidates((HALF, lighter), 0.01)
+    assert found.chosen is HALF
+    assert any("more than 0.01" in reason for reason in found.reasons)
+    assert judge_candidates((HALF, lighter), 1e-4).exit_code == 1
+
+
+def test_the_pareto_front_leaves_out_what_is_beaten_in_everything() -> None:
+    worse = candidate(Precision.FP8, 2e-2, 200, 1400, 90)
+    assert pareto((HALF, INT8, worse)) == (HALF, INT8)
+
+
+def test_candidates_become_bundles_and_a_table(tmp_path: Path) -> None:
+    arguments = (*SMALL, "--auto", "--calibration", calibration_images(), "--engine", "none", "--json")
+    with small_bundles.registered():
+        result = export(*arguments, "-o", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [entry["precision"] for entry in found["candidates"]] == ["fp16", "int8", "fp8"]
+    assert found["recommended"] == "fp16"
+    assert found["candidates"][0]["rel_l2"] < found["candidates"][1]["rel_l2"] < found["candidates"][2]["rel_l2"]
+    for precision in ("fp16", "int8", "fp8"):
+        assert Bundle.open(tmp_path / precision).manifest.precision == precision
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ((), "need images to calibrate on"),
+        (("--fp16", "--calibration", "x"), "--auto chooses the precision, and --fp16 does too"),
+    ],
+)
+def test_contradictions_are_refused(more: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    assert reason in refusal(export("--model", "ms_conv_xxs", "--auto", *more, "-o", tmp_path / "out"))
