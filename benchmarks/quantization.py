@@ -90,8 +90,8 @@ class Subject:
         loaded = load_model(ModelSpec(name))
         preprocessing = Preprocessing.for_size(loaded.image_size)
         self._loaded = loaded
-        self._calibration = _prepared(calibration_photographs(images), preprocessing)
-        self.images = _prepared(held_out_photographs(held_out), preprocessing)
+        self._calibration = prepared(calibration_photographs(images), preprocessing)
+        self.images = prepared(held_out_photographs(held_out), preprocessing)
         self._graphs: dict[bool, ModelProto] = {}
         self._statistics: dict[bool, dict[str, TensorStatistics]] = {}
         self._ranges: Ranges | None = None
@@ -121,7 +121,8 @@ class Subject:
         return measure_ranges(model, ({INPUT: image[None]} for image in self._calibration[:4]))
 
 
-def _prepared(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], preprocessing: Preprocessing) -> Float32:
+def prepared(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], preprocessing: Preprocessing) -> Float32:
+    """uint8 (n, H, W, 3) through the evaluation transform: float32 (n, 3, S, S)."""
     from PIL import Image
 
     from spach_deploy.data.preprocess import pixels as transformed
