@@ -39,7 +39,7 @@ from spach_deploy.quantization.sites import Kind, Selection
 from spach_deploy.quantization.statistics import TensorStatistics
 from spach_deploy.specs import ExportOptions, Preprocessing, QuantizationSpec
 
-_USUAL_IMAGES = 8
+_USUAL_IMAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
