@@ -24,7 +24,7 @@ from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import ImageSource, batches
 from spach_deploy.data.source import content_hash
 from spach_deploy.data.survey import Survey, SurveyTaker
-from spach_deploy.errors import ImageError, UsageError
+from spach_deploy.errors import BundleError, ImageError, UsageError
 from spach_deploy.onnx_graph.export import INPUT
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.statistics import Collector, TensorStatistics, Wanted
@@ -337,5 +337,5 @@ def read_calibration(path: Path, key: Key) -> Calibration:
             seconds=float(content["seconds"]),
             digests=frozenset(bytes.fromhex(digest) for digest in content["digests"]),
         )
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, BundleError):
         raise UsageError(f"{path} is a damaged calibration file.", "Make it again with spach-calibrate.") from None

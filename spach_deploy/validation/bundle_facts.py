@@ -26,9 +26,13 @@ _MODEL_ENTRIES = (
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationFacts:
-    """Where a bundle's record of quantization lies, and what its model's rewrites were told."""
+    """Where a bundle's record of quantization lies, and what its model's rewrites were told.
+
+    `weights_sha256`: of the weights that were calibrated.
+    """
 
     record: Path
+    weights_sha256: str
     disabled: tuple[str, ...]
     quantize: tuple[str, ...]
 
@@ -77,7 +81,9 @@ def _quantization(bundle: Bundle, section: Mapping[str, Any] | None) -> Quantiza
         return None
     rewrites = section["rewrites"]
     record = bundle.path / str(section["scales"])
-    return QuantizationFacts(record, tuple(map(str, rewrites["disabled"])), tuple(map(str, rewrites["quantize"])))
+    calibrated = str(section["calibration"]["weights_sha256"])
+    disabled, quantize = (tuple(map(str, rewrites[name])) for name in ("disabled", "quantize"))
+    return QuantizationFacts(record, calibrated, disabled, quantize)
 
 
 def _preprocessing(entry: Mapping[str, Any]) -> Preprocessing:

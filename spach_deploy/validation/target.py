@@ -252,7 +252,12 @@ def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:
     from spach_deploy.quantization.plan import read_plan
 
     plan = read_plan(pointed.facts.quantization.record)
-    return tuple(f"Quantization: {finding}." for finding in audit(onnx.load(pointed.graph), plan))
+    findings = tuple(f"Quantization: {finding}." for finding in audit(onnx.load(pointed.graph), plan))
+    calibrated, weights = pointed.facts.quantization.weights_sha256, pointed.bundle.manifest.model["weights_sha256"]
+    if calibrated == weights:
+        return findings
+    other = f"Quantization: its scales are of other weights ({calibrated[:16]}) than the bundle's ({weights[:16]})."
+    return (other, *findings)
 
 
 def _graph_note(target: Path, bundle: Bundle) -> tuple[str, ...]:
