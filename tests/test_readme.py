@@ -9,6 +9,7 @@ import pytest
 
 from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cli.export import main as export_command
+from spach_deploy.cli.package import main as package_group
 from spach_deploy.cli.recipes import KEYS
 from spach_deploy.cli.validate import main as validate_command
 
@@ -26,16 +27,37 @@ def known_options(command: click.Command) -> set[str]:
     return {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help", "-h"}
 
 
+def command_of(words: list[str]) -> click.Command | None:
+    """The command, or subcommand, that a line calls; None for one that is only named."""
+    if words[0] != "spach-package":
+        return COMMANDS[words[0]]
+    assert isinstance(package_group, click.Group)
+    return package_group.get_command(click.Context(package_group), words[1]) if len(words) > 1 else None
+
+
+def calls(page: Path) -> list[list[str]]:
+    """The commands that a page shows with options, as words."""
+    found = []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        for match in re.finditer(
+            r"(?<![\w./-])(?:\.venv/bin/)?(?=spach-(?:calibrate|doctor|export|package|validate) )", line
+        ):
+            words = shlex.split(re.split(r"[`|;#]", line[match.end() :])[0].replace("'", '"'))
+            found.append(words)
+    return [words for words in found if any(word.startswith("-") for word in words)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_in_the_documentation_exist(page: Path) -> None:
-    for line in page.read_text(encoding="utf-8").splitlines():
-        for start in (
-            m.start()
-            for m in re.finditer(r"(?<![\w./-])(?:\.venv/bin/)?spach-(?:calibrate|export|validate) --?\w", line)
-        ):
-            words = shlex.split(re.split(r"[`|;#]", line[start:])[0].removeprefix(".venv/bin/"))
-            unknown = {w for w in words if w.startswith("-")} - known_options(COMMANDS[words[0]])
-            assert not unknown, line
+    for words in calls(page):
+        command = command_of(words)
+        assert command is not None, words
+        assert {word for word in words if word.startswith("-")} <= known_options(command), words
+
+
+def test_the_documentation_shows_every_way_to_serve() -> None:
+    shown = {words[1] for words in calls(ROOT / "README.md") if words[0] == "spach-package"}
+    assert shown == {"triton", "cpp", "kubernetes"}
 
 
 def test_links_lead_somewhere() -> None:
@@ -46,7 +68,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_options_named_in_running_text_exist() -> None:
     named = set(re.findall(r"`(--[a-z0-9-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert named <= known_options(export_command) | known_options(validate_command)
+    assert named <= set().union(*map(known_options, COMMANDS.values()))
 
 
 def test_the_table_of_recipe_keys_is_complete() -> None:
