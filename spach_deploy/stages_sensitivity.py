@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ LABELLED_IMAGES = 512
 """At most this many labelled images decide on --max-drop, spread evenly over the set."""
 
 _BATCH = 4
+_EIGHT, _FLOAT = "#1f77b4", "#d62728"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,10 @@ def labelled_images(loaded: LoadedModel, preprocessing: Preprocessing, options: 
 
 
 def draw_sensitivity(choice: Choice, path: Path) -> bool:
-    """Cost against share of multiplications as SVG; False where matplotlib is not installed."""
+    """Two plots as SVG: every layer's cost in the order of the network, and cost against share of multiplications.
+
+    False where matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -123,27 +126,40 @@ def draw_sensitivity(choice: Choice, path: Path) -> bool:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    total = sum(cost.macs for cost in choice.costs)
-    kept = set(choice.kept_float)
-    for label, colour, chosen in (
-        ("eight bits", "#1f77b4", lambda module: module not in kept),
-        ("left in float", "#d62728", lambda module: module in kept),
-    ):
-        _scatter(axes, choice, total, label, colour, chosen)
-    for cost in sorted(choice.costs, key=lambda cost: -cost.rel_l2)[:6]:
-        axes.annotate(cost.module, (100 * cost.macs / total, cost.rel_l2), fontsize=7, xytext=(4, 2),
-                      textcoords="offset points")  # fmt: skip
-    axes.set(xlabel="share of the quantized multiplications, %", ylabel="relative L2 of the logits, layer alone")
-    axes.set_title(f"What each layer costs ({choice.measure}: {choice.measured:.3g}, at most {choice.bound:g})")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    figure.savefig(path, format="svg")
+    height = max(4.0, 1.2 + 0.16 * len(choice.costs))
+    figure, (layers, share) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained", width_ratios=(3, 2))
+    _draw_layers(layers, choice)
+    _draw_share(share, choice)
+    figure.savefig(path, format=path.suffix[1:])
     pyplot.close(figure)
     return True
 
 
-def _scatter(axes: Any, choice: Choice, total: int, label: str, colour: str, chosen: Callable[[str], bool]) -> None:
-    points = [(100 * cost.macs / total, cost.rel_l2) for cost in choice.costs if chosen(cost.module)]
-    if points:
-        axes.scatter(*zip(*points, strict=True), s=18, color=colour, label=f"{label} ({len(points)})")
+def _draw_layers(axes: Any, choice: Choice) -> None:
+    kept = set(choice.kept_float)
+    names = [cost.module for cost in choice.costs]
+    colours = [_FLOAT if name in kept else _EIGHT for name in names]
+    axes.barh(range(len(names)), [cost.rel_l2 for cost in choice.costs], color=colours, height=0.7)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(title="What each layer costs by itself", xlabel="relative L2 of the logits")
+    for label, colour in ((f"eight bits ({len(names) - len(kept)})", _EIGHT), (f"left in float ({len(kept)})", _FLOAT)):
+        axes.barh([0], [0], color=colour, label=label)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
+
+
+def _draw_share(axes: Any, choice: Choice) -> None:
+    """From nothing in eight bits to everything, the cheapest for their size first."""
+    order = sorted(choice.costs, key=lambda cost: cost.per_mac)
+    total = sum(cost.macs for cost in order)
+    shares = np.concatenate([[0.0], np.cumsum([cost.macs for cost in order]) / total * 100])
+    errors = np.sqrt(np.concatenate([[0.0], np.cumsum([cost.rel_l2**2 for cost in order])]))
+    axes.plot(shares, errors, color=_EIGHT)
+    chosen = len(order) - len(choice.kept_float)
+    axes.plot(shares[chosen], errors[chosen], "o", color=_FLOAT, label=f"chosen: {shares[chosen]:.0f} %")
+    if choice.measure.startswith("relative"):
+        axes.axhline(choice.bound, color="0.5", linestyle="--", label=f"bound, {choice.bound:g}")
+    axes.set(title="Cost of quantizing more", xlabel="share of the multiplications in eight bits, %")
+    axes.set(ylabel="relative L2 of the logits, squares added up", xlim=(0, 100))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="upper left")
