@@ -265,7 +265,8 @@ def finish(
     kept = [entry.node for entry in policy.kept]
     achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
     (staging / bundles.PLAN).write_bytes(result.plan)
-    (staging / bundles.BUILD_LOG).write_text(result.log_text, encoding="utf-8")
+    log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
+    (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
     for text, count in result.warnings:
         phases.note(f"The engine builder warns{'' if count == 1 else f' {count} times'}: {text}")
     return BuiltEngine(result, achieved, read_plan_facts(result.plan))
