@@ -32,7 +32,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from spach_deploy.onnx_graph.graph import initializers
 from spach_deploy.quantization.formats import INT8, EightBits, Float32, Float64
-from spach_deploy.quantization.scales import Method, clipped_at, expected_error
+from spach_deploy.quantization.scales import expected_error
 from spach_deploy.quantization.sites import Kind, Site
 from spach_deploy.quantization.statistics import CENTERS, TensorStatistics, mixture
 
@@ -150,19 +150,14 @@ def search(
     statistics: Mapping[str, TensorStatistics],
     weights: Mapping[str, Float32],
     form: EightBits,
-    method: Method,
 ) -> tuple[EqualizedPair, ...]:
     """The best alpha of every pair. `weights`: the sites' weights by name, (outputs, inputs, ...) float32."""
-    return tuple(
-        _search_one(pair, statistics[pair.site.activation], weights[pair.site.weight], form, method) for pair in pairs
-    )
+    return tuple(_search_one(pair, statistics[pair.site.activation], weights[pair.site.weight], form) for pair in pairs)
 
 
-def _search_one(
-    pair: Pair, statistics: TensorStatistics, weight: Float32, form: EightBits, method: Method
-) -> EqualizedPair:
+def _search_one(pair: Pair, statistics: TensorStatistics, weight: Float32, form: EightBits) -> EqualizedPair:
     columns = _by_column(weight)
-    judge = _Judge(statistics, columns, form, method)
+    judge = _Judge(statistics, columns, form)
     unchanged = np.ones(len(statistics.max_abs))
     before = judge.error(unchanged)
     best, alpha, least = unchanged, None, before * WORTH[form.name]
@@ -205,11 +200,13 @@ def smoothing_factors(activation: Float64, weight: Float32, alpha: float) -> Flo
 
 
 class _Judge:
-    """Expected squared error of a layer's output for given factors, relative to the output's square."""
+    """Expected squared error of a layer's output for given factors, relative to the output's square.
 
-    def __init__(self, statistics: TensorStatistics, columns: Float32, form: EightBits, method: Method) -> None:
+    Nothing is taken to be clipped, whichever method will set the scales: that is as good an order of the alphas.
+    """
+
+    def __init__(self, statistics: TensorStatistics, columns: Float32, form: EightBits) -> None:
         self._statistics, self._form = statistics, form
-        self._method = method if statistics.histogram is not None else Method.MAX
         self._columns = columns
         self._energy = np.einsum("oir,oir->i", columns, columns).astype(np.float64)
         self._peaks = np.abs(columns).max(axis=2).astype(np.float64)  # (outputs, inputs)
@@ -229,7 +226,7 @@ class _Judge:
             root = np.sqrt(self._statistics.mean_square) / factors
             return float(energy @ self._form.noise(root / scale)) * scale**2
         histogram = mixture(self._statistics, factors, energy)
-        scale = self._form.scale_of(clipped_at(self._method, histogram, largest, self._form))
+        scale = self._form.scale_of(largest)
         used = np.flatnonzero(histogram)
         return expected_error(histogram[used], CENTERS[used], scale, self._form) / max(self._statistics.count, 1)
 

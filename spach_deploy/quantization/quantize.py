@@ -63,7 +63,7 @@ def plan_from_statistics(
     """Equalization, scales and corrections for the FP32 graph `model`, which is not changed."""
     weights = _weights(model, chosen.quantized)
     pairs = find_pairs(chosen.quantized, _parameters(model)) if equalize else ()
-    equalized = search(pairs, statistics, weights, scaling.form, scaling.method)
+    equalized = search(pairs, statistics, weights, scaling.form)
     changed = apply_to_arrays(_all_floats(model, equalized_names(pairs)), equalized)
     weights.update((name, value) for name, value in changed.items() if name in weights)
     return make_plan(chosen.sites, chosen.reasons, statistics, weights, equalized, scaling)

@@ -202,10 +202,10 @@ def layer(outliers: float, *, channels: int = 32, seed: int = 3) -> tuple[Site, 
     return site, seen, weight, rows
 
 
-def searched(outliers: float, form: EightBits, method: Method = Method.MAX) -> EqualizedPair:
+def searched(outliers: float, form: EightBits) -> EqualizedPair:
     site, seen, weight, _ = layer(outliers)
     pair = Pair("p", (Rows("block.norm2.weight"),), site)
-    return search([pair], {"x": seen}, {site.weight: weight}, form, method)[0]
+    return search([pair], {"x": seen}, {site.weight: weight}, form)[0]
 
 
 def output_error(factors: Sequence[float], outliers: float, form: EightBits) -> float:
@@ -228,9 +228,8 @@ def test_a_planted_outlier_is_smoothed() -> None:
 
 
 @pytest.mark.parametrize("outliers", [30.0, 300.0, 3000.0])
-@pytest.mark.parametrize("method", [Method.MAX, Method.MSE])
-def test_what_is_found_lowers_the_error_of_the_layer_really_computed(outliers: float, method: Method) -> None:
-    found = searched(outliers, INT8, method)
+def test_what_is_found_lowers_the_error_of_the_layer_really_computed(outliers: float) -> None:
+    found = searched(outliers, INT8)
     assert found.alpha is not None
     before, after = (output_error(factors, outliers, INT8) for factors in ((1.0,) * 32, found.factors))
     assert after < before / 3
@@ -251,7 +250,7 @@ def test_what_gains_nothing_is_left_alone() -> None:
     seen = TensorStatistics.empty(32, histogram=True)
     seen.see(rows)
     weight = np.ones((24, 32), np.float32)
-    found = search([Pair("p", (Rows("n"),), site)], {"x": seen}, {site.weight: weight}, INT8, Method.MAX)[0]
+    found = search([Pair("p", (Rows("n"),), site)], {"x": seen}, {site.weight: weight}, INT8)[0]
     assert found.alpha is None
     assert found.factors == ()
     assert found.error_after == found.error_before
@@ -295,10 +294,9 @@ def test_a_layer_that_sees_only_zeros_is_left_alone() -> None:
     site, _, weight, _ = layer(1.0)
     seen = TensorStatistics.empty(32, histogram=True)
     seen.see(np.zeros((10, 32), np.float32))
-    for method in Method:
-        found = search([Pair("p", (Rows("n"),), site)], {"x": seen}, {site.weight: weight}, INT8, method)[0]
-        assert found.alpha is None
-        assert (found.range_before, found.range_after) == (0.0, 0.0)
+    found = search([Pair("p", (Rows("n"),), site)], {"x": seen}, {site.weight: weight}, INT8)[0]
+    assert found.alpha is None
+    assert (found.range_before, found.range_after) == (0.0, 0.0)
 
 
 def test_a_record_survives_json() -> None:
