@@ -22,7 +22,7 @@ def element_types(model: ModelProto) -> dict[str, int]:
 
     Raises PrecisionError for a tensor whose type cannot be told.
     """
-    inferred = onnx.shape_inference.infer_shapes(_without_weights(model)).graph
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     values = (*inferred.input, *inferred.value_info, *inferred.output)
     types = {value.name: int(value.type.tensor_type.elem_type) for value in values}
     types.update((tensor.name, int(tensor.data_type)) for tensor in model.graph.initializer)
@@ -32,7 +32,7 @@ def element_types(model: ModelProto) -> dict[str, int]:
     return types
 
 
-def _without_weights(model: ModelProto) -> ModelProto:
+def without_weights(model: ModelProto) -> ModelProto:
     """The graph with its floating-point constants as inputs: types do not depend on their values."""
     light = ModelProto(ir_version=model.ir_version)
     light.opset_import.extend(model.opset_import)

@@ -163,8 +163,11 @@ def open_probed(model: ModelProto, tensors: Iterable[str], operators: tuple[str,
     return open_session(model, probes, threads=threads)
 
 
-def open_session(*messages: ModelProto, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU, of one graph or of messages to merge; MissingPackageError without it."""
+def open_session(*messages: ModelProto, threads: int | None = None, plain: bool = False) -> Any:
+    """An ONNX Runtime session on the CPU, of one graph or of messages to merge; MissingPackageError without it.
+
+    `plain`: nodes are computed one by one, none fused with another.
+    """
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -177,5 +180,7 @@ def open_session(*messages: ModelProto, threads: int | None = None) -> Any:
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if threads is not None:
         options.intra_op_num_threads = threads
+    if plain:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     with saved_graph(*messages) as path:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

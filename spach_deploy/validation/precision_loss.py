@@ -51,7 +51,7 @@ def evaluate(model: nn.Module, images: Float32Array, arithmetic: Arithmetic = Ar
         return exact
     rounding = _ROUNDINGS[arithmetic]
     with torch.inference_mode():
-        rounded = _converted(model, rounding)
+        rounded = converted(model, rounding)
         for module in rounded.modules():
             module.register_forward_hook(lambda _module, _inputs, output: rounding(output))
         answer: Float32Array = rounded(rounding(torch.from_numpy(images))).numpy()
@@ -63,12 +63,12 @@ def evaluate_fp64(model: nn.Module, images: Float32Array) -> npt.NDArray[np.floa
     import torch
 
     with torch.inference_mode():
-        exact = _converted(model, lambda tensor: tensor.double())
+        exact = converted(model, lambda tensor: tensor.double())
         answer: npt.NDArray[np.float64] = exact(torch.from_numpy(images).double()).numpy()
     return answer
 
 
-def _converted(model: nn.Module, convert: Rounding) -> nn.Module:
+def converted(model: nn.Module, convert: Rounding) -> nn.Module:
     """A copy of `model` with each floating tensor converted; modules and tensors that are shared stay shared."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     return copy.deepcopy(model, {id(tensor): convert(tensor) for tensor in tensors})
@@ -92,6 +92,11 @@ def _to_tf32(tensor: Tensor) -> Tensor:
     half = (1 << (_TF32_DROPPED_BITS - 1)) - 1
     nearest = bits + half + ((bits >> _TF32_DROPPED_BITS) & 1)
     return (nearest & ~((1 << _TF32_DROPPED_BITS) - 1)).view(torch.float32)
+
+
+def rounding_of(arithmetic: Arithmetic) -> Rounding:
+    """What rounds a float32 tensor to `arithmetic`, which is not FP32."""
+    return _ROUNDINGS[arithmetic]
 
 
 _ROUNDINGS: dict[Arithmetic, Rounding] = {

@@ -1,0 +1,71 @@
+"""What a place loses by rounding alone, given right inputs: FP32's noise, and what a narrower format costs there.
+
+Both are measured, by computing the place once more from the inputs that the reference had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spach_deploy.validation.bisect.places import Computation, Recorded, Rounding
+from spach_deploy.validation.precision_loss import Arithmetic, converted, rounding_of
+
+NOISE_FACTOR = 4.0
+"""Other kernels and other orders of summation than PyTorch's, for one place."""
+
+LOSS_FACTOR = 2.0
+"""As for logits (`validation.tolerance`): engines round at other points than a module's ends."""
+
+_LEAST_NOISE = 6e-8
+"""FP32's unit roundoff: no place is computed better than that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Relative L2 of one place: `noise` of FP32 against FP64, `loss` of the graph's precision against FP32."""
+
+    noise: float
+    loss: float
+
+    @property
+    def allowed(self) -> float:
+        """Beyond it, given right inputs, it is no rounding."""
+        return NOISE_FACTOR * self.noise + LOSS_FACTOR * self.loss
+
+
+def measure(recorded: Recorded, arithmetic: Arithmetic) -> Loss:
+    """Noise and loss of a place, on the images it was recorded with."""
+    exact = evaluate(recorded.computation, lambda tensor: tensor.double(), _nothing)
+    noise = relative_l2(recorded.value, exact)
+    loss = 0.0
+    if arithmetic is not Arithmetic.FP32:
+        rounding = rounding_of(arithmetic)
+        loss = relative_l2(evaluate(recorded.computation, rounding, rounding), recorded.value)
+    return Loss(max(noise, _LEAST_NOISE), loss)
+
+
+def evaluate(computation: Computation, convert: Rounding, rounding: Rounding) -> NDArray[np.floating]:
+    """The place's value (B, N, C) once more: weights and inputs through `convert`, results through `rounding`."""
+    with torch.inference_mode():
+        module = None if computation.module is None else converted(computation.module, convert)
+        inputs = tuple(convert(tensor) for tensor in computation.inputs)
+        value = rounding(computation.apply(module, inputs, rounding))
+        result: NDArray[np.floating] = computation.rows.of(value).numpy()
+    return result
+
+
+def relative_l2(value: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
+    """||value - reference|| / ||reference||; NaN or infinity where `value` is not finite."""
+    wide = reference.astype(np.float64).ravel()
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = float(np.linalg.norm(value.astype(np.float64).ravel() - wide))
+    return difference / max(float(np.linalg.norm(wide)), 1e-30)
+
+
+def _nothing(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,177 @@
+"""Which tensor of a graph is which place of the reference, told by values: names and layouts may be any.
+
+A tensor is a place's when its numbers are the place's, channels last or channels first. Pairs that agree best are made
+first, and a tensor is one place's only; among tensors that agree alike the earliest is taken, so that what reads any of
+them can be given the reference's value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spach_deploy.validation.bisect.losses import relative_l2
+from spach_deploy.validation.bisect.places import SAME, Float32Array, Recorded
+
+Array = NDArray[np.floating]
+
+STATIC, PUBLISHED, EQUALIZED = "static", "published", "equalized"
+"""Forms of the reference; see `reference`."""
+
+LOOSE = 0.7
+"""Relative L2 beyond which a tensor is not a place's, not even a wrong one's."""
+
+ALIKE = 2.0
+"""Tensors whose errors differ by less than this factor are one value, moved or rounded."""
+
+_SAMPLES = 256
+_FLOOR = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A place's value as one form of the reference has it."""
+
+    form: str
+    recorded: Recorded
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a tensor holds (B, N, C): its shape, and whether channels come first."""
+
+    shape: tuple[int, ...]
+    channels_first: bool
+
+    def to_rows(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """The tensor as (B, N, C) `shape`."""
+        batch, tokens, channels = shape
+        if self.channels_first:
+            return array.reshape(batch, channels, tokens).transpose(0, 2, 1)
+        return array.reshape(shape)
+
+    def from_rows(self, rows: Float32Array) -> Array:
+        """(B, N, C) as the tensor has it."""
+        return np.ascontiguousarray(rows.transpose(0, 2, 1) if self.channels_first else rows).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A tensor taken for a place's: relative L2 of its value, and how it lies."""
+
+    place: str
+    candidate: Candidate
+    tensor: str
+    layout: Layout
+    error: float
+
+
+class Matcher:
+    """Compares tensors with places as they come; `matches` assigns them."""
+
+    def __init__(self, places: Mapping[str, tuple[Candidate, ...]], order: Mapping[str, int]) -> None:
+        self._order = order
+        self._found: list[Match] = []
+        self._sought: dict[int, list[_Sought]] = {}
+        self._varied = {name for name, candidates in places.items() if len(candidates) > 1 or _is_folded(candidates)}
+        for name, candidates in places.items():
+            for candidate in candidates:
+                sought = _Sought.of(name, candidate)
+                if sought is not None:
+                    self._sought.setdefault(candidate.recorded.value.size, []).append(sought)
+
+    @property
+    def sizes(self) -> Iterable[int]:
+        """Elements of the tensors that are worth comparing."""
+        return self._sought.keys()
+
+    def see(self, tensor: str, value: Array) -> None:
+        """Compare one tensor with all places of its size."""
+        if value.dtype.kind != "f" or value.size not in self._sought:
+            return
+        flat = value.reshape(-1)
+        for sought in self._sought[value.size]:
+            for layout, samples in sought.samples:
+                if relative_l2(flat[sought.index], samples) < LOOSE:
+                    self._compare(tensor, value, sought, Layout(value.shape, layout))
+
+    def _compare(self, tensor: str, value: Array, sought: _Sought, layout: Layout) -> None:
+        expected = sought.candidate.recorded.value
+        error = relative_l2(layout.to_rows(value, expected.shape), expected)
+        if error < LOOSE:
+            self._found.append(Match(sought.place, sought.candidate, tensor, layout, error))
+
+    def form(self) -> str:
+        """The form that the graph follows where forms differ: the one in which most places are found."""
+        best: dict[str, Match] = {}
+        for match in self._found:
+            if match.place not in best or match.error < best[match.place].error:
+                best[match.place] = match
+        votes = Counter(match.candidate.form for match in best.values() if match.place in self._varied)
+        return votes.most_common(1)[0][0] if votes else ""
+
+    def matches(self, form: str, known: Iterable[Match] = ()) -> dict[str, Match]:
+        """The tensor of each place that has one, best pairs first, `known` ones being taken.
+
+        Values of other forms than the graph's own are looked for where its own is not found, and not where they would
+        be a second name for what is found already: LayerScale in the projection is no place of its own.
+        """
+        result: dict[str, Match] = {}
+        taken = list(known)
+        own = [match for match in self._found if match.candidate.form == form or match.place not in self._varied]
+        self._assign(own, result, taken)
+        others = (match for match in self._found if match.place not in result)
+        values = [match.candidate.recorded.value for match in taken]
+        self._assign([match for match in others if not _is_known(match, values)], result, taken)
+        return result
+
+    def _assign(self, found: list[Match], result: dict[str, Match], taken: list[Match]) -> None:
+        used = {match.tensor for match in taken}
+        by_place: dict[str, list[Match]] = {}
+        for match in found:
+            by_place.setdefault(match.place, []).append(match)
+        for match in sorted(found, key=lambda match: match.error):
+            if match.place in result or match.tensor in used:
+                continue
+            alike = (other for other in by_place[match.place] if other.error <= ALIKE * match.error + _FLOOR)
+            free = (other for other in alike if other.tensor not in used)
+            result[match.place] = min(free, key=lambda other: self._order[other.tensor])
+            used.add(result[match.place].tensor)
+            taken.append(result[match.place])
+
+
+def _is_folded(candidates: tuple[Candidate, ...]) -> bool:
+    return candidates[0].form == PUBLISHED
+
+
+def _is_known(match: Match, values: list[Float32Array]) -> bool:
+    own = match.candidate.recorded.value
+    return any(value.shape == own.shape and relative_l2(value, own) < SAME for value in values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sought:
+    """A place's value at some positions, as a tensor has them in either layout."""
+
+    place: str
+    candidate: Candidate
+    index: NDArray[np.int64]
+    samples: tuple[tuple[bool, Array], ...]
+
+    @classmethod
+    def of(cls, place: str, candidate: Candidate) -> _Sought | None:
+        value = candidate.recorded.value
+        if not value.any():
+            return None
+        index = np.random.default_rng(value.size).integers(0, value.size, _SAMPLES)
+        last = value.reshape(-1)[index]
+        if 1 in value.shape[1:]:
+            return cls(place, candidate, index, ((False, last),))
+        _, tokens, channels = value.shape
+        image, rest = np.divmod(index, tokens * channels)
+        channel, token = np.divmod(rest, tokens)
+        return cls(place, candidate, index, ((False, last), (True, value[image, token, channel])))

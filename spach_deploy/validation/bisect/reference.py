@@ -1,0 +1,130 @@
+"""The reference as a bisection needs it: its values at all places, in every form that a graph may have them.
+
+Algebra moves numbers between neighbouring modules without changing what the model computes (LayerScale into a
+projection, the residual into a depthwise convolution), so a place has up to three values: of the model as published, of
+its static form, and of the static form with a quantized bundle's ranges exchanged. A graph follows one of them at each
+place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from spach_deploy.models.spach import Spach
+from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.quantization.twin import equalized_twin, quantized_twin
+from spach_deploy.rewrites import rewrite
+from spach_deploy.rewrites.static_modules import StaticSpach
+from spach_deploy.validation.bisect.losses import Loss, evaluate, measure, relative_l2
+from spach_deploy.validation.bisect.mapping import EQUALIZED, PUBLISHED, STATIC, Candidate
+from spach_deploy.validation.bisect.places import Float32Array, Place, Recorded, record
+from spach_deploy.validation.precision_loss import Arithmetic
+
+BATCH = 2
+"""Images that a bisection looks at, unless the graph's batch is fixed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The reference at one batch size. `places` in the order in which they are computed."""
+
+    images: Float32Array
+    places: Mapping[str, Place]
+    candidates: Mapping[str, tuple[Candidate, ...]]
+
+    def is_expected(self, name: str) -> bool:
+        """Whether a graph of ours has this place as a tensor; others are folded into their neighbours."""
+        return any(candidate.form != PUBLISHED for candidate in self.candidates[name])
+
+
+class Reference:
+    """A reference model and images; made once, it serves any number of graphs.
+
+    `pixels` uint8 (N, S, S, 3) are for graphs that take them; `plan` is a quantized bundle's.
+    """
+
+    def __init__(
+        self,
+        model: Spach,
+        images: Float32Array,
+        *,
+        static: StaticSpach | None = None,
+        plan: QuantizationPlan | None = None,
+        pixels: NDArray[np.uint8] | None = None,
+    ) -> None:
+        self.model = model
+        self.static = rewrite(model).model if static is None else static
+        self.plan = plan
+        self._images = images
+        self._pixels = pixels
+        self._views: dict[int, View] = {}
+        self._losses: dict[tuple[str, str, Arithmetic], Loss] = {}
+        self._quantized: Mapping[str, nn.Module] = {}
+        if plan is not None:
+            twin = dict(quantized_twin(self.static, plan).named_modules(remove_duplicate=False))
+            self._quantized = {site.module: twin[site.module] for site in plan.sites}
+
+    @classmethod
+    def of(cls, model: Spach, images: Float32Array) -> Reference:
+        """The reference for graphs of `model` (float32, evaluation mode) on `images` (N, 3, S, S)."""
+        return cls(model, images)
+
+    def inputs(self, dtype: str, batch: int) -> NDArray[np.generic]:
+        """The images as a graph takes them."""
+        if dtype == "uint8" and self._pixels is not None:
+            return np.resize(self._pixels, (batch, *self._pixels.shape[1:]))
+        return self.view(batch).images.astype(dtype)
+
+    def view(self, batch: int) -> View:
+        """Values at all places for a batch of this size; images are repeated where there are fewer."""
+        if batch not in self._views:
+            self._views[batch] = self._looked_at(np.resize(self._images, (batch, *self._images.shape[1:])))
+        return self._views[batch]
+
+    def _looked_at(self, images: Float32Array) -> View:
+        forms: dict[str, Spach | StaticSpach] = {STATIC: self.static, PUBLISHED: self.model}
+        if self.plan is not None:
+            forms = {EQUALIZED: equalized_twin(self.static, self.plan), **forms}
+        recorded: dict[str, dict[str, Recorded]] = {}
+        for form, model in forms.items():
+            first = next(iter(recorded.values()), None)
+            recorded[form] = record(model, images, first)
+        places = {name: entry.place for name, entry in recorded[PUBLISHED].items()}
+        candidates = {
+            name: _distinct(Candidate(form, entries[name]) for form, entries in recorded.items() if name in entries)
+            for name in places
+        }
+        return View(images, places, candidates)
+
+    def loss(self, name: str, candidate: Candidate, arithmetic: Arithmetic) -> Loss:
+        """What rounding costs at a place, given right inputs."""
+        key = (name, candidate.form, arithmetic)
+        if key not in self._losses:
+            self._losses[key] = measure(candidate.recorded, arithmetic)
+        return self._losses[key]
+
+    def local_error(self, name: str, candidate: Candidate, value: NDArray[np.floating]) -> tuple[float, float]:
+        """Relative L2 of a graph's `value` (B, N, C), made from right inputs, and what eight bits alone cost there.
+
+        A quantized layer is compared with the same layer quantized in PyTorch.
+        """
+        exact = candidate.recorded.value
+        module = self._quantized.get(name) if candidate.form == EQUALIZED else None
+        if module is None:
+            return relative_l2(value, exact), 0.0
+        computation = dataclasses.replace(candidate.recorded.computation, module=module)
+        rounded = evaluate(computation, lambda tensor: tensor, lambda tensor: tensor)
+        return relative_l2(value, rounded), relative_l2(rounded, exact)
+
+
+def _distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """Each value once: the first form's where several have the same."""
+    first: dict[int, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(id(candidate.recorded.value), candidate)
+    return tuple(first.values())

@@ -1,0 +1,141 @@
+"""What a bisection found, in words and in figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """One stage's logits against the reference's: relative L2, None where it did not run, and what is allowed."""
+
+    stage: str
+    error: float | None
+    allowed: float | None
+    verdict: str
+    why: str = ""
+    seconds: float = 0.0
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether it ran and is wrong."""
+        return self.verdict == DISAGREES
+
+
+AGREES, DISAGREES, NOT_RUN = "agrees", "disagrees", "not run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """A module whose output is wrong given right inputs. `error` is infinite where no tensor resembles its output."""
+
+    module: str
+    kind: str
+    error: float
+    allowed: float
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleResult:
+    """A place: `inherited` relative L2 in the graph as it is, `local` given the reference's own inputs."""
+
+    module: str
+    inherited: float
+    local: float
+    allowed: float
+    tensor: str
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmapped:
+    """A place that is no tensor of the graph, and why nothing is made of it."""
+
+    module: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bisection:
+    """A graph held to the reference, module by module. `suspects` in the order of the model."""
+
+    suspects: tuple[Suspect, ...]
+    modules: tuple[ModuleResult, ...]
+    unmapped: tuple[Unmapped, ...]
+    stages: tuple[StageResult, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every module computes what it should from right inputs, and no stage disagrees."""
+        return not self.suspects and not any(stage.disagrees for stage in self.stages)
+
+    @property
+    def first_stage(self) -> str | None:
+        """The stage that introduced the disagreement."""
+        return next((stage.stage for stage in self.stages if stage.disagrees), None)
+
+    def lines(self) -> tuple[str, ...]:
+        """What a terminal shows: five lines at most."""
+        return tuple(_lines(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; what is not finite is null."""
+        return {
+            "passed": self.passed,
+            "lines": list(self.lines()),
+            "first_stage": self.first_stage,
+            "stages": [_plain(stage) for stage in self.stages],
+            "suspects": [_plain(suspect) for suspect in self.suspects],
+            "modules": [_plain(module) for module in self.modules],
+            "unmapped": [_plain(place) for place in self.unmapped],
+        }
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in dataclasses.asdict(entry).items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(bisection: Bisection) -> list[str]:
+    lines = []
+    if bisection.stages:
+        lines.append(_stage_line(bisection))
+    if not bisection.suspects:
+        worst = max(bisection.modules, key=lambda module: module.local / module.allowed, default=None)
+        lines.append(
+            f"Modules: all {len(bisection.modules)} compute the reference's output from the reference's inputs."
+        )
+        if worst is not None:
+            lines.append(f"Nearest to its bound: {worst.module}, {worst.local:.1e} of {worst.allowed:.1e}.")
+        return lines
+    first = bisection.suspects[0]
+    error = f"relative L2 {first.error:.1e}" if first.error != float("inf") else "unlike any tensor of the graph"
+    lines.append(
+        f"First wrong module: {first.module or 'the model itself'}, {error}, given right inputs;"
+        f" rounding explains {first.allowed:.1e}."
+    )
+    lines.append(f"Kind: {first.kind}. {first.why}")
+    others = [suspect.module for suspect in bisection.suspects[1:]]
+    if others:
+        lines.append(f"Wrong too: {', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}.")
+    right = len(bisection.modules) - sum(module.local > module.allowed for module in bisection.modules)
+    lines.append(f"The other {right} places compute what they should.")
+    return lines
+
+
+def _stage_line(bisection: Bisection) -> str:
+    names = {stage.stage: stage for stage in bisection.stages}
+    first = bisection.first_stage
+    if first is None:
+        ran = [stage.stage for stage in bisection.stages if stage.verdict == AGREES]
+        return f"Stages: all that ran agree ({' → '.join(ran)})."
+    stage = names[first]
+    before = [other.stage for other in bisection.stages if other.verdict == AGREES]
+    error = "" if stage.error is None else f", relative L2 {stage.error:.1e} of {stage.allowed:.1e} allowed"
+    return f"Stage: {first} disagrees{error}{f'; {before[-1]} still agrees' if before else ''}."
