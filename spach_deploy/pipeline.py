@@ -37,9 +37,11 @@ from spach_deploy.specs import EngineTarget, ExportOptions, Flavour
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
 from spach_deploy.validation.evidence import Trial, examine_typed
+from spach_deploy.validation.precision_loss import Arithmetic
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
 from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances
+from spach_deploy.validation.trace import Trace, trace
 from spach_deploy.validation.validate import (
     Plan,
     Subject,
@@ -115,16 +117,18 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
             with phases.phase("derive tolerances"), torch_threads(threads):
                 twin = None if plan is None else quantized_twin(static.result.model, plan)
                 tolerances = tolerances_for(loaded, photographs, reference, options, twin)
-                del twin
-            with phases.phase("validate the graph"):
+            with phases.phase("validate the graph"), torch_threads(threads):
                 trial = trial_of(photographs, reference, options)
                 graph_file, bounds = staging / bundles.GRAPH, tolerances.graph
                 evidence = examine_typed(graph_file, options.rest, trial, bounds, threads=threads)
+                along = trace_depth(graph_file, loaded, photographs, options, twin)
+                del twin
             with phases.phase("wait for the engine"):
                 engine = finish(build, typed.policy, plan, staging, phases)
         with phases.phase("validate the engine"):
             subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
             validation = validate_export(subject, trial, evidence, plan_of(engine), tolerances.engine)
+            validation = dataclasses.replace(validation, trace=along)
         if not validation.passed:
             raise MismatchError(validation.failure(), "Nothing was written.")
         write_report(validation, staging / bundles.REPORT)
@@ -236,6 +240,17 @@ def tolerances_for(
     tf32 = options.engine.tf32 and options.engine.flavour is not Flavour.NONE
     images = photographs.images
     return derive_tolerances(loaded.model, images, reference, options.rest, options.outputs, tf32=tf32, twin=twin)
+
+
+def trace_depth(
+    graph: Path, loaded: LoadedModel, photographs: stages.Photographs, options: ExportOptions, twin: nn.Module | None
+) -> Trace | None:
+    """Errors along the network's depth, on the first image."""
+    import onnx
+
+    image, feed = photographs.images[:1], photographs.engine_input(options.outputs.io_dtype)[:1]
+    arithmetic = Arithmetic.of(options.rest)
+    return trace(onnx.load(graph), loaded.model, image, feed, arithmetic, name=photographs.names[0], twin=twin)
 
 
 @contextlib.contextmanager

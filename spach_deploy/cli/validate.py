@@ -21,6 +21,8 @@ _LABELS = (
 )
 _MAX_DROP = "With labels: exit with 1 where top-1 accuracy falls by more than so many points."
 _CHECKPOINT = "Run the reference from the checkpoint that the bundle was made from. Without it, its stored answers."
+_BISECT = "Find the stage, the module and the kind of a disagreement, in the names of the PyTorch model's modules."
+_AGAINST = "TARGET is a graph of your own: hold it to what this bundle was made from, module by module."
 _BUNDLE = "The bundle that a model on a server was packaged from."
 _REPORT = "Write the report here.  [report.json in the bundle, where the target is one of its files]"
 
@@ -45,6 +47,8 @@ _REPORT = "Write the report here.  [report.json in the bundle, where the target 
     type=click.Choice([source.value for source in WeightSource]),
     help="Which weights of the checkpoint.  [those that the bundle was made from]",
 )
+@click.option("--bisect", is_flag=True, help=_BISECT)
+@click.option("--against", type=opt.FILE, metavar="BUNDLE", help=_AGAINST)
 @click.option("--accept", type=click.Choice(["graph"]), help="Exit with 0 where the graph agreed and no GPU is here.")
 @click.option("--report", type=opt.FILE, metavar="FILE", help=_REPORT)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of table and file.")
@@ -60,6 +64,8 @@ def main(
     max_drop: float | None,
     checkpoint: Path | None,
     weights: str | None,
+    bisect: bool,
+    against: Path | None,
     accept: str | None,
     report: Path | None,
     as_json: bool,
@@ -70,6 +76,8 @@ def main(
     spach-validate build/ms_hybrid_s-fp16/engine.plan
     spach-validate build/ms_hybrid_s-fp16 --images val/ --checkpoint run7.pth
     spach-validate build/ms_hybrid_s-fp16 --images val/ --labels val/ --max-drop 0.3
+    spach-validate build/ms_hybrid_s-fp16 --bisect
+    spach-validate other.onnx --against build/ms_hybrid_s-fp16
     spach-validate grpc://localhost:8001/ms_hybrid_s --bundle build/ms_hybrid_s-fp16
 
     Two levels of evidence: `engine`, the plan itself ran here; `graph`, the graph that it was built from ran in ONNX
@@ -81,7 +89,14 @@ def main(
     from spach_deploy.cli.validate_server import check_bundle, is_server, validate_on_server
 
     if is_server(target):
-        misplaced = {"--images": images, "--labels": labels, "--checkpoint": checkpoint, "--accept": accept}
+        misplaced = {
+            "--against": against,
+            "--bisect": bisect or None,
+            "--images": images,
+            "--labels": labels,
+            "--checkpoint": checkpoint,
+            "--accept": accept,
+        }
         validation = validate_on_server(target, bundle, misplaced)
         _show(validation, as_json=as_json)
         _write(validation, None, report, as_json=as_json)
@@ -99,10 +114,12 @@ def main(
         accept_graph=accept == "graph",
         labels=labels,
         max_drop=max_drop,
+        bisect=bisect,
+        against=against,
     )
     validation = validate_target(request, say)
     _show(validation, as_json=as_json)
-    _write(validation, path, report, as_json=as_json)
+    _write(validation, path if against is None else None, report, as_json=as_json)
     return validation.exit_code
 
 

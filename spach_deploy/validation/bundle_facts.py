@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spach_deploy.bundle import MANIFEST, Bundle
 from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.specs import BatchProfile, Flavour, IODtype, OutputSpec, Precision, Preprocessing
 from spach_deploy.validation.tolerance import ToleranceSet
+
+if TYPE_CHECKING:
+    from spach_deploy.quantization.plan import QuantizationPlan
 
 _MODEL_ENTRIES = (
     "name",
@@ -74,6 +77,15 @@ class BundleFacts:
             raise BundleError(
                 f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again."
             ) from None
+
+
+def read_record(facts: BundleFacts) -> QuantizationPlan | None:
+    """A quantized bundle's record of quantization; None for other precisions."""
+    if facts.quantization is None:
+        return None
+    from spach_deploy.quantization.plan import read_plan
+
+    return read_plan(facts.quantization.record)
 
 
 def _quantization(bundle: Bundle, section: Mapping[str, Any] | None) -> QuantizationFacts | None:

@@ -106,7 +106,7 @@ def rebuilt_on_golden(section: dict[str, Any], facts: BundleFacts, trial: Trial,
     """The golden images answered by the reference rebuilt."""
     say("Rebuilding the reference.")
     loaded = rebuild(section, weights)
-    images = _as_images(trial.inputs(0, len(trial)), facts)
+    images = as_images(trial.inputs(0, len(trial)), facts)
     return dataclasses.replace(trial, logits=_answers(loaded, images), reference=_described(loaded))
 
 
@@ -203,7 +203,7 @@ def _counted(source: ImageSource, used: int) -> str:
     return f"from {source.description}{of_all}"
 
 
-def _as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
+def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
     """What an engine's caller sends, as float32 (N, 3, S, S)."""
     if facts.outputs.io_dtype is IODtype.UINT8:
         return normalize(inputs, facts.preprocessing)

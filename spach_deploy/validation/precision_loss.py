@@ -35,6 +35,11 @@ class Arithmetic(str, enum.Enum):
     FP16 = "fp16"
     BF16 = "bf16"
 
+    @property
+    def is_lossy(self) -> bool:
+        """Whether it stores less than FP32."""
+        return self is not Arithmetic.FP32
+
     @classmethod
     def of(cls, precision: Precision, *, tf32: bool = False) -> Arithmetic:
         """That of an engine of `precision`; TF32 only concerns FP32 engines on a GPU."""
@@ -95,8 +100,8 @@ def _to_tf32(tensor: Tensor) -> Tensor:
 
 
 def rounding_of(arithmetic: Arithmetic) -> Rounding:
-    """What rounds a float32 tensor to `arithmetic`, which is not FP32."""
-    return _ROUNDINGS[arithmetic]
+    """What rounds a float32 tensor to `arithmetic`; for FP32 it stays as it is."""
+    return _ROUNDINGS.get(arithmetic, lambda tensor: tensor)
 
 
 _ROUNDINGS: dict[Arithmetic, Rounding] = {

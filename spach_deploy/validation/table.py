@@ -48,6 +48,10 @@ def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield from _evidence(item, width, in_full=position == 0 or (validation.evidence[0].passed and not item.passed))
     if validation.accuracy is not None:
         yield from _accuracy(validation.accuracy, width)
+    if validation.bisection is not None:
+        yield ""
+        yield Text("Bisection", style="bold")
+        yield from (Text(_wrapped(f"- {line}", width, 2)) for line in validation.bisection.lines())
     yield ""
     findings = _findings(validation)
     for finding in findings:

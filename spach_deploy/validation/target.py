@@ -27,6 +27,7 @@ from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_typ
 from spach_deploy.validation.live_reference import Images, OnImages, Weights, rebuilt_on_golden, rebuilt_on_images
 from spach_deploy.validation.reference import INPUT, LOGITS, Golden
 from spach_deploy.validation.tolerance import ToleranceSet
+from spach_deploy.validation.trace import Trace
 from spach_deploy.validation.validate import (
     MissingEngineRun,
     Plan,
@@ -72,6 +73,7 @@ class _Pointed:
 class ValidationRequest:
     """What `spach-validate` was asked. `weights` None: those that the bundle was made with.
 
+    `against`: the bundle that a graph of the user's own is held to; `bisect`: by module too.
     `labels`: of `images`, a file or the same folder. `max_drop`: of top-1, in points, beyond which it does not pass.
     """
 
@@ -81,6 +83,8 @@ class ValidationRequest:
     weights: WeightSource | None = None
     max_images: int = DEFAULT_MAX_IMAGES
     accept_graph: bool = False
+    bisect: bool = False
+    against: Path | None = None
     labels: Path | None = None
     max_drop: float | None = None
 
@@ -92,6 +96,8 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     that can be trusted, files that are no plan and no graph), UnavailableError when nothing can be run here.
     """
     _check_options(request)
+    if request.against is not None:
+        return _foreign(request, request.against, say)
     bundle = _open(request.target)
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
@@ -100,7 +106,35 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     pointed = _Pointed(request.target, kind, bundle, facts)
     answered = _answered(bundle, facts, request, changed, say)
     found = _validation(request, pointed, answered, changed)
-    return _with_accuracy(found, request, pointed, answered, say)
+    found = _with_accuracy(found, request, pointed, answered, say)
+    return _bisected(found, request, pointed, say) if request.bisect else found
+
+
+def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], None]) -> Validation:
+    """A graph of the user's own, held to what a bundle was made from."""
+    from spach_deploy.validation.foreign import validate_foreign
+
+    if not against.is_dir():
+        raise UsageError(f"--against {against} is no directory.", "Give a bundle.")
+    if not request.target.is_file():
+        raise UsageError(f"{request.target} is not there, or no file.", "Give an ONNX graph.")
+    _check_is_onnx(request.target)
+    bundle = Bundle.open(against, verify=False)
+    facts = BundleFacts.of(bundle)
+    changed = {name: state for name, state in bundle.changed_files().items() if name == GOLDEN}
+    answered = _answered(bundle, facts, request, changed, say)
+    subject = _subject(request.target, bundle, facts)
+    weights = Weights(request.checkpoint, request.weights)
+    return validate_foreign(subject, bundle, facts, answered, weights, say)
+
+
+def _bisected(
+    found: Validation, request: ValidationRequest, pointed: _Pointed, say: Callable[[str], None]
+) -> Validation:
+    from spach_deploy.validation.bisected import Bisected, bisected
+
+    weights = Weights(request.checkpoint, request.weights)
+    return bisected(found, Bisected(pointed.graph, pointed.bundle, pointed.facts, weights), say)
 
 
 def _validation(
@@ -112,12 +146,19 @@ def _validation(
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
         evidence = examine_typed(request.target, facts.rest, trial, tolerances.graph)
-        return Validation(subject, trial, evidence, _quantization_findings(pointed), notes=(*notes, *note))
+        along = None if note else _traced(bundle)
+        return Validation(subject, trial, evidence, _quantization_findings(pointed), notes=(*notes, *note), trace=along)
     findings = (*_file_findings(request.target, kind, bundle, changed), *_quantization_findings(pointed))
     evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, trial, tolerances)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
-    return Validation(subject, trial, evidence, findings, notes, missing, request.accept_graph)
+    along = None if GRAPH in changed else _traced(bundle)
+    return Validation(subject, trial, evidence, findings, notes, missing, request.accept_graph, trace=along)
+
+
+def _traced(bundle: Bundle) -> Trace | None:
+    """Errors along the depth as the export measured them; they are the unchanged graph's."""
+    return Trace.from_dict(bundle.manifest.content["validation"].get("trace"))
 
 
 def _check_options(request: ValidationRequest) -> None:

@@ -13,9 +13,11 @@ from spach_deploy._version import __version__
 from spach_deploy.errors import UnavailableError
 from spach_deploy.specs import BatchProfile, Flavour, OutputSpec
 from spach_deploy.validation.accuracy import Accuracy
+from spach_deploy.validation.bisect.result import Bisection
 from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_engine
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
+from spach_deploy.validation.trace import Trace
 
 REPORT_VERSION = 1
 
@@ -62,6 +64,7 @@ class Validation:
     `findings` are faults that no comparison shows, such as a changed file; `notes` are facts that are no faults.
     `missing_engine_run` is set where there is a plan and it did not run. `graph_suffices`: the caller takes evidence of
     the graph for enough, so that such a validation ends with 0. `accuracy` is set where the images have labels.
+    `bisection` is set where one was asked for, `trace` where the errors along the network's depth were measured.
     """
 
     subject: Subject
@@ -72,6 +75,8 @@ class Validation:
     missing_engine_run: MissingEngineRun | None = None
     graph_suffices: bool = False
     accuracy: Accuracy | None = None
+    bisection: Bisection | None = None
+    trace: Trace | None = None
 
     @property
     def level(self) -> Level:
@@ -83,7 +88,8 @@ class Validation:
         """Everything that is wrong, once each."""
         compared = (finding for item in self.evidence for finding in item.verdict.findings)
         dropped = self.accuracy.findings if self.accuracy else ()
-        return tuple(dict.fromkeys((*self.findings, *compared, *dropped)))
+        bisected = () if self.bisection is None else self.bisection.findings
+        return tuple(dict.fromkeys((*self.findings, *compared, *bisected, *dropped)))
 
     @property
     def agreed(self) -> bool:
@@ -138,6 +144,8 @@ class Validation:
             "reference": self.trial.reference,
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "evidence": [item.to_dict() for item in self.evidence],
+            "trace": None if self.trace is None else self.trace.to_dict(),
+            "bisect": None if self.bisection is None else self.bisection.to_dict(),
         }
 
 
@@ -151,6 +159,7 @@ def manifest_section(validation: Validation, tolerances: ToleranceSet) -> dict[s
         "image_count": len(validation.trial),
         "reference": validation.trial.reference,
         "tolerances": tolerances.to_dict(),
+        "trace": None if validation.trace is None else validation.trace.to_dict(),
     }
 
 

@@ -6,14 +6,11 @@ from collections.abc import Iterator
 
 from onnx import ModelProto
 
-from spach_deploy.validation.bisect.kinds import Diagnosis, Fault, diagnose, hypotheses
+from spach_deploy.validation.bisect.kinds import Fault, diagnose
 from spach_deploy.validation.bisect.locate import Location, Suspicion, locate
 from spach_deploy.validation.bisect.losses import relative_l2
 from spach_deploy.validation.bisect.reference import Reference
 from spach_deploy.validation.bisect.result import Bisection, ModuleResult, Suspect, Unmapped
-
-_NEAR = 0.1
-"""Relative L2 up to which a tensor is what a hypothesis makes of a place."""
 
 
 def bisect_graph(graph: ModelProto, reference: Reference) -> Bisection:
@@ -31,30 +28,24 @@ def _suspects(location: Location) -> Iterator[Suspect]:
         named.add(module)
         found = suspicion.found
         if found is not None:
-            diagnosis = diagnose(found.match.candidate.recorded, found.value)
-            yield Suspect(module, diagnosis.fault.value, found.local, found.allowed, diagnosis.why)
+            recorded = found.match.candidate.recorded
+            value = found.value if suspicion.value is None else suspicion.value
+            error = relative_l2(value, recorded.value) if suspicion.value is not None else found.local
+            diagnosis = diagnose(recorded, value)
+            yield Suspect(module, diagnosis.fault.value, _finite(error), found.allowed, diagnosis.why)
         else:
             yield _hidden(location, suspicion, module)
 
 
+def _finite(error: float) -> float:
+    return error if error == error else float("inf")
+
+
 def _hidden(location: Location, suspicion: Suspicion, module: str) -> Suspect:
-    """A place that no tensor resembles: which tensor is what the module makes with one thing wrong?"""
-    seen = location.found.get(suspicion.seen_at)
-    error, allowed = (seen.local, seen.allowed) if seen is not None else (float("inf"), 0.0)
-    diagnosis = _explained(location, suspicion)
-    if diagnosis is None:
-        after = suspicion.seen_at if suspicion.seen_at != suspicion.place else "what follows"
-        diagnosis = Diagnosis(Fault.WEIGHT, f"No tensor of the graph resembles its output, and {after} is wrong.")
-    return Suspect(module, diagnosis.fault.value, error, allowed, diagnosis.why)
-
-
-def _explained(location: Location, suspicion: Suspicion) -> Diagnosis | None:
-    for candidate in location.view.candidates[suspicion.place]:
-        for value in location.strangers.get(suspicion.place, ()):
-            for hypothesis in hypotheses(candidate.recorded, value):
-                if relative_l2(value, hypothesis.value) < _NEAR:
-                    return Diagnosis(hypothesis.fault, hypothesis.words)
-    return None
+    """A place without a tensor: what follows it shows it."""
+    seen = location.found[suspicion.seen_at]
+    why = f"No tensor of the graph stands for its output, and {suspicion.seen_at}, which follows, is wrong."
+    return Suspect(module, Fault.WEIGHT.value, seen.local, seen.allowed, why)
 
 
 def _modules(location: Location) -> Iterator[ModuleResult]:

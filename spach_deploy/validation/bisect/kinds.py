@@ -37,6 +37,7 @@ class Fault(str, enum.Enum):
     OVERFLOW = "overflow"
     BIAS = "missing bias"
     RESIDUAL = "missing residual"
+    FUNCTION = "wrong function"
     PRECISION = "precision"
 
 
@@ -81,6 +82,9 @@ def hypotheses(recorded: Recorded, value: Array) -> Iterator[Hypothesis]:
         yield from _epsilons(computation, exact, value)
     if isinstance(module, AttentionCore):
         yield from _head_orders(computation, module)
+        yield from _scales(computation, module)
+    if isinstance(module, nn.GELU):
+        yield from _activations(computation)
     yield from _weight_layouts(computation)
     yield from _grid_layouts(exact)
     yield from _channel_orders(exact, value, recorded.place.kind, module)
@@ -175,6 +179,28 @@ def _head_orders(computation: Computation, core: AttentionCore) -> Iterator[Hypo
     yield Hypothesis(Fault.HEADS, "It writes heads innermost: (d h).", inner)
     unmixed = right.transpose(0, 2, 1, 3).reshape(shape)
     yield Hypothesis(Fault.HEADS, "It writes (h n d) without going back to (n h d).", unmixed)
+
+
+def _scales(computation: Computation, core: AttentionCore) -> Iterator[Hypothesis]:
+    """Attention whose scale is left out, or applied once more than it should be."""
+    usual = (computation.inputs[0].shape[-1] / (3 * core.heads)) ** -0.5
+    for words, factor in (("lacks its scale", 1.0 / usual), ("applies its scale twice", usual)):
+        twin = AttentionCore(core.heads, core.scale * factor)
+        value = evaluate(dataclasses.replace(computation, module=twin), _same, _same)
+        yield Hypothesis(Fault.FUNCTION, f"It {words}.", value)
+
+
+def _activations(computation: Computation) -> Iterator[Hypothesis]:
+    """Another activation."""
+    others: dict[str, nn.Module] = {
+        "It is the tanh form of GELU, an approximation.": nn.GELU(approximate="tanh"),
+        "It is left out.": nn.Identity(),
+        "It is a ReLU.": nn.ReLU(),
+        "It is a SiLU.": nn.SiLU(),
+    }
+    for words, module in others.items():
+        value = evaluate(dataclasses.replace(computation, module=module), _same, _same)
+        yield Hypothesis(Fault.FUNCTION, words, value)
 
 
 def _weight_layouts(computation: Computation) -> Iterator[Hypothesis]:

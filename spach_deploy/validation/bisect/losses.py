@@ -15,7 +15,7 @@ from torch import Tensor
 from spach_deploy.validation.bisect.places import Computation, Recorded, Rounding
 from spach_deploy.validation.precision_loss import Arithmetic, converted, rounding_of
 
-NOISE_FACTOR = 4.0
+NOISE_FACTOR = 6.0
 """Other kernels and other orders of summation than PyTorch's, for one place."""
 
 LOSS_FACTOR = 2.0

@@ -22,14 +22,18 @@ Array = NDArray[np.floating]
 STATIC, PUBLISHED, EQUALIZED = "static", "published", "equalized"
 """Forms of the reference; see `reference`."""
 
-LOOSE = 0.7
-"""Relative L2 beyond which a tensor is not a place's, not even a wrong one's."""
+FIRM = 0.02
+"""Relative L2 up to which a tensor is surely a place's, so that its readers may be given the reference's value."""
+
+FIRM_EIGHT_BITS = 0.12
+"""The same in graphs that compute in eight bits, whose errors are larger."""
 
 ALIKE = 2.0
 """Tensors whose errors differ by less than this factor are one value, moved or rounded."""
 
 _SAMPLES = 256
 _FLOOR = 1e-6
+_ROOM = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +77,11 @@ class Match:
 class Matcher:
     """Compares tensors with places as they come; `matches` assigns them."""
 
-    def __init__(self, places: Mapping[str, tuple[Candidate, ...]], order: Mapping[str, int]) -> None:
+    def __init__(
+        self, places: Mapping[str, tuple[Candidate, ...]], order: Mapping[str, int], limit: float = FIRM
+    ) -> None:
         self._order = order
+        self._limit = limit
         self._found: list[Match] = []
         self._sought: dict[int, list[_Sought]] = {}
         self._varied = {name for name, candidates in places.items() if len(candidates) > 1 or _is_folded(candidates)}
@@ -96,13 +103,15 @@ class Matcher:
         flat = value.reshape(-1)
         for sought in self._sought[value.size]:
             for layout, samples in sought.samples:
-                if relative_l2(flat[sought.index], samples) < LOOSE:
+                if layout and value.ndim < 3:
+                    continue  # rows of tokens: (B * N, C)
+                if relative_l2(flat[sought.index], samples) < _ROOM * self._limit:
                     self._compare(tensor, value, sought, Layout(value.shape, layout))
 
     def _compare(self, tensor: str, value: Array, sought: _Sought, layout: Layout) -> None:
         expected = sought.candidate.recorded.value
         error = relative_l2(layout.to_rows(value, expected.shape), expected)
-        if error < LOOSE:
+        if error <= self._limit:
             self._found.append(Match(sought.place, sought.candidate, tensor, layout, error))
 
     def form(self) -> str:

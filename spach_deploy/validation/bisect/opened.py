@@ -23,6 +23,10 @@ from spach_deploy.precision.rounding import check_runtime_rounds, rounded_twin
 Arrays = dict[str, NDArray[np.generic]]
 Values = dict[str, NDArray[np.floating]]
 
+_ALTERING = frozenset(
+    ("Cast", "Clip", "DequantizeLinear", "Identity", "Max", "Min", "QuantizeLinear", "Reshape", "Round", "Transpose")
+)
+
 MEMORY_BYTES = 1_000_000_000
 """Of tensors read in one pass; what does not fit is read in another."""
 
@@ -61,6 +65,29 @@ class OpenedGraph:
             held += size
         if group:
             yield group
+
+    def computed_from(self, inputs: Iterable[str], given: Arrays, among: Iterable[str]) -> list[str]:
+        """Those of `among` that are computed from tensors of `inputs` and no other given ones, in order.
+
+        Without `inputs`: those that are computed from the images alone.
+        """
+        wanted = {*inputs}
+        sources: dict[str, frozenset[str]] = {value.name: frozenset() for value in self._graph.graph.input}
+        for node in self._nodes:
+            read = (frozenset((name,)) if name in given else sources.get(name, frozenset()) for name in node.input)
+            sources.update(dict.fromkeys(node.output, frozenset().union(*read)))
+        chosen = {name for name in among if sources[name] <= wanted and (sources[name] or not wanted)}
+        return [name for name in self.order if name in chosen]
+
+    def altered(self, tensor: str) -> list[tuple[str, str]]:
+        """What nodes that only round, limit or move a tensor make of it: (tensor, node's name), in order."""
+        made: list[tuple[str, str]] = []
+        behind = {tensor}
+        for node in self._nodes:
+            if node.op_type in _ALTERING and node.input[0] in behind:
+                behind.update(node.output)
+                made.extend((name, node.name) for name in node.output if self._elements.get(name, -1) >= 0)
+        return made
 
     def run(self, feeds: Mapping[str, NDArray[np.generic]], names: list[str], given: Arrays) -> Values:
         """Values of the tensors `names`; whatever reads a tensor of `given` gets that value instead.

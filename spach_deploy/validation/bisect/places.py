@@ -156,7 +156,8 @@ class _Recorder:
                 return output
             if paths[0] == "head":
                 self._mean(inputs[0])
-            output = self._settled(paths[0], output, self._rows_of(module))
+            folded = self._stream if isinstance(module, nn.BatchNorm2d) else paths[0]
+            output = self._settled(paths[0] if paths[0] in self._like else folded, output, self._rows_of(module))
             self._add_leaf(paths[0], (self._stream,), module, inputs[0], output, transposed=False)
             self._stream = paths[0]
             return output

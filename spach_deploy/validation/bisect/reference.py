@@ -101,6 +101,11 @@ class Reference:
         }
         return View(images, places, candidates)
 
+    def form_of(self, name: str, form: str) -> Candidate:
+        """A place's value in a form, or in the first that there is; at any batch."""
+        candidates = next(iter(self._views.values())).candidates[name]
+        return next((candidate for candidate in candidates if candidate.form == form), candidates[0])
+
     def loss(self, name: str, candidate: Candidate, arithmetic: Arithmetic) -> Loss:
         """What rounding costs at a place, given right inputs."""
         key = (name, candidate.form, arithmetic)

@@ -77,6 +77,14 @@ class Bisection:
         """The stage that introduced the disagreement."""
         return next((stage.stage for stage in self.stages if stage.disagrees), None)
 
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What is wrong, for a report: a sentence per module."""
+        return tuple(
+            f"{suspect.module or 'The model itself'} is wrong given right inputs: {suspect.kind}. {suspect.why}"
+            for suspect in self.suspects
+        )
+
     def lines(self) -> tuple[str, ...]:
         """What a terminal shows: five lines at most."""
         return tuple(_lines(self))
@@ -121,7 +129,7 @@ def _lines(bisection: Bisection) -> list[str]:
         f" rounding explains {first.allowed:.1e}."
     )
     lines.append(f"Kind: {first.kind}. {first.why}")
-    others = [suspect.module for suspect in bisection.suspects[1:]]
+    others = [f"{suspect.module or 'the model itself'} ({suspect.kind})" for suspect in bisection.suspects[1:]]
     if others:
         lines.append(f"Wrong too: {', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}.")
     right = len(bisection.modules) - sum(module.local > module.allowed for module in bisection.modules)

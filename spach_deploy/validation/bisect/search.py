@@ -1,0 +1,178 @@
+"""The search for the tensors of all places in a graph, wrong ones too.
+
+What a graph makes of the images is compared with the reference's places, and whatever agrees is settled: its readers
+get the reference's value from then on. So each round computes more of the graph from right inputs, and finds more.
+Where a round finds nothing new, the first place whose inputs are all settled, and which nothing right is computed from,
+is wrong: the tensor that stands where its own should is settled as its, and the search goes on behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spach_deploy.onnx_graph.names import owner
+from spach_deploy.validation.bisect.kinds import diagnose
+from spach_deploy.validation.bisect.losses import relative_l2
+from spach_deploy.validation.bisect.mapping import Candidate, Layout, Match, Matcher
+from spach_deploy.validation.bisect.opened import Arrays, OpenedGraph
+from spach_deploy.validation.bisect.reference import View
+
+WRONG_PLACES = 12
+"""After so many wrong places the rest is not looked for: the graph is another model's."""
+
+_EXPLAINED, _EXPLAINS = 12, 0.2
+_MOVED = 1e-5
+"""Relative L2 up to which a tensor is its input, moved."""
+
+Feeds = dict[str, NDArray[np.generic]]
+
+
+class Search:
+    """`settled`: each place's tensor; `wrong`: places that had to be settled by where they stand, in order."""
+
+    def __init__(self, opened: OpenedGraph, view: View, feeds: Feeds, limit: float) -> None:
+        self.settled: dict[str, Match] = {}
+        self.wrong: list[str] = []
+        self.hidden: set[str] = set()
+        self._opened = opened
+        self._view = view
+        self._feeds = feeds
+        self._limit = limit
+        self._form = ""
+        self._find()
+
+    @property
+    def given(self) -> Arrays:
+        """The reference's values of the settled tensors."""
+        return {match.tensor: match.layout.from_rows(match.candidate.recorded.value) for match in self.settled.values()}
+
+    def before(self, place: str) -> list[str]:
+        """Settled places that `place` is computed from, through places that have no tensor."""
+        return [name for name in self._back(place) if name in self.settled]
+
+    def between(self, place: str) -> list[str]:
+        """Places without a tensor that stand between `place` and the settled ones before it, in order."""
+        return [name for name in self._back(place) if name not in self.settled]
+
+    def _back(self, place: str) -> list[str]:
+        seen: set[str] = set()
+        waiting = list(self._view.places[place].parents)
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting.extend(() if name in self.settled else self._view.places[name].parents)
+        return [name for name in self._view.places if name in seen]
+
+    # The rounds
+
+    def _find(self) -> None:
+        while True:
+            if more := self._look():
+                self.settled |= more
+            elif not self._settle_wrong():
+                return
+
+    def _look(self) -> dict[str, Match]:
+        """Places that the graph computes rightly from what is settled."""
+        unsettled = {name: entries for name, entries in self._view.candidates.items() if name not in self.settled}
+        matcher = Matcher(unsettled, self._opened.order, self._limit)
+        given = self.given
+        for names in self._opened.passes(self._opened.tensors(matcher.sizes)):
+            for tensor, value in self._opened.run(self._feeds, names, given).items():
+                matcher.see(tensor, value)
+        self._form = self._form or matcher.form()
+        return matcher.matches(self._form, self.settled.values())
+
+    def _settle_wrong(self) -> bool:
+        """Settle the first wrong place, or say that it has no tensor; False where there is none."""
+        if len(self.wrong) >= WRONG_PLACES:
+            return False
+        for place in self._view.places:
+            if place in self.settled or place in self.hidden or not self._is_next(place):
+                continue
+            match = self._standing_for(place)
+            if match is None:
+                self.hidden.add(place)
+                continue
+            self.wrong.append(place)
+            self.settled[place] = match
+            return True
+        return False
+
+    def _is_next(self, place: str) -> bool:
+        """Whether all before it is settled or has no tensor, and nothing right is computed from it."""
+        if not self._view.is_expected(place) or any(name not in self.hidden for name in self._open_before(place)):
+            return False
+        return not any(place in self.between(later) for later in self.settled if later not in self.wrong)
+
+    def _open_before(self, place: str) -> list[str]:
+        return [name for name in self.between(place) if self._view.is_expected(name)]
+
+    # The tensor of a wrong place
+
+    def _standing_for(self, place: str) -> Match | None:
+        """The tensor that is computed from a place's inputs alone and has its size: that which a fault explains.
+
+        Where none does, the last that is named after the module, else the nearest.
+        """
+        found = list(self._standing(place))
+        named = [entry for entry in found if self._is_named(entry[0])]
+        explained = [(self._left(*entry), entry[0]) for entry in (named or found)[-_EXPLAINED:]]
+        left, best = min(explained, key=lambda entry: entry[0], default=(np.inf, None))
+        if best is not None and left < _EXPLAINS:
+            return best
+        if named:
+            return max((match for match, _ in named), key=lambda match: self._opened.order[match.tensor])
+        return min((match for match, _ in found), key=lambda match: _rank(match.error), default=None)
+
+    def _left(self, match: Match, rows: NDArray[np.floating]) -> float:
+        """Share of the error that is left when the likeliest fault is assumed."""
+        diagnosis = diagnose(match.candidate.recorded, rows)
+        return diagnosis.left / match.error if diagnosis.left and match.error > 0 else np.inf
+
+    def _is_named(self, match: Match) -> bool:
+        module = self._view.places[match.place].module
+        return bool(module) and module in (owner(match.tensor), owner(self._opened.makers[match.tensor]))
+
+    def _standing(self, place: str) -> Iterator[tuple[Match, NDArray[np.floating]]]:
+        given = self.given
+        inputs = [self.settled[name].tensor for name in self.before(place)]
+        candidate = self._view.candidates[place][0]
+        sizes = [entry.recorded.value.size for entry in self._view.candidates[place]]
+        names = self._opened.computed_from(inputs, given, self._opened.tensors(sizes))
+        taken = {match.tensor for match in self.settled.values()}
+        names = [name for name in names if name not in taken]
+        if not names:
+            return
+        for tensor, value in self._opened.run(self._feeds, names, given).items():
+            if value.size == candidate.recorded.value.size:
+                yield from self._as_place(place, tensor, value, inputs)
+
+    def _as_place(
+        self, place: str, tensor: str, value: NDArray[np.floating], inputs: list[str]
+    ) -> Iterator[tuple[Match, NDArray[np.floating]]]:
+        """The tensor taken for the place's in each form and layout, unless it is an input, moved by somebody else."""
+        for candidate in self._view.candidates[place]:
+            for layout in _layouts(value, candidate):
+                rows = layout.to_rows(value, candidate.recorded.value.shape)
+                match = Match(place, candidate, tensor, layout, relative_l2(rows, candidate.recorded.value))
+                if self._is_named(match) or not self._is_input(rows, inputs):
+                    yield match, rows
+
+    def _is_input(self, rows: NDArray[np.floating], inputs: list[str]) -> bool:
+        values = (match.candidate.recorded.value for match in self.settled.values() if match.tensor in inputs)
+        return any(value.shape == rows.shape and relative_l2(rows, value) < _MOVED for value in values)
+
+
+def _layouts(value: NDArray[np.floating], candidate: Candidate) -> Iterator[Layout]:
+    yield Layout(value.shape, channels_first=False)
+    if value.ndim >= 3 and 1 not in candidate.recorded.value.shape[1:]:
+        yield Layout(value.shape, channels_first=True)
+
+
+def _rank(error: float) -> float:
+    return error if np.isfinite(error) else float("inf")

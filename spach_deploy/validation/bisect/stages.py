@@ -1,0 +1,174 @@
+"""Which stage of an export introduced a disagreement: each is done again and compared with the reference.
+
+reference -> static model -> FP32 graph -> typed graph -> engine. The first three are made again here from the weights;
+of the last two the validation has compared what there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from onnx import ModelProto
+from torch import nn
+
+from spach_deploy.errors import SpachError
+from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.rewrites import rewrite
+from spach_deploy.rewrites.static_modules import StaticSpach
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.runtime.saved_graph import saved_graph
+from spach_deploy.validation.bisect.losses import relative_l2
+from spach_deploy.validation.bisect.places import Float32Array
+from spach_deploy.validation.bisect.result import AGREES, DISAGREES, NOT_RUN, StageResult
+from spach_deploy.validation.evidence import Evidence, Level
+from spach_deploy.validation.exact import FP32_LIMIT
+from spach_deploy.validation.precision_loss import evaluate
+from spach_deploy.validation.reference import LOGITS as LOGITS_OUTPUT
+from spach_deploy.validation.trace import parts_of
+
+REFERENCE, STATIC, GRAPH, TYPED, ENGINE = "reference", "static model", "FP32 graph", "typed graph", "engine"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What an export was made from: weights, images (N, 3, S, S) and the logits (N, classes) that were stored of them.
+
+    `disabled` and `quantize` are what the rewrites were told; `target_form`: the graph got TensorRT's form.
+    """
+
+    loaded: LoadedModel
+    images: Float32Array
+    logits: Float32Array
+    disabled: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    target_form: bool = True
+
+
+@dataclasses.dataclass
+class Remade:
+    """The stages made again, as far as they went, and how each compared."""
+
+    results: list[StageResult] = dataclasses.field(default_factory=list)
+    static: StaticSpach | None = None
+    graph: ModelProto | None = None
+
+
+def remake(sources: Sources, say: Callable[[str], None]) -> Remade:
+    """Reference, static model and FP32 graph, made again up to the first that disagrees."""
+    remade = Remade()
+    expected = _stage(remade, REFERENCE, lambda: evaluate(sources.loaded.model, sources.images), sources.logits)
+    if expected is None:
+        return remade
+    say("Rewriting again.")
+    if _stage(remade, STATIC, lambda: _rewritten(remade, sources), expected) is None:
+        return remade
+    say("Exporting again.")
+    _stage(remade, GRAPH, lambda: _exported(remade, sources), expected)
+    return remade
+
+
+def _stage(
+    remade: Remade, name: str, answer: Callable[[], Float32Array], expected: Float32Array
+) -> Float32Array | None:
+    """The logits where they agree, else None."""
+    start = time.perf_counter()
+    try:
+        logits = answer()
+    except SpachError as error:
+        why = error.message
+        remade.results.append(StageResult(name, None, FP32_LIMIT, DISAGREES, why, time.perf_counter() - start))
+        return None
+    error_l2 = relative_l2(logits, expected)
+    verdict = AGREES if error_l2 <= FP32_LIMIT else DISAGREES
+    remade.results.append(StageResult(name, error_l2, FP32_LIMIT, verdict, "", time.perf_counter() - start))
+    return logits if verdict == AGREES else None
+
+
+def _rewritten(remade: Remade, sources: Sources) -> Float32Array:
+    remade.static = rewrite(sources.loaded.model, sources.disabled, sources.quantize).model
+    return evaluate(remade.static, sources.images)
+
+
+def _exported(remade: Remade, sources: Sources) -> Float32Array:
+    assert remade.static is not None
+    remade.graph = export_canonical(remade.static, sources.loaded.image_size)
+    if sources.target_form:
+        apply_passes(remade.graph, TENSORRT_PASSES, sources.disabled)
+    with saved_graph(remade.graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
+        logits: Float32Array = runner.run({INPUT: sources.images})[LOGITS]
+    return logits
+
+
+def judged(evidence: Sequence[Evidence], missing_engine: str | None) -> Iterator[StageResult]:
+    """The typed graph and the engine, as the validation compared them; the worst of several runs."""
+    for name, level in ((TYPED, Level.GRAPH), (ENGINE, Level.ENGINE)):
+        runs = [item for item in evidence if item.level is level]
+        if runs:
+            yield _judged(name, max(runs, key=lambda item: (not item.passed, _error(item) or 0.0)))
+        elif name == ENGINE and missing_engine is not None:
+            yield StageResult(name, None, None, NOT_RUN, missing_engine)
+
+
+def _judged(name: str, run: Evidence) -> StageResult:
+    tolerance = run.bounds.outputs.get(LOGITS_OUTPUT)
+    why = "" if run.passed else "; ".join(run.verdict.findings[:1])
+    verdict = AGREES if run.passed else DISAGREES
+    return StageResult(name, _error(run), None if tolerance is None else tolerance.rel_l2, verdict, why)
+
+
+def _error(run: Evidence) -> float | None:
+    return next((output.rel_l2_worst for output in run.comparison.outputs if output.name == LOGITS_OUTPUT), None)
+
+
+def first_wrong_part(published: nn.Module, static: StaticSpach, images: Float32Array) -> tuple[str, float]:
+    """The first part of the static model (stem, block, downsampling, norm, head) that is wrong given right inputs.
+
+    Its path and its relative L2; ("", 0.0) where each is right.
+    """
+    inputs, outputs = _parts_of(published, images)
+    parts = dict(static.named_modules(remove_duplicate=False))
+    with torch.inference_mode():
+        for path, x in inputs.items():
+            expected = outputs[path].numpy()
+            try:
+                value = parts[path](_as_stream(x, parts[path])).numpy().reshape(expected.shape)
+            except (RuntimeError, ValueError):  # not even shapes fit
+                return path, float("inf")
+            if (error := relative_l2(value, expected)) > FP32_LIMIT:
+                return path, error
+    return "", 0.0
+
+
+def _parts_of(published: nn.Module, images: Float32Array) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def watch(path: str, part: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_module: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+            inputs[path], outputs[path] = given[0], made
+
+        return part.register_forward_hook(hook)
+
+    handles = [watch(path, part) for path, part in parts_of(published)]
+    try:
+        with torch.inference_mode():
+            published(torch.from_numpy(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs, outputs
+
+
+def _as_stream(tokens: torch.Tensor, part: nn.Module) -> torch.Tensor:
+    """Tokens (B, N, C) as a static part takes them: on their grid where it works on one."""
+    encoding: Any = getattr(part, "cpe_net", part)
+    if not getattr(encoding, "grid_stream", False) or tokens.ndim != 3:
+        return tokens
+    height, width = encoding.grid
+    return tokens.reshape(len(tokens), height, width, tokens.shape[-1])

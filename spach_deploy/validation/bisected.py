@@ -1,0 +1,115 @@
+"""A validation bisected: which stage introduced a disagreement, the first wrong module, and the kind of error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from spach_deploy.bundle import Bundle
+from spach_deploy.data.preprocess import normalize
+from spach_deploy.specs import Flavour, IODtype
+from spach_deploy.validation.bisect.bisection import bisect_graph
+from spach_deploy.validation.bisect.reference import Reference
+from spach_deploy.validation.bisect.result import Bisection, StageResult, Suspect
+from spach_deploy.validation.bisect.stages import GRAPH, Remade, Sources, first_wrong_part, judged, remake
+from spach_deploy.validation.bundle_facts import BundleFacts, read_record
+from spach_deploy.validation.evidence import Trial
+from spach_deploy.validation.live_reference import Weights, rebuild
+from spach_deploy.validation.validate import Validation
+
+Say = Callable[[str], None]
+
+IMAGES = 4
+"""Images on which stages are compared again, the worst of the validation first; modules look at fewer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bisected:
+    """What is bisected: a file with a graph, of a bundle, and who has its weights."""
+
+    graph: Path
+    bundle: Bundle
+    facts: BundleFacts
+    weights: Weights
+
+
+def bisected(validation: Validation, what: Bisected, say: Say) -> Validation:
+    """`validation` with its bisection. Raises UsageError when the weights are needed and not given."""
+    say("Rebuilding the reference.")
+    chosen = _worst_first(validation)
+    sources = _sources(validation.trial, chosen, what)
+    remade = remake(sources, say)
+    missing = validation.missing_engine_run
+    later = judged(validation.evidence, None if missing is None else missing.reason)
+    stages = (*remade.results, *later)
+    say("Bisecting by module.")
+    bisection = _by_module(what, sources, remade, stages, _pixels(validation.trial, chosen, what.facts))
+    return dataclasses.replace(validation, bisection=dataclasses.replace(bisection, stages=stages))
+
+
+def _by_module(
+    what: Bisected,
+    sources: Sources,
+    remade: Remade,
+    stages: tuple[StageResult, ...],
+    pixels: npt.NDArray[np.uint8] | None,
+) -> Bisection:
+    """The graph of the first stage that disagrees, module by module; the typed graph where none of ours does."""
+    first = next((stage.stage for stage in stages if stage.disagrees), None)
+    if remade.static is None or (remade.graph is None and first != GRAPH):
+        return _of_static(sources, remade)
+    reference = Reference(
+        sources.loaded.model, sources.images, static=remade.static, plan=read_record(what.facts), pixels=pixels
+    )
+    if first == GRAPH and remade.graph is not None:
+        return bisect_graph(remade.graph, reference)
+    return bisect_graph(onnx.load(what.graph), reference)
+
+
+def _of_static(sources: Sources, remade: Remade) -> Bisection:
+    """Where the static model itself is wrong, or could not be made: its first wrong part."""
+    if remade.static is None:
+        return Bisection((), (), ())
+    path, error = first_wrong_part(sources.loaded.model, remade.static, sources.images)
+    suspects = (Suspect(path, "wrong rewrite", error, 0.0, "Its static form computes something else."),) if path else ()
+    return Bisection(suspects, (), ())
+
+
+def _worst_first(validation: Validation) -> list[int]:
+    """The images to look at: that with the largest error first."""
+    worst = [output.worst_image for item in validation.evidence for output in item.comparison.outputs]
+    count = len(validation.trial)
+    return list(dict.fromkeys([*(index for index in worst if index < count), *range(count)]))[:IMAGES]
+
+
+def _sources(trial: Trial, chosen: list[int], what: Bisected) -> Sources:
+    facts, bundle = what.facts, what.bundle
+    loaded = rebuild(bundle.manifest.model, what.weights)
+    disabled, quantize = _told(bundle, facts)
+    inputs = _inputs(trial, chosen)
+    is_uint8 = facts.outputs.io_dtype is IODtype.UINT8
+    images = normalize(inputs.astype(np.uint8), facts.preprocessing) if is_uint8 else inputs.astype(np.float32)
+    has_target_form = facts.flavour is not Flavour.NONE and facts.quantization is None
+    return Sources(loaded, images, trial.logits[chosen], disabled, quantize, has_target_form)
+
+
+def _inputs(trial: Trial, chosen: list[int]) -> npt.NDArray[np.generic]:
+    return np.concatenate([trial.inputs(index, index + 1) for index in chosen])
+
+
+def _pixels(trial: Trial, chosen: list[int], facts: BundleFacts) -> npt.NDArray[np.uint8] | None:
+    return _inputs(trial, chosen).astype(np.uint8) if facts.outputs.io_dtype is IODtype.UINT8 else None
+
+
+def _told(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which rewrites were turned off, and what was quantized against the rules."""
+    if facts.quantization is not None:
+        return facts.quantization.disabled, facts.quantization.quantize
+    rewrites = bundle.manifest.content.get("graph", {}).get("rewrites", {})
+    off = (name for name, entry in rewrites.items() if any("--no-rewrite" in why for why in entry.get("skipped", ())))
+    return tuple(off), ()
