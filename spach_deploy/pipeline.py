@@ -40,7 +40,7 @@ from spach_deploy.validation.evidence import Trial, examine_typed
 from spach_deploy.validation.precision_loss import Arithmetic
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
-from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances
+from spach_deploy.validation.tolerance import LOSS_IMAGES, QUANTIZED_LOSS_IMAGES, ToleranceSet, derive_tolerances
 from spach_deploy.validation.trace import Trace, trace
 from spach_deploy.validation.validate import (
     Plan,
@@ -238,8 +238,17 @@ def tolerances_for(
 ) -> ToleranceSet:
     """Bounds from FP32's noise and from what PyTorch loses in the asked precision on these images."""
     tf32 = options.engine.tf32 and options.engine.flavour is not Flavour.NONE
-    images = photographs.images
-    return derive_tolerances(loaded.model, images, reference, options.rest, options.outputs, tf32=tf32, twin=twin)
+    count = LOSS_IMAGES if twin is None else QUANTIZED_LOSS_IMAGES
+    return derive_tolerances(
+        loaded.model,
+        photographs.images,
+        reference,
+        options.rest,
+        options.outputs,
+        tf32=tf32,
+        loss_images=count,
+        twin=twin,
+    )
 
 
 def trace_depth(

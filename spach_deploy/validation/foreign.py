@@ -69,7 +69,7 @@ def validate_foreign(
         loaded = rebuild(bundle.manifest.model, weights)
     except UsageError as error:
         note = f"Not bisected by module: {error.message} {error.hint}"
-        bounds = answered.tolerances.graph
+        bounds = _of_logits(answered.tolerances.graph)
         return Validation(subject, trial, _evidence(mapped, trial, bounds), notes=(*mapped.notes, note))
     bounds = _bounds(loaded, trial, facts, answered, mapped)
     found = Validation(subject, trial, _evidence(mapped, trial, bounds), notes=mapped.notes)
@@ -130,12 +130,16 @@ def _trial(trial: Trial, facts: BundleFacts, mapped: Mapped) -> Trial:
 def _bounds(loaded: LoadedModel, trial: Trial, facts: BundleFacts, answered: OnImages, mapped: Mapped) -> Bounds:
     """The bundle's where its precision is the graph's, else derived for the graph's."""
     if facts.quantization is not None and _is_quantized(mapped.graph):
-        return answered.tolerances.graph
+        return _of_logits(answered.tolerances.graph)
     if facts.precision is mapped.precision and facts.outputs.io_dtype is mapped.io_dtype:
-        return answered.tolerances.graph
+        return _of_logits(answered.tolerances.graph)
     count = len(trial)
     images = as_images(trial.inputs(0, count), dataclasses.replace(facts, outputs=trial.outputs))
     return derive_tolerances(loaded.model, images, trial.logits, mapped.precision, trial.outputs).graph
+
+
+def _of_logits(bounds: Bounds) -> Bounds:
+    return dataclasses.replace(bounds, outputs={LOGITS: bounds.outputs[LOGITS]})
 
 
 # Names and shapes

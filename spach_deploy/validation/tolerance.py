@@ -52,6 +52,9 @@ PEAK = 5.0
 """Standard deviations within which all errors of some hundred images' logits lie, or the difference of two of them."""
 
 LOSS_IMAGES = 4
+QUANTIZED_LOSS_IMAGES = 8
+"""Eight bits cost some images several times what they cost others, so more are looked at."""
+
 _NOISE_IMAGES = {Precision.FP32: 2, Precision.FP16: 1, Precision.BF16: 1}  # beside a loss, noise hardly counts
 _HALF_ROUNDOFF = 2.0**-11
 
