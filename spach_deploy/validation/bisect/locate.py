@@ -86,9 +86,13 @@ def locate(graph: ModelProto, reference: Reference) -> Location:
     is_quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     search = Search(opened, view, feeds, FIRM_EIGHT_BITS if is_quantized else FIRM)
     arithmetic = _ARITHMETICS[opened.half] if opened.half is not None else Arithmetic.FP32
-    held = dict(_held(opened, search, feeds, reference, arithmetic))
-    found = {place: held[place] for place in view.places if place in held}
-    suspicions = _suspicions(view, search, found)
+    while True:
+        held = dict(_held(opened, search, feeds, reference, arithmetic))
+        found = {place: held[place] for place in view.places if place in held}
+        suspicions = tuple(_suspicions(view, search, found))
+        hidden = (entry.place for entry in suspicions if entry.found is None)
+        if not any(search.settle_wrong(place) for place in hidden):
+            break
     return Location(view, found, tuple(_behind(entry, opened, search, feeds, found) for entry in suspicions))
 
 

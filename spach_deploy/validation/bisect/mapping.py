@@ -8,6 +8,7 @@ them can be given the reference's value.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -74,6 +75,28 @@ class Match:
     error: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """The form that a graph follows, for each role that places have in their blocks; `overall` for other roles."""
+
+    by_role: Mapping[str, str]
+    overall: str
+
+    def follows(self, place: str, form: str) -> bool:
+        """Whether the graph has this form's value at a place."""
+        return form == self.by_role.get(role(place), self.overall)
+
+
+def role(place: str) -> str:
+    """What a place is in its block, whichever block that is: `spatial_func.qkv` of `layer3.2.spatial_func.qkv`."""
+    block = re.match(r"(blocks|layer\d+)\.\d+", place)
+    return place if block is None else place[block.end() :]
+
+
+def _winner(votes: Counter[str]) -> str:
+    return votes.most_common(1)[0][0] if votes else STATIC
+
+
 class Matcher:
     """Compares tensors with places as they come; `matches` assigns them."""
 
@@ -84,7 +107,12 @@ class Matcher:
         self._limit = limit
         self._found: list[Match] = []
         self._sought: dict[int, list[_Sought]] = {}
-        self._varied = {name for name, candidates in places.items() if len(candidates) > 1 or _is_folded(candidates)}
+        self._folded = {name for name, candidates in places.items() if _is_folded(candidates)}
+        self._varied = {
+            name: [candidate.form for candidate in candidates]
+            for name, candidates in places.items()
+            if len(candidates) > 1
+        }
         for name, candidates in places.items():
             for candidate in candidates:
                 sought = _Sought.of(name, candidate)
@@ -114,29 +142,37 @@ class Matcher:
         if error <= self._limit:
             self._found.append(Match(sought.place, sought.candidate, tensor, layout, error))
 
-    def form(self) -> str:
-        """The form that the graph follows where forms differ: the one in which most places are found."""
-        best: dict[str, Match] = {}
+    def forms(self) -> Forms:
+        """Which form the graph follows where forms differ: that in which most places of one role are found."""
+        found: dict[str, set[str]] = {}
         for match in self._found:
-            if match.place not in best or match.error < best[match.place].error:
-                best[match.place] = match
-        votes = Counter(match.candidate.form for match in best.values() if match.place in self._varied)
-        return votes.most_common(1)[0][0] if votes else ""
+            found.setdefault(match.place, set()).add(match.candidate.form)
+        by_role: dict[str, Counter[str]] = {}
+        for place in self._varied.keys() & found.keys():
+            # The last: with LayerScale outside of it, a projection's folded value is there too, as LayerScale's.
+            form = [form for form in self._varied[place] if form in found[place]][-1]
+            by_role.setdefault(role(place), Counter())[form] += 1
+        overall = sum(by_role.values(), Counter())
+        return Forms({name: _winner(votes) for name, votes in by_role.items()}, _winner(overall))
 
-    def matches(self, form: str, known: Iterable[Match] = ()) -> dict[str, Match]:
+    def matches(self, forms: Forms, known: Iterable[Match] = ()) -> dict[str, Match]:
         """The tensor of each place that has one, best pairs first, `known` ones being taken.
 
-        Values of other forms than the graph's own are looked for where its own is not found, and not where they would
-        be a second name for what is found already: LayerScale in the projection is no place of its own.
+        Places that other forms have folded into a neighbour come last, and not where they would be a second name for
+        what is found already: LayerScale in the projection is no place of its own.
         """
         result: dict[str, Match] = {}
         taken = list(known)
-        own = [match for match in self._found if match.candidate.form == form or match.place not in self._varied]
-        self._assign(own, result, taken)
-        others = (match for match in self._found if match.place not in result)
+        self._assign([match for match in self._found if self._is_own(match, forms)], result, taken)
         values = [match.candidate.recorded.value for match in taken]
-        self._assign([match for match in others if not _is_known(match, values)], result, taken)
+        folded = (match for match in self._found if match.place in self._folded)
+        self._assign([match for match in folded if not _is_known(match, values)], result, taken)
         return result
+
+    def _is_own(self, match: Match, forms: Forms) -> bool:
+        if match.place in self._folded:
+            return False
+        return match.place not in self._varied or forms.follows(match.place, match.candidate.form)
 
     def _assign(self, found: list[Match], result: dict[str, Match], taken: list[Match]) -> None:
         used = {match.tensor for match in taken}

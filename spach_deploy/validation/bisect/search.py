@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from spach_deploy.onnx_graph.names import owner
 from spach_deploy.validation.bisect.kinds import diagnose
 from spach_deploy.validation.bisect.losses import relative_l2
-from spach_deploy.validation.bisect.mapping import Candidate, Layout, Match, Matcher
+from spach_deploy.validation.bisect.mapping import Candidate, Forms, Layout, Match, Matcher
 from spach_deploy.validation.bisect.opened import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import View
 
 WRONG_PLACES = 12
 """After so many wrong places the rest is not looked for: the graph is another model's."""
 
-_EXPLAINED, _EXPLAINS = 12, 0.2
+_NEAR, _EXPLAINED, _EXPLAINS = 0.5, 12, 0.2
 _MOVED = 1e-5
 """Relative L2 up to which a tensor is its input, moved."""
 
@@ -41,13 +41,24 @@ class Search:
         self._view = view
         self._feeds = feeds
         self._limit = limit
-        self._form = ""
+        self._forms: Forms | None = None
         self._find()
 
     @property
     def given(self) -> Arrays:
         """The reference's values of the settled tensors."""
         return {match.tensor: match.layout.from_rows(match.candidate.recorded.value) for match in self.settled.values()}
+
+    def settle_wrong(self, place: str) -> bool:
+        """Settle a place that what follows it shows to be wrong, and what is found then; whether it has a tensor."""
+        match = None if place in self.hidden else self._standing_for(place)
+        if match is None:
+            self.hidden.add(place)
+            return False
+        self.wrong.append(place)
+        self.settled[place] = match
+        self._find()
+        return True
 
     def before(self, place: str) -> list[str]:
         """Settled places that `place` is computed from, through places that have no tensor."""
@@ -73,7 +84,7 @@ class Search:
         while True:
             if more := self._look():
                 self.settled |= more
-            elif not self._settle_wrong():
+            elif not self._settle_next():
                 return
 
     def _look(self) -> dict[str, Match]:
@@ -84,10 +95,10 @@ class Search:
         for names in self._opened.passes(self._opened.tensors(matcher.sizes)):
             for tensor, value in self._opened.run(self._feeds, names, given).items():
                 matcher.see(tensor, value)
-        self._form = self._form or matcher.form()
-        return matcher.matches(self._form, self.settled.values())
+        self._forms = self._forms or matcher.forms()
+        return matcher.matches(self._forms, self.settled.values())
 
-    def _settle_wrong(self) -> bool:
+    def _settle_next(self) -> bool:
         """Settle the first wrong place, or say that it has no tensor; False where there is none."""
         if len(self.wrong) >= WRONG_PLACES:
             return False
@@ -115,11 +126,14 @@ class Search:
     # The tensor of a wrong place
 
     def _standing_for(self, place: str) -> Match | None:
-        """The tensor that is computed from a place's inputs alone and has its size: that which a fault explains.
+        """The tensor that is computed from a place's inputs alone and has its size: the nearest, if it is near.
 
-        Where none does, the last that is named after the module, else the nearest.
+        Else that which a fault explains; where none does, the last that is named after the module, or the nearest.
         """
         found = list(self._standing(place))
+        nearest = min((match for match, _ in found), key=lambda match: _rank(match.error), default=None)
+        if nearest is None or nearest.error < _NEAR:
+            return nearest
         named = [entry for entry in found if self._is_named(entry[0])]
         explained = [(self._left(*entry), entry[0]) for entry in (named or found)[-_EXPLAINED:]]
         left, best = min(explained, key=lambda entry: entry[0], default=(np.inf, None))
@@ -127,7 +141,7 @@ class Search:
             return best
         if named:
             return max((match for match, _ in named), key=lambda match: self._opened.order[match.tensor])
-        return min((match for match, _ in found), key=lambda match: _rank(match.error), default=None)
+        return nearest
 
     def _left(self, match: Match, rows: NDArray[np.floating]) -> float:
         """Share of the error that is left when the likeliest fault is assumed."""
@@ -156,12 +170,18 @@ class Search:
         self, place: str, tensor: str, value: NDArray[np.floating], inputs: list[str]
     ) -> Iterator[tuple[Match, NDArray[np.floating]]]:
         """The tensor taken for the place's in each form and layout, unless it is an input, moved by somebody else."""
-        for candidate in self._view.candidates[place]:
+        for candidate in self._candidates(place):
             for layout in _layouts(value, candidate):
                 rows = layout.to_rows(value, candidate.recorded.value.shape)
                 match = Match(place, candidate, tensor, layout, relative_l2(rows, candidate.recorded.value))
                 if self._is_named(match) or not self._is_input(rows, inputs):
                     yield match, rows
+
+    def _candidates(self, place: str) -> tuple[Candidate, ...]:
+        """The place's value in the form that the graph follows, or in each where that is not known."""
+        every = self._view.candidates[place]
+        own = tuple(entry for entry in every if self._forms is not None and self._forms.follows(place, entry.form))
+        return own or every
 
     def _is_input(self, rows: NDArray[np.floating], inputs: list[str]) -> bool:
         values = (match.candidate.recorded.value for match in self.settled.values() if match.tensor in inputs)
