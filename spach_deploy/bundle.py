@@ -5,6 +5,7 @@
     engine.plan      plain TensorRT plan, or absent with the reason in the manifest
     golden.npz       a few preprocessed inputs with the reference logits
     report.json      the validation in full
+    report.html      the same as a page to read
     build.log        what the engine's builder said
 
 It is written into a hidden sibling directory and moved into place in one step, so that a killed export leaves the old
@@ -31,14 +32,18 @@ from typing import Any
 from spach_deploy.errors import BundleError
 
 SCHEMA_VERSION = 1
-MANIFEST, GRAPH, PLAN, GOLDEN, REPORT = (
+MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
     "manifest.json",
     "model.onnx",
     "engine.plan",
     "golden.npz",
     "report.json",
+    "report.html",
 )
 BUILD_LOG = "build.log"
+WRITTEN_AGAIN = (REPORT, PAGE)
+"""What validating a bundle writes again; no part of what is hashed."""
+
 QUANTIZATION = "quantization.json"
 SENSITIVITY = "sensitivity.svg"
 _SECTIONS = (
@@ -279,12 +284,12 @@ def writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
 def seal(staging: Path, sections: Mapping[str, Any]) -> Manifest:
     """Write manifest.json with the hashes of the files in `staging`, and flush everything to disk.
 
-    The report is no part of what is hashed: validating again may write it again.
+    The report and its page are no part of what is hashed: validating again may write them again.
     """
     files = {
         file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size}
         for file in sorted(staging.iterdir())
-        if file.name not in (MANIFEST, REPORT)
+        if file.name not in (MANIFEST, *WRITTEN_AGAIN)
     }
     content = {"schema_version": SCHEMA_VERSION, **sections, "files": files}
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
-import platform
 from typing import Any
 
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper
 
 from spach_deploy import bundle as bundles
-from spach_deploy._version import __version__
 from spach_deploy.engine.build import EngineResult
 from spach_deploy.engine.network_facts import AchievedPrecision
 from spach_deploy.engine.plan_facts import PlanFacts
@@ -21,11 +18,8 @@ from spach_deploy.quantization.sensitivity import Choice
 from spach_deploy.specs import ExportOptions, IODtype, Preprocessing
 from spach_deploy.stages import GraphStage, StaticStage, TypedStage
 from spach_deploy.stages_quantization import QuantizationStage
-
-_PACKAGES = (
-    *("torch", "einops", "numpy", "onnx", "onnxscript", "onnxsim", "onnxruntime", "polygraphy", "pillow"),
-    *("tensorrt", "tensorrt-rtx", "safetensors"),
-)
+from spach_deploy.tool_versions import tool_versions
+from spach_deploy.validation.exact import FP32_LIMIT
 
 
 def model_section(loaded: LoadedModel, options: ExportOptions) -> dict[str, Any]:
@@ -77,6 +71,7 @@ def graph_section(static: StaticStage, graph: GraphStage, typed: TypedStage) -> 
         "certificate": typed.certificate.to_dict(),
         "rewrites": {name: _outcome(outcome) for name, outcome in static.result.outcomes.items()},
         "passes": {name: len(changed) for name, changed in graph.changed.items()},
+        "relative_l2_limit": FP32_LIMIT,
         "relative_l2": {
             "static model": _by_batch(static.errors),
             "exported graph": _by_batch(graph.errors),
@@ -168,15 +163,5 @@ def tools_section() -> dict[str, Any]:
     """Versions of everything that had a hand in it, and when."""
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "tools": {"spach-deploy": __version__, "python": platform.python_version(), **_installed()},
+        "tools": tool_versions(),
     }
-
-
-def _installed() -> dict[str, str]:
-    versions: dict[str, str] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

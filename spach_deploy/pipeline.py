@@ -21,6 +21,7 @@ from spach_deploy import bundle as bundles
 from spach_deploy import manifest as sections
 from spach_deploy import stages
 from spach_deploy.bundle import Bundle
+from spach_deploy.command_lines import ValidateWords, export_command, validate_command
 from spach_deploy.engine.build import EngineResult, RunningBuild, start_build
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_precision
@@ -32,6 +33,7 @@ from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.quantization.calibrate import Calibration
 from spach_deploy.quantization.plan import QuantizationPlan, write_plan
 from spach_deploy.quantization.twin import quantized_twin
+from spach_deploy.report.files import page_problem
 from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
@@ -40,6 +42,7 @@ from spach_deploy.validation.evidence import Trial, examine_typed
 from spach_deploy.validation.precision_loss import Arithmetic
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
+from spach_deploy.validation.run import Run
 from spach_deploy.validation.tolerance import LOSS_IMAGES, QUANTIZED_LOSS_IMAGES, ToleranceSet, derive_tolerances
 from spach_deploy.validation.trace import Trace, trace
 from spach_deploy.validation.validate import (
@@ -79,7 +82,7 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
 
     Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
     """
-    phases = Phases(observer or Silent())
+    phases, asked = Phases(observer or Silent()), options
     stages.check_options(options)
     flavour, options = choose_engine(options)
     with phases.phase("load the model"):
@@ -128,14 +131,15 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
         with phases.phase("validate the engine"):
             subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
             validation = validate_export(subject, trial, evidence, plan_of(engine), tolerances.engine)
-            validation = dataclasses.replace(validation, trace=along)
+            validation = dataclasses.replace(validation, trace=along, run=validated(target))
         if not validation.passed:
             raise MismatchError(validation.failure(), "Nothing was written.")
         write_report(validation, staging / bundles.REPORT)
-        bundles.seal(
+        manifest = bundles.seal(
             staging,
             {
                 **sections.tools_section(),
+                "command": export_command(named(asked, loaded)),
                 "model": sections.model_section(loaded, options),
                 "preprocessing": sections.preprocessing_section(photographs.preprocessing),
                 **sections.interface_sections(typed.interface, options),
@@ -148,6 +152,8 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
                 "notes": phases.notes,
             },
         )
+        if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
+            phases.note(problem)
     return ExportResult(Bundle.open(target, verify=False), validation, engine)
 
 
@@ -164,6 +170,16 @@ def resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
     """The target with its GPUs, which must compute both the quantized layers and the rest."""
     target = flavour.resolve(options.engine, options.precision)
     return flavour.resolve(target, options.rest) if options.precision.is_quantized else target
+
+
+def named(options: ExportOptions, loaded: LoadedModel) -> ExportOptions:
+    """The options with the model's name, where it was inferred from a checkpoint."""
+    return dataclasses.replace(options, model=dataclasses.replace(options.model, name=loaded.name))
+
+
+def validated(target: Path) -> Run:
+    """How to validate the bundle again."""
+    return Run.now(validate_command(ValidateWords(str(target))))
 
 
 def golden_of(photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions) -> Golden:

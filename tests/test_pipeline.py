@@ -90,10 +90,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 def test_the_bundle_holds_what_it_should_and_its_hashes_are_right(real: Export) -> None:
     folder = real.bundle.path
-    files = {"build.log", "engine.plan", "golden.npz", "manifest.json", "model.onnx", "report.json"}
+    files = {"build.log", "engine.plan", "golden.npz", "manifest.json", "model.onnx", "report.html", "report.json"}
     assert {path.name for path in folder.iterdir()} == files
     listed = real.bundle.manifest.content["files"]
-    assert set(listed) == files - {"manifest.json", "report.json"}
+    assert set(listed) == files - {"manifest.json", "report.html", "report.json"}
     for name, entry in listed.items():
         content = (folder / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -283,7 +283,9 @@ def test_a_bundle_is_replaced_only_with_overwrite(pickled: Export, tmp_path: Pat
     second = exported(tmp_path / "b", *flags, "--overwrite").bundle
     assert second.manifest.precision == "fp32"
     assert second.plan is None
-    assert sorted(os.listdir(tmp_path / "b")) == ["golden.npz", "manifest.json", "model.onnx", "report.json"]
+    assert sorted(os.listdir(tmp_path / "b")) == [
+        *("golden.npz", "manifest.json", "model.onnx", "report.html", "report.json")
+    ]
     assert sorted(os.listdir(tmp_path)) == ["b", "run7.safetensors"]
     first, model = pickled.bundle.manifest.model, second.manifest.model
     assert model["weights_sha256"] == first["weights_sha256"]

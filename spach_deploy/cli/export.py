@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spach_deploy.bundle import PAGE
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.specs import Flavour, IODtype
 
 if TYPE_CHECKING:
+    from spach_deploy.auto import Recommendation
     from spach_deploy.specs import ExportOptions
 
 
@@ -54,12 +56,20 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=opt.FILE, metavar="DIR", help="The bundle.  [build/MODEL-PRECISION]")
 @click.option("--overwrite/--no-overwrite", default=None, help="Replace an earlier bundle in the same place.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
+@click.option("--open", "is_opened", is_flag=True, help="Open the report's page in a browser when it is done.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of the summary.")
 @opt.debug
 @opt.version
 @command
 def main(
-    show_list: bool, list_rewrites: bool, recipe: Path | None, auto: bool, verbose: bool, as_json: bool, **given: Any
+    show_list: bool,
+    list_rewrites: bool,
+    recipe: Path | None,
+    auto: bool,
+    verbose: bool,
+    is_opened: bool,
+    as_json: bool,
+    **given: Any,
 ) -> int | None:
     """Export a SPACH model: ONNX graph, TensorRT engine and the evidence that both compute what PyTorch computes.
 
@@ -78,17 +88,25 @@ def main(
         return _list_rewrites()
     from spach_deploy.cli.early_checks import refuse_early
     from spach_deploy.cli.export_options import export_options
+    from spach_deploy.cli.reporting import check_can_open, open_page
 
+    if is_opened:
+        check_can_open()
     if auto:
-        return _recommend(given, recipe, verbose=verbose, as_json=as_json)
+        found = _recommend(given, recipe, verbose=verbose, as_json=as_json)
+        if is_opened and found.chosen is not None and found.chosen.bundle is not None:
+            open_page(found.chosen.bundle / PAGE)
+        return found.exit_code
     options = export_options(given, recipe)
     refuse_early(options)
-    _export(options, verbose=verbose, as_json=as_json)
+    page = _export(options, verbose=verbose, as_json=as_json)
+    if is_opened:
+        open_page(page)
     return 0
 
 
-def _export(options: ExportOptions, *, verbose: bool, as_json: bool) -> None:
-    """Export and print. Ctrl-C says what was kept, from before torch is loaded to the last line."""
+def _export(options: ExportOptions, *, verbose: bool, as_json: bool) -> Path:
+    """Export and print; the bundle's page. Ctrl-C says what was kept, from before torch is loaded to the last line."""
     from spach_deploy.cli.keeping import Keeping
 
     with ending_on_interrupt(Keeping.of(options).sentence):
@@ -98,9 +116,10 @@ def _export(options: ExportOptions, *, verbose: bool, as_json: bool) -> None:
         with Progress(verbose=verbose) as progress:
             result = export(options, progress)
         click.echo(summary(result, as_json=as_json))
+    return result.bundle.path / PAGE
 
 
-def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> int:
+def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Recommendation:
     """Every candidate exported, one table, one recommendation."""
     import json
 
@@ -115,7 +134,7 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
         with Progress(verbose=verbose) as progress:
             found = recommend(options, progress)
         click.echo(json.dumps(found.to_dict(), indent=2) if as_json else as_table(found))
-    return found.exit_code
+    return found
 
 
 def _list(as_json: bool) -> int:

@@ -9,6 +9,7 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, say
+from spach_deploy.command_lines import ValidateWords, validate_command
 from spach_deploy.specs import WeightSource
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _CHECKPOINT = "Run the reference from the checkpoint that the bundle was made fr
 _BISECT = "Find the stage, the module and the kind of a disagreement, in the names of the PyTorch model's modules."
 _AGAINST = "TARGET is a graph of your own: hold it to what this bundle was made from, module by module."
 _BUNDLE = "The bundle that a model on a server was packaged from."
-_REPORT = "Write the report here.  [report.json in the bundle, where the target is one of its files]"
+_REPORT = "Write the report here, its page beside it.  [report.json in the bundle, where the target is a part of it]"
 
 
 @click.command("spach-validate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,6 +52,7 @@ _REPORT = "Write the report here.  [report.json in the bundle, where the target 
 @click.option("--against", type=opt.FILE, metavar="BUNDLE", help=_AGAINST)
 @click.option("--accept", type=click.Choice(["graph"]), help="Exit with 0 where the graph agreed and no GPU is here.")
 @click.option("--report", type=opt.FILE, metavar="FILE", help=_REPORT)
+@click.option("--open", "is_opened", is_flag=True, help="Open the report's page in a browser.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of table and file.")
 @opt.debug
 @opt.version
@@ -68,6 +70,7 @@ def main(
     against: Path | None,
     accept: str | None,
     report: Path | None,
+    is_opened: bool,
     as_json: bool,
 ) -> int:
     """Compare TARGET with PyTorch in FP32: a bundle, its engine.plan, its model.onnx, or a model on a Triton server.
@@ -86,8 +89,25 @@ def main(
     Exit codes: 0 agreed, 1 did not agree or lost more than --max-drop, 2 bad usage or input, 3 the graph agreed but the
     plan could not be run here (0 with --accept graph).
     """
+    from spach_deploy.cli.reporting import Asked, write_reports
     from spach_deploy.cli.validate_server import check_bundle, is_server, validate_on_server
 
+    words = ValidateWords(
+        target=target,
+        bundle=bundle,
+        images=images,
+        max_images=max_images,
+        labels=labels,
+        max_drop=max_drop,
+        checkpoint=checkpoint,
+        weights=weights,
+        bisect=bisect,
+        against=against,
+        accept_graph=accept == "graph",
+    )
+    place = None if is_server(target) or against is not None else Path(target)
+    asked = Asked(bundle or against or Path(target), place, report, as_json, is_opened)
+    asked.check()
     if is_server(target):
         misplaced = {
             "--against": against,
@@ -98,29 +118,41 @@ def main(
             "--accept": accept,
         }
         validation = validate_on_server(target, bundle, misplaced)
-        _show(validation, as_json=as_json)
-        _write(validation, None, report, as_json=as_json)
-        return validation.exit_code
-    check_bundle(bundle)
+    else:
+        check_bundle(bundle)
+        validation = _validate(words)
+    validation = _recorded(validation, words)
+    _show(validation, as_json=as_json)
+    write_reports(validation, asked)
+    return validation.exit_code
+
+
+def _validate(words: ValidateWords) -> Validation:
+    """The validation of files on this machine."""
     from spach_deploy.validation.target import ValidationRequest, validate_target
 
-    path = Path(target)
     request = ValidationRequest(
-        target=path,
-        images=images,
-        checkpoint=checkpoint,
-        weights=None if weights is None else WeightSource(weights),
-        max_images=max_images,
-        accept_graph=accept == "graph",
-        labels=labels,
-        max_drop=max_drop,
-        bisect=bisect,
-        against=against,
+        target=Path(words.target),
+        images=words.images,
+        checkpoint=words.checkpoint,
+        weights=None if words.weights is None else WeightSource(words.weights),
+        max_images=words.max_images,
+        accept_graph=words.accept_graph,
+        labels=words.labels,
+        max_drop=words.max_drop,
+        bisect=words.bisect,
+        against=words.against,
     )
-    validation = validate_target(request, say)
-    _show(validation, as_json=as_json)
-    _write(validation, path if against is None else None, report, as_json=as_json)
-    return validation.exit_code
+    return validate_target(request, say)
+
+
+def _recorded(validation: Validation, words: ValidateWords) -> Validation:
+    """With what was typed, when, and with which versions."""
+    import dataclasses
+
+    from spach_deploy.validation.run import Run
+
+    return dataclasses.replace(validation, run=Run.now(validate_command(words)))
 
 
 def _show(validation: Validation, *, as_json: bool) -> None:
@@ -131,20 +163,3 @@ def _show(validation: Validation, *, as_json: bool) -> None:
 
     text = report_text(validation).rstrip() if as_json else as_text(validation, color=sys.stdout.isatty())
     click.echo(text)
-
-
-def _write(validation: Validation, target: Path | None, report: Path | None, *, as_json: bool) -> None:
-    """The report file. Where the user named none, being unable to write into the bundle is no error."""
-    from spach_deploy.errors import UsageError
-    from spach_deploy.validation.report import write_report
-    from spach_deploy.validation.target import default_report
-
-    if report is not None:
-        write_report(validation, report)
-    elif not as_json and target is not None and (default := default_report(target)) is not None:
-        try:
-            write_report(validation, default)
-        except UsageError as error:
-            say(error.message)
-            return
-        say(f"Report: {default}")

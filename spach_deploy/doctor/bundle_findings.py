@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle
 from spach_deploy.doctor.capability import RUNS_ON
 from spach_deploy.doctor.commands import exporting, installing
 from spach_deploy.doctor.finding import Finding, Status, Task
@@ -26,7 +26,7 @@ def about_bundle(bundle: Bundle, here: Here, ask: AskTensorRT) -> tuple[Finding,
     """Everything about a bundle, whose files are compared with their hashes here. BundleError for a manifest with
     entries of the wrong kind; OSError as reading its files raises it."""
     batch, plan = _read(bundle)
-    changed = {name: state for name, state in bundle.changed_files().items() if name != REPORT}
+    changed = {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
     return (
         *_files(bundle, changed),
         _golden(bundle, changed),

@@ -21,8 +21,9 @@ from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import saved_graph
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 from spach_deploy.specs import BatchProfile, Flavour, OutputSpec, Precision
+from spach_deploy.validation.answers import Answer, telling_answers
 from spach_deploy.validation.compare import Comparison, compare_outputs
-from spach_deploy.validation.reference import INPUT, expected_outputs, promised_dtypes
+from spach_deploy.validation.reference import INPUT, LOGITS, expected_outputs, promised_dtypes
 from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.verdict import Verdict, judge
 
@@ -60,7 +61,10 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed."""
+    """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed.
+
+    `answers`: the images that changed class, or came closest to it.
+    """
 
     level: Level
     ran: str
@@ -68,6 +72,7 @@ class Evidence:
     comparison: Comparison
     bounds: Bounds
     verdict: Verdict
+    answers: tuple[Answer, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -84,6 +89,7 @@ class Evidence:
             "findings": list(self.verdict.findings),
             "comparison": self.comparison.to_dict(),
             "tolerances": self.bounds.to_dict(),
+            "answers": [answer.to_dict() for answer in self.answers],
         }
 
 
@@ -180,7 +186,8 @@ def _run_and_judge(runner: Runner, level: Level, trial: Trial, bounds: Bounds, r
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     expected = expected_outputs(trial.logits, trial.outputs)
     comparison = compare_outputs(expected, outputs, image_names=trial.names, dtypes=promised_dtypes(trial.outputs))
-    return Evidence(level, ran, sizes, comparison, bounds, judge(comparison, bounds.outputs))
+    answers = telling_answers(trial.logits, outputs.get(LOGITS), trial.names)
+    return Evidence(level, ran, sizes, comparison, bounds, judge(comparison, bounds.outputs), answers)
 
 
 def _pieces(trial: Trial, sizes: tuple[int, ...]) -> Iterator[Array]:

@@ -17,10 +17,15 @@ def as_json(validation: Validation) -> str:
 
 
 def write_report(validation: Validation, path: Path) -> None:
-    """Write the report in one step: a killed run leaves the old file. UsageError where it cannot be written."""
+    """Write the report in one step. UsageError where it cannot be written."""
+    write_whole(path, as_json(validation))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a report or its page in one step: a killed run leaves the old file. UsageError where that fails."""
     draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        draft.write_text(as_json(validation), encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle, find_bundle, sha256_of
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
 from spach_deploy.errors import BundleError, SpachError, UnavailableError, UsageError
 from spach_deploy.runtime import Runner
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -102,7 +102,7 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
     _check_form(request.target, kind)
-    changed = {name: state for name, state in bundle.changed_files().items() if name != REPORT}
+    changed = {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
     pointed = _Pointed(request.target, kind, bundle, facts)
     answered = _answered(bundle, facts, request, changed, say)
     found = _validation(request, pointed, answered, changed)

@@ -16,10 +16,11 @@ from spach_deploy.validation.accuracy import Accuracy
 from spach_deploy.validation.bisect.result import Bisection
 from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_engine
 from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.run import Run
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
 from spach_deploy.validation.trace import Trace
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Validation:
     `missing_engine_run` is set where there is a plan and it did not run. `graph_suffices`: the caller takes evidence of
     the graph for enough, so that such a validation ends with 0. `accuracy` is set where the images have labels.
     `bisection` is set where one was asked for, `trace` where the errors along the network's depth were measured.
+    `run` is how a command came to it.
     """
 
     subject: Subject
@@ -77,6 +79,7 @@ class Validation:
     accuracy: Accuracy | None = None
     bisection: Bisection | None = None
     trace: Trace | None = None
+    run: Run | None = None
 
     @property
     def level(self) -> Level:
@@ -134,12 +137,14 @@ class Validation:
             "spach_deploy": __version__,
             **self.subject.to_dict(),
             "passed": self.passed,
+            "agreed": self.agreed,
             "exit_code": self.exit_code,
             "level": self.level.value,
             "level_sentence": self.level_sentence(),
             "engine_did_not_run": None if missing is None else missing.to_dict(),
             "findings": list(self.all_findings),
             "notes": list(self.notes),
+            "run": None if self.run is None else self.run.to_dict(),
             "images": {"description": self.trial.images, "count": len(self.trial), "names": list(self.trial.names)},
             "reference": self.trial.reference,
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),

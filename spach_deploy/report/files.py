@@ -1,0 +1,86 @@
+"""Where a page lies, and how it gets there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spach_deploy.errors import BundleError, MissingPackageError, SpachError, UsageError
+from spach_deploy.report.content import Content, Json
+from spach_deploy.report.page import GENERATOR, environment, render
+from spach_deploy.report.pictures import pictures_of
+from spach_deploy.report.plots import check_matplotlib
+from spach_deploy.validation.report import write_whole
+
+if TYPE_CHECKING:
+    from spach_deploy.validation.validate import Validation
+
+_SUFFIX = ".html"
+_OURS = f'<meta name="generator" content="{GENERATOR}'
+_HEAD_BYTES = 2048
+
+
+def page_beside(report: Path) -> Path:
+    """The page of a report: of the same name, ending in .html. UsageError where that is the report itself."""
+    page = report.with_suffix(_SUFFIX)
+    if page == report:
+        raise UsageError(f"--report {report} is where the page goes.", f"Give {report.with_suffix('.json').name}.")
+    return page
+
+
+def check_can_make_pages() -> None:
+    """MissingPackageError without jinja2 or matplotlib."""
+    environment()
+    check_matplotlib()
+
+
+def content_of(validation: Validation, manifest: Json) -> Content:
+    """A validation with the manifest of what it was made of, and the pictures that its page shows."""
+    report = validation.to_dict()
+    content = Content(report, manifest)
+    wanted = [answer["image"] for answer in content.first.get("answers", ())]
+    preprocessing = content.section("preprocessing")
+    pictures = pictures_of(validation.trial.inputs, preprocessing, wanted) if preprocessing else {}
+    return Content(report, manifest, pictures)
+
+
+def write_page(validation: Validation, manifest: Json, page: Path) -> None:
+    """Make the page and write it in one step.
+
+    Raises MissingPackageError without jinja2 or matplotlib, UsageError where it cannot be written or another's page is
+    there, BundleError for a manifest with an entry of the wrong kind.
+    """
+    _check_ours(page)
+    try:
+        text = render(content_of(validation, manifest))
+    except MissingPackageError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BundleError(
+            f"The page {page} was not made: the manifest has an entry of the wrong kind ({reason}).",
+            "Export the bundle again.",
+        ) from error
+    write_whole(page, text)
+
+
+def page_problem(validation: Validation, manifest: Json, page: Path) -> str:
+    """Make the page; why it was not made, in a sentence, where that is so. The report itself is there in any case."""
+    try:
+        write_page(validation, manifest, page)
+    except SpachError as error:
+        return str(error)
+    return ""
+
+
+def _check_ours(page: Path) -> None:
+    """A page of somebody else's is left alone."""
+    if not page.exists():
+        return
+    try:
+        with page.open("rb") as stream:
+            is_ours = _OURS.encode() in stream.read(_HEAD_BYTES)
+    except OSError:
+        is_ours = False
+    if not is_ours:
+        raise UsageError(f"{page} is no page of spach-deploy and is left alone.", "Give another --report FILE.json.")

@@ -1,0 +1,96 @@
+"""The page: its sections in order, and the environment in which templates are filled.
+
+text = render(Content(report, manifest, pictures))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spach_deploy._version import __version__
+from spach_deploy.errors import MissingPackageError
+from spach_deploy.report.content import Content
+from spach_deploy.report.formats import FILTERS
+from spach_deploy.report.plots import INSTALL
+from spach_deploy.report.sections import (
+    accuracy,
+    again,
+    answers,
+    bisect,
+    compared,
+    depth,
+    graph,
+    precision,
+    ranges,
+    steps,
+    verdict,
+)
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).with_name("templates")
+GENERATOR = "spach-deploy"
+"""What a page of ours says made it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A section: its anchor and template, its heading, and what picks its contents (None leaves it out)."""
+
+    name: str
+    title: str
+    view: Callable[[Content], Mapping[str, Any] | None]
+
+
+SECTIONS = (
+    Section("bisect", "Where it begins", bisect.view),
+    Section("compared", "What was compared", compared.view),
+    Section("steps", "The pipeline, step by step", steps.view),
+    Section("depth", "Error along the depth", depth.view),
+    Section("answers", "Images", answers.view),
+    Section("accuracy", "Accuracy", accuracy.view),
+    Section("precision", "Precision, layer by layer", precision.view),
+    Section("ranges", "Ranges", ranges.view),
+    Section("graph", "Graph and engine", graph.view),
+    Section("again", "Do it again", again.view),
+)
+"""What a page shows, in order, below its verdict."""
+
+
+def render(content: Content) -> str:
+    """The whole page as text. Raises MissingPackageError without jinja2 or matplotlib."""
+    shown = [(section, view) for section in SECTIONS if (view := section.view(content)) is not None]
+    report = content.report
+    return fill(
+        "page.html.jinja",
+        title=f"{report['model']} {str(report['precision']).upper()}: {verdict.heading_of(report)}",
+        verdict=verdict.view(content),
+        sections=[{"name": section.name, "title": section.title, "view": view} for section, view in shown],
+        report=report,
+        manifest=content.manifest,
+    )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A template filled: `base.html.jinja` is the frame of every page, and needs `title`."""
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    page = environment().get_template(template)
+    return page.render(generator=f"{GENERATOR} {__version__}", style=style, **values)
+
+
+def environment() -> Environment:
+    """Everything is escaped, and a name that is not there is an error. MissingPackageError without jinja2."""
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingPackageError("jinja2", "The page report.html", INSTALL) from None
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    made = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters.update(FILTERS)
+    return made

@@ -1,0 +1,229 @@
+"""Plots along the depth of a network, on a logarithmic axis: drawn by matplotlib, once wide and once narrow.
+
+    chart = Chart(("stem", "layer1.0"), (Line("this engine", (1e-4, 2e-4), "ours"),), "relative L2")
+    drawn = draw(chart, "depth")     # drawn.wide, drawn.narrow: `<svg>` elements
+
+The style sheet shows the one that fits. A legend is the page's own matter: `drawn.legend`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from spach_deploy.errors import MissingPackageError
+from spach_deploy.report.formats import scientific
+from spach_deploy.report.svg import STAND_INS, for_page, with_hints
+
+WIDE, NARROW = (840, 320), (360, 290)
+"""Sizes in CSS pixels."""
+
+_POINTS_PER_INCH = 72  # of an SVG by matplotlib, so that one unit is one pixel
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 14, 30
+_FONT_SIZE = 12
+_FEWEST_PIXELS = 34
+"""A label of a group gets as many, or is left out."""
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+INSTALL = "pip install 'spach-deploy[report]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve: a value for each part of the network, None where there is none.
+
+    `colour` is one of `svg.VARIABLES`. `dash`: solid, dashed or dotted. `dots`: mark each value.
+    """
+
+    label: str
+    values: tuple[float | None, ...]
+    colour: str
+    dash: str = "solid"
+    dots: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A level that holds for all parts, written into the plot."""
+
+    label: str
+    value: float
+    colour: str = "bound"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """What a plot along the depth shows. `parts`: names of the network's parts, in order."""
+
+    parts: tuple[str, ...]
+    lines: tuple[Line, ...]
+    unit: str
+    limits: tuple[Limit, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A chart as two SVG elements, and the lines of its legend."""
+
+    wide: str
+    narrow: str
+    legend: tuple[Line, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Neighbouring parts that share the first word of their names: a stage of the network."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def groups_of(parts: Sequence[str]) -> list[Group]:
+    """layer1.0, layer1.1, layer2.0 -> layer1 (0 to 2), layer2 (2 to 3)."""
+    found, start = [], 0
+    for name, members in itertools.groupby(parts, key=lambda part: part.partition(".")[0]):
+        stop = start + len(list(members))
+        found.append(Group(name, start, stop))
+        start = stop
+    return found
+
+
+def draw(chart: Chart, prefix: str) -> Drawn | None:
+    """Both forms; None for a chart without a positive number. `prefix` makes ids in the page unique.
+
+    Raises MissingPackageError without matplotlib.
+    """
+    if not list(_positive(chart)):
+        return None
+    wide, narrow = (_svg(chart, size, f"{prefix}-{size[0]}") for size in (WIDE, NARROW))
+    return Drawn(wide, narrow, chart.lines)
+
+
+def _positive(chart: Chart) -> Iterator[float]:
+    for line in chart.lines:
+        yield from (value for value in line.values if value is not None and 0 < value < math.inf)
+
+
+def _svg(chart: Chart, size: tuple[int, int], prefix: str) -> str:
+    matplotlib = _matplotlib()
+    width, height = size
+    file = io.StringIO()
+    with matplotlib.rc_context(_style()):
+        figure = matplotlib.figure.Figure(figsize=(width / _POINTS_PER_INCH, height / _POINTS_PER_INCH))
+        box = (_LEFT / width, _BOTTOM / height, 1 - (_LEFT + _RIGHT) / width, 1 - (_TOP + _BOTTOM) / height)
+        axes = figure.add_axes(box)
+        _fill(axes, chart, width - _LEFT - _RIGHT)
+        matplotlib.backends.backend_svg.FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    svg = for_page(file.getvalue(), width, height, prefix)
+    return with_hints(svg, list(_spots(chart, size)), _hints(chart))
+
+
+def check_matplotlib() -> None:
+    """MissingPackageError without it."""
+    _matplotlib()
+
+
+def _matplotlib() -> Any:
+    """matplotlib without what it says of fonts and folders."""
+    try:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        import matplotlib
+        import matplotlib.backends.backend_svg
+        import matplotlib.figure
+    except ImportError:
+        raise MissingPackageError("matplotlib", "The page report.html", INSTALL) from None
+    return matplotlib
+
+
+def _style() -> dict[str, Any]:
+    """Text stays text; the same numbers give the same bytes."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "spach-deploy",
+        "font.size": _FONT_SIZE,
+        "axes.linewidth": 1,
+        "axes.edgecolor": STAND_INS["line"],
+        "axes.labelcolor": STAND_INS["muted"],
+        "text.color": STAND_INS["ink"],
+        "xtick.color": STAND_INS["line"],
+        "xtick.labelcolor": STAND_INS["muted"],
+        "ytick.color": STAND_INS["line"],
+        "ytick.labelcolor": STAND_INS["muted"],
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+    }
+
+
+def _fill(axes: Any, chart: Chart, width: int) -> None:
+    axes.set_yscale("log")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    for line in chart.lines:
+        _plot(axes, line)
+    for limit in chart.limits:
+        axes.axhline(limit.value, color=STAND_INS[limit.colour], linewidth=1.5, dashes=(6, 3))
+        at = (1.0, limit.value)
+        axes.annotate(
+            limit.label,
+            at,
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            color=STAND_INS[limit.colour],
+        )
+    axes.set_xlim(-0.5, len(chart.parts) - 0.5)
+    _label_depth(axes, groups_of(chart.parts), width / len(chart.parts))
+    _label_decades(axes, chart)
+
+
+def _plot(axes: Any, line: Line) -> None:
+    values = [math.nan if value is None or value <= 0 else value for value in line.values]
+    style = {"solid": "-", "dashed": (0, (5, 3)), "dotted": (0, (1, 2))}[line.dash]
+    marker = {"marker": "o", "markersize": 5} if line.dots else {}
+    axes.plot(range(len(values)), values, color=STAND_INS[line.colour], linewidth=2, linestyle=style, **marker)
+
+
+def _label_depth(axes: Any, groups: list[Group], pixels_per_part: float) -> None:
+    """The stages' names below, lines between them."""
+    shown = [group for group in groups if (group.stop - group.start) * pixels_per_part >= _FEWEST_PIXELS]
+    shown = shown or groups[:: max(1, len(groups) // 4)]
+    axes.set_xticks([(group.start + group.stop - 1) / 2 for group in shown], [group.name for group in shown])
+    for group in groups[1:]:
+        axes.axvline(group.start - 0.5, color=STAND_INS["line"], linewidth=1)
+
+
+def _label_decades(axes: Any, chart: Chart) -> None:
+    """Whole decades that hold all values, every one a line, seven at most with a number."""
+    values = [*_positive(chart), *(limit.value for limit in chart.limits)]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    high = max(high, low + 1) + (1 if any(math.log10(limit.value) > high - 0.3 for limit in chart.limits) else 0)
+    step = max(1, math.ceil((high - low) / 7))
+    powers = range(low, high + 1, step)
+    axes.set_ylim(10.0**low, 10.0**high)
+    axes.set_yticks([10.0**power for power in powers], [f"10{str(power).translate(_SUPERSCRIPT)}" for power in powers])
+    axes.yaxis.minorticks_off()
+    axes.grid(axis="y", color=STAND_INS["line"], linewidth=1)
+    axes.set_axisbelow(True)
+
+
+def _spots(chart: Chart, size: tuple[int, int]) -> Iterator[tuple[float, float, float, float]]:
+    width, height = size
+    step = (width - _LEFT - _RIGHT) / len(chart.parts)
+    for index in range(len(chart.parts)):
+        yield _LEFT + index * step, _TOP, step, height - _TOP - _BOTTOM
+
+
+def _hints(chart: Chart) -> list[str]:
+    return [
+        "\n".join([part, *(f"{line.label}: {scientific(line.values[index])}" for line in chart.lines)])
+        for index, part in enumerate(chart.parts)
+    ]
