@@ -179,7 +179,7 @@ def named(options: ExportOptions, loaded: LoadedModel) -> ExportOptions:
 
 def validated(target: Path) -> Run:
     """How to validate the bundle again."""
-    return Run.now(validate_command(ValidateWords(str(target))))
+    return Run.here(validate_command(ValidateWords(str(target))))
 
 
 def golden_of(photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions) -> Golden:

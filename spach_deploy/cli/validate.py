@@ -147,12 +147,12 @@ def _validate(words: ValidateWords) -> Validation:
 
 
 def _recorded(validation: Validation, words: ValidateWords) -> Validation:
-    """With what was typed, when, and with which versions."""
+    """With what was typed, and with which versions."""
     import dataclasses
 
     from spach_deploy.validation.run import Run
 
-    return dataclasses.replace(validation, run=Run.now(validate_command(words)))
+    return dataclasses.replace(validation, run=Run.here(validate_command(words)))
 
 
 def _show(validation: Validation, *, as_json: bool) -> None:

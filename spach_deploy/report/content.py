@@ -11,11 +11,15 @@ Json = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """report.json, the bundle's manifest (empty where there is none), and pictures as data URIs by image index."""
+    """report.json, the bundle's manifest (empty where there is none), and pictures as data URIs by image index.
+
+    `made`: when the page is made, ISO 8601; a report has no time in it.
+    """
 
     report: Json
     manifest: Json = dataclasses.field(default_factory=dict)
     pictures: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    made: str = ""
 
     def section(self, *names: str) -> Json:
         """A section of the manifest, such as `section("engine", "kernels")`; empty where it has none."""

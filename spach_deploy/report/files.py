@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,8 @@ def content_of(validation: Validation, manifest: Json) -> Content:
     wanted = [answer["image"] for answer in content.first.get("answers", ())]
     preprocessing = content.section("preprocessing")
     pictures = pictures_of(validation.trial.inputs, preprocessing, wanted) if preprocessing else {}
-    return Content(report, manifest, pictures)
+    made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Content(report, manifest, pictures, made)
 
 
 def write_page(validation: Validation, manifest: Json, page: Path) -> None:

@@ -1,9 +1,8 @@
-"""How a validation came about: what was typed, when, and with which versions. What is needed to do it again."""
+"""How a validation came about: what was typed, with which versions. What is needed to do it again."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from typing import Any
 
 from spach_deploy.tool_versions import tool_versions
@@ -11,17 +10,15 @@ from spach_deploy.tool_versions import tool_versions
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A command line that repeats the validation, when it was run (ISO 8601, UTC), and versions by package."""
+    """A command line that repeats the validation, and versions by package. No time: the same run, the same report."""
 
     command: str
-    created: str
     tools: dict[str, str]
 
     @classmethod
-    def now(cls, command: str) -> Run:
-        """Of this moment, here."""
-        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return cls(command, created, tool_versions())
+    def here(cls, command: str) -> Run:
+        """With what is installed here."""
+        return cls(command, tool_versions())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -15,7 +15,7 @@ def view(content: Content) -> dict[str, Any]:
     return {
         "commands": list(_commands(content)),
         "created": content.manifest.get("created"),
-        "validated": run.get("created"),
+        "validated": content.made,
         "versions": [
             {"name": name, "export": exported.get(name), "here": here.get(name)}
             for name in dict.fromkeys((*exported, *here))
