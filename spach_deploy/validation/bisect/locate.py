@@ -114,16 +114,28 @@ def _held(
     """Each place computed from right inputs, and as it is, and compared."""
     places = {match.tensor: place for place, match in search.settled.items()}
     given: Arrays = search.given
+    alone = _alone(opened, search, feeds)
     for names in opened.passes(places):
-        alone = opened.run(feeds, names, {})
         for tensor, value in opened.run(feeds, names, given).items():
             match = search.settled[places[tensor]]
-            yield match.place, _found(match, alone[tensor], value, search, reference, arithmetic)
+            yield match.place, _found(match, alone[match.place], value, search, reference, arithmetic)
+
+
+def _alone(opened: OpenedGraph, search: Search, feeds: Feeds) -> dict[str, float]:
+    """Errors in the graph as it is; those of tensors that were found later are measured now."""
+    errors = dict(search.inherited)
+    later = {match.tensor: match for place, match in search.settled.items() if place not in errors}
+    for names in opened.passes(later):
+        for tensor, value in opened.run(feeds, names, {}).items():
+            match = later[tensor]
+            exact = match.candidate.recorded.value
+            errors[match.place] = relative_l2(match.layout.to_rows(value, exact.shape), exact)
+    return errors
 
 
 def _found(
     match: Match,
-    alone: NDArray[np.floating],
+    inherited: float,
     value: NDArray[np.floating],
     search: Search,
     reference: Reference,
@@ -135,7 +147,7 @@ def _found(
     allowed = reference.loss(match.place, match.candidate, arithmetic).allowed + EIGHT_BIT_FACTOR * eight_bits
     for name in search.between(match.place):  # what is folded into it rounds too
         allowed += reference.loss(name, reference.form_of(name, match.candidate.form), arithmetic).allowed
-    return Found(match, relative_l2(match.layout.to_rows(alone, exact.shape), exact), local, allowed, rows)
+    return Found(match, inherited, local, allowed, rows)
 
 
 def _suspicions(view: View, search: Search, found: dict[str, Found]) -> Iterator[Suspicion]:

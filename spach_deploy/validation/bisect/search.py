@@ -31,10 +31,14 @@ Feeds = dict[str, NDArray[np.generic]]
 
 
 class Search:
-    """`settled`: each place's tensor; `wrong`: places that had to be settled by where they stand, in order."""
+    """`settled`: each place's tensor; `wrong`: places that had to be settled by where they stand, in order.
+
+    `inherited`: errors in the graph as it is, of the places that were found in it at once.
+    """
 
     def __init__(self, opened: OpenedGraph, view: View, feeds: Feeds, limit: float) -> None:
         self.settled: dict[str, Match] = {}
+        self.inherited: dict[str, float] = {}
         self.wrong: list[str] = []
         self.hidden: set[str] = set()
         self._opened = opened
@@ -81,11 +85,18 @@ class Search:
     # The rounds
 
     def _find(self) -> None:
-        while True:
-            if more := self._look():
-                self.settled |= more
-            elif not self._settle_next():
+        while self._has_open():
+            more = self._look()
+            if not self.settled:
+                self.inherited = {place: match.error for place, match in more.items()}
+            self.settled |= more
+            if not more and not self._settle_next():
                 return
+
+    def _has_open(self) -> bool:
+        """Whether an expected place has no tensor yet; others are found in the first round or never."""
+        open_places = (place for place in self._view.places if place not in self.settled and place not in self.hidden)
+        return any(self._view.is_expected(place) for place in open_places)
 
     def _look(self) -> dict[str, Match]:
         """Places that the graph computes rightly from what is settled."""
