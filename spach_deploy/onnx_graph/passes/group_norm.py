@@ -4,9 +4,13 @@ Statistics over (H, W, C) in one step make the compiler clear an accumulator, re
 Taken in two levels, each token over its channels and then the tokens, the first level is a row reduction like
 LayerNorm's and the second works on one number a token:
 
-    m_t = mean_c x,  v_t = mean_c (x - m_t)^2          a token's own mean and variance
-    m = mean_t m_t,  v = mean_t (v_t + (m_t - m)^2)    law of total variance, nothing cancels
+    m_t = mean_c x,  v_t = mean_c (x - m_t)^2        a token's own mean and variance
+    m = mean_t m_t,  v = mean_t (v_t + m_t^2) - m^2  law of total variance
     y = (x - m) / sqrt(v + eps) * weight + bias
+
+Both means over tokens stand side by side in one tensor, so one reduction makes them: with (m_t - m)^2 in place of m_t^2
+nothing would cancel, but m would be needed first and that costs a kernel. What cancels is the mean of all channels and
+tokens alone, which a convolution without bias keeps small; the proof of the graph sees it where it is not.
 
 The normalization then fuses with what follows (the shifted depthwise products). All of it is marked to stay in FP32: a
 decomposed normalization keeps no FP32 statistics of its own.
@@ -99,11 +103,14 @@ def _two_level(name: str, source: str, target: str) -> list[NodeProto]:
     centred = add("Sub", "token_centred", x, token_mean)
     squares = add("Mul", "token_squares", centred, centred)
     token_variance = add("ReduceMean", "token_variance", squares, "group_norm.channel", keepdims=1)
-    mean = add("ReduceMean", "mean", token_mean, "group_norm.tokens", keepdims=1)
-    spread = add("Sub", "spread", token_mean, mean)
-    between = add("Mul", "between", spread, spread)
-    total = add("Add", "total", token_variance, between)
-    variance = add("ReduceMean", "variance", total, "group_norm.tokens", keepdims=1)
+    token_power = add("Add", "token_power", token_variance, add("Mul", "token_mean_squared", token_mean, token_mean))
+    means = add(
+        "ReduceMean", "means", add("Concat", "both", token_mean, token_power, axis=3), "group_norm.tokens", keepdims=1
+    )
+    mean, power = f"{name}/mean", f"{name}/power"
+    split = helper.make_node("Split", [means], [mean, power], name=f"{name}/split", axis=3, num_outputs=2)
+    nodes.append(mark_float32(split))
+    variance = add("Sub", "variance", power, add("Mul", "mean_squared", mean, mean))
     deviation = add("Sqrt", "deviation", add("Add", "variance_eps", variance, f"{name}.epsilon"))
     normalized = add("Div", "normalized", add("Sub", "centred", x, mean), deviation)
     add("Add", "shifted", add("Mul", "scaled", normalized, f"{name}.scale"), f"{name}.shift")
