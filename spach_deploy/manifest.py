@@ -65,6 +65,11 @@ def _tensor(value: ValueInfoProto, layout: str) -> dict[str, Any]:
     return {"name": value.name, "dtype": name, "shape": shape, "layout": layout}
 
 
+def precision_section(typed: TypedStage) -> dict[str, Any]:
+    """The policy, and what the graph asks of every weighted layer."""
+    return {**typed.policy.to_dict(), "layers": [layer.to_dict() for layer in typed.layers]}
+
+
 def graph_section(static: StaticStage, graph: GraphStage, typed: TypedStage) -> dict[str, Any]:
     """What was rewritten, what it cost in FP32, and what the graph promises."""
     return {
@@ -138,6 +143,7 @@ def engine_section(
         "version_compatible": target.version_compatible,
         "hardware_compatible": target.hardware_compatible,
         "layers_by_dtype": dict(achieved.layers_by_dtype),
+        "layers": dict(achieved.layers),
         "kernels": kernels(facts, engine.batch.opt),
         "warnings": [{"text": text, "count": count} for text, count in engine.warnings],
         "parse_seconds": round(engine.parse_seconds, 3),

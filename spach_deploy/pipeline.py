@@ -143,7 +143,7 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
                 "model": sections.model_section(loaded, options),
                 "preprocessing": sections.preprocessing_section(photographs.preprocessing),
                 **sections.interface_sections(typed.interface, options),
-                "precision": typed.policy.to_dict(),
+                "precision": sections.precision_section(typed),
                 **sections.quantization_sections(quantized, choice, options),
                 "graph": sections.graph_section(static, graph, typed),
                 "engine": engine_section(engine, options),

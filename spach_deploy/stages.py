@@ -24,6 +24,7 @@ from spach_deploy.phases import Phases, return_freed_memory
 from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.formats import half_format
 from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.layers import LayerPrecision, weighted_layers
 from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.precision.ranges import RangeMeter, Ranges
 from spach_deploy.quantization.correct import correct_biases
@@ -99,6 +100,7 @@ class TypedStage:
     policy: PrecisionPolicy
     certificate: Certificate
     errors: dict[int, float]
+    layers: tuple[LayerPrecision, ...] = ()
 
 
 def check_options(options: ExportOptions) -> None:
@@ -255,7 +257,7 @@ def type_precision(
         result = quantize_typed(result, plan)
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
     certificate = certify(result, module_paths(loaded))
-    return TypedStage(result, interface_of(result), policy, certificate, errors)
+    return TypedStage(result, interface_of(result), policy, certificate, errors, weighted_layers(result))
 
 
 def _measured(

@@ -71,11 +71,15 @@ class NetworkFacts:
 
 @dataclasses.dataclass(frozen=True)
 class AchievedPrecision:
-    """How many weighted layers compute in which types, such as {"int8": 73, "fp16": 30}; `asked`: of the rest."""
+    """How many weighted layers compute in which types, such as {"int8": 73, "fp16": 30}; `asked`: of the rest.
+
+    `layers`: the type of each, by its ONNX node.
+    """
 
     asked: Precision
     layers_by_dtype: dict[str, int]
     kept: tuple[str, ...]
+    layers: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
 
 def read_network_facts(network: Any) -> NetworkFacts:
@@ -154,8 +158,9 @@ def check_achieved_precision(
             f"Eight bits were not achieved as planned in {len(names)} layers: {', '.join(names[:_SHOWN])}.",
             "Export the graph again in that precision.",
         )
+    types = {layer.node: layer.eight_bits or layer.dtypes[0] for layer in layers}
     counts = Counter(layer.eight_bits or layer.dtypes[0] for layer in layers)
-    return AchievedPrecision(asked, dict(counts), tuple(layer.node for layer in layers if layer in kept))
+    return AchievedPrecision(asked, dict(counts), tuple(layer.node for layer in layers if layer in kept), types)
 
 
 def _is_kept(layer: LayerFact, kept_float: Collection[str]) -> bool:

@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.errors import BundleError, MissingPackageError, SpachError, UsageError
+from spach_deploy.errors import BundleError, SpachError, UsageError
 from spach_deploy.report.content import Content, Json
 from spach_deploy.report.page import GENERATOR, environment, render
 from spach_deploy.report.pictures import pictures_of
@@ -55,13 +55,13 @@ def write_page(validation: Validation, manifest: Json, page: Path) -> None:
     _check_ours(page)
     try:
         text = render(content_of(validation, manifest))
-    except MissingPackageError:
+    except SpachError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except Exception as error:  # a manifest that somebody changed may hold anything, and the work is done
         reason = f"{type(error).__name__}: {error}"
         raise BundleError(
-            f"The page {page} was not made: the manifest has an entry of the wrong kind ({reason}).",
-            "Export the bundle again.",
+            f"The page {page.name} was not made: an entry of the manifest or the report is not of its kind ({reason}).",
+            "The report itself is complete; export the bundle again for a page.",
         ) from error
     write_whole(page, text)
 

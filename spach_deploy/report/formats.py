@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import math
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 ABSENT = "–"
 """What stands where there is no number."""
 
+_LONGEST_LINE = 72
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -24,6 +26,12 @@ def scientific(value: Any) -> str:
 def general(value: Any) -> str:
     """Three digits, such as 0.0351 or 12.4."""
     return ABSENT if value is None else f"{float(value):.3g}"
+
+
+def times(value: Any) -> str:
+    """A factor: 1,322 or 12.4."""
+    number = float(value)
+    return f"{number:,.0f}" if 100 <= number < math.inf else f"{number:.3g}"
 
 
 def percent(value: Any, digits: int = 2) -> str:
@@ -72,6 +80,27 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?', '!')) else '.'}"
 
 
+def command(text: str) -> str:
+    """A command line; a long one in several lines, as a shell takes it, broken before options."""
+    lines = [""]
+    for piece in _pieces([shlex.quote(word) for word in shlex.split(text)]):
+        if lines[-1] and len(lines[-1]) + len(piece) > _LONGEST_LINE:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {piece}".lstrip()
+    return " \\\n    ".join(lines)
+
+
+def _pieces(words: list[str]) -> list[str]:
+    """An option with its values is one piece."""
+    pieces: list[str] = []
+    for word in words:
+        if pieces and not word.startswith("-"):
+            pieces[-1] = f"{pieces[-1]} {word}"
+        else:
+            pieces.append(word)
+    return pieces
+
+
 def plural(number: int, word: str) -> str:
     """1 image, 2 images."""
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
@@ -80,6 +109,7 @@ def plural(number: int, word: str) -> str:
 FILTERS: dict[str, Callable[..., str]] = {
     "scientific": scientific,
     "general": general,
+    "times": times,
     "percent": percent,
     "count": count,
     "size": size,
@@ -87,4 +117,5 @@ FILTERS: dict[str, Callable[..., str]] = {
     "moment": moment,
     "sentence": sentence,
     "plural": plural,
+    "command": command,
 }

@@ -6,6 +6,7 @@ text = render(Content(report, manifest, pictures))
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,10 @@ GENERATOR = "spach-deploy"
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section: its anchor and template, its heading, and what picks its contents (None leaves it out)."""
+    """A section: its anchor and template, its heading, and what picks its contents (None leaves it out).
+
+    A `title` among the contents is a heading that says more.
+    """
 
     name: str
     title: str
@@ -47,7 +51,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("bisect", "Where it begins", bisect.view),
+    Section("bisect", "Bisection", bisect.view),
     Section("compared", "What was compared", compared.view),
     Section("steps", "The pipeline, step by step", steps.view),
     Section("depth", "Error along the depth", depth.view),
@@ -69,7 +73,7 @@ def render(content: Content) -> str:
         "page.html.jinja",
         title=f"{report['model']} {str(report['precision']).upper()}: {verdict.heading_of(report)}",
         verdict=verdict.view(content),
-        sections=[{"name": section.name, "title": section.title, "view": view} for section, view in shown],
+        sections=[{"name": s.name, "title": view.get("title", s.title), "view": view} for s, view in shown],
         report=report,
         manifest=content.manifest,
     )
@@ -82,6 +86,7 @@ def fill(template: str, **values: Any) -> str:
     return page.render(generator=f"{GENERATOR} {__version__}", style=style, **values)
 
 
+@functools.cache
 def environment() -> Environment:
     """Everything is escaped, and a name that is not there is an error. MissingPackageError without jinja2."""
     try:

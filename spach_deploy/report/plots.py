@@ -26,6 +26,7 @@ WIDE, NARROW = (840, 320), (360, 290)
 _POINTS_PER_INCH = 72  # of an SVG by matplotlib, so that one unit is one pixel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 14, 30
 _FONT_SIZE = 12
+_MOST_DOTS = 60  # more of them would be a band
 _FEWEST_PIXELS = 34
 """A label of a group gets as many, or is left out."""
 
@@ -37,7 +38,8 @@ INSTALL = "pip install 'spach-deploy[report]'"
 class Line:
     """A curve: a value for each part of the network, None where there is none.
 
-    `colour` is one of `svg.VARIABLES`. `dash`: solid, dashed or dotted. `dots`: mark each value.
+    `colour` is one of `svg.VARIABLES`. `dash`: solid, dashed or dotted. `dots`: mark each value, where there is room.
+    `marked`: indices of values that are beyond what is allowed.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Line:
     colour: str
     dash: str = "solid"
     dots: bool = False
+    marked: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +71,13 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A chart as two SVG elements, and the lines of its legend."""
+    """A chart as two SVG elements, what it counts in, and the lines of its legend."""
 
     wide: str
     narrow: str
+    unit: str
     legend: tuple[Line, ...]
+    has_marks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,8 @@ def draw(chart: Chart, prefix: str) -> Drawn | None:
     if not list(_positive(chart)):
         return None
     wide, narrow = (_svg(chart, size, f"{prefix}-{size[0]}") for size in (WIDE, NARROW))
-    return Drawn(wide, narrow, chart.lines)
+    lines = tuple(dataclasses.replace(line, dots=line.dots and len(chart.parts) <= _MOST_DOTS) for line in chart.lines)
+    return Drawn(wide, narrow, chart.unit, lines, any(line.marked for line in lines))
 
 
 def _positive(chart: Chart) -> Iterator[float]:
@@ -175,9 +181,10 @@ def _fill(axes: Any, chart: Chart, width: int) -> None:
             limit.label,
             at,
             xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
+            xytext=(0, -5),
             textcoords="offset points",
             ha="right",
+            va="top",
             color=STAND_INS[limit.colour],
         )
     axes.set_xlim(-0.5, len(chart.parts) - 0.5)
@@ -188,8 +195,10 @@ def _fill(axes: Any, chart: Chart, width: int) -> None:
 def _plot(axes: Any, line: Line) -> None:
     values = [math.nan if value is None or value <= 0 else value for value in line.values]
     style = {"solid": "-", "dashed": (0, (5, 3)), "dotted": (0, (1, 2))}[line.dash]
-    marker = {"marker": "o", "markersize": 5} if line.dots else {}
+    marker = {"marker": "o", "markersize": 5} if line.dots and len(values) <= _MOST_DOTS else {}
     axes.plot(range(len(values)), values, color=STAND_INS[line.colour], linewidth=2, linestyle=style, **marker)
+    beyond = [values[index] for index in line.marked]
+    axes.plot(line.marked, beyond, "o", color=STAND_INS["bad"], markersize=7, zorder=3)
 
 
 def _label_depth(axes: Any, groups: list[Group], pixels_per_part: float) -> None:
@@ -205,7 +214,7 @@ def _label_decades(axes: Any, chart: Chart) -> None:
     """Whole decades that hold all values, every one a line, seven at most with a number."""
     values = [*_positive(chart), *(limit.value for limit in chart.limits)]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    high = max(high, low + 1) + (1 if any(math.log10(limit.value) > high - 0.3 for limit in chart.limits) else 0)
+    high = max(high, low + 1)
     step = max(1, math.ceil((high - low) / 7))
     powers = range(low, high + 1, step)
     axes.set_ylim(10.0**low, 10.0**high)

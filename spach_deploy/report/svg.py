@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-VARIABLES = ("ink", "muted", "line", "ours", "bound", "noise", "other", "paper")
+VARIABLES = ("ink", "muted", "line", "ours", "bound", "noise", "other", "bad")
 """Names of the style sheet's colours that a plot may use."""
 
 STAND_INS = {name: f"#0{index}0{index}0{index}" for index, name in enumerate(VARIABLES, start=1)}

@@ -26,9 +26,7 @@ def view(content: Content) -> dict[str, Any]:
         "checkpoint": content.section("model").get("checkpoint_sha256"),
         "checkpoint_name": content.section("model").get("checkpoint"),
         "calibration": content.section("quantization", "calibration"),
-        "engine": content.section("engine"),
         "preprocessing": content.section("preprocessing"),
-        "target": content.report["target"],
     }
 
 

@@ -16,6 +16,7 @@ def view(content: Content) -> dict[str, Any] | None:
     flips = flips_of(content.logits)
     margin = float(content.bounds.get("flip_margin", 0.0))
     return {
+        "title": "Images that change class" if answers[0]["flipped"] else "Images that come closest to another class",
         "flipped": bool(answers[0]["flipped"]),
         "images": [_entry(answer, content, margin) for answer in answers],
         "left_out": max(0, len(flips) - len(answers)) if answers[0]["flipped"] else 0,

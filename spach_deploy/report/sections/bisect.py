@@ -15,6 +15,7 @@ def view(content: Content) -> dict[str, Any] | None:
         return None
     modules = [{**module, "is_over": _is_over(module)} for module in bisect["modules"]]
     return {
+        "title": "Module by module" if bisect["passed"] else "Where it begins",
         "passed": bool(bisect["passed"]),
         "lines": list(bisect["lines"]),
         "first_stage": bisect.get("first_stage"),
@@ -32,11 +33,12 @@ def _chart(modules: list[dict[str, Any]]) -> Chart:
     def values(key: str) -> tuple[float | None, ...]:
         return tuple(module[key] for module in modules)
 
+    over = tuple(index for index, module in enumerate(modules) if module["is_over"] and module["local"] is not None)
     return Chart(
         parts,
         (
             Line("inherited, in the whole run", values("inherited"), "other"),
-            Line("its own, given right inputs", values("local"), "ours", dots=True),
+            Line("its own, given right inputs", values("local"), "ours", dots=True, marked=over),
             Line("allowed", values("allowed"), "bound", "dashed"),
         ),
         "relative L2 of the output",

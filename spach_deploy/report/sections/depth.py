@@ -31,10 +31,11 @@ def chart_of(modules: list[Json]) -> Chart:
     def values(key: str) -> tuple[float | None, ...]:
         return tuple(module[key] for module in modules)
 
+    over = tuple(index for index, module in enumerate(modules) if _is_over(module))
     return Chart(
         parts,
         (
-            Line("this graph", values("error"), "ours", dots=True),
+            Line("this graph", values("error"), "ours", dots=True, marked=over),
             Line("allowed", values("allowed"), "bound", "dashed"),
             Line("noise of FP32", values("noise"), "noise", "dotted"),
         ),

@@ -70,7 +70,8 @@ def _run(content: Content) -> Iterator[dict[str, Any]]:
         is_rounded = _ROUNDED in item["ran"]
         step = "Engine" if item["level"] == "engine" else "Typed graph"
         row = _row(content, step, *_figures(item), "agrees" if item["passed"] else "disagrees")
-        yield {**row, "about": item["ran"], "seconds": None if is_rounded else row["seconds"]}
+        ran = {"about": item["ran"].removeprefix("typed graph, ").removeprefix("typed graph ")}
+        yield {**row, **ran, **({"step": "Typed graph, rounded", "seconds": None} if is_rounded else {})}
     missing = content.report.get("engine_did_not_run")
     if missing:
         yield {**_row(content, "Engine", None, None, "did not run"), "about": missing["reason"]}

@@ -24,8 +24,9 @@ def view(content: Content) -> dict[str, Any]:
         "level_sentence": level_sentence(report),
         "reason": reason_of(content),
         "tiles": [tile for tile in (_error(content), _classes(content), _top5(content), _engine(content)) if tile],
-        "findings": findings[:_SHOWN],
-        "more": findings[_SHOWN:],
+        "begins": begins(report),
+        "findings": findings[1 : 1 + _SHOWN],
+        "more": findings[1 + _SHOWN :],
         "is_demo": bool(report.get("is_demo")),
     }
 
@@ -59,8 +60,7 @@ def reason_of(content: Content) -> str:
     """Why, in one sentence."""
     findings = list(content.report.get("findings") or ())
     if findings:
-        more = f" {plural(len(findings) - 1, 'more finding')} below." if len(findings) > 1 else ""
-        return f"{sentence(str(findings[0]))}{more}"
+        return sentence(str(findings[0]))
     logits, bounds = content.logits, content.bounds
     if not logits or not bounds:
         return "Nothing was compared."
@@ -72,6 +72,16 @@ def reason_of(content: Content) -> str:
         f" {percent(share, 0)} of what is allowed, and {changed} of {plural(logits['shape'][0], 'image')}"
         f" {'change' if flips > 1 else 'changes'} class."
     )
+
+
+def begins(report: Json) -> str:
+    """Where a bisection saw it begin, in a sentence; empty without one."""
+    bisect = report.get("bisect") or {}
+    suspects, stage = bisect.get("suspects") or (), bisect.get("first_stage")
+    where = [f"in the {stage}"] if stage else []
+    if suspects:
+        where.append(f"at {suspects[0]['module'] or 'the model itself'} ({suspects[0]['kind']})")
+    return f"It begins {', '.join(where)}." if where else ""
 
 
 def flips_of(logits: Json) -> list[Json]:
