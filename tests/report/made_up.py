@@ -25,15 +25,15 @@ WRONG = REFERENCE[:, ::-1].copy()
 NOISE = {"images": 1, "rel_l2": 1e-6, "max_abs": 1e-6, "margin": 1e-6}
 BOUNDS = Bounds({"logits": Tolerance(0.01, 0.1, 0.99, 0.05, "by hand")}, {"sentence": "by hand", "noise": NOISE})
 
-MODULES = [
+MODULES: list[dict[str, Any]] = [
     {"module": "stem", "kind": "stem", "error": 2e-4, "noise": 1e-7, "allowed": 5e-4, "peak": 9.5},
     {"module": "layer1.0", "kind": "block", "error": 8e-4, "noise": 1e-7, "allowed": 2e-3, "peak": 123.4},
     {"module": "layer1.1", "kind": "block", "error": None, "noise": 0.0, "allowed": 2e-3, "peak": 0.0},
     {"module": "norm", "kind": "norm", "error": 9e-3, "noise": 1e-6, "allowed": 3e-3, "peak": 70_000.0},
     {"module": "head", "kind": "head", "error": 9e-3, "noise": 1e-6, "allowed": 3e-3, "peak": 4.0},
 ]
-TRACE = {"what": "typed graph in ONNX Runtime (CPU)", "images": ["a.jpg"], "modules": MODULES}
-BISECT = {
+TRACE: dict[str, Any] = {"what": "typed graph in ONNX Runtime (CPU)", "images": ["a.jpg"], "modules": MODULES}
+BISECT: dict[str, Any] = {
     "passed": False,
     "lines": ["Stage: typed graph disagrees.", "First wrong module: layer1.0.qkv."],
     "first_stage": "typed graph",

@@ -34,7 +34,12 @@ VALIDATION = made_up.validation(made_up.evidence(made_up.WRONG))
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a browser was asked to open."""
     urls: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda url: urls.append(url) or True)
+
+    def open_url(url: str) -> bool:
+        urls.append(url)
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", open_url)
     return urls
 
 
