@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 from spach_deploy.errors import UsageError
 from spach_deploy.onnx_graph.names import owner
 from spach_deploy.validation.bisect.losses import relative_l2
-from spach_deploy.validation.bisect.mapping import FIRM, FIRM_EIGHT_BITS, Match
+from spach_deploy.validation.bisect.mapping import Match
 from spach_deploy.validation.bisect.opened import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import BATCH, Reference, View
 from spach_deploy.validation.bisect.search import Feeds, Search
@@ -84,8 +84,12 @@ def locate(graph: ModelProto, reference: Reference) -> Location:
     opened = OpenedGraph(graph, batch)
     feeds = {name: reference.inputs(dtype, batch)}
     is_quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
-    search = Search(opened, view, feeds, FIRM_EIGHT_BITS if is_quantized else FIRM)
     arithmetic = _ARITHMETICS[opened.half] if opened.half is not None else Arithmetic.FP32
+
+    def rounding(match: Match) -> float:
+        return reference.loss(match.place, match.candidate, arithmetic).allowed
+
+    search = Search(opened, view, feeds, rounding, is_quantized=is_quantized)
     while True:
         held = dict(_held(opened, search, feeds, reference, arithmetic))
         found = {place: held[place] for place in view.places if place in held}
@@ -184,13 +188,12 @@ def _behind(
             rows = match.layout.to_rows(values[tensor], match.candidate.recorded.value.shape)
             if relative_l2(rows, match.candidate.recorded.value) <= limit:
                 continue
-            if owner(node) != suspicion.place and not _is_moved(rows, match):
+            if owner(node) != suspicion.place and not _is_moved(rows, match, limit):
                 return Suspicion(place, found[place], suspicion.seen_at, rows)
     return suspicion
 
 
-def _is_moved(rows: NDArray[np.floating], match: Match) -> bool:
-    """Whether it is the value in another layout."""
+def _is_moved(rows: NDArray[np.floating], match: Match, limit: float) -> bool:
+    """Whether it is the value in another layout: the same numbers, but for rounding."""
     exact = match.candidate.recorded.value
-    norm = float(np.linalg.norm(exact.astype(np.float64)))
-    return bool(np.sort(rows.ravel())[::97].tolist() == np.sort(exact.ravel())[::97].tolist()) and norm > 0
+    return relative_l2(np.sort(rows, axis=None), np.sort(exact, axis=None)) <= limit

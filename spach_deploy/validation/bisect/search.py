@@ -8,7 +8,7 @@ is wrong: the tensor that stands where its own should is settled as its, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spach_deploy.onnx_graph.names import owner
 from spach_deploy.validation.bisect.kinds import diagnose
 from spach_deploy.validation.bisect.losses import relative_l2
-from spach_deploy.validation.bisect.mapping import Candidate, Forms, Layout, Match, Matcher
+from spach_deploy.validation.bisect.mapping import FIRM, FIRM_EIGHT_BITS, Candidate, Forms, Layout, Match, Matcher
 from spach_deploy.validation.bisect.opened import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import View
 
@@ -24,8 +24,9 @@ WRONG_PLACES = 12
 """After so many wrong places the rest is not looked for: the graph is another model's."""
 
 _NEAR, _EXPLAINED, _EXPLAINS = 0.5, 12, 0.2
-_MOVED = 1e-5
-"""Relative L2 up to which a tensor is its input, moved."""
+
+_EVIDENCE = 3.0
+"""A place that is off by so many times its rounding may be right, with others' rounding folded into it."""
 
 Feeds = dict[str, NDArray[np.generic]]
 
@@ -36,7 +37,15 @@ class Search:
     `inherited`: errors in the graph as it is, of the places that were found in it at once.
     """
 
-    def __init__(self, opened: OpenedGraph, view: View, feeds: Feeds, limit: float) -> None:
+    def __init__(
+        self,
+        opened: OpenedGraph,
+        view: View,
+        feeds: Feeds,
+        rounding: Callable[[Match], float],
+        *,
+        is_quantized: bool,
+    ) -> None:
         self.settled: dict[str, Match] = {}
         self.inherited: dict[str, float] = {}
         self.wrong: list[str] = []
@@ -44,7 +53,9 @@ class Search:
         self._opened = opened
         self._view = view
         self._feeds = feeds
-        self._limit = limit
+        self._limit = FIRM_EIGHT_BITS if is_quantized else FIRM
+        self._rounding = rounding
+        self._is_quantized = is_quantized
         self._forms: Forms | None = None
         self._find()
 
@@ -129,7 +140,12 @@ class Search:
         """Whether all before it is settled or has no tensor, and nothing right is computed from it."""
         if not self._view.is_expected(place) or any(name not in self.hidden for name in self._open_before(place)):
             return False
-        return not any(place in self.between(later) for later in self.settled if later not in self.wrong)
+        return not any(place in self.between(later) for later, match in self.settled.items() if self._is_right(match))
+
+    def _is_right(self, match: Match) -> bool:
+        """Whether a settled place is right to within rounding, so that what it is computed from is too."""
+        evidence = self._limit if self._is_quantized else _EVIDENCE * self._rounding(match)
+        return match.place not in self.wrong and match.error <= evidence
 
     def _open_before(self, place: str) -> list[str]:
         return [name for name in self.between(place) if self._view.is_expected(name)]
@@ -141,12 +157,13 @@ class Search:
 
         Else that which a fault explains; where none does, the last that is named after the module, or the nearest.
         """
-        found = list(self._standing(place))
+        every = list(self._standing(place))
+        named = [entry for entry in every if self._is_named(entry[0])]
+        found = named or [entry for entry in every if not self._is_anothers(entry[0])]
         nearest = min((match for match, _ in found), key=lambda match: _rank(match.error), default=None)
         if nearest is None or nearest.error < _NEAR:
             return nearest
-        named = [entry for entry in found if self._is_named(entry[0])]
-        explained = [(self._left(*entry), entry[0]) for entry in (named or found)[-_EXPLAINED:]]
+        explained = [(self._left(*entry), entry[0]) for entry in found[-_EXPLAINED:]]
         left, best = min(explained, key=lambda entry: entry[0], default=(np.inf, None))
         if best is not None and left < _EXPLAINS:
             return best
@@ -161,7 +178,14 @@ class Search:
 
     def _is_named(self, match: Match) -> bool:
         module = self._view.places[match.place].module
-        return bool(module) and module in (owner(match.tensor), owner(self._opened.makers[match.tensor]))
+        return bool(module) and module in self._names(match)
+
+    def _is_anothers(self, match: Match) -> bool:
+        """Whether it has the name of another module: in graphs that are not ours, names mean nothing."""
+        return any(place.module in self._names(match) for place in self._view.places.values() if place.module)
+
+    def _names(self, match: Match) -> tuple[str, str]:
+        return owner(match.tensor), owner(self._opened.makers[match.tensor])
 
     def _standing(self, place: str) -> Iterator[tuple[Match, NDArray[np.floating]]]:
         given = self.given
@@ -195,8 +219,13 @@ class Search:
         return own or every
 
     def _is_input(self, rows: NDArray[np.floating], inputs: list[str]) -> bool:
-        values = (match.candidate.recorded.value for match in self.settled.values() if match.tensor in inputs)
-        return any(value.shape == rows.shape and relative_l2(rows, value) < _MOVED for value in values)
+        """Whether it is one of the place's inputs, moved or rounded."""
+        for match in self.settled.values():
+            value = match.candidate.recorded.value
+            is_input = match.tensor in inputs and value.shape == rows.shape
+            if is_input and relative_l2(rows, value) <= self._rounding(match):
+                return True
+        return False
 
 
 def _layouts(value: NDArray[np.floating], candidate: Candidate) -> Iterator[Layout]:
