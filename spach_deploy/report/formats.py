@@ -11,7 +11,7 @@ from typing import Any
 ABSENT = "–"
 """What stands where there is no number."""
 
-_LONGEST_LINE = 72
+_LONGEST_LINE = 64
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 

@@ -39,7 +39,7 @@ _FLAGS = (
 _TO, _FROM = 3, 4
 _WIDTHS = """(() => {
   const root = document.documentElement;
-  const wide = [...document.querySelectorAll("body *")].filter((e) => !e.closest(".scroll, .skip, thead, svg")
+  const wide = [...document.querySelectorAll("body *")].filter((e) => !e.closest(".scroll, .command, .skip, thead, svg")
     && e.getBoundingClientRect().right > root.clientWidth + 1).map((e) => e.tagName + "." + e.className);
   return JSON.stringify({scroll: root.scrollWidth, client: root.clientWidth, height: root.scrollHeight, wide});
 })()"""

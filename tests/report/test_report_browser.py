@@ -36,6 +36,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    assert PROGRAM, "SPACH_REQUIRE_BROWSER is set and no Chromium is here: apt-get install chromium"
     with Browser() as running:
         yield running
 

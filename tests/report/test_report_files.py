@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from spach_deploy.auto import Candidate, Recommendation
 from spach_deploy.bundle import GRAPH, PAGE, PLAN, REPORT, Bundle
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.validate import main as validate_command
@@ -22,7 +23,7 @@ from spach_deploy.report.content import Content
 from spach_deploy.report.files import check_can_make_pages, content_of, page_beside, page_problem, write_page
 from spach_deploy.report.page import TEMPLATES, environment
 from spach_deploy.report.pictures import pictures_of, pixels_of
-from spach_deploy.specs import IODtype, Preprocessing
+from spach_deploy.specs import IODtype, Precision, Preprocessing
 from tests import small_bundles
 from tests.commands import ROOT, contents
 from tests.report import made_up
@@ -153,15 +154,27 @@ def test_open_shows_the_page(bundle: Path, opened: list[str], tmp_path: Path) ->
     assert opened == [(bundle / PAGE).as_uri(), (tmp_path / "mine.html").as_uri()]
 
 
-def test_open_shows_the_page_of_an_export(opened: list[str], tmp_path: Path) -> None:
-    target = tmp_path / "b"
-    size = ("--image-size", small_bundles.SIZE, "--num-classes", small_bundles.CLASSES)
-    arguments = ("--model", small_bundles.NAME, *size, "--engine", "none", "--open", "-o", target)
-    with small_bundles.registered():
-        result = CliRunner().invoke(export_command, [str(argument) for argument in arguments])
+def test_open_shows_the_page_of_an_export(opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spach_deploy.cli.export._export", lambda *options, **how: tmp_path / PAGE)
+    result = CliRunner().invoke(export_command, ["--model", "ms_hybrid_s", "--engine", "none", "--open"])
     assert result.exit_code == 0, result.output
-    assert opened == [(target / PAGE).as_uri()]
-    assert f"spach-export --model {small_bundles.NAME}" in (target / PAGE).read_text(encoding="utf-8")
+    assert opened == [(tmp_path / PAGE).as_uri()]
+
+
+def test_open_shows_the_page_of_what_auto_recommends(
+    opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = Candidate(Precision.INT8, bundle=tmp_path)
+    found = Recommendation((chosen,), chosen, None, ())
+    monkeypatch.setattr("spach_deploy.cli.export._recommend", lambda *options, **how: found)
+    assert CliRunner().invoke(export_command, ["--auto", "--open"]).exit_code == 0
+    assert opened == [(tmp_path / PAGE).as_uri()]
+
+
+def test_a_page_says_how_its_bundle_was_exported(bundle: Path) -> None:
+    asked = f"spach-export --model {small_bundles.NAME} --fp16"
+    assert small_bundles.read_manifest(bundle)["command"].startswith(asked)
+    assert asked in (bundle / PAGE).read_text(encoding="utf-8")
 
 
 def test_a_machine_without_a_browser_is_told_where_the_page_is(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def _run(item: Json) -> dict[str, Any]:
 
 
 def _rows(output: Json, bounds: Json) -> Iterator[Row]:
-    """Figure, measured, allowed, where."""
+    """Figure, measured, allowed, and where or what that is."""
     worst = str(output["worst_name"] or f"image {output['worst_image']}")
     yield "Relative L2, worst image", scientific(output["rel_l2_worst"]), scientific(bounds.get("rel_l2")), worst
     yield "Relative L2, all images", scientific(output["rel_l2"]), "", ""
@@ -88,7 +88,7 @@ def _scores(output: Json, bounds: Json) -> Iterator[Row]:
     yield "KL divergence, mean", f"{float(scores['kl_mean']):.1e} nat", "", ""
     yield "KL divergence, worst", f"{float(scores['kl_worst']):.1e} nat", "", ""
     changed = f"{len(flips_of(output))} of {output['shape'][0]}"
-    yield "Images that change class", changed, _optional(bounds.get("flip_margin"), ".2e"), "up to this margin"
+    yield "Images that change class", changed, _optional(bounds.get("flip_margin"), ".2e"), "allowed up to this margin"
 
 
 def _index(index: Json) -> dict[str, Any]:
