@@ -172,7 +172,7 @@ def test_open_shows_the_page_of_what_auto_recommends(
 
 
 def test_a_page_says_how_its_bundle_was_exported(bundle: Path) -> None:
-    asked = f"spach-export --model {small_bundles.NAME} --fp16"
+    asked = f"spach-export --model {small_bundles.NAME} --image-size {small_bundles.SIZE}"
     assert small_bundles.read_manifest(bundle)["command"].startswith(asked)
     assert asked in (bundle / PAGE).read_text(encoding="utf-8")
 

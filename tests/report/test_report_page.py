@@ -133,7 +133,7 @@ def test_every_figure_that_the_issue_asks_for_is_there() -> None:
     for words in (
         "PyTorch in FP32",
         "1.00e-06",  # the noise
-        "Calibration scales for eight bits – – 1 min 5 s",  # no error of its own
+        "Calibration scales for eight bits – – – 1 min 5 s",  # no error of its own
         "layer1.0.qkv",  # the suspect
         "flip from class 0 to 6",
         "The first module beyond its bound is norm",
