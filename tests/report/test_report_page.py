@@ -92,7 +92,7 @@ def test_a_page_is_well_formed_and_loads_nothing(state: str, manifest: dict[str,
     assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
 
 
-@pytest.mark.parametrize("state", ["wrong", "unverified"])
+@pytest.mark.parametrize("state", ["wrong", "unverified", "engine"])
 def test_a_page_can_be_read_without_seeing_it(state: str) -> None:
     page = Page(render(made_up.content(state)))
     assert len(page.of("h1")) == 1
@@ -105,6 +105,8 @@ def test_a_page_can_be_read_without_seeing_it(state: str) -> None:
     assert all(tags[index + 1] == "caption" for index, tag in enumerate(tags) if tag == "table")
     ids = Counter(attributes["id"] for _, attributes in page.elements if "id" in attributes)
     assert [name for name, times in ids.items() if times > 1] == []
+    regions = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("role") == "region"]
+    assert len(regions) == len(set(regions)) > 5
     labels = {attributes["aria-labelledby"] for attributes in page.of("section")}
     assert labels <= set(ids)
 
