@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spach_deploy.rewrites.static_modules import TokenLinear
 from spach_deploy.validation.bisect.losses import evaluate, relative_l2
-from spach_deploy.validation.bisect.places import AttentionCore, Computation, Kind, Recorded, Rounding
+from spach_deploy.validation.bisect.places import AttentionCore, Computation, Kind, Place, Recorded, Rounding
 
 Array = NDArray[np.floating]
 
@@ -87,7 +87,7 @@ def hypotheses(recorded: Recorded, value: Array) -> Iterator[Hypothesis]:
         yield from _activations(computation)
     yield from _weight_layouts(computation)
     yield from _grid_layouts(exact)
-    yield from _channel_orders(exact, value, recorded.place.kind, module)
+    yield from _channel_orders(exact, value, has_heads=_has_heads(recorded.place))
     if recorded.place.kind is Kind.SUM:
         yield from _missing_parts(computation)
     yield from _roundings(computation, exact)
@@ -249,7 +249,11 @@ def _grid_layouts(exact: Array) -> Iterator[Hypothesis]:
         yield Hypothesis(Fault.LAYOUT, "Its channels and tokens are transposed in memory.", mixed)
 
 
-def _channel_orders(exact: Array, value: Array, kind: Kind, module: nn.Module | None) -> Iterator[Hypothesis]:
+def _has_heads(place: Place) -> bool:
+    return place.kind is Kind.CORE or place.name.endswith(".qkv")
+
+
+def _channel_orders(exact: Array, value: Array, *, has_heads: bool) -> Iterator[Hypothesis]:
     """Right channels in a wrong order, found by which of them are alike; whole heads where these moved together."""
     channels = exact.shape[-1]
     if channels < 2 or exact.shape[1] < 2:
@@ -259,8 +263,7 @@ def _channel_orders(exact: Array, value: Array, kind: Kind, module: nn.Module | 
     moved = np.flatnonzero(source != np.arange(channels))
     if not len(moved) or len(np.unique(source)) != channels:
         return
-    packed = isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features
-    is_heads = (kind is Kind.CORE or packed) and _moves_whole_blocks(source)
+    is_heads = has_heads and _moves_whole_blocks(source)
     fault = Fault.HEADS if is_heads else Fault.WEIGHT if len(moved) <= 2 else Fault.LAYOUT
     words = "Its heads are in another order." if is_heads else f"{len(moved)} of its {channels} channels are permuted."
     yield Hypothesis(fault, words, exact[..., source])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,13 +98,21 @@ def _winner(votes: Counter[str]) -> str:
 
 
 class Matcher:
-    """Compares tensors with places as they come; `matches` assigns them."""
+    """Compares tensors with places as they come; `matches` assigns them.
+
+    `only`: the tensors that a place may be, for places of which that is known.
+    """
 
     def __init__(
-        self, places: Mapping[str, tuple[Candidate, ...]], order: Mapping[str, int], limit: float = FIRM
+        self,
+        places: Mapping[str, tuple[Candidate, ...]],
+        order: Mapping[str, int],
+        limit: float = FIRM,
+        only: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self._order = order
         self._limit = limit
+        self._only = only or {}
         self._found: list[Match] = []
         self._sought: dict[int, list[_Sought]] = {}
         self._folded = {name for name, candidates in places.items() if _is_folded(candidates)}
@@ -130,6 +138,8 @@ class Matcher:
             return
         flat = value.reshape(-1)
         for sought in self._sought[value.size]:
+            if tensor not in self._only.get(sought.place, (tensor,)):
+                continue
             for layout, samples in sought.samples:
                 if layout and value.ndim < 3:
                     continue  # rows of tokens: (B * N, C)

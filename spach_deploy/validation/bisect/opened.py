@@ -40,9 +40,11 @@ class OpenedGraph:
     def __init__(self, graph: ModelProto, batch: int) -> None:
         self.half = half_type(graph)
         self._graph = _twin(graph) if self.half is not None else graph
-        self._weights = ModelProto(graph=GraphProto(initializer=self._graph.graph.initializer))
         self._nodes = list(self._graph.graph.node)
-        self.outputs = [value.name for value in self._graph.graph.output]
+        read = {name for node in self._nodes for name in node.input} | {*_outputs(self._graph)}
+        weights = (tensor for tensor in self._graph.graph.initializer if tensor.name in read)
+        self._weights = ModelProto(graph=GraphProto(initializer=weights))
+        self.outputs = _outputs(self._graph)
         self.makers = {name: node.name for node in self._nodes for name in node.output if name}
         self.order = {name: index for index, name in enumerate(self.makers)}
         self._elements = _float_elements(self._graph, batch)
@@ -113,6 +115,10 @@ class OpenedGraph:
         for name, value in given.items():
             light.graph.input.append(helper.make_tensor_value_info(_given(name), TensorProto.FLOAT, value.shape))
         return light
+
+
+def _outputs(graph: ModelProto) -> list[str]:
+    return [value.name for value in graph.graph.output]
 
 
 def half_type(graph: ModelProto) -> int | None:

@@ -57,7 +57,15 @@ class Search:
         self._rounding = rounding
         self._is_quantized = is_quantized
         self._forms: Forms | None = None
+        self._answers = self._answer_tensors()
         self._find()
+
+    def _answer_tensors(self) -> dict[str, list[str]]:
+        """The last place is what the graph gives out, whatever happens to it on its way."""
+        last = list(self._view.places)[-1]
+        sizes = {candidate.recorded.value.size for candidate in self._view.candidates[last]}
+        fitting = {*self._opened.tensors(sizes)} & {*self._opened.outputs}
+        return {last: sorted(fitting)} if fitting else {}
 
     @property
     def given(self) -> Arrays:
@@ -112,7 +120,7 @@ class Search:
     def _look(self) -> dict[str, Match]:
         """Places that the graph computes rightly from what is settled."""
         unsettled = {name: entries for name, entries in self._view.candidates.items() if name not in self.settled}
-        matcher = Matcher(unsettled, self._opened.order, self._limit)
+        matcher = Matcher(unsettled, self._opened.order, self._limit, self._answers)
         given = self.given
         for names in self._opened.passes(self._opened.tensors(matcher.sizes)):
             for tensor, value in self._opened.run(self._feeds, names, given).items():
@@ -194,7 +202,7 @@ class Search:
         sizes = [entry.recorded.value.size for entry in self._view.candidates[place]]
         names = self._opened.computed_from(inputs, given, self._opened.tensors(sizes))
         taken = {match.tensor for match in self.settled.values()}
-        names = [name for name in names if name not in taken]
+        names = [name for name in names if name not in taken and name in self._answers.get(place, (name,))]
         if not names:
             return
         for tensor, value in self._opened.run(self._feeds, names, given).items():
