@@ -91,7 +91,7 @@ def test_equalization_is_told_pair_by_pair(precision: Precision) -> None:
 def test_tolerances_say_that_they_come_from_eight_bits(precision: Precision) -> None:
     for entry in manifest(precision)["validation"]["tolerances"].values():
         assert entry["derivation"]["arithmetic"] == "eight bits and fp16"
-        assert "what PyTorch itself loses in eight bits and fp16 on 4 images" in entry["derivation"]["sentence"]
+        assert "what PyTorch itself loses in eight bits and fp16 on 8 images" in entry["derivation"]["sentence"]
         assert entry["derivation"]["loss"]["rel_l2"] > 0.01
 
 
