@@ -29,7 +29,9 @@ _T = TypeVar("_T")
 
 MODELS = ("trans_xxs", "ms_mlp_xxs", "ms_conv_xxs")
 _SUBJECTS: list[Subject] = []
-"""Filled before the processes are forked, which share them."""
+_FAULTS: list[tuple[Subject, Planned]] = []
+_VARIANTS: list[tuple[Subject, Variant]] = []
+"""Filled before the processes are forked, which share them and get numbers."""
 
 
 def main() -> None:
@@ -39,12 +41,14 @@ def main() -> None:
     for subject in _SUBJECTS:
         print(subject.name, {form: f"{floor:.1e}" for form, floor in subject.floors.items()}, flush=True)
     share = arguments.faults // len(_SUBJECTS)
-    jobs = [(i, fault) for i, subject in enumerate(_SUBJECTS) for fault in chosen(subject, share, arguments.seed)]
+    _FAULTS.extend((subject, fault) for subject in _SUBJECTS for fault in chosen(subject, share, arguments.seed))
+    _VARIANTS.extend(chosen_variants(_SUBJECTS, arguments.variants))
     start = time.perf_counter()
     with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
-        scores = [found for found in _progress(pool.imap(_fault, enumerate(jobs)), len(jobs)) if found is not None]
-        pairs = list(_variant_jobs(arguments.variants))
-        harmless = list(_progress(pool.imap(_variant, pairs), len(pairs)))
+        count = len(_FAULTS)
+        scores = [found for found in _progress(pool.imap(_fault, range(count)), count) if found is not None]
+        count = len(_VARIANTS)
+        harmless = list(_progress(pool.imap(_variant, range(count)), count))
     body = report(scores, harmless, time.perf_counter() - start)
     record("Bisection of planted faults", "python -m benchmarks.bisect", body, ("torch", "onnxruntime"))
 
@@ -58,21 +62,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _variant_jobs(count: int) -> Iterable[tuple[int, Variant]]:
-    index = {subject.name: position for position, subject in enumerate(_SUBJECTS)}
-    return ((index[subject.name], variant) for subject, variant in chosen_variants(_SUBJECTS, count))
-
-
-def _fault(job: tuple[int, tuple[int, Planned]]) -> Score | None:
-    number, (subject, fault) = job
+def _fault(number: int) -> Score | None:
     torch.set_num_threads(1)
-    return score(_SUBJECTS[subject], fault, seed=number)
+    return score(*_FAULTS[number], seed=number)
 
 
-def _variant(job: tuple[int, Variant]) -> VariantScore:
-    subject, variant = job
+def _variant(number: int) -> VariantScore:
     torch.set_num_threads(1)
-    return score_variant(_SUBJECTS[subject], variant)
+    return score_variant(*_VARIANTS[number])
 
 
 def _progress(results: Iterable[_T], total: int) -> Iterable[_T]:

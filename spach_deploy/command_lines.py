@@ -85,6 +85,7 @@ class ValidateWords:
     """A call of spach-validate, option by option; None, False and defaults are left out."""
 
     target: str
+    other: Path | None = None
     bundle: Path | None = None
     images: Path | None = None
     max_images: int = 256
@@ -99,7 +100,7 @@ class ValidateWords:
 
 def validate_command(given: ValidateWords) -> str:
     """The call of spach-validate."""
-    words = ["spach-validate", given.target]
+    words = ["spach-validate", given.target, *([] if given.other is None else [str(given.other)])]
     for option, value in (
         ("--bundle", given.bundle),
         ("--images", given.images),

@@ -13,6 +13,7 @@ from spach_deploy.command_lines import ValidateWords, validate_command
 from spach_deploy.specs import WeightSource
 
 if TYPE_CHECKING:
+    from spach_deploy.validation.target import ValidationRequest
     from spach_deploy.validation.validate import Validation
 
 _IMAGES = "Compare on these images: a folder, a tar or an npz file. Without it, on the bundle's golden pack."
@@ -30,6 +31,7 @@ _REPORT = "Write the report here, its page beside it.  [report.json in the bundl
 
 @click.command("spach-validate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("target", type=str)
+@click.argument("other", type=opt.FILE, required=False)
 @click.option("--bundle", type=opt.FILE, metavar="DIR", help=_BUNDLE)
 @click.option("--images", type=opt.FILE, metavar="PATH", help=_IMAGES)
 @click.option(
@@ -59,6 +61,7 @@ _REPORT = "Write the report here, its page beside it.  [report.json in the bundl
 @command
 def main(
     target: str,
+    other: Path | None,
     bundle: Path | None,
     images: Path | None,
     max_images: int,
@@ -75,11 +78,14 @@ def main(
 ) -> int:
     """Compare TARGET with PyTorch in FP32: a bundle, its engine.plan, its model.onnx, or a model on a Triton server.
 
+    With OTHER, a second bundle, both are compared with PyTorch and with each other.
+
     \b
     spach-validate build/ms_hybrid_s-fp16/engine.plan
     spach-validate build/ms_hybrid_s-fp16 --images val/ --checkpoint run7.pth
     spach-validate build/ms_hybrid_s-fp16 --images val/ --labels val/ --max-drop 0.3
     spach-validate build/ms_hybrid_s-fp16 --bisect
+    spach-validate build/ms_hybrid_s-fp16 build/ms_hybrid_s-int8
     spach-validate other.onnx --against build/ms_hybrid_s-fp16
     spach-validate grpc://localhost:8001/ms_hybrid_s --bundle build/ms_hybrid_s-fp16
 
@@ -94,6 +100,7 @@ def main(
 
     words = ValidateWords(
         target=target,
+        other=other,
         bundle=bundle,
         images=images,
         max_images=max_images,
@@ -105,6 +112,12 @@ def main(
         against=against,
         accept_graph=accept == "graph",
     )
+    if other is not None:
+        from spach_deploy.cli.validate_two import check_options, show, validate_two
+
+        check_options({"--bundle": bundle, "--against": against, "--bisect": bisect}, report, is_opened=is_opened)
+        compared = validate_two(_request(words), other, validate_command(words))
+        return show(compared, report, as_json=as_json, is_opened=is_opened)
     place = None if is_server(target) or against is not None else Path(target)
     asked = Asked(bundle or against or Path(target), place, report, as_json, is_opened)
     asked.check()
@@ -129,9 +142,15 @@ def main(
 
 def _validate(words: ValidateWords) -> Validation:
     """The validation of files on this machine."""
-    from spach_deploy.validation.target import ValidationRequest, validate_target
+    from spach_deploy.validation.target import validate_target
 
-    request = ValidationRequest(
+    return validate_target(_request(words), say)
+
+
+def _request(words: ValidateWords) -> ValidationRequest:
+    from spach_deploy.validation.target import ValidationRequest
+
+    return ValidationRequest(
         target=Path(words.target),
         images=words.images,
         checkpoint=words.checkpoint,
@@ -143,7 +162,6 @@ def _validate(words: ValidateWords) -> Validation:
         bisect=words.bisect,
         against=words.against,
     )
-    return validate_target(request, say)
 
 
 def _recorded(validation: Validation, words: ValidateWords) -> Validation:

@@ -52,7 +52,7 @@ def write_page(validation: Validation, manifest: Json, page: Path) -> None:
     Raises MissingPackageError without jinja2 or matplotlib, UsageError where it cannot be written or another's page is
     there, BundleError for a manifest with an entry of the wrong kind.
     """
-    _check_ours(page)
+    check_ours(page)
     try:
         text = render(content_of(validation, manifest))
     except SpachError:
@@ -75,8 +75,8 @@ def page_problem(validation: Validation, manifest: Json, page: Path) -> str:
     return ""
 
 
-def _check_ours(page: Path) -> None:
-    """A page of somebody else's is left alone."""
+def check_ours(page: Path) -> None:
+    """UsageError where somebody else's page is: it is left alone."""
     if not page.exists():
         return
     try:

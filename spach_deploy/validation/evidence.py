@@ -63,7 +63,8 @@ class Trial:
 class Evidence:
     """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed.
 
-    `answers`: the images that changed class, or came closest to it.
+    `answers`: the images that changed class, or came closest to it. `logits` (N, classes): what it answered, None where
+    it gave none.
     """
 
     level: Level
@@ -73,6 +74,7 @@ class Evidence:
     bounds: Bounds
     verdict: Verdict
     answers: tuple[Answer, ...] = ()
+    logits: Array | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -186,8 +188,9 @@ def _run_and_judge(runner: Runner, level: Level, trial: Trial, bounds: Bounds, r
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     expected = expected_outputs(trial.logits, trial.outputs)
     comparison = compare_outputs(expected, outputs, image_names=trial.names, dtypes=promised_dtypes(trial.outputs))
-    answers = telling_answers(trial.logits, outputs.get(LOGITS), trial.names)
-    return Evidence(level, ran, sizes, comparison, bounds, judge(comparison, bounds.outputs), answers)
+    logits = outputs.get(LOGITS)
+    answers = telling_answers(trial.logits, logits, trial.names)
+    return Evidence(level, ran, sizes, comparison, bounds, judge(comparison, bounds.outputs), answers, logits)
 
 
 def _pieces(trial: Trial, sizes: tuple[int, ...]) -> Iterator[Array]:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from spach_deploy.errors import UsageError
 from spach_deploy.validation.validate import Validation
@@ -13,7 +14,12 @@ from spach_deploy.validation.validate import Validation
 
 def as_json(validation: Validation) -> str:
     """The report as text."""
-    return json.dumps(validation.to_dict(), indent=2, allow_nan=False) + "\n"
+    return dumped(validation.to_dict())
+
+
+def dumped(content: dict[str, Any]) -> str:
+    """A report's content as text."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def write_report(validation: Validation, path: Path) -> None:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
-from spach_deploy.errors import BundleError, SpachError, UnavailableError, UsageError
-from spach_deploy.runtime import Runner
-from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.errors import BundleError, SpachError, UsageError
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
-from spach_deploy.runtime.saved_graph import saved_graph
-from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 from spach_deploy.specs import WeightSource
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_typed
+from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
 from spach_deploy.validation.live_reference import Images, OnImages, Weights, rebuilt_on_golden, rebuilt_on_images
-from spach_deploy.validation.reference import INPUT, LOGITS, Golden
+from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.trace import Trace
 from spach_deploy.validation.validate import (
@@ -106,7 +97,7 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     pointed = _Pointed(request.target, kind, bundle, facts)
     answered = _answered(bundle, facts, request, changed, say)
     found = _validation(request, pointed, answered, changed)
-    found = _with_accuracy(found, request, pointed, answered, say)
+    found = _with_accuracy(found, request, answered)
     return _bisected(found, request, pointed, say) if request.bisect else found
 
 
@@ -340,25 +331,15 @@ def _try_file(
 # Accuracy
 
 
-def _with_accuracy(
-    found: Validation,
-    request: ValidationRequest,
-    pointed: _Pointed,
-    answered: OnImages,
-    say: Callable[[str], None],
-) -> Validation:
+def _with_accuracy(found: Validation, request: ValidationRequest, answered: OnImages) -> Validation:
     """With the accuracy of what ran first, where the images have labels."""
     labels = answered.labels
     if labels is None:
         _check_not_bounded(request, answered)
         return found
     ran = found.evidence[0] if found.evidence else None
-    if ran is None or not ran.batches:
-        return _without_accuracy(found)
-    say(f"Measuring accuracy on {len(found.trial)} images.")
-    with _candidate(ran, pointed) as runner:
-        logits = _logits(runner, found.trial, ran.batches)
-    if logits is None or logits.shape != found.trial.logits.shape:
+    logits = None if ran is None else ran.logits
+    if ran is None or logits is None or logits.shape != found.trial.logits.shape:
         return _without_accuracy(found)
     measured = paired(found.trial.logits, logits, labels.classes)
     accuracy = Accuracy(measured, ran.ran, labels.origin, request.max_drop, labels.notes)
@@ -373,43 +354,6 @@ def _check_not_bounded(request: ValidationRequest, answered: OnImages) -> None:
 
 def _without_accuracy(found: Validation) -> Validation:
     return dataclasses.replace(found, notes=(*found.notes, "Accuracy was not measured: there are no logits to rank."))
-
-
-@contextlib.contextmanager
-def _candidate(ran: Evidence, pointed: _Pointed) -> Iterator[Runner]:
-    """What `ran`, once more: evidence keeps no outputs."""
-    if ran.level is Level.ENGINE:
-        with TensorRTRunner(pointed.plan.read_bytes(), pointed.facts.flavour) as engine:
-            yield engine
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            runner = stack.enter_context(OnnxRuntimeRunner(pointed.graph))
-        except UnavailableError:  # no kernels for bfloat16
-            runner = stack.enter_context(OnnxRuntimeRunner(stack.enter_context(_rounded(pointed.graph))))
-        yield runner
-
-
-@contextlib.contextmanager
-def _rounded(graph: Path) -> Iterator[Path]:
-    """A file with the graph's twin in FP32, every half tensor rounded."""
-    import onnx
-
-    from spach_deploy.precision.rounding import rounded_twin
-
-    with saved_graph(rounded_twin(onnx.load(graph))) as path:
-        yield path
-
-
-def _logits(runner: Runner, trial: Trial, batches: tuple[int, ...]) -> npt.NDArray[Any] | None:
-    """Logits of the images in the same batches as before; None where it gives none."""
-    parts, start = [], 0
-    for size in batches:
-        inputs = np.ascontiguousarray(trial.inputs(start, start + size))
-        parts.append(runner.run({INPUT: inputs}).get(LOGITS))
-        start += size
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def default_report(target: Path) -> Path | None:

@@ -24,7 +24,7 @@ from tests.report import made_up
 from tests.report.browser import PROGRAM, Browser
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="spach-pages-")
-KINDS = ("pass", "failure", "int8", "unverified engine", "made up")
+KINDS = ("pass", "failure", "int8", "unverified engine", "made up", "two bundles")
 
 pytestmark = [
     pytest.mark.browser,
@@ -70,6 +70,9 @@ def page_of(kind: str) -> Path:
         return validated(kind, small_bundles.bundle())
     if kind == "pass":
         return validated(kind, small_bundles.bundle() / GRAPH)
+    if kind == "two bundles":
+        second = str(small_bundles.bundle(Precision.FP32))
+        return validated(kind, small_bundles.bundle(), second, "--accept", "graph")
     if kind == "int8":
         return small_quantized.bundle(Precision.INT8) / PAGE
     page = Path(_FOLDER.name) / "made-up.html"

@@ -1,0 +1,256 @@
+"""Two bundles side by side: each against PyTorch by its own bounds, one against the other, and what differs in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spach_deploy._version import __version__
+from spach_deploy.bundle import GOLDEN, Bundle
+from spach_deploy.errors import UsageError
+from spach_deploy.validation.answers import Answer, telling_answers
+from spach_deploy.validation.compare import OutputComparison, compare_outputs
+from spach_deploy.validation.reference import LOGITS, Golden
+from spach_deploy.validation.run import Run
+from spach_deploy.validation.target import ValidationRequest, validate_target
+from spach_deploy.validation.validate import REPORT_VERSION, Validation
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """Something both bundles have, in words; "" where one has it not."""
+
+    name: str
+    first: str
+    second: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is not the same in both."""
+        return self.first != self.second
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two: its bundle, and its validation against PyTorch."""
+
+    bundle: Bundle
+    validation: Validation
+
+    @property
+    def logits(self) -> np.ndarray[Any, Any] | None:
+        """What ran first answered."""
+        return self.validation.evidence[0].logits if self.validation.evidence else None
+
+    @property
+    def bound(self) -> float:
+        """How far its logits may be from PyTorch's, relative L2."""
+        return self.validation.evidence[0].bounds.outputs[LOGITS].rel_l2
+
+
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """Two bundles compared. `direct`: the second's logits against the first's, None where no images are common.
+
+    `answers`: images on which they differ, or nearly do. `layers`: modules whose precision differs. `allowed`: relative
+    L2 that both bounds together allow between them, None where their weights differ.
+    """
+
+    first: Side
+    second: Side
+    facts: tuple[Fact, ...]
+    layers: tuple[Fact, ...]
+    direct: OutputComparison | None
+    answers: tuple[Answer, ...]
+    allowed: float | None
+    notes: tuple[str, ...]
+    accepts_graph: bool = False
+    run: Run | None = None
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Everything that is wrong."""
+        found = [f"{side.bundle.path}: {text}" for side in self.sides for text in side.validation.all_findings]
+        if self.direct is not None and self.allowed is not None and not self.direct.rel_l2_worst <= self.allowed:
+            worst = f"{self.direct.rel_l2_worst:.2e} in {self.direct.worst_name or self.direct.worst_image}"
+            found.append(f"They differ from each other by {worst}; both bounds together allow {self.allowed:.2e}.")
+        return tuple(found)
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Both."""
+        return self.first, self.second
+
+    @property
+    def passed(self) -> bool:
+        """Whether both agree with PyTorch, and with each other as far as that follows."""
+        return not self.findings and all(side.validation.passed for side in self.sides)
+
+    @property
+    def exit_code(self) -> int:
+        """0 both agreed, 1 one did not, 3 they agreed as far as this machine can tell."""
+        return max(side.validation.exit_code for side in self.sides) if self.passed else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "report_version": REPORT_VERSION,
+            "kind": "side by side",
+            "spach_deploy": __version__,
+            "passed": self.passed,
+            "exit_code": self.exit_code,
+            "findings": list(self.findings),
+            "notes": list(self.notes),
+            "facts": [dataclasses.asdict(fact) for fact in self.facts],
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "direct": None if self.direct is None else self.direct.to_dict(),
+            "allowed": self.allowed,
+            "answers": [answer.to_dict() for answer in self.answers],
+            "first": self.first.validation.to_dict(),
+            "second": self.second.validation.to_dict(),
+            "run": None if self.run is None else self.run.to_dict(),
+        }
+
+
+def compare_bundles(first: ValidationRequest, second: ValidationRequest, say: Say) -> SideBySide:
+    """Validate both, and compare them. Both requests differ in their targets alone.
+
+    Raises UsageError where they cannot be compared: no bundles, other classes, other image sizes.
+    """
+    bundles = [_bundle(request.target) for request in (first, second)]
+    _check_comparable(*bundles)
+    say(f"Validating {bundles[0].path}.")
+    validations = [validate_target(first, say)]
+    say(f"Validating {bundles[1].path}.")
+    validations.append(validate_target(second, say))
+    sides = [Side(bundle, validation) for bundle, validation in zip(bundles, validations, strict=True)]
+    return _compared(sides[0], sides[1], is_on_images=first.images is not None, accepts_graph=first.accept_graph)
+
+
+def _bundle(target: Path) -> Bundle:
+    if not target.is_dir():
+        raise UsageError(f"{target} is no bundle's directory.", "Two bundles are compared as a whole.")
+    return Bundle.open(target, verify=False)
+
+
+def _check_comparable(first: Bundle, second: Bundle) -> None:
+    for entry, words in (("num_classes", "classes"), ("image_size", "pixels a side")):
+        theirs = [bundle.manifest.model[entry] for bundle in (first, second)]
+        if theirs[0] != theirs[1]:
+            raise UsageError(
+                f"{first.path} has {theirs[0]} {words} and {second.path} has {theirs[1]}.",
+                "Only answers to the same question can be compared.",
+            )
+
+
+def _compared(first: Side, second: Side, *, is_on_images: bool, accepts_graph: bool) -> SideBySide:
+    notes: list[str] = []
+    is_same = first.bundle.manifest.model["weights_sha256"] == second.bundle.manifest.model["weights_sha256"]
+    if not is_same:
+        notes.append("Their weights differ, so their answers may too; each is held to its own reference.")
+    direct: OutputComparison | None = None
+    answers: tuple[Answer, ...] = ()
+    if not is_on_images and not _has_same_images(first.bundle, second.bundle):
+        notes.append("Their golden images differ: give --images to compare their answers with each other.")
+    elif first.logits is None or second.logits is None or first.logits.shape != second.logits.shape:
+        notes.append("There are no two sets of logits to compare with each other.")
+    else:
+        names = first.validation.trial.names
+        compared = compare_outputs({LOGITS: first.logits}, {LOGITS: second.logits}, image_names=names)
+        direct = next(iter(compared.outputs), None)
+        answers = telling_answers(first.logits, second.logits, names)
+    return SideBySide(
+        first=first,
+        second=second,
+        facts=tuple(_facts(first, second)),
+        layers=tuple(_layers(first.bundle, second.bundle)),
+        direct=direct,
+        answers=answers,
+        allowed=first.bound + second.bound if is_same and direct is not None else None,
+        notes=tuple(notes),
+        accepts_graph=accepts_graph,
+    )
+
+
+def _has_same_images(first: Bundle, second: Bundle) -> bool:
+    """Whether both golden packs are of the same pictures: by names, and by pixels where these compare."""
+    packs = [Golden.load(bundle.path / GOLDEN) for bundle in (first, second)]
+    if packs[0].names != packs[1].names:
+        return False
+    mine, theirs = packs[0].input, packs[1].input
+    if mine.dtype == theirs.dtype:
+        return bool(np.array_equal(mine, theirs))
+    kinds = {mine.dtype.kind, theirs.dtype.kind}
+    return "u" in kinds or bool(np.allclose(mine.astype(np.float32), theirs.astype(np.float32), atol=1e-2))
+
+
+# What differs
+
+
+def _facts(first: Side, second: Side) -> Iterator[Fact]:
+    for name, words in _FACTS.items():
+        values = [words(side.bundle.manifest.content) for side in (first, second)]
+        if any(values):
+            yield Fact(name, values[0], values[1])
+
+
+def _megabytes(value: Any) -> str:
+    return "" if value is None else f"{value / 1e6:,.1f} MB"
+
+
+def _kernels(content: Mapping[str, Any], entry: str) -> str:
+    kernels = content["engine"].get("kernels") or {}
+    value = kernels.get(entry)
+    if value is None:
+        return ""
+    return f"{value / 1e6:,.0f} MB" if entry == "bytes_moved" else str(value)
+
+
+def _engine(content: Mapping[str, Any]) -> str:
+    engine = content["engine"]
+    return " ".join(str(engine[name]) for name in ("flavour", "version") if engine.get(name))
+
+
+_FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "model": lambda content: str(content["model"]["name"]),
+    "weights": lambda content: f"{content['model']['origin']} {str(content['model']['weights_sha256'])[:12]}",
+    "precision": lambda content: str(content["precision"].get("asked", content["precision"].get("precision", ""))),
+    "rest": lambda content: str(content["precision"].get("rest") or ""),
+    "engine": _engine,
+    "GPUs": lambda content: ", ".join(content["engine"].get("gpus") or ()),
+    "batch": lambda content: ":".join(str(content["batch"][name]) for name in ("min", "opt", "max")),
+    "input and output": lambda content: str(content["output_options"]["io_dtype"]),
+    "plan": lambda content: _megabytes(content["engine"].get("bytes")),
+    "kernels": lambda content: _kernels(content, "total"),
+    "fused attentions": lambda content: _kernels(content, "fused_attentions"),
+    "moved at batch 8": lambda content: _kernels(content, "bytes_moved"),
+    "graph nodes": lambda content: str(content["graph"].get("certificate", {}).get("nodes", "")),
+    "exported": lambda content: str(content.get("created", "")),
+    "by": lambda content: ", ".join(f"{name} {version}" for name, version in _tools(content)),
+}
+
+
+def _tools(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    tools = content.get("tools", {})
+    wanted = ("spach-deploy", "spach_deploy", "torch", "onnxruntime", "tensorrt-rtx", "tensorrt")
+    return [(name, str(tools[name])) for name in wanted if tools.get(name)]
+
+
+def _layers(first: Bundle, second: Bundle) -> Iterator[Fact]:
+    """Modules whose weights are of another precision in one of the two."""
+    mine, theirs = (_precisions(bundle.manifest.content) for bundle in (first, second))
+    for module in {**mine, **theirs}:
+        fact = Fact(module, mine.get(module, ""), theirs.get(module, ""))
+        if fact.differs and fact.first and fact.second:
+            yield fact
+
+
+def _precisions(content: Mapping[str, Any]) -> dict[str, str]:
+    layers = content["precision"].get("layers") or ()
+    return {str(layer["module"]): str(layer.get("asked", "")) for layer in layers if isinstance(layer, Mapping)}
