@@ -15,6 +15,7 @@ from spach_deploy.cli.console import fail
 SUBCOMMANDS = {
     "triton": ("spach_deploy.cli.package_triton", "A model repository for NVIDIA Triton, and its offline check."),
     "cpp": ("spach_deploy.cli.package_cpp", "A C++17 library that loads the engine, with a self-test."),
+    "polygraphy": ("spach_deploy.cli.package_polygraphy", "The golden data for polygraphy run."),
     "kubernetes": ("spach_deploy.cli.package_kubernetes", "A container image and manifests for a cluster."),
 }
 """Module, whose `main` it is, and help line of each subcommand. One whose module is not there is not offered."""

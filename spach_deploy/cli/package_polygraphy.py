@@ -1,0 +1,61 @@
+"""spach-package polygraphy: a bundle's golden data for `polygraphy run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import Command, command
+
+if TYPE_CHECKING:
+    from spach_deploy.deployment.polygraphy.folder import Written
+
+_OVERWRITE = "Replace a folder that spach-package polygraphy wrote."
+
+
+@click.command("polygraphy", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=opt.FILE)
+@click.option("-o", "--output", type=opt.FILE, metavar="DIR", required=True, help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help=_OVERWRITE)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@opt.debug
+@opt.version
+@command
+def main(bundle: Path, output: Path, overwrite: bool, as_json: bool) -> int:
+    """Write BUNDLE's golden data as Polygraphy's inputs and outputs, with a data loader and a comparison.
+
+    \b
+    spach-package polygraphy build/ms_hybrid_s-fp16 -o golden
+    cd golden && polygraphy run model.onnx --onnxrt --load-inputs inputs.json --load-outputs outputs.json
+
+    Exit codes: 0 written, 2 bad usage or input, 3 Polygraphy is not installed.
+    """
+    from spach_deploy.deployment.polygraphy.folder import write_folder
+
+    written = write_folder(bundle, output, overwrite=overwrite)
+    click.echo(_json(written) if as_json else _text(written))
+    return 0
+
+
+def _text(written: Written) -> str:
+    from spach_deploy.deployment.polygraphy.folder import commands
+
+    sizes = ", ".join(map(str, written.batches))
+    lines = [f"model      {written.model}", f"batches    {sizes}", f"folder     {written.path}", "", "Run in it:"]
+    return "\n".join([*lines, *(f"  {line}" for line in commands(has_plan=written.has_plan))])
+
+
+def _json(written: Written) -> str:
+    from spach_deploy.deployment.polygraphy.folder import commands
+
+    content = {
+        "folder": str(written.path),
+        "model": written.model,
+        "batches": list(written.batches),
+        "commands": list(commands(has_plan=written.has_plan)),
+    }
+    return json.dumps(content, indent=2)

@@ -1,0 +1,157 @@
+"""The folder that spach-package polygraphy writes, in one step: a killed run leaves the old one or none.
+
+FOLDER/
+  manifest.json    that spach-package wrote it, from what
+  README.md        the commands that use it
+  model.onnx       the bundle's graph; engine.plan where it has one
+  inputs.json outputs.json   for --load-inputs and --load-outputs
+  data_loader.py golden.npz  for --data-loader-script
+  compare.py bounds.json     for --compare-func-script
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from spach_deploy._version import __version__
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, check_target, writing
+from spach_deploy.errors import BundleError, MissingPackageError
+from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.evidence import plan_batches
+from spach_deploy.validation.reference import INPUT, Golden, expected_outputs
+
+KIND = "polygraphy"
+SCRIPTS = Path(__file__).with_name("scripts")
+INPUTS, OUTPUTS, LOADER, COMPARE, BOUNDS = "inputs.json", "outputs.json", "data_loader.py", "compare.py", "bounds.json"
+RUNNER = "PyTorch in FP32"
+"""What Polygraphy calls the answers that are compared with."""
+
+_LARGEST_BATCH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A folder that was written: its model, its batches of images, and whether a plan is in it."""
+
+    path: Path
+    model: str
+    batches: tuple[int, ...]
+    has_plan: bool
+
+
+def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Written:
+    """Write the golden data of `bundle`, its graph and its plan to `output`.
+
+    Raises BundleError for what is no bundle, was changed, or for a target that cannot be written.
+    """
+    check_output(output, overwrite=overwrite)
+    opened = Bundle.open(bundle)
+    facts = BundleFacts.of(opened)
+    golden = Golden.load(opened.path / GOLDEN)
+    batches = _batches(len(golden.logits), facts)
+    with writing(output, overwrite=overwrite) as staging:
+        shutil.copyfile(opened.path / GRAPH, staging / GRAPH)
+        if opened.plan is not None:
+            shutil.copyfile(opened.plan, staging / PLAN)
+        for script in (LOADER, COMPARE):
+            shutil.copyfile(SCRIPTS / script, staging / script)
+        _write_data(staging, golden, facts, batches)
+        (staging / BOUNDS).write_text(_bounds(facts), encoding="utf-8")
+        (staging / "README.md").write_text(_readme(opened, facts), encoding="utf-8")
+        (staging / MANIFEST).write_text(_manifest(opened), encoding="utf-8")
+    sizes = tuple(len(batch) for batch in batches)
+    return Written(output, str(opened.manifest.model["name"]), sizes, opened.plan is not None)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a target that holds anything but what was written here; before any work."""
+    if output.is_dir() and any(output.iterdir()):
+        if not _is_ours(output):
+            raise BundleError(
+                f"{output} holds files that spach-package polygraphy did not write; they are left alone.",
+                "Choose another --output.",
+            )
+        if not overwrite:
+            raise BundleError(f"{output} holds Polygraphy's data already.", "Give --overwrite, or another --output.")
+    check_target(output, overwrite=overwrite)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == KIND
+
+
+def _batches(count: int, facts: BundleFacts) -> list[list[int]]:
+    """Images of each run, every size one that the profile allows; images come again where there are too few."""
+    batches: list[list[int]] = []
+    start = 0
+    for size in plan_batches(count, facts.batch, _LARGEST_BATCH):
+        whole = max(size, facts.batch.min)
+        batches.append([(start + offset) % count for offset in range(whole)])
+        start += size
+    return batches
+
+
+def _write_data(folder: Path, golden: Golden, facts: BundleFacts, batches: list[list[int]]) -> None:
+    try:
+        from polygraphy.comparator import IterationResult, RunResults
+        from polygraphy.json import save_json
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise MissingPackageError("polygraphy", "Its data", "pip install polygraphy") from error
+    inputs = [{INPUT: np.ascontiguousarray(golden.input[batch])} for batch in batches]
+    results = [
+        IterationResult(expected_outputs(golden.logits[batch], facts.outputs), runtime=0.0, runner_name=RUNNER)
+        for batch in batches
+    ]
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        save_json(inputs, str(folder / INPUTS))
+        save_json(RunResults([(RUNNER, results)]), str(folder / OUTPUTS))
+    longest = max(map(len, batches))
+    padded = np.array([[*batch, *[-1] * (longest - len(batch))] for batch in batches], np.int64)
+    np.savez(folder / GOLDEN, input=golden.input, logits=golden.logits, names=np.array(golden.names), batches=padded)
+
+
+def _bounds(facts: BundleFacts) -> str:
+    bounds = {name: {"rel_l2": tolerance.rel_l2} for name, tolerance in facts.tolerances.graph.outputs.items()}
+    return json.dumps(bounds, indent=2) + "\n"
+
+
+def _manifest(bundle: Bundle) -> str:
+    content = {
+        "kind": KIND,
+        "spach_deploy": __version__,
+        "bundle": bundle.path.name,
+        "model": bundle.manifest.model["name"],
+        "graph_sha256": bundle.manifest.files[GRAPH],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def commands(*, has_plan: bool) -> tuple[str, ...]:
+    """What a user types in the folder: the graph in ONNX Runtime, and the plan where there is one."""
+    compared = f"--load-outputs {OUTPUTS} --compare-func-script {COMPARE}"
+    graph = f"polygraphy run {GRAPH} --onnxrt --data-loader-script {LOADER} {compared}"
+    plan = f"polygraphy run {PLAN} --model-type engine --trt --load-inputs {INPUTS} {compared}"
+    return (graph, plan) if has_plan else (graph,)
+
+
+def _readme(bundle: Bundle, facts: BundleFacts) -> str:
+    model = f"{bundle.manifest.model['name']}, {facts.precision.value}"
+    lines = "\n".join(f"    {command}" for command in commands(has_plan=bundle.plan is not None))
+    return (
+        f"# {model}: golden data for Polygraphy\n\n"
+        f"Run in this folder:\n\n{lines}\n\n"
+        f"`{OUTPUTS}` holds what PyTorch in FP32 answered to the images of `{INPUTS}`; `{LOADER}` gives the same images"
+        f" without JSON. `{COMPARE}` judges as spach-validate does, by the relative L2 of each image and the bounds in"
+        f" `{BOUNDS}`; Polygraphy's own `--rtol` and `--atol` judge single numbers, for which no bound was derived.\n"
+        "An engine of TensorRT for RTX needs `POLYGRAPHY_USE_TENSORRT_RTX=1` in front, and its GPU.\n"
+    )
