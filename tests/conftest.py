@@ -7,6 +7,8 @@ import pytest
 
 # Two test processes share two cores: one thread each is fastest, and results repeat.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing is taken from or left in the cache of whoever runs the tests; tests of it name a place of their own.
+os.environ["SPACH_CACHE"] = "none"
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_commands_in_the_documentation_exist(page: Path) -> None:
 
 def test_the_documentation_shows_every_way_to_serve() -> None:
     shown = {words[1] for words in calls(ROOT / "README.md") if words[0] == "spach-package"}
-    assert shown == {"triton", "cpp", "kubernetes"}
+    assert shown == {"triton", "cpp", "polygraphy", "kubernetes"}
 
 
 def test_links_lead_somewhere() -> None:

@@ -19,17 +19,20 @@ _NARROWEST, _WIDEST = 60, 100
 
 @click.command("spach-doctor", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("target", type=opt.FILE, required=False, metavar="[BUNDLE|PLAN]")
+@click.option("--cache", "show_cache", is_flag=True, help="Show what the cache of finished exports holds.")
+@click.option("--clear-cache", is_flag=True, help="Remove all of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @opt.debug
 @opt.version
 @command
-def main(target: Path | None, as_json: bool) -> int:
+def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool) -> int:
     """Say what this machine can export, build, run and verify; or whether it can run BUNDLE or PLAN.
 
     \b
     spach-doctor
     spach-doctor build/ms_hybrid_s-fp16
     spach-doctor /models/engine.plan
+    spach-doctor --cache
 
     Every line says what is here, what that means and the command that would change it. A plan may come from anywhere:
     what its bytes tell is said, and what they do not tell too. It is not loaded.
@@ -37,6 +40,11 @@ def main(target: Path | None, as_json: bool) -> int:
     Exit codes: 0 all that an export takes is here, or the target can run here; 2 the target is no bundle and no plan,
     or not whole; 3 this machine cannot do it.
     """
+    if show_cache or clear_cache:
+        from spach_deploy.cli.cache import cleared, shown
+
+        click.echo(cleared() if clear_cache else shown(as_json=as_json))
+        return 0
     from spach_deploy.doctor.here import look_around
     from spach_deploy.doctor.machine import examine_machine
     from spach_deploy.doctor.target import examine_target

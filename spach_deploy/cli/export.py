@@ -9,12 +9,13 @@ import click
 
 from spach_deploy.bundle import PAGE
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command
+from spach_deploy.cli.console import Command, command, say
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.specs import Flavour, IODtype
 
 if TYPE_CHECKING:
     from spach_deploy.auto import Recommendation
+    from spach_deploy.cache.exports import Reused
     from spach_deploy.specs import ExportOptions
 
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 @click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out; may be repeated.")
 @click.option("-o", "--output", type=opt.FILE, metavar="DIR", help="The bundle.  [build/MODEL-PRECISION]")
 @click.option("--overwrite/--no-overwrite", default=None, help="Replace an earlier bundle in the same place.")
+@click.option("--no-cache", is_flag=True, help="Do it all again, though the same export was done before.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
 @click.option("--open", "is_opened", is_flag=True, help="Open the report's page in a browser when it is done.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of the summary.")
@@ -66,6 +68,7 @@ def main(
     list_rewrites: bool,
     recipe: Path | None,
     auto: bool,
+    no_cache: bool,
     verbose: bool,
     is_opened: bool,
     as_json: bool,
@@ -99,24 +102,55 @@ def main(
         return found.exit_code
     options = export_options(given, recipe)
     refuse_early(options)
-    page = _export(options, verbose=verbose, as_json=as_json)
+    page = _export(options, is_cached=not no_cache, verbose=verbose, as_json=as_json)
     if is_opened:
         open_page(page)
     return 0
 
 
-def _export(options: ExportOptions, *, verbose: bool, as_json: bool) -> Path:
-    """Export and print; the bundle's page. Ctrl-C says what was kept, from before torch is loaded to the last line."""
+def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: bool) -> Path:
+    """Export and print; the bundle's page. Ctrl-C says what was kept, from before torch is loaded to the last line.
+
+    The same export that was done before comes from the cache, before torch is loaded.
+    """
+    from spach_deploy.cache.exports import ExportCache
     from spach_deploy.cli.keeping import Keeping
 
     with ending_on_interrupt(Keeping.of(options).sentence):
+        cache = ExportCache.of(options, is_used=is_cached)
+        if (reused := cache.take(options)) is not None:
+            click.echo(_of_reused(reused, as_json=as_json))
+            return reused.bundle.path / PAGE
         from spach_deploy.cli.export_output import Progress, summary
         from spach_deploy.pipeline import export
 
         with Progress(verbose=verbose) as progress:
             result = export(options, progress)
         click.echo(summary(result, as_json=as_json))
+        if problem := cache.keep(result.bundle):
+            say(problem)
     return result.bundle.path / PAGE
+
+
+def _of_reused(reused: Reused, *, as_json: bool) -> str:
+    """What is said of a bundle that was not made again."""
+    import json
+
+    manifest = reused.bundle.manifest
+    if as_json:
+        return json.dumps(manifest.content, indent=2)
+    validation = manifest.content["validation"]
+    return "\n".join(
+        [
+            f"reused     {manifest.model['name']} {manifest.precision}, exported {reused.exported}: the same weights,",
+            "           images, options, code, packages and machine (--no-cache does it all again)",
+            "checked    the SHA-256 of every file",
+            f"validated  then, on {validation['image_count']} images: agreed with PyTorch in FP32",
+            f"           {validation['level_sentence']}",
+            "",
+            f"Bundle: {reused.bundle.path}",
+        ]
+    )
 
 
 def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Recommendation:

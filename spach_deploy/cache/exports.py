@@ -1,0 +1,100 @@
+"""Exports taken from the cache, and put into it. Nothing here imports torch: a second export is there at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from spach_deploy import bundle as bundles
+from spach_deploy.bundle import Bundle
+from spach_deploy.cache.key import export_key
+from spach_deploy.cache.store import Store
+from spach_deploy.errors import UsageError
+from spach_deploy.specs import ExportOptions
+
+PLACE, SIZE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
+DEFAULT_BYTES = 10_000_000_000
+NONE = "none"
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reused:
+    """A bundle that came from the cache. `exported`: when it was made, as its manifest has it."""
+
+    bundle: Bundle
+    exported: str
+
+
+def open_store() -> Store | None:
+    """The cache of this user; None where there is to be none. UsageError for a size that is none."""
+    place = os.environ.get(PLACE, "")
+    if place == NONE:
+        return None
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Store(Path(place) if place else base / "spach-deploy", limit_bytes())
+
+
+def limit_bytes() -> int:
+    """The cache's limit. UsageError for a size that is none."""
+    text = os.environ.get(SIZE, "")
+    if not text:
+        return DEFAULT_BYTES
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{SIZE}={text} is no size.", "Give one such as 20G.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportCache:
+    """The cache as one export sees it: `store` None has nothing and keeps nothing."""
+
+    store: Store | None
+    key: str | None
+
+    @classmethod
+    def of(cls, options: ExportOptions, *, is_used: bool = True) -> ExportCache:
+        """That of an export with `options`."""
+        store = open_store() if is_used else None
+        return cls(store, None if store is None else export_key(options))
+
+    def take(self, options: ExportOptions) -> Reused | None:
+        """The finished export, written to its place; None where it has to be done.
+
+        Raises BundleError where the target cannot be written, as the export would.
+        """
+        if self.store is None or self.key is None:
+            return None
+        known = {entry.key: entry for entry in self.store.entries()}
+        if self.key not in known:
+            return None
+        target = options.output or Path(str(known[self.key].about.get("target", "")))
+        about = None
+        with contextlib.suppress(_NotThereError), bundles.writing(target, overwrite=options.overwrite) as staging:
+            about = self.store.take(self.key, staging)
+            if about is None:
+                raise _NotThereError
+        if about is None:
+            return None
+        bundle = Bundle.open(target, verify=False)
+        return Reused(bundle, str(bundle.manifest.content.get("created", "")))
+
+    def keep(self, bundle: Bundle) -> str:
+        """Keep a finished export; why that was not possible, in a sentence, where it was not."""
+        if self.store is None or self.key is None:
+            return ""
+        about = {"kind": "export", "model": bundle.manifest.model["name"], "target": str(bundle.path)}
+        try:
+            self.store.put(self.key, bundle.path, about | {"precision": bundle.manifest.precision})
+        except OSError as error:
+            return f"Not kept in the cache {self.store.root}: {error.strerror or error}."
+        return ""
+
+
+class _NotThereError(Exception):
+    """The entry was damaged, or evicted in this moment."""

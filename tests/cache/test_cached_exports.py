@@ -1,0 +1,167 @@
+"""The cache of exports: what makes one another export, and the commands that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from spach_deploy.bundle import GRAPH, Bundle
+from spach_deploy.cache import key as keys
+from spach_deploy.cache.exports import limit_bytes, open_store
+from spach_deploy.cache.key import export_key
+from spach_deploy.cli.doctor import main as doctor_command
+from spach_deploy.errors import UsageError
+from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision, QuantizationSpec
+from tests import small_bundles
+from tests.commands import export
+
+pytestmark = pytest.mark.usefixtures("small_model_registered")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPACH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def small(*more: object) -> Result:
+    size, classes = small_bundles.SIZE, small_bundles.CLASSES
+    model = ("--model", small_bundles.NAME, "--image-size", size, "--num-classes", classes)
+    return export(*model, "--engine", "none", "-o", "out", *more)
+
+
+def test_the_second_identical_export_is_the_first_ones_bundle(cache: Path) -> None:
+    first = small()
+    assert first.exit_code == 0, first.output
+    before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    second = small("--overwrite")
+    assert second.exit_code == 0, second.output
+    assert "reused" in second.stdout
+    assert "SHA-256" in second.stdout
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == before
+    Bundle.open(Path("out"))
+
+
+def test_it_does_not_replace_a_bundle_unasked(cache: Path) -> None:
+    assert small().exit_code == 0
+    again = small()
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
+
+
+def test_other_options_and_no_cache_are_done_again(cache: Path) -> None:
+    assert small().exit_code == 0
+    for more in (("--softmax",), ("--no-cache",)):
+        result = small("--overwrite", *more)
+        assert result.exit_code == 0, result.output
+        assert "reused" not in result.stdout
+
+
+def test_a_damaged_entry_is_done_again(cache: Path) -> None:
+    assert small().exit_code == 0
+    (entry,) = (cache / "entries").iterdir()
+    (entry / GRAPH).write_bytes(b"")
+    result = small("--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "reused" not in result.stdout
+    assert "reused" in small("--overwrite").stdout
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(cache: Path) -> None:
+    cache.write_text("a file where the cache should be")
+    result = small()
+    assert result.exit_code == 0, result.output
+    assert "Not kept in the cache" in result.stderr
+
+
+def test_the_doctor_shows_and_clears_it(cache: Path) -> None:
+    assert small().exit_code == 0
+    shown = CliRunner().invoke(doctor_command, ["--cache"])
+    assert shown.exit_code == 0
+    assert str(cache) in shown.stdout
+    assert "small_hybrid fp32" in shown.stdout
+    content = json.loads(CliRunner().invoke(doctor_command, ["--cache", "--json"]).stdout)
+    assert len(content["entries"]) == 1
+    assert content["bytes"] > 0
+    assert "1 finished export was removed" in CliRunner().invoke(doctor_command, ["--clear-cache"]).stdout
+    store = open_store()
+    assert store is not None
+    assert store.entries() == []
+
+
+def test_there_can_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACH_CACHE", "none")
+    assert open_store() is None
+    assert "no cache" in CliRunner().invoke(doctor_command, ["--cache"]).stdout
+
+
+# What makes it another export
+
+
+def options() -> ExportOptions:
+    return ExportOptions(ModelSpec("ms_hybrid_s"), Precision.FP16, output=Path("out"))
+
+
+def other_options(tmp_path: Path) -> dict[str, ExportOptions]:
+    checkpoint, images = tmp_path / "run.pth", tmp_path / "images"
+    checkpoint.write_bytes(b"weights")
+    images.mkdir(exist_ok=True)
+    (images / "a.png").write_bytes(b"pixels")
+    change = dataclasses.replace
+    return {
+        "precision": change(options(), precision=Precision.FP32),
+        "outputs": change(options(), outputs=OutputSpec(softmax=True)),
+        "engine": change(options(), engine=EngineTarget(Flavour.NONE)),
+        "rewrites": change(options(), disabled_rewrites=("fold_residual",)),
+        "place": change(options(), output=Path("elsewhere")),
+        "checkpoint": change(options(), model=ModelSpec("ms_hybrid_s", checkpoint=checkpoint)),
+        "images": change(options(), images=images),
+        "quantization": change(options(), quantization=QuantizationSpec(method="mse")),
+    }
+
+
+def test_every_option_counts_but_overwrite(tmp_path: Path) -> None:
+    keys_of = {name: export_key(other) for name, other in other_options(tmp_path).items()}
+    assert len({*keys_of.values(), export_key(options())}) == len(keys_of) + 1
+    assert export_key(dataclasses.replace(options(), overwrite=True)) == export_key(options())
+
+
+def test_content_counts_and_not_the_name_of_a_time(tmp_path: Path) -> None:
+    others = other_options(tmp_path)
+    before = {name: export_key(others[name]) for name in ("checkpoint", "images")}
+    (tmp_path / "run.pth").touch()
+    assert export_key(others["checkpoint"]) == before["checkpoint"]
+    (tmp_path / "run.pth").write_bytes(b"other")
+    (tmp_path / "images" / "a.png").write_bytes(b"other pixels")
+    assert export_key(others["checkpoint"]) != before["checkpoint"]
+    assert export_key(others["images"]) != before["images"]
+
+
+@pytest.mark.parametrize("part", ["code_digest", "tool_versions", "machine"])
+def test_code_packages_and_machine_count(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = export_key(options())
+    monkeypatch.setattr(keys, part, lambda: "other")
+    assert export_key(options()) != before
+
+
+def test_what_writes_elsewhere_too_has_no_key(tmp_path: Path) -> None:
+    assert export_key(dataclasses.replace(options(), engine=EngineTarget(timing_cache=Path("t")))) is None
+    assert export_key(dataclasses.replace(options(), quantization=QuantizationSpec(cache=Path("c")))) is None
+    assert export_key(dataclasses.replace(options(), images=tmp_path / "missing")) is None
+
+
+@pytest.mark.parametrize(("text", "size"), [("20G", 20e9), ("1.5 MB", 1.5e6), ("100", 100)])
+def test_sizes(text: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACH_CACHE_SIZE", text)
+    assert limit_bytes() == size
+
+
+def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACH_CACHE_SIZE", "plenty")
+    with pytest.raises(UsageError, match="SPACH_CACHE_SIZE=plenty"):
+        limit_bytes()
