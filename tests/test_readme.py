@@ -8,13 +8,19 @@ import click
 import pytest
 
 from spach_deploy.cli.calibrate import main as calibrate_command
+from spach_deploy.cli.doctor import main as doctor_command
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.package import main as package_group
 from spach_deploy.cli.recipes import KEYS
 from spach_deploy.cli.validate import main as validate_command
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"spach-calibrate": calibrate_command, "spach-export": export_command, "spach-validate": validate_command}
+COMMANDS: dict[str, click.Command] = {
+    "spach-calibrate": calibrate_command,
+    "spach-doctor": doctor_command,
+    "spach-export": export_command,
+    "spach-validate": validate_command,
+}
 PAGES = [
     ROOT / "README.md",
     ROOT / "export" / "README.md",
