@@ -11,6 +11,7 @@ from spach_deploy.bundle import PAGE
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, say
 from spach_deploy.cli.interrupts import ending_on_interrupt
+from spach_deploy.errors import UsageError
 from spach_deploy.specs import Flavour, IODtype
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out; may be repeated.")
 @click.option("-o", "--output", type=opt.FILE, metavar="DIR", help="The bundle.  [build/MODEL-PRECISION]")
 @click.option("--overwrite/--no-overwrite", default=None, help="Replace an earlier bundle in the same place.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, what it would take and what would be refused.")
 @click.option("--no-cache", is_flag=True, help="Do it all again, though the same export was done before.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
 @click.option("--open", "is_opened", is_flag=True, help="Open the report's page in a browser when it is done.")
@@ -68,6 +70,7 @@ def main(
     list_rewrites: bool,
     recipe: Path | None,
     auto: bool,
+    dry_run: bool,
     no_cache: bool,
     verbose: bool,
     is_opened: bool,
@@ -96,11 +99,15 @@ def main(
     if is_opened:
         check_can_open()
     if auto:
+        if dry_run:
+            raise UsageError("--dry-run is for one export, and --auto makes several.", "Ask for one of them: --fp16.")
         found = _recommend(given, recipe, verbose=verbose, as_json=as_json)
         if is_opened and found.chosen is not None and found.chosen.bundle is not None:
             open_page(found.chosen.bundle / PAGE)
         return found.exit_code
     options = export_options(given, recipe)
+    if dry_run:
+        return _dry_run(options, is_cached=not no_cache, as_json=as_json)
     refuse_early(options)
     page = _export(options, is_cached=not no_cache, verbose=verbose, as_json=as_json)
     if is_opened:
@@ -130,6 +137,16 @@ def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: 
         if problem := cache.keep(result.bundle):
             say(problem)
     return result.bundle.path / PAGE
+
+
+def _dry_run(options: ExportOptions, *, is_cached: bool, as_json: bool) -> int:
+    """Print the plan of work; the exit code that the export would begin with."""
+    from spach_deploy.cli.dry_run import as_text
+    from spach_deploy.dry_run import dry_run
+
+    found = dry_run(options, is_cached=is_cached)
+    click.echo(as_text(found, as_json=as_json))
+    return found.exit_code
 
 
 def _of_reused(reused: Reused, *, as_json: bool) -> str:

@@ -1,0 +1,105 @@
+"""spach-export --dry-run: the plan of work, what it takes, what is refused, and nothing done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spach_deploy.dry_run import dry_run
+from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
+from tests import small_bundles
+from tests.commands import export
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*more: object) -> dict[str, object]:
+    result = export("--model", "ms_hybrid_s", "--engine", "none", "--dry-run", "--json", *more)
+    content: dict[str, object] = json.loads(result.stdout)
+    assert content["exit_code"] == result.exit_code
+    return content
+
+
+def test_it_tells_the_stages_and_does_nothing(tmp_path: Path) -> None:
+    result = export("--model", "ms_hybrid_s", "--fp16", "--engine", "none", "--dry-run")
+    assert result.exit_code == 0, result.output
+    for words in ("export and prove the graph", "derive tolerances", "time  ", "memory  ", "disk  ", "an estimate"):
+        assert words in result.stdout
+    assert "calibrate" not in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pytorch_is_not_loaded() -> None:
+    code = (
+        "import sys; from spach_deploy.cli.export import main;"
+        "main(['--model', 'ms_hybrid_s', '--engine', 'none', '--dry-run'], standalone_mode=False);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": root, "SPACH_CACHE": "none"}, check=False)
+    assert done.returncode == 0
+
+
+def test_larger_models_and_more_images_take_more(tmp_path: Path) -> None:
+    def seconds(name: str, calibration: Path | None = None) -> float:
+        spec = QuantizationSpec(calibration=calibration)
+        precision = Precision.FP16 if calibration is None else Precision.INT8
+        options = ExportOptions(ModelSpec(name), precision, engine=EngineTarget(Flavour.NONE), quantization=spec)
+        found = dry_run(options, is_cached=False)
+        assert found.refusals == ()
+        assert found.seconds is not None
+        return found.seconds
+
+    np.savez(tmp_path / "few.npz", images=np.zeros((64, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "many.npz", images=np.zeros((640, 8, 8, 3), np.uint8))
+    assert seconds("ms_trans_xxs") < seconds("ms_hybrid_s") < seconds("ms_hybrid_s", tmp_path / "few.npz")
+    assert seconds("ms_hybrid_s", tmp_path / "few.npz") < seconds("ms_hybrid_s", tmp_path / "many.npz")
+
+
+def test_every_refusal_is_told_at_once_with_the_exports_own_code(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    content = run("-o", "out", "--int8")
+    said = [entry["message"] for entry in content["refusals"]]  # type: ignore[attr-defined]
+    assert len(said) == 2
+    assert content["exit_code"] == 2
+    real = export("--model", "ms_hybrid_s", "--engine", "none", "-o", "out", "--int8")
+    assert real.exit_code == 2
+    assert any(message in real.stderr for message in said)
+
+
+def test_missing_images_are_refused() -> None:
+    content = run("--images", "nowhere")
+    assert content["exit_code"] == 2
+
+
+def test_a_checkpoint_tells_its_model_later(tmp_path: Path) -> None:
+    (tmp_path / "run.pth").write_bytes(b"weights")
+    result = export("--checkpoint", "run.pth", "--engine", "none", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "told by the checkpoint" in result.stdout
+    assert "follow from the model" in result.stdout
+
+
+@pytest.mark.usefixtures("small_model_registered")
+def test_what_is_in_the_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACH_CACHE", str(tmp_path / "cache"))
+    size, classes = small_bundles.SIZE, small_bundles.CLASSES
+    words = ("--model", small_bundles.NAME, "--image-size", size, "--num-classes", classes, "--engine", "none")
+    assert export(*words, "-o", "out").exit_code == 0
+    assert "would come from the cache" in export(*words, "-o", "out", "--overwrite", "--dry-run").stdout
+    assert "would come from the cache" not in export(*words, "-o", "other", "--dry-run").stdout
+
+
+def test_auto_is_several_exports() -> None:
+    result = export("--model", "ms_hybrid_s", "--auto", "--dry-run", "--calibration", "photos")
+    assert result.exit_code == 2
+    assert "--auto" in result.stderr
