@@ -74,4 +74,8 @@ def main() -> None:
     \b
     spach-package triton build/ms_hybrid_s-fp16 -o models
     spach-package triton --check models
+    spach-package cpp build/ms_hybrid_s-fp16 -o engine-cpp
+    spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s
+
+    Each subcommand explains itself: spach-package triton --help.
     """

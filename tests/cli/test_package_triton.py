@@ -72,6 +72,7 @@ def test_asked_for_it_is_written_and_checked_with_a_warning(rtx_bundle: Path, tm
     assert written.exit_code == 0
     assert "tensorrt_plan" in written.stdout
     assert written.stderr.startswith("Warning: ")
+    assert written.stdout.endswith("It is to be read, not served.\n")
     checked = package("triton", "--check", tmp_path / "models")
     assert checked.exit_code == 0
     assert "warning: found a plan of TensorRT for RTX" in checked.stdout

@@ -18,7 +18,7 @@ from spach_deploy._version import __version__
 from spach_deploy.bundle import MANIFEST, PLAN, check_target, writing
 from spach_deploy.deployment.cpp.facts import FileFacts, PackagedModel, model_text
 from spach_deploy.deployment.cpp.golden import golden_bytes
-from spach_deploy.deployment.triton.labels import as_text, read_labels
+from spach_deploy.deployment.labels import as_text, read_labels
 from spach_deploy.errors import BundleError
 
 KIND = "cpp-library"

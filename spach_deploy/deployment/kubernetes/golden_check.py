@@ -314,6 +314,8 @@ def check(pack: Pack, server: Server) -> list[Finding]:
 def wait_until_ready(server: Server, model: str, seconds: float, process: subprocess.Popen[bytes] | None) -> None:
     """CheckError when the model is not ready in time, or the process that should serve it ended."""
     end = time.monotonic() + seconds
+    if not server.is_ready(model):
+        print(f"Waiting up to {seconds:g} s for {model}.", file=sys.stderr, flush=True)
     while not server.is_ready(model):
         if process is not None and process.poll() is not None:
             raise CheckError(f"The server ended with {process.returncode} before it was ready.", UNAVAILABLE)

@@ -21,9 +21,9 @@ from typing import Any
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle import MANIFEST, check_target, writing
+from spach_deploy.deployment.labels import as_text, read_labels
 from spach_deploy.deployment.triton.config import LABELS_FILE, model_configuration
 from spach_deploy.deployment.triton.ensemble import STEP_FILE, Step, ensemble_steps
-from spach_deploy.deployment.triton.labels import as_text, read_labels
 from spach_deploy.deployment.triton.options import TritonOptions
 from spach_deploy.deployment.triton.schema import to_text
 from spach_deploy.deployment.triton.served import BundleArgument, ServedModel, served_models

@@ -16,7 +16,8 @@ _LABEL_WIDTH = 12
 def as_text(written: Written) -> str:
     """A few lines: the models, how they take batches, and the command that serves them."""
     lines = [line for model in written.models for line in _model_lines(model, written)]
-    return "\n".join([*lines, "", "Serve it:", f"  {serve_command(written)}"])
+    command = serve_command(written)
+    return "\n".join([*lines, "", *(["Serve it:", f"  {command}"] if command else ["It is to be read, not served."])])
 
 
 def as_json(written: Written) -> str:
@@ -33,8 +34,10 @@ def as_json(written: Written) -> str:
     )
 
 
-def serve_command(written: Written) -> str:
-    """The command that serves the repository."""
+def serve_command(written: Written) -> str | None:
+    """The command that serves the repository; None where a server could not load it."""
+    if written.warnings:
+        return None
     cache = " --cache-config local,size=1073741824" if written.options.response_cache else ""
     return f"tritonserver --model-repository {written.path}{cache}"
 

@@ -177,6 +177,7 @@ def test_no_server_is_exit_3(tmp_path: Path) -> None:
         done = check(pack, f"http://127.0.0.1:{free.getsockname()[1]}", seconds=0.3)
     assert done.returncode == 3
     assert done.stdout == "NOT CHECKED: tiny was not ready within 0.3 s.\n"
+    assert done.stderr == "Waiting up to 0.3 s for tiny.\n"
 
 
 def test_a_server_that_ends_before_it_is_ready_is_exit_3(tmp_path: Path) -> None:
