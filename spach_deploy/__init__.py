@@ -6,6 +6,7 @@ Attributes are loaded on first use, so that importing the package costs nothing.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy._version import __version__
@@ -13,6 +14,10 @@ from spach_deploy._version import __version__
 if TYPE_CHECKING:
     from spach_deploy.bundle import Bundle
     from spach_deploy.models import create_model
+
+# ONNX Runtime's wheels send usage data to Microsoft unless told otherwise before they are loaded. Models are their
+# owners' business: whoever wants to send it sets ORT_DISABLE_TELEMETRY=0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {
     "Bundle": "spach_deploy.bundle",
