@@ -228,20 +228,41 @@ def default_directory(model: str, precision: str) -> Path:
     return Path("build") / f"{model}-{precision}"
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that could not be written at the end, before the work begins."""
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a directory of ours holds, as its manifest says (`kind`; none in a bundle's) and in words."""
+
+    kind: str | None
+    what: str
+
+    def lie_in(self, path: Path) -> bool:
+        """Whether the manifest in `path` is of this kind: other programs call theirs by the same name."""
+        try:
+            content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        if not isinstance(content, dict):
+            return False
+        return content.get("kind") == self.kind if self.kind else "schema_version" in content
+
+
+BUNDLE = Contents(None, "a bundle")
+
+
+def check_target(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> None:
+    """Refuse a target that holds anything but `contents`, or could not be written, before the work begins."""
     if os.path.ismount(target) or target.absolute() == Path.cwd():
         what = "a mount point" if os.path.ismount(target) else "the directory you are in"
         raise BundleError(f"{target} is {what}, which cannot be replaced.", "Give an --output inside it.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise BundleError(f"{target} exists and is not a directory.", "Choose another --output.")
     if target.is_dir() and any(target.iterdir()):
-        if not (target / MANIFEST).is_file():
+        if not contents.lie_in(target):
             raise BundleError(
-                f"{target} holds files that are no bundle; they are left alone.", "Choose another --output."
+                f"{target} holds something else than {contents.what}, which is left alone.", "Choose another --output."
             )
         if not overwrite:
-            raise BundleError(f"{target} holds a bundle already.", "Give --overwrite, or another --output.")
+            raise BundleError(f"{target} holds {contents.what} already.", "Give --overwrite, or another --output.")
     parent = _existing_parent(target)
     try:  # permissions do not tell: root may write everywhere, except where the file system says no
         os.rmdir(tempfile.mkdtemp(prefix=f"{_staging_prefix(target)}{os.getpid()}-", dir=parent))
@@ -259,12 +280,12 @@ def _existing_parent(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def writing(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> Iterator[Path]:
     """A hidden sibling directory to fill; it becomes `target` when the block ends well, and disappears otherwise.
 
     `seal` must have been called in the block. Raises BundleError for a full disk or a target that cannot be written.
     """
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, contents=contents)
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spach_deploy.errors import UsageError
+from spach_deploy.small_files import read_text
 
 _WANTED = "Give a text file with the name of one class a line, in the model's order."
 
@@ -16,11 +17,7 @@ def read_labels(path: Path | None, classes: int) -> tuple[str, ...]:
     """
     if path is None:
         return tuple(f"class {index}" for index in range(classes))
-    try:
-        labels = tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"--labels {path} cannot be read ({reason}).", _WANTED) from None
+    labels = tuple(read_text(path, f"--labels {path}", _WANTED).splitlines())
     if len(labels) != classes:
         raise UsageError(f"--labels {path} has {len(labels)} lines; the model has {classes} classes.", _WANTED)
     if empty := [number for number, label in enumerate(labels, start=1) if not label.strip()]:

@@ -175,7 +175,7 @@ def test_a_taken_name_is_refused_without_overwrite(here: Path) -> None:
     [
         ("note.txt", "exists and is not a directory"),
         ("note.txt/bundle", "note.txt is not a directory"),
-        ("photos", "holds files that are no bundle"),
+        ("photos", "holds something else than a bundle"),
         (".", "is the directory you are in"),
         ("/proc", "is a mount point"),
         ("/proc/bundle", "/proc is not writable"),
@@ -191,6 +191,17 @@ def test_a_target_that_cannot_be_written_is_refused_at_once(output: str, reason:
     assert reason in sentence
     assert "--output" in sentence
     assert result.stderr == f"{sentence}\n"
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "My app", "icons": []}', "[]", "{", '{"kind": "cpp-library"}'])
+def test_another_programs_manifest_makes_no_bundle_of_a_folder(manifest: str, here: Path) -> None:
+    (here / "app").mkdir()
+    (here / "app" / "manifest.json").write_text(manifest)
+    before = contents(here)
+    assert "holds something else than a bundle, which is left alone" in refusal(
+        export(*CHEAP, "-o", "app", "--overwrite")
+    )
     assert contents(here) == before
 
 

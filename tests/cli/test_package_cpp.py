@@ -267,8 +267,8 @@ def test_a_folder_of_its_own_is_replaced_only_with_overwrite(bundle: Path, tmp_p
 def test_what_it_did_not_write_is_left_alone(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    assert "they are left alone" in refusal(package(bundle, "-o", tmp_path / "mine", "--overwrite"))
-    assert "they are left alone" in refusal(package(bundle, "-o", bundle, "--overwrite"))
+    assert "which is left alone" in refusal(package(bundle, "-o", tmp_path / "mine", "--overwrite"))
+    assert "which is left alone" in refusal(package(bundle, "-o", bundle, "--overwrite"))
     assert (bundle / MANIFEST).is_file()
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
 

@@ -15,13 +15,12 @@ import shutil
 from pathlib import Path
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle import MANIFEST, PLAN, check_target, writing
+from spach_deploy.bundle import MANIFEST, PLAN, Contents, check_target, writing
 from spach_deploy.deployment.cpp.facts import FileFacts, PackagedModel, model_text
 from spach_deploy.deployment.cpp.golden import golden_bytes
 from spach_deploy.deployment.labels import as_text, read_labels
-from spach_deploy.errors import BundleError
 
-KIND = "cpp-library"
+CONTENTS = Contents("cpp-library", "a C++ library")
 LIBRARY = Path(__file__).with_name("library")
 MODEL, MODEL_TEXT, GOLDEN_BIN, LABELS = "model", "model.txt", "golden.bin", "labels.txt"
 README = "README.md"
@@ -42,11 +41,11 @@ def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, over
     Raises BundleError for what is no bundle, was changed, has no plan, or for a target that cannot be written, and
     UsageError for labels that do not fit.
     """
-    _check_output(output, overwrite=overwrite)
+    check_target(output, overwrite=overwrite, contents=CONTENTS)
     model = PackagedModel.of(bundle)
     names = None if labels is None else read_labels(labels, model.classes)
     golden = golden_bytes(model)
-    with writing(output, overwrite=overwrite) as staging:
+    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
         shutil.copytree(LIBRARY, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         _write_model(staging / MODEL, model, golden)
         if names is not None:
@@ -92,34 +91,13 @@ def _words(model: PackagedModel) -> dict[str, str]:
 
 def _manifest(model: PackagedModel) -> str:
     content = {
-        "kind": KIND,
+        "kind": CONTENTS.kind,
         "spach_deploy": __version__,
         "bundle": model.bundle.path.name,
         "model": model.name,
         "plan_sha256": model.bundle.manifest.files[PLAN],
     }
     return json.dumps(content, indent=2) + "\n"
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a target that holds anything but what was written here; before any work."""
-    if output.is_dir() and any(output.iterdir()):
-        if not _is_ours(output):
-            raise BundleError(
-                f"{output} holds files that spach-package cpp did not write; they are left alone.",
-                "Choose another --output.",
-            )
-        if not overwrite:
-            raise BundleError(f"{output} holds a C++ library already.", "Give --overwrite, or another --output.")
-    check_target(output, overwrite=overwrite)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -18,16 +18,15 @@ import shutil
 from pathlib import Path
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle import MANIFEST, check_target, sha256_of, writing
+from spach_deploy.bundle import MANIFEST, Contents, check_target, sha256_of, writing
 from spach_deploy.deployment.kubernetes.deployed import Deployed, triton_options
 from spach_deploy.deployment.kubernetes.golden_pack import GoldenPack, golden_pack
 from spach_deploy.deployment.kubernetes.options import KubernetesOptions
 from spach_deploy.deployment.kubernetes.templating import TEMPLATES, read_template, render
 from spach_deploy.deployment.kubernetes.words import Words, all_words
 from spach_deploy.deployment.triton.repository import write_repository
-from spach_deploy.errors import BundleError
 
-KIND = "kubernetes-deployment"
+CONTENTS = Contents("kubernetes-deployment", "a deployment")
 
 IMAGE, MODELS, GOLDEN_FOLDER, DOCKERFILE = "image", "models", "golden", "Dockerfile"
 
@@ -64,10 +63,10 @@ def write_folder(bundle: Path, output: Path, options: KubernetesOptions, *, over
     Raises BundleError for what is no bundle, was changed, has nothing for the backend, or for a target that cannot be
     written, and UsageError for options that do not fit, above all a Triton image that cannot load the engine.
     """
-    _check_output(output, overwrite=overwrite)
+    check_target(output, overwrite=overwrite, contents=CONTENTS)
     deployed = Deployed.of(bundle, options)
     pack = golden_pack(deployed.model)
-    with writing(output, overwrite=overwrite) as staging:
+    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
         tag = _write_image(staging / IMAGE, deployed, pack)
         _write_manifests(staging, all_words(deployed, tag, pack.batch_sizes), kserve=options.kserve)
         _write(staging / MANIFEST, _manifest(deployed, tag))
@@ -121,7 +120,7 @@ def _render_to(target: Path, template: str, words: Words) -> None:
 
 def _manifest(deployed: Deployed, tag: str) -> str:
     content = {
-        "kind": KIND,
+        "kind": CONTENTS.kind,
         "spach_deploy": __version__,
         "bundle": deployed.model.bundle.path.name,
         "model": deployed.title,
@@ -130,27 +129,6 @@ def _manifest(deployed: Deployed, tag: str) -> str:
         "image": f"{deployed.image_name}:{tag}",
     }
     return json.dumps(content, indent=2) + "\n"
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a target that holds anything but what was written here; before any work."""
-    if output.is_dir() and any(output.iterdir()):
-        if not _is_ours(output):
-            raise BundleError(
-                f"{output} holds files that spach-package kubernetes did not write; they are left alone.",
-                "Choose another --output.",
-            )
-        if not overwrite:
-            raise BundleError(f"{output} holds a deployment already.", "Give --overwrite, or another --output.")
-    check_target(output, overwrite=overwrite)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
 
 
 def _write(path: Path, text: str) -> None:

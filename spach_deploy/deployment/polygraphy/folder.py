@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, check_target, writing
-from spach_deploy.errors import BundleError, MissingPackageError
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, Contents, check_target, writing
+from spach_deploy.errors import MissingPackageError
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import plan_batches
 from spach_deploy.validation.reference import INPUT, Golden, expected_outputs
 
-KIND = "polygraphy"
+CONTENTS = Contents("polygraphy", "Polygraphy's data")
 SCRIPTS = Path(__file__).with_name("scripts")
 INPUTS, OUTPUTS, LOADER, COMPARE, BOUNDS = "inputs.json", "outputs.json", "data_loader.py", "compare.py", "bounds.json"
 RUNNER = "PyTorch in FP32"
@@ -49,12 +49,12 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Writ
 
     Raises BundleError for what is no bundle, was changed, or for a target that cannot be written.
     """
-    check_output(output, overwrite=overwrite)
+    check_target(output, overwrite=overwrite, contents=CONTENTS)
     opened = Bundle.open(bundle)
     facts = BundleFacts.of(opened)
     golden = Golden.load(opened.path / GOLDEN)
     batches = _batches(len(golden.logits), facts)
-    with writing(output, overwrite=overwrite) as staging:
+    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
         shutil.copyfile(opened.path / GRAPH, staging / GRAPH)
         if opened.plan is not None:
             shutil.copyfile(opened.plan, staging / PLAN)
@@ -66,27 +66,6 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Writ
         (staging / MANIFEST).write_text(_manifest(opened), encoding="utf-8")
     sizes = tuple(len(batch) for batch in batches)
     return Written(output, str(opened.manifest.model["name"]), sizes, opened.plan is not None)
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a target that holds anything but what was written here; before any work."""
-    if output.is_dir() and any(output.iterdir()):
-        if not _is_ours(output):
-            raise BundleError(
-                f"{output} holds files that spach-package polygraphy did not write; they are left alone.",
-                "Choose another --output.",
-            )
-        if not overwrite:
-            raise BundleError(f"{output} holds Polygraphy's data already.", "Give --overwrite, or another --output.")
-    check_target(output, overwrite=overwrite)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
 
 
 def _batches(count: int, facts: BundleFacts) -> list[list[int]]:
@@ -127,7 +106,7 @@ def _bounds(facts: BundleFacts) -> str:
 
 def _manifest(bundle: Bundle) -> str:
     content = {
-        "kind": KIND,
+        "kind": CONTENTS.kind,
         "spach_deploy": __version__,
         "bundle": bundle.path.name,
         "model": bundle.manifest.model["name"],

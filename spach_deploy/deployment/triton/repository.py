@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle import MANIFEST, check_target, writing
+from spach_deploy.bundle import MANIFEST, Contents, check_target, writing
 from spach_deploy.deployment.labels import as_text, read_labels
 from spach_deploy.deployment.triton.config import LABELS_FILE, model_configuration
 from spach_deploy.deployment.triton.ensemble import STEP_FILE, Step, ensemble_steps
@@ -28,9 +28,9 @@ from spach_deploy.deployment.triton.options import TritonOptions
 from spach_deploy.deployment.triton.schema import to_text
 from spach_deploy.deployment.triton.served import BundleArgument, ServedModel, served_models
 from spach_deploy.deployment.triton.warmup import FOLDER, WarmUp, warm_up
-from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.errors import UsageError
 
-KIND = "triton-model-repository"
+CONTENTS = Contents("triton-model-repository", "a model repository")
 CONFIG = "config.pbtxt"
 FACTS = "bundle.json"
 
@@ -60,11 +60,11 @@ def write_repository(
     Raises BundleError for what is no bundle, has nothing for the backend, or for a target that cannot be written, and
     UsageError for options that do not fit the bundles.
     """
-    _check_output(output, overwrite=overwrite)
+    check_target(output, overwrite=overwrite, contents=CONTENTS)
     models = served_models(arguments, options)
     parts = [_Part.of(model, options) for model in models]
     _check_names([name for part in parts for name in part.names])
-    with writing(output, overwrite=overwrite) as staging:
+    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
         for part in parts:
             part.write(staging)
         _write_manifest(staging, models)
@@ -149,31 +149,9 @@ def _check_names(names: list[str]) -> None:
         raise UsageError(f"Two models would be called {twice[0]}.", "Give other names: NAME=BUNDLE.")
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a target that holds anything but a repository that was written here; before any work."""
-    if output.is_dir() and (output / MANIFEST).is_file():
-        if not _is_repository(output):
-            raise BundleError(f"{output} holds something else than a model repository.", "Choose another --output.")
-        if not overwrite:
-            raise BundleError(f"{output} holds a model repository already.", "Give --overwrite, or another --output.")
-    elif output.is_dir() and any(output.iterdir()):
-        raise BundleError(
-            f"{output} holds files that spach-package did not write; they are left alone.", "Choose another --output."
-        )
-    check_target(output, overwrite=overwrite)
-
-
-def _is_repository(path: Path) -> bool:
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
-
-
 def _write_manifest(staging: Path, models: Sequence[ServedModel]) -> None:
     content = {
-        "kind": KIND,
+        "kind": CONTENTS.kind,
         "spach_deploy": __version__,
         "models": {
             model.name: {

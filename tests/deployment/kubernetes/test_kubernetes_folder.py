@@ -158,7 +158,7 @@ def test_a_folder_of_something_else_is_never_replaced(content: str, tmp_path: Pa
     target = tmp_path / "k8s"
     target.mkdir()
     (target / "manifest.json").write_text(content)
-    with pytest.raises(BundleError, match="did not write"):
+    with pytest.raises(BundleError, match="left alone"):
         write_folder(with_engine(tmp_path / "b"), target, KubernetesOptions(), overwrite=True)
     assert (target / "manifest.json").read_text() == content
 

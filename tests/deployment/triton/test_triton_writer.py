@@ -367,7 +367,7 @@ def test_other_files_and_bundles_are_left_alone(tmp_path: Path, overwrite: bool)
     bundle = tiny_bundles.write(tmp_path / "bundle")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.tex").write_text("")
-    for target, reason in ((bundle, "something else"), (tmp_path / "others", "did not write")):
+    for target, reason in ((bundle, "something else than a model repository"), (tmp_path / "others", "left alone")):
         with pytest.raises(BundleError, match=reason):
             write_repository([BundleArgument(bundle)], target, TritonOptions(), overwrite=overwrite)
     assert (tmp_path / "others" / "thesis.tex").exists()

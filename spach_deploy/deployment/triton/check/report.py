@@ -6,14 +6,15 @@ import itertools
 import json
 
 from spach_deploy.deployment.triton.check.findings import Checked, Finding, Severity
+from spach_deploy.errors import printable
 
 
 def as_text(checked: Checked) -> str:
     """Findings by file, and a closing line."""
     lines: list[str] = []
     for file, findings in itertools.groupby(checked.findings, key=lambda finding: finding.file):
-        lines.append(file)
-        lines.extend(line for finding in findings for line in _lines(finding))
+        lines.append(printable(file))
+        lines.extend(printable(line) for finding in findings for line in _lines(finding))
     return "\n".join([*lines, *([""] if lines else []), _closing(checked)])
 
 
