@@ -8,6 +8,7 @@ block after it counts as the interruption, and what does not end in time is ende
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -44,6 +45,8 @@ def ending_on_interrupt(kept: Callable[[], str], *, grace_s: float = GRACE_S) ->
         yield
         return
     interrupt = _Interrupt(kept, grace_s)
+    atexit.unregister(_leave_before_the_alarm)
+    atexit.register(_leave_before_the_alarm)  # before the heavy imports, so that it runs after what they register
     hook = sys.unraisablehook
     signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = _without_interrupts(hook)
@@ -83,6 +86,15 @@ class _Interrupt:
             os.write(
                 sys.stderr.fileno(), f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{sentence(self._kept())}\n".encode()
             )
+        os._exit(INTERRUPTED)
+
+
+def _leave_before_the_alarm() -> None:
+    """Python's own end forgets handlers first and may take long: the alarm would kill it, with another exit code."""
+    if signal.getitimer(signal.ITIMER_REAL)[0] > 0:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(INTERRUPTED)
 
 

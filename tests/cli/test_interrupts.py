@@ -87,6 +87,13 @@ def test_a_process_that_hangs_at_its_end_is_ended_and_says_nothing_twice() -> No
     assert done.stderr == ""
 
 
+def test_an_interpreter_that_takes_long_to_end_is_not_killed_by_the_alarm() -> None:
+    slow = "sys.slow = type('Slow', (), {'__del__': lambda self, sleep=__import__('time').sleep: sleep(1)})()"
+    done = run("ctrl_c()", after=f"{slow}; sys.exit(130)")
+    assert done.returncode == 130
+    assert done.stdout == CAUGHT
+
+
 def test_a_second_one_does_not_wait() -> None:
     done = run("try:\n    ctrl_c()\nexcept KeyboardInterrupt:\n    signal.alarm(0)\n    ctrl_c()")
     assert done.returncode == 130
