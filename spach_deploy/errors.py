@@ -91,3 +91,8 @@ class MissingPackageError(UnavailableError):
 
 class BuildError(UnavailableError):
     """The engine compiler refused the graph or the options."""
+
+
+def printable(name: str) -> str:
+    """`name` with control characters and undecodable bytes escaped: archives name freely, terminals obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
-from spach_deploy.errors import SpachError
+from spach_deploy.errors import SpachError, printable
 
 BAD_INPUT, UNAVAILABLE = 2, 3
 
@@ -78,9 +78,9 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 
 def say(text: str) -> None:
-    """A line on stderr, if anybody reads it: an export does not stop because its progress goes unread."""
+    """Lines on stderr, if anybody reads them: an export does not stop because its progress goes unread."""
     with contextlib.suppress(BrokenPipeError):
-        click.echo(text, err=True)
+        click.echo("\n".join(map(printable, text.split("\n"))), err=True)
 
 
 def fail(error: Exception, sentence: str, *, debug: bool) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from spach_deploy.cli.options import METHODS, RESTS
 from spach_deploy.errors import UsageError
+from spach_deploy.small_files import read_text
 from spach_deploy.specs import Flavour, IODtype, Precision, WeightSource
 
 if sys.version_info >= (3, 11):
@@ -46,11 +47,10 @@ KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_BOUNDS, *_SWITCHES, *_T
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Option values by name; UsageError for an unreadable file, an unknown key or a value of the wrong kind."""
+    text = read_text(path, f"Recipe {path}", "Give a TOML file.")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"Recipe {path} cannot be read ({error.strerror}).", "Give a TOML file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"Recipe {path} is not TOML ({error}).", "See export/README.md for an example.") from None
     return {key: _value(path, key, value) for key, value in content.items()}
 
@@ -78,6 +78,8 @@ def _value(path: Path, key: str, value: Any) -> Any:
 def _typed(path: Path, key: str, value: Any, kind: type) -> Any:
     if type(value) is not kind:  # not isinstance: true is no whole number here
         raise UsageError(f"Recipe {path}: {key} = {value!r} is not a {_NAMES[kind]}.", "See export/README.md.")
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError(f"Recipe {path}: {key} has a NUL character.", "No path and no name can have one.")
     return value
 
 

@@ -33,9 +33,8 @@ from spach_deploy.data.source import (
     batches,
     content_hash,
     decode,
-    printable,
 )
-from spach_deploy.errors import ImageError
+from spach_deploy.errors import ImageError, printable
 
 __all__ = ["ImageBatch", "ImageItem", "ImageSource", "Skipped", "batches", "content_hash", "open_images"]
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from spach_deploy.data import preprocess
-from spach_deploy.errors import ImageError, UsageError
+from spach_deploy.errors import ImageError, UsageError, printable
 from spach_deploy.specs import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -176,11 +176,6 @@ def content_hash(pixels: Iterable[preprocess.UInt8Array]) -> str:
     """
     digests = sorted(image_digest(image) for array in pixels for image in array)
     return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def printable(name: str) -> str:
-    """`name` with control characters and undecodable bytes escaped: archives name freely, terminals obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def _prepare(item: ImageItem, preprocessing: Preprocessing) -> tuple[str, preprocess.UInt8Array, int | None]:

@@ -11,6 +11,7 @@ from spach_deploy._version import __version__
 from spach_deploy.doctor.finding import Finding, Status, Task, blockers, reasons
 from spach_deploy.doctor.machine import CORE_FLOW, Machine
 from spach_deploy.doctor.target import Target
+from spach_deploy.errors import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -73,20 +74,20 @@ def _remedies(findings: Iterable[Finding]) -> Iterator[Text]:
     from rich.text import Text
 
     yield from (
-        Text(_printable(f"  $ {command}")) for command in dict.fromkeys(f.command for f in findings if f.command)
+        Text(printable(f"  $ {command}")) for command in dict.fromkeys(f.command for f in findings if f.command)
     )
 
 
 def _target(target: Target, width: int) -> Iterator[Text]:
     from rich.text import Text
 
-    yield Text(_printable(f"{target.path}: {target.name}"), style="bold")
+    yield Text(printable(f"{target.path}: {target.name}"), style="bold")
     yield Text()
     for finding in target.findings:
         yield from _finding(finding, width)
     yield Text()
     sentence, style = _verdict(target)
-    yield Text(textwrap.fill(_printable(sentence), width, break_on_hyphens=False, break_long_words=False), style=style)
+    yield Text(textwrap.fill(printable(sentence), width, break_on_hyphens=False, break_long_words=False), style=style)
     yield from _remedies(_in_the_way(target))
 
 
@@ -115,7 +116,7 @@ def _finding(finding: Finding, width: int) -> Iterator[Text]:
         yield from (Text(line) for line in _indented(finding.means, width))
     if finding.command:
         yield Text(
-            _printable(f"{' ' * _INDENT}$ {finding.command}"), style="dim" if finding.status is Status.OK else "cyan"
+            printable(f"{' ' * _INDENT}$ {finding.command}"), style="dim" if finding.status is Status.OK else "cyan"
         )
 
 
@@ -131,15 +132,10 @@ def _columns(word: str, status: Status, topic: str, text: str, width: int) -> It
     yield from (Text(other) for other in others)
 
 
-def _printable(text: str) -> str:
-    """A manifest and a driver may hold anything, and a terminal obeys control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def _indented(text: str, width: int) -> list[str]:
     space = " " * _INDENT
     filled = textwrap.fill(
-        _printable(text),
+        printable(text),
         width,
         initial_indent=space,
         subsequent_indent=space,

@@ -25,7 +25,7 @@ _LEVELS: dict[Optimization, str] = {
     "all": "ORT_ENABLE_ALL",
 }
 _DTYPES = {"float": "float32", "double": "float64"}
-_ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings go to stderr
+_FATAL_ONLY = 4  # ONNX Runtime's severity: it also prints what it raises, in colours
 
 
 class OnnxRuntimeRunner:
@@ -82,7 +82,7 @@ class OnnxRuntimeRunner:
     def _open(self, ort: Any) -> Any:
         options = ort.SessionOptions()
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[self._optimization])
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         model = self._model if isinstance(self._model, bytes) else str(self._model)

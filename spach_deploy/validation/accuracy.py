@@ -29,8 +29,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.data.source import printable
-from spach_deploy.errors import UsageError
+from spach_deploy.errors import UsageError, printable
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]

@@ -27,6 +27,14 @@ _MODEL_ENTRIES = (
 )
 
 
+def _check_model(section: Mapping[str, Any]) -> None:
+    """KeyError and TypeError for what `BundleFacts.of` explains."""
+    _ = [section[name] for name in _MODEL_ENTRIES]
+    for name in ("image_size", "num_classes"):
+        if type(section[name]) is not int:
+            raise TypeError(f"model.{name} is {section[name]!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizationFacts:
     """Where a bundle's record of quantization lies, and what its model's rewrites were told.
@@ -60,7 +68,7 @@ class BundleFacts:
         content, where = bundle.manifest.content, str(bundle.path / MANIFEST)
         try:
             options, engine = content["output_options"], bundle.manifest.engine
-            _ = [bundle.manifest.model[name] for name in _MODEL_ENTRIES]
+            _check_model(bundle.manifest.model)
             return cls(
                 precision=Precision(bundle.manifest.precision),
                 rest=Precision(content["precision"].get("rest", bundle.manifest.precision)),

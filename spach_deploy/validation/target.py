@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
@@ -13,7 +13,7 @@ from spach_deploy.errors import BundleError, SpachError, UsageError
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.specs import WeightSource
 from spach_deploy.validation.accuracy import Accuracy, paired
-from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts
 from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
 from spach_deploy.validation.live_reference import Images, OnImages, Weights, rebuilt_on_golden, rebuilt_on_images
 from spach_deploy.validation.reference import Golden
@@ -220,7 +220,10 @@ def _check_is_onnx(target: Path) -> None:
     import onnx
 
     try:
-        has_nodes = bool(onnx.load(target, load_external_data=False).graph.node)
+        graph = onnx.load(target, load_external_data=False).graph
+        if any(tensor.external_data for tensor in graph.initializer):
+            onnx.load(target)  # weights in other files: there, whole, and not outside of the graph's directory
+        has_nodes = bool(graph.node)
     except Exception as error:  # protobuf's own exceptions, and OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{target} is not an ONNX graph ({reason}).", f"Give a bundle's {GRAPH}.") from None
@@ -278,18 +281,25 @@ def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:
     """Where the graph's scales and pairs are not what the bundle's record of quantization says."""
     if pointed.facts.quantization is None or not pointed.graph.is_file():
         return ()
-    import onnx
-
-    from spach_deploy.quantization.audit import audit
-    from spach_deploy.quantization.plan import read_plan
-
-    plan = read_plan(pointed.facts.quantization.record)
-    findings = tuple(f"Quantization: {finding}." for finding in audit(onnx.load(pointed.graph), plan))
+    findings = tuple(f"Quantization: {finding}." for finding in _audited(pointed.graph, pointed.facts.quantization))
     calibrated, weights = pointed.facts.quantization.weights_sha256, pointed.bundle.manifest.model["weights_sha256"]
     if calibrated == weights:
         return findings
     other = f"Quantization: its scales are of other weights ({calibrated[:16]}) than the bundle's ({weights[:16]})."
     return (other, *findings)
+
+
+def _audited(graph: Path, facts: QuantizationFacts) -> Iterable[str]:
+    import onnx
+
+    from spach_deploy.quantization.audit import audit
+    from spach_deploy.quantization.plan import read_plan
+
+    plan = read_plan(facts.record)
+    try:
+        return audit(onnx.load(graph), plan)
+    except Exception as error:  # a graph that somebody changed may break any reader, in the reader's own exceptions
+        return (f"its scales cannot be read ({type(error).__name__}: {error})",)
 
 
 def _graph_note(target: Path, bundle: Bundle) -> tuple[str, ...]:

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spach_deploy.cli.recipes import read_recipe
+from spach_deploy.errors import UsageError
+from spach_deploy.small_files import read_text
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=re.escape("Recipe x cannot be read (it is a pipe). Give a TOML file.")):
+        read_text(tmp_path / "pipe", "Recipe x", "Give a TOML file.")
+
+
+def test_the_shells_pipe_is_read() -> None:
+    program = (
+        "import sys; from spach_deploy.small_files import Path, read_text;"
+        " print(read_text(Path(sys.argv[1]), str(), str()))"
+    )
+    command = ["bash", "-c", f'{sys.executable} -c "{program}" <(echo text)']
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "text\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"\xff", "it is not UTF-8"), (None, "No such file or directory")], ids=["bytes", "none"]
+)
+def test_what_cannot_be_read_is_named(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UsageError, match=re.escape(f"--labels file cannot be read ({reason}). Give names.")):
+        read_text(tmp_path / "file", "--labels file", "Give names.")
+
+
+def test_a_path_with_a_nul_character_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('images = "photos\\u0000"\n')
+    with pytest.raises(UsageError, match="images has a NUL character"):
+        read_recipe(tmp_path / "recipe.toml")
