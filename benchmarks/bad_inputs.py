@@ -78,6 +78,13 @@ def cases(count: int, seed: int, kinds: Iterable[Kind] = KINDS) -> list[Id]:
     return [Id(kind, number, seed) for kind, most in zip(kinds, numbers, strict=True) for number in range(most)]
 
 
+def sample(count: int, seed: int) -> list[Id]:
+    """`count` of the usual cases, of as many kinds."""
+    chosen = Random(seed).sample(KINDS, min(count, len(KINDS)))
+    usual = {kind.name: [id_ for id_ in cases(COUNT, SEED) if id_.kind is kind] for kind in chosen}
+    return [Random(f"{seed} {name}").choice(ids) for name, ids in usual.items()]
+
+
 def run_all(ids: Iterable[Id], folder: Path, *, workers: int = WORKERS, keep: bool = False) -> Iterator[Judged]:
     """Run cases, a few at a time, each as it ends."""
     waiting, running = collections.deque(ids), []  # type: ignore[var-annotated]

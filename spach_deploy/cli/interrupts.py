@@ -33,6 +33,18 @@ def sentence(kept: str) -> str:
     return f"Interrupted. {kept}"
 
 
+def quiet_until_a_command_begins() -> None:
+    """In one of our scripts, Ctrl-C while modules load, and after the command, is no traceback of Python's."""
+    is_script = os.path.basename(sys.argv[0]).startswith("spach-")
+    if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(*_: Any) -> NoReturn:
+    os.write(sys.stderr.fileno(), b"Interrupted.\n")
+    os._exit(INTERRUPTED)
+
+
 @contextlib.contextmanager
 def ending_on_interrupt(kept: Callable[[], str], *, grace_s: float = GRACE_S) -> Iterator[None]:
     """Raise KeyboardInterrupt(kept()) at the end of the block if Ctrl-C was pressed in it, however the block ended.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from spach_deploy.errors import MissingPackageError, UnavailableError, UsageError
+from spach_deploy.errors import MissingPackageError, UnavailableError, UsageError, printable
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
 
@@ -93,7 +93,7 @@ class OnnxRuntimeRunner:
 
     def _explain(self, error: Exception) -> Exception:
         what = "The given graph" if isinstance(self._model, bytes) else f"{self._model}"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
         if type(error).__name__ == "NotImplemented":
             return UnavailableError(f"ONNX Runtime has no CPU kernel for a node of {what}: {reason}")
         return UsageError(f"{what} does not load in ONNX Runtime: {reason}", "Give an ONNX file such as model.onnx.")

@@ -94,6 +94,14 @@ def test_an_interpreter_that_takes_long_to_end_is_not_killed_by_the_alarm() -> N
     assert done.stdout == CAUGHT
 
 
+@pytest.mark.parametrize(("name", "code", "said"), [("spach-export", 130, "Interrupted.\n"), ("pytest", -2, None)])
+def test_while_our_script_loads_its_modules_it_is_no_traceback(name: str, code: int, said: str | None) -> None:
+    script = f"import os, signal, sys; sys.argv = ['/bin/{name}']; import spach_deploy.cli; os.kill(os.getpid(), 2)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert (done.stderr == said) if said else "KeyboardInterrupt" in done.stderr
+
+
 def test_a_second_one_does_not_wait() -> None:
     done = run("try:\n    ctrl_c()\nexcept KeyboardInterrupt:\n    signal.alarm(0)\n    ctrl_c()")
     assert done.returncode == 130
