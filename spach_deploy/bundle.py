@@ -288,7 +288,7 @@ def writing(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> It
     check_target(target, overwrite=overwrite, contents=contents)
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target)
         staging = _staging_path(target)
         staging.mkdir()
     except OSError as error:
@@ -343,7 +343,7 @@ def _staging_path(target: Path) -> Path:
     return target.absolute().parent / f"{_staging_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _remove_leftovers(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Delete what killed exports to the same target left on this host."""
     prefix = _staging_prefix(target)
     for sibling in target.absolute().parent.iterdir():

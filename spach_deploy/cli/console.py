@@ -22,6 +22,9 @@ from spach_deploy.errors import SpachError, printable
 
 BAD_INPUT, UNAVAILABLE = 2, 3
 
+ARGUMENTS = "spach_deploy.arguments"
+"""Where a command's context keeps its words as they were typed."""
+
 
 class Command(click.Command):
     """A click command whose own errors (an unknown option, a number out of range) are one sentence too."""
@@ -30,8 +33,11 @@ class Command(click.Command):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """Parse; exit code 2 for what cannot be parsed."""
+        given = tuple(args)
         try:
-            return super().make_context(info_name, args, parent, **extra)
+            context = super().make_context(info_name, args, parent, **extra)
+            context.meta[ARGUMENTS] = given
+            return context
         except click.UsageError as error:
             wrong = error.format_message().rstrip(".")
             fail(error, f"{wrong}. See {info_name} --help.", debug="--debug" in args)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--int8", "precisions", flag_value="int8", multiple=True, help="8-bit integers; needs --calibration.")
 @click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="8-bit floats (E4M3), from sm89 on.")
 @click.option("--auto", is_flag=True, help="Export fp16, int8 and fp8, compare them and recommend one.")
+@opt.many
 @opt.calibration
 @opt.calibration_cache
 @opt.scales
@@ -84,6 +85,7 @@ def main(
     spach-export --checkpoint run7.pth --fp16 --images val/ --gpu rtx4090,l4
     spach-export --model ms_hybrid_s --int8 --calibration photos/
     spach-export --model ms_hybrid_s --auto --calibration photos/ --gpu l4
+    spach-export --zoo 'ms_*' --precision fp16,bf16 --gpu sm86,sm89 -o zoo/
 
     Exit codes: 0 done and verified as far as this machine can, 1 the numbers disagree, 2 bad usage or input,
     3 this machine cannot do it.
@@ -93,11 +95,19 @@ def main(
     if list_rewrites:
         return _list_rewrites()
     from spach_deploy.cli.early_checks import refuse_early
-    from spach_deploy.cli.export_options import export_options
+    from spach_deploy.cli.export_options import export_options, is_zoo
     from spach_deploy.cli.reporting import check_can_open, open_page
 
     if is_opened:
         check_can_open()
+    if is_zoo(given):
+        from spach_deploy.cli.zoo import Asked, zoo
+
+        asked = Asked(auto=auto, dry_run=dry_run, no_cache=no_cache, as_json=as_json)
+        code, page = zoo(given, recipe, asked)
+        if is_opened and page.is_file():
+            open_page(page)
+        return code
     if auto:
         if dry_run:
             raise UsageError("--dry-run is for one export, and --auto makes several.", "Ask for one of them: --fp16.")

@@ -58,6 +58,25 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
     )
 
 
+def is_zoo(given: Mapping[str, Any]) -> bool:
+    """Whether many exports are asked for. UsageError for an option that means something only then."""
+    if given.get("zoo") is not None:
+        return True
+    for name, option in (("precision_list", "--precision"), ("jobs", "--jobs")):
+        if given.get(name) is not None:
+            hint = "Give --zoo PATTERNS, or one precision as --fp16." if name == "precision_list" else "Leave it out."
+            raise UsageError(f"{option} is for --zoo.", hint)
+    return False
+
+
+def zoo_options(given: Mapping[str, Any], recipe: Path | None, *, is_mixed: bool) -> ExportOptions:
+    """Options of one of many exports; `is_mixed`: others are quantized, so what is said of that is not for this one."""
+    precision = Precision(given["precisions"][0])
+    if is_mixed and not precision.is_quantized:
+        given = {name: value for name, value in given.items() if name not in _OF_EIGHT_BITS}
+    return export_options(given, recipe)
+
+
 def auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions:
     """Options that every candidate of --auto shares. UsageError beside a precision, which --auto is to find."""
     precision = one_precision(given.get("precisions", ()))

@@ -67,6 +67,18 @@ def bounds(function: F) -> F:
     return function
 
 
+def many(function: F) -> F:
+    """--zoo, --precision, --jobs: many bundles by one command."""
+    options = (
+        click.option("--zoo", metavar="PATTERNS", help="Export many models, such as 'ms_*'; a bundle for each GPU."),
+        click.option("--precision", "precision_list", metavar="LIST", help="With --zoo: such as fp16,int8."),
+        click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="With --zoo: exports at once, at most."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def calibration_cache(function: F) -> F:
     """--calibration-cache."""
     text = "Reuse this calibration where it fits, or write it here."
