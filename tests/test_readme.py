@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+from spach_deploy.cli.benchmark import main as benchmark_command
 from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cli.doctor import main as doctor_command
 from spach_deploy.cli.export import main as export_command
@@ -16,6 +17,7 @@ from spach_deploy.cli.validate import main as validate_command
 
 ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, click.Command] = {
+    "spach-benchmark": benchmark_command,
     "spach-calibrate": calibrate_command,
     "spach-doctor": doctor_command,
     "spach-export": export_command,
@@ -46,7 +48,7 @@ def calls(page: Path) -> list[list[str]]:
     found = []
     for line in page.read_text(encoding="utf-8").splitlines():
         for match in re.finditer(
-            r"(?<![\w./-])(?:\.venv/bin/)?(?=spach-(?:calibrate|doctor|export|package|validate) )", line
+            r"(?<![\w./-])(?:\.venv/bin/)?(?=spach-(?:benchmark|calibrate|doctor|export|package|validate) )", line
         ):
             words = shlex.split(re.split(r"[`|;#]", line[match.end() :])[0].replace("'", '"'))
             found.append(words)

@@ -209,7 +209,7 @@ def strike_often(server: Server, target: Path, times: int) -> None:
 
 
 def test_kills_at_random_moments_leave_a_whole_bundle_and_no_process(server: Server, target: Path) -> None:
-    strike_often(server, target, 6)
+    strike_often(server, target, 4)
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def _binary(path: Path) -> None:
     [
         (lambda path: None, "cannot be read (No such file"),
         (Path.mkdir, "cannot be read (Is a directory)"),
-        (_binary, "is not TOML"),
+        (_binary, "cannot be read (it is not UTF-8)"),
     ],
     ids=["missing", "directory", "binary"],
 )

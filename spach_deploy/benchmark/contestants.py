@@ -1,0 +1,207 @@
+"""What can run a bundle's model here: one name each, why one cannot run, and how it is opened in a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.benchmark.machine import cpu_flags
+from spach_deploy.bundle import GRAPH, Bundle
+from spach_deploy.specs import Flavour, WeightSource
+
+Array = npt.NDArray[Any]
+
+EAGER, COMPILE, BF16, ONNX_RUNTIME, OPENVINO, ENGINE = (
+    "eager",
+    "compile",
+    "bf16",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+)
+TITLES: Mapping[str, str] = {
+    EAGER: "PyTorch eager",
+    COMPILE: "torch.compile",
+    BF16: "PyTorch, bf16 autocast",
+    ONNX_RUNTIME: "ONNX Runtime",
+    OPENVINO: "OpenVINO",
+    ENGINE: "TensorRT",
+}
+_COMPILERS = ("g++", "clang++", "c++")
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+_PROFILED_RUNS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads."""
+
+    bundle: Path
+    checkpoint: Path | None = None
+    weights: WeightSource | None = None
+    threads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A runner, ready. `prepare` makes of engine inputs (N, ...) what it is fed; `run` gives logits (N, classes).
+
+    `profile` gives the seconds of each PyTorch module in one run, where the runner can tell them.
+    """
+
+    run: Callable[[Any], Array]
+    prepare: Callable[[Array], Any] = lambda inputs: inputs
+    profile: Callable[[Any], dict[str, float]] | None = None
+
+
+def why_not(name: str, setup: Setup, bundle: Bundle) -> str:
+    """Why a runner cannot run here, in words with the remedy; empty where it can."""
+    if name in (EAGER, COMPILE, BF16):
+        return _why_not_torch(name, setup, bundle)
+    if name == ENGINE:
+        return _why_no_engine(bundle)
+    if importlib.util.find_spec("onnxruntime" if name == ONNX_RUNTIME else name) is None:
+        return f"not installed: pip install {'onnxruntime' if name == ONNX_RUNTIME else name}"
+    return ""
+
+
+def _why_not_torch(name: str, setup: Setup, bundle: Bundle) -> str:
+    if bundle.manifest.model["origin"] == "checkpoint" and setup.checkpoint is None:
+        return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model['checkpoint']}"
+    if name == COMPILE and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
+        return "it needs a C++ compiler: apt-get install g++"
+    if name == BF16 and not cpu_flags() & set(_BF16_FLAGS):
+        return "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
+    return ""
+
+
+def _why_no_engine(bundle: Bundle) -> str:
+    from spach_deploy.runtime.tensorrt_runner import why_engine_cannot_run_here
+
+    if bundle.plan is None:
+        return "the bundle has no engine"
+    return why_engine_cannot_run_here(Flavour(bundle.manifest.engine["flavour"])) or ""
+
+
+@contextlib.contextmanager
+def opened(name: str, setup: Setup) -> Iterator[Opened]:
+    """The runner, for as long as the block lasts. Raises what its library or the bundle raises."""
+    bundle = Bundle.open(setup.bundle, verify=False)
+    with _OPENERS[name](bundle, setup) as runner:
+        yield runner
+
+
+@contextlib.contextmanager
+def _torch(
+    bundle: Bundle, setup: Setup, change: Callable[[Any], Callable[[Any], Any]] = lambda model: model
+) -> Iterator[Opened]:
+    """The reference model, or what `change` makes of it."""
+    import torch
+
+    from spach_deploy.validation.bundle_facts import BundleFacts
+    from spach_deploy.validation.live_reference import Weights, as_images, rebuild
+
+    torch.set_num_threads(setup.threads)
+    facts = BundleFacts.of(bundle)
+    model = change(rebuild(bundle.manifest.model, Weights(setup.checkpoint, setup.weights)).model)
+    with torch.inference_mode():
+        yield Opened(
+            lambda images: model(images).float().numpy(), lambda inputs: torch.from_numpy(as_images(inputs, facts))
+        )
+
+
+def _compiled(bundle: Bundle, setup: Setup) -> AbstractContextManager[Opened]:
+    import torch
+
+    return _torch(bundle, setup, lambda model: torch.compile(model, dynamic=False))
+
+
+@contextlib.contextmanager
+def _autocast(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
+    import torch
+
+    with torch.autocast("cpu", torch.bfloat16), _torch(bundle, setup) as runner:
+        yield runner
+
+
+@contextlib.contextmanager
+def _onnx_runtime(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
+    graph = str(bundle.file(GRAPH))
+    session = _session(graph, setup.threads)
+    name = session.get_inputs()[0].name
+
+    def profile(inputs: Array) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            watched = _session(graph, setup.threads, f"{folder}/profile")
+            for _ in range(_PROFILED_RUNS):
+                watched.run(["logits"], {name: inputs})
+            return seconds_by_module(Path(watched.end_profiling()), _PROFILED_RUNS)
+
+    yield Opened(lambda inputs: session.run(["logits"], {name: inputs})[0], profile=profile)
+
+
+def _session(graph: str, threads: int, profile: str = "") -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def seconds_by_module(profile: Path, runs: int) -> dict[str, float]:
+    """Seconds of one run in each module, from ONNX Runtime's profile of `runs` runs.
+
+    Nodes are called after their modules, up to the first slash; what ONNX Runtime added itself is under its own name.
+    """
+    times: Counter[str] = Counter()
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
+            module, slash, _ = str(event["name"]).removesuffix("_kernel_time").partition("/")
+            times[module if slash else str(event["args"]["op_name"])] += event["dur"]
+    return {module: microseconds / runs / 1e6 for module, microseconds in times.most_common()}
+
+
+@contextlib.contextmanager
+def _openvino(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
+    import openvino
+
+    core = openvino.Core()
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setup.threads}
+    request = core.compile_model(str(bundle.file(GRAPH)), "CPU", settings).create_infer_request()
+    yield Opened(lambda inputs: np.asarray(request.infer({0: inputs})["logits"]))
+
+
+@contextlib.contextmanager
+def _engine(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
+    from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
+
+    assert bundle.plan is not None
+    with TensorRTRunner(bundle.plan.read_bytes(), Flavour(bundle.manifest.engine["flavour"])) as runner:
+        name = next(iter(runner.input_specs))
+        yield Opened(lambda inputs: runner.run({name: inputs})["logits"])
+
+
+_OPENERS: Mapping[str, Callable[[Bundle, Setup], AbstractContextManager[Opened]]] = {
+    EAGER: _torch,
+    COMPILE: _compiled,
+    BF16: _autocast,
+    ONNX_RUNTIME: _onnx_runtime,
+    OPENVINO: _openvino,
+    ENGINE: _engine,
+}

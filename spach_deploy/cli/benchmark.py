@@ -1,0 +1,101 @@
+"""spach-benchmark: how fast a bundle's model is here, in everything that can run it, and how right."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from spach_deploy.cli import options as opt
+from spach_deploy.cli.console import Command, command, say
+from spach_deploy.errors import UsageError
+from spach_deploy.specs import WeightSource
+
+_RUNNERS = ("eager", "compile", "bf16", "onnxruntime", "openvino", "tensorrt")
+
+
+@click.command("spach-benchmark", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=opt.FILE)
+@click.option("--batch", metavar="N,N", help="Batches, such as 1,8.  [the profile's smallest and usual one]")
+@click.option("--runner", multiple=True, type=click.Choice(_RUNNERS), help="Only these.  [all that can run here]")
+@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Rounds in which all take turns.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Of each turn of each runner."
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each runner.  [all cores]")
+@opt.checkpoint
+@click.option("--weights", type=click.Choice([source.value for source in WeightSource]), help="Which weights of it.")
+@click.option("--plot", type=opt.FILE, metavar="FILE.svg", help="Draw latency against batch and speed against error.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@opt.debug
+@opt.version
+@command
+def main(
+    bundle: Path,
+    batch: str | None,
+    runner: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    threads: int | None,
+    checkpoint: Path | None,
+    weights: str | None,
+    plot: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure BUNDLE's model on this machine: latency, throughput, memory and error of every runner there is.
+
+    \b
+    spach-benchmark build/ms_hybrid_s-fp16
+    spach-benchmark build/ms_hybrid_s-fp32 --batch 1,8 --plot speed.svg
+    spach-benchmark build/ms_hybrid_s-int8 --runner onnxruntime --runner eager --rounds 9
+
+    Runners take turns in every round, each in a process of its own. A ratio that the rounds cannot tell is not printed,
+    and a runner whose numbers are outside the bundle's tolerances is marked wrong.
+
+    Exit codes: 0 measured, 1 a runner computes wrong numbers, 2 bad usage or input, 3 nothing here can run it.
+    """
+    import json
+
+    from spach_deploy.benchmark.contestants import Setup
+    from spach_deploy.benchmark.plot import draw
+    from spach_deploy.benchmark.rounds import Question, measure
+    from spach_deploy.benchmark.table import as_text
+    from spach_deploy.runtime.threads import available_threads
+
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise UsageError(f"--plot {plot}: {plot.parent} is no directory.", "Give a file in one that exists.")
+    source = None if weights is None else WeightSource(weights)
+    setup = Setup(bundle, checkpoint, source, threads or available_threads())
+    question = Question(setup, _batches(batch), runner, rounds, seconds)
+    with _progress() as tell:
+        found = measure(question, tell)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else as_text(found))
+    if plot is not None:
+        draw(found, plot)
+        say(f"Plot: {plot}")
+    return found.exit_code
+
+
+def _batches(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UsageError(f"--batch {text} is no list of whole numbers.", "Give it like 1,8.") from None
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr where somebody watches."""
+    if not sys.stderr.isatty():
+        yield lambda what, share: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)

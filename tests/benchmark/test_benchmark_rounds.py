@@ -1,0 +1,244 @@
+"""The benchmark on a real bundle: workers in processes of their own, the right ones, wrong ones, and ones that die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spach_deploy.benchmark import contestants, rounds
+from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, Opened, Setup, why_not
+from spach_deploy.benchmark.plot import draw
+from spach_deploy.benchmark.result import Benchmark
+from spach_deploy.benchmark.rounds import Question, chosen_batches, measure
+from spach_deploy.benchmark.table import as_text
+from spach_deploy.benchmark.worker import Turn, Worker
+from spach_deploy.bundle import Bundle
+from spach_deploy.errors import UnavailableError, UsageError
+from spach_deploy.specs import BatchProfile
+from spach_deploy.validation.bundle_facts import BundleFacts
+from tests.commands import export
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model that other processes know by its name."""
+    target = tmp_path_factory.mktemp("bundles") / "b"
+    result = export(
+        "--model", "conv_xxs", "--image-size", "32", "--num-classes", "11", "--engine", "none", "-o", target
+    )
+    assert result.exit_code == 0, result.stderr
+    return target
+
+
+def question(bundle: Path, *names: str, **changes: Any) -> Question:
+    return Question(Setup(bundle, threads=1), names=names, rounds=2, seconds=0.01, **changes)
+
+
+@pytest.fixture(scope="module")
+def found(bundle: Path) -> Benchmark:
+    return measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1, 3)))
+
+
+def test_runners_are_measured_in_turn_and_held_to_the_golden_answers(found: Benchmark) -> None:
+    assert [runner.name for runner in found.runners] == [EAGER, ONNX_RUNTIME]
+    assert found.exit_code == 0
+    for runner in found.runners:
+        assert runner.accuracy.rel_l2 < 1e-5
+        assert [timing.batch for timing in runner.timings] == [1, 3]
+        for timing in runner.timings:
+            assert timing.latency.runs >= 2 * 3
+            assert timing.peak_bytes > 50e6
+            assert timing.roofline is not None
+            assert 0 < timing.roofline < 1.5
+    compared = found.runners[1].timings[0].ratio
+    assert compared is not None
+    assert compared.low <= compared.value <= compared.high
+
+
+def test_each_runner_has_its_own_memory(found: Benchmark) -> None:
+    eager, onnx_runtime = (runner.timings[-1].peak_bytes for runner in found.runners)
+    assert onnx_runtime < eager  # it has no PyTorch in it
+
+
+def test_time_is_told_by_module(found: Benchmark) -> None:
+    modules = found.runners[1].modules
+    assert {"stem.proj", "blocks.0.channel_func.fc1", "head"} <= set(modules)
+    assert list(modules.values()) == sorted(modules.values(), reverse=True)
+
+
+def test_the_table_tells_all_of_it(found: Benchmark) -> None:
+    text = as_text(found)
+    assert "batch 1 " in text
+    assert "batch 3 " in text
+    assert "Fastest of the right ones at batch 3: " in text
+    assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("bundle "))
+
+
+def test_a_picture(found: Benchmark, tmp_path: Path) -> None:
+    draw(found, tmp_path / "speed.svg")
+    text = (tmp_path / "speed.svg").read_text()
+    assert text.count("<svg") == 1
+    assert "conv_xxs" in text
+
+
+class FakeWorker:
+    """Stands in for a process: PyTorch takes 20 ms, ONNX Runtime what the test says."""
+
+    seconds = 0.01
+    off = 0.0
+    dies_at: int | None = None
+    profiled = False
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        self.name = name
+
+    def __enter__(self) -> FakeWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def logits(self, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        with np.load(GOLDEN_OF[0] / "golden.npz") as golden:
+            index = [int(np.flatnonzero((golden["input"] == one).all(axis=(1, 2, 3)))[0]) for one in inputs]
+            answers: np.ndarray[Any, Any] = golden["logits"][index] * (
+                1 + (self.off if self.name == ONNX_RUNTIME else 0)
+            )
+        return answers
+
+    def turn(self, inputs: np.ndarray[Any, Any], seconds: float) -> Turn:
+        if self.name == ONNX_RUNTIME and len(inputs) == self.dies_at:
+            raise UnavailableError("its process ended with -9 (out of memory? Give smaller batches)")
+        return Turn((0.02 if self.name == EAGER else self.seconds,) * 12, 0.1, 100_000_000)
+
+    def profile(self, inputs: np.ndarray[Any, Any]) -> dict[str, float]:
+        return {}
+
+
+GOLDEN_OF: list[Path] = []
+
+
+@contextlib.contextmanager
+def faked(bundle: Path, **changes: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "Worker", type("Worker", (FakeWorker,), changes))
+        patch.setattr(rounds, "peaks", lambda threads: {"flops": 1e11, "bytes": 1e10})
+        GOLDEN_OF[:] = [bundle]
+        yield
+
+
+def test_a_ratio_is_how_many_times_as_fast(bundle: Path) -> None:
+    with faked(bundle):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
+    compared = result.runners[1].timings[0].ratio
+    assert compared is not None
+    assert compared.value == pytest.approx(2)
+    assert "2.00 (2.00–2.00)" in as_text(result)
+
+
+def test_a_fast_runner_that_is_wrong_is_marked_and_not_recommended(bundle: Path) -> None:
+    with faked(bundle, off=0.1, seconds=0.001):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
+    assert result.exit_code == 1
+    text = as_text(result)
+    assert "ONNX Runtime is WRONG: its logits are off by 1.0e-01 > " in text
+    assert "20.00" not in text
+    assert "Fastest of the right ones at batch 1: PyTorch eager" in text
+
+
+def test_a_runner_that_gives_no_numbers_is_wrong(bundle: Path) -> None:
+    with faked(bundle, off=float("nan")):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
+    assert [runner.name for runner in result.wrong] == [ONNX_RUNTIME]
+    assert result.to_dict()["runners"][1]["accuracy"]["rel_l2"] is None
+
+
+def test_a_runner_that_dies_is_told_and_the_others_go_on(bundle: Path) -> None:
+    with faked(bundle, dies_at=3):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1, 3)))
+    assert [timing.batch for timing in result.runners[1].timings] == [1]
+    assert [timing.batch for timing in result.runners[0].timings] == [1, 3]
+    assert "ONNX Runtime: stopped at batch 3: its process ended with -9" in as_text(result)
+
+
+def test_a_process_that_dies_is_an_error_with_its_code(bundle: Path) -> None:
+    worker = Worker(ONNX_RUNTIME, Setup(bundle))
+    with worker:
+        os.kill(worker.pid, 9)
+        with pytest.raises(UnavailableError, match="ended with -9"):
+            worker.turn(np.zeros((1, 3, 32, 32), np.float32), 0.01)
+
+
+def test_a_runner_that_does_not_open_says_why(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="so it is no bundle"), Worker(EAGER, Setup(tmp_path)):
+        pass
+
+
+def test_what_cannot_run_is_skipped_with_the_reason(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle)
+    assert why_not("tensorrt", Setup(bundle), opened) == "the bundle has no engine"
+    monkeypatch.setattr(contestants, "cpu_flags", lambda: {"avx2"})
+    assert "no bfloat16" in why_not("bf16", Setup(bundle), opened)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert "C++ compiler" in why_not("compile", Setup(bundle), opened)
+    trained = dict(opened.manifest.model) | {"origin": "checkpoint", "checkpoint": "run7.pth"}
+    monkeypatch.setattr(type(opened.manifest), "model", trained)
+    assert "--checkpoint run7.pth" in why_not(EAGER, Setup(bundle), opened)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert why_not("openvino", Setup(bundle), opened) == "not installed: pip install openvino"
+    assert why_not(ONNX_RUNTIME, Setup(bundle), opened) == "not installed: pip install onnxruntime"
+
+
+def test_what_was_asked_for_by_name_must_run(bundle: Path) -> None:
+    with pytest.raises(UnavailableError, match="TensorRT cannot run here: the bundle has no engine"):
+        measure(question(bundle, "tensorrt"))
+
+
+def test_batches_are_those_of_the_profile() -> None:
+    assert chosen_batches((), BatchProfile(1, 8, 32)) == (1, 8)
+    assert chosen_batches((8, 2, 2), BatchProfile(1, 8, 32)) == (2, 8)
+    with pytest.raises(UsageError, match="batches of 1 to 32, not 64"):
+        chosen_batches((64,), BatchProfile(1, 8, 32))
+
+
+def test_every_name_can_be_opened_and_has_a_title() -> None:
+    assert set(contestants._OPENERS) == set(contestants.TITLES)
+
+
+def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        input_specs = ("pixels",)
+
+        def __init__(self, plan: bytes, flavour: Any) -> None:
+            assert plan == b"plan"
+
+        def __enter__(self) -> Engine:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+        def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            return {"logits": feeds["pixels"] + 1}
+
+    plan = bundle.parent / "engine.plan"
+    plan.write_bytes(b"plan")
+    opened = Bundle.open(bundle)
+    monkeypatch.setattr(type(opened), "plan", plan)
+    monkeypatch.setitem(opened.manifest.engine, "flavour", "tensorrt")
+    monkeypatch.setattr("spach_deploy.runtime.tensorrt_runner.TensorRTRunner", Engine)
+    with contestants._engine(opened, Setup(bundle)) as runner:
+        assert isinstance(runner, Opened)
+        assert runner.run(np.zeros(1)) == 1
+
+
+def test_bounds_are_the_bundles(bundle: Path, found: Benchmark) -> None:
+    allowed = BundleFacts.of(Bundle.open(bundle)).tolerances.graph.outputs["logits"].rel_l2
+    assert {runner.accuracy.allowed for runner in found.runners} == {allowed}
