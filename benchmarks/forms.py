@@ -1,0 +1,130 @@
+"""Which of the equivalent forms that we give a model pays, alone and in pairs, by the compiler's own schedule.
+
+    python -m benchmarks.forms [STACK ...] [--gpu sm86,sm89,sm120] [--precision fp16]
+
+Stacks of three blocks, of the widths of ms_hybrid_s, in which a build takes seconds. Every rewrite and every pass can
+be left out; each such graph is first run in ONNX Runtime against the reference model, and one that computes something
+else is an error. The table gives kernels and bytes of the form that spach-export uses, what leaving out one form adds,
+and every pair of forms left out that would be better than all of them: the winner is what `rewrites/` and `passes/` do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from onnx import ModelProto
+
+from benchmarks.kernels import BATCH, facts
+from benchmarks.results import record, table
+from spach_deploy.engine.gpus import parse_gpus
+from spach_deploy.models.configs import SpachConfig
+from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph.export import export_canonical
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.rewrites import REWRITES, rewrite
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.specs import EngineTarget, Precision
+
+STACKS = {
+    "conv": SpachConfig(96, 4, 2, (("conv",) * 3,)),
+    "trans": SpachConfig(192, 16, 3, (("trans",) * 3,), num_heads=6),
+    "mlp": SpachConfig(192, 16, 3, (("mlp",) * 3,), shared_spatial=True),
+    "hybrid": SpachConfig(64, 4, 3, (("conv",) * 2, ("conv", "trans"), ("trans",) * 2), num_heads=4),
+    "convolutional stem": SpachConfig(64, 4, 3, (("conv",) * 2, ("trans",) * 2), num_heads=4, conv_stem=True),
+}
+SIZE, CLASSES = 224, 100
+FORMS = (*(step.name for step in REWRITES), *(step.name for step in TENSORRT_PASSES))
+_NOISE = 2e-5
+"""Largest relative L2 that FP32 alone puts between two forms of so few blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What the compiler makes of a form. `bytes_moved`: at batch 8."""
+
+    kernels: int
+    bytes_moved: int
+
+    def beats(self, other: Schedule) -> bool:
+        """Less of one, and no more of the other."""
+        mine, theirs = (self.kernels, self.bytes_moved), (other.kernels, other.bytes_moved)
+        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+class Stack:
+    """A few blocks and their reference's answers."""
+
+    def __init__(self, config: SpachConfig) -> None:
+        self.model = Spach(config, image_size=SIZE, num_classes=CLASSES).eval()
+        load_demo_weights(self.model)
+        self.images = np.random.default_rng(0).standard_normal((2, 3, SIZE, SIZE)).astype(np.float32)
+        with torch.inference_mode():
+            self.logits = self.model(torch.from_numpy(self.images)).numpy()
+
+    def graph(self, left_out: tuple[str, ...]) -> ModelProto:
+        """Its graph without some of the forms, proven to compute the same."""
+        graph = export_canonical(rewrite(self.model, left_out).model, SIZE)
+        apply_passes(graph, TENSORRT_PASSES, left_out)
+        with OnnxRuntimeRunner(graph.SerializeToString()) as runner:
+            answer = runner.run({next(iter(runner.input_specs)): self.images})["logits"]
+        error = float(np.linalg.norm(answer - self.logits) / np.linalg.norm(self.logits))
+        if error > _NOISE:
+            sys.exit(f"Without {', '.join(left_out) or 'nothing'} the graph computes something else: {error:.1e}.")
+        return graph
+
+
+def schedules(stack: Stack, precision: Precision, gpus: list[str]) -> Iterator[tuple[str, tuple[str, ...], Schedule]]:
+    """GPU, what was left out, and what came of it: nothing, each form, each pair of forms."""
+    singles = [(form,) for form in FORMS]
+    for left_out in ((), *singles, *itertools.combinations(FORMS, 2)):
+        graph = stack.graph(left_out)
+        for gpu in gpus:
+            found = facts(graph, precision, EngineTarget(gpus=parse_gpus(gpu)))
+            assert found is not None
+            yield gpu, left_out, Schedule(len(found.kernels), found.bytes_moved(BATCH) or 0)
+
+
+def rows(name: str, precision: Precision, gpus: list[str]) -> Iterator[list[object]]:
+    """A row a GPU."""
+    found: dict[str, dict[tuple[str, ...], Schedule]] = {gpu: {} for gpu in gpus}
+    for gpu, left_out, schedule in schedules(Stack(STACKS[name]), precision, gpus):
+        found[gpu][left_out] = schedule
+    for gpu, of in found.items():
+        whole = of[()]
+        adds = [_difference(of[form,], whole) for form in FORMS]
+        better = [" and ".join(left) for left, schedule in of.items() if schedule.beats(whole)]
+        yield [name, gpu, f"{whole.kernels} / {whole.bytes_moved / 1e6:,.1f}", *adds, "; ".join(better) or "none"]
+
+
+def _difference(one: Schedule, other: Schedule) -> str:
+    kernels, moved = one.kernels - other.kernels, (one.bytes_moved - other.bytes_moved) / 1e6
+    return "same" if not kernels and abs(moved) < 0.05 else f"{kernels:+d} / {moved:+,.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stacks", nargs="*", default=list(STACKS))
+    parser.add_argument("--gpu", default="sm86,sm89,sm120")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp16")
+    arguments = parser.parse_args()
+    lines = []
+    for name in arguments.stacks:
+        for line in rows(name, Precision(arguments.precision), arguments.gpu.split(",")):
+            print(" | ".join(map(str, line)), flush=True)
+            lines.append(line)
+    headings = ("stack", "GPU", "all forms: kernels / MB", *(f"without {form}" for form in FORMS), "better without")
+    body = f"Kernels / MB moved at batch {BATCH}, of three to six blocks.\n\n{table(headings, lines)}"
+    command = f"python -m benchmarks.forms --precision {arguments.precision} --gpu {arguments.gpu}"
+    if set(arguments.stacks) == set(STACKS):
+        record(f"Equivalent forms, {arguments.precision}", command, body, ("torch", "tensorrt-rtx"))
+
+
+if __name__ == "__main__":
+    main()
