@@ -24,6 +24,7 @@ IMPORTED_AS = {
     "tensorrt-rtx": "tensorrt_rtx",
     "matplotlib": "matplotlib",
     "jinja2": "jinja2",
+    "ray": "ray",
     "pytest": "pytest",
     "pytest-xdist": "xdist",
     "scikit-image": "skimage",

@@ -103,7 +103,8 @@ def main(
     if is_zoo(given):
         from spach_deploy.cli.zoo import Asked, zoo
 
-        asked = Asked(auto=auto, dry_run=dry_run, no_cache=no_cache, as_json=as_json)
+        many = {"ray": given["ray"], "jobs": given["jobs"]}
+        asked = Asked(auto=auto, dry_run=dry_run, no_cache=no_cache, as_json=as_json, **many)
         code, page = zoo(given, recipe, asked)
         if is_opened and page.is_file():
             open_page(page)

@@ -67,12 +67,18 @@ def bounds(function: F) -> F:
     return function
 
 
+def ray_address(text: str) -> Callable[[F], F]:
+    """--ray, with an address or without."""
+    return click.option("--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]", help=text)
+
+
 def many(function: F) -> F:
-    """--zoo, --precision, --jobs: many bundles by one command."""
+    """--zoo, --precision, --jobs, --ray: many bundles by one command."""
     options = (
         click.option("--zoo", metavar="PATTERNS", help="Export many models, such as 'ms_*'; a bundle for each GPU."),
         click.option("--precision", "precision_list", metavar="LIST", help="With --zoo: such as fp16,int8."),
         click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="With --zoo: exports at once, at most."),
+        ray_address("With --zoo: build on a Ray cluster; without an address, on this machine as one."),
     )
     for option in reversed(options):
         function = option(function)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -22,7 +23,7 @@ from spach_deploy.errors import UsageError
 from spach_deploy.specs import ExportOptions
 from spach_deploy.zoo.checkpoints import checkpoint_of
 from spach_deploy.zoo.folder import PAGE, SUMMARY, Folder
-from spach_deploy.zoo.make import Work, Zoo, on_this_machine, work_of
+from spach_deploy.zoo.make import Run, Work, Zoo, on_this_machine, work_of
 from spach_deploy.zoo.outcome import Row, Summary, Verdict, as_table
 from spach_deploy.zoo.plan import Build, Choice, choices, plan
 from spach_deploy.zoo.schedule import Limits
@@ -46,6 +47,8 @@ class Asked:
     dry_run: bool = False
     no_cache: bool = False
     as_json: bool = False
+    ray: str | None = None
+    jobs: int | None = None
 
 
 def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[int, Path]:
@@ -58,11 +61,15 @@ def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[in
     folder.check()
     builds = planned(given, recipe, folder)
     overwrite = bool(given.get("overwrite"))
-    limits = Limits.here(given.get("jobs"), len(builds))
+    limits = Limits.here(asked.jobs, len(builds))
     if asked.dry_run:
         work = work_of(builds, folder, is_kept=not asked.no_cache, overwrite=overwrite)
         click.echo(_as_plan(work, limits, as_json=asked.as_json))
         return 0, folder.root / PAGE
+    if asked.ray is not None:
+        from spach_deploy.cluster.connect import check_address
+
+        check_address(asked.ray)
     with folder.locked():
         work = work_of(builds, folder, is_kept=not asked.no_cache, overwrite=overwrite)
         summary = _made(work, folder, limits, asked)
@@ -111,11 +118,25 @@ def _made(work: Work, folder: Folder, limits: Limits, asked: Asked) -> Summary:
     making = Zoo(work, folder, progress, joined(["spach-export", *typed]))
     with (
         ending_on_interrupt(lambda: _kept_sentence(making.summary), grace_s=_GRACE_S),
+        _runner(folder, more, limits, asked) as run,
         terminated_as_interrupted(),
         progress,
     ):
-        making.make(on_this_machine(folder, COMMAND, more, limits))
+        making.make(run)
     return making.summary
+
+
+@contextlib.contextmanager
+def _runner(folder: Folder, more: list[str], limits: Limits, asked: Asked) -> Iterator[Run]:
+    """What runs the builds: this machine, or a Ray cluster."""
+    if asked.ray is None:
+        yield on_this_machine(folder, COMMAND, more, limits)
+        return
+    from spach_deploy.cluster.builds import on_cluster
+    from spach_deploy.cluster.connect import connected
+
+    with connected(asked.ray) as ray:
+        yield on_cluster(ray, folder, COMMAND, more, asked.jobs)
 
 
 def _kept_sentence(summary: Summary) -> str:
@@ -125,7 +146,10 @@ def _kept_sentence(summary: Summary) -> str:
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, for as long as the block lasts."""
+    """SIGTERM does what Ctrl-C does, for as long as the block lasts; nothing in another thread than the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)

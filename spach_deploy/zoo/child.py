@@ -29,12 +29,16 @@ _SAID_LINES = 20
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a process ended. `code`: its exit code, negative for a signal; `said`: its last lines on stderr."""
+    """How a process ended. `code`: its exit code, negative for a signal; `said`: its last lines on stderr.
+
+    `node`: the machine that it ran on, where that was another.
+    """
 
     code: int
     said: tuple[str, ...]
     seconds: float
     peak_bytes: int | None = None
+    node: str | None = None
 
     @property
     def sentence(self) -> str:
@@ -145,6 +149,7 @@ class Child:
 def _end_with_parent(parent: int) -> None:
     """In the new process: be interrupted when the parent dies, however it does, and by Ctrl-C's signal."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored where this runs in a shell's background
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
     if os.getppid() != parent:
         os._exit(1)

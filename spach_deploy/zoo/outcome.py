@@ -81,7 +81,8 @@ class Row:
 
 def ended_row(row: Row, ended: Ended, target: Path) -> Row:
     """`row` of an export that ended, its bundle at `target` if it succeeded."""
-    row = dataclasses.replace(row, exit_code=ended.code, seconds=ended.seconds, peak_bytes=ended.peak_bytes)
+    facts = {"exit_code": ended.code, "seconds": ended.seconds, "peak_bytes": ended.peak_bytes, "node": ended.node}
+    row = dataclasses.replace(row, **facts)  # type: ignore[arg-type]
     if ended.code == 0:
         return finished_row(row, target)
     verdict = Verdict.DISAGREED if ended.code == DISAGREED_CODE else Verdict.FAILED

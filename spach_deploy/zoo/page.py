@@ -20,7 +20,7 @@ def page_of_zoo(summary: Summary) -> str:
         state=state(summary),
         heading=heading(summary),
         sentence=summary.sentence(),
-        graph_only=sum(row.level == "graph" for row in made),
+        graph_only=sum(row.level == "graph" and row.plan_bytes is not None for row in made),
         rows=[{"row": row, "state": _STATES.get(row.verdict, "partial"), "link": link(row)} for row in summary.rows],
         failed=[row for row in summary.rows if row.said],
         total_bytes=sum(row.bundle_bytes or 0 for row in summary.rows),

@@ -1,6 +1,7 @@
 """Stands in for spach-export where a test is about many exports: takes its options, writes a small bundle, or fails.
 
-A file named like the bundle in the folder $STUB says how it ends; without one it succeeds. Started as a script.
+A file named like the bundle in the folder $STUB, or in the one that is the first word, says how it ends; without one
+it succeeds. Started as a script.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def sections(model: str, precision: str) -> dict[str, object]:
 
 def behave(how: str) -> None:
     """End as the test wants it."""
-    if how == "wait":
-        time.sleep(600)
+    if how.startswith("wait"):
+        time.sleep(float(how.removeprefix("wait") or 600))
     elif how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "crash":
@@ -49,7 +50,10 @@ def behave(how: str) -> None:
 def main() -> None:
     words = sys.argv[1:]
     target = Path(words[words.index("--output") + 1])
-    how = Path(os.environ["STUB"]) / target.name
+    folder = Path(os.environ.get("STUB") or words[0])
+    how = folder / target.name
+    with (folder / "begun").open("a") as log:
+        print(target.name, os.getpid(), file=log)
     model = words[words.index("--model") + 1]
     size = 100
     with bundles.writing(target, overwrite="--overwrite" in words) as staging:
