@@ -77,8 +77,9 @@ class ExportResult:
     engine: BuiltEngine | None
 
 
-def export(options: ExportOptions, observer: Observer | None = None) -> ExportResult:
-    """Export, build, validate and write the bundle that `options` asks for.
+def export(options: ExportOptions, observer: Observer | None = None, *, place: Path | None = None) -> ExportResult:
+    """Export, build, validate and write the bundle that `options` asks for; to `place`, if that is given, for somebody
+    who moves it to its target afterwards: what the bundle says of itself names the target.
 
     Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
     """
@@ -88,7 +89,8 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
     with phases.phase("load the model"):
         loaded = stages.load(options, phases)
         target = stages.target_directory(options, loaded)
-        bundles.check_target(target, overwrite=options.overwrite)
+        place = place or target
+        bundles.check_target(place, overwrite=options.overwrite)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
     with phases.phase("run the reference"):
@@ -107,7 +109,7 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
     with phases.phase("measure ranges, set types"):
         graph = stages.give_form(graph, photographs, options, plan)
         typed = stages.type_precision(graph, loaded, photographs, reference, options, phases, plan)
-    with bundles.writing(target, overwrite=options.overwrite) as staging:
+    with bundles.writing(place, overwrite=options.overwrite) as staging:
         with phases.phase("write the graph"):
             stages.save_graph(typed, staging / bundles.GRAPH)
             golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
@@ -154,7 +156,7 @@ def export(options: ExportOptions, observer: Observer | None = None) -> ExportRe
         )
         if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
             phases.note(problem)
-    return ExportResult(Bundle.open(target, verify=False), validation, engine)
+    return ExportResult(Bundle.open(place, verify=False), validation, engine)
 
 
 def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:

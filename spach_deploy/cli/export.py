@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--int8", "precisions", flag_value="int8", multiple=True, help="8-bit integers; needs --calibration.")
 @click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="8-bit floats (E4M3), from sm89 on.")
 @click.option("--auto", is_flag=True, help="Export fp16, int8 and fp8, compare them and recommend one.")
+@opt.target
 @opt.many
 @opt.calibration
 @opt.calibration_cache
@@ -71,6 +72,7 @@ def main(
     list_rewrites: bool,
     recipe: Path | None,
     auto: bool,
+    target: str | None,
     dry_run: bool,
     no_cache: bool,
     verbose: bool,
@@ -85,6 +87,7 @@ def main(
     spach-export --checkpoint run7.pth --fp16 --images val/ --gpu rtx4090,l4
     spach-export --model ms_hybrid_s --int8 --calibration photos/
     spach-export --model ms_hybrid_s --auto --calibration photos/ --gpu l4
+    spach-export --model ms_hybrid_s --target cpu --calibration photos/
     spach-export --zoo 'ms_*' --precision fp16,bf16 --gpu sm86,sm89 -o zoo/
 
     Exit codes: 0 done and verified as far as this machine can, 1 the numbers disagree, 2 bad usage or input,
@@ -109,6 +112,13 @@ def main(
         if is_opened and page.is_file():
             open_page(page)
         return code
+    if target is not None:
+        if auto or dry_run:
+            raise UsageError("--target cpu measures what it chooses; --auto and --dry-run do not.", "Give one of them.")
+        page = _for_cpu(given, recipe, verbose=verbose, as_json=as_json)
+        if is_opened:
+            open_page(page)
+        return 0
     if auto:
         if dry_run:
             raise UsageError("--dry-run is for one export, and --auto makes several.", "Ask for one of them: --fp16.")
@@ -197,6 +207,23 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
             found = recommend(options, progress)
         click.echo(json.dumps(found.to_dict(), indent=2) if as_json else as_table(found))
     return found
+
+
+def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Path:
+    """Candidates measured, the best written; its page."""
+    import json
+
+    from spach_deploy.cli.export_options import cpu_options
+
+    options, asked = cpu_options(given, recipe)
+    with ending_on_interrupt(lambda: "Nothing was written."):
+        from spach_deploy.cli.export_output import Progress
+        from spach_deploy.cpu_target import as_table, export_for_cpu
+
+        with Progress(verbose=verbose) as observer:
+            choice = export_for_cpu(options, asked, observer)
+        click.echo(json.dumps(choice.bundle.manifest.content, indent=2) if as_json else as_table(choice))
+    return choice.bundle.path / PAGE
 
 
 def _list(as_json: bool) -> int:

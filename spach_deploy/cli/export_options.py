@@ -91,6 +91,18 @@ def auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions
     return options
 
 
+def cpu_options(given: Mapping[str, Any], recipe: Path | None) -> tuple[ExportOptions, Precision | None]:
+    """Options that the candidates of --target cpu share, and the only precision that was asked for."""
+    from spach_deploy.cpu_target import check_cpu
+
+    precision = one_precision(given.get("precisions", ()))
+    shared = precision or ("int8" if given.get("calibration") is not None else "fp32")
+    options = export_options({**given, "precisions": (shared,)}, recipe)
+    asked = None if precision is None else Precision(precision)
+    check_cpu(options, asked)
+    return options, asked
+
+
 def calibrate_options(given: Mapping[str, Any]) -> ExportOptions:
     """Options of an export that would need the calibration which spach-calibrate was asked for."""
     chosen = {name: value for name, value in given.items() if value not in (None, ())}

@@ -85,6 +85,12 @@ def many(function: F) -> F:
     return function
 
 
+def target(function: F) -> F:
+    """--target."""
+    text = "For this machine's CPU: measure fp32 and, with --calibration, int8, and keep the fastest that is right."
+    return click.option("--target", type=click.Choice(["cpu"]), help=text)(function)
+
+
 def calibration_cache(function: F) -> F:
     """--calibration-cache."""
     text = "Reuse this calibration where it fits, or write it here."

@@ -1,0 +1,200 @@
+"""`spach-export --target cpu`: the form of the model that is fastest on this machine's CPU, found by measuring.
+
+Candidates are FP32 and, with a calibration set, INT8 with all else in FP32; each in ONNX Runtime and, where it is
+installed, OpenVINO. All are measured against PyTorch eager in rounds of one run, and the fastest whose numbers are
+within its bundle's tolerances becomes the bundle. What was measured is the manifest's section `cpu`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spach_deploy import bundle as bundles
+from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, OPENVINO, TITLES, Setup, why_not
+from spach_deploy.benchmark.rounds import Question, measure
+from spach_deploy.bundle import Bundle
+from spach_deploy.errors import MismatchError, UnavailableError, UsageError
+from spach_deploy.phases import Observer
+from spach_deploy.pipeline import ExportResult, export
+from spach_deploy.runtime.threads import available_threads
+from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec
+
+if TYPE_CHECKING:
+    from spach_deploy.benchmark.result import Benchmark, Runner
+
+PRECISIONS = (Precision.INT8, Precision.FP32)
+_RUNNERS = (EAGER, ONNX_RUNTIME, OPENVINO)
+_ROUNDS, _SECONDS = 5, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A precision in a runner at `batch`. `ratio`: to PyTorch eager, None where the rounds cannot tell it."""
+
+    precision: Precision
+    runner: str
+    batch: int
+    images_per_second: float
+    times_eager: float
+    ratio: float | None
+    rel_l2: float
+    is_right: bool
+
+    @classmethod
+    def of(cls, precision: Precision, runner: Runner, eager: Runner) -> Form:
+        """From a benchmark of one batch."""
+        timing, base = runner.timings[0], eager.timings[0]
+        told = timing.ratio.value if timing.ratio is not None and timing.ratio.is_told else None
+        return cls(
+            precision,
+            runner.name,
+            timing.batch,
+            timing.images_per_second,
+            timing.ratio.value if timing.ratio is not None else base.latency.median / timing.latency.median,
+            told,
+            runner.accuracy.rel_l2,
+            runner.accuracy.is_right,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**dataclasses.asdict(self), "precision": self.precision.value}
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuChoice:
+    """The bundle that was written, the form that it is of, and all that were measured."""
+
+    bundle: Bundle
+    chosen: Form
+    forms: tuple[Form, ...]
+    machine: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: the manifest's section `cpu`."""
+        return _section(self.chosen, self.forms, self.machine)
+
+
+def check_cpu(options: ExportOptions, asked: Precision | None) -> None:
+    """Refuse contradictions before any work."""
+    if options.engine.flavour not in (Flavour.AUTO, Flavour.NONE) or options.engine.gpus:
+        raise UsageError("--target cpu builds no engine.", "Leave --engine and --gpu out.")
+    if asked not in (None, *PRECISIONS):
+        raise UsageError(f"--target cpu chooses between fp32 and int8, not {asked.value}.", "Leave the precision out.")
+    if asked is Precision.INT8 and options.quantization.calibration is None:
+        raise UsageError("INT8 needs images to calibrate on.", "Give --calibration DIR.")
+    if options.quantization.max_drop is not None:
+        raise UsageError("--target cpu does not judge by labels.", "Give --max-rel-l2, or --int8 --max-drop alone.")
+
+
+def export_for_cpu(
+    options: ExportOptions,
+    asked: Precision | None = None,
+    observer: Observer | None = None,
+    tell: Callable[[str, float], None] = lambda what, share: None,
+) -> CpuChoice:
+    """Export the candidates, measure them in turn, and write the bundle of the best.
+
+    Raises what an export raises, UnavailableError without a runner, MismatchError when no form is right.
+    """
+    check_cpu(options, asked)
+    found: dict[Precision, Benchmark] = {}
+    with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
+        for precision in [asked] if asked else _candidates(options):
+            of_precision = options_for(options, precision)
+            if of_precision.output is not None:
+                bundles.check_target(of_precision.output, overwrite=options.overwrite)
+            found[precision] = measured(
+                export(of_precision, observer, place=Path(folder) / precision.value), options, tell
+            )
+        forms = tuple(form for precision, benchmark in found.items() for form in _forms(precision, benchmark))
+        chosen, machine = best_of(forms), next(iter(found.values())).machine
+        bundle = _placed(Path(folder) / chosen.precision.value, options, _section(chosen, forms, machine))
+    return CpuChoice(bundle, chosen, forms, machine)
+
+
+def _candidates(options: ExportOptions) -> list[Precision]:
+    return [p for p in PRECISIONS if p is Precision.FP32 or options.quantization.calibration is not None]
+
+
+def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
+    """Options of one candidate: no engine, all that is not quantized in FP32."""
+    quantization = (
+        dataclasses.replace(options.quantization, rest=Precision.FP32) if precision.is_quantized else QuantizationSpec()
+    )
+    engine = EngineTarget(Flavour.NONE, batch=options.engine.batch)
+    return dataclasses.replace(options, precision=precision, quantization=quantization, engine=engine)
+
+
+def measured(result: ExportResult, options: ExportOptions, tell: Callable[[str, float], None]) -> Benchmark:
+    """PyTorch eager and all that can run the graph, at the profile's usual batch."""
+    bundle = result.bundle
+    setup = Setup(bundle.path, options.model.checkpoint, options.model.weights, available_threads())
+    if options.model.checkpoint is None:
+        setup = dataclasses.replace(setup, weights=None)
+    names = tuple(name for name in _RUNNERS if not why_not(name, setup, bundle))
+    if set(names) <= {EAGER}:
+        raise UnavailableError("Nothing here runs a graph on the CPU.", "pip install onnxruntime")
+    batches = (options.engine.batch.opt,)
+    return measure(Question(setup, batches, names, _ROUNDS, _SECONDS), tell)
+
+
+def _forms(precision: Precision, found: Benchmark) -> Iterator[Form]:
+    eager = next(runner for runner in found.runners if runner.name == EAGER)
+    for runner in found.runners:
+        if runner is not eager and runner.timings:
+            yield Form.of(precision, runner, eager)
+
+
+def best_of(forms: tuple[Form, ...]) -> Form:
+    """The fastest of the right ones, by their ratios to PyTorch eager, which ran beside each."""
+    right = [form for form in forms if form.is_right]
+    if not right:
+        listed = ", ".join(f"{form.precision.value} in {TITLES[form.runner]} {form.rel_l2:.1e}" for form in forms)
+        raise MismatchError(f"No form computes what PyTorch computes: {listed or 'none could be run'}.")
+    return max(right, key=lambda form: form.times_eager)
+
+
+def _section(chosen: Form, forms: tuple[Form, ...], machine: Mapping[str, Any]) -> dict[str, Any]:
+    return {"chosen": chosen.to_dict(), "forms": [form.to_dict() for form in forms], "machine": dict(machine)}
+
+
+def _placed(source: Path, options: ExportOptions, section: dict[str, Any]) -> Bundle:
+    """The bundle at its target, with a section `cpu` in its manifest."""
+    manifest = Bundle.open(source).manifest
+    target = options.output or bundles.default_directory(str(manifest.model["name"]), manifest.precision)
+    sections = {name: value for name, value in manifest.content.items() if name not in ("schema_version", "files")}
+    with bundles.writing(target, overwrite=options.overwrite) as staging:
+        for file in source.iterdir():
+            if file.name != bundles.MANIFEST:
+                shutil.copy2(file, staging / file.name)
+        bundles.seal(staging, {**sections, "cpu": section})
+    return Bundle.open(target, verify=False)
+
+
+def as_table(choice: CpuChoice) -> str:
+    """A line a form, and the choice with what to run it in."""
+    head = f"{'precision':<11}{'runner':<16}{'images/s':>9}{'x eager':>20}  error"
+    lines = [head, "─" * 70, *map(_row, choice.forms), ""]
+    chosen = choice.chosen
+    lines.append(
+        f"Fastest of the right ones at batch {chosen.batch}: {chosen.precision.value} in {TITLES[chosen.runner]},"
+        f" {chosen.images_per_second:,.1f} images/s."
+    )
+    if len({form.precision for form in choice.forms}) == 1 and chosen.precision is Precision.FP32:
+        lines.append("With --calibration DIR, INT8 is tried too.")
+    return "\n".join([*lines, "", f"Bundle: {choice.bundle.path}"])
+
+
+def _row(form: Form) -> str:
+    ratio = "too noisy to tell" if form.ratio is None else f"{form.ratio:.2f}"
+    wrong = "" if form.is_right else "  WRONG"
+    return (
+        f"{form.precision.value:<11}{TITLES[form.runner]:<16}{form.images_per_second:>9,.1f}{ratio:>20}"
+        f"  {form.rel_l2:.1e}{wrong}"
+    )

@@ -1,0 +1,158 @@
+"""spach-export --target cpu: candidates are measured, the fastest right one becomes the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spach_deploy import cpu_target, pipeline
+from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME
+from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
+from spach_deploy.benchmark.rounds import Question
+from spach_deploy.benchmark.statistics import Latency, Ratio
+from spach_deploy.bundle import MANIFEST, Bundle
+from spach_deploy.pipeline import ExportResult
+from spach_deploy.specs import ExportOptions
+from tests import small_bundles
+from tests.commands import contents, export, refusal
+from tests.quantization.small_quantized import calibration_images
+
+SMALL = ("--model", small_bundles.NAME, "--image-size", small_bundles.SIZE, "--num-classes", small_bundles.CLASSES)
+
+
+class Stopwatch:
+    """Answers for `measure`: so many times as fast as eager, and how right, by precision."""
+
+    def __init__(self, **speeds: tuple[float, bool]) -> None:
+        self.speeds = speeds
+        self.asked: list[Question] = []
+
+    def __call__(self, question: Question, tell: Any) -> Benchmark:
+        self.asked.append(question)
+        bundle = Bundle.open(question.setup.bundle)
+        times, is_right = self.speeds[bundle.manifest.precision]
+        batch = question.batches[0]
+
+        def runner(name: str, speed: float, error: float) -> Runner:
+            ratio = Ratio(speed, 0.95 * speed, 1.05 * speed)
+            return Runner(
+                name, Accuracy(error, 1e-2), (Timing(batch, Latency(9, 1 / speed, None, None), 10, 0.1, ratio),)
+            )
+
+        runners = (runner(EAGER, 1, 0.0), runner(ONNX_RUNTIME, times, 1e-3 if is_right else 0.5))
+        return Benchmark("b", "small", "fp32", (batch,), 5, runners, {}, (), {}, {"processor": "a clock"})
+
+
+EXPORTED: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True)
+def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each precision of the small model is exported for real once, and copied from then on."""
+
+    def exported(options: ExportOptions, observer: Any, *, place: Path) -> ExportResult:
+        if options.model.name != small_bundles.NAME:
+            return pipeline.export(options, observer, place=place)
+        name = options.precision.value
+        if name not in EXPORTED:
+            EXPORTED[name] = tmp_path_factory.mktemp("exported") / name
+            pipeline.export(options, observer, place=EXPORTED[name])
+        shutil.copytree(EXPORTED[name], place)
+        return ExportResult(Bundle.open(place), None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu_target, "export", exported)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, target: Path, *arguments: object, **speeds: tuple[float, bool]) -> Any:
+    watch = Stopwatch(**speeds)
+    monkeypatch.setattr(cpu_target, "measure", watch)
+    with small_bundles.registered():
+        result = export(*SMALL, "--target", "cpu", "-o", target, *arguments)
+    return result, watch
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [
+        ({"int8": (3.0, True), "fp32": (2.0, True)}, "int8"),
+        ({"int8": (3.0, False), "fp32": (2.0, True)}, "fp32"),
+        ({"int8": (1.5, True), "fp32": (2.0, True)}, "fp32"),
+    ],
+    ids=["fastest", "fastest is wrong", "eight bits are slower"],
+)
+def test_the_fastest_right_form_becomes_the_bundle(
+    speeds: dict[str, tuple[float, bool]], chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = run(monkeypatch, tmp_path / "b", "--calibration", calibration_images(), **speeds)
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(tmp_path / "b")  # its hashes are checked
+    assert bundle.manifest.precision == chosen
+    section = bundle.manifest.content["cpu"]
+    assert section["chosen"]["precision"] == chosen
+    assert {form["precision"] for form in section["forms"]} == {"int8", "fp32"}
+    assert section["machine"] == {"processor": "a clock"}
+    assert f"{chosen} in ONNX Runtime" in result.stdout
+    assert ("WRONG" in result.stdout) == (not all(right for _, right in speeds.values()))
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert "spach-cpu-" not in (bundle.path / MANIFEST).read_text()
+    assert "spach-cpu-" not in (bundle.path / "report.json").read_text()
+
+
+def test_all_but_the_products_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--calibration", calibration_images(), "--int8", "--json")
+    result, watch = run(monkeypatch, tmp_path / "b", *arguments, int8=(3.0, True))
+    manifest = json.loads(result.stdout)
+    assert manifest["precision"]["rest"] == "fp32"
+    assert manifest["engine"]["flavour"] == "none"
+    assert watch.asked[0].batches == (8,)
+
+
+def test_without_images_only_fp32_is_tried_and_the_way_to_more_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, watch = run(monkeypatch, tmp_path / "b", fp32=(2.0, True))
+    assert result.exit_code == 0
+    assert len(watch.asked) == 1
+    assert "With --calibration DIR, INT8 is tried too." in result.stdout
+
+
+def test_nothing_right_is_exit_1_and_the_old_bundle_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, tmp_path / "b", fp32=(2.0, True))
+    before = contents(tmp_path)
+    result, _ = run(monkeypatch, tmp_path / "b", "--overwrite", fp32=(2.0, False))
+    assert "No form computes what PyTorch computes: fp32 in ONNX Runtime 5.0e-01." in result.stderr
+    assert result.exit_code == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--fp16",), "chooses between fp32 and int8, not fp16"),
+        (("--int8",), "Give --calibration DIR."),
+        (("--gpu", "sm89"), "--target cpu builds no engine"),
+        (("--engine", "tensorrt"), "--target cpu builds no engine"),
+        (("--auto",), "Give one of them"),
+        (("--dry-run",), "Give one of them"),
+        (("--calibration", "x", "--max-drop", "1"), "does not judge by labels"),
+    ],
+)
+def test_contradictions_are_refused_before_any_work(arguments: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    with small_bundles.registered():
+        assert reason in refusal(export(*SMALL, "--target", "cpu", "-o", tmp_path / "b", *arguments))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_real_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_target, "_ROUNDS", 2)
+    monkeypatch.setattr(cpu_target, "_SECONDS", 0.02)
+    size = ("--image-size", "32", "--num-classes", "11", "--batch", "1:2:4")
+    result = export("--model", "conv_xxs", *size, "--target", "cpu", "-o", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    chosen = Bundle.open(tmp_path / "b").manifest.content["cpu"]["chosen"]
+    assert (chosen["runner"], chosen["batch"], chosen["is_right"]) == ("onnxruntime", 2, True)
+    assert chosen["images_per_second"] > 0
