@@ -18,6 +18,7 @@ from tests.commands import ROOT, entry_points
 PACKAGE = ROOT / "spach_deploy"
 
 IMPORTED_AS = {
+    "openvino": "openvino",
     "onnxruntime": "onnxruntime",
     "onnxruntime-gpu": "onnxruntime",
     "tensorrt": "tensorrt",
