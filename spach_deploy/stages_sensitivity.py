@@ -19,7 +19,8 @@ from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.specs import ExportOptions, Preprocessing
 from spach_deploy.stages_quantization import QuantizationStage, without
-from spach_deploy.validation.accuracy import ImageLabels, open_labels, paired
+from spach_deploy.validation.accuracy import paired
+from spach_deploy.validation.labels import ImageLabels, open_labels
 from spach_deploy.validation.precision_loss import evaluate
 
 Float32 = npt.NDArray[np.float32]

@@ -14,9 +14,9 @@ from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.errors import CheckpointError, UsageError
 from spach_deploy.specs import IODtype, ModelSpec, Preprocessing, WeightSource
-from spach_deploy.validation.accuracy import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import LARGEST_BATCH, Trial
+from spach_deploy.validation.labels import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances
 

@@ -14,14 +14,13 @@ import pytest
 from spach_deploy.errors import UsageError
 from spach_deploy.validation.accuracy import (
     Accuracy,
-    ImageLabels,
     PairedAccuracy,
     mcnemar_exact,
-    open_labels,
     paired,
     tango_interval,
     upper_tail,
 )
+from spach_deploy.validation.labels import ImageLabels, open_labels
 
 CLASSES = 10
 
