@@ -146,8 +146,8 @@ class NamedLabels:
         there = next(iter(self.entries))
         if len(missing) == images:
             return UsageError(
-                f"{self.path} labels none of the {_counted(images, 'image')}: it names {_shown([there])}, they are called "
-                f"{_shown(missing)}.",
+                f"{self.path} labels none of the {_counted(images, 'image')}: it names {_shown([there])}, they are"
+                f" called {_shown(missing)}.",
                 "Name images by their path below --images.",
             )
         return UsageError(
