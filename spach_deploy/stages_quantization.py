@@ -168,7 +168,12 @@ def measure(
     source = open_images(spec.calibration)
     state = None if spec.cache is None else spec.cache.with_name(f"{spec.cache.name}.unfinished")
     run = Run(scaling.method.needs_histograms, state, key, on_progress=phases.observer.calibrating)
-    seen = collect(model, chosen.wanted, source, preprocessing, run)
+    if spec.cluster is not None:
+        from spach_deploy.cluster.calibration import collect_on_cluster
+
+        seen = collect_on_cluster(spec.cluster, model, chosen.wanted, source, preprocessing, run)
+    else:
+        seen = collect(model, chosen.wanted, source, preprocessing, run)
     if seen.resumed:
         phases.note(f"The calibration went on after {seen.resumed} images that were done already.")
     for skipped in seen.survey.skipped:

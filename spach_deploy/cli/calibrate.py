@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="For 8-bit floats (E4M3).")
 @opt.scales
 @click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out, as the export will.")
+@opt.ray_address("Calibrate on a Ray cluster; without an address, on this machine as one.", "cluster")
 @click.option("-o", "--output", type=opt.FILE, metavar="FILE", required=True, help="The calibration, FILE.json.")
 @click.option("--overwrite/--no-overwrite", default=None, help="Replace a calibration that does not fit.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
@@ -41,18 +42,19 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     spach-export --model ms_hybrid_s --int8 --calibration ms_hybrid_s.json
 
     The file names what it depends on: weights, layers, preprocessing, method and images. An export refuses one that
-    does not fit. A run that was killed goes on where it was when it is started again.
+    does not fit. A run that was killed goes on where it was when it is started again; one with --ray begins again.
 
     Exit codes: 0 done, 2 bad usage or input, 3 this machine cannot do it.
     """
     from spach_deploy.cli.export_options import calibrate_options
-    from spach_deploy.cli.interrupts import ending_on_interrupt
+    from spach_deploy.cli.interrupts import NOTHING, ending_on_interrupt
     from spach_deploy.quantization.options import check_calibration_file, check_quantization
 
     options = calibrate_options(given)
     check_quantization(options)
     check_calibration_file(output)
-    with ending_on_interrupt(lambda: "What was done is kept; the same command goes on from there."):
+    kept = "What was done is kept; the same command goes on from there."
+    with ending_on_interrupt(lambda: kept if options.quantization.cluster is None else NOTHING):
         _calibrate(options, output, verbose=verbose, as_json=as_json)
     return 0
 

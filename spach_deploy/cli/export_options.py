@@ -133,6 +133,7 @@ def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
         max_rel_l2=values.get("max_rel_l2"),
         max_drop=values.get("max_drop"),
         labels=values.get("labels"),
+        cluster=values.get("cluster"),
     )
 
 

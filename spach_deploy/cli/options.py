@@ -67,9 +67,9 @@ def bounds(function: F) -> F:
     return function
 
 
-def ray_address(text: str) -> Callable[[F], F]:
-    """--ray, with an address or without."""
-    return click.option("--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]", help=text)
+def ray_address(text: str, name: str = "ray") -> Callable[[F], F]:
+    """--ray, with an address or without; its value's name."""
+    return click.option("--ray", name, is_flag=False, flag_value="local", metavar="[ADDRESS]", help=text)
 
 
 def many(function: F) -> F:

@@ -102,6 +102,10 @@ class ImageSource:
         """What the latest iteration left out so far."""
         return tuple(self._skipped)
 
+    def entries(self) -> Iterator[Entry]:
+        """What there is to decode, in order, readable or not; without regard to a limit."""
+        return self._entries(None)
+
     def limit(self, n: int) -> ImageSource:
         """At most `n` readable images.
 

@@ -234,6 +234,41 @@ class Survey:
         return f"{how_many} images are grey. If the model will see colours, calibrate with coloured images."
 
 
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What a survey needs of one image: exact sums over its pixels, and of one like noise (`noise`) what tells noises.
+
+    Observations are made image by image, wherever, and taken in the images' order.
+    """
+
+    name: str
+    label: int | None
+    digest: bytes
+    pixels: int
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
+    is_grey: bool
+    is_constant: bool
+    noise: Noise | None
+
+
+def observe(name: str, image: UInt8Array, label: int | None = None) -> Observation:
+    """Look at one prepared image, uint8 (S, S, 3)."""
+    moments = _moments(image)
+    correlations = None if moments.is_constant else _noise_correlations(moments.brightness)
+    return Observation(
+        name=name,
+        label=label,
+        digest=image_digest(image),
+        pixels=moments.pixels,
+        sums=moments.sums,
+        squares=moments.squares,
+        is_grey=moments.is_grey,
+        is_constant=moments.is_constant,
+        noise=None if correlations is None else Noise.of(moments.brightness, correlations),
+    )
+
+
 class SurveyTaker:
     """Collects a `Survey` while batches stream by.
 
@@ -255,13 +290,27 @@ class SurveyTaker:
     def see(self, batch: ImageBatch) -> None:
         """Take in `batch`: pixels uint8 (n, S, S, 3). Raises ValueError for arrays of another kind."""
         _check_pixels(batch.pixels, self._preprocessing)
-        for name, image in zip(batch.names, batch.pixels, strict=True):
-            self._see_image(name, image)
-        if batch.labels is not None:
-            self._labels.update(batch.labels.tolist())
+        labels = [None] * len(batch) if batch.labels is None else batch.labels.tolist()
+        for name, image, label in zip(batch.names, batch.pixels, labels, strict=True):
+            self.take(observe(name, image, label))
 
-    def survey(self) -> Survey:
-        """What was seen so far. Raises ValueError when that is nothing."""
+    def take(self, seen: Observation) -> None:
+        """Take in the next image, observed before."""
+        self._pixels += seen.pixels
+        self._sums = [a + b for a, b in zip(self._sums, seen.sums, strict=True)]
+        self._squares = [a + b for a, b in zip(self._squares, seen.squares, strict=True)]
+        self._note("grey", seen.name, seen.is_grey)
+        self._note("constant", seen.name, seen.is_constant)
+        if seen.noise is not None:
+            self._note("noise", seen.name)
+            self._noise.add(seen.noise)
+        self._note("duplicates", seen.name, seen.digest in self._digests)
+        self._digests[seen.digest] += 1
+        if seen.label is not None:
+            self._labels[seen.label] += 1
+
+    def survey(self, skipped: tuple[Skipped, ...] | None = None) -> Survey:
+        """What was seen so far; `skipped` None: what the source left out. Raises ValueError when that is nothing."""
         if not self._pixels:
             raise ValueError("no image was seen")
         noise = self._counts["noise"] if self._noise.is_confirmed() else 0
@@ -276,7 +325,7 @@ class SurveyTaker:
             constant=self._counts["constant"],
             noise=noise,
             duplicates=self._counts["duplicates"],
-            skipped=self._source.skipped,
+            skipped=self._source.skipped if skipped is None else skipped,
             grey=self._counts["grey"],
             noise_spread=self._noise.spread(),
             examples={kind: tuple(names) for kind, names in self._examples.items()},
@@ -286,24 +335,6 @@ class SurveyTaker:
     def _scatters(self) -> list[int]:
         """Variance times squared number of pixels, per channel."""
         return [self._pixels * sq - total**2 for total, sq in zip(self._sums, self._squares, strict=True)]
-
-    def _see_image(self, name: str, image: UInt8Array) -> None:
-        moments = _moments(image)
-        self._add(moments)
-        self._note("grey", name, moments.is_grey)
-        if moments.is_constant:
-            self._note("constant", name)
-        elif (correlations := _noise_correlations(moments.brightness)) is not None:
-            self._note("noise", name)
-            self._noise.add(moments.brightness, correlations)
-        digest = image_digest(image)
-        self._note("duplicates", name, digest in self._digests)
-        self._digests[digest] += 1
-
-    def _add(self, moments: _Moments) -> None:
-        self._pixels += moments.pixels
-        self._sums = [a + b for a, b in zip(self._sums, moments.sums, strict=True)]
-        self._squares = [a + b for a, b in zip(self._squares, moments.squares, strict=True)]
 
     def _note(self, kind: str, name: str, applies: bool = True) -> None:
         if applies:
@@ -435,6 +466,20 @@ def _skewness(values: _Array) -> float:
     return float((square * centred).mean() / square.mean() ** 1.5)
 
 
+class Noise(NamedTuple):
+    """A picture that looks like noise: excess, over how many scales, and mean and variance of its brightness."""
+
+    scales: int
+    excess: float
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, brightness: _Array, correlations: list[float]) -> Noise:
+        """Of a picture's brightness (S, S) and its block correlations."""
+        return cls(len(correlations), _excess(correlations), float(brightness.mean()), float(brightness.var()))
+
+
 class _NoiseTally:
     """What the pictures that look like noise have in common."""
 
@@ -444,15 +489,14 @@ class _NoiseTally:
         self._excess = 0.0
         self._mean = self._squares = self._variances = 0.0
 
-    def add(self, brightness: _Array, correlations: list[float]) -> None:
+    def add(self, noise: Noise) -> None:
         self._count += 1
-        self._scales = len(correlations)
-        self._excess += _excess(correlations)
-        mean = float(brightness.mean())
-        step = mean - self._mean  # Welford's update of mean and sum of squares
+        self._scales = noise.scales
+        self._excess += noise.excess
+        step = noise.mean - self._mean  # Welford's update of mean and sum of squares
         self._mean += step / self._count
-        self._squares += step * (mean - self._mean)
-        self._variances += float(brightness.var())
+        self._squares += step * (noise.mean - self._mean)
+        self._variances += noise.variance
 
     def is_confirmed(self) -> bool:
         """Whether they are noise on average too, where textures that passed one by one are not."""

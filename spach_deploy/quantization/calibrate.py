@@ -222,13 +222,10 @@ def _stored(entry: TensorStatistics, index: int) -> dict[str, Any]:
 
 
 def _restored(arrays: Any, index: int) -> TensorStatistics:
-    def get(name: str) -> Any:
-        return arrays[f"{index}.{name}"]
-
-    histogram = get("histogram") if f"{index}.histogram" in arrays else None
-    return TensorStatistics(
-        get("max_abs"), get("sums"), get("squares"), int(get("count")), int(get("batches")), get("rows"), histogram
-    )
+    fields = dataclasses.fields(TensorStatistics)
+    values = {field.name: arrays[f"{index}.{field.name}"] for field in fields if f"{index}.{field.name}" in arrays}
+    counts = {name: int(values[name]) for name in ("count", "batches")}
+    return TensorStatistics(**{"histogram": None, **values, **counts})
 
 
 def _write_whole(path: Path, write: Callable[[Any], object]) -> None:

@@ -12,7 +12,7 @@ from spach_deploy.specs import ExportOptions, QuantizationSpec
 CALIBRATION_SUFFIX = ".json"
 """Of calibration files; anything else that is given to --calibration is images."""
 
-_SPELLED = {"cache": "--calibration-cache", "equalize": "--no-equalize"}
+_SPELLED = {"cache": "--calibration-cache", "equalize": "--no-equalize", "cluster": "--ray"}
 
 
 def check_quantization(options: ExportOptions) -> None:

@@ -5,6 +5,11 @@ histogram of |x|. Its bins are the top bits of the number itself, the exponent a
 an octave, found by one shift. Bins that widen with the magnitude serve every range alike, so nothing has to be known of
 it beforehand and one pass over the images is enough. Dividing a channel by a factor moves its histogram along, so what
 equalization would do to a tensor's distribution is known without looking at the images again.
+
+Statistics of parts of a set can be merged, and are then those of the whole, bit for bit (`TensorStatistics.merge`).
+Counts and extremes do not mind the order. Sums of floats do, so they are taken in blocks of a fixed number of images,
+and blocks are added in the images' order. What a row of the sample is replaced by depends on the image's number alone,
+and the last one wins.
 """
 
 from __future__ import annotations
@@ -36,6 +41,11 @@ ROWS = 512
 """Rows of a tensor that are kept as a sample."""
 
 _ROWS_A_BATCH = 8
+_FULL = ROWS // _ROWS_A_BATCH
+"""Batches until the sample is full."""
+
+BLOCK = 64
+"""Batches whose sums are taken together before they are added to the whole."""
 
 _SQUARES_FIT = 2.0**40
 """Sums of squares are taken in float32, which is fast, where they are far from its largest number."""
@@ -53,41 +63,87 @@ CENTERS: Float64 = (EDGES[1:] + EDGES[:-1]) / 2
 class TensorStatistics:
     """What was seen of one tensor, for each of its channels (C), one where channels do not matter.
 
-    `max_abs`, `sums`, `squares` float64 (C): largest |x|, sums of x and x^2; `count`: numbers seen in each channel;
-    `rows` float32 (up to ROWS, C): a sample of all rows, each as likely as any other batch by batch; `histogram` int64
-    (C, BINS) or None where only extremes are kept.
+    `max_abs` float64 (C): largest |x|; `count`: numbers seen in each channel; `batches`: the number of the last batch;
+    `closed_*`, `block_*` float64 (C): sums of x and x^2 over whole blocks, and over the block under way; `sample`
+    float32 (ROWS, C): rows as they were, each as likely as any other batch by batch, where `stamps` (ROWS), the numbers
+    of their batches, are not 0; `histogram` int64 (C, BINS) or None where only extremes are kept. `blocks`: sums of
+    each whole block, of a part that will be merged; None where they are added up at once.
     """
 
     max_abs: Float64
-    sums: Float64
-    squares: Float64
+    closed_sums: Float64
+    closed_squares: Float64
+    block_sums: Float64
+    block_squares: Float64
     count: int
     batches: int
-    rows: Float32
+    sample: Float32
+    stamps: NDArray[np.int64]
     histogram: NDArray[np.int64] | None
+    blocks: list[tuple[Float64, Float64]] | None = None
 
     @classmethod
-    def empty(cls, channels: int, *, histogram: bool) -> TensorStatistics:
-        """Nothing seen yet."""
+    def empty(cls, channels: int, *, histogram: bool, after: int | None = None) -> TensorStatistics:
+        """Nothing seen yet. `after`: of a part to be merged, how many batches come before it, a multiple of BLOCK."""
         counts = np.zeros((channels, BINS), np.int64) if histogram else None
-        rows = np.zeros((0, channels), np.float32)
-        return cls(np.zeros(channels), np.zeros(channels), np.zeros(channels), 0, 0, rows, counts)
+        return cls(
+            max_abs=np.zeros(channels),
+            closed_sums=np.zeros(channels),
+            closed_squares=np.zeros(channels),
+            block_sums=np.zeros(channels),
+            block_squares=np.zeros(channels),
+            count=0,
+            batches=after or 0,
+            sample=np.zeros((ROWS, channels), np.float32),
+            stamps=np.zeros(ROWS, np.int64),
+            histogram=counts,
+            blocks=None if after is None else [],
+        )
 
     def see(self, rows: Float32) -> None:
         """Add numbers (n, C). Raises FloatingPointError when one is not finite."""
         bits = rows.view(np.uint32) & np.uint32(0x7FFFFFFF)
-        largest = bits.max(axis=0)
-        if (largest >= np.uint32(0x7F800000)).any():
+        extremes = bits.max(axis=0)
+        if (extremes >= np.uint32(0x7F800000)).any():
             raise FloatingPointError
-        np.maximum(self.max_abs, largest.view(np.float32), out=self.max_abs)
-        wide = np.float64 if self.max_abs.max() > _SQUARES_FIT else None
-        self.sums += rows.sum(axis=0, dtype=wide)
-        self.squares += np.einsum("nc,nc->c", rows, rows, dtype=wide)
+        largest = extremes.view(np.float32)
+        np.maximum(self.max_abs, largest, out=self.max_abs)
+        wide = np.float64 if largest.max() > _SQUARES_FIT else None
+        self.block_sums += rows.sum(axis=0, dtype=wide)
+        self.block_squares += np.einsum("nc,nc->c", rows, rows, dtype=wide)
         self.count += len(rows)
         self.batches += 1
         self._sample(rows)
         if self.histogram is not None:
             self._count(bits)
+        if self.batches % BLOCK == 0:
+            self._close()
+
+    def _close(self) -> None:
+        """The block under way is whole."""
+        if self.blocks is not None:
+            self.blocks.append((self.block_sums, self.block_squares))
+        else:
+            self.closed_sums += self.block_sums
+            self.closed_squares += self.block_squares
+        self.block_sums, self.block_squares = np.zeros_like(self.block_sums), np.zeros_like(self.block_squares)
+
+    def merge(self, part: TensorStatistics) -> None:
+        """Add the part that comes next. ValueError for one that begins elsewhere, or has no blocks of its own."""
+        whole = self.batches // BLOCK
+        if part.blocks is None or self.batches % BLOCK or part.batches // BLOCK - len(part.blocks) != whole:
+            raise ValueError("this is not the part that comes next")
+        for sums, squares in part.blocks:
+            self.closed_sums += sums
+            self.closed_squares += squares
+        self.block_sums, self.block_squares = part.block_sums.copy(), part.block_squares.copy()
+        np.maximum(self.max_abs, part.max_abs, out=self.max_abs)
+        self.count += part.count
+        self.batches = part.batches
+        later = part.stamps > 0
+        self.sample[later], self.stamps[later] = part.sample[later], part.stamps[later]
+        if self.histogram is not None and part.histogram is not None:
+            self.histogram += part.histogram
 
     def _count(self, bits: NDArray[np.uint32]) -> None:
         assert self.histogram is not None
@@ -106,12 +162,30 @@ class TensorStatistics:
         """A few rows of every batch; once the sample is full, later batches replace rows of it ever more rarely."""
         generator = np.random.default_rng(self.batches)
         taken = rows[generator.integers(0, len(rows), _ROWS_A_BATCH)]
-        if len(self.rows) < ROWS:
-            self.rows = np.concatenate([self.rows, taken])
-            return
-        places = generator.integers(0, self.batches * _ROWS_A_BATCH, _ROWS_A_BATCH)
+        if self.batches <= _FULL:
+            places = (self.batches - 1) * _ROWS_A_BATCH + np.arange(_ROWS_A_BATCH)
+        else:
+            places = generator.integers(0, self.batches * _ROWS_A_BATCH, _ROWS_A_BATCH)
         kept = places < ROWS
-        self.rows[places[kept]] = taken[kept]
+        self.sample[places[kept]] = taken[kept]
+        self.stamps[places[kept]] = self.batches
+
+    @property
+    def rows(self) -> Float32:
+        """The sample (up to ROWS, C)."""
+        return self.sample[self.stamps > 0]
+
+    @property
+    def sums(self) -> Float64:
+        """Sum of x in each channel (C)."""
+        total: Float64 = self.closed_sums + self.block_sums
+        return total
+
+    @property
+    def squares(self) -> Float64:
+        """Sum of x^2 in each channel (C)."""
+        total: Float64 = self.closed_squares + self.block_squares
+        return total
 
     @property
     def mean(self) -> Float64:
@@ -166,14 +240,22 @@ class Collector:
     """Runs the FP32 graph and keeps `TensorStatistics` of the wanted tensors.
 
     `histograms` False keeps extremes alone, which is all that the method `max` needs. `threads` None lets ONNX Runtime
-    choose. Raises MissingPackageError without onnxruntime.
+    choose. `after`: of a part of a set, how many images come before it. Raises MissingPackageError without
+    onnxruntime.
     """
 
     def __init__(
-        self, model: ModelProto, wanted: Sequence[Wanted], *, histograms: bool = True, threads: int | None = None
+        self,
+        model: ModelProto,
+        wanted: Sequence[Wanted],
+        *,
+        histograms: bool = True,
+        threads: int | None = None,
+        after: int | None = None,
     ) -> None:
         self._wanted = tuple(wanted)
         self._histograms = histograms
+        self._after = after
         self._inputs = [value.name for value in model.graph.input]
         self.statistics: dict[str, TensorStatistics] = {}
         self.images = 0
@@ -193,7 +275,8 @@ class Collector:
     def _see(self, item: Wanted, value: NDArray[Any]) -> None:
         rows = rows_of(value, item.axis)
         if item.tensor not in self.statistics:
-            self.statistics[item.tensor] = TensorStatistics.empty(rows.shape[1], histogram=self._histograms)
+            empty = TensorStatistics.empty(rows.shape[1], histogram=self._histograms, after=self._after)
+            self.statistics[item.tensor] = empty
         try:
             self.statistics[item.tensor].see(rows)
         except FloatingPointError:

@@ -62,7 +62,8 @@ def plan_from_all_rows(kind: str, form: EightBits, monkeypatch: pytest.MonkeyPat
     """A plan whose sample of rows is all there are, so that nothing is left to chance."""
 
     def keep(statistics: TensorStatistics, rows: NDArray[np.float32]) -> None:
-        statistics.rows = np.concatenate([statistics.rows, rows])
+        statistics.sample = np.concatenate([statistics.rows, rows])
+        statistics.stamps = np.ones(len(statistics.sample), np.int64)
 
     monkeypatch.setattr(TensorStatistics, "_sample", keep)
     model, scaling = canonical(kind), Scaling(form, Method.MAX, half=False)
