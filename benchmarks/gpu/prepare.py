@@ -1,0 +1,97 @@
+"""Graphs, images, right answers and what each precision may lose, once, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+
+from benchmarks.kernels import plain_export
+from benchmarks.photographs import calibration_photographs, held_out_photographs
+from benchmarks.quantization import prepared
+from spach_deploy.models.checkpoint import load_model
+from spach_deploy.onnx_graph.export import INPUT, export_canonical
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.ranges import measure_ranges
+from spach_deploy.quantization.correct import correct_biases
+from spach_deploy.quantization.formats import INT8
+from spach_deploy.quantization.insert import insert_pairs
+from spach_deploy.quantization.plan import QuantizationPlan, Scaling
+from spach_deploy.quantization.quantize import candidates, equalize_graph, plan_from_statistics
+from spach_deploy.quantization.scales import Method
+from spach_deploy.quantization.sites import Selection
+from spach_deploy.quantization.statistics import Collector
+from spach_deploy.quantization.twin import quantized_twin
+from spach_deploy.rewrites import rewrite
+from spach_deploy.specs import ModelSpec, Precision, Preprocessing
+from spach_deploy.stages_quantization import mark_sites
+from spach_deploy.validation.tolerance import derive_tolerances
+
+IMAGES, CALIBRATION = 8, 16
+ALLOWED, GOLDEN, OPSETS = "allowed.json", "images.npz", ("plain", "ours", "convolutions")
+
+
+def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
+    """Write everything into `folder`; what is there already is kept."""
+    if (folder / ALLOWED).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded = load_model(ModelSpec(name, image_size=image_size))
+    preprocessing = Preprocessing.for_size(loaded.image_size)
+    images = prepared(held_out_photographs(IMAGES), preprocessing)
+    with torch.inference_mode():
+        logits = loaded.model(torch.from_numpy(images)).numpy()
+    np.savez(folder / GOLDEN, images=images, logits=logits)
+    static = rewrite(loaded.model).model
+    canonical = export_canonical(static, loaded.image_size)
+    calibration = prepared(calibration_photographs(CALIBRATION), preprocessing)
+    for graph, model in (
+        ("plain", plain_export(loaded.model)),
+        ("convolutions", _formed(canonical, ["shift_depthwise"])),
+        ("ours", _formed(canonical, [])),
+    ):
+        onnx.save(model, folder / f"{graph}-fp32.onnx")
+        onnx.save(type_graph(model, Precision.FP16, None).model, folder / f"{graph}-fp16.onnx")
+    plan = _plan(canonical, calibration)
+    onnx.save(_eight_bits(canonical, plan, calibration), folder / "ours-int8.onnx")
+    allowed = {
+        precision: derive_tolerances(loaded.model, images, logits, half, twin=twin).engine.outputs["logits"].rel_l2
+        for precision, half, twin in (
+            ("fp32", Precision.FP32, None),
+            ("fp16", Precision.FP16, None),
+            ("int8", Precision.FP16, quantized_twin(static, plan)),
+        )
+    }
+    (folder / ALLOWED).write_text(json.dumps(allowed), encoding="utf-8")
+
+
+def _formed(canonical: ModelProto, disabled: list[str]) -> ModelProto:
+    graph = ModelProto()
+    graph.CopyFrom(canonical)
+    apply_passes(graph, TENSORRT_PASSES, disabled)
+    return graph
+
+
+def _plan(canonical: ModelProto, calibration: np.ndarray) -> QuantizationPlan:
+    scaling = Scaling(INT8, Method.MAX)
+    chosen = candidates(canonical, Selection(), scaling)
+    collector = Collector(canonical, chosen.wanted, histograms=False)
+    for image in calibration:
+        collector.run({INPUT: image[None]})
+    return plan_from_statistics(canonical, chosen, collector.statistics, scaling)
+
+
+def _eight_bits(canonical: ModelProto, plan: QuantizationPlan, calibration: np.ndarray) -> ModelProto:
+    changed = ModelProto()
+    changed.CopyFrom(canonical)
+    equalize_graph(changed, plan)
+    ranges = measure_ranges(changed, ({INPUT: image[None]} for image in calibration[:4]))
+    mark_sites(changed, plan)
+    apply_passes(changed, TENSORRT_PASSES)
+    correct_biases(changed, plan)
+    return insert_pairs(type_graph(changed, Precision.FP16, ranges).model, plan)
