@@ -8,8 +8,8 @@ import importlib.util
 import json
 import os
 import shutil
+import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.benchmark.machine import cpu_flags
+from spach_deploy.benchmark.modules import by_module, owners_of
 from spach_deploy.bundle import GRAPH, Bundle
-from spach_deploy.specs import Flavour, WeightSource
+from spach_deploy.runtime.devices import local_gpus
+from spach_deploy.specs import ComputeCapability, Flavour, WeightSource
 
 Array = npt.NDArray[Any]
 
@@ -32,6 +34,7 @@ EAGER, COMPILE, BF16, ONNX_RUNTIME, OPENVINO, ENGINE = (
     "openvino",
     "tensorrt",
 )
+CPU, GPU = "cpu", "cuda"
 TITLES: Mapping[str, str] = {
     EAGER: "PyTorch eager",
     COMPILE: "torch.compile",
@@ -40,9 +43,11 @@ TITLES: Mapping[str, str] = {
     OPENVINO: "OpenVINO",
     ENGINE: "TensorRT",
 }
+_CUDA = "CUDAExecutionProvider"
 _COMPILERS = ("g++", "clang++", "c++")
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
-_PROFILED_RUNS = 3
+_FIRST_BF16_GPU = ComputeCapability(8, 0)
+_PROFILED_RUNS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +64,14 @@ class Setup:
 class Opened:
     """A runner, ready. `prepare` makes of engine inputs (N, ...) what it is fed; `run` gives logits (N, classes).
 
-    `profile` gives the seconds of each PyTorch module in one run, where the runner can tell them.
+    Both ends are in the host's memory: copies to a GPU and back are part of `run`. `device` is cpu or cuda. `profile`
+    gives the seconds of each PyTorch module in one run, where the runner can tell them.
     """
 
     run: Callable[[Any], Array]
     prepare: Callable[[Array], Any] = lambda inputs: inputs
     profile: Callable[[Any], dict[str, float]] | None = None
+    device: str = CPU
 
 
 def why_not(name: str, setup: Setup, bundle: Bundle) -> str:
@@ -83,9 +90,13 @@ def _why_not_torch(name: str, setup: Setup, bundle: Bundle) -> str:
         return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model['checkpoint']}"
     if name == COMPILE and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
         return "it needs a C++ compiler: apt-get install g++"
-    if name == BF16 and not cpu_flags() & set(_BF16_FLAGS):
+    if name == BF16 and not (cpu_flags() & set(_BF16_FLAGS) or _has_bf16_gpu()):
         return "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
     return ""
+
+
+def _has_bf16_gpu() -> bool:
+    return any(gpu.capability >= _FIRST_BF16_GPU for gpu in local_gpus()[:1])
 
 
 def _why_no_engine(bundle: Bundle) -> str:
@@ -108,7 +119,7 @@ def opened(name: str, setup: Setup) -> Iterator[Opened]:
 def _torch(
     bundle: Bundle, setup: Setup, change: Callable[[Any], Callable[[Any], Any]] = lambda model: model
 ) -> Iterator[Opened]:
-    """The reference model, or what `change` makes of it."""
+    """The reference model, or what `change` makes of it; on the GPU where PyTorch has one."""
     import torch
 
     from spach_deploy.validation.bundle_facts import BundleFacts
@@ -116,10 +127,13 @@ def _torch(
 
     torch.set_num_threads(setup.threads)
     facts = BundleFacts.of(bundle)
-    model = change(rebuild(bundle.manifest.model, Weights(setup.checkpoint, setup.weights)).model)
+    device = GPU if torch.cuda.is_available() else CPU
+    model = change(rebuild(bundle.manifest.model, Weights(setup.checkpoint, setup.weights)).model.to(device))
     with torch.inference_mode():
         yield Opened(
-            lambda images: model(images).float().numpy(), lambda inputs: torch.from_numpy(as_images(inputs, facts))
+            lambda images: model(images.to(device)).float().cpu().numpy(),
+            lambda inputs: torch.from_numpy(as_images(inputs, facts)),
+            device=device,
         )
 
 
@@ -133,7 +147,8 @@ def _compiled(bundle: Bundle, setup: Setup) -> AbstractContextManager[Opened]:
 def _autocast(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
     import torch
 
-    with torch.autocast("cpu", torch.bfloat16), _torch(bundle, setup) as runner:
+    device = GPU if torch.cuda.is_available() else CPU
+    with torch.autocast(device, torch.bfloat16), _torch(bundle, setup) as runner:
         yield runner
 
 
@@ -142,15 +157,17 @@ def _onnx_runtime(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
     graph = str(bundle.file(GRAPH))
     session = _session(graph, setup.threads)
     name = session.get_inputs()[0].name
+    device = GPU if session.get_providers()[0] == _CUDA else CPU
 
     def profile(inputs: Array) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             watched = _session(graph, setup.threads, f"{folder}/profile")
             for _ in range(_PROFILED_RUNS):
                 watched.run(["logits"], {name: inputs})
-            return seconds_by_module(Path(watched.end_profiling()), _PROFILED_RUNS)
+            layers = seconds_by_layer(Path(watched.end_profiling()), _PROFILED_RUNS)
+        return by_module(layers, owners_of(Path(graph)))
 
-    yield Opened(lambda inputs: session.run(["logits"], {name: inputs})[0], profile=profile)
+    yield Opened(lambda inputs: session.run(["logits"], {name: inputs})[0], profile=profile, device=device)
 
 
 def _session(graph: str, threads: int, profile: str = "") -> Any:
@@ -161,20 +178,17 @@ def _session(graph: str, threads: int, profile: str = "") -> Any:
     options.log_severity_level = 4
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    wanted = [name for name in (_CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
+    return onnxruntime.InferenceSession(graph, options, providers=wanted)
 
 
-def seconds_by_module(profile: Path, runs: int) -> dict[str, float]:
-    """Seconds of one run in each module, from ONNX Runtime's profile of `runs` runs.
-
-    Nodes are called after their modules, up to the first slash; what ONNX Runtime added itself is under its own name.
-    """
-    times: Counter[str] = Counter()
+def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
+    """Seconds of one run in each node, from ONNX Runtime's profile of `runs` runs; the first one warms up."""
+    times: dict[str, list[float]] = {}
     for event in json.loads(profile.read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
-            module, slash, _ = str(event["name"]).removesuffix("_kernel_time").partition("/")
-            times[module if slash else str(event["args"]["op_name"])] += event["dur"]
-    return {module: microseconds / runs / 1e6 for module, microseconds in times.most_common()}
+            times.setdefault(str(event["name"]).removesuffix("_kernel_time"), []).append(event["dur"] / 1e6)
+    return {layer: statistics.median(seconds[-runs + 1 :]) for layer, seconds in times.items()}
 
 
 @contextlib.contextmanager
@@ -194,7 +208,11 @@ def _engine(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
     assert bundle.plan is not None
     with TensorRTRunner(bundle.plan.read_bytes(), Flavour(bundle.manifest.engine["flavour"])) as runner:
         name = next(iter(runner.input_specs))
-        yield Opened(lambda inputs: runner.run({name: inputs})["logits"])
+        yield Opened(
+            lambda inputs: runner.run({name: inputs})["logits"],
+            profile=lambda inputs: by_module(runner.layer_seconds({name: inputs}), owners_of(bundle.file(GRAPH))),
+            device=GPU,
+        )
 
 
 _OPENERS: Mapping[str, Callable[[Bundle, Setup], AbstractContextManager[Opened]]] = {

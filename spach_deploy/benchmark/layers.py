@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from spach_deploy.onnx_graph.names import owner
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
+_SPELT_OUT = re.compile(r"(.+/Conv[^/]*)/(?:pad|slice_\d\d|product_\d\d|sum_\d\d|bias)")
+"""Nodes of a convolution that `onnx_graph.passes.shift_depthwise` took apart."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A node that multiplies. `bytes`: what it reads and writes once, weights included. Both at one batch."""
+    """What multiplies. `bytes`: what it reads and writes once, weights included, as they are stored. At one batch."""
 
     module: str
     op: str
@@ -43,7 +49,8 @@ class _Tensor:
 def layers(graph: Path, batch: int) -> tuple[Layer, ...]:
     """Convolutions and matrix products of an ONNX file at this batch, in order.
 
-    Depthwise convolutions that were spelt out as sums of products are not among them.
+    A depthwise convolution that was spelt out as a sum of products for TensorRT counts as the one that it was. What is
+    dequantized on its way in counts with its eight bits.
     """
     import onnx
 
@@ -85,19 +92,55 @@ def _itemsize(element_type: int) -> int:
     return int(onnx.helper.tensor_dtype_to_np_dtype(element_type).itemsize)
 
 
-def _layers(nodes: Iterable[NodeProto], tensors: Mapping[str, _Tensor]) -> Iterator[Layer]:
+def _layers(nodes: Sequence[NodeProto], tensors: Mapping[str, _Tensor]) -> Iterator[Layer]:
+    stored = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    spelt_out: dict[str, list[NodeProto]] = {}
     for node in nodes:
-        if node.op_type not in ("Conv", "MatMul", "Gemm"):
+        if match := _SPELT_OUT.fullmatch(node.name):
+            spelt_out.setdefault(match[1], []).append(node)
+    for node in nodes:
+        if node.op_type in ("Conv", "MatMul", "Gemm"):
+            found = _product(node, tensors, stored)
+        elif node.op_type == "Pad" and (parts := spelt_out.get(node.name.removesuffix("/pad"))):
+            found = _depthwise(node.name.removesuffix("/pad"), parts, tensors)
+        else:
             continue
-        known = [tensors[name] for name in (*node.input, *node.output) if name in tensors]
-        output, weight, left = tensors.get(node.output[0]), tensors.get(node.input[1]), tensors.get(node.input[0])
-        if output is None or weight is None or left is None:
-            continue
-        inner = math.prod(weight.shape[1:]) if node.op_type == "Conv" else _contracted(node, left)
-        macs = math.prod(output.shape) * inner
-        yield Layer(node.name.partition("/")[0], node.op_type, macs, sum(tensor.bytes for tensor in known))
+        if found is not None:
+            yield found
+
+
+def _product(node: NodeProto, tensors: Mapping[str, _Tensor], stored: Mapping[str, str]) -> Layer | None:
+    output, weight, left = (tensors.get(name) for name in (node.output[0], node.input[1], node.input[0]))
+    if output is None or weight is None or left is None:
+        return None
+    names = (*(stored.get(name, name) for name in node.input), *node.output)
+    inner = math.prod(weight.shape[1:]) if node.op_type == "Conv" else _contracted(node, left)
+    moved = sum(tensors[name].bytes for name in names if name in tensors)
+    return Layer(owner(node.name), node.op_type, math.prod(output.shape) * inner, moved)
+
+
+def _depthwise(name: str, parts: Sequence[NodeProto], tensors: Mapping[str, _Tensor]) -> Layer | None:
+    """Nine shifted products: as in a convolution, what lies between its input and its output is not moved."""
+    products = [node for node in parts if node.op_type == "Mul"]
+    ends = [tensors.get(tensor) for tensor in (parts[0].input[0], parts[-1].output[0])]
+    taps = [tensors.get(node.input[1]) for node in products]
+    macs = sum(math.prod(tensors[node.output[0]].shape) for node in products if node.output[0] in tensors)
+    if not products or None in ends or None in taps:
+        return None
+    return Layer(owner(name), "Conv", macs, sum(tensor.bytes for tensor in (*ends, *taps) if tensor))
 
 
 def _contracted(node: NodeProto, left: _Tensor) -> int:
     transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
     return left.shape[0] if transposed else left.shape[-1]
+
+
+def totals(found: Iterable[Layer]) -> dict[str, Layer]:
+    """One entry a module: the sums of its layers."""
+    sums: dict[str, Layer] = {}
+    for layer in found:
+        before = sums.get(layer.module, Layer(layer.module, layer.op, 0, 0))
+        sums[layer.module] = dataclasses.replace(
+            before, macs=before.macs + layer.macs, bytes=before.bytes + layer.bytes
+        )
+    return sums

@@ -43,10 +43,15 @@ def machine_facts(threads: int) -> dict[str, Any]:
         "flags": sorted(cpu_flags()),
         "cores": available_threads(),
         "threads": threads,
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": load(),
         "versions": tool_versions(),
         "gpus": _gpus(),
     }
+
+
+def load() -> float:
+    """Processes that wanted a core in the last minute, on average."""
+    return round(os.getloadavg()[0], 2)
 
 
 def _gpus() -> list[dict[str, str]]:
@@ -54,33 +59,47 @@ def _gpus() -> list[dict[str, str]]:
     if not (program := shutil.which("nvidia-smi")):
         return []
     command = [program, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs is no reason not to measure
+        return []
     keys = _GPU_QUERY.split(",")
     rows = [line.split(", ") for line in done.stdout.splitlines()]
     return [dict(zip(keys, row, strict=True)) for row in rows if len(row) == len(keys)]
 
 
-def peaks(threads: int) -> dict[str, float]:
-    """The best of half a second each: FP32 matrix products (FLOP/s), copies in memory (bytes/s, read and written)."""
+def peaks(threads: int, device: str = "cpu") -> dict[str, float]:
+    """The best of half a second each: FP32 matrix products (FLOP/s), copies in memory (bytes/s, read and written).
+
+    Empty for a GPU that PyTorch here cannot use.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    left, right = torch.rand(_GEMM, _GEMM), torch.rand(_GEMM, _GEMM)
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8)
+    if device != "cpu" and not torch.cuda.is_available():
+        return {}
+    size = _GEMM if device == "cpu" else 4 * _GEMM
+    left, right = (torch.rand(size, size, device=device) for _ in range(2))
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {
-        "flops": 2 * _GEMM**3 / _best(lambda: torch.mm(left, right)),
-        "bytes": 2 * _COPY_BYTES / _best(lambda: target.copy_(source)),
+        "flops": 2 * size**3 / _best(lambda: torch.mm(left, right), device),
+        "bytes": 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device),
     }
 
 
-def _best(work: Callable[[], Any]) -> float:
-    """The shortest of the runs in half a second, at least three."""
+def _best(work: Callable[[], Any], device: str) -> float:
+    """The shortest of the runs in half a second, at least three; a GPU's are waited for."""
+    import torch
+
+    wait: Callable[[], Any] = (lambda: None) if device == "cpu" else torch.cuda.synchronize
     work()
+    wait()
     times: list[float] = []
     end = time.perf_counter() + _PEAK_S
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         work()
+        wait()
         times.append(time.perf_counter() - start)
     return min(times)

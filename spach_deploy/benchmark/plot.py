@@ -8,61 +8,99 @@ from typing import TYPE_CHECKING, Any
 from spach_deploy.errors import MissingPackageError
 
 if TYPE_CHECKING:
-    from spach_deploy.benchmark.result import Benchmark
+    from spach_deploy.benchmark.result import Benchmark, Runner
 
 _SMALLEST_ERROR = 1e-8
 """Where a runner stands on a logarithmic axis that gives the golden answers exactly."""
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Told apart by the colour-blind too. Source: Wong, "Color blindness", Nature Methods 8 (2011)."""
+
+_GREY = "#767676"
+_STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 
 def draw(found: Benchmark, file: Path) -> None:
     """Write an SVG; MissingPackageError without matplotlib."""
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingPackageError("matplotlib", "A plot", "pip install 'spach-deploy[report]'") from None
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    latency, pareto = figure.subplots(1, 2)
-    _draw_latency(latency, found)
-    _draw_pareto(pareto, found)
-    where = f"{found.machine['processor']}, {found.machine['threads']} threads"
-    figure.suptitle(f"{found.model}, {found.precision}: {where}")
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        latency, pareto = figure.subplots(1, 2)
+        _draw_latency(latency, found)
+        _draw_pareto(pareto, found)
+        threads = f"{found.machine['threads']} thread{'s' if found.machine['threads'] > 1 else ''}"
+        figure.suptitle(f"{found.model}, {found.precision}, on {found.machine['processor']}, {threads}")
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _draw_latency(axes: Any, found: Benchmark) -> None:
+    """Medians; a bar reaches from the fastest round to the slowest."""
     for number, runner in enumerate(found.runners):
         batches = [timing.batch for timing in runner.timings]
         medians = [timing.latency.median * 1e3 for timing in runner.timings]
-        label = _label(runner.title, runner.accuracy.is_right)
-        axes.plot(batches, medians, marker="o", color=f"C{number}", label=label)
-    axes.set(xlabel="batch", ylabel="median latency, ms", title="Latency", ylim=(0, None))
+        rounds = [timing.medians or (timing.latency.median,) for timing in runner.timings]
+        below = [max(0.0, median - min(times) * 1e3) for median, times in zip(medians, rounds, strict=True)]
+        above = [max(0.0, max(times) * 1e3 - median) for median, times in zip(medians, rounds, strict=True)]
+        axes.errorbar(batches, medians, (below, above), capsize=3, label=_label(runner), **_line(runner, number))
+    axes.set(xlabel="batch", ylabel="ms", ylim=(0, None))
+    axes.set_title("Latency, median (bars: fastest and slowest round)")
     axes.set_xticks(found.batches, [str(batch) for batch in found.batches])
-    axes.grid(alpha=0.3)
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
 
 
+def _line(runner: Runner, number: int) -> dict[str, Any]:
+    is_right = runner.accuracy.is_right
+    colour = _COLOURS[number % len(_COLOURS)]
+    return {"color": colour, "marker": "o" if is_right else "X", "linestyle": "-" if is_right else ":"}
+
+
 def _draw_pareto(axes: Any, found: Benchmark) -> None:
+    """Every runner by its speed and its error, and the line of those that none beats in both."""
     batch = found.batches[-1]
+    points = [(t.images_per_second, _error(runner), runner) for runner in found.runners if (t := runner.at(batch))]
+    bounds = sorted({runner.accuracy.allowed for runner in found.runners})
+    fastest, worst = max(speed for speed, _, _ in points), max([bounds[-1], *(error for _, error, _ in points)])
+    front = pareto_front([(speed, error) for speed, error, runner in points if runner.accuracy.is_right])
+    axes.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1) if len(front) > 1 else None
     for number, runner in enumerate(found.runners):
-        if (timing := runner.at(batch)) is None:
-            continue
-        error = max(runner.accuracy.rel_l2, _SMALLEST_ERROR)
-        marker = "o" if runner.accuracy.is_right else "x"
-        axes.scatter(timing.images_per_second, error, color=f"C{number}", marker=marker, s=60)
-        axes.annotate(
-            _label(runner.title, runner.accuracy.is_right),
-            (timing.images_per_second, error),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-        )
-    allowed = min(runner.accuracy.allowed for runner in found.runners)
-    axes.axhline(allowed, color="grey", linestyle="--", linewidth=1)
-    axes.annotate("allowed", (0.99, allowed), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey")
-    axes.set(yscale="log", xlabel=f"images/s at batch {batch}", ylabel="relative L2", title="Speed against error")
-    axes.margins(x=0.4, y=0.2)
-    axes.grid(alpha=0.3)
+        for speed, error, other in points:
+            if other is runner:
+                axes.scatter(speed, error, s=60, **{k: v for k, v in _line(runner, number).items() if k != "linestyle"})
+                _name(axes, runner, (speed, error), to_the_left=speed > 0.6 * fastest)
+    for allowed in bounds:
+        axes.axhline(allowed, color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate("allowed", (0.01, allowed), xycoords=("axes fraction", "data"), va="bottom", color=_GREY)
+    axes.set(yscale="log", xlim=(0, 1.1 * fastest), ylim=(_SMALLEST_ERROR / 3, 6 * worst))
+    axes.set(xlabel="images/s", ylabel="relative L2")
+    axes.set_title(f"Speed against error at batch {batch}")
+    axes.grid(alpha=0.25)
 
 
-def _label(title: str, is_right: bool) -> str:
-    return title if is_right else f"{title} (wrong)"
+def _name(axes: Any, runner: Runner, point: tuple[float, float], *, to_the_left: bool) -> None:
+    offset, side = ((-8, -4), "right") if to_the_left else ((8, -4), "left")
+    background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    axes.annotate(_label(runner), point, offset, textcoords="offset points", ha=side, bbox=background)
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of (speed, error) for which no other one is as fast with a smaller error, the slowest first."""
+    front: list[tuple[float, float]] = []
+    for speed, error in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not front or error < front[-1][1]:
+            front.append((speed, error))
+    return front[::-1]
+
+
+def _error(runner: Runner) -> float:
+    """As it is drawn: what is no number stands where all is wrong."""
+    return min(max(runner.accuracy.rel_l2, _SMALLEST_ERROR), 10.0) if runner.accuracy.rel_l2 >= 0 else 10.0
+
+
+def _label(runner: Runner) -> str:
+    return runner.title if runner.accuracy.is_right else f"{runner.title} (WRONG)"

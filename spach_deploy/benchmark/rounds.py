@@ -5,31 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.benchmark import contestants
-from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, TITLES, Setup
+from spach_deploy.benchmark.contestants import BF16, CPU, EAGER, GPU, TITLES, Setup
 from spach_deploy.benchmark.layers import Layer, layers
-from spach_deploy.benchmark.machine import machine_facts, peaks
+from spach_deploy.benchmark.machine import load, machine_facts, peaks
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
 from spach_deploy.benchmark.statistics import Latency, ratio
-from spach_deploy.benchmark.worker import Turn, Worker
+from spach_deploy.benchmark.worker import Worker
 from spach_deploy.bundle import GOLDEN, GRAPH, Bundle
 from spach_deploy.errors import UnavailableError, UsageError
 from spach_deploy.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.reference import LOGITS, Golden
-from spach_deploy.validation.tolerance import Bounds
+from spach_deploy.validation.tolerance import Bounds, ToleranceSet
 
 Array = npt.NDArray[Any]
 Tell = Callable[[str, float], None]
 """What is under way, and the share that is done."""
-
-_GOLDEN_IMAGES, _ANSWER_BATCH = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +47,50 @@ class Question:
 
 @dataclasses.dataclass
 class _Entry:
-    """A runner's worker, and what it did so far: medians of its turns and all its runs, by batch."""
+    """A runner's worker, and what it did so far, by batch: medians of its turns, all its runs, peak memory, errors."""
 
     worker: Worker
-    accuracy: Accuracy
+    bounds: Bounds
     medians: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     runs: dict[int, list[float]] = dataclasses.field(default_factory=dict)
-    firsts: dict[int, Turn] = dataclasses.field(default_factory=dict)
+    peak_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
+    first_s: dict[int, float] = dataclasses.field(default_factory=dict)
+    errors: dict[int, Accuracy] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
-    def take_turn(self, inputs: Array, seconds: float) -> None:
-        """One turn at this batch; a runner that fails is out from here on."""
-        batch = len(inputs)
+    def answer(self, golden: Golden, batch: int) -> None:
+        """All golden images in such batches, before the first turn: whether it is right, and what it has to compile."""
+        with self._failing_at(batch):
+            answers = self.worker.answers(golden.input, batch)
+            self.first_s[batch] = answers.first_s
+            self._compare(batch, answers.logits, golden.logits)
+
+    def take_turn(self, golden: Golden, batch: int, seconds: float) -> None:
+        """One turn at this batch, its last answer held against the golden one too."""
+        chosen = np.arange(batch) % len(golden.input)
+        with self._failing_at(batch):
+            turn = self.worker.turn(golden.input[chosen], seconds)
+            self.medians.setdefault(batch, []).append(float(np.median(turn.seconds)))
+            self.runs.setdefault(batch, []).extend(turn.seconds)
+            self.peak_bytes[batch] = turn.peak_bytes
+            self._compare(batch, turn.logits, golden.logits[chosen])
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The worst of all batches."""
+        return max(self.errors.values(), key=lambda error: error.rel_l2)
+
+    def _compare(self, batch: int, answers: Array, exact: Array) -> None:
+        found = [*([self.errors[batch]] if batch in self.errors else []), accuracy(answers, exact, self.bounds)]
+        self.errors[batch] = max(found, key=lambda error: error.rel_l2)
+
+    @contextlib.contextmanager
+    def _failing_at(self, batch: int) -> Iterator[None]:
+        """A runner that fails is out from here on."""
         try:
-            turn = self.worker.turn(inputs, seconds)
+            yield
         except UnavailableError as error:
             self.problem = f"stopped at batch {batch}: {error}"
-            return
-        self.medians.setdefault(batch, []).append(float(np.median(turn.seconds)))
-        self.runs.setdefault(batch, []).extend(turn.seconds)
-        self.firsts.setdefault(batch, turn)
 
 
 def measure(question: Question, tell: Tell = lambda what, share: None) -> Benchmark:
@@ -83,36 +105,63 @@ def measure(question: Question, tell: Tell = lambda what, share: None) -> Benchm
     skipped = _skipped(question, bundle)
     machine = machine_facts(question.setup.threads)
     with contextlib.ExitStack() as stack:
-        entries: dict[str, _Entry] = {}
-        for name in _wanted(question, skipped):
-            tell(f"open {TITLES[name]}", 0.0)
-            worker = Worker(name, question.setup)
-            try:
-                entries[name] = _entered(stack.enter_context(worker), golden, facts.tolerances.graph)
-            except UnavailableError as error:
-                if question.names:
-                    raise UnavailableError(f"{TITLES[name]} cannot run here: {error}.") from None
-                skipped[name] = str(error)
-        if not entries:
-            reasons = "; ".join(f"{TITLES[name]}: {reason}" for name, reason in skipped.items())
-            raise UnavailableError(f"Nothing here can run this bundle. {reasons}.", "See spach-doctor.")
+        entries = _opened(stack, question, facts.tolerances, skipped, tell)
         _take_turns(entries, golden, batches, question, tell)
-        modules = _profiled(entries, golden, batches[-1])
+        _set_aside(entries, question, skipped)
+        tell("time by module", 1.0)
+        modules = _profiled(entries, golden, batches)
+    machine["load_after"] = load()
     counted = {batch: layers(bundle.file(GRAPH), batch) for batch in batches}
-    limits = peaks(question.setup.threads)
-    least = {batch: _least_seconds(counted[batch], limits) for batch in batches}
+    tell("this machine's peaks", 1.0)
+    limits = {device: peaks(question.setup.threads, device) for device in _devices(entries)}
     return Benchmark(
         str(question.setup.bundle),
         str(bundle.manifest.model["name"]),
         bundle.manifest.precision,
         batches,
         question.rounds,
-        tuple(_runner(name, entries, least, modules) for name in entries),
+        tuple(_runner(name, entries, _Least(counted, limits), modules, question) for name in entries),
         skipped,
         counted[batches[-1]],
-        limits,
+        limits[CPU],
         machine,
+        limits.get(GPU, {}),
     )
+
+
+def _devices(entries: Mapping[str, _Entry]) -> list[str]:
+    return sorted({CPU, *(entry.worker.device for entry in entries.values())})
+
+
+def _opened(
+    stack: contextlib.ExitStack, question: Question, allowed: ToleranceSet, skipped: dict[str, str], tell: Tell
+) -> dict[str, _Entry]:
+    """A worker for each runner; one that does not open joins `skipped`, or is an error where it was asked for."""
+    entries: dict[str, _Entry] = {}
+    for name in _wanted(question, skipped):
+        tell(f"open {TITLES[name]}", 0.0)
+        worker = Worker(name, question.setup)
+        try:
+            stack.enter_context(worker)
+            entries[name] = _Entry(worker, allowed.engine if worker.device == GPU else allowed.graph)
+        except UnavailableError as error:
+            _skip(name, str(error), question, skipped)
+    return entries
+
+
+def _skip(name: str, reason: str, question: Question, skipped: dict[str, str]) -> None:
+    if name in question.names:
+        raise UnavailableError(f"{TITLES[name]} cannot run here: {reason}.")
+    skipped[name] = reason
+
+
+def _set_aside(entries: dict[str, _Entry], question: Question, skipped: dict[str, str]) -> None:
+    """What did not finish one turn was not measured; UnavailableError where that is everything, or was asked for."""
+    for name in [name for name, entry in entries.items() if not entry.runs]:
+        _skip(name, entries.pop(name).problem, question, skipped)
+    if not entries:
+        reasons = "; ".join(f"{TITLES[name]}: {reason}" for name, reason in skipped.items())
+        raise UnavailableError(f"Nothing here can run this bundle. {reasons}.", "See spach-doctor.")
 
 
 def chosen_batches(asked: Sequence[int], profile: BatchProfile) -> tuple[int, ...]:
@@ -141,12 +190,6 @@ def _wanted(question: Question, skipped: dict[str, str]) -> Iterable[str]:
     return [name for name in question.names or TITLES if name not in skipped]
 
 
-def _entered(worker: Worker, golden: Golden, bounds: Bounds) -> _Entry:
-    count = min(len(golden.logits), _GOLDEN_IMAGES)
-    parts = [worker.logits(golden.input[i : i + _ANSWER_BATCH]) for i in range(0, count, _ANSWER_BATCH)]
-    return _Entry(worker, accuracy(np.concatenate(parts)[:count], golden.logits[:count], bounds))
-
-
 def accuracy(answers: Array, exact: Array, bounds: Bounds) -> Accuracy:
     """Against the golden logits (N, classes), image by image."""
     allowed = bounds.outputs[LOGITS].rel_l2
@@ -161,36 +204,63 @@ def _take_turns(
 ) -> None:
     """Every batch, in every round every runner, in an order of chance."""
     chance = random.Random(question.seed)
-    turns = len(batches) * question.rounds
-    for done, (batch, number) in enumerate((b, r) for b in batches for r in range(question.rounds)):
-        inputs = golden.input[np.arange(batch) % len(golden.input)]
-        for name in chance.sample(list(entries), len(entries)):
-            tell(f"batch {batch}, round {number + 1} of {question.rounds}: {TITLES[name]}", done / turns)
-            if not entries[name].problem:
-                entries[name].take_turn(inputs, question.seconds)
+    steps = len(batches) * (1 + question.rounds)
+    for index, batch in enumerate(batches):
+        for number in range(1 + question.rounds):
+            what = f"round {number} of {question.rounds}" if number else "answers"
+            for name in chance.sample(list(entries), len(entries)):
+                share = (index * (1 + question.rounds) + number) / steps
+                tell(f"batch {batch}, {what}: {TITLES[name]}", share)
+                entry = entries[name]
+                if entry.problem:
+                    continue
+                if number:
+                    entry.take_turn(golden, batch, question.seconds)
+                else:
+                    entry.answer(golden, batch)
 
 
-def _profiled(entries: dict[str, _Entry], golden: Golden, batch: int) -> dict[str, dict[str, float]]:
-    entry = entries.get(ONNX_RUNTIME)
-    if entry is None or entry.problem:
-        return {}
-    return {ONNX_RUNTIME: entry.worker.profile(golden.input[np.arange(batch) % len(golden.input)])}
+def _profiled(entries: dict[str, _Entry], golden: Golden, batches: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Seconds by module, of those that can tell, at the largest batch; nothing where that fails, which is no fault."""
+    inputs = golden.input[np.arange(batches[-1]) % len(golden.input)]
+    found: dict[str, dict[str, float]] = {}
+    for name, entry in entries.items():
+        if not entry.problem:
+            with contextlib.suppress(UnavailableError):
+                found[name] = entry.worker.profile(inputs)
+    return found
 
 
-def _least_seconds(found: Sequence[Layer], limits: dict[str, float]) -> float:
-    return sum(layer.least_seconds(limits["flops"], limits["bytes"]) for layer in found)
+@dataclasses.dataclass(frozen=True)
+class _Least:
+    """The least seconds that the products take, by batch and device."""
+
+    layers: Mapping[int, Sequence[Layer]]
+    limits: Mapping[str, Mapping[str, float]]
+
+    def seconds(self, batch: int, device: str) -> float | None:
+        limits = self.limits[device]
+        if not limits:
+            return None
+        return sum(layer.least_seconds(limits["flops"], limits["bytes"]) for layer in self.layers[batch])
 
 
 def _runner(
-    name: str, entries: dict[str, _Entry], least: dict[int, float], modules: dict[str, dict[str, float]]
+    name: str, entries: dict[str, _Entry], least: _Least, modules: dict[str, dict[str, float]], question: Question
 ) -> Runner:
-    entry, eager = entries[name], entries.get(EAGER)
-    timings = []
-    for batch, runs in entry.runs.items():
-        latency = Latency.of(runs)
-        compared = None
-        if eager is not None and eager is not entry and len(eager.medians.get(batch, ())) == len(entry.medians[batch]):
-            compared = ratio(entry.medians[batch], eager.medians[batch])
-        first, share = entry.firsts[batch], least[batch] / latency.median
-        timings.append(Timing(batch, latency, first.peak_bytes, first.first_s, compared, share))
-    return Runner(name, entry.accuracy, tuple(timings), modules.get(name, {}), entry.problem)
+    entry = entries[name]
+    timings = tuple(_timing(entry, entries.get(EAGER), batch, least) for batch in entry.runs)
+    must_be_right = name != BF16 or name in question.names
+    seconds = modules.get(name, {})
+    return Runner(name, entry.accuracy, timings, seconds, entry.problem, entry.worker.device, must_be_right)
+
+
+def _timing(entry: _Entry, eager: _Entry | None, batch: int, least: _Least) -> Timing:
+    latency, compared = Latency.of(entry.runs[batch]), None
+    if eager is not None and eager is not entry and len(eager.medians.get(batch, ())) == len(entry.medians[batch]):
+        compared = ratio(entry.medians[batch], eager.medians[batch])
+    seconds = least.seconds(batch, entry.worker.device)
+    share = None if seconds is None else seconds / latency.median
+    error = entry.errors[batch].rel_l2
+    medians = tuple(entry.medians[batch])
+    return Timing(batch, latency, entry.peak_bytes[batch], entry.first_s[batch], compared, share, error, medians)

@@ -15,6 +15,9 @@ _T_BEYOND = 2.09
 WIDEST = 1.3
 """Upper over lower end of the interval of a ratio that is still told: about +-14 %."""
 
+SAME = 1.1
+"""The same of an interval with 1 in it: about +-5 %, so that neither is faster by more than some percent."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
@@ -52,12 +55,18 @@ class Ratio:
 
     @property
     def is_told(self) -> bool:
-        """Whether the rounds agree well enough to print it."""
-        return self.high / self.low <= WIDEST
+        """Whether the rounds agree well enough to print it: a wider interval with 1 in it cannot even tell which."""
+        return self.high / self.low <= (SAME if self.includes_one else WIDEST)
+
+    @property
+    def includes_one(self) -> bool:
+        """Whether neither is known to be the faster."""
+        return self.low <= 1 <= self.high
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; without the value where it cannot be told."""
-        return {"value": self.value if self.is_told else None, "low": self.low, "high": self.high}
+        told = {"value": self.value if self.is_told else None, "low": self.low, "high": self.high}
+        return {**told, "told": self.is_told, "same": self.is_told and self.includes_one}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from spach_deploy.benchmark.contestants import TITLES
+from spach_deploy.benchmark.contestants import CPU, ONNX_RUNTIME, TITLES
+from spach_deploy.benchmark.layers import Layer, totals
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
+from spach_deploy.benchmark.statistics import Ratio, ratio
 from spach_deploy.errors import printable
 
 _WIDTH, _MODULES = 100, 10
@@ -29,7 +31,7 @@ def _lines(found: Benchmark) -> Iterator[str]:
     for runner in found.runners:
         if runner.modules:
             yield ""
-            yield from _modules(runner)
+            yield from _modules(runner, found)
     yield ""
     yield from _conclusion(found)
 
@@ -41,8 +43,12 @@ def _head(found: Benchmark) -> Iterator[str]:
     yield f"machine    {machine['processor']}, {machine['threads']} of {machine['cores']} cores, {flags}"
     peaks = f"{found.peaks['flops'] / 1e9:,.0f} GFLOP/s in FP32, {found.peaks['bytes'] / 1e9:,.1f} GB/s, measured now"
     yield f"           {peaks}; load {machine['load_before']:.2f} before it began"
-    macs = sum(layer.macs for layer in found.layers) / found.batches[-1] / 1e9
-    yield f"model      {macs:.2f} G multiplications an image in convolutions and linear layers"
+    macs, moved = sum(layer.macs for layer in found.layers), sum(layer.bytes for layer in found.layers)
+    batch = found.batches[-1]
+    yield (
+        f"model      {macs / batch / 1e9:.2f} G multiplications an image in convolutions and matrix products,"
+        f" {moved / batch / 1e6:,.0f} MB"
+    )
     for gpu in machine["gpus"]:
         yield f"GPU        {', '.join(f'{key} {value}' for key, value in gpu.items())}"
 
@@ -50,7 +56,7 @@ def _head(found: Benchmark) -> Iterator[str]:
 def _batch(found: Benchmark, batch: int) -> Iterator[str]:
     yield (
         f"{f'batch {batch}':<22}{'median':>8}{'p90':>8}{'p99':>8}{'images/s':>10}{'peak MB':>8}"
-        f"{'roofline':>9}  {'x eager':<18}error"
+        f"{'roofline':>9}  {'x eager':<17} error"
     )
     yield "─" * _WIDTH
     for runner in found.runners:
@@ -67,7 +73,7 @@ def _row(runner: Runner, timing: Timing, found: Benchmark) -> str:
     share = f"{timing.roofline:.0%}" if timing.roofline is not None else ""
     return (
         f"{runner.title:<22}{times}{timing.images_per_second:>10,.1f}{timing.peak_bytes / 1e6:>8,.0f}{share:>9}"
-        f"  {_ratio(runner, timing, found):<18}{_error(runner.accuracy)}"
+        f"  {_ratio(runner, timing):<17} {_error(runner.accuracy, timing.rel_l2)}"
     )
 
 
@@ -75,30 +81,51 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.2f}"
 
 
-def _ratio(runner: Runner, timing: Timing, found: Benchmark) -> str:
+def _ratio(runner: Runner, timing: Timing) -> str:
     if not runner.accuracy.is_right:
         return "WRONG"
     if timing.ratio is None:
         return "1" if runner.name == "eager" else "–"
     if not timing.ratio.is_told:
         return _NOISY
-    return f"{timing.ratio.value:.2f} ({timing.ratio.low:.2f}–{timing.ratio.high:.2f})"
+    interval = f"({timing.ratio.low:.2f}–{timing.ratio.high:.2f})"
+    return f"same {interval}" if _is_same(timing.ratio) else f"{timing.ratio.value:.2f} {interval}"
 
 
-def _error(accuracy: Accuracy) -> str:
-    return f"{accuracy.rel_l2:.1e}" + ("" if accuracy.is_right else f" > {accuracy.allowed:.1e}")
+def _is_same(found: Ratio) -> bool:
+    return found.is_told and found.includes_one
+
+
+def _allowed(found: Benchmark) -> str:
+    bounds = {runner.accuracy.allowed for runner in found.runners}
+    return f", {bounds.pop():.1e} is allowed" if len(bounds) == 1 else ""
+
+
+def _error(accuracy: Accuracy, at_batch: float | None = None) -> str:
+    """At one batch where it is given, else the worst; with the bound that a wrong one is beyond."""
+    error = accuracy.rel_l2 if at_batch is None else at_batch
+    return f"{error:.1e}" + ("" if error <= accuracy.allowed else f" > {accuracy.allowed:.1e}")
 
 
 def _remarks(found: Benchmark) -> Iterator[str]:
     yield from _filled(
-        f"Milliseconds of a batch, {found.rounds} rounds in turn; ratios with their 95 % interval over the rounds;"
-        " error: worst relative L2 of an image's logits against the bundle's golden answers; roofline: share of the"
-        " least time that this machine needs for the products alone."
+        f"Milliseconds of a batch, {found.rounds} rounds in turn; '–' where there are too few runs to tell; peak MB: of"
+        " the runner's own process, loading included; roofline: the least time that this machine needs for the products"
+        " alone, over the median; x eager: times as fast, with the 95 % interval over the rounds; error: worst relative"
+        f" L2 of an image's logits against the bundle's golden answers{_allowed(found)}."
     )
     if any(timing.ratio and not timing.ratio.is_told for runner in found.runners for timing in runner.timings):
         yield from _filled(
-            "Where it says 'too noisy to tell' the rounds disagree by more than 30 %: something else uses this machine."
-            " Stop it, or give more --rounds and --seconds."
+            "Where it says 'too noisy to tell' the rounds disagree too much: the ends of the interval are more than"
+            " 30 % apart, or 10 % with 1 between them. The load was"
+            f" {found.machine['load_before']:.2f} before and {found.machine.get('load_after', 0):.2f} after on"
+            f" {found.machine['cores']} cores. Stop what else uses this machine, or give more --rounds and --seconds."
+        )
+    if any(timing.ratio and _is_same(timing.ratio) for runner in found.runners for timing in runner.timings):
+        yield from _filled("'same' is a ratio whose interval has 1 in it: the rounds do not tell which is faster.")
+    if found.precision != "fp32" and any(runner.name == ONNX_RUNTIME for runner in found.runners):
+        yield from _filled(
+            f"ONNX Runtime on a CPU computes much of a {found.precision} graph in FP32: its error is not the engine's."
         )
     for runner in found.runners:
         slow = [t for t in runner.timings if t.first_s > max(_SLOW_START_S, 20 * t.latency.median)]
@@ -110,11 +137,21 @@ def _remarks(found: Benchmark) -> Iterator[str]:
         yield from _filled(f"Not run: {TITLES[name]}, {reason}.")
 
 
-def _modules(runner: Runner) -> Iterator[str]:
-    total = sum(runner.modules.values())
-    yield f"{runner.title}: modules that take the longest, {_ms(total)} ms in all under its profiler"
+def _modules(runner: Runner, found: Benchmark) -> Iterator[str]:
+    """With the products of each and the share of the roofline that it reaches by itself."""
+    total, of_module = sum(runner.modules.values()), totals(found.layers)
+    peaks = found.peaks if runner.device == CPU else found.gpu_peaks
+    yield f"{runner.title}: where the time goes at batch {found.batches[-1]}, {_ms(total)} ms under its profiler"
+    yield f"{'share':>7}{'ms':>9}{'M mult.':>10}{'MB':>8}{'roofline':>10}  module"
     for module, seconds in list(runner.modules.items())[:_MODULES]:
-        yield f"  {seconds / total:6.1%} {_ms(seconds):>8}  {module}"
+        yield f"{seconds / total:7.1%}{_ms(seconds):>9}{_products(of_module.get(module), seconds, peaks)}  {module}"
+
+
+def _products(layer: Layer | None, seconds: float, peaks: Mapping[str, float]) -> str:
+    if layer is None:
+        return " " * 28
+    share = f"{layer.least_seconds(peaks['flops'], peaks['bytes']) / seconds:.0%}" if peaks and seconds else ""
+    return f"{layer.macs / 1e6:>10,.0f}{layer.bytes / 1e6:>8,.1f}{share:>10}"
 
 
 def _conclusion(found: Benchmark) -> Iterator[str]:
@@ -124,10 +161,23 @@ def _conclusion(found: Benchmark) -> Iterator[str]:
             " Do not serve it; spach-validate says more."
         )
     for batch in found.batches:
-        if best := found.best(batch):
-            timing = best.at(batch)
-            assert timing is not None
-            yield f"Fastest of the right ones at batch {batch}: {best.title}, {timing.images_per_second:,.1f} images/s."
+        yield from _fastest(found, batch)
+
+
+def _fastest(found: Benchmark, batch: int) -> Iterator[str]:
+    """The fastest of the right ones, where the rounds tell it from the next."""
+    ranked = found.ranked(batch)
+    if not ranked:
+        return
+    best, timing = ranked[0]
+    speed = f"{best.title}, {timing.images_per_second:,.1f} images/s"
+    lead = ratio(timing.medians, ranked[1][1].medians) if len(ranked) > 1 else None
+    if lead is not None and (not lead.is_told or lead.includes_one):
+        yield from _filled(
+            f"At batch {batch} the rounds do not tell {best.title} from {ranked[1][0].title}; best: {speed}."
+        )
+    else:
+        yield f"Fastest of the right ones at batch {batch}: {speed}."
 
 
 def _filled(text: str) -> list[str]:

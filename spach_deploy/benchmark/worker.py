@@ -20,16 +20,29 @@ from spach_deploy.errors import SpachError, UnavailableError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_WARM_RUNS, _WARM_S, _LEAST_RUNS = 2, 0.1, 3
+_WARM_RUNS, _WARM_S, _LEAST_RUNS = 1, 0.1, 2
+_NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "bad allocation")
+"""How libraries without an exception of their own for it say that memory ran out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Seconds of each run, after some that are not counted; of the first of those; the process's peak memory so far."""
+    """Seconds of each run, after warm ones that are not counted; the last one's logits (N, classes) in float32.
+
+    `peak_bytes`: of the process's memory so far, what it took to load included.
+    """
 
     seconds: tuple[float, ...]
-    first_s: float
+    logits: npt.NDArray[np.float32]
     peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Logits (N, classes) in float32, and the seconds of the very first run of such a batch, in which some compile."""
+
+    logits: npt.NDArray[np.float32]
+    first_s: float
 
 
 class Worker:
@@ -40,6 +53,7 @@ class Worker:
         self._setup = setup
         self._connection: Connection | None = None
         self._process: Any = None
+        self.device = ""
 
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")
@@ -54,7 +68,7 @@ class Worker:
             os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
         theirs.close()
         try:
-            self._received()
+            self.device = str(self._received())
         except UnavailableError:
             self._end()
             raise
@@ -70,9 +84,9 @@ class Worker:
         """Of its process."""
         return int(self._process.pid)
 
-    def logits(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Answers to engine inputs (N, ...)."""
-        found: npt.NDArray[np.float32] = self._ask("logits", inputs)
+    def answers(self, inputs: npt.NDArray[Any], batch: int) -> Answers:
+        """Answers to engine inputs (N, ...) in batches of exactly `batch`, the last filled up from the front."""
+        found: Answers = self._ask("answers", (inputs, batch))
         return found
 
     def turn(self, inputs: npt.NDArray[Any], seconds: float) -> Turn:
@@ -106,7 +120,7 @@ class Worker:
     def _died(self) -> UnavailableError:
         self._process.join(5)
         code = self._process.exitcode
-        hint = "out of memory? Give smaller batches" if code == -9 else "its library gave no reason"
+        hint = "out of memory? Give a smaller --batch" if code == -9 else "its library gave no reason"
         return UnavailableError(f"its process ended with {code} ({hint})")
 
     def _end(self) -> None:
@@ -126,7 +140,7 @@ def _serve(connection: Connection, name: str, setup: Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself ends its workers
     try:
         with opened(name, setup) as runner:
-            connection.send((True, None))
+            connection.send((True, runner.device))
             while True:
                 what, argument = connection.recv()
                 connection.send((True, _answer(runner, what, argument)))
@@ -137,15 +151,25 @@ def _serve(connection: Connection, name: str, setup: Setup) -> None:
 
 
 def _answer(runner: Opened, what: str, argument: Any) -> Any:
-    if what == "logits":
-        return np.asarray(runner.run(runner.prepare(argument)), np.float32)
+    if what == "answers":
+        return _answers(runner, *argument)
     if what == "profile":
         return {} if runner.profile is None else runner.profile(runner.prepare(argument))
     inputs, seconds = argument
     fed = runner.prepare(inputs)
-    warm = _timed(runner, fed, _WARM_S, _WARM_RUNS)
-    counted = _timed(runner, fed, seconds, _LEAST_RUNS)
-    return Turn(counted, warm[0], _peak_bytes())
+    _timed(runner, fed, _WARM_S, _WARM_RUNS)
+    times, last = _timed(runner, fed, seconds, _LEAST_RUNS)
+    return Turn(times, np.asarray(last, np.float32), _peak_bytes())
+
+
+def _answers(runner: Opened, inputs: npt.NDArray[Any], batch: int) -> Answers:
+    times, parts = [], []
+    for start in range(0, len(inputs), batch):
+        fed = runner.prepare(inputs[np.arange(start, start + batch) % len(inputs)])
+        begun = time.perf_counter()
+        parts.append(np.asarray(runner.run(fed), np.float32))
+        times.append(time.perf_counter() - begun)
+    return Answers(np.concatenate(parts)[: len(inputs)], times[0])
 
 
 def _peak_bytes() -> int:
@@ -154,17 +178,20 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _timed(runner: Opened, fed: Any, seconds: float, least: int) -> tuple[float, ...]:
+def _timed(runner: Opened, fed: Any, seconds: float, least: int) -> tuple[tuple[float, ...], Any]:
+    """Seconds of each run, and what the last one gave."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
         start = time.perf_counter()
-        runner.run(fed)
+        last = runner.run(fed)
         times.append(time.perf_counter() - start)
-    return tuple(times)
+    return tuple(times), last
 
 
 def _sentence(error: Exception) -> str:
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, MemoryError) or any(word in text for word in _NO_MEMORY):
+        return "not enough memory: give a smaller --batch, or close other programs"
     return first if isinstance(error, SpachError) else f"{type(error).__name__}: {first}"

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from spach_deploy.benchmark.layers import Layer, layers
+from spach_deploy.benchmark.layers import Layer, layers, totals
 from spach_deploy.bundle import GRAPH
+from spach_deploy.onnx_graph.passes.shift_depthwise import shift_depthwise
 from tests import small_bundles, static_models
 
 
@@ -58,3 +59,51 @@ def test_every_weighted_layer_of_a_model_is_counted_and_grows_with_the_batch() -
         if type(module).__name__ == "Linear" and name
     }
     assert linear <= counted
+
+
+def test_a_convolution_spelt_out_counts_as_the_one_it_was(tmp_path: Path) -> None:
+    plain = saved_depthwise(tmp_path)
+    shifted = onnx.load(plain)
+    assert shift_depthwise(shifted) == ("dw/Conv",)
+    onnx.save(shifted, tmp_path / "shifted.onnx")
+    (whole,), (parts,) = layers(plain, 2), layers(tmp_path / "shifted.onnx", 2)
+    assert (whole.module, whole.op, whole.macs) == ("dw", "Conv", 2 * 4 * 8 * 8 * 9)
+    assert (parts.module, parts.op, parts.macs) == (whole.module, whole.op, whole.macs)
+    assert abs(parts.bytes - whole.bytes) <= 4 * 4  # the bias is none of its taps
+
+
+def saved_depthwise(tmp_path: Path) -> Path:
+    """A depthwise convolution (4 channels, 3x3) with channels last behind it."""
+    weight = numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32), "dw.weight")
+    bias = numpy_helper.from_array(np.ones(4, np.float32), "dw.bias")
+    conv = helper.make_node("Conv", ["input", "dw.weight", "dw.bias"], ["c"], "dw/Conv", group=4, pads=[1, 1, 1, 1])
+    last = helper.make_node("Transpose", ["c"], ["logits"], "dw/Transpose", perm=[0, 2, 3, 1])
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 4, 8, 8])
+    made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 8, 8, 4])
+    graph = helper.make_graph([conv, last], "g", [given], [made], [weight, bias])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "d.onnx")
+    return tmp_path / "d.onnx"
+
+
+def test_what_is_dequantized_counts_with_its_eight_bits(tmp_path: Path) -> None:
+    weights = [
+        numpy_helper.from_array(np.ones((8, 5), np.int8), "w"),
+        numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["input", "scale", "zero"], ["q"], "fc/Q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["x"], "fc/DQ"),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["v"], "fc/DQ_2"),
+        helper.make_node("MatMul", ["x", "v"], ["logits"], "fc/MatMul"),
+    ]
+    weights.append(numpy_helper.from_array(np.array(0, np.int8), "zero"))
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 8])
+    made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5])
+    graph = helper.make_graph(nodes, "g", [given], [made], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "q.onnx")
+    assert layers(tmp_path / "q.onnx", 2) == (Layer("fc", "MatMul", 2 * 8 * 5, 2 * 8 + 8 * 5 + 4 * 2 * 5),)
+
+
+def test_totals_are_sums_by_module() -> None:
+    found = totals([Layer("a", "MatMul", 1, 10), Layer("b", "Conv", 5, 50), Layer("a", "MatMul", 2, 20)])
+    assert found == {"a": Layer("a", "MatMul", 3, 30), "b": Layer("b", "Conv", 5, 50)}

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from spach_deploy.benchmark import contestants, rounds
-from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, Opened, Setup, why_not
-from spach_deploy.benchmark.plot import draw
+from spach_deploy.benchmark import contestants, rounds, worker
+from spach_deploy.benchmark.contestants import BF16, EAGER, ONNX_RUNTIME, Opened, Setup, why_not
+from spach_deploy.benchmark.plot import draw, pareto_front
 from spach_deploy.benchmark.result import Benchmark
 from spach_deploy.benchmark.rounds import Question, chosen_batches, measure
 from spach_deploy.benchmark.table import as_text
-from spach_deploy.benchmark.worker import Turn, Worker
+from spach_deploy.benchmark.worker import Answers, Turn, Worker
 from spach_deploy.bundle import Bundle
 from spach_deploy.errors import UnavailableError, UsageError
 from spach_deploy.specs import BatchProfile
@@ -52,10 +55,10 @@ def test_runners_are_measured_in_turn_and_held_to_the_golden_answers(found: Benc
         assert runner.accuracy.rel_l2 < 1e-5
         assert [timing.batch for timing in runner.timings] == [1, 3]
         for timing in runner.timings:
-            assert timing.latency.runs >= 2 * 3
+            assert timing.latency.runs >= 2 * 2
             assert timing.peak_bytes > 50e6
             assert timing.roofline is not None
-            assert 0 < timing.roofline < 1.5
+            assert timing.roofline > 0
     compared = found.runners[1].timings[0].ratio
     assert compared is not None
     assert compared.low <= compared.value <= compared.high
@@ -76,7 +79,9 @@ def test_the_table_tells_all_of_it(found: Benchmark) -> None:
     text = as_text(found)
     assert "batch 1 " in text
     assert "batch 3 " in text
-    assert "Fastest of the right ones at batch 3: " in text
+    told = r"Fastest of the right ones at batch 3: |At batch 3 the rounds do not tell "
+    assert re.search(told, text)  # which of both is the machine's affair
+    assert "stem.proj" in text
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("bundle "))
 
 
@@ -90,10 +95,12 @@ def test_a_picture(found: Benchmark, tmp_path: Path) -> None:
 class FakeWorker:
     """Stands in for a process: PyTorch takes 20 ms, ONNX Runtime what the test says."""
 
-    seconds = 0.01
+    seconds: Callable[[], float] = staticmethod(lambda: 0.01)
     off = 0.0
+    off_in_turns = 0.0
     dies_at: int | None = None
-    profiled = False
+    device = "cpu"
+    other = ONNX_RUNTIME
 
     def __init__(self, name: str, setup: Setup) -> None:
         self.name = name
@@ -104,18 +111,20 @@ class FakeWorker:
     def __exit__(self, *_: object) -> None:
         return
 
-    def logits(self, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def answers(self, inputs: np.ndarray[Any, Any], batch: int) -> Answers:
+        if self.name == self.other and batch == self.dies_at:
+            raise UnavailableError("its process ended with -9 (out of memory? Give a smaller --batch)")
+        return Answers(self._logits(inputs, self.off), 0.1)
+
+    def _logits(self, inputs: np.ndarray[Any, Any], off: float) -> np.ndarray[Any, Any]:
         with np.load(GOLDEN_OF[0] / "golden.npz") as golden:
             index = [int(np.flatnonzero((golden["input"] == one).all(axis=(1, 2, 3)))[0]) for one in inputs]
-            answers: np.ndarray[Any, Any] = golden["logits"][index] * (
-                1 + (self.off if self.name == ONNX_RUNTIME else 0)
-            )
+            answers: np.ndarray[Any, Any] = golden["logits"][index] * (1 + (off if self.name == self.other else 0))
         return answers
 
     def turn(self, inputs: np.ndarray[Any, Any], seconds: float) -> Turn:
-        if self.name == ONNX_RUNTIME and len(inputs) == self.dies_at:
-            raise UnavailableError("its process ended with -9 (out of memory? Give smaller batches)")
-        return Turn((0.02 if self.name == EAGER else self.seconds,) * 12, 0.1, 100_000_000)
+        took = 0.02 if self.name == EAGER else self.seconds()
+        return Turn((took,) * 12, self._logits(inputs, self.off_in_turns or self.off), 100_000_000)
 
     def profile(self, inputs: np.ndarray[Any, Any]) -> dict[str, float]:
         return {}
@@ -128,7 +137,7 @@ GOLDEN_OF: list[Path] = []
 def faked(bundle: Path, **changes: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "Worker", type("Worker", (FakeWorker,), changes))
-        patch.setattr(rounds, "peaks", lambda threads: {"flops": 1e11, "bytes": 1e10})
+        patch.setattr(rounds, "peaks", lambda threads, device: {"flops": 1e11, "bytes": 1e10})
         GOLDEN_OF[:] = [bundle]
         yield
 
@@ -143,7 +152,7 @@ def test_a_ratio_is_how_many_times_as_fast(bundle: Path) -> None:
 
 
 def test_a_fast_runner_that_is_wrong_is_marked_and_not_recommended(bundle: Path) -> None:
-    with faked(bundle, off=0.1, seconds=0.001):
+    with faked(bundle, off=0.1, seconds=staticmethod(lambda: 0.001)):
         result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
     assert result.exit_code == 1
     text = as_text(result)
@@ -167,12 +176,85 @@ def test_a_runner_that_dies_is_told_and_the_others_go_on(bundle: Path) -> None:
     assert "ONNX Runtime: stopped at batch 3: its process ended with -9" in as_text(result)
 
 
+def test_a_runner_that_is_wrong_only_later_is_wrong(bundle: Path) -> None:
+    with faked(bundle, off_in_turns=0.1):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
+    assert [runner.name for runner in result.wrong] == [ONNX_RUNTIME]
+
+
+def test_a_runner_asked_for_that_never_ran_is_an_error(bundle: Path) -> None:
+    with faked(bundle, dies_at=1), pytest.raises(UnavailableError, match="ONNX Runtime cannot run here: stopped at"):
+        measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
+
+
+def test_an_experiment_that_is_wrong_is_no_fault_unless_asked_for(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contestants, "why_not", lambda name, *_: "" if name in (EAGER, BF16) else "not in this test")
+    with faked(bundle, other=BF16, off=0.1):
+        unasked = measure(question(bundle, batches=(1,)))
+        asked = measure(question(bundle, EAGER, BF16, batches=(1,)))
+    assert [runner.name for runner in unasked.wrong] == [BF16]
+    assert (unasked.exit_code, asked.exit_code) == (0, 1)
+    assert "WRONG" in as_text(unasked)
+
+
+def test_rounds_that_disagree_print_no_ratio_and_no_winner(bundle: Path) -> None:
+    times = itertools.cycle([0.005, 0.03, 0.012])
+    with faked(bundle, seconds=staticmethod(lambda: next(times))):
+        result = measure(dataclasses.replace(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)), rounds=3))
+    text = " ".join(as_text(result).split())
+    assert "too noisy to tell 0.0e+00" in text
+    assert "the rounds do not tell ONNX Runtime from PyTorch eager" in text
+    assert "Stop what else uses this machine, or give more --rounds and --seconds." in text
+    assert "Fastest" not in text
+    assert result.exit_code == 0
+
+
+def test_what_is_as_fast_is_called_the_same(bundle: Path) -> None:
+    with faked(bundle, seconds=staticmethod(lambda: 0.02)):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
+    assert "same (1.00–1.00)" in as_text(result)
+
+
+def test_a_gpu_is_held_to_the_engines_bounds_and_its_own_peaks(bundle: Path) -> None:
+    with faked(bundle, device="cuda"):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
+    allowed = BundleFacts.of(Bundle.open(bundle)).tolerances.engine.outputs["logits"].rel_l2
+    assert {runner.accuracy.allowed for runner in result.runners} == {allowed}
+    assert result.gpu_peaks == {"flops": 1e11, "bytes": 1e10}
+    assert "ONNX Runtime (GPU)" in as_text(result)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_no_memory_is_told_with_the_remedy(error: Exception) -> None:
+    assert worker._sentence(error) == "not enough memory: give a smaller --batch, or close other programs"
+
+
+def test_the_front_has_those_that_none_beats() -> None:
+    points = [(1.0, 1e-7), (2.0, 1e-6), (1.5, 1e-5), (3.0, 1e-3), (3.0, 1e-2)]
+    assert pareto_front(points) == [(1.0, 1e-7), (2.0, 1e-6), (3.0, 1e-3)]
+
+
+def test_answers_come_in_whole_batches_of_all_images() -> None:
+    seen: list[list[int]] = []
+
+    def run(fed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        seen.append(fed.tolist())
+        return fed[:, None] * 10.0
+
+    answers = worker._answers(Opened(run), np.arange(5), 3)
+    assert seen == [[0, 1, 2], [3, 4, 0]]
+    assert answers.logits.ravel().tolist() == [0, 10, 20, 30, 40]
+
+
 def test_a_process_that_dies_is_an_error_with_its_code(bundle: Path) -> None:
-    worker = Worker(ONNX_RUNTIME, Setup(bundle))
-    with worker:
-        os.kill(worker.pid, 9)
+    with Worker(ONNX_RUNTIME, Setup(bundle)) as killed:
+        os.kill(killed.pid, 9)
         with pytest.raises(UnavailableError, match="ended with -9"):
-            worker.turn(np.zeros((1, 3, 32, 32), np.float32), 0.01)
+            killed.turn(np.zeros((1, 3, 32, 32), np.float32), 0.01)
 
 
 def test_a_runner_that_does_not_open_says_why(bundle: Path, tmp_path: Path) -> None:
@@ -228,6 +310,9 @@ def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, monkeypatch: pytes
         def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
             return {"logits": feeds["pixels"] + 1}
 
+        def layer_seconds(self, feeds: dict[str, Any]) -> dict[str, float]:
+            return {"blocks.0.channel_func.fc1/Gemm+blocks.0/Add": 0.75, "head/Gemm": 0.25}
+
     plan = bundle.parent / "engine.plan"
     plan.write_bytes(b"plan")
     opened = Bundle.open(bundle)
@@ -236,7 +321,10 @@ def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, monkeypatch: pytes
     monkeypatch.setattr("spach_deploy.runtime.tensorrt_runner.TensorRTRunner", Engine)
     with contestants._engine(opened, Setup(bundle)) as runner:
         assert isinstance(runner, Opened)
+        assert runner.device == "cuda"
         assert runner.run(np.zeros(1)) == 1
+        assert runner.profile is not None
+        assert runner.profile(np.zeros(1)) == {"blocks.0": 0.75, "head": 0.25}
 
 
 def test_bounds_are_the_bundles(bundle: Path, found: Benchmark) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from spach_deploy.benchmark.statistics import WIDEST, Latency, ratio
+from spach_deploy.benchmark.statistics import WIDEST, Latency, Ratio, ratio
 
 
 def test_quantiles_are_given_only_where_the_runs_can_tell_them() -> None:
@@ -30,6 +30,12 @@ def test_rounds_that_disagree_are_not_told() -> None:
     assert not found.is_told
     assert found.to_dict()["value"] is None
     assert found.low < math.prod([2.0, 3.0, 1.2]) ** (1 / 3) < found.high
+
+
+def test_a_wide_interval_around_one_cannot_tell_which_is_faster() -> None:
+    assert not Ratio(1.08, 0.97, 1.2).is_told
+    assert Ratio(1.08, 1.01, 1.2).is_told
+    assert Ratio(1.0, 0.97, 1.04).to_dict() == {"value": 1.0, "low": 0.97, "high": 1.04, "told": True, "same": True}
 
 
 def test_one_round_tells_nothing() -> None:
