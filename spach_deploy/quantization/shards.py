@@ -93,7 +93,7 @@ def collect_part(work: Work, part: Part) -> dict[str, TensorStatistics]:
         if image_digest(image) != digest:
             raise UsageError(f"{entry.name} was changed while it was calibrated on.", "Run again.")
         collector.run({INPUT: normalize(image[None], work.preprocessing)})
-    return collector.statistics
+    return {name: entry.packed() for name, entry in collector.statistics.items()}
 
 
 def collect_in_parts(

@@ -47,6 +47,7 @@ _FULL = ROWS // _ROWS_A_BATCH
 BLOCK = 64
 """Batches whose sums are taken together before they are added to the whole."""
 
+_UINT32 = 2**32 - 1
 _SQUARES_FIT = 2.0**40
 """Sums of squares are taken in float32, which is fast, where they are far from its largest number."""
 
@@ -79,7 +80,7 @@ class TensorStatistics:
     batches: int
     sample: Float32
     stamps: NDArray[np.int64]
-    histogram: NDArray[np.int64] | None
+    histogram: NDArray[np.integer[Any]] | None
     blocks: list[tuple[Float64, Float64]] | None = None
 
     @classmethod
@@ -141,9 +142,14 @@ class TensorStatistics:
         self.count += part.count
         self.batches = part.batches
         later = part.stamps > 0
-        self.sample[later], self.stamps[later] = part.sample[later], part.stamps[later]
+        self.sample[later], self.stamps[later] = part.rows, part.stamps[later]
         if self.histogram is not None and part.histogram is not None:
             self.histogram += part.histogram
+
+    def packed(self) -> TensorStatistics:
+        """The same, in less memory, to be sent and merged: only rows that were taken, and counts in half the bytes."""
+        small = self.histogram if self.histogram is None or self.count > _UINT32 else self.histogram.astype(np.uint32)
+        return dataclasses.replace(self, sample=self.rows, histogram=small)
 
     def _count(self, bits: NDArray[np.uint32]) -> None:
         assert self.histogram is not None
@@ -173,7 +179,8 @@ class TensorStatistics:
     @property
     def rows(self) -> Float32:
         """The sample (up to ROWS, C)."""
-        return self.sample[self.stamps > 0]
+        taken = self.stamps > 0
+        return self.sample if len(self.sample) == np.count_nonzero(taken) else self.sample[taken]
 
     @property
     def sums(self) -> Float64:

@@ -17,6 +17,9 @@ from spach_deploy.specs import ExportOptions, Precision
 
 _SHOWN = 3
 
+_MEMORY_MARGIN = 1.5
+"""The estimate is of one process at its largest; the engine's builder runs beside it, and several exports must fit."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -115,8 +118,8 @@ def plan(chosen: Sequence[Choice], options_of: Callable[[Choice], ExportOptions]
 
 
 def _build(choice: Choice, options: ExportOptions, found: DryRun) -> Build:
-    costs = (found.seconds, found.memory_bytes, found.disk_bytes)
-    return Build(choice, options, *(cost or 0.0 for cost in costs))
+    memory = _MEMORY_MARGIN * (found.memory_bytes or 0.0)
+    return Build(choice, options, found.seconds or 0.0, memory, found.disk_bytes or 0.0)
 
 
 def _check_shared(options: ExportOptions, count: int) -> None:
