@@ -25,7 +25,7 @@ from tests.quantization.small_quantized import calibration_images, pictures
 from tests.quantization.test_statistics import heavy_tailed
 
 PREPROCESSING = Preprocessing.for_size(static_models.IMAGE_SIZE)
-IMAGES = 3 * BLOCK + 7
+IMAGES = 2 * BLOCK + 7
 
 
 def wanted() -> tuple[Wanted, ...]:
@@ -154,7 +154,7 @@ def in_parts(images: Path, executor: Any, told: list[Progress] | None = None) ->
 def test_progress_is_told_part_by_part() -> None:
     told: list[Progress] = []
     in_parts(calibration_images(IMAGES), Elsewhere(), told)
-    assert [at.done for at in told] == [BLOCK, 2 * BLOCK, 3 * BLOCK, IMAGES]
+    assert [at.done for at in told] == [BLOCK, 2 * BLOCK, IMAGES]
     assert told[-1].seconds_left == 0.0
 
 
