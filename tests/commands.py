@@ -21,7 +21,8 @@ sys.path.insert(0, {root!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 {before}
 from {module} import {function}
-sys.exit({function}())
+if __name__ == "__main__":  # processes that it spawns import it too
+    sys.exit({function}())
 """
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.runtime.threads import available_threads
+from spach_deploy.runtime.threads import available_threads, torch_threads
 from spach_deploy.tool_versions import tool_versions
 
 _TELLING = (
@@ -19,7 +19,7 @@ _TELLING = (
     *("asimd", "bf16", "i8mm", "sve"),
 )
 _GPU_QUERY = "name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,power.draw"
-_GEMM, _COPY_BYTES, _PEAK_S = 1536, 256 << 20, 0.5
+_GEMM, _COPY_BYTES, _PEAK_S = 1024, 256 << 20, 0.15
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
@@ -68,28 +68,50 @@ def _gpus() -> list[dict[str, str]]:
     return [dict(zip(keys, row, strict=True)) for row in rows if len(row) == len(keys)]
 
 
-def peaks(threads: int, device: str = "cpu") -> dict[str, float]:
-    """The best of half a second each: FP32 matrix products (FLOP/s), copies in memory (bytes/s, read and written).
+class Peaks:
+    """What a device does at best: FP32 matrix products (FLOP/s) and copies in its memory (bytes/s, read and written).
 
-    Empty for a GPU that PyTorch here cannot use.
+    Measured again between the rounds, since the machine may be busy at any one time; the best counts. A GPU that
+    PyTorch here cannot use has none.
     """
-    import torch
 
-    torch.set_num_threads(threads)
-    if device != "cpu" and not torch.cuda.is_available():
-        return {}
-    size = _GEMM if device == "cpu" else 4 * _GEMM
-    left, right = (torch.rand(size, size, device=device) for _ in range(2))
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return {
-        "flops": 2 * size**3 / _best(lambda: torch.mm(left, right), device),
-        "bytes": 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device),
-    }
+    def __init__(self, threads: int, device: str = "cpu") -> None:
+        self.best: dict[str, float] = {}
+        self._threads = threads
+        self._device = device
+        self._work: dict[str, tuple[float, Callable[[], Any]]] = {}
+
+    def measure(self) -> None:
+        """Some tenths of a second; the first time torch is loaded and half a gigabyte taken, until `release`."""
+        import torch
+
+        if self._device != "cpu" and not torch.cuda.is_available():
+            return
+        self._work = self._work or self._prepared()
+        with torch_threads(self._threads):
+            for name, (amount, work) in self._work.items():
+                self.best[name] = max(self.best.get(name, 0.0), amount / _shortest(work, self._device))
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._work = {}
+
+    def _prepared(self) -> dict[str, tuple[float, Callable[[], Any]]]:
+        """By name, operations or bytes of a piece of work, and the work."""
+        import torch
+
+        size = _GEMM if self._device == "cpu" else 4 * _GEMM
+        left, right = (torch.rand(size, size, device=self._device) for _ in range(2))
+        source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=self._device)
+        target = torch.empty_like(source)
+        return {
+            "flops": (2.0 * size**3, lambda: torch.mm(left, right)),
+            "bytes": (2.0 * _COPY_BYTES, lambda: target.copy_(source)),
+        }
 
 
-def _best(work: Callable[[], Any], device: str) -> float:
-    """The shortest of the runs in half a second, at least three; a GPU's are waited for."""
+def _shortest(work: Callable[[], Any], device: str) -> float:
+    """Seconds of the shortest of three runs and more; a GPU's are waited for."""
     import torch
 
     wait: Callable[[], Any] = (lambda: None) if device == "cpu" else torch.cuda.synchronize

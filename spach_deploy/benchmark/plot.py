@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.errors import MissingPackageError
+from spach_deploy.errors import MissingPackageError, UsageError
 
 if TYPE_CHECKING:
     from spach_deploy.benchmark.result import Benchmark, Runner
@@ -20,19 +22,36 @@ _GREY = "#767676"
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 
+def check_plot(file: Path) -> None:
+    """Refuse, before minutes of measuring, what could not be drawn or written: UsageError, MissingPackageError."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"--plot {file}: {file.parent} is no directory.", "Give a file in one that exists.")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UsageError(f"--plot {file} cannot be written.", "Give another file.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise _without_matplotlib()
+
+
+def _without_matplotlib() -> MissingPackageError:
+    return MissingPackageError("matplotlib", "A plot", "pip install 'spach-deploy[report]'")
+
+
 def draw(found: Benchmark, file: Path) -> None:
     """Write an SVG; MissingPackageError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingPackageError("matplotlib", "A plot", "pip install 'spach-deploy[report]'") from None
+        raise _without_matplotlib() from None
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
         latency, pareto = figure.subplots(1, 2)
         _draw_latency(latency, found)
         _draw_pareto(pareto, found)
         threads = f"{found.machine['threads']} thread{'s' if found.machine['threads'] > 1 else ''}"
+        handles, labels = latency.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
         figure.suptitle(f"{found.model}, {found.precision}, on {found.machine['processor']}, {threads}")
         figure.savefig(file, format="svg", metadata={"Date": None})
 
@@ -51,7 +70,6 @@ def _draw_latency(axes: Any, found: Benchmark) -> None:
     axes.set_xticks(found.batches, [str(batch) for batch in found.batches])
     axes.margins(x=0.08)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
 
 
 def _line(runner: Runner, number: int) -> dict[str, Any]:
@@ -63,29 +81,23 @@ def _line(runner: Runner, number: int) -> dict[str, Any]:
 def _draw_pareto(axes: Any, found: Benchmark) -> None:
     """Every runner by its speed and its error, and the line of those that none beats in both."""
     batch = found.batches[-1]
-    points = [(t.images_per_second, _error(runner), runner) for runner in found.runners if (t := runner.at(batch))]
-    bounds = sorted({runner.accuracy.allowed for runner in found.runners})
-    fastest, worst = max(speed for speed, _, _ in points), max([bounds[-1], *(error for _, error, _ in points)])
-    front = pareto_front([(speed, error) for speed, error, runner in points if runner.accuracy.is_right])
-    axes.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1) if len(front) > 1 else None
+    points = {r.name: (timing.images_per_second, _error(r)) for r in found.runners if (timing := r.at(batch))}
+    front = pareto_front([points[r.name] for r in found.runners if r.accuracy.is_right and r.name in points])
+    axes.plot([speed for speed, _ in front], [error for _, error in front], color=_GREY, linewidth=1, zorder=1)
     for number, runner in enumerate(found.runners):
-        for speed, error, other in points:
-            if other is runner:
-                axes.scatter(speed, error, s=60, **{k: v for k, v in _line(runner, number).items() if k != "linestyle"})
-                _name(axes, runner, (speed, error), to_the_left=speed > 0.6 * fastest)
+        if runner.name in points:
+            style = _line(runner, number)
+            axes.scatter(*points[runner.name], s=70, color=style["color"], marker=style["marker"])
+    bounds = {runner.accuracy.allowed for runner in found.runners}
     for allowed in bounds:
         axes.axhline(allowed, color=_GREY, linestyle="--", linewidth=1)
         axes.annotate("allowed", (0.01, allowed), xycoords=("axes fraction", "data"), va="bottom", color=_GREY)
-    axes.set(yscale="log", xlim=(0, 1.1 * fastest), ylim=(_SMALLEST_ERROR / 3, 6 * worst))
+    errors = [*bounds, *(error for _, error in points.values())]
+    fastest = max((speed for speed, _ in points.values()), default=1.0)
+    axes.set(yscale="log", xlim=(0, 1.1 * fastest), ylim=(min(errors) / 10, 6 * max(errors)))
     axes.set(xlabel="images/s", ylabel="relative L2")
     axes.set_title(f"Speed against error at batch {batch}")
     axes.grid(alpha=0.25)
-
-
-def _name(axes: Any, runner: Runner, point: tuple[float, float], *, to_the_left: bool) -> None:
-    offset, side = ((-8, -4), "right") if to_the_left else ((8, -4), "left")
-    background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    axes.annotate(_label(runner), point, offset, textcoords="offset points", ha=side, bbox=background)
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from spach_deploy.benchmark import contestants
 from spach_deploy.benchmark.contestants import BF16, CPU, EAGER, GPU, TITLES, Setup
 from spach_deploy.benchmark.layers import Layer, layers
-from spach_deploy.benchmark.machine import load, machine_facts, peaks
+from spach_deploy.benchmark.machine import Peaks, load, machine_facts
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
 from spach_deploy.benchmark.statistics import Latency, ratio
 from spach_deploy.benchmark.worker import Worker
@@ -106,26 +106,26 @@ def measure(question: Question, tell: Tell = lambda what, share: None) -> Benchm
     machine = machine_facts(question.setup.threads)
     with contextlib.ExitStack() as stack:
         entries = _opened(stack, question, facts.tolerances, skipped, tell)
-        _take_turns(entries, golden, batches, question, tell)
+        limits = {device: Peaks(question.setup.threads, device) for device in _devices(entries)}
+        _take_turns(entries, golden, batches, question, _Watched(tell, limits.values()))
         _set_aside(entries, question, skipped)
         tell("time by module", 1.0)
         modules = _profiled(entries, golden, batches)
     machine["load_after"] = load()
     counted = {batch: layers(bundle.file(GRAPH), batch) for batch in batches}
-    tell("this machine's peaks", 1.0)
-    limits = {device: peaks(question.setup.threads, device) for device in _devices(entries)}
+    peaks = {device: of_device.best for device, of_device in limits.items()}
     return Benchmark(
         str(question.setup.bundle),
         str(bundle.manifest.model["name"]),
         bundle.manifest.precision,
         batches,
         question.rounds,
-        tuple(_runner(name, entries, _Least(counted, limits), modules, question) for name in entries),
+        tuple(_runner(name, entries, _Least(counted, peaks), modules, question) for name in entries),
         skipped,
         counted[batches[-1]],
-        limits[CPU],
+        peaks[CPU],
         machine,
-        limits.get(GPU, {}),
+        peaks.get(GPU, {}),
     )
 
 
@@ -199,8 +199,21 @@ def accuracy(answers: Array, exact: Array, bounds: Bounds) -> Accuracy:
     return Accuracy(float(errors.max()), allowed)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """Who is told of the progress, and the peaks to measure between the rounds."""
+
+    tell: Tell
+    peaks: Collection[Peaks]
+
+    def between_rounds(self, share: float) -> None:
+        for peaks in self.peaks:
+            self.tell("this machine's peaks", share)
+            peaks.measure()
+
+
 def _take_turns(
-    entries: dict[str, _Entry], golden: Golden, batches: Sequence[int], question: Question, tell: Tell
+    entries: dict[str, _Entry], golden: Golden, batches: Sequence[int], question: Question, watched: _Watched
 ) -> None:
     """Every batch, in every round every runner, in an order of chance."""
     chance = random.Random(question.seed)
@@ -208,9 +221,10 @@ def _take_turns(
     for index, batch in enumerate(batches):
         for number in range(1 + question.rounds):
             what = f"round {number} of {question.rounds}" if number else "answers"
+            share = (index * (1 + question.rounds) + number) / steps
+            watched.between_rounds(share)
             for name in chance.sample(list(entries), len(entries)):
-                share = (index * (1 + question.rounds) + number) / steps
-                tell(f"batch {batch}, {what}: {TITLES[name]}", share)
+                watched.tell(f"batch {batch}, {what}: {TITLES[name]}", share)
                 entry = entries[name]
                 if entry.problem:
                     continue
@@ -218,6 +232,8 @@ def _take_turns(
                     entry.take_turn(golden, batch, question.seconds)
                 else:
                     entry.answer(golden, batch)
+    for peaks in watched.peaks:
+        peaks.release()
 
 
 def _profiled(entries: dict[str, _Entry], golden: Golden, batches: Sequence[int]) -> dict[str, dict[str, float]]:

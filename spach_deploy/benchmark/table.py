@@ -114,6 +114,11 @@ def _remarks(found: Benchmark) -> Iterator[str]:
         " alone, over the median; x eager: times as fast, with the 95 % interval over the rounds; error: worst relative"
         f" L2 of an image's logits against the bundle's golden answers{_allowed(found)}."
     )
+    if any(timing.roofline and timing.roofline > 1 for runner in found.runners for timing in runner.timings):
+        yield from _filled(
+            "A roofline above 100 %: what lies in the processor's caches is not moved, or INT8 and BF16 multiply faster"
+            " than FP32, or this machine was busier while its peaks were measured."
+        )
     if any(timing.ratio and not timing.ratio.is_told for runner in found.runners for timing in runner.timings):
         yield from _filled(
             "Where it says 'too noisy to tell' the rounds disagree too much: the ends of the interval are more than"

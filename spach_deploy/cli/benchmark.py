@@ -52,24 +52,25 @@ def main(
     spach-benchmark build/ms_hybrid_s-fp32 --batch 1,8 --plot speed.svg
     spach-benchmark build/ms_hybrid_s-int8 --runner onnxruntime --runner eager --rounds 9
 
-    Runners take turns in every round, each in a process of its own. A ratio that the rounds cannot tell is not printed,
-    and a runner whose numbers are outside the bundle's tolerances is marked wrong.
+    Runners take turns in every round, each in a process of its own and warmed up before each turn. A ratio that the
+    rounds cannot tell is not printed, and a runner whose numbers are outside the bundle's tolerances is marked wrong.
 
-    Exit codes: 0 measured, 1 a runner computes wrong numbers, 2 bad usage or input, 3 nothing here can run it.
+    Exit codes: 0 measured, also where it is too noisy to tell; 1 a runner computes wrong numbers (bf16 only where it
+    was asked for); 2 bad usage or input; 3 nothing here can run it, or not the runner that was asked for.
     """
     import json
 
     from spach_deploy.benchmark.contestants import Setup
-    from spach_deploy.benchmark.plot import draw
+    from spach_deploy.benchmark.plot import check_plot, draw
     from spach_deploy.benchmark.rounds import Question, measure
     from spach_deploy.benchmark.table import as_text
     from spach_deploy.runtime.threads import available_threads
 
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise UsageError(f"--plot {plot}: {plot.parent} is no directory.", "Give a file in one that exists.")
+    if plot is not None:
+        check_plot(plot)
     source = None if weights is None else WeightSource(weights)
     setup = Setup(bundle, checkpoint, source, threads or available_threads())
-    question = Question(setup, _batches(batch), runner, rounds, seconds)
+    question = Question(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
         found = measure(question, tell)
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else as_text(found))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.benchmark import contestants, rounds, worker
+from spach_deploy.benchmark import contestants, machine, rounds, worker
 from spach_deploy.benchmark.contestants import BF16, EAGER, ONNX_RUNTIME, Opened, Setup, why_not
 from spach_deploy.benchmark.plot import draw, pareto_front
 from spach_deploy.benchmark.result import Benchmark
@@ -45,7 +45,10 @@ def question(bundle: Path, *names: str, **changes: Any) -> Question:
 
 @pytest.fixture(scope="module")
 def found(bundle: Path) -> Benchmark:
-    return measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1, 3)))
+    with pytest.MonkeyPatch.context() as patch:  # peaks of a small piece of work, for time's sake
+        for name, value in {"_GEMM": 128, "_COPY_BYTES": 1 << 20, "_PEAK_S": 0.0}.items():
+            patch.setattr(machine, name, value)
+        return measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1, 3)))
 
 
 def test_runners_are_measured_in_turn_and_held_to_the_golden_answers(found: Benchmark) -> None:
@@ -130,6 +133,17 @@ class FakeWorker:
         return {}
 
 
+class FakePeaks:
+    def __init__(self, threads: int, device: str) -> None:
+        self.best: dict[str, float] = {}
+
+    def measure(self) -> None:
+        self.best = {"flops": 1e11, "bytes": 1e10}
+
+    def release(self) -> None:
+        return
+
+
 GOLDEN_OF: list[Path] = []
 
 
@@ -137,7 +151,7 @@ GOLDEN_OF: list[Path] = []
 def faked(bundle: Path, **changes: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "Worker", type("Worker", (FakeWorker,), changes))
-        patch.setattr(rounds, "peaks", lambda threads, device: {"flops": 1e11, "bytes": 1e10})
+        patch.setattr(rounds, "Peaks", FakePeaks)
         GOLDEN_OF[:] = [bundle]
         yield
 
@@ -231,6 +245,21 @@ def test_a_gpu_is_held_to_the_engines_bounds_and_its_own_peaks(bundle: Path) -> 
 )
 def test_no_memory_is_told_with_the_remedy(error: Exception) -> None:
     assert worker._sentence(error) == "not enough memory: give a smaller --batch, or close other programs"
+
+
+def test_the_best_peaks_count_and_a_gpu_that_is_not_there_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([2.0, 4.0, 1.0, 8.0])
+    monkeypatch.setattr(machine, "_shortest", lambda work, device: next(seconds))
+    peaks = machine.Peaks(1)
+    peaks.measure()
+    first = dict(peaks.best)
+    peaks.measure()
+    peaks.release()
+    assert peaks.best == {"flops": 2 * first["flops"], "bytes": first["bytes"]}
+    gone = machine.Peaks(1, "cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gone.measure()
+    assert gone.best == {}
 
 
 def test_the_front_has_those_that_none_beats() -> None:

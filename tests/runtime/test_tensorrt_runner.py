@@ -127,3 +127,39 @@ def test_the_other_flavour_in_the_same_process_is_an_error() -> None:
     assert words == (
         "Polygraphy drives one TensorRT per process, here tensorrt already. Use tensorrt-rtx in a process of its own."
     )
+
+
+PROFILE = """
+import numpy as np
+import types
+from spach_deploy.runtime import TensorSpec
+from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
+from spach_deploy.specs import Flavour
+
+
+class Inner:
+    context = types.SimpleNamespace(profiler=None)
+
+    def infer(self, feeds, check_inputs):
+        if self.context.profiler:
+            self.context.profiler.report_layer_time("stem/Conv", 2.0)
+            self.context.profiler.report_layer_time("head/Gemm + head/Add", 0.5)
+
+
+runner = TensorRTRunner(b"", Flavour("{flavour}"))
+runner.input_specs = {{"x": TensorSpec("float32", (None, 2))}}
+runner._runner = Inner()
+print(runner.layer_seconds({{"x": np.zeros((1, 2), np.float32)}}, runs=4), Inner.context.profiler)
+"""
+TIMES = "{'stem/Conv': 0.002, 'head/Gemm + head/Add': 0.0005} None"
+
+
+@pytest.mark.parametrize("package", ["tensorrt_10_16", "tensorrt_11_4"])
+def test_layers_are_timed_by_tensorrts_profiler(package: str) -> None:
+    code = PROFILE.format(flavour="tensorrt")
+    assert run_python(code, ROOT, FAKES / package, FAKES / "common") == TIMES
+
+
+@pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")
+def test_the_real_profiler_class_is_the_one_that_is_filled() -> None:
+    assert run_python(PROFILE.format(flavour="tensorrt-rtx"), ROOT) == TIMES
