@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.doctor.requirements import installed
 from spach_deploy.runtime.threads import available_threads, torch_threads
 from spach_deploy.tool_versions import tool_versions
 
@@ -18,7 +19,7 @@ _TELLING = (
     *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "f16c", "fma"),
     *("asimd", "bf16", "i8mm", "sve"),
 )
-_GPU_QUERY = "name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,power.draw"
+_GPU_QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
 _GEMM, _COPY_BYTES, _PEAK_S = 1024, 256 << 20, 0.15
 
 
@@ -44,9 +45,14 @@ def machine_facts(threads: int) -> dict[str, Any]:
         "cores": available_threads(),
         "threads": threads,
         "load_before": load(),
-        "versions": tool_versions(),
-        "gpus": _gpus(),
+        "versions": tool_versions() | ({"openvino": found} if (found := installed("openvino")) else {}),
+        "gpus": gpus(),
     }
+
+
+def facts_after() -> dict[str, Any]:
+    """Plain JSON: load, and clocks and memory of GPUs that have just worked, while the runners are still there."""
+    return {"load_after": load(), "gpus_after": gpus()}
 
 
 def load() -> float:
@@ -54,8 +60,8 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def _gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU, clocks included."""
+def gpus() -> list[dict[str, str]]:
+    """What nvidia-smi says of each GPU, clocks included; empty where it is not there or does not answer."""
     if not (program := shutil.which("nvidia-smi")):
         return []
     command = [program, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader"]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from spach_deploy.benchmark import contestants
 from spach_deploy.benchmark.contestants import BF16, CPU, EAGER, GPU, TITLES, Setup
 from spach_deploy.benchmark.layers import Layer, layers
-from spach_deploy.benchmark.machine import Peaks, load, machine_facts
+from spach_deploy.benchmark.machine import Peaks, facts_after, machine_facts
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
 from spach_deploy.benchmark.statistics import Latency, ratio
 from spach_deploy.benchmark.worker import Worker
@@ -108,10 +108,10 @@ def measure(question: Question, tell: Tell = lambda what, share: None) -> Benchm
         entries = _opened(stack, question, facts.tolerances, skipped, tell)
         limits = {device: Peaks(question.setup.threads, device) for device in _devices(entries)}
         _take_turns(entries, golden, batches, question, _Watched(tell, limits.values()))
+        machine |= facts_after()
         _set_aside(entries, question, skipped)
         tell("time by module", 1.0)
         modules = _profiled(entries, golden, batches)
-    machine["load_after"] = load()
     counted = {batch: layers(bundle.file(GRAPH), batch) for batch in batches}
     peaks = {device: of_device.best for device, of_device in limits.items()}
     return Benchmark(

@@ -49,7 +49,7 @@ def _head(found: Benchmark) -> Iterator[str]:
         f"model      {macs / batch / 1e9:.2f} G multiplications an image in convolutions and matrix products,"
         f" {moved / batch / 1e6:,.0f} MB"
     )
-    for gpu in machine["gpus"]:
+    for gpu in machine.get("gpus_after") or machine["gpus"]:
         yield f"GPU        {', '.join(f'{key} {value}' for key, value in gpu.items())}"
 
 
