@@ -43,6 +43,9 @@ TITLES: Mapping[str, str] = {
     OPENVINO: "OpenVINO",
     ENGINE: "TensorRT",
 }
+TORCH = (EAGER, COMPILE, BF16)
+"""Runners of the reference model, which take the checkpoint's weights."""
+
 _CUDA = "CUDAExecutionProvider"
 _COMPILERS = ("g++", "clang++", "c++")
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -76,7 +79,7 @@ class Opened:
 
 def why_not(name: str, setup: Setup, bundle: Bundle) -> str:
     """Why a runner cannot run here, in words with the remedy; empty where it can."""
-    if name in (EAGER, COMPILE, BF16):
+    if name in TORCH:
         return _why_not_torch(name, setup, bundle)
     if name == ENGINE:
         return _why_no_engine(bundle)
@@ -86,13 +89,18 @@ def why_not(name: str, setup: Setup, bundle: Bundle) -> str:
 
 
 def _why_not_torch(name: str, setup: Setup, bundle: Bundle) -> str:
-    if bundle.manifest.model["origin"] == "checkpoint" and setup.checkpoint is None:
+    if lacks_weights(setup, bundle):
         return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model['checkpoint']}"
     if name == COMPILE and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
         return "it needs a C++ compiler: apt-get install g++"
     if name == BF16 and not (cpu_flags() & set(_BF16_FLAGS) or _has_bf16_gpu()):
         return "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
     return ""
+
+
+def lacks_weights(setup: Setup, bundle: Bundle) -> bool:
+    """Whether PyTorch's runners need a checkpoint that was not given."""
+    return bundle.manifest.model["origin"] == "checkpoint" and setup.checkpoint is None
 
 
 def _has_bf16_gpu() -> bool:

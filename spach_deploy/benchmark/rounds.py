@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.benchmark import contestants
-from spach_deploy.benchmark.contestants import BF16, CPU, EAGER, GPU, TITLES, Setup
+from spach_deploy.benchmark.contestants import BF16, CPU, EAGER, GPU, TITLES, TORCH, Setup, lacks_weights
 from spach_deploy.benchmark.layers import Layer, layers
 from spach_deploy.benchmark.machine import Peaks, facts_after, machine_facts
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
@@ -177,12 +177,15 @@ def chosen_batches(asked: Sequence[int], profile: BatchProfile) -> tuple[int, ..
 
 
 def _skipped(question: Question, bundle: Bundle) -> dict[str, str]:
-    """What cannot run here, with the reason; UnavailableError for what was asked for by name."""
+    """What cannot run here, with the reason; for what was asked for by name UnavailableError, or UsageError where the
+    user has to give more.
+    """
     reasons = {name: contestants.why_not(name, question.setup, bundle) for name in question.names or TITLES}
     skipped = {name: reason for name, reason in reasons.items() if reason}
     for name in question.names:
         if name in skipped:
-            raise UnavailableError(f"{TITLES[name]} cannot run here: {skipped[name]}.")
+            kind = UsageError if name in TORCH and lacks_weights(question.setup, bundle) else UnavailableError
+            raise kind(f"{TITLES[name]} cannot run here: {skipped[name]}.")
     return skipped
 
 

@@ -177,7 +177,7 @@ def _fastest(found: Benchmark, batch: int) -> Iterator[str]:
     best, timing = ranked[0]
     speed = f"{best.title}, {timing.images_per_second:,.1f} images/s"
     lead = ratio(timing.medians, ranked[1][1].medians) if len(ranked) > 1 else None
-    if lead is not None and (not lead.is_told or lead.includes_one):
+    if lead is not None and lead.low <= 1:
         yield from _filled(
             f"At batch {batch} the rounds do not tell {best.title} from {ranked[1][0].title}; best: {speed}."
         )

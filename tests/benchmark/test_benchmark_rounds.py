@@ -225,6 +225,14 @@ def test_rounds_that_disagree_print_no_ratio_and_no_winner(bundle: Path) -> None
     assert result.exit_code == 0
 
 
+def test_the_faster_one_is_told_where_by_how_much_is_not(bundle: Path) -> None:
+    times = itertools.cycle([0.005, 0.008, 0.0065])
+    with faked(bundle, seconds=staticmethod(lambda: next(times))):
+        result = measure(dataclasses.replace(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)), rounds=3))
+    assert "too noisy to tell" in as_text(result)
+    assert "Fastest of the right ones at batch 1: ONNX Runtime" in as_text(result)
+
+
 def test_what_is_as_fast_is_called_the_same(bundle: Path) -> None:
     with faked(bundle, seconds=staticmethod(lambda: 0.02)):
         result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
@@ -302,6 +310,8 @@ def test_what_cannot_run_is_skipped_with_the_reason(bundle: Path, monkeypatch: p
     trained = dict(opened.manifest.model) | {"origin": "checkpoint", "checkpoint": "run7.pth"}
     monkeypatch.setattr(type(opened.manifest), "model", trained)
     assert "--checkpoint run7.pth" in why_not(EAGER, Setup(bundle), opened)
+    with pytest.raises(UsageError, match=r"give --checkpoint run7\.pth"):
+        measure(question(bundle, EAGER))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert why_not("openvino", Setup(bundle), opened) == "not installed: pip install openvino"
     assert why_not(ONNX_RUNTIME, Setup(bundle), opened) == "not installed: pip install onnxruntime"
