@@ -147,6 +147,7 @@ def test_contradictions_are_refused_before_any_work(arguments: tuple[str, ...], 
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_real_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_target, "_ROUNDS", 2)
     monkeypatch.setattr(cpu_target, "_SECONDS", 0.02)

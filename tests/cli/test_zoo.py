@@ -359,6 +359,7 @@ configs.CONFIGS[{small_bundles.NAME!r}] = static_models.CONFIGS["hybrid"]
 """
 
 
+@pytest.mark.slow
 def test_real_exports_of_a_small_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_model_registered: None
 ) -> None:

@@ -37,7 +37,7 @@ NAME = "ms_hybrid_s"
 SMALL = configs.SpachConfig(16, 4, 2, (("conv",) * 1, ("conv", "trans"), ("trans",) * 1), num_heads=4)
 NOT_HERE = {
     "scripts/setup": "continuous integration begins with it",
-    "cmake": "TensorRT's headers; tests/deployment/cpp/test_readme_example.py runs these lines against doubles",
+    "cmake": "TensorRT's headers; tests/deployment/cpp/test_library.py runs these lines against doubles",
     "engine-cpp/build/": "what cmake would have built",
     "tritonserver": "a server; tests marked triton start one",
     "spach-validate grpc://": "a server; tests marked triton start one",

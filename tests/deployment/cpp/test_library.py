@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from spach_deploy.bundle import GRAPH
+from spach_deploy.cli.package import main as package_command
 from spach_deploy.data.preprocess import pixels, to_input
 from spach_deploy.deployment.cpp.folder import write_folder
 from spach_deploy.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
@@ -28,8 +31,11 @@ from tests.deployment.cpp import models, plans
 from tests.deployment.cpp.builds import Build
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import CLASSES, RESIZE, SIZE, Tiny
+from tests.docs.pages import section_commands
 
 pytestmark = pytest.mark.cpp
+
+README = Path(__file__).parents[3] / "README.md"
 
 
 def save(array: npt.NDArray[Any], path: Path) -> Path:
@@ -572,3 +578,27 @@ def test_missing_libraries_are_named(package: Path, tmp_path: Path) -> None:
         pytest.skip("TensorRT for RTX's headers are installed here.")
     assert "tensorrt-rtx was not found" in result.stderr
     assert "-DTENSORRT_ROOT=DIR" in " ".join(result.stderr.split())
+
+
+def test_the_worked_example_of_the_readme_builds_and_passes_its_self_test(
+    plain: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The project's README, as it is written, with the doubles where it says /opt/tensorrt."""
+    monkeypatch.chdir(tmp_path)
+    bundle = small_bundles.copy(small_bundles.bundle(Precision.FP16), tmp_path / "build" / "ms_hybrid_s-fp16")
+    plans.give_plan(bundle)
+    Path("imagenet.txt").write_text("".join(f"class {number}\n" for number in range(small_bundles.CLASSES)))
+    nvidia = plain.path / "nvidia"
+    shown = section_commands(README, "Into production")
+    commands = [line for line in shown if line.startswith(("spach-package cpp", "cmake", "engine-cpp/"))]
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command.replace("/opt/tensorrt", str(nvidia / "tensorrt")))
+        if words[0] == "spach-package":
+            assert CliRunner().invoke(package_command, words[1:]).exit_code == 0
+            continue
+        environment = {**os.environ, **plain.variables, "CMAKE_GENERATOR": "Ninja", "CMAKE_BUILD_TYPE": "Debug"}
+        found = [f"-DCUDAToolkit_ROOT={nvidia / 'cuda'}"] if "-S" in words else []
+        done = subprocess.run([*words, *found], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stdout[-1500:], done.stderr[-1500:])
+    assert done.stdout.endswith("\nPASSED\n")
