@@ -28,6 +28,7 @@ from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.onnx_graph.warm import exporter_loading
 from spach_deploy.phases import Observer, Phases, Silent
 from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.quantization.calibrate import Calibration
@@ -38,8 +39,8 @@ from spach_deploy.runtime.threads import available_threads, threads_beside_a_bui
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
+from spach_deploy.validation.depth import Depth
 from spach_deploy.validation.evidence import Trial, examine_typed
-from spach_deploy.validation.precision_loss import Arithmetic
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
 from spach_deploy.validation.run import Run
@@ -93,7 +94,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         bundles.check_target(place, overwrite=options.overwrite)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with phases.phase("run the reference"):
+    with phases.phase("run the reference"), exporter_loading():
         reference = stages.reference_logits(loaded, photographs)
     with phases.phase("rewrite and prove"):
         static = stages.rewrite_and_prove(loaded, photographs, reference, options)
@@ -121,13 +122,14 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
             threads = available_threads() if build is None else threads_beside_a_build()
             with phases.phase("derive tolerances"), torch_threads(threads):
                 twin = None if plan is None else quantized_twin(static.result.model, plan)
-                tolerances = tolerances_for(loaded, photographs, reference, options, twin)
+                depth = Depth()
+                tolerances = tolerances_for(loaded, photographs, reference, options, twin, depth)
             with phases.phase("validate the graph"), torch_threads(threads):
                 trial = trial_of(photographs, reference, options)
                 graph_file, bounds = staging / bundles.GRAPH, tolerances.graph
                 evidence = examine_typed(graph_file, options.rest, trial, bounds, threads=threads)
-                along = trace_depth(graph_file, loaded, photographs, options, twin)
-                del twin
+                along = trace_depth(graph_file, loaded, photographs, options, depth)
+                del twin, depth
             with phases.phase("wait for the engine"):
                 engine = finish(build, typed.policy, plan, staging, phases)
         with phases.phase("validate the engine"):
@@ -253,6 +255,7 @@ def tolerances_for(
     reference: NDArray[np.float32],
     options: ExportOptions,
     twin: nn.Module | None = None,
+    depth: Depth | None = None,
 ) -> ToleranceSet:
     """Bounds from FP32's noise and from what PyTorch loses in the asked precision on these images."""
     tf32 = options.engine.tf32 and options.engine.flavour is not Flavour.NONE
@@ -266,18 +269,18 @@ def tolerances_for(
         tf32=tf32,
         loss_images=count,
         twin=twin,
+        depth=depth,
     )
 
 
 def trace_depth(
-    graph: Path, loaded: LoadedModel, photographs: stages.Photographs, options: ExportOptions, twin: nn.Module | None
+    graph: Path, loaded: LoadedModel, photographs: stages.Photographs, options: ExportOptions, depth: Depth
 ) -> Trace | None:
     """Errors along the network's depth, on the first image."""
     import onnx
 
     image, feed = photographs.images[:1], photographs.engine_input(options.outputs.io_dtype)[:1]
-    arithmetic = Arithmetic.of(options.rest)
-    return trace(onnx.load(graph), loaded.model, image, feed, arithmetic, name=photographs.names[0], twin=twin)
+    return trace(onnx.load(graph), loaded.model, image, feed, depth, name=photographs.names[0])
 
 
 @contextlib.contextmanager

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command
+from spach_deploy.cli.console import ComputingCommand, command
 
 if TYPE_CHECKING:
     from spach_deploy.quantization.calibrate import Calibration
 
 
-@click.command("spach-calibrate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("spach-calibrate", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", metavar="NAME", help="Model, such as ms_hybrid_s; inferred from the checkpoint if one fits.")
 @opt.checkpoint
 @opt.weights

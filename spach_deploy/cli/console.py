@@ -12,12 +12,13 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
+from spach_deploy.cli.large_pages import start_again_with_large_pages
 from spach_deploy.errors import SpachError, printable
 
 BAD_INPUT, UNAVAILABLE = 2, 3
@@ -42,6 +43,16 @@ class Command(click.Command):
             wrong = error.format_message().rstrip(".")
             fail(error, f"{wrong}. See {info_name} --help.", debug="--debug" in args)
             sys.exit(2)
+
+
+class ComputingCommand(Command):
+    """A command that computes for seconds and more, and takes large pages for it when it is a process of its own."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
+        """Run; the process starts anew first where that pays."""
+        if args is None:
+            start_again_with_large_pages()
+        return super().main(args, *more, **extra)
 
 
 def command(body: Callable[..., int | None]) -> Callable[..., None]:

@@ -9,7 +9,7 @@ import click
 
 from spach_deploy.bundle import PAGE
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command, say
+from spach_deploy.cli.console import ComputingCommand, command, say
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import Flavour, IODtype
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spach_deploy.specs import ExportOptions
 
 
-@click.command("spach-export", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("spach-export", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--list", "show_list", is_flag=True, help="Show all models and end.")
 @click.option("--list-rewrites", is_flag=True, help="Show the names that --no-rewrite takes and end.")
 @click.option("--recipe", type=opt.FILE, metavar="FILE", help="TOML recipe; the command line wins over it.")

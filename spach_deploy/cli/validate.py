@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command, say
+from spach_deploy.cli.console import ComputingCommand, command, say
 from spach_deploy.command_lines import ValidateWords, validate_command
 from spach_deploy.specs import WeightSource
 
@@ -29,7 +29,7 @@ _BUNDLE = "The bundle that a model on a server was packaged from."
 _REPORT = "Write the report here, its page beside it.  [report.json in the bundle, where the target is a part of it]"
 
 
-@click.command("spach-validate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("spach-validate", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("target", type=str)
 @click.argument("other", type=opt.FILE, required=False)
 @click.option("--bundle", type=opt.FILE, metavar="DIR", help=_BUNDLE)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.specs import Precision
+from spach_deploy.validation.depth import Outputs, kept
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,12 +47,20 @@ class Arithmetic(str, enum.Enum):
         return cls.TF32 if tf32 and precision is Precision.FP32 else cls(precision.value)
 
 
-def evaluate(model: nn.Module, images: Float32Array, arithmetic: Arithmetic = Arithmetic.FP32) -> Float32Array:
-    """Answer of `model` (float32, evaluation mode) to `images` (N, 3, S, S), as `arithmetic` stores its tensors."""
+def evaluate(
+    model: nn.Module,
+    images: Float32Array,
+    arithmetic: Arithmetic = Arithmetic.FP32,
+    parts: Outputs | None = None,
+) -> Float32Array:
+    """Answer of `model` (float32, evaluation mode) to `images` (N, 3, S, S), as `arithmetic` stores its tensors.
+
+    What its parts answer to the first image is put into `parts`.
+    """
     import torch
 
     if arithmetic is Arithmetic.FP32:
-        with torch.inference_mode():
+        with torch.inference_mode(), kept(model, parts):
             exact: Float32Array = model(torch.from_numpy(images)).numpy()
         return exact
     rounding = _ROUNDINGS[arithmetic]
@@ -59,17 +68,19 @@ def evaluate(model: nn.Module, images: Float32Array, arithmetic: Arithmetic = Ar
         rounded = converted(model, rounding)
         for module in rounded.modules():
             module.register_forward_hook(lambda _module, _inputs, output: rounding(output))
-        answer: Float32Array = rounded(rounding(torch.from_numpy(images))).numpy()
+        with kept(rounded, parts):
+            answer: Float32Array = rounded(rounding(torch.from_numpy(images))).numpy()
     return answer
 
 
-def evaluate_fp64(model: nn.Module, images: Float32Array) -> npt.NDArray[np.float64]:
-    """Answer of `model` to `images` with every weight and every operation in FP64; `model` itself stays as it is."""
+def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None = None) -> npt.NDArray[np.float64]:
+    """The same with every weight and every operation in FP64; `model` itself stays as it is."""
     import torch
 
     with torch.inference_mode():
         exact = converted(model, lambda tensor: tensor.double())
-        answer: npt.NDArray[np.float64] = exact(torch.from_numpy(images).double()).numpy()
+        with kept(exact, parts):
+            answer: npt.NDArray[np.float64] = exact(torch.from_numpy(images).double()).numpy()
     return answer
 
 

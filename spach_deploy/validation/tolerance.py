@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from spach_deploy.errors import BundleError, PrecisionError
 from spach_deploy.specs import IODtype, OutputSpec, Precision
+from spach_deploy.validation.depth import Depth, Outputs
 from spach_deploy.validation.precision_loss import Arithmetic, Float32Array, evaluate, evaluate_fp64
 from spach_deploy.validation.reference import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
 from spach_deploy.validation.verdict import Tolerance
@@ -203,6 +204,7 @@ def derive_tolerances(
     tf32: bool = False,
     loss_images: int = LOSS_IMAGES,
     twin: nn.Module | None = None,
+    depth: Depth | None = None,
 ) -> ToleranceSet:
     """Bounds for an export of `model` in `precision`.
 
@@ -211,15 +213,17 @@ def derive_tolerances(
 
     `model` is the reference in FP32, `images` float32 (N, 3, S, S), `reference` its logits of them (N, classes), all of
     which bounds of probabilities and top-k look at; the model runs on at most `loss_images` of them, spread evenly, and
-    on one or two in FP64. `tf32`: the engine may use TF32 in FP32 products. Raises PrecisionError for logits
-    that are not finite, in FP32 or in that precision.
+    on one or two in FP64. `tf32`: the engine may use TF32 in FP32 products. `depth` takes what the parts answered to
+    the first image. Raises PrecisionError for logits that are not finite, in FP32 or in that precision.
     """
     outputs = outputs or OutputSpec()
     if not np.isfinite(reference).all():
         raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
-    noise = _noise(model, images, reference, _NOISE_IMAGES[precision])
+    depth = depth or Depth()
+    chosen = _spread(len(images), _NOISE_IMAGES[precision])
+    noise = Measured.of(reference[chosen], evaluate_fp64(model, images[chosen], depth.double))
     lossy = Lossy(model if twin is None else twin, Arithmetic.of(precision), is_quantized=twin is not None)
-    graph = _bounds(lossy, images, reference, outputs, noise, loss_images)
+    graph = _bounds(lossy, images, reference, outputs, noise, loss_images, depth.rounded)
     on_gpu = Arithmetic.of(precision, tf32=tf32)
     if on_gpu is lossy.arithmetic:
         return ToleranceSet(graph, graph)
@@ -240,24 +244,19 @@ class Lossy:
         """For reports."""
         return f"eight bits and {self.arithmetic.value}" if self.is_quantized else self.arithmetic.value
 
-    def logits(self, images: Float32Array, io_dtype: IODtype) -> Float32Array | None:
+    def logits(self, images: Float32Array, io_dtype: IODtype, parts: Outputs | None = None) -> Float32Array | None:
         """As the arithmetic and the caller's dtype give them; None where nothing is rounded."""
         if io_dtype is IODtype.FP16:
-            rounded = evaluate(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic)
+            rounded = evaluate(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic, parts)
             return rounded.astype(np.float16).astype(np.float32)
         if self.arithmetic is Arithmetic.FP32 and not self.is_quantized:
             return None
-        return evaluate(self.model, images, self.arithmetic)
+        return evaluate(self.model, images, self.arithmetic, parts)
 
 
 def _spread(count: int, chosen: int) -> list[int]:
     """`chosen` of `count` indices, evenly spread."""
     return sorted(set(np.linspace(0, count - 1, min(count, chosen)).round().astype(int).tolist()))
-
-
-def _noise(model: nn.Module, images: Float32Array, reference: Float32Array, count: int) -> Measured:
-    chosen = _spread(len(images), count)
-    return Measured.of(reference[chosen], evaluate_fp64(model, images[chosen]))
 
 
 def _bounds(
@@ -267,9 +266,10 @@ def _bounds(
     outputs: OutputSpec,
     noise: Measured,
     loss_images: int,
+    parts: Outputs | None = None,
 ) -> Bounds:
     chosen = _spread(len(images), loss_images)
-    logits = lossy.logits(images[chosen], outputs.io_dtype)
+    logits = lossy.logits(images[chosen], outputs.io_dtype, parts)
     loss = NOTHING if logits is None else Measured.of(logits, reference[chosen])
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
         raise PrecisionError(f"The reference's logits are not finite when its tensors are rounded to {lossy.words}.")

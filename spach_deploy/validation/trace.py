@@ -1,14 +1,12 @@
 """Errors along the depth of a network: of every part's output, with the reference's own noise and what is allowed.
 
-A part is the stem, a norm, a block, a downsampling or the head. Its error is that of all before it too: where a curve
-leaves its bound is where to look.
+A part's error is that of all before it too: where a curve leaves its bound is where to look.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,17 +14,17 @@ import numpy.typing as npt
 
 from spach_deploy.errors import UsageError
 from spach_deploy.onnx_graph.names import owner
-from spach_deploy.validation.precision_loss import Arithmetic, converted, rounding_of
+from spach_deploy.validation.depth import Depth, Outputs
+from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.tolerance import LOSS_FACTOR, NOISE_FACTOR
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-    from torch import Tensor, nn
+    from torch import nn
 
     from spach_deploy.validation.bisect.opened import OpenedGraph
 
 Float32Array = npt.NDArray[np.float32]
-Outputs = dict[str, npt.NDArray[np.floating]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +67,20 @@ class Trace:
 
 
 def trace(
-    graph: ModelProto,
-    model: nn.Module,
-    image: Float32Array,
-    feed: npt.NDArray[np.generic],
-    arithmetic: Arithmetic,
-    *,
-    name: str,
-    twin: nn.Module | None = None,
+    graph: ModelProto, model: nn.Module, image: Float32Array, feed: npt.NDArray[np.generic], depth: Depth, *, name: str
 ) -> Trace | None:
     """The errors of a graph of ours, on one image (1, 3, S, S), which the graph takes as `feed`.
 
-    `twin`: the model with its layers in eight bits, for quantized graphs. None where the graph cannot be taken apart.
+    `depth`: what the parts of `model`, or of its twin in eight bits, answer to the image in FP64 and rounded. None
+    where the graph cannot be taken apart.
     """
-    exact = _outputs(model, image)
+    exact: Outputs = {}
+    evaluate(model, image, parts=exact)
     try:
         ours = _of_graph(graph, feed, exact, {path for path in exact if _kind(path, model) == "block"})
     except UsageError:
         return None
-    noise = _errors(_outputs(converted(model, lambda tensor: tensor.double()), image.astype(np.float64)), exact)
-    lossy = model if twin is None else twin
-    loss = (
-        _errors(_rounded_outputs(lossy, image, arithmetic), exact) if lossy is not model or arithmetic.is_lossy else {}
-    )
+    noise, loss = _errors(depth.double, exact), _errors(depth.rounded, exact)
     parts = tuple(
         Part(
             module=path,
@@ -115,50 +104,6 @@ def _kind(path: str, model: nn.Module) -> str:
 
 def _finite(error: float | None) -> float | None:
     return error if error is not None and math.isfinite(error) else None
-
-
-def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's children, stages taken apart into blocks."""
-    from torch import nn
-
-    for name, part in model.named_children():
-        if isinstance(part, nn.Sequential):
-            yield from ((f"{name}.{index}", layer) for index, layer in part.named_children())
-        else:
-            yield name, part
-
-
-def _outputs(model: nn.Module, image: npt.NDArray[np.floating]) -> Outputs:
-    """Output of every part, in the order in which they are computed."""
-    import torch
-
-    made: Outputs = {}
-
-    def keeper(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            made[path] = output.numpy()
-
-        return hook
-
-    handles = [part.register_forward_hook(keeper(path)) for path, part in parts_of(model)]
-    try:
-        with torch.inference_mode():
-            model(torch.from_numpy(image))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return made
-
-
-def _rounded_outputs(model: nn.Module, image: Float32Array, arithmetic: Arithmetic) -> Outputs:
-    """The same with every module's output stored in `arithmetic`."""
-    rounding = rounding_of(arithmetic)
-    rounded = converted(model, rounding)
-    for module in rounded.modules():
-        module.register_forward_hook(lambda _module, _inputs, output: rounding(output))
-    import torch
-
-    return _outputs(rounded, rounding(torch.from_numpy(image)).numpy())
 
 
 def _of_graph(graph: ModelProto, feed: npt.NDArray[np.generic], exact: Outputs, blocks: set[str]) -> dict[str, float]:

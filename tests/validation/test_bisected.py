@@ -17,9 +17,11 @@ from spach_deploy.bundle import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
 from spach_deploy.precision.rounding import rounded_twin
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
+from spach_deploy.specs import Precision
 from spach_deploy.validation.bisect import stages
-from spach_deploy.validation.precision_loss import Arithmetic
+from spach_deploy.validation.depth import Depth
 from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.tolerance import derive_tolerances
 from spach_deploy.validation.trace import Trace, trace
 from tests import small_bundles
 from tests.static_models import small_model
@@ -117,7 +119,9 @@ def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: p
 
 def along(model: ModelProto) -> Trace:
     golden = Golden.load(small_bundles.bundle() / GOLDEN)
-    found = trace(model, small_model("hybrid"), golden.input[:1], golden.input[:1], Arithmetic.FP16, name="a.jpg")
+    reference, depth = small_model("hybrid"), Depth()
+    derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, depth=depth)
+    found = trace(model, reference, golden.input[:1], golden.input[:1], depth, name="a.jpg")
     assert found is not None
     return found
 

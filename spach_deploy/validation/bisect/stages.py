@@ -26,11 +26,11 @@ from spach_deploy.runtime.saved_graph import saved_graph
 from spach_deploy.validation.bisect.losses import relative_l2
 from spach_deploy.validation.bisect.places import Float32Array
 from spach_deploy.validation.bisect.result import AGREES, DISAGREES, NOT_RUN, StageResult
+from spach_deploy.validation.depth import parts_of
 from spach_deploy.validation.evidence import Evidence, Level
 from spach_deploy.validation.exact import FP32_LIMIT
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.reference import LOGITS as LOGITS_OUTPUT
-from spach_deploy.validation.trace import parts_of
 
 REFERENCE, STATIC, GRAPH, TYPED, ENGINE = "reference", "static model", "FP32 graph", "typed graph", "engine"
 
