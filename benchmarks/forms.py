@@ -1,11 +1,12 @@
 """Which of the equivalent forms that we give a model pays, alone and in pairs, by the compiler's own schedule.
 
-    python -m benchmarks.forms [STACK ...] [--gpu sm86,sm89,sm120] [--precision fp16]
+    python -m benchmarks.forms [STACK ...] [--gpu sm86,sm89,sm120] [--precision fp16] [--pairs]
 
 Stacks of three blocks, of the widths of ms_hybrid_s, in which a build takes seconds. Every rewrite and every pass can
 be left out; each such graph is first run in ONNX Runtime against the reference model, and one that computes something
 else is an error. The table gives kernels and bytes of the form that spach-export uses, what leaving out one form adds,
-and every pair of forms left out that would be better than all of them: the winner is what `rewrites/` and `passes/` do.
+and every form, and with `--pairs` every pair of forms, without which the schedule would be better: the winner is what
+`rewrites/` and `passes/` do.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ class Stack:
         return graph
 
 
-def schedules(stack: Stack, precision: Precision, gpus: list[str]) -> Iterator[tuple[str, tuple[str, ...], Schedule]]:
-    """GPU, what was left out, and what came of it: nothing, each form, each pair of forms."""
-    singles = [(form,) for form in FORMS]
-    for left_out in ((), *singles, *itertools.combinations(FORMS, 2)):
+def schedules(
+    stack: Stack, precision: Precision, gpus: list[str], most: int
+) -> Iterator[tuple[str, tuple[str, ...], Schedule]]:
+    """GPU, what was left out, and what came of it: nothing, each form, and so on up to `most` forms at once."""
+    for left_out in itertools.chain.from_iterable(itertools.combinations(FORMS, n) for n in range(most + 1)):
         graph = stack.graph(left_out)
         for gpu in gpus:
             found = facts(graph, precision, EngineTarget(gpus=parse_gpus(gpu)))
@@ -91,10 +93,10 @@ def schedules(stack: Stack, precision: Precision, gpus: list[str]) -> Iterator[t
             yield gpu, left_out, Schedule(len(found.kernels), found.bytes_moved(BATCH) or 0)
 
 
-def rows(name: str, precision: Precision, gpus: list[str]) -> Iterator[list[object]]:
+def rows(name: str, precision: Precision, gpus: list[str], most: int) -> Iterator[list[object]]:
     """A row a GPU."""
     found: dict[str, dict[tuple[str, ...], Schedule]] = {gpu: {} for gpu in gpus}
-    for gpu, left_out, schedule in schedules(Stack(STACKS[name]), precision, gpus):
+    for gpu, left_out, schedule in schedules(Stack(STACKS[name]), precision, gpus, most):
         found[gpu][left_out] = schedule
     for gpu, of in found.items():
         whole = of[()]
@@ -113,15 +115,16 @@ def main() -> None:
     parser.add_argument("stacks", nargs="*", default=list(STACKS))
     parser.add_argument("--gpu", default="sm86,sm89,sm120")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp16")
+    parser.add_argument("--pairs", action="store_true", help="leave out pairs of forms too: an hour and more")
     arguments = parser.parse_args()
     lines = []
     for name in arguments.stacks:
-        for line in rows(name, Precision(arguments.precision), arguments.gpu.split(",")):
+        for line in rows(name, Precision(arguments.precision), arguments.gpu.split(","), 1 + arguments.pairs):
             print(" | ".join(map(str, line)), flush=True)
             lines.append(line)
     headings = ("stack", "GPU", "all forms: kernels / MB", *(f"without {form}" for form in FORMS), "better without")
     body = f"Kernels / MB moved at batch {BATCH}, of three to six blocks.\n\n{table(headings, lines)}"
-    command = f"python -m benchmarks.forms --precision {arguments.precision} --gpu {arguments.gpu}"
+    command = f"python -m benchmarks.forms --precision {arguments.precision} --gpu {arguments.gpu}{' --pairs' * arguments.pairs}"
     if set(arguments.stacks) == set(STACKS):
         record(f"Equivalent forms, {arguments.precision}", command, body, ("torch", "tensorrt-rtx"))
 

@@ -34,7 +34,7 @@ from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.quantization.calibrate import Calibration
 from spach_deploy.quantization.plan import QuantizationPlan, write_plan
 from spach_deploy.quantization.twin import quantized_twin
-from spach_deploy.report.files import page_problem
+from spach_deploy.report.files import load_page_modules, page_problem
 from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
@@ -131,6 +131,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                 along = trace_depth(graph_file, loaded, photographs, options, depth)
                 del twin, depth
             with phases.phase("wait for the engine"):
+                load_page_modules()
                 engine = finish(build, typed.policy, plan, staging, phases)
         with phases.phase("validate the engine"):
             subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.errors import BundleError, SpachError, UsageError
+from spach_deploy.errors import BundleError, MissingPackageError, SpachError, UsageError
 from spach_deploy.report.content import Content, Json
 from spach_deploy.report.page import GENERATOR, environment, render
 from spach_deploy.report.pictures import pictures_of
@@ -33,6 +34,12 @@ def check_can_make_pages() -> None:
     """MissingPackageError without jinja2 or matplotlib."""
     environment()
     check_matplotlib()
+
+
+def load_page_modules() -> None:
+    """Load what a page needs, if it is here, while there is nothing else to do."""
+    with contextlib.suppress(MissingPackageError):
+        check_can_make_pages()
 
 
 def content_of(validation: Validation, manifest: Json) -> Content:

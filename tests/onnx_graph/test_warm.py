@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ def test_the_block_ends_with_all_loaded_and_the_old_turns(monkeypatch: pytest.Mo
     began = sys.getswitchinterval()
     seen = []
     monkeypatch.setattr(warm, "MODULES", ("no_such_module", "json"))
-    monkeypatch.setattr(warm.importlib, "import_module", lambda name: seen.append((name, threading.current_thread())))
+    monkeypatch.setattr(importlib, "import_module", lambda name: seen.append((name, threading.current_thread())))
     with pytest.raises(KeyError), warm.exporter_loading():
         raise KeyError
     assert [name for name, _ in seen] == ["no_such_module", "json"]
