@@ -53,6 +53,7 @@ _REPORT = "Write the report here, its page beside it.  [report.json in the bundl
 @click.option("--bisect", is_flag=True, help=_BISECT)
 @click.option("--against", type=opt.FILE, metavar="BUNDLE", help=_AGAINST)
 @click.option("--accept", type=click.Choice(["graph"]), help="Exit with 0 where the graph agreed and no GPU is here.")
+@opt.ray_address("Answer to --images on a Ray cluster; without an address, on this machine as one.", "cluster")
 @click.option("--report", type=opt.FILE, metavar="FILE", help=_REPORT)
 @click.option("--open", "is_opened", is_flag=True, help="Open the report's page in a browser.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of table and file.")
@@ -72,6 +73,7 @@ def main(
     bisect: bool,
     against: Path | None,
     accept: str | None,
+    cluster: str | None,
     report: Path | None,
     is_opened: bool,
     as_json: bool,
@@ -84,6 +86,7 @@ def main(
     spach-validate build/ms_hybrid_s-fp16/engine.plan
     spach-validate build/ms_hybrid_s-fp16 --images val/ --checkpoint run7.pth
     spach-validate build/ms_hybrid_s-fp16 --images val/ --labels val/ --max-drop 0.3
+    spach-validate build/ms_hybrid_s-fp16 --images val/ --max-images 50000 --ray 10.0.0.1:6379
     spach-validate build/ms_hybrid_s-fp16 --bisect
     spach-validate build/ms_hybrid_s-fp16 build/ms_hybrid_s-int8
     spach-validate other.onnx --against build/ms_hybrid_s-fp16
@@ -115,7 +118,8 @@ def main(
     if other is not None:
         from spach_deploy.cli.validate_two import check_options, show, validate_two
 
-        check_options({"--bundle": bundle, "--against": against, "--bisect": bisect}, report, is_opened=is_opened)
+        misplaced = {"--bundle": bundle, "--against": against, "--bisect": bisect, "--ray": cluster}
+        check_options(misplaced, report, is_opened=is_opened)
         compared = validate_two(_request(words), other, validate_command(words))
         return show(compared, report, as_json=as_json, is_opened=is_opened)
     place = None if is_server(target) or against is not None else Path(target)
@@ -123,6 +127,7 @@ def main(
     asked.check()
     if is_server(target):
         misplaced = {
+            "--ray": cluster,
             "--against": against,
             "--bisect": bisect or None,
             "--images": images,
@@ -133,21 +138,21 @@ def main(
         validation = validate_on_server(target, bundle, misplaced)
     else:
         check_bundle(bundle)
-        validation = _validate(words)
+        validation = _validate(words, cluster)
     validation = _recorded(validation, words)
     _show(validation, as_json=as_json)
     write_reports(validation, asked)
     return validation.exit_code
 
 
-def _validate(words: ValidateWords) -> Validation:
-    """The validation of files on this machine."""
+def _validate(words: ValidateWords, cluster: str | None) -> Validation:
+    """The validation of files, on this machine or on the Ray cluster at an address."""
     from spach_deploy.validation.target import validate_target
 
-    return validate_target(_request(words), say)
+    return validate_target(_request(words, cluster), say)
 
 
-def _request(words: ValidateWords) -> ValidationRequest:
+def _request(words: ValidateWords, cluster: str | None = None) -> ValidationRequest:
     from spach_deploy.validation.target import ValidationRequest
 
     return ValidationRequest(
@@ -161,11 +166,12 @@ def _request(words: ValidateWords) -> ValidationRequest:
         max_drop=words.max_drop,
         bisect=words.bisect,
         against=words.against,
+        cluster=cluster,
     )
 
 
 def _recorded(validation: Validation, words: ValidateWords) -> Validation:
-    """With what was typed, and with which versions."""
+    """With what was typed, and with which versions. Where it ran is left out: it changes no figure."""
     import dataclasses
 
     from spach_deploy.validation.run import Run

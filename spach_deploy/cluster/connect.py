@@ -34,23 +34,26 @@ def connected(address: str) -> Iterator[Any]:
     """The package `ray`, connected to the cluster at `address`: host:port, `auto` for one on this machine, or LOCAL.
 
     `check_address` first: Ray waits for minutes where nobody answers. Raises MissingPackageError without ray,
-    UnavailableError where no cluster answers or where it is lost.
+    UnavailableError where no cluster answers or where it is lost. Within the block standard output is standard error:
+    Ray prints there when a node dies, in the middle of what a command prints.
     """
     ray = import_ray()
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     local = {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))} if address == LOCAL else {}
-    try:
-        ray.init(address=address, **quiet, **local)
-    except Exception as error:  # of many kinds, by version and by what is wrong
-        raise _no_cluster(address, str(error)) from error
-    try:
-        yield ray
-    except ray.exceptions.RayError as error:
-        raise UnavailableError(
-            f"The Ray cluster was lost ({_first_line(str(error))}).", "The same command goes on where this one ended."
-        ) from error
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            ray.init(address=address, **quiet, **local)
+        except Exception as error:  # of many kinds, by version and by what is wrong
+            raise _no_cluster(address, str(error)) from error
+        try:
+            yield ray
+        except ray.exceptions.RayError as error:
+            raise UnavailableError(
+                f"The Ray cluster was lost ({_first_line(str(error))}).",
+                "Run the same command again.",
+            ) from error
+        finally:
+            ray.shutdown()
 
 
 def check_address(address: str) -> None:

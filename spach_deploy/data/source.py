@@ -106,6 +106,10 @@ class ImageSource:
         """What there is to decode, in order, readable or not; without regard to a limit."""
         return self._entries(None)
 
+    def candidates(self) -> Iterator[Entry]:
+        """What is tried for the limit, in order, readable or not; more than the limit, where some are spares."""
+        return self._entries(self._limit)
+
     def limit(self, n: int) -> ImageSource:
         """At most `n` readable images.
 
@@ -129,7 +133,7 @@ class ImageSource:
             raise ImageError(_nothing_readable(self.description, self._skipped), "Give JPEG or PNG photographs.")
 
     def _readable(self) -> Iterator[ImageItem]:
-        for entry in self._entries(self._limit):
+        for entry in self.candidates():
             try:
                 image = entry.load()
             except ImageError as error:

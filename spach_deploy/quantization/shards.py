@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from onnx import ModelProto
 
 from spach_deploy.data import preprocess
+from spach_deploy.data.parts import Executor, check_unreadable, chunked
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.source import Entry, ImageSource, Skipped, image_digest
 from spach_deploy.data.survey import Observation, Survey, SurveyTaker, observe
@@ -32,15 +32,6 @@ OBSERVED = 256
 
 MOST_BLOCKS = 16
 """Blocks of one task of the second pass, at most: what is lost and done again when a node dies."""
-
-
-class Executor(Protocol):
-    """Where tasks run. `workers`: how many at once."""
-
-    workers: int
-
-    def map(self, function: Callable[[Any, Any], Any], common: Any, items: Iterable[Any]) -> Iterator[Any]:
-        """`function(common, item)` of each item, in the items' order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +126,10 @@ def _observed(
     taker, skipped = SurveyTaker(source, preprocessing), []
     readable: list[Entry] = []
     digests: list[bytes] = []
-    chunks, again = itertools.tee(_chunks(source.entries(), OBSERVED))
+    chunks, again = itertools.tee(chunked(source.entries(), OBSERVED))
     for chunk, found in zip(again, executor.map(observe_part, preprocessing, chunks), strict=True):
         for place, problem in found.skipped:
-            _check_unreadable(chunk[place], problem)
+            check_unreadable(chunk[place], problem)
             skipped.append(problem)
         for place, seen in found.seen:
             taker.take(seen)
@@ -147,23 +138,6 @@ def _observed(
     if not readable:
         list(source)  # raises, and names what is wrong
     return readable, digests, taker.survey(tuple(skipped))
-
-
-def _check_unreadable(entry: Entry, problem: Skipped) -> None:
-    """UsageError where an image that a task could not read can be read here."""
-    try:
-        entry.load()
-    except ImageError:
-        return
-    raise UsageError(
-        f"A node cannot read {entry.name}, which this machine can ({problem.reason.rstrip('.')}).",
-        "Put the images where every node finds them under the same path, or into a tar or npz.",
-    )
-
-
-def _chunks(entries: Iterator[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
-    while chunk := tuple(itertools.islice(entries, size)):
-        yield chunk
 
 
 def _parts(readable: Sequence[Entry], digests: Sequence[bytes], blocks: int) -> Iterator[Part]:

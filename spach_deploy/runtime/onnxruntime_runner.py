@@ -25,6 +25,7 @@ _LEVELS: dict[Optimization, str] = {
     "all": "ORT_ENABLE_ALL",
 }
 _DTYPES = {"float": "float32", "double": "float64"}
+NAME = "ONNX Runtime (CPU)"
 _FATAL_ONLY = 4  # ONNX Runtime's severity: it also prints what it raises, in colours
 
 
@@ -55,7 +56,7 @@ class OnnxRuntimeRunner:
     @property
     def name(self) -> str:
         """What it is."""
-        return "ONNX Runtime (CPU)"
+        return NAME
 
     def __enter__(self) -> Self:
         self._session = self._open(_import_onnxruntime())

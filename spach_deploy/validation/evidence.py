@@ -6,6 +6,7 @@ can be right at one and wrong at another.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.errors import MismatchError, UnavailableError, UsageError
+from spach_deploy.errors import MismatchError, SpachError, UnavailableError, UsageError
 from spach_deploy.runtime import Runner, TensorSpec
-from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.runtime.onnxruntime_runner import NAME, OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import saved_graph
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 from spach_deploy.specs import BatchProfile, Flavour, OutputSpec, Precision
@@ -95,51 +96,90 @@ class Evidence:
         }
 
 
+class Form(str, enum.Enum):
+    """How a CPU runs a typed graph: as it is, or in FP32 with every half tensor rounded to its type.
+
+    Rounded, what overflows on a GPU overflows here. It is how a bfloat16 graph runs on a CPU at all.
+    """
+
+    PLAIN = "typed graph"
+    ROUNDED = "typed graph, every half tensor rounded"
+
+
+def forms_of(precision: Precision) -> tuple[Form, ...]:
+    """Those that a graph of `precision` runs in on a CPU.
+
+    ONNX Runtime computes FP16 mostly in FP32 and hides overflow, so FP16 is run once more with every half tensor
+    rounded. bfloat16 only runs that way.
+    """
+    plain = () if precision is Precision.BF16 else (Form.PLAIN,)
+    return plain if precision is Precision.FP32 else (*plain, Form.ROUNDED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What a run gave: `outputs` of all images by name, or the problem for which there are none, in a sentence."""
+
+    what: str
+    batches: tuple[int, ...] = ()
+    outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False)
+    problem: str = ""
+
+
 def examine_graph(
-    graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = "typed graph", threads: int | None = None
+    graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = Form.PLAIN.value, threads: int | None = None
 ) -> Evidence:
     """Run an ONNX graph in ONNX Runtime.
 
     A graph that does not load, or takes other inputs, or fails while it runs is evidence that did not pass. Raises
     UnavailableError where ONNX Runtime is missing or has no kernel for a node.
     """
-    return _examine(OnnxRuntimeRunner(graph, threads=threads), Level.GRAPH, trial, bounds, ran)
+    return _examine(Form.PLAIN, graph, trial, bounds, ran, threads)
 
 
 def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds, *, threads: int | None = None) -> Evidence:
-    """The same in FP32 with every half tensor rounded to its type, so that what overflows on a GPU overflows here.
+    """The same with every half tensor rounded. A graph that cannot be evaluated so is evidence that did not pass."""
+    return _examine(Form.ROUNDED, graph, trial, bounds, Form.ROUNDED.value, threads)
 
-    It is how a bfloat16 graph runs on a CPU at all. A graph that cannot be evaluated so is evidence that did not pass.
-    """
+
+@contextlib.contextmanager
+def opened(form: Form, graph: Path | bytes, threads: int | None) -> Iterator[Runner]:
+    """The graph in ONNX Runtime, entered. UsageError where it does not load or cannot be rounded."""
+    if form is Form.PLAIN:
+        with OnnxRuntimeRunner(graph, threads=threads) as runner:
+            yield runner
+        return
+    with contextlib.ExitStack() as stack:
+        with rounded_file(graph) as path:
+            runner = stack.enter_context(OnnxRuntimeRunner(path, threads=threads))
+        yield runner
+
+
+@contextlib.contextmanager
+def rounded_file(graph: Path | bytes) -> Iterator[Path]:
+    """A file with the graph's rounded twin. UsageError where it has none, UnavailableError where it would not round."""
     import onnx
 
     from spach_deploy.precision.rounding import check_runtime_rounds, rounded_twin
 
     check_runtime_rounds()
-    ran = "typed graph, every half tensor rounded"
     try:
         typed = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
         twin = rounded_twin(typed)
         del typed
     except Exception as error:  # a foreign graph may hold anything
-        return _failed(Level.GRAPH, trial, bounds, ran, f"Its half tensors cannot be rounded one by one: {error}")
+        raise UsageError(f"Its half tensors cannot be rounded one by one: {error}") from error
     with saved_graph(twin) as path:
         del twin
-        return _examine(OnnxRuntimeRunner(path, threads=threads), Level.GRAPH, trial, bounds, ran)
+        yield path
 
 
 def examine_typed(
     graph: Path | bytes, precision: Precision, trial: Trial, bounds: Bounds, *, threads: int | None = None
 ) -> tuple[Evidence, ...]:
-    """What a CPU can tell of a typed graph.
-
-    FP32 and FP16 run as they are; but ONNX Runtime computes FP16 mostly in FP32 and hides overflow, so FP16 is run once
-    more with every half tensor rounded. bfloat16 only runs that way. `threads` None lets ONNX Runtime choose.
-    """
-    plain = () if precision is Precision.BF16 else (examine_graph(graph, trial, bounds, threads=threads),)
-    if precision is Precision.FP32:
-        return plain
-    return (*plain, examine_rounded(graph, trial, bounds, threads=threads))
+    """What a CPU can tell of a typed graph, in each of its forms. `threads` None lets ONNX Runtime choose."""
+    forms = forms_of(precision)
+    return tuple(_examine(form, graph, trial, bounds, form.value, threads) for form in forms)
 
 
 def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) -> Evidence:
@@ -147,6 +187,15 @@ def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) 
     runner = TensorRTRunner(plan, flavour)
     with runner:
         return _run_and_judge(runner, Level.ENGINE, trial, bounds, "engine.plan")
+
+
+def runs_here(plan: bytes, flavour: Flavour) -> bool:
+    """Whether this machine can run a plan."""
+    try:
+        with TensorRTRunner(plan, flavour):
+            return True
+    except SpachError:
+        return False
 
 
 def examine_runner(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
@@ -163,34 +212,72 @@ def plan_batches(count: int, profile: BatchProfile, largest: int | None = None) 
     return (first, *(largest for _ in range(whole)), *((last,) if last else ()))
 
 
-def _examine(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
+def graph_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
+    """Sizes in which `count` images go through a graph on a CPU."""
+    return plan_batches(count, profile, LARGEST_BATCH)
+
+
+def problem_before(form: Form, graph: Path | bytes, example: Array) -> str:
+    """Why a graph cannot be run on inputs like `example`, in a sentence; empty where it can.
+
+    Raises UnavailableError where this machine cannot tell.
+    """
     try:
-        with runner:
-            return _run_and_judge(runner, level, trial, bounds, ran)
+        with opened(form, graph, None) as runner:
+            return _input_problem(runner.input_specs, example)
+    except UsageError as error:
+        return error.message
+
+
+def problem_of(error: Exception) -> str:
+    """Why a run ended, in a sentence. Raises the error itself where it is not the graph's fault."""
+    if isinstance(error, (UnavailableError, UsageError)):
+        raise error
+    if isinstance(error, MismatchError):
+        return error.message
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"It failed while it ran: {reason}"
+
+
+def judged(level: Level, ran: Ran, trial: Trial, bounds: Bounds) -> Evidence:
+    """What a run gave, held against the reference. A run with a problem is evidence that did not pass."""
+    if ran.problem:
+        comparison = Comparison(len(trial), (), (), (ran.problem,))
+        return Evidence(level, ran.what, (), comparison, bounds, judge(comparison, bounds.outputs))
+    expected, dtypes = expected_outputs(trial.logits, trial.outputs), promised_dtypes(trial.outputs)
+    comparison = compare_outputs(expected, ran.outputs, image_names=trial.names, dtypes=dtypes)
+    logits = ran.outputs.get(LOGITS)
+    answers = telling_answers(trial.logits, logits, trial.names)
+    verdict = judge(comparison, bounds.outputs)
+    return Evidence(level, ran.what, ran.batches, comparison, bounds, verdict, answers, logits)
+
+
+def in_runtime(ran: str) -> str:
+    """Where a graph runs on a CPU, in words."""
+    return f"{ran} in {NAME}"
+
+
+def _examine(form: Form, graph: Path | bytes, trial: Trial, bounds: Bounds, ran: str, threads: int | None) -> Evidence:
+    try:
+        with opened(form, graph, threads) as runner:
+            return _run_and_judge(runner, Level.GRAPH, trial, bounds, ran)
     except UsageError as error:  # onnxruntime refused the graph
-        return _failed(level, trial, bounds, f"{ran} in {runner.name}", error.message)
+        return judged(Level.GRAPH, Ran(in_runtime(ran), problem=error.message), trial, bounds)
 
 
 def _run_and_judge(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
-    ran = f"{ran} in {runner.name}"
-    if problem := _input_problem(runner.input_specs, trial):
-        return _failed(level, trial, bounds, ran, problem)
+    return judged(level, _run(runner, level, trial, f"{ran} in {runner.name}"), trial, bounds)
+
+
+def _run(runner: Runner, level: Level, trial: Trial, what: str) -> Ran:
+    if problem := _input_problem(runner.input_specs, trial.inputs(0, 1)):
+        return Ran(what, problem=problem)
     sizes = plan_batches(len(trial), trial.batch, LARGEST_BATCH if level is Level.GRAPH else None)
     try:
         parts = [runner.run({INPUT: array}) for array in _pieces(trial, sizes)]
-    except (UnavailableError, UsageError):
-        raise
-    except MismatchError as error:
-        return _failed(level, trial, bounds, ran, error.message)
     except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return _failed(level, trial, bounds, ran, f"It failed while it ran: {reason}")
-    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    expected = expected_outputs(trial.logits, trial.outputs)
-    comparison = compare_outputs(expected, outputs, image_names=trial.names, dtypes=promised_dtypes(trial.outputs))
-    logits = outputs.get(LOGITS)
-    answers = telling_answers(trial.logits, logits, trial.names)
-    return Evidence(level, ran, sizes, comparison, bounds, judge(comparison, bounds.outputs), answers, logits)
+        return Ran(what, problem=problem_of(error))
+    return Ran(what, sizes, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def _pieces(trial: Trial, sizes: tuple[int, ...]) -> Iterator[Array]:
@@ -200,9 +287,8 @@ def _pieces(trial: Trial, sizes: tuple[int, ...]) -> Iterator[Array]:
         start += size
 
 
-def _input_problem(specs: Mapping[str, TensorSpec], trial: Trial) -> str:
+def _input_problem(specs: Mapping[str, TensorSpec], example: Array) -> str:
     """Why it cannot be fed, in a sentence; empty where it can."""
-    example = trial.inputs(0, 1)
     wanted = f"{INPUT} {example.dtype} {_shown((None, *example.shape[1:]))}"
     spec = specs.get(INPUT)
     fits = (
@@ -218,8 +304,3 @@ def _input_problem(specs: Mapping[str, TensorSpec], trial: Trial) -> str:
 
 def _shown(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("batch" if extent is None else str(extent) for extent in shape) + ")"
-
-
-def _failed(level: Level, trial: Trial, bounds: Bounds, ran: str, problem: str) -> Evidence:
-    comparison = Comparison(len(trial), (), (), (problem,))
-    return Evidence(level, ran, (), comparison, bounds, judge(comparison, bounds.outputs))

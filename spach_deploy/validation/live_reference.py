@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.data import preprocess
+from spach_deploy.data.parts import Cluster
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.errors import CheckpointError, UsageError
 from spach_deploy.specs import IODtype, ModelSpec, Preprocessing, WeightSource
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import LARGEST_BATCH, Trial
+from spach_deploy.validation.evidence import LARGEST_BATCH, Ran, Trial, forms_of
 from spach_deploy.validation.labels import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.validation.precision_loss import evaluate
-from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances
+from spach_deploy.validation.shards import (
+    DECODING_BYTES,
+    Asked,
+    FewImages,
+    Readable,
+    Work,
+    answered_in_parts,
+    readable_images,
+)
+from spach_deploy.validation.tolerance import Images as SomeImages
+from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances, looked_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,12 +65,16 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class OnImages:
-    """A user's images answered, bounds that hold for them, their labels where there are any, and remarks."""
+    """A user's images answered, bounds that hold for them, their labels where there are any, and remarks.
+
+    `graph`: what the graph gave in each of its forms, where it was run beside the reference; else None.
+    """
 
     trial: Trial
     tolerances: ToleranceSet
     labels: ImageLabels | None = None
     notes: tuple[str, ...] = ()
+    graph: tuple[Ran, ...] | None = None
 
 
 def rebuild(section: dict[str, Any], weights: Weights) -> LoadedModel:
@@ -135,8 +153,79 @@ def rebuilt_on_images(
         outputs=facts.outputs,
         batch=facts.batch,
     )
+    return OnImages(trial, _tolerances(loaded, facts, images, logits, say), labels, notes)
+
+
+def rebuilt_in_parts(
+    section: dict[str, Any],
+    facts: BundleFacts,
+    asked: Images,
+    weights: Weights,
+    graph: Path,
+    connect: Callable[[], AbstractContextManager[Cluster]],
+    say: Say,
+) -> OnImages:
+    """What `rebuilt_on_images` gives, and what `graph` answers to the same images, both from a cluster.
+
+    Pixels are not kept here. Raises what `rebuilt_on_images` raises, UsageError where a node cannot read what can be
+    read here, and UnavailableError where the cluster has no room.
+    """
+    source = open_images(asked.path)
+    labels_of = _labelling(asked, source, section["num_classes"])
+    loaded = rebuild(section, weights)
+    work = Work(
+        graph=_whole(graph) if graph.is_file() else b"",
+        forms=forms_of(facts.rest) if graph.is_file() else (),
+        model=loaded.model,
+        preprocessing=facts.preprocessing,
+        io_dtype=facts.outputs.io_dtype,
+        threads=1,  # a worker has one core
+    )
+    limited = source.limit(asked.max_images)
+    with connect() as cluster:
+        readable = readable_images(limited, asked.max_images, facts.preprocessing, cluster.executor(DECODING_BYTES))
+        for skipped in readable.skipped:
+            say(f"Skipped {skipped}")
+        labels, notes = labels_of(readable.names, readable.labels)
+        kept = looked_at(len(readable), facts.rest, _LOSS_IMAGES)
+        answered = answered_in_parts(Asked(work, graph, limited, readable, facts.batch, kept), cluster, say)
+    trial = Trial(
+        inputs=lambda start, stop: _read_again(limited, readable, facts, start, stop),
+        logits=answered.logits,
+        names=readable.names,
+        images=_counted(source, len(readable)),
+        reference=_described(loaded),
+        outputs=facts.outputs,
+        batch=facts.batch,
+    )
+    few = {number: normalize(pixels[None], facts.preprocessing)[0] for number, pixels in answered.pixels.items()}
+    bounds = _tolerances(loaded, facts, FewImages(len(readable), few), answered.logits, say)
+    return OnImages(trial, bounds, labels, notes, answered.graph)
+
+
+def _read_again(source: ImageSource, readable: Readable, facts: BundleFacts, start: int, stop: int) -> npt.NDArray[Any]:
+    """Some of the images, as the engine's caller sends them."""
+    chosen = itertools.islice(readable.entries(source), start, stop)
+    pixels = np.stack([preprocess.pixels(entry.load(), facts.preprocessing) for entry in chosen])
+    return to_input(pixels, facts.preprocessing, facts.outputs.io_dtype)
+
+
+def _whole(graph: Path) -> bytes:
+    """A graph with its weights, also where these lie in other files."""
+    import onnx
+
+    light = onnx.load(graph, load_external_data=False).graph
+    if any(tensor.external_data for tensor in light.initializer):
+        return bytes(onnx.load(graph).SerializeToString())
+    return graph.read_bytes()
+
+
+def _tolerances(
+    loaded: LoadedModel, facts: BundleFacts, images: SomeImages, logits: Float32Array, say: Say
+) -> ToleranceSet:
+    """Bounds derived on the images (N, 3, S, S) that have the reference's `logits` (N, classes)."""
     say("Deriving tolerances on these images.")
-    tolerances = derive_tolerances(
+    return derive_tolerances(
         loaded.model,
         images,
         logits,
@@ -146,7 +235,6 @@ def rebuilt_on_images(
         loss_images=_LOSS_IMAGES,
         twin=_quantized(loaded, facts),
     )
-    return OnImages(trial, tolerances, labels, notes)
 
 
 def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:

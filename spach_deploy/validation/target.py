@@ -14,8 +14,15 @@ from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.specs import WeightSource
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts
-from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
-from spach_deploy.validation.live_reference import Images, OnImages, Weights, rebuilt_on_golden, rebuilt_on_images
+from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_typed, judged, runs_here
+from spach_deploy.validation.live_reference import (
+    Images,
+    OnImages,
+    Weights,
+    rebuilt_in_parts,
+    rebuilt_on_golden,
+    rebuilt_on_images,
+)
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.trace import Trace
@@ -66,6 +73,7 @@ class ValidationRequest:
 
     `against`: the bundle that a graph of the user's own is held to; `bisect`: by module too.
     `labels`: of `images`, a file or the same folder. `max_drop`: of top-1, in points, beyond which it does not pass.
+    `cluster`: address of the Ray cluster that answers to `images`; None for this process.
     """
 
     target: Path
@@ -78,6 +86,7 @@ class ValidationRequest:
     against: Path | None = None
     labels: Path | None = None
     max_drop: float | None = None
+    cluster: str | None = None
 
 
 def validate_target(request: ValidationRequest, say: Callable[[str], None] = lambda text: None) -> Validation:
@@ -95,7 +104,8 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     _check_form(request.target, kind)
     changed = {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
     pointed = _Pointed(request.target, kind, bundle, facts)
-    answered = _answered(bundle, facts, request, changed, say)
+    _check_cluster(request, pointed)
+    answered = _answered(bundle, facts, request, changed, say, pointed.graph)
     found = _validation(request, pointed, answered, changed)
     found = _with_accuracy(found, request, answered)
     return _bisected(found, request, pointed, say) if request.bisect else found
@@ -132,15 +142,15 @@ def _validation(
     request: ValidationRequest, pointed: _Pointed, answered: OnImages, changed: dict[str, str]
 ) -> Validation:
     kind, bundle, facts = pointed.kind, pointed.bundle, pointed.facts
-    trial, tolerances, notes = answered.trial, answered.tolerances, answered.notes
+    trial, notes = answered.trial, answered.notes
     subject = _subject(request.target, bundle, facts)
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
-        evidence = examine_typed(request.target, facts.rest, trial, tolerances.graph)
+        evidence = _graph_evidence(request.target, facts, answered)
         along = None if note else _traced(bundle)
         return Validation(subject, trial, evidence, _quantization_findings(pointed), notes=(*notes, *note), trace=along)
     findings = (*_file_findings(request.target, kind, bundle, changed), *_quantization_findings(pointed))
-    evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, trial, tolerances)
+    evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, answered)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
     along = None if GRAPH in changed else _traced(bundle)
@@ -154,6 +164,7 @@ def _traced(bundle: Bundle) -> Trace | None:
 
 def _check_options(request: ValidationRequest) -> None:
     """Refuse labels without images, and a bound on the drop that is none or has nothing to be measured on."""
+    _check_spread(request)
     if request.labels is not None and request.images is None:
         raise UsageError("--labels needs --images: the bundle's golden images are too few.", "Give --images PATH too.")
     if request.max_drop is None:
@@ -163,6 +174,34 @@ def _check_options(request: ValidationRequest) -> None:
     brings_labels = request.images is not None and request.images.suffix.lower() == ".npz"
     if request.labels is None and not brings_labels:
         raise UsageError("--max-drop needs labels.", "Give --images PATH and --labels FILE.")
+
+
+def _check_spread(request: ValidationRequest) -> None:
+    """Refuse what a cluster does not do."""
+    if request.cluster is None:
+        return
+    for option, is_given in (("--against", request.against is not None), ("--bisect", request.bisect)):
+        if is_given:
+            raise UsageError(
+                f"{option} looks at a few images on this machine; --ray spreads many.", "Give one of them."
+            )
+    if request.images is None:
+        raise UsageError(
+            "--ray spreads many images over a cluster, and the golden pack holds few.",
+            "Give --images PATH too, or leave --ray out.",
+        )
+
+
+def _check_cluster(request: ValidationRequest, pointed: _Pointed) -> None:
+    """Refuse to run a plan: a cluster runs graphs. A plan that does not run here is told with the evidence."""
+    if request.cluster is None:
+        return
+    hint = f"Give {pointed.bundle.path / GRAPH}, or leave --ray out."
+    if pointed.kind is TargetKind.PLAN:
+        raise UsageError("--ray runs graphs in ONNX Runtime, and no plans.", hint)
+    plan = pointed.bundle.plan if pointed.kind is TargetKind.BUNDLE else None
+    if plan is not None and plan.is_file() and runs_here(plan.read_bytes(), pointed.facts.flavour):
+        raise UsageError("--ray runs graphs in ONNX Runtime, and this machine can run the plan itself.", hint)
 
 
 # What it is
@@ -245,12 +284,22 @@ def _answered(
     request: ValidationRequest,
     changed: dict[str, str],
     say: Callable[[str], None],
+    graph: Path | None = None,
 ) -> OnImages:
-    """The images with the reference's answers, the bounds that hold for them, and remarks."""
+    """The images with the reference's answers, the bounds that hold for them, and remarks.
+
+    With --ray also with what `graph` answers.
+    """
     section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights)
     if request.images is not None:
         asked = Images(request.images, request.max_images, request.labels)
-        answered = rebuilt_on_images(section, facts, asked, weights, say)
+        if request.cluster is not None and graph is not None:
+            from spach_deploy.cluster.actors import connecting
+
+            cluster = connecting(request.cluster)
+            answered = rebuilt_in_parts(section, facts, asked, weights, graph, cluster, say)
+        else:
+            answered = rebuilt_on_images(section, facts, asked, weights, say)
         notes = (f"{GOLDEN} {changed[GOLDEN]}; it was not used.",) if GOLDEN in changed else ()
         return dataclasses.replace(answered, notes=(*notes, *answered.notes))
     if GOLDEN in changed:
@@ -309,20 +358,28 @@ def _graph_note(target: Path, bundle: Bundle) -> tuple[str, ...]:
 
 
 def _plan_or_graph(
-    target: Path, kind: TargetKind, bundle: Bundle, facts: BundleFacts, trial: Trial, tolerances: ToleranceSet
+    target: Path, kind: TargetKind, bundle: Bundle, facts: BundleFacts, answered: OnImages
 ) -> tuple[tuple[Evidence, ...], MissingEngineRun | None]:
     """Evidence of the plan where it runs here, else of the graph, and why the plan did not run."""
     missing: MissingEngineRun | None = None
     if bundle.plan is not None:
         plan_file = target if kind is TargetKind.PLAN else bundle.plan
-        tried = _try_file(plan_file, bundle, facts, trial, tolerances)
+        tried = _try_file(plan_file, bundle, facts, answered.trial, answered.tolerances)
         if isinstance(tried, Evidence):
             return (tried,), None
         missing = tried
     graph = bundle.path / GRAPH
     if not graph.is_file():
         return (), missing
-    return examine_typed(graph, facts.rest, trial, tolerances.graph), missing
+    return _graph_evidence(graph, facts, answered), missing
+
+
+def _graph_evidence(graph: Path, facts: BundleFacts, answered: OnImages) -> tuple[Evidence, ...]:
+    """What the graph gave beside the reference, judged; where it was not run yet, it runs now."""
+    trial, bounds = answered.trial, answered.tolerances.graph
+    if answered.graph is None:
+        return examine_typed(graph, facts.rest, trial, bounds)
+    return tuple(judged(Level.GRAPH, ran, trial, bounds) for ran in answered.graph)
 
 
 def _try_file(

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,19 @@ QUANTIZED_LOSS_IMAGES = 8
 
 _NOISE_IMAGES = {Precision.FP32: 2, Precision.FP16: 1, Precision.BF16: 1}  # beside a loss, noise hardly counts
 _HALF_ROUNDOFF = 2.0**-11
+
+
+class Images(Protocol):
+    """Images float32 (N, 3, S, S), of which some are taken by their numbers: an array, or those that are looked at."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: list[int], /) -> Float32Array: ...
+
+
+def looked_at(count: int, precision: Precision, loss_images: int) -> frozenset[int]:
+    """Numbers of those of `count` images on which `derive_tolerances` runs the model."""
+    return frozenset((*_spread(count, _NOISE_IMAGES[precision]), *_spread(count, loss_images)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +209,7 @@ class ToleranceSet:
 
 def derive_tolerances(
     model: nn.Module,
-    images: Float32Array,
+    images: Images,
     reference: Float32Array,
     precision: Precision,
     outputs: OutputSpec | None = None,
@@ -261,7 +274,7 @@ def _spread(count: int, chosen: int) -> list[int]:
 
 def _bounds(
     lossy: Lossy,
-    images: Float32Array,
+    images: Images,
     reference: Float32Array,
     outputs: OutputSpec,
     noise: Measured,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from spach_deploy.quantization.sites import find_sites
 from spach_deploy.quantization.statistics import BLOCK, TensorStatistics, Wanted, wanted_tensors
 from spach_deploy.specs import Preprocessing
 from tests import static_models
+from tests.cluster.fakes import Elsewhere
 from tests.quantization.small_models import canonical
 from tests.quantization.small_quantized import calibration_images, pictures
 from tests.quantization.test_statistics import heavy_tailed
@@ -40,22 +40,6 @@ def assert_same_bits(one: dict[str, TensorStatistics], other: dict[str, TensorSt
             mine, theirs = np.asarray(getattr(entry, field)), np.asarray(getattr(other[name], field))
             assert mine.dtype == theirs.dtype
             assert mine.tobytes() == theirs.tobytes(), f"{name} {field}"
-
-
-class Elsewhere:
-    """An executor that computes parts in an order of its own, and hands results over in the items' order."""
-
-    def __init__(self, workers: int = 2) -> None:
-        self.workers = workers
-        self.called: list[str] = []
-
-    def map(self, function: Callable[[Any, Any], Any], common: Any, items: Iterable[Any]) -> Iterator[Any]:
-        listed = list(items)
-        order = list(range(len(listed)))
-        random.Random(7).shuffle(order)
-        self.called.append(function.__name__)
-        results = {place: function(common, listed[place]) for place in order}
-        return (results[place] for place in range(len(listed)))
 
 
 def both(images: Path, *, histograms: bool = True) -> tuple[Seen, Seen]:
