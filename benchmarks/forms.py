@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from onnx import ModelProto
 
+from benchmarks.candidates import CANDIDATES
 from benchmarks.kernels import BATCH, facts
 from benchmarks.results import record, table
 from spach_deploy.engine.gpus import parse_gpus
@@ -47,6 +48,17 @@ _NOISE = 2e-5
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+    """Forms of ours that are left out, or a candidate that is put in."""
+
+    left_out: tuple[str, ...] = ()
+    candidate: str = ""
+
+    def __str__(self) -> str:
+        return self.candidate or " and ".join(f"no {form}" for form in self.left_out)
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """What the compiler makes of a form. `bytes_moved`: at batch 8."""
 
@@ -69,39 +81,47 @@ class Stack:
         with torch.inference_mode():
             self.logits = self.model(torch.from_numpy(self.images)).numpy()
 
-    def graph(self, left_out: tuple[str, ...]) -> ModelProto:
-        """Its graph without some of the forms, proven to compute the same."""
-        graph = export_canonical(rewrite(self.model, left_out).model, SIZE)
-        apply_passes(graph, TENSORRT_PASSES, left_out)
+    def graph(self, change: Change) -> ModelProto | None:
+        """Its graph in another form, proven to compute the same; None where a candidate finds nothing to change."""
+        graph = export_canonical(rewrite(self.model, change.left_out).model, SIZE)
+        apply_passes(graph, TENSORRT_PASSES, change.left_out)
+        if change.candidate and not CANDIDATES[change.candidate](graph):
+            return None
         with OnnxRuntimeRunner(graph.SerializeToString()) as runner:
             answer = runner.run({next(iter(runner.input_specs)): self.images})["logits"]
         error = float(np.linalg.norm(answer - self.logits) / np.linalg.norm(self.logits))
         if error > _NOISE:
-            sys.exit(f"Without {', '.join(left_out) or 'nothing'} the graph computes something else: {error:.1e}.")
+            sys.exit(f"{change or 'As it is'}: the graph computes something else: {error:.1e}.")
         return graph
 
 
-def schedules(
-    stack: Stack, precision: Precision, gpus: list[str], most: int
-) -> Iterator[tuple[str, tuple[str, ...], Schedule]]:
-    """GPU, what was left out, and what came of it: nothing, each form, and so on up to `most` forms at once."""
+def changes(most: int) -> Iterator[Change]:
+    """None, every form left out, and so on up to `most` forms at once; then every candidate."""
     for left_out in itertools.chain.from_iterable(itertools.combinations(FORMS, n) for n in range(most + 1)):
-        graph = stack.graph(left_out)
-        for gpu in gpus:
+        yield Change(left_out)
+    yield from (Change(candidate=name) for name in CANDIDATES)
+
+
+def schedules(stack: Stack, precision: Precision, gpus: list[str], most: int) -> Iterator[tuple[str, Change, Schedule]]:
+    """GPU, what was changed, and what came of it."""
+    for change in changes(most):
+        graph = stack.graph(change)
+        for gpu in gpus if graph is not None else ():
+            assert graph is not None
             found = facts(graph, precision, EngineTarget(gpus=parse_gpus(gpu)))
             assert found is not None
-            yield gpu, left_out, Schedule(len(found.kernels), found.bytes_moved(BATCH) or 0)
+            yield gpu, change, Schedule(len(found.kernels), found.bytes_moved(BATCH) or 0)
 
 
 def rows(name: str, precision: Precision, gpus: list[str], most: int) -> Iterator[list[object]]:
     """A row a GPU."""
-    found: dict[str, dict[tuple[str, ...], Schedule]] = {gpu: {} for gpu in gpus}
-    for gpu, left_out, schedule in schedules(Stack(STACKS[name]), precision, gpus, most):
-        found[gpu][left_out] = schedule
+    found: dict[str, dict[Change, Schedule]] = {gpu: {} for gpu in gpus}
+    for gpu, change, schedule in schedules(Stack(STACKS[name]), precision, gpus, most):
+        found[gpu][change] = schedule
     for gpu, of in found.items():
-        whole = of[()]
-        adds = [_difference(of[form,], whole) for form in FORMS]
-        better = [" and ".join(left) for left, schedule in of.items() if schedule.beats(whole)]
+        whole = of[Change()]
+        adds = [_difference(of[change], whole) if change in of else "-" for change in changes(1) if change != Change()]
+        better = [str(change) for change, schedule in of.items() if schedule.beats(whole)]
         yield [name, gpu, f"{whole.kernels} / {whole.bytes_moved / 1e6:,.1f}", *adds, "; ".join(better) or "none"]
 
 
@@ -122,9 +142,15 @@ def main() -> None:
         for line in rows(name, Precision(arguments.precision), arguments.gpu.split(","), 1 + arguments.pairs):
             print(" | ".join(map(str, line)), flush=True)
             lines.append(line)
-    headings = ("stack", "GPU", "all forms: kernels / MB", *(f"without {form}" for form in FORMS), "better without")
+    headings = (
+        "stack",
+        "GPU",
+        "all forms: kernels / MB",
+        *(str(change) for change in changes(1) if change != Change()),
+        "better",
+    )
     body = f"Kernels / MB moved at batch {BATCH}, of three to six blocks.\n\n{table(headings, lines)}"
-    command = f"python -m benchmarks.forms --precision {arguments.precision} --gpu {arguments.gpu}{' --pairs' * arguments.pairs}"
+    command = " ".join(["python -m benchmarks.forms", *sys.argv[1:]])
     if set(arguments.stacks) == set(STACKS):
         record(f"Equivalent forms, {arguments.precision}", command, body, ("torch", "tensorrt-rtx"))
 

@@ -49,7 +49,7 @@ def export_canonical(model: StaticSpach, image_size: int) -> ModelProto:
     exported = torch_export(prototype.model, image_size)
     name_by_module(exported)
     simplified = simplify(exported)
-    restore_block_boundaries(simplified)
+    restore_block_boundaries(simplified, is_grid=model.stem.grid_stream)
     return stamp_blocks(simplified, prototype.repeats, model)
 
 

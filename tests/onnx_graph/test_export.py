@@ -6,12 +6,14 @@ import pytest
 import torch
 from onnx import ModelProto
 
+from spach_deploy.models.configs import SpachConfig
+from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph.certificate import certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical, make_prototype, simplify, torch_export
 from spach_deploy.onnx_graph.interface import add_interface
 from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.rewrites import rewrite
+from spach_deploy.rewrites import REWRITES, rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.specs import IODtype, OutputSpec, Preprocessing
 from tests.static_models import CLASSES, CONFIGS, IMAGE_SIZE, canonical_bytes, images, logits, relative_l2, small_model
@@ -61,6 +63,21 @@ def test_a_pass_that_is_turned_off_leaves_the_convolution() -> None:
     changed = apply_passes(model, TENSORRT_PASSES, disabled=["shift_depthwise"])
     assert "shift_depthwise" not in changed
     assert [n for n in model.graph.node if n.op_type == "Conv" and ".cpe_net." in n.name]
+
+
+LEFT_OUT = [*((step.name,) for step in REWRITES), *((step.name,) for step in TENSORRT_PASSES)]
+
+
+@pytest.mark.parametrize("left_out", [*LEFT_OUT, ("fold_residual", "grid_stream")], ids="+".join)
+def test_any_form_can_be_left_out_where_blocks_of_one_kind_follow_a_downsampling(left_out: tuple[str, ...]) -> None:
+    config = SpachConfig(16, 4, 2, (("conv",), ("conv",) * 2, ("trans",) * 2), num_heads=2)
+    model = Spach(config, image_size=IMAGE_SIZE, num_classes=CLASSES).eval()
+    load_demo_weights(model)
+    graph = export_canonical(rewrite(model, left_out).model, IMAGE_SIZE)
+    apply_passes(graph, TENSORRT_PASSES, left_out)
+    onnx.checker.check_model(graph, full_check=True)
+    x = images(2)
+    assert relative_l2(run(graph, x)[LOGITS], logits(model, x)) < 2e-6
 
 
 def test_one_block_of_each_kind_is_exported() -> None:
