@@ -157,7 +157,7 @@ class QuantizationSpec:
     it fits and written otherwise. `rest`: precision of everything that is not quantized. `keep_float`, `quantize`:
     patterns of module names, as fnmatch reads them. `per_tensor`: patterns of layers whose weights have one scale.
     `max_rel_l2` of the logits, `max_drop` in points of top-1 on labelled images: layers stay in float until it holds.
-    `cluster`: address of the Ray cluster to calibrate on; None for this process.
+    `cluster`: address of the Ray cluster to calibrate and to choose layers on; None for this process.
     """
 
     calibration: Path | None = None

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.data.parts import Here, Pool
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import batches, open_images
 from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.phases import Phases
-from spach_deploy.quantization.sensitivity import Choice, largest_set, layer_costs
+from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.quantization.sensitivity import Choice, LayerWatch, Squares, largest_set, summed_costs
 from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.rewrites.static_modules import StaticSpach
-from spach_deploy.specs import ExportOptions, Preprocessing
+from spach_deploy.runtime.threads import torch_threads
+from spach_deploy.specs import ExportOptions, Preprocessing, QuantizationSpec
 from spach_deploy.stages_quantization import QuantizationStage, without
 from spach_deploy.validation.accuracy import paired
 from spach_deploy.validation.labels import ImageLabels, open_labels
@@ -30,6 +35,9 @@ LABELLED_IMAGES = 512
 """At most this many labelled images decide on --max-drop, spread evenly over the set."""
 
 _BATCH = 4
+_WORKER_BYTES, _COPIES = 1.5e9, 4
+"""Memory of a worker of the search: Python, PyTorch, what a backward pass keeps; and weights so many times."""
+
 _EIGHT, _FLOAT = "#1f77b4", "#d62728"
 
 
@@ -42,38 +50,109 @@ class HeldOut:
     labels: ImageLabels | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What workers of the search share: the static model in FP32, the plan, and the images that it is judged on."""
+
+    static: StaticSpach
+    plan: QuantizationPlan
+    images: Float32
+    threads: int | None = None
+
+    @property
+    def memory_bytes(self) -> float:
+        """What a worker needs, about."""
+        weights = sum(int(tensor.nbytes) for tensor in self.static.state_dict().values())
+        return _WORKER_BYTES + _COPIES * weights + self.images.nbytes
+
+
+class Searcher:
+    """A worker of the search, with the model that it took last: every layer watched, or some in eight bits."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._watch: LayerWatch | None = None
+        self._twin: tuple[frozenset[str], Any] | None = None
+
+    def cost(self, number: int) -> Squares:
+        """What the image with this number says of all layers."""
+        self._watch = self._watch or LayerWatch(self._work.static, self._work.plan)
+        with self._threads():
+            return self._watch.see(number, self._work.images[number])
+
+    def logits(self, trial: Trial) -> Float32:
+        """Logits (n, classes) of a batch."""
+        self._watch = None
+        if self._twin is None or self._twin[0] != trial.kept:
+            self._twin = None
+            self._twin = trial.kept, quantized_twin(self._work.static, without(self._work.plan, trial.kept, ""))
+        with self._threads():
+            return evaluate(self._twin[1], self._work.images[trial.start : trial.start + _BATCH])
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        return torch_threads(self._work.threads) if self._work.threads else contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A batch, by its first image, of an evaluation with these modules in float."""
+
+    kept: frozenset[str]
+    start: int
+
+
 def choose_layers(
     quantized: QuantizationStage, static: StaticSpach, held_out: HeldOut, options: ExportOptions, phases: Phases
 ) -> tuple[QuantizationStage, Choice]:
     """The plan with the fewest layers left in float that keeps the bound, by measurement.
 
-    Raises MismatchError where no set of layers keeps it.
+    With `QuantizationSpec.cluster` images are looked at by workers of a cluster, batch by batch. Raises MismatchError
+    where no set of layers keeps the bound, and what `cluster.actors.connecting` raises.
     """
     spec, plan = options.quantization, quantized.plan
-    costs = layer_costs(static, plan, held_out.images[:COST_IMAGES])
-    bound = spec.max_drop if spec.max_drop is not None else spec.max_rel_l2
-    assert bound is not None
-    by_drop = spec.max_drop is not None
-    what = "points of top-1" if by_drop else "relative L2 of the logits"
-
-    def measure(kept: frozenset[str]) -> float:
-        twin = quantized_twin(static, without(plan, kept, ""))
-        logits = _logits(twin, held_out.images)
-        return _drop(logits, held_out) if by_drop else _relative_l2(logits, held_out.reference)
-
-    choice = largest_set(costs, bound, measure, what)
+    with _pool(Work(static, plan, held_out.images), spec.cluster) as pool:
+        choice = search(pool, plan, held_out, spec)
     if not choice.holds:
-        option = "--max-drop" if by_drop else "--max-rel-l2"
+        option = "--max-drop" if spec.max_drop is not None else "--max-rel-l2"
         raise MismatchError(
-            f"Even with every layer in float the model changes by {choice.measured:.3g} {what} on these images, more"
-            f" than {option} {bound:g} allows.",
+            f"Even with every layer in float the model changes by {choice.measured:.3g} {choice.measure} on these"
+            f" images, more than {option} {choice.bound:g} allows.",
             "Export with --fp16, or allow more.",
         )
-    reason = f"cost: {what} would pass {bound:g}"
+    reason = f"cost: {choice.measure} would pass {choice.bound:g}"
     chosen = without(plan, frozenset(choice.kept_float), reason)
     phases.note(_sentence(choice, len(plan.sites)))
     calibration = dataclasses.replace(quantized.calibration, plan=chosen)
     return dataclasses.replace(quantized, calibration=calibration), choice
+
+
+@contextlib.contextmanager
+def _pool(work: Work, address: str | None) -> Iterator[Pool]:
+    """Workers of the search: this process, or those of the Ray cluster at an address, with a core each."""
+    if address is None:
+        yield Here(Searcher(work))
+        return
+    from spach_deploy.cluster import actors
+
+    work = dataclasses.replace(work, threads=1)
+    with actors.connecting(address)() as cluster, cluster.pool(Searcher, work, work.memory_bytes) as pool:
+        yield pool
+
+
+def search(pool: Pool, plan: QuantizationPlan, held_out: HeldOut, spec: QuantizationSpec) -> Choice:
+    """What each layer costs, then the largest set that keeps the bound. States of `pool` are `Searcher`s."""
+    images = range(len(held_out.images))
+    costs = summed_costs(plan, pool.map(Searcher.cost, images[:COST_IMAGES]))
+
+    def measure(kept: frozenset[str]) -> float:
+        trials = (Trial(kept, start) for start in images[::_BATCH])
+        logits = np.concatenate(list(pool.map(Searcher.logits, trials)))
+        return _relative_l2(logits, held_out.reference) if spec.max_drop is None else _drop(logits, held_out)
+
+    bound = spec.max_drop if spec.max_drop is not None else spec.max_rel_l2
+    assert bound is not None
+    what = "relative L2 of the logits" if spec.max_drop is None else "points of top-1"
+    return largest_set(costs, bound, measure, what)
 
 
 def _sentence(choice: Choice, layers: int) -> str:

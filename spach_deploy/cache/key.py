@@ -45,10 +45,11 @@ def export_key(options: ExportOptions) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Options as JSON; whether an earlier bundle is replaced does not change what is written."""
+    """Options as JSON, but for those that do not change what is written."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        fields.pop("overwrite", None)
+        for name in ("overwrite", "cluster"):
+            fields.pop(name, None)
         return fields
     if isinstance(value, enum.Enum):
         return value.value

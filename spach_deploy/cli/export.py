@@ -112,6 +112,8 @@ def main(
         if is_opened and page.is_file():
             open_page(page)
         return code
+    if given["ray"] is not None and (auto or target is not None):
+        raise UsageError(f"--ray is not for {'--auto' if auto else '--target cpu'}.", "Leave one of them out.")
     if target is not None:
         if auto or dry_run:
             raise UsageError("--target cpu measures what it chooses; --auto and --dry-run do not.", "Give one of them.")
@@ -126,10 +128,14 @@ def main(
         if is_opened and found.chosen is not None and found.chosen.bundle is not None:
             open_page(found.chosen.bundle / PAGE)
         return found.exit_code
-    options = export_options(given, recipe)
+    options = export_options({**given, "cluster": given["ray"]}, recipe)
     if dry_run:
         return _dry_run(options, is_cached=not no_cache, as_json=as_json)
     refuse_early(options)
+    if options.quantization.cluster is not None:
+        from spach_deploy.cluster.connect import check_address
+
+        check_address(options.quantization.cluster)
     page = _export(options, is_cached=not no_cache, verbose=verbose, as_json=as_json)
     if is_opened:
         open_page(page)

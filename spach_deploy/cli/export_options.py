@@ -62,7 +62,7 @@ def is_zoo(given: Mapping[str, Any]) -> bool:
     """Whether many exports are asked for. UsageError for an option that means something only then."""
     if given.get("zoo") is not None:
         return True
-    for name, option in (("precision_list", "--precision"), ("jobs", "--jobs"), ("ray", "--ray")):
+    for name, option in (("precision_list", "--precision"), ("jobs", "--jobs")):
         if given.get(name) is not None:
             hint = "Give --zoo PATTERNS, or one precision as --fp16." if name == "precision_list" else "Leave it out."
             raise UsageError(f"{option} is for --zoo.", hint)

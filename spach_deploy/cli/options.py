@@ -78,7 +78,7 @@ def many(function: F) -> F:
         click.option("--zoo", metavar="PATTERNS", help="Export many models, such as 'ms_*'; a bundle for each GPU."),
         click.option("--precision", "precision_list", metavar="LIST", help="With --zoo: such as fp16,int8."),
         click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="With --zoo: exports at once, at most."),
-        ray_address("With --zoo: build on a Ray cluster; without an address, on this machine as one."),
+        ray_address("With --zoo: build on a Ray cluster. Else: calibrate and choose layers there.  [this machine]"),
     )
     for option in reversed(options):
         function = option(function)

@@ -5,6 +5,7 @@ What is computed knows `Executor` and `Pool` alone. `spach_deploy.cluster` has t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -15,18 +16,22 @@ from spach_deploy.errors import ImageError, UsageError
 
 
 class Executor(Protocol):
-    """Where tasks run. `workers`: how many at once."""
+    """Where tasks run."""
 
-    workers: int
+    @property
+    def workers(self) -> int:
+        """How many at once."""
 
     def map(self, function: Callable[[Any, Any], Any], common: Any, items: Iterable[Any]) -> Iterator[Any]:
         """`function(common, item)` of each item, in the items' order."""
 
 
 class Pool(Protocol):
-    """Workers that were prepared once, each with a state of its own. `workers`: how many there are."""
+    """Workers that were prepared once, each with a state of its own."""
 
-    workers: int
+    @property
+    def workers(self) -> int:
+        """How many there are."""
 
     def map(self, function: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """`function(state, item)` of each item, in the items' order; of a few items before their results are taken."""
@@ -40,6 +45,18 @@ class Cluster(Protocol):
 
     def pool(self, prepare: Callable[[Any], Any], common: Any, memory_bytes: float) -> AbstractContextManager[Pool]:
         """Workers of a core and so much memory each, whose states are `prepare(common)`, while the block lasts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """This process as the one worker of a `Pool`."""
+
+    state: Any
+    workers: int = 1
+
+    def map(self, function: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """One item after the other."""
+        return (function(self.state, item) for item in items)
 
 
 def chunked(entries: Iterator[Entry], size: int) -> Iterator[tuple[Entry, ...]]:

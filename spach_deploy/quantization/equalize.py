@@ -232,7 +232,7 @@ class _Judge:
 
     def _weight_error(self, factors: Float64) -> float:
         power = self._statistics.variance / factors**2 * self._rest
-        if self._form is not INT8:  # a relative error, whatever the factors
+        if self._form != INT8:  # a relative error, whatever the factors
             return float(self._energy @ self._statistics.variance) * 2.0**-8 / 12
         scales = (self._peaks * factors).max(axis=1) / self._form.limit
         return float(np.sum(scales**2) / 12 * power.sum())

@@ -30,6 +30,8 @@ def check_quantization(options: ExportOptions) -> None:
     if not spec.calibration.exists():
         raise ImageError(f"{spec.calibration} does not exist.", "Give --calibration a folder, a tar, an npz or a file.")
     _check_bounds(spec, options)
+    if spec.cluster is not None and spec.calibration.suffix == CALIBRATION_SUFFIX and not spec.is_bounded:
+        raise UsageError("--ray has nothing to spread: the calibration is made, and no bound is set.", "Leave it out.")
     if spec.rest.is_quantized:
         raise UsageError("--rest is for what is not quantized.", "Give --rest fp16, bf16 or fp32.")
 

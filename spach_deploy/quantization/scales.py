@@ -127,8 +127,8 @@ def store(values: Float32, scale: Float32 | float, form: EightBits) -> Float32:
     INT8 has one number more on the negative side, and ONNX and TensorRT use it.
     """
     scaled: Float32 = np.divide(values, np.asarray(scale, np.float32), dtype=np.float32)
-    np.clip(scaled, -form.limit - (form is INT8), form.limit, out=scaled)
-    if form is INT8:
+    np.clip(scaled, -form.limit - (form == INT8), form.limit, out=scaled)
+    if form == INT8:
         np.rint(scaled, out=scaled)
     else:
         import torch

@@ -12,7 +12,7 @@ decides.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,31 +48,43 @@ class LayerCost:
         return dataclasses.asdict(self)
 
 
+Squares = tuple[tuple[str, float], ...]
+"""What one image says of modules: squared relative errors in the order in which they were found."""
+
+
 def layer_costs(
     static: StaticSpach, plan: QuantizationPlan, images: Float32, *, probes: int = PROBES
 ) -> tuple[LayerCost, ...]:
     """Cost of every quantized layer on `images` (n, 3, S, S), in the order of the plan."""
-    model = equalized_twin(static, plan)
-    watch = _Watch(model, plan)
-    generator = torch.Generator().manual_seed(_SEED)
-    for image in images:
-        watch.see(torch.from_numpy(image[None]), probes, generator)
+    watch = LayerWatch(static, plan, probes)
+    costs = summed_costs(plan, (watch.see(number, image) for number, image in enumerate(images)), probes)
     watch.remove()
+    return costs
+
+
+def summed_costs(plan: QuantizationPlan, found: Iterable[Squares], probes: int = PROBES) -> tuple[LayerCost, ...]:
+    """Costs from what `LayerWatch.see` gave for each image, added up in the images' order."""
+    squares = {site.module: 0.0 for site in plan.sites}
+    images = 0
+    for entries in found:
+        images += 1
+        for module, square in entries:
+            squares[module] += square
     return tuple(
-        LayerCost(site.module, float(np.sqrt(watch.squares[site.module] / watch.count)), site.macs)
+        LayerCost(site.module, float(np.sqrt(squares[site.module] / (images * probes))), site.macs)
         for site in plan.sites
     )
 
 
-class _Watch:
+class LayerWatch:
     """Hooks on every quantized layer: its own error on the way forward, what the logits feel on the way back."""
 
-    def __init__(self, model: StaticSpach, plan: QuantizationPlan) -> None:
-        self.squares = {site.module: 0.0 for site in plan.sites}
-        self.count = 0
-        self._model = model
+    def __init__(self, static: StaticSpach, plan: QuantizationPlan, probes: int = PROBES) -> None:
+        self._model = equalized_twin(static, plan)
+        self._probes = probes
+        self._squares: list[tuple[str, float]] = []
         self._norm = 1.0
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(self._model.named_modules(remove_duplicate=False))
         self._handles = [
             modules[site.module].register_forward_hook(
                 self._hook(site.module, quantized_module(modules[site.module], site, plan.form))
@@ -80,16 +92,18 @@ class _Watch:
             for site in plan.sites
         ]
 
-    def see(self, image: Tensor, probes: int, generator: torch.Generator) -> None:
-        """One image, (1, 3, S, S)."""
+    def see(self, number: int, image: Float32) -> Squares:
+        """The image (3, S, S) with this number; its random vectors are its own, whoever sees the others."""
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
-        logits = self._model(image.requires_grad_(True))
+        self._squares = []
+        logits = self._model(torch.from_numpy(image[None].copy()).requires_grad_(True))
         self._norm = float(logits.detach().square().sum())
-        for probe in range(probes):
-            u = torch.randn(logits.shape, generator=generator)
-            (logits * u).sum().backward(retain_graph=probe + 1 < probes)
-            self.count += 1
+        generator = torch.Generator().manual_seed(_SEED)
+        drawn = [torch.randn(logits.shape, generator=generator) for _ in range((number + 1) * self._probes)]
+        for probe, u in enumerate(drawn[number * self._probes :], 1):
+            (logits * u).sum().backward(retain_graph=probe < self._probes)
+        return tuple(self._squares)
 
     def _hook(self, path: str, quantized: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
         def forward(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -97,7 +111,7 @@ class _Watch:
                 error = quantized(inputs[0]) - output
 
             def backward(gradient: Tensor) -> None:
-                self.squares[path] += float((gradient * error).sum()) ** 2 / self._norm
+                self._squares.append((path, float((gradient * error).sum()) ** 2 / self._norm))
 
             output.register_hook(backward)  # type: ignore[no-untyped-call]
 

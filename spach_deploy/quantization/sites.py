@@ -146,7 +146,7 @@ class Selection:
         if _matches(site.module, self.keep_float):
             return "asked: --keep-float"
         if _matches(site.module, self.quantize):
-            if form is FP8 and site.kind in (Kind.CONVOLUTION, Kind.DEPTHWISE):
+            if form == FP8 and site.kind in (Kind.CONVOLUTION, Kind.DEPTHWISE):
                 raise UsageError(
                     f"{site.module} is a convolution, and TensorRT runs FP8 convolutions in half.",
                     "Leave it out of --quantize, or use --int8.",
@@ -176,7 +176,7 @@ def _rule(site: Site, form: EightBits) -> str:
         return "rule: the head's error is the answer's"
     if site.kind is Kind.ATTENTION:
         return "rule: the fused attention kernel stays in half"
-    if site.kind is Kind.CONVOLUTION and form is FP8:
+    if site.kind is Kind.CONVOLUTION and form == FP8:
         return "rule: TensorRT runs FP8 convolutions in half"
     if site.kind is Kind.CONVOLUTION:
         return "rule: a convolution costs accuracy and saves no kernel"

@@ -60,7 +60,7 @@ def _equalize(model: StaticSpach, plan: QuantizationPlan) -> None:
 
 def rounding(scale: float, form: EightBits) -> Rounding:
     """Round to eight bits and back."""
-    if form is INT8:
+    if form == INT8:
         return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
     return lambda x: (x / scale).clamp(-form.limit, form.limit).to(torch.float8_e4m3fn).float() * scale
 

@@ -57,7 +57,8 @@ class FakeCluster:
     @contextlib.contextmanager
     def pool(self, prepare: Callable[[Any], Any], common: Any, memory_bytes: float) -> Iterator[FakePool]:
         self.pools.append(memory_bytes)
-        yield FakePool([prepare(common), prepare(common)], self.watch)
+        sent = pickle.dumps(common)
+        yield FakePool([prepare(pickle.loads(sent)), prepare(pickle.loads(sent))], self.watch)
 
     def connecting(self, address: str) -> Callable[[], Any]:
         """In place of `spach_deploy.cluster.actors.connecting`."""
