@@ -42,19 +42,18 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     spach-export --model ms_hybrid_s --int8 --calibration ms_hybrid_s.json
 
     The file names what it depends on: weights, layers, preprocessing, method and images. An export refuses one that
-    does not fit. A run that was killed goes on where it was when it is started again; one with --ray begins again.
+    does not fit. A run that was killed goes on where it was when it is started again.
 
     Exit codes: 0 done, 2 bad usage or input, 3 this machine cannot do it.
     """
     from spach_deploy.cli.export_options import calibrate_options
-    from spach_deploy.cli.interrupts import NOTHING, ending_on_interrupt
+    from spach_deploy.cli.interrupts import ending_on_interrupt
     from spach_deploy.quantization.options import check_calibration_file, check_quantization
 
     options = calibrate_options(given)
     check_quantization(options)
     check_calibration_file(output)
-    kept = "What was done is kept; the same command goes on from there."
-    with ending_on_interrupt(lambda: kept if options.quantization.cluster is None else NOTHING):
+    with ending_on_interrupt(lambda: "What was done is kept; the same command goes on from there."):
         _calibrate(options, output, verbose=verbose, as_json=as_json)
     return 0
 

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from onnx import ModelProto
@@ -130,9 +130,9 @@ def collect(
     """
     collector = Collector(model, wanted, histograms=run.histograms, threads=run.threads)
     taker = SurveyTaker(source, preprocessing)
-    state = _State(run, collector)
+    state = State(run, collector)
     skip = state.restored_images()
-    start = saved = time.monotonic()
+    start = time.monotonic()
     seen = hashlib.sha256()
     for done, batch in enumerate(batches(source, preprocessing, _BATCH), 1):
         taker.see(batch)
@@ -143,9 +143,8 @@ def collect(
             state.check(seen.hexdigest(), source)
             continue
         collector.run({INPUT: normalize(batch.pixels, preprocessing)})
-        if run.state is not None and time.monotonic() - saved > _STATE_EVERY_S:
+        if state.is_due:
             state.save(done, seen.hexdigest())
-            saved = time.monotonic()
         run.on_progress(_progress(done, skip, source.count, time.monotonic() - start))
     survey = taker.survey()
     if survey.images < skip:
@@ -161,12 +160,25 @@ def _progress(done: int, skipped: int, total: int | None, seconds: float) -> Pro
     return Progress(done, total, left)
 
 
-class _State:
+class Collected(Protocol):
+    """What has been seen: statistics by tensor, and of how many images."""
+
+    statistics: dict[str, TensorStatistics]
+    images: int
+
+
+class State:
     """An unfinished calibration in a file: statistics, how many images they are of, and a hash of these images."""
 
-    def __init__(self, run: Run, collector: Collector) -> None:
-        self._run, self._collector = run, collector
+    def __init__(self, run: Run, collected: Collected) -> None:
+        self._run, self._collected = run, collected
         self._digest = ""
+        self._saved = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it should be saved again."""
+        return self._run.state is not None and time.monotonic() - self._saved > _STATE_EVERY_S
 
     def restored_images(self) -> int:
         """How many images are done already, their statistics taken over; 0 where there is nothing to continue."""
@@ -181,8 +193,8 @@ class _State:
                 statistics = {name: _restored(arrays, index) for index, name in enumerate(head["tensors"])}
         except Exception:  # a damaged state is as good as none
             return 0
-        self._collector.statistics = statistics
-        self._collector.images = int(head["images"])
+        self._collected.statistics = statistics
+        self._collected.images = int(head["images"])
         self._digest = str(head["digest"])
         return int(head["images"])
 
@@ -203,12 +215,13 @@ class _State:
         path, key = self._run.state, self._run.key
         if path is None or key is None:
             return
-        names = list(self._collector.statistics)
+        names = list(self._collected.statistics)
         head = {"key": dataclasses.asdict(key), "images": images, "digest": digest, "tensors": names}
         arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}
         for index, name in enumerate(names):
-            arrays.update(_stored(self._collector.statistics[name], index))
+            arrays.update(_stored(self._collected.statistics[name], index))
         _write_whole(path, lambda file: np.savez(file, **arrays))
+        self._saved = time.monotonic()
 
     def remove(self) -> None:
         """The calibration is whole."""

@@ -9,6 +9,7 @@ where the graph computes the same bits: on processors of one kind, with one numb
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from spach_deploy.data.source import Entry, ImageSource, Skipped, image_digest
 from spach_deploy.data.survey import Observation, Survey, SurveyTaker, observe
 from spach_deploy.errors import ImageError, UsageError
 from spach_deploy.onnx_graph.export import INPUT
-from spach_deploy.quantization.calibrate import Progress, Run, Seen
+from spach_deploy.quantization.calibrate import Progress, Run, Seen, State
 from spach_deploy.quantization.statistics import BLOCK, Collector, TensorStatistics, Wanted
 from spach_deploy.specs import Preprocessing
 
@@ -87,6 +88,19 @@ def collect_part(work: Work, part: Part) -> dict[str, TensorStatistics]:
     return {name: entry.packed() for name, entry in collector.statistics.items()}
 
 
+@dataclasses.dataclass
+class Merged:
+    """What has been merged, and how many images that is: whole blocks, but for the last part."""
+
+    statistics: dict[str, TensorStatistics] = dataclasses.field(default_factory=dict)
+    images: int = 0
+
+    def add(self, found: dict[str, TensorStatistics], images: int) -> None:
+        """The part that comes next."""
+        merge_all(self.statistics, found)
+        self.images += images
+
+
 def collect_in_parts(
     model: ModelProto,
     wanted: Sequence[Wanted],
@@ -95,23 +109,49 @@ def collect_in_parts(
     run: Run,
     executor: Executor,
 ) -> Seen:
-    """What `calibrate.collect` gives, from tasks. `run.state` is not used: a run that is killed begins again.
+    """What `calibrate.collect` gives, from tasks. An unfinished run goes on behind the last part that was kept.
 
-    Raises what `collect` raises, and UsageError where a task cannot read what can be read here.
+    What one process kept between two blocks is not continued. Raises what `collect` raises, and UsageError where a task
+    cannot read what can be read here.
     """
     start = time.monotonic()
     readable, digests, survey = _observed(source, preprocessing, executor)
     survey.check()
     work = Work(model.SerializeToString(), tuple(wanted), run.histograms, preprocessing, run.threads)
-    parts = _parts(readable, digests, blocks_a_part(len(readable), executor.workers))
-    statistics: dict[str, TensorStatistics] = {}
-    done, began = 0, time.monotonic()
-    for found in executor.map(collect_part, work, parts):
-        merge_all(statistics, found)
-        done = next(iter(statistics.values())).batches if statistics else done
-        left = (time.monotonic() - began) / max(done, 1) * (len(readable) - done)
-        run.on_progress(Progress(done, len(readable), left))
-    return Seen(statistics, survey, time.monotonic() - start)
+    merged, state = _continued(run, digests, source)
+    resumed = merged.images
+    blocks = blocks_a_part(len(readable), executor.workers)
+    parts, again = itertools.tee(_parts(readable, digests, blocks, resumed))
+    began = time.monotonic()
+    for part, found in zip(again, executor.map(collect_part, work, parts), strict=True):
+        merged.add(found, len(part.entries))
+        if state.is_due and merged.images % BLOCK == 0:
+            state.save(merged.images, _seen(digests[: merged.images]))
+        left = (time.monotonic() - began) / (merged.images - resumed) * (len(readable) - merged.images)
+        run.on_progress(Progress(merged.images, len(readable), left))
+    state.remove()
+    return Seen(merged.statistics, survey, time.monotonic() - start, resumed)
+
+
+def _continued(run: Run, digests: Sequence[bytes], source: ImageSource) -> tuple[Merged, State]:
+    """What an unfinished run kept, where it ends with a block. UsageError where that is of other images."""
+    merged = Merged()
+    state = State(run, merged)
+    done = state.restored_images()
+    if done % BLOCK:
+        merged = Merged()
+        return merged, State(run, merged)
+    if done:
+        state.check(_seen(digests[:done]) if done <= len(digests) else "", source)
+    return merged, state
+
+
+def _seen(digests: Sequence[bytes]) -> str:
+    """The hash that `calibrate.collect` keeps of images with these digests."""
+    seen = hashlib.sha256()
+    for digest in digests:
+        seen.update(hashlib.sha256(digest).hexdigest().encode())  # `content_hash` of one image
+    return seen.hexdigest()
 
 
 def blocks_a_part(images: int, workers: int) -> int:
@@ -140,8 +180,8 @@ def _observed(
     return readable, digests, taker.survey(tuple(skipped))
 
 
-def _parts(readable: Sequence[Entry], digests: Sequence[bytes], blocks: int) -> Iterator[Part]:
-    for start in range(0, len(readable), blocks * BLOCK):
+def _parts(readable: Sequence[Entry], digests: Sequence[bytes], blocks: int, first: int) -> Iterator[Part]:
+    for start in range(first, len(readable), blocks * BLOCK):
         taken = slice(start, start + blocks * BLOCK)
         yield Part(start, tuple(readable[taken]), tuple(digests[taken]))
 

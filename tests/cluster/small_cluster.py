@@ -20,8 +20,8 @@ needs_ray = [
 _STORE_BYTES = 150 << 20
 
 
-def add_node(cluster: Any) -> Any:
-    return cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
+def add_node(cluster: Any, store_bytes: int = _STORE_BYTES) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=store_bytes)
 
 
 @contextlib.contextmanager

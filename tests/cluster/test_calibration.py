@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cluster.calibration import collect_on_cluster
 from spach_deploy.data.readers import open_images
 from spach_deploy.quantization.calibrate import Progress, Run, collect
-from spach_deploy.quantization.statistics import BLOCK
+from spach_deploy.quantization.sites import find_sites
+from spach_deploy.quantization.statistics import BLOCK, wanted_tensors
 from tests import small_bundles
 from tests.cluster.small_cluster import add_node, cluster_of, needs_ray
 from tests.commands import refusal
 from tests.quantization.small_models import canonical
 from tests.quantization.small_quantized import calibration_images
-from tests.quantization.test_shards import PREPROCESSING, assert_same_bits, wanted
+from tests.quantization.test_shards import KEY, PREPROCESSING, assert_same_bits, wanted
 
 pytestmark = needs_ray
+
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,58 @@ def test_a_node_that_dies_in_the_middle_changes_no_bit(cluster: Any) -> None:
     assert len(told) == 13
     assert_same_bits(whole.statistics, parts.statistics)
     assert whole.survey == parts.survey
+
+
+def test_results_that_exceed_the_object_store_go_to_disk_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 14 parts of 11 MB are done before the second is taken, and the node's store holds 80 MB."""
+    images, model = calibration_images(14 * BLOCK), canonical("hybrid")
+    sites = find_sites(model)
+    measured = wanted_tensors(sites, [site.node for site in sites])
+    whole = collect(model, measured, open_images(images), PREPROCESSING, Run(threads=1))
+    monkeypatch.setattr("spach_deploy.cluster.executor._AHEAD", 20)
+    monkeypatch.setattr("spach_deploy.quantization.shards.MOST_BLOCKS", 1)
+    spilled = 0
+
+    def wait(at: Progress) -> None:
+        nonlocal spilled
+        end = time.monotonic() + PATIENCE_S
+        while at.done == BLOCK and not spilled and time.monotonic() < end:
+            time.sleep(0.5)
+            spilled = spilled_bytes(small)
+
+    with cluster_of(0) as small:
+        add_node(small, 80 << 20)
+        run = Run(threads=1, on_progress=wait)
+        parts = collect_on_cluster(small.address, model, measured, open_images(images), PREPROCESSING, run)
+    assert spilled > 10_000_000
+    assert_same_bits(whole.statistics, parts.statistics)
+
+
+def spilled_bytes(cluster: Any) -> int:
+    """What the cluster's object stores moved to disk, and is there now."""
+    session = Path(cluster.head_node.get_session_dir_path())
+    return sum(file.stat().st_size for file in session.glob("ray_spilled_objects*/*"))
+
+
+def test_an_unfinished_run_goes_on_behind_the_last_part(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spach_deploy.quantization.calibrate._STATE_EVERY_S", 0.0)
+    images, model, told = calibration_images(6 * BLOCK), canonical("conv"), list[Progress]()
+    whole = collect(model, wanted(), open_images(images), PREPROCESSING, Run(threads=1))
+
+    def stop(at: Progress) -> None:
+        told.append(at)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    run = Run(True, tmp_path / "unfinished", KEY, threads=1, on_progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        collect_on_cluster(cluster.address, model, wanted(), open_images(images), PREPROCESSING, run)
+    parts = collect_on_cluster(cluster.address, model, wanted(), open_images(images), PREPROCESSING, run)
+    assert parts.resumed == 3 * BLOCK
+    assert [at.done for at in told] == [count * BLOCK for count in range(1, 7)]
+    assert_same_bits(whole.statistics, parts.statistics)
 
 
 def calibrated(file: Path, *more: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from spach_deploy.data.readers import open_images
 from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.quantization import shards
-from spach_deploy.quantization.calibrate import Progress, Run, Seen, collect
+from spach_deploy.quantization import calibrate, shards
+from spach_deploy.quantization.calibrate import Key, Progress, Run, Seen, collect
 from spach_deploy.quantization.shards import blocks_a_part, collect_in_parts, merge_all
 from spach_deploy.quantization.sites import find_sites
 from spach_deploy.quantization.statistics import BLOCK, TensorStatistics, Wanted, wanted_tensors
@@ -170,6 +170,80 @@ def test_pictures_that_change_between_the_passes_are_an_error(tmp_path: Path, mo
     monkeypatch.setattr(shards, "blocks_a_part", change)
     with pytest.raises(UsageError, match=r"cat/0003\.png was changed"):
         in_parts(images, Elsewhere())
+
+
+KEY = Key.of(["a"], PREPROCESSING, weights_sha256="", model="", image_size=1, format="int8", method="max", half=False)
+
+
+def until(images: Path, state: Path, part: int) -> None:
+    """A run in parts that is killed at the progress after this many parts."""
+    told: list[Progress] = []
+
+    def stop(at: Progress) -> None:
+        told.append(at)
+        if len(told) == part:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with_state(images, state, Elsewhere(), stop)
+
+
+def with_state(images: Path, state: Path, executor: Any, on_progress: Callable[[Progress], None]) -> Seen:
+    run = Run(True, state, KEY, threads=1, on_progress=on_progress)
+    return collect_in_parts(canonical("conv"), wanted(), open_images(images), PREPROCESSING, run, executor)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(calibrate, "_STATE_EVERY_S", 0.0)
+    return tmp_path / "unfinished"
+
+
+def test_a_killed_run_goes_on_behind_the_last_part(state: Path) -> None:
+    images, told = calibration_images(IMAGES), list[Progress]()
+    whole, _ = both(images)
+    until(images, state, 2)
+    parts = with_state(images, state, Elsewhere(workers=5), told.append)
+    assert parts.resumed == 2 * BLOCK
+    assert [at.done for at in told] == [IMAGES]
+    assert_same_bits(whole.statistics, parts.statistics)
+    assert not state.exists()
+
+
+def test_one_process_goes_on_where_a_cluster_was(state: Path) -> None:
+    images = calibration_images(IMAGES)
+    whole, _ = both(images)
+    until(images, state, 1)
+    run = Run(True, state, KEY, threads=1)
+    found = collect(canonical("conv"), wanted(), open_images(images), PREPROCESSING, run)
+    assert found.resumed == BLOCK
+    assert_same_bits(whole.statistics, found.statistics)
+
+
+def test_what_one_process_kept_within_a_block_is_not_continued(state: Path) -> None:
+    images, told = calibration_images(IMAGES), list[Progress]()
+    whole, _ = both(images)
+
+    def stop(at: Progress) -> None:
+        if at.done == BLOCK + 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(
+            canonical("conv"), wanted(), open_images(images), PREPROCESSING, Run(True, state, KEY, 1, on_progress=stop)
+        )
+    assert state.exists()
+    parts = with_state(images, state, Elsewhere(), told.append)
+    assert (parts.resumed, told[0].done) == (0, BLOCK)
+    assert_same_bits(whole.statistics, parts.statistics)
+
+
+@pytest.mark.parametrize("count", [BLOCK - 1, IMAGES - 1])
+def test_a_killed_run_is_not_continued_on_other_images(state: Path, count: int) -> None:
+    until(calibration_images(IMAGES), state, 1)
+    with pytest.raises(UsageError, match="continues a calibration on other images"):
+        with_state(calibration_images(count, first=4), state, Elsewhere(), lambda at: None)
+    assert state.exists()
 
 
 def test_parts_are_small_enough_for_all_workers_and_bounded() -> None:
