@@ -69,10 +69,8 @@ def forms(name: str) -> Iterator[tuple[str, ModelProto]]:
     plain = plain_export(model)
     yield "plain", plain
     yield "simplified", simplify(plain)
-    canonical = export_canonical(rewrite(model).model, model.image_size)
     for label, disabled in (("convolutions", ["shift_depthwise"]), ("ours", [])):
-        graph = ModelProto()
-        graph.CopyFrom(canonical)
+        graph = export_canonical(rewrite(model, disabled).model, model.image_size)
         apply_passes(graph, TENSORRT_PASSES, disabled)
         yield label, graph
 

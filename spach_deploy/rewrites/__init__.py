@@ -28,7 +28,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_layer_scale", "LayerScale into the projection after attention", fold_layer_scale),
     Rewrite("fold_qkv_bias", "key and value biases out of qkv", fold_qkv_bias),
     Rewrite("fold_residual", "x + depthwise(x) into the centre tap", fold_residual),
-    Rewrite("grid_stream", "token stream as (B, H, W, C)", grid_stream),
+    Rewrite("grid_stream", "token stream as (B, H, W, C), where it saves kernels", grid_stream),
 )
 
 
@@ -43,10 +43,13 @@ class RewriteResult:
 def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] = ()) -> RewriteResult:
     """Static form of `model` with every rewrite that is not `disabled`; `model` itself is not changed.
 
+    `disabled` may name passes of the graph as well, whose form another one suits.
+
     `quantized`: patterns of modules that will be quantized against the rules, such as depthwise convolutions; rewrites
     that must not meet quantization leave them alone. Raises RewriteError when a rewrite changes what a module computes.
     """
     static = own(to_static(model))
+    static.is_shifted = "shift_depthwise" not in disabled
     _mark_quantized(static, quantized)
     with torch_threads(1):  # the proofs are of small tensors
         outcomes = {"static_reshapes": prove_static(model, static)}

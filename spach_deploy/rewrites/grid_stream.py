@@ -1,7 +1,10 @@
-"""The token stream as (B, H, W, C) instead of (B, N, C).
+"""The token stream as (B, H, W, C) instead of (B, N, C), in models with MLP blocks or without shifted products.
 
-Row-major tokens are the same numbers in the same order, so this only removes reshapes: convolutions, residual adds and
-LayerNorm meet in one layout and the compiler makes one kernel of them.
+Row-major tokens are the same numbers in the same order, so this only changes where reshapes stand. Products over tokens
+and what follows them meet in one layout, and the compiler makes one kernel of a residual add, the depthwise convolution
+and LayerNorm: ms_mlp_xxs has 128 kernels without and 87 with it. Other blocks get the same kernels from tokens, and
+attention moves up to 2.5 % fewer bytes, unless depthwise convolutions stay convolutions (`--no-rewrite
+shift_depthwise`): then trans_xxs has 125 kernels without and 114 with it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,12 @@ from __future__ import annotations
 from torch import nn
 
 from spach_deploy.rewrites.base import Change, Outcome, own, probe, prove_layout
-from spach_deploy.rewrites.static_modules import StaticDownsampling, StaticPositionEncoding, StaticSpach
+from spach_deploy.rewrites.static_modules import (
+    StaticDownsampling,
+    StaticPositionEncoding,
+    StaticSpach,
+    StaticSpatialMLP,
+)
 
 NAME = "grid_stream"
 
@@ -17,6 +25,8 @@ NAME = "grid_stream"
 def grid_stream(model: nn.Module) -> Outcome:
     """Switch every module of the stream."""
     assert isinstance(model, StaticSpach)
+    if model.is_shifted and not any(isinstance(module, StaticSpatialMLP) for module in model.modules()):
+        return Outcome(skipped=("with shifted products and without MLP blocks it gains nothing",))
     changes: list[Change] = []
     proven: set[tuple[object, ...]] = set()
     model.stem.grid_stream = True

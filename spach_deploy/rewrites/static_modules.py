@@ -212,7 +212,10 @@ class StaticBlock(nn.Module):
 
 
 class StaticSpach(nn.Module):
-    """The whole model of static modules: images (B, 3, S, S) -> logits (B, classes)."""
+    """The whole model of static modules: images (B, 3, S, S) -> logits (B, classes).
+
+    `is_shifted`: its depthwise convolutions will become shifted products in the graph.
+    """
 
     def __init__(self, stem: StaticStem, norm1: nn.LayerNorm, norm2: nn.LayerNorm, head: nn.Linear) -> None:
         super().__init__()
@@ -221,6 +224,7 @@ class StaticSpach(nn.Module):
         self.norm2 = norm2
         self.head = head
         self.stage_names: list[str] = []
+        self.is_shifted = True
 
     def add_stage(self, name: str, stage: nn.Sequential) -> None:
         """Append a stage under the reference's attribute name."""

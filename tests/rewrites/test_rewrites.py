@@ -90,3 +90,20 @@ def test_a_rewrite_that_changes_the_function_is_refused() -> None:
     new.weight.data[3, 4] += 1e-6
     with pytest.raises(RewriteError, match=r"Rewrite halving changes what layer1\.0 computes"):
         prove("halving", "layer1.0", old, new, torch.randn(4, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "disabled", "is_grid"),
+    [
+        ("hybrid", (), False),
+        ("conv", (), False),
+        ("mlp", (), True),
+        ("ms_mlp", (), True),
+        ("trans", ("shift_depthwise",), True),
+        ("mlp", ("grid_stream",), False),
+    ],
+)
+def test_tokens_are_a_grid_where_it_saves_kernels(kind: str, disabled: tuple[str, ...], is_grid: bool) -> None:
+    result = rewrite(small_model(kind), disabled)
+    assert result.model.grid_stream is is_grid
+    assert bool(result.outcomes["grid_stream"].skipped) is not is_grid
