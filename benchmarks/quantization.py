@@ -152,6 +152,13 @@ def planned(subject: Subject, variant: Variant) -> tuple[ModelProto, Candidates,
     return model, chosen, plan
 
 
+def deployed(model: ModelProto, plan: QuantizationPlan, ranges: Ranges) -> ModelProto:
+    """What engines are built from; `model` is equalized and marked, and is changed."""
+    apply_passes(model, TENSORRT_PASSES)
+    correct_biases(model, plan)
+    return insert_pairs(type_graph(model, Precision.FP16, ranges).model, plan)
+
+
 def row(subject: Subject, variant: Variant, gpu: str) -> list[object]:
     """Figures of one variant."""
     model, _, plan = planned(subject, variant)
@@ -166,9 +173,7 @@ def row(subject: Subject, variant: Variant, gpu: str) -> list[object]:
     logits = logits_of(insert_pairs(exact, plan), subject.images)
     difference = np.linalg.norm(logits.astype(np.float64) - subject.logits)
     relative = float(difference / np.linalg.norm(subject.logits.astype(np.float64)))
-    apply_passes(changed, TENSORRT_PASSES)
-    correct_biases(changed, plan)
-    typed = insert_pairs(type_graph(changed, Precision.FP16, ranges).model, plan)
+    typed = deployed(changed, plan, ranges)
     weighted = [site for site in plan.sites if site.kind is not Kind.ATTENTION]
     return [variant.name, len(weighted), f"{relative:.4f}", *built(typed, gpu)]
 
