@@ -24,11 +24,19 @@ def start_again_with_large_pages() -> None:
 
     Whoever sets `GLIBC_TUNABLES` keeps it as it is; `GLIBC_TUNABLES=` turns this off.
     """
-    if VARIABLE in os.environ or not (glibc_knows() and kernel_waits_to_be_asked()):
+    if VARIABLE in os.environ or not (is_the_whole_process() and glibc_knows() and kernel_waits_to_be_asked()):
         return
     environment = {**os.environ, VARIABLE: WISH}
     with contextlib.suppress(OSError):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def is_the_whole_process() -> bool:
+    """Whether the command's words are those that this process was started with: a caller may have put others there."""
+    count, started = len(sys.argv), sys.orig_argv
+    if sys.argv[0] == "-c":
+        return started[1:2] == ["-c"] and started[3:] == sys.argv[1:]
+    return started[-count:] == sys.argv
 
 
 def glibc_knows() -> bool:

@@ -21,9 +21,11 @@ import click
 from spach_deploy.cli import large_pages
 from spach_deploy.cli.console import ComputingCommand, command
 
-large_pages._KERNEL = Path(sys.argv.pop(1))
-with open(sys.argv.pop(1), "a") as starts:
+large_pages._KERNEL = Path(os.environ["KERNEL"])
+with open(os.environ["STARTS"], "a") as starts:
     starts.write(f"{os.getpid()}\\n")
+if "WORDS" in os.environ:
+    sys.argv = ["spach-export", *os.environ["WORDS"].split()]
 @click.command(cls=ComputingCommand)
 @click.argument("words", nargs=-1)
 @command
@@ -38,8 +40,9 @@ def started(tmp_path: Path, kernel: str, **environment: str) -> tuple[list[objec
     setting, starts = tmp_path / "enabled", tmp_path / "starts"
     setting.write_text(kernel)
     clean = {name: value for name, value in os.environ.items() if name != large_pages.VARIABLE}
-    words = [sys.executable, "-c", SCRIPT, str(setting), str(starts), "--", "a word", "-ü"]
-    done = subprocess.run(words, env={**clean, **environment}, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", SCRIPT, "--", "a word", "-ü"]
+    where = {"KERNEL": str(setting), "STARTS": str(starts)}
+    done = subprocess.run(words, env={**clean, **where, **environment}, capture_output=True, text=True, check=True)
     return json.loads(done.stdout), starts.read_text().split()
 
 
@@ -63,6 +66,21 @@ def test_what_the_user_set_stays(tmp_path: Path, own: str) -> None:
     printed, starts = started(tmp_path, "always [madvise] never\n", GLIBC_TUNABLES=own)
     assert printed == [own, ["a word", "-ü"]]
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize("words", ["", "another", "-- another word"])
+def test_a_command_inside_another_program_does_not_start_that_program_again(tmp_path: Path, words: str) -> None:
+    printed, starts = started(tmp_path, "always [madvise] never\n", WORDS=words)
+    assert printed == [None, words.removeprefix("-- ").split()]
+    assert len(starts) == 1
+
+
+def test_a_script_is_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "bin/spach-export", "--model", "trans_xxs"])
+    monkeypatch.setattr(sys, "argv", ["bin/spach-export", "--model", "trans_xxs"])
+    assert large_pages.is_the_whole_process()
+    monkeypatch.setattr(sys, "argv", ["bin/spach-export"])
+    assert not large_pages.is_the_whole_process()
 
 
 @pytest.mark.parametrize(("library", "knows"), [("glibc 2.36", True), ("glibc 2.34", False), ("musl 1", False)])
@@ -90,7 +108,7 @@ def test_where_the_process_cannot_be_replaced_it_goes_on(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "execve", refuse)
     monkeypatch.delenv(large_pages.VARIABLE, raising=False)
-    for name in ("glibc_knows", "kernel_waits_to_be_asked"):
+    for name in ("is_the_whole_process", "glibc_knows", "kernel_waits_to_be_asked"):
         monkeypatch.setattr(large_pages, name, lambda: True)
     large_pages.start_again_with_large_pages()
     assert len(asked) == 1
