@@ -96,7 +96,9 @@ def test_an_interpreter_that_takes_long_to_end_is_not_killed_by_the_alarm() -> N
 
 @pytest.mark.parametrize(("name", "code", "said"), [("spach-export", 130, "Interrupted.\n"), ("pytest", -2, None)])
 def test_while_our_script_loads_its_modules_it_is_no_traceback(name: str, code: int, said: str | None) -> None:
-    script = f"import os, signal, sys; signal.signal(2, signal.default_int_handler); sys.argv = ['/bin/{name}']; import spach_deploy.cli; os.kill(os.getpid(), 2)"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # whoever runs this may ignore it
+    start = f"import os, signal, sys; {heard}; sys.argv = ['/bin/{name}']"
+    script = f"{start}; import spach_deploy.cli; os.kill(os.getpid(), 2)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert (done.stderr == said) if said else "KeyboardInterrupt" in done.stderr
