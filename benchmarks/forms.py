@@ -106,8 +106,9 @@ def schedules(stack: Stack, precision: Precision, gpus: list[str], most: int) ->
     """GPU, what was changed, and what came of it."""
     for change in changes(most):
         graph = stack.graph(change)
-        for gpu in gpus if graph is not None else ():
-            assert graph is not None
+        if graph is None:
+            continue
+        for gpu in gpus:
             found = facts(graph, precision, EngineTarget(gpus=parse_gpus(gpu)))
             assert found is not None
             yield gpu, change, Schedule(len(found.kernels), found.bytes_moved(BATCH) or 0)

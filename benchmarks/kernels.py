@@ -1,6 +1,6 @@
 """How many kernels TensorRT for RTX schedules, and how many bytes they move, by graph form.
 
-    python -m benchmarks.kernels [MODEL ...] [--precision fp16] [--gpu sm89]
+    python -m benchmarks.kernels [MODEL ...] [--precision fp16] [--gpu sm89] [--no-rewrite NAME ...]
 
 Forms: *plain*, torch.onnx.export of the reference model; *simplified*, the same through onnxsim; *convolutions*, our
 graph with depthwise convolutions (`--no-rewrite shift_depthwise`); *ours*, what spach-export builds from. All are typed
@@ -15,7 +15,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -62,14 +62,14 @@ def plain_export(model: Spach) -> ModelProto:
     return proto
 
 
-def forms(name: str) -> Iterator[tuple[str, ModelProto]]:
-    """The model's FP32 graph in each form."""
+def forms(name: str, left_out: Sequence[str] = ()) -> Iterator[tuple[str, ModelProto]]:
+    """The model's FP32 graph in each form; ours without the rewrites and passes that are `left_out`."""
     model = create_model(name)
     load_demo_weights(model)
     plain = plain_export(model)
     yield "plain", plain
     yield "simplified", simplify(plain)
-    for label, disabled in (("convolutions", ["shift_depthwise"]), ("ours", [])):
+    for label, disabled in (("convolutions", [*left_out, "shift_depthwise"]), ("ours", left_out)):
         graph = export_canonical(rewrite(model, disabled).model, model.image_size)
         apply_passes(graph, TENSORRT_PASSES, disabled)
         yield label, graph
@@ -83,11 +83,11 @@ def facts(graph: ModelProto, precision: Precision, target: EngineTarget) -> Plan
         return read_plan_facts(build_engine(path, target, TensorRTForRTX(), precision=precision).plan)
 
 
-def row(name: str, precision: Precision, target: EngineTarget) -> list[str]:
+def row(name: str, precision: Precision, target: EngineTarget, left_out: Sequence[str] = ()) -> list[str]:
     """One line of the table."""
     cells = [name]
     attentions = ""
-    for label, graph in forms(name):
+    for label, graph in forms(name, left_out):
         try:
             found = facts(graph, precision, target)
         except SpachError as error:
@@ -109,13 +109,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(CONFIGS))
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp16")
     parser.add_argument("--gpu", default="sm89")
+    parser.add_argument("--no-rewrite", action="append", default=[], metavar="NAME", help="as of spach-export")
     arguments = parser.parse_args()
     precision = Precision(arguments.precision)
     target = EngineTarget(gpus=parse_gpus(arguments.gpu))
-    rows = [row(name, precision, target) for name in arguments.models]
+    rows = [row(name, precision, target, arguments.no_rewrite) for name in arguments.models]
     headings = ("model", "plain", "simplified", "ours, convolutions", "ours", "attentions fused")
     body = f"Kernels / MB moved at batch {BATCH}.\n\n{table(headings, rows)}"
-    if set(arguments.models) == set(CONFIGS):
+    if set(arguments.models) == set(CONFIGS) and not arguments.no_rewrite:
         command = f"python -m benchmarks.kernels --precision {precision.value} --gpu {arguments.gpu}"
         record(f"Kernels and bytes moved, {precision.value}, {arguments.gpu}", command, body)
     else:
