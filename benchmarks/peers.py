@@ -42,6 +42,8 @@ from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.specs import EngineTarget, ModelSpec, Precision, Preprocessing
 from spach_deploy.stages_quantization import mark_sites
+from spach_deploy.validation.compare import compare_outputs
+from spach_deploy.validation.reference import LOGITS
 
 OURS = "ours"
 RIGHT = {"FP32": 1e-4, "FP16": 1e-2, "INT8": 1e-1}
@@ -184,10 +186,9 @@ def _typing(precision: str) -> Precision:
 
 
 def worst_relative_l2(logits: Float32, wanted: Float32) -> float:
-    """Of each image's logits, the largest; infinite where they are not finite."""
-    difference = np.linalg.norm(logits.astype(np.float64) - wanted, axis=1)
-    relative = difference / np.linalg.norm(wanted.astype(np.float64), axis=1)
-    return float(relative.max()) if np.isfinite(relative).all() else float("inf")
+    """Of each image's logits, the largest; infinite where they cannot be compared, such as with NaN."""
+    compared = compare_outputs({LOGITS: wanted}, {LOGITS: logits.astype(wanted.dtype)})
+    return compared.outputs[0].rel_l2_worst if compared.outputs and not compared.problems else float("inf")
 
 
 def refusal(text: str) -> str:
