@@ -213,7 +213,7 @@ def calibrate_to_file(options: ExportOptions, file: Path, observer: Observer | N
         loaded = stages.load(options, phases)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with phases.phase("run the reference"):
+    with phases.phase("run the reference"), exporter_loading():
         reference = stages.reference_logits(loaded, photographs)
     with phases.phase("rewrite and prove"):
         static = stages.rewrite_and_prove(loaded, photographs, reference, options)

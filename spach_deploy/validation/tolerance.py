@@ -232,11 +232,11 @@ def derive_tolerances(
     outputs = outputs or OutputSpec()
     if not np.isfinite(reference).all():
         raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
-    depth = depth or Depth()
+    double, rounded = (None, None) if depth is None else (depth.double, depth.rounded)
     chosen = _spread(len(images), _NOISE_IMAGES[precision])
-    noise = Measured.of(reference[chosen], evaluate_fp64(model, images[chosen], depth.double))
+    noise = Measured.of(reference[chosen], evaluate_fp64(model, images[chosen], double))
     lossy = Lossy(model if twin is None else twin, Arithmetic.of(precision), is_quantized=twin is not None)
-    graph = _bounds(lossy, images, reference, outputs, noise, loss_images, depth.rounded)
+    graph = _bounds(lossy, images, reference, outputs, noise, loss_images, rounded)
     on_gpu = Arithmetic.of(precision, tf32=tf32)
     if on_gpu is lossy.arithmetic:
         return ToleranceSet(graph, graph)
