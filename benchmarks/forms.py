@@ -22,15 +22,14 @@ import torch
 from onnx import ModelProto
 
 from benchmarks.candidates import CANDIDATES
-from benchmarks.kernels import BATCH, facts
+from benchmarks.kernels import BATCH, facts, formed
 from benchmarks.results import record, table
 from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.models.configs import SpachConfig
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import export_canonical
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.rewrites import REWRITES, rewrite
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES
+from spach_deploy.rewrites import REWRITES
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.specs import EngineTarget, Precision
 
@@ -83,8 +82,7 @@ class Stack:
 
     def graph(self, change: Change) -> ModelProto | None:
         """Its graph in another form, proven to compute the same; None where a candidate finds nothing to change."""
-        graph = export_canonical(rewrite(self.model, change.left_out).model, SIZE)
-        apply_passes(graph, TENSORRT_PASSES, change.left_out)
+        graph = formed(self.model, change.left_out)
         if change.candidate and not CANDIDATES[change.candidate](graph):
             return None
         with OnnxRuntimeRunner(graph.SerializeToString()) as runner:

@@ -70,9 +70,14 @@ def forms(name: str, left_out: Sequence[str] = ()) -> Iterator[tuple[str, ModelP
     yield "plain", plain
     yield "simplified", simplify(plain)
     for label, disabled in (("convolutions", [*left_out, "shift_depthwise"]), ("ours", left_out)):
-        graph = export_canonical(rewrite(model, disabled).model, model.image_size)
-        apply_passes(graph, TENSORRT_PASSES, disabled)
-        yield label, graph
+        yield label, formed(model, disabled)
+
+
+def formed(model: Spach, left_out: Sequence[str] = ()) -> ModelProto:
+    """Our FP32 graph for TensorRT, without the rewrites and passes that are `left_out`."""
+    graph = export_canonical(rewrite(model, left_out).model, model.image_size)
+    apply_passes(graph, TENSORRT_PASSES, left_out)
+    return graph
 
 
 def facts(graph: ModelProto, precision: Precision, target: EngineTarget) -> PlanFacts | None:

@@ -175,7 +175,7 @@ def rewrite_and_prove(
     """The static model, equal to the reference at several batch sizes."""
     import torch
 
-    result = rewrite(loaded.model, options.disabled_rewrites, options.quantization.quantize)
+    result = rewrite(loaded.model, _left_out(options), options.quantization.quantize)
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -222,6 +222,12 @@ def _passes(options: ExportOptions) -> tuple[Pass, ...]:
     if options.engine.flavour is not Flavour.NONE:
         return TENSORRT_PASSES
     return CPU_PASSES if options.precision.is_quantized and options.rest is Precision.FP32 else ()
+
+
+def _left_out(options: ExportOptions) -> tuple[str, ...]:
+    """Rewrites and passes that this export does without: what is turned off, and TensorRT's forms where none builds."""
+    applied = {step.name for step in _passes(options)}
+    return (*options.disabled_rewrites, *(step.name for step in TENSORRT_PASSES if step.name not in applied))
 
 
 def module_paths(loaded: LoadedModel) -> list[str]:

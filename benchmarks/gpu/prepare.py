@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import ModelProto
 
-from benchmarks.kernels import plain_export
+from benchmarks.kernels import formed, plain_export
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.quantization import prepared
 from spach_deploy.models.checkpoint import load_model
@@ -33,7 +33,7 @@ from spach_deploy.stages_quantization import mark_sites
 from spach_deploy.validation.tolerance import derive_tolerances
 
 IMAGES, CALIBRATION = 8, 16
-ALLOWED, GOLDEN, OPSETS = "allowed.json", "images.npz", ("plain", "ours", "convolutions")
+ALLOWED, GOLDEN = "allowed.json", "images.npz"
 
 
 def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
@@ -52,8 +52,8 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
     calibration = prepared(calibration_photographs(CALIBRATION), preprocessing)
     for graph, model in (
         ("plain", plain_export(loaded.model)),
-        ("convolutions", _formed(canonical, ["shift_depthwise"])),
-        ("ours", _formed(canonical, [])),
+        ("convolutions", formed(loaded.model, ["shift_depthwise"])),
+        ("ours", formed(loaded.model)),
     ):
         onnx.save(model, folder / f"{graph}-fp32.onnx")
         onnx.save(type_graph(model, Precision.FP16, None).model, folder / f"{graph}-fp16.onnx")
@@ -68,13 +68,6 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
         )
     }
     (folder / ALLOWED).write_text(json.dumps(allowed), encoding="utf-8")
-
-
-def _formed(canonical: ModelProto, disabled: list[str]) -> ModelProto:
-    graph = ModelProto()
-    graph.CopyFrom(canonical)
-    apply_passes(graph, TENSORRT_PASSES, disabled)
-    return graph
 
 
 def _plan(canonical: ModelProto, calibration: np.ndarray) -> QuantizationPlan:

@@ -22,26 +22,34 @@ SMALL = ["--device", "cpu", "--model", "conv_xxs", "--image-size", "32", "--batc
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runtime")
+    """Of a whole rehearsal."""
+    made = tmp_path_factory.mktemp("runtime")
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        assert run(made) == 0
+    return made
 
 
 def run(folder: Path, *words: str) -> int:
     return runtime_gpu.main([*SMALL, "--folder", str(folder), "--output", str(folder / "RESULTS.md"), *words])
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def hurry(patch: pytest.MonkeyPatch) -> None:
     """Cells in this process, which has loaded torch, and hardly timed."""
 
     def measured(cell: Cell, arguments: Any, limit_s: float) -> dict[str, Any]:
         return runtime_gpu.measure(cell, arguments)
 
-    monkeypatch.setattr(runtime_gpu, "TURN_S", 0.01)
-    monkeypatch.setattr(runtime_gpu, "_in_a_process", measured)
+    patch.setattr(runtime_gpu, "TURN_S", 0.01)
+    patch.setattr(runtime_gpu, "_in_a_process", measured)
 
 
-def test_a_rehearsal_measures_what_a_cpu_can_and_says_what_not(folder: Path, quick: None) -> None:
-    assert run(folder) == 0
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+def test_a_rehearsal_measures_what_a_cpu_can_and_says_what_not(folder: Path) -> None:
     state = json.loads((folder / runtime_gpu.STATE).read_text())
     assert set(state["cells"]) == {cell.name for cell in CELLS}
     timed = {name for name, cell in state["cells"].items() if cell.get("seconds")}
