@@ -72,6 +72,7 @@ def test_a_bound_on_the_logits_leaves_the_same_layers_in_float(
     assert cluster.pools[0] > 1.5e9
 
 
+@pytest.mark.slow
 def test_a_bound_on_the_accuracy_takes_labelled_images(cluster: FakeCluster, calibration: Path, tmp_path: Path) -> None:
     images = tmp_path / "images.npz"
     np.savez(images, images=pictures(22, first=7), labels=np.arange(22) % small_bundles.CLASSES)
