@@ -6,11 +6,13 @@ and `shape_main { }` (how extents follow from the batch). A statement reads
 
     runtime_fusion={ name=__myl_FcAdd input_args={ "a" "b" } output_args={ "y" } layers="[ONNX Layer: head]" ... }
 
-Kernels are all statements of `main` but `shape_call`: `function` (pointwise, reductions, moves, and fused attention,
-whose name holds `mha`), `runtime_fusion` (a matrix product with what follows it), `corrltn` (a convolution) and
-`fully_connected` (a bare matrix product). Bytes moved are, over all kernels, the bytes of every tensor that it reads or
-writes, weights included: what caches may spare is not known. None of this is in NVIDIA's documentation and any version
-may change it, so everything unexpected makes the answer None, "not known", and nothing is ever decided by it.
+Kernels are the statements of `main` that work on the GPU. `shape_call`, and whatever makes nothing but tensors in host
+memory (a region called `hmem`), compute extents and addresses; `signal` and `wait` order streams. What is left:
+`function` (pointwise, reductions, moves, and fused attention, whose name holds `mha`), `runtime_fusion` (a matrix
+product with what follows it), `corrltn` (a convolution) and `fully_connected` (a bare matrix product). Bytes moved are,
+over all kernels, the bytes of every tensor that it reads or writes, weights included: what caches may spare is not
+known. None of this is in NVIDIA's documentation and any version may change it, so everything unexpected makes the
+answer None, "not known", and nothing is ever decided by it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from collections.abc import Iterator, Mapping
 _MAGIC = b"NLYM"
 _LENGTH_OFFSET, _TEXT_OFFSET = 8, 16
 _FUSION_CONSTANTS = "runtime-fusion-consts"  # schedules of the inside of one kernel
-_NO_KERNEL = frozenset({"shape_call"})
+_NO_KERNEL = frozenset({"shape_call", "signal", "wait"})
+_HOST_MEMORY = "hmem"
 _MOVES = frozenset({"Move", "Tran", "Resh", "Slic", "Conc", "Repl", "Cast"})
 _BYTES = {"bool": 1, "int8": 1, "uint8": 1, "fp8_e4m3": 1, "half": 2, "bf16": 2, "float": 4, "int32": 4, "int64": 8}
 _PRODUCTS = frozenset({"gemm", "convolution"})
@@ -59,6 +62,7 @@ class KernelFact:
 class _Tensor:
     dtype: str
     extents: tuple[str, ...]
+    is_on_host: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -192,7 +196,11 @@ def _read_schedule(text: str) -> PlanFacts:
         for kind, body in _statements(sections["descriptors"])
         if kind in ("tensor", "sub_tensor")
     }
-    kernels = [_kernel(kind, body) for kind, body in _statements(sections["main"]) if kind not in _NO_KERNEL]
+    kernels = [
+        _kernel(kind, body)
+        for kind, body in _statements(sections["main"])
+        if kind not in _NO_KERNEL and not _is_host_work(body, tensors)
+    ]
     return PlanFacts(tuple(kernels), tensors, _read_extents(sections))
 
 
@@ -230,6 +238,11 @@ def _statements(text: str) -> Iterator[tuple[str, str]]:
         raise _UnexpectedTextError("braces")
 
 
+def _is_host_work(body: str, tensors: Mapping[str, _Tensor]) -> bool:
+    outputs = _operands(body, "output")
+    return bool(outputs) and all(name in tensors and tensors[name].is_on_host for name in outputs)
+
+
 def _kernel(kind: str, body: str) -> KernelFact:
     name = _value(body, "name")
     operands = (*_operands(body, "input"), *_operands(body, "output"))
@@ -261,7 +274,9 @@ def _tensor(body: str) -> _Tensor:
     match = re.search(_LIST.format(key="dims"), body)
     if dtype not in _BYTES or match is None:
         raise _UnexpectedTextError(f"tensor of type {dtype}")
-    return _Tensor(dtype, tuple(re.findall(r'[^\s"]+', match[1])))
+    region = re.search(r'(?<!\w)region="([^"]*)"', body)
+    is_on_host = region is not None and _HOST_MEMORY in region[1]
+    return _Tensor(dtype, tuple(re.findall(r'[^\s"]+', match[1])), is_on_host)
 
 
 def _strings(body: str, key: str) -> list[str]:

@@ -88,6 +88,22 @@ def test_reads_a_schedule_written_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
+    ("statement", "is_kernel"),
+    [
+        ('cast={ name="offset" output={"address" } input={"scalar" } }', False),
+        ('signal={ name="first" }', False),
+        ('wait={ name="second" }', False),
+        ('cast={ name="rounded" output={"y" } input={"x" } }', True),
+        ('news={ name="unknown" output={"elsewhere" } input={"x" } }', True),
+    ],
+)
+def test_what_a_host_computes_is_no_kernel(statement: str, is_kernel: bool) -> None:
+    on_host = 'tensor={ dims={ 1 } name="address" region="hmem_topdown_2" type=int64 }\n}\nmain {'
+    text = SCHEDULE.replace("}\nmain {", on_host).replace(" label bb1:", statement)
+    assert len(facts_of(plan_with(text)).kernels) == 2 + is_kernel
+
+
+@pytest.mark.parametrize(
     ("known", "unknown"),
     [
         ("type=half", "type=quarter"),
