@@ -18,7 +18,7 @@ from spach_deploy.precision.formats import HalfFormat
 from spach_deploy.precision.ranges import Ranges
 from spach_deploy.quantization.equalize import EqualizedPair, Pair, Rows, apply_to_graph, find_pairs
 from spach_deploy.quantization.formats import Float32, Float64
-from spach_deploy.quantization.sites import find_sites
+from spach_deploy.quantization.sites import Kind, find_sites
 
 ORDINARY = 16.0
 """Channels up to this many times the median are left as they are."""
@@ -28,9 +28,10 @@ def tame_outliers(model: ModelProto, ranges: Ranges, form: HalfFormat, margin: f
     """Equalize the pairs of the FP32 graph whose activation passes `form`'s limit, in place; names of those changed."""
     known = initializers(model.graph)
     floats = {name: tensor for name, tensor in known.items() if tensor.data_type == TensorProto.FLOAT}
+    layers = [site for site in find_sites(model) if site.kind is not Kind.ATTENTION]
     loud = [
         pair
-        for pair in find_pairs(find_sites(model), floats)
+        for pair in find_pairs(layers, floats)
         if ranges.max_abs.get(pair.site.activation, 0.0) * margin > form.limit
     ]
     tamed = [_tamed(pair, [numpy_helper.to_array(floats[rows.parameter]) for rows in pair.divided]) for pair in loud]
