@@ -114,7 +114,7 @@ def rows(model: str, counts: list[int], calibrators: list[str]) -> Iterator[list
     loaded = load_model(ModelSpec(model))
     with tempfile.TemporaryDirectory() as folder:
         graph, images = Path(folder) / "graph.onnx", Path(folder) / "images.npz"
-        onnx.save(export_canonical(rewrite(loaded.model).model, loaded.image_size), graph)
+        onnx.save(export_canonical(rewrite(loaded.model, (), ()).model, loaded.image_size), graph)
         pixels = calibration_photographs(max(counts))
         np.savez(images, images=prepared(pixels, Preprocessing.for_size(loaded.image_size)))
         plain: dict[int, float] = {}

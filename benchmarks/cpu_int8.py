@@ -44,7 +44,7 @@ CALIBRATION = 16
 def graphs(name: str, folder: Path) -> tuple[Path, Path, int]:
     """Files of the FP32 and the INT8 graph, and the image size."""
     loaded = load_model(ModelSpec(name))
-    model = export_canonical(rewrite(loaded.model).model, loaded.image_size)
+    model = export_canonical(rewrite(loaded.model, (), ()).model, loaded.image_size)
     single, eight = folder / "fp32.onnx", folder / "int8.onnx"
     onnx.save(model, single)
     scaling = Scaling(INT8, Method.MAX, half=False)

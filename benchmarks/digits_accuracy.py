@@ -24,6 +24,7 @@ from benchmarks.results import record, table
 from spach_deploy.models.configs import TRANS
 from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph.export import INPUT
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.formats import half_format
 from spach_deploy.precision.half import type_graph
@@ -39,13 +40,14 @@ from tests import digits
 
 def ours(model: Spach, calibration: digits.Images, precision: Precision) -> ModelProto:
     """The typed graph of `model` in `precision`, calibrated on (n, 3, 16, 16) float32, as spach-export makes it."""
-    graph = digits.canonical(model)
-    batches = [calibration[start : start + 8] for start in range(0, len(calibration), 8)]
     form = eight_bits(precision)
+    graph = digits.canonical(model, quantized=form is not None)
+    batches = [calibration[start : start + 8] for start in range(0, len(calibration), 8)]
     if form is not None:
         return quantize_graph(graph, batches, Scaling(form, Method.MAX)).model
     half = half_format(precision)
     assert half is not None
+    apply_passes(graph, TENSORRT_PASSES)
     feeds = [{INPUT: batch} for batch in batches]
     tame_outliers(graph, measure_ranges(graph, feeds), half, TypingOptions().margin)
     return type_graph(graph, precision, measure_ranges(graph, feeds)).model

@@ -76,7 +76,7 @@ def observed(images: Path) -> Iterator[tuple[str, float]]:
 
 
 def graph_of(name: str) -> tuple[ModelProto, tuple[Wanted, ...]]:
-    model = export_canonical(rewrite(load_model(ModelSpec(name)).model).model, PREPROCESSING.image_size)
+    model = export_canonical(rewrite(load_model(ModelSpec(name)).model, (), ()).model, PREPROCESSING.image_size)
     return model, candidates(model, Selection(), Scaling(INT8, Method.MAX)).wanted
 
 

@@ -175,7 +175,8 @@ def rewrite_and_prove(
     """The static model, equal to the reference at several batch sizes."""
     import torch
 
-    result = rewrite(loaded.model, _left_out(options), options.quantization.quantize)
+    quantized = options.quantization.quantize if options.precision.is_quantized else None
+    result = rewrite(loaded.model, _left_out(options), quantized)
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():

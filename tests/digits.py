@@ -256,11 +256,16 @@ def _channels(name: str, width: int, count: int) -> torch.Tensor:
     return torch.from_numpy(rng.choice(width, count, replace=False))
 
 
-def canonical(model: Spach) -> ModelProto:
-    """The canonical FP32 graph of `model`, the caller's to change. Kept by weights: exporting takes seconds."""
-    key = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+def canonical(model: Spach, *, quantized: bool = True) -> ModelProto:
+    """The canonical FP32 graph of `model`, rewritten as for eight bits or for a half precision; the caller's to change.
+
+    Kept by weights: exporting takes seconds.
+    """
+    weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+    key = f"{hashlib.sha256(weights).hexdigest()} {quantized}"
     if key not in _exported:
-        _exported[key] = export_canonical(rewrite(model).model, IMAGE_SIZE).SerializeToString()
+        static = rewrite(model, quantized=() if quantized else None).model
+        _exported[key] = export_canonical(static, IMAGE_SIZE).SerializeToString()
     return load_model_from_string(_exported[key])
 
 

@@ -47,7 +47,7 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
     with torch.inference_mode():
         logits = loaded.model(torch.from_numpy(images)).numpy()
     np.savez(folder / GOLDEN, images=images, logits=logits)
-    static = rewrite(loaded.model).model
+    static = rewrite(loaded.model, (), ()).model
     canonical = export_canonical(static, loaded.image_size)
     calibration = prepared(calibration_photographs(CALIBRATION), preprocessing)
     for graph, model in (

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.errors import ImageError, MissingPackageError
-from spach_deploy.onnx_graph.graph import consumers, is_marked_float32
+from spach_deploy.onnx_graph.graph import consumers, initializers, is_marked_float32
 from spach_deploy.precision.elements import element_types, view_sources
 from spach_deploy.precision.formats import FLOAT
 from spach_deploy.runtime.saved_graph import saved_graph
@@ -51,14 +51,16 @@ class Ranges:
         return Ranges(merged, self.images + other.images, " and ".join(sources))
 
     def completed(self, model: ModelProto) -> Ranges:
-        """These ranges, with those of `model`'s views of known tensors, in `model`'s order."""
+        """These ranges, with those of `model`'s views of known tensors and of weights, in `model`'s order."""
         known = dict(self.max_abs)
         sources = view_sources(model)
         ordered = {value.name: known[value.name] for value in model.graph.input if value.name in known}
-        constant = {tensor.name for tensor in model.graph.initializer}
+        constants = initializers(model.graph)
         for node in model.graph.node:
             for name in node.output:
-                shown = [source for source in sources.get(name, ()) if source not in constant]
+                shown = [source for source in sources.get(name, ()) if source not in constants]
+                if name in sources and not shown and _is_float(constants[sources[name][0]]):
+                    known[name] = max(_largest_weight(constants[source]) for source in sources[name])
                 if node.op_type in BOUNDED:
                     known[name] = BOUNDED[node.op_type]
                 elif name not in known and shown and all(source in known for source in shown):
@@ -116,6 +118,14 @@ class RangeMeter:
         session = open_probed(self._model, self._tensors, _SUM, self._threads)
         sums = session.run(None, dict(feeds))[len(self._outputs) :]
         return {name: float("nan") for name, total in zip(self._tensors, sums, strict=True) if np.isnan(total)}
+
+
+def _is_float(tensor: TensorProto) -> bool:
+    return tensor.data_type == FLOAT
+
+
+def _largest_weight(tensor: TensorProto) -> float:
+    return float(np.abs(numpy_helper.to_array(tensor)).max(initial=0.0))
 
 
 def _largest(arrays: Arrays) -> dict[str, float]:

@@ -130,7 +130,8 @@ def _divided(site: Site, known: set[str]) -> tuple[Rows, ...]:
     if norm is not None and f"{norm}.weight" in known:
         return tuple(Rows(f"{norm}.{part}") for part in ("weight", "bias"))
     if layer == "proj" and f"{block}.qkv.weight" in known:
-        return tuple(Rows(f"{block}.qkv.{part}", values=True) for part in ("weight", "bias"))
+        parts = [f"{block}.qkv.{part}" for part in ("weight", "bias")]
+        return tuple(Rows(part, values=True) for part in parts if part in known)  # the bias may be absorbed
     return ()
 
 

@@ -92,6 +92,8 @@ class _Finder:
     def site(self, node: NodeProto) -> Site | None:
         if node.op_type == "Gemm" and node.input[1] in self._weights:
             return self._weighted(node, Kind.LINEAR, 0, 1, -1)
+        if node.op_type == "Split" and node.input[0] in self._weights:
+            return self._parted(node)
         if node.op_type == "Conv" and node.input[1] in self._weights:
             depthwise = int(str(attributes(node).get("group", 1))) > 1
             kind = Kind.DEPTHWISE if depthwise else Kind.CONVOLUTION
@@ -108,6 +110,18 @@ class _Finder:
         return Site(
             *(owner(node.name), node.name, kind, node.input[slot], slot, node.input[weight], channel_axis),
             macs=outputs * per_output,
+        )
+
+    def _parted(self, split: NodeProto) -> Site | None:
+        """A linear layer in several products of one input, by rows of its weight; known by the first of them."""
+        first = self._readers[split.output[0]][0]
+        if first.op_type != "Gemm":
+            return None
+        weight = split.input[0]
+        rows = self._shapes[first.input[0]][0]
+        return Site(
+            *(owner(split.name), first.name, Kind.LINEAR, first.input[0], 0, weight, -1),
+            macs=rows * math.prod(self._weights[weight].dims),
         )
 
     def _attention(self, softmax: NodeProto) -> Site | None:

@@ -11,6 +11,7 @@ import fnmatch
 from collections.abc import Collection
 
 from spach_deploy.models.spach import Spach
+from spach_deploy.rewrites.absorb_qkv_bias import absorb_qkv_bias
 from spach_deploy.rewrites.base import Outcome, Rewrite, modules_of, own
 from spach_deploy.rewrites.fold_attention_scale import fold_attention_scale
 from spach_deploy.rewrites.fold_batchnorm import fold_batchnorm
@@ -27,6 +28,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_attention_scale", "attention scale into the query rows of qkv", fold_attention_scale),
     Rewrite("fold_layer_scale", "LayerScale into the projection after attention", fold_layer_scale),
     Rewrite("fold_qkv_bias", "key and value biases out of qkv", fold_qkv_bias),
+    Rewrite("absorb_qkv_bias", "what is left of qkv's bias into its weight, by way of norm1", absorb_qkv_bias),
     Rewrite("fold_residual", "x + depthwise(x) into the centre tap", fold_residual),
     Rewrite("grid_stream", "token stream as (B, H, W, C), where it saves kernels", grid_stream),
 )
@@ -40,17 +42,20 @@ class RewriteResult:
     outcomes: dict[str, Outcome]
 
 
-def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] = ()) -> RewriteResult:
+def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] | None = None) -> RewriteResult:
     """Static form of `model` with every rewrite that is not `disabled`; `model` itself is not changed.
 
     `disabled` may name passes of the graph as well, whose form another one suits.
 
-    `quantized`: patterns of modules that will be quantized against the rules, such as depthwise convolutions; rewrites
-    that must not meet quantization leave them alone. Raises RewriteError when a rewrite changes what a module computes.
+    `quantized`: None where nothing will be quantized; else patterns of modules that will be against the rules, such as
+    depthwise convolutions. Rewrites that must not meet quantization leave these alone, or the whole model. Raises
+    RewriteError when a rewrite changes what a module computes.
     """
     static = own(to_static(model))
     static.is_shifted = "shift_depthwise" not in disabled
-    _mark_quantized(static, quantized)
+    static.is_tokens_first = "tokens_first" not in disabled
+    static.is_quantized = quantized is not None
+    _mark_quantized(static, quantized or ())
     with torch_threads(1):  # the proofs are of small tensors
         outcomes = {"static_reshapes": prove_static(model, static)}
         for step in REWRITES:

@@ -214,7 +214,8 @@ class StaticBlock(nn.Module):
 class StaticSpach(nn.Module):
     """The whole model of static modules: images (B, 3, S, S) -> logits (B, classes).
 
-    `is_shifted`: its depthwise convolutions will become shifted products in the graph.
+    `is_shifted`: its depthwise convolutions will become shifted products in the graph. `is_tokens_first`: its
+    attentions will get their tokens first. `is_quantized`: some of its layers will compute in eight bits.
     """
 
     def __init__(self, stem: StaticStem, norm1: nn.LayerNorm, norm2: nn.LayerNorm, head: nn.Linear) -> None:
@@ -225,6 +226,8 @@ class StaticSpach(nn.Module):
         self.head = head
         self.stage_names: list[str] = []
         self.is_shifted = True
+        self.is_tokens_first = True
+        self.is_quantized = False
 
     def add_stage(self, name: str, stage: nn.Sequential) -> None:
         """Append a stage under the reference's attribute name."""

@@ -12,6 +12,7 @@ import onnx
 
 from spach_deploy.bundle import Bundle
 from spach_deploy.data.preprocess import normalize
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES
 from spach_deploy.specs import Flavour, IODtype
 from spach_deploy.validation.bisect.bisection import bisect_graph
 from spach_deploy.validation.bisect.reference import Reference
@@ -106,10 +107,11 @@ def _pixels(trial: Trial, chosen: list[int], facts: BundleFacts) -> npt.NDArray[
     return _inputs(trial, chosen).astype(np.uint8) if facts.outputs.io_dtype is IODtype.UINT8 else None
 
 
-def _told(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which rewrites were turned off, and what was quantized against the rules."""
+def _told(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Which rewrites were turned off, and what was quantized against the rules; None where nothing was quantized."""
+    passes = [step.name for step in TENSORRT_PASSES] if facts.flavour is Flavour.NONE else []
     if facts.quantization is not None:
-        return facts.quantization.disabled, facts.quantization.quantize
+        return (*facts.quantization.disabled, *passes), facts.quantization.quantize
     rewrites = bundle.manifest.content.get("graph", {}).get("rewrites", {})
     off = (name for name, entry in rewrites.items() if any("--no-rewrite" in why for why in entry.get("skipped", ())))
-    return tuple(off), ()
+    return (*off, *passes), None

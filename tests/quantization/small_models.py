@@ -60,9 +60,7 @@ def canonical(kind: str, quantize: tuple[str, ...] = ()) -> ModelProto:
 
 @functools.cache
 def _bytes(kind: str, depthwise: bool) -> bytes:
-    if not depthwise:
-        return static_models.canonical_bytes(kind)
-    return bytes(export_canonical(_rewritten(kind, True).model, static_models.IMAGE_SIZE).SerializeToString())
+    return bytes(export_canonical(_rewritten(kind, depthwise).model, static_models.IMAGE_SIZE).SerializeToString())
 
 
 @functools.cache

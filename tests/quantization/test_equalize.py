@@ -155,12 +155,12 @@ def test_parameters_that_are_equal_are_not_taken_for_one() -> None:
         if isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.ones_(module.weight)
             torch.nn.init.zeros_(module.bias)
-    graph = export_canonical(rewrite(model).model, static_models.IMAGE_SIZE)
+    graph = export_canonical(rewrite(model, (), ()).model, static_models.IMAGE_SIZE)
     before = run(graph, inputs())
     equalized = with_random_factors(graph)
     apply_to_graph(graph, equalized)
     assert relative_l2(run(graph, inputs()), before) <= EXACT
-    twin = equalized_twin(rewrite(model).model, QuantizationPlan(INT8, Method.MAX, (), (), tuple(equalized)))
+    twin = equalized_twin(rewrite(model, (), ()).model, QuantizationPlan(INT8, Method.MAX, (), (), tuple(equalized)))
     assert relative_l2(static_models.logits(twin, inputs()), before) <= EXACT
 
 

@@ -179,7 +179,7 @@ def of_another_model() -> QuantizationPlan:
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         parameter.data *= torch.exp2(2 * torch.rand(parameter.shape, generator=generator) - 1)
-    graph, scaling = export_canonical(rewrite(model).model, small_bundles.SIZE), Scaling(INT8, Method.MAX)
+    graph, scaling = export_canonical(rewrite(model, (), ()).model, small_bundles.SIZE), Scaling(INT8, Method.MAX)
     chosen = candidates(graph, Selection(quantize=(ATTENTION,)), scaling)
     collector = Collector(graph, chosen.wanted, histograms=False, threads=1)
     collector.run({"input": inputs(16)})

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 from onnx import ModelProto, numpy_helper
 
+from spach_deploy.onnx_graph.export import export_canonical
 from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.formats import BF16, FP16
 from spach_deploy.precision.half import type_graph
 from spach_deploy.precision.ranges import Ranges, measure_ranges, open_session
 from spach_deploy.quantization.tame import tame_outliers
+from spach_deploy.rewrites import rewrite
 from spach_deploy.specs import Precision
+from tests import static_models
 from tests.quantization import small_models
 
 MARGIN = TypingOptions().margin
@@ -62,6 +66,38 @@ def test_no_layer_has_to_stay_in_fp32_then() -> None:
     assert kept
     tame_outliers(model, ranges_of(model), FP16, MARGIN)
     assert type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range") == ()
+
+
+@pytest.mark.parametrize("pair", ["norm1 -> qkv", "qkv -> proj"])
+def test_an_attention_in_its_targets_form_is_tamed_too(pair: str) -> None:
+    model = loud_attention(pair)
+    apply_passes(model, TENSORRT_PASSES)
+    assert any(node.name.endswith("qkv/query") for node in model.graph.node)
+    before = logits(model)
+    kept = type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range")
+    assert kept
+    (tamed,) = tame_outliers(model, ranges_of(model), FP16, MARGIN)
+    assert [name.rpartition(".")[2] for name in tamed.split(" -> ")] == pair.split(" -> ")
+    assert np.linalg.norm(logits(model) - before) <= 1e-5 * np.linalg.norm(before)
+    assert type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range") == ()
+
+
+def loud_attention(pair: str) -> ModelProto:
+    """Three channels of an attention's input, or of its values, 2^20 times as large, which the next weights undo."""
+    result = rewrite(static_models.small_model("hybrid"))
+    model, path = export_canonical(result.model, static_models.IMAGE_SIZE), "layer3.2"
+    channels = initializers(model.graph)[f"{path}.norm1.weight"].dims[0]
+    factors = np.ones(channels)
+    factors[[1, 5, 7]] = 2.0**20
+    if pair == "norm1 -> qkv":
+        scale(model, f"{path}.norm1.weight", factors)
+        scale(model, f"{path}.norm1.bias", factors)
+        scale(model, f"{path}.spatial_func.qkv.weight", 1 / factors)
+    else:
+        rows = np.concatenate([np.ones(2 * channels), factors])
+        scale(model, f"{path}.spatial_func.qkv.weight", rows[:, None])
+        scale(model, f"{path}.spatial_func.proj.weight", 1 / factors)
+    return model
 
 
 @pytest.mark.parametrize("kind", ["conv", "trans", "hybrid"])

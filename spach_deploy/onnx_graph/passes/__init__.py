@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection
 
 from onnx import ModelProto
 
+from spach_deploy.onnx_graph.passes.first_norm import spell_first_norm
 from spach_deploy.onnx_graph.passes.group_norm import split_group_norm
 from spach_deploy.onnx_graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.onnx_graph.passes.shift_depthwise import shift_depthwise
+from spach_deploy.onnx_graph.passes.tokens_first import tokens_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,10 @@ class Pass:
 
 
 TENSORRT_PASSES: tuple[Pass, ...] = (
+    Pass("spell_first_norm", "the LayerNorm behind the stem, spelt out", spell_first_norm),
     Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm),
     Pass("shift_depthwise", "depthwise convolutions as shifted products", shift_depthwise),
+    Pass("tokens_first", "attention with tokens before images, which needs no moves", tokens_first),
 )
 
 CPU_PASSES: tuple[Pass, ...] = (

@@ -12,6 +12,9 @@ Both means over tokens stand side by side in one tensor, so one reduction makes 
 nothing would cancel, but m would be needed first and that costs a kernel. What cancels is the mean of all channels and
 tokens alone, which a convolution without bias keeps small; the proof of the graph sees it where it is not.
 
+Statistics are taken from a view of the tensor, (B, N, 1, C): of one tensor with two readers the compiler would store
+the FP32 numbers that the first kernel has computed, of a view and its tensor it stores the half ones that were there.
+
 The normalization then fuses with what follows (the shifted depthwise products). All of it is marked to stay in FP32: a
 decomposed normalization keeps no FP32 statistics of its own.
 """
@@ -33,6 +36,7 @@ from spach_deploy.onnx_graph.graph import (
     producers,
     remove_unused_initializers,
     replace_nodes,
+    shapes_at_batch_one,
 )
 from spach_deploy.onnx_graph.names import owner
 from spach_deploy.onnx_graph.passes.block_boundaries import TO_CHANNELS_LAST, is_transpose
@@ -46,6 +50,7 @@ def split_group_norm(model: ModelProto) -> tuple[str, ...]:
     graph = model.graph
     made, read = producers(graph), consumers(graph)
     position = {node.name: index for index, node in enumerate(graph.node)}
+    shapes = shapes_at_batch_one(model)
     replacement: dict[int, list[NodeProto]] = {}
     changed: list[str] = []
     for node in list(graph.node):
@@ -55,7 +60,8 @@ def split_group_norm(model: ModelProto) -> tuple[str, ...]:
         if not is_transpose(chain[-1], TO_CHANNELS_LAST):
             continue
         name = owner(node.name)
-        channels = initializers(graph)[made[before.input[0]].input[1]].dims[0]
+        _, channels, height, width = shapes[before.input[0]]
+        graph.initializer.append(constant(f"{name}.rows", np.array([-1, height * width, 1, channels], np.int64)))
         _store_constants(graph, name, chain, channels, attributes(node).get("epsilon", 1e-5))
         replacement[position[chain[-1].name]] = _two_level(name, before.input[0], chain[-1].output[0])
         replacement.update({position[old.name]: [] for old in (before, node, *chain[:-1])})
@@ -98,9 +104,11 @@ def _two_level(name: str, source: str, target: str) -> list[NodeProto]:
         return output
 
     x = f"{name}/channels_last"
+    rows = f"{name}/rows"
     transpose = helper.make_node("Transpose", [source], [x], name=x, perm=TO_CHANNELS_LAST)
-    token_mean = add("ReduceMean", "token_mean", x, "group_norm.channel", keepdims=1)
-    centred = add("Sub", "token_centred", x, token_mean)
+    reshape = helper.make_node("Reshape", [x, f"{name}.rows"], [rows], name=rows)
+    token_mean = add("ReduceMean", "token_mean", rows, "group_norm.channel", keepdims=1)
+    centred = add("Sub", "token_centred", rows, token_mean)
     squares = add("Mul", "token_squares", centred, centred)
     token_variance = add("ReduceMean", "token_variance", squares, "group_norm.channel", keepdims=1)
     token_power = add("Add", "token_power", token_variance, add("Mul", "token_mean_squared", token_mean, token_mean))
@@ -115,4 +123,4 @@ def _two_level(name: str, source: str, target: str) -> list[NodeProto]:
     normalized = add("Div", "normalized", add("Sub", "centred", x, mean), deviation)
     add("Add", "shifted", add("Mul", "scaled", normalized, f"{name}.scale"), f"{name}.shift")
     nodes[-1].output[0] = target
-    return [transpose, *nodes]
+    return [transpose, reshape, *nodes]

@@ -250,7 +250,7 @@ def _grid_layouts(exact: Array) -> Iterator[Hypothesis]:
 
 
 def _has_heads(place: Place) -> bool:
-    return place.kind is Kind.CORE or place.name.endswith(".qkv")
+    return place.kind is Kind.CORE or place.module.endswith(".qkv")
 
 
 def _channel_orders(exact: Array, value: Array, *, has_heads: bool) -> Iterator[Hypothesis]:

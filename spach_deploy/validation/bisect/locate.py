@@ -80,8 +80,8 @@ class Location:
 def locate(graph: ModelProto, reference: Reference) -> Location:
     """Hold every place of `graph` to the reference. UsageError where the graph cannot be taken apart."""
     name, dtype, batch = _input(graph)
-    view = reference.view(batch)
     opened = OpenedGraph(graph, batch)
+    view = reference.view(batch).of_graph(opened.makers)
     feeds = {name: reference.inputs(dtype, batch)}
     is_quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     arithmetic = _ARITHMETICS[opened.half] if opened.half is not None else Arithmetic.FP32

@@ -1,13 +1,14 @@
 """Which tensor of a graph is which place of the reference, told by values: names and layouts may be any.
 
-A tensor is a place's when its numbers are the place's, channels last or channels first. Pairs that agree best are made
-first, and a tensor is one place's only; among tensors that agree alike the earliest is taken, so that what reads any of
-them can be given the reference's value.
+A tensor is a place's when its numbers are the place's, channels last or first, or images behind tokens. Pairs that
+agree best are made first, and a tensor is one place's only; among tensors that agree alike the earliest is taken, so
+that what reads any of them can be given the reference's value.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -32,6 +33,9 @@ FIRM_EIGHT_BITS = 0.12
 ALIKE = 2.0
 """Tensors whose errors differ by less than this factor are one value, moved or rounded."""
 
+ALIKE_EIGHT_BITS = 1.05
+"""The same where what eight bits cost before is most of every error: a value without its bias has hardly twice that."""
+
 _SAMPLES = 256
 _FLOOR = 1e-6
 _ROOM = 4.0
@@ -45,23 +49,29 @@ class Candidate:
     recorded: Recorded
 
 
+class Order(enum.Enum):
+    """How (B, N, C) lies in memory: which axis stands where."""
+
+    ROWS = (0, 1, 2)
+    CHANNELS_FIRST = (0, 2, 1)
+    TOKENS_FIRST = (1, 0, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tensor holds (B, N, C): its shape, and whether channels come first."""
+    """How a tensor holds (B, N, C): its shape, and the order of what it holds."""
 
     shape: tuple[int, ...]
-    channels_first: bool
+    order: Order
 
     def to_rows(self, array: Array, shape: tuple[int, ...]) -> Array:
         """The tensor as (B, N, C) `shape`."""
-        batch, tokens, channels = shape
-        if self.channels_first:
-            return array.reshape(batch, channels, tokens).transpose(0, 2, 1)
-        return array.reshape(shape)
+        axes = self.order.value  # each exchanges two axes, so it is its own inverse
+        return array.reshape([shape[axis] for axis in axes]).transpose(axes)
 
     def from_rows(self, rows: Float32Array) -> Array:
         """(B, N, C) as the tensor has it."""
-        return np.ascontiguousarray(rows.transpose(0, 2, 1) if self.channels_first else rows).reshape(self.shape)
+        return np.ascontiguousarray(rows.transpose(self.order.value)).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +110,7 @@ def _winner(votes: Counter[str]) -> str:
 class Matcher:
     """Compares tensors with places as they come; `matches` assigns them.
 
-    `only`: the tensors that a place may be, for places of which that is known.
+    `only`: the tensors that a place may be, for places of which that is known. `orders`: those that tensors may have.
     """
 
     def __init__(
@@ -109,9 +119,11 @@ class Matcher:
         order: Mapping[str, int],
         limit: float = FIRM,
         only: Mapping[str, Collection[str]] | None = None,
+        orders: Collection[Order] = (Order.ROWS, Order.CHANNELS_FIRST),
     ) -> None:
         self._order = order
         self._limit = limit
+        self._alike = ALIKE if limit <= FIRM else ALIKE_EIGHT_BITS
         self._only = only or {}
         self._found: list[Match] = []
         self._sought: dict[int, list[_Sought]] = {}
@@ -123,7 +135,7 @@ class Matcher:
         }
         for name, candidates in places.items():
             for candidate in candidates:
-                sought = _Sought.of(name, candidate)
+                sought = _Sought.of(name, candidate, orders)
                 if sought is not None:
                     self._sought.setdefault(candidate.recorded.value.size, []).append(sought)
 
@@ -140,11 +152,11 @@ class Matcher:
         for sought in self._sought[value.size]:
             if tensor not in self._only.get(sought.place, (tensor,)):
                 continue
-            for layout, samples in sought.samples:
-                if layout and value.ndim < 3:
+            for order, samples in sought.samples:
+                if order is Order.CHANNELS_FIRST and value.ndim < 3:
                     continue  # rows of tokens: (B * N, C)
                 if relative_l2(flat[sought.index], samples) < _ROOM * self._limit:
-                    self._compare(tensor, value, sought, Layout(value.shape, layout))
+                    self._compare(tensor, value, sought, Layout(value.shape, order))
 
     def _compare(self, tensor: str, value: Array, sought: _Sought, layout: Layout) -> None:
         expected = sought.candidate.recorded.value
@@ -153,14 +165,17 @@ class Matcher:
             self._found.append(Match(sought.place, sought.candidate, tensor, layout, error))
 
     def forms(self) -> Forms:
-        """Which form the graph follows where forms differ: that in which most places of one role are found."""
-        found: dict[str, set[str]] = {}
+        """Which form the graph follows where forms differ: that in which most places of one role are found best."""
+        found: dict[str, dict[str, float]] = {}
         for match in self._found:
-            found.setdefault(match.place, set()).add(match.candidate.form)
+            errors = found.setdefault(match.place, {})
+            errors[match.candidate.form] = min(match.error, errors.get(match.candidate.form, match.error))
         by_role: dict[str, Counter[str]] = {}
         for place in self._varied.keys() & found.keys():
+            errors = found[place]
+            best = self._alike * min(errors.values()) + _FLOOR
             # The last: with LayerScale outside of it, a projection's folded value is there too, as LayerScale's.
-            form = [form for form in self._varied[place] if form in found[place]][-1]
+            form = [form for form in self._varied[place] if errors.get(form, np.inf) <= best][-1]
             by_role.setdefault(role(place), Counter())[form] += 1
         overall = sum(by_role.values(), Counter())
         return Forms({name: _winner(votes) for name, votes in by_role.items()}, _winner(overall))
@@ -192,7 +207,7 @@ class Matcher:
         for match in sorted(found, key=lambda match: match.error):
             if match.place in result or match.tensor in used:
                 continue
-            alike = (other for other in by_place[match.place] if other.error <= ALIKE * match.error + _FLOOR)
+            alike = (other for other in by_place[match.place] if other.error <= self._alike * match.error + _FLOOR)
             free = (other for other in alike if other.tensor not in used)
             result[match.place] = min(free, key=lambda other: self._order[other.tensor])
             used.add(result[match.place].tensor)
@@ -210,23 +225,29 @@ def _is_known(match: Match, values: list[Float32Array]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Sought:
-    """A place's value at some positions, as a tensor has them in either layout."""
+    """A place's value at some positions, as a tensor has them in each order."""
 
     place: str
     candidate: Candidate
     index: NDArray[np.int64]
-    samples: tuple[tuple[bool, Array], ...]
+    samples: tuple[tuple[Order, Array], ...]
 
     @classmethod
-    def of(cls, place: str, candidate: Candidate) -> _Sought | None:
+    def of(cls, place: str, candidate: Candidate, orders: Collection[Order]) -> _Sought | None:
         value = candidate.recorded.value
         if not value.any():
             return None
         index = np.random.default_rng(value.size).integers(0, value.size, _SAMPLES)
-        last = value.reshape(-1)[index]
-        if 1 in value.shape[1:]:
-            return cls(place, candidate, index, ((False, last),))
-        _, tokens, channels = value.shape
-        image, rest = np.divmod(index, tokens * channels)
-        channel, token = np.divmod(rest, tokens)
-        return cls(place, candidate, index, ((False, last), (True, value[image, token, channel])))
+        samples = ((order, value.transpose(order.value).reshape(-1)[index]) for order in distinct(orders, value.shape))
+        return cls(place, candidate, index, tuple(samples))
+
+
+def distinct(orders: Collection[Order], shape: tuple[int, ...]) -> list[Order]:
+    """Those `orders` in which (B, N, C) of this shape lies otherwise than in rows, and rows."""
+    batch, tokens, channels = shape
+    moved = {
+        Order.ROWS: True,
+        Order.CHANNELS_FIRST: tokens > 1 and channels > 1,
+        Order.TOKENS_FIRST: batch > 1 and tokens > 1,
+    }
+    return [order for order in orders if moved[order]]

@@ -1,15 +1,16 @@
 """Places of a model: where the reference's intermediate tensors are taken, and which module makes each.
 
 A place is the output of a leaf module (a convolution, a linear layer, a norm, an activation), of an attention's core,
-of LayerScale, of a block's two sums, or of the mean over tokens. Values are (B, N, C): tokens by channels, whatever
-layout a module works in, so that they can be found in graphs of any layout.
+of LayerScale, of a block's two sums, or of the mean over tokens. A packed qkv is one place and three: graphs may make
+query, key and value each by itself, and `only_made` leaves those that a graph has. Values are (B, N, C): tokens by
+channels, whatever layout a module works in, so that they can be found in graphs of any layout.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from spach_deploy.models.layers import Attention, MixingBlock, SpatialMLP
 from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph.passes.tokens_first import PARTS
 from spach_deploy.rewrites.static_modules import StaticAttention, StaticBlock, StaticSpach, TokenLinear
 
 Float32Array = NDArray[np.float32]
@@ -26,6 +28,9 @@ Rounding = Callable[[Tensor], Tensor]
 
 CORE, SCALE, MIDDLE, MEAN = "/core", "/gamma_1", "/middle", "mean"
 """Ends of the names of places that are no leaf module's output; a block's own path names its second sum."""
+
+QKV_PARTS = tuple(f"/{part}" for part in PARTS)
+"""Ends of the names of query, key and value, as places of their own."""
 
 _LEAVES = (nn.Conv2d, nn.Linear, TokenLinear, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.GELU, nn.ReLU)
 
@@ -227,10 +232,20 @@ class _Recorder:
 
     def _core(self, path: str, mixer: Attention | StaticAttention, qkv: str) -> str:
         packed = torch.from_numpy(self.recorded[qkv].value)
+        self._add_parts(qkv, packed)
         core = AttentionCore(mixer.num_heads, mixer.scale)
         place = Place(f"{path}.spatial_func{CORE}", f"{path}.spatial_func", Kind.CORE, (qkv,))
         self._add(place, self._calls["spatial_func.proj"][1], Computation(core, (packed,), _core, Rows(self._batch)))
         return place.name
+
+    def _add_parts(self, qkv: str, packed: Tensor) -> None:
+        """Query, key and value, each as the output of its rows of the packed layer."""
+        whole = self.recorded[qkv]
+        linear, inputs = whole.computation.module, whole.computation.inputs
+        assert isinstance(linear, nn.Linear)
+        for end, rows, value in zip(QKV_PARTS, _thirds(linear), packed.chunk(3, dim=-1), strict=True):
+            place = Place(qkv + end, qkv, Kind.LEAF, whole.place.parents)
+            self._add(place, value, Computation(rows, inputs, _call, Rows(self._batch)))
 
     def _leaf_of(self, path: str, name: str, parent: str, *, transposed: bool = False) -> str:
         module, x, y = self._calls[name]
@@ -258,6 +273,33 @@ class _Recorder:
     def _rows_of(self, module: nn.Module, *, transposed: bool = False) -> Rows:
         first = isinstance(module, (nn.Conv2d, nn.GroupNorm, nn.BatchNorm2d, nn.ReLU))
         return Rows(self._batch, "first" if first else "transposed" if transposed else "last")
+
+
+def only_made(places: Mapping[str, Place], tensors: Collection[str]) -> dict[str, Place]:
+    """Of a packed qkv and its parts those that a graph of these `tensors` makes: the parts, where it names them."""
+    parts = {name: tuple(name + end for end in QKV_PARTS) for name in places if name + QKV_PARTS[0] in places}
+    parted = {name: own for name, own in parts.items() if all(part in tensors for part in own)}
+    gone = {*parted, *(part for name, own in parts.items() if name not in parted for part in own)}
+    return {
+        name: dataclasses.replace(place, parents=tuple(_each(place.parents, parted)))
+        for name, place in places.items()
+        if name not in gone
+    }
+
+
+def _each(parents: tuple[str, ...], parted: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    for name in parents:
+        yield from parted.get(name, (name,))
+
+
+def _thirds(linear: nn.Linear) -> list[nn.Linear]:
+    """The layer's rows for query, key and value."""
+    thirds = []
+    for weight, bias in zip(linear.weight.chunk(3), linear.bias.chunk(3), strict=True):
+        third = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        third.weight, third.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+        thirds.append(third)
+    return thirds
 
 
 class _Scale(nn.Module):

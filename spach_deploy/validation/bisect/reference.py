@@ -9,7 +9,7 @@ place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from spach_deploy.rewrites import rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.validation.bisect.losses import Loss, evaluate, measure, relative_l2
 from spach_deploy.validation.bisect.mapping import EQUALIZED, PUBLISHED, STATIC, Candidate
-from spach_deploy.validation.bisect.places import Float32Array, Place, Recorded, record
+from spach_deploy.validation.bisect.places import Float32Array, Place, Recorded, only_made, record
 from spach_deploy.validation.precision_loss import Arithmetic
 
 BATCH = 2
@@ -36,6 +36,11 @@ class View:
     images: Float32Array
     places: Mapping[str, Place]
     candidates: Mapping[str, tuple[Candidate, ...]]
+
+    def of_graph(self, tensors: Collection[str]) -> View:
+        """The places that a graph of these `tensors` may have."""
+        places = only_made(self.places, tensors)
+        return View(self.images, places, {name: self.candidates[name] for name in places})
 
     def is_expected(self, name: str) -> bool:
         """Whether a graph of ours has this place as a tensor; others are folded into their neighbours."""

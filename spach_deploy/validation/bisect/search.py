@@ -14,9 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spach_deploy.onnx_graph.names import owner
+from spach_deploy.onnx_graph.passes.tokens_first import NAME as TOKENS_FIRST
 from spach_deploy.validation.bisect.kinds import diagnose
 from spach_deploy.validation.bisect.losses import relative_l2
-from spach_deploy.validation.bisect.mapping import FIRM, FIRM_EIGHT_BITS, Candidate, Forms, Layout, Match, Matcher
+from spach_deploy.validation.bisect.mapping import (
+    FIRM,
+    FIRM_EIGHT_BITS,
+    Candidate,
+    Forms,
+    Layout,
+    Match,
+    Matcher,
+    Order,
+    distinct,
+)
 from spach_deploy.validation.bisect.opened import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import View
 
@@ -58,6 +69,7 @@ class Search:
         self._is_quantized = is_quantized
         self._forms: Forms | None = None
         self._answers = self._answer_tensors()
+        self._orders = _orders(opened)
         self._find()
 
     def _answer_tensors(self) -> dict[str, list[str]]:
@@ -120,7 +132,7 @@ class Search:
     def _look(self) -> dict[str, Match]:
         """Places that the graph computes rightly from what is settled."""
         unsettled = {name: entries for name, entries in self._view.candidates.items() if name not in self.settled}
-        matcher = Matcher(unsettled, self._opened.order, self._limit, self._answers)
+        matcher = Matcher(unsettled, self._opened.order, self._limit, self._answers, self._orders)
         given = self.given
         for names in self._opened.passes(self._opened.tensors(matcher.sizes)):
             for tensor, value in self._opened.run(self._feeds, names, given).items():
@@ -214,11 +226,16 @@ class Search:
     ) -> Iterator[tuple[Match, NDArray[np.floating]]]:
         """The tensor taken for the place's in each form and layout, unless it is an input, moved by somebody else."""
         for candidate in self._candidates(place):
-            for layout in _layouts(value, candidate):
+            for layout in self._layouts(value, candidate):
                 rows = layout.to_rows(value, candidate.recorded.value.shape)
                 match = Match(place, candidate, tensor, layout, relative_l2(rows, candidate.recorded.value))
                 if self._is_named(match) or not self._is_input(rows, inputs):
                     yield match, rows
+
+    def _layouts(self, value: NDArray[np.floating], candidate: Candidate) -> Iterator[Layout]:
+        for order in distinct(self._orders, candidate.recorded.value.shape):
+            if order is not Order.CHANNELS_FIRST or value.ndim >= 3:
+                yield Layout(value.shape, order)
 
     def _candidates(self, place: str) -> tuple[Candidate, ...]:
         """The place's value in the form that the graph follows, or in each where that is not known."""
@@ -236,10 +253,11 @@ class Search:
         return False
 
 
-def _layouts(value: NDArray[np.floating], candidate: Candidate) -> Iterator[Layout]:
-    yield Layout(value.shape, channels_first=False)
-    if value.ndim >= 3 and 1 not in candidate.recorded.value.shape[1:]:
-        yield Layout(value.shape, channels_first=True)
+def _orders(opened: OpenedGraph) -> tuple[Order, ...]:
+    """Orders that the graph may have tensors in: images behind tokens only where a node says that it makes that."""
+    usual = (Order.ROWS, Order.CHANNELS_FIRST)
+    swaps = any(name.rpartition("/")[2] == TOKENS_FIRST for name in opened.makers.values())
+    return (*usual, Order.TOKENS_FIRST) if swaps else usual
 
 
 def _rank(error: float) -> float:

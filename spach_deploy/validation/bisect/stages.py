@@ -39,14 +39,15 @@ REFERENCE, STATIC, GRAPH, TYPED, ENGINE = "reference", "static model", "FP32 gra
 class Sources:
     """What an export was made from: weights, images (N, 3, S, S) and the logits (N, classes) that were stored of them.
 
-    `disabled` and `quantize` are what the rewrites were told; `target_form`: the graph got TensorRT's form.
+    `disabled` and `quantize` are what the rewrites were told, `quantize` None where nothing was quantized;
+    `target_form`: the graph got TensorRT's form.
     """
 
     loaded: LoadedModel
     images: Float32Array
     logits: Float32Array
     disabled: tuple[str, ...] = ()
-    quantize: tuple[str, ...] = ()
+    quantize: tuple[str, ...] | None = None
     target_form: bool = True
 
 
