@@ -63,7 +63,7 @@ def take_squares_in_one_pass(model: ModelProto) -> int:
     for node in model.graph.node:
         name, _, label = node.name.rpartition("/")
         if label == "token_squares":
-            node.input[:] = [f"{name}/channels_last"] * 2
+            node.input[:] = [f"{name}/rows"] * 2
             changed += 1
         elif label == "token_power":  # variance + mean^2 is the mean of the squares
             node.op_type, node.input[:] = "Identity", node.input[:1]

@@ -199,14 +199,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--held-out", type=int, default=16)
     parser.add_argument("--gpu", default="sm89")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants, printed and not recorded")
     arguments = parser.parse_args()
     subject = Subject(arguments.model, arguments.images, arguments.held_out)
     rows = []
     for variant in variants():
+        if arguments.only and variant.name not in arguments.only:
+            continue
         rows.append(row(subject, variant, arguments.gpu))
         print(" | ".join(map(str, rows[-1])), flush=True)
     headings = ("variant", "layers", "rel. L2", "kernels", "fused attentions", "products", "MB at batch 8", "plan MB")
     command = f"python -m benchmarks.quantization {arguments.model} --gpu {arguments.gpu}"
+    if arguments.only:
+        return
     record(f"Eight bits, {arguments.model}", command, table(headings, rows), ("torch", "onnxruntime", "tensorrt-rtx"))
 
 
