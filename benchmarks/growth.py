@@ -146,7 +146,7 @@ def _section(
     """`units`: what the labels and what the sizes count."""
     rows = [[label, *point.cells()] for label, point in zip(labels, points, strict=True)]
     columns = list(zip(*(point.values() for point in points), strict=True))
-    rows.append([f"exponent of {units[1]}", *(f"{exponent(sizes, column):.2f}" for column in columns)])
+    rows.append([f"exponent of {units[1]}", *(f"{round(exponent(sizes, column), 2) + 0.0:.2f}" for column in columns)])
     macs, seconds = columns[_UNITS.index("GMACs")], columns[_UNITS.index("latency ms")]
     judged = {"export": exponent(sizes, columns[0]), "latency by multiply-adds": exponent(macs, seconds)}
     return f"{title}:\n\n{table((units[0], *_UNITS), rows)}\n\n{verdict(judged)}"
