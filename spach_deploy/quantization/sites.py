@@ -11,7 +11,7 @@ A site is a product of an activation with constant weights. Which of them are qu
 - *depthwise*: never by default. It has nine multiplications a number and is bound by memory, its shifted form fuses
   with its neighbours, and an identity folded into its kernel would be rounded to eight bits with it;
 - *attention* (the two products of a block: q, k, v and the softmax's result): never by default. With all four tensors
-  in eight bits TensorRT for RTX 1.7 finds no fused kernel (ms_hybrid_s: 242 kernels instead of 194), and the logits
+  in eight bits TensorRT for RTX 1.7 finds no fused kernel (ms_hybrid_s: 239 kernels instead of 177), and the logits
   lose more. All four or none in any case.
 
 Inputs of residual additions and of LayerNorm are no sites: quantizing them costs accuracy and buys nothing.
