@@ -7,7 +7,7 @@ A site is a product of an activation with constant weights. Which of them are qu
   relative L2 of 0.015 instead of 0.018);
 - *convolution* (stem, downsampling): never by default. They are 1.6 % of the multiplications; a downsampling's input is
   the residual stream itself (on ms_hybrid_s relative L2 0.018 becomes 0.021), and the stem in eight bits costs a kernel
-  and 22 MB at batch 8 instead of saving any. TensorRT runs FP8 convolutions in half anyway;
+  and 16 MB at batch 8 instead of saving any. TensorRT runs FP8 convolutions in half anyway;
 - *depthwise*: never by default. It has nine multiplications a number and is bound by memory, its shifted form fuses
   with its neighbours, and an identity folded into its kernel would be rounded to eight bits with it;
 - *attention* (the two products of a block: q, k, v and the softmax's result): never by default. With all four tensors

@@ -142,7 +142,7 @@ def rebuilt_on_images(
     names, pixels, own = _read(source.limit(asked.max_images), facts.preprocessing, say)
     labels, notes = labels_of(names, own)
     say(f"Running the reference on {len(names)} images.")
-    images = normalize(pixels, facts.preprocessing)
+    images = _Normalized(pixels, facts.preprocessing)
     logits = _answers(loaded, images)
     trial = Trial(
         inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.outputs.io_dtype),
@@ -298,9 +298,24 @@ def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
     return inputs.astype(np.float32)
 
 
-def _answers(loaded: LoadedModel, images: Float32Array) -> Float32Array:
-    starts = range(0, len(images), LARGEST_BATCH)
-    return np.concatenate([evaluate(loaded.model, images[start : start + LARGEST_BATCH]) for start in starts])
+@dataclasses.dataclass(frozen=True)
+class _Normalized:
+    """Images float32 (N, 3, S, S), normalized when they are taken: their pixels are a quarter of that."""
+
+    pixels: npt.NDArray[np.uint8]
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, chosen: list[int], /) -> Float32Array:
+        return normalize(self.pixels[chosen], self.preprocessing)
+
+
+def _answers(loaded: LoadedModel, images: SomeImages) -> Float32Array:
+    every = range(len(images))
+    starts = every[::LARGEST_BATCH]
+    return np.concatenate([evaluate(loaded.model, images[[*every[start : start + LARGEST_BATCH]]]) for start in starts])
 
 
 def _described(loaded: LoadedModel) -> str:
