@@ -208,10 +208,10 @@ def main() -> None:
             continue
         rows.append(row(subject, variant, arguments.gpu))
         print(" | ".join(map(str, rows[-1])), flush=True)
-    headings = ("variant", "layers", "rel. L2", "kernels", "fused attentions", "products", "MB at batch 8", "plan MB")
-    command = f"python -m benchmarks.quantization {arguments.model} --gpu {arguments.gpu}"
     if arguments.only:
         return
+    headings = ("variant", "layers", "rel. L2", "kernels", "fused attentions", "products", "MB at batch 8", "plan MB")
+    command = f"python -m benchmarks.quantization {arguments.model} --gpu {arguments.gpu}"
     record(f"Eight bits, {arguments.model}", command, table(headings, rows), ("torch", "onnxruntime", "tensorrt-rtx"))
 
 

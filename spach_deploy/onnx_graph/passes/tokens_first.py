@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
@@ -112,13 +111,13 @@ def _attention(
         qkv = before(unpack, 0, "Gemm")
         rows = before(qkv, 0, "Reshape")
         norm = before(rows, 0, "LayerNormalization")
-        back = behind(behind(behind(behind(mixed, "Transpose"), "Reshape"), "Gemm"), "Reshape")
-        only = [behind(node, kind) for node, kind in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape"))]
+        merge = behind(mixed, "Transpose")
+        back = behind(behind(behind(merge, "Reshape"), "Gemm"), "Reshape")
+        for node, reader in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # nobody else may read them
+            behind(node, reader)
     except (KeyError, LookupError, ValueError):
         return None
-    assert only
     _, triple, tokens, head_dim = shapes[swap.output[0]]
-    merge = behind(mixed, "Transpose")
     path = softmax.name.rpartition("/")[0]
     return _Attention(path, norm, qkv, unpack, swap, split, key, merge, back, tokens, triple // 3, head_dim)
 
@@ -205,5 +204,5 @@ def _reshape(graph: GraphProto, source: str, name: str, *shape: int) -> NodeProt
     return helper.make_node("Reshape", [source, stored], [name], name=name)
 
 
-def _transpose(source: str, name: str, perm: list[int], **options: Any) -> NodeProto:
-    return helper.make_node("Transpose", [source], [name], name=name, perm=perm, **options)
+def _transpose(source: str, name: str, perm: list[int]) -> NodeProto:
+    return helper.make_node("Transpose", [source], [name], name=name, perm=perm)
