@@ -109,9 +109,10 @@ def _pixels(trial: Trial, chosen: list[int], facts: BundleFacts) -> npt.NDArray[
 
 def _told(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     """Which rewrites were turned off, and what was quantized against the rules; None where nothing was quantized."""
-    passes = [step.name for step in TENSORRT_PASSES] if facts.flavour is Flavour.NONE else []
+    graph = bundle.manifest.content.get("graph", {})
+    passes = [step.name for step in TENSORRT_PASSES if step.name not in graph.get("passes", {})]
     if facts.quantization is not None:
         return (*facts.quantization.disabled, *passes), facts.quantization.quantize
-    rewrites = bundle.manifest.content.get("graph", {}).get("rewrites", {})
+    rewrites = graph.get("rewrites", {})
     off = (name for name, entry in rewrites.items() if any("--no-rewrite" in why for why in entry.get("skipped", ())))
     return (*off, *passes), None
