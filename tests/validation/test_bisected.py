@@ -99,6 +99,22 @@ def test_a_wrong_rewrite_is_the_static_models_stage(monkeypatch: pytest.MonkeyPa
     assert suspect["kind"] == "wrong rewrite"
 
 
+def test_a_bisection_goes_without_what_the_export_went_without(spoiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that the manifest does not list, and the rewrites that only serve them."""
+    manifest = small_bundles.read_manifest(spoiled)
+    manifest["graph"]["passes"] = {"shift_depthwise": 5}
+    small_bundles.write_manifest(spoiled, manifest)
+    right, told = stages.rewrite, []  # type: ignore[attr-defined]
+
+    def watched(*arguments: object) -> object:
+        told.append(arguments[1:])
+        return right(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stages, "rewrite", watched)
+    assert bisect(spoiled)[1]["first_stage"] is None
+    assert told == [(("spell_first_norm", "split_group_norm", "tokens_first"), None)]
+
+
 def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: pytest.MonkeyPatch) -> None:
     right = stages.export_canonical  # type: ignore[attr-defined]
 
