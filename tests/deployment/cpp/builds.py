@@ -63,8 +63,10 @@ class Build:
 
     @property
     def variables(self) -> dict[str, str]:
-        """ONNX Runtime's library for the double, the sanitizers' options, and the double's version."""
+        """Libraries of this environment, whichever one built it; the sanitizers' options, and the double's version."""
         variables = {"SPACH_DOUBLE_ORT": str(onnxruntime_library()), "LC_ALL": "C"}
+        if self.variant is Variant.REAL_RTX:
+            variables["LD_LIBRARY_PATH"] = str(real_tensorrt_rtx().parent)
         if self.variant is Variant.ASAN:
             variables["ASAN_OPTIONS"] = "exitcode=66:allocator_may_return_null=1"
             variables["LSAN_OPTIONS"] = "exitcode=67"
@@ -143,7 +145,7 @@ def _link_with_real_rtx(folder: Path, package: Path) -> None:
     plain = build(Variant.PLAIN, package).path
     objects = [*(plain / "library").rglob("*.o"), *(plain / "doubles").rglob("cuda_double.cpp.o")]
     chosen = [file for file in objects if "classify" not in file.name and "benchmark" not in file.name]
-    _run("c++", *chosen, library, f"-Wl,-rpath,{library.parent}", "-pthread", "-o", folder / "spach_self_test")
+    _run("c++", *chosen, library, "-pthread", "-o", folder / "spach_self_test")
 
 
 _MAKERS: dict[Variant, Callable[[Path, Path], None]] = {
