@@ -58,6 +58,7 @@ def _quantization(spec: QuantizationSpec) -> Words:
     ):
         yield from _repeated(option, patterns)
     yield from _flag("--no-equalize", not spec.equalize)
+    yield from _flag("--vnni", spec.vnni)
     yield from _flag("--allow-overlap", spec.allow_overlap)
     yield from _optional("--max-rel-l2", spec.max_rel_l2)
     yield from _optional("--max-drop", spec.max_drop)

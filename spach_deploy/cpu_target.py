@@ -1,13 +1,15 @@
 """`spach-export --target cpu`: the form of the model that is fastest on this machine's CPU, found by measuring.
 
-Candidates are FP32 and, with a calibration set, INT8 with all else in FP32; each in ONNX Runtime and, where it is
-installed, OpenVINO. All are measured against PyTorch eager in rounds of one run, and the fastest whose numbers are
-within its bundle's tolerances becomes the bundle. What was measured is the manifest's section `cpu`.
+Candidates are FP32, BF16 where the CPU multiplies it and OpenVINO is installed, and, with a calibration set, INT8 with
+all else in FP32 (or, in OpenVINO, in BF16); in ONNX Runtime and, where it is installed, OpenVINO. All are measured
+against PyTorch eager in rounds of one run, and the fastest whose numbers are within its bundle's tolerances becomes the
+bundle. What was measured is the manifest's section `cpu`, with what its runner has to be told.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,20 +17,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy import bundle as bundles
-from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, OPENVINO, TITLES, Setup, why_not
+from spach_deploy.benchmark.contestants import (
+    EAGER,
+    ONNX_RUNTIME,
+    OPENVINO,
+    OPENVINO_BF16,
+    OPENVINO_HINTS,
+    TITLES,
+    Setup,
+    why_no_openvino,
+    why_not,
+)
 from spach_deploy.benchmark.rounds import Question, measure
 from spach_deploy.bundle import Bundle
 from spach_deploy.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.phases import Observer
 from spach_deploy.pipeline import ExportResult, export
+from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.runtime.threads import available_threads
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec
 
 if TYPE_CHECKING:
     from spach_deploy.benchmark.result import Benchmark, Runner
 
-PRECISIONS = (Precision.INT8, Precision.FP32)
-_RUNNERS = (EAGER, ONNX_RUNTIME, OPENVINO)
+RUNNERS: Mapping[Precision, tuple[str, ...]] = {
+    Precision.INT8: (EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16),
+    Precision.BF16: (EAGER, OPENVINO_BF16),
+    Precision.FP32: (EAGER, ONNX_RUNTIME, OPENVINO),
+}
+"""Candidates, and what may run each: ONNX Runtime has no bfloat16 on CPUs."""
+
 _ROUNDS, _SECONDS = 5, 1.0
 
 
@@ -63,17 +81,26 @@ class Form:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {**dataclasses.asdict(self), "precision": self.precision.value}
+        return {**dataclasses.asdict(self), "precision": self.precision.value, "settings": self.settings}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the runner has to be told to compute so."""
+        return {"INFERENCE_PRECISION_HINT": hint} if (hint := OPENVINO_HINTS.get(self.runner)) else {}
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuChoice:
-    """The bundle that was written, the form that it is of, and all that were measured."""
+    """The bundle that was written, the form that it is of, and all that were measured.
+
+    `is_asked`: its precision was the only one that was to be tried.
+    """
 
     bundle: Bundle
     chosen: Form
     forms: tuple[Form, ...]
     machine: Mapping[str, Any]
+    is_asked: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: the manifest's section `cpu`."""
@@ -84,8 +111,14 @@ def check_cpu(options: ExportOptions, asked: Precision | None) -> None:
     """Refuse contradictions before any work."""
     if options.engine.flavour not in (Flavour.AUTO, Flavour.NONE) or options.engine.gpus:
         raise UsageError("--target cpu builds no engine.", "Leave --engine and --gpu out.")
-    if asked not in (None, *PRECISIONS):
-        raise UsageError(f"--target cpu chooses between fp32 and int8, not {asked.value}.", "Leave the precision out.")
+    if asked is not None and asked not in RUNNERS:
+        raise UsageError(
+            f"--target cpu chooses between int8, bf16 and fp32, not {asked.value}.", "Leave the precision out."
+        )
+    if asked is Precision.BF16 and (why := why_no_openvino(OPENVINO_BF16)):
+        raise UnavailableError(f"--target cpu runs bf16 in OpenVINO. {why[0].upper()}{why[1:]}.")
+    if options.quantization.vnni:
+        raise UsageError("--target cpu sees for itself whether there is VNNI.", "Leave --vnni out.")
     if asked is Precision.INT8 and options.quantization.calibration is None:
         raise UsageError("INT8 needs images to calibrate on.", "Give --calibration DIR.")
     if options.quantization.max_drop is not None:
@@ -115,18 +148,21 @@ def export_for_cpu(
         forms = tuple(form for precision, benchmark in found.items() for form in _forms(precision, benchmark))
         chosen, machine = best_of(forms), next(iter(found.values())).machine
         bundle = _placed(Path(folder) / chosen.precision.value, options, _section(chosen, forms, machine))
-    return CpuChoice(bundle, chosen, forms, machine)
+    return CpuChoice(bundle, chosen, forms, machine, asked is not None)
 
 
 def _candidates(options: ExportOptions) -> list[Precision]:
-    return [p for p in PRECISIONS if p is Precision.FP32 or options.quantization.calibration is not None]
+    left_out = {Precision.INT8} if options.quantization.calibration is None else set()
+    if why_no_openvino(OPENVINO_BF16):
+        left_out.add(Precision.BF16)
+    return [precision for precision in RUNNERS if precision not in left_out]
 
 
 def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
     """Options of one candidate: no engine, all that is not quantized in FP32."""
-    quantization = (
-        dataclasses.replace(options.quantization, rest=Precision.FP32) if precision.is_quantized else QuantizationSpec()
-    )
+    quantization = QuantizationSpec()
+    if precision.is_quantized:
+        quantization = dataclasses.replace(options.quantization, rest=Precision.FP32, vnni=has_vnni())
     engine = EngineTarget(Flavour.NONE, batch=options.engine.batch)
     return dataclasses.replace(options, precision=precision, quantization=quantization, engine=engine)
 
@@ -137,7 +173,8 @@ def measured(result: ExportResult, options: ExportOptions, tell: Callable[[str, 
     setup = Setup(bundle.path, options.model.checkpoint, options.model.weights, available_threads())
     if options.model.checkpoint is None:
         setup = dataclasses.replace(setup, weights=None)
-    names = tuple(name for name in _RUNNERS if not why_not(name, setup, bundle))
+    runners = RUNNERS[Precision(bundle.manifest.precision)]
+    names = tuple(name for name in runners if not why_not(name, setup, bundle))
     if set(names) <= {EAGER}:
         raise UnavailableError("Nothing here runs a graph on the CPU.", "pip install onnxruntime")
     batches = (options.engine.batch.opt,)
@@ -186,7 +223,9 @@ def as_table(choice: CpuChoice) -> str:
         f"Fastest of the right ones at batch {chosen.batch}: {chosen.precision.value} in {TITLES[chosen.runner]},"
         f" {chosen.images_per_second:,.1f} images/s."
     )
-    if len({form.precision for form in choice.forms}) == 1 and chosen.precision is Precision.FP32:
+    if hint := chosen.settings:
+        lines.append(f'Run it so: openvino.Core().compile_model("model.onnx", "CPU", {json.dumps(hint)})')
+    if Precision.INT8 not in {form.precision for form in choice.forms} and not choice.is_asked:
         lines.append("With --calibration DIR, INT8 is tried too.")
     return "\n".join([*lines, "", f"Bundle: {choice.bundle.path}"])
 

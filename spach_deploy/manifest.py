@@ -104,6 +104,7 @@ def quantization_sections(
         "quantization": {
             "format": plan.form.name,
             "rest": options.rest.value,
+            "vnni": options.quantization.vnni,
             "layers": len(plan.sites),
             "macs_share": plan.macs_share,
             "per_tensor_layers": sum(not site.per_channel for site in plan.sites if site.weight),

@@ -106,7 +106,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         with phases.phase("choose the layers"):
             held_out = held_out_images(loaded, photographs, reference, options)
             quantized, choice = choose_layers(quantized, static.result.model, held_out, options, phases)
-    plan = None if quantized is None else quantized.plan
+    plan = None if quantized is None else dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
     with phases.phase("measure ranges, set types"):
         graph = stages.give_form(graph, photographs, options, plan)
         typed = stages.type_precision(graph, loaded, photographs, reference, options, phases, plan)

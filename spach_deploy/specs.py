@@ -157,6 +157,7 @@ class QuantizationSpec:
     it fits and written otherwise. `rest`: precision of everything that is not quantized. `keep_float`, `quantize`:
     patterns of module names, as fnmatch reads them. `per_tensor`: patterns of layers whose weights have one scale.
     `max_rel_l2` of the logits, `max_drop` in points of top-1 on labelled images: layers stay in float until it holds.
+    `vnni`: the graph is for CPUs with VNNI; elsewhere it computes something else.
     `cluster`: address of the Ray cluster to calibrate and to choose layers on; None for this process.
     """
 
@@ -172,6 +173,7 @@ class QuantizationSpec:
     max_rel_l2: float | None = None
     max_drop: float | None = None
     labels: Path | None = None
+    vnni: bool = False
     cluster: str | None = None
 
     @property

@@ -67,6 +67,7 @@ EXPORTS = [
             max_rel_l2=0.0125,
             max_drop=0.3,
             labels=Path("labels.csv"),
+            vnni=True,
         ),
     ),
 ]

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from spach_deploy import cpu_target, pipeline
-from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME
+from spach_deploy.benchmark import contestants
+from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
 from spach_deploy.benchmark.rounds import Question
 from spach_deploy.benchmark.statistics import Latency, Ratio
 from spach_deploy.bundle import MANIFEST, Bundle
 from spach_deploy.pipeline import ExportResult
-from spach_deploy.specs import ExportOptions
+from spach_deploy.specs import ExportOptions, Precision, QuantizationSpec
 from tests import small_bundles
 from tests.commands import contents, export, refusal
 from tests.quantization.small_quantized import calibration_images
@@ -43,7 +44,8 @@ class Stopwatch:
                 name, Accuracy(error, 1e-2), (Timing(batch, Latency(9, 1 / speed, None, None), 10, 0.1, ratio),)
             )
 
-        runners = (runner(EAGER, 1, 0.0), runner(ONNX_RUNTIME, times, 1e-3 if is_right else 0.5))
+        names = [name for name in question.names if name != EAGER]
+        runners = (runner(EAGER, 1, 0.0), *(runner(name, times, 1e-3 if is_right else 0.5) for name in names))
         return Benchmark("b", "small", "fp32", (batch,), 5, runners, {}, (), {}, {"processor": "a clock"})
 
 
@@ -73,6 +75,21 @@ def run(monkeypatch: pytest.MonkeyPatch, target: Path, *arguments: object, **spe
     with small_bundles.registered():
         result = export(*SMALL, "--target", "cpu", "-o", target, *arguments)
     return result, watch
+
+
+@pytest.fixture(autouse=True)
+def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without bfloat16 and VNNI, and ONNX Runtime alone."""
+    on_a_machine(monkeypatch, openvino=False)
+
+
+def on_a_machine(monkeypatch: pytest.MonkeyPatch, *, openvino: bool, bf16: bool = False, vnni: bool = False) -> None:
+    def why(name: str) -> str:
+        return "not installed: pip install openvino" if not openvino else "" if bf16 or "bf16" not in name else "no"
+
+    monkeypatch.setattr(contestants, "why_no_openvino", why)
+    monkeypatch.setattr(cpu_target, "why_no_openvino", why)
+    monkeypatch.setattr(cpu_target, "has_vnni", lambda: vnni)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +128,36 @@ def test_all_but_the_products_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.
     assert watch.asked[0].batches == (8,)
 
 
+def test_bf16_is_tried_in_openvino_where_the_cpu_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine(monkeypatch, openvino=True, bf16=True)
+    result, watch = run(monkeypatch, tmp_path / "b", fp32=(2.0, True), bf16=(4.0, True))
+    assert result.exit_code == 0, result.output
+    asked = [question.names for question in watch.asked]
+    assert asked == [(EAGER, OPENVINO_BF16), (EAGER, ONNX_RUNTIME, OPENVINO)]
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.precision == "bf16"
+    assert manifest.content["cpu"]["chosen"]["settings"] == {"INFERENCE_PRECISION_HINT": "bf16"}
+    assert 'compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})' in result.stdout
+    assert "With --calibration DIR, INT8 is tried too." in result.stdout
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_eight_bits_are_stored_as_this_cpu_multiplies_them(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_target, "has_vnni", lambda: vnni)
+    options = ExportOptions(quantization=QuantizationSpec(calibration_images()))
+    assert cpu_target.options_for(options, Precision.INT8).quantization.vnni is vnni
+    assert cpu_target.options_for(options, Precision.FP32).quantization == QuantizationSpec()
+
+
+def test_eight_bits_run_in_everything_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine(monkeypatch, openvino=True, bf16=True)
+    arguments = ("--calibration", calibration_images(), "--int8")
+    result, watch = run(monkeypatch, tmp_path / "b", *arguments, int8=(3.0, True))
+    assert result.exit_code == 0, result.output
+    assert watch.asked[0].names == (EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16)
+    assert "INT8 is tried too" not in result.stdout
+
+
 def test_without_images_only_fp32_is_tried_and_the_way_to_more_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +179,8 @@ def test_nothing_right_is_exit_1_and_the_old_bundle_stays(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--fp16",), "chooses between fp32 and int8, not fp16"),
+        (("--fp16",), "chooses between int8, bf16 and fp32, not fp16"),
+        (("--vnni", "--int8", "--calibration", "."), "sees for itself whether there is VNNI"),
         (("--int8",), "Give --calibration DIR."),
         (("--gpu", "sm89"), "--target cpu builds no engine"),
         (("--engine", "tensorrt"), "--target cpu builds no engine"),
@@ -144,6 +192,13 @@ def test_nothing_right_is_exit_1_and_the_old_bundle_stays(tmp_path: Path, monkey
 def test_contradictions_are_refused_before_any_work(arguments: tuple[str, ...], reason: str, tmp_path: Path) -> None:
     with small_bundles.registered():
         assert reason in refusal(export(*SMALL, "--target", "cpu", "-o", tmp_path / "b", *arguments))
+    assert not (tmp_path / "b").exists()
+
+
+def test_bf16_alone_needs_what_runs_it(tmp_path: Path) -> None:
+    with small_bundles.registered():
+        result = export(*SMALL, "--target", "cpu", "-o", tmp_path / "b", "--bf16")
+    assert "runs bf16 in OpenVINO. Not installed: pip install openvino." in refusal(result, 3)
     assert not (tmp_path / "b").exists()
 
 

@@ -12,35 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.doctor.requirements import installed
+from spach_deploy.runtime.processor import cpu_flags, described
 from spach_deploy.runtime.threads import available_threads, torch_threads
 from spach_deploy.tool_versions import tool_versions
 
-_TELLING = (
-    *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "f16c", "fma"),
-    *("asimd", "bf16", "i8mm", "sve"),
-)
 _GPU_QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
 _GEMM, _COPY_BYTES, _PEAK_S = 1024, 256 << 20, 0.15
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Features of this processor that matter for its arithmetic; empty where the system does not say."""
-    return {flag for flag in _TELLING if flag in _cpuinfo(cpuinfo, "flags", "Features").split()}
-
-
-def _cpuinfo(cpuinfo: Path, *keys: str) -> str:
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    found = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys)
-    return next(found, "")
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
     """Plain JSON: what a figure from this machine depends on."""
     return {
-        "processor": _cpuinfo(Path("/proc/cpuinfo"), "model name") or platform.machine(),
+        "processor": described(Path("/proc/cpuinfo"), "model name") or platform.machine(),
         "flags": sorted(cpu_flags()),
         "cores": available_threads(),
         "threads": threads,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.benchmark import contestants
-from spach_deploy.benchmark.contestants import BF16, CPU, EAGER, GPU, TITLES, TORCH, Setup, lacks_weights
+from spach_deploy.benchmark.contestants import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, Setup, lacks_weights
 from spach_deploy.benchmark.layers import Layer, layers
 from spach_deploy.benchmark.machine import Peaks, facts_after, machine_facts
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
@@ -269,7 +269,7 @@ def _runner(
 ) -> Runner:
     entry = entries[name]
     timings = tuple(_timing(entry, entries.get(EAGER), batch, least) for batch in entry.runs)
-    must_be_right = name != BF16 or name in question.names
+    must_be_right = name not in IN_BF16 or name in question.names
     seconds = modules.get(name, {})
     return Runner(name, entry.accuracy, timings, seconds, entry.problem, entry.worker.device, must_be_right)
 

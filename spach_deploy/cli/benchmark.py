@@ -14,7 +14,7 @@ from spach_deploy.cli.console import Command, command, say
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import WeightSource
 
-_RUNNERS = ("eager", "compile", "bf16", "onnxruntime", "openvino", "tensorrt")
+_RUNNERS = ("eager", "compile", "bf16", "onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 
 
 @click.command("spach-benchmark", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})

@@ -29,7 +29,7 @@ _OF_ENGINES = ("gpu", "opt_level", "workspace", "timing_cache", "version_compati
 
 _OF_EIGHT_BITS = (
     *("calibration", "calibration_cache", "method", "rest", "keep_float", "quantize", "per_tensor", "equalize"),
-    *("allow_overlap", "max_rel_l2", "max_drop", "labels"),
+    *("allow_overlap", "max_rel_l2", "max_drop", "labels", "vnni"),
 )
 """Options that mean nothing in other precisions."""
 
@@ -133,6 +133,7 @@ def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
         max_rel_l2=values.get("max_rel_l2"),
         max_drop=values.get("max_drop"),
         labels=values.get("labels"),
+        vnni=bool(values.get("vnni")),
         cluster=values.get("cluster"),
     )
 

@@ -40,7 +40,10 @@ _PATHS = ("checkpoint", "images", "output", "timing_cache", "calibration", "cali
 _LISTS = ("gpu", "no_rewrite", "keep_float", "quantize", "per_tensor")
 _NUMBERS = ("image_size", "num_classes", "top_k", "opt_level")
 _BOUNDS = ("max_rel_l2", "max_drop")
-_SWITCHES = ("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite", "equalize", "allow_overlap")
+_SWITCHES = (
+    *("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite", "equalize", "allow_overlap"),
+    "vnni",
+)
 _TEXTS = ("model", "batch", "workspace")
 KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_BOUNDS, *_SWITCHES, *_TEXTS))
 

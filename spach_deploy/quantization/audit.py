@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
 from spach_deploy.precision.formats import HALF_FORMATS, decode
-from spach_deploy.quantization.insert import MIDDLE, is_for_cpu, weight_axis
+from spach_deploy.quantization.insert import MIDDLE, Operand, unsigned_operand, weight_axis
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
 from spach_deploy.quantization.scales import SMALLEST, Method
 from spach_deploy.quantization.sites import Kind
@@ -57,8 +57,8 @@ class _Auditor:
             yield from self._attention(site, node)
         else:
             slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
-            yield from self._scales(site, node, slot, (site.tensors[0].scale,), "input")
-            yield from self._scales(site, node, 1 - slot, site.weight_scales, "weights")
+            yield from self._scales(site, node, slot, (site.tensors[0].scale,), Operand.INPUT.value)
+            yield from self._scales(site, node, 1 - slot, site.weight_scales, Operand.WEIGHTS.value)
             yield from self._weight_range(site, node, 1 - slot)
 
     def _attention(self, site: QuantizedSite, softmax: NodeProto) -> Iterator[str]:
@@ -121,7 +121,8 @@ class _Auditor:
             yield f"{site.module}: the scale of its {what} is no constant"
             return
         kind, middle = self._plan.form.onnx_type, 0
-        if what == "weights" and is_for_cpu(site, self._nodes[site.node]):
+        unsigned = unsigned_operand(site, self._nodes[site.node], self._plan)
+        if unsigned is not None and unsigned.value == what:
             kind, middle = TensorProto.UINT8, MIDDLE
         if zero is None or zero.data_type != kind:
             yield f"{site.module}: the pair of its {what} is not {self._plan.form.name}"

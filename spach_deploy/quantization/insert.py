@@ -7,6 +7,7 @@ tensor's, `layer3.0.channel_func/Reshape/quantize`, or the layer's, `layer3.0.ch
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,7 +23,15 @@ from spach_deploy.quantization.sites import Kind
 
 QUANTIZE, DEQUANTIZE, SCALE, ZERO = "/quantize", "/dequantize", "/scale", "/zero"
 MIDDLE = 128
-"""Zero point of unsigned weights."""
+"""Zero point of unsigned numbers."""
+
+
+class Operand(enum.Enum):
+    """What a linear layer multiplies."""
+
+    INPUT = "input"
+    WEIGHTS = "weights"
+
 
 _BF16_OPSET = 21
 """QuantizeLinear takes bfloat16 from this opset on."""
@@ -44,7 +53,7 @@ class _Inserter:
         self._sites = {site.node: site for site in plan.sites}
         self._attention = self._attention_inputs(plan.sites)
         self._inputs = {value.name for value in typed.graph.input}
-        self._pairs: dict[tuple[str, tuple[float, ...]], str] = {}
+        self._pairs: dict[tuple[str, tuple[float, ...], bool], str] = {}
         self._nodes: list[NodeProto] = []
         self._added: list[TensorProto] = []
 
@@ -71,10 +80,12 @@ class _Inserter:
             return  # its products read the pairs, see _attention_inputs
         slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
         weight = 1 - slot
-        node.input[slot] = self._pair(node.input[slot], (site.tensors[0].scale,), None)
-        axis = weight_axis(site, node) if site.per_channel else None
-        stem, unsigned = f"{site.module}/weight", is_for_cpu(site, node)
-        node.input[weight] = self._pair(node.input[weight], site.weight_scales, axis, stem, unsigned=unsigned)
+        axis, stem = weight_axis(site, node) if site.per_channel else None, f"{site.module}/weight"
+        unsigned = unsigned_operand(site, node, self._plan)
+        scale = (site.tensors[0].scale,)
+        node.input[slot] = self._pair(node.input[slot], scale, None, unsigned=unsigned is Operand.INPUT)
+        unsigned_weights = unsigned is Operand.WEIGHTS
+        node.input[weight] = self._pair(node.input[weight], site.weight_scales, axis, stem, unsigned=unsigned_weights)
 
     def _attention_inputs(self, sites: Iterable[QuantizedSite]) -> dict[tuple[str, int], float]:
         """(product, input) -> scale, for both products of every attention that is quantized."""
@@ -98,8 +109,8 @@ class _Inserter:
 
         `stem` begins the new names; without it, they begin with the tensor's.
         """
-        if (name, scales) in self._pairs:
-            return self._pairs[name, scales]
+        if (name, scales, unsigned) in self._pairs:
+            return self._pairs[name, scales, unsigned]
         stem = stem or (f"io/{name}" if name in self._inputs else name)
         kind = self._types[name]
         self._added.append(_scale_tensor(stem + SCALE, scales, kind, axis))
@@ -112,7 +123,7 @@ class _Inserter:
             if axis is not None:
                 node.attribute.append(helper.make_attribute("axis", axis))
             self._nodes.append(node)
-        self._pairs[name, scales] = back
+        self._pairs[name, scales, unsigned] = back
         return back
 
     def _assembled(self) -> ModelProto:
@@ -136,12 +147,20 @@ def weight_axis(site: QuantizedSite, node: NodeProto) -> int:
 
 
 def is_for_cpu(site: QuantizedSite, node: NodeProto) -> bool:
-    """Whether a linear layer has the form that ONNX Runtime computes in eight bits on CPUs.
-
-    Its weights are then stored as uint8 around 128: the same numbers. With signed weights a CPU that has AVX2 and no
-    VNNI adds pairs of products in 16 bits, which overflow: on ms_hybrid_s relative L2 0.053 instead of 0.015.
-    """
+    """Whether a linear layer has the form that ONNX Runtime computes in eight bits on CPUs."""
     return site.kind is Kind.LINEAR and node.op_type == "MatMul"
+
+
+def unsigned_operand(site: QuantizedSite, node: NodeProto, plan: QuantizationPlan) -> Operand | None:
+    """Which operand of a layer is stored as uint8 around 128, which are the same numbers: one of those for CPUs.
+
+    Processors with VNNI multiply unsigned inputs by signed weights, and OpenVINO computes nothing else in integers.
+    Without VNNI those products are added in pairs in 16 bits, which overflow (on ms_hybrid_s relative L2 0.053 instead
+    of 0.015), so weights are the unsigned ones unless the plan says that there is VNNI.
+    """
+    if not is_for_cpu(site, node):
+        return None
+    return Operand.INPUT if plan.vnni else Operand.WEIGHTS
 
 
 def _products(site: QuantizedSite, made: dict[str, NodeProto], readers: dict[str, list[NodeProto]]) -> tuple[str, str]:

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.specs import ExportOptions, QuantizationSpec
+from spach_deploy.runtime.processor import has_vnni
+from spach_deploy.specs import ExportOptions, Flavour, Precision, QuantizationSpec
 
 CALIBRATION_SUFFIX = ".json"
 """Of calibration files; anything else that is given to --calibration is images."""
@@ -32,8 +33,23 @@ def check_quantization(options: ExportOptions) -> None:
     _check_bounds(spec, options)
     if spec.cluster is not None and spec.calibration.suffix == CALIBRATION_SUFFIX and not spec.is_bounded:
         raise UsageError("--ray has nothing to spread: the calibration is made, and no bound is set.", "Leave it out.")
+    if spec.vnni:
+        _check_vnni(options)
     if spec.rest.is_quantized:
         raise UsageError("--rest is for what is not quantized.", "Give --rest fp16, bf16 or fp32.")
+
+
+def _check_vnni(options: ExportOptions) -> None:
+    for_cpu = options.precision is Precision.INT8 and options.rest is Precision.FP32
+    if not for_cpu or options.engine.flavour is not Flavour.NONE:
+        raise UsageError(
+            "--vnni is for eight bits on a CPU.", "Give --int8 --rest fp32 --engine none, or leave it out."
+        )
+    if not has_vnni():
+        raise UsageError(
+            "--vnni needs a CPU with VNNI (avx512_vnni, avx_vnni, amx_int8) to prove the graph on; this one has none.",
+            "Leave it out, or export where the model will run.",
+        )
 
 
 def _check_bounds(spec: QuantizationSpec, options: ExportOptions) -> None:

@@ -94,13 +94,17 @@ class KeptFloat:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPlan:
-    """All of it: the format, how scales were set, the layers in eight bits and the others, what was equalized."""
+    """All of it: the format, how scales were set, the layers in eight bits and the others, what was equalized.
+
+    `vnni`: linear layers for CPUs are stored as processors with VNNI multiply them, see `insert.py`.
+    """
 
     form: EightBits
     method: Method
     sites: tuple[QuantizedSite, ...]
     kept: tuple[KeptFloat, ...]
     equalized: tuple[EqualizedPair, ...]
+    vnni: bool = False
 
     @property
     def macs_share(self) -> float:
@@ -122,6 +126,7 @@ class QuantizationPlan:
             "sites": [site.to_dict() for site in self.sites],
             "kept_float": [kept.to_dict() for kept in self.kept],
             "equalization": [pair.to_dict() for pair in self.equalized],
+            "vnni": self.vnni,
         }
 
     @classmethod
@@ -136,6 +141,7 @@ class QuantizationPlan:
                 tuple(map(_site, content["sites"])),
                 tuple(KeptFloat(**{**entry, "kind": Kind(entry["kind"])}) for entry in content["kept_float"]),
                 tuple(map(EqualizedPair.from_dict, content["equalization"])),
+                _truth(content.get("vnni", False)),
             )
         except Exception as error:  # whatever a damaged file holds
             raise BundleError(
@@ -168,6 +174,12 @@ def _site(entry: dict[str, Any]) -> QuantizedSite:
 def _tensor_entry(entry: dict[str, Any]) -> QuantizedTensor:
     numbers = {key: float(entry[key]) for key in ("scale", "clip", "largest")}
     return QuantizedTensor(**{**entry, **numbers, "tensor": _text(entry["tensor"])})
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _text(value: Any) -> str:

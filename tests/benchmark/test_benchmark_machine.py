@@ -10,13 +10,6 @@ import pytest
 from spach_deploy.benchmark import machine
 
 
-def test_flags_that_matter_are_read(tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel name\t: Made Up\nflags\t\t: fpu avx2 amx_bf16 sse\n")
-    assert machine.cpu_flags(cpuinfo) == {"avx2", "amx_bf16"}
-    assert machine.cpu_flags(tmp_path / "nothing") == set()
-
-
 def fake_nvidia_smi(folder: Path, body: str) -> None:
     program = folder / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{body}\n")

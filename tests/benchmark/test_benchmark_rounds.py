@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 
 from spach_deploy.benchmark import contestants, machine, rounds, worker
-from spach_deploy.benchmark.contestants import BF16, EAGER, ONNX_RUNTIME, Opened, Setup, why_not
+from spach_deploy.benchmark.contestants import (
+    BF16,
+    EAGER,
+    ONNX_RUNTIME,
+    OPENVINO,
+    OPENVINO_BF16,
+    Opened,
+    Setup,
+    why_not,
+)
 from spach_deploy.benchmark.plot import draw, pareto_front
 from spach_deploy.benchmark.result import Benchmark
 from spach_deploy.benchmark.rounds import Question, chosen_batches, measure
@@ -23,6 +32,7 @@ from spach_deploy.benchmark.table import as_text
 from spach_deploy.benchmark.worker import Answers, Turn, Worker
 from spach_deploy.bundle import Bundle
 from spach_deploy.errors import UnavailableError, UsageError
+from spach_deploy.runtime import processor
 from spach_deploy.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests.commands import export
@@ -43,11 +53,18 @@ def question(bundle: Path, *names: str, **changes: Any) -> Question:
     return Question(Setup(bundle, threads=1), names=names, rounds=2, seconds=0.01, **changes)
 
 
-@pytest.fixture(scope="module")
-def found(bundle: Path) -> Benchmark:
-    with pytest.MonkeyPatch.context() as patch:  # peaks of a small piece of work, for time's sake
+@contextlib.contextmanager
+def small_peaks() -> Iterator[None]:
+    """The machine's peaks from a small piece of work, for time's sake."""
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in {"_GEMM": 128, "_COPY_BYTES": 1 << 20, "_PEAK_S": 0.0}.items():
             patch.setattr(machine, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(bundle: Path) -> Benchmark:
+    with small_peaks():
         return measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1, 3)))
 
 
@@ -84,8 +101,20 @@ def test_the_table_tells_all_of_it(found: Benchmark) -> None:
     assert "batch 3 " in text
     told = r"Fastest of the right ones at batch 3: |At batch 3 the rounds do not tell "
     assert re.search(told, text)  # which of both is the machine's affair
-    assert "stem.proj" in text
+    assert next(iter(found.runners[1].modules)) in text
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("bundle "))
+
+
+@pytest.mark.parametrize("name", [OPENVINO, OPENVINO_BF16])
+def test_openvino_computes_in_what_it_is_told_to(bundle: Path, name: str) -> None:
+    pytest.importorskip("openvino")
+    if why := why_not(name, Setup(bundle), Bundle.open(bundle)):
+        pytest.skip(why)
+    with small_peaks():
+        found = measure(question(bundle, EAGER, name, batches=(1, 3)))
+    error = found.runners[1].accuracy
+    assert error.is_right == (name == OPENVINO)  # the bundle is in FP32
+    assert error.rel_l2 < (1e-5 if name == OPENVINO else 0.1)
 
 
 def test_a_picture(found: Benchmark, tmp_path: Path) -> None:
@@ -302,8 +331,11 @@ def test_a_runner_that_does_not_open_says_why(bundle: Path, tmp_path: Path) -> N
 def test_what_cannot_run_is_skipped_with_the_reason(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle.open(bundle)
     assert why_not("tensorrt", Setup(bundle), opened) == "the bundle has no engine"
-    monkeypatch.setattr(contestants, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(processor, "cpu_flags", lambda: {"avx2"})
     assert "no bfloat16" in why_not("bf16", Setup(bundle), opened)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert "no bfloat16" in why_not("openvino-bf16", Setup(bundle), opened)
+    assert why_not("openvino", Setup(bundle), opened) == ""
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     assert "C++ compiler" in why_not("compile", Setup(bundle), opened)

@@ -104,9 +104,9 @@ def test_all_lists_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "__init__.py").touch()
     (folder / "all").write_text(ALL.read_text())
-    (folder / "cpu_int8.py").write_text("raise SystemExit(3)")
+    (folder / "cpu_forms.py").write_text("raise SystemExit(3)")
     (folder / "kills.py").write_text("")
-    done = subprocess.run([sys.executable, folder / "all", "cpu_int8", "kills"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, folder / "all", "cpu_forms", "kills"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "FAILED with 3" in done.stdout
     assert "kills            done" in done.stdout

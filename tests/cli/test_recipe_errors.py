@@ -59,6 +59,7 @@ allow_overlap = true
 max_rel_l2 = 1
 max_drop = 0.3
 labels = "labels.txt"
+vnni = true
 """
 
 

@@ -6,6 +6,7 @@ checked. Outputs that pages show must have the kinds of lines that really come, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -21,6 +22,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.photographs import calibration_photographs, held_out_photographs
+from spach_deploy.benchmark import contestants, rounds, worker
+from spach_deploy.benchmark.contestants import Setup
 from spach_deploy.models import configs
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
@@ -75,7 +78,27 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPACH_CACHE", str(place.parent / "cache"))
     monkeypatch.setitem(configs.CONFIGS, NAME, SMALL)
     monkeypatch.setattr("webbrowser.open", lambda page: True)
+    monkeypatch.setattr(rounds, "Worker", WorkerHere)
     return place
+
+
+class WorkerHere(contextlib.ExitStack):
+    """A benchmark's runner in this process, which alone knows the small model, and in short turns."""
+
+    device, pid = "cpu", 0
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        super().__init__()
+        self.runner = self.enter_context(contestants.opened(name, setup))
+
+    def answers(self, *asked: Any) -> Any:
+        return worker._answer(self.runner, "answers", asked)
+
+    def turn(self, inputs: Any, seconds: float) -> Any:
+        return worker._answer(self.runner, "turn", (inputs, seconds / 50))
+
+    def profile(self, inputs: Any) -> Any:
+        return worker._answer(self.runner, "profile", inputs)
 
 
 def model() -> Spach:

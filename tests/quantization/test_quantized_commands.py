@@ -18,6 +18,7 @@ from spach_deploy import stages
 from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.data.probes import probe_source
 from spach_deploy.models import configs
+from spach_deploy.quantization import options
 from spach_deploy.quantization.plan import read_plan
 from spach_deploy.runtime.packages import is_installed
 from spach_deploy.specs import Flavour
@@ -146,6 +147,7 @@ def refusal_of_click(result: Result) -> str:
         ("--per-tensor", "*"),
         ("--no-equalize",),
         ("--allow-overlap",),
+        ("--vnni",),
         ("--max-rel-l2", "0.1"),
         ("--max-drop", "0.3"),
         ("--labels", "labels"),
@@ -156,6 +158,22 @@ def refusal_of_click(result: Result) -> str:
 def test_quantization_options_without_quantization(precision: str, option: tuple[str, ...]) -> None:
     sentence = refused(export(*MODEL, *NO_ENGINE, precision, *option))
     assert f"{option[0]} is for quantized exports" in sentence
+
+
+@pytest.mark.parametrize(
+    "others",
+    [("--int8", "--rest", "fp16", *NO_ENGINE), ("--fp8", "--rest", "fp32", *NO_ENGINE), ("--int8", "--rest", "fp32")],
+    ids=["half", "fp8", "engine"],
+)
+def test_vnni_for_what_is_not_eight_bits_on_a_cpu(others: tuple[str, ...]) -> None:
+    sentence = refused(export(*MODEL, *others, "--calibration", calibration_images(), "--vnni"))
+    assert "--vnni is for eight bits on a CPU. Give --int8 --rest fp32 --engine none" in sentence
+
+
+def test_vnni_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "has_vnni", lambda: False)
+    sentence = refused(int8("--rest", "fp32", "--calibration", calibration_images(), "--vnni"))
+    assert "this one has none. Leave it out, or export where the model will run." in sentence
 
 
 @needs_rtx

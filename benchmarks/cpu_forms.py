@@ -1,0 +1,144 @@
+"""What --target cpu chooses from, side by side: FP32, BF16 and INT8 in ONNX Runtime and OpenVINO against PyTorch eager.
+
+    python -m benchmarks.cpu_forms [MODEL ...] [--batch 8] [--rounds 9]
+
+Every form runs in a process of its own, all of them in every round, in an order of chance. Ratios are those of the same
+rounds, with Student's 95 % interval. Errors are the worst image's relative L2 against PyTorch, WRONG beyond what the
+form's own bundle allows. INT8 is calibrated on other photographs than those it is judged on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.photographs import write
+from benchmarks.results import record, table
+from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, TITLES, Setup, why_not
+from spach_deploy.benchmark.result import Accuracy
+from spach_deploy.benchmark.rounds import accuracy
+from spach_deploy.benchmark.statistics import Ratio, ratio
+from spach_deploy.benchmark.worker import Worker
+from spach_deploy.bundle import GOLDEN, Bundle
+from spach_deploy.cpu_target import RUNNERS, options_for
+from spach_deploy.pipeline import export
+from spach_deploy.runtime.threads import available_threads
+from spach_deploy.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.reference import Golden
+
+Form = tuple[Precision, str]
+BASE: Form = (Precision.FP32, EAGER)
+FP32: Form = (Precision.FP32, ONNX_RUNTIME)
+SECONDS = 1.0
+GOALS = {"best form, times PyTorch eager": 4.0, "best INT8, times ONNX Runtime in FP32": 2.5}
+
+
+def bundles(name: str, folder: Path) -> Iterator[tuple[Precision, Bundle]]:
+    """A bundle of each precision that something here runs."""
+    calibration, held_out = write(folder)
+    asked = ExportOptions(
+        ModelSpec(name), images=held_out, quantization=QuantizationSpec(calibration, allow_overlap=True)
+    )
+    for precision in RUNNERS:
+        print(f"{name}: export {precision.value}", file=sys.stderr, flush=True)
+        yield precision, export(options_for(asked, precision), place=folder / precision.value).bundle
+
+
+def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle]) -> dict[Form, Worker]:
+    """All forms that can run here, PyTorch once."""
+    found: dict[Form, Worker] = {}
+    for precision, bundle in made.items():
+        setup = Setup(bundle.path, threads=available_threads())
+        for name in RUNNERS[precision]:
+            if (name != EAGER or precision is Precision.FP32) and not why_not(name, setup, bundle):
+                found[precision, name] = stack.enter_context(Worker(name, setup))
+    return found
+
+
+def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]], dict[Form, Accuracy]]:
+    """Median seconds of each form in each round, and its error."""
+    times: dict[Form, list[float]] = {}
+    errors: dict[Form, Accuracy] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        made = dict(bundles(name, Path(folder)))
+        running = workers(stack, made)
+        golden = Golden.load(made[Precision.FP32].file(GOLDEN))
+        images = golden.input[np.arange(batch) % len(golden.input)]
+        for form, worker in running.items():
+            bounds = BundleFacts.of(made[form[0]]).tolerances.graph
+            errors[form] = accuracy(worker.answers(golden.input, batch).logits, golden.logits, bounds)
+        chance = random.Random(0)
+        for number in range(rounds):
+            print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            for form in chance.sample(list(running), len(running)):
+                times.setdefault(form, []).append(statistics.median(running[form].turn(images, SECONDS).seconds))
+    return times, errors
+
+
+def rows(name: str, batch: int, times: dict[Form, list[float]], errors: dict[Form, Accuracy]) -> list[list[object]]:
+    """A line a form."""
+    lines: list[list[object]] = []
+    for form in sorted(times, key=lambda form: -statistics.median(times[form])):
+        precision, runner = form
+        error = errors[form]
+        told = f"{error.rel_l2:.1e}" + ("" if error.is_right else " WRONG")
+        ratios = [_words(ratio(times[form], times[base])) if form != base else "1" for base in (BASE, FP32)]
+        seconds = statistics.median(times[form])
+        lines.append([name, precision.value, TITLES[runner], f"{batch / seconds:.1f}", *ratios, told])
+    return lines
+
+
+def _words(found: Ratio | None) -> str:
+    if found is None or not found.is_told:
+        return "too noisy to tell"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def verdict(times: dict[Form, list[float]], errors: dict[Form, Accuracy]) -> list[str]:
+    """Whether the goals hold, by the right forms alone."""
+    right = {form: seconds for form, seconds in times.items() if errors[form].is_right and form != BASE}
+    eight = {form: seconds for form, seconds in right.items() if form[0] is Precision.INT8}
+    reached = (
+        max((_value(seconds, times[BASE]) for seconds in right.values()), default=0.0),
+        max((_value(seconds, times[FP32]) for seconds in eight.values()), default=0.0),
+    )
+    pairs = zip(GOALS.items(), reached, strict=True)
+    return [f"{found:.2f} ({'held' if found >= goal else 'missed'})" for (_, goal), found in pairs]
+
+
+def _value(ours: list[float], theirs: list[float]) -> float:
+    found = ratio(ours, theirs)
+    return 0.0 if found is None else found.value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["ms_hybrid_s", "ms_conv_s", "trans_s", "mlp_s"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    lines: list[list[object]] = []
+    verdicts: list[list[object]] = []
+    for name in arguments.models:
+        times, errors = measured(name, arguments.batch, arguments.rounds)
+        lines += rows(name, arguments.batch, times, errors)
+        verdicts.append([name, *verdict(times, errors)])
+        print(table(("",) * 7, lines[-len(times) :]), verdicts[-1], flush=True)
+    headings = ("model", "precision", "runner", "images/s", "x PyTorch eager", "x ONNX Runtime FP32", "worst rel. L2")
+    goals = ("model", *(f"{what} (goal {goal:g})" for what, goal in GOALS.items()))
+    command = f"python -m benchmarks.cpu_forms {' '.join(arguments.models)} --batch {arguments.batch}"
+    body = f"{table(headings, lines)}\n\n{table(goals, verdicts)}"
+    record(f"Forms on a CPU, batch {arguments.batch}", command, body, ("torch", "onnxruntime", "openvino"))
+
+
+if __name__ == "__main__":
+    main()
