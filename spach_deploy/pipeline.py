@@ -3,13 +3,15 @@
     reference model -> static model -> exported graph -> typed graph -> engine.plan -> report -> bundle
 
 Each stage (`spach_deploy.stages`) takes the result of the one before it and raises a `SpachError` rather than hand on
-something unproven. The engine is built beside the validation of the graph it is built from.
+something unproven. Tolerances are derived beside the tracing of the model, and the engine is built beside the
+validation of the graph it is built from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,15 +38,15 @@ from spach_deploy.quantization.plan import QuantizationPlan, write_plan
 from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.report.files import load_page_modules, page_problem
 from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
-from spach_deploy.specs import EngineTarget, ExportOptions, Flavour
+from spach_deploy.specs import EngineTarget, ExportOptions
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
+from spach_deploy.stages_tolerances import deriving
 from spach_deploy.validation.depth import Depth
 from spach_deploy.validation.evidence import Trial, examine_typed
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
 from spach_deploy.validation.run import Run
-from spach_deploy.validation.tolerance import LOSS_IMAGES, QUANTIZED_LOSS_IMAGES, ToleranceSet, derive_tolerances
 from spach_deploy.validation.trace import Trace, trace
 from spach_deploy.validation.validate import (
     Plan,
@@ -57,7 +59,7 @@ from spach_deploy.validation.validate import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,69 +98,77 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         photographs = stages.read_photographs(options, loaded.image_size, phases)
     with phases.phase("run the reference"), exporter_loading():
         reference = stages.reference_logits(loaded, photographs)
-    with phases.phase("rewrite and prove"):
-        static = stages.rewrite_and_prove(loaded, photographs, reference, options)
-    with phases.phase("export and prove the graph"):
-        graph = stages.export_graph(loaded, static, photographs, reference)
-    quantized = calibrated(graph, loaded, photographs, options, phases)
-    choice = None
-    if quantized is not None and options.quantization.is_bounded:
-        with phases.phase("choose the layers"):
-            held_out = held_out_images(loaded, photographs, reference, options)
-            quantized, choice = choose_layers(quantized, static.result.model, held_out, options, phases)
-    plan = None if quantized is None else dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
-    with phases.phase("measure ranges, set types"):
-        graph = stages.give_form(graph, photographs, options, plan)
-        typed = stages.type_precision(graph, loaded, photographs, reference, options, phases, plan)
-    with bundles.writing(place, overwrite=options.overwrite) as staging:
-        with phases.phase("write the graph"):
-            stages.save_graph(typed, staging / bundles.GRAPH)
-            golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
-            if plan is not None:
-                write_plan(plan, staging / bundles.QUANTIZATION)
-            if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
-                phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
-        with building(staging / bundles.GRAPH, options, flavour, phases) as build:
-            threads = available_threads() if build is None else threads_beside_a_build()
-            with phases.phase("derive tolerances"), torch_threads(threads):
-                twin = None if plan is None else quantized_twin(static.result.model, plan)
-                depth = Depth()
-                tolerances = tolerances_for(loaded, photographs, reference, options, twin, depth)
-            with phases.phase("validate the graph"), torch_threads(threads):
-                trial = trial_of(photographs, reference, options)
-                graph_file, bounds = staging / bundles.GRAPH, tolerances.graph
-                evidence = examine_typed(graph_file, options.rest, trial, bounds, threads=threads)
-                along = trace_depth(graph_file, loaded, photographs, options, depth)
-                del twin, depth
-            with phases.phase("wait for the engine"):
-                load_page_modules()
-                engine = finish(build, typed.policy, plan, staging, phases)
-        with phases.phase("validate the engine"):
-            subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
-            validation = validate_export(subject, trial, evidence, plan_of(engine), tolerances.engine)
-            validation = dataclasses.replace(validation, trace=along, run=validated(target))
-        if not validation.passed:
-            raise MismatchError(validation.failure(), "Nothing was written.")
-        write_report(validation, staging / bundles.REPORT)
-        manifest = bundles.seal(
-            staging,
-            {
-                **sections.tools_section(),
-                "command": export_command(named(asked, loaded)),
-                "model": sections.model_section(loaded, options),
-                "preprocessing": sections.preprocessing_section(photographs.preprocessing),
-                **sections.interface_sections(typed.interface, options),
-                "precision": sections.precision_section(typed),
-                **sections.quantization_sections(quantized, choice, options),
-                "graph": sections.graph_section(static, graph, typed),
-                "engine": engine_section(engine, options),
-                "validation": manifest_section(validation, tolerances),
-                "phases": [phase.to_dict() for phase in phases.done],
-                "notes": phases.notes,
-            },
-        )
-        if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
-            phases.note(problem)
+    with contextlib.ExitStack() as beside:
+        derivation = None
+        if not options.precision.is_quantized:
+            derivation = beside.enter_context(deriving(loaded, photographs, reference, options))
+        with phases.phase("rewrite and prove"):
+            static = stages.rewrite_and_prove(loaded, photographs, reference, options)
+        with phases.phase("export and prove the graph"):
+            graph = stages.export_graph(loaded, static, photographs, reference)
+        quantized = calibrated(graph, loaded, photographs, options, phases)
+        choice = None
+        if quantized is not None and options.quantization.is_bounded:
+            with phases.phase("choose the layers"):
+                held_out = held_out_images(loaded, photographs, reference, options)
+                quantized, choice = choose_layers(quantized, static.result.model, held_out, options, phases)
+        plan = None if quantized is None else dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
+        if plan is not None:
+            twin = functools.partial(quantized_twin, static.result.model, plan)
+            derivation = beside.enter_context(deriving(loaded, photographs, reference, options, twin))
+        with phases.phase("measure ranges, set types"):
+            graph = stages.give_form(graph, photographs, options, plan)
+            typed = stages.type_precision(graph, loaded, photographs, reference, options, phases, plan)
+        with bundles.writing(place, overwrite=options.overwrite) as staging:
+            with phases.phase("write the graph"):
+                stages.save_graph(typed, staging / bundles.GRAPH)
+                golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
+                if plan is not None:
+                    write_plan(plan, staging / bundles.QUANTIZATION)
+                if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
+                    phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
+            with building(staging / bundles.GRAPH, options, flavour, phases) as build:
+                threads = available_threads() if build is None else threads_beside_a_build()
+                with phases.phase("derive tolerances"):
+                    assert derivation is not None
+                    derived = derivation.result(threads)
+                    tolerances = derived.tolerances
+                if derivation.seconds is not None:
+                    phases.record("tolerances (alongside)", derivation.seconds)
+                with phases.phase("validate the graph"), torch_threads(threads):
+                    trial = trial_of(photographs, reference, options)
+                    graph_file, bounds = staging / bundles.GRAPH, tolerances.graph
+                    evidence = examine_typed(graph_file, options.rest, trial, bounds, threads=threads)
+                    along = trace_depth(graph_file, loaded, photographs, options, derived.depth)
+                with phases.phase("wait for the engine"):
+                    load_page_modules()
+                    engine = finish(build, typed.policy, plan, staging, phases)
+            with phases.phase("validate the engine"):
+                subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
+                validation = validate_export(subject, trial, evidence, plan_of(engine), tolerances.engine)
+                validation = dataclasses.replace(validation, trace=along, run=validated(target))
+            if not validation.passed:
+                raise MismatchError(validation.failure(), "Nothing was written.")
+            write_report(validation, staging / bundles.REPORT)
+            manifest = bundles.seal(
+                staging,
+                {
+                    **sections.tools_section(),
+                    "command": export_command(named(asked, loaded)),
+                    "model": sections.model_section(loaded, options),
+                    "preprocessing": sections.preprocessing_section(photographs.preprocessing),
+                    **sections.interface_sections(typed.interface, options),
+                    "precision": sections.precision_section(typed),
+                    **sections.quantization_sections(quantized, choice, options),
+                    "graph": sections.graph_section(static, graph, typed),
+                    "engine": engine_section(engine, options),
+                    "validation": manifest_section(validation, tolerances),
+                    "phases": [phase.to_dict() for phase in phases.done],
+                    "notes": phases.notes,
+                },
+            )
+            if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
+                phases.note(problem)
     return ExportResult(Bundle.open(place, verify=False), validation, engine)
 
 
@@ -248,30 +258,6 @@ def held_out_images(
     if options.quantization.max_drop is not None:
         return labelled_images(loaded, photographs.preprocessing, options)
     return HeldOut(photographs.images, reference)
-
-
-def tolerances_for(
-    loaded: LoadedModel,
-    photographs: stages.Photographs,
-    reference: NDArray[np.float32],
-    options: ExportOptions,
-    twin: nn.Module | None = None,
-    depth: Depth | None = None,
-) -> ToleranceSet:
-    """Bounds from FP32's noise and from what PyTorch loses in the asked precision on these images."""
-    tf32 = options.engine.tf32 and options.engine.flavour is not Flavour.NONE
-    count = LOSS_IMAGES if twin is None else QUANTIZED_LOSS_IMAGES
-    return derive_tolerances(
-        loaded.model,
-        photographs.images,
-        reference,
-        options.rest,
-        options.outputs,
-        tf32=tf32,
-        loss_images=count,
-        twin=twin,
-        depth=depth,
-    )
 
 
 def trace_depth(

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from spach_deploy.cli.garbage import search_less
 from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
 from spach_deploy.cli.large_pages import start_again_with_large_pages
 from spach_deploy.errors import SpachError, printable
@@ -46,12 +47,15 @@ class Command(click.Command):
 
 
 class ComputingCommand(Command):
-    """A command that computes for seconds and more, and takes large pages for it when it is a process of its own."""
+    """A command that computes for seconds and more; in a process of its own it takes large pages, and seldom looks for
+    garbage.
+    """
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Run; the process starts anew first where that pays."""
         if args is None:
             start_again_with_large_pages()
+            search_less()
         return super().main(args, *more, **extra)
 
 

@@ -68,13 +68,21 @@ def children(pid: int) -> list[int]:
 
 
 def wait_for_children(pid: int) -> list[int]:
-    """Until the process that builds the engine is there; its id in a list."""
+    """Until the process that builds the engine is there; it and the others below `pid`."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
-        if found := children(pid):
+        found = children(pid)
+        if any(builds(child) for child in found):
             return found
         time.sleep(0.01)
     raise AssertionError("no engine was built")
+
+
+def builds(pid: int) -> bool:
+    """Whether a process builds an engine."""
+    with contextlib.suppress(OSError):
+        return b"spach_deploy.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def gone(pids: list[int]) -> bool:

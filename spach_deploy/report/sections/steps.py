@@ -13,7 +13,7 @@ _PHASES = {
     "Exported graph": ("export and prove the graph",),
     "Calibration": ("calibrate", "choose the layers"),
     "Graph in its target's form": ("measure ranges, set types",),
-    "Typed graph": ("write the graph", "derive tolerances", "validate the graph"),
+    "Typed graph": ("write the graph", "derive tolerances", "tolerances (alongside)", "validate the graph"),
     "Engine": ("engine build (alongside)", "validate the engine"),
 }
 """What the export's phases belong to."""

@@ -1,0 +1,122 @@
+"""Work beside this process's own: in a copy of it that shares its memory, on one thread.
+
+Tracing a model keeps one core busy, and threads would not help: Python runs one at a time, and torch.export changes
+every module's class while it traces. A copy (fork) has the model without loading it again. It may only compute with
+NumPy and PyTorch, on one thread: of the threads that this process has, a copy has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from spach_deploy.errors import SpachError
+from spach_deploy.runtime.threads import available_threads, torch_threads
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1
+
+
+class Beside(Generic[Result]):
+    """`work()`, which answers something, begun at once in a copy of this process.
+
+    Leaving the context ends the copy, finished or not.
+    Where there is one core, or where a copy cannot be made or ends without an answer, `result` does the work here.
+    `seconds`: what it took in the copy, None before its answer came and where it was done here.
+    """
+
+    seconds: float | None = None
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work = work
+        self._connection: Connection | None = None
+        self._process: Any = None
+
+    def __enter__(self) -> Self:
+        if can_be_copied():
+            with contextlib.suppress(OSError):  # no memory, or no process, to spare
+                self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._connection, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(theirs, self._work, os.getpid()), daemon=True)
+        with theirs, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # that threads do not come along is what we want
+            process.start()
+        self._process = process
+
+    def result(self, threads: int) -> Result:
+        """What `work` gave; with `threads` where it has to be done here. Raises the SpachError that it raised."""
+        found = self._received()
+        if isinstance(found, SpachError):
+            raise found
+        if found is not None:
+            result: Result = found
+            return result
+        with torch_threads(threads):
+            return self._work()
+
+    def _received(self) -> Any:
+        """The copy's answer or error; None where there is none."""
+        if self._process is None or self._connection is None:
+            return None
+        try:
+            found, self.seconds = self._connection.recv()
+        except (EOFError, OSError):
+            return None
+        return found
+
+
+def can_be_copied() -> bool:
+    """Whether a copy of this process could compute: Ray's and other threads' processes are left alone."""
+    alone = threading.current_thread() is threading.main_thread() and "ray" not in sys.modules
+    alone = alone and not multiprocessing.current_process().daemon  # which may have no children
+    return alone and sys.platform == "linux" and available_threads() > 1
+
+
+def _answer(connection: Connection, work: Callable[[], Any], parent: int) -> None:
+    """In the copy: one answer. It ends with the process that it is of, whose signals are not for it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that was asked for
+        os._exit(1)
+    for number, handler in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    os.nice(1)  # what it is beside goes first
+    import torch
+
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        found = work()
+    except SpachError as error:
+        found = error
+    except BaseException:  # whatever it is, the work is done again where it can be told
+        os._exit(1)
+    with contextlib.suppress(OSError):
+        connection.send((found, time.perf_counter() - start))

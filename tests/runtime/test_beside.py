@@ -1,0 +1,155 @@
+"""Work in a copy of this process: its answer, its errors, its end, and what is done where there is no copy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spach_deploy.errors import PrecisionError, SpachError
+from spach_deploy.runtime import beside
+from spach_deploy.runtime.beside import Beside, can_be_copied
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "available_threads", lambda: 2)
+
+
+def where(value: Any = 1) -> tuple[int, Any]:
+    return os.getpid(), value
+
+
+def test_the_answer_comes_from_another_process() -> None:
+    with Beside(lambda: where(np.arange(3))) as work:
+        pid, value = work.result(1)
+    assert pid != os.getpid()
+    assert list(value) == [0, 1, 2]
+    assert work.seconds is not None
+
+
+def test_it_has_what_this_process_had_and_leaves_that_alone() -> None:
+    model = torch.nn.Linear(8, 8)
+    image = torch.ones(1, 8)
+    expected = model(image).detach().numpy()
+
+    def spoil() -> Any:
+        answer = model(image).detach().numpy().copy()
+        model.weight.data.zero_()
+        return answer, torch.get_num_threads()
+
+    with Beside(spoil) as work:
+        answer, threads = work.result(1)
+    assert threads == 1
+    np.testing.assert_allclose(answer, expected, rtol=1e-6)
+    assert model.weight.abs().sum() > 0
+
+
+def test_large_products_behind_a_threaded_one_do_not_hang() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one = torch.rand(512, 512)
+        expected = (one @ one).numpy()
+        with Beside(lambda: (one @ one).numpy()) as work:
+            found = work.result(1)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_its_errors_are_raised_here() -> None:
+    def fail() -> int:
+        raise PrecisionError("Not finite.", "Do this.")
+
+    with Beside(fail) as work, pytest.raises(SpachError, match=r"Not finite\. Do this\."):
+        work.result(1)
+
+
+@pytest.mark.parametrize("how", ["a bug", "killed"])
+def test_what_ends_without_an_answer_is_done_here(how: str) -> None:
+    here = os.getpid()
+
+    def end() -> tuple[int, Any]:
+        if os.getpid() != here:
+            if how == "killed":
+                os.kill(os.getpid(), 9)
+            raise RuntimeError
+        return where()
+
+    with Beside(end) as work:
+        assert work.result(1) == (here, 1)
+        assert work.seconds is None
+
+
+def test_leaving_ends_it() -> None:
+    def sleep() -> int:
+        time.sleep(60)
+        return 1
+
+    start = time.monotonic()
+    with Beside(sleep) as work:
+        pid = work._process.pid
+    assert time.monotonic() - start < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_it_does_not_outlive_this_process() -> None:
+    program = """
+import os, time
+from spach_deploy.runtime import beside
+beside.available_threads = lambda: 2
+with beside.Beside(lambda: time.sleep(60) or 1) as work:
+    print(work._process.pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    pid, end = int(done.stdout), time.monotonic() + 30
+    while time.monotonic() < end and runs(pid):
+        time.sleep(0.05)
+    assert not runs(pid)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_no_copy_is_made_with_one_core_in_another_thread_or_beside_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_be_copied()
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(can_be_copied()))
+    thread.start()
+    thread.join()
+    assert found == [False]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", object())
+        assert not can_be_copied()
+    monkeypatch.setattr(beside, "available_threads", lambda: 1)
+    assert not can_be_copied()
+    with Beside(where) as work:
+        assert work.result(1) == (os.getpid(), 1)
+
+
+def test_a_machine_without_room_for_a_copy_does_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", no_memory)
+    with Beside(where) as work:
+        assert work.result(1) == (os.getpid(), 1)
