@@ -50,7 +50,10 @@ class QuantizationFacts:
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """A manifest, read. `rest`: precision of what is not quantized. `tf32`: the engine may use TF32."""
+    """A manifest, read. `rest`: precision of what is not quantized. `tf32`: the engine may use TF32.
+
+    `vnni`: the graph's eight bits are for CPUs with VNNI.
+    """
 
     precision: Precision
     rest: Precision
@@ -61,6 +64,7 @@ class BundleFacts:
     tolerances: ToleranceSet
     tf32: bool
     quantization: QuantizationFacts | None = None
+    vnni: bool = False
 
     @classmethod
     def of(cls, bundle: Bundle) -> BundleFacts:
@@ -79,12 +83,18 @@ class BundleFacts:
                 tolerances=ToleranceSet.from_dict(content["validation"]["tolerances"], where),
                 tf32=bool(engine.get("tf32", False)),
                 quantization=_quantization(bundle, content.get("quantization")),
+                vnni=needs_vnni(bundle),
             )
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise BundleError(
                 f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again."
             ) from None
+
+
+def needs_vnni(bundle: Bundle) -> bool:
+    """Whether a bundle's graph computes something else on CPUs without VNNI: ONNX Runtime sums in 16 bits there."""
+    return bool((bundle.manifest.content.get("quantization") or {}).get("vnni", False))
 
 
 def read_record(facts: BundleFacts) -> QuantizationPlan | None:

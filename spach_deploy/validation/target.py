@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
-from spach_deploy.errors import BundleError, SpachError, UsageError
+from spach_deploy.errors import BundleError, SpachError, UnavailableError, UsageError
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
+from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import WeightSource
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts
@@ -102,6 +103,7 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
     _check_form(request.target, kind)
+    _check_processor(facts)
     changed = {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
     pointed = _Pointed(request.target, kind, bundle, facts)
     _check_cluster(request, pointed)
@@ -109,6 +111,14 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     found = _validation(request, pointed, answered, changed)
     found = _with_accuracy(found, request, answered)
     return _bisected(found, request, pointed, say) if request.bisect else found
+
+
+def _check_processor(facts: BundleFacts) -> None:
+    if facts.vnni and not has_vnni():
+        raise UnavailableError(
+            "The bundle's INT8 graph is for CPUs with VNNI, and this one has none: its sums would overflow here.",
+            "Validate it where it will run, or export it without --vnni.",
+        )
 
 
 def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], None]) -> Validation:
