@@ -266,8 +266,8 @@ def trace_depth(
     """Errors along the network's depth, on the first image."""
     import onnx
 
-    image, feed = photographs.images[:1], photographs.engine_input(options.outputs.io_dtype)[:1]
-    return trace(onnx.load(graph), loaded.model, image, feed, depth, name=photographs.names[0])
+    feed = photographs.engine_input(options.outputs.io_dtype)[:1]
+    return trace(onnx.load(graph), loaded.model, feed, depth, name=photographs.names[0])
 
 
 @contextlib.contextmanager

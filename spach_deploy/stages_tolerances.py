@@ -14,6 +14,7 @@ from spach_deploy.runtime.beside import Beside
 from spach_deploy.specs import ExportOptions, Flavour
 from spach_deploy.stages import Photographs
 from spach_deploy.validation.depth import Depth
+from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.tolerance import LOSS_IMAGES, QUANTIZED_LOSS_IMAGES, ToleranceSet, derive_tolerances
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def deriving(
 
     def work() -> Derived:
         depth = Depth()
+        evaluate(loaded.model, photographs.images[:1], parts=depth.exact)
         tolerances = derive_tolerances(
             loaded.model,
             photographs.images,

@@ -26,6 +26,7 @@ from spach_deploy.onnx_graph.passes.block_boundaries import restore_block_bounda
 from spach_deploy.onnx_graph.stamp import stamp_blocks
 from spach_deploy.rewrites.base import own
 from spach_deploy.rewrites.static_modules import StaticBlock, StaticSpach
+from spach_deploy.runtime.pages import small_pages
 
 OPSET = 20
 INPUT, LOGITS, BATCH = "input", "logits", "batch"
@@ -121,7 +122,8 @@ def simplify(model: ModelProto) -> ModelProto:
     """onnxsim's constant folding and fusions; CertificateError when its own check fails."""
     import onnxsim
 
-    simplified, equal = onnxsim.simplify(model, check_n=0)
+    with small_pages():
+        simplified, equal = onnxsim.simplify(model, check_n=0)
     if not equal:
         raise CertificateError("onnxsim's simplified graph differs from the exported one.")
     result: ModelProto = simplified

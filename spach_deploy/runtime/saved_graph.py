@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from spach_deploy.runtime.pages import small_pages
+
 if TYPE_CHECKING:
     from onnx import ModelProto
 
@@ -33,8 +35,9 @@ def save_model(model: ModelProto, path: Path) -> None:
 
 def write_graph(model: ModelProto, file: IO[bytes]) -> None:
     """Write the message in parts, weights one by one."""
-    for part in _parts(model):
-        file.write(part.SerializeToString())
+    with small_pages():
+        for part in _parts(model):
+            file.write(part.SerializeToString())
 
 
 def _parts(model: ModelProto) -> Iterator[ModelProto]:

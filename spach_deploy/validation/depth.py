@@ -22,11 +22,12 @@ Outputs = dict[str, npt.NDArray[np.floating]]
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """Outputs for one image: in FP64, and with every module's output rounded (empty where nothing is rounded).
+    """Outputs for one image: in FP32, in FP64, and with every module's output rounded (empty where nothing is rounded).
 
-    Filled by `tolerance.derive_tolerances`, which evaluates both anyway.
+    The latter two are filled by `tolerance.derive_tolerances`, which evaluates both anyway.
     """
 
+    exact: Outputs = dataclasses.field(default_factory=dict)
     double: Outputs = dataclasses.field(default_factory=dict)
     rounded: Outputs = dataclasses.field(default_factory=dict)
 

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from spach_deploy.errors import UsageError
 from spach_deploy.onnx_graph.names import owner
 from spach_deploy.validation.depth import Depth, Outputs
-from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.tolerance import LOSS_FACTOR, NOISE_FACTOR
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spach_deploy.validation.bisect.opened import OpenedGraph
-
-Float32Array = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +64,14 @@ class Trace:
 
 
 def trace(
-    graph: ModelProto, model: nn.Module, image: Float32Array, feed: npt.NDArray[np.generic], depth: Depth, *, name: str
+    graph: ModelProto, model: nn.Module, feed: npt.NDArray[np.generic], depth: Depth, *, name: str
 ) -> Trace | None:
-    """The errors of a graph of ours, on one image (1, 3, S, S), which the graph takes as `feed`.
+    """The errors of a graph of ours, on one image, which the graph takes as `feed`.
 
-    `depth`: what the parts of `model`, or of its twin in eight bits, answer to the image in FP64 and rounded. None
-    where the graph cannot be taken apart.
+    `depth`: what the parts of `model` answer to the image in FP32, in FP64 and rounded; rounded are those of its twin
+    in eight bits, where there is one. None where the graph cannot be taken apart.
     """
-    exact: Outputs = {}
-    evaluate(model, image, parts=exact)
+    exact = depth.exact
     try:
         ours = _of_graph(graph, feed, exact, {path for path in exact if _kind(path, model) == "block"})
     except UsageError:

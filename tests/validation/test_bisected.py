@@ -20,6 +20,7 @@ from spach_deploy.rewrites.static_modules import StaticChannelMLP
 from spach_deploy.specs import Precision
 from spach_deploy.validation.bisect import stages
 from spach_deploy.validation.depth import Depth
+from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import derive_tolerances
 from spach_deploy.validation.trace import Trace, trace
@@ -137,7 +138,8 @@ def along(model: ModelProto) -> Trace:
     golden = Golden.load(small_bundles.bundle() / GOLDEN)
     reference, depth = small_model("hybrid"), Depth()
     derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, depth=depth)
-    found = trace(model, reference, golden.input[:1], golden.input[:1], depth, name="a.jpg")
+    evaluate(reference, golden.input[:1], parts=depth.exact)
+    found = trace(model, reference, golden.input[:1], depth, name="a.jpg")
     assert found is not None
     return found
 
