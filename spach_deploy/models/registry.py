@@ -60,7 +60,6 @@ def list_models() -> list[ModelInfo]:
     return [model_info(name) for name in CONFIGS]
 
 
-@functools.cache
 def model_info(name: str) -> ModelInfo:
     """What the model `name` (or an alias of it) is; ModelError when there is none."""
     name = resolve(name)

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no Ray, which other tests of this process may have loaded."""
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     monkeypatch.setattr(beside, "available_threads", lambda: 2)
 
 
