@@ -102,9 +102,10 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         derivation = None
         if not options.precision.is_quantized:
             derivation = beside.enter_context(deriving(loaded, photographs, reference, options))
-        with phases.phase("rewrite and prove"):
+        threads = threads_beside(derivation)
+        with phases.phase("rewrite and prove"), torch_threads(threads):
             static = stages.rewrite_and_prove(loaded, photographs, reference, options)
-        with phases.phase("export and prove the graph"):
+        with phases.phase("export and prove the graph"), torch_threads(threads):
             graph = stages.export_graph(loaded, static, photographs, reference)
         quantized = calibrated(graph, loaded, photographs, options, phases)
         choice = None
@@ -128,7 +129,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                 if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
                     phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
             with building(staging / bundles.GRAPH, options, flavour, phases) as build:
-                threads = available_threads() if build is None else threads_beside_a_build()
+                threads = threads_beside(build)
                 with phases.phase("derive tolerances"):
                     assert derivation is not None
                     derived = derivation.result(threads)
@@ -302,6 +303,11 @@ def finish(
     for text, count in result.warnings:
         phases.note(f"The engine builder warns{'' if count == 1 else f' {count} times'}: {text}")
     return BuiltEngine(result, achieved, read_plan_facts(result.plan))
+
+
+def threads_beside(work: object | None) -> int:
+    """Threads to compute with while other work is under way: it has a core."""
+    return available_threads() if work is None else threads_beside_a_build()
 
 
 def plan_of(engine: BuiltEngine | None) -> Plan | None:
