@@ -39,6 +39,7 @@ Form = tuple[Precision, str]
 BASE: Form = (Precision.FP32, EAGER)
 FP32: Form = (Precision.FP32, ONNX_RUNTIME)
 SECONDS = 1.0
+MODELS = ["ms_hybrid_s", "ms_conv_s", "trans_s", "mlp_s"]
 GOALS = {"best form, times PyTorch eager": 4.0, "best INT8, times ONNX Runtime in FP32": 2.5}
 
 
@@ -122,7 +123,7 @@ def _value(ours: list[float], theirs: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["ms_hybrid_s", "ms_conv_s", "trans_s", "mlp_s"])
+    parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
@@ -137,7 +138,8 @@ def main() -> None:
     goals = ("model", *(f"{what} (goal {goal:g})" for what, goal in GOALS.items()))
     command = f"python -m benchmarks.cpu_forms {' '.join(arguments.models)} --batch {arguments.batch}"
     body = f"{table(headings, lines)}\n\n{table(goals, verdicts)}"
-    record(f"Forms on a CPU, batch {arguments.batch}", command, body, ("torch", "onnxruntime", "openvino"))
+    title, is_whole = f"Forms on a CPU, batch {arguments.batch}", {*MODELS} <= {*arguments.models}
+    record(title, command, body, ("torch", "onnxruntime", "openvino"), is_whole=is_whole)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,22 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 _HEAD = "# Results\n\nWritten by the scripts beside it; each section names its command, the machine and the date.\n"
 
 
-def record(title: str, command: str, body: str, packages: Iterable[str] = ("torch", "onnxsim", "tensorrt-rtx")) -> None:
-    """Print `body` and put it into RESULTS.md under `title`, in place of an earlier section of that name."""
+def record(
+    title: str,
+    command: str,
+    body: str,
+    packages: Iterable[str] = ("torch", "onnxsim", "tensorrt-rtx"),
+    *,
+    is_whole: bool = True,
+) -> None:
+    """Print `body` and put it into RESULTS.md under `title`, in place of an earlier section of that name.
+
+    `is_whole` false: of fewer cases than the section is to tell of, so that it is only printed.
+    """
     text = f"## {title}\n\n`{command}`, {_circumstances(packages)}\n\n{body.rstrip()}\n"
     print(text)
+    if not is_whole:
+        return
     content = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else _HEAD
     section = re.compile(rf"## {re.escape(title)}\n.*?(?=\n## |\Z)", re.DOTALL)
     replaced, count = section.subn(lambda _: text, content)

@@ -144,7 +144,8 @@ def main() -> None:
         }
     rows = [[what, *(f"{1000 * found[name][what]:,.2f} ms" for name in names)] for what in found[names[0]]]
     body = f"{table(['of one core', *names], rows)}\n\nFiles of {size / 1e3:.0f} kB on average."
-    record("An image's cost", f"python -m benchmarks.ten_million {' '.join(names)}", body, ("torch", "onnxruntime"))
+    command = f"python -m benchmarks.ten_million {' '.join(names)}"
+    record("An image's cost", command, body, ("torch", "onnxruntime"))
 
 
 if __name__ == "__main__":
