@@ -43,10 +43,11 @@ from spach_deploy.stages_quantization import QuantizationStage, calibrate, refus
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
 from spach_deploy.stages_tolerances import deriving
 from spach_deploy.validation.depth import Depth
-from spach_deploy.validation.evidence import Trial, examine_typed
+from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
 from spach_deploy.validation.run import Run
+from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.trace import Trace, trace
 from spach_deploy.validation.validate import (
     Plan,
@@ -59,7 +60,9 @@ from spach_deploy.validation.validate import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from spach_deploy.quantization.sensitivity import Choice
+    from spach_deploy.runtime.beside import Beside
+    from spach_deploy.stages_tolerances import Derived
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,30 @@ class BuiltEngine:
     result: EngineResult
     achieved: AchievedPrecision
     facts: PlanFacts | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The reference model and its logits (N, classes) of the golden images."""
+
+    loaded: LoadedModel
+    photographs: stages.Photographs
+    logits: NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedGraph:
+    """What the typed graph computed, held against the reference."""
+
+    trial: Trial
+    tolerances: ToleranceSet
+    evidence: tuple[Evidence, ...]
+    along: Trace | None
+
+    def with_engine(self, subject: Subject, engine: BuiltEngine | None, run: Run) -> Validation:
+        """The whole: the engine too, where it runs here."""
+        found = validate_export(subject, self.trial, self.evidence, plan_of(engine), self.tolerances.engine)
+        return dataclasses.replace(found, trace=self.along, run=run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +126,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
     with phases.phase("run the reference"), exporter_loading():
         reference = stages.reference_logits(loaded, photographs)
     with contextlib.ExitStack() as beside:
-        derivation = None
+        derivation: Beside[Derived] | None = None
         if not options.precision.is_quantized:
             derivation = beside.enter_context(deriving(loaded, photographs, reference, options))
         threads = threads_beside(derivation)
@@ -107,16 +134,12 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
             static = stages.rewrite_and_prove(loaded, photographs, reference, options)
         with phases.phase("export and prove the graph"), torch_threads(threads):
             graph = stages.export_graph(loaded, static, photographs, reference)
-        quantized = calibrated(graph, loaded, photographs, options, phases)
-        choice = None
-        if quantized is not None and options.quantization.is_bounded:
-            with phases.phase("choose the layers"):
-                held_out = held_out_images(loaded, photographs, reference, options)
-                quantized, choice = choose_layers(quantized, static.result.model, held_out, options, phases)
+        quantized, choice = chosen(graph, static, Reference(loaded, photographs, reference), options, phases)
         plan = None if quantized is None else dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
         if plan is not None:
             twin = functools.partial(quantized_twin, static.result.model, plan)
             derivation = beside.enter_context(deriving(loaded, photographs, reference, options, twin))
+        assert derivation is not None
         with phases.phase("measure ranges, set types"):
             graph = stages.give_form(graph, photographs, options, plan)
             typed = stages.type_precision(graph, loaded, photographs, reference, options, phases, plan)
@@ -129,25 +152,14 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                 if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
                     phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
             with building(staging / bundles.GRAPH, options, flavour, phases) as build:
-                threads = threads_beside(build)
-                with phases.phase("derive tolerances"):
-                    assert derivation is not None
-                    derived = derivation.result(threads)
-                    tolerances = derived.tolerances
-                if derivation.seconds is not None:
-                    phases.record("tolerances (alongside)", derivation.seconds)
-                with phases.phase("validate the graph"), torch_threads(threads):
-                    trial = trial_of(photographs, reference, options)
-                    graph_file, bounds = staging / bundles.GRAPH, tolerances.graph
-                    evidence = examine_typed(graph_file, options.rest, trial, bounds, threads=threads)
-                    along = trace_depth(graph_file, loaded, photographs, options, derived.depth)
+                answered = Reference(loaded, photographs, reference)
+                judged = judge_graph(staging / bundles.GRAPH, answered, derivation, build, options, phases)
                 with phases.phase("wait for the engine"):
                     load_page_modules()
                     engine = finish(build, typed.policy, plan, staging, phases)
             with phases.phase("validate the engine"):
                 subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
-                validation = validate_export(subject, trial, evidence, plan_of(engine), tolerances.engine)
-                validation = dataclasses.replace(validation, trace=along, run=validated(target))
+                validation = judged.with_engine(subject, engine, validated(target))
             if not validation.passed:
                 raise MismatchError(validation.failure(), "Nothing was written.")
             write_report(validation, staging / bundles.REPORT)
@@ -163,7 +175,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                     **sections.quantization_sections(quantized, choice, options),
                     "graph": sections.graph_section(static, graph, typed),
                     "engine": engine_section(engine, options),
-                    "validation": manifest_section(validation, tolerances),
+                    "validation": manifest_section(validation, judged.tolerances),
                     "phases": [phase.to_dict() for phase in phases.done],
                     "notes": phases.notes,
                 },
@@ -171,6 +183,40 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
             if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
                 phases.note(problem)
     return ExportResult(Bundle.open(place, verify=False), validation, engine)
+
+
+def chosen(
+    graph: stages.GraphStage, static: stages.StaticStage, reference: Reference, options: ExportOptions, phases: Phases
+) -> tuple[QuantizationStage | None, Choice | None]:
+    """Layers for eight bits: all that the rules choose, or those that keep the bound that was asked for."""
+    loaded, photographs, logits = reference.loaded, reference.photographs, reference.logits
+    quantized = calibrated(graph, loaded, photographs, options, phases)
+    if quantized is None or not options.quantization.is_bounded:
+        return quantized, None
+    with phases.phase("choose the layers"):
+        held_out = held_out_images(loaded, photographs, logits, options)
+        return choose_layers(quantized, static.result.model, held_out, options, phases)
+
+
+def judge_graph(
+    graph: Path,
+    reference: Reference,
+    derivation: Beside[Derived],
+    build: RunningBuild | None,
+    options: ExportOptions,
+    phases: Phases,
+) -> JudgedGraph:
+    """Run the typed graph, and hold it to the tolerances, which are there by now; the engine may be under way."""
+    threads = threads_beside(build)
+    with phases.phase("derive tolerances"):
+        derived = derivation.result(threads)
+    if derivation.seconds is not None:
+        phases.record("tolerances (alongside)", derivation.seconds)
+    with phases.phase("validate the graph"), torch_threads(threads):
+        trial = trial_of(reference.photographs, reference.logits, options)
+        evidence = examine_typed(graph, options.rest, trial, derived.tolerances.graph, threads=threads)
+        along = trace_depth(graph, reference.loaded, reference.photographs, options, derived.depth)
+    return JudgedGraph(trial, derived.tolerances, evidence, along)
 
 
 def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:
