@@ -198,6 +198,12 @@ class Bundle:
         return file
 
     @property
+    def needs_vnni(self) -> bool:
+        """Whether its graph computes something else on CPUs without VNNI: ONNX Runtime sums in 16 bits there."""
+        section = self.manifest.content.get("quantization")
+        return isinstance(section, dict) and section.get("vnni") is True
+
+    @property
     def plan(self) -> Path | None:
         """The engine's plan, or None where the bundle was made without one."""
         return self.path / PLAN if PLAN in self.manifest.files else None

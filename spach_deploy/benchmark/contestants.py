@@ -24,7 +24,6 @@ from spach_deploy.bundle import GRAPH, Bundle
 from spach_deploy.runtime.devices import local_gpus
 from spach_deploy.runtime.processor import has_bf16, has_vnni
 from spach_deploy.specs import ComputeCapability, Flavour, WeightSource
-from spach_deploy.validation.bundle_facts import needs_vnni
 
 Array = npt.NDArray[Any]
 
@@ -93,7 +92,7 @@ def why_not(name: str, setup: Setup, bundle: Bundle) -> str:
         return _why_not_torch(name, setup, bundle)
     if name == ENGINE:
         return _why_no_engine(bundle)
-    if needs_vnni(bundle) and not has_vnni():
+    if bundle.needs_vnni and not has_vnni():
         return "its INT8 is for CPUs with VNNI, and this one has none"
     if name == ONNX_RUNTIME:
         return "" if importlib.util.find_spec("onnxruntime") else "not installed: pip install onnxruntime"

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from spach_deploy.cli.garbage import search_less
+from spach_deploy.cli.garbage import seldom_searched
 from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
 from spach_deploy.cli.large_pages import start_again_with_large_pages
 from spach_deploy.errors import SpachError, printable
@@ -55,7 +55,8 @@ class ComputingCommand(Command):
         """Run; the process starts anew first where that pays."""
         if args is None:
             start_again_with_large_pages()
-            search_less()
+            with seldom_searched():
+                return super().main(args, *more, **extra)
         return super().main(args, *more, **extra)
 
 

@@ -19,7 +19,6 @@ from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import BatchProfile, ComputeCapability, Flavour
-from spach_deploy.validation.bundle_facts import needs_vnni
 
 _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
 
@@ -151,7 +150,7 @@ def _graph(bundle: Bundle, here: Here) -> Finding:
         means = "With onnxruntime the graph that the plan was built from can be verified on the CPU."
         wanted = str(here.requirements.get("onnxruntime"))
         return Finding(Status.MISSING, GRAPH, "onnxruntime is not here", means, installing(wanted), _VERIFY)
-    if needs_vnni(bundle) and not has_vnni():
+    if bundle.needs_vnni and not has_vnni():
         means = "ONNX Runtime's sums of it overflow here. Run it on CPUs with avx512_vnni, avx_vnni or amx_int8."
         again = exporting(bundle)
         return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)

@@ -30,7 +30,7 @@ def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weig
             stamped.append(_connected(node, stream))
         elif node is blocks[block][0] or node.name == blocks[block][0].name:
             stamped.extend(_stamp_run(graph, blocks[block], block, repeats[block], stream))
-    _finish(graph, stamped, parameters, model)
+    _finish(graph, stamped, parameters, model, {copy for copies in repeats.values() for copy in copies})
     return result
 
 
@@ -134,7 +134,10 @@ def _moved(name: str, block: str, copy: str) -> str:
     return copy + name[len(block) :] if name.startswith((f"{block}.", f"{block}/")) else name
 
 
-def _finish(graph: GraphProto, nodes: list[NodeProto], parameters: Parameters, original: ModelProto) -> None:
+def _finish(
+    graph: GraphProto, nodes: list[NodeProto], parameters: Parameters, original: ModelProto, blocks: set[str]
+) -> None:
+    """Blocks get the model's parameters; all else keeps its tensors, into which the simplifier may have put others."""
     for node in nodes:
         node.input[:] = [parameters.canonical(name) for name in node.input]
     constants = initializers(original.graph)
@@ -144,7 +147,8 @@ def _finish(graph: GraphProto, nodes: list[NodeProto], parameters: Parameters, o
     del graph.value_info[:]
     made = {output for node in nodes for output in node.output} | {value.name for value in graph.input}
     for name in dict.fromkeys(name for node in nodes for name in node.input if name and name not in made):
-        tensor = parameters.proto(name) or constants.get(name)
+        is_kept = name in constants and _block_of(name, dict.fromkeys(blocks)) is None
+        tensor = constants[name] if is_kept else parameters.proto(name) or constants.get(name)
         if tensor is None:
             raise CertificateError(f"No tensor is known for {name}, which the simplifier made of a block's weights.")
         graph.initializer.append(tensor)

@@ -83,18 +83,13 @@ class BundleFacts:
                 tolerances=ToleranceSet.from_dict(content["validation"]["tolerances"], where),
                 tf32=bool(engine.get("tf32", False)),
                 quantization=_quantization(bundle, content.get("quantization")),
-                vnni=needs_vnni(bundle),
+                vnni=bundle.needs_vnni,
             )
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise BundleError(
                 f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again."
             ) from None
-
-
-def needs_vnni(bundle: Bundle) -> bool:
-    """Whether a bundle's graph computes something else on CPUs without VNNI: ONNX Runtime sums in 16 bits there."""
-    return bool((bundle.manifest.content.get("quantization") or {}).get("vnni", False))
 
 
 def read_record(facts: BundleFacts) -> QuantizationPlan | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from spach_deploy.cli.export import main
@@ -16,17 +17,47 @@ from spach_deploy.cli.garbage import THRESHOLDS
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import atexit, gc, sys
-atexit.register(lambda: print(gc.get_threshold(), gc.get_freeze_count() > 0))  # runs last: registered first
-from spach_deploy.cli.export import main
-sys.argv = ["spach-export", "--list"]
-main()
+
+class Last:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+last = Last()
+from spach_deploy.cli import garbage
+with garbage.seldom_searched():
+    atexit.register(lambda: print(gc.get_threshold(), flush=True))
+    sys.stdout.write("said, not flushed\\n")
+    END
 """
 
 
-def test_a_process_of_its_own() -> None:
+@pytest.mark.parametrize(
+    ("end", "code", "is_quick"),
+    [
+        ("sys.exit(3)", 3, True),
+        ("sys.exit(0)", 0, True),
+        ("sys.exit()", 0, True),
+        ("sys.exit('words')", 1, True),
+        ("raise ValueError", 1, False),
+        ("pass", 0, False),
+    ],
+)
+def test_the_end_of_a_process(end: str, code: int, is_quick: bool) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"{THRESHOLDS} True"
+    program = PROGRAM.replace("END", end)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    expected = ["said, not flushed", str(THRESHOLDS), *([] if is_quick else ["taken apart"])]
+    assert done.stdout.splitlines() == expected
+    assert ("words" in done.stderr) == ("words" in end)
+
+
+def test_a_command_ends_so(tmp_path: Path) -> None:
+    program = "import sys; from spach_deploy.cli.export import main; sys.argv = ['spach-export', '--list']; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "ms_hybrid_s" in done.stdout
+    assert done.stderr == ""
 
 
 def test_called_from_python() -> None:

@@ -86,6 +86,13 @@ def test_any_form_can_be_left_out_where_blocks_of_one_kind_follow_a_downsampling
     assert relative_l2(run(graph, x)[LOGITS], logits(model, x)) < 2e-6
 
 
+def test_a_batchnorm_that_the_simplifier_folds_stays_folded() -> None:
+    left_out = ("fold_batchnorm",)
+    graph = export_canonical(rewrite(small_model("hybrid_stem"), left_out).model, IMAGE_SIZE)
+    x = images(2)
+    assert relative_l2(run(graph, x)[LOGITS], logits(small_model("hybrid_stem"), x)) < 2e-6
+
+
 def test_one_block_of_each_kind_is_exported() -> None:
     prototype = make_prototype(rewrite(small_model("hybrid")).model)
     assert prototype.repeats["layer3.1"] == ("layer3.1", "layer3.2", "layer3.3")
