@@ -28,7 +28,7 @@ from spach_deploy.onnx_graph.export import simplify
 from spach_deploy.specs import ModelSpec
 onnx.save(simplify(plain_export(load_model(ModelSpec(name=sys.argv[1])).model)), sys.argv[2] + "/model.onnx")
 """
-OURS = "from spach_deploy.cli.export import main; main()"
+OURS = str(Path(sys.executable).with_name("spach-export"))
 _PAGE = 4096
 _SAMPLE_SECONDS = 0.05
 
@@ -83,7 +83,7 @@ def compare(model: str, rounds: int) -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
             plain.append(measure([sys.executable, "-c", PLAIN, model, folder]))
             options = ["--model", model, "--fp16", "-o", f"{folder}/bundle"]
-            ours.append(measure([sys.executable, "-c", OURS, *options]))
+            ours.append(measure([OURS, *options]))
     ratios = [b.seconds / a.seconds for a, b in zip(plain, ours, strict=True)]
     cells = [
         model,

@@ -18,7 +18,6 @@ from PIL import Image
 
 NAME, SIZE, CLASSES = "small_robust", 32, 11
 MODEL = ("--model", NAME, "--image-size", str(SIZE), "--num-classes", str(CLASSES))
-_FOLDER = tempfile.TemporaryDirectory(prefix="spach-seeds-")
 
 
 def register() -> None:
@@ -49,10 +48,16 @@ class Seeds:
 
 
 @functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Made when it is needed, and gone when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="spach-seeds-")
+
+
+@functools.cache
 def seeds() -> Seeds:
     """All of them; half a minute."""
     register()
-    folder = Path(_FOLDER.name)
+    folder = Path(_folder().name)
     _pictures(folder)
     _checkpoints(folder)
     _bundles(folder)

@@ -15,6 +15,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from spach_deploy.cli.large_pages import is_the_whole_process
+
 THRESHOLDS = (50_000, 20, 100)
 """New objects between two searches among the youngest, and how many of those before older ones are searched too."""
 
@@ -22,9 +24,16 @@ THRESHOLDS = (50_000, 20, 100)
 @contextlib.contextmanager
 def seldom_searched() -> Iterator[None]:
     """The whole of a command, which ends with SystemExit: behind it, and behind what is to be done at exit, the system
-    takes back everything at once.
+    takes back everything at once. Nothing changes where the command is a part of another program, and only our own
+    scripts end so: what others register to be done at exit before a command begins would be left undone.
     """
+    if not is_the_whole_process():
+        yield
+        return
     gc.set_threshold(*THRESHOLDS)
+    if not is_our_script():
+        yield
+        return
     end = _End()
     atexit.register(end)  # the first that is registered is the last that is called
     try:
@@ -32,6 +41,11 @@ def seldom_searched() -> Iterator[None]:
     except SystemExit as reason:
         end.code = reason.code if isinstance(reason.code, int) else int(reason.code is not None)
         raise
+
+
+def is_our_script() -> bool:
+    """Whether this process is one of the commands that pip installs."""
+    return os.path.basename(sys.argv[0]).startswith("spach-")
 
 
 class _End:

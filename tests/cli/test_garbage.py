@@ -31,6 +31,12 @@ with garbage.seldom_searched():
 """
 
 
+def run(script: Path, program: str) -> subprocess.CompletedProcess[str]:
+    script.write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     ("end", "code", "is_quick"),
     [
@@ -42,20 +48,27 @@ with garbage.seldom_searched():
         ("pass", 0, False),
     ],
 )
-def test_the_end_of_a_process(end: str, code: int, is_quick: bool) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program = PROGRAM.replace("END", end)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+def test_the_end_of_a_process(end: str, code: int, is_quick: bool, tmp_path: Path) -> None:
+    done = run(tmp_path / "spach-test", PROGRAM.replace("END", end))
     assert done.returncode == code
     expected = ["said, not flushed", str(THRESHOLDS), *([] if is_quick else ["taken apart"])]
     assert done.stdout.splitlines() == expected
     assert ("words" in done.stderr) == ("words" in end)
 
 
+@pytest.mark.parametrize(("name", "change"), [("another", ""), ("spach-test", "; sys.argv = ['spach-other']")])
+def test_a_part_of_another_program_ends_as_python_does(name: str, change: str, tmp_path: Path) -> None:
+    program = PROGRAM.replace("last = Last()", f"last = Last(){change}").replace("END", "sys.exit(3)")
+    done = run(tmp_path / name, program)
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[-1] == "taken apart"
+    assert (str(THRESHOLDS) in done.stdout) == (not change)
+
+
 def test_a_command_ends_so(tmp_path: Path) -> None:
-    program = "import sys; from spach_deploy.cli.export import main; sys.argv = ['spach-export', '--list']; main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    program = "import sys; from spach_deploy.cli.export import main; sys.argv.append('--list'); main()"
+    done = run(tmp_path / "spach-export", program)
+    assert done.returncode == 0
     assert "ms_hybrid_s" in done.stdout
     assert done.stderr == ""
 
