@@ -39,8 +39,8 @@ _SECONDS: dict[str, tuple[float, float]] = {
 }
 """Of each stage: seconds, and seconds more for each billion multiply-adds; of calibration, for each image too."""
 
-_BASE_BYTES, _BYTES_PER_PARAMETER = 400e6, 30.0
-"""Memory: of Python and PyTorch, and of weights, graphs and engine for each parameter."""
+_BASE_BYTES, _BYTES_PER_PARAMETER = 400e6, 38.0
+"""Memory: of Python and PyTorch, and of weights, graphs, engine and the copy that derives tolerances a parameter."""
 
 _WEIGHT_BYTES = {Precision.FP32: 4.0, Precision.FP16: 2.0, Precision.BF16: 2.0, Precision.INT8: 1.3, Precision.FP8: 1.3}
 """Of a weight in a plan."""
