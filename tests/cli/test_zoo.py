@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,11 @@ def start(*more: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
     )
 
 
-def until_two_wait() -> None:
-    """Until both exports that wait have begun to write."""
+def until_all_wait(names: Sequence[str]) -> None:
+    """Until these exports, which wait, have begun to write."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
-        if len(list(Path("zoo").glob(".*partial*/model.onnx"))) == 2:
+        if all(list(Path("zoo").glob(f".{name}.partial*/model.onnx")) for name in names):
             return
         time.sleep(0.02)
     raise AssertionError("they did not begin")
@@ -285,7 +286,7 @@ def test_a_signal_ends_the_exports_and_costs_what_was_in_progress(number: int) -
     for name in WAITING:
         behave(name, "wait")
     process = start()
-    until_two_wait()
+    until_all_wait(WAITING)
     finished = set(made())
     process.send_signal(number)
     said = process.communicate(timeout=PATIENCE_S)[1].splitlines()
@@ -308,7 +309,7 @@ def test_an_export_that_is_killed_costs_its_bundle_alone() -> None:
     behave(NAMES[0], "wait")
     behave(NAMES[1], "wait")
     process = start()
-    until_two_wait()
+    until_all_wait(NAMES[:2])
     for pid in processes():
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
@@ -343,7 +344,7 @@ def test_two_zoos_in_one_directory_do_not_meet() -> None:
     for name in NAMES:
         behave(name, "wait")
     process = start()
-    until_two_wait()
+    until_all_wait(NAMES[:2])
     said = refusal(export(*ASKED))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE_S)
