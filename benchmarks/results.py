@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from spach_deploy.runtime.processor import cpu_flags
+from spach_deploy.runtime.processor import cpu_flags, processor_name
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _HEAD = "# Results\n\nWritten by the scripts beside it; each section names its command, the machine and the date.\n"
@@ -47,19 +47,11 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _circumstances(packages: Iterable[str]) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    return (
-        f"{today}, {_processor()}, {os.cpu_count()} cores{_features()}, Python {platform.python_version()}, {versions}."
-    )
+    machine = f"{processor_name()}, {os.cpu_count()} cores{_features()}"
+    return f"{today}, {machine}, Python {platform.python_version()}, {versions}."
 
 
 def _features() -> str:
     """What tells processors of one name apart."""
     found = sorted(flag for flag in cpu_flags() if flag.endswith(("512f", "bf16", "vnni", "int8")))
     return f" ({', '.join(found)})" if found else ""
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()

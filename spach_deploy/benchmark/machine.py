@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from spach_deploy.doctor.requirements import installed
-from spach_deploy.runtime.processor import cpu_flags, described
+from spach_deploy.runtime.processor import cpu_flags, processor_name
 from spach_deploy.runtime.threads import available_threads, torch_threads
 from spach_deploy.tool_versions import tool_versions
 
@@ -23,7 +21,7 @@ _GEMM, _COPY_BYTES, _PEAK_S = 1024, 256 << 20, 0.15
 def machine_facts(threads: int) -> dict[str, Any]:
     """Plain JSON: what a figure from this machine depends on."""
     return {
-        "processor": described(Path("/proc/cpuinfo"), "model name") or platform.machine(),
+        "processor": processor_name(),
         "flags": sorted(cpu_flags()),
         "cores": available_threads(),
         "threads": threads,

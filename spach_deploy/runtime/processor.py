@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 _TELLING = (
@@ -14,7 +15,12 @@ _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """Features of this processor that matter for its arithmetic; empty where the system does not say."""
-    return {flag for flag in _TELLING if flag in described(cpuinfo, "flags", "Features").split()}
+    return {flag for flag in _TELLING if flag in _described(cpuinfo, "flags", "Features").split()}
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As the system names it."""
+    return _described(cpuinfo, "model name") or platform.machine()
 
 
 def has_bf16() -> bool:
@@ -27,7 +33,7 @@ def has_vnni() -> bool:
     return bool(cpu_flags() & _VNNI)
 
 
-def described(cpuinfo: Path, *keys: str) -> str:
+def _described(cpuinfo: Path, *keys: str) -> str:
     """The first line of `cpuinfo` with one of these keys; empty where there is none."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()

@@ -12,7 +12,8 @@ def test_flags_that_matter_are_read(tmp_path: Path) -> None:
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Made Up\nflags\t\t: fpu avx2 amx_bf16 sse\n")
     assert processor.cpu_flags(cpuinfo) == {"avx2", "amx_bf16"}
     assert processor.cpu_flags(tmp_path / "nothing") == set()
-    assert processor.described(cpuinfo, "model name") == "Made Up"
+    assert processor.processor_name(cpuinfo) == "Made Up"
+    assert processor.processor_name(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
