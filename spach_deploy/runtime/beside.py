@@ -8,7 +8,6 @@ NumPy and PyTorch, on one thread: of the threads that this process has, a copy h
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -22,13 +21,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from spach_deploy.errors import SpachError
+from spach_deploy.runtime.parent import end_with
 from spach_deploy.runtime.threads import available_threads, torch_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Result = TypeVar("Result")
-_PR_SET_PDEATHSIG = 1
 
 
 class Beside(Generic[Result]):
@@ -101,9 +100,7 @@ def can_be_copied() -> bool:
 
 def _answer(connection: Connection, work: Callable[[], Any], parent: int) -> None:
     """In the copy: one answer. It ends with the process that it is of, whose signals are not for it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that was asked for
-        os._exit(1)
+    end_with(parent, signal.SIGKILL)
     for number, handler in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import shlex
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from spach_deploy.command_lines import export_command
+from spach_deploy.runtime.parent import end_with
 from spach_deploy.specs import ExportOptions
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-_PR_SET_PDEATHSIG = 1
 _GRACE_S = 8.0
 """An export that is interrupted ends within five seconds."""
 
@@ -150,9 +149,7 @@ def _end_with_parent(parent: int) -> None:
     """In the new process: be interrupted when the parent dies, however it does, and by Ctrl-C's signal."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored where this runs in a shell's background
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with(parent, signal.SIGINT)
 
 
 def environment(threads: int | None) -> dict[str, str]:
