@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from spach_deploy.cli.interrupts import is_our_script
 from spach_deploy.cli.large_pages import is_the_whole_process
 
 THRESHOLDS = (50_000, 20, 100)
@@ -41,11 +42,6 @@ def seldom_searched() -> Iterator[None]:
     except SystemExit as reason:
         end.code = reason.code if isinstance(reason.code, int) else int(reason.code is not None)
         raise
-
-
-def is_our_script() -> bool:
-    """Whether this process is one of the commands that pip installs."""
-    return os.path.basename(sys.argv[0]).startswith("spach-")
 
 
 class _End:

@@ -33,10 +33,14 @@ def sentence(kept: str) -> str:
     return f"Interrupted. {kept}"
 
 
+def is_our_script() -> bool:
+    """Whether this process is one of the commands that pip installs."""
+    return os.path.basename(sys.argv[0]).startswith("spach-")
+
+
 def quiet_until_a_command_begins() -> None:
     """In one of our scripts, Ctrl-C while modules load, and after the command, is no traceback of Python's."""
-    is_script = os.path.basename(sys.argv[0]).startswith("spach-")
-    if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
