@@ -50,10 +50,7 @@ class QuantizationFacts:
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """A manifest, read. `rest`: precision of what is not quantized. `tf32`: the engine may use TF32.
-
-    `vnni`: the graph's eight bits are for CPUs with VNNI.
-    """
+    """A manifest, read. `rest`: precision of what is not quantized. `tf32`: the engine may use TF32."""
 
     precision: Precision
     rest: Precision
@@ -64,7 +61,6 @@ class BundleFacts:
     tolerances: ToleranceSet
     tf32: bool
     quantization: QuantizationFacts | None = None
-    vnni: bool = False
 
     @classmethod
     def of(cls, bundle: Bundle) -> BundleFacts:
@@ -83,7 +79,6 @@ class BundleFacts:
                 tolerances=ToleranceSet.from_dict(content["validation"]["tolerances"], where),
                 tf32=bool(engine.get("tf32", False)),
                 quantization=_quantization(bundle, content.get("quantization")),
-                vnni=bundle.needs_vnni,
             )
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             reason = f"{type(error).__name__}: {error}"

@@ -103,7 +103,7 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
     _check_form(request.target, kind)
-    _check_processor(facts)
+    _check_processor(bundle)
     changed = {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
     pointed = _Pointed(request.target, kind, bundle, facts)
     _check_cluster(request, pointed)
@@ -113,8 +113,8 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     return _bisected(found, request, pointed, say) if request.bisect else found
 
 
-def _check_processor(facts: BundleFacts) -> None:
-    if facts.vnni and not has_vnni():
+def _check_processor(bundle: Bundle) -> None:
+    if bundle.needs_vnni and not has_vnni():
         raise UnavailableError(
             "The bundle's INT8 graph is for CPUs with VNNI, and this one has none: its sums would overflow here.",
             "Validate it where it will run, or export it without --vnni.",

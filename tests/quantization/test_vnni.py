@@ -18,7 +18,6 @@ from spach_deploy.doctor.finding import Status, Task
 from spach_deploy.doctor.target import examine_target
 from spach_deploy.specs import Precision
 from spach_deploy.validation import target
-from spach_deploy.validation.bundle_facts import BundleFacts
 from tests.commands import refusal
 from tests.doctor.machines import cpu_machine
 from tests.quantization import small_quantized
@@ -41,7 +40,6 @@ def validate(*arguments: object) -> Result:
 
 
 def test_it_is_not_validated_where_its_sums_would_overflow(bundle: Path) -> None:
-    assert BundleFacts.of(Bundle.open(bundle)).vnni
     sentence = refusal(validate(bundle), 3)
     assert "INT8 graph is for CPUs with VNNI, and this one has none" in sentence
     assert "Validate it where it will run, or export it without --vnni." in sentence
@@ -64,5 +62,5 @@ def test_the_doctor_knows(bundle: Path) -> None:
 def test_where_there_is_vnni_nothing_is_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bundle_findings, contestants, target):
         monkeypatch.setattr(module, "has_vnni", lambda: True)
-    assert validate(bundle, "--accept", "graph").exit_code in (0, 1)  # this graph is not really of that form
+    assert validate(bundle, "--accept", "graph").exit_code == 0
     assert why_not(ONNX_RUNTIME, Setup(bundle), Bundle.open(bundle)) == ""
