@@ -6,7 +6,7 @@ one output that others read. A copy takes the same nodes under the other block's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
@@ -63,7 +63,7 @@ def _nodes_by_block(graph: GraphProto, repeats: Mapping[str, tuple[str, ...]]) -
     return blocks
 
 
-def _block_of(name: str, blocks: Mapping[str, object]) -> str | None:
+def _block_of(name: str, blocks: Collection[str]) -> str | None:
     path = name.split("/", 1)[0]
     head = ".".join(path.split(".")[:2])
     return head if head in blocks else None
@@ -147,7 +147,7 @@ def _finish(
     del graph.value_info[:]
     made = {output for node in nodes for output in node.output} | {value.name for value in graph.input}
     for name in dict.fromkeys(name for node in nodes for name in node.input if name and name not in made):
-        is_kept = name in constants and _block_of(name, dict.fromkeys(blocks)) is None
+        is_kept = name in constants and _block_of(name, blocks) is None
         tensor = constants[name] if is_kept else parameters.proto(name) or constants.get(name)
         if tensor is None:
             raise CertificateError(f"No tensor is known for {name}, which the simplifier made of a block's weights.")
