@@ -138,7 +138,7 @@ def export_for_cpu(
     check_cpu(options, asked)
     found: dict[Precision, Benchmark] = {}
     with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
-        for precision in [asked] if asked else _candidates(options):
+        for precision in [asked] if asked else candidates(options):
             of_precision = options_for(options, precision)
             if of_precision.output is not None:
                 bundles.check_target(of_precision.output, overwrite=options.overwrite)
@@ -151,7 +151,8 @@ def export_for_cpu(
     return CpuChoice(bundle, chosen, forms, machine, asked is not None)
 
 
-def _candidates(options: ExportOptions) -> list[Precision]:
+def candidates(options: ExportOptions) -> list[Precision]:
+    """Precisions that these options and this machine leave to be tried."""
     left_out = {Precision.INT8} if options.quantization.calibration is None else set()
     if why_no_openvino(OPENVINO_BF16):
         left_out.add(Precision.BF16)
