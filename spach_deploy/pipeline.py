@@ -134,7 +134,8 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
             static = stages.rewrite_and_prove(loaded, photographs, reference, options)
         with phases.phase("export and prove the graph"), torch_threads(threads):
             graph = stages.export_graph(loaded, static, photographs, reference)
-        quantized, choice = chosen(graph, static, Reference(loaded, photographs, reference), options, phases)
+        answered = Reference(loaded, photographs, reference)
+        quantized, choice = chosen(graph, static, answered, options, phases)
         plan = None if quantized is None else dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
         if plan is not None:
             twin = functools.partial(quantized_twin, static.result.model, plan)
@@ -152,7 +153,6 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                 if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
                     phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
             with building(staging / bundles.GRAPH, options, flavour, phases) as build:
-                answered = Reference(loaded, photographs, reference)
                 judged = judge_graph(staging / bundles.GRAPH, answered, derivation, build, options, phases)
                 with phases.phase("wait for the engine"):
                     load_page_modules()
