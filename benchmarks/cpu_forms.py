@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,16 +108,20 @@ def verdict(times: dict[Form, list[float]], errors: dict[Form, Accuracy]) -> lis
     right = {form: seconds for form, seconds in times.items() if errors[form].is_right and form != BASE}
     eight = {form: seconds for form, seconds in right.items() if form[0] is Precision.INT8}
     reached = (
-        max((_value(seconds, times[BASE]) for seconds in right.values()), default=0.0),
-        max((_value(seconds, times[FP32]) for seconds in eight.values()), default=0.0),
+        _best(right.values(), times[BASE]),
+        _best(eight.values(), times[FP32]),
     )
-    pairs = zip(GOALS.items(), reached, strict=True)
-    return [f"{found:.2f} ({'held' if found >= goal else 'missed'})" for (_, goal), found in pairs]
+    return [_judged(found, goal) for found, goal in zip(reached, GOALS.values(), strict=True)]
 
 
-def _value(ours: list[float], theirs: list[float]) -> float:
-    found = ratio(ours, theirs)
-    return found.value if found is not None and found.is_told else 0.0
+def _best(forms: Iterable[list[float]], base: list[float]) -> float | None:
+    """The largest ratio that the rounds can tell; None where they tell none."""
+    found = [ratio(seconds, base) for seconds in forms]
+    return max((one.value for one in found if one is not None and one.is_told), default=None)
+
+
+def _judged(found: float | None, goal: float) -> str:
+    return "too noisy to tell" if found is None else f"{found:.2f} ({'held' if found >= goal else 'missed'})"
 
 
 def main() -> None:
