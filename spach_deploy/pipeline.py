@@ -129,7 +129,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         derivation: Beside[Derived] | None = None
         if not options.precision.is_quantized:
             derivation = beside.enter_context(deriving(loaded, photographs, reference, options))
-        threads = threads_beside(derivation)
+        threads = threads_beside(derivation is not None and derivation.is_under_way)
         with phases.phase("rewrite and prove"), torch_threads(threads):
             static = stages.rewrite_and_prove(loaded, photographs, reference, options)
         with phases.phase("export and prove the graph"), torch_threads(threads):
@@ -207,7 +207,7 @@ def judge_graph(
     phases: Phases,
 ) -> JudgedGraph:
     """Run the typed graph, and hold it to the tolerances, which are there by now; the engine may be under way."""
-    threads = threads_beside(build)
+    threads = threads_beside(build is not None)
     with phases.phase("derive tolerances"):
         derived = derivation.result(threads)
     if derivation.seconds is not None:
@@ -351,9 +351,9 @@ def finish(
     return BuiltEngine(result, achieved, read_plan_facts(result.plan))
 
 
-def threads_beside(work: object | None) -> int:
-    """Threads to compute with while other work is under way: it has a core."""
-    return available_threads() if work is None else threads_beside_a_build()
+def threads_beside(is_busy: bool) -> int:
+    """Threads to compute with; while other work is under way, it has a core."""
+    return threads_beside_a_build() if is_busy else available_threads()
 
 
 def plan_of(engine: BuiltEngine | None) -> Plan | None:

@@ -60,6 +60,11 @@ class Beside(Generic[Result]):
             self._process.kill()
             self._process.join()
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a copy was made, which takes a core until it has answered."""
+        return self._process is not None
+
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe(duplex=False)

@@ -34,6 +34,7 @@ def where(value: Any = 1) -> tuple[int, Any]:
 
 def test_the_answer_comes_from_another_process() -> None:
     with Beside(lambda: where(np.arange(3))) as work:
+        assert work.is_under_way
         pid, value = work.result(1)
     assert pid != os.getpid()
     assert list(value) == [0, 1, 2]
@@ -145,6 +146,7 @@ def test_no_copy_is_made_with_one_core_in_another_thread_or_beside_ray(monkeypat
     monkeypatch.setattr(beside, "available_threads", lambda: 1)
     assert not can_be_copied()
     with Beside(where) as work:
+        assert not work.is_under_way
         assert work.result(1) == (os.getpid(), 1)
 
 
