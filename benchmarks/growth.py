@@ -38,7 +38,7 @@ from spach_deploy.pipeline import export
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 
 LINEAR = 1.15
-EXPORT, VALIDATION = "export and prove the graph", "validate the graph"
+EXPORT, VALIDATION = "export the graph", "validate the graph"
 KINDS = ("conv", "trans", "mlp")
 _UNITS = ("export s", "validation s", "nodes", "graph MB", "GMACs", "latency ms")
 

@@ -18,7 +18,8 @@ from benchmarks.results import record, table
 from spach_deploy.models.spach import Spach
 from spach_deploy.phases import Phases, Silent
 from spach_deploy.specs import ExportOptions, ModelSpec, Precision
-from spach_deploy.stages import load, read_photographs, reference_logits
+from spach_deploy.stages import load, read_photographs
+from spach_deploy.stages_reference import reference_logits
 from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.tolerance import derive_tolerances

@@ -2,9 +2,11 @@
 
     reference model -> static model -> exported graph -> typed graph -> engine.plan -> report -> bundle
 
-Each stage (`spach_deploy.stages`) takes the result of the one before it and raises a `SpachError` rather than hand on
-something unproven. Tolerances are derived beside the tracing of the model, and the engine is built beside the
-validation of the graph it is built from.
+Each stage (`spach_deploy.stages`) takes the result of the one before it. What PyTorch alone answers is computed beside
+the tracing of the model: the reference's logits, the proof of the static model, the tolerances. The FP32 graph is held
+to the reference in the form in which it is typed; where that is wrong, the stages before it are asked for the first
+that is. The engine is built beside the validation of the graph it is built from. What is not proven raises a
+`SpachError`, and nothing is written.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
-from spach_deploy.onnx_graph.warm import exporter_loading
 from spach_deploy.phases import Observer, Phases, Silent
 from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.quantization.calibrate import Calibration
@@ -40,8 +41,8 @@ from spach_deploy.report.files import load_page_modules, page_problem
 from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
 from spach_deploy.specs import EngineTarget, ExportOptions
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
+from spach_deploy.stages_reference import Answers, answering, deriving
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
-from spach_deploy.stages_tolerances import deriving
 from spach_deploy.validation.depth import Depth
 from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
 from spach_deploy.validation.reference import Golden
@@ -61,8 +62,8 @@ from spach_deploy.validation.validate import (
 
 if TYPE_CHECKING:
     from spach_deploy.quantization.sensitivity import Choice
+    from spach_deploy.rewrites.static_modules import StaticSpach
     from spach_deploy.runtime.beside import Beside
-    from spach_deploy.stages_tolerances import Derived
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,16 @@ class BuiltEngine:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The reference model and its logits (N, classes) of the golden images."""
+    """The reference model and what it answered to the golden images."""
 
     loaded: LoadedModel
     photographs: stages.Photographs
-    logits: NDArray[np.float32]
+    answers: Answers
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """(N, classes)."""
+        return self.answers.logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,37 +129,39 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         bundles.check_target(place, overwrite=options.overwrite)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with phases.phase("run the reference"), exporter_loading():
-        reference = stages.reference_logits(loaded, photographs)
-    with contextlib.ExitStack() as beside:
-        derivation: Beside[Derived] | None = None
-        if not options.precision.is_quantized:
-            derivation = beside.enter_context(deriving(loaded, photographs, reference, options))
-        threads = threads_beside(derivation is not None and derivation.is_under_way)
-        with phases.phase("rewrite and prove"), torch_threads(threads):
-            static = stages.rewrite_and_prove(loaded, photographs, reference, options)
-        with phases.phase("export and prove the graph"), torch_threads(threads):
-            graph = stages.export_graph(loaded, static, photographs, reference)
-        answered = Reference(loaded, photographs, reference)
-        quantized, choice = chosen(graph, static, answered, options, phases)
-        plan = None if quantized is None else dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
-        if plan is not None:
-            twin = functools.partial(quantized_twin, static.result.model, plan)
-            derivation = beside.enter_context(deriving(loaded, photographs, reference, options, twin))
-        assert derivation is not None
-        with phases.phase("measure ranges, set types"):
+    with phases.phase("rewrite the model"):
+        static = stages.rewrite_model(loaded, options)
+    with contextlib.ExitStack() as stack:
+        answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
+        with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
+            graph = stages.export_graph(static.model, loaded.image_size)
+        quantized, choice, plan = None, None, None
+        if options.precision.is_quantized:
+            graph, answered = prove_graph(graph, photographs, answers, phases)
+            reference = Reference(loaded, photographs, answered)
+            quantized, choice = quantize(graph, static.model, reference, options, phases)
+            plan = dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
+            twin = functools.partial(quantized_twin, static.model, plan)
+            work = deriving(loaded, photographs, answered, options, twin)
+            answers = begun(work, "derive tolerances", stack, phases)
+        awaited = functools.partial(logits_of, answers)
+        with (
+            phases.phase("measure ranges, set types"),
+            stages.first_wrong_stage(graph, static.model, photographs, awaited),
+        ):
             graph = stages.give_form(graph, photographs, options, plan)
-            typed = stages.type_precision(graph, loaded, photographs, reference, options, phases, plan)
+            typed = stages.type_precision(graph, loaded, photographs, awaited, options, phases, plan)
+        reference = Reference(loaded, photographs, answers.result(available_threads()))
         with bundles.writing(place, overwrite=options.overwrite) as staging:
             with phases.phase("write the graph"):
                 stages.save_graph(typed, staging / bundles.GRAPH)
-                golden_of(photographs, reference, options).save(staging / bundles.GOLDEN)
+                golden_of(reference, options).save(staging / bundles.GOLDEN)
                 if plan is not None:
                     write_plan(plan, staging / bundles.QUANTIZATION)
                 if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
                     phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
             with building(staging / bundles.GRAPH, options, flavour, phases) as build:
-                judged = judge_graph(staging / bundles.GRAPH, answered, derivation, build, options, phases)
+                judged = judge_graph(staging / bundles.GRAPH, reference, answers, build, options, phases)
                 with phases.phase("wait for the engine"):
                     load_page_modules()
                     engine = finish(build, typed.policy, plan, staging, phases)
@@ -173,7 +181,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                     **sections.interface_sections(typed.interface, options),
                     "precision": sections.precision_section(typed),
                     **sections.quantization_sections(quantized, choice, options),
-                    "graph": sections.graph_section(static, graph, typed),
+                    "graph": sections.graph_section(static, reference.answers.static_errors, graph, typed),
                     "engine": engine_section(engine, options),
                     "validation": manifest_section(validation, judged.tolerances),
                     "phases": [phase.to_dict() for phase in phases.done],
@@ -185,37 +193,58 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
     return ExportResult(Bundle.open(place, verify=False), validation, engine)
 
 
-def chosen(
-    graph: stages.GraphStage, static: stages.StaticStage, reference: Reference, options: ExportOptions, phases: Phases
-) -> tuple[QuantizationStage | None, Choice | None]:
+def begun(work: Beside[Answers], name: str, stack: contextlib.ExitStack, phases: Phases) -> Beside[Answers]:
+    """The work, under way in a copy of this process until the stack is left; or done, where no copy can be made."""
+    stack.enter_context(work)
+    if not work.is_under_way:
+        with phases.phase(name):
+            work.result(available_threads())
+    return work
+
+
+def logits_of(answers: Beside[Answers]) -> NDArray[np.float32]:
+    """The reference's, when they have come."""
+    return answers.result(available_threads()).logits
+
+
+def prove_graph(
+    graph: stages.GraphStage, photographs: stages.Photographs, answers: Beside[Answers], phases: Phases
+) -> tuple[stages.GraphStage, Answers]:
+    """The exported graph, proven by itself before eight bits are planned on it, and what the reference answered."""
+    with phases.phase("wait for the reference"):
+        answered = answers.result(available_threads())
+    with phases.phase("prove the graph"):
+        return stages.prove_graph(graph, photographs, answered.logits), answered
+
+
+def quantize(
+    graph: stages.GraphStage, static: StaticSpach, reference: Reference, options: ExportOptions, phases: Phases
+) -> tuple[QuantizationStage, Choice | None]:
     """Layers for eight bits: all that the rules choose, or those that keep the bound that was asked for."""
-    loaded, photographs, logits = reference.loaded, reference.photographs, reference.logits
-    quantized = calibrated(graph, loaded, photographs, options, phases)
-    if quantized is None or not options.quantization.is_bounded:
+    quantized = calibrated(graph, reference, options, phases)
+    if not options.quantization.is_bounded:
         return quantized, None
     with phases.phase("choose the layers"):
-        held_out = held_out_images(loaded, photographs, logits, options)
-        return choose_layers(quantized, static.result.model, held_out, options, phases)
+        return choose_layers(quantized, static, held_out_images(reference, options), options, phases)
 
 
 def judge_graph(
     graph: Path,
     reference: Reference,
-    derivation: Beside[Derived],
+    answers: Beside[Answers],
     build: RunningBuild | None,
     options: ExportOptions,
     phases: Phases,
 ) -> JudgedGraph:
     """Run the typed graph, and hold it to the tolerances, which are there by now; the engine may be under way."""
+    derived = answers.result(available_threads()).bounds()
+    if answers.seconds is not None:
+        phases.record("reference and tolerances (alongside)", answers.seconds)
     threads = threads_beside(build is not None)
-    with phases.phase("derive tolerances"):
-        derived = derivation.result(threads)
-    if derivation.seconds is not None:
-        phases.record("tolerances (alongside)", derivation.seconds)
     with phases.phase("validate the graph"), torch_threads(threads):
-        trial = trial_of(reference.photographs, reference.logits, options)
+        trial = trial_of(reference, options)
         evidence = examine_typed(graph, options.rest, trial, derived.tolerances.graph, threads=threads)
-        along = trace_depth(graph, reference.loaded, reference.photographs, options, derived.depth)
+        along = trace_depth(graph, reference, options, derived.depth)
     return JudgedGraph(trial, derived.tolerances, evidence, along)
 
 
@@ -244,15 +273,16 @@ def validated(target: Path) -> Run:
     return Run.here(validate_command(ValidateWords(str(target))))
 
 
-def golden_of(photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions) -> Golden:
+def golden_of(reference: Reference, options: ExportOptions) -> Golden:
     """The golden pack: inputs as the engine's caller sends them, and the reference's logits."""
-    return Golden(photographs.engine_input(options.outputs.io_dtype), reference, photographs.names)
+    photographs = reference.photographs
+    return Golden(photographs.engine_input(options.outputs.io_dtype), reference.logits, photographs.names)
 
 
-def trial_of(photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions) -> Trial:
+def trial_of(reference: Reference, options: ExportOptions) -> Trial:
     """The golden pack as a trial."""
-    golden = golden_of(photographs, reference, options)
-    trial = golden_trial(golden, photographs.source.description, options.outputs, options.engine.batch)
+    golden = golden_of(reference, options)
+    trial = golden_trial(golden, reference.photographs.source.description, options.outputs, options.engine.batch)
     return dataclasses.replace(trial, reference="PyTorch in FP32")
 
 
@@ -270,27 +300,21 @@ def calibrate_to_file(options: ExportOptions, file: Path, observer: Observer | N
         loaded = stages.load(options, phases)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with phases.phase("run the reference"), exporter_loading():
-        reference = stages.reference_logits(loaded, photographs)
-    with phases.phase("rewrite and prove"):
-        static = stages.rewrite_and_prove(loaded, photographs, reference, options)
-    with phases.phase("export and prove the graph"):
-        graph = stages.export_graph(loaded, static, photographs, reference)
-    quantized = calibrated(graph, loaded, photographs, options, phases)
-    assert quantized is not None
-    return quantized.calibration
+    with phases.phase("rewrite the model"):
+        static = stages.rewrite_model(loaded, options)
+    with contextlib.ExitStack() as stack:
+        answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
+        with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
+            graph = stages.export_graph(static.model, loaded.image_size)
+        graph, answered = prove_graph(graph, photographs, answers, phases)
+    return calibrated(graph, Reference(loaded, photographs, answered), options, phases).calibration
 
 
 def calibrated(
-    graph: stages.GraphStage,
-    loaded: LoadedModel,
-    photographs: stages.Photographs,
-    options: ExportOptions,
-    phases: Phases,
-) -> QuantizationStage | None:
-    """Which layers go into eight bits, with which scales; None for other precisions."""
-    if not options.precision.is_quantized:
-        return None
+    graph: stages.GraphStage, reference: Reference, options: ExportOptions, phases: Phases
+) -> QuantizationStage:
+    """Which layers go into eight bits, with which scales."""
+    loaded, photographs = reference.loaded, reference.photographs
     with phases.phase("calibrate"):
         assert graph.model is not None
         quantized = calibrate(graph.model, loaded, photographs.preprocessing, options, phases)
@@ -298,23 +322,21 @@ def calibrated(
     return quantized
 
 
-def held_out_images(
-    loaded: LoadedModel, photographs: stages.Photographs, reference: NDArray[np.float32], options: ExportOptions
-) -> HeldOut:
+def held_out_images(reference: Reference, options: ExportOptions) -> HeldOut:
     """Images to judge layers on: labelled ones for --max-drop, else those that the export is judged on."""
+    photographs = reference.photographs
     if options.quantization.max_drop is not None:
-        return labelled_images(loaded, photographs.preprocessing, options)
-    return HeldOut(photographs.images, reference)
+        return labelled_images(reference.loaded, photographs.preprocessing, options)
+    return HeldOut(photographs.images, reference.logits)
 
 
-def trace_depth(
-    graph: Path, loaded: LoadedModel, photographs: stages.Photographs, options: ExportOptions, depth: Depth
-) -> Trace | None:
+def trace_depth(graph: Path, reference: Reference, options: ExportOptions, depth: Depth) -> Trace | None:
     """Errors along the network's depth, on the first image."""
     import onnx
 
+    photographs = reference.photographs
     feed = photographs.engine_input(options.outputs.io_dtype)[:1]
-    return trace(onnx.load(graph), loaded.model, feed, depth, name=photographs.names[0])
+    return trace(onnx.load(graph), reference.loaded.model, feed, depth, name=photographs.names[0])
 
 
 @contextlib.contextmanager

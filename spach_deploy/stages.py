@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from spach_deploy.bundle import default_directory
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.probes import probe_source
 from spach_deploy.data.readers import ImageSource, batches, open_images
-from spach_deploy.errors import ImageError, MissingPackageError, UsageError
+from spach_deploy.errors import ImageError, MismatchError, MissingPackageError, UsageError
 from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
@@ -33,6 +35,7 @@ from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.tame import tame_outliers
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
+from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import save_model, saved_graph
 from spach_deploy.specs import ExportOptions, Flavour, IODtype, Precision, Preprocessing
@@ -49,6 +52,9 @@ RANGE_IMAGES = 256
 EXACT_BATCHES = (1, 2)
 RANGE_BATCH = 1
 """One image at a time is as fast as several, and takes the least memory."""
+
+Awaited = Callable[[], NDArray[np.float32]]
+"""Gives the reference's logits (N, classes), which may still be computed elsewhere until they are asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +73,10 @@ class Photographs:
         return to_input(self.pixels, self.preprocessing, io_dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class StaticStage:
-    """The static model, what each rewrite did, and how far the whole is from the reference at each batch size."""
-
-    result: RewriteResult
-    errors: dict[int, float]
-
-
 @dataclasses.dataclass
 class GraphStage:
-    """The FP32 graph in its target's form. `errors`: relative L2 of the exported graph at each batch size.
+    """The FP32 graph in its target's form. `errors`: relative L2 of the exported graph at each batch size, where it was
+    proven by itself and not in its target's form alone.
 
     `model` is None once it has been typed.
     """
@@ -146,61 +145,42 @@ def read_photographs(options: ExportOptions, image_size: int, phases: Phases) ->
     return Photographs(source, preprocessing, names, pixels, normalize(pixels, preprocessing), built_in)
 
 
-def reference_logits(loaded: LoadedModel, photographs: Photographs) -> NDArray[np.float32]:
-    """Logits (N, classes) of the reference model in FP32."""
-    logits = run_torch(loaded, photographs.images)
-    if not np.isfinite(logits).all():
-        raise UsageError("The reference model answers NaN or infinity in FP32.", "Check the checkpoint's weights.")
-    if not logits.any():
-        raise UsageError(
-            "The reference model answers exactly zero for every image, as a freshly initialised SPACH does, so nothing"
-            " could be compared.",
-            "Give a trained checkpoint, or none to use demo weights.",
-        )
-    return logits
-
-
-def run_torch(loaded: LoadedModel, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits of the loaded model."""
-    import torch
-
-    with torch.inference_mode():
-        logits: NDArray[np.float32] = loaded.model(torch.from_numpy(images)).numpy()
-    return logits
-
-
-def rewrite_and_prove(
-    loaded: LoadedModel, photographs: Photographs, reference: NDArray[np.float32], options: ExportOptions
-) -> StaticStage:
-    """The static model, equal to the reference at several batch sizes."""
-    import torch
-
+def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
+    """The static model."""
     quantized = options.quantization.quantize if options.precision.is_quantized else None
-    result = rewrite(loaded.model, _left_out(options), quantized)
-
-    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = result.model(torch.from_numpy(images)).numpy()
-        return logits
-
-    errors = prove_equal("static model", run, photographs.images, reference, EXACT_BATCHES)
-    return StaticStage(result, errors)
+    return rewrite(loaded.model, _left_out(options), quantized)
 
 
-def export_graph(
-    loaded: LoadedModel,
-    static: StaticStage,
-    photographs: Photographs,
-    reference: NDArray[np.float32],
-) -> GraphStage:
-    """The exported graph, equal to the reference."""
-    model = export_canonical(static.result.model, loaded.image_size)
+def export_graph(static: StaticSpach, image_size: int) -> GraphStage:
+    """The exported graph."""
+    model = export_canonical(static, image_size)
     return_freed_memory()  # the exporter's programs are full of cycles
-    with saved_graph(model) as path, OnnxRuntimeRunner(path) as runner:
+    return GraphStage(model, {}, {})
+
+
+def prove_graph(graph: GraphStage, photographs: Photographs, reference: NDArray[np.float32]) -> GraphStage:
+    """The exported graph, equal to the reference."""
+    assert graph.model is not None
+    with saved_graph(graph.model) as path, OnnxRuntimeRunner(path) as runner:
         errors = prove_equal(
             "exported graph", lambda x: runner.run({INPUT: x})[LOGITS], photographs.images, reference, EXACT_BATCHES
         )
-    return GraphStage(model, {}, errors)
+    return dataclasses.replace(graph, errors=errors)
+
+
+@contextlib.contextmanager
+def first_wrong_stage(
+    graph: GraphStage, static: StaticSpach, photographs: Photographs, reference: Awaited
+) -> Iterator[None]:
+    """Where the block finds that the graph in its target's form is wrong, and the exported graph was not proven by
+    itself, that is asked too: the MismatchError names the first stage that is wrong.
+    """
+    try:
+        yield
+    except MismatchError:
+        if not graph.errors:
+            prove_graph(export_graph(static, photographs.images.shape[-1]), photographs, reference())
+        raise
 
 
 def give_form(
@@ -240,12 +220,14 @@ def type_precision(
     graph: GraphStage,
     loaded: LoadedModel,
     photographs: Photographs,
-    reference: NDArray[np.float32],
+    reference: Awaited,
     options: ExportOptions,
     phases: Phases,
     plan: QuantizationPlan | None = None,
 ) -> TypedStage:
     """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified.
+
+    MismatchError where that form computes something else.
 
     With a plan, biases are corrected after that proof, and the quantized layers' inputs go through eight bits.
     """
@@ -270,7 +252,7 @@ def type_precision(
 def _measured(
     model: ModelProto,
     photographs: Photographs,
-    reference: NDArray[np.float32],
+    reference: Awaited,
     options: ExportOptions,
     phases: Phases,
 ) -> tuple[Ranges, dict[int, float]]:
@@ -279,12 +261,13 @@ def _measured(
     meter = RangeMeter(model, tensors=None if is_half else ())
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = photographs.engine_input(io_dtype)
+    logits = {
+        part: meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})[LOGITS] for part in _parts(len(feeds))
+    }
     errors: dict[int, float] = {}
-    for start in range(0, len(feeds), RANGE_BATCH):
-        batch = slice(start, start + RANGE_BATCH)
-        logits = meter.run({INPUT: np.ascontiguousarray(feeds[batch])})[LOGITS]
-        error = check_equal("graph in its target's form", logits, reference[batch])
-        errors[len(logits)] = max(error, errors.get(len(logits), 0.0))
+    for part, answer in logits.items():
+        error = check_equal("graph in its target's form", answer, reference()[slice(*part)])
+        errors[len(answer)] = max(error, errors.get(len(answer), 0.0))
     described = f"the {len(feeds)} built-in photographs"
     if not photographs.built_in and is_half:
         described = _measure_users_images(meter, photographs, io_dtype, phases)
@@ -292,6 +275,12 @@ def _measured(
     del meter  # its session holds the weights a second time
     return_freed_memory()
     return ranges, errors
+
+
+def _parts(count: int) -> list[tuple[int, int]]:
+    """First and last of the images that are run together: two, then one at a time, so that both sizes are proven."""
+    first = min(max(EXACT_BATCHES), count)
+    return [(0, first), *((start, start + RANGE_BATCH) for start in range(first, count, RANGE_BATCH))]
 
 
 def _tame(model: ModelProto, ranges: Ranges, rest: Precision, phases: Phases) -> tuple[str, ...]:

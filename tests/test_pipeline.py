@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +25,15 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from spach_deploy import stages
 from spach_deploy.bundle import Bundle
 from spach_deploy.errors import MismatchError
-from spach_deploy.models.checkpoint import load_model
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
-from spach_deploy.phases import Phase, Phases, Silent
+from spach_deploy.onnx_graph.export import export_canonical
+from spach_deploy.onnx_graph.passes import apply_passes
+from spach_deploy.phases import Phase, Silent
 from spach_deploy.pipeline import export as export_bundle
-from spach_deploy.rewrites import rewrite
+from spach_deploy.rewrites import RewriteResult, rewrite
+from spach_deploy.runtime import beside
 from spach_deploy.specs import BatchProfile, EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from tests import small_bundles
 from tests.commands import contents, export, refusal
@@ -343,19 +346,52 @@ def test_a_graph_that_computes_something_else_is_exit_1_and_not_written(old: Pat
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.usefixtures("small_model_registered")
-def test_a_static_model_that_computes_something_else_is_found() -> None:
-    phases = Phases(Silent())
-    loaded = load_model(OPTIONS.model)
-    photographs = stages.read_photographs(OPTIONS, loaded.image_size, phases)
-    reference = stages.reference_logits(loaded, photographs)
-    static = stages.StaticStage(rewrite(loaded.model), {})
+def spoilt(model: ModelProto) -> None:
+    """The largest weight, 1 % larger."""
+    tensor = max(model.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.01), tensor.name))
+
+
+def wrong_rewrite(*arguments: Any) -> RewriteResult:
+    result = rewrite(*arguments)
     with torch.no_grad():
-        weight = max(static.result.model.parameters(), key=lambda weight: weight.numel())
-        weight.mul_(1.01)
-    with pytest.raises(MismatchError, match="exported graph differs from the reference model") as caught:
-        stages.export_graph(loaded, static, photographs, reference)
+        max(result.model.parameters(), key=lambda weight: weight.numel()).mul_(1.01)
+    return result
+
+
+def wrong_export(*arguments: Any) -> ModelProto:
+    model = export_canonical(*arguments)
+    spoilt(model)
+    return model
+
+
+def wrong_passes(model: ModelProto, *arguments: Any) -> dict[str, tuple[str, ...]]:
+    changed = apply_passes(model, *arguments)
+    spoilt(model)
+    return changed
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "static model": ("rewrite", wrong_rewrite),
+    "exported graph": ("export_canonical", wrong_export),
+    "graph in its target's form": ("apply_passes", wrong_passes),
+}
+
+
+@pytest.mark.usefixtures("small_model_registered")
+@pytest.mark.parametrize("stage", WRONG)
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_first_stage_that_computes_something_else_is_named(
+    stage: str, cores: int, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, *WRONG[stage])
+    monkeypatch.setattr(beside, "available_threads", lambda: cores)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    before = contents(old)
+    with pytest.raises(MismatchError, match=f"The {stage} differs from the reference model at batch") as caught:
+        export_bundle(dataclasses.replace(OPTIONS, output=old, overwrite=True))
     assert caught.value.exit_code == 1
+    assert contents(old) == before
 
 
 def test_logits_that_half_cannot_hold_are_exit_1_with_the_next_step(old: Path) -> None:

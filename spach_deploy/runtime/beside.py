@@ -44,6 +44,7 @@ class Beside(Generic[Result]):
         self._work = work
         self._connection: Connection | None = None
         self._process: Any = None
+        self._found: Any = None
 
     def __enter__(self) -> Self:
         if can_be_copied():
@@ -62,8 +63,12 @@ class Beside(Generic[Result]):
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a copy was made, which takes a core until it has answered."""
-        return self._process is not None
+        """Whether a copy is at work, which takes a core until its answer has come."""
+        if self._found is not None or self._connection is None or self._process is None:
+            return False
+        with contextlib.suppress(OSError):
+            return not self._connection.poll()
+        return False
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
@@ -76,14 +81,15 @@ class Beside(Generic[Result]):
 
     def result(self, threads: int) -> Result:
         """What `work` gave; with `threads` where it has to be done here. Raises the SpachError that it raised."""
-        found = self._received()
-        if isinstance(found, SpachError):
-            raise found
-        if found is not None:
-            result: Result = found
-            return result
-        with torch_threads(threads):
-            return self._work()
+        if self._found is None:
+            self._found = self._received()
+        if self._found is None:
+            with torch_threads(threads):
+                self._found = self._work()
+        if isinstance(self._found, SpachError):
+            raise self._found
+        result: Result = self._found
+        return result
 
     def _received(self) -> Any:
         """The copy's answer or error; None where there is none."""

@@ -44,7 +44,7 @@ def refused(*arguments: object, code: int = 2) -> str:
     result = export(*arguments, "-v", "-o", "old", "--overwrite")
     sentence = refusal(result, code)
     assert contents(Path.cwd()) == before
-    assert "run the reference" not in result.stderr  # the first phase of work
+    assert "rewrite the model" not in result.stderr  # the first phase of work
     return sentence
 
 

@@ -279,7 +279,7 @@ def interrupted(script: Path, target: Path) -> Iterator[Running]:
 
 def test_ctrl_c_while_the_graph_is_made(script: Path, target: Path) -> None:
     with interrupted(script, target) as running:
-        running.wait_for("rewrite and prove")
+        running.wait_for("rewrite the model")
         time.sleep(0.3)
 
 
