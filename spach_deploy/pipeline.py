@@ -43,13 +43,12 @@ from spach_deploy.specs import EngineTarget, ExportOptions
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
 from spach_deploy.stages_reference import Answers, answering, deriving
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
-from spach_deploy.validation.depth import Depth
 from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
 from spach_deploy.validation.run import Run
 from spach_deploy.validation.tolerance import ToleranceSet
-from spach_deploy.validation.trace import Trace, trace
+from spach_deploy.validation.trace import Along, Trace
 from spach_deploy.validation.validate import (
     Plan,
     Subject,
@@ -96,12 +95,12 @@ class JudgedGraph:
     trial: Trial
     tolerances: ToleranceSet
     evidence: tuple[Evidence, ...]
-    along: Trace | None
+    trace: Trace | None
 
     def with_engine(self, subject: Subject, engine: BuiltEngine | None, run: Run) -> Validation:
         """The whole: the engine too, where it runs here."""
         found = validate_export(subject, self.trial, self.evidence, plan_of(engine), self.tolerances.engine)
-        return dataclasses.replace(found, trace=self.along, run=run)
+        return dataclasses.replace(found, trace=self.trace, run=run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,10 +241,11 @@ def judge_graph(
         phases.record("reference and tolerances (alongside)", answers.seconds)
     threads = threads_beside(build is not None)
     with phases.phase("validate the graph"), torch_threads(threads):
-        trial = trial_of(reference, options)
-        evidence = examine_typed(graph, options.rest, trial, derived.tolerances.graph, threads=threads)
-        along = trace_depth(graph, reference, options, derived.depth)
-    return JudgedGraph(trial, derived.tolerances, evidence, along)
+        trial, along = trial_of(reference, options), Along(reference.loaded.model, derived.depth)
+        bounds = derived.tolerances.graph
+        evidence = examine_typed(graph, options.rest, trial, bounds, threads=threads, watch=along.watch)
+        trace = along.trace(evidence[-1], reference.photographs.names[0])
+    return JudgedGraph(trial, derived.tolerances, evidence, trace)
 
 
 def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:
@@ -328,15 +328,6 @@ def held_out_images(reference: Reference, options: ExportOptions) -> HeldOut:
     if options.quantization.max_drop is not None:
         return labelled_images(reference.loaded, photographs.preprocessing, options)
     return HeldOut(photographs.images, reference.logits)
-
-
-def trace_depth(graph: Path, reference: Reference, options: ExportOptions, depth: Depth) -> Trace | None:
-    """Errors along the network's depth, on the first image."""
-    import onnx
-
-    photographs = reference.photographs
-    feed = photographs.engine_input(options.outputs.io_dtype)[:1]
-    return trace(onnx.load(graph), reference.loaded.model, feed, depth, name=photographs.names[0])
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spach_deploy.errors import MissingPackageError, UnavailableError, UsageError, printable
 from spach_deploy.runtime import TensorSpec
@@ -33,7 +34,8 @@ class OnnxRuntimeRunner:
     """Runs an ONNX graph, given as a path (also with external weights) or as bytes.
 
     `threads` None lets ONNX Runtime choose. `optimization` "none" runs the nodes as they stand. `max_batch` bounds
-    memory. Entering raises MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and
+    memory. `inner`: outputs that are tensors from inside the model; `run` does not give them, but `seen` keeps their
+    values (1, ...) for the first image that runs. Entering raises MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and
     UnavailableError where the CPU has no kernel for a node (bfloat16, for most).
     """
 
@@ -44,11 +46,14 @@ class OnnxRuntimeRunner:
         threads: int | None = None,
         optimization: Optimization = "all",
         max_batch: int = 32,
+        inner: Collection[str] = (),
     ) -> None:
         self._model = model
         self._threads = threads
         self._optimization = optimization
         self._max_batch = max_batch
+        self._inner = tuple(inner)
+        self.seen: dict[str, NDArray[Any]] = {}
         self._session: Any = None
         self.input_specs: Mapping[str, TensorSpec] = {}
         self.output_specs: Mapping[str, TensorSpec] = {}
@@ -61,7 +66,7 @@ class OnnxRuntimeRunner:
     def __enter__(self) -> Self:
         self._session = self._open(_import_onnxruntime())
         self.input_specs = _specs(self._session.get_inputs())
-        self.output_specs = _specs(self._session.get_outputs())
+        self.output_specs = _specs(info for info in self._session.get_outputs() if info.name not in self._inner)
         return self
 
     def __exit__(
@@ -76,9 +81,13 @@ class OnnxRuntimeRunner:
         return run_in_batches(self._run_once, feeds, BatchLimits.of_shape(leading, self._max_batch))
 
     def _run_once(self, feeds: Arrays) -> Arrays:
-        names = list(self.output_specs)
+        inner = () if self.seen else self._inner
+        results = dict(
+            zip((*self.output_specs, *inner), self._session.run([*self.output_specs, *inner], feeds), strict=True)
+        )
         # Copies: a result of ONNX Runtime keeps the whole memory pool of its session alive.
-        return {name: np.array(result) for name, result in zip(names, self._session.run(names, feeds), strict=True)}
+        self.seen.update({name: np.array(results[name][:1]) for name in inner})
+        return {name: np.array(results[name]) for name in self.output_specs}
 
     def _open(self, ort: Any) -> Any:
         options = ort.SessionOptions()
@@ -107,7 +116,7 @@ def _import_onnxruntime() -> Any:
         raise MissingPackageError("onnxruntime", "Running an ONNX graph", "pip install 'spach-deploy[cpu]'") from error
 
 
-def _specs(infos: Any) -> dict[str, TensorSpec]:
+def _specs(infos: Iterable[Any]) -> dict[str, TensorSpec]:
     return {info.name: TensorSpec(_dtype(info.type), _shape(info.shape)) for info in infos}
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,13 @@ from spach_deploy.validation.reference import INPUT, LOGITS, expected_outputs, p
 from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.verdict import Verdict, judge
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 Array = npt.NDArray[Any]
+
+Watch = Callable[["ModelProto"], Collection[str]]
+"""Chooses tensors of a graph, given in the form in which it will run."""
 
 LARGEST_BATCH = 3
 """On a CPU: beyond it a few cores gain nothing, and memory grows by a fifth of a gigabyte an image."""
@@ -65,7 +71,7 @@ class Evidence:
     """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed.
 
     `answers`: the images that changed class, or came closest to it. `logits` (N, classes): what it answered, None where
-    it gave none.
+    it gave none. `inside`: tensors (1, ...) of the graph for the first image, where some were watched.
     """
 
     level: Level
@@ -76,6 +82,7 @@ class Evidence:
     verdict: Verdict
     answers: tuple[Answer, ...] = ()
     logits: Array | None = dataclasses.field(default=None, repr=False, compare=False)
+    inside: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -143,43 +150,57 @@ def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds, *, thread
 
 
 @contextlib.contextmanager
-def opened(form: Form, graph: Path | bytes, threads: int | None) -> Iterator[Runner]:
+def opened(
+    form: Form, graph: Path | bytes, threads: int | None, watch: Watch | None = None
+) -> Iterator[OnnxRuntimeRunner]:
     """The graph in ONNX Runtime, entered. UsageError where it does not load or cannot be rounded."""
-    if form is Form.PLAIN:
-        with OnnxRuntimeRunner(graph, threads=threads) as runner:
-            yield runner
-        return
     with contextlib.ExitStack() as stack:
-        with rounded_file(graph) as path:
-            runner = stack.enter_context(OnnxRuntimeRunner(path, threads=threads))
+        if form is Form.PLAIN and watch is None:
+            yield stack.enter_context(OnnxRuntimeRunner(graph, threads=threads))
+            return
+        with _as_it_runs(form, graph, watch) as (path, inner):
+            runner = stack.enter_context(OnnxRuntimeRunner(path, threads=threads, inner=inner))
         yield runner
 
 
 @contextlib.contextmanager
-def rounded_file(graph: Path | bytes) -> Iterator[Path]:
-    """A file with the graph's rounded twin. UsageError where it has none, UnavailableError where it would not round."""
+def _as_it_runs(form: Form, graph: Path | bytes, watch: Watch | None) -> Iterator[tuple[Path, list[str]]]:
+    """A file with the graph in a form, and the tensors that it gives because they are watched."""
     import onnx
 
     from spach_deploy.precision.rounding import check_runtime_rounds, rounded_twin
 
-    check_runtime_rounds()
+    if form is Form.ROUNDED:
+        check_runtime_rounds()
     try:
-        typed = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
-        twin = rounded_twin(typed)
-        del typed
+        model = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
+        model = rounded_twin(model) if form is Form.ROUNDED else model
     except Exception as error:  # a foreign graph may hold anything
         raise UsageError(f"Its half tensors cannot be rounded one by one: {error}") from error
-    with saved_graph(twin) as path:
-        del twin
-        yield path
+    outputs = {value.name for value in model.graph.output}
+    inner = [] if watch is None else [name for name in watch(model) if name not in outputs]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
+    with saved_graph(model) as path:
+        del model
+        yield path, inner
 
 
 def examine_typed(
-    graph: Path | bytes, precision: Precision, trial: Trial, bounds: Bounds, *, threads: int | None = None
+    graph: Path | bytes,
+    precision: Precision,
+    trial: Trial,
+    bounds: Bounds,
+    *,
+    threads: int | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Evidence, ...]:
-    """What a CPU can tell of a typed graph, in each of its forms. `threads` None lets ONNX Runtime choose."""
+    """What a CPU can tell of a typed graph, in each of its forms. `threads` None lets ONNX Runtime choose.
+
+    The last one, of the most roundings, has the tensors that `watch` chooses in `Evidence.inside`.
+    """
     forms = forms_of(precision)
-    return tuple(_examine(form, graph, trial, bounds, form.value, threads) for form in forms)
+    watched = {forms[-1]: watch}
+    return tuple(_examine(form, graph, trial, bounds, form.value, threads, watched.get(form)) for form in forms)
 
 
 def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) -> Evidence:
@@ -257,10 +278,19 @@ def in_runtime(ran: str) -> str:
     return f"{ran} in {NAME}"
 
 
-def _examine(form: Form, graph: Path | bytes, trial: Trial, bounds: Bounds, ran: str, threads: int | None) -> Evidence:
+def _examine(
+    form: Form,
+    graph: Path | bytes,
+    trial: Trial,
+    bounds: Bounds,
+    ran: str,
+    threads: int | None,
+    watch: Watch | None = None,
+) -> Evidence:
     try:
-        with opened(form, graph, threads) as runner:
-            return _run_and_judge(runner, Level.GRAPH, trial, bounds, ran)
+        with opened(form, graph, threads, watch) as runner:
+            evidence = _run_and_judge(runner, Level.GRAPH, trial, bounds, ran)
+            return dataclasses.replace(evidence, inside=runner.seen)
     except UsageError as error:  # onnxruntime refused the graph
         return judged(Level.GRAPH, Ran(in_runtime(ran), problem=error.message), trial, bounds)
 

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.errors import UsageError
 from spach_deploy.onnx_graph.names import owner
 from spach_deploy.validation.depth import Depth, Outputs
+from spach_deploy.validation.reference import LOGITS
 from spach_deploy.validation.tolerance import LOSS_FACTOR, NOISE_FACTOR
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import nn
 
-    from spach_deploy.validation.bisect.opened import OpenedGraph
+    from spach_deploy.validation.evidence import Evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,32 +64,44 @@ class Trace:
             return None
 
 
-def trace(
-    graph: ModelProto, model: nn.Module, feed: npt.NDArray[np.generic], depth: Depth, *, name: str
-) -> Trace | None:
-    """The errors of a graph of ours, on one image, which the graph takes as `feed`.
+class Along:
+    """Follows a graph along the depth of `model`: what to watch in it, and then the errors of what was seen.
 
-    `depth`: what the parts of `model` answer to the image in FP32, in FP64 and rounded; rounded are those of its twin
-    in eight bits, where there is one. None where the graph cannot be taken apart.
+    `depth`: what the parts of `model` answer to the first image in FP32, in FP64 and rounded; rounded are those of its
+    twin in eight bits, where there is one.
     """
-    exact = depth.exact
-    try:
-        ours = _of_graph(graph, feed, exact, {path for path in exact if _kind(path, model) == "block"})
-    except UsageError:
-        return None
-    noise, loss = _errors(depth.double, exact), _errors(depth.rounded, exact)
-    parts = tuple(
-        Part(
-            module=path,
-            kind=_kind(path, model),
-            error=_finite(ours.get(path)),
-            noise=noise[path],
-            allowed=NOISE_FACTOR * noise[path] + LOSS_FACTOR * loss.get(path, 0.0),
-            peak=float(np.abs(exact[path]).max()),
+
+    def __init__(self, model: nn.Module, depth: Depth) -> None:
+        self._depth = depth
+        self._kinds = {path: _kind(path, model) for path in depth.exact}
+        self._tensors: dict[str, str] = {}
+
+    def watch(self, graph: ModelProto) -> list[str]:
+        """The tensors of the parts' outputs, in a graph in the form in which it runs (`evidence.Watch`)."""
+        blocks = {path for path, kind in self._kinds.items() if kind == "block"}
+        self._tensors = _tensors_of_parts(graph, self._depth.exact, blocks)
+        return list(self._tensors.values())
+
+    def trace(self, evidence: Evidence, image: str) -> Trace | None:
+        """The errors of what was watched, on the image of that name. None for a graph that did not run."""
+        if evidence.logits is None:
+            return None
+        exact, values = self._depth.exact, {LOGITS: evidence.logits[:1], **evidence.inside}
+        noise, loss = _errors(self._depth.double, exact), _errors(self._depth.rounded, exact)
+        seen = {path: values[tensor] for path, tensor in self._tensors.items() if tensor in values}
+        ours = _errors(seen, exact)
+        parts = tuple(
+            Part(
+                module=path,
+                kind=kind,
+                error=_finite(ours.get(path)),
+                noise=noise[path],
+                allowed=NOISE_FACTOR * noise[path] + LOSS_FACTOR * loss.get(path, 0.0),
+                peak=float(np.abs(exact[path]).max()),
+            )
+            for path, kind in self._kinds.items()
         )
-        for path in exact
-    )
-    return Trace("typed graph in ONNX Runtime (CPU), half tensors rounded", (name,), parts)
+        return Trace("typed graph in ONNX Runtime (CPU), half tensors rounded", (image,), parts)
 
 
 def _kind(path: str, model: nn.Module) -> str:
@@ -102,29 +115,23 @@ def _finite(error: float | None) -> float | None:
     return error if error is not None and math.isfinite(error) else None
 
 
-def _of_graph(graph: ModelProto, feed: npt.NDArray[np.generic], exact: Outputs, blocks: set[str]) -> dict[str, float]:
-    """Errors of the tensors that a graph has for the parts, by the names of the nodes that make them."""
-    from spach_deploy.validation.bisect.opened import OpenedGraph
-
-    opened = OpenedGraph(graph, len(feed))
-    named = _tensors_of_parts(opened, exact, blocks)
-    values = opened.run({graph.graph.input[0].name: feed}, list(named.values()), {})
-    return {path: _error(values[tensor], exact[path]) for path, tensor in named.items()}
-
-
-def _tensors_of_parts(opened: OpenedGraph, exact: Outputs, blocks: set[str]) -> dict[str, str]:
+def _tensors_of_parts(graph: ModelProto, exact: Outputs, blocks: set[str]) -> dict[str, str]:
     """The last tensor of a part's size that the part makes; a block's is its own sum, not a module's inside it."""
+    from spach_deploy.validation.bisect.opened import float_elements
+
+    elements = float_elements(graph, batch=1)
     found: dict[str, str] = {}
-    sizes = {path: set(opened.tensors([value.size])) for path, value in exact.items()}
-    for tensor, node in opened.makers.items():
-        module = owner(node)
+    for node in graph.graph.node:
+        module = owner(node.name)
         path = next((path for path in exact if module == path or module.startswith(f"{path}.")), "")
-        if tensor in sizes.get(path, ()) and not (path in blocks and module != path):
-            found[path] = tensor
+        for tensor in node.output:
+            fits = path and elements.get(tensor, -1) in (0, exact[path].size)
+            if fits and not (path in blocks and module != path):
+                found[path] = tensor
     return found
 
 
-def _errors(outputs: Outputs, exact: Outputs) -> dict[str, float]:
+def _errors(outputs: Mapping[str, npt.NDArray[Any]], exact: Outputs) -> dict[str, float]:
     return {path: _error(value, exact[path]) for path, value in outputs.items()}
 
 

@@ -17,13 +17,15 @@ from spach_deploy.bundle import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
 from spach_deploy.precision.rounding import rounded_twin
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
-from spach_deploy.specs import Precision
+from spach_deploy.specs import BatchProfile, OutputSpec, Precision
 from spach_deploy.validation.bisect import stages
 from spach_deploy.validation.depth import Depth
+from spach_deploy.validation.evidence import examine_typed
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import derive_tolerances
-from spach_deploy.validation.trace import Trace, trace
+from spach_deploy.validation.trace import Along, Trace
+from spach_deploy.validation.validate import golden_trial
 from tests import small_bundles
 from tests.static_models import small_model
 from tests.validation import faults
@@ -139,7 +141,11 @@ def along(model: ModelProto) -> Trace:
     reference, depth = small_model("hybrid"), Depth()
     derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, depth=depth)
     evaluate(reference, golden.input[:1], parts=depth.exact)
-    found = trace(model, reference, golden.input[:1], depth, name="a.jpg")
+    follower = Along(reference, depth)
+    trial = golden_trial(golden, "golden", OutputSpec(), BatchProfile())
+    bounds = derive_tolerances(reference, golden.input, golden.logits, Precision.FP16).graph
+    rounded = examine_typed(model.SerializeToString(), Precision.FP16, trial, bounds, watch=follower.watch)[-1]
+    found = follower.trace(rounded, "a.jpg")
     assert found is not None
     return found
 

@@ -47,7 +47,7 @@ class OpenedGraph:
         self.outputs = _outputs(self._graph)
         self.makers = {name: node.name for node in self._nodes for name in node.output if name}
         self.order = {name: index for index, name in enumerate(self.makers)}
-        self._elements = _float_elements(self._graph, batch)
+        self._elements = float_elements(self._graph, batch)
 
     def tensors(self, sizes: Iterable[int]) -> list[str]:
         """Tensors that hold floats and have one of `sizes` elements, in order; those of unknown size too."""
@@ -154,7 +154,7 @@ def _reading(node: NodeProto, given: Arrays) -> NodeProto:
     return changed
 
 
-def _float_elements(graph: ModelProto, batch: int) -> dict[str, int]:
+def float_elements(graph: ModelProto, batch: int) -> dict[str, int]:
     """Elements of every float tensor that nodes make, at `batch`; 0 where they are not known."""
     light = without_weights(graph)
     weights = {tensor.name for tensor in graph.graph.initializer}
