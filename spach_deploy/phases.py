@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import gc
 import resource
 import time
 from collections.abc import Iterator
@@ -77,7 +76,7 @@ class Phases:
         self.observer.started(name)
         start = time.perf_counter()
         yield
-        _trim_heap()
+        trim_heap()
         phase = Phase(name, time.perf_counter() - start, peak_resident_bytes())
         self.done.append(phase)
         self.observer.finished(phase)
@@ -98,14 +97,8 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def return_freed_memory() -> None:
-    """Give memory back to the system, also what only cycles hold; looking for those costs a quarter of a second."""
-    gc.collect()
-    _trim_heap()
-
-
-def _trim_heap() -> None:
-    """glibc keeps what was freed, and the next phase would come on top."""
+def trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps it, and what is made next would come on top."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

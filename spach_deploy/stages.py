@@ -22,7 +22,7 @@ from spach_deploy.onnx_graph.certificate import Certificate, certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.onnx_graph.interface import add_interface, check_outputs
 from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
-from spach_deploy.phases import Phases, return_freed_memory
+from spach_deploy.phases import Phases, trim_heap
 from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.formats import half_format
 from spach_deploy.precision.half import type_graph
@@ -153,9 +153,7 @@ def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
 
 def export_graph(static: StaticSpach, image_size: int) -> GraphStage:
     """The exported graph."""
-    model = export_canonical(static, image_size)
-    return_freed_memory()  # the exporter's programs are full of cycles
-    return GraphStage(model, {}, {})
+    return GraphStage(export_canonical(static, image_size), {}, {})
 
 
 def prove_graph(graph: GraphStage, photographs: Photographs, reference: NDArray[np.float32]) -> GraphStage:
@@ -273,7 +271,7 @@ def _measured(
         described = _measure_users_images(meter, photographs, io_dtype, phases)
     ranges = meter.ranges(described)
     del meter  # its session holds the weights a second time
-    return_freed_memory()
+    trim_heap()
     return ranges, errors
 
 

@@ -1,9 +1,8 @@
 """Fewer searches for garbage in a command that is a process of its own, and none at its end.
 
 Loading PyTorch and tracing a model make millions of objects that stay. Python looks through all of them for unreachable
-cycles again and again, and takes them apart one by one when it ends: a sixth of an export's time. Memory that only
-cycles hold is large in one place, behind the exporter, where it is looked for by itself
-(`phases.return_freed_memory`).
+cycles again and again, and takes them apart one by one when it ends: a sixth of an export's time. What only
+cycles hold is small: behind the exporter 0.3 MB, of 1.2 GB.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-VARIABLE = "GLIBC_TUNABLES"
-WISH = "glibc.malloc.hugetlb=1"
+from spach_deploy.runtime.pages import LARGE, VARIABLE
+
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _FIRST = (2, 35)
 """glibc that knows the wish."""
@@ -27,7 +27,7 @@ def start_again_with_large_pages() -> None:
     """
     if VARIABLE in os.environ or not (is_the_whole_process() and glibc_knows() and kernel_waits_to_be_asked()):
         return
-    environment = {**os.environ, VARIABLE: WISH}
+    environment = {**os.environ, VARIABLE: LARGE}
     with contextlib.suppress(OSError):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 

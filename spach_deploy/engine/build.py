@@ -30,6 +30,7 @@ from spach_deploy.engine.flavours import EngineFlavour
 from spach_deploy.engine.network_facts import NetworkFacts
 from spach_deploy.engine.worker import Built, Failed, Request
 from spach_deploy.errors import BuildError, UsageError
+from spach_deploy.runtime.pages import with_small_pages
 from spach_deploy.runtime.polygraphy_session import LogLine, summarize_warnings
 from spach_deploy.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
 
@@ -223,4 +224,4 @@ def _start_worker(
 def _environment() -> dict[str, str]:
     """Ours, with this package importable and nothing imported from the directory a user happens to stand in."""
     path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return with_small_pages({**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})

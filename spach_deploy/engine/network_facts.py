@@ -146,7 +146,8 @@ def check_achieved_precision(
     layers = facts.weighted_layers
     if not layers:
         raise PrecisionError("The network has no matrix product or convolution, so no precision could be checked.")
-    kept = {layer for layer in layers if _is_kept(layer, kept_float)}
+    patterns = [name for name in kept_float if set(name) & set("*?[")]
+    kept = {layer for layer in layers if _is_kept(layer, frozenset(kept_float), patterns)}
     wrong = [layer for layer in layers if set(layer.dtypes) != {"fp32" if layer in kept else asked.value}]
     if wrong:
         raise PrecisionError(_complaint(wrong, asked, kept), "Export the graph again in that precision.")
@@ -163,9 +164,8 @@ def check_achieved_precision(
     return AchievedPrecision(asked, dict(counts), tuple(layer.node for layer in layers if layer in kept), types)
 
 
-def _is_kept(layer: LayerFact, kept_float: Collection[str]) -> bool:
-    names = (layer.node, layer.name)
-    return any(pattern in names or fnmatchcase(layer.node, pattern) for pattern in kept_float)
+def _is_kept(layer: LayerFact, names: frozenset[str], patterns: list[str]) -> bool:
+    return bool(names & {layer.node, layer.name}) or any(fnmatchcase(layer.node, pattern) for pattern in patterns)
 
 
 def _complaint(wrong: list[LayerFact], asked: Precision, kept: set[LayerFact]) -> str:

@@ -35,8 +35,8 @@ class OnnxRuntimeRunner:
 
     `threads` None lets ONNX Runtime choose. `optimization` "none" runs the nodes as they stand. `max_batch` bounds
     memory. `inner`: outputs that are tensors from inside the model; `run` does not give them, but `seen` keeps their
-    values (1, ...) for the first image that runs. Entering raises MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and
-    UnavailableError where the CPU has no kernel for a node (bfloat16, for most).
+    values (1, ...) for the first image that runs. Entering raises MissingPackageError without onnxruntime, UsageError
+    for what is no ONNX graph, and UnavailableError where the CPU has no kernel for a node (bfloat16, for most).
     """
 
     def __init__(

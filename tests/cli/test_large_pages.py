@@ -13,12 +13,14 @@ from click.testing import CliRunner
 
 from spach_deploy.cli import large_pages
 from spach_deploy.cli.console import ComputingCommand, command
+from spach_deploy.runtime import pages
 
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import click
 from spach_deploy.cli import large_pages
+from spach_deploy.runtime import pages
 from spach_deploy.cli.console import ComputingCommand, command
 
 large_pages._KERNEL = Path(os.environ["KERNEL"])
@@ -39,7 +41,7 @@ def started(tmp_path: Path, kernel: str, **environment: str) -> tuple[list[objec
     """What a process of its own printed, and the process numbers that it began with."""
     setting, starts = tmp_path / "enabled", tmp_path / "starts"
     setting.write_text(kernel)
-    clean = {name: value for name, value in os.environ.items() if name != large_pages.VARIABLE}
+    clean = {name: value for name, value in os.environ.items() if name != pages.VARIABLE}
     words = [sys.executable, "-c", SCRIPT, "--", "a word", "-ü"]
     where = {"KERNEL": str(setting), "STARTS": str(starts)}
     done = subprocess.run(words, env={**clean, **where, **environment}, capture_output=True, text=True, check=True)
@@ -49,7 +51,7 @@ def started(tmp_path: Path, kernel: str, **environment: str) -> tuple[list[objec
 @pytest.mark.skipif(not large_pages.glibc_knows(), reason="this C library cannot ask for large pages")
 def test_the_same_process_starts_once_more_with_its_words(tmp_path: Path) -> None:
     printed, starts = started(tmp_path, "always [madvise] never\n")
-    assert printed == [large_pages.WISH, ["a word", "-ü"]]
+    assert printed == [pages.LARGE, ["a word", "-ü"]]
     assert len(starts) == 2
     assert len(set(starts)) == 1
 
@@ -94,7 +96,7 @@ def test_a_command_that_is_called_stays_in_its_process(monkeypatch: pytest.Monke
         raise AssertionError
 
     monkeypatch.setattr(os, "execve", never)
-    monkeypatch.delenv(large_pages.VARIABLE, raising=False)
+    monkeypatch.delenv(pages.VARIABLE, raising=False)
     body = ComputingCommand("called", callback=command(lambda: None))
     assert CliRunner().invoke(body, []).exit_code == 0
 
@@ -107,7 +109,7 @@ def test_where_the_process_cannot_be_replaced_it_goes_on(monkeypatch: pytest.Mon
         raise OSError
 
     monkeypatch.setattr(os, "execve", refuse)
-    monkeypatch.delenv(large_pages.VARIABLE, raising=False)
+    monkeypatch.delenv(pages.VARIABLE, raising=False)
     for name in ("is_the_whole_process", "glibc_knows", "kernel_waits_to_be_asked"):
         monkeypatch.setattr(large_pages, name, lambda: True)
     large_pages.start_again_with_large_pages()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from spach_deploy.runtime.pages import small_pages
+from spach_deploy.runtime.pages import LARGE, VARIABLE, small_pages, with_small_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has them")
 
@@ -25,3 +25,9 @@ def test_large_pages_are_off_within_the_block_and_as_before_behind_it() -> None:
     with pytest.raises(ValueError, match="stop"), small_pages():
         raise ValueError("stop")
     assert are_off() == before
+
+
+def test_a_process_is_started_without_large_pages_unless_a_user_wants_them() -> None:
+    assert with_small_pages({"A": "b", VARIABLE: LARGE}) == {"A": "b", VARIABLE: ""}
+    for environment in ({"A": "b"}, {VARIABLE: ""}, {VARIABLE: "glibc.malloc.hugetlb=2"}):
+        assert with_small_pages(environment) == environment
