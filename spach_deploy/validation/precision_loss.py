@@ -7,9 +7,10 @@ is the loss that no engine of that precision can avoid, and it costs about as mu
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Float32Array = npt.NDArray[np.float32]
 Rounding = Callable[["Tensor"], "Tensor"]
+Tensors = Mapping[str, "Tensor | None"]
 
 _FP16_LIMIT = 65_504.0
 _TF32_DROPPED_BITS = 13  # of FP32's 23: TF32 keeps 10
@@ -64,12 +66,8 @@ def evaluate(
             exact: Float32Array = model(torch.from_numpy(images)).numpy()
         return exact
     rounding = _ROUNDINGS[arithmetic]
-    with torch.inference_mode():
-        rounded = converted(model, rounding)
-        for module in rounded.modules():
-            module.register_forward_hook(lambda _module, _inputs, output: rounding(output))
-        with kept(rounded, parts):
-            answer: Float32Array = rounded(rounding(torch.from_numpy(images))).numpy()
+    with torch.inference_mode(), converting(model, rounding), rounding_outputs(model, rounding), kept(model, parts):
+        answer: Float32Array = model(rounding(torch.from_numpy(images))).numpy()
     return answer
 
 
@@ -77,17 +75,64 @@ def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None 
     """The same with every weight and every operation in FP64; `model` itself stays as it is."""
     import torch
 
-    with torch.inference_mode():
-        exact = converted(model, lambda tensor: tensor.double())
-        with kept(exact, parts):
-            answer: npt.NDArray[np.float64] = exact(torch.from_numpy(images).double()).numpy()
+    with torch.inference_mode(), converting(model, lambda tensor: tensor.double()), kept(model, parts):
+        answer: npt.NDArray[np.float64] = model(torch.from_numpy(images).double()).numpy()
     return answer
 
 
-def converted(model: nn.Module, convert: Rounding) -> nn.Module:
-    """A copy of `model` with each floating tensor converted; modules and tensors that are shared stay shared."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-    return copy.deepcopy(model, {id(tensor): convert(tensor) for tensor in tensors})
+@contextlib.contextmanager
+def converting(model: nn.Module, convert: Rounding) -> Iterator[None]:
+    """While a module of `model` computes, its own floating tensors are converted; then they are as they were.
+
+    So the weights of one layer are there twice, not those of all.
+    """
+    before: dict[nn.Module, tuple[Tensors, Tensors]] = {}
+
+    def enter(module: nn.Module, _inputs: object) -> None:
+        before[module] = own = module._parameters, module._buffers
+        module._parameters, module._buffers = (_converted(tensors, convert) for tensors in own)  # type: ignore[assignment]
+
+    def leave(module: nn.Module, _inputs: object = None, _output: object = None) -> None:
+        module._parameters, module._buffers = before.pop(module)  # type: ignore[assignment]
+
+    handles = [
+        handle
+        for module in model.modules()
+        for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in list(before):  # where a module raised
+            leave(module)
+
+
+def _converted(tensors: Tensors, convert: Rounding) -> Tensors:
+    return {
+        name: convert(tensor) if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@contextlib.contextmanager
+def rounding_outputs(model: nn.Module, rounding: Rounding) -> Iterator[None]:
+    """Every module's output is rounded."""
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output: rounding(output)) for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def converted(module: nn.Module, convert: Rounding) -> nn.Module:
+    """A copy of `module` with each floating tensor converted; modules and tensors that are shared stay shared."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    return copy.deepcopy(module, {id(tensor): convert(tensor) for tensor in tensors})
 
 
 def _to_fp16(tensor: Tensor) -> Tensor:

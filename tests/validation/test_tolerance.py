@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -151,6 +152,16 @@ def test_rounding_leaves_the_model_as_it_was() -> None:
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert np.array_equal(logits(model, batch), first)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("run", [evaluate_fp64, functools.partial(evaluate, arithmetic=Arithmetic.BF16)])
+def test_a_model_that_fails_on_the_way_is_left_as_it_was(run: Any) -> None:
+    model, batch = small_model("hybrid"), images(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        run(model, batch[:, :, :5, :5])
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert not any((*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules())
 
 
 def test_fp32_and_fp64_agree_to_rounding() -> None:
