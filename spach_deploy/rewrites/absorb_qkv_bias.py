@@ -21,7 +21,7 @@ import math
 
 from torch import nn
 
-from spach_deploy.rewrites.base import Change, Outcome, double, modules_of, probe, prove, set_parameter
+from spach_deploy.rewrites.base import Change, Outcome, double, modules_of, own, probe, prove, set_parameter
 from spach_deploy.rewrites.static_modules import FEW_TOKENS, StaticAttention, StaticBlock, StaticSpach, on_few_tokens
 
 NAME = "absorb_qkv_bias"
@@ -57,12 +57,13 @@ def _absorb(path: str, block: StaticBlock, changes: list[Change]) -> str:
     assert isinstance(attention, StaticAttention)
     if not attention.qkv.bias.any():
         return "qkv has no bias"
-    old = nn.Sequential(double(norm), on_few_tokens(attention))
-    new_norm, twin = double(norm), on_few_tokens(attention)
+    old_norm, old_attention = double(norm), on_few_tokens(attention)
+    new_norm, twin = own(old_norm), own(old_attention)
     reason = _move(new_norm, twin.qkv)
     if reason:
         return reason
-    changes.append(prove(NAME, path, old, nn.Sequential(new_norm, twin), probe(2, FEW_TOKENS, block.dim)))
+    old, new = nn.Sequential(old_norm, old_attention), nn.Sequential(new_norm, twin)
+    changes.append(prove(NAME, path, old, new, probe(2, FEW_TOKENS, block.dim)))
     set_parameter(norm, "bias", new_norm.bias)
     set_parameter(attention.qkv, "weight", twin.qkv.weight)
     set_parameter(attention.qkv, "bias", twin.qkv.bias)
@@ -84,7 +85,6 @@ def _move(norm: nn.LayerNorm, qkv: nn.Linear) -> str:
     changed = weight + (bias - shift * (weight @ w))[:, None] / (beta * w)
     if changed.abs().max() > _GROWTH * weight.abs().max():
         return "a channel that norm1 nearly switches off would have to carry it"
-    norm.bias.data = b + shift * w
-    qkv.weight.data = changed
-    qkv.bias.data = bias * 0
+    for layer, name, value in ((norm, "bias", b + shift * w), (qkv, "weight", changed), (qkv, "bias", bias * 0)):
+        setattr(layer, name, nn.Parameter(value, requires_grad=False))
     return ""

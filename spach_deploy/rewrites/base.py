@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -71,8 +72,9 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
+@functools.lru_cache(maxsize=4)
 def probe(*shape: int) -> Tensor:
-    """Random normal tokens, float64, the same ones every time."""
+    """Random normal tokens, float64, the same ones every time; not to be changed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(_PROBE_SEED), dtype=torch.float64)
 
 
@@ -85,7 +87,25 @@ def prove_layout(
 
 def double(module: StaticT) -> StaticT:
     """A copy of `module` in FP64: weights are folded there and rounded to FP32 once."""
-    return copy.deepcopy(module).double()
+    twin = own(module)
+    made: dict[int, Tensor] = {}
+    for part in twin.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                value = made.setdefault(id(parameter), parameter.detach().double())
+                part._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer.double() if buffer is not None and buffer.is_floating_point() else buffer
+    return twin
+
+
+def with_parameters(module: StaticT, values: Mapping[str, Tensor]) -> StaticT:
+    """A copy of `module` with these parameters, by path; it shares the others."""
+    twin = own(module)
+    for path, value in values.items():
+        where, _, name = path.rpartition(".")
+        twin.get_submodule(where)._parameters[name] = nn.Parameter(value, requires_grad=False)
+    return twin
 
 
 def prove(

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from spach_deploy.rewrites.base import Change, Outcome, modules_of, probe, prove, set_parameter
+from spach_deploy.rewrites.base import Change, Outcome, modules_of, probe, prove, set_parameter, with_parameters
 from spach_deploy.rewrites.static_modules import FEW_TOKENS, StaticAttention, on_few_tokens
 
 NAME = "fold_attention_scale"
@@ -18,10 +19,12 @@ def fold_attention_scale(model: nn.Module) -> Outcome:
     changes: list[Change] = []
     for path, attention in modules_of(model, StaticAttention):
         assert isinstance(attention, StaticAttention)
-        old, new = on_few_tokens(attention), on_few_tokens(attention)
         dim = attention.qkv.in_features
-        new.qkv.weight.data[:dim] *= attention.scale
-        new.qkv.bias.data[:dim] *= attention.scale
+        old = on_few_tokens(attention)
+        factor = torch.ones_like(old.qkv.bias)
+        factor[:dim] = attention.scale
+        scaled = {"qkv.weight": old.qkv.weight * factor[:, None], "qkv.bias": old.qkv.bias * factor}
+        new = with_parameters(old, scaled)
         new.scale = 1.0
         changes.append(prove(NAME, path, old, new, probe(2, FEW_TOKENS, dim)))
         set_parameter(attention.qkv, "weight", new.qkv.weight)

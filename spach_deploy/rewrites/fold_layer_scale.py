@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from spach_deploy.rewrites.base import Change, Outcome, double, modules_of, probe, prove, set_parameter
+from spach_deploy.rewrites.base import Change, Outcome, double, modules_of, probe, prove, set_parameter, with_parameters
 from spach_deploy.rewrites.static_modules import StaticAttention, StaticBlock
 
 NAME = "fold_layer_scale"
@@ -32,9 +32,7 @@ def _fold(path: str, block: StaticBlock, attention: StaticAttention) -> Change:
     assert block.gamma_1 is not None
     gamma = block.gamma_1.detach().double().reshape(-1)
     old = double(attention.proj)
-    new = double(attention.proj)
-    new.weight.data *= gamma[:, None]
-    new.bias.data *= gamma
+    new = with_parameters(old, {"weight": old.weight * gamma[:, None], "bias": old.bias * gamma})
     change = prove(NAME, path, lambda x: gamma * old(x), new, probe(64, gamma.numel()))
     set_parameter(attention.proj, "weight", new.weight)
     set_parameter(attention.proj, "bias", new.bias)

@@ -10,9 +10,10 @@ Both become zeros in the packed bias, which stays for the query's sake.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from spach_deploy.rewrites.base import Change, Outcome, modules_of, probe, prove, set_parameter
+from spach_deploy.rewrites.base import Change, Outcome, modules_of, probe, prove, set_parameter, with_parameters
 from spach_deploy.rewrites.static_modules import FEW_TOKENS, StaticAttention, on_few_tokens
 
 NAME = "fold_qkv_bias"
@@ -24,9 +25,10 @@ def fold_qkv_bias(model: nn.Module) -> Outcome:
     for path, attention in modules_of(model, StaticAttention):
         assert isinstance(attention, StaticAttention)
         dim = attention.qkv.in_features
-        old, new = on_few_tokens(attention), on_few_tokens(attention)
-        new.proj.bias.data += new.proj.weight.data @ new.qkv.bias.data[2 * dim :]
-        new.qkv.bias.data[dim:] = 0.0
+        old = on_few_tokens(attention)
+        moved = old.proj.weight @ old.qkv.bias[2 * dim :]
+        query = torch.cat((old.qkv.bias[:dim], torch.zeros_like(old.qkv.bias[dim:])))
+        new = with_parameters(old, {"proj.bias": old.proj.bias + moved, "qkv.bias": query})
         changes.append(prove(NAME, path, old, new, probe(2, FEW_TOKENS, dim)))
         set_parameter(attention.proj, "bias", new.proj.bias)
         set_parameter(attention.qkv, "bias", new.qkv.bias)

@@ -8,10 +8,10 @@ compiler's pointwise fusions want. Linear layers work on (B*N, C) rows: one Gemm
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from spach_deploy.rewrites.base import double
 
 FEW_TOKENS = 16
 """Tokens that a proof of weight algebra needs: what is folded does not depend on their number."""
@@ -148,7 +148,7 @@ class StaticAttention(nn.Module):
 
 def on_few_tokens(attention: StaticAttention) -> StaticAttention:
     """A copy in FP64 for `FEW_TOKENS` tokens."""
-    twin = copy.deepcopy(attention).double()
+    twin = double(attention)
     twin.num_tokens = FEW_TOKENS
     return twin
 
