@@ -26,7 +26,7 @@ from spach_deploy import manifest as sections
 from spach_deploy import stages
 from spach_deploy.bundle import Bundle
 from spach_deploy.command_lines import ValidateWords, export_command, validate_command
-from spach_deploy.engine.build import EngineResult, RunningBuild, start_build
+from spach_deploy.engine.build import Builder, EngineResult, RunningBuild, start_build
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_precision
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
@@ -128,9 +128,10 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         bundles.check_target(place, overwrite=options.overwrite)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with phases.phase("rewrite the model"):
-        static = stages.rewrite_model(loaded, options)
     with contextlib.ExitStack() as stack:
+        builder = None if flavour is None else stack.enter_context(Builder(flavour.flavour))
+        with phases.phase("rewrite the model"):
+            static = stages.rewrite_model(loaded, options)
         answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
         with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
             graph = stages.export_graph(static.model, loaded.image_size)
@@ -159,7 +160,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                     write_plan(plan, staging / bundles.QUANTIZATION)
                 if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
                     phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
-            with building(staging / bundles.GRAPH, options, flavour, phases) as build:
+            with building(staging / bundles.GRAPH, options, flavour, builder, phases) as build:
                 judged = judge_graph(staging / bundles.GRAPH, reference, answers, build, options, phases)
                 with phases.phase("wait for the engine"):
                     load_page_modules()
@@ -332,7 +333,7 @@ def held_out_images(reference: Reference, options: ExportOptions) -> HeldOut:
 
 @contextlib.contextmanager
 def building(
-    graph: Path, options: ExportOptions, flavour: EngineFlavour | None, phases: Phases
+    graph: Path, options: ExportOptions, flavour: EngineFlavour | None, builder: Builder | None, phases: Phases
 ) -> Iterator[RunningBuild | None]:
     """The engine's build, under way in another process; None with --engine none."""
     if flavour is None:
@@ -340,7 +341,7 @@ def building(
         return
     observer = phases.observer
     with start_build(
-        graph, options.engine, flavour, precision=options.precision, on_progress=observer.building
+        graph, options.engine, flavour, precision=options.precision, on_progress=observer.building, builder=builder
     ) as build:
         yield build
 

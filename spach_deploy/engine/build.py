@@ -8,6 +8,8 @@ within milliseconds, a crash is an error, and validation can run beside the buil
     with start_build(path, target, flavour, precision=precision) as build:
         ...  # validate the graph meanwhile
         result = build.wait()
+
+The process can be there before the graph is (`Builder`), and load the compiler beside other work.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _SHOWN_OUTPUT = 400
-_WORKER = "import sys; from spach_deploy.engine.worker import main; main(int(sys.argv[1]))"
+_WORKER = "import sys; from spach_deploy.engine.worker import main; main(int(sys.argv[1]), sys.argv[2])"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,38 +86,66 @@ def start_build(
     *,
     precision: Precision,
     on_progress: OnProgress | None = None,
+    builder: Builder | None = None,
 ) -> RunningBuild:
     """Start building the plan of a strongly typed graph and return at once.
 
     Inputs are (batch, ...); their shapes are read from the graph, the batch profile from `target`. `precision` is the
-    graph's, by which targets are checked. `on_progress` is called from another thread. Raises what
-    `EngineFlavour.resolve` raises, and UsageError when there is no such file.
+    graph's, by which targets are checked. `on_progress` is called from another thread. `builder`: a process that is
+    there already, of the same flavour. Raises what `EngineFlavour.resolve` raises, and UsageError when there is no such
+    file.
     """
     resolved = flavour.resolve(target, precision)
     if not onnx_path.is_file():
         raise UsageError(f"There is no graph {onnx_path}.", "Give the ONNX file to build from.")
-    return RunningBuild(onnx_path, resolved, on_progress or _ignore)
+    return RunningBuild(builder or Builder(flavour.flavour), onnx_path, resolved, on_progress or _ignore)
 
 
 def _ignore(event: ProgressEvent) -> None:
     """Progress that nobody watches."""
 
 
+class Builder:
+    """A process that loads a flavour's compiler and waits for one graph. Leaving its context ends it."""
+
+    def __init__(self, flavour: Flavour) -> None:
+        with contextlib.ExitStack() as stack:
+            self.plan_fd, self.output_fd = (_memory_file(stack, name) for name in ("plan", "output"))
+            self.connection, self.process = _start_worker(stack, flavour, self.plan_fd, self.output_fd)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+        self.close()
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Give back what is held for it, when nobody reads from it any more. Harmless when repeated."""
+        self._stack.close()
+
+
 class RunningBuild:
     """A build under way in another process. Leaving its context ends that process, finished or not."""
 
-    def __init__(self, onnx_path: Path, target: EngineTarget, on_progress: OnProgress) -> None:
+    def __init__(self, builder: Builder, onnx_path: Path, target: EngineTarget, on_progress: OnProgress) -> None:
+        self._builder = builder
         self._target = target
         self._name = onnx_path.name
         self._start = time.perf_counter()
         self._outcome: Built | Failed | None = None
         self._broken: BaseException | None = None
         self._seconds = 0.0
-        with contextlib.ExitStack() as stack:
-            self._plan_fd, self._output_fd = (_memory_file(stack, name) for name in ("plan", "output"))
-            self._connection, self._process = _start_worker(stack, self._plan_fd, self._output_fd)
-            self._connection.send(Request(onnx_path.resolve(), target, self._plan_fd))
-            self._stack = stack.pop_all()
+        with contextlib.suppress(OSError):  # one that has ended says why to whoever waits
+            builder.connection.send(Request(onnx_path.resolve(), target, builder.plan_fd))
         self._reader = threading.Thread(target=self._read, args=(on_progress,), daemon=True)
         self._reader.start()
 
@@ -129,11 +159,10 @@ class RunningBuild:
 
     def cancel(self) -> None:
         """End the build, if it still runs, and give back what it holds. Harmless when repeated."""
-        self._process.kill()
-        self._process.wait()
+        self._builder.end()
         if self._reader is not threading.current_thread():
             self._reader.join()
-        self._stack.close()
+        self._builder.close()
 
     def wait(self) -> EngineResult:
         """The engine. BuildError with the compiler's reason, also when its process crashed; UsageError for options.
@@ -152,19 +181,19 @@ class RunningBuild:
     def _read(self, on_progress: OnProgress) -> None:
         """Pass on progress until the outcome comes, or the process is gone."""
         try:
-            while isinstance(message := self._connection.recv(), ProgressEvent):
+            while isinstance(message := self._builder.connection.recv(), ProgressEvent):
                 on_progress(message)
             self._outcome = message
         except (EOFError, OSError):
             pass
         except BaseException as error:  # of on_progress: raised again where the caller waits
             self._broken = error
-            self._process.kill()
+            self._builder.process.kill()
         self._seconds = time.perf_counter() - self._start
 
     def _result(self, built: Built) -> EngineResult:
         return EngineResult(
-            plan=_contents(self._plan_fd),
+            plan=_contents(self._builder.plan_fd),
             flavour=self._target.flavour,
             flavour_version=built.version,
             gpus=self._target.gpus,
@@ -178,9 +207,9 @@ class RunningBuild:
         )
 
     def _crash(self) -> BuildError:
-        code = self._process.wait()
+        code = self._builder.process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        words = " ".join(_contents(self._output_fd).decode(errors="replace").split())[-_SHOWN_OUTPUT:]
+        words = " ".join(_contents(self._builder.output_fd).decode(errors="replace").split())[-_SHOWN_OUTPUT:]
         return BuildError(
             f"The process that built {self._name} with {self._target.flavour.value} {how}"
             f"{f', saying: {words}' if words else ' without a word'}.",
@@ -204,13 +233,13 @@ def _contents(descriptor: int) -> bytes:
 
 
 def _start_worker(
-    stack: contextlib.ExitStack, plan_fd: int, output_fd: int
+    stack: contextlib.ExitStack, flavour: Flavour, plan_fd: int, output_fd: int
 ) -> tuple[Connection, subprocess.Popen[bytes]]:
     ours, theirs = Pipe()
     stack.callback(ours.close)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(theirs.fileno())],
+            [sys.executable, "-c", _WORKER, str(theirs.fileno()), flavour.value],
             stdin=subprocess.DEVNULL,
             stdout=output_fd,
             stderr=output_fd,

@@ -1,10 +1,12 @@
-"""The process that builds one engine: reads a request from a connection, writes progress and the outcome to it.
+"""The process that builds one engine: loads the compiler, reads a request from a connection, writes progress and the
+outcome to it.
 
 Started by `spach_deploy.engine.build`, never by hand.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -17,8 +19,8 @@ from spach_deploy.engine.compile import Compiled, ProgressEvent, compile_plan
 from spach_deploy.engine.flavours import FLAVOURS
 from spach_deploy.engine.network_facts import NetworkFacts
 from spach_deploy.errors import SpachError
-from spach_deploy.runtime.polygraphy_session import LogLine
-from spach_deploy.specs import EngineTarget
+from spach_deploy.runtime.polygraphy_session import LogLine, use_tensorrt
+from spach_deploy.specs import EngineTarget, Flavour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,15 @@ class Failed:
         return error
 
 
-def main(connection_fd: int) -> None:
-    """Serve the one request that comes over the connection with this file descriptor."""
+def main(connection_fd: int, flavour: str) -> None:
+    """Serve the one request that comes over the connection with this file descriptor; end where none comes."""
     connection = Connection(connection_fd)
-    request: Request = connection.recv()
+    with contextlib.suppress(Exception):  # told to whoever wants an engine
+        use_tensorrt(Flavour(flavour))
+    try:
+        request: Request = connection.recv()
+    except (EOFError, OSError):
+        return
     _exit_with_parent(connection)
     connection.send(_outcome(request, connection.send))
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,12 +67,15 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def wait_for_children(pid: int) -> list[int]:
-    """Until the process that builds the engine is there; it and the others below `pid`."""
+def wait_for_build(pid: int, target: Path, lying: Collection[str] = ()) -> list[int]:
+    """Until the engine is being built, beside what was `lying` there; the process that builds it, and others below
+    `pid`.
+    """
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         found = children(pid)
-        if any(builds(child) for child in found):
+        begun = [target.parent / name / "golden.npz" for name in beside(target) if name not in lying]
+        if any(builds(child) for child in found) and any(file.exists() for file in begun):
             return found
         time.sleep(0.01)
     raise AssertionError("no engine was built")
@@ -207,8 +210,9 @@ def strike_often(server: Server, target: Path, times: int) -> None:
         process = server.start()
         time.sleep(chance.uniform(0.0, 1.1) * whole_s)
         strike(server, target, process, signal.SIGINT if turn % 3 == 2 else signal.SIGKILL)
+    lying = beside(target)
     process = server.start()
-    wait_for_children(process)
+    wait_for_build(process, target, lying)
     strike(server, target, process, signal.SIGKILL)
     assert beside(target)  # what it had begun
     server.start()
@@ -285,7 +289,7 @@ def test_ctrl_c_while_the_graph_is_made(script: Path, target: Path) -> None:
 
 def test_ctrl_c_while_the_engine_is_built(script: Path, target: Path) -> None:
     with interrupted(script, target) as running:
-        wait_for_children(running.process.pid)
+        wait_for_build(running.process.pid, target)
 
 
 @pytest.mark.slow
@@ -309,7 +313,7 @@ def test_ctrl_c_where_nothing_was(script: Path, tmp_path: Path) -> None:
 def test_a_kill_while_the_engine_is_built(script: Path, target: Path) -> None:
     before = contents(target)
     running = Running(script, target)
-    builders = wait_for_children(running.process.pid)
+    builders = wait_for_build(running.process.pid, target)
     running.process.kill()
     assert running.end() == -signal.SIGKILL
     assert gone(builders)
