@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,29 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True)
+class EightBits:
+    """How it was calibrated, which layers were chosen where a bound was asked for, and the plan; nothing for other
+    precisions.
+    """
+
+    stage: QuantizationStage | None = None
+    choice: Choice | None = None
+    plan: QuantizationPlan | None = None
+
+    def twin_of(self, static: StaticSpach) -> Callable[[], StaticSpach]:
+        """What makes the model with its quantized layers rounded as planned."""
+        assert self.plan is not None
+        return functools.partial(quantized_twin, static, self.plan)
+
+    def write(self, staging: Path, phases: Phases) -> None:
+        """The plan and the picture of the choice, where there are such."""
+        if self.plan is not None:
+            write_plan(self.plan, staging / bundles.QUANTIZATION)
+        if self.choice is not None and not draw_sensitivity(self.choice, staging / bundles.SENSITIVITY):
+            phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
+
+
+@dataclasses.dataclass(frozen=True)
 class JudgedGraph:
     """What the typed graph computed, held against the reference."""
 
@@ -135,15 +158,13 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
         with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
             graph = stages.export_graph(static.model, loaded.image_size)
-        quantized, choice, plan = None, None, None
+        eight_bits = EightBits()
         if options.precision.is_quantized:
             graph, answered = prove_graph(graph, photographs, answers, phases)
-            reference = Reference(loaded, photographs, answered)
-            quantized, choice = quantize(graph, static.model, reference, options, phases)
-            plan = dataclasses.replace(quantized.plan, vnni=options.quantization.vnni)
-            twin = functools.partial(quantized_twin, static.model, plan)
-            work = deriving(loaded, photographs, answered, options, twin)
+            eight_bits = quantize(graph, static.model, Reference(loaded, photographs, answered), options, phases)
+            work = deriving(loaded, photographs, answered, options, eight_bits.twin_of(static.model))
             answers = begun(work, "derive tolerances", stack, phases)
+        plan = eight_bits.plan
         awaited = functools.partial(logits_of, answers)
         with (
             phases.phase("measure ranges, set types"),
@@ -156,10 +177,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
             with phases.phase("write the graph"):
                 stages.save_graph(typed, staging / bundles.GRAPH)
                 golden_of(reference, options).save(staging / bundles.GOLDEN)
-                if plan is not None:
-                    write_plan(plan, staging / bundles.QUANTIZATION)
-                if choice is not None and not draw_sensitivity(choice, staging / bundles.SENSITIVITY):
-                    phases.note("The plot of the layers' costs needs matplotlib: pip install 'spach-deploy[report]'.")
+                eight_bits.write(staging, phases)
             with building(staging / bundles.GRAPH, options, flavour, builder, phases) as build:
                 judged = judge_graph(staging / bundles.GRAPH, reference, answers, build, options, phases)
                 with phases.phase("wait for the engine"):
@@ -180,7 +198,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                     "preprocessing": sections.preprocessing_section(photographs.preprocessing),
                     **sections.interface_sections(typed.interface, options),
                     "precision": sections.precision_section(typed),
-                    **sections.quantization_sections(quantized, choice, options),
+                    **sections.quantization_sections(eight_bits.stage, eight_bits.choice, options),
                     "graph": sections.graph_section(static, reference.answers.static_errors, graph, typed),
                     "engine": engine_section(engine, options),
                     "validation": manifest_section(validation, judged.tolerances),
@@ -219,13 +237,13 @@ def prove_graph(
 
 def quantize(
     graph: stages.GraphStage, static: StaticSpach, reference: Reference, options: ExportOptions, phases: Phases
-) -> tuple[QuantizationStage, Choice | None]:
+) -> EightBits:
     """Layers for eight bits: all that the rules choose, or those that keep the bound that was asked for."""
-    quantized = calibrated(graph, reference, options, phases)
-    if not options.quantization.is_bounded:
-        return quantized, None
-    with phases.phase("choose the layers"):
-        return choose_layers(quantized, static, held_out_images(reference, options), options, phases)
+    stage, choice = calibrated(graph, reference, options, phases), None
+    if options.quantization.is_bounded:
+        with phases.phase("choose the layers"):
+            stage, choice = choose_layers(stage, static, held_out_images(reference, options), options, phases)
+    return EightBits(stage, choice, dataclasses.replace(stage.plan, vnni=options.quantization.vnni))
 
 
 def judge_graph(

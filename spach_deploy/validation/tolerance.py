@@ -282,8 +282,9 @@ def _bounds(
     parts: Outputs | None = None,
 ) -> Bounds:
     chosen = _spread(len(images), loss_images)
-    logits = lossy.logits(images[chosen], outputs.io_dtype, parts)
-    loss = NOTHING if logits is None else Measured.of(logits, reference[chosen])
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+        logits = lossy.logits(images[chosen], outputs.io_dtype, parts)
+        loss = NOTHING if logits is None else Measured.of(logits, reference[chosen])
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
         raise PrecisionError(f"The reference's logits are not finite when its tensors are rounded to {lossy.words}.")
     derivation = Derivation(lossy.words, noise, loss)
