@@ -5,7 +5,7 @@
 Each stage (`spach_deploy.stages`) takes the result of the one before it. What PyTorch alone answers is computed beside
 the tracing of the model: the reference's logits, the proof of the static model, the tolerances. The FP32 graph is held
 to the reference in the form in which it is typed; where that is wrong, the stages before it are asked for the first
-that is. The engine is built beside the validation of the graph it is built from. What is not proven raises a
+that is. The engine is built beside all that can be asked of its graph in the meantime. What is not proven raises a
 `SpachError`, and nothing is written.
 """
 
@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,20 +26,18 @@ from spach_deploy import manifest as sections
 from spach_deploy import stages
 from spach_deploy.bundle import Bundle
 from spach_deploy.command_lines import ValidateWords, export_command, validate_command
-from spach_deploy.engine.build import Builder, EngineResult, RunningBuild, start_build
-from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
-from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_precision
-from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.phases import Observer, Phases, Silent
-from spach_deploy.precision.policy import PrecisionPolicy
+from spach_deploy.precision.half import TypedGraph
 from spach_deploy.quantization.calibrate import Calibration
 from spach_deploy.quantization.plan import QuantizationPlan, write_plan
 from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.report.files import load_page_modules, page_problem
+from spach_deploy.runtime.saved_graph import save_model
 from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
-from spach_deploy.specs import EngineTarget, ExportOptions
+from spach_deploy.specs import ExportOptions
+from spach_deploy.stages_engine import BuiltEngine, EngineBuild, choose_engine, engine_section, plan_of
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
 from spach_deploy.stages_reference import Answers, answering, deriving
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
@@ -50,28 +48,17 @@ from spach_deploy.validation.run import Run
 from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.trace import Along, Trace
 from spach_deploy.validation.validate import (
-    Plan,
     Subject,
     Validation,
     golden_trial,
     manifest_section,
     validate_export,
-    what_runs_a_plan,
 )
 
 if TYPE_CHECKING:
     from spach_deploy.quantization.sensitivity import Choice
     from spach_deploy.rewrites.static_modules import StaticSpach
     from spach_deploy.runtime.beside import Beside
-
-
-@dataclasses.dataclass(frozen=True)
-class BuiltEngine:
-    """The engine, what was checked of it and what its plan's text says."""
-
-    result: EngineResult
-    achieved: AchievedPrecision
-    facts: PlanFacts | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +138,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         bundles.check_target(place, overwrite=options.overwrite)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with contextlib.ExitStack() as stack:
-        builder = None if flavour is None else stack.enter_context(Builder(flavour.flavour))
+    with EngineBuild(flavour, options, phases) as build, contextlib.ExitStack() as stack:
         with phases.phase("rewrite the model"):
             static = stages.rewrite_model(loaded, options)
         answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
@@ -165,24 +151,29 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
             work = deriving(loaded, photographs, answered, options, eight_bits.twin_of(static.model))
             answers = begun(work, "derive tolerances", stack, phases)
         plan = eight_bits.plan
-        awaited = functools.partial(logits_of, answers)
-        with (
-            phases.phase("measure ranges, set types"),
-            stages.first_wrong_stage(graph, static.model, photographs, awaited),
-        ):
-            graph = stages.give_form(graph, photographs, options, plan)
-            typed = stages.type_precision(graph, loaded, photographs, awaited, options, phases, plan)
-        reference = Reference(loaded, photographs, answers.result(available_threads()))
         with bundles.writing(place, overwrite=options.overwrite) as staging:
+            with phases.phase("give the graph its form"):
+                graph = stages.give_form(graph, photographs, options, plan)
+                guess = start_early(graph, staging / bundles.GRAPH, build, options)
+            awaited = functools.partial(logits_of, answers)
+            with (
+                phases.phase("measure ranges, set types"),
+                stages.first_wrong_stage(graph, static.model, photographs, awaited),
+            ):
+                threads = threads_beside(build.is_under_way and photographs.built_in)
+                typed = stages.type_precision(
+                    graph, loaded, photographs, awaited, options, phases, plan=plan, guess=guess, threads=threads
+                )
+            reference = Reference(loaded, photographs, answers.result(available_threads()))
             with phases.phase("write the graph"):
-                stages.save_graph(typed, staging / bundles.GRAPH)
+                if stages.save_graph(typed, staging / bundles.GRAPH, guess):
+                    build.start(staging / bundles.GRAPH)
                 golden_of(reference, options).save(staging / bundles.GOLDEN)
                 eight_bits.write(staging, phases)
-            with building(staging / bundles.GRAPH, options, flavour, builder, phases) as build:
-                judged = judge_graph(staging / bundles.GRAPH, reference, answers, build, options, phases)
-                with phases.phase("wait for the engine"):
-                    load_page_modules()
-                    engine = finish(build, typed.policy, plan, staging, phases)
+            judged = judge_graph(staging / bundles.GRAPH, reference, answers, build, options, phases)
+            with phases.phase("wait for the engine"):
+                load_page_modules()
+                engine = build.finish(typed.policy, plan, staging)
             with phases.phase("validate the engine"):
                 subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
                 validation = judged.with_engine(subject, engine, validated(target))
@@ -225,6 +216,17 @@ def logits_of(answers: Beside[Answers]) -> NDArray[np.float32]:
     return answers.result(available_threads()).logits
 
 
+def start_early(graph: stages.GraphStage, path: Path, build: EngineBuild, options: ExportOptions) -> TypedGraph | None:
+    """Begin to build the graph as it will be typed if every range fits, which mostly is so, written to `path`."""
+    if not build.is_wanted or options.precision.is_quantized:
+        return None
+    guess = stages.guess_types(graph, options)
+    if guess is not None:
+        save_model(guess.model, path)
+        build.start(path)
+    return guess
+
+
 def prove_graph(
     graph: stages.GraphStage, photographs: stages.Photographs, answers: Beside[Answers], phases: Phases
 ) -> tuple[stages.GraphStage, Answers]:
@@ -250,7 +252,7 @@ def judge_graph(
     graph: Path,
     reference: Reference,
     answers: Beside[Answers],
-    build: RunningBuild | None,
+    build: EngineBuild,
     options: ExportOptions,
     phases: Phases,
 ) -> JudgedGraph:
@@ -258,28 +260,13 @@ def judge_graph(
     derived = answers.result(available_threads()).bounds()
     if answers.seconds is not None:
         phases.record("reference and tolerances (alongside)", answers.seconds)
-    threads = threads_beside(build is not None)
+    threads = threads_beside(build.is_under_way)
     with phases.phase("validate the graph"), torch_threads(threads):
         trial, along = trial_of(reference, options), Along(reference.loaded.model, derived.depth)
         bounds = derived.tolerances.graph
         evidence = examine_typed(graph, options.rest, trial, bounds, threads=threads, watch=along.watch)
         trace = along.trace(evidence[-1], reference.photographs.names[0])
     return JudgedGraph(trial, derived.tolerances, evidence, trace)
-
-
-def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:
-    """The flavour that builds, and the options with its GPUs filled in; errors before any work."""
-    flavour = choose_flavour(options.engine.flavour)
-    if flavour is None:
-        return None, options
-    target = dataclasses.replace(resolved(flavour, options), flavour=flavour.flavour)
-    return flavour, dataclasses.replace(options, engine=target)
-
-
-def resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
-    """The target with its GPUs, which must compute both the quantized layers and the rest."""
-    target = flavour.resolve(options.engine, options.precision)
-    return flavour.resolve(target, options.rest) if options.precision.is_quantized else target
 
 
 def named(options: ExportOptions, loaded: LoadedModel) -> ExportOptions:
@@ -349,56 +336,6 @@ def held_out_images(reference: Reference, options: ExportOptions) -> HeldOut:
     return HeldOut(photographs.images, reference.logits)
 
 
-@contextlib.contextmanager
-def building(
-    graph: Path, options: ExportOptions, flavour: EngineFlavour | None, builder: Builder | None, phases: Phases
-) -> Iterator[RunningBuild | None]:
-    """The engine's build, under way in another process; None with --engine none."""
-    if flavour is None:
-        yield None
-        return
-    observer = phases.observer
-    with start_build(
-        graph, options.engine, flavour, precision=options.precision, on_progress=observer.building, builder=builder
-    ) as build:
-        yield build
-
-
-def finish(
-    build: RunningBuild | None, policy: PrecisionPolicy, plan: QuantizationPlan | None, staging: Path, phases: Phases
-) -> BuiltEngine | None:
-    """Wait for the engine, write it, and check that the precision is the one that was asked for."""
-    if build is None:
-        return None
-    result = build.wait()
-    phases.record("engine build (alongside)", result.seconds)
-    quantized = () if plan is None else plan.product_nodes
-    kept = [entry.node for entry in policy.kept]
-    achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
-    (staging / bundles.PLAN).write_bytes(result.plan)
-    log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
-    (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
-    for text, count in result.warnings:
-        phases.note(f"The engine builder warns{'' if count == 1 else f' {count} times'}: {text}")
-    return BuiltEngine(result, achieved, read_plan_facts(result.plan))
-
-
 def threads_beside(is_busy: bool) -> int:
     """Threads to compute with; while other work is under way, it has a core."""
     return threads_beside_a_build() if is_busy else available_threads()
-
-
-def plan_of(engine: BuiltEngine | None) -> Plan | None:
-    """The plan with what is needed to run it."""
-    if engine is None:
-        return None
-    result = engine.result
-    gpus = [str(gpu) for gpu in result.gpus]
-    return Plan(result.plan, result.flavour, what_runs_a_plan(result.flavour.value, result.flavour_version, gpus))
-
-
-def engine_section(engine: BuiltEngine | None, options: ExportOptions) -> dict[str, Any]:
-    """The manifest's engine section."""
-    if engine is None:
-        return sections.no_engine_section("--engine none was asked for")
-    return sections.engine_section(engine.result, engine.achieved, engine.facts, options)

@@ -16,7 +16,7 @@ from spach_deploy.bundle import default_directory
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.probes import probe_source
 from spach_deploy.data.readers import ImageSource, batches, open_images
-from spach_deploy.errors import ImageError, MismatchError, MissingPackageError, UsageError
+from spach_deploy.errors import ImageError, MismatchError, MissingPackageError, SpachError, UsageError
 from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
@@ -25,7 +25,7 @@ from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, ap
 from spach_deploy.phases import Phases, trim_heap
 from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.formats import half_format
-from spach_deploy.precision.half import type_graph
+from spach_deploy.precision.half import TypedGraph, type_graph
 from spach_deploy.precision.layers import LayerPrecision, weighted_layers
 from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.precision.ranges import RangeMeter, Ranges
@@ -214,6 +214,15 @@ def module_paths(loaded: LoadedModel) -> list[str]:
     return [path for path, _ in loaded.model.named_modules(remove_duplicate=False)]
 
 
+def guess_types(graph: GraphStage, options: ExportOptions) -> TypedGraph | None:
+    """The graph, typed as it will be if every range fits; None where it cannot be typed, which measuring explains."""
+    assert graph.model is not None
+    try:
+        return type_graph(graph.model, options.rest, None, TypingOptions(io_dtype=options.outputs.io_dtype))
+    except SpachError:
+        return None
+
+
 def type_precision(
     graph: GraphStage,
     loaded: LoadedModel,
@@ -221,24 +230,28 @@ def type_precision(
     reference: Awaited,
     options: ExportOptions,
     phases: Phases,
+    *,
     plan: QuantizationPlan | None = None,
+    guess: TypedGraph | None = None,
+    threads: int | None = None,
 ) -> TypedStage:
     """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified.
 
-    MismatchError where that form computes something else.
+    Where `guess` is right, the result has its very graph. MismatchError where that form computes something else.
 
     With a plan, biases are corrected after that proof, and the quantized layers' inputs go through eight bits.
     """
     model, graph.model = graph.model, None
     assert model is not None
     rest = options.rest
-    ranges, errors = _measured(model, photographs, reference, options, phases)
+    ranges, errors = _measured(model, photographs, reference, options, phases, threads)
     tamed = _tame(model, ranges, rest, phases)
     if tamed:
-        ranges, errors = _measured(model, photographs, reference, options, phases)
+        guess = None
+        ranges, errors = _measured(model, photographs, reference, options, phases, threads)
     if plan is not None:
         correct_biases(model, plan)
-    typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
+    typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype), guess)
     result, policy = typed.model, typed.policy
     if plan is not None:
         result = quantize_typed(result, plan)
@@ -253,10 +266,11 @@ def _measured(
     reference: Awaited,
     options: ExportOptions,
     phases: Phases,
+    threads: int | None,
 ) -> tuple[Ranges, dict[int, float]]:
     """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that is more than rounding."""
     is_half = options.rest.is_half
-    meter = RangeMeter(model, tensors=None if is_half else ())
+    meter = RangeMeter(model, tensors=None if is_half else (), threads=threads)
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = photographs.engine_input(io_dtype)
     logits = {
@@ -298,11 +312,14 @@ def interface_of(model: ModelProto) -> GraphProto:
     return GraphProto(input=model.graph.input, output=model.graph.output)
 
 
-def save_graph(typed: TypedStage, path: Path) -> None:
-    """Write the typed graph and let go of it."""
+def save_graph(typed: TypedStage, path: Path, guess: TypedGraph | None) -> bool:
+    """Let go of the typed graph, written to `path`; whether that was to be done, the guess being there already."""
     assert typed.model is not None
-    save_model(typed.model, path)
+    is_new = guess is None or typed.model is not guess.model
+    if is_new:
+        save_model(typed.model, path)
     typed.model = None
+    return is_new
 
 
 def _measure_users_images(meter: RangeMeter, photographs: Photographs, io_dtype: IODtype, phases: Phases) -> str:

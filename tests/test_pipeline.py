@@ -22,8 +22,9 @@ import torch
 from click.testing import Result
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from spach_deploy import stages
+from spach_deploy import stages, stages_engine
 from spach_deploy.bundle import Bundle
+from spach_deploy.engine.build import RunningBuild, start_build
 from spach_deploy.errors import MismatchError
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
@@ -392,6 +393,27 @@ def test_the_first_stage_that_computes_something_else_is_named(
         export_bundle(dataclasses.replace(OPTIONS, output=old, overwrite=True))
     assert caught.value.exit_code == 1
     assert contents(old) == before
+
+
+@needs_rtx
+@pytest.mark.parametrize(("head", "graphs"), [(1.0, 1), (1e4, 2)])
+def test_the_engine_is_begun_before_ranges_and_begun_again_where_they_change_its_graph(
+    head: float, graphs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def start(path: Path, *arguments: Any, **options: Any) -> RunningBuild:
+        begun.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        return start_build(path, *arguments, **options)
+
+    monkeypatch.setattr(stages_engine, "start_build", start)
+    weights = trained()
+    torch.save(weights | {"head.weight": weights["head.weight"] * head}, tmp_path / "weights.pth")
+    made = exported(tmp_path / "b", "--checkpoint", tmp_path / "weights.pth", *SMALL, "--fp16", "--gpu", "sm89")
+    precision = made.bundle.manifest.content["precision"]
+    assert len(set(begun)) == len(begun) == graphs
+    assert begun[-1] == hashlib.sha256(made.bundle.file("model.onnx").read_bytes()).hexdigest()
+    assert ("head" in [kept["module"] for kept in precision["kept"] if kept["reason"] == "range"]) == (graphs == 2)
 
 
 def test_logits_that_half_cannot_hold_are_exit_1_with_the_next_step(old: Path) -> None:

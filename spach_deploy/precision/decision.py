@@ -63,8 +63,9 @@ class Decision:
     """The nodes of an FP32 graph that stay in FP32, by name, in the order of the graph.
 
     `types` are the element types of `model`, `ranges` those of all its tensors; None decides without them, and then
-    nothing is kept for its range. Raises PrecisionError naming a tensor that would become half with no range known for
-    it, UsageError for a pattern that matches no module.
+    nothing is kept for its range. `weights`: of the same model in the same format, as far as they are encoded. Raises
+    PrecisionError naming a tensor that would become half with no range known for it, UsageError for a pattern that
+    matches no module.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Decision:
         form: HalfFormat,
         ranges: Ranges | None,
         options: TypingOptions,
+        weights: EncodedWeights | None = None,
     ) -> None:
         self.form, self.options = form, options
         self._constants = initializers(model.graph)
@@ -82,7 +84,7 @@ class Decision:
         self._max_abs = None if ranges is None else ranges.max_abs
         self.views = {node.name for node in model.graph.node if is_view(node, self._constants)}
         self.kept: dict[str, Kept] = {}
-        self.weights = EncodedWeights(form, self._constants)
+        self.weights = weights or EncodedWeights(form, self._constants)
         self._check_patterns(model)
         self._keep_by_rule(model)
         self._keep_by_number(model)

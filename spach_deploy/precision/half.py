@@ -19,6 +19,7 @@ from spach_deploy.precision.elements import element_types
 from spach_deploy.precision.formats import BF16, FLOAT, FP16, half_format, is_float, type_name
 from spach_deploy.precision.policy import PrecisionPolicy, WeightCounts
 from spach_deploy.precision.ranges import Ranges
+from spach_deploy.precision.weights import EncodedWeights
 from spach_deploy.specs import IODtype, Precision
 
 _CLOSEST = 5
@@ -28,20 +29,27 @@ _BF16_CONV_OPSET = 22
 
 @dataclasses.dataclass(frozen=True)
 class TypedGraph:
-    """A strongly typed graph, and why its types are what they are."""
+    """A strongly typed graph, and why its types are what they are. `weights`: those that were encoded for it."""
 
     model: ModelProto = dataclasses.field(repr=False)
     policy: PrecisionPolicy
+    weights: EncodedWeights | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def type_graph(
-    model: ModelProto, precision: Precision, ranges: Ranges | None = None, options: TypingOptions | None = None
+    model: ModelProto,
+    precision: Precision,
+    ranges: Ranges | None = None,
+    options: TypingOptions | None = None,
+    guess: TypedGraph | None = None,
 ) -> TypedGraph:
     """Type the FP32 graph `model` for `precision`; `model` itself is not changed.
 
     `ranges` None: nothing is kept for its range, which FP16 may not survive. FP32 with FP32 inputs and outputs gives
-    `model` itself back. Raises PrecisionError, naming the tensor, for what is not finite in FP32, for damaged weights,
-    and for inputs or outputs that fp16 cannot hold; UsageError for a pattern in `options.keep` that matches nothing.
+    `model` itself back. `guess`: the same `model`, typed with the same precision and options before there were ranges;
+    where these change nothing, its graph is the result's. Raises PrecisionError, naming the tensor, for what is not
+    finite in FP32, for damaged weights, and for inputs or outputs that fp16 cannot hold; UsageError for a pattern in
+    `options.keep` that matches nothing.
     """
     options = options or TypingOptions()
     form = half_format(precision)
@@ -51,11 +59,21 @@ def type_graph(
     if form is None and options.io_dtype is not IODtype.FP16:
         return TypedGraph(model, policy)
     completed = None if ranges is None else _checked(model, ranges, options)
-    decision = None if form is None else Decision(model, types, form, completed, options)
-    writer = _Writer(model, types, decision, options.io_dtype)
-    typed = writer.write()
-    policy = dataclasses.replace(policy, casts=writer.casts)
-    return TypedGraph(typed, policy if decision is None else _explained(policy, decision, floating, completed))
+    weights = None if guess is None else guess.weights
+    decision = None if form is None else Decision(model, types, form, completed, options, weights)
+    if guess is not None and _is_as_guessed(decision, guess.policy):
+        typed, casts = guess.model, guess.policy.casts
+    else:
+        writer = _Writer(model, types, decision, options.io_dtype)
+        typed, casts = writer.write(), writer.casts
+    policy = dataclasses.replace(policy, casts=casts)
+    if decision is None:
+        return TypedGraph(typed, policy)
+    return TypedGraph(typed, _explained(policy, decision, floating, completed), decision.weights)
+
+
+def _is_as_guessed(decision: Decision | None, guessed: PrecisionPolicy) -> bool:
+    return decision is None or list(decision.kept) == [kept.node for kept in guessed.kept]
 
 
 def _explained(

@@ -2,12 +2,15 @@
 
 Tracing a model keeps one core busy, and threads would not help: Python runs one at a time, and torch.export changes
 every module's class while it traces. A copy (fork) has the model without loading it again. It may only compute with
-NumPy and PyTorch, on one thread: of the threads that this process has, a copy has none.
+NumPy and PyTorch, on one thread: of the threads that this process has, a copy has none. So it never takes apart what it
+has from this process, either: the end of an ONNX Runtime session, for one, waits for that session's threads. And a copy
+that hangs all the same, on whatever lock a thread held when it was made, is given up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Result = TypeVar("Result")
+
+LOOK_S = 1.0
+PATIENCE_S = 30.0
+"""How often to look whether a copy computes, and how long it may not."""
 
 
 class Beside(Generic[Result]):
@@ -96,10 +104,30 @@ class Beside(Generic[Result]):
         if self._process is None or self._connection is None:
             return None
         try:
+            if not self._computes_until_it_answers():
+                return None
             found, self.seconds = self._connection.recv()
         except (EOFError, OSError):
             return None
         return found
+
+    def _computes_until_it_answers(self) -> bool:
+        """Wait for the answer, or for the copy's end; False for one that stopped computing."""
+        assert self._connection is not None
+        used, since = -1.0, time.monotonic()
+        while not self._connection.poll(LOOK_S):
+            now = processor_seconds(self._process.pid)
+            if now > used:
+                used, since = now, time.monotonic()
+            elif time.monotonic() - since > PATIENCE_S:
+                return False
+        return True
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has had of a processor so far."""
+    words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def can_be_copied() -> bool:
@@ -112,6 +140,7 @@ def can_be_copied() -> bool:
 def _answer(connection: Connection, work: Callable[[], Any], parent: int) -> None:
     """In the copy: one answer. It ends with the process that it is of, whose signals are not for it."""
     end_with(parent, signal.SIGKILL)
+    gc.freeze()
     for number, handler in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -131,6 +131,30 @@ def test_an_island_is_as_small_as_its_outlier() -> None:
     }
 
 
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("io_dtype", [IODtype.FP32, IODtype.FP16])
+def test_a_guess_that_ranges_confirm_is_the_result(precision: Precision, io_dtype: IODtype) -> None:
+    if precision.is_quantized:
+        return
+    model, options = outlier_graph(), TypingOptions(io_dtype=io_dtype)
+    ranges = measured(model, [1e-3, 1e-3, 1e-3, 1e-3])
+    guess = type_graph(model, precision, None, options)
+    typed, alone = type_graph(model, precision, ranges, options, guess), type_graph(model, precision, ranges, options)
+    assert typed.model is guess.model
+    assert typed.model == alone.model
+    assert typed.policy == alone.policy
+
+
+def test_a_guess_that_ranges_refute_is_not_the_result() -> None:
+    model = outlier_graph()
+    ranges = measured(model, [1, 2, 3, 4])
+    guess = type_graph(model, Precision.FP16)
+    typed, alone = type_graph(model, Precision.FP16, ranges, None, guess), type_graph(model, Precision.FP16, ranges)
+    assert typed.model != guess.model
+    assert typed.model == alone.model
+    assert typed.policy == alone.policy
+
+
 def test_bf16_has_the_range_for_it() -> None:
     model = outlier_graph()
     assert not type_graph(model, Precision.BF16, measured(model, [1, 2, 3, 4])).policy.kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -93,6 +94,62 @@ def test_what_ends_without_an_answer_is_done_here(how: str) -> None:
     with Beside(end) as work:
         assert work.result(1) == (here, 1)
         assert work.seconds is None
+
+
+class WaitsForItsThread:
+    """Ends, as a session of ONNX Runtime does, only with a thread of its own; part of a cycle."""
+
+    def __init__(self) -> None:
+        self.itself = self
+        self.stop, self.ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, args=(self.stop, self.ended), daemon=True).start()
+
+    @staticmethod
+    def _run(stop: threading.Event, ended: threading.Event) -> None:
+        stop.wait()
+        ended.set()
+
+    def __del__(self) -> None:
+        self.stop.set()
+        self.ended.wait()
+
+
+def test_it_takes_nothing_apart_that_it_has_from_this_process() -> None:
+    gc.disable()
+    try:
+        WaitsForItsThread()
+        with Beside(lambda: (gc.collect(), os.getpid())[1]) as work:
+            assert work.result(1) != os.getpid()
+    finally:
+        gc.enable()
+
+
+def test_one_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "LOOK_S", 0.05)
+    monkeypatch.setattr(beside, "PATIENCE_S", 0.3)
+    here = os.getpid()
+
+    def work() -> tuple[int, Any]:
+        if os.getpid() != here:
+            threading.Event().wait()
+        return where()
+
+    with Beside(work) as copy:
+        assert copy.result(1) == (here, 1)
+
+
+def test_one_that_computes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "LOOK_S", 0.05)
+    monkeypatch.setattr(beside, "PATIENCE_S", 0.3)
+
+    def work() -> tuple[int, Any]:
+        end = time.process_time() + 1.0
+        while time.process_time() < end:
+            pass
+        return where()
+
+    with Beside(work) as copy:
+        assert copy.result(1)[0] != os.getpid()
 
 
 def test_leaving_ends_it() -> None:

@@ -1,0 +1,132 @@
+"""The engine's stage: built in a process of its own, beside what the rest of an export does meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from spach_deploy import bundle as bundles
+from spach_deploy import manifest as sections
+from spach_deploy.engine.build import Builder, EngineResult, RunningBuild, start_build
+from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
+from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_precision
+from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
+from spach_deploy.phases import Phases
+from spach_deploy.precision.policy import PrecisionPolicy
+from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.specs import EngineTarget, ExportOptions
+from spach_deploy.validation.validate import Plan, what_runs_a_plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """The engine, what was checked of it and what its plan's text says."""
+
+    result: EngineResult
+    achieved: AchievedPrecision
+    facts: PlanFacts | None
+
+
+def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:
+    """The flavour that builds, and the options with its GPUs filled in; errors before any work."""
+    flavour = choose_flavour(options.engine.flavour)
+    if flavour is None:
+        return None, options
+    target = dataclasses.replace(_resolved(flavour, options), flavour=flavour.flavour)
+    return flavour, dataclasses.replace(options, engine=target)
+
+
+def _resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
+    """The target with its GPUs, which must compute both the quantized layers and the rest."""
+    target = flavour.resolve(options.engine, options.precision)
+    return flavour.resolve(target, options.rest) if options.precision.is_quantized else target
+
+
+class EngineBuild:
+    """The build of an export's engine; nothing at all without a flavour (--engine none).
+
+    Entering starts the process, which loads the compiler and waits. Leaving ends it, whatever it does.
+    """
+
+    def __init__(self, flavour: EngineFlavour | None, options: ExportOptions, phases: Phases) -> None:
+        self._flavour = flavour
+        self._options = options
+        self._phases = phases
+        self._stack = contextlib.ExitStack()
+        self._builder: Builder | None = None
+        self._build: RunningBuild | None = None
+
+    def __enter__(self) -> Self:
+        if self._flavour is not None:
+            self._builder = self._stack.enter_context(Builder(self._flavour.flavour))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there will be an engine."""
+        return self._flavour is not None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it was begun, and takes a core."""
+        return self._build is not None
+
+    def start(self, graph: Path) -> None:
+        """Begin to build `graph`, or begin again where it has become another one."""
+        if self._flavour is None:
+            return
+        if self._build is not None:
+            self._build.cancel()
+            self._builder = None
+        self._build = start_build(
+            graph,
+            self._options.engine,
+            self._flavour,
+            precision=self._options.precision,
+            on_progress=self._phases.observer.building,
+            builder=self._builder,
+        )
+        self._stack.enter_context(self._build)
+
+    def finish(self, policy: PrecisionPolicy, plan: QuantizationPlan | None, staging: Path) -> BuiltEngine | None:
+        """Wait for the engine, write it, and check that the precision is the one that was asked for."""
+        if self._build is None:
+            return None
+        result = self._build.wait()
+        self._phases.record("engine build (alongside)", result.seconds)
+        quantized = () if plan is None else plan.product_nodes
+        kept = [entry.node for entry in policy.kept]
+        achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
+        (staging / bundles.PLAN).write_bytes(result.plan)
+        log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
+        (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
+        for text, count in result.warnings:
+            self._phases.note(f"The engine builder warns{'' if count == 1 else f' {count} times'}: {text}")
+        return BuiltEngine(result, achieved, read_plan_facts(result.plan))
+
+
+def plan_of(engine: BuiltEngine | None) -> Plan | None:
+    """The plan with what is needed to run it."""
+    if engine is None:
+        return None
+    result = engine.result
+    gpus = [str(gpu) for gpu in result.gpus]
+    return Plan(result.plan, result.flavour, what_runs_a_plan(result.flavour.value, result.flavour_version, gpus))
+
+
+def engine_section(engine: BuiltEngine | None, options: ExportOptions) -> dict[str, Any]:
+    """The manifest's engine section."""
+    if engine is None:
+        return sections.no_engine_section("--engine none was asked for")
+    return sections.engine_section(engine.result, engine.achieved, engine.facts, options)
