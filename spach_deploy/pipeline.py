@@ -35,7 +35,7 @@ from spach_deploy.quantization.plan import QuantizationPlan, write_plan
 from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.report.files import load_page_modules, page_problem
 from spach_deploy.runtime.saved_graph import save_model
-from spach_deploy.runtime.threads import available_threads, threads_beside_a_build, torch_threads
+from spach_deploy.runtime.threads import available_threads, threads_beside, torch_threads
 from spach_deploy.specs import ExportOptions
 from spach_deploy.stages_engine import BuiltEngine, EngineBuild, choose_engine, engine_section, plan_of
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
@@ -160,9 +160,8 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                 phases.phase("measure ranges, set types"),
                 stages.first_wrong_stage(graph, static.model, photographs, awaited),
             ):
-                threads = threads_beside(build.is_under_way and photographs.built_in)
                 typed = stages.type_precision(
-                    graph, loaded, photographs, awaited, options, phases, plan=plan, guess=guess, threads=threads
+                    graph, loaded, photographs, awaited, options, phases, plan=plan, guess=guess
                 )
             reference = Reference(loaded, photographs, answers.result(available_threads()))
             with phases.phase("write the graph"):
@@ -170,7 +169,7 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                     build.start(staging / bundles.GRAPH)
                 golden_of(reference, options).save(staging / bundles.GOLDEN)
                 eight_bits.write(staging, phases)
-            judged = judge_graph(staging / bundles.GRAPH, reference, answers, build, options, phases)
+            judged = judge_graph(staging / bundles.GRAPH, reference, answers, options, phases)
             with phases.phase("wait for the engine"):
                 load_page_modules()
                 engine = build.finish(typed.policy, plan, staging)
@@ -252,7 +251,6 @@ def judge_graph(
     graph: Path,
     reference: Reference,
     answers: Beside[Answers],
-    build: EngineBuild,
     options: ExportOptions,
     phases: Phases,
 ) -> JudgedGraph:
@@ -260,11 +258,10 @@ def judge_graph(
     derived = answers.result(available_threads()).bounds()
     if answers.seconds is not None:
         phases.record("reference and tolerances (alongside)", answers.seconds)
-    threads = threads_beside(build.is_under_way)
-    with phases.phase("validate the graph"), torch_threads(threads):
+    with phases.phase("validate the graph"):
         trial, along = trial_of(reference, options), Along(reference.loaded.model, derived.depth)
         bounds = derived.tolerances.graph
-        evidence = examine_typed(graph, options.rest, trial, bounds, threads=threads, watch=along.watch)
+        evidence = examine_typed(graph, options.rest, trial, bounds, watch=along.watch)
         trace = along.trace(evidence[-1], reference.photographs.names[0])
     return JudgedGraph(trial, derived.tolerances, evidence, trace)
 
@@ -334,8 +331,3 @@ def held_out_images(reference: Reference, options: ExportOptions) -> HeldOut:
     if options.quantization.max_drop is not None:
         return labelled_images(reference.loaded, photographs.preprocessing, options)
     return HeldOut(photographs.images, reference.logits)
-
-
-def threads_beside(is_busy: bool) -> int:
-    """Threads to compute with; while other work is under way, it has a core."""
-    return threads_beside_a_build() if is_busy else available_threads()

@@ -233,7 +233,6 @@ def type_precision(
     *,
     plan: QuantizationPlan | None = None,
     guess: TypedGraph | None = None,
-    threads: int | None = None,
 ) -> TypedStage:
     """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified.
 
@@ -244,11 +243,11 @@ def type_precision(
     model, graph.model = graph.model, None
     assert model is not None
     rest = options.rest
-    ranges, errors = _measured(model, photographs, reference, options, phases, threads)
+    ranges, errors = _measured(model, photographs, reference, options, phases)
     tamed = _tame(model, ranges, rest, phases)
     if tamed:
         guess = None
-        ranges, errors = _measured(model, photographs, reference, options, phases, threads)
+        ranges, errors = _measured(model, photographs, reference, options, phases)
     if plan is not None:
         correct_biases(model, plan)
     typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype), guess)
@@ -266,11 +265,10 @@ def _measured(
     reference: Awaited,
     options: ExportOptions,
     phases: Phases,
-    threads: int | None,
 ) -> tuple[Ranges, dict[int, float]]:
     """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that is more than rounding."""
     is_half = options.rest.is_half
-    meter = RangeMeter(model, tensors=None if is_half else (), threads=threads)
+    meter = RangeMeter(model, tensors=None if is_half else ())
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = photographs.engine_input(io_dtype)
     logits = {

@@ -77,11 +77,6 @@ class EngineBuild:
         """Whether there will be an engine."""
         return self._flavour is not None
 
-    @property
-    def is_under_way(self) -> bool:
-        """Whether it was begun, and takes a core."""
-        return self._build is not None
-
     def start(self, graph: Path) -> None:
         """Begin to build `graph`, or begin again where it has become another one."""
         if self._flavour is None:

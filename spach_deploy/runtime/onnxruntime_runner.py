@@ -27,6 +27,12 @@ _LEVELS: dict[Optimization, str] = {
 }
 _DTYPES = {"float": "float32", "double": "float64"}
 NAME = "ONNX Runtime (CPU)"
+
+NOT_SPINNING = ("session.intra_op.allow_spinning", "0")
+"""Threads that have nothing to do sleep. With two cores free that costs nothing; where something else takes one, two
+threads are then as fast as one, and with spinning slower.
+"""
+
 _FATAL_ONLY = 4  # ONNX Runtime's severity: it also prints what it raises, in colours
 
 
@@ -93,6 +99,7 @@ class OnnxRuntimeRunner:
         options = ort.SessionOptions()
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[self._optimization])
         options.log_severity_level = _FATAL_ONLY
+        options.add_session_config_entry(*NOT_SPINNING)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         model = self._model if isinstance(self._model, bytes) else str(self._model)

@@ -1,8 +1,8 @@
 """How many threads to compute with.
 
 OpenMP threads wait for each other by spinning: where another process uses a core, or the work is small, two threads
-take several times as long as one. So proofs on small tensors take one thread, and what runs beside the engine's builder
-leaves it a core.
+take several times as long as one. So proofs on small tensors take one thread, and what PyTorch computes beside other work
+leaves that a core.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def threads_beside_a_build() -> int:
-    """All cores but the one that the engine's builder needs."""
-    return max(1, available_threads() - 1)
+def threads_beside(is_busy: bool) -> int:
+    """All cores, less the one that other work takes while it is under way."""
+    return max(1, available_threads() - is_busy)
 
 
 @contextlib.contextmanager

@@ -191,16 +191,15 @@ def examine_typed(
     trial: Trial,
     bounds: Bounds,
     *,
-    threads: int | None = None,
     watch: Watch | None = None,
 ) -> tuple[Evidence, ...]:
-    """What a CPU can tell of a typed graph, in each of its forms. `threads` None lets ONNX Runtime choose.
+    """What a CPU can tell of a typed graph, in each of its forms.
 
     The last one, of the most roundings, has the tensors that `watch` chooses in `Evidence.inside`.
     """
     forms = forms_of(precision)
     watched = {forms[-1]: watch}
-    return tuple(_examine(form, graph, trial, bounds, form.value, threads, watched.get(form)) for form in forms)
+    return tuple(_examine(form, graph, trial, bounds, form.value, None, watched.get(form)) for form in forms)
 
 
 def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) -> Evidence:
