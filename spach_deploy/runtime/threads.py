@@ -1,8 +1,8 @@
 """How many threads to compute with.
 
 OpenMP threads wait for each other by spinning: where another process uses a core, or the work is small, two threads
-take several times as long as one. So proofs on small tensors take one thread, and what PyTorch computes beside other work
-leaves that a core.
+take several times as long as one. So proofs on small tensors take one thread, and what PyTorch computes beside other
+work leaves that a core.
 """
 
 from __future__ import annotations
