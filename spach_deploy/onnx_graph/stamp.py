@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from spach_deploy.errors import CertificateError
-from spach_deploy.onnx_graph.graph import constant, consumers, initializers, producers
+from spach_deploy.onnx_graph.graph import consumers, initializers, producers
 from spach_deploy.rewrites.static_modules import StaticSpach
 
 
 def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weights: StaticSpach) -> ModelProto:
     """Give `model` every block of `repeats`, with the parameters of `weights`; nodes stay in execution order."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    parameters = Parameters(weights)
+    graph = model.graph
     stamped: list[NodeProto] = []
     stream: dict[str, str] = {}
     blocks = _nodes_by_block(graph, repeats)
@@ -30,7 +28,16 @@ def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weig
             stamped.append(_connected(node, stream))
         elif node is blocks[block][0] or node.name == blocks[block][0].name:
             stamped.extend(_stamp_run(graph, blocks[block], block, repeats[block], stream))
-    _finish(graph, stamped, parameters, model, {copy for copies in repeats.values() for copy in copies})
+    result = ModelProto(
+        ir_version=model.ir_version,
+        opset_import=model.opset_import,
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+        functions=model.functions,
+        metadata_props=model.metadata_props,
+        graph=GraphProto(name=graph.name, input=graph.input, output=graph.output),
+    )
+    _fill(result.graph, stamped, Parameters(weights), graph, {copy for copies in repeats.values() for copy in copies})
     return result
 
 
@@ -48,10 +55,16 @@ class Parameters:
         """The name under which `name` is stored; names that are no parameters stay."""
         return self._canonical.get(name, name)
 
-    def proto(self, name: str) -> TensorProto | None:
-        """The tensor as an initializer, or None when no parameter has that name."""
-        tensor = self._tensors.get(name)
-        return None if tensor is None else constant(name, tensor.detach().numpy())
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def put(self, name: str, place: TensorProto) -> None:
+        """Make the new initializer `place` that of a parameter: its data is copied there and nowhere else."""
+        values = np.ascontiguousarray(self._tensors[name].detach().numpy())
+        place.name = name
+        place.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+        place.dims.extend(values.shape)
+        place.raw_data = values.tobytes()
 
 
 def _nodes_by_block(graph: GraphProto, repeats: Mapping[str, tuple[str, ...]]) -> dict[str, list[NodeProto]]:
@@ -134,21 +147,20 @@ def _moved(name: str, block: str, copy: str) -> str:
     return copy + name[len(block) :] if name.startswith((f"{block}.", f"{block}/")) else name
 
 
-def _finish(
-    graph: GraphProto, nodes: list[NodeProto], parameters: Parameters, original: ModelProto, blocks: set[str]
+def _fill(
+    graph: GraphProto, nodes: list[NodeProto], parameters: Parameters, original: GraphProto, blocks: set[str]
 ) -> None:
     """Blocks get the model's parameters; all else keeps its tensors, into which the simplifier may have put others."""
     for node in nodes:
         node.input[:] = [parameters.canonical(name) for name in node.input]
-    constants = initializers(original.graph)
-    del graph.node[:]
+    constants = initializers(original)
     graph.node.extend(nodes)
-    del graph.initializer[:]
-    del graph.value_info[:]
     made = {output for node in nodes for output in node.output} | {value.name for value in graph.input}
     for name in dict.fromkeys(name for node in nodes for name in node.input if name and name not in made):
         is_kept = name in constants and _block_of(name, blocks) is None
-        tensor = constants[name] if is_kept else parameters.proto(name) or constants.get(name)
-        if tensor is None:
+        if name in parameters and not is_kept:
+            parameters.put(name, graph.initializer.add())
+        elif name in constants:
+            graph.initializer.append(constants[name])
+        else:
             raise CertificateError(f"No tensor is known for {name}, which the simplifier made of a block's weights.")
-        graph.initializer.append(tensor)
