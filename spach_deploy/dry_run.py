@@ -26,20 +26,23 @@ from spach_deploy.specs import ExportOptions, Precision
 
 MEASURED_CORES = 2
 
+_RANGES, _VALIDATION, _ENGINE = "measure ranges, set types", "validate the graph", "build the engine, alongside"
+
 _SECONDS: dict[str, tuple[float, float]] = {
-    "load PyTorch and the model": (3.5, 0.1),
-    "reference and tolerances, alongside": (0.5, 0.75),
-    "rewrite the model": (0.3, 0.12),
-    "export the graph": (6.0, 0.1),
+    "load PyTorch and the model": (2.0, 0.045),
+    "reference, bounds, alongside": (0.2, 0.57),
+    "rewrite the model": (0.1, 0.1),
+    "export the graph": (3.4, 0.13),
     "calibrate": (1.0, 0.028),
-    "measure ranges, set types": (0.4, 0.53),
-    "validate the graph": (1.1, 1.0),
-    "build the engine, alongside": (3.0, 1.3),
+    "give the graph its form": (0.1, 0.1),
+    _RANGES: (0.35, 0.39),
+    _VALIDATION: (0.5, 0.46),
+    _ENGINE: (4.0, 0.47),
 }
 """Of each stage: seconds, and seconds more for each billion multiply-adds; of calibration, for each image too."""
 
-_BASE_BYTES, _BYTES_PER_PARAMETER = 400e6, 38.0
-"""Memory: of Python and PyTorch, and of weights, graphs, engine and the copy that derives tolerances a parameter."""
+_BASE_BYTES, _BYTES_PER_PARAMETER = 1.2e9, 37.0
+"""Memory of all processes: of Python, PyTorch and the compiler, and of weights, graphs and engine a parameter."""
 
 _WEIGHT_BYTES = {Precision.FP32: 4.0, Precision.FP16: 2.0, Precision.BF16: 2.0, Precision.INT8: 1.3, Precision.FP8: 1.3}
 """Of a weight in a plan."""
@@ -95,12 +98,11 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True) -> DryRun:
     target = _target(options)
     is_reused = _is_reused(options, is_cached=is_cached) if not refusals else False
     steps = () if is_reused else tuple(_steps(options, flavour is not None, calibration, macs))
-    known = [step.seconds for step in steps if step.seconds is not None and "alongside" not in step.name]
     return DryRun(
         facts=tuple(_facts(options, flavour, images, calibration, target)),
         steps=steps,
         is_reused=is_reused,
-        seconds=1.0 if is_reused else sum(known) if macs is not None else None,
+        seconds=1.0 if is_reused else _in_all(steps, options) if macs is not None else None,
         memory_bytes=None if parameters is None else _BASE_BYTES + _BYTES_PER_PARAMETER * parameters,
         disk_bytes=None if parameters is None else _disk(options, flavour is not None, parameters, size),
         free_memory_bytes=_free_memory(),
@@ -187,6 +189,14 @@ def _steps(options: ExportOptions, has_engine: bool, images: int | None, macs: f
             continue
         times = images or 0 if name == "calibrate" else 1
         yield Step(name, None if macs is None else base + slope * macs * times * MEASURED_CORES / cores)
+
+
+def _in_all(steps: tuple[Step, ...], options: ExportOptions) -> float:
+    """Seconds from beginning to end: of the steps behind each other, and of the engine what is left when they end."""
+    seconds = {step.name: step.seconds or 0.0 for step in steps}
+    beside = seconds[_VALIDATION] + (0.0 if options.precision.is_quantized else seconds[_RANGES])
+    left = max(0.0, seconds.get(_ENGINE, 0.0) - beside)
+    return left + sum(taken for name, taken in seconds.items() if "alongside" not in name)
 
 
 def _disk(options: ExportOptions, has_engine: bool, parameters: float, size: int) -> float:

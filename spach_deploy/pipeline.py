@@ -257,7 +257,7 @@ def judge_graph(
     """Run the typed graph, and hold it to the tolerances, which are there by now; the engine may be under way."""
     derived = answers.result(available_threads()).bounds()
     if answers.seconds is not None:
-        phases.record("reference and tolerances (alongside)", answers.seconds)
+        phases.record("reference, bounds (alongside)", answers.seconds)
     with phases.phase("validate the graph"):
         trial, along = trial_of(reference, options), Along(reference.loaded.model, derived.depth)
         bounds = derived.tolerances.graph

@@ -31,7 +31,7 @@ def run(*more: object) -> dict[str, object]:
 def test_it_tells_the_stages_and_does_nothing(tmp_path: Path) -> None:
     result = export("--model", "ms_hybrid_s", "--fp16", "--engine", "none", "--dry-run")
     assert result.exit_code == 0, result.output
-    for words in ("export the graph", "reference and tolerances", "time  ", "memory  ", "disk  ", "an estimate"):
+    for words in ("export the graph", "reference, bounds", "time  ", "memory  ", "disk  ", "an estimate"):
         assert words in result.stdout
     assert "calibrate" not in result.stdout
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from typing import Any
 from spach_deploy.report.content import Content, Json
 
 _PHASES = {
-    "Reference": ("load the model", "read images", "run the reference", "reference and tolerances (alongside)"),
+    "Reference": ("load the model", "read images", "run the reference", "reference, bounds (alongside)"),
     "Static model": ("rewrite the model",),
     "Exported graph": ("export the graph", "prove the graph"),
     "Calibration": ("calibrate", "choose the layers"),
