@@ -133,20 +133,13 @@ class Ran:
     problem: str = ""
 
 
-def examine_graph(
-    graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = Form.PLAIN.value, threads: int | None = None
-) -> Evidence:
+def examine_graph(graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = Form.PLAIN.value) -> Evidence:
     """Run an ONNX graph in ONNX Runtime.
 
     A graph that does not load, or takes other inputs, or fails while it runs is evidence that did not pass. Raises
     UnavailableError where ONNX Runtime is missing or has no kernel for a node.
     """
-    return _examine(Form.PLAIN, graph, trial, bounds, ran, threads)
-
-
-def examine_rounded(graph: Path | bytes, trial: Trial, bounds: Bounds, *, threads: int | None = None) -> Evidence:
-    """The same with every half tensor rounded. A graph that cannot be evaluated so is evidence that did not pass."""
-    return _examine(Form.ROUNDED, graph, trial, bounds, Form.ROUNDED.value, threads)
+    return _examine(Form.PLAIN, graph, trial, bounds, ran)
 
 
 @contextlib.contextmanager
@@ -199,7 +192,7 @@ def examine_typed(
     """
     forms = forms_of(precision)
     watched = {forms[-1]: watch}
-    return tuple(_examine(form, graph, trial, bounds, form.value, None, watched.get(form)) for form in forms)
+    return tuple(_examine(form, graph, trial, bounds, form.value, watched.get(form)) for form in forms)
 
 
 def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) -> Evidence:
@@ -283,11 +276,10 @@ def _examine(
     trial: Trial,
     bounds: Bounds,
     ran: str,
-    threads: int | None,
     watch: Watch | None = None,
 ) -> Evidence:
     try:
-        with opened(form, graph, threads, watch) as runner:
+        with opened(form, graph, None, watch) as runner:
             evidence = _run_and_judge(runner, Level.GRAPH, trial, bounds, ran)
             return dataclasses.replace(evidence, inside=runner.seen)
     except UsageError as error:  # onnxruntime refused the graph

@@ -23,7 +23,6 @@ from spach_deploy.validation.evidence import (
     Trial,
     examine_engine,
     examine_graph,
-    examine_rounded,
     examine_typed,
     plan_batches,
 )
@@ -153,7 +152,7 @@ def test_rounding_every_half_tensor_shows_overflow_that_the_cpu_hides() -> None:
     model = onnx.load_from_string(graph)
     for name in ("stem.proj.weight", "stem.proj.bias"):
         faults.set_value(model, name, np.clip(faults.value(model, name).astype(np.float64) * 1e6, -6e4, 6e4))
-    found = examine_rounded(model.SerializeToString(), trial, bounds)
+    found = examine_typed(model.SerializeToString(), Precision.FP16, trial, bounds)[-1]
     assert not found.passed
 
 
