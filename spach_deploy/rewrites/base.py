@@ -87,16 +87,10 @@ def prove_layout(
 
 def double(module: StaticT) -> StaticT:
     """A copy of `module` in FP64: weights are folded there and rounded to FP32 once."""
-    twin = own(module)
-    made: dict[int, Tensor] = {}
-    for part in twin.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                value = made.setdefault(id(parameter), parameter.detach().double())
-                part._parameters[name] = nn.Parameter(value, requires_grad=False)
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer.double() if buffer is not None and buffer.is_floating_point() else buffer
-    return twin
+    made: dict[int, Tensor] = {id(buffer): buffer.double() for buffer in module.buffers() if buffer.is_floating_point()}
+    for parameter in module.parameters():
+        made[id(parameter)] = nn.Parameter(parameter.detach().double(), requires_grad=False)
+    return copy.deepcopy(module, made)
 
 
 def with_parameters(module: StaticT, values: Mapping[str, Tensor]) -> StaticT:
