@@ -1,7 +1,7 @@
 """Small pages for what makes a buffer for each tensor and drops it.
 
 Large pages (`spach_deploy.cli.large_pages`) suit arithmetic. TensorRT's builder makes millions of small objects, and
-takes a tenth more of a processor's time with them. Protobuf and onnxsim copy weights from buffer to buffer,
+is slower with them. Protobuf and onnxsim copy weights from buffer to buffer,
 and each new one of a few hundred KB then has the kernel clear 2 MB: of ms_hybrid_s's graph onnxsim takes 1.0 s so, and
 0.4 s with pages of 4 KB.
 """
