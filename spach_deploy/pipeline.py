@@ -56,7 +56,9 @@ from spach_deploy.validation.validate import (
 )
 
 if TYPE_CHECKING:
+    from spach_deploy.engine.build import Builder
     from spach_deploy.quantization.sensitivity import Choice
+    from spach_deploy.rewrites import RewriteResult
     from spach_deploy.rewrites.static_modules import StaticSpach
     from spach_deploy.runtime.beside import Beside
 
@@ -122,9 +124,16 @@ class ExportResult:
     engine: BuiltEngine | None
 
 
-def export(options: ExportOptions, observer: Observer | None = None, *, place: Path | None = None) -> ExportResult:
+def export(
+    options: ExportOptions,
+    observer: Observer | None = None,
+    *,
+    place: Path | None = None,
+    builder: Builder | None = None,
+) -> ExportResult:
     """Export, build, validate and write the bundle that `options` asks for; to `place`, if that is given, for somebody
-    who moves it to its target afterwards: what the bundle says of itself names the target.
+    who moves it to its target afterwards: what the bundle says of itself names the target. `builder`: a process for the
+    engine that is there already (`Builder.for_flavour`).
 
     Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
     """
@@ -138,12 +147,8 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
         bundles.check_target(place, overwrite=options.overwrite)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with EngineBuild(flavour, options, phases) as build, contextlib.ExitStack() as stack:
-        with phases.phase("rewrite the model"):
-            static = stages.rewrite_model(loaded, options)
-        answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
-        with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
-            graph = stages.export_graph(static.model, loaded.image_size)
+    with EngineBuild(flavour, options, phases, builder) as build, contextlib.ExitStack() as stack:
+        static, answers, graph = exported(loaded, photographs, options, stack, phases)
         eight_bits = EightBits()
         if options.precision.is_quantized:
             graph, answered = prove_graph(graph, photographs, answers, phases)
@@ -171,7 +176,6 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
                 eight_bits.write(staging, phases)
             judged = judge_graph(staging / bundles.GRAPH, reference, answers, options, phases)
             with phases.phase("wait for the engine"):
-                load_page_modules()
                 engine = build.finish(typed.policy, plan, staging)
             with phases.phase("validate the engine"):
                 subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
@@ -199,6 +203,26 @@ def export(options: ExportOptions, observer: Observer | None = None, *, place: P
             if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
                 phases.note(problem)
     return ExportResult(Bundle.open(place, verify=False), validation, engine)
+
+
+def exported(
+    loaded: LoadedModel,
+    photographs: stages.Photographs,
+    options: ExportOptions,
+    stack: contextlib.ExitStack,
+    phases: Phases,
+) -> tuple[RewriteResult, Beside[Answers], stages.GraphStage]:
+    """The static model, what PyTorch answers to the images, which is under way, and the exported graph."""
+    traced = stack.enter_context(stages.tracing(loaded, options))
+    with phases.phase("rewrite the model"):
+        static = stages.rewrite_model(loaded, options)
+    answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
+    with phases.phase("hash, load modules"):  # while the model is traced
+        _ = loaded.weights_sha256
+        stages.load_runtime()
+        load_page_modules()
+    with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
+        return static, answers, stages.export_graph(static.model, loaded.image_size, traced)
 
 
 def begun(work: Beside[Answers], name: str, stack: contextlib.ExitStack, phases: Phases) -> Beside[Answers]:
@@ -259,7 +283,7 @@ def judge_graph(
     if answers.seconds is not None:
         phases.record("reference, bounds (alongside)", answers.seconds)
     with phases.phase("validate the graph"):
-        trial, along = trial_of(reference, options), Along(reference.loaded.model, derived.depth)
+        trial, along = trial_of(reference, options), Along(reference.loaded.model, derived.parts)
         bounds = derived.tolerances.graph
         evidence = examine_typed(graph, options.rest, trial, bounds, watch=along.watch)
         trace = along.trace(evidence[-1], reference.photographs.names[0])
@@ -303,12 +327,8 @@ def calibrate_to_file(options: ExportOptions, file: Path, observer: Observer | N
         loaded = stages.load(options, phases)
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with phases.phase("rewrite the model"):
-        static = stages.rewrite_model(loaded, options)
     with contextlib.ExitStack() as stack:
-        answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
-        with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
-            graph = stages.export_graph(static.model, loaded.image_size)
+        _, answers, graph = exported(loaded, photographs, options, stack, phases)
         graph, answered = prove_graph(graph, photographs, answers, phases)
     return calibrated(graph, Reference(loaded, photographs, answered), options, phases).calibration
 

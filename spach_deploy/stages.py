@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.errors import ImageError, MismatchError, MissingPackageError, SpachError, UsageError
 from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
-from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.onnx_graph.export import INPUT, LOGITS, Traced, export_canonical, traced_ahead
 from spach_deploy.onnx_graph.interface import add_interface, check_outputs
 from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.phases import Phases, trim_heap
@@ -36,8 +37,10 @@ from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.tame import tame_outliers
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
+from spach_deploy.runtime.beside import Beside
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import save_model, saved_graph
+from spach_deploy.runtime.threads import available_threads
 from spach_deploy.specs import ExportOptions, Flavour, IODtype, Precision, Preprocessing
 from spach_deploy.stages_quantization import mark_sites, quantize_typed
 from spach_deploy.stages_quantization import summary as quantized_summary
@@ -122,6 +125,11 @@ def load(options: ExportOptions, phases: Phases) -> LoadedModel:
     return loaded
 
 
+def load_runtime() -> None:
+    """ONNX Runtime, which is there (`check_options`), loaded before it is needed."""
+    importlib.import_module("onnxruntime")
+
+
 def target_directory(options: ExportOptions, loaded: LoadedModel) -> Path:
     """Where the bundle goes: --output, or build/MODEL-PRECISION."""
     return options.output or default_directory(loaded.name, options.precision.value)
@@ -147,13 +155,20 @@ def read_photographs(options: ExportOptions, image_size: int, phases: Phases) ->
 
 def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
     """The static model."""
-    quantized = options.quantization.quantize if options.precision.is_quantized else None
-    return rewrite(loaded.model, _left_out(options), quantized)
+    return rewrite(loaded.model, _left_out(options), _quantized(options))
 
 
-def export_graph(static: StaticSpach, image_size: int) -> GraphStage:
-    """The exported graph."""
-    return GraphStage(export_canonical(static, image_size), {}, {})
+def tracing(loaded: LoadedModel, options: ExportOptions) -> Beside[Traced]:
+    """What has to be traced for the exported graph, which takes longest and needs the model's structure alone."""
+    return Beside(lambda: traced_ahead(loaded.model, loaded.image_size, _left_out(options), _quantized(options)))
+
+
+def export_graph(static: StaticSpach, image_size: int, traced: Beside[Traced] | None = None) -> GraphStage:
+    """The exported graph. A tracing that failed is done again here, where it says why."""
+    ahead = None
+    with contextlib.suppress(SpachError):
+        ahead = None if traced is None else traced.result(available_threads())
+    return GraphStage(export_canonical(static, image_size, ahead), {}, {})
 
 
 def prove_graph(graph: GraphStage, photographs: Photographs, reference: NDArray[np.float32]) -> GraphStage:
@@ -207,6 +222,11 @@ def _left_out(options: ExportOptions) -> tuple[str, ...]:
     """Rewrites and passes that this export does without: what is turned off, and TensorRT's forms where none builds."""
     applied = {step.name for step in _passes(options)}
     return (*options.disabled_rewrites, *(step.name for step in TENSORRT_PASSES if step.name not in applied))
+
+
+def _quantized(options: ExportOptions) -> tuple[str, ...] | None:
+    """Patterns of modules that will be quantized against the rules; None where nothing will be."""
+    return options.quantization.quantize if options.precision.is_quantized else None
 
 
 def module_paths(loaded: LoadedModel) -> list[str]:

@@ -51,19 +51,22 @@ def _resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
 class EngineBuild:
     """The build of an export's engine; nothing at all without a flavour (--engine none).
 
-    Entering starts the process, which loads the compiler and waits. Leaving ends it, whatever it does.
+    Entering starts the process that builds, which loads the compiler and waits, unless there is one (`builder`) of this
+    flavour. Leaving ends it, whatever it does.
     """
 
-    def __init__(self, flavour: EngineFlavour | None, options: ExportOptions, phases: Phases) -> None:
+    def __init__(
+        self, flavour: EngineFlavour | None, options: ExportOptions, phases: Phases, builder: Builder | None = None
+    ) -> None:
         self._flavour = flavour
         self._options = options
         self._phases = phases
         self._stack = contextlib.ExitStack()
-        self._builder: Builder | None = None
+        self._builder = builder
         self._build: RunningBuild | None = None
 
     def __enter__(self) -> Self:
-        if self._flavour is not None:
+        if self._flavour is not None and self._builder is None:
             self._builder = self._stack.enter_context(Builder(self._flavour.flavour))
         return self
 

@@ -21,6 +21,7 @@ from spach_deploy.validation.depth import Depth
 from spach_deploy.validation.exact import prove_equal
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.tolerance import LOSS_IMAGES, QUANTIZED_LOSS_IMAGES, ToleranceSet, derive_tolerances
+from spach_deploy.validation.trace import Expected
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """The bounds, and what the parts of the reference answered to the first image on the way."""
+    """The bounds, and what is expected of the reference's parts, seen on the way."""
 
     tolerances: ToleranceSet
-    depth: Depth
+    parts: Expected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def with_tolerances(
             twin=twin,
             depth=depth,
         )
-        derived = Derived(tolerances, depth)
+        derived = Derived(tolerances, Expected.of(depth))
     except SpachError as error:
         derived = error
     return dataclasses.replace(answers, derived=derived)

@@ -28,11 +28,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from spach_deploy.engine.compile import OnProgress, ProgressEvent
-from spach_deploy.engine.flavours import EngineFlavour
+from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.engine.network_facts import NetworkFacts
 from spach_deploy.engine.worker import Built, Failed, Request
 from spach_deploy.errors import BuildError, UsageError
-from spach_deploy.runtime.pages import with_small_pages
+from spach_deploy.runtime.pages import for_small_objects
 from spach_deploy.runtime.polygraphy_session import LogLine, summarize_warnings
 from spach_deploy.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
 
@@ -122,6 +122,12 @@ class Builder:
     ) -> None:
         self.end()
         self.close()
+
+    @classmethod
+    def for_flavour(cls, requested: Flavour) -> contextlib.AbstractContextManager[Builder | None]:
+        """A builder of the flavour that `choose_flavour` gives for `requested`, and raises what that raises."""
+        flavour = choose_flavour(requested)
+        return contextlib.nullcontext() if flavour is None else cls(flavour.flavour)
 
     def end(self) -> None:
         """End the process, whatever it does."""
@@ -253,4 +259,4 @@ def _start_worker(
 def _environment() -> dict[str, str]:
     """Ours, with this package importable and nothing imported from the directory a user happens to stand in."""
     path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
-    return with_small_pages({**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})
+    return for_small_objects({**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})

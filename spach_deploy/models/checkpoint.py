@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,8 @@ class LoadedModel:
     """A model ready to be exported: evaluation mode, float32, on the CPU, without gradients.
 
     `checkpoint_sha256` is of the file, `weights_sha256` of the float32 values (see the function of that
-    name), so that the same weights in another container are recognised. `notes` say what was unwrapped,
-    inferred, converted and compared, in sentences for the report.
+    name), so that the same weights in another container are recognised; it is computed when first asked for. `notes`
+    say what was unwrapped, inferred, converted and compared, in sentences for the report.
     """
 
     model: Spach
@@ -43,8 +44,12 @@ class LoadedModel:
     origin: Literal["checkpoint", "demo"]
     checkpoint_path: Path | None
     checkpoint_sha256: str | None
-    weights_sha256: str
     notes: tuple[str, ...]
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the weights."""
+        return weights_sha256(self.model.state_dict())
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -173,5 +178,4 @@ def _loaded(
     notes: tuple[str, ...],
 ) -> LoadedModel:
     model.requires_grad_(False).eval()
-    digest = weights_sha256(model.state_dict())
-    return LoadedModel(model, name, model.image_size, model.num_classes, origin, path, sha256, digest, notes)
+    return LoadedModel(model, name, model.image_size, model.num_classes, origin, path, sha256, notes)

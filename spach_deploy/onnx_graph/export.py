@@ -12,20 +12,19 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from onnx import ModelProto
-from torch import nn
 
 from spach_deploy.errors import CertificateError
+from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph.free_batch import free_batch
 from spach_deploy.onnx_graph.names import name_by_module
 from spach_deploy.onnx_graph.passes.block_boundaries import restore_block_boundaries
-from spach_deploy.onnx_graph.stamp import stamp_blocks
-from spach_deploy.rewrites.base import own
-from spach_deploy.rewrites.static_modules import StaticBlock, StaticSpach
+from spach_deploy.onnx_graph.prototype import Prototype, make_prototype, prototype_of, structure
+from spach_deploy.onnx_graph.stamp import forget_weights, stamp_blocks
+from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.pages import small_pages
 
 OPSET = 20
@@ -34,69 +33,44 @@ _TRACED_BATCH = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Prototype:
-    """A model with one block of each kind, and for each the blocks it stands for (itself first)."""
+class Traced:
+    """The graph of a prototype's `structure`, serialized."""
 
-    model: StaticSpach
-    repeats: dict[str, tuple[str, ...]]
+    structure: str
+    graph: bytes = dataclasses.field(repr=False)
 
 
-def export_canonical(model: StaticSpach, image_size: int) -> ModelProto:
+def export_canonical(model: StaticSpach, image_size: int, traced: Traced | None = None) -> ModelProto:
     """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20.
 
-    Raises CertificateError when the exporter or the simplifier fails.
+    `traced` is taken where it is of this very structure. Raises CertificateError when the exporter or the simplifier
+    fails.
     """
     prototype = make_prototype(model)
+    if traced is not None and traced.structure == structure(prototype):
+        graph = ModelProto.FromString(traced.graph)
+    else:
+        graph = trace_prototype(prototype, image_size)
+    return stamp_blocks(graph, prototype.repeats, model)
+
+
+def traced_ahead(
+    model: Spach, image_size: int, disabled: Collection[str] = (), quantized: Collection[str] | None = None
+) -> Traced:
+    """What tracing the static form of `model` will give, before there is one; arguments as of `rewrites.rewrite`."""
+    prototype = prototype_of(model, disabled, quantized)
+    graph = trace_prototype(prototype, image_size)
+    forget_weights(graph, prototype.repeats)
+    return Traced(structure(prototype), graph.SerializeToString())
+
+
+def trace_prototype(prototype: Prototype, image_size: int) -> ModelProto:
+    """The prototype's graph: named by modules, simplified."""
     exported = torch_export(prototype.model, image_size)
     name_by_module(exported)
     simplified = simplify(exported)
-    restore_block_boundaries(simplified, is_grid=model.stem.grid_stream)
-    return stamp_blocks(simplified, prototype.repeats, model)
-
-
-def make_prototype(model: StaticSpach) -> Prototype:
-    """Keep the first of every run of blocks that differ in weights alone, with weights that have no special values.
-
-    Real weights may be zeros, ones or equal to each other, and optimizers act on that: what is true of one block's
-    weights would be stamped on all.
-    """
-    result = StaticSpach(model.stem, model.norm1, model.norm2, model.head)
-    repeats: dict[str, list[str]] = {}
-    generator = torch.Generator().manual_seed(0)
-    for stage in model.stage_names:
-        kept: OrderedDict[str, nn.Module] = OrderedDict()
-        previous, representative = "", ""
-        for index, layer in getattr(model, stage)._modules.items():
-            kind = block_kind(layer) if isinstance(layer, StaticBlock) else ""
-            path = f"{stage}.{index}"
-            if kind and kind == previous:
-                repeats[representative].append(path)
-                continue
-            kept[index] = _with_ordinary_weights(layer, generator) if kind else layer
-            if kind:
-                representative = path
-                repeats[path] = [path]
-            previous = kind
-        result.add_stage(stage, nn.Sequential(kept))
-    return Prototype(result.eval(), {name: tuple(blocks) for name, blocks in repeats.items()})
-
-
-def _with_ordinary_weights(block: nn.Module, generator: torch.Generator) -> nn.Module:
-    twin = own(block)
-    for module in twin.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                values = torch.rand(parameter.shape, generator=generator) + 0.5
-                module._parameters[name] = nn.Parameter(values, requires_grad=False)
-    return twin
-
-
-def block_kind(block: StaticBlock) -> str:
-    """What a block's graph depends on beside its weights."""
-    mixer = "conv" if block.spatial_func is None else type(block.spatial_func).__name__
-    scale = getattr(block.spatial_func, "scale", 1.0)
-    parts = (mixer, block.gamma_1 is None, scale, block.cpe_net.includes_residual, block.cpe_net.grid_stream)
-    return "/".join(str(part) for part in parts)
+    restore_block_boundaries(simplified, is_grid=prototype.model.grid_stream)
+    return simplified
 
 
 def torch_export(model: StaticSpach, image_size: int) -> ModelProto:

@@ -41,6 +41,13 @@ def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weig
     return result
 
 
+def forget_weights(model: ModelProto, blocks: Collection[str]) -> None:
+    """Drop the values of the blocks' own tensors, in place: `stamp_blocks` does not read them, and they are large."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and _block_of(tensor.name, blocks) is not None:
+            tensor.ClearField("raw_data")
+
+
 class Parameters:
     """The model's tensors by name; a tensor that several names share is stored once, under the first."""
 

@@ -20,7 +20,7 @@ from spach_deploy.errors import ImageError, MissingPackageError
 from spach_deploy.onnx_graph.graph import consumers, initializers, is_marked_float32
 from spach_deploy.precision.elements import element_types, view_sources
 from spach_deploy.precision.formats import FLOAT
-from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING
+from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED
 from spach_deploy.runtime.saved_graph import saved_graph
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -188,6 +188,7 @@ def open_session(*messages: ModelProto, threads: int | None = None, plain: bool 
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(*NOT_SPINNING)
+    options.add_session_config_entry(*UNPACKED)
     # Probes run as soon as they can; in the default order they come last and keep every tensor alive until then.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if threads is not None:

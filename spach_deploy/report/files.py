@@ -37,7 +37,7 @@ def check_can_make_pages() -> None:
 
 
 def load_page_modules() -> None:
-    """Load what a page needs, if it is here, while there is nothing else to do."""
+    """Load what a page needs, if it is here."""
     with contextlib.suppress(MissingPackageError):
         check_can_make_pages()
 

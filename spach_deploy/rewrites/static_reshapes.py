@@ -7,6 +7,8 @@ the same numbers in the same order, and one move of memory where the compiler wo
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from einops.layers.torch import Rearrange
 from torch import nn
 
@@ -24,7 +26,10 @@ def to_static(model: Spach) -> static.StaticSpach:
     dim = model.config.dim
     result = static.StaticSpach(static.StaticStem(model.stem.proj, grids[0], dim), model.norm1, model.norm2, model.head)
     for name in model.stage_names:
-        result.add_stage(name, nn.Sequential(*(static_module(layer) for layer in getattr(model, name))))
+        layers_by_index = getattr(model, name)._modules.items()
+        result.add_stage(
+            name, nn.Sequential(OrderedDict((index, static_module(layer)) for index, layer in layers_by_index))
+        )
     return result.eval()
 
 

@@ -149,10 +149,10 @@ def opened(
     """The graph in ONNX Runtime, entered. UsageError where it does not load or cannot be rounded."""
     with contextlib.ExitStack() as stack:
         if form is Form.PLAIN and watch is None:
-            yield stack.enter_context(OnnxRuntimeRunner(graph, threads=threads))
+            yield stack.enter_context(OnnxRuntimeRunner(graph, threads=threads, is_brief=True))
             return
         with _as_it_runs(form, graph, watch) as (path, inner):
-            runner = stack.enter_context(OnnxRuntimeRunner(path, threads=threads, inner=inner))
+            runner = stack.enter_context(OnnxRuntimeRunner(path, threads=threads, is_brief=True, inner=inner))
         yield runner
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.runtime.products import products_by_onednn
 from spach_deploy.specs import Precision
 from spach_deploy.validation.depth import Outputs, kept
 
@@ -62,11 +63,17 @@ def evaluate(
     import torch
 
     if arithmetic is Arithmetic.FP32:
-        with torch.inference_mode(), kept(model, parts):
+        with torch.inference_mode(), products_by_onednn(), kept(model, parts):
             exact: Float32Array = model(torch.from_numpy(images)).numpy()
         return exact
     rounding = _ROUNDINGS[arithmetic]
-    with torch.inference_mode(), converting(model, rounding), rounding_outputs(model, rounding), kept(model, parts):
+    with (
+        torch.inference_mode(),
+        products_by_onednn(),
+        converting(model, rounding),
+        rounding_outputs(model, rounding),
+        kept(model, parts),
+    ):
         answer: Float32Array = model(rounding(torch.from_numpy(images))).numpy()
     return answer
 
@@ -138,7 +145,9 @@ def converted(module: nn.Module, convert: Rounding) -> nn.Module:
 def _to_fp16(tensor: Tensor) -> Tensor:
     """Rounded to FP16; what FP16 cannot hold stays, since the precision policy keeps such tensors in FP32."""
     rounded = tensor.half().float()
-    return rounded if bool(rounded.abs().amax() <= _FP16_LIMIT) else tensor.where(rounded.isinf(), rounded)
+    lowest, highest = rounded.aminmax()
+    fits = bool(lowest >= -_FP16_LIMIT) and bool(highest <= _FP16_LIMIT)
+    return rounded if fits else tensor.where(rounded.isinf(), rounded)
 
 
 def _to_bf16(tensor: Tensor) -> Tensor:

@@ -64,30 +64,41 @@ class Trace:
             return None
 
 
-class Along:
-    """Follows a graph along the depth of `model`: what to watch in it, and then the errors of what was seen.
-
-    `depth`: what the parts of `model` answer to the first image in FP32, in FP64 and rounded; rounded are those of its
-    twin in eight bits, where there is one.
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Of every part of the reference: its output for the first image in FP32 (`exact`), how far that is from FP64
+    (`noise`), and how far the part is from it when it is rounded (`loss`; empty where nothing is rounded).
     """
 
-    def __init__(self, model: nn.Module, depth: Depth) -> None:
-        self._depth = depth
-        self._kinds = {path: _kind(path, model) for path in depth.exact}
+    exact: Outputs
+    noise: Mapping[str, float]
+    loss: Mapping[str, float]
+
+    @classmethod
+    def of(cls, depth: Depth) -> Expected:
+        """From the outputs themselves; rounded are those of the twin in eight bits, where there is one."""
+        return cls(depth.exact, _errors(depth.double, depth.exact), _errors(depth.rounded, depth.exact))
+
+
+class Along:
+    """Follows a graph along the depth of `model`: what to watch in it, and then the errors of what was seen."""
+
+    def __init__(self, model: nn.Module, expected: Expected) -> None:
+        self._expected = expected
+        self._kinds = {path: _kind(path, model) for path in expected.exact}
         self._tensors: dict[str, str] = {}
 
     def watch(self, graph: ModelProto) -> list[str]:
         """The tensors of the parts' outputs, in a graph in the form in which it runs (`evidence.Watch`)."""
         blocks = {path for path, kind in self._kinds.items() if kind == "block"}
-        self._tensors = _tensors_of_parts(graph, self._depth.exact, blocks)
+        self._tensors = _tensors_of_parts(graph, self._expected.exact, blocks)
         return list(self._tensors.values())
 
     def trace(self, evidence: Evidence, image: str) -> Trace | None:
         """The errors of what was watched, on the image of that name. None for a graph that did not run."""
         if evidence.logits is None:
             return None
-        exact, values = self._depth.exact, {LOGITS: evidence.logits[:1], **evidence.inside}
-        noise, loss = _errors(self._depth.double, exact), _errors(self._depth.rounded, exact)
+        exact, values = self._expected.exact, {LOGITS: evidence.logits[:1], **evidence.inside}
         seen = {path: values[tensor] for path, tensor in self._tensors.items() if tensor in values}
         ours = _errors(seen, exact)
         parts = tuple(
@@ -95,8 +106,8 @@ class Along:
                 module=path,
                 kind=kind,
                 error=_finite(ours.get(path)),
-                noise=noise[path],
-                allowed=NOISE_FACTOR * noise[path] + LOSS_FACTOR * loss.get(path, 0.0),
+                noise=self._expected.noise[path],
+                allowed=NOISE_FACTOR * self._expected.noise[path] + LOSS_FACTOR * self._expected.loss.get(path, 0.0),
                 peak=float(np.abs(exact[path]).max()),
             )
             for path, kind in self._kinds.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from spach_deploy.engine import flavours
 from spach_deploy.engine.build import Builder, start_build
 from spach_deploy.engine.flavours import TensorRT
 from spach_deploy.errors import BuildError, MissingPackageError
@@ -66,6 +67,17 @@ def test_one_that_is_not_needed_ends(graph: Path) -> None:
     assert builder.process.returncode is not None
 
 
+def test_there_is_none_where_no_engine_is_wanted() -> None:
+    with Builder.for_flavour(Flavour.NONE) as builder:
+        assert builder is None
+
+
+def test_one_that_cannot_build_here_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flavours, "is_installed", lambda flavour: False)
+    with pytest.raises(MissingPackageError, match="tensorrt"):
+        Builder.for_flavour(Flavour.TENSORRT)
+
+
 def test_one_that_was_killed_before_there_was_a_graph_is_an_error(graph: Path) -> None:
     with Builder(Flavour.TENSORRT) as builder:
         builder.end()
@@ -91,6 +103,7 @@ def test_a_compiler_that_is_missing_is_told_when_an_engine_is_wanted(
 def test_it_does_not_outlive_a_parent_that_is_killed() -> None:
     program = """
 import os
+from spach_deploy.engine import flavours
 from spach_deploy.engine.build import Builder
 from spach_deploy.specs import Flavour
 builder = Builder(Flavour.TENSORRT)

@@ -10,7 +10,7 @@ from spach_deploy.models.configs import SpachConfig
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph.certificate import certify
-from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical, make_prototype, simplify, torch_export
+from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical, simplify, torch_export
 from spach_deploy.onnx_graph.interface import add_interface
 from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.rewrites import REWRITES, rewrite
@@ -91,12 +91,6 @@ def test_a_batchnorm_that_the_simplifier_folds_stays_folded() -> None:
     graph = export_canonical(rewrite(small_model("hybrid_stem"), left_out).model, IMAGE_SIZE)
     x = images(2)
     assert relative_l2(run(graph, x)[LOGITS], logits(small_model("hybrid_stem"), x)) < 2e-6
-
-
-def test_one_block_of_each_kind_is_exported() -> None:
-    prototype = make_prototype(rewrite(small_model("hybrid")).model)
-    assert prototype.repeats["layer3.1"] == ("layer3.1", "layer3.2", "layer3.3")
-    assert prototype.repeats["layer2.1"] == ("layer2.1",)
 
 
 def test_stamping_gives_the_graph_that_a_whole_export_gives() -> None:

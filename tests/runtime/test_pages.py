@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from spach_deploy.runtime.pages import LARGE, VARIABLE, small_pages, with_small_pages
+from spach_deploy.runtime.pages import LARGE, SMALL_OBJECTS, VARIABLE, for_small_objects, small_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has them")
 
@@ -27,7 +27,8 @@ def test_large_pages_are_off_within_the_block_and_as_before_behind_it() -> None:
     assert are_off() == before
 
 
-def test_a_process_is_started_without_large_pages_unless_a_user_wants_them() -> None:
-    assert with_small_pages({"A": "b", VARIABLE: LARGE}) == {"A": "b", VARIABLE: ""}
-    for environment in ({"A": "b"}, {VARIABLE: ""}, {VARIABLE: "glibc.malloc.hugetlb=2"}):
-        assert with_small_pages(environment) == environment
+def test_a_process_of_small_objects_is_started_for_them_unless_a_user_has_wishes_of_their_own() -> None:
+    for environment in ({"A": "b"}, {"A": "b", VARIABLE: LARGE}):
+        assert for_small_objects(environment) == {"A": "b", VARIABLE: SMALL_OBJECTS}
+    for own in ("", "glibc.malloc.hugetlb=2"):
+        assert for_small_objects({VARIABLE: own}) == {VARIABLE: own}

@@ -24,7 +24,7 @@ from spach_deploy.validation.evidence import examine_typed
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import derive_tolerances
-from spach_deploy.validation.trace import Along, Trace
+from spach_deploy.validation.trace import Along, Expected, Trace
 from spach_deploy.validation.validate import golden_trial
 from tests import small_bundles
 from tests.static_models import small_model
@@ -141,7 +141,7 @@ def along(model: ModelProto) -> Trace:
     reference, depth = small_model("hybrid"), Depth()
     derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, depth=depth)
     evaluate(reference, golden.input[:1], parts=depth.exact)
-    follower = Along(reference, depth)
+    follower = Along(reference, Expected.of(depth))
     trial = golden_trial(golden, "golden", OutputSpec(), BatchProfile())
     bounds = derive_tolerances(reference, golden.input, golden.logits, Precision.FP16).graph
     rounded = examine_typed(model.SerializeToString(), Precision.FP16, trial, bounds, watch=follower.watch)[-1]
