@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 from spach_deploy import bundle as bundles
 from spach_deploy import manifest as sections
 from spach_deploy import stages
+from spach_deploy.ahead import Ahead
 from spach_deploy.bundle import Bundle
 from spach_deploy.command_lines import ValidateWords, export_command, validate_command
 from spach_deploy.errors import MismatchError
 from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.onnx_graph.tracing import Tracing
 from spach_deploy.phases import Observer, Phases, Silent
 from spach_deploy.precision.half import TypedGraph
 from spach_deploy.quantization.calibrate import Calibration
@@ -56,7 +58,6 @@ from spach_deploy.validation.validate import (
 )
 
 if TYPE_CHECKING:
-    from spach_deploy.engine.build import Builder
     from spach_deploy.quantization.sensitivity import Choice
     from spach_deploy.rewrites import RewriteResult
     from spach_deploy.rewrites.static_modules import StaticSpach
@@ -129,26 +130,28 @@ def export(
     observer: Observer | None = None,
     *,
     place: Path | None = None,
-    builder: Builder | None = None,
+    ahead: Ahead | None = None,
 ) -> ExportResult:
     """Export, build, validate and write the bundle that `options` asks for; to `place`, if that is given, for somebody
-    who moves it to its target afterwards: what the bundle says of itself names the target. `builder`: a process for the
-    engine that is there already (`Builder.for_flavour`).
+    who moves it to its target afterwards: what the bundle says of itself names the target. `ahead`: what was begun
+    before these modules were loaded.
 
     Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
     """
     phases, asked = Phases(observer or Silent()), options
     stages.check_options(options)
     flavour, options = choose_engine(options)
-    with phases.phase("load the model"):
-        loaded = stages.load(options, phases)
-        target = stages.target_directory(options, loaded)
-        place = place or target
-        bundles.check_target(place, overwrite=options.overwrite)
-    with phases.phase("read images"):
-        photographs = stages.read_photographs(options, loaded.image_size, phases)
-    with EngineBuild(flavour, options, phases, builder) as build, contextlib.ExitStack() as stack:
-        static, answers, graph = exported(loaded, photographs, options, stack, phases)
+    with contextlib.ExitStack() as stack:
+        ahead = ahead or stack.enter_context(Ahead(options.engine.flavour))
+        build = stack.enter_context(EngineBuild(flavour, options, phases, ahead.builder))
+        with phases.phase("load the model"):
+            loaded = stages.load(options, phases)
+            target = stages.target_directory(options, loaded)
+            place = place or target
+            bundles.check_target(place, overwrite=options.overwrite)
+        with phases.phase("read images"):
+            photographs = stages.read_photographs(options, loaded.image_size, phases)
+        static, answers, graph = exported(loaded, photographs, options, ahead.tracing, stack, phases)
         eight_bits = EightBits()
         if options.precision.is_quantized:
             graph, answered = prove_graph(graph, photographs, answers, phases)
@@ -209,12 +212,13 @@ def exported(
     loaded: LoadedModel,
     photographs: stages.Photographs,
     options: ExportOptions,
+    tracing: Tracing,
     stack: contextlib.ExitStack,
     phases: Phases,
 ) -> tuple[RewriteResult, Beside[Answers], stages.GraphStage]:
     """The static model, what PyTorch answers to the images, which is under way, and the exported graph."""
-    traced = stack.enter_context(stages.tracing(loaded, options))
     with phases.phase("rewrite the model"):
+        tracing.ask(stages.prototype(loaded, options), loaded.image_size)
         static = stages.rewrite_model(loaded, options)
     answers = begun(answering(loaded, static.model, photographs, options), "run the reference", stack, phases)
     with phases.phase("hash, load modules"):  # while the model is traced
@@ -222,7 +226,7 @@ def exported(
         stages.load_runtime()
         load_page_modules()
     with phases.phase("export the graph"), torch_threads(threads_beside(answers.is_under_way)):
-        return static, answers, stages.export_graph(static.model, loaded.image_size, traced)
+        return static, answers, stages.export_graph(static.model, loaded.image_size, tracing.answer())
 
 
 def begun(work: Beside[Answers], name: str, stack: contextlib.ExitStack, phases: Phases) -> Beside[Answers]:
@@ -328,7 +332,8 @@ def calibrate_to_file(options: ExportOptions, file: Path, observer: Observer | N
     with phases.phase("read images"):
         photographs = stages.read_photographs(options, loaded.image_size, phases)
     with contextlib.ExitStack() as stack:
-        _, answers, graph = exported(loaded, photographs, options, stack, phases)
+        tracing = stack.enter_context(Tracing())
+        _, answers, graph = exported(loaded, photographs, options, tracing, stack, phases)
         graph, answered = prove_graph(graph, photographs, answers, phases)
     return calibrated(graph, Reference(loaded, photographs, answered), options, phases).calibration
 

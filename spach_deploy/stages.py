@@ -20,9 +20,10 @@ from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.errors import ImageError, MismatchError, MissingPackageError, SpachError, UsageError
 from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
-from spach_deploy.onnx_graph.export import INPUT, LOGITS, Traced, export_canonical, traced_ahead
+from spach_deploy.onnx_graph.export import INPUT, LOGITS, Traced, export_canonical
 from spach_deploy.onnx_graph.interface import add_interface, check_outputs
 from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
+from spach_deploy.onnx_graph.prototype import Prototype, prototype_of
 from spach_deploy.phases import Phases, trim_heap
 from spach_deploy.precision.decision import TypingOptions
 from spach_deploy.precision.formats import half_format
@@ -37,10 +38,8 @@ from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.tame import tame_outliers
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
-from spach_deploy.runtime.beside import Beside
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import save_model, saved_graph
-from spach_deploy.runtime.threads import available_threads
 from spach_deploy.specs import ExportOptions, Flavour, IODtype, Precision, Preprocessing
 from spach_deploy.stages_quantization import mark_sites, quantize_typed
 from spach_deploy.stages_quantization import summary as quantized_summary
@@ -158,17 +157,14 @@ def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
     return rewrite(loaded.model, _left_out(options), _quantized(options))
 
 
-def tracing(loaded: LoadedModel, options: ExportOptions) -> Beside[Traced]:
-    """What has to be traced for the exported graph, which takes longest and needs the model's structure alone."""
-    return Beside(lambda: traced_ahead(loaded.model, loaded.image_size, _left_out(options), _quantized(options)))
+def prototype(loaded: LoadedModel, options: ExportOptions) -> Prototype:
+    """What will have to be traced for the exported graph, which follows from the model's structure."""
+    return prototype_of(loaded.model, _left_out(options), _quantized(options))
 
 
-def export_graph(static: StaticSpach, image_size: int, traced: Beside[Traced] | None = None) -> GraphStage:
-    """The exported graph. A tracing that failed is done again here, where it says why."""
-    ahead = None
-    with contextlib.suppress(SpachError):
-        ahead = None if traced is None else traced.result(available_threads())
-    return GraphStage(export_canonical(static, image_size, ahead), {}, {})
+def export_graph(static: StaticSpach, image_size: int, traced: Traced | None = None) -> GraphStage:
+    """The exported graph."""
+    return GraphStage(export_canonical(static, image_size, traced), {}, {})
 
 
 def prove_graph(graph: GraphStage, photographs: Photographs, reference: NDArray[np.float32]) -> GraphStage:

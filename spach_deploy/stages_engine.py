@@ -49,14 +49,12 @@ def _resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
 
 
 class EngineBuild:
-    """The build of an export's engine; nothing at all without a flavour (--engine none).
-
-    Entering starts the process that builds, which loads the compiler and waits, unless there is one (`builder`) of this
-    flavour. Leaving ends it, whatever it does.
+    """The build of an export's engine, by a process that is there already; nothing at all without a flavour (--engine
+    none). Leaving ends it, whatever it does.
     """
 
     def __init__(
-        self, flavour: EngineFlavour | None, options: ExportOptions, phases: Phases, builder: Builder | None = None
+        self, flavour: EngineFlavour | None, options: ExportOptions, phases: Phases, builder: Builder | None
     ) -> None:
         self._flavour = flavour
         self._options = options
@@ -66,8 +64,6 @@ class EngineBuild:
         self._build: RunningBuild | None = None
 
     def __enter__(self) -> Self:
-        if self._flavour is not None and self._builder is None:
-            self._builder = self._stack.enter_context(Builder(self._flavour.flavour))
         return self
 
     def __exit__(

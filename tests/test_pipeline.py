@@ -25,11 +25,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from spach_deploy import stages, stages_engine
 from spach_deploy.bundle import Bundle
 from spach_deploy.engine.build import RunningBuild, start_build
-from spach_deploy.errors import CertificateError, MismatchError
+from spach_deploy.errors import MismatchError
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
-from spach_deploy.onnx_graph.export import Traced, export_canonical
+from spach_deploy.onnx_graph.export import export_canonical
 from spach_deploy.onnx_graph.passes import apply_passes
 from spach_deploy.phases import Phase, Silent
 from spach_deploy.pipeline import export as export_bundle
@@ -396,17 +396,14 @@ def test_the_first_stage_that_computes_something_else_is_named(
 
 
 @pytest.mark.usefixtures("small_model_registered")
-@pytest.mark.parametrize("cores", [1, 2])
-def test_a_tracing_that_fails_ahead_is_done_again(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any) -> Traced:
-        raise CertificateError("It cannot be traced.")
-
-    monkeypatch.setattr(beside, "available_threads", lambda: cores)
+def test_what_is_not_traced_ahead_is_traced_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "ray", raising=False)
-    right = export_bundle(dataclasses.replace(OPTIONS, output=tmp_path / "a")).bundle
-    monkeypatch.setattr(stages, "traced_ahead", fails)
-    again = export_bundle(dataclasses.replace(OPTIONS, output=tmp_path / "b")).bundle
-    assert again.file("model.onnx").read_bytes() == right.file("model.onnx").read_bytes()
+    graphs = []
+    for cores in (1, 2):
+        monkeypatch.setattr(beside, "available_threads", lambda cores=cores: cores)
+        made = export_bundle(dataclasses.replace(OPTIONS, output=tmp_path / str(cores))).bundle
+        graphs.append(made.file("model.onnx").read_bytes())
+    assert graphs[0] == graphs[1]
 
 
 @needs_rtx

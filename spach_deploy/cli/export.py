@@ -155,14 +155,14 @@ def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: 
         if (reused := cache.take(options)) is not None:
             click.echo(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
-        from spach_deploy.engine.build import Builder
+        from spach_deploy.ahead import Ahead
 
-        with Builder.for_flavour(options.engine.flavour) as builder:  # loads the compiler while PyTorch is loaded here
+        with Ahead(options.engine.flavour) as ahead:
             from spach_deploy.cli.export_output import Progress, summary
             from spach_deploy.pipeline import export
 
             with Progress(verbose=verbose) as progress:
-                result = export(options, progress, builder=builder)
+                result = export(options, progress, ahead=ahead)
         click.echo(summary(result, as_json=as_json))
         if problem := cache.keep(result.bundle):
             say(problem)

@@ -7,6 +7,7 @@ the precision that was achieved is read here, from the parsed network, and compa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -85,38 +86,38 @@ class AchievedPrecision:
 def read_network_facts(network: Any) -> NetworkFacts:
     """Facts of a TensorRT INetworkDefinition, of any flavour and version."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    stored = _dequantized(layers)
+    kinds = [_name(layer.type) for layer in layers]
+    stored = _dequantized(layers, kinds)
     return NetworkFacts(
         inputs=tuple(_tensor(network.get_input(index)) for index in range(network.num_inputs)),
         outputs=tuple(_tensor(network.get_output(index)) for index in range(network.num_outputs)),
-        layers=tuple(_layer(layer, stored) for layer in layers),
+        layers=tuple(_layer(layer, kind, stored) for layer, kind in zip(layers, kinds, strict=True)),
     )
 
 
-def _dequantized(layers: list[Any]) -> dict[str, str]:
+def _dequantized(layers: list[Any], kinds: list[str]) -> dict[str, str]:
     """Tensors that DEQUANTIZE layers make -> the type of what these read."""
-    return {layer.get_output(0).name: _dtype(layer.get_input(0)) for layer in layers if layer.type.name == "DEQUANTIZE"}
+    pairs = zip(layers, kinds, strict=True)
+    return {layer.get_output(0).name: _dtype(layer.get_input(0)) for layer, kind in pairs if kind == "DEQUANTIZE"}
 
 
 def _tensor(tensor: Any) -> TensorFact:
     return TensorFact(tensor.name, _dtype(tensor), tuple(tensor.shape))
 
 
-def _layer(layer: Any, stored: Mapping[str, str]) -> LayerFact:
-    match = _ONNX_NODE.search(layer.metadata or "")
+def _layer(layer: Any, kind: str, stored: Mapping[str, str]) -> LayerFact:
+    name, match = layer.name, _ONNX_NODE.search(layer.metadata or "")
     return LayerFact(
-        name=layer.name,
-        kind=layer.type.name,
-        node=match[1] if match else layer.name,
+        name=name,
+        kind=kind,
+        node=match[1] if match else name,
         input_dtypes=tuple(_dtypes(layer.get_input, layer.num_inputs)),
         output_dtypes=tuple(_dtypes(layer.get_output, layer.num_outputs)),
-        eight_bits=_eight_bits(layer, stored),
+        eight_bits=_eight_bits(layer, stored) if stored and kind in WEIGHTED_KINDS else "",
     )
 
 
 def _eight_bits(layer: Any, stored: Mapping[str, str]) -> str:
-    if layer.type.name not in WEIGHTED_KINDS or not stored:
-        return ""
     inputs = [layer.get_input(index) for index in range(min(2, layer.num_inputs))]
     types = {stored.get(tensor.name, "") for tensor in inputs if tensor is not None}
     return types.pop() if len(types) == 1 else ""
@@ -129,8 +130,15 @@ def _dtypes(get: Any, count: int) -> Iterator[str]:
 
 
 def _dtype(tensor: Any) -> str:
-    name: str = tensor.dtype.name
+    name = _name(tensor.dtype)
     return _DTYPE_NAMES.get(name, name.lower())
+
+
+@functools.cache
+def _name(value: Any) -> str:
+    """Of a value of TensorRT's enumerations, which take microseconds to tell it."""
+    name: str = value.name
+    return name
 
 
 def check_achieved_precision(

@@ -12,17 +12,16 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from onnx import ModelProto
 
 from spach_deploy.errors import CertificateError
-from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph.free_batch import free_batch
 from spach_deploy.onnx_graph.names import name_by_module
 from spach_deploy.onnx_graph.passes.block_boundaries import restore_block_boundaries
-from spach_deploy.onnx_graph.prototype import Prototype, make_prototype, prototype_of, structure
+from spach_deploy.onnx_graph.prototype import Prototype, make_prototype, structure, with_ordinary_weights
 from spach_deploy.onnx_graph.stamp import forget_weights, stamp_blocks
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.pages import small_pages
@@ -34,7 +33,7 @@ _TRACED_BATCH = 3
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """The graph of a prototype's `structure`, serialized."""
+    """The graph of a prototype's `structure`, serialized, without the weights of its blocks."""
 
     structure: str
     graph: bytes = dataclasses.field(repr=False)
@@ -47,30 +46,20 @@ def export_canonical(model: StaticSpach, image_size: int, traced: Traced | None 
     fails.
     """
     prototype = make_prototype(model)
-    if traced is not None and traced.structure == structure(prototype):
-        graph = ModelProto.FromString(traced.graph)
-    else:
-        graph = trace_prototype(prototype, image_size)
-    return stamp_blocks(graph, prototype.repeats, model)
+    if traced is None or traced.structure != structure(prototype):
+        traced = trace(prototype, image_size)
+    return stamp_blocks(ModelProto.FromString(traced.graph), prototype.repeats, model)
 
 
-def traced_ahead(
-    model: Spach, image_size: int, disabled: Collection[str] = (), quantized: Collection[str] | None = None
-) -> Traced:
-    """What tracing the static form of `model` will give, before there is one; arguments as of `rewrites.rewrite`."""
-    prototype = prototype_of(model, disabled, quantized)
-    graph = trace_prototype(prototype, image_size)
+def trace(prototype: Prototype, image_size: int) -> Traced:
+    """The prototype's graph: named by modules, simplified. It may be `without_weights`."""
+    ordinary = with_ordinary_weights(prototype)
+    exported = torch_export(ordinary.model, image_size)
+    name_by_module(exported)
+    graph = simplify(exported)
+    restore_block_boundaries(graph, is_grid=ordinary.model.grid_stream)
     forget_weights(graph, prototype.repeats)
     return Traced(structure(prototype), graph.SerializeToString())
-
-
-def trace_prototype(prototype: Prototype, image_size: int) -> ModelProto:
-    """The prototype's graph: named by modules, simplified."""
-    exported = torch_export(prototype.model, image_size)
-    name_by_module(exported)
-    simplified = simplify(exported)
-    restore_block_boundaries(simplified, is_grid=prototype.model.grid_stream)
-    return simplified
 
 
 def torch_export(model: StaticSpach, image_size: int) -> ModelProto:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spach_deploy.models.layers import MixingBlock
 from spach_deploy.models.spach import Spach
@@ -31,27 +31,20 @@ class Prototype:
 
 
 def make_prototype(model: StaticSpach) -> Prototype:
-    """Keep the first of every run of blocks that differ in weights alone, with weights that have no special values.
-
-    Real weights may be zeros, ones or equal to each other, and optimizers act on that: what is true of one block's
-    weights would be stamped on all.
-    """
+    """Keep the first of every run of blocks that differ in weights alone; it shares the model's tensors."""
     result = StaticSpach(model.stem, model.norm1, model.norm2, model.head)
     repeats: dict[str, tuple[str, ...]] = {}
-    generator = torch.Generator().manual_seed(0)
     for stage in model.stage_names:
-        kept: OrderedDict[str, nn.Module] = OrderedDict()
-        for indices in _runs(getattr(model, stage), block_kind):
-            layer = getattr(model, stage)._modules[indices[0]]
-            if isinstance(layer, StaticBlock):
-                layer = _with_ordinary_weights(layer, generator)
-                repeats[f"{stage}.{indices[0]}"] = tuple(f"{stage}.{index}" for index in indices)
-            kept[indices[0]] = layer
-        result.add_stage(stage, nn.Sequential(kept))
+        runs = _runs(getattr(model, stage), block_kind)
+        layers = getattr(model, stage)._modules
+        result.add_stage(stage, nn.Sequential(OrderedDict((indices[0], layers[indices[0]]) for indices in runs)))
+        for first, *others in runs:
+            if isinstance(layers[first], StaticBlock):
+                repeats[f"{stage}.{first}"] = tuple(f"{stage}.{index}" for index in (first, *others))
     return Prototype(result.eval(), repeats)
 
 
-def prototype_of(model: Spach, disabled: Collection[str], quantized: Collection[str] | None) -> Prototype:
+def prototype_of(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] | None = None) -> Prototype:
     """The prototype that rewriting the whole model leads to (`rewrites.rewrite`), from the first of its blocks alone.
 
     It stands for no others. Where patterns in `quantized` tell blocks of one kind apart, it is another one, as
@@ -63,6 +56,31 @@ def prototype_of(model: Spach, disabled: Collection[str], quantized: Collection[
         firsts = [indices[0] for indices in _runs(getattr(model, stage), _reference_kind)]
         setattr(few, stage, nn.Sequential(OrderedDict((index, layers[index]) for index in firsts)))
     return make_prototype(restructure(few, disabled, quantized))
+
+
+def without_weights(prototype: Prototype) -> Prototype:
+    """The prototype, its blocks' tensors without values: they are most of it, and its graph does not depend on them."""
+    return _with_tensors(prototype, lambda tensor: tensor.to("meta"))
+
+
+def with_ordinary_weights(prototype: Prototype) -> Prototype:
+    """The prototype, its blocks' tensors with values of which nothing special is true.
+
+    Real weights may be zeros, ones or equal to each other, and optimizers act on that: what is true of one block's
+    weights would be stamped on all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return _with_tensors(prototype, lambda tensor: torch.rand(tensor.shape, generator=generator) + 0.5)
+
+
+def _with_tensors(prototype: Prototype, change: Callable[[Tensor], Tensor]) -> Prototype:
+    model = own(prototype.model)
+    for path in prototype.repeats:
+        for module in model.get_submodule(path).modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(change(parameter.detach()), requires_grad=False)
+    return dataclasses.replace(prototype, model=model)
 
 
 def structure(prototype: Prototype) -> str:
@@ -101,16 +119,6 @@ def _runs(stage: nn.Sequential, kind_of: Callable[[nn.Module], str]) -> list[lis
             runs.append([index])
         previous = kind
     return runs
-
-
-def _with_ordinary_weights(block: StaticBlock, generator: torch.Generator) -> StaticBlock:
-    twin = own(block)
-    for module in twin.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                values = torch.rand(parameter.shape, generator=generator) + 0.5
-                module._parameters[name] = nn.Parameter(values, requires_grad=False)
-    return twin
 
 
 def _settings(module: nn.Module) -> dict[str, object]:

@@ -37,19 +37,23 @@ LOOK_S = 1.0
 PATIENCE_S = 30.0
 """How often to look whether a copy computes, and how long it may not."""
 
+YIELDING = 5
+"""Niceness of a copy that is not urgent: what it is beside goes first."""
+
 
 class Beside(Generic[Result]):
     """`work()`, which answers something, begun at once in a copy of this process.
 
-    Leaving the context ends the copy, finished or not.
-    Where there is one core, or where a copy cannot be made or ends without an answer, `result` does the work here.
-    `seconds`: what it took in the copy, None before its answer came and where it was done here.
+    Leaving the context ends the copy, finished or not. `is_urgent`: this process will wait for it, so it takes its full
+    share of the processor. Where there is one core, or where a copy cannot be made or ends without an answer, `result`
+    does the work here. `seconds`: what it took in the copy, None before its answer came and where it was done here.
     """
 
     seconds: float | None = None
 
-    def __init__(self, work: Callable[[], Result]) -> None:
+    def __init__(self, work: Callable[[], Result], *, is_urgent: bool = False) -> None:
         self._work = work
+        self._niceness = 0 if is_urgent else YIELDING
         self._connection: Connection | None = None
         self._process: Any = None
         self._found: Any = None
@@ -81,7 +85,7 @@ class Beside(Generic[Result]):
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(theirs, self._work, os.getpid()), daemon=True)
+        process = context.Process(target=_answer, args=(theirs, self._work, os.getpid(), self._niceness), daemon=True)
         with theirs, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # that threads do not come along is what we want
             process.start()
@@ -98,6 +102,12 @@ class Beside(Generic[Result]):
             raise self._found
         result: Result = self._found
         return result
+
+    def answer(self) -> Result | None:
+        """What `work` gave in the copy; None where there is none, or none that could do it."""
+        if self._found is None:
+            self._found = self._received()
+        return None if isinstance(self._found, SpachError) else self._found
 
     def _received(self) -> Any:
         """The copy's answer or error; None where there is none."""
@@ -137,14 +147,14 @@ def can_be_copied() -> bool:
     return alone and sys.platform == "linux" and available_threads() > 1
 
 
-def _answer(connection: Connection, work: Callable[[], Any], parent: int) -> None:
+def _answer(connection: Connection, work: Callable[[], Any], parent: int, niceness: int) -> None:
     """In the copy: one answer. It ends with the process that it is of, whose signals are not for it."""
     end_with(parent, signal.SIGKILL)
     gc.freeze()
     for number, handler in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    os.nice(1)  # what it is beside goes first
+    os.nice(niceness)
     import torch
 
     torch.set_num_threads(1)

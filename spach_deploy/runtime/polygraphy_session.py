@@ -43,8 +43,28 @@ def use_tensorrt(flavour: Flavour) -> Any:
         config.USE_TENSORRT_RTX = wants_rtx
         config.AUTOINSTALL_DEPS = False  # nothing is ever installed behind a user's back
         module = importlib.import_module(MODULE_NAMES[flavour])
-        importlib.import_module(_LOADERS)
+        if _LOADERS not in sys.modules:
+            importlib.import_module(_LOADERS)
+            _leave_out_verbose(module)
         return module
+
+
+def _leave_out_verbose(trt: Any) -> None:
+    """Let Polygraphy hear what the compiler says, but for its verbose messages, which nobody keeps: tens of thousands,
+    each of which Polygraphy looks at for microseconds while the compiler waits.
+    """
+    util: Any = importlib.import_module(f"{_LOADERS}.util")
+    told = util.get_trt_logger()
+
+    class Terse(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity != trt.Logger.VERBOSE:
+                told.log(severity, text)
+
+    util.TRT_LOGGER = Terse()
 
 
 def _bound_flavour(config: Any) -> Flavour:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 import types
 from typing import Any
 
@@ -8,6 +9,14 @@ import pytest
 from spach_deploy.engine.network_facts import LayerFact, NetworkFacts, check_achieved_precision, read_network_facts
 from spach_deploy.errors import PrecisionError
 from spach_deploy.specs import Precision
+
+
+class DataType(enum.Enum):
+    HALF = 1
+
+
+class LayerType(enum.Enum):
+    MATRIX_MULTIPLY = 1
 
 
 def layer(node: str, dtype: str, kind: str = "MATRIX_MULTIPLY") -> LayerFact:
@@ -56,11 +65,11 @@ def test_a_network_without_weighted_layers_cannot_be_said_to_have_achieved_anyth
 
 
 def test_reads_names_types_and_the_onnx_node_of_each_layer() -> None:
-    half = types.SimpleNamespace(name="x", shape=(-1, 4), dtype=types.SimpleNamespace(name="HALF"))
+    half = types.SimpleNamespace(name="x", shape=(-1, 4), dtype=DataType.HALF)
     inputs: list[Any] = [half, None]  # an optional input that is absent
     product = types.SimpleNamespace(
         name="fc1 (1)",
-        type=types.SimpleNamespace(name="MATRIX_MULTIPLY"),
+        type=LayerType.MATRIX_MULTIPLY,
         metadata="[ONNX Layer: layer1.0.fc1]",
         num_inputs=2,
         num_outputs=1,

@@ -10,8 +10,8 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 from spach_deploy.onnx_graph import export
-from spach_deploy.onnx_graph.export import export_canonical, traced_ahead
-from spach_deploy.onnx_graph.prototype import make_prototype, prototype_of, structure
+from spach_deploy.onnx_graph.export import export_canonical, trace
+from spach_deploy.onnx_graph.prototype import make_prototype, prototype_of, structure, without_weights
 from spach_deploy.rewrites import REWRITES, rewrite
 from tests.static_models import CONFIGS, IMAGE_SIZE, small_model
 
@@ -39,14 +39,22 @@ def test_it_follows_from_the_reference_alone(kind: str, quantized: tuple[str, ..
 def test_what_is_traced_ahead_gives_the_very_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(kind)
     static = rewrite(model).model
-    traced, whole = traced_ahead(model, IMAGE_SIZE), export_canonical(static, IMAGE_SIZE)
+    traced = trace(without_weights(prototype_of(model)), IMAGE_SIZE)
+    whole = export_canonical(static, IMAGE_SIZE)
     monkeypatch.setattr(export, "torch_export", None)  # nothing is traced any more
     assert export_canonical(static, IMAGE_SIZE, traced).SerializeToString() == whole.SerializeToString()
 
 
+def test_what_is_sent_holds_no_weights_of_blocks() -> None:
+    sent = without_weights(prototype_of(small_model("hybrid"))).model
+    assert sent.head.weight.device.type == "cpu"
+    assert {tensor.device.type for tensor in sent.get_submodule("layer3.1").parameters()} == {"meta"}
+    assert small_model("hybrid").get_parameter("layer3.1.norm2.weight").device.type == "cpu"
+
+
 def test_weights_of_blocks_do_not_travel() -> None:
     static = rewrite(small_model("hybrid")).model
-    traced = ModelProto.FromString(traced_ahead(small_model("hybrid"), IMAGE_SIZE).graph)
+    traced = ModelProto.FromString(trace(prototype_of(small_model("hybrid")), IMAGE_SIZE).graph)
     kept = {tensor.name for tensor in traced.graph.initializer if tensor.raw_data}
     assert "head.weight" in kept
     assert not any(".channel_func." in name for name in kept)
@@ -59,7 +67,7 @@ def test_weights_of_blocks_do_not_travel() -> None:
 def test_another_structure_is_traced_anew(quantized: tuple[str, ...] | None) -> None:
     model = small_model("hybrid")
     static = rewrite(model, (), ONE_OF_A_KIND).model
-    traced = traced_ahead(model, IMAGE_SIZE, (), quantized)
+    traced = trace(prototype_of(model, (), quantized), IMAGE_SIZE)
     assert traced.structure != structure(make_prototype(static))
     expected = export_canonical(static, IMAGE_SIZE)
     assert export_canonical(static, IMAGE_SIZE, traced).SerializeToString() == expected.SerializeToString()

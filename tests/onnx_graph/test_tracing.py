@@ -1,0 +1,70 @@
+"""Tracing in a copy of this process: its answer, and what it leaves to others."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from spach_deploy.errors import CertificateError
+from spach_deploy.onnx_graph import tracing
+from spach_deploy.onnx_graph.export import Traced, trace
+from spach_deploy.onnx_graph.prototype import prototype_of
+from spach_deploy.onnx_graph.tracing import Tracing
+from spach_deploy.runtime import beside
+from tests.static_models import IMAGE_SIZE, small_model
+
+PROTOTYPE = prototype_of(small_model("trans"))
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no Ray, which other tests of this process may have loaded."""
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    monkeypatch.setattr(beside, "available_threads", lambda: 2)
+
+
+def test_the_copy_traces_what_it_is_sent() -> None:
+    with Tracing() as copy:
+        copy.ask(PROTOTYPE, IMAGE_SIZE)
+        assert copy.answer() == trace(PROTOTYPE, IMAGE_SIZE)
+
+
+def test_there_is_no_answer_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "available_threads", lambda: 1)
+    with Tracing() as copy:
+        copy.ask(PROTOTYPE, IMAGE_SIZE)
+        assert copy.answer() is None
+
+
+def fails(*arguments: Any) -> Traced:
+    raise CertificateError("It cannot be traced.")
+
+
+def ends(*arguments: Any) -> Traced:
+    os._exit(3)
+
+
+@pytest.mark.parametrize("fault", [fails, ends])
+def test_a_copy_that_cannot_trace_has_no_answer(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "trace", fault)
+    with Tracing() as copy:
+        copy.ask(PROTOTYPE, IMAGE_SIZE)
+        assert copy.answer() is None
+
+
+def test_a_copy_that_is_gone_is_asked_in_vain() -> None:
+    with Tracing() as copy:
+        copy._copy._process.kill()
+        copy._copy._process.join()
+        copy.ask(PROTOTYPE, IMAGE_SIZE)
+        assert copy.answer() is None
+
+
+def test_one_that_is_never_asked_ends() -> None:
+    with Tracing() as copy:
+        process = copy._copy._process
+        assert process.is_alive()
+    assert not process.is_alive()
