@@ -27,6 +27,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.errors import BundleError
@@ -308,16 +309,30 @@ def writing(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> It
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def seal(staging: Path, sections: Mapping[str, Any]) -> Manifest:
-    """Write manifest.json with the hashes of the files in `staging`, and flush everything to disk.
+Settled = Mapping[str, Mapping[str, Any]]
+"""SHA-256 and size of files by name, as the manifest has them."""
+
+
+def settle(staging: Path, known: Settled = MappingProxyType({})) -> Settled:
+    """Flush the files in `staging` to disk and hash them; those in `known` are as they were then.
 
     The report and its page are no part of what is hashed: validating again may write them again.
     """
-    files = {
-        file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size}
-        for file in sorted(staging.iterdir())
-        if file.name not in (MANIFEST, *WRITTEN_AGAIN)
-    }
+    files = [file for file in sorted(staging.iterdir()) if file.name not in (MANIFEST, *WRITTEN_AGAIN)]
+    return {file.name: known.get(file.name) or _settled(file) for file in files}
+
+
+def _settled(file: Path) -> dict[str, Any]:
+    _flush(file)
+    return {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+
+
+def seal(staging: Path, sections: Mapping[str, Any], settled: Settled = MappingProxyType({})) -> Manifest:
+    """Write manifest.json with the hashes of the files in `staging`, and flush everything to disk.
+
+    `settled`: what `settle` said of files that nobody has changed since.
+    """
+    files = settle(staging, settled)
     content = {"schema_version": SCHEMA_VERSION, **sections, "files": files}
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     manifest = Manifest.parse(text, str(staging / MANIFEST))

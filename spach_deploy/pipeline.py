@@ -177,9 +177,10 @@ def export(
                     build.start(staging / bundles.GRAPH)
                 golden_of(reference, options).save(staging / bundles.GOLDEN)
                 eight_bits.write(staging, phases)
-            judged = judge_graph(staging / bundles.GRAPH, reference, answers, options, phases)
-            with phases.phase("wait for the engine"):
-                engine = build.finish(typed.policy, plan, staging)
+            with build.finishing(typed.policy, plan, staging) as finished:
+                judged = judge_graph(staging / bundles.GRAPH, reference, answers, options, phases)
+                with phases.phase("wait for the engine"):
+                    engine = finished()
             with phases.phase("validate the engine"):
                 subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
                 validation = judged.with_engine(subject, engine, validated(target))
@@ -202,6 +203,7 @@ def export(
                     "phases": [phase.to_dict() for phase in phases.done],
                     "notes": phases.notes,
                 },
+                {} if engine is None else engine.files,
             )
             if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
                 phases.note(problem)

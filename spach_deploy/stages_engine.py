@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,11 +28,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BuiltEngine:
-    """The engine, what was checked of it and what its plan's text says."""
+    """The engine, what was checked of it, what its plan's text says, and the bundle's files up to it."""
 
     result: EngineResult
     achieved: AchievedPrecision
     facts: PlanFacts | None
+    files: bundles.Settled
 
 
 def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:
@@ -93,21 +96,47 @@ class EngineBuild:
         )
         self._stack.enter_context(self._build)
 
-    def finish(self, policy: PrecisionPolicy, plan: QuantizationPlan | None, staging: Path) -> BuiltEngine | None:
-        """Wait for the engine, write it, and check that the precision is the one that was asked for."""
-        if self._build is None:
-            return None
-        result = self._build.wait()
-        self._phases.record("engine build (alongside)", result.seconds)
-        quantized = () if plan is None else plan.product_nodes
-        kept = [entry.node for entry in policy.kept]
-        achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
-        (staging / bundles.PLAN).write_bytes(result.plan)
-        log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
-        (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
-        for text, count in result.warnings:
+    @contextlib.contextmanager
+    def finishing(
+        self, policy: PrecisionPolicy, plan: QuantizationPlan | None, staging: Path
+    ) -> Iterator[Callable[[], BuiltEngine | None]]:
+        """As soon as there is an engine, it is written and checked beside what the block does, which may ask for it.
+
+        What it gives waits, and raises PrecisionError where the precision is not the one that was asked for, or what
+        `RunningBuild.wait` raises. No file is written behind the block.
+        """
+        build = self._build
+        if build is None:
+            yield lambda: None
+            return
+        with ThreadPoolExecutor(1, "finish-engine") as pool:
+            engine = pool.submit(_finished, build, policy, plan, staging)
+            try:
+                yield lambda: self._told(engine.result())
+            except BaseException:
+                build.cancel()
+                raise
+
+    def _told(self, engine: BuiltEngine) -> BuiltEngine:
+        """The engine, with what is to be said of it said."""
+        self._phases.record("engine build (alongside)", engine.result.seconds)
+        for text, count in engine.result.warnings:
             self._phases.note(f"The engine builder warns{'' if count == 1 else f' {count} times'}: {text}")
-        return BuiltEngine(result, achieved, read_plan_facts(result.plan))
+        return engine
+
+
+def _finished(
+    build: RunningBuild, policy: PrecisionPolicy, plan: QuantizationPlan | None, staging: Path
+) -> BuiltEngine:
+    """Wait for the engine, write it, and check that the precision is the one that was asked for."""
+    result = build.wait()
+    quantized = () if plan is None else plan.product_nodes
+    kept = [entry.node for entry in policy.kept]
+    achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
+    (staging / bundles.PLAN).write_bytes(result.plan)
+    log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
+    (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
+    return BuiltEngine(result, achieved, read_plan_facts(result.plan), bundles.settle(staging))
 
 
 def plan_of(engine: BuiltEngine | None) -> Plan | None:

@@ -90,7 +90,8 @@ class ExportCache:
             return ""
         about = {"kind": "export", "model": bundle.manifest.model["name"], "target": str(bundle.path)}
         try:
-            self.store.put(self.key, bundle.path, about | {"precision": bundle.manifest.precision})
+            about |= {"precision": bundle.manifest.precision}
+            self.store.put(self.key, bundle.path, about, bundle.manifest.files)
         except OSError as error:
             return f"Not kept in the cache {self.store.root}: {error.strerror or error}."
         return ""

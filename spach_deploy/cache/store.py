@@ -16,9 +16,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from spach_deploy.bundle import sha256_of
 
 RECORD = "entry.json"
 _BLOCK = 1 << 20
@@ -75,8 +78,14 @@ class Store:
             os.utime(entry.path / RECORD)
         return entry.about
 
-    def put(self, key: str, source: Path, about: dict[str, Any]) -> None:
-        """Keep the files of the directory `source`; nothing happens where the key is there already."""
+    def put(
+        self, key: str, source: Path, about: dict[str, Any], digests: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Keep the files of the directory `source`; nothing happens where the key is there already.
+
+        On the same file system a file is not copied: the entry gives it one more name. Whoever changes it where it lies
+        changes the entry too, which `take` finds out. `digests`: SHA-256 of files that are known already.
+        """
         final = self.root / "entries" / key
         if final.exists():
             return
@@ -85,7 +94,11 @@ class Store:
         draft = self.root / "partial" / f"{os.getpid()}-{secrets.token_hex(4)}"
         draft.mkdir()
         try:
-            files = {file.name: _copied(file, draft / file.name) for file in sorted(source.iterdir()) if file.is_file()}
+            files = {
+                file.name: _kept(file, draft / file.name, digests.get(file.name))
+                for file in sorted(source.iterdir())
+                if file.is_file()
+            }
             record = {"files": files, "about": about, "made": time.time()}
             (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
             with self._locked():
@@ -150,6 +163,15 @@ def _entry(path: Path) -> Entry | None:
         return Entry(path.name, path, size, float(record["made"]), used, dict(record["about"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _kept(source: Path, target: Path, digest: str | None) -> str:
+    """Another name for a file, or a copy where there can be none; its SHA-256."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        return _copied(source, target)
+    return digest or sha256_of(target)
 
 
 def _copied(source: Path, target: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,10 +157,13 @@ def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: 
             click.echo(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
         from spach_deploy.ahead import Ahead
+        from spach_deploy.cli.garbage import not_searched_while_loading
 
-        with Ahead(options.engine.flavour) as ahead:
-            from spach_deploy.cli.export_output import Progress, summary
-            from spach_deploy.pipeline import export
+        with contextlib.ExitStack() as stack:
+            with not_searched_while_loading():
+                ahead = stack.enter_context(Ahead(options.engine.flavour))
+                from spach_deploy.cli.export_output import Progress, summary
+                from spach_deploy.pipeline import export
 
             with Progress(verbose=verbose) as progress:
                 result = export(options, progress, ahead=ahead)

@@ -43,6 +43,22 @@ def seldom_searched() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def not_searched_while_loading() -> Iterator[None]:
+    """No search while modules are loaded; what they make is never looked at again. Nothing changes where the command is
+    a part of another program.
+    """
+    if not is_the_whole_process():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 class _End:
     code: int | None = None
 

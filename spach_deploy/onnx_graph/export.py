@@ -12,19 +12,25 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from spach_deploy.errors import CertificateError
 from spach_deploy.onnx_graph.free_batch import free_batch
 from spach_deploy.onnx_graph.names import name_by_module
 from spach_deploy.onnx_graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.onnx_graph.prototype import Prototype, make_prototype, structure, with_ordinary_weights
-from spach_deploy.onnx_graph.stamp import forget_weights, stamp_blocks
+from spach_deploy.onnx_graph.stamp import block_of, stamp_blocks
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.pages import small_pages
+
+if TYPE_CHECKING:
+    from onnx_ir import Graph
+    from torch import nn
+    from torch.onnx import ONNXProgram
 
 OPSET = 20
 INPUT, LOGITS, BATCH = "input", "logits", "batch"
@@ -54,16 +60,22 @@ def export_canonical(model: StaticSpach, image_size: int, traced: Traced | None 
 def trace(prototype: Prototype, image_size: int) -> Traced:
     """The prototype's graph: named by modules, simplified. It may be `without_weights`."""
     ordinary = with_ordinary_weights(prototype)
-    exported = torch_export(ordinary.model, image_size)
-    name_by_module(exported)
-    graph = simplify(exported)
+    program = _exported(ordinary.model, image_size)
+    weights = _as_inputs(program.model.graph, prototype.repeats)
+    graph = _freed(program.model_proto)
+    name_by_module(graph)
+    graph = simplify(graph)
+    _as_initializers(graph, weights)
     restore_block_boundaries(graph, is_grid=ordinary.model.grid_stream)
-    forget_weights(graph, prototype.repeats)
     return Traced(structure(prototype), graph.SerializeToString())
 
 
-def torch_export(model: StaticSpach, image_size: int) -> ModelProto:
+def torch_export(model: nn.Module, image_size: int) -> ModelProto:
     """torch.onnx's own graph of `model`, every block traced."""
+    return _freed(_exported(model, image_size).model_proto)
+
+
+def _exported(model: nn.Module, image_size: int) -> ONNXProgram:
     example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -76,9 +88,38 @@ def torch_export(model: StaticSpach, image_size: int) -> ModelProto:
             verbose=False,
         )
     assert program is not None
-    proto: ModelProto = program.model_proto
-    free_batch(proto, _TRACED_BATCH, BATCH)
-    return proto
+    return program
+
+
+def _freed(model: ModelProto) -> ModelProto:
+    free_batch(model, _TRACED_BATCH, BATCH)
+    return model
+
+
+def _as_inputs(graph: Graph, blocks: Collection[str]) -> list[TensorProto]:
+    """Let `graph` read the weights of `blocks` instead of holding them, in place; what they were, without values.
+
+    They are most of it, nothing is to be made of them, and the simplifier would copy them from hand to hand.
+    """
+    weights = []
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.name == "FLOAT" and tensor.shape and block_of(name, blocks) is not None:
+            graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+            weights.append(TensorProto(name=name, dims=tensor.shape.numpy(), data_type=TensorProto.FLOAT))
+    return weights
+
+
+def _as_initializers(model: ModelProto, weights: list[TensorProto]) -> None:
+    """The opposite, for those that are still read; they have no values."""
+    names = {tensor.name for tensor in weights}
+    inputs = [value for value in model.graph.input if value.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    read = {name for node in model.graph.node for name in node.input}
+    model.graph.initializer.extend(tensor for tensor in weights if tensor.name in read)
 
 
 def simplify(model: ModelProto) -> ModelProto:

@@ -15,12 +15,13 @@ from spach_deploy.onnx_graph.graph import constant, initializers
 
 
 def free_batch(model: ModelProto, traced: int, name: str) -> None:
-    """In place: inputs, outputs and reshapes whose first extent is `traced` or a multiple get the batch `name` instead.
+    """In place: first input, outputs and reshapes whose first extent is `traced` or a multiple get the batch `name`
+    instead.
 
     Raises CertificateError for a reshape that cannot be set free.
     """
     graph = model.graph
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input[:1], *graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = name
     known = initializers(graph)
     for node in graph.node:

@@ -23,7 +23,7 @@ def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weig
     stream: dict[str, str] = {}
     blocks = _nodes_by_block(graph, repeats)
     for node in graph.node:
-        block = _block_of(node.name, repeats)
+        block = block_of(node.name, repeats)
         if block is None:
             stamped.append(_connected(node, stream))
         elif node is blocks[block][0] or node.name == blocks[block][0].name:
@@ -39,13 +39,6 @@ def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weig
     )
     _fill(result.graph, stamped, Parameters(weights), graph, {copy for copies in repeats.values() for copy in copies})
     return result
-
-
-def forget_weights(model: ModelProto, blocks: Collection[str]) -> None:
-    """Drop the values of the blocks' own tensors, in place: `stamp_blocks` does not read them, and they are large."""
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and _block_of(tensor.name, blocks) is not None:
-            tensor.ClearField("raw_data")
 
 
 class Parameters:
@@ -77,13 +70,14 @@ class Parameters:
 def _nodes_by_block(graph: GraphProto, repeats: Mapping[str, tuple[str, ...]]) -> dict[str, list[NodeProto]]:
     blocks: dict[str, list[NodeProto]] = {block: [] for block in repeats}
     for node in graph.node:
-        block = _block_of(node.name, repeats)
+        block = block_of(node.name, repeats)
         if block is not None:
             blocks[block].append(node)
     return blocks
 
 
-def _block_of(name: str, blocks: Collection[str]) -> str | None:
+def block_of(name: str, blocks: Collection[str]) -> str | None:
+    """The one of `blocks` to which the node or tensor called `name` belongs."""
     path = name.split("/", 1)[0]
     head = ".".join(path.split(".")[:2])
     return head if head in blocks else None
@@ -164,7 +158,7 @@ def _fill(
     graph.node.extend(nodes)
     made = {output for node in nodes for output in node.output} | {value.name for value in graph.input}
     for name in dict.fromkeys(name for node in nodes for name in node.input if name and name not in made):
-        is_kept = name in constants and _block_of(name, blocks) is None
+        is_kept = name in constants and block_of(name, blocks) is None
         if name in parameters and not is_kept:
             parameters.put(name, graph.initializer.add())
         elif name in constants:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +44,39 @@ def test_what_is_put_is_taken(store: Store, tmp_path: Path) -> None:
     assert (target / "engine.plan").read_bytes() == (tmp_path / "bundle" / "engine.plan").read_bytes()
     assert sorted(file.name for file in target.iterdir()) == ["engine.plan", "manifest.json"]
     assert [entry.about for entry in store.entries()] == [{"model": "m"}]
+
+
+def test_an_entry_takes_no_second_place_on_the_disk(store: Store, tmp_path: Path) -> None:
+    source = content(tmp_path / "bundle")
+    store.put("key", source, {})
+    kept = store.root / "entries" / "key" / "engine.plan"
+    assert kept.samefile(source / "engine.plan")
+    shutil.rmtree(source)
+    assert taken(store, "key", tmp_path / "out")
+    assert not kept.samefile(tmp_path / "out" / "engine.plan")
+
+
+def test_where_a_file_can_have_no_second_name_it_is_copied(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(*names: Path) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", elsewhere)
+    source = content(tmp_path / "bundle")
+    store.put("key", source, {})
+    assert not (store.root / "entries" / "key" / "engine.plan").samefile(source / "engine.plan")
+    assert taken(store, "key", tmp_path / "out")
+
+
+def test_a_bundle_that_was_changed_where_it_lies_is_not_taken(store: Store, tmp_path: Path) -> None:
+    source = content(tmp_path / "bundle")
+    known = {"engine.plan": hashlib.sha256((source / "engine.plan").read_bytes()).hexdigest()}
+    store.put("key", source, {}, known)
+    with (source / "engine.plan").open("r+b") as stream:
+        stream.write(b"changed")
+    assert not taken(store, "key", tmp_path / "out")
+    assert not store.entries()
 
 
 def test_what_was_not_put_is_not_there(store: Store, tmp_path: Path) -> None:

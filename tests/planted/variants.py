@@ -79,7 +79,7 @@ def _other_exports() -> list[Variant]:
     """What torch.onnx.export makes of the model as it is published: nothing folded, other names."""
 
     def plain(subject: Subject) -> ModelProto:
-        return torch_export(subject.model, subject.model.image_size)  # type: ignore[arg-type]
+        return torch_export(subject.model, subject.model.image_size)
 
     def simplified(subject: Subject) -> ModelProto:
         return simplify(plain(subject))

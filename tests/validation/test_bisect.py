@@ -39,7 +39,7 @@ def reference(kind: str) -> Reference:
 @functools.cache
 def graph_bytes(kind: str, form: str) -> bytes:
     if form == "plain":
-        return bytes(torch_export(small_model(kind), IMAGE_SIZE).SerializeToString())  # type: ignore[arg-type]
+        return bytes(torch_export(small_model(kind), IMAGE_SIZE).SerializeToString())
     graph = onnx.load_from_string(canonical_bytes(kind))
     if form != "canonical":
         apply_passes(graph, TENSORRT_PASSES, ())

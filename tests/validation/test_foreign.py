@@ -30,7 +30,7 @@ def plain() -> bytes:
     """What torch.onnx.export makes of the bundle's model."""
     with small_bundles.registered():
         model = load_model(ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)).model
-    return bytes(torch_export(model, SIZE).SerializeToString())  # type: ignore[arg-type]
+    return bytes(torch_export(model, SIZE).SerializeToString())
 
 
 def graph(plain: bytes) -> ModelProto:
