@@ -129,14 +129,17 @@ def _finished(
     build: RunningBuild, policy: PrecisionPolicy, plan: QuantizationPlan | None, staging: Path
 ) -> BuiltEngine:
     """Wait for the engine, write it, and check that the precision is the one that was asked for."""
+    settled = bundles.settle(staging)
     result = build.wait()
-    quantized = () if plan is None else plan.product_nodes
-    kept = [entry.node for entry in policy.kept]
-    achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
-    (staging / bundles.PLAN).write_bytes(result.plan)
-    log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
-    (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
-    return BuiltEngine(result, achieved, read_plan_facts(result.plan), bundles.settle(staging))
+    with ThreadPoolExecutor(1) as pool:
+        facts = pool.submit(read_plan_facts, result.plan)
+        quantized = () if plan is None else plan.product_nodes
+        kept = [entry.node for entry in policy.kept]
+        achieved = check_achieved_precision(result.network, policy.precision, kept, quantized)
+        (staging / bundles.PLAN).write_bytes(result.plan)
+        log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
+        (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
+        return BuiltEngine(result, achieved, facts.result(), bundles.settle(staging, settled))
 
 
 def plan_of(engine: BuiltEngine | None) -> Plan | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from spach_deploy.errors import BundleError, MissingPackageError, SpachError, UsageError
 from spach_deploy.report.content import Content, Json
-from spach_deploy.report.page import GENERATOR, environment, render
+from spach_deploy.report.page import GENERATOR, environment, load_templates, render
 from spach_deploy.report.pictures import pictures_of
 from spach_deploy.report.plots import check_matplotlib
 from spach_deploy.validation.report import write_whole
@@ -40,6 +40,7 @@ def load_page_modules() -> None:
     """Load what a page needs, if it is here."""
     with contextlib.suppress(MissingPackageError):
         check_can_make_pages()
+        load_templates()
 
 
 def content_of(validation: Validation, manifest: Json) -> Content:

@@ -86,6 +86,13 @@ def fill(template: str, **values: Any) -> str:
     return page.render(generator=f"{GENERATOR} {__version__}", style=style, **values)
 
 
+def load_templates() -> None:
+    """Those that most pages are made of, compiled before they are needed. MissingPackageError without jinja2."""
+    made = environment()
+    for name in ("base.html.jinja", "page.html.jinja", "parts.jinja", *(f"sections/{s.name}.jinja" for s in SECTIONS)):
+        made.get_template(name)
+
+
 @functools.cache
 def environment() -> Environment:
     """Everything is escaped, and a name that is not there is an error. MissingPackageError without jinja2."""
