@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from spach_deploy import bundle as bundles
-from spach_deploy.bundle import Bundle, Manifest
+from spach_deploy.bundle import Bundle, Manifest, sha256_of
 from spach_deploy.errors import BundleError
 
 SECTIONS: dict[str, Any] = {
@@ -42,6 +42,20 @@ def test_a_bundle_is_read_back(tmp_path: Path) -> None:
     assert bundle.plan == tmp_path / "b" / "engine.plan"
     assert Bundle.open(tmp_path / "b" / "engine.plan").path == bundle.path
     assert os.listdir(tmp_path) == ["b"]
+
+
+def test_what_is_settled_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(bundles, "sha256_of", lambda file: read.append(file.name) or sha256_of(file))  # type: ignore[func-returns-value]
+    with bundles.writing(tmp_path / "b", overwrite=False) as staging:
+        (staging / bundles.GRAPH).write_bytes(b"graph")
+        (staging / bundles.REPORT).write_text("{}")
+        settled = bundles.settle(staging)
+        assert list(settled) == [bundles.GRAPH]
+        (staging / bundles.PLAN).write_bytes(b"plan")
+        bundles.seal(staging, SECTIONS, settled)
+    assert read == [bundles.GRAPH, bundles.PLAN]
+    assert not Bundle.open(tmp_path / "b").changed_files()
 
 
 def test_a_changed_file_is_named(tmp_path: Path) -> None:

@@ -73,7 +73,24 @@ def test_a_command_ends_so(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+LOADING = """
+import gc, sys
+from spach_deploy.cli import garbage
+with garbage.not_searched_while_loading():
+    print(gc.isenabled())
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("", ["False", "True True"]), ("sys.argv = ['spach-other']", ["True", "True False"])]
+)
+def test_nothing_is_searched_while_modules_load(change: str, said: list[str], tmp_path: Path) -> None:
+    program = LOADING.replace("import gc, sys", f"import gc, sys\n{change}")
+    assert run(tmp_path / "spach-test", program).stdout.splitlines() == said
+
+
 def test_called_from_python() -> None:
-    before = gc.get_threshold()
+    before = gc.get_threshold(), gc.get_freeze_count()
     CliRunner().invoke(main, ["--list"])
-    assert gc.get_threshold() == before
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before

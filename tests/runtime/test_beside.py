@@ -96,6 +96,23 @@ def test_what_ends_without_an_answer_is_done_here(how: str) -> None:
         assert work.seconds is None
 
 
+@pytest.mark.parametrize(("is_urgent", "niceness"), [(False, beside.YIELDING), (True, 0)])
+def test_only_one_that_is_waited_for_takes_its_full_share(is_urgent: bool, niceness: int) -> None:
+    with Beside(lambda: os.nice(0), is_urgent=is_urgent) as work:
+        assert work.result(1) == os.nice(0) + niceness
+
+
+def test_an_answer_comes_from_a_copy_or_not_at_all() -> None:
+    def fail() -> int:
+        raise PrecisionError("Not finite.", "Do this.")
+
+    with Beside(where) as work:
+        assert work.answer() != (os.getpid(), 1)
+    with Beside(fail) as work_in_vain:
+        assert work_in_vain.answer() is None
+    assert Beside(where).answer() is None
+
+
 class WaitsForItsThread:
     """Ends, as a session of ONNX Runtime does, only with a thread of its own; part of a cycle."""
 

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import logging
+import sys
+import types
+from typing import Any
 
 import pytest
 
+from spach_deploy.runtime import polygraphy_session
 from spach_deploy.runtime.polygraphy_session import LogLine, captured_log, reason_of_failure, summarize_warnings
 
 
@@ -21,6 +25,30 @@ def test_polygraphys_log_is_collected_and_nothing_is_printed(capfd: pytest.Captu
             G_LOGGER.extra_verbose("chatter")
         assert [(line.severity, line.text) for line in lines] == [("warning", "careful"), ("error", "broken")]
     assert capfd.readouterr() == ("", "")
+
+
+class FakeTensorRT:
+    """As much of a TensorRT as the logger touches."""
+
+    class Logger:
+        VERBOSE = 4
+
+    class ILogger:
+        pass
+
+
+def test_polygraphy_is_not_told_what_nobody_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, str]] = []
+    util = types.SimpleNamespace(
+        TRT_LOGGER=None,
+        get_trt_logger=lambda: types.SimpleNamespace(log=lambda severity, text: told.append((severity, text))),
+    )
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt.util", util)
+    polygraphy_session._leave_out_verbose(FakeTensorRT)
+    logger: Any = util.TRT_LOGGER
+    for severity in range(5):
+        logger.log(severity, "word")
+    assert told == [(severity, "word") for severity in range(4)]
 
 
 def test_logging_is_as_before_afterwards() -> None:
