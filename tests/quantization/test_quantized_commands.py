@@ -38,7 +38,7 @@ NO_ENGINE = ("--engine", "none")
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A tiny model by name, whose graph is exported once: every command compares it with PyTorch all the same."""
 
-    def exported(model: Any, image_size: int) -> ModelProto:
+    def exported(*arguments: Any) -> ModelProto:
         return canonical("conv")
 
     monkeypatch.setitem(configs.CONFIGS, NAME, static_models.CONFIGS["conv"])
