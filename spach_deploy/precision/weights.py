@@ -24,7 +24,8 @@ LOST = 1e-2
 NOTABLE_SHARE = 1e-2
 """Share of a tensor's weights that may underflow or become subnormal without being mentioned."""
 
-_PIECE = 1 << 16
+_PIECE = 1 << 15
+"""Elements that are encoded at a time: what lies in a core's caches, and what PyTorch does in one thread."""
 
 _ADDED = {"Add": (0, 1), "Sub": (0, 1), "Gemm": (2,), "Conv": (2,), "LayerNormalization": (2,)}
 """Inputs that are added: there an underflow loses next to nothing, whatever its share."""
@@ -65,9 +66,10 @@ def encode(name: str, values: Float32, form: HalfFormat) -> tuple[Bits, WeightRe
     bits = np.empty(flat.size, np.uint16)
     sums = np.zeros(5)
     for start in range(0, flat.size, _PIECE):
-        piece = flat[start : start + _PIECE]
-        bits[start : start + _PIECE] = form.encode(piece)
-        sums += _compare(piece, form.decode(bits[start : start + _PIECE]), form, unit)
+        piece = flat[start : start + _PIECE].copy()  # nobody may write what is read from a graph
+        rounded = form.encode(piece)
+        bits[start : start + _PIECE] = rounded
+        sums += _compare(piece, form.decode(rounded), form, unit)
     overflow, underflow, subnormal = (int(count) for count in sums[:3])
     error = float("inf") if overflow else float(np.sqrt(sums[3] / sums[4])) if sums[4] else 0.0
     report = WeightReport(name, flat.size, overflow, underflow, subnormal, largest, error)

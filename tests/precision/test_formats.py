@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -26,10 +28,21 @@ def every_kind_of_number() -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize(("form", "dtype"), FORMATS, ids=["fp16", "bf16"])
-def test_rounds_as_torch_does(form: HalfFormat, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["numpy", "torch"])
+def test_rounds_as_torch_does(
+    form: HalfFormat, dtype: torch.dtype, is_loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = every_kind_of_number()
     expected = torch.from_numpy(values).to(dtype).float().numpy()
+    if not is_loaded:
+        monkeypatch.delitem(sys.modules, "torch")
     np.testing.assert_array_equal(form.round(values), expected)
+
+
+def test_what_nobody_may_write_is_rounded_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    values = np.frombuffer(np.array([1.0, 0.1], np.float32).tobytes(), np.float32)
+    assert FP16.encode(values).tolist() == FP16.encode(values.copy()).tolist() == [0x3C00, 0x2E66]
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(("form", "dtype"), FORMATS, ids=["fp16", "bf16"])
