@@ -1,14 +1,17 @@
-"""Linear layers in FP32 by oneDNN, where PyTorch would leave half of the processor unused.
+"""Products that PyTorch computes slowly on a CPU, computed another way: the same sums, in another order.
 
-PyTorch gives them to MKL, which takes AVX2 on processors of other makers than Intel, even where there is AVX-512;
-oneDNN, which PyTorch has too and compiled models use, takes what there is. Both sum in FP32.
+Linear layers in FP32 go to oneDNN where there is AVX-512: PyTorch gives them to MKL, which takes AVX2 on processors of
+other makers than Intel. oneDNN, which PyTorch has too and compiled models use, takes what there is.
+
+Depthwise convolutions in FP64 are nine multiply-adds of shifted images: PyTorch has a kernel for FP32 alone, and in
+FP64 makes a matrix product of every channel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,26 +20,47 @@ if TYPE_CHECKING:
 _Linear = Callable[["Tensor", "Tensor", "Tensor | None"], "Tensor"]
 
 
-@contextlib.contextmanager
-def products_by_onednn() -> Iterator[None]:
-    """`torch.nn.functional.linear` of float32 tensors by oneDNN within the block, where that is faster."""
-    product = _onednn()
-    with contextlib.nullcontext() if product is None else _products_by(product):
-        yield
-
-
-def _products_by(product: _Linear) -> contextlib.AbstractContextManager[Any]:
+def fast_products() -> contextlib.AbstractContextManager[Any]:
+    """What `torch.nn.functional.linear` and `conv2d` compute is computed fast within the block."""
     import torch
-    from torch.nn.functional import linear
+    from torch.nn import functional
     from torch.overrides import TorchFunctionMode
+
+    product = _onednn()
 
     class Products(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is linear and not kwargs and len(args) == 3 and args[0].dtype is torch.float32:
+            if kwargs:
+                return func(*args, **kwargs)
+            if func is functional.linear and product is not None and len(args) == 3 and args[0].dtype is torch.float32:
                 return product(*args)
-            return func(*args, **(kwargs or {}))
+            if func is functional.conv2d and _is_depthwise_fp64(*args):
+                return depthwise(*args[:3])
+            return func(*args)
 
     return Products()
+
+
+def _is_depthwise_fp64(x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any) -> bool:
+    import torch
+
+    plain = ((1, 1), (1, 1), (1, 1), x.shape[1])  # stride, padding, dilation, groups
+    return x.dtype is torch.float64 and settings == plain and weight.shape == (x.shape[1], 1, 3, 3)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise 3x3 convolution, padded by one: (B, C, H, W) and (C, 1, 3, 3) -> (B, C, H, W)."""
+    import torch
+    from torch.nn.functional import pad
+
+    _, channels, height, width = x.shape
+    padded = pad(x.contiguous(), (1, 1, 1, 1))
+    result = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for row in range(3):
+        for column in range(3):
+            tap = weight[:, 0, row, column].reshape(channels, 1, 1)
+            result.addcmul_(padded[:, :, row : row + height, column : column + width], tap)
+    return result if bias is None else result.add_(bias.reshape(channels, 1, 1))
 
 
 @functools.cache

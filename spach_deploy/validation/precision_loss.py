@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.runtime.products import products_by_onednn
+from spach_deploy.runtime.products import fast_products
 from spach_deploy.specs import Precision
 from spach_deploy.validation.depth import Outputs, kept
 
@@ -63,13 +63,13 @@ def evaluate(
     import torch
 
     if arithmetic is Arithmetic.FP32:
-        with torch.inference_mode(), products_by_onednn(), kept(model, parts):
+        with torch.inference_mode(), fast_products(), kept(model, parts):
             exact: Float32Array = model(torch.from_numpy(images)).numpy()
         return exact
     rounding = _ROUNDINGS[arithmetic]
     with (
         torch.inference_mode(),
-        products_by_onednn(),
+        fast_products(),
         converting(model, rounding),
         rounding_outputs(model, rounding),
         kept(model, parts),
@@ -82,7 +82,12 @@ def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None 
     """The same with every weight and every operation in FP64; `model` itself stays as it is."""
     import torch
 
-    with torch.inference_mode(), converting(model, lambda tensor: tensor.double()), kept(model, parts):
+    with (
+        torch.inference_mode(),
+        fast_products(),
+        converting(model, lambda tensor: tensor.double()),
+        kept(model, parts),
+    ):
         answer: npt.NDArray[np.float64] = model(torch.from_numpy(images).double()).numpy()
     return answer
 
