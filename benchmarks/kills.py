@@ -122,7 +122,7 @@ class Place:
         return Killed(command.name, sent.name, process.returncode, tuple(findings))
 
     def _findings(self, stderr: str, code: int, sent: signal.Signals) -> Iterator[str]:
-        if "Traceback" in stderr and "spach_deploy" in stderr:  # and not Python's own start, which nobody can guard
+        if "Traceback" in stderr and f'"{ROOT / "spach_deploy"}' in stderr:  # not Python's own start, before our code
             yield f"traceback: {stderr.strip().splitlines()[-1]}"
         if code not in (0, 1, 2, 3, 128 + sent, -sent):
             yield f"exit code {code}"

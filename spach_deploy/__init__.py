@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
 from spach_deploy._version import __version__
 
+TYPE_CHECKING = False  # typing takes milliseconds to load, in which Ctrl-C is a traceback yet (spach_deploy.cli.quiet)
 if TYPE_CHECKING:
+    from typing import Any
+
     from spach_deploy.bundle import Bundle
     from spach_deploy.models import create_model
 

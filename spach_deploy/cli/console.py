@@ -18,8 +18,9 @@ from typing import Any
 import click
 
 from spach_deploy.cli.garbage import seldom_searched
-from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
+from spach_deploy.cli.interrupts import NOTHING, ending_on_interrupt, sentence
 from spach_deploy.cli.large_pages import start_again_with_large_pages
+from spach_deploy.cli.quiet import INTERRUPTED
 from spach_deploy.errors import SpachError, printable
 
 BAD_INPUT, UNAVAILABLE = 2, 3

@@ -14,8 +14,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-from spach_deploy.cli.interrupts import is_our_script
 from spach_deploy.cli.large_pages import is_the_whole_process
+from spach_deploy.cli.quiet import is_our_script
 
 THRESHOLDS = (50_000, 20, 100)
 """New objects between two searches among the youngest, and how many of those before older ones are searched too."""

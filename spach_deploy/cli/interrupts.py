@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from spach_deploy.cli.quiet import INTERRUPTED
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-INTERRUPTED = 130
 NOTHING = "Nothing was written."
 _SHOW_CURSOR = "\x1b[?25h"
 GRACE_S = 5.0
@@ -31,22 +32,6 @@ GRACE_S = 5.0
 def sentence(kept: str) -> str:
     """What the command says at its end."""
     return f"Interrupted. {kept}"
-
-
-def is_our_script() -> bool:
-    """Whether this process is one of the commands that pip installs."""
-    return os.path.basename(sys.argv[0]).startswith("spach-")
-
-
-def quiet_until_a_command_begins() -> None:
-    """In one of our scripts, Ctrl-C while modules load, and after the command, is no traceback of Python's."""
-    if is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
-
-
-def _leave(*_: Any) -> NoReturn:
-    os.write(sys.stderr.fileno(), b"Interrupted.\n")
-    os._exit(INTERRUPTED)
 
 
 @contextlib.contextmanager
