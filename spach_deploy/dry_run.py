@@ -29,15 +29,16 @@ MEASURED_CORES = 2
 _RANGES, _VALIDATION, _ENGINE = "measure ranges, set types", "validate the graph", "build the engine, alongside"
 
 _SECONDS: dict[str, tuple[float, float]] = {
-    "load PyTorch and the model": (2.0, 0.045),
-    "reference, bounds, alongside": (0.2, 0.57),
-    "rewrite the model": (0.1, 0.1),
-    "export the graph": (3.4, 0.13),
+    "load PyTorch and the model": (1.8, 0.03),
+    "reference, bounds, alongside": (0.5, 0.55),
+    "rewrite the model": (0.1, 0.07),
+    "export the graph": (1.5, 0.03),
     "calibrate": (1.0, 0.028),
-    "give the graph its form": (0.1, 0.1),
-    _RANGES: (0.35, 0.39),
-    _VALIDATION: (0.5, 0.46),
-    _ENGINE: (4.0, 0.47),
+    "give the graph its form": (0.1, 0.06),
+    _RANGES: (0.2, 0.33),
+    _VALIDATION: (0.4, 0.29),
+    _ENGINE: (2.0, 0.36),
+    "write the bundle": (0.4, 0.02),
 }
 """Of each stage: seconds, and seconds more for each billion multiply-adds; of calibration, for each image too."""
 
