@@ -10,7 +10,7 @@ from spach_deploy.report.content import Content, Json
 _PHASES = {
     "Reference": ("load the model", "read images", "run the reference", "reference, bounds (alongside)"),
     "Static model": ("rewrite the model",),
-    "Exported graph": ("export the graph", "prove the graph"),
+    "Exported graph": ("hash, load modules", "export the graph", "prove the graph"),
     "Calibration": ("calibrate", "choose the layers"),
     "Graph in its target's form": ("give the graph its form", "measure ranges, set types"),
     "Typed graph": ("write the graph", "derive tolerances", "validate the graph"),
