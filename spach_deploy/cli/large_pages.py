@@ -1,9 +1,9 @@
 """Large pages for what a command allocates.
 
 An export allocates and frees gigabytes, and the kernel takes every page of 4 KB that is touched by itself: with pages
-of 2 MB an export of ms_hybrid_s took 2 to 15 % less time, by pairs of runs with and without `GLIBC_TUNABLES=`. glibc
-can ask for them, but reads that wish only when a process starts, so a command that computes starts itself once more, in
-the same process, before it has done anything.
+of 2 MB an export takes less time on some machines and about the same on others (run it with and without
+`GLIBC_TUNABLES=`). glibc can ask for them, but reads that wish only when a process starts, so a command that computes
+starts itself once more, in the same process, before it has done anything.
 """
 
 from __future__ import annotations

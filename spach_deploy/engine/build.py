@@ -190,7 +190,7 @@ class RunningBuild:
             while isinstance(message := self._builder.connection.recv(), ProgressEvent):
                 on_progress(message)
             self._outcome = message
-            self._builder.process.kill()  # it has said all, and takes a tenth of a second to give its memory back
+            self._builder.process.kill()  # it has said all, and giving its memory back takes time
         except (EOFError, OSError):
             pass
         except BaseException as error:  # of on_progress: raised again where the caller waits

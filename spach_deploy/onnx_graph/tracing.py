@@ -1,6 +1,6 @@
 """Tracing beside an export's other work.
 
-Nearly half of the time that a prototype takes, the exporter loads itself. So a copy of this process begins with that,
+Much of the time that a prototype takes, the exporter loads itself. So a copy of this process begins with that,
 before there is a model, and traces the prototype that it is sent.
 """
 

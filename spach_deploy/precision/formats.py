@@ -1,5 +1,5 @@
 """The 16-bit number formats: rounding, limits, storage. NumPy does it all, and PyTorch, where somebody has loaded it,
-converts FP16 thirty times as fast to the same bits.
+converts FP16 faster, to the same bits.
 
 FP16 is IEEE 754 binary16. bfloat16 is the upper half of binary32. Both are rounded to nearest, ties to even, and what
 lies beyond the largest finite number becomes infinite, as on a GPU.

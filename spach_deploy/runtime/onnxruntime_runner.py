@@ -34,8 +34,8 @@ threads are then as fast as one, and with spinning slower.
 """
 
 UNPACKED = ("session.disable_prepacking", "1")
-"""Weights stay as they are instead of being laid out for products once more: for a few runs that is as fast, and takes
-less memory and less time to begin with.
+"""Weights stay as they are instead of being laid out for products once more, which takes time and memory to begin with
+and gains next to nothing at each run of one image or a few.
 """
 
 _FATAL_ONLY = 4  # ONNX Runtime's severity: it also prints what it raises, in colours
@@ -44,11 +44,11 @@ _FATAL_ONLY = 4  # ONNX Runtime's severity: it also prints what it raises, in co
 class OnnxRuntimeRunner:
     """Runs an ONNX graph, given as a path (also with external weights) or as bytes.
 
-    `threads` None lets ONNX Runtime choose. `optimization` "none" runs the nodes as they stand. `is_brief`: it will run
-    a few images only. `max_batch` bounds memory. `inner`: outputs that are tensors from inside the model; `run` does
-    not give them, but `seen` keeps their values (1, ...) for the first image that runs. Entering raises
-    MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and UnavailableError where the CPU
-    has no kernel for a node (bfloat16, for most).
+    `threads` None lets ONNX Runtime choose. `optimization` "none" runs the nodes as they stand. `is_brief`: it runs an
+    image or a few at a time, and is to begin soon. `max_batch` bounds memory. `inner`: outputs that are tensors from
+    inside the model; `run` does not give them, but `seen` keeps their values (1, ...) for the first image that runs.
+    Entering raises MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and UnavailableError
+    where the CPU has no kernel for a node (bfloat16, for most).
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 Large pages (`spach_deploy.cli.large_pages`) suit arithmetic. TensorRT's builder makes millions of small objects, and
 is slower with them; what helps it is that glibc keeps freed ones at hand instead of merging them with their neighbours.
 Protobuf and onnxsim copy weights from buffer to buffer, and each new one of a few hundred KB then has the kernel clear
-2 MB: of ms_hybrid_s's graph onnxsim takes 1.0 s so, and 0.4 s with pages of 4 KB.
+2 MB.
 """
 
 from __future__ import annotations
