@@ -1,8 +1,8 @@
 """Fewer searches for garbage in a command that is a process of its own, and none at its end.
 
 Loading PyTorch and tracing a model make millions of objects that stay. Python looks through all of them for unreachable
-cycles again and again, and takes them apart one by one when it ends. What only
-cycles hold is small, behind the exporter too.
+cycles again and again, and takes them apart one by one when it ends. What only cycles hold is small, behind the
+exporter too.
 """
 
 from __future__ import annotations
