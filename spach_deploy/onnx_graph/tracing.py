@@ -34,6 +34,7 @@ class Tracing:
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
+        self._is_asked = False
         self._copy = Beside(self._trace_what_comes, is_urgent=True)
 
     def __enter__(self) -> Self:
@@ -53,15 +54,16 @@ class Tracing:
         """Send what is to be traced. Done once; nothing happens where there is no copy."""
         if not self._copy.is_under_way:
             return
-        with contextlib.suppress(OSError):  # then there will be no answer
+        with contextlib.suppress(OSError, AttributeError, TypeError, pickle.PicklingError):  # then nobody was asked
             # By way of a file: a pipe would hold this process up until the copy reads.
             size = self._file.write(pickle.dumps((without_weights(prototype), image_size)))
             self._file.flush()
             self._asking.send(size)
+            self._is_asked = True
 
     def answer(self) -> Traced | None:
         """The prototype's graph; None where no copy traced it, and whoever needs it does."""
-        return self._copy.answer()
+        return self._copy.answer() if self._is_asked else None
 
     def _trace_what_comes(self) -> Traced:
         """In the copy."""

@@ -284,7 +284,6 @@ def interrupted(script: Path, target: Path) -> Iterator[Running]:
 def test_ctrl_c_while_the_graph_is_made(script: Path, target: Path) -> None:
     with interrupted(script, target) as running:
         running.wait_for("rewrite the model")
-        time.sleep(0.3)
 
 
 def test_ctrl_c_while_the_engine_is_built(script: Path, target: Path) -> None:

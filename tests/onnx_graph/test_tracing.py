@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 
 from spach_deploy.errors import CertificateError
+from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph import tracing
 from spach_deploy.onnx_graph.export import Traced, trace
 from spach_deploy.onnx_graph.prototype import prototype_of
 from spach_deploy.onnx_graph.tracing import Tracing
 from spach_deploy.runtime import beside
-from tests.static_models import IMAGE_SIZE, small_model
+from tests.static_models import CLASSES, CONFIGS, IMAGE_SIZE
 
-PROTOTYPE = prototype_of(small_model("trans"))
+FRESH = Spach(CONFIGS["trans"], image_size=IMAGE_SIZE, num_classes=CLASSES).eval()
+"""A model that no other test can have hung anything on."""
+
+PROTOTYPE = prototype_of(FRESH)
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +72,11 @@ def test_one_that_is_never_asked_ends() -> None:
         process = copy._copy._process
         assert process.is_alive()
     assert not process.is_alive()
+
+
+def test_what_cannot_be_sent_is_left_to_others() -> None:
+    model = Spach(CONFIGS["trans"], image_size=IMAGE_SIZE, num_classes=CLASSES).eval()
+    model.head.register_forward_hook(lambda *_: None)
+    with Tracing() as copy:
+        copy.ask(prototype_of(model), IMAGE_SIZE)
+        assert copy.answer() is None
