@@ -39,18 +39,24 @@ def _lines(found: Benchmark) -> Iterator[str]:
 def _head(found: Benchmark) -> Iterator[str]:
     machine = found.machine
     yield f"bundle     {found.bundle} ({found.model}, {found.precision})"
-    flags = ", ".join(machine["flags"])
-    yield f"machine    {machine['processor']}, {machine['threads']} of {machine['cores']} cores, {flags}"
+    flags = "".join(f", {flag}" for flag in machine["flags"])
+    yield from _named("machine", f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores{flags}")
     peaks = f"{found.peaks['flops'] / 1e9:,.0f} GFLOP/s in FP32, {found.peaks['bytes'] / 1e9:,.1f} GB/s, measured now"
-    yield f"           {peaks}; load {machine['load_before']:.2f} before it began"
+    yield from _named("", f"{peaks}; load {machine['load_before']:.2f} before it began")
     macs, moved = sum(layer.macs for layer in found.layers), sum(layer.bytes for layer in found.layers)
     batch = found.batches[-1]
-    yield (
-        f"model      {macs / batch / 1e9:.2f} G multiplications an image in convolutions and matrix products,"
-        f" {moved / batch / 1e6:,.0f} MB"
-    )
+    products = f"{macs / batch / 1e9:.2f} G multiplications an image in convolutions and matrix products"
+    yield from _named("model", f"{products}, {moved / batch / 1e6:,.0f} MB")
     for gpu in machine.get("gpus_after") or machine["gpus"]:
-        yield f"GPU        {', '.join(f'{key} {value}' for key, value in gpu.items())}"
+        yield from _named("GPU", ", ".join(f"{key} {value}" for key, value in gpu.items()))
+
+
+def _named(name: str, text: str) -> list[str]:
+    """`text` behind its name, on as many lines as it needs."""
+    indent = f"{name:<11}"
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False
+    )
 
 
 def _batch(found: Benchmark, batch: int) -> Iterator[str]:

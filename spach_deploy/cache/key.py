@@ -6,12 +6,12 @@ import dataclasses
 import enum
 import hashlib
 import json
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import spach_deploy
+from spach_deploy.runtime.processor import all_cpu_flags, processor_name
 from spach_deploy.specs import ExportOptions
 from spach_deploy.tool_versions import tool_versions
 
@@ -100,16 +100,7 @@ def machine() -> dict[str, str]:
     driver = _DRIVER / "version"
     gpus = sorted(entry.name for entry in (_DRIVER / "gpus").iterdir()) if (_DRIVER / "gpus").is_dir() else []
     return {
-        "processor": _processor(),
+        "processor": f"{processor_name()} {all_cpu_flags()}",
         "driver": driver.read_text(encoding="utf-8") if driver.is_file() else "",
         "gpus": " ".join(gpus),
     }
-
-
-def _processor() -> str:
-    """Its name and what it can do, of the first core."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(line for line in lines[:40] if line.startswith(("model name", "flags")))

@@ -36,6 +36,7 @@ from spach_deploy.runtime import processor
 from spach_deploy.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests.commands import export
+from tests.processors import CPUINFO, pretend
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,26 @@ def test_the_table_tells_all_of_it(found: Benchmark) -> None:
     told = r"Fastest of the right ones at batch 3: |At batch 3 the rounds do not tell "
     assert re.search(told, text)  # which of both is the machine's affair
     assert next(iter(found.runners[1].modules)) in text
-    assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("bundle "))
+
+
+_GPU = {"name": "NVIDIA H200", "driver_version": "570.86.15", "clocks.sm": "1980 MHz", "clocks.max.sm": "1980 MHz"} | {
+    **{"clocks.mem": "3201 MHz", "temperature.gpu": "34", "power.draw": "118.22 W", "memory.used": "1204 MiB"}
+}
+
+
+@pytest.mark.parametrize("name", CPUINFO)
+def test_the_table_fits_its_width_on_every_machine(
+    name: str, found: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(name, tmp_path, monkeypatch)
+    facts = machine.machine_facts(192) | {"gpus": [_GPU], "load_before": 192.5}
+    text = as_text(dataclasses.replace(found, machine=facts))
+    lines = [line for line in text.splitlines() if not line.startswith("bundle ")]
+    assert [line for line in lines if len(line) > 100] == []
+    described = " ".join(text.partition("machine ")[2].partition(" GFLOP")[0].split())
+    assert described.startswith(f"{facts['processor']}, 192 of ")
+    assert all(f", {flag}" in described for flag in facts["flags"])
+    assert "memory.used 1204 MiB" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", [OPENVINO, OPENVINO_BF16])
