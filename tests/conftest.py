@@ -5,6 +5,22 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.not_run import (
+    pytest_deselected,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
+__all__ = [
+    "pytest_deselected",
+    "pytest_runtest_makereport",
+    "pytest_sessionfinish",
+    "pytest_terminal_summary",
+    "pytest_testnodedown",
+]
+
 # Two test processes share two cores: one thread each is fastest, and results repeat.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is taken from or left in the cache of whoever runs the tests; tests of it name a place of their own.

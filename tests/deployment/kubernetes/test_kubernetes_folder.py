@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +29,11 @@ def write(folder: Path, bundle: Path | None = None, options: KubernetesOptions |
 
 def hadolint(file: Path) -> subprocess.CompletedProcess[str]:
     """hadolint, with the strictest threshold. Skips where it is not installed."""
-    if shutil.which("hadolint") is None:
-        pytest.skip("hadolint is not installed")
-    return subprocess.run(["hadolint", "--failure-threshold", "style", str(file)], capture_output=True, text=True)
+    beside_python = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    program = shutil.which("hadolint", path=beside_python)
+    if program is None:
+        pytest.skip("hadolint is not installed: scripts/setup dev")
+    return subprocess.run([program, "--failure-threshold", "style", str(file)], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("ensemble", [False, True])
