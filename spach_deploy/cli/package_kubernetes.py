@@ -80,7 +80,7 @@ def _write(bundle: Path, output: Path, given: dict[str, Any]) -> int:
 
 def _list_versions() -> int:
     from spach_deploy.deployment.kubernetes.summary import versions_table
-    from spach_deploy.deployment.kubernetes.versions import matrix
+    from spach_deploy.onnx_graph.runtimes import runtimes
 
-    click.echo(versions_table(matrix()))
+    click.echo(versions_table(runtimes()))
     return 0

@@ -1,7 +1,6 @@
 """Kubernetes: a container image with Triton and the model, and the manifests that run it, plainly or by KServe.
 
 options.py       what was asked for
-versions.json    which Triton image carries which TensorRT, ONNX Runtime and CUDA, with its sources
 versions.py      the image that fits a bundle, or why none does
 names.py         names that Kubernetes, Triton and registries take
 deployed.py      a bundle with its image, names and sizes; sizes.py how long a start may take, how much memory it needs

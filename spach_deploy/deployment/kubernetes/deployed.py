@@ -10,10 +10,11 @@ from spach_deploy.bundle import Bundle
 from spach_deploy.deployment.kubernetes.names import kubernetes_name, triton_name
 from spach_deploy.deployment.kubernetes.options import REGISTRY, KubernetesOptions
 from spach_deploy.deployment.kubernetes.sizes import Sizes
-from spach_deploy.deployment.kubernetes.versions import TritonImage, choose_image
+from spach_deploy.deployment.kubernetes.versions import choose_image
 from spach_deploy.deployment.triton.ensemble import Step, ensemble_steps
 from spach_deploy.deployment.triton.options import Backend, Device, Ensemble, Instances, TritonOptions
 from spach_deploy.deployment.triton.served import BundleArgument, ServedModel, served_models
+from spach_deploy.onnx_graph.runtimes import TritonImage
 
 _PLAIN = re.compile(r"[A-Za-z0-9._+-]{1,200}")
 

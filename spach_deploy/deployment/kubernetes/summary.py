@@ -6,7 +6,7 @@ import json
 
 from spach_deploy.deployment.kubernetes.folder import Written
 from spach_deploy.deployment.kubernetes.sizes import quantity
-from spach_deploy.deployment.kubernetes.versions import Matrix
+from spach_deploy.onnx_graph.runtimes import DATA, Runtimes
 
 _LABEL_WIDTH = 12
 
@@ -48,12 +48,15 @@ def as_json(written: Written) -> str:
     return json.dumps(content, indent=2)
 
 
-def versions_table(known: Matrix) -> str:
-    """The version matrix."""
-    lines = [f"{'release':<9}{'TensorRT':<12}{'ONNX Runtime':<14}CUDA"]
+def versions_table(known: Runtimes) -> str:
+    """What every Triton image carries, the opset that its ONNX Runtime loads, and where that was seen."""
+    lines = [f"{'release':<9}{'TensorRT':<12}{'ONNX Runtime':<14}{'opset':<7}CUDA"]
     for image in known.images:
-        lines.append(f"{image.release:<9}{image.tensorrt or 'not known':<12}{image.onnxruntime:<14}{image.cuda}")
-    return "\n".join([*lines, "", f"As read on {known.read}; sources are in versions.json."])
+        runtime = known.onnxruntime(image.onnxruntime)
+        opset = "-" if runtime is None else str(runtime.opset)
+        versions = f"{image.tensorrt or 'not known':<12}{image.onnxruntime:<14}{opset:<7}{image.cuda}"
+        lines.append(f"{image.release:<9}{versions}")
+    return "\n".join([*lines, "", f"As read on {known.read}. Where each was seen stands in {DATA}."])
 
 
 def _replicas(written: Written) -> str:

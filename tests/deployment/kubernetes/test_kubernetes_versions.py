@@ -10,10 +10,11 @@ import pytest
 
 from spach_deploy.deployment.kubernetes.deployed import Deployed
 from spach_deploy.deployment.kubernetes.options import KubernetesOptions
-from spach_deploy.deployment.kubernetes.versions import Matrix, choose_image, matrix
+from spach_deploy.deployment.kubernetes.versions import choose_image
 from spach_deploy.deployment.triton.options import Backend
 from spach_deploy.deployment.triton.served import ServedModel
 from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.onnx_graph.runtimes import Runtimes, runtimes
 from tests.deployment.kubernetes.bundles import with_engine, with_rtx_engine
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import Tiny
@@ -31,7 +32,7 @@ def refusal(bundle: Path, release: str | None = None, backend: Backend = Backend
 
 
 def test_the_table_is_complete_and_says_where_it_is_from() -> None:
-    known = matrix()
+    known = runtimes()
     releases = [image.release for image in known.images]
     assert releases == sorted(set(releases))
     assert "25.08" in releases
@@ -43,10 +44,25 @@ def test_the_table_is_complete_and_says_where_it_is_from() -> None:
         assert re.fullmatch(r"1\d\.\d", image.cuda)
         assert image.reference == f"nvcr.io/nvidia/tritonserver:{image.release}-py3"
         assert image.notes.endswith(f"/rel-{image.release.replace('.', '-')}.html")
+        known_entries = {"onnxruntime", "cuda", *(["tensorrt"] if image.tensorrt else [])}
+        assert set(image.seen) == known_entries
+        assert {word for words in image.seen.values() for word in words.split(", ")} <= set(known.sources)
+        assert known.onnxruntime(image.onnxruntime) is not None
+
+
+def test_what_an_onnx_runtime_loads_only_grows_and_says_where_it_was_seen() -> None:
+    known = runtimes()
+    loads = [(runtime.opset, runtime.ir) for runtime in known.onnxruntimes]
+    assert loads == sorted(loads)
+    assert {runtime.seen for runtime in known.onnxruntimes} <= set(known.sources)
+    assert known.onnxruntime("1.2.0") is None
+    between = known.onnxruntime("1.22.3")
+    assert between is not None
+    assert between.version == "1.22.0"
 
 
 def test_no_version_goes_back_from_one_image_to_the_next() -> None:
-    known = matrix().images
+    known = runtimes().images
     for field in ("tensorrt", "onnxruntime", "cuda"):
         versions = [[int(part) for part in getattr(image, field).split(".")] for image in known if image.tensorrt]
         shortened = [version[:3] for version in versions]
@@ -122,7 +138,7 @@ def test_a_plan_of_tensorrt_for_rtx_is_refused_and_its_graph_served(tmp_path: Pa
         said = refusal(bundle, release, Backend.TENSORRT)
         assert "does not load plans of TensorRT for RTX" in said
         assert said.endswith("Give --backend onnxruntime, which serves the graph.")
-    assert image_for(bundle) == matrix().images[-1].release
+    assert image_for(bundle) == runtimes().images[-1].release
 
 
 @pytest.mark.parametrize("release", ["25.13", "latest", "", "24.07", "25.08-py3"])
@@ -134,13 +150,12 @@ def test_a_release_that_is_not_known_is_refused(release: str, tmp_path: Path) ->
 def test_a_graph_of_a_newer_opset_than_the_images_implement_is_refused(tmp_path: Path) -> None:
     bundle = with_rtx_engine(tmp_path / "b")
     manifest = read_manifest(bundle)
-    for opset, fits in ((21, True), (22, False)):
+    for opset, release in ((21, "25.02"), (22, "25.03"), (23, "25.08")):
         manifest["graph"] = {"certificate": {"opset": opset}}
         write_manifest(bundle, manifest)
-        if fits:
-            assert image_for(bundle, "25.08") == "25.08"
-        else:
-            assert "and the graph has opset 22" in refusal(bundle, "25.08")
+        assert image_for(bundle, release) == release
+        if opset > 21:
+            assert f"which loads opset 21, and the graph has opset {opset}" in refusal(bundle, "25.02")
 
 
 def test_a_bundle_without_an_engine_is_served_as_a_graph_unless_a_plan_was_asked_for(tmp_path: Path) -> None:
@@ -152,6 +167,8 @@ def test_a_bundle_without_an_engine_is_served_as_a_graph_unless_a_plan_was_asked
 
 def test_a_matrix_can_be_another_one(tmp_path: Path) -> None:
     model: ServedModel = Deployed.of(with_engine(tmp_path / "b"), KubernetesOptions()).model
-    entry: dict[str, Any] = {"tensorrt": "10.13.2", "onnxruntime": "1.30.0", "cuda": "14.0"}
-    other = Matrix.parse({"images": {"27.01": entry}, "graph": {"opset": 21}, "read": "2027-01-31"})
+    entry: dict[str, Any] = {"tensorrt": "10.13.2", "onnxruntime": "1.30.0", "cuda": "14.0", "seen": {}}
+    row = {"opset": 24, "ir": 11, "seen": "a test"}
+    sections = {"onnxruntime": {"1.30.0": row}, "images": {"27.01": entry}, "sources": {}, "read": "2027-01-31"}
+    other = Runtimes.parse(sections)
     assert choose_image(model, None, other).cuda == "14.0"
