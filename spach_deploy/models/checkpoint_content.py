@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spach_deploy.errors import CheckpointError
@@ -21,6 +22,7 @@ _EMA_KEYS = ("model_ema", "state_dict_ema")
 _WRAPPER_NAMES = ("module", "_orig_mod")  # DistributedDataParallel and DataParallel; torch.compile
 _SHOWN = 8
 _DEPTH = 8
+_REPEATED_BYTES = 1_000_000  # such as a LayerScale of one value for all channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ def state_dict_from_content(content: Any, weights: WeightSource) -> StateDict:
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"The checkpoint holds no tensors: {_holds(found)}.", "Give one that holds weights.")
+    _check_values(tensors)
     stripped = _strip_wrappers(tensors)
     notes = [f"unwrapped {' > '.join(path)}"] if path else []
     notes += _note_names(tensors, stripped) + _note_others(found, is_top=not path)
@@ -96,6 +99,21 @@ def _holds_only_ema(content: Mapping[Any, Any]) -> bool:
 def _holds(content: Mapping[Any, Any]) -> str:
     """What is there, for an error."""
     return f"it holds {shown(map(str, content))}" if content else "it holds nothing"
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of more values than the file holds for them: a stride of zero makes terabytes of one number."""
+
+    def is_short(tensor: Tensor) -> bool:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            return False  # refused by its kind, where the model has it
+        return tensor.numel() * tensor.element_size() > max(_REPEATED_BYTES, tensor.untyped_storage().nbytes())
+
+    if short := [name for name, tensor in tensors.items() if is_short(tensor)]:
+        raise CheckpointError(
+            f"The checkpoint holds one value for many in {len(short)} tensors: {shown(short)}.",
+            "Save them with .contiguous().",
+        )
 
 
 def _strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,17 +2,23 @@
 
 Pickles go through `torch.load(weights_only=True)`, which builds tensors and containers itself and knows no
 other name than those of `plain_data`. A file is recognised by its content, as names lie: downloads that are
-web pages, large-file pointers or cut short are common, and each is explained.
+web pages, large-file pointers or cut short are common, and each is explained. How much a file can become is judged
+before it is read: sizes in archives and headers here, what a pickle asks for in `pickle_size`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
+import os
 import re
 import stat
+import struct
+import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,22 +27,29 @@ import safetensors.torch
 import torch
 
 from spach_deploy.errors import CheckpointError
+from spach_deploy.models.pickle_size import PICKLE_BYTES, check_pickle
 from spach_deploy.models.plain_data import PLAIN_DATA
 
 _SAVE_WEIGHTS = "Where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 _GET_AGAIN = "Copy or download it again."
+_SAVE_AGAIN = "Load it where it was made, and save it with torch.save."
+_LOCAL_LENGTHS = 26  # bytes of a zip's local header before the lengths of name and extra field, which end it
+_LEGACY_PICKLES = 5  # magic number, protocol, system, the object itself, keys of its storages
+_INFLATED_BYTES, _INFLATED_TIMES = 64_000_000, 16
+"""An archive becomes at most so large, or so many times its own size: weights hardly shrink, gigabytes of zeros do."""
 
 
 def read_checkpoint(path: Path) -> tuple[Any, str]:
     """Content of a `.pth`, `.pt` or `.safetensors` file, tensors on the CPU, and the file's sha256.
 
-    CheckpointError, with the reason and the next step, for anything that is not one or is damaged.
+    CheckpointError, with the reason and the next step, for anything that is not one, is damaged, or would become much
+    larger than it is.
     """
     kind = _recognise(path)
-    load = {"zip": _load_zip, "pickle": _load_stream, "safetensors": _load_safetensors}[kind]
+    load = {"zip": _zip_reader, "pickle": _pickle_reader, "safetensors": _safetensors_reader}[kind](path)
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(_sha256, path)  # beside the reading: both are a pass over the file
-        content = load(path)
+        content = load()
         try:
             return content, digest.result()
         except OSError as error:
@@ -53,11 +66,11 @@ def _recognise(path: Path) -> str:
             raise CheckpointError(f"Checkpoint {path} is {reason}.", hint)
     if head.startswith(b"PK\x03\x04"):
         return "zip"
+    if head[8:9] == b"{":  # before the pickle, as the length of a header can begin like one
+        _check_header(path, int.from_bytes(head[:8], "little"), size)
+        return "safetensors"
     if head[:1] == b"\x80":
         return "pickle"
-    if head[8:9] == b"{":
-        _check_safetensors_size(path, int.from_bytes(head[:8], "little"), size)
-        return "safetensors"
     raise CheckpointError(
         f"Checkpoint {path} is not a PyTorch or safetensors file: it begins with {head[:8]!r}.",
         "Give a .pth, .pt or .safetensors file.",
@@ -85,6 +98,14 @@ def _is_web_page(head: bytes) -> bool:
     return head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
 
 
+def _is_tar(head: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
 _NOT_CHECKPOINTS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (
     (
         "a Git LFS pointer, not the file it points to",
@@ -95,7 +116,7 @@ _NOT_CHECKPOINTS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (
     (
         "a tar archive, which is either packed or of a PyTorch older than 1.0",
         f"Unpack it. {_SAVE_WEIGHTS}",
-        lambda head: head[257:262] == b"ustar",
+        lambda head: _is_tar(head),
     ),
     (
         "compressed",
@@ -105,35 +126,105 @@ _NOT_CHECKPOINTS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (
 )
 
 
-def _load_zip(path: Path) -> Any:
-    """A file of torch.save since 1.6: a zip archive whose members are a pickle and the tensors' bytes."""
-    _check_zip(path)
+def _zip_reader(path: Path) -> Callable[[], Any]:
+    """Of a file of torch.save since 1.6: a zip archive whose members are a pickle and the tensors' bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_members(path, members)
+            for member in members:
+                if _is_pickle(member):
+                    check_pickle(path, io.BytesIO(_bytes_of(path, archive, member)), 1)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged directory can raise much more than BadZipFile
+        raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
+    return functools.partial(_load_zip, path, is_mapped=all(map(_is_stored, members)))
+
+
+def _bytes_of(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Of a stored member also where it has no checksum, which zipfile would miss."""
+    if not _is_stored(member):
+        return archive.read(member)
+    with path.open("rb") as file:
+        file.seek(member.header_offset + _LOCAL_LENGTHS)
+        name, extra = struct.unpack("<HH", file.read(4))
+        file.seek(name + extra, os.SEEK_CUR)
+        return file.read(member.file_size)
+
+
+def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Refuse other archives, and those that would become too large or are not what their directory says."""
+    names = [member.filename.lower() for member in members]  # as torch compares them
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(f"Checkpoint {path} is a TorchScript program, not weights.", _SAVE_WEIGHTS)
+    if not any(_is_pickle(member) for member in members):
+        raise CheckpointError(f"Checkpoint {path} is a zip archive but not one of torch.save.", _SAVE_WEIGHTS)
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"Checkpoint {path} is damaged: two of its members have one name.", _GET_AGAIN)
+    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise CheckpointError(f"Checkpoint {path} is packed in a way that torch.load cannot read.", _SAVE_AGAIN)
+    _check_sizes(path, members)
+
+
+def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    size, inflated = path.stat().st_size, sum(member.file_size for member in members)
+    if sum(member.compress_size for member in members) > size:
+        raise CheckpointError(f"Checkpoint {path} is damaged: its members overlap.", _GET_AGAIN)
+    if any(_is_stored(member) and member.file_size != member.compress_size for member in members):
+        raise CheckpointError(f"Checkpoint {path} is damaged: a member's two sizes differ.", _GET_AGAIN)
+    pickle = max(member.file_size for member in members if _is_pickle(member))
+    if pickle > PICKLE_BYTES:
+        raise CheckpointError(
+            f"Checkpoint {path} has a pickle of {pickle / 1e6:,.0f} MB, which names tensors and needs no more than "
+            f"{PICKLE_BYTES / 1e6:,.0f}.",
+            _SAVE_WEIGHTS,
+        )
+    if inflated > max(_INFLATED_BYTES, _INFLATED_TIMES * size):
+        raise CheckpointError(
+            f"Checkpoint {path} has {size / 1e6:,.1f} MB and would become {inflated / 1e6:,.0f} MB, as no weights do.",
+            _SAVE_AGAIN,
+        )
+
+
+def _is_pickle(member: zipfile.ZipInfo) -> bool:
+    return member.filename.lower().endswith("/data.pkl")
+
+
+def _is_stored(member: zipfile.ZipInfo) -> bool:
+    return member.compress_type == zipfile.ZIP_STORED
+
+
+def _load_zip(path: Path, *, is_mapped: bool) -> Any:
+    """`is_mapped`: its bytes are mapped into memory as they are, which compressed ones must not be."""
+    with zipfile.ZipFile(path) as archive:
+        has_checksums = any(member.CRC for member in archive.infolist())  # torch.save can leave them out
+        broken = _broken(path, archive) if has_checksums else None  # torch itself does not compare them
+    if broken is not None:
+        raise CheckpointError(f"Checkpoint {path} is damaged: {broken} has a wrong checksum.", _GET_AGAIN)
     if path.suffix == ".safetensors":  # by this name alone, torch.load would take it for the other format
         return _load_stream(path)
-    return _torch_load(path, path, mmap=True)
+    return _torch_load(path, path, mmap=is_mapped)
+
+
+def _broken(path: Path, archive: zipfile.ZipFile) -> str | None:
+    try:
+        return archive.testzip()
+    except Exception as error:  # what does not inflate raises zlib's own error
+        raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
+
+
+def _pickle_reader(path: Path) -> Callable[[], Any]:
+    """Of torch.save's file before 1.6: pickles in a row, then the tensors' bytes."""
+    with path.open("rb") as file:
+        check_pickle(path, io.BytesIO(file.read(PICKLE_BYTES)), _LEGACY_PICKLES)
+    return functools.partial(_load_stream, path)
 
 
 def _load_stream(path: Path) -> Any:
-    """Either format through an open file; torch.save's before 1.6, pickles in a row, has no other way."""
+    """Either format through an open file; the older one has no other way."""
     with path.open("rb") as file:
         return _torch_load(path, file, mmap=False)
-
-
-def _check_zip(path: Path) -> None:
-    """Refuse other archives and damaged ones; torch itself does not compare the members' checksums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            has_checksums = any(member.CRC for member in archive.infolist())  # torch.save can leave them out
-            broken = archive.testzip() if has_checksums else None
-    except Exception as error:  # a damaged directory can raise much more than BadZipFile
-        raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
-    if broken is not None:
-        raise CheckpointError(f"Checkpoint {path} is damaged: {broken} has a wrong checksum.", _GET_AGAIN)
-    if any(name.endswith("/constants.pkl") for name in members):
-        raise CheckpointError(f"Checkpoint {path} is a TorchScript program, not weights.", _SAVE_WEIGHTS)
-    if not any(name.endswith("/data.pkl") for name in members):
-        raise CheckpointError(f"Checkpoint {path} is a zip archive but not one of torch.save.", _SAVE_WEIGHTS)
 
 
 def _torch_load(path: Path, source: Path | BinaryIO, mmap: bool) -> Any:
@@ -161,9 +252,19 @@ def _last_line(text: str) -> str:
     return lines[0].rstrip(".")[:160] if lines else "no further reason given"
 
 
-def _check_safetensors_size(path: Path, header_bytes: int, size: int) -> None:
+def _check_header(path: Path, header_bytes: int, size: int) -> None:
     if 8 + header_bytes > size:
         raise CheckpointError(f"Checkpoint {path} is cut short: its header alone is longer.", _GET_AGAIN)
+    if header_bytes > PICKLE_BYTES:
+        raise CheckpointError(
+            f"Checkpoint {path} has a header of {header_bytes / 1e6:,.0f} MB, which names tensors and needs no more "
+            f"than {PICKLE_BYTES / 1e6:,.0f}.",
+            _GET_AGAIN,
+        )
+
+
+def _safetensors_reader(path: Path) -> Callable[[], Any]:
+    return functools.partial(_load_safetensors, path)
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import copy
 import errno
 import gzip
 import hashlib
 import io
+import json
 import os
 import pathlib
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +247,144 @@ def test_a_file_saved_without_checksums_is_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     assert load(path).name == "ms_trans_xxs"
+
+
+def copied(
+    source: Path, target: Path, change: Callable[[zipfile.ZipInfo, bytes], Any] = lambda item, data: data
+) -> Path:
+    """An archive with other members: bytes, or (bytes, how they are packed); None leaves one out."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            made = change(item, old.read(item))
+            if made is not None:
+                data, packed = made if isinstance(made, tuple) else (made, zipfile.ZIP_STORED)
+                new.writestr(item.filename, data, packed)
+    return target
+
+
+def with_pickle(folder: Path, pickled: bytes) -> Path:
+    """A file of torch.save whose pickle is another."""
+    plain = save(folder, {"a": torch.zeros(3)}, "plain.pth")
+    return copied(plain, folder / "w.pth", lambda item, data: pickled if item.filename.endswith("/data.pkl") else data)
+
+
+def test_a_compressed_member_is_read_as_torch_load_reads_it(tmp_path: Path) -> None:
+    """Mapped into memory, its compressed bytes and what lies behind them would be the weights."""
+    tensors = state() | {"norm2.bias": torch.zeros(256)}
+    plain = save(tmp_path, tensors, "plain.pth")
+    member = f"/data/{list(tensors).index('norm2.bias')}"
+
+    def deflated(item: zipfile.ZipInfo, data: bytes) -> Any:
+        return (data, zipfile.ZIP_DEFLATED) if item.filename.endswith(member) else data
+
+    loaded = load(copied(plain, tmp_path / "deflated.pth", deflated))
+    assert not loaded.model.state_dict()["norm2.bias"].any()
+    assert loaded.weights_sha256 == load(plain).weights_sha256
+    everything = copied(plain, tmp_path / "all.pth", lambda item, data: (data, zipfile.ZIP_DEFLATED))
+    assert load(everything).weights_sha256 == loaded.weights_sha256
+
+
+def says_sizes(path: Path, name: str, size: int) -> Path:
+    """An archive of torch.save in which one member is said to inflate to `size`."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("w/data/0", bytes(100))
+        archive.getinfo(name).file_size = size
+    return path
+
+
+def test_sizes_are_judged_before_an_archive_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    assert "has a pickle of 6,000 MB" in refusal(says_sizes(path, "w/data.pkl", 6_000_000_000))
+    assert "would become 9,000 MB" in refusal(says_sizes(path, "w/data/0", 9_000_000_000))
+    plain = save(tmp_path, state(), "plain.pth")
+    packed = copied(plain, tmp_path / "bz2.pth", lambda item, data: (data, zipfile.ZIP_BZIP2))
+    assert "packed in a way that torch.load cannot read" in refusal(packed)
+
+
+def test_members_that_overlap_or_share_a_name_are_refused(tmp_path: Path) -> None:
+    """The first makes a small archive endless; of the others torch and a checksum may each look at another one."""
+    with zipfile.ZipFile(tmp_path / "overlap.pth", "w") as archive:
+        archive.writestr("w/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("w/data/0", bytes(10_000))
+        for key in range(1, 50):
+            other = copy.copy(archive.getinfo("w/data/0"))
+            other.filename = f"w/data/{key}"
+            archive.filelist.append(other)
+    assert "its members overlap" in refusal(tmp_path / "overlap.pth")
+    with zipfile.ZipFile(tmp_path / "twice.pth", "w") as archive:
+        for name in ("w/data.pkl", "w/DATA.pkl"):
+            archive.writestr(name, pickle.dumps({}, protocol=2))
+    assert "two of its members have one name" in refusal(tmp_path / "twice.pth")
+
+
+def test_a_long_header_of_safetensors_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes((90_000_000).to_bytes(8, "little") + b"{")
+    os.truncate(path, 100_000_000)
+    assert "has a header of 90 MB" in refusal(path)
+
+
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(0x180)
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert read_checkpoint(tmp_path / "w.safetensors")[0]["a"] == 0
+
+
+def nested(depth: int) -> bytes:
+    """A pickle of a dictionary whose key is a pair of pairs of pairs."""
+    pairs = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(depth))
+    return b"\x80\x02}K\x01\x85q\x00" + pairs + b"K\x01s."
+
+
+def encoded(times: int) -> Any:
+    return "x" if times == 0 else Call(codecs.encode, encoded(times - 1), "hex")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "says"),
+    [
+        (pickle.dumps(Call(bytearray, 10**11), protocol=2), "asks for a bytearray"),
+        (pickle.dumps(Call(bytearray, np.int64(10**11)), protocol=2), "asks for a bytearray"),
+        (pickle.dumps(encoded(60), protocol=2), "asks for _codecs.encode"),
+        (pickle.dumps(Call(torch.FloatTensor, 10**9), protocol=2), "whose values are not in the file"),
+        (pickle.dumps(Call(torch.UntypedStorage, 10**9), protocol=2), "whose values are not in the file"),
+        (
+            b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nNJ\xff\xff\xff\x7f\x85}tR.",
+            "asks for a bytearray",
+        ),
+        (nested(60), "the same values over and over"),
+        (b"\x80\x02" + b"]" * 1_000_001 + b".", "more than 1,000,000 instructions"),
+    ],
+    ids=["bytes", "number", "hexadecimal", "tensor", "storage", "within a rebuilt tensor", "pairs", "instructions"],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_small_pickle_that_becomes_large_is_refused(tmp_path: Path, pickled: bytes, says: str, is_zip: bool) -> None:
+    path = with_pickle(tmp_path, pickled) if is_zip else legacy_file(tmp_path, pickled)
+    assert says in refusal(path)
+
+
+def test_bytes_in_training_arguments_are_read(tmp_path: Path) -> None:
+    args = {"key": b"abc", "array": bytearray(b"abc"), "pair": (b"a", "b")}
+    content, _ = read_checkpoint(save(tmp_path, {"args": args}))
+    assert content["args"] == args
+
+
+def test_one_value_that_stands_for_a_billion_is_refused(tmp_path: Path) -> None:
+    content = state() | {"head.weight": torch.zeros(1).expand(10**8, 256)}
+    assert "one value for many in 1 tensors: head.weight" in refusal(save(tmp_path, content))
+    scaled = state() | {"norm1.weight": torch.ones(1).expand(32)}
+    assert load(save(tmp_path, scaled)).name == "ms_trans_xxs"
+
+
+def test_a_tar_of_any_kind_is_recognised(tmp_path: Path) -> None:
+    """torch.load unpacks what is one, whatever its first name looks like."""
+    header = bytearray(tarfile.TarInfo("\x7f_storages").tobuf(tarfile.USTAR_FORMAT))
+    header[0], header[257:265] = 0x80, bytes(8)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "old.pth").write_bytes(bytes(header) + bytes(1024))
+    assert "is a tar archive" in refusal(tmp_path / "old.pth")
 
 
 def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
