@@ -31,6 +31,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.errors import BundleError
+from spach_deploy.text import json_text
 
 SCHEMA_VERSION = 1
 MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
@@ -334,7 +335,7 @@ def seal(staging: Path, sections: Mapping[str, Any], settled: Settled = MappingP
     """
     files = settle(staging, settled)
     content = {"schema_version": SCHEMA_VERSION, **sections, "files": files}
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json_text(content) + "\n"
     manifest = Manifest.parse(text, str(staging / MANIFEST))
     (staging / MANIFEST).write_text(text, encoding="utf-8")
     for file in staging.iterdir():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from spach_deploy.specs import EngineTarget, ExportOptions, ModelSpec, QuantizationSpec, WeightSource
@@ -12,14 +13,37 @@ from spach_deploy.specs import EngineTarget, ExportOptions, ModelSpec, Quantizat
 Words = Iterator[str]
 
 
-def joined(words: Sequence[str]) -> str:
+def quoted(word: object) -> str:
+    """A word as a shell takes it. What cannot be printed stands as octal bytes in the $'...' of bash, zsh and ksh."""
+    text = str(word)
+    return shlex.quote(text) if text.isprintable() else f"$'{''.join(map(_in_dollar_quotes, text))}'"
+
+
+def _in_dollar_quotes(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    try:
+        content = os.fsencode(character)
+    except UnicodeEncodeError:  # of a file's text, no name that this system could have
+        content = character.encode("utf-8", "surrogatepass")
+    return "".join(f"\\{byte:03o}" for byte in content)
+
+
+def joined(words: Iterable[object]) -> str:
     """Words as a shell takes them."""
-    return shlex.join(words)
+    return " ".join(map(quoted, words))
 
 
 def export_command(options: ExportOptions) -> str:
     """The call of spach-export that gives `options`; what is as by default is left out."""
-    words = ["spach-export", *_model(options.model), f"--{options.precision.value}"]
+    return joined(["spach-export", *export_words(options)])
+
+
+def export_words(options: ExportOptions) -> list[str]:
+    """Its words, without the program."""
+    words = [*_model(options.model), f"--{options.precision.value}"]
     words += _optional("--images", options.images)
     if options.precision.is_quantized:
         words += _quantization(options.quantization)
@@ -31,7 +55,7 @@ def export_command(options: ExportOptions) -> str:
     words += _engine(options.engine)
     words += _repeated("--no-rewrite", options.disabled_rewrites)
     words += _optional("--output", options.output)
-    return joined([*words, *_flag("--overwrite", options.overwrite)])
+    return [*words, *_flag("--overwrite", options.overwrite)]
 
 
 def _model(spec: ModelSpec) -> Words:

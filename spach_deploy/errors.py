@@ -95,4 +95,15 @@ class BuildError(UnavailableError):
 
 def printable(name: str) -> str:
     """`name` with control characters and undecodable bytes escaped: archives name freely, terminals obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+    return name if name.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in name)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _escaped(character: str) -> str:
+    """A byte that is no UTF-8 as that byte: Python keeps it in a name as U+DC80 to U+DCFF."""
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode("ascii")

@@ -31,12 +31,21 @@ class Reused:
 
 
 def open_store() -> Store | None:
-    """The cache of this user; None where there is to be none. UsageError for a size that is none."""
+    """The cache of this user; None where there is to be none, or no home to have it in. UsageError for a size that is
+    none.
+    """
     place = os.environ.get(PLACE, "")
     if place == NONE:
         return None
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Store(Path(place) if place else base / "spach-deploy", limit_bytes())
+    try:
+        root = Path(place) if place else _base() / "spach-deploy"
+    except RuntimeError:  # a user who is in no list of users, as in containers, and no HOME
+        return None
+    return Store(root, limit_bytes())
+
+
+def _base() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def limit_bytes() -> int:

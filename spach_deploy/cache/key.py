@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def content_digest(path: Path) -> str:
     files = sorted(entry for entry in path.rglob("*") if entry.is_file())
     is_small = sum(file.stat().st_size for file in files) <= HASHED_BYTES
     for file in files:
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        digest.update(os.fsencode(f"{file.relative_to(path)}\0{file.stat().st_size}\0"))
         if is_small:
             _add_file(digest, file)
         else:

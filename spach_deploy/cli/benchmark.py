@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command, say
+from spach_deploy.cli.console import Command, command, say, show
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import WeightSource
+from spach_deploy.text import json_text
 
 _RUNNERS = ("eager", "compile", "bf16", "onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 
@@ -58,7 +59,6 @@ def main(
     Exit codes: 0 measured, also where it is too noisy to tell; 1 a runner computes wrong numbers (bf16 only where it
     was asked for); 2 bad usage or input; 3 nothing here can run it, or not the runner that was asked for.
     """
-    import json
 
     from spach_deploy.benchmark.contestants import Setup
     from spach_deploy.benchmark.plot import check_plot, draw
@@ -73,7 +73,7 @@ def main(
     question = Question(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
         found = measure(question, tell)
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else as_text(found))
+    show(json_text(found.to_dict()) if as_json else as_text(found))
     if plot is not None:
         draw(found, plot)
         say(f"Plot: {plot}")
@@ -96,7 +96,11 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import datetime
-import json
 from typing import Any
 
 from spach_deploy.cache.exports import NONE, PLACE, SIZE, open_store
 from spach_deploy.cache.store import Entry
+from spach_deploy.text import json_text
+
+_NO_CACHE = f"There is no cache: {PLACE}={NONE}, or this user has no home directory. Give a directory with {PLACE}=DIR."
 
 
 def shown(*, as_json: bool) -> str:
     """Place, size, limit and entries, the last used first."""
     store = open_store()
     if store is None:
-        return "null" if as_json else f"There is no cache: {PLACE}={NONE}."
+        return "null" if as_json else _NO_CACHE
     entries = store.entries()
     total = sum(entry.size_bytes for entry in entries)
     if as_json:
         place = {"place": str(store.root), "bytes": total, "limit_bytes": store.limit_bytes}
-        return json.dumps({**place, "entries": [_plain(entry) for entry in entries]}, indent=2)
+        return json_text({**place, "entries": [_plain(entry) for entry in entries]})
     lines = [
         f"place      {store.root}  ({PLACE})",
         f"size       {total / 1e6:,.0f} MB of {store.limit_bytes / 1e6:,.0f} MB  ({SIZE})",

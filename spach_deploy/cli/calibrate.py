@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import ComputingCommand, command
+from spach_deploy.cli.console import ComputingCommand, command, show
+from spach_deploy.text import json_text
 
 if TYPE_CHECKING:
     from spach_deploy.quantization.calibrate import Calibration
@@ -59,7 +60,6 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
 
 
 def _calibrate(options: Any, output: Path, *, verbose: bool, as_json: bool) -> None:
-    import json
 
     from spach_deploy.cli.export_output import Progress
     from spach_deploy.pipeline import calibrate_to_file
@@ -67,9 +67,9 @@ def _calibrate(options: Any, output: Path, *, verbose: bool, as_json: bool) -> N
     with Progress(verbose=verbose) as progress:
         calibration = calibrate_to_file(options, output, progress)
     if as_json:
-        click.echo(json.dumps(calibration.summary(), indent=2))
+        show(json_text(calibration.summary()))
     else:
-        click.echo("\n".join(_lines(calibration, output)))
+        show("\n".join(_lines(calibration, output)))
 
 
 def _lines(calibration: Calibration, output: Path) -> Iterator[str]:
@@ -91,3 +91,7 @@ def _lines(calibration: Calibration, output: Path) -> Iterator[str]:
 
 def _rgb(values: Any) -> str:
     return " ".join(f"{value:.1f}" for value in values) + " (RGB, 0 to 255)"
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,8 +19,10 @@ import click
 from spach_deploy.cli.garbage import seldom_searched
 from spach_deploy.cli.interrupts import NOTHING, ending_on_interrupt, sentence
 from spach_deploy.cli.large_pages import start_again_with_large_pages
+from spach_deploy.cli.outputs import outputs_that_may_fail
 from spach_deploy.cli.quiet import INTERRUPTED
-from spach_deploy.errors import SpachError, printable
+from spach_deploy.errors import SpachError, printable_lines
+from spach_deploy.text import Escaped
 
 BAD_INPUT, UNAVAILABLE = 2, 3
 
@@ -31,6 +32,11 @@ ARGUMENTS = "spach_deploy.arguments"
 
 class Command(click.Command):
     """A click command whose own errors (an unknown option, a number out of range) are one sentence too."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
+        """Run, whatever its outputs are."""
+        with outputs_that_may_fail() if args is None else contextlib.nullcontext():
+            return super().main(args, *more, **extra)
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -76,8 +82,6 @@ def command(body: Callable[..., int | None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             say(sentence(str(error) or NOTHING))
             code = INTERRUPTED
-        except BrokenPipeError:
-            code = _reader_went_away()
         except Exception as error:
             explanation, code = _explained(error)
             fail(error, explanation, debug=debug)
@@ -100,20 +104,18 @@ def _explained(error: Exception) -> tuple[str, int]:
     return f"This is a bug of spach-deploy ({what}). Run again with --debug and report what it shows.", UNAVAILABLE
 
 
+def show(text: str) -> None:
+    """Results, on stdout, escaped unless `text.rendered` did that."""
+    click.echo(text if isinstance(text, Escaped) else printable_lines(text), color=True)
+
+
 def say(text: str) -> None:
-    """Lines on stderr, if anybody reads them: an export does not stop because its progress goes unread."""
-    with contextlib.suppress(BrokenPipeError):
-        click.echo("\n".join(map(printable, text.split("\n"))), err=True)
+    """Everything else, on stderr."""
+    click.echo(printable_lines(text), err=True)
 
 
 def fail(error: Exception, sentence: str, *, debug: bool) -> None:
     """`Error: sentence` on stderr, after the traceback with `debug`."""
     if debug:
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip())
     say(f"Error: {sentence}")
-
-
-def _reader_went_away() -> int:
-    """`spach-export --list | head` is no error; keep the interpreter from complaining at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command
+from spach_deploy.cli.console import Command, command, show
+from spach_deploy.cli.outputs import is_colored, width
+from spach_deploy.text import json_text
 
 if TYPE_CHECKING:
     from spach_deploy.doctor.machine import Machine
     from spach_deploy.doctor.target import Target
-
-_NARROWEST, _WIDEST = 60, 100
 
 
 @click.command("spach-doctor", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +43,7 @@ def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool
     if show_cache or clear_cache:
         from spach_deploy.cli.cache import cleared, shown
 
-        click.echo(cleared() if clear_cache else shown(as_json=as_json))
+        show(cleared() if clear_cache else shown(as_json=as_json))
         return 0
     from spach_deploy.doctor.here import look_around
     from spach_deploy.doctor.machine import examine_machine
@@ -51,27 +51,23 @@ def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool
 
     here = look_around()
     found: Machine | Target = examine_machine(here) if target is None else examine_target(target, here)
-    click.echo(_json(found) if as_json else _text(found))
+    show(_json(found) if as_json else _text(found))
     return found.exit_code
 
 
 def _json(found: Machine | Target) -> str:
-    import json
 
-    return json.dumps(found.to_dict(), indent=2)
+    return json_text(found.to_dict())
 
 
 def _text(found: Machine | Target) -> str:
     """The doctor works where packages are missing, so it says so of the one that it needs to be read."""
-    import sys
-
     from spach_deploy.doctor.commands import installing
-    from spach_deploy.doctor.table import as_text
+    from spach_deploy.doctor.table import WIDTH, as_text
     from spach_deploy.errors import UnavailableError
 
-    on_terminal = sys.stdout.isatty()
     try:
-        return as_text(found, width=_width(on_terminal), color=on_terminal)
+        return as_text(found, width=width(WIDTH), color=is_colored())
     except ImportError:
         message = "Showing the findings needs rich, which is not installed here."
         raise UnavailableError(
@@ -79,11 +75,5 @@ def _text(found: Machine | Target) -> str:
         ) from None
 
 
-def _width(on_terminal: bool) -> int:
-    """The terminal's, within reason; a usual one where there is none."""
-    import shutil
-
-    from spach_deploy.doctor.table import WIDTH
-
-    columns = shutil.get_terminal_size((WIDTH, 24)).columns
-    return min(max(columns, _NARROWEST), _WIDEST) if on_terminal else WIDTH
+if __name__ == "__main__":
+    main()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 from spach_deploy.dry_run import MEASURED_CORES, DryRun
+from spach_deploy.text import json_text
 
 
 def as_text(found: DryRun, *, as_json: bool) -> str:
     """What would be done, what it would cost, and what would be refused."""
     if as_json:
-        return json.dumps(found.to_dict(), indent=2)
+        return json_text(found.to_dict())
     lines = [f"{name:<12}{value}" for name, value in found.facts]
     if found.is_reused:
         lines += ["", "The same export was done before: its bundle would come from the cache, in about a second."]

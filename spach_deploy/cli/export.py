@@ -10,10 +10,11 @@ import click
 
 from spach_deploy.bundle import PAGE
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import ComputingCommand, command, say
+from spach_deploy.cli.console import ComputingCommand, command, say, show
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import Flavour, IODtype
+from spach_deploy.text import json_text
 
 if TYPE_CHECKING:
     from spach_deploy.auto import Recommendation
@@ -154,7 +155,7 @@ def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: 
     with ending_on_interrupt(Keeping.of(options).sentence):
         cache = ExportCache.of(options, is_used=is_cached)
         if (reused := cache.take(options)) is not None:
-            click.echo(_of_reused(reused, as_json=as_json))
+            show(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
         from spach_deploy.ahead import Ahead
         from spach_deploy.cli.garbage import not_searched_while_loading
@@ -167,7 +168,7 @@ def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: 
 
             with Progress(verbose=verbose) as progress:
                 result = export(options, progress, ahead=ahead)
-        click.echo(summary(result, as_json=as_json))
+        show(summary(result, as_json=as_json))
         if problem := cache.keep(result.bundle):
             say(problem)
     return result.bundle.path / PAGE
@@ -179,17 +180,16 @@ def _dry_run(options: ExportOptions, *, is_cached: bool, as_json: bool) -> int:
     from spach_deploy.dry_run import dry_run
 
     found = dry_run(options, is_cached=is_cached)
-    click.echo(as_text(found, as_json=as_json))
+    show(as_text(found, as_json=as_json))
     return found.exit_code
 
 
 def _of_reused(reused: Reused, *, as_json: bool) -> str:
     """What is said of a bundle that was not made again."""
-    import json
 
     manifest = reused.bundle.manifest
     if as_json:
-        return json.dumps(manifest.content, indent=2)
+        return json_text(manifest.content)
     validation = manifest.content["validation"]
     return "\n".join(
         [
@@ -206,7 +206,6 @@ def _of_reused(reused: Reused, *, as_json: bool) -> str:
 
 def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Recommendation:
     """Every candidate exported, one table, one recommendation."""
-    import json
 
     from spach_deploy.cli.export_options import auto_options
     from spach_deploy.cli.interrupts import ending_on_interrupt
@@ -218,13 +217,12 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
 
         with Progress(verbose=verbose) as progress:
             found = recommend(options, progress)
-        click.echo(json.dumps(found.to_dict(), indent=2) if as_json else as_table(found))
+        show(json_text(found.to_dict()) if as_json else as_table(found))
     return found
 
 
 def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Path:
     """Candidates measured, the best written; its page."""
-    import json
 
     from spach_deploy.cli.export_options import cpu_options
 
@@ -235,19 +233,23 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
 
         with Progress(verbose=verbose) as observer:
             choice = export_for_cpu(options, asked, observer)
-        click.echo(json.dumps(choice.bundle.manifest.content, indent=2) if as_json else as_table(choice))
+        show(json_text(choice.bundle.manifest.content) if as_json else as_table(choice))
     return choice.bundle.path / PAGE
 
 
 def _list(as_json: bool) -> int:
     from spach_deploy.cli.listing import models_as_json, models_as_table
 
-    click.echo(models_as_json() if as_json else models_as_table())
+    show(models_as_json() if as_json else models_as_table())
     return 0
 
 
 def _list_rewrites() -> int:
     from spach_deploy.cli.listing import rewrites_as_table
 
-    click.echo(rewrites_as_table())
+    show(rewrites_as_table())
     return 0
+
+
+if __name__ == "__main__":
+    main()

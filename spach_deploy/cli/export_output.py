@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.cli.console import say
+from spach_deploy.errors import printable
 from spach_deploy.phases import Phase
+from spach_deploy.text import json_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +36,7 @@ class Progress:
         self._console = Console(stderr=True)
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TimeElapsedColumn(),
             console=self._console,
@@ -66,12 +67,12 @@ class Progress:
             self._bars.remove_task(self._task)
             self._task = None
         if self._verbose:
-            self._say(f"{self._heading}{phase.name:<28} {phase.seconds:7.2f}  {phase.peak_bytes / 1e9:7.2f}")
+            say(f"{self._heading}{phase.name:<28} {phase.seconds:7.2f}  {phase.peak_bytes / 1e9:7.2f}")
             self._heading = ""
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self._say(text)
+        say(text)
 
     def building(self, event: Any) -> None:
         """One bar for each of the builder's outermost phases."""
@@ -83,7 +84,9 @@ class Progress:
                 self._bars.remove_task(task)
             return
         if event.phase not in self._build:
-            self._build[event.phase] = self._bars.add_task(f"engine: {event.phase}", total=event.steps or None)
+            self._build[event.phase] = self._bars.add_task(
+                printable(f"engine: {event.phase}"), total=event.steps or None
+            )
         self._bars.update(self._build[event.phase], completed=event.step)
 
     def calibrating(self, progress: Any) -> None:
@@ -104,18 +107,12 @@ class Progress:
         self._said = now
         say(f"Calibrating: image {progress.done} of {progress.total}, {progress.seconds_left:.0f} s left.")
 
-    def _say(self, text: str) -> None:
-        if self._console.is_terminal:
-            self._bars.console.print(text, highlight=False, markup=False)
-        else:
-            say(text)
-
 
 def summary(result: ExportResult, *, as_json: bool) -> str:
     """The end of an export: what was made, what was proven and where it lies."""
     content = dict(result.bundle.manifest.content)
     if as_json:
-        return json.dumps(content, indent=2)
+        return json_text(content)
     return "\n".join(_lines(result, content))
 
 

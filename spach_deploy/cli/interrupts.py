@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spach_deploy.cli.quiet import INTERRUPTED
+from spach_deploy.errors import printable
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -84,9 +85,9 @@ class _Interrupt:
     def _end_now(self, *_: Any) -> NoReturn:
         """Without unwinding: what is left of this export is removed by the next one."""
         if not self.told:
-            os.write(
-                sys.stderr.fileno(), f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{sentence(self._kept())}\n".encode()
-            )
+            cursor = _SHOW_CURSOR if os.isatty(2) else ""
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, f"{cursor}{printable(sentence(self._kept()))}\n".encode())
         os._exit(INTERRUPTED)
 
 

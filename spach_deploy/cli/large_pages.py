@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from spach_deploy.cli.quiet import module_run
 from spach_deploy.runtime.pages import LARGE, VARIABLE
 
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -37,6 +38,8 @@ def is_the_whole_process() -> bool:
     count, started = len(sys.argv), sys.orig_argv
     if sys.argv[0] == "-c":
         return started[1:2] == ["-c"] and started[3:] == sys.argv[1:]
+    if module_run():
+        return started[len(started) - count + 1 :] == sys.argv[1:]
     return started[-count:] == sys.argv
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from spach_deploy.models.registry import ModelInfo, list_models
+from spach_deploy.text import json_text, rendered
 
 _WIDTH = 110
 _NUMBERS = ("params", "MACs", "top-1")
@@ -39,7 +38,7 @@ def _short(stages: str) -> str:
 
 def models_as_json() -> str:
     """The same facts as JSON."""
-    return json.dumps([_facts(info) for info in list_models()], indent=2)
+    return json_text([_facts(info) for info in list_models()])
 
 
 def _facts(info: ModelInfo) -> dict[str, Any]:
@@ -68,7 +67,6 @@ def _steps() -> list[tuple[str, str]]:
 
 
 def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
@@ -76,6 +74,4 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         table.add_column(heading, no_wrap=True, justify="right" if heading in _NUMBERS else "left")
     for row in rows:
         table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=_WIDTH, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return rendered([table], width=_WIDTH)

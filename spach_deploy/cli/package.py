@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import fail
+from spach_deploy.cli.outputs import outputs_that_may_fail
 
 SUBCOMMANDS = {
     "triton": ("spach_deploy.cli.package_triton", "A model repository for NVIDIA Triton, and its offline check."),
@@ -23,6 +26,11 @@ SUBCOMMANDS = {
 
 class LazyGroup(click.Group):
     """A group that imports a subcommand when it is called, and speaks as the other commands do."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
+        """Run, whatever its outputs are."""
+        with outputs_that_may_fail() if args is None else contextlib.nullcontext():
+            return super().main(args, *more, **extra)
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Names, in the order of `SUBCOMMANDS`."""
@@ -79,3 +87,7 @@ def main() -> None:
 
     Each subcommand explains itself: spach-package triton --help.
     """
+
+
+if __name__ == "__main__":
+    main()

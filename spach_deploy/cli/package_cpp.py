@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command
+from spach_deploy.cli.console import Command, command, show
+from spach_deploy.command_lines import quoted
+from spach_deploy.text import json_text
 
 if TYPE_CHECKING:
     from spach_deploy.deployment.cpp.folder import Written
@@ -40,7 +41,7 @@ def main(bundle: Path, output: Path, labels: Path | None, overwrite: bool, as_js
     from spach_deploy.deployment.cpp.folder import write_folder
 
     written = write_folder(bundle, output, labels=labels, overwrite=overwrite)
-    click.echo(_json(written) if as_json else _text(written))
+    show(_json(written) if as_json else _text(written))
     return 0
 
 
@@ -61,10 +62,11 @@ def _text(written: Written) -> str:
 
 def _commands(written: Written) -> tuple[str, ...]:
     path = written.path
+    build = quoted(path / "build")
     return (
-        f"cmake -S {path} -B {path}/build -DTENSORRT_ROOT=DIR",
-        f"cmake --build {path}/build",
-        f"{path}/build/spach_self_test {path}/model",
+        f"cmake -S {quoted(path)} -B {build} -DTENSORRT_ROOT=DIR",
+        f"cmake --build {build}",
+        f"{quoted(path / 'build' / 'spach_self_test')} {quoted(path / 'model')}",
     )
 
 
@@ -79,4 +81,4 @@ def _json(written: Written) -> str:
         "labels": written.has_labels,
         "commands": list(_commands(written)),
     }
-    return json.dumps(content, indent=2)
+    return json_text(content)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command
+from spach_deploy.cli.console import Command, command, show
 from spach_deploy.deployment.kubernetes.options import KubernetesOptions, Replicas
 from spach_deploy.deployment.triton.options import Backend
 from spach_deploy.errors import UsageError
@@ -74,7 +74,7 @@ def _write(bundle: Path, output: Path, given: dict[str, Any]) -> int:
     from spach_deploy.deployment.kubernetes.summary import as_json, as_text
 
     written = write_folder(bundle, output, options, overwrite=given["overwrite"])
-    click.echo(as_json(written) if given["as_json"] else as_text(written))
+    show(as_json(written) if given["as_json"] else as_text(written))
     return 0
 
 
@@ -82,5 +82,5 @@ def _list_versions() -> int:
     from spach_deploy.deployment.kubernetes.summary import versions_table
     from spach_deploy.onnx_graph.runtimes import runtimes
 
-    click.echo(versions_table(runtimes()))
+    show(versions_table(runtimes()))
     return 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command
+from spach_deploy.cli.console import Command, command, show
+from spach_deploy.text import json_text
 
 if TYPE_CHECKING:
     from spach_deploy.deployment.polygraphy.folder import Written
@@ -37,7 +37,7 @@ def main(bundle: Path, output: Path, overwrite: bool, as_json: bool) -> int:
     from spach_deploy.deployment.polygraphy.folder import write_folder
 
     written = write_folder(bundle, output, overwrite=overwrite)
-    click.echo(_json(written) if as_json else _text(written))
+    show(_json(written) if as_json else _text(written))
     return 0
 
 
@@ -58,4 +58,4 @@ def _json(written: Written) -> str:
         "batches": list(written.batches),
         "commands": list(commands(has_plan=written.has_plan)),
     }
-    return json.dumps(content, indent=2)
+    return json_text(content)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import Command, command, say
+from spach_deploy.cli.console import Command, command, say, show
 from spach_deploy.deployment.triton.options import (
     Backend,
     Batching,
@@ -87,7 +87,7 @@ def _write(given: dict[str, Any]) -> int:
     written: Written = write_repository(bundles, given["output"], options, overwrite=given["overwrite"])
     for warning in written.warnings:
         say(f"Warning: {warning}")
-    click.echo(as_json(written) if given["as_json"] else as_text(written))
+    show(as_json(written) if given["as_json"] else as_text(written))
     return 0
 
 
@@ -133,5 +133,5 @@ def _check(given: dict[str, Any]) -> int:
     from spach_deploy.deployment.triton.check.report import as_json, as_text
 
     found = check_repository(given["check"])
-    click.echo(as_json(found) if given["as_json"] else as_text(found))
+    show(as_json(found) if given["as_json"] else as_text(found))
     return found.exit_code

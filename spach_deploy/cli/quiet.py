@@ -16,8 +16,14 @@ INTERRUPTED = 130
 
 
 def is_our_script() -> bool:
-    """Whether this process is one of the commands that pip installs."""
-    return os.path.basename(sys.argv[0]).startswith("spach-")
+    """Whether this process is one of the commands that pip installs, or `python -m` with a command's module."""
+    return os.path.basename(sys.argv[0]).startswith("spach-") or module_run().startswith("spach_deploy.cli.")
+
+
+def module_run() -> str:
+    """M of `python -m M`; empty in other processes."""
+    words = sys.orig_argv
+    return words[-len(sys.argv)] if len(words) > len(sys.argv) and words[-len(sys.argv) - 1] == "-m" else ""
 
 
 def quiet_until_a_command_begins() -> None:
@@ -27,5 +33,8 @@ def quiet_until_a_command_begins() -> None:
 
 
 def _leave(*_: Any) -> NoReturn:
-    os.write(sys.stderr.fileno(), b"Interrupted.\n")
+    try:  # noqa: SIM105  (contextlib would have to be imported)
+        os.write(2, b"Interrupted.\n")
+    except OSError:  # nobody reads it
+        pass
     os._exit(INTERRUPTED)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from spach_deploy.cli import options as opt
-from spach_deploy.cli.console import ComputingCommand, command, say
+from spach_deploy.cli.console import ComputingCommand, command, say, show
+from spach_deploy.cli.outputs import is_colored, width
 from spach_deploy.command_lines import ValidateWords, validate_command
 from spach_deploy.specs import WeightSource
 
@@ -116,12 +117,12 @@ def main(
         accept_graph=accept == "graph",
     )
     if other is not None:
-        from spach_deploy.cli.validate_two import check_options, show, validate_two
+        from spach_deploy.cli.validate_two import check_options, show_two, validate_two
 
         misplaced = {"--bundle": bundle, "--against": against, "--bisect": bisect, "--ray": cluster}
         check_options(misplaced, report, is_opened=is_opened)
         compared = validate_two(_request(words), other, validate_command(words))
-        return show(compared, report, as_json=as_json, is_opened=is_opened)
+        return show_two(compared, report, as_json=as_json, is_opened=is_opened)
     place = None if is_server(target) or against is not None else Path(target)
     asked = Asked(bundle or against or Path(target), place, report, as_json, is_opened)
     asked.check()
@@ -180,10 +181,14 @@ def _recorded(validation: Validation, words: ValidateWords) -> Validation:
 
 
 def _show(validation: Validation, *, as_json: bool) -> None:
-    import sys
-
     from spach_deploy.validation.report import as_json as report_text
-    from spach_deploy.validation.table import as_text
+    from spach_deploy.validation.table import WIDTH, as_text
 
-    text = report_text(validation).rstrip() if as_json else as_text(validation, color=sys.stdout.isatty())
-    click.echo(text)
+    if as_json:
+        show(report_text(validation).rstrip())
+    else:
+        show(as_text(validation, width=width(WIDTH), color=is_colored()))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from spach_deploy.cli.console import say
+from spach_deploy.cli.console import say, show
+from spach_deploy.cli.outputs import is_colored, width
 from spach_deploy.errors import SpachError, UsageError
 
 if TYPE_CHECKING:
@@ -44,13 +42,13 @@ def validate_two(first: ValidationRequest, second: Path, command: str) -> SideBy
     return dataclasses.replace(compared, run=Run.here(command))
 
 
-def show(compared: SideBySide, report: Path | None, *, as_json: bool, is_opened: bool) -> int:
+def show_two(compared: SideBySide, report: Path | None, *, as_json: bool, is_opened: bool) -> int:
     """Print the table or the JSON, write what was asked for; the exit code."""
     from spach_deploy.validation.report import dumped, write_whole
     from spach_deploy.validation.side_table import as_text
+    from spach_deploy.validation.table import WIDTH
 
-    text = dumped(compared.to_dict()).rstrip() if as_json else as_text(compared, color=sys.stdout.isatty())
-    click.echo(text)
+    show(dumped(compared.to_dict()).rstrip() if as_json else as_text(compared, width=width(WIDTH), color=is_colored()))
     if report is not None:
         write_whole(report, dumped(compared.to_dict()))
         _write_page(compared, report, is_opened=is_opened)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import threading
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli.console import ARGUMENTS, say
+from spach_deploy.cli.console import ARGUMENTS, say, show
 from spach_deploy.cli.export_options import zoo_options
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.command_lines import joined
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import ExportOptions
+from spach_deploy.text import json_text
 from spach_deploy.zoo.checkpoints import checkpoint_of
 from spach_deploy.zoo.folder import PAGE, SUMMARY, Folder
 from spach_deploy.zoo.make import Run, Work, Zoo, on_this_machine, work_of
@@ -64,7 +64,7 @@ def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[in
     limits = Limits.here(asked.jobs, len(builds))
     if asked.dry_run:
         work = work_of(builds, folder, is_kept=not asked.no_cache, overwrite=overwrite)
-        click.echo(_as_plan(work, limits, as_json=asked.as_json))
+        show(_as_plan(work, limits, as_json=asked.as_json))
         return 0, folder.root / PAGE
     if asked.ray is not None:
         from spach_deploy.cluster.connect import check_address
@@ -73,7 +73,7 @@ def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[in
     with folder.locked():
         work = work_of(builds, folder, is_kept=not asked.no_cache, overwrite=overwrite)
         summary = _made(work, folder, limits, asked)
-    click.echo(_as_text(summary, folder, as_json=asked.as_json))
+    show(_as_text(summary, folder, as_json=asked.as_json))
     return summary.exit_code, folder.root / PAGE
 
 
@@ -169,7 +169,12 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total)
         self._running: list[str] = []
@@ -201,10 +206,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        if self._bar.console.is_terminal:
-            self._bar.console.print(text, highlight=False, markup=False)
-        else:
-            say(text)
+        say(text)
 
     def _show(self, running: int) -> None:
         named = ", ".join(self._running[:2])
@@ -213,7 +215,7 @@ class Progress:
 
 def _as_text(summary: Summary, folder: Folder, *, as_json: bool) -> str:
     if as_json:
-        return json.dumps(summary.to_dict(), indent=2)
+        return json_text(summary.to_dict())
     page = folder.root / PAGE
     return "\n".join(
         [
@@ -230,7 +232,7 @@ def _as_plan(work: Work, limits: Limits, *, as_json: bool) -> str:
     kept = {build.name for build in work.kept}
     if as_json:
         rows = [{**_costs(build), "is_kept": build.name in kept} for build in work.all]
-        return json.dumps({"jobs": limits.jobs, "memory_bytes": limits.memory_bytes, "bundles": rows}, indent=2)
+        return json_text({"jobs": limits.jobs, "memory_bytes": limits.memory_bytes, "bundles": rows})
     width = max(len(build.name) for build in work.all)
     lines = [f"{'bundle':<{width}}     time   memory      disk"]
     lines += [f"{build.name:<{width}}  {'kept' if build.name in kept else _shown(build)}" for build in work.all]

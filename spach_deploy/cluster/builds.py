@@ -22,9 +22,10 @@ from spach_deploy import bundle as bundles
 from spach_deploy.bundle import Bundle
 from spach_deploy.cache.key import code_digest
 from spach_deploy.cluster.slots import cores
+from spach_deploy.command_lines import export_words
 from spach_deploy.errors import SpachError
 from spach_deploy.specs import ExportOptions
-from spach_deploy.zoo.child import Child, Ended, export_words
+from spach_deploy.zoo.child import Child, Ended
 from spach_deploy.zoo.folder import Folder
 from spach_deploy.zoo.make import Finished, Run
 from spach_deploy.zoo.plan import Build

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle
+from spach_deploy.command_lines import quoted
 from spach_deploy.doctor.capability import RUNS_ON
 from spach_deploy.doctor.commands import exporting, installing
 from spach_deploy.doctor.finding import Finding, Status, Task
@@ -87,7 +87,7 @@ def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:
 
 
 def _validate(bundle: Bundle) -> str:
-    return f"spach-validate {shlex.quote(str(bundle.path))}"
+    return f"spach-validate {quoted(bundle.path)}"
 
 
 def _inputs(bundle: Bundle, batch: BatchProfile) -> Finding:

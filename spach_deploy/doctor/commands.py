@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.bundle import Bundle
+from spach_deploy.command_lines import joined
 from spach_deploy.specs import BatchProfile
 
 _USUAL_SIZE, _USUAL_CLASSES = 224, 1000
@@ -19,18 +19,18 @@ _USUAL_SIZE, _USUAL_CLASSES = 224, 1000
 
 def installing(*requirements: str) -> str:
     """The command that installs into the environment of this process."""
-    return shlex.join([*_pip("install"), *requirements])
+    return joined([*_pip("install"), *requirements])
 
 
 def reinstalling(remove: Iterable[str], requirement: str) -> str:
     """One line that takes `remove` away and installs `requirement` anew."""
     agree = ["-y"] if _has_pip() else []
-    return f"{shlex.join([*_pip('uninstall'), *agree, *remove])} && {installing(requirement)}"
+    return f"{joined([*_pip('uninstall'), *agree, *remove])} && {installing(requirement)}"
 
 
 def installing_torch(backend: str, requirement: str) -> str:
     """uv knows where PyTorch keeps its builds: `backend` is cpu, or auto for the CUDA of this machine."""
-    return shlex.join(["uv", "pip", "install", "--python", _python(), "--torch-backend", backend, requirement])
+    return joined(["uv", "pip", "install", "--python", _python(), "--torch-backend", backend, requirement])
 
 
 def _pip(verb: str) -> list[str]:
@@ -56,7 +56,7 @@ def exporting(bundle: Bundle, *changes: str) -> str:
     words = ["spach-export", "--model", str(model["name"]), *_weights(model), *_sizes(model)]
     batch = BatchProfile(**bundle.manifest.content["batch"])
     words += [f"--{bundle.manifest.precision}", *_outputs(options), *_batch(batch)]
-    return shlex.join([*words, *changes, "--overwrite", "-o", str(bundle.path)])
+    return joined([*words, *changes, "--overwrite", "-o", str(bundle.path)])
 
 
 def _weights(model: Mapping[str, Any]) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from spach_deploy.command_lines import quoted
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.fit import Plan
 from spach_deploy.doctor.here import Here
@@ -22,11 +22,11 @@ _CUDA_ERROR = "CUDA_ERROR"
 
 def about_form(path: Path, plan: PlanFile) -> Iterator[Finding]:
     """Is it a plan and nothing else, and all of it."""
-    quoted, size = shlex.quote(str(path)), f"{plan.total_bytes - plan.offset:,} bytes"
+    name, size = quoted(path), f"{plan.total_bytes - plan.offset:,} bytes"
     if plan.offset:
         what = f"{plan.before} stand before the plan"
         means = "TensorRT takes the plan only, from its first byte."
-        strip = f"tail -c +{plan.offset + 1} {quoted} > plain.plan"
+        strip = f"tail -c +{plan.offset + 1} {name} > plain.plan"
         yield Finding(Status.PROBLEM, "form", what, means, strip, _RUN, bad_target=True)
     if plan.missing_bytes:
         means = "It is cut off, as by a copy that did not end. Copy or build it again."
@@ -35,7 +35,7 @@ def about_form(path: Path, plan: PlanFile) -> Iterator[Finding]:
     elif plan.surplus_bytes:
         declared = plan.total_bytes - plan.offset - plan.surplus_bytes
         means = "Something was appended. What TensorRT makes of that is not known."
-        cut = f"tail -c +{plan.offset + 1} {quoted} | head -c {declared} > plain.plan"
+        cut = f"tail -c +{plan.offset + 1} {name} | head -c {declared} > plain.plan"
         what = f"{size}, {plan.surplus_bytes:,} more than its header declares"
         yield Finding(Status.PROBLEM, "size", what, means, cut, _RUN, bad_target=True)
     elif plan.perhaps_cut:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from spach_deploy.doctor.finding import Finding, Status, Task, blockers, reasons
 from spach_deploy.doctor.machine import CORE_FLOW, Machine
 from spach_deploy.doctor.target import Target
 from spach_deploy.errors import printable
+from spach_deploy.text import Escaped, rendered
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -23,23 +23,10 @@ _STYLES = {Status.OK: "green", Status.MISSING: "yellow", Status.PROBLEM: "bold r
 _FIRST = "spach-export --model ms_hybrid_s --fp16"
 
 
-def as_text(found: Machine | Target, *, width: int = WIDTH, color: bool = False) -> str:
+def as_text(found: Machine | Target, *, width: int = WIDTH, color: bool = False) -> Escaped:
     """Findings, and what follows from them: what the machine can do, or whether the target can run here."""
     lines = _machine(found, width) if isinstance(found, Machine) else _target(found, width)
-    return _rendered(lines, color=color)
-
-
-def _rendered(lines: Iterator[Text], *, color: bool) -> str:
-    """Commands are never broken over lines: they are there to be copied. Without a terminal only ASCII is written."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), force_terminal=color, no_color=not color, highlight=False)
-    for line in lines:
-        console.print(line, soft_wrap=True)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    text = "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
-    return text if color else text.encode("ascii", "backslashreplace").decode("ascii")
+    return rendered(lines, color=color)  # commands are never broken over lines: they are there to be copied
 
 
 def _machine(machine: Machine, width: int) -> Iterator[Text]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle import MANIFEST, PLAN, Bundle, sha256_of
+from spach_deploy.command_lines import quoted
 from spach_deploy.doctor.bundle_findings import about_bundle
 from spach_deploy.doctor.finding import Finding, Task, blockers
 from spach_deploy.doctor.fit import Plan, fit
@@ -90,7 +90,7 @@ def _directory(path: Path, here: Here, ask: AskTensorRT) -> Target:
         raise BundleError(f"{path} is a directory without {MANIFEST}, so it is no bundle.", "Give a bundle or a plan.")
     listed = ", ".join(str(found) for found in inside[:_LISTED])
     more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-    hint = f"It holds plans, though: {listed}{more}. Try spach-doctor {shlex.quote(str(inside[0]))}."
+    hint = f"It holds plans, though: {listed}{more}. Try spach-doctor {quoted(inside[0])}."
     raise BundleError(f"{path} is a directory without {MANIFEST}, so it is no bundle.", hint)
 
 

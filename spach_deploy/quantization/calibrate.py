@@ -29,6 +29,7 @@ from spach_deploy.onnx_graph.export import INPUT
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.statistics import Collector, TensorStatistics, Wanted
 from spach_deploy.specs import Preprocessing
+from spach_deploy.text import json_text
 
 SCHEMA = 1
 GRAPH_FORM = 1
@@ -316,7 +317,7 @@ class Calibration:
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write a calibration file in one step. UsageError where it cannot be written."""
-    text = json.dumps(calibration.to_dict(), indent=None, separators=(",", ": "), allow_nan=False)
+    text = json_text(calibration.to_dict(), indent=None, separators=(",", ": "))
     lines = text.replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"') + "\n"
     _write_whole(path, lambda file: io.TextIOWrapper(file, "utf-8", write_through=True).write(lines))
 

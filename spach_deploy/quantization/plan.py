@@ -20,6 +20,7 @@ from spach_deploy.quantization.formats import FP8, INT8, EightBits, Float32, Flo
 from spach_deploy.quantization.scales import SMALLEST, Method, clipped_at, store, weight_scales
 from spach_deploy.quantization.sites import Kind, Site
 from spach_deploy.quantization.statistics import TensorStatistics, mixture
+from spach_deploy.text import json_text
 
 SCHEMA = 1
 _FORMATS = {form.name: form for form in (INT8, FP8)}
@@ -306,7 +307,7 @@ def _representable(scale: float, *, half: bool) -> float:
 
 def write_plan(plan: QuantizationPlan, path: Path) -> None:
     """Write quantization.json, a layer a line."""
-    text = json.dumps(plan.to_dict(), allow_nan=False)
+    text = json_text(plan.to_dict(), indent=None)
     path.write_text(text.replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"') + "\n", encoding="utf-8")
 
 

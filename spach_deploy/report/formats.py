@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-import shlex
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +12,9 @@ ABSENT = "–"
 """What stands where there is no number."""
 
 _LONGEST_LINE = 64
+_WORD = re.compile(r"""(?:\$'(?:\\.|[^'\\])*'|'[^']*'|"(?:\\.|[^"\\])*"|\\.|\S)+""", re.DOTALL)
+"""A word of a command line, quotes and all."""
+
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -83,7 +86,7 @@ def sentence(text: str) -> str:
 def command(text: str) -> str:
     """A command line; a long one in several lines, as a shell takes it, broken before options."""
     lines = [""]
-    for piece in _pieces([shlex.quote(word) for word in shlex.split(text)]):
+    for piece in _pieces(_WORD.findall(text)):
         if lines[-1] and len(lines[-1]) + len(piece) > _LONGEST_LINE:
             lines.append("")
         lines[-1] = f"{lines[-1]} {piece}".lstrip()

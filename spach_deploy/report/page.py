@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy._version import __version__
-from spach_deploy.errors import MissingPackageError
+from spach_deploy.errors import MissingPackageError, printable_lines
 from spach_deploy.report.content import Content
 from spach_deploy.report.formats import FILTERS
 from spach_deploy.report.plots import INSTALL
@@ -83,7 +83,7 @@ def fill(template: str, **values: Any) -> str:
     """A template filled: `base.html.jinja` is the frame of every page, and needs `title`."""
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     page = environment().get_template(template)
-    return page.render(generator=f"{GENERATOR} {__version__}", style=style, **values)
+    return printable_lines(page.render(generator=f"{GENERATOR} {__version__}", style=style, **values))
 
 
 def load_templates() -> None:

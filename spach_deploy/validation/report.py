@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
 from spach_deploy.errors import UsageError
+from spach_deploy.text import json_text
 from spach_deploy.validation.validate import Validation
 
 
@@ -19,7 +19,7 @@ def as_json(validation: Validation) -> str:
 
 def dumped(content: dict[str, Any]) -> str:
     """A report's content as text."""
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json_text(content) + "\n"
 
 
 def write_report(validation: Validation, path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from spach_deploy.text import Escaped, rendered
 from spach_deploy.validation.reference import LOGITS
 from spach_deploy.validation.side_by_side import Side, SideBySide
 from spach_deploy.validation.table import DEMO_WARNING, WIDTH
@@ -19,16 +19,9 @@ _SHOWN = 6
 Row = tuple[str, str, str]
 
 
-def as_text(compared: SideBySide, *, width: int = WIDTH, color: bool = False) -> str:
+def as_text(compared: SideBySide, *, width: int = WIDTH, color: bool = False) -> Escaped:
     """The whole table as text, without a newline at its end. `color`: with terminal colours."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False)
-    for part in _parts(compared, width):
-        console.print(part)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+    return rendered(_parts(compared, width), width=width, color=color)
 
 
 def _parts(compared: SideBySide, width: int) -> Iterator[RenderableType]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from spach_deploy.errors import printable
+from spach_deploy.text import Escaped, rendered
 from spach_deploy.validation.accuracy import Accuracy, PairedAccuracy
 from spach_deploy.validation.compare import IndexComparison, OutputComparison, ScoreComparison
 from spach_deploy.validation.evidence import Evidence
@@ -25,16 +26,9 @@ Row = tuple[str, str, str, str]
 DEMO_WARNING = "DEMO WEIGHTS, not trained: the numbers below compare arithmetic, the answers mean nothing."
 
 
-def as_text(validation: Validation, *, width: int = WIDTH, color: bool = False) -> str:
+def as_text(validation: Validation, *, width: int = WIDTH, color: bool = False) -> Escaped:
     """The whole table as text, without a newline at its end. `color`: with terminal colours."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False)
-    for part in _parts(validation, width):
-        console.print(part)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+    return rendered(_parts(validation, width), width=width, color=color)
 
 
 def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
@@ -228,4 +222,6 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _wrapped(text: str, width: int, indent: int) -> str:
-    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        printable(text), width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )

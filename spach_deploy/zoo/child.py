@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
 import signal
 import subprocess
 import tempfile
@@ -14,9 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
-from spach_deploy.command_lines import export_command
 from spach_deploy.runtime.parent import end_with
-from spach_deploy.specs import ExportOptions
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _GRACE_S = 8.0
@@ -77,11 +74,6 @@ class Running(Protocol):
 
     def stop(self) -> None:
         """Wait for a moment after `interrupt`, then end it."""
-
-
-def export_words(options: ExportOptions) -> list[str]:
-    """Arguments of spach-export for these options."""
-    return shlex.split(export_command(options))[1:]
 
 
 class Child:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from spach_deploy.command_lines import export_words
 from spach_deploy.errors import BundleError, MissingPackageError
-from spach_deploy.zoo.child import Child, Ended, export_words
+from spach_deploy.text import json_text
+from spach_deploy.zoo.child import Child, Ended
 from spach_deploy.zoo.folder import PAGE, SUMMARY, Folder, write_whole
 from spach_deploy.zoo.outcome import Row, Summary, Verdict, ended_row, kept_row
 from spach_deploy.zoo.page import page_of_zoo
@@ -141,7 +142,7 @@ def on_this_machine(folder: Folder, command: Sequence[str], more: Sequence[str],
 def problem_writing(summary: Summary, root: Path) -> str:
     """Write summary.json and summary.html; why that was not possible, in a sentence, where it was not."""
     try:
-        write_whole(root / SUMMARY, json.dumps(summary.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_whole(root / SUMMARY, json_text(summary.to_dict()) + "\n")
         write_whole(root / PAGE, page_of_zoo(summary))
     except OSError as error:
         return f"The summary in {root} could not be written ({error.strerror or error})."

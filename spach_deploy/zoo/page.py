@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import urllib.parse
 
 from spach_deploy.report.formats import plural
@@ -50,4 +51,4 @@ def heading(summary: Summary) -> str:
 
 def link(row: Row) -> str | None:
     """The report's page, as a browser takes it: relative, so that the directory may move."""
-    return None if row.report is None else urllib.parse.quote(row.report)
+    return None if row.report is None else urllib.parse.quote(os.fsencode(row.report))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,28 +78,6 @@ def test_nothing_heavy_is_imported(what: str, tmp_path: Path) -> None:
     done = subprocess.run(call, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout
     assert HEAVY.isdisjoint(json.loads(done.stderr.splitlines()[-1]))
-
-
-def test_colour_on_a_terminal_only(tmp_path: Path) -> None:
-    script = console_script("spach-doctor", tmp_path)
-    plain = subprocess.run([script], capture_output=True, timeout=120).stdout
-    assert b"\x1b" not in plain
-    leader, follower = pty.openpty()
-    with subprocess.Popen([script], stdout=follower, env={**os.environ, "TERM": "xterm", "NO_COLOR": ""}) as process:
-        os.close(follower)
-        shown = b""
-        with os.fdopen(leader, "rb", 0) as terminal:
-            while chunk := _read(terminal.fileno()):
-                shown += chunk
-        process.wait(timeout=120)
-    assert b"\x1b[32mok" in shown
-
-
-def _read(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 4096)
-    except OSError:  # the other end was closed
-        return b""
 
 
 # A target

@@ -311,11 +311,9 @@ def test_text_is_wrapped_and_commands_are_not() -> None:
     assert all(len(line) <= 60 for line in text.splitlines() if "$ " not in line)
 
 
-def test_a_name_that_is_not_ascii_is_written_in_ascii() -> None:
+def test_a_name_that_is_not_ascii_stays_as_it_is() -> None:
     driver = Driver((L4,), "580 \N{SNOWMAN}", (13, 0))
-    text = as_text(examine_machine(cpu_machine(driver=driver)))
-    assert text.isascii()
-    assert r"580 \u2603" in text
+    assert "580 \N{SNOWMAN}" in as_text(examine_machine(cpu_machine(driver=driver)))
 
 
 def test_colour_comes_on_request_only() -> None:

@@ -10,7 +10,6 @@ FOLDER/
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from spach_deploy.bundle import MANIFEST, PLAN, Contents, check_target, writing
 from spach_deploy.deployment.cpp.facts import FileFacts, PackagedModel, model_text
 from spach_deploy.deployment.cpp.golden import golden_bytes
 from spach_deploy.deployment.labels import as_text, read_labels
+from spach_deploy.text import json_text
 
 CONTENTS = Contents("cpp-library", "a C++ library")
 LIBRARY = Path(__file__).with_name("library")
@@ -97,7 +97,7 @@ def _manifest(model: PackagedModel) -> str:
         "model": model.name,
         "plan_sha256": model.bundle.manifest.files[PLAN],
     }
-    return json.dumps(content, indent=2) + "\n"
+    return json_text(content) + "\n"
 
 
 def _write_text(path: Path, text: str) -> None:

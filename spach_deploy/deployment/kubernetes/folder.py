@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle import MANIFEST, Contents, check_target, sha256_of, writing
+from spach_deploy.command_lines import quoted
 from spach_deploy.deployment.kubernetes.deployed import Deployed, triton_options
 from spach_deploy.deployment.kubernetes.golden_pack import GoldenPack, golden_pack
 from spach_deploy.deployment.kubernetes.options import KubernetesOptions
 from spach_deploy.deployment.kubernetes.templating import TEMPLATES, read_template, render
 from spach_deploy.deployment.kubernetes.words import Words, all_words
 from spach_deploy.deployment.triton.repository import write_repository
+from spach_deploy.text import json_text
 
 CONTENTS = Contents("kubernetes-deployment", "a deployment")
 
@@ -51,9 +52,9 @@ class Written:
         """The three that make it run."""
         image = f"{self.deployed.image_name}:{self.image_tag}"
         return (
-            f"docker build -t {image} {self.path / IMAGE}",
+            f"docker build -t {image} {quoted(self.path / IMAGE)}",
             f"docker push {image}",
-            f"kubectl apply -k {self.path / 'overlays' / 'production'}",
+            f"kubectl apply -k {quoted(self.path / 'overlays' / 'production')}",
         )
 
 
@@ -128,7 +129,7 @@ def _manifest(deployed: Deployed, tag: str) -> str:
         "triton_image": deployed.image.reference,
         "image": f"{deployed.image_name}:{tag}",
     }
-    return json.dumps(content, indent=2) + "\n"
+    return json_text(content) + "\n"
 
 
 def _write(path: Path, text: str) -> None:

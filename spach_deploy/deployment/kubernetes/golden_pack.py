@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from spach_deploy.deployment.triton.served import ServedModel
 from spach_deploy.deployment.triton.tensors import DATA_TYPES
 from spach_deploy.errors import BundleError
 from spach_deploy.specs import BatchProfile
+from spach_deploy.text import json_text
 from spach_deploy.validation.reference import LOGITS, TOP_INDICES, TOP_VALUES, Golden, expected_outputs
 from spach_deploy.validation.tolerance import Bounds
 
@@ -54,7 +54,7 @@ def golden_pack(model: ServedModel) -> GoldenPack:
         "batches": [list(batch) for batch in sent],
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in tensors.items()},
     }
-    text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    text = json_text(description) + "\n"
     return GoldenPack({DESCRIPTION: text.encode(), **tensors}, tuple(map(len, sent)))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from spach_deploy.deployment.kubernetes.folder import Written
 from spach_deploy.deployment.kubernetes.sizes import quantity
 from spach_deploy.onnx_graph.runtimes import DATA, Runtimes
+from spach_deploy.text import json_text
 
 _LABEL_WIDTH = 12
 
@@ -45,7 +44,7 @@ def as_json(written: Written) -> str:
         "notes": list(deployed.model.notes),
         "commands": list(written.commands),
     }
-    return json.dumps(content, indent=2)
+    return json_text(content)
 
 
 def versions_table(known: Runtimes) -> str:

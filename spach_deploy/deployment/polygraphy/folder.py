@@ -12,7 +12,6 @@ FOLDER/
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 from spach_deploy._version import __version__
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, Contents, check_target, writing
 from spach_deploy.errors import MissingPackageError
+from spach_deploy.text import json_text
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import plan_batches
 from spach_deploy.validation.reference import INPUT, Golden, expected_outputs
@@ -101,7 +101,7 @@ def _write_data(folder: Path, golden: Golden, facts: BundleFacts, batches: list[
 
 def _bounds(facts: BundleFacts) -> str:
     bounds = {name: {"rel_l2": tolerance.rel_l2} for name, tolerance in facts.tolerances.graph.outputs.items()}
-    return json.dumps(bounds, indent=2) + "\n"
+    return json_text(bounds) + "\n"
 
 
 def _manifest(bundle: Bundle) -> str:
@@ -112,7 +112,7 @@ def _manifest(bundle: Bundle) -> str:
         "model": bundle.manifest.model["name"],
         "graph_sha256": bundle.manifest.files[GRAPH],
     }
-    return json.dumps(content, indent=2) + "\n"
+    return json_text(content) + "\n"
 
 
 def commands(*, has_plan: bool) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ REPOSITORY/
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from spach_deploy.deployment.triton.schema import to_text
 from spach_deploy.deployment.triton.served import BundleArgument, ServedModel, served_models
 from spach_deploy.deployment.triton.warmup import FOLDER, WarmUp, warm_up
 from spach_deploy.errors import UsageError
+from spach_deploy.text import json_text
 
 CONTENTS = Contents("triton-model-repository", "a model repository")
 CONFIG = "config.pbtxt"
@@ -161,4 +161,4 @@ def _write_manifest(staging: Path, models: Sequence[ServedModel]) -> None:
             for model in models
         },
     }
-    _write_text(staging / MANIFEST, json.dumps(content, indent=2) + "\n")
+    _write_text(staging / MANIFEST, json_text(content) + "\n")

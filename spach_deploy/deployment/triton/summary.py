@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from spach_deploy.command_lines import quoted
 from spach_deploy.deployment.triton.options import Backend
 from spach_deploy.deployment.triton.repository import Written
 from spach_deploy.deployment.triton.served import ServedModel
 from spach_deploy.deployment.triton.tensors import DATA_TYPES, shown
+from spach_deploy.text import json_text
 
 _LABEL_WIDTH = 12
 
@@ -22,15 +23,14 @@ def as_text(written: Written) -> str:
 
 def as_json(written: Written) -> str:
     """The same as JSON."""
-    return json.dumps(
+    return json_text(
         {
             "repository": str(written.path),
             "models": [_facts(model, written) for model in written.models],
             "steps": list(written.steps),
             "warnings": list(written.warnings),
             "serve": serve_command(written),
-        },
-        indent=2,
+        }
     )
 
 
@@ -39,7 +39,7 @@ def serve_command(written: Written) -> str | None:
     if written.warnings:
         return None
     cache = " --cache-config local,size=1073741824" if written.options.response_cache else ""
-    return f"tritonserver --model-repository {written.path}{cache}"
+    return f"tritonserver --model-repository {quoted(written.path)}{cache}"
 
 
 def _served_versions(model: ServedModel, written: Written) -> tuple[int, ...]:

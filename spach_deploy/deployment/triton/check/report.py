@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 from spach_deploy.deployment.triton.check.findings import Checked, Finding, Severity
 from spach_deploy.errors import printable
+from spach_deploy.text import json_text
 
 
 def as_text(checked: Checked) -> str:
@@ -20,7 +20,7 @@ def as_text(checked: Checked) -> str:
 
 def as_json(checked: Checked) -> str:
     """The same as JSON."""
-    return json.dumps(checked.to_dict(), indent=2)
+    return json_text(checked.to_dict())
 
 
 def _lines(finding: Finding) -> list[str]:
