@@ -32,11 +32,11 @@ from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import OPSET, export_canonical, simplify
+from spach_deploy.onnx_graph.export import export_canonical, simplify
 from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.precision.half import type_graph
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import EngineTarget, Precision
+from spach_deploy.specs import OPSET, EngineTarget, Precision
 
 BATCH = 8
 

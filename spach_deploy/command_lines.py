@@ -53,6 +53,7 @@ def export_words(options: ExportOptions) -> list[str]:
     words += _optional("--top-k", options.outputs.top_k)
     words += _flag("--softmax", options.outputs.softmax)
     words += _engine(options.engine)
+    words += _optional("--opset", options.opset)
     words += _repeated("--no-rewrite", options.disabled_rewrites)
     words += _optional("--output", options.output)
     return [*words, *_flag("--overwrite", options.overwrite)]

@@ -130,10 +130,18 @@ def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavou
 
     _collected(lambda: check_spec(options.model), refusals)
     _collected(lambda: check_quantization(options), refusals)
+    _collected(lambda: _check_opset(options), refusals)
     _collected(target, refusals)
     found: list[EngineFlavour | None] = []
     _collected(lambda: found.append(engine()), refusals)
     return found[0] if found else None
+
+
+def _check_opset(options: ExportOptions) -> None:
+    if options.opset is not None:
+        from spach_deploy.onnx_graph.opset import check_opset
+
+        check_opset(options)
 
 
 def _collected(check: Callable[[], object], refusals: list[SpachError]) -> None:
@@ -216,6 +224,7 @@ def _facts(
     yield "model", options.model.name or _UNKNOWN
     yield "weights", str(options.model.checkpoint or "demo weights")
     yield "precision", options.precision.value
+    yield "opset", str(options.graph_opset)
     yield "engine", "none" if flavour is None else flavour.flavour.value
     yield "images", _number(options.images, images, f"the {_GOLDEN_IMAGES} built-in photographs")
     if options.precision.is_quantized:

@@ -182,9 +182,16 @@ class QuantizationSpec:
         return self.max_rel_l2 is not None or self.max_drop is not None
 
 
+OPSET = 20
+"""Of graphs of which no operator needs a later one."""
+
+_OPSETS = {Precision.FP8: 21, Precision.BF16: 22}
+"""ONNX Runtime before 1.32 has FP8 from opset 21 on; Conv takes bfloat16 from 22 on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """All that `spach-export` was asked for."""
+    """All that `spach-export` was asked for. `opset` None is `graph_opset`'s own choice."""
 
     model: ModelSpec = ModelSpec()
     precision: Precision = Precision.FP32
@@ -195,8 +202,14 @@ class ExportOptions:
     overwrite: bool = False
     disabled_rewrites: tuple[str, ...] = ()
     quantization: QuantizationSpec = QuantizationSpec()
+    opset: int | None = None
 
     @property
     def rest(self) -> Precision:
         """Precision of what is not quantized; the precision itself where nothing is."""
         return self.quantization.rest if self.precision.is_quantized else self.precision
+
+    @property
+    def graph_opset(self) -> int:
+        """The opset asked for; else the lowest in which runtimes have such operators."""
+        return self.opset or max(_OPSETS.get(self.precision, OPSET), _OPSETS.get(self.rest, OPSET))

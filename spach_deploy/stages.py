@@ -22,10 +22,12 @@ from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, Traced, export_canonical
 from spach_deploy.onnx_graph.interface import add_interface, check_outputs
+from spach_deploy.onnx_graph.opset import check_operators, check_opset, convert_opset
 from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.onnx_graph.prototype import Prototype, prototype_of
 from spach_deploy.phases import Phases, trim_heap
 from spach_deploy.precision.decision import TypingOptions
+from spach_deploy.precision.elements import element_types
 from spach_deploy.precision.formats import half_format
 from spach_deploy.precision.half import TypedGraph, type_graph
 from spach_deploy.precision.layers import LayerPrecision, weighted_layers
@@ -109,6 +111,7 @@ def check_options(options: ExportOptions) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
     check_quantization(options)
+    check_opset(options)
     known = [*(step.name for step in REWRITES), *(step.name for step in (*TENSORRT_PASSES, *CPU_PASSES))]
     for name in options.disabled_rewrites:
         if name not in known:
@@ -204,6 +207,7 @@ def give_form(
     passes = _passes(options)
     changed = apply_passes(model, passes, options.disabled_rewrites)
     add_interface(model, options.outputs, photographs.preprocessing)
+    convert_opset(model, options.graph_opset, element_types(model))
     return dataclasses.replace(graph, changed=changed)
 
 
@@ -271,6 +275,7 @@ def type_precision(
     if plan is not None:
         result = quantize_typed(result, plan)
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
+    check_operators(result, element_types(result))
     certificate = certify(result, module_paths(loaded))
     return TypedStage(result, interface_of(result), policy, certificate, errors, weighted_layers(result))
 

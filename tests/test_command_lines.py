@@ -49,6 +49,7 @@ EXPORTS = [
         output=Path("build/it's"),
         overwrite=True,
         disabled_rewrites=("fold_residual", "grid_stream"),
+        opset=22,
     ),
     ExportOptions(
         MODEL,

@@ -18,6 +18,7 @@ def refuse_early(options: ExportOptions) -> None:
     """Raise the SpachError that `pipeline.export` would raise for model, engine or target."""
     check_spec(options.model)
     check_quantization(options)
+    refuse_opset(options)
     flavour = choose_flavour(options.engine.flavour)
     if flavour is not None:
         engine = flavour.resolve(options.engine, options.precision)
@@ -26,6 +27,14 @@ def refuse_early(options: ExportOptions) -> None:
     target = target_directory(options)
     if target is not None:
         check_target(target, overwrite=options.overwrite)
+
+
+def refuse_opset(options: ExportOptions) -> None:
+    """The same for --opset, which takes ONNX to be asked about."""
+    if options.opset is not None:
+        from spach_deploy.onnx_graph.opset import check_opset
+
+        check_opset(options)
 
 
 def target_directory(options: ExportOptions) -> Path | None:

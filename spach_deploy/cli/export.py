@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @click.option("--io-dtype", type=click.Choice([d.value for d in IODtype]), help="What the caller sends.  [fp32]")
 @click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Add the K best values and their indices.")
 @click.option("--softmax/--no-softmax", default=None, help="Add probabilities.")
+@click.option("--opset", type=click.IntRange(min=1), metavar="N", help="The graph's opset.  [20; fp8 21, bf16 22]")
 @click.option("--engine", type=click.Choice([f.value for f in Flavour]), help="Which TensorRT builds.  [auto]")
 @click.option("--gpu", metavar="LIST", help="GPUs, such as sm86,sm89 or rtx4090,l4; default: all from Ampere on.")
 @click.option("--batch", metavar="MIN:OPT:MAX", help="Batch sizes the engine accepts, or one number.  [1:8:32]")

@@ -55,6 +55,7 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
         overwrite=bool(values.get("overwrite")),
         disabled_rewrites=tuple(values.get("no_rewrite") or ()),
         quantization=quantization_spec(values),
+        opset=values.get("opset"),
     )
 
 

@@ -38,7 +38,7 @@ _CHOICES = {
 }
 _PATHS = ("checkpoint", "images", "output", "timing_cache", "calibration", "calibration_cache", "labels")
 _LISTS = ("gpu", "no_rewrite", "keep_float", "quantize", "per_tensor")
-_NUMBERS = ("image_size", "num_classes", "top_k", "opt_level")
+_NUMBERS = ("image_size", "num_classes", "top_k", "opt_level", "opset")
 _BOUNDS = ("max_rel_l2", "max_drop")
 _SWITCHES = (
     *("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite", "equalize", "allow_overlap"),

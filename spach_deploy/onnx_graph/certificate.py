@@ -16,6 +16,7 @@ from onnx import ModelProto, TypeProto
 
 from spach_deploy.errors import CertificateError
 from spach_deploy.onnx_graph.names import owner
+from spach_deploy.onnx_graph.opset import opset_of
 
 FORBIDDEN = (
     "Shape",
@@ -37,6 +38,7 @@ class Certificate:
     """Facts of a graph that keeps the promises."""
 
     opset: int
+    ir_version: int
     nodes: int
     operators: dict[str, int]
     symbolic: str | None
@@ -66,7 +68,9 @@ def certify(model: ModelProto, modules: Collection[str]) -> Certificate:
         raise CertificateError(f"The exported graph cannot be certified: {'; '.join(problems)}.")
     operators = dict(Counter(node.op_type for node in model.graph.node).most_common())
     named = len({owner(node.name) for node in model.graph.node})
-    return Certificate(_opset(model), len(model.graph.node), operators, next(iter(symbolic), None), named)
+    return Certificate(
+        opset_of(model), model.ir_version, len(model.graph.node), operators, next(iter(symbolic), None), named
+    )
 
 
 def _check_form(model: ModelProto, light: ModelProto) -> None:
@@ -101,10 +105,6 @@ def _without_large_weights(model: ModelProto) -> ModelProto:
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     return light
-
-
-def _opset(model: ModelProto) -> int:
-    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
 
 
 def _forbidden(model: ModelProto) -> list[str]:

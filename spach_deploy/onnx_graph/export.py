@@ -26,13 +26,13 @@ from spach_deploy.onnx_graph.prototype import Prototype, make_prototype, structu
 from spach_deploy.onnx_graph.stamp import block_of, stamp_blocks
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.pages import small_pages
+from spach_deploy.specs import OPSET
 
 if TYPE_CHECKING:
     from onnx_ir import Graph
     from torch import nn
     from torch.onnx import ONNXProgram
 
-OPSET = 20
 INPUT, LOGITS, BATCH = "input", "logits", "batch"
 _TRACED_BATCH = 3
 

@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from spach_deploy.errors import PrecisionError
 from spach_deploy.onnx_graph.graph import initializers, producers
+from spach_deploy.onnx_graph.opset import raise_opset
 from spach_deploy.precision.decision import Decision, TypingOptions
 from spach_deploy.precision.elements import element_types
 from spach_deploy.precision.formats import BF16, FLOAT, FP16, half_format, is_float, type_name
@@ -23,7 +24,7 @@ from spach_deploy.precision.weights import EncodedWeights
 from spach_deploy.specs import IODtype, Precision
 
 _CLOSEST = 5
-_BF16_CONV_OPSET = 22
+_BF16_OPSET = 22
 """Conv takes bfloat16 from this opset on."""
 
 
@@ -231,23 +232,15 @@ class _Writer:
         for field, value in self._source.ListFields():
             if field.name != "graph":
                 _set_field(model, field.name, value)
-        if self._decision is not None and self._decision.form is BF16:
-            self._raise_opset(model)
         graph = model.graph
         graph.name = self._source.graph.name
         graph.node.extend(self._nodes)
         graph.initializer.extend(self._used.values())
         graph.input.extend(self._value(value) for value in self._source.graph.input)
         graph.output.extend(self._value(value) for value in self._source.graph.output)
+        if self._decision is not None and self._decision.form is BF16:
+            raise_opset(model, _BF16_OPSET)
         return model
-
-    def _raise_opset(self, model: ModelProto) -> None:
-        """Nothing that SPACH graphs hold changes its meaning on the way, but GroupNormalization would."""
-        if any(node.op_type == "GroupNormalization" for node in self._nodes):
-            raise PrecisionError("A graph with GroupNormalization cannot become bfloat16.", "Use --fp16.")
-        entry = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-        entry.version = max(entry.version, _BF16_CONV_OPSET)
-        model.ir_version = max(model.ir_version, 10)
 
     def _value(self, value: ValueInfoProto) -> ValueInfoProto:
         twin = ValueInfoProto()

@@ -15,6 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from spach_deploy.errors import PrecisionError
 from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.onnx_graph.opset import raise_opset
 from spach_deploy.precision.elements import element_types
 from spach_deploy.precision.formats import FLOAT, HALF_FORMATS
 from spach_deploy.quantization.formats import EightBits, Float32
@@ -33,8 +34,8 @@ class Operand(enum.Enum):
     WEIGHTS = "weights"
 
 
-_BF16_OPSET = 21
-"""QuantizeLinear takes bfloat16 from this opset on."""
+_OPSET = 21
+"""QuantizeLinear takes bfloat16 from this opset on, and most runtimes have FP8 from it on."""
 
 
 def insert_pairs(typed: ModelProto, plan: QuantizationPlan) -> ModelProto:
@@ -135,9 +136,8 @@ class _Inserter:
         graph.initializer.extend(self._added)
         graph.input.extend(self._source.graph.input)
         graph.output.extend(self._source.graph.output)
-        if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in self._added):
-            entry = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-            entry.version = max(entry.version, _BF16_OPSET)
+        if any(tensor.data_type in (TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN) for tensor in self._added):
+            raise_opset(model, _OPSET)
         return model
 
 

@@ -318,14 +318,6 @@ def test_a_bfloat16_graph_is_valid_onnx() -> None:
     onnx.checker.check_model(typed, full_check=True)
 
 
-def test_raising_the_opset_never_changes_a_meaning() -> None:
-    model = graph(
-        [node("GroupNormalization", ["input", "w", "w"], "n/GN", num_groups=1)], ["n/GN"], w=array(1, 1, 1, 1)
-    )
-    with pytest.raises(PrecisionError, match="GroupNormalization"):
-        type_graph(model, Precision.BF16)
-
-
 def test_the_source_graph_is_not_changed() -> None:
     model = target_graph("hybrid", 1e6)
     before = model.SerializeToString()
