@@ -31,7 +31,7 @@ HYBRID = ("--model", "ms_hybrid_s", "--engine", "none")
 
 def target_graph() -> ModelProto:
     """Every operator that graphs for TensorRT have."""
-    model = ModelProto.FromString(canonical_bytes("hybrid"))
+    model: ModelProto = ModelProto.FromString(canonical_bytes("hybrid"))
     apply_passes(model, TENSORRT_PASSES)
     return model
 
