@@ -64,6 +64,7 @@ def _model(spec: ModelSpec) -> Words:
     yield from _optional("--checkpoint", spec.checkpoint)
     if spec.weights is not WeightSource.MODEL:
         yield from ("--weights", spec.weights.value)
+    yield from _repeated("--ignore", spec.ignore)
     yield from _optional("--image-size", spec.image_size)
     yield from _optional("--num-classes", spec.num_classes)
 
@@ -119,6 +120,7 @@ class ValidateWords:
     max_drop: float | None = None
     checkpoint: Path | None = None
     weights: str | None = None
+    ignore: tuple[str, ...] = ()
     bisect: bool = False
     against: Path | None = None
     accept_graph: bool = False
@@ -138,6 +140,7 @@ def validate_command(given: ValidateWords) -> str:
         ("--against", given.against),
     ):
         words += _optional(option, value)
+    words += _repeated("--ignore", given.ignore)
     words += _flag("--bisect", given.bisect)
     return joined([*words, *(("--accept", "graph") if given.accept_graph else ())])
 

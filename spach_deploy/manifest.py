@@ -33,6 +33,7 @@ def model_section(loaded: LoadedModel, options: ExportOptions) -> dict[str, Any]
         "checkpoint": None if loaded.checkpoint_path is None else loaded.checkpoint_path.name,
         "checkpoint_sha256": loaded.checkpoint_sha256,
         "weights": options.model.weights.value,
+        "ignored": list(options.model.ignore),
         "weights_sha256": loaded.weights_sha256,
         "notes": list(loaded.notes),
     }

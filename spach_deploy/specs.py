@@ -116,13 +116,17 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Which model, with which weights. `checkpoint` None means demo weights."""
+    """Which model, with which weights. `checkpoint` None means demo weights.
+
+    `ignore`: patterns of names, as fnmatch reads them, of tensors in the checkpoint that are not the model's.
+    """
 
     name: str | None = None
     checkpoint: Path | None = None
     weights: WeightSource = WeightSource.MODEL
     image_size: int | None = None
     num_classes: int | None = None
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,7 @@ class Setup:
     checkpoint: Path | None = None
     weights: WeightSource | None = None
     threads: int = 1
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,9 @@ def _torch(
     torch.set_num_threads(setup.threads)
     facts = BundleFacts.of(bundle)
     device = GPU if torch.cuda.is_available() else CPU
-    model = change(rebuild(bundle.manifest.model, Weights(setup.checkpoint, setup.weights)).model.to(device))
+    model = change(
+        rebuild(bundle.manifest.model, Weights(setup.checkpoint, setup.weights, setup.ignore)).model.to(device)
+    )
     with torch.inference_mode():
         yield Opened(
             lambda images: model(images.to(device)).float().cpu().numpy(),

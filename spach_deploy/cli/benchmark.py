@@ -29,6 +29,7 @@ _RUNNERS = ("eager", "compile", "bf16", "onnxruntime", "openvino", "openvino-bf1
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each runner.  [all cores]")
 @opt.checkpoint
 @click.option("--weights", type=click.Choice([source.value for source in WeightSource]), help="Which weights of it.")
+@opt.ignore
 @click.option("--plot", type=opt.FILE, metavar="FILE.svg", help="Draw latency against batch and speed against error.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @opt.debug
@@ -43,6 +44,7 @@ def main(
     threads: int | None,
     checkpoint: Path | None,
     weights: str | None,
+    ignore: tuple[str, ...],
     plot: Path | None,
     as_json: bool,
 ) -> int:
@@ -69,7 +71,7 @@ def main(
     if plot is not None:
         check_plot(plot)
     source = None if weights is None else WeightSource(weights)
-    setup = Setup(bundle, checkpoint, source, threads or available_threads())
+    setup = Setup(bundle, checkpoint, source, threads or available_threads(), ignore)
     question = Question(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
         found = measure(question, tell)

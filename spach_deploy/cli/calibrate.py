@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="NAME", help="Model, such as ms_hybrid_s; inferred from the checkpoint if one fits.")
 @opt.checkpoint
 @opt.weights
+@opt.ignore
 @click.option("--image-size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the square input.  [224]")
 @click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Classes; inferred from a checkpoint.")
 @opt.calibration

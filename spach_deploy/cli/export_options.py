@@ -179,6 +179,7 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
         weights=WeightSource(values.get("weights") or "model"),
         image_size=values.get("image_size"),
         num_classes=values.get("num_classes"),
+        ignore=tuple(values.get("ignore") or ()),
     )
 
 

@@ -31,6 +31,12 @@ def weights(function: F) -> F:
     return click.option("--weights", type=choice, help=text)(function)
 
 
+def ignore(function: F) -> F:
+    """--ignore."""
+    text = "Tensors of the checkpoint that are not the model's, such as 'head_dist.*'; may be repeated."
+    return click.option("--ignore", multiple=True, metavar="PATTERN", help=text)(function)
+
+
 def calibration(function: F) -> F:
     """--calibration."""
     text = "Images to calibrate on: a folder, a tar or an npz; or what spach-calibrate wrote (.json)."

@@ -37,7 +37,7 @@ _CHOICES = {
     "rest": list(RESTS),
 }
 _PATHS = ("checkpoint", "images", "output", "timing_cache", "calibration", "calibration_cache", "labels")
-_LISTS = ("gpu", "no_rewrite", "keep_float", "quantize", "per_tensor")
+_LISTS = ("gpu", "ignore", "no_rewrite", "keep_float", "quantize", "per_tensor")
 _NUMBERS = ("image_size", "num_classes", "top_k", "opt_level", "opset")
 _BOUNDS = ("max_rel_l2", "max_drop")
 _SWITCHES = (

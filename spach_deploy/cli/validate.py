@@ -51,6 +51,7 @@ _REPORT = "Write the report here, its page beside it.  [report.json in the bundl
     type=click.Choice([source.value for source in WeightSource]),
     help="Which weights of the checkpoint.  [those that the bundle was made from]",
 )
+@opt.ignore
 @click.option("--bisect", is_flag=True, help=_BISECT)
 @click.option("--against", type=opt.FILE, metavar="BUNDLE", help=_AGAINST)
 @click.option("--accept", type=click.Choice(["graph"]), help="Exit with 0 where the graph agreed and no GPU is here.")
@@ -71,6 +72,7 @@ def main(
     max_drop: float | None,
     checkpoint: Path | None,
     weights: str | None,
+    ignore: tuple[str, ...],
     bisect: bool,
     against: Path | None,
     accept: str | None,
@@ -112,6 +114,7 @@ def main(
         max_drop=max_drop,
         checkpoint=checkpoint,
         weights=weights,
+        ignore=ignore,
         bisect=bisect,
         against=against,
         accept_graph=accept == "graph",
@@ -161,6 +164,7 @@ def _request(words: ValidateWords, cluster: str | None = None) -> ValidationRequ
         images=words.images,
         checkpoint=words.checkpoint,
         weights=None if words.weights is None else WeightSource(words.weights),
+        ignore=words.ignore,
         max_images=words.max_images,
         accept_graph=words.accept_graph,
         labels=words.labels,

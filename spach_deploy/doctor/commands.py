@@ -64,7 +64,8 @@ def _weights(model: Mapping[str, Any]) -> list[str]:
     if not model.get("checkpoint"):
         return []
     chosen = str(model.get("weights", "model"))
-    return ["--checkpoint", str(model["checkpoint"]), *([] if chosen == "model" else ["--weights", chosen])]
+    ignored = [word for pattern in model.get("ignored", ()) for word in ("--ignore", str(pattern))]
+    return ["--checkpoint", str(model["checkpoint"]), *([] if chosen == "model" else ["--weights", chosen]), *ignored]
 
 
 def _sizes(model: Mapping[str, Any]) -> list[str]:

@@ -89,7 +89,7 @@ def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
 
 def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     content, sha256 = read_checkpoint(path)
-    state = state_dict_from_content(content, spec.weights)
+    state = state_dict_from_content(content, spec.weights, spec.ignore)
     name, notes = _identify(spec, state)
     classes = num_classes_of(state.tensors) or 0
     size, size_notes = choose_image_size(state.args, name, image_size_of(CONFIGS[name], state.tensors), spec.image_size)

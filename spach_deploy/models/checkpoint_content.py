@@ -1,14 +1,17 @@
 """From what a checkpoint file holds to the state dict in it, saying each step.
 
 Training code saves {"model": ..., "model_ema": ..., "optimizer": ..., "args": ...}; others save a bare state
-dict, or one under `state_dict`; wrappers such as DistributedDataParallel and torch.compile prefix the names.
+dict, or one under a name of their own; wrappers such as DistributedDataParallel, torch.compile and FSDP put parts into
+the names, and modules that hold the model a prefix before them (`model.`, `backbone.`). Where the stem is tells where a
+model is: every model has one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +21,16 @@ from spach_deploy.errors import CheckpointError
 from spach_deploy.specs import WeightSource
 
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
-_EMA_KEYS = ("model_ema", "state_dict_ema")
-_WRAPPER_NAMES = ("module", "_orig_mod")  # DistributedDataParallel and DataParallel; torch.compile
+_EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "model_ema_state_dict")
+_WRAPPER_NAMES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""DistributedDataParallel, DataParallel and AveragedModel; torch.compile; FSDP; activation checkpointing."""
+
+_STEMS = ("stem.proj.weight", "stem.proj.0.weight")
+_AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel: how many models its weights are the average of
 _SHOWN = 8
+_LONGEST = 100
 _DEPTH = 8
+_MAPPINGS = 10_000  # looked at in one file; an optimizer has one a parameter
 _REPEATED_BYTES = 1_000_000  # such as a LayerScale of one value for all channels
 
 
@@ -34,66 +43,131 @@ class StateDict:
     notes: tuple[str, ...]
 
 
-def state_dict_from_content(content: Any, weights: WeightSource) -> StateDict:
-    """The state dict of `weights` in `content`, as `read_checkpoint` returns it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a model is in the file: keys that lead to the mapping which holds it, and the prefix of its names there."""
 
-    CheckpointError when there is none, or when two names become one.
+    path: tuple[str, ...]
+    prefix: str
+    found: Mapping[Any, Any]
+
+    @property
+    def label(self) -> str:
+        """Path and prefix as one."""
+        return "".join(f"{key}." for key in self.path) + self.prefix
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether it is a moving average of the weights, by its name."""
+        return any(part in _EMA_KEYS for part in self.label.split("."))
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether training code has a name for this place."""
+        return not self.prefix and all(key in _MODEL_KEYS + _EMA_KEYS for key in self.path)
+
+
+def state_dict_from_content(content: Any, weights: WeightSource, ignore: Sequence[str] = ()) -> StateDict:
+    """The state dict of `weights` in `content`, as `read_checkpoint` returns it, less what `ignore` names.
+
+    `ignore`: patterns of names, as fnmatch reads them, with or without what is removed from the names here.
+    CheckpointError when there is none or more than one, when tensors stand beside it, or when two names become one.
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"The checkpoint holds a {type(content).__name__}, not named tensors.",
             "Save a state dict: torch.save(model.state_dict(), 'weights.pth').",
         )
-    found, path = _descend(content, weights)
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    places = list(_places(content))
+    skipped = {place.label: pattern for place in places if (pattern := _skipping(place, ignore))}
+    place = _chosen([place for place in places if place.label not in skipped], content, weights)
+    tensors = {str(name): value for name, value in place.found.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"The checkpoint holds no tensors: {_holds(found)}.", "Give one that holds weights.")
+        raise CheckpointError(
+            f"The checkpoint holds no tensors: {_holds(place.found)}.", "Give one that holds weights."
+        )
     _check_values(tensors)
-    stripped = _strip_wrappers(tensors)
-    notes = [f"unwrapped {' > '.join(path)}"] if path else []
-    notes += _note_names(tensors, stripped) + _note_others(found, is_top=not path)
-    return StateDict(stripped, _args(content), tuple(notes))
+    others = [other for other in places if other.found is place.found and other is not place]
+    names = _Names.of(tensors, place, others, ignore)
+    notes = [f"unwrapped {' > '.join(place.path)}"] if place.path else []
+    notes += [*names.notes, *_note_ignored(names.ignored, skipped, ignore)]
+    notes += [*_note_others(place.found, is_top=not place.path), *_note_averaged(places, place)]
+    return StateDict(names.plain, _args(content), tuple(notes))
 
 
 def shown(names: Iterable[str]) -> str:
     """The first names of a list, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
+    return ", ".join(name[:_LONGEST] for name in listed[:_SHOWN]) + more
 
 
-def _descend(content: Mapping[Any, Any], weights: WeightSource) -> tuple[Mapping[Any, Any], list[str]]:
-    """The innermost mapping that holds the weights asked for, and the keys that lead to it."""
-    path: list[str] = []
-    if weights is WeightSource.EMA:
-        content, path = _ema(content)
-    elif _holds_only_ema(content):
+def _places(content: Mapping[Any, Any]) -> Iterator[_Place]:
+    """Every model in a file, by its stem: outer ones first. At most `_MAPPINGS` mappings are looked at."""
+    waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
+    for path, found in waiting:
+        names = [_unwrapped(name) for name, value in found.items() if isinstance(name, str) and _is_tensor(value)]
+        stems = [(name, stem) for name in names for stem in _STEMS if f".{name}".endswith(f".{stem}")]
+        yield from (_Place(path, name.removesuffix(stem), found) for name, stem in dict.fromkeys(stems))
+        if len(path) < _DEPTH:  # a pickle can hold a dictionary that holds itself
+            inner = [(key, value) for key, value in found.items() if isinstance(key, str) and _is_mapping(value)]
+            waiting += [((*path, key), value) for key, value in inner[: _MAPPINGS - len(waiting)]]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _skipping(place: _Place, ignore: Sequence[str]) -> str | None:
+    """The pattern that leaves a whole model out."""
+    stems = [f"{place.label}{stem}" for stem in _STEMS]
+    return next((pattern for pattern in ignore if any(fnmatch.fnmatchcase(stem, pattern) for stem in stems)), None)
+
+
+def _chosen(places: Sequence[_Place], content: Mapping[Any, Any], weights: WeightSource) -> _Place:
+    """The model that was asked for; where there is no stem, the mapping that training code would have put it in."""
+    is_averaged = weights is WeightSource.EMA
+    wanted = [place for place in places if place.is_averaged == is_averaged]
+    if is_averaged and not wanted:
+        raise CheckpointError(
+            f"The checkpoint holds no moving average of its weights (model_ema): {_holds(content)}.",
+            "Leave --weights ema out.",
+        )
+    if places and not wanted:
         raise CheckpointError(
             f"The checkpoint holds no model weights, only their moving average: {_holds(content)}.",
             "Take that with --weights ema.",
         )
-    while len(path) < _DEPTH:  # a pickle can hold a dictionary that holds itself
-        key = next((key for key in _MODEL_KEYS if isinstance(content.get(key), Mapping)), None)
-        if key is None:
-            break
-        content, path = content[key], [*path, key]
-    return content, path
+    if not wanted:
+        return _descended(content)
+    if usual := [place for place in wanted if place.is_usual]:
+        return min(usual, key=lambda place: [(_MODEL_KEYS + _EMA_KEYS).index(key) for key in place.path])
+    if len(wanted) > 1:
+        raise _several(wanted)
+    return wanted[0]
 
 
-def _ema(content: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], list[str]]:
-    for key in _EMA_KEYS:
-        if isinstance(content.get(key), Mapping):
-            return content[key], [key]
-    raise CheckpointError(
-        f"The checkpoint holds no moving average of its weights (model_ema): {_holds(content)}.",
-        "Leave --weights ema out.",
+def _several(places: Sequence[_Place]) -> CheckpointError:
+    labels = [place.label for place in places]
+    return CheckpointError(
+        f"The checkpoint holds {len(places)} models: {shown(labels)}.",
+        f"Leave out all but one, such as with --ignore '{labels[-1]}*'.",
     )
 
 
-def _holds_only_ema(content: Mapping[Any, Any]) -> bool:
-    has_model = any(isinstance(content.get(key), Mapping) for key in _MODEL_KEYS)
-    has_tensors = any(isinstance(value, Tensor) for value in content.values())
-    return not (has_model or has_tensors) and any(isinstance(content.get(key), Mapping) for key in _EMA_KEYS)
+def _descended(content: Mapping[Any, Any]) -> _Place:
+    """The innermost mapping under the names that training code gives to weights."""
+    path: tuple[str, ...] = ()
+    while len(path) < _DEPTH:
+        key = next((key for key in _MODEL_KEYS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            break
+        content, path = content[key], (*path, key)
+    return _Place(path, "", content)
 
 
 def _holds(content: Mapping[Any, Any]) -> str:
@@ -102,13 +176,18 @@ def _holds(content: Mapping[Any, Any]) -> str:
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of more values than the file holds for them: a stride of zero makes terabytes of one number."""
+    """Refuse tensors without values, or of more than the file holds: a stride of zero makes terabytes of one number."""
 
     def is_short(tensor: Tensor) -> bool:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             return False  # refused by its kind, where the model has it
         return tensor.numel() * tensor.element_size() > max(_REPEATED_BYTES, tensor.untyped_storage().nbytes())
 
+    if not any(tensor.numel() for tensor in tensors.values()):
+        raise CheckpointError(
+            "The checkpoint's tensors are all empty, as where each process of a training kept its own part.",
+            "Join the parts where they are: with DeepSpeed, by its zero_to_fp32.py.",
+        )
     if short := [name for name, tensor in tensors.items() if is_short(tensor)]:
         raise CheckpointError(
             f"The checkpoint holds one value for many in {len(short)} tensors: {shown(short)}.",
@@ -116,25 +195,110 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the path parts of wrappers; no module of ours is called like one."""
-    stripped: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
-        if plain in stripped:
+def _unwrapped(name: str) -> str:
+    """A name without the parts that wrappers put into it; no module of ours is called like one."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """Tensors by the model's own names, notes on what was removed, and the pattern of each that was ignored."""
+
+    plain: dict[str, Tensor]
+    notes: tuple[str, ...]
+    ignored: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], place: _Place, others: Sequence[_Place], ignore: Sequence[str]
+    ) -> _Names:
+        """Of the model at `place`, among `others` in the same mapping."""
+        ignored = {name: pattern for name in tensors if (pattern := _matching(name, place, ignore))}
+        rest = [name for name in tensors if name not in ignored and not _is_of_other(name, place, others)]
+        averages = [name for name in rest if _is_average(name, tensors[name])]
+        chosen = [name for name in rest if name not in averages]
+        if outside := [name for name in chosen if not _unwrapped(name).startswith(place.prefix)]:
+            raise _beside(outside, chosen, place)
+        notes = [*_note_wrappers(chosen), *([f"removed the prefix `{place.prefix}`"] if place.prefix else [])]
+        notes += [f"dropped {name}: {int(tensors[name])} models were averaged" for name in averages]
+        return cls(_renamed(chosen, tensors, place), tuple(notes), ignored)
+
+
+def _matching(name: str, place: _Place, ignore: Sequence[str]) -> str | None:
+    """The pattern that a tensor's name matches in one of its forms."""
+    plain = _unwrapped(name)
+    forms = ("".join(f"{key}." for key in place.path) + name, name, plain, plain.removeprefix(place.prefix))
+    return next((pattern for pattern in ignore if any(fnmatch.fnmatchcase(form, pattern) for form in forms)), None)
+
+
+def _is_average(name: str, tensor: Tensor) -> bool:
+    return name.rpartition(".")[2] == _AVERAGED and tensor.ndim == 0 and tensor.dtype == torch.int64
+
+
+def _is_of_other(name: str, place: _Place, others: Sequence[_Place]) -> bool:
+    """Whether a tensor is of a moving average that was not asked for, or of the model beside one that was."""
+    plain = _unwrapped(name)
+    if place.is_averaged:
+        return not plain.startswith(place.prefix)
+    return any(other.is_averaged and plain.startswith(other.prefix) for other in others)
+
+
+def _beside(outside: Sequence[str], chosen: Sequence[str], place: _Place) -> CheckpointError:
+    inside = [name for name in chosen if name not in outside]
+    has_head = any(_unwrapped(name) == f"{place.prefix}head.weight" for name in inside)
+    drop = f"Drop them with {ignoring(outside, inside)}."
+    return CheckpointError(
+        f"The model's names begin with {place.prefix}, and those of {len(outside)} tensors do not: {shown(outside)}.",
+        drop if has_head else f"The head must have that prefix too: save both as one state dict. {drop}",
+    )
+
+
+def ignoring(names: Iterable[str], needed: Iterable[str]) -> str:
+    """The options that drop tensors of these names and none of `needed`."""
+    kept = [*needed]
+
+    def pattern(name: str) -> str:
+        parts = name.split(".")
+        starts = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        return next((f"{start}*" for start in starts if not any(other.startswith(start) for other in kept)), name)
+
+    patterns = list(dict.fromkeys(map(pattern, names)))
+    return " ".join(f"--ignore '{each}'" for each in patterns[:_SHOWN]) + (" ..." if len(patterns) > _SHOWN else "")
+
+
+def _renamed(chosen: Iterable[str], tensors: Mapping[str, Tensor], place: _Place) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name in chosen:
+        plain = _unwrapped(name).removeprefix(place.prefix)
+        if plain in renamed:
             raise CheckpointError(
                 f"The checkpoint holds {plain} twice, with and without a wrapper's prefix.",
                 "Save the state dict of one model.",
             )
-        stripped[plain] = tensor
-    return stripped
+        renamed[plain] = tensors[name]
+    return renamed
 
 
-def _note_names(tensors: Mapping[str, Tensor], stripped: Mapping[str, Tensor]) -> list[str]:
-    changed = [name for name in tensors if name not in stripped]
+def _note_wrappers(names: Sequence[str]) -> list[str]:
+    changed = [name for name in names if _unwrapped(name) != name]
     used = [wrapper for wrapper in _WRAPPER_NAMES if any(wrapper in name.split(".") for name in changed)]
     removed = " and ".join(f"`{wrapper}.`" for wrapper in used)
     return [f"removed {removed} from {len(changed)} names"] if changed else []
+
+
+def _note_ignored(ignored: Mapping[str, str], skipped: Mapping[str, str], ignore: Sequence[str]) -> Iterator[str]:
+    for pattern in dict.fromkeys(ignore):
+        names = [name for name, matched in ignored.items() if matched == pattern]
+        models = [label for label, matched in skipped.items() if matched == pattern]
+        dropped = [f"dropped {len(names)} tensors: {shown(names)}"] if names else []
+        dropped += [f"left out what is under {shown(models)}"] if models and not names else []
+        yield f"--ignore '{pattern}' {' and '.join(dropped) or 'matched no tensor'}"
+
+
+def _note_averaged(places: Iterable[_Place], place: _Place) -> list[str]:
+    """That there are averaged weights, where others were taken."""
+    labels = [other.label.rstrip(".") for other in places if other.is_averaged and not place.is_averaged]
+    return [f"averaged weights are in the file too ({shown(labels)}): --weights ema takes them"] if labels else []
 
 
 def _note_others(found: Mapping[Any, Any], is_top: bool) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spach_deploy.errors import CheckpointError
-from spach_deploy.models.checkpoint_content import shown
+from spach_deploy.models.checkpoint_content import ignoring, shown
 from spach_deploy.models.configs import CONFIGS, MLP, SpachConfig
 from spach_deploy.models.shapes import shared_groups, state_shapes
 
@@ -92,7 +92,7 @@ def infer_model(tensors: Tensors) -> str:
         )
     raise CheckpointError(
         f"The checkpoint's tensors fit no model; nearest is {near}: {found[near]}.",
-        f"See why with --model {near}.",
+        _next_step(found[near], tensors) or f"See why with --model {near}.",
     )
 
 
@@ -101,7 +101,8 @@ def check_fit(name: str, tensors: Tensors) -> None:
     difference = differences(name, tensors)
     if difference.count:
         found = {other: differences(other, tensors) for other in CONFIGS}
-        raise CheckpointError(f"The checkpoint does not fit {name}: {difference}.", _other_model(name, found, tensors))
+        step = _next_step(difference, tensors) or _other_model(name, found, tensors)
+        raise CheckpointError(f"The checkpoint does not fit {name}: {difference}.", step)
     if unequal := unequal_copies(name, tensors):
         plain = name.removesuffix("_shared")
         raise CheckpointError(
@@ -115,6 +116,29 @@ def unequal_copies(name: str, tensors: Tensors) -> list[str]:
     """Tensors of blocks that should share one with the first block of their stage, and do not."""
     groups = shared_groups(CONFIGS[name])
     return [copy for first, *copies in groups for copy in copies if not tensors[first].equal(tensors[copy])]
+
+
+def _next_step(difference: Differences, tensors: Tensors) -> str:
+    """Hint where all of the model is there but its head, or tensors stand beside it; empty elsewhere."""
+    if difference.misshaped or set(difference.missing) - {"head.weight", "head.bias"}:
+        return ""
+    more = [name for name in difference.unexpected if name.rpartition(".")[0] != _other_head(difference, tensors)]
+    drop = f"Drop what is not the model's with {ignoring(more, set(tensors) - set(more))}." if more else ""
+    if not difference.missing:
+        return drop
+    if other := _other_head(difference, tensors):
+        return f"Its head is called {other}: save it again as head.weight and head.bias. {drop}".rstrip()
+    return f"A model without its head has no answer to export: give the file with its head. {drop}".rstrip()
+
+
+def _other_head(difference: Differences, tensors: Tensors) -> str | None:
+    """What stands in the file like a linear layer from features to classes, where `head` is missing."""
+    width = tensors["norm2.weight"].shape if "norm2.weight" in tensors else ()
+    for name in difference.unexpected:
+        weight, stem = tensors[name], name.removesuffix(".weight")
+        if difference.missing and stem != name and weight.ndim == 2 and weight.shape[1:] == width:
+            return stem if getattr(tensors.get(f"{stem}.bias"), "shape", ()) == weight.shape[:1] else None
+    return None
 
 
 def _other_model(name: str, found: Mapping[str, Differences], tensors: Tensors) -> str:

@@ -96,6 +96,8 @@ def check_spec(spec: ModelSpec) -> None:
         raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
     if spec.checkpoint is None and spec.weights is WeightSource.EMA:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
+    if spec.checkpoint is None and spec.ignore:
+        raise UsageError("--ignore names tensors of a checkpoint.", "Give --checkpoint FILE.")
     if spec.name is not None:
         config = CONFIGS[resolve(spec.name)]
         if spec.image_size is not None:

@@ -33,6 +33,9 @@ def _check_model(section: Mapping[str, Any]) -> None:
     for name in ("image_size", "num_classes"):
         if type(section[name]) is not int:
             raise TypeError(f"model.{name} is {section[name]!r}")
+    ignored = section.get("ignored", [])
+    if not (isinstance(ignored, list) and all(isinstance(pattern, str) for pattern in ignored)):
+        raise TypeError(f"model.ignored is {ignored!r}")
 
 
 @dataclasses.dataclass(frozen=True)

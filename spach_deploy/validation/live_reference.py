@@ -48,10 +48,14 @@ _LOSS_IMAGES = 8  # more than in an export, which has less time
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Where the user says the bundle's weights are: a checkpoint and which of its weights, None for what it was."""
+    """Where the user says the bundle's weights are: a checkpoint, which of its weights, and what to ignore in it.
+
+    None and () for what these were when the bundle was made.
+    """
 
     checkpoint: Path | None = None
     source: WeightSource | None = None
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,7 @@ def rebuild(section: dict[str, Any], weights: Weights) -> LoadedModel:
             weights=source if weights.checkpoint is not None else WeightSource.MODEL,
             image_size=section["image_size"],
             num_classes=section["num_classes"],
+            ignore=() if weights.checkpoint is None else weights.ignore or tuple(section.get("ignored", ())),
         )
     )
     if loaded.weights_sha256 != section["weights_sha256"]:

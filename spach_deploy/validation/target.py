@@ -70,7 +70,7 @@ class _Pointed:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationRequest:
-    """What `spach-validate` was asked. `weights` None: those that the bundle was made with.
+    """What `spach-validate` was asked. `weights` None, `ignore` empty: as when the bundle was made.
 
     `against`: the bundle that a graph of the user's own is held to; `bisect`: by module too.
     `labels`: of `images`, a file or the same folder. `max_drop`: of top-1, in points, beyond which it does not pass.
@@ -81,6 +81,7 @@ class ValidationRequest:
     images: Path | None = None
     checkpoint: Path | None = None
     weights: WeightSource | None = None
+    ignore: tuple[str, ...] = ()
     max_images: int = DEFAULT_MAX_IMAGES
     accept_graph: bool = False
     bisect: bool = False
@@ -135,7 +136,7 @@ def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], Non
     changed = {name: state for name, state in bundle.changed_files().items() if name == GOLDEN}
     answered = _answered(bundle, facts, request, changed, say)
     subject = _subject(request.target, bundle, facts)
-    weights = Weights(request.checkpoint, request.weights)
+    weights = Weights(request.checkpoint, request.weights, request.ignore)
     return validate_foreign(subject, bundle, facts, answered, weights, say)
 
 
@@ -144,7 +145,7 @@ def _bisected(
 ) -> Validation:
     from spach_deploy.validation.bisected import Bisected, bisected
 
-    weights = Weights(request.checkpoint, request.weights)
+    weights = Weights(request.checkpoint, request.weights, request.ignore)
     return bisected(found, Bisected(pointed.graph, pointed.bundle, pointed.facts, weights), say)
 
 
@@ -300,7 +301,7 @@ def _answered(
 
     With --ray also with what `graph` answers.
     """
-    section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights)
+    section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights, request.ignore)
     if request.images is not None:
         asked = Images(request.images, request.max_images, request.labels)
         if request.cluster is not None and graph is not None:

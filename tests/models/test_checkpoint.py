@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from spach_deploy.errors import CheckpointError
+from spach_deploy.errors import CheckpointError, UsageError
 from spach_deploy.models import matching
 from spach_deploy.models.checkpoint import weights_sha256
 from spach_deploy.models.configs import CONFIGS
-from spach_deploy.specs import WeightSource
+from spach_deploy.models.registry import check_spec
+from spach_deploy.specs import ModelSpec, WeightSource
 from tests.models.small_models import load, refusal, save, state
 
 
@@ -91,6 +92,61 @@ class TestUnwrapping:
         assert f"from {len(wrapped)} names" in notes
         assert all(f"`{part}.`" in notes for part in set(prefix.rstrip(".").split(".")))
 
+    @pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "model._orig_mod.", "module.model.backbone."])
+    def test_a_prefix_that_all_names_share(self, tmp_path: Path, prefix: str) -> None:
+        loaded = load(save(tmp_path, {"state_dict": {prefix + name: tensor for name, tensor in state().items()}}))
+        assert loaded.weights_sha256 == weights_sha256(state())
+        plain = ".".join(part for part in prefix.split(".") if part not in ("module", "_orig_mod"))
+        assert f"removed the prefix `{plain}`" in loaded.notes
+
+    def test_a_container_of_any_name(self, tmp_path: Path) -> None:
+        wrapped = {f"encoder.{name}": tensor for name, tensor in state().items()}
+        content = {"epoch": torch.tensor(3), "best": {"net": wrapped}, "optimizer": {"state": {0: {"exp_avg": 0}}}}
+        assert "unwrapped best > net; removed the prefix `encoder.`" in noted(save(tmp_path, content))
+
+    def test_the_counter_of_averaged_models(self, tmp_path: Path) -> None:
+        averaged = {f"module.{name}": tensor for name, tensor in state().items()} | {"n_averaged": torch.tensor(5)}
+        for outer in ("", "module.", "model."):
+            notes = noted(save(tmp_path, {outer + name: tensor for name, tensor in averaged.items()}))
+            assert f"dropped {outer}n_averaged: 5 models were averaged" in notes
+
+    def test_wrappers_of_sharded_and_recomputed_training(self, tmp_path: Path) -> None:
+        """FSDP, activation checkpointing."""
+        names = {name: name.replace("layer1.0.", "layer1.0._checkpoint_wrapped_module.") for name in state()}
+        wrapped = {f"_fsdp_wrapped_module.{names[name]}": tensor for name, tensor in state().items()}
+        assert "removed `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`" in noted(save(tmp_path, wrapped))
+
+    def test_averaged_weights_beside_the_model_s(self, tmp_path: Path) -> None:
+        """The model's are taken and the others said; --weights ema takes them."""
+        ema = {name: tensor * 2 for name, tensor in state().items()}
+        flat = {f"model.{name}": tensor for name, tensor in state().items()}
+        contents: list[dict[str, Any]] = [
+            {"net": state(), "ema": {"module": ema}},
+            {"state_dict": flat | {f"ema.module.{name}": tensor for name, tensor in ema.items()}},
+            state() | {f"model_ema.{name}": tensor for name, tensor in ema.items()},
+        ]
+        for content in contents:
+            path = save(tmp_path, content)
+            assert torch.equal(load(path).model.head.bias, state()["head.bias"])
+            assert "averaged weights are in the file too" in noted(path)
+            averaged = load(path, weights=WeightSource.EMA)
+            assert torch.equal(averaged.model.head.bias, ema["head.bias"])
+            assert "too" not in "; ".join(averaged.notes)
+
+    def test_two_models_are_not_chosen_between(self, tmp_path: Path) -> None:
+        pair = {"student": state(), "teacher": {name: tensor * 2 for name, tensor in state().items()}}
+        path = save(tmp_path, pair)
+        text = refusal(path)
+        assert "holds 2 models: student., teacher." in text
+        assert "--ignore 'teacher.*'" in text
+        loaded = load(path, ignore=("student.*",))
+        assert torch.equal(loaded.model.head.bias, 2 * state()["head.bias"])
+        assert "--ignore 'student.*' left out what is under student." in loaded.notes
+
+    def test_parts_of_a_training_whose_values_are_elsewhere(self, tmp_path: Path) -> None:
+        empty = {name: torch.zeros(0) for name in state()}
+        assert "zero_to_fp32.py" in refusal(save(tmp_path, {"module": empty}))
+
     def test_a_compiled_part_of_the_model(self, tmp_path: Path) -> None:
         wrapped = {name.replace("layer1.0.", "layer1.0._orig_mod."): tensor for name, tensor in state().items()}
         assert "removed `_orig_mod.`" in noted(save(tmp_path, wrapped))
@@ -119,6 +175,52 @@ class TestUnwrapping:
         content: dict[str, Any] = {}
         content["model"] = content
         assert "holds no tensors" in refusal(save(tmp_path, content))
+
+
+class TestIgnoring:
+    extra = {"head_dist.weight": torch.zeros(10, 256), "head_dist.bias": torch.zeros(10)}  # noqa: RUF012
+
+    def test_a_second_head_is_named_with_the_option_that_drops_it(self, tmp_path: Path) -> None:
+        path = save(tmp_path, {"state_dict": {f"model.{key}": value for key, value in (state() | self.extra).items()}})
+        for name in (None, "ms_trans_xxs"):
+            text = refusal(path, name)
+            assert "2 unexpected (head_dist.weight, head_dist.bias)" in text
+            assert text.endswith("--ignore 'head_dist.*'.")
+        for pattern in ("head_dist.*", "model.head_dist.*", "*dist*"):
+            loaded = load(path, ignore=(pattern,))
+            assert f"--ignore '{pattern}' dropped 2 tensors" in "; ".join(loaded.notes)
+            assert loaded.weights_sha256 == weights_sha256(state())
+
+    def test_tensors_outside_of_the_model_s_prefix(self, tmp_path: Path) -> None:
+        wrapped = {f"model.{name}": tensor for name, tensor in state().items()} | {"loss.weight": torch.ones(10)}
+        path = save(tmp_path, wrapped)
+        assert "those of 1 tensors do not: loss.weight. Drop them with --ignore 'loss.*'." in refusal(path)
+        assert load(path, ignore=("loss.*",)).name == "ms_trans_xxs"
+        split = {(name if "head" in name else f"backbone.{name}"): tensor for name, tensor in state().items()}
+        assert "The head must have that prefix too" in refusal(save(tmp_path, split))
+
+    def test_what_the_option_drops_is_never_what_the_model_needs(self, tmp_path: Path) -> None:
+        path = save(tmp_path, state() | {"layer1.0.scale": torch.ones(3)})
+        assert "--ignore 'layer1.0.scale'" in refusal(path)
+        assert "head.bias" in refusal(path, ignore=("layer1.0.scale", "head.*"))
+
+    def test_a_pattern_that_matches_nothing_is_said(self, tmp_path: Path) -> None:
+        assert "--ignore 'aux.*' matched no tensor" in noted(save(tmp_path, state()), ignore=("aux.*",))
+
+    def test_a_model_without_its_head(self, tmp_path: Path) -> None:
+        bare = {name: tensor for name, tensor in state().items() if not name.startswith("head.")}
+        for name in (None, "ms_trans_xxs"):
+            text = refusal(save(tmp_path, bare), name)
+            assert "2 missing (head.weight, head.bias)" in text
+            assert "give the file with its head" in text
+        called = bare | {"fc.weight": state()["head.weight"], "fc.bias": state()["head.bias"]}
+        text = refusal(save(tmp_path, called | {"projector.weight": torch.ones(2)}))
+        assert "Its head is called fc: save it again as head.weight and head.bias" in text
+        assert "--ignore 'projector.*'" in text
+
+    def test_it_is_for_checkpoints(self) -> None:
+        with pytest.raises(UsageError, match="--ignore names tensors of a checkpoint"):
+            check_spec(ModelSpec(name="ms_trans_xxs", ignore=("head.*",)))
 
 
 class TestDtypes:
