@@ -31,7 +31,7 @@ MODEL = ModelSpec("ms_hybrid_s")
 EXPORTS = [
     ExportOptions(MODEL, Precision.FP16),
     ExportOptions(
-        ModelSpec("ms_hybrid_s", Path("a run/x.pth"), WeightSource.EMA, 192, 10),
+        ModelSpec("ms_hybrid_s", Path("a run/x.pth"), WeightSource.EMA, 192, 10, ("head_dist.*", "*'s")),
         Precision.BF16,
         OutputSpec(IODtype.UINT8, 5, True),
         EngineTarget(
@@ -99,6 +99,7 @@ def test_a_validation_is_repeated() -> None:
         max_drop=0.25,
         checkpoint=Path("x.pth"),
         weights="ema",
+        ignore=("head_dist.*", "loss"),
         bisect=True,
         against=Path("a"),
         accept_graph=True,

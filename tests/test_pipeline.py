@@ -36,6 +36,7 @@ from spach_deploy.pipeline import export as export_bundle
 from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.runtime import beside
 from spach_deploy.specs import BatchProfile, EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
+from spach_deploy.validation.live_reference import Weights, rebuild
 from tests import small_bundles
 from tests.commands import contents, export, refusal
 
@@ -191,10 +192,11 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """From a file as training code saves it; the model is inferred from the tensors."""
     folder = tmp_path_factory.mktemp("pickled")
     args = argparse.Namespace(model=small_bundles.NAME, input_size=small_bundles.SIZE, lr=0.1)
-    content = {"model": {f"module.{name}": value for name, value in trained().items()}, "epoch": 7, "args": args}
+    tensors = trained() | {"head_dist.bias": torch.zeros(3)}
+    content = {"model": {f"module.{name}": value for name, value in tensors.items()}, "epoch": 7, "args": args}
     torch.save(content, folder / "run7.pth")
-    size = ("--image-size", small_bundles.SIZE)
-    return exported(folder / "bundle", "--checkpoint", folder / "run7.pth", *size, *CLASS_OPTIONS, "--json")
+    more = ("--image-size", small_bundles.SIZE, "--ignore", "head_dist.*")
+    return exported(folder / "bundle", "--checkpoint", folder / "run7.pth", *more, *CLASS_OPTIONS, "--json")
 
 
 def test_json_is_the_manifest_and_nothing_else(pickled: Export) -> None:
@@ -212,6 +214,23 @@ def test_a_checkpoint_is_named_by_its_hash_and_what_was_unwrapped(pickled: Expor
     assert "removed `module.`" in notes
     assert "inferred" in notes
     assert "DEMO" not in pickled.result.output
+
+
+def test_what_was_ignored_is_recorded_and_ignored_again(pickled: Export, tmp_path: Path) -> None:
+    """By every command that takes the checkpoint later; a file without these tensors is the same."""
+    model = pickled.bundle.manifest.model
+    assert model["ignored"] == ["head_dist.*"]
+    assert "--ignore 'head_dist.*' dropped 1 tensors: module.head_dist.bias" in model["notes"]
+    assert "--ignore 'head_dist.*'" in pickled.bundle.manifest.content["command"]
+    torch.save(trained() | {"aux.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    safetensors.torch.save_file(trained(), tmp_path / "clean.safetensors")
+    with small_bundles.registered():
+        for weights in (
+            Weights(pickled.bundle.path.parent / "run7.pth"),
+            Weights(tmp_path / "clean.safetensors"),
+            Weights(tmp_path / "other.pth", ignore=("aux.*",)),
+        ):
+            assert rebuild(model, weights).weights_sha256 == model["weights_sha256"]
 
 
 def test_pixels_go_in_and_classes_come_out(pickled: Export) -> None:
