@@ -42,20 +42,16 @@ def main(bundle: Path, output: Path, overwrite: bool, as_json: bool) -> int:
 
 
 def _text(written: Written) -> str:
-    from spach_deploy.deployment.polygraphy.folder import commands
-
     sizes = ", ".join(map(str, written.batches))
     lines = [f"model      {written.model}", f"batches    {sizes}", f"folder     {written.path}", "", "Run in it:"]
-    return "\n".join([*lines, *(f"  {line}" for line in commands(has_plan=written.has_plan))])
+    return "\n".join([*lines, *(f"  {line}" for line in written.commands)])
 
 
 def _json(written: Written) -> str:
-    from spach_deploy.deployment.polygraphy.folder import commands
-
     content = {
         "folder": str(written.path),
         "model": written.model,
         "batches": list(written.batches),
-        "commands": list(commands(has_plan=written.has_plan)),
+        "commands": list(written.commands),
     }
     return json_text(content)

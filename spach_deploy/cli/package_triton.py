@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from spach_deploy.deployment.triton.repository import Written
 
 _BACKEND = "What runs the model.  [auto: the plan where ordinary TensorRT can load it, else the graph]"
-_FORCE = "Take a plan that Triton cannot load, for a repository that is only to be read."
-_DEVICE = "Where instances run.  [gpu for tensorrt, auto for onnxruntime]"
+_FORCE = "Take a plan or a graph that Triton cannot load, for a repository that is only to be read."
+_DEVICE = "Where instances run.  [gpu for tensorrt and for bfloat16, else auto]"
 _DELAY = "How long a request may wait until it shares a batch."
 _POLICY = "Which versions are served: latest, latest:N, all or specific:1,3.  [latest]"
 _CACHE = "Answer repeated requests from the server's cache; start it with --cache-config local,size=…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from spach_deploy.doctor.plan_file import PlanFile, find_plan
 from spach_deploy.doctor.plan_findings import AskTensorRT, about_header
 from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import BatchProfile, ComputeCapability, Flavour
 
@@ -154,6 +156,19 @@ def _graph(bundle: Bundle, here: Here) -> Finding:
         means = "ONNX Runtime's sums of it overflow here. Run it on CPUs with avx512_vnni, avx_vnni or amx_int8."
         again = exporting(bundle)
         return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)
-    means = "Even where the plan cannot run, the graph that it was built from can be verified."
-    version = here.onnxruntime.files_version or ""
-    return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)
+    version = here.onnxruntime.files_version or next(iter(here.onnxruntime.wheels.values()), "")
+    return _in_runtime(bundle, version, accept)
+
+
+def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
+    """Whether the ONNX Runtime that is here loads the graph: as it is, or rounded to FP32 by spach-validate."""
+    known, needs = runtimes().onnxruntime(version), GraphNeeds.of(bundle.path / GRAPH)
+    misfit = known.misfit(needs, on_gpu=False) if known and needs else ""
+    if not misfit or known is None or needs is None:
+        means = "Even where the plan cannot run, the graph that it was built from can be verified."
+        return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)
+    if known.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
+        newer = installing("--upgrade", "onnxruntime")
+        return Finding(Status.PROBLEM, GRAPH, misfit, "So the graph cannot be verified here.", newer, _VERIFY)
+    means = "As it is it runs on no CPU; spach-validate runs it in FP32, every bfloat16 tensor rounded."
+    return Finding(Status.OK, GRAPH, misfit, means, accept)

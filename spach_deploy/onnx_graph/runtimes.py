@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,64 @@ DATA = Path(__file__).with_name("runtimes.json")
 
 
 @dataclasses.dataclass(frozen=True)
+class GraphNeeds:
+    """What an ONNX graph asks of a runtime: its opset, its IR version, the operators that have bfloat16 to do with."""
+
+    opset: int
+    ir: int
+    bfloat16: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, graph: Path | bytes) -> GraphNeeds | None:
+        """Those of an ONNX file or its bytes; weights beside it are not read. None for what is none, or is untyped."""
+        import onnx
+        from onnx import TensorProto
+
+        from spach_deploy.precision.elements import element_types
+
+        try:
+            if isinstance(graph, bytes):
+                model = onnx.load_from_string(graph)
+            else:
+                model = onnx.load(graph, load_external_data=False)
+            types = element_types(model)
+            opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        except Exception:  # protobuf's and shape inference's own, OSError, PrecisionError, a graph without an opset
+            return None
+        bfloat16 = {
+            node.op_type
+            for node in model.graph.node
+            if any(types.get(name) == TensorProto.BFLOAT16 for name in (*node.input, *node.output))
+        }
+        return cls(int(opset), int(model.ir_version), frozenset(bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
 class OnnxRuntime:
-    """A release of ONNX Runtime: the newest opset and the newest version of ONNX's own format (IR) that it loads."""
+    """A release of ONNX Runtime: the newest opset and the newest version of ONNX's own format (IR) that it loads.
+
+    `cuda_bfloat16`: operators for which its CUDA provider has a kernel in bfloat16; its CPU provider has none that
+    computes.
+    """
 
     version: str
     opset: int
     ir: int
     seen: str
+    cuda_bfloat16: frozenset[str] = dataclasses.field(repr=False)
+
+    def misfit(self, needs: GraphNeeds, *, on_gpu: bool) -> str:
+        """Why it cannot run a graph, as a clause; empty where nothing known stands in the way."""
+        if needs.opset > self.opset:
+            return f"ONNX Runtime {self.version} loads opset {self.opset}, and the graph has opset {needs.opset}"
+        if needs.ir > self.ir:
+            return f"ONNX Runtime {self.version} loads IR version {self.ir}, and the graph has {needs.ir}"
+        if needs.bfloat16 and not on_gpu:
+            return f"ONNX Runtime {self.version} computes nothing in bfloat16 on a CPU"
+        lacking = sorted(needs.bfloat16 - self.cuda_bfloat16)
+        if lacking:
+            return f"ONNX Runtime {self.version} has no kernel for {' and '.join(lacking)} in bfloat16, on no device"
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +116,11 @@ class Runtimes:
     @classmethod
     def parse(cls, content: Any) -> Runtimes:
         """What runtimes.json says."""
-        runtimes = [OnnxRuntime(version, **entry) for version, entry in content["onnxruntime"].items()]
+        since = content["cuda_bfloat16"]
+        runtimes = [
+            OnnxRuntime(version, **entry, cuda_bfloat16=_by(version, since))
+            for version, entry in content["onnxruntime"].items()
+        ]
         images = [TritonImage(release, **entry) for release, entry in content["images"].items()]
         return cls(
             tuple(sorted(runtimes, key=lambda runtime: version_numbers(runtime.version))),
@@ -84,6 +139,19 @@ class Runtimes:
             )
         return found
 
+    def fitting(self, needs: Iterable[GraphNeeds], *, on_gpu: bool) -> tuple[TritonImage, ...]:
+        """Images whose ONNX Runtime runs every one of some graphs, oldest first."""
+        asked = tuple(needs)
+        return tuple(image for image in self.images if not self.misfit(image, asked, on_gpu=on_gpu))
+
+    def misfit(self, image: TritonImage, needs: Iterable[GraphNeeds], *, on_gpu: bool) -> str:
+        """Why an image's ONNX Runtime cannot run some graphs, as a clause; empty where it can."""
+        runtime = self.onnxruntime(image.onnxruntime)
+        if runtime is None:
+            return f"what ONNX Runtime {image.onnxruntime} loads is not known"
+        clauses = (runtime.misfit(graph, on_gpu=on_gpu) for graph in needs)
+        return next((clause for clause in clauses if clause), "")
+
     def onnxruntime(self, version: str) -> OnnxRuntime | None:
         """What is known of a version: its own row, or that of the newest older one; None for one before all of them.
 
@@ -91,7 +159,13 @@ class Runtimes:
         """
         asked = version_numbers(version)
         older = [runtime for runtime in self.onnxruntimes if version_numbers(runtime.version) <= asked]
-        return older[-1] if older else None
+        return dataclasses.replace(older[-1], version=version) if older else None
+
+
+def _by(version: str, since: Mapping[str, str]) -> frozenset[str]:
+    """Those that a version has of what others brought."""
+    numbers = version_numbers(version)
+    return frozenset(name for name, first in since.items() if version_numbers(first) <= numbers)
 
 
 @functools.cache

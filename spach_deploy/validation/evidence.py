@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.errors import MismatchError, SpachError, UnavailableError, UsageError
+from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime import Runner, TensorSpec
 from spach_deploy.runtime.onnxruntime_runner import NAME, OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import saved_graph
@@ -239,6 +240,7 @@ def problem_before(form: Form, graph: Path | bytes, example: Array) -> str:
         with opened(form, graph, None) as runner:
             return _input_problem(runner.input_specs, example)
     except UsageError as error:
+        _check_runtime(graph)
         return error.message
 
 
@@ -283,7 +285,19 @@ def _examine(
             evidence = _run_and_judge(runner, Level.GRAPH, trial, bounds, ran)
             return dataclasses.replace(evidence, inside=runner.seen)
     except UsageError as error:  # onnxruntime refused the graph
+        _check_runtime(graph)
         return judged(Level.GRAPH, Ran(in_runtime(ran), problem=error.message), trial, bounds)
+
+
+def _check_runtime(graph: Path | bytes) -> None:
+    """UnavailableError where a graph is not at fault: this ONNX Runtime is older than its opset or its IR version."""
+    import onnxruntime
+
+    needs, here = GraphNeeds.of(graph), runtimes().onnxruntime(onnxruntime.__version__)
+    if needs is None or here is None:
+        return
+    if misfit := here.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
+        raise UnavailableError(f"{misfit}.", "pip install --upgrade onnxruntime")
 
 
 def _run_and_judge(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:

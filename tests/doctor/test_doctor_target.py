@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -13,14 +14,17 @@ import pytest
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN
 from spach_deploy.cli.export import main as export_command
-from spach_deploy.doctor.finding import Finding, Status
+from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.packages import OnnxRuntime
 from spach_deploy.doctor.probe import Answer
 from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
 from spach_deploy.errors import UsageError
-from spach_deploy.specs import Flavour
+from spach_deploy.specs import Flavour, Precision
 from tests import small_bundles
+from tests.deployment.triton import tiny_bundles
+from tests.deployment.triton.tiny_bundles import Tiny
 from tests.doctor import bundles
 from tests.doctor.machines import A100, H100, L4, T4, cpu_machine, gpu_machine
 from tests.doctor.plans import old_plan, ordinary_plan, rtx_plan, with_metadata
@@ -86,6 +90,22 @@ def test_no_gpu(bundle: Path) -> None:
     assert target.exit_code == 3
     assert verdict(target) == "NO, this machine cannot run it: no NVIDIA GPU is here."
     assert finding(target, GRAPH).command == f"spach-validate {bundle} --accept graph"
+
+
+def test_a_bfloat16_graph_runs_on_no_cpu_and_can_be_verified_there(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "b", Tiny(precision=Precision.BF16))
+    found = finding(examine(bundle, cpu_machine()), GRAPH)
+    assert found.status is Status.OK
+    assert found.what == "ONNX Runtime 1.32.0 computes nothing in bfloat16 on a CPU"
+    assert "spach-validate runs it in FP32" in found.means
+
+
+def test_a_graph_that_is_too_new_for_the_onnx_runtime_that_is_here(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "b", Tiny(opset=22))
+    older = OnnxRuntime({"onnxruntime": "1.20.1"}, "onnxruntime", "1.20.1", ("cpu",))
+    found = finding(examine(bundle, dataclasses.replace(cpu_machine(), onnxruntime=older)), GRAPH)
+    assert (found.status, found.blocks) == (Status.PROBLEM, (Task.VERIFY,))
+    assert found.what == "ONNX Runtime 1.20.1 loads opset 21, and the graph has opset 22"
 
 
 def test_the_command_that_changes_the_verdict_is_at_the_end(bundle: Path) -> None:

@@ -55,6 +55,14 @@ def examine(precision: Precision, change: Callable[[ModelProto], None] = lambda 
     return examine_graph(model.SerializeToString(), trial, bounds)
 
 
+def test_a_graph_that_this_onnx_runtime_is_too_old_for_is_not_called_wrong() -> None:
+    def of_some_later_day(model: ModelProto) -> None:
+        model.opset_import[0].version = 99
+
+    with pytest.raises(UnavailableError, match=r"loads opset \d+, and the graph has opset 99"):
+        examine(Precision.FP16, of_some_later_day)
+
+
 def findings(evidence: Evidence) -> str:
     assert not evidence.passed
     return " ".join(evidence.verdict.findings)

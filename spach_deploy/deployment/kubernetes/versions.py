@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from spach_deploy.deployment.triton.options import Backend
-from spach_deploy.deployment.triton.served import RTX_REASON, ServedModel
+from spach_deploy.deployment.triton.served import RTX_REASON, ServedModel, instead_of_plan
 from spach_deploy.errors import UsageError
 from spach_deploy.onnx_graph.runtimes import Runtimes, TritonImage, runtimes, version_numbers
 from spach_deploy.specs import Flavour
-
-GRAPH_ADVICE = "Give --backend onnxruntime, which serves the graph."
 
 
 def choose_image(model: ServedModel, release: str | None, known: Runtimes | None = None) -> TritonImage:
@@ -27,7 +25,9 @@ def choose_image(model: ServedModel, release: str | None, known: Runtimes | None
         return image
     fitting = fitting_images(model, known)
     if not fitting:
-        raise UsageError(f"No known Triton image fits: {misfit(model, known.images[-1], known)}.", GRAPH_ADVICE)
+        raise UsageError(
+            f"No known Triton image fits: {misfit(model, known.images[-1], known)}.", _advice(model, known)
+        )
     return fitting[-1]
 
 
@@ -39,7 +39,7 @@ def fitting_images(model: ServedModel, known: Runtimes) -> tuple[TritonImage, ..
 def misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
     """Why `image` cannot load `model`, without a full stop; empty where it can."""
     if model.backend is not Backend.TENSORRT:
-        return _graph_misfit(model, image, known)
+        return known.misfit(image, model.needs, on_gpu=True)
     engine = model.bundle.manifest.engine
     built = str(engine.get("version", ""))
     if model.facts.flavour is Flavour.TENSORRT_RTX:
@@ -57,18 +57,6 @@ def is_version_compatible(model: ServedModel) -> bool:
     return model.backend is Backend.TENSORRT and bool(engine.get("version_compatible", False))
 
 
-def _graph_misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
-    certificate = model.bundle.manifest.content.get("graph", {}).get("certificate", {})
-    opset = certificate.get("opset")
-    runtime = known.onnxruntime(image.onnxruntime)
-    newest = 0 if runtime is None else runtime.opset
-    if isinstance(opset, int) and opset > newest:
-        return (
-            f"it carries ONNX Runtime {image.onnxruntime}, which loads opset {newest}, and the graph has opset {opset}"
-        )
-    return ""
-
-
 def _loads(built: str, carried: str, *, is_compatible: bool) -> bool:
     """Whether TensorRT `carried` loads a plan of `built`; parts that one of them leaves out are not compared."""
     ours, theirs = version_numbers(built), version_numbers(carried)
@@ -80,8 +68,12 @@ def _loads(built: str, carried: str, *, is_compatible: bool) -> bool:
 
 
 def _advice(model: ServedModel, known: Runtimes) -> str:
+    """What to do instead, but nothing that was asked for already."""
     releases = listed(image.release for image in fitting_images(model, known))
-    return f"It fits {releases}; or give --backend onnxruntime." if releases else GRAPH_ADVICE
+    if model.backend is not Backend.TENSORRT:
+        return f"It fits {releases}."  # one at least: no graph comes here that fits none
+    instead = instead_of_plan(model.bundle)
+    return f"It fits {releases}. {instead}" if releases else instead
 
 
 def listed(words: Iterable[str]) -> str:

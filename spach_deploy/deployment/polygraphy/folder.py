@@ -4,6 +4,7 @@ FOLDER/
   manifest.json    that spach-package wrote it, from what
   README.md        the commands that use it
   model.onnx       the bundle's graph; engine.plan where it has one
+  rounded.onnx     for a graph with bfloat16: the same in FP32, every bfloat16 tensor rounded, which runs on any CPU
   inputs.json outputs.json   for --load-inputs and --load-outputs
   data_loader.py golden.npz  for --data-loader-script
   compare.py bounds.json     for --compare-func-script
@@ -14,19 +15,26 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, Contents, check_target, writing
 from spach_deploy.errors import MissingPackageError
+from spach_deploy.onnx_graph.runtimes import GraphNeeds
+from spach_deploy.runtime.saved_graph import save_model
 from spach_deploy.text import json_text
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import plan_batches
 from spach_deploy.validation.reference import INPUT, Golden, expected_outputs
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 CONTENTS = Contents("polygraphy", "Polygraphy's data")
 SCRIPTS = Path(__file__).with_name("scripts")
+ROUNDED = "rounded.onnx"
 INPUTS, OUTPUTS, LOADER, COMPARE, BOUNDS = "inputs.json", "outputs.json", "data_loader.py", "compare.py", "bounds.json"
 RUNNER = "PyTorch in FP32"
 """What Polygraphy calls the answers that are compared with."""
@@ -36,12 +44,12 @@ _LARGEST_BATCH = 4
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A folder that was written: its model, its batches of images, and whether a plan is in it."""
+    """A folder that was written: its model, its batches of images, and the commands that are run in it."""
 
     path: Path
     model: str
     batches: tuple[int, ...]
-    has_plan: bool
+    commands: tuple[str, ...]
 
 
 def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Written:
@@ -54,18 +62,34 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Writ
     facts = BundleFacts.of(opened)
     golden = Golden.load(opened.path / GOLDEN)
     batches = _batches(len(golden.logits), facts)
+    rounded = _rounded(opened.path / GRAPH)
+    run = commands(GRAPH if rounded is None else ROUNDED, has_plan=opened.plan is not None)
     with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
         shutil.copyfile(opened.path / GRAPH, staging / GRAPH)
+        if rounded is not None:
+            save_model(rounded, staging / ROUNDED)
         if opened.plan is not None:
             shutil.copyfile(opened.plan, staging / PLAN)
         for script in (LOADER, COMPARE):
             shutil.copyfile(SCRIPTS / script, staging / script)
         _write_data(staging, golden, facts, batches)
         (staging / BOUNDS).write_text(_bounds(facts), encoding="utf-8")
-        (staging / "README.md").write_text(_readme(opened, facts), encoding="utf-8")
+        (staging / "README.md").write_text(_readme(opened, facts, run), encoding="utf-8")
         (staging / MANIFEST).write_text(_manifest(opened), encoding="utf-8")
     sizes = tuple(len(batch) for batch in batches)
-    return Written(output, str(opened.manifest.model["name"]), sizes, opened.plan is not None)
+    return Written(output, str(opened.manifest.model["name"]), sizes, run)
+
+
+def _rounded(graph: Path) -> ModelProto | None:
+    """The graph as a CPU runs it, where it has bfloat16, which ONNX Runtime computes on no CPU; None for others."""
+    needs = GraphNeeds.of(graph)
+    if needs is None or not needs.bfloat16:
+        return None
+    import onnx
+
+    from spach_deploy.precision.rounding import rounded_twin
+
+    return rounded_twin(onnx.load(graph))
 
 
 def _batches(count: int, facts: BundleFacts) -> list[list[int]]:
@@ -115,17 +139,21 @@ def _manifest(bundle: Bundle) -> str:
     return json_text(content) + "\n"
 
 
-def commands(*, has_plan: bool) -> tuple[str, ...]:
-    """What a user types in the folder: the graph in ONNX Runtime, and the plan where there is one."""
+def commands(graph: str, *, has_plan: bool) -> tuple[str, ...]:
+    """What a user types in the folder: the file `graph` in ONNX Runtime, and the plan where there is one."""
     compared = f"--load-outputs {OUTPUTS} --compare-func-script {COMPARE}"
-    graph = f"polygraphy run {GRAPH} --onnxrt --data-loader-script {LOADER} {compared}"
+    in_onnxruntime = f"polygraphy run {graph} --onnxrt --data-loader-script {LOADER} {compared}"
     plan = f"polygraphy run {PLAN} --model-type engine --trt --load-inputs {INPUTS} {compared}"
-    return (graph, plan) if has_plan else (graph,)
+    return (in_onnxruntime, plan) if has_plan else (in_onnxruntime,)
 
 
-def _readme(bundle: Bundle, facts: BundleFacts) -> str:
+def _readme(bundle: Bundle, facts: BundleFacts, run: tuple[str, ...]) -> str:
     model = f"{bundle.manifest.model['name']}, {facts.precision.value}"
-    lines = "\n".join(f"    {command}" for command in commands(has_plan=bundle.plan is not None))
+    lines = "\n".join(f"    {command}" for command in run)
+    rounded = (
+        f"`{ROUNDED}` is `{GRAPH}` in FP32 with every bfloat16 tensor rounded, as spach-validate runs it: ONNX Runtime"
+        " computes nothing in bfloat16 on a CPU.\n"
+    )
     return (
         f"# {model}: golden data for Polygraphy\n\n"
         f"Run in this folder:\n\n{lines}\n\n"
@@ -133,4 +161,5 @@ def _readme(bundle: Bundle, facts: BundleFacts) -> str:
         f" without JSON. `{COMPARE}` judges as spach-validate does, by the relative L2 of each image and the bounds in"
         f" `{BOUNDS}`; Polygraphy's own `--rtol` and `--atol` judge single numbers, for which no bound was derived.\n"
         "An engine of TensorRT for RTX needs `POLYGRAPHY_USE_TENSORRT_RTX=1` in front, and its GPU.\n"
+        f"{rounded if ROUNDED in run[0] else ''}"
     )

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from spach_deploy.bundle import TensorInfo
-from spach_deploy.deployment.triton.options import Backend, Device, Instances, TritonOptions, VersionPolicy
+from spach_deploy.deployment.triton.options import (
+    KIND_AUTO,
+    KIND_CPU,
+    KIND_GPU,
+    Device,
+    Instances,
+    TritonOptions,
+    VersionPolicy,
+)
 from spach_deploy.deployment.triton.schema import data_type_number, model_config
 from spach_deploy.deployment.triton.served import BatchingForm, ServedModel
 from spach_deploy.deployment.triton.tensors import DATA_TYPES
@@ -17,7 +25,7 @@ LABELS_FILE = "labels.txt"
 ACCEPTS_RTX = "spach_deploy_accepts_rtx_plan"
 """Parameter of a model that carries a plan of TensorRT for RTX on purpose."""
 
-_KINDS = {"KIND_AUTO": 0, "KIND_GPU": 1, "KIND_CPU": 2}
+_KINDS = {Device.AUTO: KIND_AUTO, Device.GPU: KIND_GPU, Device.CPU: KIND_CPU}
 _FORMATS = {"NHWC": 1, "NCHW": 2}
 
 
@@ -57,7 +65,7 @@ def tensor_fields(name: str, data_type: str, dims: list[int]) -> dict[str, Any]:
 def instance_group(instances: Instances, device: Device) -> dict[str, Any]:
     """Instances on `device`."""
     gpus = [] if device is Device.CPU else list(instances.gpus)
-    return {"count": instances.count, "kind": _KINDS[device.kind], "gpus": gpus}
+    return {"count": instances.count, "kind": _KINDS[device], "gpus": gpus}
 
 
 def version_policy(policy: VersionPolicy | None) -> dict[str, Any] | None:
@@ -72,8 +80,7 @@ def version_policy(policy: VersionPolicy | None) -> dict[str, Any] | None:
 def _device(model: ServedModel, instances: Instances) -> Device:
     if instances.device is not None:
         return instances.device
-    needs_gpu = model.backend is Backend.TENSORRT or instances.gpus
-    return Device.GPU if needs_gpu else Device.AUTO
+    return Device.GPU if model.needs_gpu or instances.gpus else Device.AUTO
 
 
 def _input(tensor: TensorInfo, form: BatchingForm) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from spach_deploy.errors import UsageError
 
+KIND_AUTO, KIND_GPU, KIND_CPU, KIND_MODEL = range(4)
+"""Triton's numbers of the kinds of an instance group."""
+
 
 class Backend(str, enum.Enum):
     """Which of Triton's backends runs a model. `auto` takes the bundle's plan where Triton can load it."""

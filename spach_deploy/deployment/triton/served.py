@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from spach_deploy.bundle import GRAPH, Bundle, TensorInfo
-from spach_deploy.deployment.triton.options import Backend, TritonOptions
+from spach_deploy.deployment.triton.options import Backend, Device, TritonOptions
 from spach_deploy.errors import BundleError, UsageError
-from spach_deploy.specs import BatchProfile, Flavour, Precision
+from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.specs import BatchProfile, Flavour
 from spach_deploy.validation.bundle_facts import BundleFacts
 
+SERVE_GRAPH = "give --backend onnxruntime, which serves the graph"
 RTX_REASON = "Triton's TensorRT backend is ordinary TensorRT, which does not load plans of TensorRT for RTX"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -53,7 +55,8 @@ class Version:
 class ServedModel:
     """A model of the repository. All versions have the same inputs and outputs.
 
-    `batch` is what every version accepts. `notes` are facts worth reading; `warnings` say what will not work.
+    `batch` is what every version accepts. `needs_gpu`: no version runs on a CPU. `needs`: what the graphs ask of ONNX
+    Runtime, where it serves them. `notes` are facts worth reading; `warnings` say what will not work.
     """
 
     name: str
@@ -62,6 +65,8 @@ class ServedModel:
     batch: BatchProfile
     facts: BundleFacts
     accepts_rtx: bool = False
+    needs_gpu: bool = False
+    needs: tuple[GraphNeeds, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -141,6 +146,8 @@ def _served(name: str, bundles: list[Bundle], options: TritonOptions) -> ServedM
         batch=_common_profile(name, [fact.batch for fact in facts]),
         facts=facts[-1],
         accepts_rtx=any(choice.is_rtx_plan for choice in choices),
+        needs_gpu=any(choice.needs is None or bool(choice.needs.bfloat16) for choice in choices),
+        needs=tuple(choice.needs for choice in choices if choice.needs is not None),
         notes=_once(choice.note for choice in choices),
         warnings=_once(choice.warning for choice in choices),
     )
@@ -152,8 +159,11 @@ def _once(texts: Iterable[str]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
+    """`needs`: what a graph asks of ONNX Runtime; None for a plan."""
+
     backend: Backend
     artifact: Path
+    needs: GraphNeeds | None = None
     note: str = ""
     warning: str = ""
     is_rtx_plan: bool = False
@@ -165,28 +175,63 @@ def _choose(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choi
         return _plan(bundle, is_rtx=is_rtx)
     if options.backend is Backend.AUTO and bundle.plan is not None and not is_rtx:
         return _plan(bundle, is_rtx=False)
-    return _graph(bundle, facts, is_asked=options.backend is Backend.ONNXRUNTIME)
+    return _graph(bundle, facts, options)
 
 
 def _plan(bundle: Bundle, *, is_rtx: bool) -> _Choice:
     if bundle.plan is None:
         reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
         raise BundleError(
-            f"Bundle {bundle.path} has no engine for --backend tensorrt: {reason}.",
-            "Give --backend onnxruntime, or export it on the serving GPU with --engine tensorrt.",
+            f"Bundle {bundle.path} has no engine for --backend tensorrt: {reason}.", instead_of_plan(bundle)
         )
-    warning = f"{bundle.path} will not load: {RTX_REASON}. Give --backend onnxruntime to serve its graph."
+    warning = f"{bundle.path} will not load: {RTX_REASON}. {instead_of_plan(bundle)}"
     return _Choice(Backend.TENSORRT, bundle.plan, warning=warning if is_rtx else "", is_rtx_plan=is_rtx)
 
 
-def _graph(bundle: Bundle, facts: BundleFacts, *, is_asked: bool) -> _Choice:
+def graph_needs(bundle: Bundle) -> GraphNeeds:
+    """What a bundle's graph asks of ONNX Runtime. BundleError where it is no typed graph."""
+    needs = GraphNeeds.of(bundle.file(GRAPH))
+    if needs is None:
+        raise BundleError(f"{bundle.path / GRAPH} is no typed ONNX graph.", "Export the bundle again.")
+    return needs
+
+
+def instead_of_plan(bundle: Bundle) -> str:
+    """What to do where a bundle's plan cannot be served: its graph is named where some Triton image runs it."""
+    build = "export it on the serving GPU with --engine tensorrt."
+    runs = runtimes().fitting((graph_needs(bundle),), on_gpu=True)
+    return f"{SERVE_GRAPH[0].upper()}{SERVE_GRAPH[1:]}, or {build}" if runs else f"{build[0].upper()}{build[1:]}"
+
+
+def _graph(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
     reasons = []
-    if not is_asked:
+    if options.backend is not Backend.ONNXRUNTIME:
         why = RTX_REASON if bundle.plan is not None else f"{bundle.path} has no engine"
         reasons.append(f"Served as ONNX, by onnxruntime: {why}.")
-    if facts.precision is Precision.BF16:
-        reasons.append("ONNX Runtime has kernels for bfloat16 on GPUs only.")
-    return _Choice(Backend.ONNXRUNTIME, bundle.file(GRAPH), note=" ".join(reasons))
+    needs = graph_needs(bundle)
+    known, on_gpu = runtimes(), options.instances.device is not Device.CPU
+    fitting = known.fitting((needs,), on_gpu=on_gpu)
+    warning = ""
+    if not fitting:
+        newest = known.images[-1]
+        where = "" if on_gpu else " with --device cpu"
+        reason = f"in the newest, {newest.release}, {known.misfit(newest, (needs,), on_gpu=on_gpu)}"
+        warning = f"No known Triton image runs the graph of {bundle.path}{where}: {reason}."
+        if not options.force:
+            raise UsageError(warning, _instead_of_graph(needs, facts))
+    elif fitting[0] is not known.images[0]:
+        kernels = "ONNX Runtime has kernels for bfloat16 on GPUs only. " if needs.bfloat16 else ""
+        first = fitting[0]
+        reasons.append(f"{kernels}It takes ONNX Runtime {first.onnxruntime} or newer: Triton from {first.release} on.")
+    return _Choice(Backend.ONNXRUNTIME, bundle.file(GRAPH), needs, note=" ".join(reasons), warning=warning)
+
+
+def _instead_of_graph(needs: GraphNeeds, facts: BundleFacts) -> str:
+    """What to do where no Triton image runs a graph."""
+    if runtimes().fitting((needs,), on_gpu=True):
+        return "Leave --device cpu out."
+    half = "--rest fp16" if facts.quantization is not None else "--fp16"
+    return f"Export it with {half}, or on the serving GPU with --engine tensorrt, which needs no ONNX Runtime."
 
 
 def _check_alike(name: str, bundles: list[Bundle], backends: list[Backend]) -> None:

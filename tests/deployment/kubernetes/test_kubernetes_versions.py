@@ -15,10 +15,12 @@ from spach_deploy.deployment.triton.options import Backend
 from spach_deploy.deployment.triton.served import ServedModel
 from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.onnx_graph.runtimes import Runtimes, runtimes
+from spach_deploy.specs import Precision
 from tests.deployment.kubernetes.bundles import with_engine, with_rtx_engine
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import Tiny
-from tests.small_bundles import read_manifest, write_manifest
+
+INSTEAD = "Give --backend onnxruntime, which serves the graph, or export it on the serving GPU with --engine tensorrt."
 
 
 def image_for(bundle: Path, release: str | None = None, backend: Backend = Backend.AUTO) -> str:
@@ -58,7 +60,7 @@ def test_what_an_onnx_runtime_loads_only_grows_and_says_where_it_was_seen() -> N
     assert known.onnxruntime("1.2.0") is None
     between = known.onnxruntime("1.22.3")
     assert between is not None
-    assert between.version == "1.22.0"
+    assert (between.version, between.opset) == ("1.22.3", 22)
 
 
 def test_no_version_goes_back_from_one_image_to_the_next() -> None:
@@ -87,7 +89,7 @@ def test_an_image_with_another_tensorrt_is_refused_and_those_that_fit_are_named(
     bundle = with_engine(tmp_path / "b", "10.13.3.9")
     assert refusal(bundle, "25.08") == (
         "--triton-version 25.08: it carries TensorRT 10.13.2.6, and the engine was built with 10.13.3.9. "
-        "It fits 25.09 and 25.10; or give --backend onnxruntime."
+        f"It fits 25.09 and 25.10. {INSTEAD}"
     )
 
 
@@ -98,7 +100,7 @@ def test_another_build_of_the_same_version_is_another_version(tmp_path: Path) ->
 def test_a_tensorrt_that_no_image_carries_is_refused(tmp_path: Path) -> None:
     said = refusal(with_engine(tmp_path / "b", "10.12.0.36"))
     assert said.startswith("No known Triton image fits: ")
-    assert said.endswith("Give --backend onnxruntime, which serves the graph.")
+    assert said.endswith(INSTEAD)
     assert image_for(tmp_path / "b", "25.08", Backend.ONNXRUNTIME) == "25.08"
 
 
@@ -137,7 +139,7 @@ def test_a_plan_of_tensorrt_for_rtx_is_refused_and_its_graph_served(tmp_path: Pa
     for release in (None, "25.08"):
         said = refusal(bundle, release, Backend.TENSORRT)
         assert "does not load plans of TensorRT for RTX" in said
-        assert said.endswith("Give --backend onnxruntime, which serves the graph.")
+        assert said.endswith(INSTEAD)
     assert image_for(bundle) == runtimes().images[-1].release
 
 
@@ -147,15 +149,32 @@ def test_a_release_that_is_not_known_is_refused(release: str, tmp_path: Path) ->
     assert said.startswith(f"--triton-version {release}: what that Triton image carries is not known here. Known are ")
 
 
-def test_a_graph_of_a_newer_opset_than_the_images_implement_is_refused(tmp_path: Path) -> None:
-    bundle = with_rtx_engine(tmp_path / "b")
-    manifest = read_manifest(bundle)
-    for opset, release in ((21, "25.02"), (22, "25.03"), (23, "25.08")):
-        manifest["graph"] = {"certificate": {"opset": opset}}
-        write_manifest(bundle, manifest)
-        assert image_for(bundle, release) == release
-        if opset > 21:
-            assert f"which loads opset 21, and the graph has opset {opset}" in refusal(bundle, "25.02")
+@pytest.mark.parametrize(("opset", "release"), [(21, "24.08"), (22, "25.03"), (23, "25.08"), (25, "26.02")])
+def test_a_graph_gets_the_images_that_load_its_opset(opset: int, release: str, tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "b", Tiny(engine="none", opset=opset))
+    assert image_for(bundle, release) == release
+    if opset > 21:
+        said = refusal(bundle, "24.08", Backend.ONNXRUNTIME)
+        assert f"ONNX Runtime 1.18.1 loads opset 21, and the graph has opset {opset}. It fits {release}" in said
+        assert "--backend" not in said  # it was given
+
+
+def test_kubernetes_triton_and_its_check_agree_on_bfloat16(tmp_path: Path) -> None:
+    runs = tiny_bundles.write(tmp_path / "runs", Tiny(engine="none", precision=Precision.BF16))
+    assert image_for(runs, "26.02") == "26.02"
+    assert "1.23.2 has no kernel for Conv in bfloat16, on no device. It fits 26.02" in refusal(runs, "26.01")
+    padded = tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16, bfloat16=("Pad",)))
+    assert "has no kernel for Pad in bfloat16" in refusal(padded, backend=Backend.ONNXRUNTIME)
+    said = missing_engine(padded)
+    assert "--backend onnxruntime" not in said
+    assert said.endswith("Export it on the serving GPU with --engine tensorrt.")
+    assert "Give --backend onnxruntime" in missing_engine(runs)
+
+
+def missing_engine(bundle: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        image_for(bundle, backend=Backend.TENSORRT)
+    return str(caught.value)
 
 
 def test_a_bundle_without_an_engine_is_served_as_a_graph_unless_a_plan_was_asked_for(tmp_path: Path) -> None:
@@ -170,5 +189,5 @@ def test_a_matrix_can_be_another_one(tmp_path: Path) -> None:
     entry: dict[str, Any] = {"tensorrt": "10.13.2", "onnxruntime": "1.30.0", "cuda": "14.0", "seen": {}}
     row = {"opset": 24, "ir": 11, "seen": "a test"}
     sections = {"onnxruntime": {"1.30.0": row}, "images": {"27.01": entry}, "sources": {}, "read": "2027-01-31"}
-    other = Runtimes.parse(sections)
+    other = Runtimes.parse({**sections, "cuda_bfloat16": {}})
     assert choose_image(model, None, other).cuda == "14.0"

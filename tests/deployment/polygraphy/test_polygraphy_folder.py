@@ -6,18 +6,26 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle import GRAPH
+from spach_deploy.bundle import GOLDEN, GRAPH
 from spach_deploy.cli.package import main as package_command
 from spach_deploy.cli.package_polygraphy import main
-from spach_deploy.deployment.polygraphy.folder import commands
+from spach_deploy.deployment.polygraphy.folder import ROUNDED, commands
+from spach_deploy.errors import UnavailableError
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.specs import Precision
+from spach_deploy.validation.reference import INPUT, LOGITS, Golden
 from tests import small_bundles
 from tests.commands import contents, refusal
+from tests.deployment.triton import tiny_bundles
+from tests.deployment.triton.tiny_bundles import Tiny
 from tests.validation import faults
 
 
@@ -44,7 +52,7 @@ def polygraphy(folder: Path, command: str, **environment: str) -> subprocess.Com
 
 
 def graph_command() -> str:
-    return commands(has_plan=False)[0]
+    return commands(GRAPH, has_plan=False)[0]
 
 
 def test_the_right_graph_passes(folder: Path) -> None:
@@ -77,6 +85,22 @@ def test_every_batch_is_one_that_the_profile_allows(folder: Path) -> None:
         sizes = [int((batch >= 0).sum()) for batch in golden["batches"]]
     assert len(inputs) == len(sizes)
     assert all(manifest["min"] <= size <= manifest["max"] for size in sizes)
+
+
+def test_a_bfloat16_graph_comes_with_a_copy_that_runs_on_a_cpu(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16))
+    result = package(bundle, "-o", tmp_path / "golden")
+    assert "polygraphy run rounded.onnx --onnxrt" in result.stdout
+    golden = Golden.load(bundle / GOLDEN)
+    with OnnxRuntimeRunner(tmp_path / "golden" / ROUNDED) as runner:
+        logits = runner.run({INPUT: golden.input})[LOGITS]
+    assert relative_l2(logits, golden.logits) < 2**-7  # bfloat16's own rounding
+    with pytest.raises(UnavailableError), OnnxRuntimeRunner(tmp_path / "golden" / GRAPH):
+        pass
+
+
+def relative_l2(values: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
 
 
 def test_it_is_listed_and_refuses_what_is_not_its_own(folder: Path, tmp_path: Path) -> None:

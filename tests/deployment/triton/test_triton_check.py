@@ -18,6 +18,7 @@ from spach_deploy.deployment.triton.options import Backend, TritonOptions
 from spach_deploy.deployment.triton.repository import write_repository
 from spach_deploy.deployment.triton.served import BundleArgument
 from spach_deploy.errors import UsageError
+from spach_deploy.specs import Precision
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.broken_repositories import BROKEN, GOOD, GRAPH_FILE, both, clear, preferred, set_
 from tests.deployment.triton.tiny_bundles import Tiny
@@ -65,6 +66,30 @@ def test_there_are_enough_of_them() -> None:
 
 
 # Warnings, other repositories, the report
+
+
+def bfloat16(folder: Path, kinds: str) -> Checked:
+    """The check of a repository with a bfloat16 graph whose only instance group is of these kinds."""
+    bundle = tiny_bundles.write(folder / "bundle", Tiny(engine="none", precision=Precision.BF16))
+    write_repository([BundleArgument(bundle)], folder / "repository", TritonOptions())
+    config = folder / "repository" / "tiny" / "config.pbtxt"
+    config.write_text(config.read_text().replace("kind: KIND_GPU", kinds))
+    return check_repository(folder / "repository")
+
+
+@pytest.mark.parametrize(("kind", "errors", "findings"), [("GPU", 0, 0), ("CPU", 1, 1), ("AUTO", 0, 1)])
+def test_bfloat16_is_for_gpus_only(kind: str, errors: int, findings: int, tmp_path: Path) -> None:
+    checked = bfloat16(tmp_path, f"kind: KIND_{kind}")
+    assert (len(checked.errors), len(checked.findings)) == (errors, findings)
+    assert all("computes nothing in bfloat16 on a CPU" in finding.expected for finding in checked.findings)
+
+
+def test_a_graph_that_no_triton_runs_is_found(tmp_path: Path) -> None:
+    padded = Tiny(engine="none", precision=Precision.BF16, bfloat16=("Pad",))
+    bundle = tiny_bundles.write(tmp_path / "bundle", padded)
+    write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions(force=True))
+    (found,) = check_repository(tmp_path / "repository").errors
+    assert "has no kernel for Pad in bfloat16" in found.found
 
 
 def test_a_plan_of_rtx_that_was_asked_for_is_a_warning(tmp_path: Path) -> None:

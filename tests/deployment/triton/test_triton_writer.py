@@ -238,9 +238,34 @@ def test_a_plan_that_is_not_there_cannot_be_served(tmp_path: Path) -> None:
         written(tmp_path, Tiny(engine="none"), backend=Backend.TENSORRT)
 
 
-def test_bfloat16_as_a_graph_comes_with_a_note(tmp_path: Path) -> None:
+def test_bfloat16_as_a_graph_is_for_gpus_and_says_from_which_triton_on(tmp_path: Path) -> None:
     result = written(tmp_path, Tiny(precision=Precision.BF16), backend=Backend.ONNXRUNTIME)
-    assert result.models[0].notes == ("ONNX Runtime has kernels for bfloat16 on GPUs only.",)
+    assert result.models[0].notes == (
+        "ONNX Runtime has kernels for bfloat16 on GPUs only. It takes ONNX Runtime 1.24.1 or newer: Triton from 26.02"
+        " on.",
+    )
+    assert [group.kind for group in config(result.path).instance_group] == [1]  # KIND_GPU
+
+
+def test_bfloat16_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    on_cpu = Instances(device=Device.CPU)
+    with pytest.raises(UsageError, match=r"computes nothing in bfloat16 on a CPU\. Leave --device cpu out\.") as caught:
+        written(tmp_path, Tiny(precision=Precision.BF16, engine="none"), instances=on_cpu)
+    assert "--device cpu" in caught.value.message
+
+
+def test_a_graph_that_no_triton_runs_is_refused_or_forced(tmp_path: Path) -> None:
+    padded = Tiny(precision=Precision.BF16, bfloat16=("Pad",), engine="none")
+    with pytest.raises(UsageError, match=r"has no kernel for Pad in bfloat16, on no device\. Export it with --fp16"):
+        written(tmp_path / "refused", padded)
+    forced = written(tmp_path / "forced", padded, force=True)
+    assert "has no kernel for Pad in bfloat16" in forced.warnings[0]
+
+
+def test_bf16_that_stands_in_no_graph_asks_for_nothing(tmp_path: Path) -> None:
+    """`--target cpu` writes an FP32 graph, which OpenVINO computes in bfloat16."""
+    result = written(tmp_path, Tiny(engine="none"), backend=Backend.ONNXRUNTIME)
+    assert result.models[0].notes == ()
 
 
 # Ensembles

@@ -31,7 +31,10 @@ _TOLERANCE = {"rel_l2": 1e-3, "max_abs": 1e-2, "cosine_min": 0.999, "flip_margin
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """What the bundle is like. `engine`: tensorrt, tensorrt-rtx, or none for a bundle without a plan."""
+    """What the bundle is like. `engine`: tensorrt, tensorrt-rtx, or none for a bundle without a plan.
+
+    In bf16 the product is computed in bfloat16, of numbers that `bfloat16` names: MatMul, and Conv or Pad before it.
+    """
 
     name: str = "tiny"
     outputs: OutputSpec = dataclasses.field(default_factory=OutputSpec)
@@ -40,6 +43,8 @@ class Tiny:
     precision: Precision = Precision.FP16
     classes: int = CLASSES
     seed: int = 7
+    opset: int = 17
+    bfloat16: tuple[str, ...] = ("Conv",)
 
 
 def write(folder: Path, tiny: Tiny | None = None) -> Path:
@@ -47,7 +52,9 @@ def write(folder: Path, tiny: Tiny | None = None) -> Path:
     tiny = tiny or Tiny()
     folder.mkdir(parents=True)
     graph = _graph(tiny)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / GRAPH)
+    opset = max(tiny.opset, 22) if tiny.precision is Precision.BF16 else tiny.opset
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10 if opset > 20 else 8)
+    onnx.save(model, folder / GRAPH)
     _golden(tiny).save(folder / GOLDEN)
     if tiny.engine != "none":
         (folder / PLAN).write_bytes(plan_bytes(tiny.engine))
@@ -96,12 +103,11 @@ def _graph(tiny: Tiny) -> GraphProto:
     nodes: list[NodeProto] = [
         helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["float"], ["channels"], perm=perm),
-        helper.make_node("Flatten", ["channels"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weights"], ["product"]),
+        *_product(tiny),
         helper.make_node("Cast", ["product"], [LOGITS], to=answers),
     ]
     outputs = [helper.make_tensor_value_info(LOGITS, answers, ["batch", tiny.classes])]
-    constants = [numpy_helper.from_array(weights(tiny), "weights")]
+    constants = _constants(tiny)
     if tiny.outputs.softmax:
         nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=-1))
         outputs.append(helper.make_tensor_value_info(PROBABILITIES, answers, ["batch", tiny.classes]))
@@ -112,6 +118,32 @@ def _graph(tiny: Tiny) -> GraphProto:
         outputs.append(helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, ["batch", k]))
     inputs = [helper.make_tensor_value_info(INPUT, _DTYPES[io_dtype], shape)]
     return helper.make_graph(nodes, "tiny", inputs, outputs, constants)
+
+
+def _product(tiny: Tiny) -> list[NodeProto]:
+    """channels -> product = flat @ weights, in the precision."""
+    if tiny.precision is not Precision.BF16:
+        flat = helper.make_node("Flatten", ["channels"], ["flat"])
+        return [flat, helper.make_node("MatMul", ["flat", "weights"], ["product"])]
+    nodes = [helper.make_node("Cast", ["channels"], ["half"], to=TensorProto.BFLOAT16)]
+    extra = {"Conv": ["half", "same"], "Pad": ["half", "none"]}
+    for kind in tiny.bfloat16:
+        nodes.append(helper.make_node(kind, [nodes[-1].output[0], *extra[kind][1:]], [f"after_{kind}"]))
+    return [
+        *nodes,
+        helper.make_node("Flatten", [nodes[-1].output[0]], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["half_product"]),
+        helper.make_node("Cast", ["half_product"], ["product"], to=TensorProto.FLOAT),
+    ]
+
+
+def _constants(tiny: Tiny) -> list[TensorProto]:
+    """The weights, and what the extra operators of bfloat16 read: they change nothing."""
+    if tiny.precision is not Precision.BF16:
+        return [numpy_helper.from_array(weights(tiny), "weights")]
+    given = [("weights", weights(tiny)), ("same", np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1))]
+    half = [helper.make_tensor(name, TensorProto.BFLOAT16, a.shape, a.ravel()) for name, a in given]
+    return [*half, numpy_helper.from_array(np.zeros(8, np.int64), "none")]
 
 
 def _sections(tiny: Tiny, graph: GraphProto) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from typing import Any
 
 from spach_deploy.deployment.triton.check.findings import Finding
 from spach_deploy.deployment.triton.check.model_folder import PLATFORMS, ModelFolder, Repository
+from spach_deploy.deployment.triton.options import KIND_CPU, KIND_MODEL
 from spach_deploy.deployment.triton.schema import data_type_name
 from spach_deploy.deployment.triton.tensors import shown
-
-_KIND_CPU, _KIND_MODEL = 2, 3
 
 
 def check_fields(model: ModelFolder, repository: Repository) -> Iterator[Finding]:
@@ -114,14 +113,14 @@ def _instances(model: ModelFolder) -> Iterator[Finding]:
         where = f"instance_group[{index}]"
         if group.count < 0:
             yield model.finding(f"{where}.count", str(group.count), "1 or more", "Correct it.")
-        if group.gpus and group.kind in (_KIND_CPU, _KIND_MODEL):
-            kind = "KIND_CPU" if group.kind == _KIND_CPU else "KIND_MODEL"
+        if group.gpus and group.kind in (KIND_CPU, KIND_MODEL):
+            kind = "KIND_CPU" if group.kind == KIND_CPU else "KIND_MODEL"
             yield model.finding(
                 f"{where}.gpus", f"{shown(group.gpus)} with {kind}", "none", "Remove gpus, or the kind."
             )
         if len(set(group.gpus)) != len(group.gpus) or any(gpu < 0 for gpu in group.gpus):
             yield model.finding(f"{where}.gpus", shown(group.gpus), "each GPU once, from 0", "Correct it.")
-        if group.kind == _KIND_CPU and model.is_tensorrt:
+        if group.kind == KIND_CPU and model.is_tensorrt:
             yield model.finding(f"{where}.kind", "KIND_CPU", "KIND_GPU, as TensorRT runs on no CPU", "Correct it.")
         if group.profile and not model.is_tensorrt:
             yield model.finding(f"{where}.profile", "one", "none, as only TensorRT has profiles", "Remove it.")

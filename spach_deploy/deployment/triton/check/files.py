@@ -10,8 +10,10 @@ from spach_deploy.deployment.triton.check.artifact_facts import bundle_manifest,
 from spach_deploy.deployment.triton.check.findings import Finding, Severity
 from spach_deploy.deployment.triton.check.model_folder import ModelFolder, Repository
 from spach_deploy.deployment.triton.config import ACCEPTS_RTX
+from spach_deploy.deployment.triton.options import KIND_AUTO, KIND_CPU
 from spach_deploy.deployment.triton.repository import FACTS
 from spach_deploy.deployment.triton.served import RTX_REASON
+from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.plan_identity import identify_plan_file
 from spach_deploy.specs import Flavour
 
@@ -61,6 +63,8 @@ def _version(model: ModelFolder, version: int) -> Iterator[Finding]:
         yield from _plan(model, file, where)
     elif model.backend == "onnxruntime" and graph_tensors(file) is None:
         yield model.finding("", _what_it_is(file), "an ONNX graph", "Correct the platform, or the file.", file=where)
+    elif model.backend == "onnxruntime":
+        yield from _graph(model, file, where)
     yield from _bundle(model, version, file, where)
 
 
@@ -80,6 +84,25 @@ def _plan(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
             file=where,
             severity=Severity.WARNING if is_accepted else Severity.ERROR,
         )
+
+
+def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
+    """Some Triton image must run it, on the devices that its instances are for."""
+    if (needs := GraphNeeds.of(file)) is None:
+        return
+    known = runtimes()
+    newest = known.images[-1]
+    if not known.fitting((needs,), on_gpu=True):
+        found = f"a graph that no known Triton image runs: {known.misfit(newest, (needs,), on_gpu=True)}"
+        yield model.finding("", found, "one that ONNX Runtime runs", "Export it with --fp16.", file=where)
+        return
+    kinds = [group.kind for group in model.config.instance_group] or [KIND_AUTO]
+    on_cpus = KIND_CPU in kinds
+    if needs.bfloat16 and (on_cpus or KIND_AUTO in kinds):
+        found = "KIND_CPU" if on_cpus else "KIND_AUTO, a CPU where there is no GPU"
+        expected = f"KIND_GPU: {known.misfit(newest, (needs,), on_gpu=False)}"
+        severity = Severity.ERROR if on_cpus else Severity.WARNING
+        yield model.finding("instance_group.kind", found, expected, "Write kind: KIND_GPU.", severity=severity)
 
 
 def _has_flag(model: ModelFolder) -> bool:
