@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import spach_deploy
+from spach_deploy.errors import CheckpointError
+from spach_deploy.models.checkpoint_index import checkpoint_files
 from spach_deploy.runtime.processor import all_cpu_flags, processor_name
 from spach_deploy.specs import ExportOptions
 from spach_deploy.tool_versions import tool_versions
@@ -30,17 +32,18 @@ def export_key(options: ExportOptions) -> str | None:
     """
     if options.engine.timing_cache is not None or options.quantization.cache is not None:
         return None
-    inputs = (options.model.checkpoint, options.images, options.quantization.calibration, options.quantization.labels)
+    inputs = (options.images, options.quantization.calibration, options.quantization.labels)
     try:
+        weights = () if options.model.checkpoint is None else checkpoint_files(options.model.checkpoint)
         content = {
             "options": _plain(options),
             "place": str(options.output.resolve()) if options.output is not None else str(Path.cwd()),
-            "files": {str(path): content_digest(path) for path in inputs if path is not None},
+            "files": {str(path): content_digest(path) for path in (*weights, *inputs) if path is not None},
             "code": code_digest(),
             "packages": tool_versions(),
             "machine": machine(),
         }
-    except OSError:
+    except (OSError, CheckpointError):
         return None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

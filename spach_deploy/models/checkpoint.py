@@ -15,7 +15,8 @@ from torch import Tensor
 
 from spach_deploy.errors import CheckpointError
 from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_from_content
-from spach_deploy.models.checkpoint_file import read_checkpoint
+from spach_deploy.models.checkpoint_file import read_checkpoint, read_shards
+from spach_deploy.models.checkpoint_index import find_index
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.matching import check_fit, image_size_of, infer_model, num_classes_of
@@ -32,9 +33,9 @@ _FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"
 class LoadedModel:
     """A model ready to be exported: evaluation mode, float32, on the CPU, without gradients.
 
-    `checkpoint_sha256` is of the file, `weights_sha256` of the float32 values (see the function of that
-    name), so that the same weights in another container are recognised; it is computed when first asked for. `notes`
-    say what was unwrapped, inferred, converted and compared, in sentences for the report.
+    `checkpoint_sha256` is of the file (of several, see `read_shards`), `weights_sha256` of the float32 values (see the
+    function of that name), so that the same weights in another container are recognised; it is computed when first
+    asked for. `notes` say what was unwrapped, inferred, converted and compared, in sentences for the report.
     """
 
     model: Spach
@@ -88,7 +89,8 @@ def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
 
 
 def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
-    content, sha256 = read_checkpoint(path)
+    index = find_index(path)
+    content, sha256 = read_checkpoint(path) if index is None else read_shards(index)
     state = state_dict_from_content(content, spec.weights, spec.ignore)
     name, notes = _identify(spec, state)
     classes = num_classes_of(state.tensors) or 0
@@ -97,8 +99,9 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     with torch.device("meta"):
         model = create_model(name, image_size=size, num_classes=classes)
     model.load_state_dict(_with_counters(model, values), strict=True, assign=True)
-    notes = [*state.notes, *notes, *compare_classes(state.args, classes), *size_notes, *value_notes]
-    return _loaded(model, name, "checkpoint", path, sha256, tuple(notes))
+    files = [] if index is None else [f"read {len(index.shards)} files, as {index.path.name} says"]
+    notes = [*files, *state.notes, *notes, *compare_classes(state.args, classes), *size_notes, *value_notes]
+    return _loaded(model, name, "checkpoint", path if index is None else index.path, sha256, tuple(notes))
 
 
 def _identify(spec: ModelSpec, state: StateDict) -> tuple[str, list[str]]:

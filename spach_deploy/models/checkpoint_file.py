@@ -18,7 +18,7 @@ import struct
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,12 +27,14 @@ import safetensors.torch
 import torch
 
 from spach_deploy.errors import CheckpointError
+from spach_deploy.models.checkpoint_index import CheckpointIndex
 from spach_deploy.models.pickle_size import PICKLE_BYTES, check_pickle
 from spach_deploy.models.plain_data import PLAIN_DATA
 
 _SAVE_WEIGHTS = "Where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 _GET_AGAIN = "Copy or download it again."
 _SAVE_AGAIN = "Load it where it was made, and save it with torch.save."
+_KINDS = ("*.index.json", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
 _LOCAL_LENGTHS = 26  # bytes of a zip's local header before the lengths of name and extra field, which end it
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object itself, keys of its storages
 _INFLATED_BYTES, _INFLATED_TIMES = 64_000_000, 16
@@ -54,6 +56,26 @@ def read_checkpoint(path: Path) -> tuple[Any, str]:
             return content, digest.result()
         except OSError as error:
             raise CheckpointError(f"Checkpoint {path} cannot be read: {error.strerror}.", _GET_AGAIN) from error
+
+
+def read_shards(index: CheckpointIndex) -> tuple[dict[str, Any], str]:
+    """Tensors of a checkpoint in several files, and the sha256 of the text that sha256sum prints for index and files.
+
+    CheckpointError as for one file, and where a file does not hold the very tensors that the index says.
+    """
+    tensors: dict[str, Any] = {}
+    digests = [f"{_sha256(index.path)}  {index.path.name}\n"]
+    for shard in index.shards:
+        content, digest = read_checkpoint(shard)
+        found = content if isinstance(content, Mapping) else {}
+        if wrong := sorted(index.names_in(shard) ^ {str(name) for name in found}):
+            raise CheckpointError(
+                f"{shard} does not hold what {index.path.name} says: they differ in {len(wrong)} names ({wrong[0]}).",
+                "Take the index and all files that it names from one download.",
+            )
+        tensors.update(found)
+        digests.append(f"{digest}  {shard.name}\n")
+    return tensors, hashlib.sha256("".join(digests).encode(errors="surrogateescape")).hexdigest()
 
 
 def _recognise(path: Path) -> str:
@@ -82,7 +104,7 @@ def _head(path: Path) -> tuple[bytes, int]:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise CheckpointError(f"Checkpoint {path} is a directory.", "Name the file in it.")
+            raise CheckpointError(f"Checkpoint {path} is a directory.", _file_in(path))
         if not stat.S_ISREG(status.st_mode):  # a pipe or device would be read forever
             raise CheckpointError(f"Checkpoint {path} is not a regular file.", "Copy it to a file first.")
         with path.open("rb") as file:
@@ -92,6 +114,14 @@ def _head(path: Path) -> tuple[bytes, int]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"Checkpoint {path} cannot be read: {reason}.", "Check the path.") from error
+
+
+def _file_in(folder: Path) -> str:
+    """Hint: what in a directory may be meant."""
+    if (folder / ".metadata").is_file():
+        return "Where it was made, join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE."
+    files = sorted(file.name for kind in _KINDS for file in folder.glob(kind))
+    return f"Name the file in it, such as {files[0]}." if files else "Name the file in it."
 
 
 def _is_web_page(head: bytes) -> bool:

@@ -21,7 +21,8 @@ from typing import Any
 
 from spach_deploy.bundle import MANIFEST, Bundle, remove_leftovers, sha256_of
 from spach_deploy.cache.key import content_digest, export_key
-from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.errors import BundleError, CheckpointError, UsageError
+from spach_deploy.models.checkpoint_index import checkpoint_files
 from spach_deploy.specs import ExportOptions
 from spach_deploy.zoo.plan import Build
 
@@ -86,7 +87,7 @@ class Folder:
     def key(self, options: ExportOptions) -> str | None:
         """Digest of all that decides what the bundle will be; None where an input cannot be read."""
         spec = options.quantization
-        inputs = (options.model.checkpoint, options.images, spec.calibration, spec.labels)
+        inputs = (options.images, spec.calibration, spec.labels)
         bare = dataclasses.replace(
             options,
             model=dataclasses.replace(options.model, checkpoint=None),
@@ -94,8 +95,9 @@ class Folder:
             quantization=dataclasses.replace(spec, calibration=None, labels=None),
         )
         try:
-            shared = [None if path is None else [str(path), self._digest(path)] for path in inputs]
-        except OSError:
+            weights = () if options.model.checkpoint is None else checkpoint_files(options.model.checkpoint)
+            shared = [None if path is None else [str(path), self._digest(path)] for path in (*weights, *inputs)]
+        except (OSError, CheckpointError):
             return None
         key = export_key(bare)
         return None if key is None else hashlib.sha256(json.dumps([key, shared]).encode()).hexdigest()

@@ -35,6 +35,18 @@ def small(*more: object) -> Result:
     return export(*model, "--engine", "none", "-o", "out", *more)
 
 
+def test_each_file_of_a_checkpoint_in_several_counts(tmp_path: Path) -> None:
+    files = [tmp_path / f"model-{part:05}-of-00002.safetensors" for part in (1, 2)]
+    for file in files:
+        file.write_bytes(b"weights")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {file.stem: file.name for file in files}}))
+    options = ExportOptions(ModelSpec("ms_hybrid_s", checkpoint=index))
+    before = export_key(options)
+    files[1].write_bytes(b"others")
+    assert export_key(options) not in (None, before)
+
+
 def test_the_second_identical_export_is_the_first_ones_bundle(cache: Path) -> None:
     first = small()
     assert first.exit_code == 0, first.output

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 from spach_deploy.models import pickle_size
+from spach_deploy.models.checkpoint import weights_sha256
 from spach_deploy.models.checkpoint_file import read_checkpoint
 from tests.models.small_models import load, refusal, save, state
 
@@ -392,9 +393,83 @@ def test_a_tar_of_any_kind_is_recognised(tmp_path: Path) -> None:
     assert "is a tar archive" in refusal(tmp_path / "old.pth")
 
 
+def sharded(folder: Path, kind: str = "safetensors") -> Path:
+    """Two files of a checkpoint and their index."""
+    tensors, files = state(), [f"model-{part:05}-of-00002.{kind}" for part in (1, 2)]
+    weight_map = {name: files[number % 2] for number, name in enumerate(tensors)}
+    for file in files:
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        if kind == "safetensors":
+            safetensors.torch.save_file(part, folder / file)
+        else:
+            save(folder, part, file)
+    index = folder / f"model.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+    return index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_checkpoint_in_several_files(tmp_path: Path, kind: str) -> None:
+    """By its index, or by any of the files beside it."""
+    index = sharded(tmp_path, kind)
+    loaded = [load(path) for path in (index, *tmp_path.glob(f"*-of-*.{kind}"))]
+    assert {model.weights_sha256 for model in loaded} == {weights_sha256(state())}
+    assert len({(model.checkpoint_path, model.checkpoint_sha256) for model in loaded}) == 1
+    assert f"read 2 files, as {index.name} says" in loaded[0].notes
+
+
+def test_one_file_of_several_is_called_that(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    first, second = sorted(tmp_path.glob("*-of-*"))
+    content = index.read_text()
+    index.unlink()
+    assert "is one file of 2, and no index beside it names it" in refusal(first)
+    index.write_text(content)
+    second.unlink()
+    for path in (index, first):
+        assert f"names {second.name}, which is not beside it" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../outside.safetensors", "a/b", "..", "a\\b", ""])
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside.safetensors").touch()
+    (tmp_path / "in").mkdir()
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"norm1.bias": name}}))
+    assert "which is no file beside it" in refusal(index)
+
+
+def test_files_that_are_not_what_the_index_says_are_refused(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    first, second = sorted(tmp_path.glob("*-of-*"))
+    parts = [safetensors.torch.load_file(file) for file in (first, second)]
+    twice = next(iter(parts[1]))
+    safetensors.torch.save_file(parts[0] | {twice: parts[1][twice] * 2}, first)
+    assert f"they differ in 1 names ({twice})" in refusal(index)
+    safetensors.torch.save_file(dict(list(parts[0].items())[1:]), first)
+    assert "they differ in 1 names" in refusal(index)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": [', "{" * 9999]
+)
+def test_json_that_is_no_index(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert "no index of a checkpoint" in refusal(tmp_path / "config.json")
+
+
+def test_an_index_of_other_files_does_not_matter(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    path = save(tmp_path, state(), "whole.pth")
+    assert "files" not in "; ".join(load(path).notes)
+    assert load(path).checkpoint_path == path
+
+
 def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "is a directory" in refusal(tmp_path)
+    (tmp_path / "run7.pth").touch()
+    assert "Name the file in it, such as run7.pth." in refusal(tmp_path)
     assert "There is no checkpoint" in refusal(tmp_path / "absent.pth")
     assert "not a regular file" in refusal(tmp_path / "pipe")
     assert "not a regular file" in refusal(Path("/dev/zero"))
