@@ -30,6 +30,7 @@ from spach_deploy.benchmark.statistics import Ratio, ratio
 from spach_deploy.benchmark.worker import Worker
 from spach_deploy.bundle import GOLDEN, Bundle
 from spach_deploy.cpu_target import RUNNERS, candidates, options_for
+from spach_deploy.files import Place
 from spach_deploy.pipeline import export
 from spach_deploy.runtime.threads import available_threads
 from spach_deploy.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
@@ -50,7 +51,7 @@ def bundles(name: str, folder: Path) -> Iterator[tuple[Precision, Bundle]]:
     asked = ExportOptions(ModelSpec(name), images=held_out, quantization=QuantizationSpec(calibration))
     for precision in candidates(asked):
         print(f"{name}: export {precision.value}", file=sys.stderr, flush=True)
-        yield precision, export(options_for(asked, precision), place=folder / precision.value).bundle
+        yield precision, export(options_for(asked, precision), place=Place.of(folder / precision.value)).bundle
 
 
 def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle]) -> dict[Form, Worker]:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.bundle import default_directory
+from spach_deploy.bundle import check_target, default_directory
 from spach_deploy.errors import MismatchError, SpachError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.phases import Observer
 from spach_deploy.pipeline import ExportResult, export
 from spach_deploy.specs import ExportOptions, Precision, QuantizationSpec
@@ -87,7 +88,8 @@ def check_auto(options: ExportOptions) -> None:
 def recommend(options: ExportOptions, observer: Observer | None = None) -> Recommendation:
     """Export every candidate and compare. UsageError for options that no candidate could honour."""
     check_auto(options)
-    candidates = tuple(_candidate(options, precision, observer) for precision in CANDIDATES)
+    places = {precision: _place(options_for(options, precision)) for precision in CANDIDATES}
+    candidates = tuple(_candidate(options, precision, observer, place) for precision, place in places.items())
     if not any(entry.bundle for entry in candidates):
         raise MismatchError(
             f"No precision could be exported: {candidates[0].problem}", "Export one of them by itself to see more."
@@ -95,9 +97,16 @@ def recommend(options: ExportOptions, observer: Observer | None = None) -> Recom
     return judge_candidates(candidates, options.quantization.max_rel_l2)
 
 
-def _candidate(options: ExportOptions, precision: Precision, observer: Observer | None) -> Candidate:
+def _place(options: ExportOptions) -> Place | None:
+    """Where a candidate goes, None where that is not known yet. BundleError where it cannot."""
+    return None if options.output is None else check_target(options.output, overwrite=options.overwrite)
+
+
+def _candidate(
+    options: ExportOptions, precision: Precision, observer: Observer | None, place: Place | None
+) -> Candidate:
     try:
-        return _figures(precision, export(options_for(options, precision), observer))
+        return _figures(precision, export(options_for(options, precision), observer, place=place))
     except UsageError as error:
         if precision is Precision.FP8:  # GPUs before Ada
             return Candidate(precision, problem=str(error))

@@ -15,7 +15,6 @@ bundle or none, never half of one.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -31,6 +30,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.errors import BundleError
+from spach_deploy.files import Place
 from spach_deploy.text import json_text
 
 SCHEMA_VERSION = 1
@@ -257,8 +257,12 @@ class Contents:
 BUNDLE = Contents(None, "a bundle")
 
 
-def check_target(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> None:
-    """Refuse a target that holds anything but `contents`, or could not be written, before the work begins."""
+def check_target(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> Place:
+    """Refuse a target that holds anything but `contents`, or could not be written, before the work begins.
+
+    What is given back is for `writing`, which replaces nothing else than what lies there now.
+    """
+    place = Place.of(target)
     if os.path.ismount(target) or target.absolute() == Path.cwd():
         what = "a mount point" if os.path.ismount(target) else "the directory you are in"
         raise BundleError(f"{target} is {what}, which cannot be replaced.", "Give an --output inside it.")
@@ -276,6 +280,7 @@ def check_target(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) 
         os.rmdir(tempfile.mkdtemp(prefix=f"{_staging_prefix(target)}{os.getpid()}-", dir=parent))
     except OSError as error:
         raise BundleError(f"{parent} is not writable ({error.strerror}).", "Choose another --output.") from error
+    return place
 
 
 def _existing_parent(target: Path) -> Path:
@@ -288,13 +293,15 @@ def _existing_parent(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def writing(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> Iterator[Path]:
-    """A hidden sibling directory to fill; it becomes `target` when the block ends well, and disappears otherwise.
+def writing(place: Place) -> Iterator[Path]:
+    """A hidden sibling directory to fill; it goes to its place when the block ends well, and disappears otherwise.
 
-    `seal` must have been called in the block. Raises BundleError for a full disk or a target that cannot be written.
+    `place` comes from `check_target`, and `seal` must have been called in the block. Raises BundleError for a full
+    disk, and for a target that cannot be written or holds something that was not there when it was checked.
     """
-    check_target(target, overwrite=overwrite, contents=contents)
+    target = place.path
     try:
+        place.check()
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         staging = _staging_path(target)
@@ -303,7 +310,8 @@ def writing(target: Path, *, overwrite: bool, contents: Contents = BUNDLE) -> It
         raise _write_error(target, error) from error
     try:
         yield staging
-        _move_into_place(staging, target)
+        place.put(staging)
+        _flush(target.absolute().parent)
     except OSError as error:
         raise _write_error(target, error) from error
     finally:
@@ -383,29 +391,3 @@ def _is_alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    """Rename; an existing bundle is exchanged in the same step and deleted afterwards (by the caller)."""
-    if target.is_dir():
-        _exchange(staging, target)
-    else:
-        staging.rename(target)
-    _flush(target.absolute().parent)
-
-
-def _exchange(staging: Path, target: Path) -> None:
-    """Swap two directories: renameat2(RENAME_EXCHANGE) in one step, or two renames where the system has none."""
-    at_fdcwd, rename_exchange = -100, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (at_fdcwd, os.fsencode(staging), at_fdcwd, os.fsencode(target), rename_exchange)
-    if hasattr(libc, "renameat2") and libc.renameat2(*arguments) == 0:
-        return
-    aside = staging.with_name(f"{staging.name}-old")
-    target.rename(aside)
-    try:
-        staging.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -72,7 +72,7 @@ def _model(spec: ModelSpec) -> Words:
 def _quantization(spec: QuantizationSpec) -> Words:
     default = QuantizationSpec()
     yield from _optional("--calibration", spec.calibration)
-    yield from _optional("--calibration-cache", spec.cache)
+    yield from _optional("--calibration-cache", spec.cache and spec.cache.path)
     if spec.method != default.method:
         yield from ("--method", spec.method)
     if spec.rest is not default.rest:

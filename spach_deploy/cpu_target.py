@@ -31,6 +31,8 @@ from spach_deploy.benchmark.contestants import (
 from spach_deploy.benchmark.rounds import Question, measure
 from spach_deploy.bundle import Bundle
 from spach_deploy.errors import MismatchError, UnavailableError, UsageError
+from spach_deploy.files import Place
+from spach_deploy.models.registry import resolve
 from spach_deploy.phases import Observer
 from spach_deploy.pipeline import ExportResult, export
 from spach_deploy.runtime.processor import has_vnni
@@ -136,19 +138,26 @@ def export_for_cpu(
     Raises what an export raises, UnavailableError without a runner, MismatchError when no form is right.
     """
     check_cpu(options, asked)
+    seen = _seen(options)
     found: dict[Precision, Benchmark] = {}
     with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
         for precision in [asked] if asked else candidates(options):
-            of_precision = options_for(options, precision)
-            if of_precision.output is not None:
-                bundles.check_target(of_precision.output, overwrite=options.overwrite)
-            found[precision] = measured(
-                export(of_precision, observer, place=Path(folder) / precision.value), options, tell
-            )
+            place = Place.of(Path(folder) / precision.value)
+            found[precision] = measured(export(options_for(options, precision), observer, place=place), options, tell)
         forms = tuple(form for precision, benchmark in found.items() for form in _forms(precision, benchmark))
         chosen, machine = best_of(forms), next(iter(found.values())).machine
-        bundle = _placed(Path(folder) / chosen.precision.value, options, _section(chosen, forms, machine))
+        bundle = _placed(Path(folder) / chosen.precision.value, options, seen, _section(chosen, forms, machine))
     return CpuChoice(bundle, chosen, forms, machine, asked is not None)
+
+
+def _seen(options: ExportOptions) -> Mapping[Path, Place]:
+    """What lies where the bundle may go, as far as that is known. BundleError where the user's place is none."""
+    if options.output is not None:
+        return {options.output: bundles.check_target(options.output, overwrite=options.overwrite)}
+    if options.model.name is None:
+        return {}
+    names = (bundles.default_directory(resolve(options.model.name), precision.value) for precision in RUNNERS)
+    return {path: Place.of(path) for path in names}
 
 
 def candidates(options: ExportOptions) -> list[Precision]:
@@ -202,12 +211,13 @@ def _section(chosen: Form, forms: tuple[Form, ...], machine: Mapping[str, Any]) 
     return {"chosen": chosen.to_dict(), "forms": [form.to_dict() for form in forms], "machine": dict(machine)}
 
 
-def _placed(source: Path, options: ExportOptions, section: dict[str, Any]) -> Bundle:
+def _placed(source: Path, options: ExportOptions, seen: Mapping[Path, Place], section: dict[str, Any]) -> Bundle:
     """The bundle at its target, with a section `cpu` in its manifest."""
     manifest = Bundle.open(source).manifest
     target = options.output or bundles.default_directory(str(manifest.model["name"]), manifest.precision)
     sections = {name: value for name, value in manifest.content.items() if name not in ("schema_version", "files")}
-    with bundles.writing(target, overwrite=options.overwrite) as staging:
+    place = bundles.check_target(target, overwrite=options.overwrite)
+    with bundles.writing(seen.get(target, place)) as staging:
         for file in source.iterdir():
             if file.name != bundles.MANIFEST:
                 shutil.copy2(file, staging / file.name)

@@ -28,6 +28,7 @@ from spach_deploy.ahead import Ahead
 from spach_deploy.bundle import Bundle
 from spach_deploy.command_lines import ValidateWords, export_command, validate_command
 from spach_deploy.errors import MismatchError
+from spach_deploy.files import Place
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.onnx_graph.tracing import Tracing
 from spach_deploy.phases import Observer, Phases, Silent
@@ -129,12 +130,12 @@ def export(
     options: ExportOptions,
     observer: Observer | None = None,
     *,
-    place: Path | None = None,
+    place: Place | None = None,
     ahead: Ahead | None = None,
 ) -> ExportResult:
-    """Export, build, validate and write the bundle that `options` asks for; to `place`, if that is given, for somebody
-    who moves it to its target afterwards: what the bundle says of itself names the target. `ahead`: what was begun
-    before these modules were loaded.
+    """Export, build, validate and write the bundle that `options` asks for. `place`: what `check_target` said of the
+    target before, or another place, for somebody who moves the bundle to its target afterwards: what it says of itself
+    names the target. `ahead`: what was begun before these modules were loaded.
 
     Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
     """
@@ -147,8 +148,7 @@ def export(
         with phases.phase("load the model"):
             loaded = stages.load(options, phases)
             target = stages.target_directory(options, loaded)
-            place = place or target
-            bundles.check_target(place, overwrite=options.overwrite)
+            place = place or bundles.check_target(target, overwrite=options.overwrite)
         with phases.phase("read images"):
             photographs = stages.read_photographs(options, loaded.image_size, phases)
         static, answers, graph = exported(loaded, photographs, options, ahead.tracing, stack, phases)
@@ -159,7 +159,7 @@ def export(
             work = deriving(loaded, photographs, answered, options, eight_bits.twin_of(static.model))
             answers = begun(work, "derive tolerances", stack, phases)
         plan = eight_bits.plan
-        with bundles.writing(place, overwrite=options.overwrite) as staging:
+        with bundles.writing(place) as staging:
             with phases.phase("give the graph its form"):
                 graph = stages.give_form(graph, photographs, options, plan)
                 guess = start_early(graph, staging / bundles.GRAPH, build, options)
@@ -186,7 +186,7 @@ def export(
                 validation = judged.with_engine(subject, engine, validated(target))
             if not validation.passed:
                 raise MismatchError(validation.failure(), "Nothing was written.")
-            write_report(validation, staging / bundles.REPORT)
+            write_report(validation, Place.of(staging / bundles.REPORT))
             manifest = bundles.seal(
                 staging,
                 {
@@ -205,9 +205,9 @@ def export(
                 },
                 {} if engine is None else engine.files,
             )
-            if problem := page_problem(validation, manifest.content, staging / bundles.PAGE):
+            if problem := page_problem(validation, manifest.content, Place.of(staging / bundles.PAGE)):
                 phases.note(problem)
-    return ExportResult(Bundle.open(place, verify=False), validation, engine)
+    return ExportResult(Bundle.open(place.path, verify=False), validation, engine)
 
 
 def exported(
@@ -319,7 +319,7 @@ def trial_of(reference: Reference, options: ExportOptions) -> Trial:
     return dataclasses.replace(trial, reference="PyTorch in FP32")
 
 
-def calibrate_to_file(options: ExportOptions, file: Path, observer: Observer | None = None) -> Calibration:
+def calibrate_to_file(options: ExportOptions, file: Path | Place, observer: Observer | None = None) -> Calibration:
     """Calibrate as an export with `options` would, and keep the result in `file` for later exports.
 
     A file that is there already is kept where it fits these options and images; UsageError names what differs, unless
@@ -327,7 +327,8 @@ def calibrate_to_file(options: ExportOptions, file: Path, observer: Observer | N
     """
     phases = Phases(observer or Silent())
     stages.check_options(options)
-    cache = dataclasses.replace(options.quantization, cache=file)
+    place = file if isinstance(file, Place) else Place.of(file)
+    cache = dataclasses.replace(options.quantization, cache=place)
     options = dataclasses.replace(options, quantization=cache)
     with phases.phase("load the model"):
         loaded = stages.load(options, phases)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from spach_deploy.errors import UsageError
+from spach_deploy.files import Place
 
 
 class Precision(str, enum.Enum):
@@ -166,7 +167,7 @@ class QuantizationSpec:
     """
 
     calibration: Path | None = None
-    cache: Path | None = None
+    cache: Place | None = None
     method: str = "max"
     rest: Precision = Precision.FP16
     keep_float: tuple[str, ...] = ()

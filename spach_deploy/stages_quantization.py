@@ -133,8 +133,8 @@ def _from_images(
     overwrite: bool,
 ) -> Calibration:
     assert spec.calibration is not None
-    if spec.cache is not None and spec.cache.exists() and not overwrite:
-        return _reused(spec.cache, key, spec.calibration, preprocessing, phases)
+    if spec.cache is not None and spec.cache.path.exists() and not overwrite:
+        return _reused(spec.cache.path, key, spec.calibration, preprocessing, phases)
     seen = measure(model, chosen, scaling, key, preprocessing, spec, phases)
     start = time.monotonic()
     plan = plan_from_statistics(model, chosen, seen.statistics, scaling, equalize=spec.equalize)
@@ -166,7 +166,7 @@ def measure(
     """Statistics over the calibration images, which are looked at on the way."""
     assert spec.calibration is not None
     source = open_images(spec.calibration)
-    state = None if spec.cache is None else spec.cache.with_name(f"{spec.cache.name}.unfinished")
+    state = None if spec.cache is None else spec.cache.path.with_name(f"{spec.cache.path.name}.unfinished")
     run = Run(scaling.method.needs_histograms, state, key, on_progress=phases.observer.calibrating)
     if spec.cluster is not None:
         from spach_deploy.cluster.calibration import collect_on_cluster

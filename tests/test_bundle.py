@@ -29,7 +29,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def write(target: Path, graph: bytes = b"graph", *, overwrite: bool = False) -> None:
-    with bundles.writing(target, overwrite=overwrite) as staging:
+    with bundles.writing(bundles.check_target(target, overwrite=overwrite)) as staging:
         (staging / bundles.GRAPH).write_bytes(graph)
         (staging / bundles.PLAN).write_bytes(b"plan")
         bundles.seal(staging, SECTIONS)
@@ -47,7 +47,7 @@ def test_a_bundle_is_read_back(tmp_path: Path) -> None:
 def test_what_is_settled_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     monkeypatch.setattr(bundles, "sha256_of", lambda file: read.append(file.name) or sha256_of(file))  # type: ignore[func-returns-value]
-    with bundles.writing(tmp_path / "b", overwrite=False) as staging:
+    with bundles.writing(bundles.check_target(tmp_path / "b", overwrite=False)) as staging:
         (staging / bundles.GRAPH).write_bytes(b"graph")
         (staging / bundles.REPORT).write_text("{}")
         settled = bundles.settle(staging)
@@ -90,11 +90,26 @@ def test_a_directory_that_is_no_bundle_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_of_two_exports_to_one_place_the_later_is_refused(old: bytes | None, tmp_path: Path) -> None:
+    """Whether they may replace an older one or not: what was not there when a command began is left alone."""
+    if old:
+        write(tmp_path / "b", old)
+    late = bundles.check_target(tmp_path / "b", overwrite=old is not None)
+    with pytest.raises(BundleError, match="written there since this command began") as refused, bundles.writing(late):
+        write(tmp_path / "b", b"first", overwrite=old is not None)
+    assert refused.value.exit_code == 2
+    with pytest.raises(BundleError, match="since this command began"), bundles.writing(late):
+        raise AssertionError("no work is begun for a place that was taken")
+    assert Bundle.open(tmp_path / "b").file(bundles.GRAPH).read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["b"]
+
+
 def test_an_error_in_the_middle_leaves_the_old_bundle(tmp_path: Path) -> None:
     write(tmp_path / "b", b"old")
 
     def interrupted() -> None:
-        with bundles.writing(tmp_path / "b", overwrite=True) as staging:
+        with bundles.writing(bundles.check_target(tmp_path / "b", overwrite=True)) as staging:
             (staging / bundles.GRAPH).write_bytes(b"new")
             raise KeyboardInterrupt
 
@@ -108,10 +123,13 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     """A file-size limit stands in for a full disk: both end a write with OSError."""
     with (
         pytest.raises(BundleError, match="cannot be written"),
-        bundles.writing(tmp_path / "b", overwrite=False) as staging,
+        bundles.writing(bundles.check_target(tmp_path / "b", overwrite=False)) as staging,
     ):
         raise OSError(27, "File too large", str(staging))
-    with pytest.raises(BundleError, match="No space left"), bundles.writing(tmp_path / "b", overwrite=False):
+    with (
+        pytest.raises(BundleError, match="No space left"),
+        bundles.writing(bundles.check_target(tmp_path / "b", overwrite=False)),
+    ):
         raise OSError(28, "No space left on device")
     assert not os.listdir(tmp_path)
 

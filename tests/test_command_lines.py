@@ -13,6 +13,7 @@ from spach_deploy.cli.export import main as export_main
 from spach_deploy.cli.export_options import export_options
 from spach_deploy.cli.validate import main as validate_main
 from spach_deploy.command_lines import ValidateWords, export_command, validate_command
+from spach_deploy.files import Place
 from spach_deploy.specs import (
     BatchProfile,
     ComputeCapability,
@@ -57,7 +58,7 @@ EXPORTS = [
         engine=EngineTarget(Flavour.NONE),
         quantization=QuantizationSpec(
             Path("photos"),
-            Path("cache.json"),
+            Place.of(Path("cache.json")),
             "entropy",
             Precision.FP32,
             ("layer4.*",),

@@ -16,6 +16,7 @@ from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
 from spach_deploy.benchmark.rounds import Question
 from spach_deploy.benchmark.statistics import Latency, Ratio
 from spach_deploy.bundle import MANIFEST, Bundle
+from spach_deploy.files import Place
 from spach_deploy.pipeline import ExportResult
 from spach_deploy.specs import ExportOptions, Precision, QuantizationSpec
 from tests import small_bundles
@@ -56,15 +57,15 @@ EXPORTED: dict[str, Path] = {}
 def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each precision of the small model is exported for real once, and copied from then on."""
 
-    def exported(options: ExportOptions, observer: Any, *, place: Path) -> ExportResult:
+    def exported(options: ExportOptions, observer: Any, *, place: Place) -> ExportResult:
         if options.model.name != small_bundles.NAME:
             return pipeline.export(options, observer, place=place)
         name = options.precision.value
         if name not in EXPORTED:
             EXPORTED[name] = tmp_path_factory.mktemp("exported") / name
-            pipeline.export(options, observer, place=EXPORTED[name])
-        shutil.copytree(EXPORTED[name], place)
-        return ExportResult(Bundle.open(place), None, None)  # type: ignore[arg-type]
+            pipeline.export(options, observer, place=Place.of(EXPORTED[name]))
+        shutil.copytree(EXPORTED[name], place.path)
+        return ExportResult(Bundle.open(place.path), None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cpu_target, "export", exported)
 

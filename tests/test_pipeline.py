@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from spach_deploy import stages, stages_engine
 from spach_deploy.bundle import Bundle
 from spach_deploy.engine.build import RunningBuild, start_build
-from spach_deploy.errors import MismatchError
+from spach_deploy.errors import BundleError, MismatchError
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
@@ -79,6 +80,22 @@ def run(bundle: Bundle, images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[An
 
 def relative_l2(value: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
     return float(np.linalg.norm(value.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))
+
+
+def test_a_bundle_that_came_during_the_export_is_left_alone(tmp_path: Path) -> None:
+    class Other(Silent):
+        """Another export, which ends first."""
+
+        def started(self, phase: str) -> None:
+            if phase == "validate the engine":
+                shutil.copytree(small_bundles.bundle(), tmp_path / "b")
+
+    model = ModelSpec(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=small_bundles.CLASSES)
+    options = ExportOptions(model, engine=EngineTarget(Flavour.NONE), output=tmp_path / "b")
+    with small_bundles.registered(), pytest.raises(BundleError, match="written there since this command began"):
+        export_bundle(options, Other())
+    assert Bundle.open(tmp_path / "b").manifest.precision == "fp16"
+    assert os.listdir(tmp_path) == ["b"]
 
 
 # One export as the README types it, of the smallest model, with a real plan

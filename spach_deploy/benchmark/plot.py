@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.errors import MissingPackageError, UsageError
+from spach_deploy.files import Place
 
 if TYPE_CHECKING:
     from spach_deploy.benchmark.result import Benchmark, Runner
@@ -22,23 +23,25 @@ _GREY = "#767676"
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 
-def check_plot(file: Path) -> None:
-    """Refuse, before minutes of measuring, what could not be drawn or written: UsageError, MissingPackageError."""
+def check_plot(file: Path) -> Place:
+    """The plot's place. What could not be drawn or written is refused before minutes of measuring: UsageError,
+    MissingPackageError."""
     folder = file.absolute().parent
     if not folder.is_dir():
         raise UsageError(f"--plot {file}: {file.parent} is no directory.", "Give a file in one that exists.")
-    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+    if (file.exists() and not file.is_file()) or not os.access(folder, os.W_OK):
         raise UsageError(f"--plot {file} cannot be written.", "Give another file.")
     if importlib.util.find_spec("matplotlib") is None:
         raise _without_matplotlib()
+    return Place.of(file)
 
 
 def _without_matplotlib() -> MissingPackageError:
     return MissingPackageError("matplotlib", "A plot", "pip install 'spach-deploy[report]'")
 
 
-def draw(found: Benchmark, file: Path) -> None:
-    """Write an SVG; MissingPackageError without matplotlib."""
+def draw(found: Benchmark, place: Place) -> None:
+    """Write an SVG; MissingPackageError without matplotlib, UsageError where it cannot be written by now."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -53,7 +56,11 @@ def draw(found: Benchmark, file: Path) -> None:
         handles, labels = latency.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
         figure.suptitle(f"{found.model}, {found.precision}, on {found.machine['processor']}, {threads}")
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        try:
+            place.write(lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"--plot {place.path} cannot be written ({reason}).", "Give another file.") from None
 
 
 def _draw_latency(axes: Any, found: Benchmark) -> None:

@@ -13,6 +13,7 @@ from spach_deploy.bundle import Bundle
 from spach_deploy.cache.key import export_key
 from spach_deploy.cache.store import Store
 from spach_deploy.errors import UsageError
+from spach_deploy.files import Place
 from spach_deploy.specs import ExportOptions
 
 PLACE, SIZE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
@@ -72,10 +73,11 @@ class ExportCache:
         store = open_store() if is_used else None
         return cls(store, None if store is None else export_key(options))
 
-    def take(self, options: ExportOptions) -> Reused | None:
+    def take(self, options: ExportOptions, place: Place | None = None) -> Reused | None:
         """The finished export, written to its place; None where it has to be done.
 
-        Raises BundleError where the target cannot be written, as the export would.
+        `place`: what `check_target` said of the target before. Raises BundleError where the target cannot be written,
+        as the export would.
         """
         if self.store is None or self.key is None:
             return None
@@ -83,14 +85,15 @@ class ExportCache:
         if self.key not in known:
             return None
         target = options.output or Path(str(known[self.key].about.get("target", "")))
+        place = place or bundles.check_target(target, overwrite=options.overwrite)
         about = None
-        with contextlib.suppress(_NotThereError), bundles.writing(target, overwrite=options.overwrite) as staging:
+        with contextlib.suppress(_NotThereError), bundles.writing(place) as staging:
             about = self.store.take(self.key, staging)
             if about is None:
                 raise _NotThereError
         if about is None:
             return None
-        bundle = Bundle.open(target, verify=False)
+        bundle = Bundle.open(place.path, verify=False)
         return Reused(bundle, str(bundle.manifest.content.get("created", "")))
 
     def keep(self, bundle: Bundle) -> str:

@@ -68,16 +68,15 @@ def main(
     from spach_deploy.benchmark.table import as_text
     from spach_deploy.runtime.threads import available_threads
 
-    if plot is not None:
-        check_plot(plot)
+    place = None if plot is None else check_plot(plot)
     source = None if weights is None else WeightSource(weights)
     setup = Setup(bundle, checkpoint, source, threads or available_threads(), ignore)
     question = Question(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
         found = measure(question, tell)
     show(json_text(found.to_dict()) if as_json else as_text(found))
-    if plot is not None:
-        draw(found, plot)
+    if place is not None:
+        draw(found, place)
         say(f"Plot: {plot}")
     return found.exit_code
 

@@ -13,6 +13,7 @@ from spach_deploy.cli.console import ComputingCommand, command, show
 from spach_deploy.text import json_text
 
 if TYPE_CHECKING:
+    from spach_deploy.files import Place
     from spach_deploy.quantization.calibrate import Calibration
 
 
@@ -54,23 +55,23 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
 
     options = calibrate_options(given)
     check_quantization(options)
-    check_calibration_file(output)
+    place = check_calibration_file(output)
     with ending_on_interrupt(lambda: "What was done is kept; the same command goes on from there."):
-        _calibrate(options, output, verbose=verbose, as_json=as_json)
+        _calibrate(options, place, verbose=verbose, as_json=as_json)
     return 0
 
 
-def _calibrate(options: Any, output: Path, *, verbose: bool, as_json: bool) -> None:
+def _calibrate(options: Any, place: Place, *, verbose: bool, as_json: bool) -> None:
 
     from spach_deploy.cli.export_output import Progress
     from spach_deploy.pipeline import calibrate_to_file
 
     with Progress(verbose=verbose) as progress:
-        calibration = calibrate_to_file(options, output, progress)
+        calibration = calibrate_to_file(options, place, progress)
     if as_json:
         show(json_text(calibration.summary()))
     else:
-        show("\n".join(_lines(calibration, output)))
+        show("\n".join(_lines(calibration, place.path)))
 
 
 def _lines(calibration: Calibration, output: Path) -> Iterator[str]:

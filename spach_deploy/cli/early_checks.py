@@ -9,13 +9,14 @@ from pathlib import Path
 
 from spach_deploy.bundle import check_target, default_directory
 from spach_deploy.engine.flavours import choose_flavour
+from spach_deploy.files import Place
 from spach_deploy.models.registry import check_spec, resolve
 from spach_deploy.quantization.options import check_quantization
 from spach_deploy.specs import ExportOptions
 
 
-def refuse_early(options: ExportOptions) -> None:
-    """Raise the SpachError that `pipeline.export` would raise for model, engine or target."""
+def refuse_early(options: ExportOptions) -> Place | None:
+    """Raise the SpachError that `pipeline.export` would raise for model, engine or target; where the bundle will go."""
     check_spec(options.model)
     check_quantization(options)
     refuse_opset(options)
@@ -25,8 +26,7 @@ def refuse_early(options: ExportOptions) -> None:
         if options.precision.is_quantized:
             flavour.resolve(engine, options.rest)
     target = target_directory(options)
-    if target is not None:
-        check_target(target, overwrite=options.overwrite)
+    return None if target is None else check_target(target, overwrite=options.overwrite)
 
 
 def refuse_opset(options: ExportOptions) -> None:

@@ -19,6 +19,7 @@ from spach_deploy.text import json_text
 if TYPE_CHECKING:
     from spach_deploy.auto import Recommendation
     from spach_deploy.cache.exports import Reused
+    from spach_deploy.files import Place
     from spach_deploy.specs import ExportOptions
 
 
@@ -135,18 +136,18 @@ def main(
     options = export_options({**given, "cluster": given["ray"]}, recipe)
     if dry_run:
         return _dry_run(options, is_cached=not no_cache, as_json=as_json)
-    refuse_early(options)
+    place = refuse_early(options)
     if options.quantization.cluster is not None:
         from spach_deploy.cluster.connect import check_address
 
         check_address(options.quantization.cluster)
-    page = _export(options, is_cached=not no_cache, verbose=verbose, as_json=as_json)
+    page = _export(options, place, is_cached=not no_cache, verbose=verbose, as_json=as_json)
     if is_opened:
         open_page(page)
     return 0
 
 
-def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: bool) -> Path:
+def _export(options: ExportOptions, place: Place | None, *, is_cached: bool, verbose: bool, as_json: bool) -> Path:
     """Export and print; the bundle's page. Ctrl-C says what was kept, from before torch is loaded to the last line.
 
     The same export that was done before comes from the cache, before torch is loaded.
@@ -156,7 +157,7 @@ def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: 
 
     with ending_on_interrupt(Keeping.of(options).sentence):
         cache = ExportCache.of(options, is_used=is_cached)
-        if (reused := cache.take(options)) is not None:
+        if (reused := cache.take(options, place)) is not None:
             show(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
         from spach_deploy.ahead import Ahead
@@ -169,7 +170,7 @@ def _export(options: ExportOptions, *, is_cached: bool, verbose: bool, as_json: 
                 from spach_deploy.pipeline import export
 
             with Progress(verbose=verbose) as progress:
-                result = export(options, progress, ahead=ahead)
+                result = export(options, progress, place=place, ahead=ahead)
         show(summary(result, as_json=as_json))
         if problem := cache.keep(result.bundle):
             say(problem)

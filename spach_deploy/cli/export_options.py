@@ -9,6 +9,7 @@ from typing import Any
 
 from spach_deploy.cli.recipes import read_recipe
 from spach_deploy.errors import UsageError
+from spach_deploy.files import Place
 from spach_deploy.specs import (
     BatchProfile,
     EngineTarget,
@@ -123,7 +124,7 @@ def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
     equalize = values.get("equalize")
     return QuantizationSpec(
         calibration=values.get("calibration"),
-        cache=values.get("calibration_cache"),
+        cache=Place.of(values["calibration_cache"]) if values.get("calibration_cache") else None,
         method=values.get("method") or default.method,
         rest=Precision(values.get("rest") or default.rest.value),
         keep_float=tuple(values.get("keep_float") or ()),

@@ -7,11 +7,28 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spach_deploy.bundle import GRAPH, PLAN, REPORT, find_bundle
 from spach_deploy.cli.console import say
-from spach_deploy.errors import UsageError
+from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.files import Place
 
 if TYPE_CHECKING:
     from spach_deploy.validation.validate import Validation
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportPlaces:
+    """Where a report and its page go."""
+
+    report: Place
+    page: Place
+
+    @classmethod
+    def of(cls, report: Path) -> ReportPlaces:
+        """Those of `report`. UsageError where the page would be the report itself."""
+        from spach_deploy.report.files import page_beside
+
+        return cls(Place.of(report), Place.of(page_beside(report)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +45,27 @@ class Asked:
     as_json: bool
     is_opened: bool
 
-    def check(self) -> None:
-        """Refuse what could not be honoured at the end, before the work begins."""
-        if self.report is not None:
-            from spach_deploy.report.files import page_beside
+    def check(self) -> ReportPlaces | None:
+        """Where the report goes, None where none is to be written.
 
-            page_beside(self.report)
+        Refuses what could not be honoured at the end, before the work begins.
+        """
+        report = self.report or self._default_report()
+        places = None if report is None else ReportPlaces.of(report)
         if self.is_opened:
             check_can_open()
-            if self.report is None and (self.as_json or not self._has_place()):
+            if places is None and (self.target is None or self.as_json or self.target.exists()):
                 raise UsageError("--open needs a page, and none would be written.", "Give --report FILE.json too.")
+        return places
 
-    def _has_place(self) -> bool:
-        from spach_deploy.validation.target import default_report
-
-        return self.target is not None and (not self.target.exists() or default_report(self.target) is not None)
+    def _default_report(self) -> Path | None:
+        """Where a report goes that nobody asked a place for: into the bundle, when the target is a part of it."""
+        if self.as_json or self.target is None or not (self.target.is_dir() or self.target.name in (PLAN, GRAPH)):
+            return None
+        try:
+            return find_bundle(self.target) / REPORT
+        except BundleError:
+            return None
 
 
 def check_can_open() -> None:
@@ -52,34 +75,31 @@ def check_can_open() -> None:
     check_can_make_pages()
 
 
-def write_reports(validation: Validation, asked: Asked) -> None:
+def write_reports(validation: Validation, asked: Asked, places: ReportPlaces) -> None:
     """The report and its page. Where the user named no place, being unable to write into the bundle is no error."""
     from spach_deploy.validation.report import write_report
-    from spach_deploy.validation.target import default_report
 
-    if asked.report is not None:
-        write_report(validation, asked.report)
-        _write_page(validation, asked, asked.report)
-    elif not asked.as_json and asked.target is not None and (default := default_report(asked.target)) is not None:
-        try:
-            write_report(validation, default)
-        except UsageError as error:
-            say(error.message)
-            return
-        say(f"Report: {default}")
-        _write_page(validation, asked, default)
+    try:
+        write_report(validation, places.report)
+    except UsageError as error:
+        if asked.report is not None:
+            raise
+        say(error.message)
+        return
+    if asked.report is None:
+        say(f"Report: {places.report.path}")
+    _write_page(validation, asked, places.page)
 
 
-def _write_page(validation: Validation, asked: Asked, report: Path) -> None:
-    """The page beside `report`; without it the report is still there, so that a sentence is enough."""
+def _write_page(validation: Validation, asked: Asked, place: Place) -> None:
+    """The page; without it the report is still there, so that a sentence is enough."""
     from spach_deploy.bundle import Bundle
-    from spach_deploy.report.files import page_beside, page_problem
+    from spach_deploy.report.files import page_problem
 
-    page, manifest = page_beside(report), Bundle.open(asked.bundle, verify=False).manifest
-    problem = page_problem(validation, manifest.content, page)
-    say(problem or f"Page: {page}")
+    problem = page_problem(validation, Bundle.open(asked.bundle, verify=False).manifest.content, place)
+    say(problem or f"Page: {place.path}")
     if asked.is_opened and not problem:
-        open_page(page)
+        open_page(place.path)
 
 
 def open_page(page: Path) -> None:

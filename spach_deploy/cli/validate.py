@@ -123,12 +123,12 @@ def main(
         from spach_deploy.cli.validate_two import check_options, show_two, validate_two
 
         misplaced = {"--bundle": bundle, "--against": against, "--bisect": bisect, "--ray": cluster}
-        check_options(misplaced, report, is_opened=is_opened)
+        places = check_options(misplaced, report, is_opened=is_opened)
         compared = validate_two(_request(words), other, validate_command(words))
-        return show_two(compared, report, as_json=as_json, is_opened=is_opened)
+        return show_two(compared, places, as_json=as_json, is_opened=is_opened)
     place = None if is_server(target) or against is not None else Path(target)
     asked = Asked(bundle or against or Path(target), place, report, as_json, is_opened)
-    asked.check()
+    places = asked.check()
     if is_server(target):
         misplaced = {
             "--ray": cluster,
@@ -145,7 +145,8 @@ def main(
         validation = _validate(words, cluster)
     validation = _recorded(validation, words)
     _show(validation, as_json=as_json)
-    write_reports(validation, asked)
+    if places is not None:
+        write_reports(validation, asked, places)
     return validation.exit_code
 
 

@@ -24,6 +24,7 @@ from spach_deploy.cache.key import code_digest
 from spach_deploy.cluster.slots import cores
 from spach_deploy.command_lines import export_words
 from spach_deploy.errors import SpachError
+from spach_deploy.files import Place
 from spach_deploy.specs import ExportOptions
 from spach_deploy.zoo.child import Child, Ended
 from spach_deploy.zoo.folder import Folder
@@ -116,7 +117,9 @@ class _Tasks:
         if brought.archive is None:
             return brought.ended
         try:
-            unpack(brought.archive, self._folder.target(build), overwrite=build.options.overwrite)
+            target = self._folder.target(build)
+            place = build.place or bundles.check_target(target, overwrite=build.options.overwrite)
+            unpack(brought.archive, place)
         except SpachError as error:
             return dataclasses.replace(brought.ended, code=error.exit_code, said=(f"Error: {error}",))
         return brought.ended
@@ -174,10 +177,10 @@ def pack(bundle: Path) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(archive: bytes, target: Path, *, overwrite: bool) -> None:
+def unpack(archive: bytes, place: Place) -> None:
     """Write a packed bundle in one step. BundleError where it cannot be written, or is not what its manifest says."""
     with (
-        bundles.writing(target, overwrite=overwrite) as staging,
+        bundles.writing(place) as staging,
         tarfile.open(fileobj=io.BytesIO(archive)) as packed,
     ):
         for member in packed:

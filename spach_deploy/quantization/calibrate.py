@@ -6,12 +6,9 @@ from them. It is reused only when every entry of the key is the same; what diffe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ from spach_deploy.data.readers import ImageSource, batches
 from spach_deploy.data.source import content_hash
 from spach_deploy.data.survey import Survey, SurveyTaker
 from spach_deploy.errors import BundleError, ImageError, UsageError
+from spach_deploy.files import Place, identity, is_own
 from spach_deploy.onnx_graph.export import INPUT
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.statistics import Collector, TensorStatistics, Wanted
@@ -169,10 +167,14 @@ class Collected(Protocol):
 
 
 class State:
-    """An unfinished calibration in a file: statistics, how many images they are of, and a hash of these images."""
+    """An unfinished calibration in a file: statistics, how many images they are of, and a hash of these images.
+
+    Nobody can see where statistics come from, so that a file that others may have written is not continued.
+    """
 
     def __init__(self, run: Run, collected: Collected) -> None:
         self._run, self._collected = run, collected
+        self._place = None if run.state is None else Place.of(run.state)
         self._digest = ""
         self._saved = time.monotonic()
 
@@ -183,11 +185,10 @@ class State:
 
     def restored_images(self) -> int:
         """How many images are done already, their statistics taken over; 0 where there is nothing to continue."""
-        path = self._run.state
-        if path is None or not path.is_file():
+        if self._place is None or not is_own(self._place.path):
             return 0
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(self._place.path, allow_pickle=False) as arrays:
                 head = json.loads(str(arrays["head"]))
                 if self._run.key is None or self._run.key.difference(head["key"]):
                     return 0
@@ -213,21 +214,21 @@ class State:
 
     def save(self, images: int, digest: str) -> None:
         """Write the state in one step."""
-        path, key = self._run.state, self._run.key
-        if path is None or key is None:
+        key = self._run.key
+        if self._place is None or key is None:
             return
         names = list(self._collected.statistics)
         head = {"key": dataclasses.asdict(key), "images": images, "digest": digest, "tensors": names}
         arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}
         for index, name in enumerate(names):
             arrays.update(_stored(self._collected.statistics[name], index))
-        _write_whole(path, lambda file: np.savez(file, **arrays))
+        self._place = _written(self._place, lambda file: np.savez(file, **arrays), mode=0o600)
         self._saved = time.monotonic()
 
     def remove(self) -> None:
         """The calibration is whole."""
-        if self._run.state is not None:
-            self._run.state.unlink(missing_ok=True)
+        if self._place is not None and identity(self._place.path) == self._place.before:
+            self._place.path.unlink(missing_ok=True)
 
 
 def _stored(entry: TensorStatistics, index: int) -> dict[str, Any]:
@@ -242,18 +243,13 @@ def _restored(arrays: Any, index: int) -> TensorStatistics:
     return TensorStatistics(**{"histogram": None, **values, **counts})
 
 
-def _write_whole(path: Path, write: Callable[[Any], object]) -> None:
+def _written(place: Place, write: Callable[[Any], object], *, mode: int = 0o666) -> Place:
     """Write a file so that a kill leaves the old one or the new one. UsageError where it cannot be written."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("wb") as file:
-            write(file)
-        draft.replace(path)
+        return place.write(write, mode=mode)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
         reason = error.strerror or error
-        raise UsageError(f"{path} cannot be written ({reason}).", "Choose another file.") from None
+        raise UsageError(f"{place.path} cannot be written ({reason}).", "Choose another file.") from None
 
 
 def check_activations(seen: Mapping[str, TensorStatistics], usual: Mapping[str, TensorStatistics], what: str) -> None:
@@ -315,11 +311,11 @@ class Calibration:
         }
 
 
-def write_calibration(calibration: Calibration, path: Path) -> None:
+def write_calibration(calibration: Calibration, place: Place) -> None:
     """Write a calibration file in one step. UsageError where it cannot be written."""
     text = json_text(calibration.to_dict(), indent=None, separators=(",", ": "))
     lines = text.replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"') + "\n"
-    _write_whole(path, lambda file: io.TextIOWrapper(file, "utf-8", write_through=True).write(lines))
+    _written(place, lambda file: file.write(lines.encode("utf-8")))
 
 
 def read_calibration(path: Path, key: Key) -> Calibration:

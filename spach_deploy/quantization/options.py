@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from spach_deploy.errors import ImageError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import ExportOptions, Flavour, Precision, QuantizationSpec
 
@@ -72,9 +73,10 @@ def _check_idle(spec: QuantizationSpec) -> None:
             raise UsageError(f"{option} is for quantized exports.", "Add --int8 or --fp8, or leave it out.")
 
 
-def check_calibration_file(file: Path) -> None:
-    """UsageError for a place where no calibration file could be written, before the work."""
+def check_calibration_file(file: Path) -> Place:
+    """The place of a calibration file. UsageError where none could be written, before the work."""
     if file.suffix != CALIBRATION_SUFFIX:
         raise UsageError(f"{file} does not end with {CALIBRATION_SUFFIX}.", "Calibrations are JSON: give -o FILE.json.")
     if not file.parent.is_dir():
         raise UsageError(f"{file.parent} is not a directory.", "Choose another -o FILE.json.")
+    return Place.of(file)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spach_deploy.errors import BundleError, MissingPackageError, SpachError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.report.content import Content, Json
-from spach_deploy.report.page import GENERATOR, environment, load_templates, render
+from spach_deploy.report.page import environment, is_ours, load_templates, render
 from spach_deploy.report.pictures import pictures_of
 from spach_deploy.report.plots import check_matplotlib
 from spach_deploy.validation.report import write_whole
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from spach_deploy.validation.validate import Validation
 
 _SUFFIX = ".html"
-_OURS = f'<meta name="generator" content="{GENERATOR}'
-_HEAD_BYTES = 2048
 
 
 def page_beside(report: Path) -> Path:
@@ -54,13 +53,13 @@ def content_of(validation: Validation, manifest: Json) -> Content:
     return Content(report, manifest, pictures, made)
 
 
-def write_page(validation: Validation, manifest: Json, page: Path) -> None:
+def write_page(validation: Validation, manifest: Json, place: Place) -> None:
     """Make the page and write it in one step.
 
     Raises MissingPackageError without jinja2 or matplotlib, UsageError where it cannot be written or another's page is
     there, BundleError for a manifest with an entry of the wrong kind.
     """
-    check_ours(page)
+    check_ours(place.path)
     try:
         text = render(content_of(validation, manifest))
     except SpachError:
@@ -68,16 +67,17 @@ def write_page(validation: Validation, manifest: Json, page: Path) -> None:
     except Exception as error:  # a manifest that somebody changed may hold anything, and the work is done
         reason = f"{type(error).__name__}: {error}"
         raise BundleError(
-            f"The page {page.name} was not made: an entry of the manifest or the report is not of its kind ({reason}).",
+            f"The page {place.path.name} was not made: an entry of the manifest or the report is not of its kind"
+            f" ({reason}).",
             "The report itself is complete; export the bundle again for a page.",
         ) from error
-    write_whole(page, text)
+    write_whole(place, text)
 
 
-def page_problem(validation: Validation, manifest: Json, page: Path) -> str:
+def page_problem(validation: Validation, manifest: Json, place: Place) -> str:
     """Make the page; why it was not made, in a sentence, where that is so. The report itself is there in any case."""
     try:
-        write_page(validation, manifest, page)
+        write_page(validation, manifest, place)
     except SpachError as error:
         return str(error)
     return ""
@@ -85,12 +85,5 @@ def page_problem(validation: Validation, manifest: Json, page: Path) -> str:
 
 def check_ours(page: Path) -> None:
     """UsageError where somebody else's page is: it is left alone."""
-    if not page.exists():
-        return
-    try:
-        with page.open("rb") as stream:
-            is_ours = _OURS.encode() in stream.read(_HEAD_BYTES)
-    except OSError:
-        is_ours = False
-    if not is_ours:
+    if not is_ours(page):
         raise UsageError(f"{page} is no page of spach-deploy and is left alone.", "Give another --report FILE.json.")

@@ -37,6 +37,20 @@ TEMPLATES = Path(__file__).with_name("templates")
 GENERATOR = "spach-deploy"
 """What a page of ours says made it."""
 
+_OURS = f'<meta name="generator" content="{GENERATOR}'
+_HEAD_BYTES = 2048
+
+
+def is_ours(page: Path) -> bool:
+    """Whether a page of spach-deploy lies there, or nothing: another's is left alone."""
+    try:
+        with page.open("rb") as stream:
+            return _OURS.encode() in stream.read(_HEAD_BYTES)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spach_deploy.files import Place
 from spach_deploy.report.files import check_ours
 from spach_deploy.report.formats import general, scientific
 from spach_deploy.report.page import fill
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from spach_deploy.validation.side_by_side import Side, SideBySide
 
 
-def write_page_of_two(compared: SideBySide, page: Path) -> None:
+def write_page_of_two(compared: SideBySide, place: Place) -> None:
     """Make the page and write it in one step.
 
     Raises MissingPackageError without jinja2, UsageError where it cannot be written or another's page is there.
     """
-    check_ours(page)
-    write_whole(page, page_of_two(compared))
+    check_ours(place.path)
+    write_whole(place, page_of_two(compared))
 
 
 def page_of_two(compared: SideBySide) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
 from spach_deploy.errors import BundleError, SpachError, UnavailableError, UsageError
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.runtime.processor import has_vnni
@@ -432,10 +432,3 @@ def _check_not_bounded(request: ValidationRequest, answered: OnImages) -> None:
 
 def _without_accuracy(found: Validation) -> Validation:
     return dataclasses.replace(found, notes=(*found.notes, "Accuracy was not measured: there are no logits to rank."))
-
-
-def default_report(target: Path) -> Path | None:
-    """Where a report goes that nobody asked a place for: into the bundle, when the target is a part of it."""
-    directory = find_bundle(target)
-    is_part = target.is_dir() or target.name in (PLAN, GRAPH)
-    return directory / REPORT if is_part else None

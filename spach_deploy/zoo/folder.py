@@ -13,8 +13,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,9 @@ from typing import Any
 from spach_deploy.bundle import MANIFEST, Bundle, remove_leftovers, sha256_of
 from spach_deploy.cache.key import content_digest, export_key
 from spach_deploy.errors import BundleError, CheckpointError, UsageError
+from spach_deploy.files import Place, lock_file
 from spach_deploy.models.checkpoint_index import checkpoint_files
+from spach_deploy.report.page import is_ours
 from spach_deploy.specs import ExportOptions
 from spach_deploy.zoo.plan import Build
 
@@ -35,9 +35,10 @@ _RECORDS = ".zoo"
 class Found:
     """What lies where a bundle shall be. `is_finished`: the very bundle, whole; `problem`: why one must be refused.
 
-    `is_damaged`: the very bundle, but changed or incomplete since.
+    `is_damaged`: the very bundle, but changed or incomplete since. `place`: what may be replaced, if it may.
     """
 
+    place: Place
     is_finished: bool = False
     is_damaged: bool = False
     problem: str = ""
@@ -53,19 +54,19 @@ class Folder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Alone in this directory. UsageError where another zoo is being made, or it cannot be written."""
-        try:
-            (self.root / _RECORDS).mkdir(parents=True, exist_ok=True)
-            stream = (self.root / _RECORDS / "lock").open("w")
-        except OSError as error:
-            reason = error.strerror or error
-            raise UsageError(f"{self.root} cannot be written ({reason}).", "Choose another --output.") from None
-        with stream:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                (self.root / _RECORDS).mkdir(parents=True, exist_ok=True)
+                fcntl.flock(
+                    stack.enter_context(lock_file(self.root / _RECORDS / "lock")), fcntl.LOCK_EX | fcntl.LOCK_NB
+                )
+            except BlockingIOError:
                 raise UsageError(
                     f"Another spach-export --zoo works in {self.root}.", "Wait for it, or choose another --output."
                 ) from None
+            except OSError as error:
+                reason = error.strerror or error
+                raise UsageError(f"{self.root} cannot be written ({reason}).", "Choose another --output.") from None
             yield
 
     def check(self) -> None:
@@ -79,6 +80,10 @@ class Folder:
         file = self.root / SUMMARY
         if file.exists() and _read(file).get("kind") != KIND:
             raise UsageError(f"{file} is no summary of spach-deploy and is left alone.", "Choose another --output.")
+        if not is_ours(self.root / PAGE):
+            raise UsageError(
+                f"{self.root / PAGE} is no page of spach-deploy and is left alone.", "Choose another --output."
+            )
 
     def target(self, build: Build) -> Path:
         """Where the bundle goes."""
@@ -110,19 +115,25 @@ class Folder:
     def look(self, build: Build, key: str | None) -> Found:
         """What lies where the bundle shall be, held against `key`."""
         target = self.target(build)
+        place = Place.of(target)
         if not target.is_dir() or not any(target.iterdir()):
-            return Found()
+            return Found(place)
         record = _read(self._record(build))
         if key is None or record.get("key") != key or record.get("before") == _fingerprint(target):
-            return Found(problem=f"{target} holds a bundle of other options, inputs or code.")
+            return Found(place, problem=f"{target} holds a bundle of other options, inputs or code.")
         try:
             Bundle.open(target)
         except BundleError:
-            return Found(is_damaged=True)
-        return Found(is_finished=True)
+            return Found(place, is_damaged=True)
+        return Found(place, is_finished=True)
 
     def begin(self, build: Build) -> None:
-        """Note what the bundle will be made from, and which one is there now. OSError where the disk says no."""
+        """Note what the bundle will be made from, and which one is there now.
+
+        OSError where the disk says no, or a bundle came there that was not there when the zoo began.
+        """
+        if build.place is not None:
+            build.place.check()
         self._note(build, _fingerprint(self.target(build)))
 
     def finish(self, build: Build, *, is_made: bool) -> None:
@@ -135,20 +146,10 @@ class Folder:
 
     def _note(self, build: Build, before: str | None) -> None:
         content = {"key": self.key(build.options), "before": before}
-        write_whole(self._record(build), json.dumps(content))
+        Place.of(self._record(build)).write_text(json.dumps(content))
 
     def _record(self, build: Build) -> Path:
         return self.root / _RECORDS / f"{build.name}.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step: a kill or a full disk leaves the old one. OSError where that fails."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _fingerprint(target: Path) -> str | None:

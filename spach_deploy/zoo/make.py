@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from spach_deploy.command_lines import export_words
 from spach_deploy.errors import BundleError, MissingPackageError
+from spach_deploy.files import Place
 from spach_deploy.text import json_text
 from spach_deploy.zoo.child import Child, Ended
-from spach_deploy.zoo.folder import PAGE, SUMMARY, Folder, write_whole
+from spach_deploy.zoo.folder import PAGE, SUMMARY, Folder
 from spach_deploy.zoo.outcome import Row, Summary, Verdict, ended_row, kept_row
 from spach_deploy.zoo.page import page_of_zoo
 from spach_deploy.zoo.plan import Build
@@ -60,16 +60,15 @@ def work_of(builds: Sequence[Build], folder: Folder, *, is_kept: bool, overwrite
     return Work(
         tuple(builds),
         tuple(build for build, state in found if state.is_finished),
-        tuple(_replacing(build, folder) for build, state in found if not state.is_finished),
+        tuple(_replacing(build, state.place) for build, state in found if not state.is_finished),
         tuple(build for build, state in found if state.is_damaged),
     )
 
 
-def _replacing(build: Build, folder: Folder) -> Build:
+def _replacing(build: Build, place: Place) -> Build:
     """The export may replace what is there: that it may has been decided."""
-    target = folder.target(build)
-    overwrite = target.is_dir() and any(target.iterdir())
-    return dataclasses.replace(build, options=dataclasses.replace(build.options, overwrite=overwrite))
+    options = dataclasses.replace(build.options, overwrite=place.before is not None)
+    return dataclasses.replace(build, options=options, place=place)
 
 
 class Zoo:
@@ -79,6 +78,7 @@ class Zoo:
         self._work, self._folder, self._observer = work, folder, observer
         self._start = time.monotonic()
         self._problem = ""
+        self._json, self._page = Place.of(folder.root / SUMMARY), Place.of(folder.root / PAGE)
         self.summary = Summary(tuple(map(Row.waiting, work.all)), command)
 
     def make(self, run: Run) -> Summary:
@@ -125,7 +125,18 @@ class Zoo:
     def _write(self) -> None:
         """Both summaries; what keeps them from being written costs nothing else."""
         self.summary = dataclasses.replace(self.summary, seconds=time.monotonic() - self._start)
-        self._problem = problem_writing(self.summary, self._folder.root)
+        self._problem = self._problem_writing()
+
+    def _problem_writing(self) -> str:
+        """Write summary.json and summary.html; why that was not possible, in a sentence, where it was not."""
+        try:
+            self._json = self._json.write_text(json_text(self.summary.to_dict()) + "\n")
+            self._page = self._page.write_text(page_of_zoo(self.summary))
+        except OSError as error:
+            return f"The summary in {self._folder.root} could not be written ({error.strerror or error})."
+        except MissingPackageError as error:
+            return f"{PAGE} was not made. {error}"
+        return ""
 
 
 def on_this_machine(folder: Folder, command: Sequence[str], more: Sequence[str], limits: Limits) -> Run:
@@ -137,15 +148,3 @@ def on_this_machine(folder: Folder, command: Sequence[str], more: Sequence[str],
 
     begin: Start = start
     return lambda builds, began: run_builds(builds, limits, begin, folder.root, began)
-
-
-def problem_writing(summary: Summary, root: Path) -> str:
-    """Write summary.json and summary.html; why that was not possible, in a sentence, where it was not."""
-    try:
-        write_whole(root / SUMMARY, json_text(summary.to_dict()) + "\n")
-        write_whole(root / PAGE, page_of_zoo(summary))
-    except OSError as error:
-        return f"The summary in {root} could not be written ({error.strerror or error})."
-    except MissingPackageError as error:
-        return f"{PAGE} was not made. {error}"
-    return ""

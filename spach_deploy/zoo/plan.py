@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from spach_deploy.dry_run import DryRun, dry_run
 from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.errors import ModelError, SpachError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.registry import resolve
 from spach_deploy.quantization.options import CALIBRATION_SUFFIX
@@ -38,13 +39,17 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """An export to be done, with what it is expected to take: see `spach_deploy.dry_run` for how well that is known."""
+    """An export to be done, with what it is expected to take: see `spach_deploy.dry_run` for how well that is known.
+
+    `place`: where its bundle goes, with what may be replaced there, once that is known.
+    """
 
     choice: Choice
     options: ExportOptions
     seconds: float
     memory_bytes: float
     disk_bytes: float
+    place: Place | None = None
 
     @property
     def name(self) -> str:

@@ -32,6 +32,7 @@ from spach_deploy.benchmark.table import as_text
 from spach_deploy.benchmark.worker import Answers, Turn, Worker
 from spach_deploy.bundle import Bundle
 from spach_deploy.errors import UnavailableError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.runtime import processor
 from spach_deploy.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
@@ -138,10 +139,12 @@ def test_openvino_computes_in_what_it_is_told_to(bundle: Path, name: str) -> Non
 
 
 def test_a_picture(found: Benchmark, tmp_path: Path) -> None:
-    draw(found, tmp_path / "speed.svg")
+    draw(found, Place.of(tmp_path / "speed.svg"))
     text = (tmp_path / "speed.svg").read_text()
     assert text.count("<svg") == 1
     assert "conv_xxs" in text
+    with pytest.raises(UsageError, match="since this command began"):
+        draw(found, Place(tmp_path / "speed.svg", None))
 
 
 class FakeWorker:

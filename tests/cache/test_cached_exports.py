@@ -15,6 +15,7 @@ from spach_deploy.cache.exports import limit_bytes, open_store
 from spach_deploy.cache.key import export_key
 from spach_deploy.cli.doctor import main as doctor_command
 from spach_deploy.errors import UsageError
+from spach_deploy.files import Place
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision, QuantizationSpec
 from tests import small_bundles
 from tests.commands import export
@@ -163,7 +164,7 @@ def test_code_packages_and_machine_count(part: str, monkeypatch: pytest.MonkeyPa
 
 def test_what_writes_elsewhere_too_has_no_key(tmp_path: Path) -> None:
     assert export_key(dataclasses.replace(options(), engine=EngineTarget(timing_cache=Path("t")))) is None
-    assert export_key(dataclasses.replace(options(), quantization=QuantizationSpec(cache=Path("c")))) is None
+    assert export_key(dataclasses.replace(options(), quantization=QuantizationSpec(cache=Place.of(Path("c"))))) is None
     assert export_key(dataclasses.replace(options(), images=tmp_path / "missing")) is None
 
 

@@ -19,6 +19,7 @@ import pytest
 from click.testing import Result
 
 from spach_deploy.bundle import GRAPH, MANIFEST, Bundle
+from spach_deploy.zoo import make as making
 from tests import small_bundles, static_models
 from tests.commands import console_script, export, refusal
 from tests.report.test_report_page import Page
@@ -140,6 +141,31 @@ def test_bundles_of_other_options_are_not_replaced_unasked() -> None:
     assert NAMES[0] in refusal(export(*ASKED, "--softmax"))
     behave(NAMES[0], "")
     assert "(3 kept from before)" in whole(export(*ASKED, "--softmax", "--overwrite"), 0).stdout
+
+
+def test_a_bundle_that_came_since_the_zoo_began_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the zoo may replace the one that was there."""
+    whole(export(*ASKED), 0)
+    shutil.rmtree(Path("zoo", NAMES[3]))
+
+    def work_of(*arguments: Any, **how: Any) -> Any:
+        found = making.work_of(*arguments, **how)
+        for name in (NAMES[0], NAMES[3]):
+            write(Path("zoo", name), b"another's", overwrite=True)
+        return found
+
+    monkeypatch.setattr("spach_deploy.cli.zoo.work_of", work_of)
+    whole(export(*ASKED, "--softmax", "--overwrite"), 3)
+    for name in (NAMES[0], NAMES[3]):
+        assert "was written there since this command began" in rows()[name]["problem"]
+        assert Path("zoo", name, GRAPH).read_bytes() == b"another's"
+
+
+def test_a_page_of_somebody_else_is_left_alone() -> None:
+    Path("zoo").mkdir()
+    Path("zoo/summary.html").write_text("<p>My summary</p>")
+    assert "zoo/summary.html is no page of spach-deploy and is left alone." in refusal(export(*ASKED))
+    assert Path("zoo/summary.html").read_text() == "<p>My summary</p>"
 
 
 def test_images_of_the_same_path_with_other_content_make_other_bundles() -> None:

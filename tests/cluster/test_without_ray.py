@@ -12,6 +12,7 @@ from spach_deploy.bundle import Bundle
 from spach_deploy.cluster.builds import build_bundle, pack, portable, unpack
 from spach_deploy.cluster.slots import cores
 from spach_deploy.errors import BundleError
+from spach_deploy.files import Place
 from spach_deploy.specs import ExportOptions, ModelSpec
 from tests.commands import export, refusal
 from tests.test_bundle import write
@@ -29,12 +30,13 @@ def test_without_ray_the_way_to_install_it_is_named(tmp_path: Path, monkeypatch:
 def test_a_bundle_is_packed_and_unpacked_and_a_spoiled_one_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a")
     packed = pack(tmp_path / "a")
-    unpack(packed, tmp_path / "b", overwrite=False)
+    place = Place.of(tmp_path / "b")
+    unpack(packed, place)
     assert Bundle.open(tmp_path / "b").manifest.files == Bundle.open(tmp_path / "a").manifest.files
-    with pytest.raises(BundleError, match="--overwrite"):
-        unpack(packed, tmp_path / "b", overwrite=False)
+    with pytest.raises(BundleError, match="since this command began"):
+        unpack(packed, place)
     with pytest.raises(BundleError, match="not as it was exported"):
-        unpack(packed.replace(b"graph", b"grapH", 1), tmp_path / "c", overwrite=False)
+        unpack(packed.replace(b"graph", b"grapH", 1), Place.of(tmp_path / "c"))
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 

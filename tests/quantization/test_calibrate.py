@@ -13,6 +13,7 @@ import pytest
 
 from spach_deploy.data.readers import open_images
 from spach_deploy.errors import ImageError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.quantization import calibrate
 from spach_deploy.quantization.calibrate import (
     Calibration,
@@ -72,7 +73,7 @@ def calibration(**changes: Any) -> Calibration:
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    write_calibration(calibration(), path)
+    write_calibration(calibration(), Place.of(path))
     assert read_calibration(path, key()) == calibration()
     assert list(tmp_path.iterdir()) == [path]
 
@@ -95,7 +96,7 @@ def test_a_stale_file_is_refused_and_what_differs_is_named(
     changes: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "c.json"
-    write_calibration(calibration(), path)
+    write_calibration(calibration(), Place.of(path))
     with pytest.raises(UsageError, match=f"does not fit this export .*{sentence}") as caught:
         read_calibration(path, key(**changes))
     assert str(path) in caught.value.message
@@ -131,7 +132,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_refused_by_name(damage: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    write_calibration(calibration(), path)
+    write_calibration(calibration(), Place.of(path))
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
@@ -156,10 +157,10 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_place_where_nothing_can_be_written_is_refused_and_nothing_is_left_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        write_calibration(calibration(), tmp_path / "no" / "c.json")
+        write_calibration(calibration(), Place.of(tmp_path / "no" / "c.json"))
     (tmp_path / "c.json").mkdir()
     with pytest.raises(UsageError, match="cannot be written"):
-        write_calibration(calibration(), tmp_path / "c.json")
+        write_calibration(calibration(), Place.of(tmp_path / "c.json"))
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
@@ -214,6 +215,32 @@ def test_a_killed_calibration_goes_on_and_ends_as_if_it_had_not_been_killed(tmp_
     assert seen.survey.to_dict() == whole.survey.to_dict()
     assert seen.survey.digests == whole.survey.digests
     assert list(tmp_path.iterdir()) == []  # nothing is unfinished any more
+
+
+def test_a_state_that_others_could_have_written_is_not_continued(tmp_path: Path) -> None:
+    images, state = calibration_images(16), tmp_path / "state"
+    with pytest.raises(KilledError):
+        run(images, state, kill_after=5)
+    assert state.stat().st_mode & 0o777 == 0o600
+    state.chmod(0o666)
+    assert run(images, state).resumed == 0
+
+
+def test_a_state_and_a_calibration_that_came_since_are_left_alone(tmp_path: Path) -> None:
+    images, state, file = calibration_images(16), tmp_path / "state", tmp_path / "c.json"
+    place = Place.of(file)
+
+    def other(_: Progress) -> None:
+        state.unlink()
+        state.write_text("another's")
+
+    how = Run(True, state, key(), threads=1, on_progress=other)
+    with pytest.raises(UsageError, match=r"state cannot be written \(something was written there since"):
+        collect(canonical("conv"), wanted(), open_images(images), PREPROCESSING, how)
+    write_calibration(calibration(), Place.of(file))
+    with pytest.raises(UsageError, match=r"c\.json cannot be written \(something was written there since"):
+        write_calibration(calibration(), place)
+    assert state.read_text() == "another's"
 
 
 def test_progress_counts_what_was_done_before(tmp_path: Path) -> None:

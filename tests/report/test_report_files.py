@@ -16,9 +16,11 @@ from click.testing import CliRunner, Result
 from spach_deploy.auto import Candidate, Recommendation
 from spach_deploy.bundle import GRAPH, PAGE, PLAN, REPORT, Bundle
 from spach_deploy.cli.export import main as export_command
+from spach_deploy.cli.reporting import Asked, write_reports
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.errors import BundleError, MissingPackageError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.report.content import Content
 from spach_deploy.report.files import check_can_make_pages, content_of, page_beside, page_problem, write_page
 from spach_deploy.report.page import TEMPLATES, environment
@@ -208,16 +210,28 @@ def test_open_where_no_page_would_be_written_is_refused_before_any_work(bundle: 
     ],
 )
 def test_a_damaged_manifest_costs_the_page_and_nothing_else(damage: dict[str, Any], tmp_path: Path) -> None:
-    problem = page_problem(VALIDATION, {**made_up.MANIFEST, **damage}, tmp_path / PAGE)
+    problem = page_problem(VALIDATION, {**made_up.MANIFEST, **damage}, Place.of(tmp_path / PAGE))
     assert "The page report.html was not made: an entry of the manifest or the report is not of its kind" in problem
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(BundleError):
-        write_page(VALIDATION, {**made_up.MANIFEST, **damage}, tmp_path / PAGE)
+        write_page(VALIDATION, {**made_up.MANIFEST, **damage}, Place.of(tmp_path / PAGE))
+
+
+def test_a_report_and_a_page_that_came_since_are_left_alone(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, None, tmp_path / "mine.json", as_json=False, is_opened=False)
+    places = asked.check()
+    assert places is not None
+    write_page(VALIDATION, made_up.MANIFEST, Place.of(tmp_path / "mine.html"))
+    assert "since this command began" in page_problem(VALIDATION, made_up.MANIFEST, places.page)
+    (tmp_path / "mine.json").write_text("another's")
+    with pytest.raises(UsageError, match=r"mine\.json cannot be written \(something was written there since"):
+        write_reports(VALIDATION, asked, places)
+    assert (tmp_path / "mine.json").read_text() == "another's"
 
 
 def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        write_page(VALIDATION, made_up.MANIFEST, tmp_path / "nowhere" / PAGE)
+        write_page(VALIDATION, made_up.MANIFEST, Place.of(tmp_path / "nowhere" / PAGE))
 
 
 def test_the_images_that_the_page_shows_are_pictured() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from spach_deploy.errors import UsageError
+from spach_deploy.files import Place
 from spach_deploy.specs import OutputSpec
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.compare import compare_outputs
@@ -119,7 +120,7 @@ def test_a_drop_beyond_the_allowed_is_exit_1_and_no_disagreement(tmp_path: Path)
     assert "x Top-1 accuracy falls by 50.00 points (95 % interval of the drop -48.64 to 90.55 points)" in text
     assert "AGREED with PyTorch in FP32, but LOST MORE ACCURACY than --max-drop allows." in text
     assert "Noted." in text
-    write_report(beyond, tmp_path / "report.json")
+    write_report(beyond, Place.of(tmp_path / "report.json"))
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["passed"] is False
     assert "more than the 49.9 that --max-drop allows" in content["findings"][0]
@@ -150,7 +151,7 @@ def test_no_evidence_is_no_pass() -> None:
 
 def test_the_report_is_json_whatever_was_found(tmp_path: Path) -> None:
     for logits in (REFERENCE, WRONG, np.full_like(REFERENCE, np.inf)):
-        write_report(validation(evidence(logits)), tmp_path / "report.json")
+        write_report(validation(evidence(logits)), Place.of(tmp_path / "report.json"))
         content = json.loads((tmp_path / "report.json").read_text())
         assert content["passed"] is (logits is REFERENCE)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
@@ -158,4 +159,4 @@ def test_the_report_is_json_whatever_was_found(tmp_path: Path) -> None:
 
 def test_a_report_without_a_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        write_report(validation(evidence(REFERENCE)), tmp_path / "nowhere" / "report.json")
+        write_report(validation(evidence(REFERENCE)), Place.of(tmp_path / "nowhere" / "report.json"))

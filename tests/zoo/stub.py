@@ -56,7 +56,7 @@ def main() -> None:
         print(target.name, os.getpid(), file=log)
     model = words[words.index("--model") + 1]
     size = 100
-    with bundles.writing(target, overwrite="--overwrite" in words) as staging:
+    with bundles.writing(bundles.check_target(target, overwrite="--overwrite" in words)) as staging:
         text = how.read_text() if how.exists() else ""
         if text.startswith("bytes "):
             size = int(text.removeprefix("bytes "))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spach_deploy.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.files import Place
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
 from spach_deploy.zoo.checkpoints import checkpoint_of
@@ -67,7 +68,7 @@ def test_int8_without_images_is_refused_by_name() -> None:
 def test_files_of_one_export_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     file.write_text("{}")
-    for spec in (QuantizationSpec(file), QuantizationSpec(tmp_path, cache=file)):
+    for spec in (QuantizationSpec(file), QuantizationSpec(tmp_path, cache=Place.of(file))):
         with pytest.raises(UsageError, match=r"one model and precision|one export writes"):
             plan(
                 choices("ms_conv_s,ms_mlp_s", ("int8",), None),

@@ -41,11 +41,11 @@ def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, over
     Raises BundleError for what is no bundle, was changed, has no plan, or for a target that cannot be written, and
     UsageError for labels that do not fit.
     """
-    check_target(output, overwrite=overwrite, contents=CONTENTS)
+    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
     model = PackagedModel.of(bundle)
     names = None if labels is None else read_labels(labels, model.classes)
     golden = golden_bytes(model)
-    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
+    with writing(place) as staging:
         shutil.copytree(LIBRARY, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         _write_model(staging / MODEL, model, golden)
         if names is not None:

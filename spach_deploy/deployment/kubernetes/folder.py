@@ -64,10 +64,10 @@ def write_folder(bundle: Path, output: Path, options: KubernetesOptions, *, over
     Raises BundleError for what is no bundle, was changed, has nothing for the backend, or for a target that cannot be
     written, and UsageError for options that do not fit, above all a Triton image that cannot load the engine.
     """
-    check_target(output, overwrite=overwrite, contents=CONTENTS)
+    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
     deployed = Deployed.of(bundle, options)
     pack = golden_pack(deployed.model)
-    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
+    with writing(place) as staging:
         tag = _write_image(staging / IMAGE, deployed, pack)
         _write_manifests(staging, all_words(deployed, tag, pack.batch_sizes), kserve=options.kserve)
         _write(staging / MANIFEST, _manifest(deployed, tag))

@@ -57,14 +57,14 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Writ
 
     Raises BundleError for what is no bundle, was changed, or for a target that cannot be written.
     """
-    check_target(output, overwrite=overwrite, contents=CONTENTS)
+    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
     opened = Bundle.open(bundle)
     facts = BundleFacts.of(opened)
     golden = Golden.load(opened.path / GOLDEN)
     batches = _batches(len(golden.logits), facts)
     rounded = _rounded(opened.path / GRAPH)
     run = commands(GRAPH if rounded is None else ROUNDED, has_plan=opened.plan is not None)
-    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
+    with writing(place) as staging:
         shutil.copyfile(opened.path / GRAPH, staging / GRAPH)
         if rounded is not None:
             save_model(rounded, staging / ROUNDED)

@@ -60,11 +60,11 @@ def write_repository(
     Raises BundleError for what is no bundle, has nothing for the backend, or for a target that cannot be written, and
     UsageError for options that do not fit the bundles.
     """
-    check_target(output, overwrite=overwrite, contents=CONTENTS)
+    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
     models = served_models(arguments, options)
     parts = [_Part.of(model, options) for model in models]
     _check_names([name for part in parts for name in part.names])
-    with writing(output, overwrite=overwrite, contents=CONTENTS) as staging:
+    with writing(place) as staging:
         for part in parts:
             part.write(staging)
         _write_manifest(staging, models)

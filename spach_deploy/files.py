@@ -1,0 +1,168 @@
+"""Files and directories that are written in one step, and never over what was not there when a command began."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+Identity = tuple[object, ...]
+
+_MANIFEST = "manifest.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a file or a directory is to be written, and what may be replaced there.
+
+    `before`: what lay there when this was made, None for nothing or an empty directory.
+    """
+
+    path: Path
+    before: Identity | None
+
+    @classmethod
+    def of(cls, path: Path) -> Place:
+        """With what lies there now."""
+        return cls(path, identity(path))
+
+    def check(self) -> None:
+        """FileExistsError where something else lies there by now."""
+        if identity(self.path) not in (None, self.before):
+            raise _taken(self.path)
+
+    def put(self, draft: Path) -> Place:
+        """Move `draft`, which lies on the same file system, here in one step.
+
+        What is left where `draft` was is the caller's to delete: what lay here before, or nothing. Raises
+        FileExistsError where something else lies here by now, which is left alone, and OSError where nothing can be
+        written.
+        """
+        mine = identity(draft)
+        if self.path.is_dir() and not draft.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
+        if self.before is None or not os.path.lexists(self.path):
+            _move(draft, self.path)
+            return Place(self.path, mine)
+        _exchange(draft, self.path)
+        while identity(draft) != self.before:
+            _exchange(draft, self.path)  # until this draft is back: others may do the same at the same moment
+            if identity(draft) == mine:
+                raise _taken(self.path)
+        return Place(self.path, mine)
+
+    def write(self, write: Callable[[BinaryIO], object], *, mode: int = 0o666) -> Place:
+        """Write a file in one step: a kill or a full disk leaves what was there. Raises what `put` raises."""
+        if os.path.lexists(self.path) and not self.path.is_file() and not self.path.is_dir():
+            raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            with open(draft, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
+                write(file)
+            return self.put(draft)
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+    def write_text(self, text: str, *, mode: int = 0o666) -> Place:
+        """`write` for a text."""
+        return self.write(lambda file: file.write(text.encode("utf-8")), mode=mode)
+
+
+def is_own(path: Path) -> bool:
+    """Whether `path` is a file or a directory, no link, that this user owns and nobody else may write to."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    is_plain = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
+    return is_plain and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[int]:
+    """A file to lock, as a descriptor; made where it is not there, never through a link, and nothing in it is changed.
+
+    OSError for anything that is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def identity(path: Path) -> Identity | None:
+    """What tells the file or directory at `path` from any other that may take its place; None where nothing would be
+    lost. A directory is known by its manifest: reports in it may be written again."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if not any(path.iterdir()):
+            return None
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, _digest(path / _MANIFEST))
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _taken(path: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "something was written there since this command began", str(path))
+
+
+def _move(draft: Path, path: Path) -> None:
+    """To where nothing is, or an empty directory for a directory."""
+    try:
+        if draft.is_dir():
+            draft.rename(path)  # fails by itself where a file or a directory with anything in it is
+        else:
+            _link(draft, path)
+    except OSError:
+        if identity(path) is not None:
+            raise _taken(path) from None
+        raise
+
+
+def _link(draft: Path, path: Path) -> None:
+    """A second name for a file, where the name is free."""
+    try:
+        path.hardlink_to(draft)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        draft.replace(path)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two names: renameat2(RENAME_EXCHANGE) in one step, or three renames where the system has none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if hasattr(libc, "renameat2") and libc.renameat2(*arguments) == 0:
+        return
+    aside = one.with_name(f"{one.name}-old")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
