@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from spach_deploy.benchmark.modules import by_module, owners_of
 from spach_deploy.bundle import GRAPH, Bundle
+from spach_deploy.paths import utf8_path
 from spach_deploy.runtime.devices import local_gpus
 from spach_deploy.runtime.processor import has_bf16, has_vnni
 from spach_deploy.specs import ComputeCapability, Flavour, WeightSource
@@ -183,7 +184,7 @@ def _autocast(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
 
 @contextlib.contextmanager
 def _onnx_runtime(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
-    graph = str(bundle.file(GRAPH))
+    graph = bundle.file(GRAPH)
     session = _session(graph, setup.threads)
     name = session.get_inputs()[0].name
     device = GPU if session.get_providers()[0] == _CUDA else CPU
@@ -194,12 +195,12 @@ def _onnx_runtime(bundle: Bundle, setup: Setup) -> Iterator[Opened]:
             for _ in range(_PROFILED_RUNS):
                 watched.run(["logits"], {name: inputs})
             layers = seconds_by_layer(Path(watched.end_profiling()), _PROFILED_RUNS)
-        return by_module(layers, owners_of(Path(graph)))
+        return by_module(layers, owners_of(graph))
 
     yield Opened(lambda inputs: session.run(["logits"], {name: inputs})[0], profile=profile, device=device)
 
 
-def _session(graph: str, threads: int, profile: str = "") -> Any:
+def _session(graph: Path, threads: int, profile: str = "") -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -208,7 +209,8 @@ def _session(graph: str, threads: int, profile: str = "") -> Any:
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     wanted = [name for name in (_CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
-    return onnxruntime.InferenceSession(graph, options, providers=wanted)
+    with utf8_path(graph) as name:
+        return onnxruntime.InferenceSession(name, options, providers=wanted)
 
 
 def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
@@ -235,7 +237,8 @@ def _openvino(name: str, bundle: Bundle, setup: Setup) -> Iterator[Opened]:
 
     def run(inputs: Array) -> Array:
         if inputs.shape not in requests:
-            model = core.read_model(str(bundle.file(GRAPH)))
+            with utf8_path(bundle.file(GRAPH)) as graph:
+                model = core.read_model(graph)
             model.reshape({model.inputs[0]: list(inputs.shape)})
             requests[inputs.shape] = core.compile_model(model, "CPU", settings).create_infer_request()
         return np.asarray(requests[inputs.shape].infer({0: inputs})["logits"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from spach_deploy.bundle import Bundle
 from spach_deploy.command_lines import joined
 from spach_deploy.specs import BatchProfile
 
+_ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 _USUAL_SIZE, _USUAL_CLASSES = 224, 1000
 
 
@@ -60,12 +62,13 @@ def exporting(bundle: Bundle, *changes: str) -> str:
 
 
 def _weights(model: Mapping[str, Any]) -> list[str]:
-    """The manifest keeps the checkpoint's name only: the user knows where it lies."""
+    """The manifest keeps the name only: the user knows where it lies. A byte that is no UTF-8 is escaped there."""
     if not model.get("checkpoint"):
         return []
     chosen = str(model.get("weights", "model"))
     ignored = [word for pattern in model.get("ignored", ()) for word in ("--ignore", str(pattern))]
-    return ["--checkpoint", str(model["checkpoint"]), *([] if chosen == "model" else ["--weights", chosen]), *ignored]
+    name = _ESCAPED_BYTE.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), str(model["checkpoint"]))
+    return ["--checkpoint", name, *([] if chosen == "model" else ["--weights", chosen]), *ignored]
 
 
 def _sizes(model: Mapping[str, Any]) -> list[str]:

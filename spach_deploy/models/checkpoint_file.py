@@ -30,6 +30,7 @@ from spach_deploy.errors import CheckpointError
 from spach_deploy.models.checkpoint_index import CheckpointIndex
 from spach_deploy.models.pickle_size import PICKLE_BYTES, check_pickle
 from spach_deploy.models.plain_data import PLAIN_DATA
+from spach_deploy.paths import utf8_path
 
 _SAVE_WEIGHTS = "Where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 _GET_AGAIN = "Copy or download it again."
@@ -234,7 +235,8 @@ def _load_zip(path: Path, *, is_mapped: bool) -> Any:
         raise CheckpointError(f"Checkpoint {path} is damaged: {broken} has a wrong checksum.", _GET_AGAIN)
     if path.suffix == ".safetensors":  # by this name alone, torch.load would take it for the other format
         return _load_stream(path)
-    return _torch_load(path, path, mmap=is_mapped)
+    with utf8_path(path) as name:
+        return _torch_load(path, name, mmap=is_mapped)
 
 
 def _broken(path: Path, archive: zipfile.ZipFile) -> str | None:
@@ -257,7 +259,7 @@ def _load_stream(path: Path) -> Any:
         return _torch_load(path, file, mmap=False)
 
 
-def _torch_load(path: Path, source: Path | BinaryIO, mmap: bool) -> Any:
+def _torch_load(path: Path, source: str | BinaryIO, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals(list(PLAIN_DATA)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -299,7 +301,8 @@ def _safetensors_reader(path: Path) -> Callable[[], Any]:
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path, device="cpu")
+        with utf8_path(path) as name:
+            tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(name, device="cpu")
     except Exception as error:  # safetensors raises its own class, torch others for dtypes it lacks
         raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
     return tensors

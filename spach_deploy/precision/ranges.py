@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.errors import ImageError, MissingPackageError
 from spach_deploy.onnx_graph.graph import consumers, initializers, is_marked_float32
+from spach_deploy.paths import utf8_path
 from spach_deploy.precision.elements import element_types, view_sources
 from spach_deploy.precision.formats import FLOAT
 from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED
@@ -195,5 +196,5 @@ def open_session(*messages: ModelProto, threads: int | None = None, plain: bool 
         options.intra_op_num_threads = threads
     if plain:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    with saved_graph(*messages) as path:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with saved_graph(*messages) as path, utf8_path(path) as name:
+        return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])

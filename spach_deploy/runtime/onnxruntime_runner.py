@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spach_deploy.errors import MissingPackageError, UnavailableError, UsageError, printable
+from spach_deploy.paths import utf8_path
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
 
@@ -112,9 +114,13 @@ class OnnxRuntimeRunner:
             options.add_session_config_entry(*UNPACKED)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        model = self._model if isinstance(self._model, bytes) else str(self._model)
         try:
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            with (
+                contextlib.nullcontext(self._model)
+                if isinstance(self._model, bytes)
+                else utf8_path(self._model) as model
+            ):
+                return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class of their own
             raise self._explain(error) from error
 
@@ -124,6 +130,10 @@ class OnnxRuntimeRunner:
         if type(error).__name__ == "NotImplemented":
             return UnavailableError(f"ONNX Runtime has no CPU kernel for a node of {what}: {reason}")
         return UsageError(f"{what} does not load in ONNX Runtime: {reason}", "Give an ONNX file such as model.onnx.")
+
+
+def _given(model: Path | bytes) -> contextlib.AbstractContextManager[str | bytes]:
+    return contextlib.nullcontext(model) if isinstance(model, bytes) else utf8_path(model)
 
 
 def _import_onnxruntime() -> Any:
