@@ -22,7 +22,7 @@ from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.registry import check_spec, resolve
 from spach_deploy.models.shapes import count_macs, count_parameters
 from spach_deploy.quantization.options import check_quantization
-from spach_deploy.specs import ExportOptions, Precision
+from spach_deploy.specs import ExportOptions, ModelSpec, Precision
 
 MEASURED_CORES = 2
 
@@ -64,10 +64,12 @@ class Step:
 class DryRun:
     """What an export would do. `refusals`: what would stop it, as it would be said; `exit_code` is the first one's.
 
+    `notes`: what is said of the checkpoint.
     `seconds`, `memory_bytes`, `disk_bytes` are estimates, None where the model is not known yet.
     """
 
     facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
     steps: tuple[Step, ...]
     is_reused: bool
     seconds: float | None
@@ -89,18 +91,44 @@ class DryRun:
         return {**fields, "facts": dict(self.facts), "refusals": said, "exit_code": self.exit_code}
 
 
-def dry_run(options: ExportOptions, *, is_cached: bool = True) -> DryRun:
-    """Look at all that an export with `options` looks at before it loads PyTorch, and count what it would take."""
+@dataclasses.dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint tells: the model, with all that was left open, and notes on how it was read."""
+
+    model: ModelSpec
+    notes: tuple[str, ...]
+
+
+def read_facts(model: ModelSpec) -> CheckpointFacts:
+    """Load the checkpoint as an export would. Raises what `load_model` raises."""
+    from spach_deploy.models import load_model
+
+    loaded = load_model(model)
+    whole = dataclasses.replace(model, name=loaded.name, image_size=loaded.image_size, num_classes=loaded.num_classes)
+    return CheckpointFacts(whole, loaded.notes)
+
+
+ReadFacts = Callable[[ModelSpec], CheckpointFacts]
+
+
+def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts | None = read_facts) -> DryRun:
+    """Look at all that an export with `options` would refuse, and count what it would take.
+
+    PyTorch is loaded for a checkpoint alone, which `read` reads; None leaves it unread.
+    """
     refusals: list[SpachError] = []
+    asked = options
+    options, notes = _told(asked, read, refusals)
     flavour = _checked(options, refusals)
     images = _counted(options.images, refusals)
     calibration = _counted(options.quantization.calibration, refusals)
     macs, parameters, size = _model(options)
     target = _target(options)
-    is_reused = _is_reused(options, is_cached=is_cached) if not refusals else False
+    is_reused = _is_reused(asked, is_cached=is_cached) if not refusals else False
     steps = () if is_reused else tuple(_steps(options, flavour is not None, calibration, macs))
     return DryRun(
         facts=tuple(_facts(options, flavour, images, calibration, target)),
+        notes=notes,
         steps=steps,
         is_reused=is_reused,
         seconds=1.0 if is_reused else _in_all(steps, options) if macs is not None else None,
@@ -112,8 +140,26 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True) -> DryRun:
     )
 
 
+def _told(
+    options: ExportOptions, read: ReadFacts | None, refusals: list[SpachError]
+) -> tuple[ExportOptions, tuple[str, ...]]:
+    """The options with what the checkpoint tells, and notes on it; as they are where there is none that can be read."""
+    try:
+        check_spec(options.model)
+        if options.model.checkpoint is None or read is None:
+            return options, ()
+        facts = read(options.model)
+        from spach_deploy.onnx_graph.interface import check_outputs
+
+        check_outputs(options.outputs, facts.model.num_classes or 0)
+    except SpachError as error:
+        refusals.append(error)
+        return options, ()
+    return dataclasses.replace(options, model=facts.model), facts.notes
+
+
 def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavour | None:
-    """The flavour that would build; refusals of model, quantization, engine and target are collected."""
+    """The flavour that would build; refusals of quantization, engine and target are collected."""
 
     def engine() -> EngineFlavour | None:
         flavour = choose_flavour(options.engine.flavour)
@@ -128,7 +174,6 @@ def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavou
         if place is not None:
             check_target(place, overwrite=options.overwrite)
 
-    _collected(lambda: check_spec(options.model), refusals)
     _collected(lambda: check_quantization(options), refusals)
     _collected(lambda: _check_opset(options), refusals)
     _collected(target, refusals)

@@ -11,6 +11,8 @@ def as_text(found: DryRun, *, as_json: bool) -> str:
     if as_json:
         return json_text(found.to_dict())
     lines = [f"{name:<12}{value}" for name, value in found.facts]
+    if found.notes:
+        lines += ["", *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]
     if found.is_reused:
         lines += ["", "The same export was done before: its bundle would come from the cache, in about a second."]
     elif not found.refusals:
@@ -24,7 +26,7 @@ def as_text(found: DryRun, *, as_json: bool) -> str:
 
 def _costs(found: DryRun) -> list[str]:
     if found.seconds is None or found.memory_bytes is None or found.disk_bytes is None:
-        return ["Time, memory and disk follow from the model, which the checkpoint tells."]
+        return ["Time, memory and disk follow from the model, which is not known."]
     return [
         f"time        about {_seconds(found.seconds).strip()}, an estimate from exports on {MEASURED_CORES} cores",
         f"memory      about {found.memory_bytes / 1e9:.1f} GB of {found.free_memory_bytes / 1e9:.1f} GB free"

@@ -59,7 +59,7 @@ def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[in
     _refuse_contradictions(given, asked)
     folder = Folder(given.get("output") or DEFAULT_FOLDER)
     folder.check()
-    builds = planned(given, recipe, folder)
+    builds = planned(given, recipe, folder, reads_checkpoints=asked.dry_run)
     overwrite = bool(given.get("overwrite"))
     limits = Limits.here(asked.jobs, len(builds))
     if asked.dry_run:
@@ -84,7 +84,9 @@ def _refuse_contradictions(given: Mapping[str, Any], asked: Asked) -> None:
         raise UsageError("--auto is for one model, and --zoo makes many.", "Give --zoo with --precision fp16,int8,fp8.")
 
 
-def planned(given: Mapping[str, Any], recipe: Path | None, folder: Folder) -> tuple[Build, ...]:
+def planned(
+    given: Mapping[str, Any], recipe: Path | None, folder: Folder, *, reads_checkpoints: bool = False
+) -> tuple[Build, ...]:
     """All exports. Raises SpachError for what one of them would refuse."""
     chosen = choices(given["zoo"], _precisions(given), given.get("gpu"))
     is_mixed = any(choice.precision.is_quantized for choice in chosen)
@@ -102,7 +104,7 @@ def planned(given: Mapping[str, Any], recipe: Path | None, folder: Folder) -> tu
         }
         return zoo_options(values, recipe, is_mixed=is_mixed)
 
-    return plan(chosen, options_of)
+    return plan(chosen, options_of, reads_checkpoints=reads_checkpoints)
 
 
 def _precisions(given: Mapping[str, Any]) -> tuple[str, ...]:

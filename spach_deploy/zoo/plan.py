@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from spach_deploy.dry_run import DryRun, dry_run
+from spach_deploy.dry_run import DryRun, dry_run, read_facts
 from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.errors import ModelError, SpachError, UsageError
 from spach_deploy.files import Place
@@ -108,13 +109,19 @@ def _parts(text: str, nothing: str, hint: str) -> list[str]:
     return parts
 
 
-def plan(chosen: Sequence[Choice], options_of: Callable[[Choice], ExportOptions]) -> tuple[Build, ...]:
-    """Every export, looked at as --dry-run does. Raises the first refusal, naming the bundles that it is of."""
+def plan(
+    chosen: Sequence[Choice], options_of: Callable[[Choice], ExportOptions], *, reads_checkpoints: bool = False
+) -> tuple[Build, ...]:
+    """Every export, looked at as --dry-run does. Raises the first refusal, naming the bundles that it is of.
+
+    `reads_checkpoints`: each once; else each export finds out for itself.
+    """
     builds, refused = [], []
+    read = functools.cache(read_facts) if reads_checkpoints else None
     for choice in chosen:
         options = options_of(choice)
         _check_shared(options, len(chosen))
-        found = dry_run(dataclasses.replace(options, overwrite=True), is_cached=False)
+        found = dry_run(dataclasses.replace(options, overwrite=True), is_cached=False, read=read)
         refused += [(choice.name, error) for error in found.refusals[:1]]
         builds.append(_build(choice, options, found))
     if refused:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from spach_deploy.dry_run import dry_run
+from spach_deploy.models.registry import create_model
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
 from tests import small_bundles
 from tests.commands import export
@@ -81,12 +83,41 @@ def test_missing_images_are_refused() -> None:
     assert content["exit_code"] == 2
 
 
-def test_a_checkpoint_tells_its_model_later(tmp_path: Path) -> None:
-    (tmp_path / "run.pth").write_bytes(b"weights")
-    result = export("--checkpoint", "run.pth", "--engine", "none", "--dry-run")
+@pytest.mark.usefixtures("small_model_registered")
+def test_the_checkpoint_is_looked_at(tmp_path: Path) -> None:
+    """What it tells is told; a missing or damaged one, or one of another model, is refused as an export would."""
+    tensors = create_model(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=7).state_dict()
+    torch.save({"net": tensors}, tmp_path / "run.pth")
+    torch.save({"model": {**tensors, "aux.weight": torch.ones(3)}}, tmp_path / "aux.pth")
+    (tmp_path / "text.pth").write_bytes(b"weights")
+    size = ("--image-size", small_bundles.SIZE, "--engine", "none", "--dry-run")
+    result = export("--checkpoint", "run.pth", *size)
     assert result.exit_code == 0, result.output
-    assert "told by the checkpoint" in result.stdout
-    assert "follow from the model" in result.stdout
+    name = small_bundles.NAME
+    for words in (f"model       {name}", "Unwrapped net.", "7 classes", "memory  ", f"build/{name}-fp32"):
+        assert words in result.stdout
+    for file, words in (
+        ("absent.pth", "There is no checkpoint"),
+        ("text.pth", "is not a PyTorch or safetensors file"),
+        ("aux.pth", "--ignore 'aux.*'"),
+        (("run.pth", "--model", "conv_xxs"), f"It fits {name}"),
+        (("run.pth", "--top-k", 8), "--top-k 8 of 7 classes"),
+    ):
+        result = export("--checkpoint", *([file] if isinstance(file, str) else file), *size)
+        assert result.exit_code == 2
+        assert "Refused:" in result.stdout
+        assert words in result.stdout
+
+
+@pytest.mark.usefixtures("small_model_registered")
+def test_the_checkpoints_of_a_zoo_are_looked_at(tmp_path: Path) -> None:
+    tensors = create_model(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=7).state_dict()
+    del tensors["norm2.bias"]
+    torch.save(tensors, tmp_path / f"{small_bundles.NAME}.pth")
+    zoo = ("--zoo", small_bundles.NAME, "--checkpoint", ".", "--image-size", small_bundles.SIZE, "--engine", "none")
+    result = export(*zoo, "--dry-run")
+    assert result.exit_code == 2
+    assert "1 missing (norm2.bias)" in result.stderr
 
 
 @pytest.mark.usefixtures("small_model_registered")

@@ -64,7 +64,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(picture).save(path)
     (root / "imagenet.txt").write_text("".join(f"class {number}\n" for number in range(1000)))
     (root / "run7").mkdir()
-    torch.save({"model": model().state_dict(), "args": {"model": NAME}}, root / "run7" / "checkpoint.pth")
+    tensors = model().state_dict()
+    torch.save({"model": tensors, "args": {"model": NAME}}, root / "run7" / "checkpoint.pth")
+    torch.save({**tensors, "head_dist.weight": torch.zeros(1)}, root / "run7" / "two_heads.pth")
     return root
 
 
