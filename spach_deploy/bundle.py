@@ -29,7 +29,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spach_deploy.errors import BundleError
+from spach_deploy.errors import BundleError, ChangedFileError
 from spach_deploy.files import Place
 from spach_deploy.text import json_text
 
@@ -161,8 +161,8 @@ class Bundle:
     def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
         """The bundle at `path`, a directory or a file in it.
 
-        With `verify` every file's SHA-256 is compared with the manifest. Raises BundleError that names what is missing,
-        changed or not a bundle.
+        With `verify` every file's SHA-256 is compared with the manifest. Raises BundleError for what is no bundle, and
+        ChangedFileError that names what is missing or changed.
         """
         directory = find_bundle(Path(path))
         try:
@@ -173,7 +173,7 @@ class Bundle:
         changed = bundle.changed_files() if verify else {}
         if changed:
             listed = "; ".join(f"{name} {state}" for name, state in changed.items())
-            raise BundleError(f"Bundle {directory} is not as it was exported: {listed}.", "Export it again.")
+            raise ChangedFileError(f"Bundle {directory} is not as it was exported: {listed}.", "Export it again.")
         return bundle
 
     def changed_files(self) -> dict[str, str]:

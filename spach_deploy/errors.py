@@ -5,7 +5,8 @@
     │   ├── ModelError                  no such model, or not with these options
     │   ├── CheckpointError             the file cannot be read, or its tensors fit no model
     │   ├── ImageError                  images missing, unreadable or unusable
-    │   └── BundleError                 not a bundle, changed files, or it cannot be written
+    │   └── BundleError                 not a bundle, or it cannot be written
+    │       └── ChangedFileError    1   a bundle's file is not the one that was exported
     ├── MismatchError               1   the numbers disagree
     │   ├── RewriteError                a rewrite is not equal to what it replaced
     │   ├── CertificateError            the graph breaks a promise that the certificate makes
@@ -54,7 +55,13 @@ class ImageError(UsageError):
 
 
 class BundleError(UsageError):
-    """Not a bundle, a changed bundle, or one that cannot be written."""
+    """Not a bundle, or one that cannot be written."""
+
+
+class ChangedFileError(BundleError):
+    """A bundle whose files are not those that were exported: changed, or missing."""
+
+    exit_code = 1
 
 
 class MismatchError(SpachError):

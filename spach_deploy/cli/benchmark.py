@@ -59,7 +59,8 @@ def main(
     rounds cannot tell is not printed, and a runner whose numbers are outside the bundle's tolerances is marked wrong.
 
     Exit codes: 0 measured, also where it is too noisy to tell; 1 a runner computes wrong numbers (bf16 only where it
-    was asked for); 2 bad usage or input; 3 nothing here can run it, or not the runner that was asked for.
+    was asked for), or a file is not the one that was exported; 2 bad usage or input; 3 nothing here can run it, or not
+    the runner that was asked for.
     """
 
     from spach_deploy.benchmark.contestants import Setup

@@ -37,8 +37,8 @@ def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool
     Every line says what is here, what that means and the command that would change it. A plan may come from anywhere:
     what its bytes tell is said, and what they do not tell too. It is not loaded.
 
-    Exit codes: 0 all that an export takes is here, or the target can run here; 2 the target is no bundle and no plan,
-    or not whole; 3 this machine cannot do it.
+    Exit codes: 0 all that an export takes is here, or the target can run here; 1 a file of the bundle is not the one
+    that was exported; 2 the target is no bundle and no plan, or not whole; 3 this machine cannot do it.
     """
     if show_cache or clear_cache:
         from spach_deploy.cli.cache import cleared, shown

@@ -36,7 +36,7 @@ def main(bundle: Path, output: Path, labels: Path | None, overwrite: bool, as_js
     cmake -S engine-cpp -B engine-cpp/build -DTENSORRT_ROOT=/opt/tensorrt
     cmake --build engine-cpp/build && ctest --test-dir engine-cpp/build
 
-    Exit codes: 0 written, 2 bad usage or input.
+    Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input.
     """
     from spach_deploy.deployment.cpp.folder import write_folder
 

@@ -50,7 +50,7 @@ def main(**given: Any) -> int:
     Pods check the model with the bundle's golden pack on their own GPU before they take traffic. README.md in DIR
     explains every file and the three commands to use them.
 
-    Exit codes: 0 written, 2 bad usage or input.
+    Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input.
     """
     if given["list_versions"]:
         return _list_versions()

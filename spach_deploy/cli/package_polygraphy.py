@@ -32,7 +32,8 @@ def main(bundle: Path, output: Path, overwrite: bool, as_json: bool) -> int:
     spach-package polygraphy build/ms_hybrid_s-fp16 -o golden
     cd golden && polygraphy run model.onnx --onnxrt --load-inputs inputs.json --load-outputs outputs.json
 
-    Exit codes: 0 written, 2 bad usage or input, 3 Polygraphy is not installed.
+    Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input, 3 Polygraphy is not
+    installed.
     """
     from spach_deploy.deployment.polygraphy.folder import write_folder
 

@@ -68,7 +68,8 @@ def main(**given: Any) -> int:
 
     Bundles of one name become versions 1, 2, ... of it; the name is the model's own unless NAME= gives another.
 
-    Exit codes: 0 written, or nothing found; 1 the check found something; 2 bad usage or input.
+    Exit codes: 0 written, or nothing found; 1 the check found something, or a file is not the one that was
+    exported; 2 bad usage or input.
     """
     if given["check"] is not None:
         return _check(given)

@@ -7,13 +7,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.bundle import GRAPH, PLAN, REPORT, find_bundle
+from spach_deploy.bundle import GRAPH, MANIFEST, PLAN, REPORT, find_bundle
 from spach_deploy.cli.console import say
 from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.files import Place
 
 if TYPE_CHECKING:
     from spach_deploy.validation.validate import Validation
+
+_PARTS = (GRAPH, PLAN, MANIFEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Asked:
 
     def _default_report(self) -> Path | None:
         """Where a report goes that nobody asked a place for: into the bundle, when the target is a part of it."""
-        if self.as_json or self.target is None or not (self.target.is_dir() or self.target.name in (PLAN, GRAPH)):
+        if self.as_json or self.target is None or not (self.target.is_dir() or self.target.name in _PARTS):
             return None
         try:
             return find_bundle(self.target) / REPORT

@@ -98,8 +98,8 @@ def main(
     Two levels of evidence: `engine`, the plan itself ran here; `graph`, the graph that it was built from ran in ONNX
     Runtime instead, because this machine cannot run the plan.
 
-    Exit codes: 0 agreed, 1 did not agree or lost more than --max-drop, 2 bad usage or input, 3 the graph agreed but the
-    plan could not be run here (0 with --accept graph).
+    Exit codes: 0 agreed, 1 did not agree, lost more than --max-drop or a file is not the one that was exported, 2 bad
+    usage or input, 3 the graph agreed but the plan could not be run here (0 with --accept graph).
     """
     from spach_deploy.cli.reporting import Asked, write_reports
     from spach_deploy.cli.validate_server import check_bundle, is_server, validate_on_server

@@ -22,6 +22,9 @@ from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import BatchProfile, ComputeCapability, Flavour
 
+FILES = "files"
+"""The topic of what says whether a bundle's files are those that were exported."""
+
 _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
 
 
@@ -64,10 +67,10 @@ def _files(bundle: Bundle, changed: dict[str, str]) -> Iterator[Finding]:
     for name, state in changed.items():
         means = "It is not what was exported. Export it again, or copy the bundle again."
         blocks = {PLAN: _RUN, GRAPH: _VERIFY, GOLDEN: _VERIFY}.get(name, ())
-        yield Finding(Status.PROBLEM, "files", f"{name} {state}", means, exporting(bundle), blocks, bad_target=True)
+        yield Finding(Status.PROBLEM, FILES, f"{name} {state}", means, exporting(bundle), blocks, bad_target=True)
     if not changed:
         names = ", ".join(bundle.manifest.files)
-        yield Finding(Status.OK, "files", names, "By SHA-256 they are what was exported.", exporting(bundle))
+        yield Finding(Status.OK, FILES, names, "By SHA-256 they are what was exported.", exporting(bundle))
 
 
 def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:

@@ -10,14 +10,14 @@ from typing import Any
 from spach_deploy._version import __version__
 from spach_deploy.bundle import MANIFEST, PLAN, Bundle, sha256_of
 from spach_deploy.command_lines import quoted
-from spach_deploy.doctor.bundle_findings import about_bundle
+from spach_deploy.doctor.bundle_findings import FILES, about_bundle
 from spach_deploy.doctor.finding import Finding, Task, blockers
 from spach_deploy.doctor.fit import Plan, fit
 from spach_deploy.doctor.here import Here, ask_tensorrt
 from spach_deploy.doctor.other_file import what_it_is
 from spach_deploy.doctor.plan_file import PlanFile, find_plan
 from spach_deploy.doctor.plan_findings import AskTensorRT, about_form, about_header, about_origin
-from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.errors import BundleError, ChangedFileError, UsageError
 
 _PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 _LISTED = 3
@@ -43,7 +43,9 @@ class Target:
 
     @property
     def exit_code(self) -> int:
-        """0 it can run here, 3 it cannot, 2 the target itself is at fault."""
+        """0 it can run here, 3 it cannot, 2 the target itself is at fault, 1 its files are not what was exported."""
+        if any(finding.bad_target and finding.topic == FILES for finding in self.findings):
+            return ChangedFileError.exit_code
         return 2 if self.is_bad else 0 if self.can_run else 3
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from spach_deploy.bundle import GOLDEN, Bundle
-from spach_deploy.errors import BundleError
 from spach_deploy.runtime.triton_runner import DEFAULT_TIMEOUT_S, ServedAt, TritonRunner
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_runner
@@ -41,14 +40,13 @@ class ServerValidation(Validation):
 def validate_server(request: ServerRequest) -> Validation:
     """Send the bundle's golden pack to the server, and compare its answers with PyTorch in FP32.
 
-    Raises BundleError for what is no bundle, UnavailableError where the server does not answer or the model is not
+    Raises BundleError for what is no bundle, ChangedFileError for one whose files were changed, UnavailableError where
+    the server does not answer or the model is not
     ready, UsageError where it has no such model, MissingPackageError without tritonclient. Answers that differ, and
     requests that are refused, are findings.
     """
-    bundle = Bundle.open(request.bundle, verify=False)
+    bundle = Bundle.open(request.bundle)
     facts = BundleFacts.of(bundle)
-    if state := bundle.changed_files().get(GOLDEN):
-        raise BundleError(f"{bundle.path / GOLDEN} {state} since the export.", "Give --bundle as it was exported.")
     images = str(bundle.manifest.content["validation"].get("images", "the bundle's golden pack"))
     trial = golden_trial(Golden.load(bundle.file(GOLDEN)), images, facts.outputs, facts.batch)
     evidence, platform = _evidence(request, trial, facts.tolerances)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
-from spach_deploy.errors import BundleError, SpachError, UnavailableError, UsageError
+from spach_deploy.errors import BundleError, ChangedFileError, SpachError, UnavailableError, UsageError
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import WeightSource
@@ -103,15 +103,19 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     bundle = _open(request.target)
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
-    _check_form(request.target, kind)
+    changed = _changed_files(bundle)
+    _check_form(request.target, kind, changed)
     _check_processor(bundle)
-    changed = {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
     pointed = _Pointed(request.target, kind, bundle, facts)
     _check_cluster(request, pointed)
     answered = _answered(bundle, facts, request, changed, say, pointed.graph)
     found = _validation(request, pointed, answered, changed)
     found = _with_accuracy(found, request, answered)
     return _bisected(found, request, pointed, say) if request.bisect else found
+
+
+def _changed_files(bundle: Bundle) -> dict[str, str]:
+    return {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
 
 
 def _check_processor(bundle: Bundle) -> None:
@@ -133,11 +137,12 @@ def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], Non
     _check_is_onnx(request.target)
     bundle = Bundle.open(against, verify=False)
     facts = BundleFacts.of(bundle)
-    changed = {name: state for name, state in bundle.changed_files().items() if name == GOLDEN}
+    changed = _changed_files(bundle)
     answered = _answered(bundle, facts, request, changed, say)
     subject = _subject(request.target, bundle, facts)
     weights = Weights(request.checkpoint, request.weights, request.ignore)
-    return validate_foreign(subject, bundle, facts, answered, weights, say)
+    found = validate_foreign(subject, bundle, facts, answered, weights, say)
+    return dataclasses.replace(found, findings=(*_file_findings(changed), *found.findings))
 
 
 def _bisected(
@@ -159,8 +164,11 @@ def _validation(
         note = _graph_note(request.target, bundle)
         evidence = _graph_evidence(request.target, facts, answered)
         along = None if note else _traced(bundle)
-        return Validation(subject, trial, evidence, _quantization_findings(pointed), notes=(*notes, *note), trace=along)
-    findings = (*_file_findings(request.target, kind, bundle, changed), *_quantization_findings(pointed))
+        others = {name: state for name, state in changed.items() if name != request.target.name}
+        findings = (*_file_findings(others), *_quantization_findings(pointed))
+        return Validation(subject, trial, evidence, findings, notes=(*notes, *note), trace=along)
+    other = _other_plan_findings(request.target, kind, bundle)
+    findings = (*_file_findings(changed), *other, *_quantization_findings(pointed))
     evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, answered)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
@@ -223,7 +231,7 @@ def _open(target: Path) -> Bundle:
     if not target.exists() and target.name == PLAN and (target.parent / MANIFEST).is_file():
         bundle = Bundle.open(target.parent, verify=False)
         _check_has_plan(bundle)
-        raise BundleError(f"{target} is missing from its bundle.", _EXPORT_AGAIN)
+        raise ChangedFileError(f"{target} is missing from its bundle.", _EXPORT_AGAIN)
     return Bundle.open(find_bundle(target), verify=False)
 
 
@@ -237,7 +245,7 @@ def _check_has_plan(bundle: Bundle) -> None:
 
 
 def _kind(target: Path, bundle: Bundle) -> TargetKind:
-    if target.is_dir():
+    if target.is_dir() or target.name == MANIFEST:
         return TargetKind.BUNDLE
     if target.suffix == ".onnx":
         return TargetKind.GRAPH
@@ -251,12 +259,18 @@ def _kind(target: Path, bundle: Bundle) -> TargetKind:
     )
 
 
-def _check_form(target: Path, kind: TargetKind) -> None:
-    """Refuse a file that is not what its name says, before any work."""
-    if kind is TargetKind.PLAN and not (identity := _identify(target)).is_plan:
-        raise UsageError(f"{target} is not a whole TensorRT plan: {identity.problem}.", _EXPORT_AGAIN)
-    if kind is TargetKind.GRAPH:
-        _check_is_onnx(target)
+def _check_form(target: Path, kind: TargetKind, changed: dict[str, str]) -> None:
+    """Refuse a file that is not what its name says, before any work: ChangedFileError where an export wrote it."""
+    try:
+        if kind is TargetKind.PLAN and not (identity := _identify(target)).is_plan:
+            raise UsageError(f"{target} is not a whole TensorRT plan: {identity.problem}.", _EXPORT_AGAIN)
+        if kind is TargetKind.GRAPH:
+            _check_is_onnx(target)
+    except UsageError as error:
+        if target.name in changed:
+            problem = f"{target} {changed[target.name]} since the bundle was exported. {error.message}"
+            raise ChangedFileError(problem, _EXPORT_AGAIN) from None
+        raise
 
 
 def _identify(target: Path) -> PlanIdentity:
@@ -314,7 +328,7 @@ def _answered(
         notes = (f"{GOLDEN} {changed[GOLDEN]}; it was not used.",) if GOLDEN in changed else ()
         return dataclasses.replace(answered, notes=(*notes, *answered.notes))
     if GOLDEN in changed:
-        raise BundleError(
+        raise ChangedFileError(
             f"{bundle.path / GOLDEN} {changed[GOLDEN]} since the export, so there is no reference to trust.",
             "Give --images DIR with the --checkpoint FILE that the bundle was made from, or export it again.",
         )
@@ -329,12 +343,16 @@ def _answered(
 # Evidence
 
 
-def _file_findings(target: Path, kind: TargetKind, bundle: Bundle, changed: dict[str, str]) -> tuple[str, ...]:
-    findings = [f"{name} {state} since the bundle was exported." for name, state in changed.items() if name != GOLDEN]
+def _file_findings(changed: dict[str, str]) -> tuple[str, ...]:
+    """A golden pack that was changed is no finding: it is not used then."""
+    return tuple(f"{name} {state} since the bundle was exported." for name, state in changed.items() if name != GOLDEN)
+
+
+def _other_plan_findings(target: Path, kind: TargetKind, bundle: Bundle) -> tuple[str, ...]:
     is_other = kind is TargetKind.PLAN and target.resolve() != (bundle.path / PLAN).resolve()
     if is_other and sha256_of(target) != bundle.manifest.files[PLAN]:
-        findings.append(f"{target.name} is not the plan that was exported: its SHA-256 is not the manifest's.")
-    return tuple(findings)
+        return (f"{target.name} is not the plan that was exported: its SHA-256 is not the manifest's.",)
+    return ()
 
 
 def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def test_a_bundle_without_a_plan_is_refused_with_its_reason(tmp_path: Path) -> N
 
 def test_a_changed_plan_is_refused(bundle: Path, tmp_path: Path) -> None:
     (bundle / PLAN).write_bytes(b"other")
-    assert "engine.plan was changed" in refusal(package(bundle, "-o", tmp_path / "out"))
+    assert "engine.plan was changed" in refusal(package(bundle, "-o", tmp_path / "out"), code=1)
 
 
 def test_no_bundle_is_refused(tmp_path: Path) -> None:

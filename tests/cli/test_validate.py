@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -20,6 +21,8 @@ from onnx import ModelProto
 from PIL import Image
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle
+from spach_deploy.cli.benchmark import main as benchmark
+from spach_deploy.cli.package import main as package
 from spach_deploy.cli.validate import main
 from spach_deploy.models.checkpoint import load_model
 from spach_deploy.specs import ModelSpec, Precision
@@ -40,10 +43,10 @@ def validate(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def refused(*arguments: object) -> str:
-    """The whole sentence of a refusal: exit 2, nothing on stdout, no traceback."""
+def refused(*arguments: object, code: int = 2) -> str:
+    """The whole sentence of a refusal: its exit code, nothing on stdout, no traceback."""
     result = validate(*arguments)
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == code, result.output
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert "Traceback" not in result.stderr
@@ -171,13 +174,33 @@ def test_a_changed_graph_in_a_bundle_is_named_even_when_it_agrees(spoiled: Path,
     assert "relative L2, worst image" in result.stdout
 
 
-def test_a_changed_plan_is_named(spoiled: Path) -> None:
+@pytest.mark.parametrize("target", [".", PLAN, GRAPH, MANIFEST, "other.onnx"])
+def test_a_changed_plan_is_named_by_whichever_path_its_bundle_is_given(spoiled: Path, target: str) -> None:
     (spoiled / PLAN).write_bytes(small_bundles.plan_bytes(8192))
-    for target in (spoiled, spoiled / PLAN):
-        result = validate(target)
-        assert result.exit_code == 1
-        assert "engine.plan was changed" in result.stdout
-    assert validate(spoiled / GRAPH).exit_code == 0
+    (spoiled / "other.onnx").write_bytes((spoiled / GRAPH).read_bytes())
+    result = validate(spoiled / target)
+    assert result.exit_code == 1
+    assert "engine.plan was changed" in result.stdout
+
+
+def test_a_changed_plan_is_named_where_a_graph_is_held_to_its_bundle(spoiled: Path, fp16: Path) -> None:
+    (spoiled / PLAN).write_bytes(small_bundles.plan_bytes(8192))
+    result = validate(fp16 / GRAPH, "--against", spoiled)
+    assert result.exit_code == 1
+    assert "engine.plan was changed" in result.stdout
+
+
+def test_every_command_ends_with_1_for_a_changed_plan(spoiled: Path, tmp_path: Path) -> None:
+    (spoiled / PLAN).write_bytes(small_bundles.plan_bytes(8192))
+    commands: list[tuple[click.Command, tuple[str, ...]]] = [
+        *((package, (kind, str(spoiled), "-o", str(tmp_path / kind))) for kind in ("triton", "cpp", "kubernetes")),
+        (package, ("polygraphy", str(spoiled), "-o", str(tmp_path / "golden"))),
+        (benchmark, (str(spoiled), "--batch", "1", "--runner", "onnxruntime")),
+        (main, ("grpc://localhost:1/small", "--bundle", str(spoiled))),
+    ]
+    for command, arguments in commands:
+        result = CliRunner().invoke(command, arguments)
+        assert (result.exit_code, "engine.plan was changed" in result.stderr) == (1, True), (arguments, result.output)
 
 
 def test_a_plan_of_another_export_is_not_this_bundles(spoiled: Path) -> None:
@@ -189,7 +212,7 @@ def test_a_plan_of_another_export_is_not_this_bundles(spoiled: Path) -> None:
 
 def test_a_missing_graph_or_plan_is_named(spoiled: Path) -> None:
     (spoiled / PLAN).unlink()
-    assert "engine.plan is missing" in refused(spoiled / PLAN)
+    assert "engine.plan is missing" in refused(spoiled / PLAN, code=1)
     assert validate(spoiled).exit_code == 1
     (spoiled / GRAPH).unlink()
     result = validate(spoiled)
@@ -207,24 +230,23 @@ def test_a_missing_graph_or_plan_is_named(spoiled: Path) -> None:
 def test_what_is_no_plan_is_refused(spoiled: Path, content: bytes | None, words: str) -> None:
     random = np.random.default_rng(1).bytes(5000)
     (spoiled / PLAN).write_bytes(random if content is None else content)
-    assert words in refused(spoiled / PLAN)
+    assert words in refused(spoiled / PLAN, code=1)
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"", np.random.default_rng(2).bytes(5000)])
 def test_what_is_no_graph_is_refused(spoiled: Path, content: bytes) -> None:
     (spoiled / GRAPH).write_bytes(content)
-    assert "is not an ONNX graph" in refused(spoiled / GRAPH)
+    assert "is not an ONNX graph" in refused(spoiled / GRAPH, code=1)
 
 
 def test_a_truncated_graph_is_refused(spoiled: Path) -> None:
     (spoiled / GRAPH).write_bytes((spoiled / GRAPH).read_bytes()[:20_000])
-    assert "is not an ONNX graph" in refused(spoiled / GRAPH)
+    assert "is not an ONNX graph" in refused(spoiled / GRAPH, code=1)
 
 
 def test_what_is_neither_is_refused(spoiled: Path, tmp_path: Path) -> None:
     (spoiled / "notes.txt").write_text("remember the milk")
     assert "neither a TensorRT plan nor an ONNX graph: it is a text file" in refused(spoiled / "notes.txt")
-    assert "neither" in refused(spoiled / MANIFEST)
     assert "neither" in refused(spoiled / GOLDEN)
     assert "does not exist" in refused(tmp_path / "nowhere")
     assert "no bundle" in refused(tmp_path)
@@ -239,7 +261,7 @@ def test_a_changed_golden_pack_is_no_reference(spoiled: Path, photographs: Path)
     with np.load(spoiled / GOLDEN) as arrays:
         content = dict(arrays)
     np.savez(spoiled / GOLDEN, **{**content, "logits": content["logits"] * 1.01})
-    assert "golden.npz was changed" in refused(spoiled / GRAPH)
+    assert "golden.npz was changed" in refused(spoiled / GRAPH, code=1)
     result = validate(spoiled / GRAPH, "--images", photographs)
     assert result.exit_code == 0
     assert "golden.npz was changed; it was not used" in result.stdout

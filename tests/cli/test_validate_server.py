@@ -48,7 +48,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 def test_a_changed_golden_pack_is_no_reference(bundle: Path) -> None:
     (bundle / "golden.npz").write_bytes(b"")
-    assert "golden.npz was changed" in refusal(validate(URL, "--bundle", bundle))
+    assert "golden.npz was changed" in refusal(validate(URL, "--bundle", bundle), code=1)
 
 
 def test_without_a_client_it_is_exit_3(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_a_file_that_is_not_what_was_exported(bundle: Path, name: str, change: s
     else:
         (bundle / name).write_bytes(b"something else")
     target = examine(bundle)
-    assert target.exit_code == 2
+    assert target.exit_code == 1
     assert f"{name} {'is missing' if change == 'missing' else 'was changed'}" in verdict(target)
     assert not target.to_dict()["can_run"]
 
