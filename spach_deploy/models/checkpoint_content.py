@@ -11,13 +11,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spach_deploy.command_lines import quoted
 from spach_deploy.errors import CheckpointError
+from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.shapes import state_shapes
 from spach_deploy.specs import WeightSource
 
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
@@ -87,8 +91,10 @@ def state_dict_from_content(content: Any, weights: WeightSource, ignore: Sequenc
             f"The checkpoint holds no tensors: {_holds(place.found)}.", "Give one that holds weights."
         )
     _check_values(tensors)
-    others = [other for other in places if other.found is place.found and other is not place]
+    others = [other for other in places if other.path == place.path and other is not place]
     names = _Names.of(tensors, place, others, ignore)
+    if not names.plain:
+        raise CheckpointError(f"{_options(ignore)} leaves nothing of the checkpoint.", "Name the other tensors alone.")
     notes = [f"unwrapped {' > '.join(place.path)}"] if place.path else []
     notes += [*names.notes, *_note_ignored(names.ignored, skipped, ignore)]
     notes += [*_note_others(place.found, is_top=not place.path), *_note_averaged(places, place)]
@@ -152,10 +158,10 @@ def _chosen(places: Sequence[_Place], content: Mapping[Any, Any], weights: Weigh
 
 
 def _several(places: Sequence[_Place]) -> CheckpointError:
-    labels = [place.label for place in places]
+    labels = [place.label.rstrip(".") for place in places]
     return CheckpointError(
         f"The checkpoint holds {len(places)} models: {shown(labels)}.",
-        f"Leave out all but one, such as with --ignore '{labels[-1]}*'.",
+        f"Leave out all but one, such as with {_options([labels[-1] + '.*'])}.",
     )
 
 
@@ -177,6 +183,11 @@ def _holds(content: Mapping[Any, Any]) -> str:
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors without values, or of more than the file holds: a stride of zero makes terabytes of one number."""
+    if nested := [name for name, tensor in tensors.items() if tensor.is_nested]:
+        raise CheckpointError(
+            f"The checkpoint holds {len(nested)} nested tensors, which have no shape: {shown(nested)}.",
+            "Save the weights as plain tensors.",
+        )
 
     def is_short(tensor: Tensor) -> bool:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -214,10 +225,11 @@ class _Names:
     ) -> _Names:
         """Of the model at `place`, among `others` in the same mapping."""
         ignored = {name: pattern for name in tensors if (pattern := _matching(name, place, ignore))}
+        _check_ignored(ignored, place)
         rest = [name for name in tensors if name not in ignored and not _is_of_other(name, place, others)]
         averages = [name for name in rest if _is_average(name, tensors[name])]
         chosen = [name for name in rest if name not in averages]
-        if outside := [name for name in chosen if not _unwrapped(name).startswith(place.prefix)]:
+        if outside := [name for name in chosen if not _is_under(name, place)]:
             raise _beside(outside, chosen, place)
         notes = [*_note_wrappers(chosen), *([f"removed the prefix `{place.prefix}`"] if place.prefix else [])]
         notes += [f"dropped {name}: {int(tensors[name])} models were averaged" for name in averages]
@@ -226,9 +238,27 @@ class _Names:
 
 def _matching(name: str, place: _Place, ignore: Sequence[str]) -> str | None:
     """The pattern that a tensor's name matches in one of its forms."""
-    plain = _unwrapped(name)
-    forms = ("".join(f"{key}." for key in place.path) + name, name, plain, plain.removeprefix(place.prefix))
+    forms = ("".join(f"{key}." for key in place.path) + name, name, _unwrapped(name), _plain(name, place))
     return next((pattern for pattern in ignore if any(fnmatch.fnmatchcase(form, pattern) for form in forms)), None)
+
+
+def _check_ignored(ignored: Mapping[str, str], place: _Place) -> None:
+    """Refuse patterns of what a model has under such a name: dropped, it would be said to be missing."""
+    known = {name for config in CONFIGS.values() for name in state_shapes(config)} if ignored else set()
+    wrong = [name for name in ignored if _is_under(name, place) and _plain(name, place) in known]
+    if wrong:
+        raise CheckpointError(
+            f"{_options([ignored[wrong[0]]])} would drop {len(wrong)} tensors of the model: {shown(wrong)}.",
+            "Name the others alone.",
+        )
+
+
+def _is_under(name: str, place: _Place) -> bool:
+    return _unwrapped(name).startswith(place.prefix)
+
+
+def _plain(name: str, place: _Place) -> str:
+    return _unwrapped(name).removeprefix(place.prefix)
 
 
 def _is_average(name: str, tensor: Tensor) -> bool:
@@ -260,16 +290,20 @@ def ignoring(names: Iterable[str], needed: Iterable[str]) -> str:
     def pattern(name: str) -> str:
         parts = name.split(".")
         starts = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
-        return next((f"{start}*" for start in starts if not any(other.startswith(start) for other in kept)), name)
+        start = next((start for start in starts if not any(other.startswith(start) for other in kept)), None)
+        return glob.escape(name) if start is None else f"{glob.escape(start)}*"
 
-    patterns = list(dict.fromkeys(map(pattern, names)))
-    return " ".join(f"--ignore '{each}'" for each in patterns[:_SHOWN]) + (" ..." if len(patterns) > _SHOWN else "")
+    return _options(list(dict.fromkeys(map(pattern, names))))
+
+
+def _options(patterns: Sequence[str]) -> str:
+    return " ".join(f"--ignore {quoted(pattern)}" for pattern in patterns[:_SHOWN]) + " ..." * (len(patterns) > _SHOWN)
 
 
 def _renamed(chosen: Iterable[str], tensors: Mapping[str, Tensor], place: _Place) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name in chosen:
-        plain = _unwrapped(name).removeprefix(place.prefix)
+        plain = _plain(name, place)
         if plain in renamed:
             raise CheckpointError(
                 f"The checkpoint holds {plain} twice, with and without a wrapper's prefix.",
@@ -292,7 +326,7 @@ def _note_ignored(ignored: Mapping[str, str], skipped: Mapping[str, str], ignore
         models = [label for label, matched in skipped.items() if matched == pattern]
         dropped = [f"dropped {len(names)} tensors: {shown(names)}"] if names else []
         dropped += [f"left out what is under {shown(models)}"] if models and not names else []
-        yield f"--ignore '{pattern}' {' and '.join(dropped) or 'matched no tensor'}"
+        yield f"{_options([pattern])} {' and '.join(dropped) or 'matched no tensor'}"
 
 
 def _note_averaged(places: Iterable[_Place], place: _Place) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ class TestUnwrapping:
             {"state_dict": flat | {f"ema.module.{name}": tensor for name, tensor in ema.items()}},
             state() | {f"model_ema.{name}": tensor for name, tensor in ema.items()},
         ]
+        same = state()
+        assert "state_dict_ema" in noted(save(tmp_path, {"state_dict": same, "state_dict_ema": same}))
         for content in contents:
             path = save(tmp_path, content)
             assert torch.equal(load(path).model.head.bias, state()["head.bias"])
@@ -137,7 +140,7 @@ class TestUnwrapping:
         pair = {"student": state(), "teacher": {name: tensor * 2 for name, tensor in state().items()}}
         path = save(tmp_path, pair)
         text = refusal(path)
-        assert "holds 2 models: student., teacher." in text
+        assert "holds 2 models: student, teacher." in text
         assert "--ignore 'teacher.*'" in text
         loaded = load(path, ignore=("student.*",))
         assert torch.equal(loaded.model.head.bias, 2 * state()["head.bias"])
@@ -201,8 +204,20 @@ class TestIgnoring:
 
     def test_what_the_option_drops_is_never_what_the_model_needs(self, tmp_path: Path) -> None:
         path = save(tmp_path, state() | {"layer1.0.scale": torch.ones(3)})
-        assert "--ignore 'layer1.0.scale'" in refusal(path)
-        assert "head.bias" in refusal(path, ignore=("layer1.0.scale", "head.*"))
+        assert "--ignore layer1.0.scale" in refusal(path)
+        assert "--ignore 'head.*' would drop 2 tensors of the model" in refusal(
+            path, ignore=("layer1.0.scale", "head.*")
+        )
+        assert "would drop 183 tensors" in refusal(path, ignore=("*",))
+        wrapped = save(tmp_path, {f"model.{name}": tensor for name, tensor in state().items()})
+        assert "leaves nothing" in refusal(wrapped, ignore=("model.*",))
+
+    @pytest.mark.parametrize("name", ["a[0].w", "it's", "b*d?", "plain"])
+    def test_the_option_that_is_named_drops_it(self, tmp_path: Path, name: str) -> None:
+        path = save(tmp_path, state() | {name: torch.ones(3)})
+        words = shlex.split(refusal(path).partition(" with ")[2].removesuffix("."))
+        assert words[0] == "--ignore"
+        assert load(path, ignore=(words[1],)).name == "ms_trans_xxs"
 
     def test_a_pattern_that_matches_nothing_is_said(self, tmp_path: Path) -> None:
         assert "--ignore 'aux.*' matched no tensor" in noted(save(tmp_path, state()), ignore=("aux.*",))
@@ -241,8 +256,10 @@ class TestDtypes:
         assert "head.bias" in text
         assert str(dtype).removeprefix("torch.") in text
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     def test_tensors_without_plain_values_are_refused(self, tmp_path: Path) -> None:
-        for strange in (state()["head.weight"].to_sparse(), state()["head.weight"].to("meta")):
+        weight = state()["head.weight"]
+        for strange in (weight.to_sparse(), weight.to("meta"), torch.nested.nested_tensor([weight])):
             assert "head.weight" in refusal(save(tmp_path, state() | {"head.weight": strange}))
 
     def test_strided_and_parameter_tensors_are_copied_plainly(self, tmp_path: Path) -> None:
