@@ -31,7 +31,7 @@ from typing import Any
 
 from spach_deploy.errors import BundleError, ChangedFileError
 from spach_deploy.files import Place
-from spach_deploy.text import json_text
+from spach_deploy.text import json_text, without_surrogates
 
 SCHEMA_VERSION = 1
 MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
@@ -82,7 +82,7 @@ class Manifest:
     def parse(cls, text: str, where: str) -> Manifest:
         """Check the shape of a manifest; BundleError says what is wrong with it."""
         try:
-            content = json.loads(text)
+            content = without_surrogates(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON ({error}).", "Export the bundle again.") from None
         if not isinstance(content, dict) or "schema_version" not in content:

@@ -51,13 +51,14 @@ def json_text(content: Any, *, indent: int | None = 2, separators: tuple[str, st
     A byte of a name that is no UTF-8 stands there as tables show it: what `json` writes for it, half of a surrogate
     pair, makes other parsers refuse the whole file.
     """
-    text = json.dumps(_without_surrogates(content), indent=indent, separators=separators, allow_nan=False)
+    text = json.dumps(without_surrogates(content), indent=indent, separators=separators, allow_nan=False)
     return text.replace("\x7f", "\\u007f")
 
 
-def _without_surrogates(value: Any) -> Any:
+def without_surrogates(value: Any) -> Any:
+    """JSON's content with such bytes escaped: text that can be written."""
     if isinstance(value, str):
         return _SURROGATE.sub(lambda found: printable(found[0]), value)
     if isinstance(value, Mapping):
-        return {_without_surrogates(key): _without_surrogates(entry) for key, entry in value.items()}
-    return [_without_surrogates(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {without_surrogates(key): without_surrogates(entry) for key, entry in value.items()}
+    return [without_surrogates(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
-from spach_deploy.bundle import GRAPH, MANIFEST, PAGE, REPORT
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PAGE, REPORT, sha256_of
 from spach_deploy.cache.key import content_digest
 from spach_deploy.cli.doctor import main as doctor
 from spach_deploy.cli.export import main as export
@@ -30,7 +30,7 @@ from spach_deploy.models import configs
 from spach_deploy.models.checkpoint_file import read_checkpoint
 from spach_deploy.report.formats import command as broken_command
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from tests import static_models
+from tests import small_bundles, static_models
 
 NAME = "small_conv"
 CAF = os.fsdecode(b"caf\xe9")
@@ -161,3 +161,32 @@ def test_folders_with_them_are_hashed(tmp_path: Path) -> None:
     first = content_digest(tmp_path)
     (tmp_path / CAF).rename(tmp_path / os.fsdecode(b"caf\xe8"))
     assert content_digest(tmp_path) != first
+
+
+EVIL = "\x1b[2J\x9b31mred\x7f\r[/bold]\udce9"
+
+
+def test_nothing_that_a_bundle_says_speaks_to_a_terminal(folder: Path, tmp_path: Path) -> None:
+    evil = small_bundles.copy(folder / "bundle", tmp_path / "evil")
+    with np.load(evil / GOLDEN) as golden:
+        arrays = {**golden, "names": np.array([EVIL] * len(golden["names"]))}
+    np.savez(evil / GOLDEN, **arrays)
+    manifest = small_bundles.read_manifest(evil)
+    manifest["model"]["name"] = manifest["precision"]["summary"] = manifest["validation"]["images"] = EVIL
+    manifest["engine"]["reason"] = manifest["tools"]["torch"] = EVIL
+    manifest["files"][GOLDEN] = {"sha256": sha256_of(evil / GOLDEN), "bytes": 1}
+    small_bundles.write_manifest(evil, manifest)
+    for arguments in (
+        (validate, evil),
+        (validate, evil, "--json"),
+        (validate, evil, evil),
+        (doctor, evil),
+        (doctor, evil, "--json"),
+        (package, "polygraphy", evil, "-o", tmp_path / "p"),
+        (package, "kubernetes", evil, "-o", tmp_path / "k"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code in (0, 3), done.output
+        assert done.output.replace("\n", "").isprintable()
+    assert all(line.isprintable() for line in (evil / PAGE).read_text(encoding="utf-8").split("\n"))
+    assert r"\x1b[2J" in (evil / PAGE).read_text(encoding="utf-8")

@@ -50,9 +50,11 @@ class Store:
         self.limit_bytes = limit_bytes
 
     def entries(self) -> list[Entry]:
-        """Those that are there, the last used first."""
-        folder = self.root / "entries"
-        paths = list(folder.iterdir()) if folder.is_dir() else []
+        """Those that are there and may be read, the last used first."""
+        try:
+            paths = list((self.root / "entries").iterdir())
+        except OSError:
+            paths = []
         found = [entry for path in paths if (entry := _entry(path)) is not None]
         return sorted(found, key=lambda entry: -entry.used)
 

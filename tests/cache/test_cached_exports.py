@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pwd
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from spach_deploy.bundle import GRAPH, Bundle
 from spach_deploy.cache import key as keys
-from spach_deploy.cache.exports import limit_bytes, open_store
+from spach_deploy.cache.exports import ExportCache, limit_bytes, open_store
 from spach_deploy.cache.key import export_key
 from spach_deploy.cli.doctor import main as doctor_command
 from spach_deploy.errors import UsageError
@@ -111,6 +113,27 @@ def test_there_can_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPACH_CACHE", "none")
     assert open_store() is None
     assert "no cache" in CliRunner().invoke(doctor_command, ["--cache"]).stdout
+
+
+def test_a_user_without_a_home_has_none_and_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    for variable in ("SPACH_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert open_store() is None
+    assert ExportCache.of(options()).take(options()) is None
+    assert "SPACH_CACHE=DIR" in CliRunner().invoke(doctor_command, ["--cache"]).stdout
+
+
+def test_a_cache_that_may_not_be_read_holds_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> Iterator[Path]:
+        raise PermissionError(path)
+
+    (cache / "entries").mkdir(parents=True)
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert ExportCache.of(options()).take(options()) is None
 
 
 # What makes it another export
