@@ -12,7 +12,8 @@
     │   ├── CertificateError            the graph breaks a promise that the certificate makes
     │   └── PrecisionError              an asked precision cannot hold, or was not achieved
     └── UnavailableError            3   this machine cannot do or verify it
-        ├── MissingPackageError         an optional package is absent; names the install command
+        ├── MissingPackageError         a package is absent; names the install command
+        │   └── OldPackageError             a package is older than any that was run
         └── BuildError                  the engine compiler refused
 
 Commands print `str(error)` as one sentence with the next step and exit with `exit_code`; no traceback unless
@@ -93,6 +94,15 @@ class MissingPackageError(UnavailableError):
 
     def __init__(self, package: str, purpose: str, install: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed here.", f"Install it: {install}")
+        self.package = package
+
+
+class OldPackageError(MissingPackageError):
+    """A package is installed in a version before the lowest that was run."""
+
+    def __init__(self, package: str, version: str, requirement: str) -> None:
+        said = f"{package} {version} is too old: spach-deploy needs {requirement}."
+        SpachError.__init__(self, said, f"Install it: pip install '{requirement}'")
         self.package = package
 
 

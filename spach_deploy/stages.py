@@ -38,6 +38,7 @@ from spach_deploy.quantization.options import check_quantization
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.tame import tame_outliers
+from spach_deploy.requirements import refuse_unfit_packages
 from spach_deploy.rewrites import REWRITES, RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -108,6 +109,7 @@ class TypedStage:
 
 def check_options(options: ExportOptions) -> None:
     """Refuse what can be refused before any work."""
+    refuse_unfit_packages()
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
     check_quantization(options)

@@ -37,6 +37,12 @@ IMPORTED_AS = {
 }
 """Every package of an extra, by the name it is imported as."""
 
+CORE = {"pillow": "PIL", "protobuf": "google", "typing-extensions": "typing_extensions", "onnx-ir": "onnx_ir"}
+"""Packages of the core that are imported as something else than what they are called."""
+
+ASKED_FOR = {"tritonclient", "triton_python_backend_utils"}
+"""What is no dependency: named with its install command where it is used, and what a Triton server brings itself."""
+
 HEAVY = ("torch", "onnx", "numpy", "onnxruntime", "polygraphy", "onnxsim", "tensorrt", "tensorrt_rtx", "PIL", "rich")
 
 IMPORT_ALL = """
@@ -137,3 +143,22 @@ def test_imports_point_one_way(file: Path) -> None:
     assert not {name for name in imported if name.partition(".")[0] in {"tests", "benchmarks", "scripts", "conftest"}}
     if file.parent.name != "cli":
         assert not {name for name in imported if name.startswith("spach_deploy.cli")}
+
+
+def required_packages(file: Path) -> set[str]:
+    """Top-level packages from elsewhere that a file imports, by a statement or by a name it writes out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    named = re.findall(r"""import_module\(f?["']([A-Za-z_]+)""", file.read_text(encoding="utf-8"))
+    relative = {node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    assert not relative
+    return {name.partition(".")[0] for name in (*imports_of(file), *named)} - sys.stdlib_module_names - {"spach_deploy"}
+
+
+def test_every_imported_package_is_declared() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    core = [re.split(r"[ <>=;]", line)[0] for line in config["options"]["install_requires"].split("\n") if line]
+    declared = {CORE.get(name, name) for name in core} | set(IMPORTED_AS.values()) | ASKED_FOR
+    imported = set().union(*map(required_packages, PACKAGE.rglob("*.py")))
+    assert imported - declared == set()
+    assert {"google", "onnx_ir", "tritonclient"} <= imported

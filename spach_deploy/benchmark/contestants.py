@@ -22,6 +22,7 @@ import numpy.typing as npt
 from spach_deploy.benchmark.modules import by_module, owners_of
 from spach_deploy.bundle import GRAPH, Bundle
 from spach_deploy.paths import utf8_path
+from spach_deploy.requirements import old_package
 from spach_deploy.runtime.devices import local_gpus
 from spach_deploy.runtime.processor import has_bf16, has_vnni
 from spach_deploy.specs import ComputeCapability, Flavour, WeightSource
@@ -105,6 +106,8 @@ def why_no_openvino(name: str) -> str:
     """Why OpenVINO, in that arithmetic, cannot run here; empty where it can."""
     if importlib.util.find_spec("openvino") is None:
         return "not installed: pip install openvino"
+    if old := old_package("openvino"):
+        return str(old)
     return _NO_BF16 if name == OPENVINO_BF16 and not has_bf16() else ""
 
 

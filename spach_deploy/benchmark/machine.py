@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from spach_deploy.doctor.requirements import installed
+from spach_deploy.requirements import installed
 from spach_deploy.runtime.processor import cpu_flags, processor_name
 from spach_deploy.runtime.threads import available_threads, torch_threads
 from spach_deploy.tool_versions import tool_versions

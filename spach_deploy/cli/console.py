@@ -22,6 +22,7 @@ from spach_deploy.cli.large_pages import start_again_with_large_pages
 from spach_deploy.cli.outputs import outputs_that_may_fail
 from spach_deploy.cli.quiet import INTERRUPTED
 from spach_deploy.errors import SpachError, printable_lines
+from spach_deploy.requirements import refuse_unfit_packages
 from spach_deploy.text import Escaped
 
 BAD_INPUT, UNAVAILABLE = 2, 3
@@ -55,8 +56,17 @@ class Command(click.Command):
 
 class ComputingCommand(Command):
     """A command that computes for seconds and more; in a process of its own it takes large pages, and seldom looks for
-    garbage.
+    garbage. It begins by looking at the versions of packages: old ones fail later, and blame something else.
     """
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run; exit code 3 where a package is missing or too old."""
+        try:
+            refuse_unfit_packages()
+        except SpachError as error:
+            fail(error, str(error), debug=bool(context.params.get("debug")))
+            sys.exit(error.exit_code)
+        return super().invoke(context)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Run; the process starts anew first where that pays."""

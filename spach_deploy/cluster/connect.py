@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from spach_deploy.errors import MissingPackageError, UnavailableError
+from spach_deploy.requirements import refuse_old
 
 LOCAL = "local"
 """Address of a cluster that is this machine, started for the command and ended with it."""
@@ -21,8 +22,9 @@ _ANSWER_S, _HEALTH_S = 5.0, 30.0
 
 
 def import_ray() -> Any:
-    """The package. MissingPackageError without it."""
+    """The package. MissingPackageError without it, OldPackageError where it is too old."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    refuse_old("ray")
     try:
         return importlib.import_module("ray")
     except ImportError:

@@ -15,8 +15,8 @@ from spach_deploy.doctor.commands import installing
 from spach_deploy.doctor.driver import LEAST_DRIVER, Gpu
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.here import Here
-from spach_deploy.doctor.requirements import is_older, release
 from spach_deploy.engine.gpus import format_gpus
+from spach_deploy.requirements import is_older, release
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 from spach_deploy.specs import ComputeCapability, Flavour
 

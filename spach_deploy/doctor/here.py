@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from spach_deploy.doctor import requirements as required
+from spach_deploy import requirements as required
 from spach_deploy.doctor.driver import LEAST_DRIVER, Driver, Surroundings, driver_from
 from spach_deploy.doctor.packages import OnnxRuntime, Torch, find_onnxruntime, find_torch
 from spach_deploy.doctor.probe import Answer, Question

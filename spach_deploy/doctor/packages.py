@@ -13,7 +13,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from spach_deploy.doctor.requirements import installed
+from spach_deploy.requirements import installed
 
 ONNXRUNTIME_WHEELS = (
     "onnxruntime",

@@ -10,8 +10,8 @@ from spach_deploy.doctor.commands import installing, installing_torch, reinstall
 from spach_deploy.doctor.finding import EVERYTHING, Finding, Status, Task
 from spach_deploy.doctor.here import Here
 from spach_deploy.doctor.packages import OnnxRuntime
-from spach_deploy.doctor.requirements import Requirement, is_older, release
 from spach_deploy.engine.gpus import format_gpus
+from spach_deploy.requirements import Requirement, is_older, release
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 from spach_deploy.specs import Flavour
 
@@ -178,6 +178,9 @@ def about_reports(here: Here) -> Iterator[Finding]:
     if missing:
         means = "Reports as pages with plots take it; tables and JSON do not."
         yield Finding(Status.MISSING, "reports", _names(missing), means, _install(missing))
+    elif old := [package for package in wanted if not package.is_met_by(str(here.packages[package.name]))]:
+        what = ", ".join(f"{package.name} {here.packages[package.name]}" for package in old)
+        yield Finding(Status.PROBLEM, "reports", what, f"{' and '.join(map(str, old))} is needed.", _install(old))
     elif wanted:
         what = ", ".join(f"{package.name} {here.packages[package.name]}" for package in wanted)
         yield Finding(Status.OK, "reports", what, "Reports can be written as pages with plots.", _install(wanted))

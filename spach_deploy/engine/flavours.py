@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 from spach_deploy.engine.gpus import format_gpus
 from spach_deploy.errors import SpachError, UnavailableError, UsageError
+from spach_deploy.requirements import old_package
 from spach_deploy.runtime.devices import RTX_CAPABILITIES, LocalGpu, local_gpus
 from spach_deploy.runtime.packages import is_installed, missing_package
 from spach_deploy.specs import ComputeCapability, EngineTarget, Flavour, Precision
@@ -48,6 +49,13 @@ class EngineFlavour(Protocol):
         """Where Polygraphy keeps tactic timings, if anywhere."""
 
 
+def _package_lacking(flavour: Flavour) -> SpachError | None:
+    """The error where the flavour's package is absent or too old."""
+    if not is_installed(flavour):
+        return missing_package(flavour, f"Building with --engine {flavour.value}")
+    return old_package(flavour.value)
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorRT:
     """Ordinary TensorRT, 10.x and 11.x: builds on, and for, the GPU of this machine."""
@@ -57,8 +65,8 @@ class TensorRT:
 
     def why_not_here(self) -> SpachError | None:
         """It needs its package and a GPU."""
-        if not is_installed(self.flavour):
-            return missing_package(self.flavour, "Building with --engine tensorrt")
+        if lacking := _package_lacking(self.flavour):
+            return lacking
         if not self._present():
             return UnavailableError(
                 "--engine tensorrt builds on an NVIDIA GPU, and none with a working driver was found here.",
@@ -112,9 +120,7 @@ class TensorRTForRTX:
 
     def why_not_here(self) -> SpachError | None:
         """It needs its package only."""
-        if not is_installed(self.flavour):
-            return missing_package(self.flavour, "Building with --engine tensorrt-rtx")
-        return None
+        return _package_lacking(self.flavour)
 
     def resolve(self, target: EngineTarget, precision: Precision) -> EngineTarget:
         """By default every capability from Ampere on (with FP8, from Ada on), in one plan: that costs nothing."""

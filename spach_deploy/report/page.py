@@ -29,6 +29,7 @@ from spach_deploy.report.sections import (
     steps,
     verdict,
 )
+from spach_deploy.requirements import refuse_old
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -109,11 +110,15 @@ def load_templates() -> None:
 
 @functools.cache
 def environment() -> Environment:
-    """Everything is escaped, and a name that is not there is an error. MissingPackageError without jinja2."""
+    """Everything is escaped, and a name that is not there is an error.
+
+    Raises MissingPackageError without jinja2, OldPackageError where it is too old.
+    """
     try:
         import jinja2
     except ImportError:
         raise MissingPackageError("jinja2", "The page report.html", INSTALL) from None
+    refuse_old("jinja2")
     loader = jinja2.FileSystemLoader(TEMPLATES)
     made = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

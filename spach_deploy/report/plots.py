@@ -19,6 +19,7 @@ from typing import Any
 from spach_deploy.errors import MissingPackageError
 from spach_deploy.report.formats import scientific
 from spach_deploy.report.svg import STAND_INS, for_page, with_hints
+from spach_deploy.requirements import refuse_old
 
 WIDE, NARROW = (840, 320), (360, 290)
 """Sizes in CSS pixels."""
@@ -131,7 +132,7 @@ def _svg(chart: Chart, size: tuple[int, int], prefix: str) -> str:
 
 
 def check_matplotlib() -> None:
-    """MissingPackageError without it."""
+    """MissingPackageError without it, OldPackageError where it is too old."""
     _matplotlib()
 
 
@@ -144,6 +145,7 @@ def _matplotlib() -> Any:
         import matplotlib.figure
     except ImportError:
         raise MissingPackageError("matplotlib", "The page report.html", INSTALL) from None
+    refuse_old("matplotlib")
     return matplotlib
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from spach_deploy.doctor.driver import Driver, Gpu
 from spach_deploy.doctor.here import Here, TensorRTPackage
 from spach_deploy.doctor.packages import OnnxRuntime, Torch
-from spach_deploy.doctor.requirements import Requirement, Requirements
 from spach_deploy.doctor.resources import Folder, Memory
+from spach_deploy.requirements import Requirement, Requirements
 from spach_deploy.specs import ComputeCapability, Flavour
 
 GIGABYTE = 10**9
@@ -29,12 +29,12 @@ REQUIREMENTS = Requirements(
     (
         Requirement("torch", "2.9"),
         Requirement("onnx", "1.18"),
-        Requirement("polygraphy", "0.49.26"),
+        Requirement("polygraphy", "0.50.3"),
         Requirement("tomli", "2", python_below="3.11"),
-        Requirement("onnxruntime", "1.20", "cpu"),
-        Requirement("tensorrt-rtx", "1.1", "cpu"),
+        Requirement("onnxruntime", "1.21", "cpu"),
+        Requirement("tensorrt-rtx", "1.5.0.114", "cpu"),
         Requirement("tensorrt", "10.8", "gpu"),
-        Requirement("matplotlib", "3.8", "report"),
+        Requirement("matplotlib", "3.9", "report"),
         Requirement("jinja2", "3.1", "report"),
     ),
     "setup.cfg",

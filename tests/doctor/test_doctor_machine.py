@@ -150,7 +150,7 @@ def test_every_line_has_a_command_that_can_be_pasted(here: Here) -> None:
 def test_the_end_names_the_commands_that_make_it_possible() -> None:
     text = as_text(examine_machine(cpu_machine(tensorrt={}, onnxruntime=None)))
     last = text[text.index("To change that:") :].splitlines()[1:]
-    assert [line.split()[-1] for line in last] == ["'onnxruntime>=1.20'", "'tensorrt-rtx>=1.1'"]
+    assert [line.split()[-1] for line in last] == ["'onnxruntime>=1.21'", "'tensorrt-rtx>=1.5.0.114'"]
 
 
 # Python and packages
@@ -207,10 +207,10 @@ def test_both_wheels_of_onnxruntime() -> None:
     assert "those of onnxruntime 1.32.0: graphs run on the CPU only" in found.means
     assert found.command is not None
     assert "uninstall -y onnxruntime onnxruntime-gpu && " in found.command
-    assert found.command.endswith("'onnxruntime>=1.20'")
+    assert found.command.endswith("'onnxruntime>=1.21'")
     kept = finding(gpu_machine(L4, onnxruntime=both), "onnxruntime").command
     assert kept is not None
-    assert kept.endswith("'onnxruntime-gpu>=1.20'")
+    assert kept.endswith("'onnxruntime-gpu>=1.21'")
 
 
 def test_onnxruntime_after_one_of_two_wheels_was_uninstalled() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from spach_deploy.doctor import commands
 from spach_deploy.doctor.packages import OnnxRuntime, Torch, find_onnxruntime, find_torch
-from spach_deploy.doctor.requirements import Requirement, installed, is_older, parse, pins, release, requirements
+from spach_deploy.requirements import Requirement, installed, is_older, parse, pins, release, requirements
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from spach_deploy.doctor import here as here_module
 from spach_deploy.doctor.driver_question import ask, kernel_module_version
 from spach_deploy.doctor.here import look_around
 from spach_deploy.doctor.probe import Answer, Question
-from spach_deploy.doctor.requirements import installed
 from spach_deploy.doctor.tensorrt_question import answer, judge
+from spach_deploy.requirements import installed
 from spach_deploy.specs import Flavour
 
 FAKES = Path(__file__).parents[1] / "engine" / "fakes" / "site-packages"

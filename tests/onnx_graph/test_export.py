@@ -4,11 +4,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, helper
 
 from spach_deploy.models.configs import SpachConfig
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
+from spach_deploy.onnx_graph import export
 from spach_deploy.onnx_graph.certificate import certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical, simplify, torch_export
 from spach_deploy.onnx_graph.interface import add_interface
@@ -128,3 +129,25 @@ def test_special_weights_do_not_change_the_graph() -> None:
     x = images(2)
     assert relative_l2(run(model, x)[LOGITS], logits(fresh, x)) < 2e-6
     assert abs(before - len(canonical("hybrid").graph.node)) <= 4  # Mul and Add of the two GroupNorms
+
+
+@pytest.mark.parametrize("kind", ["ms_mlp", "hybrid"])
+def test_moves_that_a_simplifier_left_without_effect_are_taken_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxsim before 0.8 joins two moves that cancel each other to one that moves nothing, where a stage begins."""
+
+    def simplified(model: ModelProto) -> ModelProto:
+        result = simplify(model)
+        for index, node in reversed(list(enumerate(result.graph.node))):
+            if node.name.endswith(".cpe_net.net.1/Conv"):
+                name = node.name.replace(".net.1/Conv", "/idle")
+                idle = helper.make_node("Transpose", [node.input[0]], [name], name=name, perm=[0, 1, 2, 3])
+                node.input[0] = name
+                result.graph.node.insert(index, idle)
+        return result
+
+    plain = canonical(kind)
+    monkeypatch.setattr(export, "simplify", simplified)
+    model = export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE)
+    assert [node.name for node in model.graph.node] == [node.name for node in plain.graph.node]
+    x = images(2)
+    assert relative_l2(run(model, x)[LOGITS], logits(small_model(kind), x)) < 2e-6

@@ -36,6 +36,7 @@ def restore_block_boundaries(model: ModelProto, *, is_grid: bool) -> tuple[str, 
     `is_grid`: the stream is (B, H, W, C).
     """
     graph = model.graph
+    _drop_idle_transposes(graph)
     made = producers(graph)
     shapes = {} if is_grid else shapes_at_batch_one(model)
     replacement: dict[str, list[NodeProto]] = {}
@@ -52,6 +53,19 @@ def restore_block_boundaries(model: ModelProto, *, is_grid: bool) -> tuple[str, 
         changed.append(node.name)
     replace_nodes(graph, {i: replacement[node.name] for i, node in enumerate(graph.node) if node.name in replacement})
     return tuple(changed)
+
+
+def _drop_idle_transposes(graph: GraphProto) -> None:
+    """Take out what moves nothing: two moves that cancel each other, as onnxsim before 0.8 joins them."""
+    idle = [node for node in graph.node if is_transpose(node, list(range(len(_perm(node)))))]
+    for node in idle:
+        _redirect(list(graph.node), node.output[0], node.input[0])
+        graph.node.remove(node)
+
+
+def _perm(node: NodeProto) -> list[int]:
+    perm = attributes(node).get("perm", []) if node.op_type == "Transpose" else []
+    return perm if isinstance(perm, list) else []
 
 
 def _leave(

@@ -1,19 +1,23 @@
 """What spach-deploy requires of Python and of packages, and the versions that its tests pin.
 
 Read where they stand: setup.cfg and constraints.txt of a checkout, else the metadata of the installed package. Both
-hold nothing but minimums (`torch >= 2.9`), so comparing release numbers is enough, and the doctor needs no package to
-do it.
+hold nothing but minimums (`torch >= 2.9`), so comparing release numbers is enough, and no package is needed to do it.
+Each minimum is a version that was run (constraints-lowest.txt).
 """
 
 from __future__ import annotations
 
 import configparser
 import dataclasses
+import functools
 import importlib.metadata
+import platform
 import re
 from pathlib import Path
 
-_ROOT = Path(__file__).parents[2]
+from spach_deploy.errors import MissingPackageError, OldPackageError
+
+_ROOT = Path(__file__).parents[1]
 _LINE = re.compile(r"\s*([\w.-]+)(?:\[[\w,.-]+\])?\s*(?:>=\s*([\d.]+))?\s*\)?\s*(?:;(.*))?$")
 _PYTHON_BELOW = re.compile(r"""python_version\s*<\s*['"]([\d.]+)['"]""")
 _EXTRA = re.compile(r"""extra\s*==\s*['"](\w+)['"]""")
@@ -57,6 +61,7 @@ class Requirements:
         return next((package for package in self.packages if package.name == name), Requirement(name, None))
 
 
+@functools.cache
 def requirements(root: Path = _ROOT) -> Requirements:
     """Of the checkout at `root`, else of the installed package; empty where neither can be read."""
     config = configparser.ConfigParser()
@@ -121,3 +126,28 @@ def installed(name: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     return version
+
+
+def refuse_unfit_packages() -> None:
+    """Raise MissingPackageError or OldPackageError for the first package that every export and validation takes."""
+    python = tuple(map(int, platform.python_version_tuple()[:2]))
+    for package in (package for package in requirements().of() if package.holds_for(python)):
+        if installed(package.name) is None:
+            raise MissingPackageError(package.name, "spach-deploy", f"pip install '{package}'")
+    refuse_old(*(package.name for package in requirements().of()), "onnxruntime")
+
+
+def refuse_old(*names: str) -> None:
+    """Raise OldPackageError for the first of these packages that is installed and older than any that was run."""
+    if error := old_package(*names):
+        raise error
+
+
+def old_package(*names: str) -> OldPackageError | None:
+    """The error for the first of these packages that is installed and too old; None where none is."""
+    wanted = requirements()
+    for package in map(wanted.get, names):
+        version = installed(package.name)
+        if version is not None and not package.is_met_by(version):
+            return OldPackageError(package.name, version, str(package))
+    return None
