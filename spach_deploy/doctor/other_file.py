@@ -131,4 +131,6 @@ def _text(head: bytes, path: Path) -> OtherFile | None:
         return None
     if text.lstrip()[:1] == "<":
         return OtherFile("a page of HTML or XML, as a failed download leaves", "Download it again.")
+    if b'"weight_map"' in head or path.name.endswith(".index.json"):
+        return OtherFile("the index of a checkpoint in several files", _EXPORT.format(path=path))
     return OtherFile("a text file")

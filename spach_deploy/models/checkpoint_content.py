@@ -324,7 +324,7 @@ def _note_ignored(ignored: Mapping[str, str], skipped: Mapping[str, str], ignore
     for pattern in dict.fromkeys(ignore):
         names = [name for name, matched in ignored.items() if matched == pattern]
         models = [label for label, matched in skipped.items() if matched == pattern]
-        dropped = [f"dropped {len(names)} tensors: {shown(names)}"] if names else []
+        dropped = [f"dropped {shown(names)}"] if names else []
         dropped += [f"left out what is under {shown(models)}"] if models and not names else []
         yield f"{_options([pattern])} {' and '.join(dropped) or 'matched no tensor'}"
 

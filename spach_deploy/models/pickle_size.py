@@ -44,9 +44,7 @@ def check_pickle(path: Path, stream: BinaryIO, count: int) -> None:
     except _TooLargeError as error:
         reason = f"{error}, and only tensors and plain data are read"
         raise CheckpointError(f"Checkpoint {path} was refused: it {reason}.", _SAVE_WEIGHTS) from None
-    except (IndexError, KeyError):
-        return  # torch.load stops at the same instruction, and explains
-    except Exception as error:
+    except Exception as error:  # also for instructions that torch.load may learn to follow
         reason = "cut short, damaged, or a pickle that torch.save did not write"
         raise CheckpointError(
             f"Checkpoint {path} cannot be read: it is {reason} ({error}).", "Copy or download it again."
@@ -58,7 +56,7 @@ class _TooLargeError(Exception):
 
 
 class _Reader:
-    """Follows the instructions that torch.load knows. IndexError, KeyError at the first one that it cannot follow."""
+    """Follows the instructions that torch.load knows. Raises anything at the first one that it cannot follow."""
 
     def __init__(self) -> None:
         self._stack: list[_Value] = []
@@ -90,7 +88,7 @@ class _Reader:
         if name in ("PROTO", "STOP"):
             return
         if name not in _PUSHES:
-            raise KeyError(name)
+            raise ValueError(f"unsupported instruction {name}")
         text = argument if isinstance(argument, str) else ""
         self._stack.append(_Value(size=1 + len(text), text=text))
 

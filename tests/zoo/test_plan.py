@@ -81,6 +81,9 @@ def test_files_of_one_export_are_refused(tmp_path: Path) -> None:
 def test_each_model_has_its_checkpoint_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "spach_ms_conv_s.pth").touch()
     (tmp_path / "ms_mlp_s.safetensors").touch()
+    for file in ("ms_conv_xs.ckpt", "ms_mlp_xs.safetensors.index.json"):
+        (tmp_path / file).touch()
+        assert checkpoint_of(file.partition(".")[0], tmp_path, is_alone=False) == tmp_path / file
     assert checkpoint_of("ms_conv_s", tmp_path, is_alone=False) == tmp_path / "spach_ms_conv_s.pth"
     assert checkpoint_of("ms_mlp_s", tmp_path, is_alone=True) == tmp_path / "ms_mlp_s.safetensors"
     assert checkpoint_of("ms_mlp_s", tmp_path / "ms_mlp_s.safetensors", is_alone=True) is not None
