@@ -134,7 +134,7 @@ class Place:
         store = Store(self.root / "cache", 10**10)
         for entry in store.entries():
             target = Path(tempfile.mkdtemp(dir=self.root))
-            if store.take(entry.key, target) is None:
+            if not store.take(entry, target):
                 yield f"cache entry {entry.key[:8]} is not whole"
             shutil.rmtree(target)
 

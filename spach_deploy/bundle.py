@@ -47,6 +47,9 @@ WRITTEN_AGAIN = (REPORT, PAGE)
 """What validating a bundle writes again; no part of what is hashed."""
 
 QUANTIZATION = "quantization.json"
+HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION)
+"""What is read from a bundle and must be what was exported."""
+
 SENSITIVITY = "sensitivity.svg"
 _SECTIONS = (
     "model",
@@ -177,8 +180,11 @@ class Bundle:
         return bundle
 
     def changed_files(self) -> dict[str, str]:
-        """Files that are not what the manifest says: name -> "is missing" or "was changed"."""
-        states = {name: self._state(name, digest) for name, digest in self.manifest.files.items()}
+        """Files that are not what the manifest says: name -> "is missing", "was changed" or why else."""
+        listed = self.manifest.files
+        states = {name: self._state(name, digest) for name, digest in listed.items()}
+        unlisted = [name for name in HASHED if name not in listed and (self.path / name).exists()]
+        states |= dict.fromkeys(unlisted, "is not in the manifest")
         return {name: state for name, state in states.items() if state}
 
     def _state(self, name: str, digest: str) -> str:

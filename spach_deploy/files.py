@@ -88,6 +88,15 @@ def is_own(path: Path) -> bool:
     return is_plain and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
+def private_folder(path: Path) -> Path:
+    """A directory that is this user's alone, made where it is not there. PermissionError for one that is not."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_own(path):
+        reason = f"others may write in it, or own it; chmod -R go-w {path} where it is yours"
+        raise PermissionError(errno.EPERM, reason, str(path))
+    return path
+
+
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[int]:
     """A file to lock, as a descriptor; made where it is not there, never through a link, and nothing in it is changed.

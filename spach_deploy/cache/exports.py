@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import os
 import re
 from pathlib import Path
@@ -11,9 +11,10 @@ from pathlib import Path
 from spach_deploy import bundle as bundles
 from spach_deploy.bundle import Bundle
 from spach_deploy.cache.key import export_key
-from spach_deploy.cache.store import Store
-from spach_deploy.errors import UsageError
+from spach_deploy.cache.store import Entry, Store
+from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.files import Place
+from spach_deploy.models.registry import resolve
 from spach_deploy.specs import ExportOptions
 
 PLACE, SIZE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
@@ -81,17 +82,16 @@ class ExportCache:
         """
         if self.store is None or self.key is None:
             return None
-        known = {entry.key: entry for entry in self.store.entries()}
-        if self.key not in known:
+        entry = next((entry for entry in self.store.entries() if entry.key == self.key), None)
+        target = None if entry is None else _target(options, entry)
+        if entry is None or target is None:
             return None
-        target = options.output or Path(str(known[self.key].about.get("target", "")))
         place = place or bundles.check_target(target, overwrite=options.overwrite)
-        about = None
-        with contextlib.suppress(_NotThereError), bundles.writing(place) as staging:
-            about = self.store.take(self.key, staging)
-            if about is None:
-                raise _NotThereError
-        if about is None:
+        try:
+            with bundles.writing(place) as staging:
+                if not self.store.take(entry, staging, functools.partial(_check, options)):
+                    raise _NotThereError
+        except _NotThereError:
             return None
         bundle = Bundle.open(place.path, verify=False)
         return Reused(bundle, str(bundle.manifest.content.get("created", "")))
@@ -111,3 +111,26 @@ class ExportCache:
 
 class _NotThereError(Exception):
     """The entry was damaged, or evicted in this moment."""
+
+
+def _target(options: ExportOptions, entry: Entry) -> Path | None:
+    """Where the bundle goes, None where the entry holds none that can be read."""
+    if options.output is not None:
+        return options.output
+    try:
+        manifest = Bundle.open(entry.path, verify=False).manifest
+    except BundleError:
+        return None
+    target = bundles.default_directory(str(manifest.model["name"]), options.precision.value)
+    return target if target.parent == bundles.default_directory("", "").parent else None
+
+
+def _check(options: ExportOptions, folder: Path) -> None:
+    """BundleError for anything but a whole bundle of what was asked for: it is looked at like one from elsewhere."""
+    manifest = Bundle.open(folder).manifest
+    known = {*manifest.files, bundles.MANIFEST, *bundles.WRITTEN_AGAIN}
+    name = options.model.name and resolve(options.model.name)
+    if name not in (None, manifest.model["name"]) or manifest.precision != options.precision.value:
+        raise BundleError(f"{folder} is a bundle of something else.")
+    if not {file.name for file in folder.iterdir()} <= known:
+        raise BundleError(f"{folder} has files that its manifest does not name.")

@@ -3,6 +3,8 @@
 ROOT/entries/KEY/        files, and entry.json with their SHA-256: renamed into place when it is whole
 ROOT/partial/            being written; what a dead process left there is removed by the next
 ROOT/lock                held while entries are added or removed
+
+All of it is this user's alone: nothing is taken from, or kept in, a directory that others may write in.
 """
 
 from __future__ import annotations
@@ -13,30 +15,44 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.bundle import sha256_of
+from spach_deploy.errors import UsageError
+from spach_deploy.files import Place, is_own, lock_file, private_folder
 
 RECORD = "entry.json"
 _BLOCK = 1 << 20
+_KEY = re.compile("[0-9a-f]{64}")
+_DRAFT = re.compile(r"(\d+)-[0-9a-f]{8}")
+_MOST_BYTES = 1 << 20
+"""Of a record; one has some hundreds."""
+
+_LATEST = 1e11
+"""Seconds since 1970 that a date can be made of."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry: its size, when it was made and last used (seconds since 1970), and what it says of itself."""
+    """An entry: its size, when it was made and last used (seconds since 1970), and what it says of itself.
+
+    `files`: SHA-256 of each, by name.
+    """
 
     key: str
     path: Path
     size_bytes: int
     made: float
     used: float
-    about: dict[str, Any]
+    about: dict[str, str]
+    files: dict[str, str]
 
 
 class Store:
@@ -51,37 +67,36 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Those that are there and may be read, the last used first."""
+        folder = self.root / "entries"
         try:
-            paths = list((self.root / "entries").iterdir())
+            paths = list(folder.iterdir()) if is_own(self.root) and is_own(folder) else []
         except OSError:
             paths = []
         found = [entry for path in paths if (entry := _entry(path)) is not None]
         return sorted(found, key=lambda entry: -entry.used)
 
-    def take(self, key: str, target: Path) -> dict[str, Any] | None:
-        """Copy an entry's files into the directory `target`; what it says of itself, None where there is none.
+    def take(self, entry: Entry, target: Path, check: Callable[[Path], object] = lambda folder: None) -> bool:
+        """Copy an entry's files into the directory `target`; whether that was possible.
 
-        Every file's SHA-256 is checked as it is copied. A damaged entry is removed, and `target` is left empty.
+        Every file's SHA-256 is checked as it is copied, and `check` looks at them all: it raises UsageError for what
+        they should not be. A damaged entry is removed, and `target` is left empty.
         """
-        entry = _entry(self.root / "entries" / key)
-        if entry is None:
-            return None
-        record = json.loads((entry.path / RECORD).read_text(encoding="utf-8"))
         try:
-            for name, digest in record["files"].items():
+            for name, digest in entry.files.items():
                 if _copied(entry.path / name, target / name) != digest:
                     raise ValueError(name)
-        except (OSError, ValueError):
+            check(target)
+        except (OSError, ValueError, UsageError):
             for file in target.iterdir():
                 file.unlink()
-            self.remove(key)
-            return None
+            self.remove(entry.key)
+            return False
         with contextlib.suppress(OSError):  # evicted in this moment, by another
             os.utime(entry.path / RECORD)
-        return entry.about
+        return True
 
     def put(
-        self, key: str, source: Path, about: dict[str, Any], digests: Mapping[str, str] = MappingProxyType({})
+        self, key: str, source: Path, about: dict[str, str], digests: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         """Keep the files of the directory `source`; nothing happens where the key is there already.
 
@@ -89,12 +104,10 @@ class Store:
         changes the entry too, which `take` finds out. `digests`: SHA-256 of files that are known already.
         """
         final = self.root / "entries" / key
-        if final.exists():
+        if _entry(final) is not None:
             return
-        (self.root / "entries").mkdir(parents=True, exist_ok=True)
-        (self.root / "partial").mkdir(exist_ok=True)
-        draft = self.root / "partial" / f"{os.getpid()}-{secrets.token_hex(4)}"
-        draft.mkdir()
+        private_folder(private_folder(self.root) / "entries")
+        draft = private_folder(private_folder(self.root / "partial") / f"{os.getpid()}-{secrets.token_hex(4)}")
         try:
             files = {
                 file.name: _kept(file, draft / file.name, digests.get(file.name))
@@ -102,10 +115,11 @@ class Store:
                 if file.is_file()
             }
             record = {"files": files, "about": about, "made": time.time()}
-            (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
+            Place.of(draft / RECORD).write_text(json.dumps(record), mode=0o600)
             with self._locked():
                 self._clean()
-                if not final.exists():
+                if _entry(final) is None:
+                    self._drop(final)
                     draft.rename(final)
                 self._evict(key)
         finally:
@@ -125,15 +139,13 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # released when the process ends, however it does
+        with lock_file(private_folder(self.root) / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it does
             yield
 
     def _drop(self, path: Path) -> None:
         """Out of sight in one step, then gone."""
-        grave = self.root / "partial" / f"{os.getpid()}-{secrets.token_hex(4)}"
-        grave.parent.mkdir(exist_ok=True)
+        grave = private_folder(self.root / "partial") / f"{os.getpid()}-{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):
             path.rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
@@ -149,22 +161,36 @@ class Store:
                 total -= entry.size_bytes
 
     def _clean(self) -> None:
-        """What processes left that are no more."""
+        """What processes left that are no more, and what is no entry."""
         for draft in (self.root / "partial").iterdir():
-            owner = draft.name.split("-")[0]
-            if not (owner.isdigit() and Path(f"/proc/{owner}").exists()):
+            owner = _DRAFT.fullmatch(draft.name)
+            if owner and not Path(f"/proc/{owner[1]}").exists():
                 shutil.rmtree(draft, ignore_errors=True)
+        for path in (self.root / "entries").iterdir():
+            if _KEY.fullmatch(path.name) and _entry(path) is None:
+                self._drop(path)
 
 
 def _entry(path: Path) -> Entry | None:
-    """The entry at a path; None where there is none, or none that can be read."""
+    """The entry at a path; None where there is none, or none that this user wrote whole."""
     try:
+        if not is_own(path) or not is_own(path / RECORD) or (path / RECORD).stat().st_size > _MOST_BYTES:
+            return None
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        files, about, made = _texts(record["files"]), _texts(record["about"]), float(record["made"])
+        if not all(Path(name).name == name for name in files) or not 0 <= made < _LATEST:
+            return None
         size = sum(file.stat().st_size for file in path.iterdir())
-        used = (path / RECORD).stat().st_mtime
-        return Entry(path.name, path, size, float(record["made"]), used, dict(record["about"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Entry(path.name, path, size, made, (path / RECORD).stat().st_mtime, about, files)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _texts(content: Any) -> dict[str, str]:
+    """Texts by name. TypeError for anything else."""
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise TypeError(f"{type(content).__name__} of other things than text")
+    return content
 
 
 def _kept(source: Path, target: Path, digest: str | None) -> str:

@@ -6,7 +6,8 @@ import datetime
 from typing import Any
 
 from spach_deploy.cache.exports import NONE, PLACE, SIZE, open_store
-from spach_deploy.cache.store import Entry
+from spach_deploy.cache.store import Entry, Store
+from spach_deploy.files import is_own
 from spach_deploy.text import json_text
 
 _NO_CACHE = f"There is no cache: {PLACE}={NONE}, or this user has no home directory. Give a directory with {PLACE}=DIR."
@@ -25,10 +26,19 @@ def shown(*, as_json: bool) -> str:
     lines = [
         f"place      {store.root}  ({PLACE})",
         f"size       {total / 1e6:,.0f} MB of {store.limit_bytes / 1e6:,.0f} MB  ({SIZE})",
-        f"exports    {len(entries)}{', the last used first:' if entries else ''}",
+        f"exports    {len(entries)}{', the last used first:' if entries else ''}{_why_none(store)}",
         *(f"  {_line(entry)}" for entry in entries),
     ]
     return "\n".join(lines)
+
+
+def _why_none(store: Store) -> str:
+    """That nothing is taken from a directory in which others may write."""
+    if not store.root.exists() or is_own(store.root):
+        return ""
+    return (
+        f": others may write in {store.root}, or own it, and nothing is taken from there (chmod -R go-w {store.root})"
+    )
 
 
 def cleared() -> str:

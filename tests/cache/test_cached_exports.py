@@ -87,6 +87,31 @@ def test_a_damaged_entry_is_done_again(cache: Path) -> None:
     assert "reused" in small("--overwrite").stdout
 
 
+@pytest.mark.parametrize("forged", ["the record", "the record and the manifest", "another file"])
+def test_an_entry_is_verified_like_a_bundle_from_elsewhere(forged: str, cache: Path, tmp_path: Path) -> None:
+    """Whoever can make the record fit has not made the bundle fit."""
+    bundle = small_bundles.copy(small_bundles.bundle(), tmp_path / "made")
+    exports = ExportCache(open_store(), "a" * 64)
+    name = None if forged == "another file" else small_bundles.NAME
+    asked = ExportOptions(ModelSpec(name), Precision.FP16, output=tmp_path / "out")
+    if forged == "another file":
+        (bundle / "run.sh").write_text("#!/bin/sh")
+    else:
+        (bundle / GRAPH).write_bytes(b"another graph")
+    if forged == "the record and the manifest":
+        manifest = small_bundles.read_manifest(bundle)
+        del manifest["files"][GRAPH]
+        small_bundles.write_manifest(bundle, manifest)
+    assert exports.store is not None
+    exports.store.put("a" * 64, bundle, {})
+    assert exports.take(asked) is None
+    assert not (tmp_path / "out").exists()
+    exports.store.put("a" * 64, small_bundles.bundle(), {})
+    assert exports.take(dataclasses.replace(asked, precision=Precision.BF16)) is None
+    exports.store.put("a" * 64, small_bundles.bundle(), {})
+    assert exports.take(asked) is not None
+
+
 def test_a_cache_that_cannot_be_written_is_no_failure(cache: Path) -> None:
     cache.write_text("a file where the cache should be")
     result = small()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -34,7 +35,7 @@ def content(folder: Path, size: int = MEGABYTE, fill: bytes = b"a") -> Path:
 
 def taken(store: Store, key: str, target: Path) -> bool:
     target.mkdir(parents=True, exist_ok=True)
-    return store.take(key, target) is not None
+    return any(store.take(entry, target) for entry in store.entries() if entry.key == key)
 
 
 def test_what_is_put_is_taken(store: Store, tmp_path: Path) -> None:
@@ -100,6 +101,79 @@ def test_a_damaged_entry_is_removed_and_nothing_of_it_taken(store: Store, tmp_pa
     assert not taken(store, "key", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     assert store.entries() == []
+
+
+def write_record(store: Store, key: str, record: object) -> None:
+    text = record if isinstance(record, str) else json.dumps(record)
+    (store.root / "entries" / key / RECORD).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"files": {"../../../precious": "0"}, "about": {}, "made": 1},
+        {"files": {"/tmp/precious": "0"}, "about": {}, "made": 1},
+        {"files": ["engine.plan"], "about": {}, "made": 1},
+        {"files": {"engine.plan": 7}, "about": {}, "made": 1},
+        {"files": {}, "about": ["m"], "made": 1},
+        {"files": {}, "about": {"model": {"a": 1}}, "made": 1},
+        {"files": {}, "about": {}, "made": 1e300},
+        {"files": {}, "about": {}, "made": "NaN"},
+        {"files": {}, "about": {}},
+        7,
+        "[" * 100_000,
+        " " * 2_000_000 + "{}",
+    ],
+    ids=lambda record: str(record)[:50].strip(),
+)
+def test_a_record_that_is_none_is_no_entry(record: object, store: Store, tmp_path: Path) -> None:
+    key = "a" * 64
+    (tmp_path / "precious").write_text("precious")
+    store.put(key, content(tmp_path / "bundle"), {})
+    write_record(store, key, record)
+    assert not taken(store, key, tmp_path / "out")
+    assert store.clear() == 0
+    store.put("other", content(tmp_path / "bundle"), {})
+    assert os.listdir(store.root / "entries") == ["other"]
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_all_of_it_is_the_users_alone_whatever_the_umask(store: Store, tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        store.put("key", content(tmp_path / "bundle"), {})
+    finally:
+        os.umask(before)
+    entry = store.root / "entries" / "key"
+    for path, mode in ((store.root, 0o700), (entry.parent, 0o700), (entry, 0o700), (entry / RECORD, 0o600)):
+        assert path.stat().st_mode & 0o777 == mode, path
+
+
+@pytest.mark.parametrize("part", ["", "entries", "entries/key", f"entries/key/{RECORD}"])
+def test_nothing_is_taken_from_where_others_may_write(part: str, store: Store, tmp_path: Path) -> None:
+    store.put("key", content(tmp_path / "bundle"), {})
+    assert taken(store, "key", tmp_path / "out")
+    (store.root / part).chmod(0o770)
+    assert not taken(store, "key", tmp_path / "again")
+
+
+def test_a_cache_of_another_user_is_not_used(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("key", content(tmp_path / "bundle"), {})
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert store.entries() == []
+    with pytest.raises(PermissionError, match="others may write in it, or own it"):
+        store.put("another", content(tmp_path / "bundle"), {})
+
+
+def test_what_a_cache_does_not_know_is_left_alone(store: Store, tmp_path: Path) -> None:
+    """Whoever names a directory with other things in it as the cache keeps them."""
+    store.put("key", content(tmp_path / "bundle"), {})
+    for folder in ("entries/photos", "partial/thesis"):
+        (store.root / folder).mkdir()
+    store.put("next", content(tmp_path / "bundle"), {})
+    assert store.clear() == 2
+    assert (store.root / "entries/photos").is_dir()
+    assert (store.root / "partial/thesis").is_dir()
 
 
 def test_the_least_recently_used_go_first(store: Store, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,25 @@ def test_cores_are_not_shared_while_there_are_enough(monkeypatch: pytest.MonkeyP
             assert third == {4, 5, 6}
     with cores(1) as again:
         assert again == {4}
+
+
+def test_locks_of_cores_are_not_taken_through_links_or_in_a_directory_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    everything = frozenset(os.sched_getaffinity(0))
+    (tmp_path / "precious").write_text("precious")
+    folder = tmp_path / f"spach-deploy-cores-{os.getuid()}"
+    folder.mkdir(0o700)
+    for core in everything:
+        (folder / str(core)).symlink_to(tmp_path / "precious")
+    with cores(1) as taken:
+        assert taken == everything
+    assert (tmp_path / "precious").read_text() == "precious"
+    for core in everything:
+        (folder / str(core)).unlink()
+    with cores(1) as taken:
+        assert len(taken) == 1
+    folder.chmod(0o777)
+    with cores(1) as taken:
+        assert taken == everything
