@@ -36,9 +36,7 @@ def _why_none(store: Store) -> str:
     """That nothing is taken from a directory in which others may write."""
     if not store.root.exists() or is_own(store.root):
         return ""
-    return (
-        f": others may write in {store.root}, or own it, and nothing is taken from there (chmod -R go-w {store.root})"
-    )
+    return f": nothing is taken from where others may write (chmod -R go-w {store.root})"
 
 
 def cleared() -> str:
