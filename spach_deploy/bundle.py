@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -31,6 +30,7 @@ from typing import Any
 
 from spach_deploy.errors import BundleError, ChangedFileError
 from spach_deploy.files import Place
+from spach_deploy.small_files import parse_json, read_json
 from spach_deploy.text import json_text, without_surrogates
 
 SCHEMA_VERSION = 1
@@ -85,9 +85,23 @@ class Manifest:
     def parse(cls, text: str, where: str) -> Manifest:
         """Check the shape of a manifest; BundleError says what is wrong with it."""
         try:
-            content = without_surrogates(json.loads(text))
+            return cls._of(without_surrogates(parse_json(text)), where)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON ({error}).", "Export the bundle again.") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """The manifest in a file; BundleError says what is wrong with it."""
+        try:
+            return cls._of(without_surrogates(read_json(path)), str(path))
+        except OSError as error:
+            reason = error.strerror or error
+            raise BundleError(f"{path} cannot be read ({reason}).", "Export the bundle again.") from None
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path} is not JSON ({error}).", "Export the bundle again.") from None
+
+    @classmethod
+    def _of(cls, content: Any, where: str) -> Manifest:
         if not isinstance(content, dict) or "schema_version" not in content:
             raise BundleError(f"{where} is not a spach-deploy manifest.", "Give a bundle that spach-export wrote.")
         if content["schema_version"] != SCHEMA_VERSION:
@@ -112,7 +126,7 @@ class Manifest:
                 self.precision,
                 self.engine["flavour"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export it again.") from None
         return self
@@ -168,11 +182,7 @@ class Bundle:
         ChangedFileError that names what is missing or changed.
         """
         directory = find_bundle(Path(path))
-        try:
-            text = (directory / MANIFEST).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{directory / MANIFEST} cannot be read ({error}).", "Export the bundle again.") from None
-        bundle = cls(directory, Manifest.parse(text, str(directory / MANIFEST)))
+        bundle = cls(directory, Manifest.read(directory / MANIFEST))
         changed = bundle.changed_files() if verify else {}
         if changed:
             listed = "; ".join(f"{name} {state}" for name, state in changed.items())
@@ -252,8 +262,8 @@ class Contents:
     def lie_in(self, path: Path) -> bool:
         """Whether the manifest in `path` is of this kind: other programs call theirs by the same name."""
         try:
-            content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            content = read_json(path / MANIFEST)
+        except (OSError, ValueError):
             return False
         if not isinstance(content, dict):
             return False

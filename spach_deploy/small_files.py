@@ -1,10 +1,16 @@
-"""Small text files that users write: recipes, names of classes."""
+"""Small text files: recipes and names of classes that users write, and JSON that decides what is trusted."""
 
 from __future__ import annotations
 
+import errno
+import json
 from pathlib import Path
+from typing import Any
 
 from spach_deploy.errors import UsageError
+
+MOST_BYTES = 64 << 20
+"""Of a JSON file that is read. The largest that is written here is a calibration of very many images."""
 
 _ALWAYS_OPEN = ("/dev/", "/proc/")
 """Where the shell puts a pipe whose other end it has opened: `--labels <(command)`."""
@@ -23,3 +29,34 @@ def read_text(path: Path, what: str, wanted: str) -> str:
         raise UsageError(f"{what} cannot be read ({error.strerror}).", wanted) from None
     except UnicodeDecodeError:
         raise UsageError(f"{what} cannot be read (it is not UTF-8).", wanted) from None
+
+
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """The content of a JSON file. OSError for one that cannot be read or is larger, ValueError for what is no JSON."""
+    if path.is_fifo():
+        raise OSError(errno.EINVAL, "it is a pipe", str(path))
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes >> 20} MiB", str(path))
+    return parse_json(content.decode("utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """JSON in which every object has each name once: of two values, readers take one or the other.
+
+    ValueError, in a few words, for anything else.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is in it twice")
+    return found

@@ -152,6 +152,11 @@ def test_a_target_that_cannot_be_a_directory_is_refused(tmp_path: Path, where: s
         (json.dumps({"schema_version": 1, **SECTIONS, "files": 7}), "wrong kind"),
         (json.dumps({"schema_version": 1, **SECTIONS, "files": {}, "inputs": [{"name": 3}]}), "wrong kind"),
         ("[" * 100_000, "not JSON"),
+        (json.dumps({"schema_version": 1, **SECTIONS, "files": {}})[:-1] + ', "files": {}}', "'files' is in it twice"),
+        (
+            json.dumps({"schema_version": 1, **SECTIONS, "files": {}}).replace("224, 224", "224, 1e999"),
+            "entry of the wrong kind",
+        ),
     ],
 )
 def test_a_hostile_manifest_is_one_sentence(text: str, reason: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from spach_deploy.cli.recipes import read_recipe
 from spach_deploy.errors import UsageError
-from spach_deploy.small_files import read_text
+from spach_deploy.small_files import parse_json, read_json, read_text
 
 
 def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -42,3 +42,19 @@ def test_a_path_with_a_nul_character_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('images = "photos\\u0000"\n')
     with pytest.raises(UsageError, match="images has a NUL character"):
         read_recipe(tmp_path / "recipe.toml")
+
+
+def test_json_that_can_be_read_in_two_ways_is_none() -> None:
+    with pytest.raises(ValueError, match="'sha256' is in it twice"):
+        parse_json('{"files": {"sha256": "a", "sha256": "b"}}')
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000)
+
+
+def test_a_json_file_is_not_read_beyond_what_such_files_have(tmp_path: Path) -> None:
+    (tmp_path / "large").write_text("[" + " " * 2000 + "]")
+    with pytest.raises(OSError, match="has more than 0 MiB"):
+        read_json(tmp_path / "large", 1000)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a pipe"):
+        read_json(tmp_path / "pipe")

@@ -27,6 +27,7 @@ from typing import Any
 from spach_deploy.bundle import sha256_of
 from spach_deploy.errors import UsageError
 from spach_deploy.files import Place, is_own, lock_file, private_folder
+from spach_deploy.small_files import read_json
 
 RECORD = "entry.json"
 _BLOCK = 1 << 20
@@ -174,15 +175,15 @@ class Store:
 def _entry(path: Path) -> Entry | None:
     """The entry at a path; None where there is none, or none that this user wrote whole."""
     try:
-        if not is_own(path) or not is_own(path / RECORD) or (path / RECORD).stat().st_size > _MOST_BYTES:
+        if not is_own(path) or not is_own(path / RECORD):
             return None
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = read_json(path / RECORD, _MOST_BYTES)
         files, about, made = _texts(record["files"]), _texts(record["about"]), float(record["made"])
         if not all(Path(name).name == name for name in files) or not 0 <= made < _LATEST:
             return None
         size = sum(file.stat().st_size for file in path.iterdir())
         return Entry(path.name, path, size, made, (path / RECORD).stat().st_mtime, about, files)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ from spach_deploy.data.source import (
 )
 from spach_deploy.errors import ImageError, printable
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["ImageBatch", "ImageItem", "ImageSource", "Skipped", "batches", "content_hash", "open_images"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -43,6 +46,17 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".t
 
 MAX_FILE_BYTES = 256 * 1024**2
 """Largest picture file read from an archive, whose headers may claim any size."""
+
+_MOST_NAME_BYTES = 1 << 16
+_NAME_RECORDS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+"""Members that carry the next one's name and attributes."""
+
+_MOST_LABELS = 100_000_000
+_LARGE_BYTES, _MOST_EXPANSION = 1 << 30, 100
+"""Photographs hardly become smaller when they are compressed; what is made to fill memories does, a thousand times."""
 
 _WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
 _ZIP = b"PK"  # how every zip, and so every npz, begins
@@ -82,7 +96,7 @@ def _file(path: Path) -> ImageSource:
     if start.startswith(_ZIP):
         return _npz(path)
     with _explained(path, "file"):
-        is_tar = tarfile.is_tarfile(path)
+        is_tar = _is_tar(path)
     if start.startswith(_COMPRESSED) and not is_tar:
         raise ImageError(f"{path} is compressed, and not a tar that can be read.", _WANTED)
     return _tar(path) if is_tar else _single(path)
@@ -186,6 +200,26 @@ def _spread_first(total: int, limit: int | None) -> list[int]:
 # A tar
 
 
+def _is_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:*", tarinfo=_TarInfo):
+            return True
+    except tarfile.TarError:
+        return False
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A member whose name, where it needs a record of its own, is no longer than names are: they are read whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """A header. ImageError for the record of a name that would fill the memory."""
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _NAME_RECORDS and found.size > _MOST_NAME_BYTES:
+            raise ImageError(f"The tar has a name of {found.size:,} bytes.", "Make it again.")
+        return found
+
+
 def _tar(path: Path) -> ImageSource:
     if next(_tar_entries(path), None) is None:
         raise ImageError(f"Tar {path} holds no picture.", f"Its files must end in {', '.join(SUFFIXES)}.")
@@ -194,7 +228,7 @@ def _tar(path: Path) -> ImageSource:
 
 def _tar_entries(path: Path) -> Iterator[Entry]:
     """Pictures of the tar in its order. One file's bytes are held at a time; names are only ever shown."""
-    with _explained(path, "tar"), tarfile.open(path, "r:*") as tar:
+    with _explained(path, "tar"), tarfile.open(path, "r:*", tarinfo=_TarInfo) as tar:
         while (member := tar.next()) is not None:
             if _is_picture(PurePosixPath(member.name).name) and not member.isdir():
                 yield _tar_entry(tar, member)
@@ -304,6 +338,8 @@ def _labels(archive: zipfile.ZipFile, path: Path, images: _Stored) -> npt.NDArra
             f"'labels' in {path} is {stored.dtype} {stored.shape}; it must be {images.shape[0]} integers.",
             "Save one class index per image.",
         )
+    if stored.shape[0] > _MOST_LABELS:
+        raise ImageError(f"'labels' in {path} has {stored.shape[0]:,} entries; {_MOST_LABELS:,} are read at most.")
     with archive.open(stored.member) as file:
         file.seek(stored.offset)
         data = _read_exactly(file, stored.shape[0] * stored.dtype.itemsize)
@@ -319,9 +355,15 @@ def _header(archive: zipfile.ZipFile, member: str) -> _Stored:
         offset = file.tell()
     if fortran and len(shape) > 1:
         raise ImageError(f"'{member}' is stored column by column.", "Save numpy.ascontiguousarray(images).")
+    info = archive.getinfo(member)
     size = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if not dtype.hasobject and archive.getinfo(member).file_size != size:
+    if not dtype.hasobject and info.file_size != size:
         raise ImageError(f"'{member}' is shorter or longer than its header says.", "Save it again.")
+    if size > _LARGE_BYTES and size > _MOST_EXPANSION * info.compress_size:
+        raise ImageError(
+            f"'{member}' has {size:,} bytes in {info.compress_size:,}: no photographs are compressed so far.",
+            "Give images.",
+        )
     return _Stored(member, shape, dtype, offset)
 
 

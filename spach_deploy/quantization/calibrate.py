@@ -26,12 +26,16 @@ from spach_deploy.files import Place, identity, is_own
 from spach_deploy.onnx_graph.export import INPUT
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.statistics import Collector, TensorStatistics, Wanted
+from spach_deploy.small_files import read_json
 from spach_deploy.specs import Preprocessing
 from spach_deploy.text import json_text
 
 SCHEMA = 1
 GRAPH_FORM = 1
 """Raised whenever sites, statistics or the way from them to scales change, so that older files are stale."""
+
+_MOST_BYTES = 1 << 30
+"""Of a calibration file: that of ten million images has 200 MB."""
 
 _STATE_EVERY_S = 10.0
 _BATCH = 1
@@ -321,12 +325,13 @@ def write_calibration(calibration: Calibration, place: Place) -> None:
 def read_calibration(path: Path, key: Key) -> Calibration:
     """A calibration file that was made for `key`. UsageError, naming the difference, for any other."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _MOST_BYTES)
         found, schema = dict(content["key"]), content["schema"]
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}).", "Give images or a calibration file.") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UsageError(f"{path} is no calibration file.", "Make one with spach-calibrate.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise UsageError(f"{path} is no calibration file{reason}.", "Make one with spach-calibrate.") from None
     difference = key.difference(found) if schema == SCHEMA else f"schema {schema} there, {SCHEMA} now"
     if difference:
         raise UsageError(
@@ -344,5 +349,5 @@ def read_calibration(path: Path, key: Key) -> Calibration:
             seconds=float(content["seconds"]),
             digests=frozenset(bytes.fromhex(digest) for digest in content["digests"]),
         )
-    except (ValueError, TypeError, KeyError, BundleError):
+    except (ValueError, TypeError, KeyError, OverflowError, BundleError):
         raise UsageError(f"{path} is a damaged calibration file.", "Make it again with spach-calibrate.") from None

@@ -7,7 +7,6 @@ and says where it differs, `twin.py` computes it in PyTorch.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from spach_deploy.quantization.formats import FP8, INT8, EightBits, Float32, Flo
 from spach_deploy.quantization.scales import SMALLEST, Method, clipped_at, store, weight_scales
 from spach_deploy.quantization.sites import Kind, Site
 from spach_deploy.quantization.statistics import TensorStatistics, mixture
+from spach_deploy.small_files import read_json
 from spach_deploy.text import json_text
 
 SCHEMA = 1
@@ -314,7 +314,7 @@ def write_plan(plan: QuantizationPlan, path: Path) -> None:
 def read_plan(path: Path) -> QuantizationPlan:
     """A bundle's quantization.json; BundleError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read ({error}).", "Export the bundle again.") from None
     return QuantizationPlan.from_dict(content, str(path))

@@ -2,7 +2,8 @@
 
     http://localhost:8000/ms_hybrid_s        grpc://localhost:8001/ms_hybrid_s/2
 
-tritonclient is imported when a server is talked to; it is no dependency of this package.
+HTTP is spoken with the standard library. tritonclient is imported when a server is talked to by gRPC; it is no
+dependency of this package.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from spach_deploy.errors import MismatchError, MissingPackageError, UnavailableError, UsageError
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
+from spach_deploy.runtime.triton_http import DTYPES, MOST_BYTES, HttpClient, RefusedError, triton_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,11 +29,6 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 60.0
 _PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}
 _WANTED = "Give http://HOST:PORT/MODEL or grpc://HOST:PORT/MODEL, with /VERSION after it where it matters."
-_DTYPES = {
-    **{"BOOL": "bool", "BYTES": "object", "BF16": "bfloat16"},
-    **{"FP16": "float16", "FP32": "float32", "FP64": "float64"},
-    **{f"{sign}INT{bits}": f"{sign.lower()}int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +72,14 @@ class ServedAt:
 class TritonRunner:
     """Runs a model on a Triton server. `timeout_s` bounds each request.
 
-    Entering raises MissingPackageError without tritonclient, UnavailableError where no server answers or the model is
+    Entering raises MissingPackageError for gRPC without tritonclient, MismatchError for a server that does not describe
+    its model as Triton does, UnavailableError where no server answers or the model is
     not ready, UsageError where the server has no such model.
     """
 
     def __init__(self, served: ServedAt, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._served = served
         self._timeout_s = timeout_s
-        self._module: Any = None
         self._client: Any = None
         self._max_batch = 0
         self.platform = ""
@@ -95,7 +92,6 @@ class TritonRunner:
         return f"Triton at {self._served.address}"
 
     def __enter__(self) -> Self:
-        self._module = _import_client("grpc" if self._served.is_grpc else "http")
         self._client = self._connect()
         try:
             self._ask()
@@ -120,27 +116,14 @@ class TritonRunner:
         return run_in_batches(self._run_once, feeds, BatchLimits.of_shape(leading, self._max_batch or 32))
 
     def _run_once(self, feeds: Arrays) -> Arrays:
-        inputs = []
-        for name, array in feeds.items():
-            tensor = self._module.InferInput(name, list(array.shape), _triton_dtype(array.dtype))
-            tensor.set_data_from_numpy(np.ascontiguousarray(array))
-            inputs.append(tensor)
-        outputs = [self._module.InferRequestedOutput(name) for name in self.output_specs]
-        result = self._call(
-            "infer", self._served.model, inputs, model_version=self._served.version, outputs=outputs, **self._limit()
-        )
-        return {name: result.as_numpy(name) for name in self.output_specs}
-
-    def _limit(self) -> dict[str, Any]:
-        """gRPC takes a limit per request, HTTP one per connection."""
-        return {"client_timeout": self._timeout_s} if self._served.is_grpc else {}
+        found: Arrays = self._call("infer", self._served.model, self._served.version, feeds, self.output_specs)
+        return found
 
     def _connect(self) -> Any:
-        is_secure = self._served.protocol in ("https", "grpcs")
-        options: dict[str, Any] = {"ssl": is_secure}
-        if not self._served.is_grpc:
-            options |= {"connection_timeout": self._timeout_s, "network_timeout": self._timeout_s}
-        return self._module.InferenceServerClient(self._served.address, **options)
+        served = self._served
+        if served.is_grpc:
+            return _GrpcClient(served, self._timeout_s)
+        return HttpClient(served.host, served.port, is_secure=served.protocol == "https", timeout_s=self._timeout_s)
 
     def _ask(self) -> None:
         """Learn what the model takes and gives."""
@@ -149,23 +132,29 @@ class TritonRunner:
             raise UnavailableError(f"The server at {self._served.address} is not live.", "Look at its log.")
         if not self._call("is_model_ready", model, version):
             raise self._not_ready()
-        metadata = _plain(self._call("get_model_metadata", model, version))
-        config = _plain(self._call("get_model_config", model, version))
-        config = config.get("config", config)  # gRPC wraps it
-        self._max_batch = int(config.get("max_batch_size") or 0)
-        self.platform = str(config.get("platform") or config.get("backend") or "")
-        self.input_specs = _specs(metadata["inputs"])
-        self.output_specs = _specs(metadata["outputs"])
+        metadata, config = self._call("metadata", model, version), self._call("config", model, version)
+        try:
+            config = config.get("config", config)  # gRPC wraps it
+            self._max_batch = int(config.get("max_batch_size") or 0)
+            self.platform = str(config.get("platform") or config.get("backend") or "")
+            self.input_specs = _specs(metadata["inputs"])
+            self.output_specs = _specs(metadata["outputs"])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise MismatchError(
+                f"{self._served} does not describe its model as Triton does ({reason}).", "Is it a Triton server?"
+            ) from None
 
     def _not_ready(self) -> Exception:
-        index = _plain(self._call("get_model_repository_index"))
-        entries = index if isinstance(index, list) else index.get("models", [])
+        index = self._call("repository_index")
+        listed = index.get("models") if isinstance(index, dict) else index
+        entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         mine = [entry for entry in entries if entry.get("name") == self._served.model]
         reasons = [str(entry["reason"]) for entry in mine if entry.get("reason")]
         if mine:
             why = f" ({'; '.join(reasons)})" if reasons else ""
             return UnavailableError(f"{self._served} is not ready{why}.", "Look at the server's log.")
-        names = sorted({str(entry["name"]) for entry in entries})
+        names = sorted({str(entry.get("name")) for entry in entries})
         return UsageError(
             f"The server at {self._served.address} has no model {self._served.model}.",
             f"It has {', '.join(names)}." if names else "It has none.",
@@ -180,7 +169,7 @@ class TritonRunner:
 
     def _explained(self, error: Exception) -> Exception:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        is_refusal = type(error).__name__ == "InferenceServerException"
+        is_refusal = type(error).__name__ == "InferenceServerException" or isinstance(error, RefusedError)
         is_silence = any(word in reason for word in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Deadline Exceeded", "499"))
         if is_refusal and not is_silence:
             return MismatchError(f"{self._served} refused: {reason}")
@@ -189,25 +178,66 @@ class TritonRunner:
         )
 
 
-def _import_client(protocol: str) -> Any:
+class _GrpcClient:
+    """tritonclient with the same questions as `HttpClient`, each with a deadline and a largest answer."""
+
+    def __init__(self, served: ServedAt, timeout_s: float) -> None:
+        self._module = _import_client()
+        self._limit = {"client_timeout": timeout_s}
+        limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", MOST_BYTES)]
+        self._client = self._module.InferenceServerClient(
+            served.address, ssl=served.protocol == "grpcs", channel_args=limits
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def is_server_live(self) -> bool:
+        return bool(self._client.is_server_live(**self._limit))
+
+    def is_model_ready(self, model: str, version: str) -> bool:
+        return bool(self._client.is_model_ready(model, version, **self._limit))
+
+    def metadata(self, model: str, version: str) -> Any:
+        return _plain(self._client.get_model_metadata(model, version, **self._limit))
+
+    def config(self, model: str, version: str) -> Any:
+        return _plain(self._client.get_model_config(model, version, **self._limit))
+
+    def repository_index(self) -> Any:
+        return _plain(self._client.get_model_repository_index(**self._limit))
+
+    def infer(self, model: str, version: str, feeds: Arrays, outputs: Mapping[str, TensorSpec]) -> Arrays:
+        inputs = []
+        for name, array in feeds.items():
+            tensor = self._module.InferInput(name, list(array.shape), triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(np.ascontiguousarray(array))
+            inputs.append(tensor)
+        wanted = [self._module.InferRequestedOutput(name) for name in outputs]
+        result = self._client.infer(model, inputs, model_version=version, outputs=wanted, **self._limit)
+        found = {name: result.as_numpy(name) for name in outputs}
+        if missing := [name for name, array in found.items() if array is None]:
+            raise RefusedError(f"its answer lacks {', '.join(missing)}")
+        return found
+
+
+def _import_client() -> Any:
     try:
-        return importlib.import_module(f"tritonclient.{protocol}")
+        return importlib.import_module("tritonclient.grpc")
     except ImportError as error:
-        install = f"pip install 'tritonclient[{protocol}]'"
-        raise MissingPackageError(f"tritonclient[{protocol}]", "Asking a Triton server", install) from error
+        install = "pip install 'tritonclient[grpc]'"
+        raise MissingPackageError("tritonclient[grpc]", "Asking a Triton server by gRPC", install) from error
 
 
 def _plain(answer: Any) -> Any:
-    """What HTTP gives as JSON and gRPC as a message."""
-    if not hasattr(answer, "DESCRIPTOR"):
-        return answer
+    """A message as HTTP has it, in JSON."""
     json_format = importlib.import_module("google.protobuf.json_format")
     return json_format.MessageToDict(answer, preserving_proto_field_name=True)
 
 
 def _specs(tensors: list[dict[str, Any]]) -> dict[str, TensorSpec]:
     return {
-        tensor["name"]: TensorSpec(_DTYPES.get(tensor["datatype"], tensor["datatype"]), _shape(tensor["shape"]))
+        tensor["name"]: TensorSpec(DTYPES.get(tensor["datatype"], tensor["datatype"]), _shape(tensor["shape"]))
         for tensor in tensors
     }
 
@@ -215,7 +245,3 @@ def _specs(tensors: list[dict[str, Any]]) -> dict[str, TensorSpec]:
 def _shape(extents: list[int | str]) -> tuple[int | None, ...]:
     sizes = [int(extent) for extent in extents]  # JSON of a message has 64-bit numbers as text
     return tuple(None if size < 0 else size for size in sizes)
-
-
-def _triton_dtype(dtype: np.dtype[Any]) -> str:
-    return next(name for name, numpy_name in _DTYPES.items() if numpy_name == str(dtype))

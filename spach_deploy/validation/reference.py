@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.errors import BundleError
+from spach_deploy.npz import read_npz
 from spach_deploy.specs import IODtype, OutputSpec
 
 INPUT, LOGITS, PROBABILITIES = "input", "logits", "probabilities"
@@ -18,6 +18,9 @@ TOP_VALUES, TOP_INDICES = "top_values", "top_indices"
 
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
+
+_MOST_BYTES = {INPUT: 1 << 30, LOGITS: 1 << 28, "names": 1 << 24}
+"""Of a golden pack's arrays: far more than a few images and their answers have."""
 
 _EXPORT_AGAIN = "Export the bundle again."
 
@@ -38,9 +41,9 @@ class Golden:
     def load(cls, path: Path) -> Golden:
         """Read what `save` wrote; BundleError for anything else."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                golden = cls(arrays["input"], arrays["logits"], tuple(str(name) for name in arrays["names"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = read_npz(path, _MOST_BYTES)
+            golden = cls(arrays["input"], arrays["logits"], tuple(map(str, np.atleast_1d(arrays["names"]))))
+        except ValueError as error:
             raise BundleError(f"{path} cannot be read as a golden pack ({error}).", _EXPORT_AGAIN) from None
         if problem := golden._problem():
             raise BundleError(f"{path} is no golden pack: {problem}.", _EXPORT_AGAIN)

@@ -23,6 +23,7 @@ from spach_deploy.errors import BundleError, CheckpointError, UsageError
 from spach_deploy.files import Place, lock_file
 from spach_deploy.models.checkpoint_index import checkpoint_files
 from spach_deploy.report.page import is_ours
+from spach_deploy.small_files import read_json
 from spach_deploy.specs import ExportOptions
 from spach_deploy.zoo.plan import Build
 
@@ -162,7 +163,7 @@ def _fingerprint(target: Path) -> str | None:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is none that can be read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -6,13 +6,13 @@ import collections
 import dataclasses
 import datetime
 import enum
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spach_deploy.bundle import PAGE, REPORT, Bundle
 from spach_deploy.errors import BundleError
+from spach_deploy.small_files import read_json
 from spach_deploy.tool_versions import tool_versions
 from spach_deploy.zoo.child import Ended
 from spach_deploy.zoo.folder import KIND
@@ -117,7 +117,7 @@ def finished_row(row: Row, target: Path) -> Row:
 def _rel_l2(report: Path) -> float | None:
     """Of the logits, by the strongest evidence; None where the report does not tell."""
     try:
-        outputs = json.loads(report.read_text(encoding="utf-8"))["evidence"][-1]["comparison"]["outputs"]
+        outputs = read_json(report)["evidence"][-1]["comparison"]["outputs"]
         return next(float(output["rel_l2"]) for output in outputs if output["name"] == "logits")
     except (OSError, ValueError, KeyError, IndexError, TypeError, StopIteration):
         return None

@@ -10,7 +10,9 @@ from click.testing import CliRunner, Result
 
 from spach_deploy.cli.validate import main
 from tests.commands import refusal
+from tests.deployment.kubernetes.served import serving
 from tests.deployment.triton import tiny_bundles
+from tests.deployment.triton.tiny_bundles import Tiny
 
 
 def validate(*arguments: object) -> Result:
@@ -52,5 +54,13 @@ def test_a_changed_golden_pack_is_no_reference(bundle: Path) -> None:
 
 
 def test_without_a_client_it_is_exit_3(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tritonclient.http", None)
-    assert "pip install 'tritonclient[http]'" in refusal(validate(URL, "--bundle", bundle), code=3)
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    said = refusal(validate("grpc://localhost:8001/tiny", "--bundle", bundle), code=3)
+    assert "pip install 'tritonclient[grpc]'" in said
+
+
+def test_a_server_over_http_is_asked_without_any_client(bundle: Path) -> None:
+    with serving(Tiny()) as server:
+        result = validate(f"{server.url}/tiny", "--bundle", bundle)
+    assert result.exit_code == 0, result.output
+    assert "AGREED with PyTorch" in result.stdout

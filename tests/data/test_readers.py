@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spach_deploy.data import readers
 from spach_deploy.data.readers import ImageSource, batches, content_hash, open_images
 from spach_deploy.errors import ImageError, UsageError
 from spach_deploy.specs import Preprocessing
@@ -248,6 +249,31 @@ def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_name_that_would_fill_the_memory_is_not_read(is_first: bool, tmp_path: Path) -> None:
+    """A record of a name is read whole by tarfile: compressed, gigabytes of it are a small file."""
+    members = (("a.png", tarfile.REGTYPE, photo()), ("x", tarfile.XHDTYPE, bytes(1 << 17)))
+    with tarfile.open(tmp_path / "t.tar.gz", "w:gz") as tar:
+        for name, kind, data in members[is_first:]:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(ImageError, match=r"a name of 131,072 bytes"):
+        list(open_images(tmp_path / "t.tar.gz"))
+
+
+def test_arrays_are_judged_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((50, 32, 32, 3), np.uint8), labels=np.zeros(50, np.int64))
+    assert open_images(tmp_path / "a.npz").count == 50
+    monkeypatch.setattr(readers, "_LARGE_BYTES", 100_000)
+    with pytest.raises(ImageError, match="no photographs are compressed so far"):
+        open_images(tmp_path / "a.npz")
+    monkeypatch.setattr(readers, "_LARGE_BYTES", 1 << 30)
+    monkeypatch.setattr(readers, "_MOST_LABELS", 49)
+    with pytest.raises(ImageError, match="50 entries; 49 are read at most"):
+        open_images(tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_tar_is_read_in_its_order_twice(mode: str, tmp_path: Path) -> None:
     members = {
@@ -298,8 +324,8 @@ def test_tar_forgets_members_it_has_read(tmp_path: Path, monkeypatch: pytest.Mon
     opened: list[tarfile.TarFile] = []
     real = tarfile.open
 
-    def remember(path: Path, mode: str) -> tarfile.TarFile:
-        opened.append(real(path, "r:*"))
+    def remember(path: Path, mode: str, **options: Any) -> tarfile.TarFile:
+        opened.append(real(path, "r:*", **options))
         return opened[-1]
 
     path = make_tar(tmp_path / "t.tar", {f"{i}.png": photo(i) for i in range(20)})

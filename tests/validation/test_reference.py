@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from spach_deploy.errors import BundleError
 from spach_deploy.specs import IODtype, OutputSpec
+from spach_deploy.validation import reference
 from spach_deploy.validation.reference import Golden, expected_outputs, promised_dtypes
 
 
@@ -35,6 +38,47 @@ def test_a_golden_pack_survives_its_file(tmp_path: Path) -> None:
 def test_what_is_no_pack_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "golden.npz").write_bytes(content)
     with pytest.raises(BundleError, match="cannot be read as a golden pack"):
+        Golden.load(tmp_path / "golden.npz")
+
+
+def test_a_pack_is_judged_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four gigabytes of zeros are four megabytes in a file."""
+    golden().save(tmp_path / "golden.npz")
+    monkeypatch.setitem(reference._MOST_BYTES, "logits", 100)
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(BundleError, match=r"'logits' is float32 \(3, 11\), 132 bytes; 100 are read at most"):
+        Golden.load(tmp_path / "golden.npz")
+
+
+def rewritten(path: Path, compression: int, *, flags: int = 0) -> None:
+    """The pack with its members compressed in another way, and flags set that say how."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    spoilt = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := spoilt.find(mark, at + 1)) >= 0:
+            spoilt[at + place] |= flags
+    path.write_bytes(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: rewritten(path, zipfile.ZIP_STORED, flags=1), "encrypted or compressed"),
+        (lambda path: rewritten(path, zipfile.ZIP_LZMA), "encrypted or compressed"),
+        (lambda path: np.savez(path, input=golden().input, logits=golden().logits), "it has no array 'names'"),
+        (lambda path: np.savez(path, input=golden().input, logits=golden().logits, names=7), "is no golden pack"),
+    ],
+    ids=["encrypted", "lzma", "no names", "one name"],
+)
+def test_a_pack_that_cannot_be_read_is_one_sentence(spoil: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    golden().save(tmp_path / "golden.npz")
+    spoil(tmp_path / "golden.npz")
+    with pytest.raises(BundleError, match=reason):
         Golden.load(tmp_path / "golden.npz")
 
 

@@ -20,9 +20,11 @@ import json
 import math
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,8 +35,10 @@ AGREED, DISAGREED, DAMAGED, UNAVAILABLE = 0, 1, 2, 3
 
 _ARRAYS = {"FP32": "f", "FP64": "d", "INT32": "i", "INT64": "q", "UINT8": "B"}
 _HEADER_LENGTH = "Inference-Header-Content-Length"
-_REQUEST_SECONDS = 60
+_REQUEST_SECONDS, _READY_SECONDS = 60, 5
 _GRACE_SECONDS = 30
+_MOST_BYTES = 1 << 30  # of a file of a golden pack
+_JSON_BYTES, _WIDEST = 1 << 20, 8  # of an answer: the JSON in front, and a number
 
 Row = Sequence[float]
 Answers = dict[str, list[tuple[int, Row]]]
@@ -60,14 +64,31 @@ class Pack:
     def read(cls, folder: Path) -> Pack:
         """The pack in `folder`. CheckError for one that is not whole."""
         try:
-            description = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-            files = {name: (folder / name).read_bytes() for name in description["sha256"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            description = _parsed(_content(folder, "golden.json"))
+            files = {name: _content(folder, name) for name in description["sha256"]}
+            pack = cls(description, files)._checked()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckError(f"{folder} holds no golden pack ({error}).", DAMAGED) from None
         for name, content in files.items():
             if hashlib.sha256(content).hexdigest() != description["sha256"][name]:
                 raise CheckError(f"{folder / name} was changed since it was packaged.", DAMAGED)
-        return cls(description, files)
+        return pack
+
+    def _checked(self) -> Pack:
+        """This, once all that is used of it was looked at."""
+        count, tensor = len(self.images), self.description["input"]
+        _ = [self.model, self.files[tensor["file"]], tensor["name"], tensor["datatype"], *map(int, tensor["shape"])]
+        for output in self.description["outputs"]:
+            _ = [self.files[output["file"]], output["name"], output["datatype"], *map(int, output["shape"])]
+            _ = output["ranks"] if output["kind"] == "indices" else output["tolerance"]["rel_l2"]
+        if not count or not all(0 <= image < count for batch in self.description["batches"] for image in batch):
+            raise ValueError("its batches are not of its images")
+        return self
+
+    def answer_bytes(self, batch: Sequence[int]) -> int:
+        """The most that an answer to some images may have."""
+        numbers = sum(math.prod(map(int, output["shape"])) for output in self.description["outputs"])
+        return _JSON_BYTES + _WIDEST * len(batch) * numbers
 
     @property
     def model(self) -> str:
@@ -91,9 +112,40 @@ class Pack:
         return rows(datatype, self.files[output["file"]], len(self.images))
 
 
+def _content(folder: Path, name: str) -> bytes:
+    """A file's bytes. ValueError for one of another folder, or larger than any of a golden pack."""
+    if Path(name).name != name:
+        raise ValueError(f"{name} is in another folder")
+    with (folder / name).open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"{name} has more than {_MOST_BYTES:,} bytes")
+    return content
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """A JSON object, in which each name stands once. ValueError for anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name is in it twice")
+        return dict(pairs)
+
+    try:
+        found = json.loads(content, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    return found
+
+
 def rows(datatype: str, content: bytes, count: int) -> list[Row]:
     """A tensor's bytes as `count` rows of numbers."""
-    values = _numbers(datatype, content)
+    try:
+        values = _numbers(datatype, content)
+    except (ValueError, struct.error):
+        raise CheckError(f"{len(content)} bytes are no numbers of type {datatype}.", DISAGREED) from None
     if count < 1 or len(values) % count:
         raise CheckError(f"{len(values)} numbers are no {count} rows.", DISAGREED)
     width = len(values) // count
@@ -113,9 +165,10 @@ def _numbers(datatype: str, content: bytes) -> Row:
 
 
 class Server:
-    """A Triton server's HTTP side."""
+    """A Triton server's HTTP side. `seconds` bound a request of it, all in all."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seconds: float = _REQUEST_SECONDS) -> None:
+        self._seconds = seconds
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise CheckError(f"{url} is no address; give http://HOST:PORT.", DAMAGED)
@@ -132,7 +185,8 @@ class Server:
         """The answers for some images. CheckError where the request is refused or the answer has another form."""
         body, length = _request(pack, batch)
         try:
-            status, header, content = self._post(f"/v2/models/{pack.model}/infer", body, length)
+            path, most = f"/v2/models/{pack.model}/infer", pack.answer_bytes(batch)
+            status, header, content = self._post(path, body, length, most)
         except (OSError, http.client.HTTPException) as error:
             raise CheckError(f"The server does not answer ({error or type(error).__name__}).", UNAVAILABLE) from None
         if status != 200:
@@ -143,27 +197,50 @@ class Server:
     def _connection(self, seconds: float) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self._host, self._port, timeout=seconds)
 
-    def _get(self, path: str) -> int:
-        connection = self._connection(5)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status
-        finally:
-            connection.close()
+    @contextlib.contextmanager
+    def _connected(self, seconds: float) -> Iterator[http.client.HTTPConnection]:
+        """A connection that is ended when the time is over: a socket's own limit begins anew with every byte."""
+        connection, is_late = self._connection(seconds), threading.Event()
+        with contextlib.closing(connection):
+            connection.connect()
+            opened: socket.socket = connection.sock
 
-    def _post(self, path: str, body: bytes, length: int) -> tuple[int, int | None, bytes]:
+            def end() -> None:
+                is_late.set()
+                with contextlib.suppress(OSError):
+                    opened.shutdown(socket.SHUT_RDWR)
+
+            timer = threading.Timer(seconds, end)
+            timer.start()
+            try:
+                yield connection
+            except (OSError, http.client.HTTPException):
+                if not is_late.is_set():
+                    raise
+            finally:
+                timer.cancel()
+        if is_late.is_set():
+            raise TimeoutError(f"not whole within {seconds:g} s")
+
+    def _get(self, path: str) -> int:
+        with self._connected(_READY_SECONDS) as connection:
+            connection.request("GET", path)
+            status = connection.getresponse().status
+        return status
+
+    def _post(self, path: str, body: bytes, length: int, most_bytes: int) -> tuple[int, int | None, bytes]:
         """Status, length of the JSON before the tensors, content."""
-        connection = self._connection(_REQUEST_SECONDS)
         headers = {_HEADER_LENGTH: str(length), "Content-Type": "application/octet-stream"}
-        try:
+        with self._connected(self._seconds) as connection:
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
-            given = response.getheader(_HEADER_LENGTH)
-            return response.status, None if given is None else int(given), response.read()
+            given, content = response.getheader(_HEADER_LENGTH), response.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise CheckError(f"The server's answer has more than {most_bytes:,} bytes.", DISAGREED)
+        try:
+            return response.status, None if given is None else int(given), content
         except ValueError as error:  # a length that is no number
             raise CheckError(f"The server's answer cannot be read ({error}).", DISAGREED) from None
-        finally:
-            connection.close()
 
 
 def _request(pack: Pack, batch: Sequence[int]) -> tuple[bytes, int]:
@@ -182,16 +259,16 @@ def _request(pack: Pack, batch: Sequence[int]) -> tuple[bytes, int]:
 
 def _answers(pack: Pack, batch: Sequence[int], length: int | None, content: bytes) -> Answers:
     try:
-        header = json.loads(content[:length])
+        header = _parsed(content[:length])
         tensors = {str(entry["name"]): entry for entry in header["outputs"]}
         data, offset = {}, length or 0
         for name, entry in tensors.items():  # tensors follow in the order of the header
-            size = int(entry["parameters"]["binary_data_size"])
+            size = max(0, int(entry["parameters"]["binary_data_size"]))
             data[name] = content[offset : offset + size]
             offset += size
-    except (ValueError, KeyError, TypeError) as error:
+        return {o["name"]: _rows_of(o, tensors, data, batch) for o in pack.description["outputs"]}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckError(f"The server's answer cannot be read ({type(error).__name__}: {error}).", DISAGREED) from None
-    return {o["name"]: _rows_of(o, tensors, data, batch) for o in pack.description["outputs"]}
 
 
 def _rows_of(

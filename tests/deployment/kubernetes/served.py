@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,8 +31,31 @@ class StandIn:
     def __init__(self, tiny: Tiny, name: str, spoil: Spoil, not_ready: int = 0, status: int = 200) -> None:
         self.tiny, self.name, self.spoil = tiny, name, spoil
         self.not_ready, self.status = not_ready, status
+        self.drips = False
+        """Whether an answer to images comes byte by byte, slower than anybody waits."""
+
+        self.says: dict[str, bytes] = {}
+        """What it answers to GET at a path, instead of the truth."""
+
         self.batches: list[int] = []
         self.url = ""
+
+    def told(self, path: str) -> bytes | None:
+        """What it answers to GET, None for what it does not know."""
+        model = f"/v2/models/{self.name}"
+        inputs, outputs = tiny_bundles.samples(self.tiny, 1), promised_dtypes(self.tiny.outputs)
+        extents = {"logits": [-1, tiny_bundles.CLASSES]}
+        given = [(name, _TYPES[dtype], extents.get(name, [-1, -1])) for name, dtype in outputs.items()]
+        metadata = {
+            "name": self.name,
+            "inputs": [{"name": "input", "datatype": _TYPES[inputs.dtype.name], "shape": [-1, *inputs.shape[1:]]}],
+            "outputs": [dict(zip(("name", "datatype", "shape"), entry, strict=True)) for entry in given],
+        }
+        known: dict[str, Any] = {model: metadata, f"{model}/config": {"max_batch_size": 8, "backend": "onnxruntime"}}
+        known |= {key: {} for key in ("/v2/health/live", "/v2/health/ready", f"{model}/ready")}
+        if path in self.says:
+            return self.says[path]
+        return json.dumps(known[path]).encode() if path in known else None
 
     def answer(self, inputs: npt.NDArray[Any]) -> Arrays:
         self.batches.append(len(inputs))
@@ -63,8 +87,8 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             stand_in.not_ready -= 1
-            known = self.path in ("/v2/health/ready", f"/v2/models/{stand_in.name}/ready")
-            self._send(200 if known and stand_in.not_ready < 0 else 400, b"")
+            body = stand_in.told(self.path)
+            self._send(400 if body is None or stand_in.not_ready >= 0 else 200, body or b"")
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -82,7 +106,13 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
             if length is not None:
                 self.send_header(_LENGTH, str(length))
             self.end_headers()
-            self.wfile.write(body)
+            if not (stand_in.drips and length is not None):
+                self.wfile.write(body)
+                return
+            with contextlib.suppress(OSError):  # the client has had enough
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.01)
 
         def log_message(self, format: str, *args: object) -> None:
             """Silence."""

@@ -253,6 +253,43 @@ def test_a_pod_that_is_deleted_ends_its_server_too(tmp_path: Path) -> None:
     assert ended(int(note.read_text()))
 
 
+def test_a_server_that_drips_or_floods_is_given_up(tmp_path: Path) -> None:
+    tiny = Tiny()
+    pack = golden_check.Pack.read(write_pack(tmp_path, tiny))
+    with serving(tiny) as server:
+        server.drips = True
+        with pytest.raises(golden_check.CheckError, match=r"does not answer \(not whole within 0\.3 s\)"):
+            golden_check.Server(server.url, seconds=0.3).infer(pack, [0, 1, 2, 3])
+    with (
+        serving(tiny, lambda outputs: {**outputs, "logits": np.zeros((1, 1 << 20), np.float32)}) as server,
+        pytest.raises(golden_check.CheckError, match=r"has more than 1,04\d,\d+ bytes"),
+    ):
+        golden_check.Server(server.url).infer(pack, [0])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"input.bin"', '"../input.bin"'),
+        lambda text: text.replace('"model": "tiny"', '"model": "tiny", "model": "other"'),
+        lambda text: text.replace('"shape"', '"form"'),
+        lambda text: text.replace('"rel_l2"', '"l2"'),
+        lambda text: re.sub(r'"batches": \[\s*\[\s*0', '"batches": [[9', text),
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+    ],
+    ids=["elsewhere", "twice", "no shape", "no bound", "no such image", "a list", "deep"],
+)
+def test_a_pack_that_is_none_is_one_sentence(damage: Callable[[str], str], tmp_path: Path) -> None:
+    pack = write_pack(tmp_path, Tiny())
+    text = (pack / "golden.json").read_text()
+    assert damage(text) != text
+    (pack / "golden.json").write_text(damage(text))
+    with pytest.raises(golden_check.CheckError, match="holds no golden pack") as found:
+        golden_check.Pack.read(pack)
+    assert found.value.code == 2
+
+
 PROFILES = {
     "1:4:8": ((0,), (1, 2, 3), (0, 1, 2, 3, 0, 1, 2, 3)),
     "1:1:1": ((0,), (1,), (2,), (3,)),

@@ -44,10 +44,9 @@ def artifact_facts(version: Path, file_name: str, backend: str) -> Facts | None:
 
 def bundle_manifest(version: Path) -> Manifest | None:
     """The bundle's manifest of a version; None where it is absent or cannot be read."""
-    path = version / FACTS
     try:
-        return Manifest.parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, BundleError):
+        return Manifest.read(version / FACTS)
+    except BundleError:
         return None
 
 

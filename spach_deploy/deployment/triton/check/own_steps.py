@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from spach_deploy.deployment.triton.check.findings import Finding
@@ -10,6 +9,7 @@ from spach_deploy.deployment.triton.check.labels import label_file
 from spach_deploy.deployment.triton.check.model_folder import ModelFolder, Repository
 from spach_deploy.deployment.triton.schema import data_type_name
 from spach_deploy.deployment.triton.tensors import DATA_TYPES, shown
+from spach_deploy.small_files import parse_json
 
 _AGAIN = "Write it again with spach-package triton --ensemble."
 
@@ -28,7 +28,7 @@ def check_own_steps(model: ModelFolder, repository: Repository) -> Iterator[Find
 def _preprocess(model: ModelFolder, text: str) -> Iterator[Finding]:
     output = model.config.output[0]
     try:
-        settings = json.loads(text)
+        settings = parse_json(text)
         size, dtype = int(settings["image_size"]), str(settings["dtype"])
         int(settings["resize_size"])
         if not len(settings["mean"]) == len(settings["std"]) == 3 or 0 in settings["std"]:
