@@ -67,9 +67,11 @@ def main(
     from spach_deploy.benchmark.plot import check_plot, draw
     from spach_deploy.benchmark.rounds import Question, measure
     from spach_deploy.benchmark.table import as_text
+    from spach_deploy.models.registry import check_ignore
     from spach_deploy.runtime.threads import available_threads
 
     place = None if plot is None else check_plot(plot)
+    check_ignore(checkpoint, ignore)
     source = None if weights is None else WeightSource(weights)
     setup = Setup(bundle, checkpoint, source, threads or available_threads(), ignore)
     question = Question(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)

@@ -51,9 +51,11 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     """
     from spach_deploy.cli.export_options import calibrate_options
     from spach_deploy.cli.interrupts import ending_on_interrupt
+    from spach_deploy.models.registry import check_spec
     from spach_deploy.quantization.options import check_calibration_file, check_quantization
 
     options = calibrate_options(given)
+    check_spec(options.model)
     check_quantization(options)
     place = check_calibration_file(output)
     with ending_on_interrupt(lambda: "What was done is kept; the same command goes on from there."):

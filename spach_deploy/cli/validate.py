@@ -103,6 +103,9 @@ def main(
     """
     from spach_deploy.cli.reporting import Asked, write_reports
     from spach_deploy.cli.validate_server import check_bundle, is_server, validate_on_server
+    from spach_deploy.models.registry import check_ignore
+
+    check_ignore(checkpoint, ignore)
 
     words = ValidateWords(
         target=target,

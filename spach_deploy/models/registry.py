@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spach_deploy.errors import ModelError, UsageError
@@ -96,12 +97,17 @@ def check_spec(spec: ModelSpec) -> None:
         raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
     if spec.checkpoint is None and spec.weights is WeightSource.EMA:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
-    if spec.checkpoint is None and spec.ignore:
-        raise UsageError("--ignore names tensors of a checkpoint.", "Give --checkpoint FILE.")
+    check_ignore(spec.checkpoint, spec.ignore)
     if spec.name is not None:
         config = CONFIGS[resolve(spec.name)]
         if spec.image_size is not None:
             config.check_image_size(spec.image_size)
+
+
+def check_ignore(checkpoint: Path | None, ignore: tuple[str, ...]) -> None:
+    """Refuse patterns of tensors that no checkpoint was given for."""
+    if checkpoint is None and ignore:
+        raise UsageError("--ignore names tensors of a checkpoint.", "Give --checkpoint FILE.")
 
 
 def create_model(name: str, *, image_size: int = 224, num_classes: int = 1000) -> Spach:

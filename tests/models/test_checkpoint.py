@@ -9,17 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
-from spach_deploy.errors import CheckpointError, UsageError
+from spach_deploy.cli.benchmark import main as benchmark_command
+from spach_deploy.cli.calibrate import main as calibrate_command
+from spach_deploy.cli.export import main as export_command
+from spach_deploy.cli.validate import main as validate_command
+from spach_deploy.errors import CheckpointError
 from spach_deploy.models import matching
 from spach_deploy.models.checkpoint import weights_sha256
 from spach_deploy.models.configs import CONFIGS
-from spach_deploy.models.registry import check_spec
-from spach_deploy.specs import ModelSpec, WeightSource
+from spach_deploy.specs import WeightSource
 from tests.models.small_models import load, refusal, save, state
 
 
@@ -233,9 +238,21 @@ class TestIgnoring:
         assert "Its head is called fc: save it again as head.weight and head.bias" in text
         assert "--ignore 'projector.*'" in text
 
-    def test_it_is_for_checkpoints(self) -> None:
-        with pytest.raises(UsageError, match="--ignore names tensors of a checkpoint"):
-            check_spec(ModelSpec(name="ms_trans_xxs", ignore=("head.*",)))
+    @pytest.mark.parametrize(
+        ("command", "words"),
+        [
+            (export_command, ("--model", "ms_trans_xxs")),
+            (calibrate_command, ("--model", "ms_trans_xxs", "--calibration", "photos", "-o", "scales.json")),
+            (validate_command, ("bundle",)),
+            (benchmark_command, ("bundle",)),
+        ],
+        ids=["export", "calibrate", "validate", "benchmark"],
+    )
+    def test_it_is_for_checkpoints(self, command: click.Command, words: tuple[str, ...]) -> None:
+        """Of every command that takes one."""
+        result = CliRunner().invoke(command, [*words, "--ignore", "head_dist.*"])
+        assert result.exit_code == 2
+        assert "--ignore names tensors of a checkpoint. Give --checkpoint FILE." in result.stderr
 
 
 class TestDtypes:
