@@ -143,6 +143,7 @@ def engine_section(
         "gpus": [str(gpu) for gpu in engine.gpus],
         "batch": str(engine.batch),
         "bytes": len(engine.plan),
+        "graph_sha256": engine.graph_sha256,
         "tf32": target.tf32,
         "opt_level": target.opt_level,
         "workspace_bytes": target.workspace_bytes,

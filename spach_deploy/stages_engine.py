@@ -16,6 +16,7 @@ from spach_deploy.engine.build import Builder, EngineResult, RunningBuild, start
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_precision
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
+from spach_deploy.errors import MismatchError
 from spach_deploy.phases import Phases
 from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.quantization.plan import QuantizationPlan
@@ -102,8 +103,8 @@ class EngineBuild:
     ) -> Iterator[Callable[[], BuiltEngine | None]]:
         """As soon as there is an engine, it is written and checked beside what the block does, which may ask for it.
 
-        What it gives waits, and raises PrecisionError where the precision is not the one that was asked for, or what
-        `RunningBuild.wait` raises. No file is written behind the block.
+        What it gives waits, and raises MismatchError where another graph was built, PrecisionError where the precision is
+        not the one that was asked for, or what `RunningBuild.wait` raises. No file is written behind the block.
         """
         build = self._build
         if build is None:
@@ -131,6 +132,7 @@ def _finished(
     """Wait for the engine, write it, and check that the precision is the one that was asked for."""
     settled = bundles.settle(staging)
     result = build.wait()
+    _check_built_from(settled[bundles.GRAPH]["sha256"], result)
     with ThreadPoolExecutor(1) as pool:
         facts = pool.submit(read_plan_facts, result.plan)
         quantized = () if plan is None else plan.product_nodes
@@ -140,6 +142,16 @@ def _finished(
         log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
         (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
         return BuiltEngine(result, achieved, facts.result(), bundles.settle(staging, settled))
+
+
+def _check_built_from(graph_sha256: str, result: EngineResult) -> None:
+    """Refuse an engine of another graph than the one that is validated."""
+    if result.graph_sha256 != graph_sha256:
+        raise MismatchError(
+            f"The engine was built from another graph (SHA-256 {result.graph_sha256[:16]}) than {bundles.GRAPH}"
+            f" ({graph_sha256[:16]}).",
+            "Let nothing else write to the bundle while it is made, and export again.",
+        )
 
 
 def plan_of(engine: BuiltEngine | None) -> Plan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from spach_deploy.bundle import BUILD_LOG, GRAPH, PLAN
 from spach_deploy.engine.build import EngineResult
 from spach_deploy.engine.flavours import FLAVOURS
 from spach_deploy.engine.network_facts import LayerFact, NetworkFacts
-from spach_deploy.errors import BuildError, PrecisionError
+from spach_deploy.errors import BuildError, MismatchError, PrecisionError
 from spach_deploy.phases import Phases, Silent
 from spach_deploy.precision.policy import PrecisionPolicy
 from spach_deploy.runtime.polygraphy_session import LogLine
@@ -24,12 +25,14 @@ POLICY = PrecisionPolicy(Precision.FP16, IODtype.FP32, 1)
 WARNINGS = (("Slow.", 1), ("Strange.", 3))
 
 
-def engine(staging: Path, dtype: str = "fp16") -> EngineResult:
+def engine(staging: Path, dtype: str = "fp16", graph: bytes = b"graph") -> EngineResult:
     layer = LayerFact("head", "MATRIX_MULTIPLY", "head", (dtype, dtype), (dtype,))
     log = (LogLine(0.0, "info", f"reads {staging}/model.onnx"),)
     network = NetworkFacts((), (), (layer,))
     return EngineResult(
-        b"plan", Flavour.TENSORRT_RTX, "1.0", (), BatchProfile(), network, log, WARNINGS, 0.1, 0.2, seconds=0.3
+        *(b"plan", hashlib.sha256(graph).hexdigest(), Flavour.TENSORRT_RTX, "1.0", (), BatchProfile()),
+        *(network, log, WARNINGS, 0.1, 0.2),
+        seconds=0.3,
     )
 
 
@@ -91,6 +94,16 @@ def test_a_wrong_precision_is_told_where_it_is_asked_for(staging: Path, running:
     running.give(engine(staging, "fp32"))
     with build.finishing(POLICY, None, staging) as finished, pytest.raises(PrecisionError, match="head"):
         finished()
+
+
+def test_an_engine_of_another_graph_than_the_one_that_is_validated_is_refused(
+    staging: Path, running: FakeBuild
+) -> None:
+    build, _ = begun(running)
+    running.give(engine(staging, graph=b"another graph"))
+    with build.finishing(POLICY, None, staging) as finished, pytest.raises(MismatchError, match="another graph"):
+        finished()
+    assert not (staging / PLAN).exists()
 
 
 def test_nothing_is_written_behind_a_block_that_fails(staging: Path, running: FakeBuild) -> None:

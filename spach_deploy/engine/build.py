@@ -46,9 +46,12 @@ _WORKER = "import sys; from spach_deploy.engine.worker import main; main(int(sys
 
 @dataclasses.dataclass(frozen=True)
 class EngineResult:
-    """A built engine. `warnings` are the log's, each kind once with its count. Seconds are of the wall clock."""
+    """A built engine. `graph_sha256` is of the bytes that the compiler parsed, `warnings` are the log's, each kind once
+    with its count. Seconds are of the wall clock.
+    """
 
     plan: bytes = dataclasses.field(repr=False)
+    graph_sha256: str
     flavour: Flavour
     flavour_version: str
     gpus: tuple[ComputeCapability, ...]
@@ -201,6 +204,7 @@ class RunningBuild:
     def _result(self, built: Built) -> EngineResult:
         return EngineResult(
             plan=_contents(self._builder.plan_fd),
+            graph_sha256=built.graph_sha256,
             flavour=self._target.flavour,
             flavour_version=built.version,
             gpus=self._target.gpus,

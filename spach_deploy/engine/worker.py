@@ -36,6 +36,7 @@ class Request:
 class Built:
     """The build succeeded; all but the plan."""
 
+    graph_sha256: str
     version: str
     network: NetworkFacts
     log: tuple[LogLine, ...]
@@ -77,7 +78,14 @@ def _outcome(request: Request, send: Callable[[ProgressEvent], None]) -> Built |
         _write_plan(compiled, request.plan_fd)
     except SpachError as error:
         return Failed(type(error), dict(vars(error)))
-    return Built(compiled.version, compiled.network, compiled.log, compiled.parse_seconds, compiled.build_seconds)
+    return Built(
+        compiled.graph_sha256,
+        compiled.version,
+        compiled.network,
+        compiled.log,
+        compiled.parse_seconds,
+        compiled.build_seconds,
+    )
 
 
 def _write_plan(compiled: Compiled, plan_fd: int) -> None:

@@ -167,7 +167,7 @@ def _validation(
         others = {name: state for name, state in changed.items() if name != request.target.name}
         findings = (*_file_findings(others), *_quantization_findings(pointed))
         return Validation(subject, trial, evidence, findings, notes=(*notes, *note), trace=along)
-    other = _other_plan_findings(request.target, kind, bundle)
+    other = (*_other_plan_findings(request.target, kind, bundle), *_other_graph_findings(kind, bundle))
     findings = (*_file_findings(changed), *other, *_quantization_findings(pointed))
     evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, answered)
     if missing is not None and not findings:
@@ -346,6 +346,14 @@ def _answered(
 def _file_findings(changed: dict[str, str]) -> tuple[str, ...]:
     """A golden pack that was changed is no finding: it is not used then."""
     return tuple(f"{name} {state} since the bundle was exported." for name, state in changed.items() if name != GOLDEN)
+
+
+def _other_graph_findings(kind: TargetKind, bundle: Bundle) -> tuple[str, ...]:
+    """By the builder's own word, where it is kept."""
+    graph = bundle.manifest.files.get(GRAPH)
+    if kind is TargetKind.GRAPH or bundle.manifest.engine.get("graph_sha256", graph) == graph:
+        return ()
+    return (f"By its manifest, {PLAN} was built from another graph than {GRAPH}.",)
 
 
 def _other_plan_findings(target: Path, kind: TargetKind, bundle: Bundle) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def test_log_and_progress_come_from_the_builder_and_nothing_is_printed(
         path, EngineTarget(batch=BATCH), TensorRTForRTX(), precision=Precision.FP16, on_progress=events.append
     )
     assert capfd.readouterr() == ("", "")
-    assert "Input filename" in result.log_text
+    assert "Finished engine building" in result.log_text
     assert "STRONGLY_TYPED" in result.log_text
     assert events[0].parent is None
     assert events[-1] == ProgressEvent(events[0].phase, None, events[0].steps, events[0].steps, finished=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -52,6 +53,11 @@ def test_the_network_is_strongly_typed_whatever_bit_that_is(tmp_path: Path, pack
     assert calls(result)["network_flags"] == {"tensorrt_10_16": 2, "tensorrt_11_4": 1}[package]
     assert result.flavour_version.startswith(VERSIONS[package])
     assert plan_identity(result.plan).version == VERSIONS[package]
+
+
+def test_the_builder_names_the_bytes_that_it_parsed(tmp_path: Path, package: str) -> None:
+    result = build(tmp_path / "graph", package)
+    assert result.graph_sha256 == hashlib.sha256((tmp_path / "graph").read_bytes()).hexdigest()
 
 
 def test_profile_verbosity_and_monitor_are_set(tmp_path: Path, package: str) -> None:
