@@ -19,8 +19,8 @@ from spach_deploy.rewrites import RewriteResult
 from spach_deploy.specs import ExportOptions, IODtype, Preprocessing
 from spach_deploy.stages import GraphStage, TypedStage
 from spach_deploy.stages_quantization import QuantizationStage
+from spach_deploy.stages_reference import Answers
 from spach_deploy.tool_versions import tool_versions
-from spach_deploy.validation.exact import FP32_LIMIT
 
 
 def model_section(loaded: LoadedModel, options: ExportOptions) -> dict[str, Any]:
@@ -72,12 +72,10 @@ def precision_section(typed: TypedStage) -> dict[str, Any]:
     return {**typed.policy.to_dict(), "layers": [layer.to_dict() for layer in typed.layers]}
 
 
-def graph_section(
-    static: RewriteResult, static_errors: dict[int, float], graph: GraphStage, typed: TypedStage
-) -> dict[str, Any]:
+def graph_section(static: RewriteResult, answers: Answers, graph: GraphStage, typed: TypedStage) -> dict[str, Any]:
     """What was rewritten, what it cost in FP32, and what the graph promises."""
     errors = {
-        "static model": static_errors,
+        "static model": answers.static_errors,
         "exported graph": graph.errors,
         "graph in its target's form": typed.errors,
     }
@@ -85,7 +83,7 @@ def graph_section(
         "certificate": typed.certificate.to_dict(),
         "rewrites": {name: _outcome(outcome) for name, outcome in static.outcomes.items()},
         "passes": {name: len(changed) for name, changed in graph.changed.items()},
-        "relative_l2_limit": FP32_LIMIT,
+        "relative_l2_limit": answers.reference.limit,
         "relative_l2": {stage: _by_batch(by_batch) for stage, by_batch in errors.items() if by_batch},
     }
 

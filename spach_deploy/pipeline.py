@@ -45,6 +45,7 @@ from spach_deploy.stages_quantization import QuantizationStage, calibrate, refus
 from spach_deploy.stages_reference import Answers, answering, deriving
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
 from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
+from spach_deploy.validation.exact import ReferenceLogits
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.report import write_report
 from spach_deploy.validation.run import Run
@@ -163,7 +164,7 @@ def export(
             with phases.phase("give the graph its form"):
                 graph = stages.give_form(graph, photographs, options, plan)
                 guess = start_early(graph, staging / bundles.GRAPH, build, options)
-            awaited = functools.partial(logits_of, answers)
+            awaited = functools.partial(reference_of, answers)
             with (
                 phases.phase("measure ranges, set types"),
                 stages.first_wrong_stage(graph, static.model, photographs, awaited),
@@ -197,7 +198,7 @@ def export(
                     **sections.interface_sections(typed.interface, options),
                     "precision": sections.precision_section(typed),
                     **sections.quantization_sections(eight_bits.stage, eight_bits.choice, options),
-                    "graph": sections.graph_section(static, reference.answers.static_errors, graph, typed),
+                    "graph": sections.graph_section(static, reference.answers, graph, typed),
                     "engine": engine_section(engine, options),
                     "validation": manifest_section(validation, judged.tolerances),
                     "phases": [phase.to_dict() for phase in phases.done],
@@ -240,9 +241,9 @@ def begun(work: Beside[Answers], name: str, stack: contextlib.ExitStack, phases:
     return work
 
 
-def logits_of(answers: Beside[Answers]) -> NDArray[np.float32]:
-    """The reference's, when they have come."""
-    return answers.result(available_threads()).logits
+def reference_of(answers: Beside[Answers]) -> ReferenceLogits:
+    """The reference's logits, when they have come."""
+    return answers.result(available_threads()).reference
 
 
 def start_early(graph: stages.GraphStage, path: Path, build: EngineBuild, options: ExportOptions) -> TypedGraph | None:
@@ -263,7 +264,7 @@ def prove_graph(
     with phases.phase("wait for the reference"):
         answered = answers.result(available_threads())
     with phases.phase("prove the graph"):
-        return stages.prove_graph(graph, photographs, answered.logits), answered
+        return stages.prove_graph(graph, photographs, answered.reference), answered
 
 
 def quantize(

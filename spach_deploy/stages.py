@@ -23,7 +23,7 @@ from spach_deploy.onnx_graph.certificate import Certificate, certify
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, Traced, export_canonical
 from spach_deploy.onnx_graph.interface import add_interface, check_outputs
 from spach_deploy.onnx_graph.opset import check_operators, check_opset, convert_opset
-from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
+from spach_deploy.onnx_graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.onnx_graph.prototype import Prototype, prototype_of
 from spach_deploy.phases import Phases, trim_heap
 from spach_deploy.precision.decision import TypingOptions
@@ -46,7 +46,7 @@ from spach_deploy.runtime.saved_graph import save_model, saved_graph
 from spach_deploy.specs import ExportOptions, Flavour, IODtype, Precision, Preprocessing
 from spach_deploy.stages_quantization import mark_sites, quantize_typed
 from spach_deploy.stages_quantization import summary as quantized_summary
-from spach_deploy.validation.exact import check_equal, prove_equal
+from spach_deploy.validation.exact import ReferenceLogits, check_equal, prove_equal
 
 GOLDEN_IMAGES = 8
 """Images in the golden pack, and those that every stage is proven on."""
@@ -58,8 +58,8 @@ EXACT_BATCHES = (1, 2)
 RANGE_BATCH = 1
 """One image at a time is as fast as several, and takes the least memory."""
 
-Awaited = Callable[[], NDArray[np.float32]]
-"""Gives the reference's logits (N, classes), which may still be computed elsewhere until they are asked for."""
+Awaited = Callable[[], ReferenceLogits]
+"""Gives the reference's logits, which may still be computed elsewhere until they are asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def check_options(options: ExportOptions) -> None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
     check_quantization(options)
     check_opset(options)
-    known = [*(step.name for step in REWRITES), *(step.name for step in (*TENSORRT_PASSES, *CPU_PASSES))]
+    known = [*(step.name for step in REWRITES), *(step.name for step in (*TENSORRT_PASSES, *CPU_INT8_PASSES))]
     for name in options.disabled_rewrites:
         if name not in known:
             raise UsageError(f"There is no rewrite {name!r} to turn off.", f"One of {', '.join(known)}.")
@@ -172,7 +172,7 @@ def export_graph(static: StaticSpach, image_size: int, traced: Traced | None = N
     return GraphStage(export_canonical(static, image_size, traced), {}, {})
 
 
-def prove_graph(graph: GraphStage, photographs: Photographs, reference: NDArray[np.float32]) -> GraphStage:
+def prove_graph(graph: GraphStage, photographs: Photographs, reference: ReferenceLogits) -> GraphStage:
     """The exported graph, equal to the reference."""
     assert graph.model is not None
     with saved_graph(graph.model) as path, OnnxRuntimeRunner(path) as runner:
@@ -214,10 +214,10 @@ def give_form(
 
 
 def _passes(options: ExportOptions) -> tuple[Pass, ...]:
-    """What gives the graph its target's form: TensorRT's, that of eight bits on a CPU, or the graph as exported."""
+    """What gives the graph its target's form: TensorRT's, a CPU's, or that of eight bits on a CPU."""
     if options.engine.flavour is not Flavour.NONE:
         return TENSORRT_PASSES
-    return CPU_PASSES if options.precision.is_quantized and options.rest is Precision.FP32 else ()
+    return CPU_INT8_PASSES if options.precision.is_quantized and options.rest is Precision.FP32 else CPU_PASSES
 
 
 def _left_out(options: ExportOptions) -> tuple[str, ...]:
@@ -299,7 +299,7 @@ def _measured(
     }
     errors: dict[int, float] = {}
     for part, answer in logits.items():
-        error = check_equal("graph in its target's form", answer, reference()[slice(*part)])
+        error = check_equal("graph in its target's form", answer, reference().of(slice(*part)))
         errors[len(answer)] = max(error, errors.get(len(answer), 0.0))
     described = f"the {len(feeds)} built-in photographs"
     if not photographs.built_in and is_half:

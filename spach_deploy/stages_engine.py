@@ -103,8 +103,8 @@ class EngineBuild:
     ) -> Iterator[Callable[[], BuiltEngine | None]]:
         """As soon as there is an engine, it is written and checked beside what the block does, which may ask for it.
 
-        What it gives waits, and raises MismatchError where another graph was built, PrecisionError where the precision is
-        not the one that was asked for, or what `RunningBuild.wait` raises. No file is written behind the block.
+        What it gives waits, and raises MismatchError where another graph was built, PrecisionError where the precision
+        is not the one that was asked for, or what `RunningBuild.wait` raises. No file is written behind the block.
         """
         build = self._build
         if build is None:

@@ -18,9 +18,16 @@ from spach_deploy.runtime.beside import Beside
 from spach_deploy.specs import ExportOptions, Flavour
 from spach_deploy.stages import EXACT_BATCHES, Photographs
 from spach_deploy.validation.depth import Depth
-from spach_deploy.validation.exact import prove_equal
+from spach_deploy.validation.exact import ReferenceLogits, prove_equal, rounding_limit
 from spach_deploy.validation.precision_loss import evaluate
-from spach_deploy.validation.tolerance import LOSS_IMAGES, QUANTIZED_LOSS_IMAGES, ToleranceSet, derive_tolerances
+from spach_deploy.validation.tolerance import (
+    LOSS_IMAGES,
+    QUANTIZED_LOSS_IMAGES,
+    Measured,
+    ToleranceSet,
+    derive_tolerances,
+    measured_noise,
+)
 from spach_deploy.validation.trace import Expected
 
 if TYPE_CHECKING:
@@ -37,14 +44,21 @@ class Derived:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Logits (N, classes) of the reference in FP32, and how far the static model is from them at each batch size.
+    """Logits (N, classes) of the reference in FP32, their noise against FP64, and how far the static model is from them
+    at each batch size.
 
     `derived`: the tolerances, or why there are none; None where they have to wait for a plan of eight bits.
     """
 
     logits: NDArray[np.float32]
+    noise: Measured
     static_errors: dict[int, float]
     derived: Derived | SpachError | None = None
+
+    @property
+    def reference(self) -> ReferenceLogits:
+        """The logits, with what rounding explains."""
+        return ReferenceLogits(self.logits, rounding_limit(self.noise.rel_l2))
 
     def bounds(self) -> Derived:
         """The tolerances. Raises the SpachError for which there are none: measured ranges tell more, and go first."""
@@ -62,10 +76,13 @@ def answering(
     def work() -> Answers:
         depth = Depth()
         logits = reference_logits(loaded, photographs, depth)
+        noise = measured_noise(loaded.model, photographs.images, logits, options.rest, depth.double)
+        answers = Answers(logits, noise, {})
         errors = prove_equal(
-            "static model", lambda images: evaluate(static, images), photographs.images, logits, EXACT_BATCHES
+            *("static model", lambda images: evaluate(static, images), photographs.images),
+            *(answers.reference, EXACT_BATCHES),
         )
-        answers = Answers(logits, errors)
+        answers = dataclasses.replace(answers, static_errors=errors)
         return (
             answers if options.precision.is_quantized else with_tolerances(answers, loaded, photographs, options, depth)
         )
@@ -135,6 +152,7 @@ def with_tolerances(
             loss_images=LOSS_IMAGES if twin is None else QUANTIZED_LOSS_IMAGES,
             twin=twin,
             depth=depth,
+            noise=answers.noise if depth.double else None,
         )
         derived = Derived(tolerances, Expected.of(depth))
     except SpachError as error:

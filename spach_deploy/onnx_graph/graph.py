@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -91,6 +92,20 @@ def is_marked_quantized(node: NodeProto) -> bool:
 def batch_is_symbolic(model: ModelProto) -> bool:
     """Whether the first input's first dimension has a name."""
     return bool(model.graph.input[0].type.tensor_type.shape.dim[0].dim_param)
+
+
+def live_elements_at_batch_one(model: ModelProto) -> int:
+    """Numbers that have to be in memory at once for one image, weights aside, in the order of the nodes."""
+    shapes = shapes_at_batch_one(model)
+    last = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
+    alive: dict[str, int] = {}
+    most = 0
+    for index, node in enumerate(model.graph.node):
+        alive |= {name: math.prod(shapes[name]) for name in node.output if name in shapes}
+        most = max(most, sum(alive.values()))
+        for name in {name for name in (*node.input, *node.output) if last.get(name, index) == index}:
+            alive.pop(name, None)
+    return most
 
 
 def shapes_at_batch_one(model: ModelProto) -> dict[str, tuple[int, ...]]:

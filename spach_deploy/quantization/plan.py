@@ -45,6 +45,7 @@ class QuantizedSite:
     """A layer in eight bits. `weight_scales`: one for each output channel, or a single one; none for an attention.
 
     `correction`: what the bias gains (one number an output channel), so that the layer's mean output stays what it was.
+    `bias`: what it gains it to, () where the layer has none, None in records of versions that did not keep it.
     `products`: nodes of an attention that multiply; `node` is its softmax.
     """
 
@@ -57,6 +58,7 @@ class QuantizedSite:
     weight_scales: tuple[float, ...]
     correction: tuple[float, ...] = ()
     products: tuple[str, ...] = ()
+    bias: tuple[float, ...] | None = None
 
     @property
     def per_channel(self) -> bool:
@@ -75,6 +77,7 @@ class QuantizedSite:
             "weight_scales": list(self.weight_scales),
             "correction": list(self.correction),
             "products": list(self.products),
+            "bias": None if self.bias is None else list(self.bias),
         }
 
 
@@ -160,6 +163,7 @@ def _site(entry: dict[str, Any]) -> QuantizedSite:
             "macs": int(entry["macs"]),
             "tensors": tuple(map(_tensor_entry, entry["tensors"])),
             "products": tuple(map(_text, entry.get("products", ()))),
+            "bias": None if entry.get("bias") is None else tuple(map(float, entry["bias"])),
         }
     )
     is_attention = site.kind is Kind.ATTENTION
@@ -169,6 +173,8 @@ def _site(entry: dict[str, Any]) -> QuantizedSite:
         raise ValueError(f"{site.module} has {len(site.tensors)} tensors and {len(site.weight_scales)} weight scales")
     if site.per_channel and len(site.correction) not in (0, len(site.weight_scales)):
         raise ValueError(f"{site.module} has {len(site.weight_scales)} channels and {len(site.correction)} corrections")
+    if site.bias and len(site.bias) != len(site.correction):
+        raise ValueError(f"{site.module} has {len(site.bias)} biases and {len(site.correction)} corrections")
     return site
 
 
@@ -209,8 +215,8 @@ def make_plan(
 ) -> QuantizationPlan:
     """Scales for every site without a reason (by node) against it.
 
-    `statistics` are those of the model before equalization, `weights` the sites' weights after it, by name. A layer
-    whose scales no FP16 number can hold stays in float, with that as the reason.
+    `statistics` are those of the model before equalization, `weights` the sites' weights and biases after it, by name.
+    A layer whose scales no FP16 number can hold stays in float, with that as the reason.
     """
     factors = {entry.site: np.array(entry.factors) for entry in equalized if entry.alpha is not None}
     quantized: list[QuantizedSite] = []
@@ -247,11 +253,13 @@ def _quantized(
     if scaling.half and min((*scales, *(tensor.scale for tensor in tensors))) < 2.0**-20:
         return None
     correction: tuple[float, ...] = ()
+    bias: tuple[float, ...] = ()
     if weight is not None and site.kind is not Kind.DEPTHWISE:
         divisors = np.ones(weight.shape[1]) if factors is None else factors
         moved = mean_shift(statistics[site.activation], divisors, weight, tensors[0].scale, scales, scaling.form)
-        correction = tuple(float(np.float32(-number)) for number in moved)
-    numbers = (tensors, site.weight, scales, correction, site.products)
+        correction = tuple(_short(-number) for number in moved)
+        bias = tuple(map(_short, weights[site.bias].reshape(-1).tolist())) if site.bias else ()
+    numbers = (tensors, site.weight, scales, correction, site.products, bias)
     return QuantizedSite(site.module, site.node, site.kind, site.macs, *numbers)
 
 
@@ -303,6 +311,11 @@ def _energy(weight: Float32 | None, channels: int) -> Float64 | None:
 def _representable(scale: float, *, half: bool) -> float:
     """The number that the graph will hold."""
     return float(np.float16(scale)) if half else float(np.float32(scale))
+
+
+def _short(number: float) -> float:
+    """The same FP32 number in as few digits as tell it from others."""
+    return float(str(np.float32(number)))
 
 
 def write_plan(plan: QuantizationPlan, path: Path) -> None:

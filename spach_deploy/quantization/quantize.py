@@ -65,6 +65,7 @@ def plan_from_statistics(
     pairs = find_pairs(chosen.quantized, _parameters(model)) if equalize else ()
     equalized = search(pairs, statistics, weights, scaling.form)
     changed = apply_to_arrays(_all_floats(model, equalized_names(pairs)), equalized)
+    weights |= _all_floats(model, {site.bias for site in chosen.quantized if site.bias})
     weights.update((name, value) for name, value in changed.items() if name in weights)
     return make_plan(chosen.sites, chosen.reasons, statistics, weights, equalized, scaling)
 

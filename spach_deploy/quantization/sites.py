@@ -50,8 +50,9 @@ class Site:
     """A weighted layer. `activation` is the tensor that input `slot` of `node` reads; weights are channel by axis 0.
 
     `channel_axis`: the activation's axis that meets the weights' inputs, axis 1 of the weight; None for an attention.
-    `macs`: multiplications for one image. An attention has no weights: its tensors are in `tensors`, and in `products`
-    the nodes that multiply, `node` being the softmax between them.
+    `macs`: multiplications for one image. `bias`: the constant that is added to the products, "" where there is none.
+    An attention has no weights: its tensors are in `tensors`, and in `products` the nodes that multiply, `node` being
+    the softmax between them.
     """
 
     module: str
@@ -64,6 +65,7 @@ class Site:
     macs: int
     tensors: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
+    bias: str = ""
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -110,7 +112,14 @@ class _Finder:
         return Site(
             *(owner(node.name), node.name, kind, node.input[slot], slot, node.input[weight], channel_axis),
             macs=outputs * per_output,
+            bias=self._bias(node),
         )
+
+    def _bias(self, node: NodeProto) -> str:
+        """A layer's own third input, or what the Add behind a product adds."""
+        adds = (reader for reader in self._readers.get(node.output[0], []) if reader.op_type == "Add")
+        behind = [name for add in adds for name in add.input] if node.op_type == "MatMul" else node.input[2:]
+        return next((name for name in behind if name in self._weights), "")
 
     def _parted(self, split: NodeProto) -> Site | None:
         """A linear layer in several products of one input, by rows of its weight; known by the first of them."""

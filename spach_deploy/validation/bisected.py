@@ -12,7 +12,7 @@ import onnx
 
 from spach_deploy.bundle import Bundle
 from spach_deploy.data.preprocess import normalize
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES
+from spach_deploy.onnx_graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass
 from spach_deploy.specs import Flavour, IODtype
 from spach_deploy.validation.bisect.bisection import bisect_graph
 from spach_deploy.validation.bisect.reference import Reference
@@ -76,7 +76,7 @@ def _of_static(sources: Sources, remade: Remade) -> Bisection:
     """Where the static model itself is wrong, or could not be made: its first wrong part."""
     if remade.static is None:
         return Bisection((), (), ())
-    path, error = first_wrong_part(sources.loaded.model, remade.static, sources.images)
+    path, error = first_wrong_part(sources.loaded.model, remade.static, sources.images, remade.limit)
     suspects = (Suspect(path, "wrong rewrite", error, 0.0, "Its static form computes something else."),) if path else ()
     return Bisection(suspects, (), ())
 
@@ -95,8 +95,14 @@ def _sources(trial: Trial, chosen: list[int], what: Bisected) -> Sources:
     inputs = _inputs(trial, chosen)
     is_uint8 = facts.outputs.io_dtype is IODtype.UINT8
     images = normalize(inputs.astype(np.uint8), facts.preprocessing) if is_uint8 else inputs.astype(np.float32)
-    has_target_form = facts.flavour is not Flavour.NONE and facts.quantization is None
-    return Sources(loaded, images, trial.logits[chosen], disabled, quantize, has_target_form)
+    return Sources(loaded, images, trial.logits[chosen], disabled, quantize, _passes(facts))
+
+
+def _passes(facts: BundleFacts) -> tuple[Pass, ...]:
+    """What gives the FP32 graph its form; none where it is compared before eight bits."""
+    if facts.quantization is not None:
+        return ()
+    return CPU_PASSES if facts.flavour is Flavour.NONE else TENSORRT_PASSES
 
 
 def _inputs(trial: Trial, chosen: list[int]) -> npt.NDArray[np.generic]:

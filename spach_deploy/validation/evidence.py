@@ -1,7 +1,8 @@
 """Run what was exported on images, and compare it with the reference: one piece of evidence per run.
 
 A graph runs in ONNX Runtime, a plan in TensorRT. The images go through in batches of different sizes, because a graph
-can be right at one and wrong at another.
+can be right at one and wrong at another: the smallest, the usual and the largest of the batch profile. Where there are
+fewer images, they come again, each time from another one on: what mixes up images of a batch is seen.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +41,16 @@ Watch = Callable[["ModelProto"], Collection[str]]
 """Chooses tensors of a graph, given in the form in which it will run."""
 
 LARGEST_BATCH = 3
-"""On a CPU: beyond it a few cores gain nothing, and memory grows by a fifth of a gigabyte an image."""
+"""On a CPU, where the batch does not matter: beyond it a few cores gain nothing, and memory grows."""
+
+_REPEATED = 8
+"""Images that fill the profile's other batches."""
+
+_MEMORY_SHARE = 0.5
+"""Of the free memory, at most so much is taken by the largest batch on a CPU."""
+
+_RUNTIME_OVERHEAD = 2.0
+"""A CPU's memory for a batch, over the tensors that have to be there at once (ms_hybrid_s in FP16: 1.6)."""
 
 
 class Level(str, enum.Enum):
@@ -69,7 +81,8 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed.
+    """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed, `left_out`
+    a sentence about one of the profile's that it was not fed.
 
     `answers`: the images that changed class, or came closest to it. `logits` (N, classes): what it answered, None where
     it gave none. `inside`: tensors (1, ...) of the graph for the first image, where some were watched.
@@ -82,6 +95,7 @@ class Evidence:
     bounds: Bounds
     verdict: Verdict
     answers: tuple[Answer, ...] = ()
+    left_out: str = ""
     logits: Array | None = dataclasses.field(default=None, repr=False, compare=False)
     inside: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
@@ -96,6 +110,7 @@ class Evidence:
             "level": self.level.value,
             "ran": self.ran,
             "batches": list(self.batches),
+            "left_out": self.left_out,
             "passed": self.passed,
             "findings": list(self.verdict.findings),
             "comparison": self.comparison.to_dict(),
@@ -126,12 +141,19 @@ def forms_of(precision: Precision) -> tuple[Form, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """What a run gave: `outputs` of all images by name, or the problem for which there are none, in a sentence."""
+    """What a run gave: `outputs` of all images by name, or the problem for which there are none, in a sentence.
+
+    `again`: of images that came once more, by their numbers `repeated`, to fill other batches. `left_out`: a sentence
+    about a batch of the profile that did not run.
+    """
 
     what: str
     batches: tuple[int, ...] = ()
     outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False)
     problem: str = ""
+    repeated: tuple[int, ...] = ()
+    again: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False)
+    left_out: str = ""
 
 
 def examine_graph(graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str = Form.PLAIN.value) -> Evidence:
@@ -140,20 +162,21 @@ def examine_graph(graph: Path | bytes, trial: Trial, bounds: Bounds, *, ran: str
     A graph that does not load, or takes other inputs, or fails while it runs is evidence that did not pass. Raises
     UnavailableError where ONNX Runtime is missing or has no kernel for a node.
     """
-    return _examine(Form.PLAIN, graph, trial, bounds, ran)
+    return _examine(Form.PLAIN, graph, trial, bounds, ran, in_others=True)
 
 
 @contextlib.contextmanager
 def opened(
-    form: Form, graph: Path | bytes, threads: int | None, watch: Watch | None = None
+    form: Form, graph: Path | bytes, threads: int | None, watch: Watch | None = None, max_batch: int = LARGEST_BATCH
 ) -> Iterator[OnnxRuntimeRunner]:
     """The graph in ONNX Runtime, entered. UsageError where it does not load or cannot be rounded."""
+    open_in = functools.partial(OnnxRuntimeRunner, threads=threads, is_brief=True, max_batch=max_batch)
     with contextlib.ExitStack() as stack:
         if form is Form.PLAIN and watch is None:
-            yield stack.enter_context(OnnxRuntimeRunner(graph, threads=threads, is_brief=True))
+            yield stack.enter_context(open_in(graph))
             return
         with _as_it_runs(form, graph, watch) as (path, inner):
-            runner = stack.enter_context(OnnxRuntimeRunner(path, threads=threads, is_brief=True, inner=inner))
+            runner = stack.enter_context(open_in(path, inner=inner))
         yield runner
 
 
@@ -189,11 +212,15 @@ def examine_typed(
 ) -> tuple[Evidence, ...]:
     """What a CPU can tell of a typed graph, in each of its forms.
 
-    The last one, of the most roundings, has the tensors that `watch` chooses in `Evidence.inside`.
+    The first one is fed the profile's other batches too; whether images are mixed up does not depend on rounding. The
+    last one, of the most roundings, has the tensors that `watch` chooses in `Evidence.inside`.
     """
     forms = forms_of(precision)
     watched = {forms[-1]: watch}
-    return tuple(_examine(form, graph, trial, bounds, form.value, watched.get(form)) for form in forms)
+    return tuple(
+        _examine(form, graph, trial, bounds, form.value, watched.get(form), in_others=form is forms[0])
+        for form in forms
+    )
 
 
 def examine_engine(plan: bytes, flavour: Flavour, trial: Trial, bounds: Bounds) -> Evidence:
@@ -215,6 +242,67 @@ def runs_here(plan: bytes, flavour: Flavour) -> bool:
 def examine_runner(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
     """Run what is entered already, such as a model on a server; `level` says what it proves, `ran` what it is."""
     return _run_and_judge(runner, level, trial, bounds, ran)
+
+
+def profile_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
+    """Sizes in which `count` images go through an engine: the smallest of its profile, the usual one, the largest, and
+    more of the largest until they are all through; images come again to fill the last one.
+    """
+    sizes = tuple(sorted({profile.min, profile.opt, profile.max}))
+    return (*sizes, *[profile.max] * -(-max(0, count - sum(sizes)) // profile.max))
+
+
+def repeating(count: int, places: int) -> tuple[int, ...]:
+    """Number of the image in each of so many places: all `count` in order, then all again from the second one on, and
+    so on, so that no two batches have their images in the same order.
+    """
+    return tuple((place + place // count) % count for place in range(places))
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherBatches:
+    """The smallest, the usual and the largest batch of a profile, as far as a CPU is not fed them anyway and its memory
+    allows.
+    """
+
+    sizes: tuple[int, ...]
+    left_out: str = ""
+
+    @classmethod
+    def of(cls, graph: Path | bytes, trial: Trial) -> OtherBatches:
+        """What this machine has memory for."""
+        profile, fed = trial.batch, graph_batches(len(trial), trial.batch)
+        most = min(profile.max, max(profile.min, LARGEST_BATCH, _room_for(graph, profile)))
+        sizes = {profile.min, min(profile.opt, most), most}.difference(fed)
+        left_out = f"A batch of {profile.max} did not run: there was memory for {most}." if most < profile.max else ""
+        return cls(tuple(sorted(sizes)), left_out)
+
+
+def _room_for(graph: Path | bytes, profile: BatchProfile) -> int:
+    """The largest batch for which there is memory; that of the profile where nothing tells."""
+    import onnx
+
+    from spach_deploy.doctor.resources import find_memory
+    from spach_deploy.onnx_graph.graph import live_elements_at_batch_one
+
+    memory = find_memory()
+    try:
+        model = onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph, load_external_data=False)
+        elements = live_elements_at_batch_one(model)
+    except Exception:  # a graph that no reader understands; ONNX Runtime says what is wrong with it
+        return profile.max
+    if memory is None or not elements:
+        return profile.max
+    return int(_MEMORY_SHARE * memory.available_bytes / (_RUNTIME_OVERHEAD * 4 * elements))
+
+
+def in_other_batches(form: Form, graph: Path | bytes, ran: Ran, trial: Trial) -> Ran:
+    """A graph that ran in small batches, run in the profile's others too, on a few of the images."""
+    others = OtherBatches.of(graph, trial)
+    if ran.problem or not others.sizes:
+        return _in_other(None, others, ran, trial)
+    with opened(form, graph, None, max_batch=max(others.sizes)) as runner:
+        return _in_other(runner, others, ran, trial)
 
 
 def plan_batches(count: int, profile: BatchProfile, largest: int | None = None) -> tuple[int, ...]:
@@ -258,13 +346,31 @@ def judged(level: Level, ran: Ran, trial: Trial, bounds: Bounds) -> Evidence:
     """What a run gave, held against the reference. A run with a problem is evidence that did not pass."""
     if ran.problem:
         comparison = Comparison(len(trial), (), (), (ran.problem,))
-        return Evidence(level, ran.what, (), comparison, bounds, judge(comparison, bounds.outputs))
-    expected, dtypes = expected_outputs(trial.logits, trial.outputs), promised_dtypes(trial.outputs)
-    comparison = compare_outputs(expected, ran.outputs, image_names=trial.names, dtypes=dtypes)
+        verdict = judge(comparison, bounds.outputs)
+        return Evidence(level, ran.what, (), comparison, bounds, verdict, left_out=ran.left_out)
+    comparison = _compared(ran.outputs, trial, range(len(trial)))
     logits = ran.outputs.get(LOGITS)
     answers = telling_answers(trial.logits, logits, trial.names)
     verdict = judge(comparison, bounds.outputs)
-    return Evidence(level, ran.what, ran.batches, comparison, bounds, verdict, answers, logits)
+    if verdict.passed and ran.repeated:
+        again = judge(_compared(ran.again, trial, ran.repeated), bounds.outputs)
+        sizes = and_listed(sorted(set(ran.batches)))
+        findings = tuple(f"Wrong in some of the batches of {sizes} only: {text}" for text in again.findings)
+        verdict = Verdict(again.passed, findings)
+    return Evidence(level, ran.what, ran.batches, comparison, bounds, verdict, answers, ran.left_out, logits)
+
+
+def _compared(outputs: Mapping[str, Array], trial: Trial, images: Sequence[int]) -> Comparison:
+    chosen = list(images)
+    expected, dtypes = expected_outputs(trial.logits[chosen], trial.outputs), promised_dtypes(trial.outputs)
+    names = tuple(trial.names[index] for index in chosen)
+    return compare_outputs(expected, outputs, image_names=names, dtypes=dtypes)
+
+
+def and_listed(sizes: Sequence[int]) -> str:
+    """Sizes as a sentence has them: 1, 8 and 32."""
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def in_runtime(ran: str) -> str:
@@ -279,11 +385,15 @@ def _examine(
     bounds: Bounds,
     ran: str,
     watch: Watch | None = None,
+    *,
+    in_others: bool,
 ) -> Evidence:
+    others = OtherBatches.of(graph, trial) if in_others else OtherBatches(())
     try:
-        with opened(form, graph, None, watch) as runner:
-            evidence = _run_and_judge(runner, Level.GRAPH, trial, bounds, ran)
-            return dataclasses.replace(evidence, inside=runner.seen)
+        with opened(form, graph, None, watch, max(trial.batch.min, LARGEST_BATCH, *others.sizes)) as runner:
+            found = _run(runner, trial, graph_batches(len(trial), trial.batch), in_runtime(ran))
+            found = _in_other(runner, others, found, trial)
+            return dataclasses.replace(judged(Level.GRAPH, found, trial, bounds), inside=runner.seen)
     except UsageError as error:  # onnxruntime refused the graph
         _check_runtime(graph)
         return judged(Level.GRAPH, Ran(in_runtime(ran), problem=error.message), trial, bounds)
@@ -301,25 +411,63 @@ def _check_runtime(graph: Path | bytes) -> None:
 
 
 def _run_and_judge(runner: Runner, level: Level, trial: Trial, bounds: Bounds, ran: str) -> Evidence:
-    return judged(level, _run(runner, level, trial, f"{ran} in {runner.name}"), trial, bounds)
+    """In every batch of the profile."""
+    sizes = profile_batches(len(trial), trial.batch)
+    return judged(level, _run(runner, trial, sizes, f"{ran} in {runner.name}"), trial, bounds)
 
 
-def _run(runner: Runner, level: Level, trial: Trial, what: str) -> Ran:
+def _run(runner: Runner, trial: Trial, sizes: tuple[int, ...], what: str) -> Ran:
     if problem := _input_problem(runner.input_specs, trial.inputs(0, 1)):
         return Ran(what, problem=problem)
-    sizes = plan_batches(len(trial), trial.batch, LARGEST_BATCH if level is Level.GRAPH else None)
-    try:
-        parts = [runner.run({INPUT: array}) for array in _pieces(trial, sizes)]
-    except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
-        return Ran(what, problem=problem_of(error))
-    return Ran(what, sizes, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    count = len(trial)
+    images = repeating(count, sum(sizes))
+    outputs = _outputs(runner, trial, images, sizes)
+    if isinstance(outputs, str):
+        return Ran(what, problem=outputs)
+    first, again = (
+        {name: array[part] for name, array in outputs.items()} for part in (slice(count), slice(count, None))
+    )
+    return Ran(what, sizes, first, repeated=images[count:], again=again)
 
 
-def _pieces(trial: Trial, sizes: tuple[int, ...]) -> Iterator[Array]:
-    start = 0
+def _in_other(runner: Runner | None, others: OtherBatches, ran: Ran, trial: Trial) -> Ran:
+    if ran.problem or runner is None or not others.sizes:
+        return ran if ran.problem else dataclasses.replace(ran, left_out=others.left_out)
+    images = repeating(min(len(trial), _REPEATED), sum(others.sizes))
+    again = _outputs(runner, trial, images, others.sizes)
+    if isinstance(again, str):
+        return Ran(ran.what, problem=again)
+    return Ran(ran.what, (*ran.batches, *others.sizes), ran.outputs, "", images, again, others.left_out)
+
+
+def _outputs(runner: Runner, trial: Trial, images: tuple[int, ...], sizes: tuple[int, ...]) -> dict[str, Array] | str:
+    """Outputs of the images in batches of these sizes, or why there are none, in a sentence."""
+    parts: list[Mapping[str, Array]] = []
+    rest = iter(images)
     for size in sizes:
-        yield np.ascontiguousarray(trial.inputs(start, start + size))
-        start += size
+        try:
+            parts.append(runner.run({INPUT: _inputs(trial, tuple(itertools.islice(rest, size)))}))
+        except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
+            return problem_of(error)
+        if problem := _row_problem(parts[-1], size):
+            return problem
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _inputs(trial: Trial, chosen: tuple[int, ...]) -> Array:
+    """Inputs of some images; neighbours are taken together."""
+    starts = [place for place, index in enumerate(chosen) if place == 0 or index != chosen[place - 1] + 1]
+    runs = [chosen[start:stop] for start, stop in itertools.zip_longest(starts, starts[1:])]
+    return np.ascontiguousarray(np.concatenate([trial.inputs(run[0], run[-1] + 1) for run in runs]))
+
+
+def _row_problem(outputs: Mapping[str, Array], size: int) -> str:
+    """Which output has not one row an image, in a sentence; empty where each has."""
+    wrong = (
+        f"Output '{name}' has shape {value.shape}" for name, value in outputs.items() if value.shape[:1] != (size,)
+    )
+    found = next(wrong, "")
+    return f"{found} for a batch of {size}." if found else ""
 
 
 def _input_problem(specs: Mapping[str, TensorSpec], example: Array) -> str:

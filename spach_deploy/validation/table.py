@@ -10,7 +10,7 @@ from spach_deploy.errors import printable
 from spach_deploy.text import Escaped, rendered
 from spach_deploy.validation.accuracy import Accuracy, PairedAccuracy
 from spach_deploy.validation.compare import IndexComparison, OutputComparison, ScoreComparison
-from spach_deploy.validation.evidence import Evidence
+from spach_deploy.validation.evidence import Evidence, and_listed
 from spach_deploy.validation.validate import Validation
 from spach_deploy.validation.verdict import Tolerance
 
@@ -95,8 +95,10 @@ def _evidence(item: Evidence, width: int, *, in_full: bool) -> Iterator[Renderab
     from rich.text import Text
 
     yield ""
-    batches = f", batches of {_sizes(item.batches)}" if item.batches else ""
+    batches = f", batches of {and_listed(sorted(set(item.batches)))}" if item.batches else ""
     yield Text(_wrapped(f"{item.ran[0].upper()}{item.ran[1:]}{batches}", width, 2), style="bold")
+    if item.left_out:
+        yield Text(_wrapped(item.left_out, width, 0))
     if not in_full:
         yield from (Text(_line(output, item.bounds.outputs[output.name])) for output in item.comparison.outputs)
         return
@@ -111,11 +113,6 @@ def _evidence(item: Evidence, width: int, *, in_full: bool) -> Iterator[Renderab
 def _line(output: OutputComparison, allowed: Tolerance) -> str:
     flips = f", {len(output.scores.flips)} change class" if output.scores is not None else ""
     return f" {output.name:<14} relative L2 {output.rel_l2_worst:.2e} of {allowed.rel_l2:.2e} allowed{flips}"
-
-
-def _sizes(batches: tuple[int, ...]) -> str:
-    sizes = sorted(set(batches))
-    return " and ".join(str(size) for size in sizes)
 
 
 def _output_table(output: OutputComparison, tolerance: Tolerance | None) -> Table:

@@ -15,7 +15,16 @@ from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import WeightSource
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts
-from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_typed, judged, runs_here
+from spach_deploy.validation.evidence import (
+    Evidence,
+    Level,
+    Trial,
+    examine_typed,
+    forms_of,
+    in_other_batches,
+    judged,
+    runs_here,
+)
 from spach_deploy.validation.live_reference import (
     Images,
     OnImages,
@@ -416,7 +425,9 @@ def _graph_evidence(graph: Path, facts: BundleFacts, answered: OnImages) -> tupl
     trial, bounds = answered.trial, answered.tolerances.graph
     if answered.graph is None:
         return examine_typed(graph, facts.rest, trial, bounds)
-    return tuple(judged(Level.GRAPH, ran, trial, bounds) for ran in answered.graph)
+    first, *others = answered.graph
+    whole = in_other_batches(forms_of(facts.rest)[0], graph, first, trial)
+    return tuple(judged(Level.GRAPH, ran, trial, bounds) for ran in (whole, *others))
 
 
 def _try_file(

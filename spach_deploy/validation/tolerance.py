@@ -218,6 +218,7 @@ def derive_tolerances(
     loss_images: int = LOSS_IMAGES,
     twin: nn.Module | None = None,
     depth: Depth | None = None,
+    noise: Measured | None = None,
 ) -> ToleranceSet:
     """Bounds for an export of `model` in `precision`.
 
@@ -227,14 +228,14 @@ def derive_tolerances(
     `model` is the reference in FP32, `images` float32 (N, 3, S, S), `reference` its logits of them (N, classes), all of
     which bounds of probabilities and top-k look at; the model runs on at most `loss_images` of them, spread evenly, and
     on one or two in FP64. `tf32`: the engine may use TF32 in FP32 products. `depth` takes what the parts answered to
-    the first image. Raises PrecisionError for logits that are not finite, in FP32 or in that precision.
+    the first image. `noise`: FP32's, where it was measured already. Raises PrecisionError for logits that are not
+    finite, in FP32 or in that precision.
     """
     outputs = outputs or OutputSpec()
     if not np.isfinite(reference).all():
         raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
     double, rounded = (None, None) if depth is None else (depth.double, depth.rounded)
-    chosen = _spread(len(images), _NOISE_IMAGES[precision])
-    noise = Measured.of(reference[chosen], evaluate_fp64(model, images[chosen], double))
+    noise = noise or measured_noise(model, images, reference, precision, double)
     lossy = Lossy(model if twin is None else twin, Arithmetic.of(precision), is_quantized=twin is not None)
     graph = _bounds(lossy, images, reference, outputs, noise, loss_images, rounded)
     on_gpu = Arithmetic.of(precision, tf32=tf32)
@@ -242,6 +243,17 @@ def derive_tolerances(
         return ToleranceSet(graph, graph)
     lossy = dataclasses.replace(lossy, arithmetic=on_gpu)
     return ToleranceSet(graph, _bounds(lossy, images, reference, outputs, noise, loss_images))
+
+
+def measured_noise(
+    model: nn.Module, images: Images, reference: Float32Array, precision: Precision, parts: Outputs | None = None
+) -> Measured:
+    """FP32's own noise: logits `reference` (N, classes) of `model` in FP32 against FP64, on one or two of its `images`.
+
+    `parts` takes what the parts answer to the first image in FP64.
+    """
+    chosen = _spread(len(images), _NOISE_IMAGES[precision])
+    return Measured.of(reference[chosen], evaluate_fp64(model, images[chosen], parts))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,6 +162,8 @@ def manifest_section(validation: Validation, tolerances: ToleranceSet) -> dict[s
         "level_sentence": validation.level_sentence(),
         "images": validation.trial.images,
         "image_count": len(validation.trial),
+        "batches": sorted({size for item in validation.evidence for size in item.batches}),
+        "batch_left_out": next((item.left_out for item in validation.evidence if item.left_out), ""),
         "reference": validation.trial.reference,
         "tolerances": tolerances.to_dict(),
         "trace": None if validation.trace is None else validation.trace.to_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -10,13 +11,20 @@ import pytest
 from onnx import ModelProto, TensorProto
 
 from spach_deploy.onnx_graph.graph import initializers
+from spach_deploy.onnx_graph.passes.linear_as_matmul import linear_as_matmul
+from spach_deploy.quantization import insert
 from spach_deploy.quantization.audit import audit
+from spach_deploy.quantization.correct import correct_biases, corrected_bias
+from spach_deploy.quantization.equalize import apply_to_graph
 from spach_deploy.quantization.formats import FP8, INT8, EightBits
+from spach_deploy.quantization.insert import insert_pairs
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
 from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.specs import Precision
+from spach_deploy.stages_quantization import mark_sites
 from tests.quantization import faults
+from tests.quantization.faults import Float64
 from tests.quantization.small_models import canonical, inputs, plan, quantized
 
 ATTENTION = "blocks.1.spatial_func"
@@ -226,3 +234,86 @@ def test_layers_with_tiny_numbers_are_found_right_or_left_in_float(small: float,
     faults.set_values(model, weight.name, values)
     made = quantize_graph(model, [inputs()], Scaling(INT8, Method.MAX, half=rest.is_half), rest=rest, equalize=False)
     assert audit(made.model, made.plan) == ()
+
+
+# What a layer adds
+
+
+def corrected(change: Callable[[Float64, Float64], Float64]) -> Fault:
+    """Biases of every layer as `change` makes them from what they were and from their corrections."""
+
+    def plant(model: ModelProto) -> None:
+        for site in record().sites:
+            if site.correction:
+                bias, correction = np.array(site.bias or np.zeros(len(site.correction))), np.array(site.correction)
+                faults.set_values(model, corrected_bias(site), change(bias, correction))
+
+    return plant
+
+
+CORRECTIONS: dict[str, Callable[[Float64, Float64], Float64]] = {
+    "dropped": lambda bias, correction: bias,
+    "doubled": lambda bias, correction: bias + 2 * correction,
+    "of the wrong sign": lambda bias, correction: bias - correction,
+    "on reversed channels": lambda bias, correction: bias + correction[::-1],
+    "alone": lambda bias, correction: correction,
+}
+
+
+def test_a_bias_that_is_not_corrected_as_recorded_is_found() -> None:
+    model = quantized("trans", INT8, QUANTIZE, Precision.FP16)
+    for name, change in CORRECTIONS.items():
+        corrected(change)(model)
+        found = audit(model, record())
+        assert len(found) == 6, name
+        assert all(re.search("its bias is .* in channel .*; the record has .* and a correction", f) for f in found[:5])
+
+
+def test_a_correction_without_a_bias_is_found() -> None:
+    def forget(model: ModelProto) -> None:
+        del next(node for node in model.graph.node if node.name == f"{FC1}/Gemm").input[2]
+
+    assert any(f"{FC1}: it has no bias to hold its correction" in finding for finding in findings(forget))
+
+
+def test_records_of_versions_that_kept_no_biases_are_read_and_audited() -> None:
+    content = record().to_dict()
+    for entry in content["sites"]:
+        del entry["bias"]
+    made = QuantizationPlan.from_dict(content, "old")
+    assert findings(lambda model: None, made=made) == ()
+    assert findings(FAULTS["an input's scale doubled"][0], made=made)
+
+
+# What writes the graph is wrong itself
+
+
+def for_cpu() -> tuple[ModelProto, QuantizationPlan]:
+    """A graph in its form for CPUs, and its record."""
+    model, made = canonical("trans"), plan("trans", INT8, half=False)
+    apply_to_graph(model, made.equalized)
+    mark_sites(model, made)
+    assert linear_as_matmul(model)
+    correct_biases(model, made)
+    return insert_pairs(model, made), made
+
+
+def test_another_middle_of_unsigned_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert audit(*for_cpu()) == ()
+    monkeypatch.setattr(insert, "MIDDLE", 127)
+    assert any("the zero point of its weights is not 128" in finding for finding in audit(*for_cpu()))
+
+
+def test_another_operand_that_is_unsigned_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(insert, "unsigned_operand", lambda site, node, plan: insert.Operand.INPUT)
+    assert any("the pair of its input is not int8" in finding for finding in audit(*for_cpu()))
+
+
+def test_another_limit_of_a_format_is_found() -> None:
+    made = dataclasses.replace(record(), form=dataclasses.replace(INT8, limit=128.0))
+    model = quantized("trans", INT8, QUANTIZE, Precision.FP16)
+    for site in made.sites:  # as if scales had been set for it
+        made = faults.with_site(made, site.module, weight_scales=tuple(s * 127 / 128 for s in site.weight_scales))
+        if site.weight_scales:
+            faults.scale_weights(model, site.module, lambda scales: scales * 127 / 128)
+    assert any("fits weights up to" in finding for finding in audit(model, made))

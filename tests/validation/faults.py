@@ -125,6 +125,33 @@ def fix_batch(model: ModelProto, batch: int) -> None:
     del model.graph.value_info[:]
 
 
+def mix_up_images(model: ModelProto, size: int) -> None:
+    """A graph that is right for batches of up to `size` images, and begins anew with the first one after them."""
+    name = model.graph.input[0].name
+    for item in model.graph.node:
+        item.input[:] = ["mixed/images" if source == name else source for source in item.input]
+    for label, number in (("zero", 0), ("one", 1), ("size", size)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(number, np.int64), f"mixed/{label}"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "mixed/axis"))
+    nodes = [
+        helper.make_node("Shape", [name], ["mixed/batch"], start=0, end=1),
+        helper.make_node("Squeeze", ["mixed/batch", "mixed/axis"], ["mixed/count"]),
+        helper.make_node("Range", ["mixed/zero", "mixed/count", "mixed/one"], ["mixed/range"]),
+        helper.make_node("Mod", ["mixed/range", "mixed/size"], ["mixed/order"]),
+        helper.make_node("Gather", [name, "mixed/order"], ["mixed/images"], axis=0),
+    ]
+    for place, item in enumerate(nodes):
+        model.graph.node.insert(place, item)
+
+
+def drop_images(model: ModelProto, size: int) -> None:
+    """Answers to the first `size` images of a batch alone."""
+    _rename_tensor(model, "logits", "all logits")
+    for label, number in (("start", 0), ("stop", size)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([number], np.int64), f"dropped/{label}"))
+    model.graph.node.append(helper.make_node("Slice", ["all logits", "dropped/start", "dropped/stop"], ["logits"]))
+
+
 # Harmless
 
 

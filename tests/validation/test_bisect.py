@@ -204,9 +204,9 @@ def test_a_graph_that_does_not_run_is_said_so() -> None:
 def test_a_wrong_rewrite_is_found_in_the_static_model() -> None:
     model: Spach = small_model("hybrid")
     static = copy.deepcopy(rewrite(model).model)
-    assert first_wrong_part(model, static, static_models.images(1)) == ("", 0.0)
+    assert first_wrong_part(model, static, static_models.images(1), 1e-6) == ("", 0.0)
     static.get_submodule("layer2.2.norm2").eps = 0.1  # type: ignore[assignment]
-    path, error = first_wrong_part(model, static, static_models.images(1))
+    path, error = first_wrong_part(model, static, static_models.images(1), 1e-6)
     assert path == "layer2.2"
     assert error > 1e-3
 

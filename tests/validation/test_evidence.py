@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,7 +12,9 @@ import pytest
 from onnx import ModelProto
 
 from spach_deploy.bundle import GOLDEN, GRAPH, Bundle
+from spach_deploy.doctor import resources
 from spach_deploy.errors import UnavailableError, UsageError
+from spach_deploy.onnx_graph.graph import live_elements_at_batch_one
 from spach_deploy.precision.half import type_graph
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.specs import BatchProfile, Flavour, Precision
@@ -25,6 +28,8 @@ from spach_deploy.validation.evidence import (
     examine_graph,
     examine_typed,
     plan_batches,
+    profile_batches,
+    repeating,
 )
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import Bounds
@@ -68,13 +73,11 @@ def findings(evidence: Evidence) -> str:
     return " ".join(evidence.verdict.findings)
 
 
-def test_the_exported_graph_agrees_at_two_batch_sizes() -> None:
+def test_the_exported_graph_agrees_at_every_batch_of_its_profile() -> None:
     found = examine(Precision.FP16)
     assert found.passed
     assert found.level is Level.GRAPH
-    assert sum(found.batches) == 8
-    assert found.batches[0] == 1
-    assert len(set(found.batches)) > 1
+    assert found.batches == (1, 3, 3, 1, 8, 32)
 
 
 @pytest.mark.parametrize(("precision", "every"), [(Precision.FP32, 5), (Precision.FP16, 1)])
@@ -154,6 +157,60 @@ def test_a_graph_that_fails_at_one_batch_size_is_a_finding() -> None:
     assert "failed while it ran" in findings(examine(Precision.FP16, break_it))
 
 
+@pytest.mark.parametrize("right_up_to", [3, 8, 16])
+def test_a_graph_that_is_wrong_only_in_larger_batches_is_rejected(right_up_to: int) -> None:
+    found = findings(examine(Precision.FP32, lambda m: faults.mix_up_images(m, right_up_to)))
+    assert "Wrong in some of the batches of 1, 3, 8 and 32 only: Output 'logits': relative L2" in found
+
+
+def test_a_graph_that_drops_images_of_larger_batches_is_rejected() -> None:
+    found = findings(examine(Precision.FP32, lambda m: faults.drop_images(m, 8)))
+    assert "Output 'logits' has shape (8, 11) for a batch of 32." in found
+
+
+def test_an_engine_that_is_wrong_only_in_larger_batches_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, trial, bounds = case(Precision.FP32)
+    model = onnx.load_from_string(graph)
+    faults.mix_up_images(model, 8)
+    monkeypatch.setattr(evidence_module, "TensorRTRunner", FakeEngine)
+    assert "Wrong in some" in findings(examine_engine(model.SerializeToString(), Flavour.TENSORRT, trial, bounds))
+
+
+def test_a_batch_for_which_there_is_no_memory_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = live_elements_at_batch_one(onnx.load_from_string(case(Precision.FP32)[0])) * 4 * 4 * 10
+    monkeypatch.setattr(resources, "find_memory", lambda: resources.Memory(few, 1 << 34))
+    found = examine(Precision.FP32)
+    assert found.passed
+    assert found.batches == (1, 3, 3, 1, 8, 10)
+    assert found.left_out == "A batch of 32 did not run: there was memory for 10."
+    assert found.to_dict()["left_out"] == found.left_out
+
+
+def test_a_fixed_batch_runs_whole_where_there_are_fewer_images() -> None:
+    graph, trial, bounds = case(Precision.FP32)
+    trial = dataclasses.replace(trial, logits=trial.logits[:5], names=trial.names[:5], batch=BatchProfile(7, 7, 7))
+    assert 7 in examine_graph(graph, trial, bounds).batches
+
+
+@pytest.mark.parametrize(
+    ("count", "profile", "sizes"),
+    [
+        (8, BatchProfile(1, 8, 32), (1, 8, 32)),
+        (100, BatchProfile(1, 8, 32), (1, 8, 32, 32, 32)),
+        (3, BatchProfile(8, 8, 8), (8,)),
+        (2, BatchProfile(1, 1, 1), (1, 1)),
+    ],
+)
+def test_an_engine_gets_the_smallest_the_usual_and_the_largest_batch(
+    count: int, profile: BatchProfile, sizes: tuple[int, ...]
+) -> None:
+    assert profile_batches(count, profile) == sizes
+
+
+def test_images_that_come_again_come_in_another_order() -> None:
+    assert repeating(3, 9) == (0, 1, 2, 1, 2, 0, 2, 0, 1)
+
+
 def test_rounding_every_half_tensor_shows_overflow_that_the_cpu_hides() -> None:
     """A stream of 1e6 in FP16: ONNX Runtime's inserted casts may keep it alive, the rounded run does not."""
     graph, trial, bounds = case(Precision.FP16)
@@ -178,6 +235,7 @@ def test_fp16_runs_as_it_is_and_with_its_tensors_rounded() -> None:
     plain, rounded = examine_typed(graph, Precision.FP16, trial, bounds)
     assert plain.passed
     assert rounded.passed
+    assert (plain.batches, rounded.batches) == ((1, 3, 3, 1, 8, 32), (1, 3, 3, 1))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +277,7 @@ def test_an_engine_that_runs_is_evidence_of_the_engine(monkeypatch: pytest.Monke
     found = examine_engine(graph, Flavour.TENSORRT, trial, bounds)
     assert found.passed
     assert found.level is Level.ENGINE
-    assert found.batches == (1, 7)
+    assert found.batches == (1, 8, 32)
 
 
 def test_a_wrong_engine_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

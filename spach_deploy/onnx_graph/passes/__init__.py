@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from onnx import ModelProto
 
 from spach_deploy.onnx_graph.passes.first_norm import spell_first_norm
-from spach_deploy.onnx_graph.passes.group_norm import split_group_norm
+from spach_deploy.onnx_graph.passes.group_norm import split_group_norm, split_group_norm_for_cpu
 from spach_deploy.onnx_graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.onnx_graph.passes.shift_depthwise import shift_depthwise
 from spach_deploy.onnx_graph.passes.tokens_first import tokens_first
@@ -34,6 +34,12 @@ TENSORRT_PASSES: tuple[Pass, ...] = (
 )
 
 CPU_PASSES: tuple[Pass, ...] = (
+    Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm_for_cpu),
+)
+"""For graphs that no TensorRT builds: ONNX Runtime's own GroupNorm loses digits on large images."""
+
+CPU_INT8_PASSES: tuple[Pass, ...] = (
+    *CPU_PASSES,
     Pass("linear_as_matmul", "linear layers as MatMul and Add, for eight bits on a CPU", linear_as_matmul),
 )
 """For graphs that are to run in eight bits in ONNX Runtime on a CPU."""

@@ -8,6 +8,7 @@ from typing import Any
 from spach_deploy.report.content import Content, Json
 from spach_deploy.report.formats import count, percent, plural, scientific, sentence
 from spach_deploy.report.sections.verdict import flips_of
+from spach_deploy.validation.evidence import and_listed
 
 Row = tuple[str, str, str, str]
 
@@ -27,7 +28,7 @@ def _facts(content: Content) -> Iterator[tuple[str, str]]:
     yield "Images", f"{plural(images['count'], 'image')}: {images['description']}."
     batches = sorted(set(content.first.get("batches", ())))
     if batches:
-        yield "Batches", f"Sizes {' and '.join(map(str, batches))}."
+        yield "Batches", " ".join(filter(None, (f"Sizes {and_listed(batches)}.", content.first.get("left_out"))))
     derivation = content.first.get("tolerances", {}).get("derivation", {})
     if derivation:
         yield "Tolerance", sentence(str(derivation["sentence"]))

@@ -18,19 +18,21 @@ from torch import nn
 from spach_deploy.errors import SpachError
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.rewrites import rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import saved_graph
+from spach_deploy.specs import Precision
 from spach_deploy.validation.bisect.losses import relative_l2
 from spach_deploy.validation.bisect.places import Float32Array
 from spach_deploy.validation.bisect.result import AGREES, DISAGREES, NOT_RUN, StageResult
 from spach_deploy.validation.depth import parts_of
 from spach_deploy.validation.evidence import Evidence, Level
-from spach_deploy.validation.exact import FP32_LIMIT
+from spach_deploy.validation.exact import rounding_limit
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.reference import LOGITS as LOGITS_OUTPUT
+from spach_deploy.validation.tolerance import measured_noise
 
 REFERENCE, STATIC, GRAPH, TYPED, ENGINE = "reference", "static model", "FP32 graph", "typed graph", "engine"
 
@@ -40,7 +42,7 @@ class Sources:
     """What an export was made from: weights, images (N, 3, S, S) and the logits (N, classes) that were stored of them.
 
     `disabled` and `quantize` are what the rewrites were told, `quantize` None where nothing was quantized;
-    `target_form`: the graph got TensorRT's form.
+    `passes` gave the graph its target's form, but for those that are `disabled`.
     """
 
     loaded: LoadedModel
@@ -48,13 +50,17 @@ class Sources:
     logits: Float32Array
     disabled: tuple[str, ...] = ()
     quantize: tuple[str, ...] | None = None
-    target_form: bool = True
+    passes: tuple[Pass, ...] = TENSORRT_PASSES
 
 
 @dataclasses.dataclass
 class Remade:
-    """The stages made again, as far as they went, and how each compared."""
+    """The stages made again, as far as they went, and how each compared.
 
+    `limit`: the relative L2 that rounding explains.
+    """
+
+    limit: float = rounding_limit(0.0)
     results: list[StageResult] = dataclasses.field(default_factory=list)
     static: StaticSpach | None = None
     graph: ModelProto | None = None
@@ -63,7 +69,7 @@ class Remade:
 def remake(sources: Sources, say: Callable[[str], None]) -> Remade:
     """Reference, static model and FP32 graph, made again up to the first that disagrees."""
     remade = Remade()
-    expected = _stage(remade, REFERENCE, lambda: evaluate(sources.loaded.model, sources.images), sources.logits)
+    expected = _stage(remade, REFERENCE, lambda: _answered(remade, sources), sources.logits)
     if expected is None:
         return remade
     say("Rewriting again.")
@@ -83,12 +89,19 @@ def _stage(
         logits = answer()
     except SpachError as error:
         why = error.message
-        remade.results.append(StageResult(name, None, FP32_LIMIT, DISAGREES, why, time.perf_counter() - start))
+        remade.results.append(StageResult(name, None, remade.limit, DISAGREES, why, time.perf_counter() - start))
         return None
     error_l2 = relative_l2(logits, expected)
-    verdict = AGREES if error_l2 <= FP32_LIMIT else DISAGREES
-    remade.results.append(StageResult(name, error_l2, FP32_LIMIT, verdict, "", time.perf_counter() - start))
+    verdict = AGREES if error_l2 <= remade.limit else DISAGREES
+    remade.results.append(StageResult(name, error_l2, remade.limit, verdict, "", time.perf_counter() - start))
     return logits if verdict == AGREES else None
+
+
+def _answered(remade: Remade, sources: Sources) -> Float32Array:
+    model, images = sources.loaded.model, sources.images
+    logits = evaluate(model, images)
+    remade.limit = rounding_limit(measured_noise(model, images, logits, Precision.FP32).rel_l2)
+    return logits
 
 
 def _rewritten(remade: Remade, sources: Sources) -> Float32Array:
@@ -99,8 +112,7 @@ def _rewritten(remade: Remade, sources: Sources) -> Float32Array:
 def _exported(remade: Remade, sources: Sources) -> Float32Array:
     assert remade.static is not None
     remade.graph = export_canonical(remade.static, sources.loaded.image_size)
-    if sources.target_form:
-        apply_passes(remade.graph, TENSORRT_PASSES, sources.disabled)
+    apply_passes(remade.graph, sources.passes, sources.disabled)
     with saved_graph(remade.graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
         logits: Float32Array = runner.run({INPUT: sources.images})[LOGITS]
     return logits
@@ -127,10 +139,12 @@ def _error(run: Evidence) -> float | None:
     return next((output.rel_l2_worst for output in run.comparison.outputs if output.name == LOGITS_OUTPUT), None)
 
 
-def first_wrong_part(published: nn.Module, static: StaticSpach, images: Float32Array) -> tuple[str, float]:
+def first_wrong_part(
+    published: nn.Module, static: StaticSpach, images: Float32Array, limit: float
+) -> tuple[str, float]:
     """The first part of the static model (stem, block, downsampling, norm, head) that is wrong given right inputs.
 
-    Its path and its relative L2; ("", 0.0) where each is right.
+    Its path and its relative L2, more than `limit`; ("", 0.0) where each is right.
     """
     inputs, outputs = _parts_of(published, images)
     parts = dict(static.named_modules(remove_duplicate=False))
@@ -141,7 +155,7 @@ def first_wrong_part(published: nn.Module, static: StaticSpach, images: Float32A
                 value = parts[path](_as_stream(x, parts[path])).numpy().reshape(expected.shape)
             except (RuntimeError, ValueError):  # not even shapes fit
                 return path, float("inf")
-            if (error := relative_l2(value, expected)) > FP32_LIMIT:
+            if (error := relative_l2(value, expected)) > limit:
                 return path, error
     return "", 0.0
 
