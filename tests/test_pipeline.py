@@ -38,6 +38,7 @@ from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.runtime import beside
 from spach_deploy.specs import BatchProfile, EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from spach_deploy.validation.live_reference import Weights, rebuild
+from spach_deploy.validation.tolerance import NOISE_FACTOR
 from tests import small_bundles
 from tests.commands import contents, export, refusal
 
@@ -471,3 +472,13 @@ def test_logits_that_half_cannot_hold_are_exit_1_with_the_next_step(old: Path) -
         sentence = refusal(export("--checkpoint", old.parent / "loud.pth", *SMALL, *flags), 1)
     assert "logits reaches" in sentence
     assert "Use --io-dtype fp32." in sentence
+
+
+def test_a_graph_that_no_tensorrt_builds_has_its_group_norms_in_levels_too_and_bounds_from_measured_noise() -> None:
+    manifest = small_bundles.read_manifest(small_bundles.bundle(Precision.FP32))
+    graph, validation = manifest["graph"], manifest["validation"]
+    noise = validation["tolerances"]["graph"]["derivation"]["noise"]["rel_l2"]
+    assert graph["passes"] == {"split_group_norm": 2}
+    assert graph["relative_l2_limit"] == pytest.approx(NOISE_FACTOR * noise)
+    assert validation["batches"] == [1, 3, 8, 32]
+    assert validation["batch_left_out"] == ""
