@@ -10,7 +10,7 @@ from typing import Any
 from spach_deploy.errors import UsageError
 
 MOST_BYTES = 64 << 20
-"""Of a JSON file that is read. The largest that is written here is a calibration of very many images."""
+"""Of a file that is read whole: far more than a person writes, or any record of one model has."""
 
 _ALWAYS_OPEN = ("/dev/", "/proc/")
 """Where the shell puts a pipe whose other end it has opened: `--labels <(command)`."""
@@ -19,12 +19,10 @@ _ALWAYS_OPEN = ("/dev/", "/proc/")
 def read_text(path: Path, what: str, wanted: str) -> str:
     """The text of a file that `what` names in an error, and `wanted` tells how to give.
 
-    UsageError for one that cannot be read, is not UTF-8, or is a named pipe, at which a command would wait.
+    UsageError for one that cannot be read, is large, is not UTF-8, or is a named pipe, at which a command would wait.
     """
     try:
-        if path.is_fifo() and not str(path).startswith(_ALWAYS_OPEN):
-            raise UsageError(f"{what} cannot be read (it is a pipe).", wanted)
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode("utf-8")
     except OSError as error:
         raise UsageError(f"{what} cannot be read ({error.strerror}).", wanted) from None
     except UnicodeDecodeError:
@@ -33,13 +31,18 @@ def read_text(path: Path, what: str, wanted: str) -> str:
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     """The content of a JSON file. OSError for one that cannot be read or is larger, ValueError for what is no JSON."""
-    if path.is_fifo():
+    return parse_json(read_bytes(path, most_bytes).decode("utf-8"))
+
+
+def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """All of a file. OSError for one that cannot be read, is larger, or is a named pipe."""
+    if path.is_fifo() and not str(path).startswith(_ALWAYS_OPEN):
         raise OSError(errno.EINVAL, "it is a pipe", str(path))
     with path.open("rb") as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {most_bytes >> 20} MiB", str(path))
-    return parse_json(content.decode("utf-8"))
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+    return content
 
 
 def parse_json(text: str) -> Any:

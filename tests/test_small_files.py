@@ -19,6 +19,11 @@ def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_text(tmp_path / "pipe", "Recipe x", "Give a TOML file.")
 
 
+def test_what_never_ends_is_no_text() -> None:
+    with pytest.raises(UsageError, match=r"Recipe x cannot be read \(it has more than 67,108,864 bytes\)"):
+        read_text(Path("/dev/zero"), "Recipe x", "Give a TOML file.")
+
+
 def test_the_shells_pipe_is_read() -> None:
     program = (
         "import sys; from spach_deploy.small_files import Path, read_text;"
@@ -53,7 +58,7 @@ def test_json_that_can_be_read_in_two_ways_is_none() -> None:
 
 def test_a_json_file_is_not_read_beyond_what_such_files_have(tmp_path: Path) -> None:
     (tmp_path / "large").write_text("[" + " " * 2000 + "]")
-    with pytest.raises(OSError, match="has more than 0 MiB"):
+    with pytest.raises(OSError, match="has more than 1,000 bytes"):
         read_json(tmp_path / "large", 1000)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="it is a pipe"):

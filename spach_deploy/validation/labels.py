@@ -15,11 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.errors import UsageError, printable
+from spach_deploy.small_files import read_bytes
 
 Labels = npt.NDArray[np.int64]
 
 _NAMED = 3  # images that a sentence spells out
 _FORMS = (".txt", ".csv", ".json")
+_MOST_BYTES = 1 << 30
+"""Of a list of labels: one of ten million images has 400 MB."""
+
 _WANTED = (
     "Give .txt with lines NAME CLASS, .csv with NAME,CLASS or .json with {NAME: CLASS}; or the folder of class folders "
     "or the npz that --images reads."
@@ -215,7 +219,7 @@ def _read_entries(path: Path, num_classes: int) -> dict[str, int]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path, _MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text.", _WANTED) from None
     except OSError as error:

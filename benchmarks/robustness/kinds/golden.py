@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import zipfile
 from random import Random
 from typing import Any
 
@@ -59,7 +61,36 @@ def _other(box: Box, chance: Random) -> Case:
     return Case(f"{name} of golden.npz: {what}", reading_bundle(chance, "bundle"))
 
 
+def _archive(box: Box, chance: Random) -> Case:
+    """The same arrays in a zip that NumPy does not write, or answers that would fill the memory. The hash fits."""
+    box.bring(seeds().path("fp16"), "bundle")
+    kind = chance.choice(("encrypted", "lzma", "bzip2", "a gigabyte of zeros"))
+    way = {"lzma": zipfile.ZIP_LZMA, "bzip2": zipfile.ZIP_BZIP2}.get(kind, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(box.work / "bundle/golden.npz") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    if kind == "a gigabyte of zeros":
+        members["logits.npy"] = _array_bytes(np.zeros((8, 1 << 25), np.float32))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", way) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    content = bytearray(file.getvalue())
+    if kind == "encrypted":
+        for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            content[content.index(mark) + place] |= 1
+    box.put("bundle/golden.npz", bytes(content))
+    manifest_with(box.work / "bundle", golden_npz=hashlib.sha256(content).hexdigest())
+    return Case(f"golden.npz: {kind}", reading_bundle(chance, "bundle"), must_refuse=False)
+
+
+def _array_bytes(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 KINDS = (
     Kind("golden pack", 30, _damaged),
     Kind("golden pack, odd", 30, _other),
+    Kind("golden pack, archive", 8, _archive),
 )

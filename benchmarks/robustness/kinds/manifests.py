@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 from benchmarks.robustness.box import Box
@@ -43,6 +44,16 @@ def _named(box: Box, chance: Random) -> Case:
         content["engine"][place] = [text] if place == "gpus" else text
     write_manifest(box.work / "bundle", content)
     return Case(f"{place} named {text[:40]!r}", reading_bundle(chance, "bundle"))
+
+
+def _twice(box: Box, chance: Random) -> Case:
+    """An object with one name twice: which of both values is read is the reader's affair."""
+    box.bring(seeds().path("fp16"), "bundle")
+    text = (box.work / "bundle/manifest.json").read_text()
+    names = re.findall(r'"(\w+)": ', text)
+    name = chance.choice(sorted(set(names)))
+    box.put("bundle/manifest.json", text.replace(f'"{name}": ', f'"{name}": null, "{name}": ', 1))
+    return Case(f"manifest with {name} twice", reading_bundle(chance, "bundle"), must_refuse=True)
 
 
 def _report(box: Box, chance: Random) -> Case:
@@ -92,6 +103,7 @@ def _target(box: Box, chance: Random) -> Case:
 KINDS = (
     Kind("manifest", 80, _damaged),
     Kind("manifest, names", 40, _named),
+    Kind("manifest, twice", 10, _twice),
     Kind("report", 10, _report),
     Kind("target", 20, _target),
 )

@@ -159,7 +159,7 @@ def _reading_archive(box: Box, chance: Random, path: str) -> tuple[str, ...]:
 def _bomb(box: Box, chance: Random) -> Case:
     """Small files that say, or become, very large ones."""
     zeros, file = bytes(1 << 28), io.BytesIO()
-    kind = chance.choice(("png", "npz", "pth", "tar.gz", "json", "tensor", "gif"))
+    kind = chance.choice(("png", "npz", "labels", "pth", "tar.gz", "tar names", "json", "tensor", "gif"))
     if kind == "png":
         name = box.put("input/photos/a.png", _png_header(chance.choice((60000, 2**31 - 1))))
         return Case("a PNG of many pixels", (*EXPORT, "--images", "input/photos"), True)
@@ -176,6 +176,15 @@ def _bomb(box: Box, chance: Random) -> Case:
             for _ in range(3):
                 member.write(zeros)
         return Case("an npz of one huge image", (*EXPORT, "--images", box.put("input/a.npz", file.getvalue())), True)
+    if kind == "labels":
+        np.savez_compressed(file, images=np.zeros((1, 8, 8, 3), np.uint8), labels=np.zeros(1 << 28, np.uint8))
+        return Case("an npz of many labels", (*EXPORT, "--images", box.put("input/a.npz", file.getvalue())), True)
+    if kind == "tar names":
+        with tarfile.open(fileobj=file, mode="w:gz") as tar:
+            member_info = tarfile.TarInfo("x")
+            member_info.type, member_info.size = tarfile.XHDTYPE, len(zeros)
+            tar.addfile(member_info, io.BytesIO(zeros))
+        return Case("a tar of one long name", (*EXPORT, "--images", box.put("input/a.tar.gz", file.getvalue())), True)
     if kind == "tar.gz":
         with tarfile.open(fileobj=file, mode="w:gz") as tar:
             member_info = tarfile.TarInfo("a.png")

@@ -25,6 +25,7 @@ from spach_deploy.deployment.triton.check.own_steps import check_own_steps
 from spach_deploy.deployment.triton.check.warmups import check_warm_up
 from spach_deploy.deployment.triton.schema import ConfigSyntaxError, field_names, parse
 from spach_deploy.errors import UsageError
+from spach_deploy.small_files import read_bytes
 
 __all__ = ["RULES", "Checked", "Finding", "Severity", "check_repository"]
 
@@ -80,7 +81,9 @@ def _read(folder: Path) -> object:
     if not (folder / CONFIG).is_file():
         return Finding(where, "", "no such file", "the model's configuration", "Write it, or move the folder away.")
     try:
-        return parse((folder / CONFIG).read_text(encoding="utf-8"))
+        return parse(read_bytes(folder / CONFIG).decode("utf-8"))
+    except OSError as error:
+        return Finding(where, "", f"a file that cannot be read ({error.strerror})", "text", "Write it again.")
     except UnicodeDecodeError:
         return Finding(where, "", "bytes that are not UTF-8", "text", "Write it again.")
     except ConfigSyntaxError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from spach_deploy.deployment.triton.check.findings import Finding
 from spach_deploy.deployment.triton.check.model_folder import ModelFolder, Repository
+from spach_deploy.small_files import read_bytes
 from spach_deploy.validation.reference import LOGITS
 
 _FIX = "Write one name a line, in the order of the classes."
@@ -31,7 +32,10 @@ def label_file(model: ModelFolder, where: str, name: str, classes: int | None) -
         yield model.finding(where, f"no file {name}", "a text file beside config.pbtxt", _FIX, file=name)
         return
     try:
-        labels = file.read_text(encoding="utf-8").splitlines()
+        labels = read_bytes(file).decode("utf-8").splitlines()
+    except OSError as error:
+        yield model.finding("", f"a file that cannot be read ({error.strerror})", "text", _FIX, file=name)
+        return
     except UnicodeDecodeError:
         yield model.finding("", "bytes that are not UTF-8", "text", _FIX, file=name)
         return
