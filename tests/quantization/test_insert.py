@@ -15,6 +15,7 @@ from spach_deploy.engine.network_facts import check_achieved_precision
 from spach_deploy.errors import PrecisionError
 from spach_deploy.onnx_graph.certificate import certify
 from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
+from spach_deploy.onnx_graph.opset import opset_of
 from spach_deploy.precision.formats import decode
 from spach_deploy.precision.rounding import rounded_twin
 from spach_deploy.quantization.audit import audit
@@ -234,6 +235,12 @@ def test_an_attention_that_is_none_any_more_is_refused() -> None:
     model.graph.node.insert(index + 1, between)
     with pytest.raises(PrecisionError, match=f"{ATTENTION} is no attention any more"):
         insert_pairs(model, made)
+
+
+@pytest.mark.parametrize(("form", "opset"), [(INT8, 20), (FP8, 21)], ids=["int8", "fp8"])
+def test_fp8_has_the_opset_in_which_older_runtimes_read_it(form: EightBits, opset: int) -> None:
+    model = quantized("conv", form, (), Precision.FP16)
+    assert opset_of(model) == opset
 
 
 # The compiler
