@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from spach_deploy.errors import printable
@@ -103,9 +103,9 @@ def _evidence(item: Evidence, width: int, *, in_full: bool) -> Iterator[Renderab
         yield from (Text(_line(output, item.bounds.outputs[output.name])) for output in item.comparison.outputs)
         return
     for output in item.comparison.outputs:
-        yield _output_table(output, item.bounds.outputs.get(output.name))
+        yield _output_table(output, item.bounds.outputs.get(output.name), width)
     for index in item.comparison.indices:
-        yield _index_table(index)
+        yield _table(f"{index.name} {index.dtype} {_shape(index.shape)}", _index_rows(index), width)
     others = " Other outputs: what follows from the logits' largest error." if len(item.bounds.outputs) > 1 else ""
     yield Text(_wrapped(f"Allowed: {item.bounds.sentence}.{others}", width, 9))
 
@@ -115,23 +115,30 @@ def _line(output: OutputComparison, allowed: Tolerance) -> str:
     return f" {output.name:<14} relative L2 {output.rel_l2_worst:.2e} of {allowed.rel_l2:.2e} allowed{flips}"
 
 
-def _output_table(output: OutputComparison, tolerance: Tolerance | None) -> Table:
-    shape = " x ".join(str(size) for size in output.shape)
-    table = _table(f"{output.name} {output.dtype} {shape}")
-    for row in _output_rows(output, tolerance):
-        table.add_row(*row)
-    return table
+def _output_table(output: OutputComparison, tolerance: Tolerance | None, width: int) -> Table:
+    return _table(f"{output.name} {output.dtype} {_shape(output.shape)}", _output_rows(output, tolerance), width)
 
 
-def _table(title: str) -> Table:
+def _shape(extents: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in extents)
+
+
+def _table(title: str, rows: Iterable[Row], width: int) -> Table:
+    """Where there is no room for the last column, its text stands below the row."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    is_narrow = width < WIDTH
     table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
-    table.add_column(title, no_wrap=True, width=30)
+    table.add_column(title, no_wrap=not is_narrow, overflow="fold", width=None if is_narrow else 30)
     table.add_column("measured", justify="right", no_wrap=True, width=11)
     table.add_column("allowed", justify="right", no_wrap=True, width=11)
-    table.add_column("where", overflow="ellipsis", no_wrap=True, width=18)
+    if not is_narrow:
+        table.add_column("where", overflow="ellipsis", no_wrap=True, width=18 + width - WIDTH)
+    for *cells, where in rows:
+        table.add_row(*cells, *([] if is_narrow else [printable(where)]))
+        if is_narrow and where:
+            table.add_row(f"  {printable(where)}")
     return table
 
 
@@ -164,16 +171,14 @@ def _score_rows(scores: ScoreComparison, allowed: Tolerance, images: int) -> Ite
         yield f"  and {len(scores.flips) - _FLIPS_SHOWN} more", "", "", ""
 
 
-def _index_table(index: IndexComparison) -> Table:
-    table = _table(f"{index.name} {index.dtype} {' x '.join(str(size) for size in index.shape)}")
-    table.add_row("equal", f"{index.agreement:.2%}", "ties only", f"ranks {index.ranks}" if index.ranks else "")
+def _index_rows(index: IndexComparison) -> Iterator[Row]:
+    yield "equal", f"{index.agreement:.2%}", "ties only", f"ranks {index.ranks}" if index.ranks else ""
     for difference in index.differences[:_FLIPS_SHOWN]:
-        gap = "no tie" if difference.gap is None else f"gap {difference.gap:.2e}"
+        gap = "no tie" if difference.gap is None else f"gap {difference.gap:.1e}"
         name = difference.name or f"image {difference.image}"
-        table.add_row(f"  rank {difference.rank}: {difference.candidate} for {difference.reference}", gap, "", name)
+        yield f"  rank {difference.rank}: {difference.candidate} for {difference.reference}", gap, "", name
     if len(index.differences) > _FLIPS_SHOWN:
-        table.add_row(f"  and {len(index.differences) - _FLIPS_SHOWN} more", "", "", "")
-    return table
+        yield f"  and {len(index.differences) - _FLIPS_SHOWN} more", "", "", ""
 
 
 def _accuracy(accuracy: Accuracy, width: int) -> Iterator[RenderableType]:
@@ -183,7 +188,7 @@ def _accuracy(accuracy: Accuracy, width: int) -> Iterator[RenderableType]:
     measured = accuracy.measured
     yield ""
     yield Text(_wrapped(f"Accuracy of: {accuracy.ran}, with labels from {accuracy.labels}", width, 2), style="bold")
-    table = _accuracy_table(measured.images)
+    table = _accuracy_table(measured.images, is_narrow=width < WIDTH)
     for name, reference, candidate, drop, interval in _accuracy_rows(measured):
         limits = f"{interval[0]:.2f} to {interval[1]:.2f}"
         table.add_row(name, f"{reference:.2%}", f"{candidate:.2%}", f"{drop:.2f}", limits)
@@ -201,16 +206,14 @@ def _accuracy_rows(measured: PairedAccuracy) -> Iterator[tuple[str, float, float
         yield "top-5", reference, candidate, drop, interval
 
 
-def _accuracy_table(images: int) -> Table:
+def _accuracy_table(images: int, *, is_narrow: bool) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
-    table.add_column(f"{images:,} labelled images", no_wrap=True, width=24)
-    for name in ("PyTorch", "candidate"):
-        table.add_column(name, justify="right", no_wrap=True, width=9)
-    table.add_column("drop", justify="right", no_wrap=True, width=7)
-    table.add_column("95 % interval", justify="right", no_wrap=True, width=18)
+    table.add_column(f"{images:,} labelled images", no_wrap=not is_narrow, width=None if is_narrow else 24)
+    for name, usual in (("PyTorch", 9), ("candidate", 9), ("drop", 7), ("95 % interval", 18)):
+        table.add_column(name, justify="right", no_wrap=True, width=None if is_narrow else usual)
     return table
 
 

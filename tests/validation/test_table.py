@@ -61,6 +61,15 @@ def test_it_fits_eighty_columns(logits: np.ndarray) -> None:
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("width", [60, 72, 100])
+def test_a_narrow_terminal_loses_nothing_and_a_wide_one_is_used(width: int) -> None:
+    found = dataclasses.replace(validation(evidence(FLIPPED), evidence(WRONG)), accuracy=accuracy(FLIPPED))
+    usual, other = as_text(found), as_text(found, width=width)
+    assert 50 < max(map(len, other.splitlines())) <= width
+    assert sorted(re.findall(r"\d\S*", other)) == sorted(re.findall(r"\d\S*", usual))
+    assert "…" not in other
+
+
 def test_a_flip_within_its_margin_is_shown_and_passes() -> None:
     found = validation(evidence(FLIPPED))
     text = as_text(found)
