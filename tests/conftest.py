@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +15,7 @@ from tests.not_run import (
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+from tests.shared import VARIABLE
 
 __all__ = [
     "pytest_deselected",
@@ -25,6 +29,20 @@ __all__ = [
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is taken from or left in the cache of whoever runs the tests; tests of it name a place of their own.
 os.environ["SPACH_CACHE"] = "none"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The first process makes the folder that all share; a worker loads what each of its many exports would load."""
+    if hasattr(config, "workerinput"):
+        from spach_deploy.onnx_graph.tracing import LOADED_LATER
+
+        for name in LOADED_LATER:
+            importlib.import_module(name)
+    else:
+        os.environ[VARIABLE] = tempfile.mkdtemp(prefix="spach-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ[VARIABLE], ignore_errors=True))
+        # xdist would begin with the files that have the most tests; those that take longest have few.
+        config.option.loadscopereorder = False
 
 
 @pytest.fixture

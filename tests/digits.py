@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import logging
@@ -44,6 +43,7 @@ from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.threads import torch_threads
 from spach_deploy.specs import Precision, Preprocessing
+from tests.shared import alone
 
 IMAGE_SIZE, CLASSES, FOLDS = 16, 10, 5
 PREPROCESSING = Preprocessing(image_size=IMAGE_SIZE, resize_size=IMAGE_SIZE)
@@ -120,7 +120,7 @@ def calibration_images(k: int, count: int = CALIBRATION_IMAGES) -> Images:
 def train(mixing: str, k: int, recipe: Recipe = RECIPE) -> Spach:
     """The model of `mixing` trained on fold `k`, in evaluation mode; from the cache where it is there."""
     path = cache_folder(recipe) / f"{mixing}-{k}.pt"
-    with _alone(path), torch_threads(1), torch.random.fork_rng(devices=[]):
+    with alone(path), torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = Spach(CONFIGS[mixing], IMAGE_SIZE, CLASSES)
         if path.exists():
@@ -132,18 +132,12 @@ def train(mixing: str, k: int, recipe: Recipe = RECIPE) -> Spach:
     return model.eval()
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, so that of several that want the same model one trains and the others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file closes, also by a killed process
-        yield
-
-
 def cache_folder(recipe: Recipe = RECIPE) -> Path:
-    """Where weights are kept: below SPACH_DIGITS_CACHE or the temporary folder, by recipe, shapes and torch version."""
-    root = Path(os.environ.get("SPACH_DIGITS_CACHE") or Path(tempfile.gettempdir()) / "spach-digits")
+    """Where weights are kept: below SPACH_DIGITS_CACHE or a temporary folder of this user's, by recipe, shapes and
+    torch version.
+    """
+    own = Path(tempfile.gettempdir()) / f"spach-digits-{os.getuid()}"
+    root = Path(os.environ.get("SPACH_DIGITS_CACHE") or own)
     key = hashlib.sha256(repr((recipe, CONFIGS, torch.__version__)).encode()).hexdigest()[:16]
     return root / key
 

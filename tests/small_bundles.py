@@ -7,11 +7,9 @@ is a header with nothing behind it: enough for all that happens on a machine tha
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,11 @@ from spach_deploy.models import configs
 from spach_deploy.pipeline import export
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision
 from tests import static_models
+from tests.shared import once
 
 NAME = "small_hybrid"
 SIZE = static_models.IMAGE_SIZE
 CLASSES = static_models.CLASSES
-
-_FOLDER = tempfile.TemporaryDirectory(prefix="spach-small-bundles-")
 
 
 @contextlib.contextmanager
@@ -43,18 +40,15 @@ def registered() -> Iterator[None]:
 
 def bundle(precision: Precision = Precision.FP16) -> Path:
     """A bundle with a plan, which tests share and do not change. FP16 comes with every output there is."""
-    return _bundle(precision)
 
+    def make(target: Path) -> None:
+        outputs = OutputSpec(top_k=3, softmax=True) if precision is Precision.FP16 else OutputSpec()
+        model = ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)
+        with registered():
+            export(ExportOptions(model, precision, outputs, EngineTarget(Flavour.NONE), output=target))
+        give_plan(target)
 
-@functools.cache  # behind a function of one spelling: `bundle()` and `bundle(Precision.FP16)` are the same bundle
-def _bundle(precision: Precision) -> Path:
-    outputs = OutputSpec(top_k=3, softmax=True) if precision is Precision.FP16 else OutputSpec()
-    target = Path(_FOLDER.name) / precision.value
-    model = ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)
-    with registered():
-        export(ExportOptions(model, precision, outputs, EngineTarget(Flavour.NONE), output=target))
-    give_plan(target)
-    return target
+    return once(f"small-bundles/{precision.value}", make)
 
 
 def copy(original: Path, to: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.onnx_graph.export import export_canonical
 from spach_deploy.rewrites import rewrite
+from tests.shared import once
 
 IMAGE_SIZE = 32
 CLASSES = 11
@@ -39,7 +41,11 @@ def small_model(kind: str) -> Spach:
 @functools.cache
 def canonical_bytes(kind: str) -> bytes:
     """The canonical FP32 graph of `small_model(kind)`, serialized."""
-    return bytes(export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE).SerializeToString())
+
+    def make(target: Path) -> None:
+        target.write_bytes(export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE).SerializeToString())
+
+    return once(f"canonical/{kind}.onnx", make).read_bytes()
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.float32]:

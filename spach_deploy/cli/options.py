@@ -13,7 +13,7 @@ from spach_deploy.specs import WeightSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)  # whoever reads it says why it cannot be read
 METHODS = ("max", "percentile", "entropy", "mse")
 RESTS = ("fp16", "bf16", "fp32")
 

@@ -22,7 +22,7 @@ from spach_deploy.runtime.beside import Beside
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_LOADED_LATER = (
+LOADED_LATER = (
     *("torch.onnx._internal.exporter._core", "torch.export._trace", "torch._functorch.aot_autograd"),
     *("onnxscript.function_libs.torch_lib.ops", "onnxsim"),
 )
@@ -68,7 +68,7 @@ class Tracing:
     def _trace_what_comes(self) -> Traced:
         """In the copy."""
         self._asking.close()
-        for name in _LOADED_LATER:
+        for name in LOADED_LATER:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         size = self._asked.recv()

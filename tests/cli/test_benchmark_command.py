@@ -54,8 +54,9 @@ def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], cod
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = small_bundles.bundle()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused = refusal(benchmark(small_bundles.bundle(), "--plot", "speed.svg"), 3)
+    refused = refusal(benchmark(bundle, "--plot", "speed.svg"), 3)
     assert "pip install 'spach-deploy[report]'" in refused
 
 

@@ -120,7 +120,10 @@ def test_pixels_go_in_where_the_model_takes_them(tmp_path: Path) -> None:
         (["--check", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(bundle: Path, arguments: list[str], sentence: str) -> None:
+def test_what_cannot_be_is_refused_in_one_sentence(
+    bundle: Path, arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle.parent)
     given = [str(bundle) if argument == "BUNDLE" else argument for argument in arguments]
     assert sentence in refusal(package("triton", *given))
     assert not Path("x").exists()

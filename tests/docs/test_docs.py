@@ -47,7 +47,10 @@ NOT_HERE = {
     "docker": "docker",
     "kubectl": "a cluster",
 }
-SLOW = ("spach-export --model ms_hybrid_s --auto", "--max-rel-l2", "--max-drop", "polygraphy run")
+SLOW = (
+    *("spach-export --model ms_hybrid_s --auto", "--max-rel-l2", "--max-drop", "polygraphy run"),
+    *("--target cpu", "spach-benchmark"),  # these measure
+)
 
 
 GIVEN = ("photos", "val", "run7", "imagenet.txt")
@@ -203,13 +206,9 @@ def test_a_page_works_as_it_is_written(page: Path, here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_takes_long_on_the_page_of_eight_bits(here: Path) -> None:
-    follow(ROOT / "docs" / "int8.md", slow=True)
-
-
-@pytest.mark.slow
-def test_polygraphy_on_the_page_of_c_plus_plus(here: Path) -> None:
-    follow(ROOT / "docs" / "cpp.md", slow=True)
+@pytest.mark.parametrize("page", ["int8", "cpu", "cpp"])
+def test_what_takes_long_on_a_page(page: str, here: Path) -> None:
+    follow(ROOT / "docs" / f"{page}.md", slow=True)
 
 
 def test_into_production_of_the_readme_works_as_it_is_written(here: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.specs import Precision, Preprocessing
 from tests import static_models
 from tests.quantization.small_quantized import pictures
+from tests.shared import once
 
 Float32 = NDArray[np.float32]
 
@@ -60,7 +62,11 @@ def canonical(kind: str, quantize: tuple[str, ...] = ()) -> ModelProto:
 
 @functools.cache
 def _bytes(kind: str, depthwise: bool) -> bytes:
-    return bytes(export_canonical(_rewritten(kind, depthwise).model, static_models.IMAGE_SIZE).SerializeToString())
+    def make(target: Path) -> None:
+        graph = export_canonical(_rewritten(kind, depthwise).model, static_models.IMAGE_SIZE)
+        target.write_bytes(graph.SerializeToString())
+
+    return once(f"canonical-for-eight-bits/{kind}-{depthwise}.onnx", make).read_bytes()
 
 
 @functools.cache

@@ -6,8 +6,6 @@ one attention beside what the rules choose, so that faults can be planted there 
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +16,12 @@ from spach_deploy.data.probes import probe_source
 from spach_deploy.pipeline import export
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
 from tests import small_bundles
+from tests.shared import once
 
 ATTENTION = "layer3.3.spatial_func"
 """The attention that the INT8 bundle quantizes."""
 
 CROP = 160
-_FOLDER = tempfile.TemporaryDirectory(prefix="spach-small-quantized-")
 
 
 def _crops(corner: int) -> Iterator[NDArray[np.uint8]]:
@@ -42,12 +40,9 @@ def pictures(count: int, first: int = 0) -> NDArray[np.uint8]:
     return np.stack([crop for corner in rounds for crop in _crops(corner)])[:count]
 
 
-@functools.cache
 def calibration_images(count: int = 16, first: int = 1) -> Path:
     """An npz of pictures to calibrate on."""
-    path = Path(_FOLDER.name) / f"images-{count}-{first}.npz"
-    np.savez(path, images=pictures(count, first))
-    return path
+    return once(f"images-{count}-{first}.npz", lambda path: np.savez(path, images=pictures(count, first)))
 
 
 def options(precision: Precision, target: Path, spec: QuantizationSpec | None = None) -> ExportOptions:
@@ -57,12 +52,13 @@ def options(precision: Precision, target: Path, spec: QuantizationSpec | None = 
     return ExportOptions(model, precision, engine=EngineTarget(Flavour.NONE), output=target, quantization=spec)
 
 
-@functools.cache
 def bundle(precision: Precision) -> Path:
     """A bundle that tests share and do not change."""
-    target = Path(_FOLDER.name) / precision.value
-    chosen = (ATTENTION,) if precision is Precision.INT8 else ()
-    spec = QuantizationSpec(calibration=calibration_images(), quantize=chosen)
-    with small_bundles.registered():
-        export(options(precision, target, spec))
-    return target
+
+    def make(target: Path) -> None:
+        chosen = (ATTENTION,) if precision is Precision.INT8 else ()
+        spec = QuantizationSpec(calibration=calibration_images(), quantize=chosen)
+        with small_bundles.registered():
+            export(options(precision, target, spec))
+
+    return once(f"small-quantized/{precision.value}", make)

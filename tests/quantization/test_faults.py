@@ -163,9 +163,9 @@ def no_attention_pair(name: str) -> Plant:
     return no_pair(f"{ATTENTION}/{name}")
 
 
-def shifted(steps: float, modules: Iterable[str] = (FC1,)) -> Plant:
+def shifted(steps: float, modules: Callable[[], Iterable[str]] = lambda: (FC1,)) -> Plant:
     def plant(model: ModelProto) -> None:
-        for module in modules:
+        for module in modules():
             faults.shift_weights(model, module, steps)
 
     return plant
@@ -280,7 +280,7 @@ SEEN_IN_NUMBERS: dict[str, tuple[Plant, Change | None]] = {
     "a scale half as large, and what was seen": one_scale(0.5, FIRST),
     "every scale half as large, and what was seen": all_scales(0.5),
     "a scale zero, and what was seen": one_scale(0),
-    "every weight moved by a step": (shifted(1, weighted()), None),
+    "every weight moved by a step": (shifted(1, weighted), None),
 }
 
 

@@ -91,8 +91,9 @@ def test_a_wrong_rewrite_is_the_static_models_stage(monkeypatch: pytest.MonkeyPa
         part.fc1 = type(part.fc1)(part.fc1.in_features, part.fc1.out_features)
         return result
 
+    bundle = small_bundles.bundle()
     monkeypatch.setattr(stages, "rewrite", wrong)
-    code, found = bisect(small_bundles.bundle())
+    code, found = bisect(bundle)
     assert code == 1
     assert found["first_stage"] == "static model"
     suspects = found["suspects"]
@@ -126,8 +127,9 @@ def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: p
         faults.perturb(model, f"{FC1}.weight")
         return model
 
+    bundle = small_bundles.bundle()
     monkeypatch.setattr(stages, "export_canonical", wrong)
-    code, found = bisect(small_bundles.bundle())
+    code, found = bisect(bundle)
     assert code == 1
     assert found["first_stage"] == "FP32 graph"
     assert [suspect["module"] for suspect in found["suspects"]] == [FC1]  # type: ignore[attr-defined]

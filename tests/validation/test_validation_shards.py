@@ -195,8 +195,9 @@ def test_a_graph_that_fails_at_some_batch(cluster: FakeCluster, classed: Path, m
             raise RuntimeError(f"no memory for {float(feeds['input'].sum()):.3f}")
         return run(self, feeds)
 
+    graph = small_bundles.bundle(Precision.FP16) / GRAPH
     monkeypatch.setattr(OnnxRuntimeRunner, "run", failing)
-    report = same_report(small_bundles.bundle(Precision.FP16) / GRAPH, "--images", classed, "--json", code=1)
+    report = same_report(graph, "--images", classed, "--json", code=1)
     assert "It failed while it ran: no memory for" in report["findings"][0]
 
 
@@ -276,12 +277,14 @@ def test_one_target_and_files_alone_are_spread(classed: Path) -> None:
 
 
 def test_a_plan_that_runs_here_is_not_left_out_in_silence(classed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = small_bundles.bundle(Precision.FP16)
     monkeypatch.setattr("spach_deploy.validation.target.runs_here", lambda plan, flavour: True)
-    result = validate(small_bundles.bundle(Precision.FP16), "--images", classed, "--ray")
+    result = validate(bundle, "--images", classed, "--ray")
     assert "this machine can run the plan itself" in refusal(result)
 
 
 def test_without_ray_the_way_to_install_it_is_named(classed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = small_bundles.bundle(Precision.FP16) / GRAPH
     monkeypatch.setitem(sys.modules, "ray", None)
-    result = validate(small_bundles.bundle(Precision.FP16) / GRAPH, "--images", classed, "--ray")
+    result = validate(graph, "--images", classed, "--ray")
     assert "--ray needs ray, which is not installed here. Install it: pip install" in refusal(result, 3)

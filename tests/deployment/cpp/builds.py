@@ -8,28 +8,31 @@ real_rtx   plain's objects, linked with the real libtensorrt_rtx
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
-import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from spach_deploy.deployment.cpp.folder import LIBRARY
+from tests.shared import alone
 
 HERE = Path(__file__).parent
 _PLAIN = "-O1"
 # At -O1 the sanitized sources take three times as long to compile.
 _ASAN = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 _TSAN = "-O1 -fsanitize=thread"
+# All sources of a target as one: the standard library's headers take most of the time. GCC then takes sources for
+# headers, and warns of unnamed namespaces in them.
+UNITY = ("-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0")
+_AS_ONE = "-Wno-subobject-linkage"
 
 
 class Variant(enum.Enum):
@@ -100,7 +103,7 @@ def build(variant: Variant, package: Path) -> Build:
     """The build of `variant`, from the folder that spach-package wrote; made now unless it was made before."""
     _check_tools()
     folder = Path(tempfile.gettempdir()) / f"spach-cpp-{os.getuid()}" / f"{variant.value}-{_key()}"
-    with _locked(folder):
+    with alone(folder):
         if not (folder / "finished").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -135,8 +138,8 @@ def _build_with_tsan(folder: Path, package: Path) -> None:
 
 
 def _build_as_part(folder: Path, package: Path, flags: str, *options: str) -> None:
-    common = (f"-DPACKAGE={package}", f"-DCMAKE_C_FLAGS={flags}", "-DSPACH_TOOLS=ON", "-DSPACH_WERROR=ON")
-    _cmake(HERE / "projects" / "sanitized", folder, *common, *options, flags=flags)
+    common = (f"-DPACKAGE={package}", f"-DCMAKE_C_FLAGS={flags}", "-DSPACH_TOOLS=ON", "-DSPACH_WERROR=ON", *UNITY)
+    _cmake(HERE / "projects" / "sanitized", folder, *common, *options, flags=f"{flags} {_AS_ONE}")
 
 
 def _link_with_real_rtx(folder: Path, package: Path) -> None:
@@ -189,12 +192,3 @@ def _key() -> str:
     )
     digest.update(version.encode())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time builds a variant; the others wait and use it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -28,7 +28,7 @@ from spach_deploy.deployment.cpp.folder import write_folder
 from spach_deploy.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
 from tests import small_bundles
 from tests.deployment.cpp import models, plans
-from tests.deployment.cpp.builds import Build
+from tests.deployment.cpp.builds import UNITY, Build
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import CLASSES, RESIZE, SIZE, Tiny
 from tests.docs.pages import section_commands
@@ -598,7 +598,7 @@ def test_the_worked_example_of_the_readme_builds_and_passes_its_self_test(
             assert CliRunner().invoke(package_command, words[1:]).exit_code == 0
             continue
         environment = {**os.environ, **plain.variables, "CMAKE_GENERATOR": "Ninja", "CMAKE_BUILD_TYPE": "Debug"}
-        found = [f"-DCUDAToolkit_ROOT={nvidia / 'cuda'}"] if "-S" in words else []
+        found = [f"-DCUDAToolkit_ROOT={nvidia / 'cuda'}", *UNITY] if "-S" in words else []
         done = subprocess.run([*words, *found], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stdout[-1500:], done.stderr[-1500:])
     assert done.stdout.endswith("\nPASSED\n")
