@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import os
 import re
 import stat
@@ -165,7 +164,7 @@ def _zip_reader(path: Path) -> Callable[[], Any]:
             _check_members(path, members)
             for member in members:
                 if _is_pickle(member):
-                    check_pickle(path, io.BytesIO(_bytes_of(path, archive, member)), 1)
+                    check_pickle(path, _bytes_of(path, archive, member), 1)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged directory can raise much more than BadZipFile
@@ -249,7 +248,7 @@ def _broken(path: Path, archive: zipfile.ZipFile) -> str | None:
 def _pickle_reader(path: Path) -> Callable[[], Any]:
     """Of torch.save's file before 1.6: pickles in a row, then the tensors' bytes."""
     with path.open("rb") as file:
-        check_pickle(path, io.BytesIO(file.read(PICKLE_BYTES)), _LEGACY_PICKLES)
+        check_pickle(path, file.read(PICKLE_BYTES + 1), _LEGACY_PICKLES)
     return functools.partial(_load_stream, path)
 
 

@@ -8,10 +8,11 @@ years to hash. `check_pickle` follows the instructions with sizes in place of va
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickletools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from spach_deploy.errors import CheckpointError
 
@@ -36,10 +37,16 @@ class _Value:
     text: str = ""
 
 
-def check_pickle(path: Path, stream: BinaryIO, count: int) -> None:
-    """CheckpointError where one of the first `count` pickles in `stream` asks for too much, or is damaged."""
+def check_pickle(path: Path, content: bytes, count: int) -> None:
+    """CheckpointError where one of the first `count` pickles in `content` asks for too much, or is damaged.
+
+    Fewer of them are no error here, but more than `PICKLE_BYTES` are.
+    """
+    stream = io.BytesIO(content[:PICKLE_BYTES])
     try:
         for _ in range(count):
+            if stream.tell() == len(content):
+                return  # torch.load says what is missing
             _Reader().follow(pickletools.genops(stream))
     except _TooLargeError as error:
         reason = f"{error}, and only tensors and plain data are read"
