@@ -10,9 +10,12 @@ import hashlib
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from spach_deploy.errors import UnavailableError
 
 Identity = tuple[object, ...]
 
@@ -76,6 +79,29 @@ class Place:
     def write_text(self, text: str, *, mode: int = 0o666) -> Place:
         """`write` for a text."""
         return self.write(lambda file: file.write(text.encode("utf-8")), mode=mode)
+
+
+@contextlib.contextmanager
+def naming_tmpdir() -> Iterator[None]:
+    """UnavailableError that names TMPDIR where the disk is full in the block, which writes to temporary files alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"TMPDIR, the folder for temporary files, is full: {tempfile.gettempdir()}."
+        raise UnavailableError(message, "Free some space there, or set TMPDIR to a folder on another disk.") from error
+
+
+def try_to_write(path: Path) -> None:
+    """OSError where no file could be put at `path`: it is a directory, or none can be made beside it.
+
+    Permissions do not tell: root may write everywhere, except where the file system says no.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        file.write(b"tried")
 
 
 def is_own(path: Path) -> bool:

@@ -274,7 +274,7 @@ def quantize(
     stage, choice = calibrated(graph, reference, options, phases), None
     if options.quantization.is_bounded:
         with phases.phase("choose the layers"):
-            stage, choice = choose_layers(stage, static, held_out_images(reference, options), options, phases)
+            stage, choice = choose_layers(stage, static, held_out_images(reference, options, phases), options, phases)
     return EightBits(stage, choice, dataclasses.replace(stage.plan, vnni=options.quantization.vnni))
 
 
@@ -354,9 +354,9 @@ def calibrated(
     return quantized
 
 
-def held_out_images(reference: Reference, options: ExportOptions) -> HeldOut:
+def held_out_images(reference: Reference, options: ExportOptions, phases: Phases) -> HeldOut:
     """Images to judge layers on: labelled ones for --max-drop, else those that the export is judged on."""
     photographs = reference.photographs
     if options.quantization.max_drop is not None:
-        return labelled_images(reference.loaded, photographs.preprocessing, options)
+        return labelled_images(reference.loaded, photographs.preprocessing, options, phases.note)
     return HeldOut(photographs.images, reference.logits)

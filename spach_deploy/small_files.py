@@ -22,7 +22,7 @@ def read_text(path: Path, what: str, wanted: str) -> str:
     UsageError for one that cannot be read, is large, is not UTF-8, or is a named pipe, at which a command would wait.
     """
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{what} cannot be read ({error.strerror}).", wanted) from None
     except UnicodeDecodeError:
@@ -31,7 +31,7 @@ def read_text(path: Path, what: str, wanted: str) -> str:
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     """The content of a JSON file. OSError for one that cannot be read or is larger, ValueError for what is no JSON."""
-    return parse_json(read_bytes(path, most_bytes).decode("utf-8"))
+    return parse_json(read_bytes(path, most_bytes).decode("utf-8-sig"))
 
 
 def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:

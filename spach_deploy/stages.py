@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto
 from spach_deploy.bundle import default_directory
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.probes import probe_source
-from spach_deploy.data.readers import ImageSource, batches, open_images
+from spach_deploy.data.readers import ImageSource, Skipped, batches, open_images
 from spach_deploy.errors import ImageError, MismatchError, MissingPackageError, SpachError, UsageError
 from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.onnx_graph.certificate import Certificate, certify
@@ -72,6 +72,7 @@ class Photographs:
     pixels: NDArray[np.uint8]
     images: NDArray[np.float32]
     built_in: bool
+    skipped: tuple[Skipped, ...] = ()
 
     def engine_input(self, io_dtype: IODtype) -> NDArray[np.generic]:
         """The images as the engine's caller sends them."""
@@ -148,13 +149,18 @@ def read_photographs(options: ExportOptions, image_size: int, phases: Phases) ->
     parts = list(batches(chosen, preprocessing, GOLDEN_IMAGES))
     if not parts:
         raise ImageError(f"No image could be read from {source.description}.", "Give other --images.")
-    for skipped in chosen.skipped:
-        phases.note(f"Skipped {skipped.name}: {skipped.reason}.")
+    note_skipped(chosen.skipped, phases)
     pixels = np.concatenate([part.pixels for part in parts])
     names = tuple(name for part in parts for name in part.names)
     if len(pixels) < GOLDEN_IMAGES:
         phases.note(f"Only {len(pixels)} images to judge on; {GOLDEN_IMAGES} or more tell more.")
-    return Photographs(source, preprocessing, names, pixels, normalize(pixels, preprocessing), built_in)
+    return Photographs(source, preprocessing, names, pixels, normalize(pixels, preprocessing), built_in, chosen.skipped)
+
+
+def note_skipped(skipped: Iterable[Skipped], phases: Phases) -> None:
+    """Name each picture that was left out, and why."""
+    for picture in skipped:
+        phases.note(f"Skipped {picture}")
 
 
 def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
@@ -347,11 +353,11 @@ def _measure_users_images(meter: RangeMeter, photographs: Photographs, io_dtype:
     """Look at more of the user's images, streamed; what was looked at, in words."""
     chosen = photographs.source.limit(RANGE_IMAGES)
     seen = 0
+    named = frozenset(photographs.skipped)
     for batch in batches(chosen, photographs.preprocessing, RANGE_BATCH):
         meter.run({INPUT: to_input(batch.pixels, photographs.preprocessing, io_dtype)})
         seen += len(batch)
-    total = photographs.source.count
-    of_all = "" if total is None or total <= seen else f" of {total}, spread evenly"
-    described = f"{seen} images{of_all} from {photographs.source.description}"
+    note_skipped([skipped for skipped in chosen.skipped if skipped not in named], phases)
+    described = f"{seen} images{chosen.of_all(seen)} from {photographs.source.description}"
     phases.note(f"Ranges were measured on {described}.")
     return described

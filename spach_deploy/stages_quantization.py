@@ -177,7 +177,7 @@ def measure(
     if seen.resumed:
         phases.note(f"The calibration went on after {seen.resumed} images that were done already.")
     for skipped in seen.survey.skipped:
-        phases.note(f"Skipped {skipped.name}: {skipped.reason}.")
+        phases.note(f"Skipped {skipped}")
     for warning in seen.survey.warnings():
         phases.note(warning)
     usual = _usual(model, chosen, preprocessing)
@@ -196,18 +196,24 @@ def _usual(model: ModelProto, chosen: Candidates, preprocessing: Preprocessing) 
     return collect(model, chosen.wanted, source, preprocessing, Run(histograms=False)).statistics
 
 
+_ANOTHER_CACHE = "Delete {}, or give another file for the calibration."
+
+
 def _reused(cache: Path, key: Key, images: Path, preprocessing: Preprocessing, phases: Phases) -> Calibration:
     """A cache that fits, and is of these images."""
     from spach_deploy.data.readers import batches
     from spach_deploy.data.source import content_hash
 
-    calibration = read_calibration(cache, key)
+    try:
+        calibration = read_calibration(cache, key)
+    except UsageError as error:
+        raise UsageError(error.message, _ANOTHER_CACHE.format(cache)) from None
     found = content_hash(batch.pixels for batch in batches(open_images(images), preprocessing, 8))
     if found != calibration.images_sha256:
         raise UsageError(
             f"The calibration cache {cache} was made on other images than {images} holds"
             f" ({calibration.images} images, {calibration.images_sha256[:16]}; now {found[:16]}).",
-            f"Delete {cache}, or give another --calibration-cache.",
+            _ANOTHER_CACHE.format(cache),
         )
     phases.note(f"Scales from {cache}: same weights, layers, method and images.")
     return calibration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,21 @@ def _drop(logits: Float32, held_out: HeldOut) -> float:
     return float(paired(held_out.reference, logits, held_out.labels.classes).drop_points)
 
 
-def labelled_images(loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions) -> HeldOut:
-    """The images of --images with the labels of --labels. UsageError where these do not fit."""
+def labelled_images(
+    loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, note: Callable[[str], None]
+) -> HeldOut:
+    """The images of --images with the labels of --labels; `note` gets each that was skipped. UsageError where labels
+    do not fit.
+    """
     images, labels = options.images, options.quantization.labels
     assert images is not None
     assert labels is not None
     source = open_images(images)
     labelling = open_labels(labels, images, source.classes, loaded.num_classes)
-    parts = list(batches(source.limit(LABELLED_IMAGES), preprocessing, _BATCH))
+    chosen = source.limit(LABELLED_IMAGES)
+    parts = list(batches(chosen, preprocessing, _BATCH))
+    for skipped in chosen.skipped:
+        note(f"Skipped {skipped}")
     own = [part.labels for part in parts if part.labels is not None]
     names = tuple(name for part in parts for name in part.names)
     known = np.concatenate(own) if len(own) == len(parts) else None

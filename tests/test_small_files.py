@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from spach_deploy.cli.recipes import read_recipe
+from spach_deploy.deployment.labels import read_labels
 from spach_deploy.errors import UsageError
 from spach_deploy.small_files import parse_json, read_json, read_text
 
@@ -41,6 +42,21 @@ def test_what_cannot_be_read_is_named(content: bytes | None, reason: str, tmp_pa
         (tmp_path / "file").write_bytes(content)
     with pytest.raises(UsageError, match=re.escape(f"--labels file cannot be read ({reason}). Give names.")):
         read_text(tmp_path / "file", "--labels file", "Give names.")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    """As Windows editors write it."""
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\ndog\n")
+    assert read_labels(tmp_path / "names.txt", 2) == ("cat", "dog")
+    (tmp_path / "recipe.toml").write_bytes(b'\xef\xbb\xbfmodel = "ms_conv_xxs"\n')
+    assert read_recipe(tmp_path / "recipe.toml")["model"] == "ms_conv_xxs"
+
+
+@pytest.mark.parametrize("end", ["\n", " \n\n"])
+def test_an_empty_last_line_is_called_that(end: str, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text(f"cat\ndog\n{end}")
+    with pytest.raises(UsageError, match=r"names\.txt has an empty last line: \d lines for 2 classes\. Remove it"):
+        read_labels(tmp_path / "names.txt", 2)
 
 
 def test_a_path_with_a_nul_character_is_refused(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ __all__ = ["ImageBatch", "ImageItem", "ImageSource", "Skipped", "batches", "cont
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """File name endings taken for pictures in folders and tars, in any case. Everything else is left alone."""
 
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf")
+"""File name endings of pictures in formats that are not read; they are named among what was skipped."""
+
+_UNREAD_REASON = "Pictures of this format are not read; convert it to JPEG or PNG."
+
 MAX_FILE_BYTES = 256 * 1024**2
 """Largest picture file read from an archive, whose headers may claim any size."""
 
@@ -59,6 +64,7 @@ _LARGE_BYTES, _MOST_EXPANSION = 1 << 30, 100
 """Photographs hardly become smaller when they are compressed; what is made to fill memories does, a thousand times."""
 
 _WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
+_NAMED = 2  # files of other kinds that a folder's description spells out
 _ZIP = b"PK"  # how every zip, and so every npz, begins
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
 
@@ -138,8 +144,9 @@ def _folder(root: Path) -> ImageSource:
     classes = _classes(root, pictures)
     labels = {name: i for i, name in enumerate(classes)}
     entries = [_folder_entry(root, relative, labels.get(relative.parts[0])) for relative in pictures]
-    others = len(files) - len(pictures)
-    description = f"folder {root}" + (f" (beside {others} files of other kinds)" if others else "")
+    taken = set(pictures)
+    others = [printable(relative.as_posix()) for relative in files if relative not in taken]
+    description = f"folder {root}" + (f" (beside {_listed(others)})" if others else "")
 
     def choose(limit: int | None) -> Iterator[Entry]:
         return (entries[i] for i in _spread_first(len(entries), limit))
@@ -148,7 +155,14 @@ def _folder(root: Path) -> ImageSource:
 
 
 def _folder_entry(root: Path, relative: Path, label: int | None) -> Entry:
+    if _is_unread(relative.name):
+        return Entry(printable(relative.as_posix()), partial(_refuse, _UNREAD_REASON), label)
     return Entry(printable(relative.as_posix()), partial(_load_file, root / relative), label)
+
+
+def _listed(names: list[str]) -> str:
+    """`a.txt`, or `7 other files, such as a.txt and b.json`."""
+    return names[0] if len(names) == 1 else f"{len(names)} other files, such as {' and '.join(names[:_NAMED])}"
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -180,7 +194,11 @@ def _classes(root: Path, pictures: Iterable[Path]) -> tuple[str, ...]:
 
 
 def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) and not name.startswith(".")
+
+
+def _is_unread(name: str) -> bool:
+    return name.lower().endswith(UNREAD_SUFFIXES)
 
 
 def _spread(total: int, limit: int | None) -> list[int]:
@@ -238,6 +256,8 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
 
 def _tar_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
     name = printable(member.name)
+    if _is_unread(member.name):
+        return Entry(name, partial(_refuse, _UNREAD_REASON))
     if not member.isreg():
         return Entry(name, partial(_refuse, "It is a link or a device, and not followed in an archive."))
     if member.size > MAX_FILE_BYTES:

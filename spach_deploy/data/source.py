@@ -110,6 +110,13 @@ class ImageSource:
         """What is tried for the limit, in order, readable or not; more than the limit, where some are spares."""
         return self._entries(self._limit)
 
+    def of_all(self, used: int) -> str:
+        """Of how many `used` images are, and whether a limit chose them: ` of 300, spread evenly`; empty for all."""
+        if self._all is None or used >= self._all:
+            return ""
+        is_spread = self._limit is not None and self._limit < self._all
+        return f" of {self._all}{', spread evenly' if is_spread else ''}"
+
     def limit(self, n: int) -> ImageSource:
         """At most `n` readable images.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -87,6 +88,14 @@ def mark_quantized(node: NodeProto) -> NodeProto:
 def is_marked_quantized(node: NodeProto) -> bool:
     """Whether `mark_quantized` was asked for this node."""
     return any(p.key == QUANTIZED_KEY for p in node.metadata_props)
+
+
+def missing_data(model: ModelProto, folder: Path) -> str:
+    """The first file that holds weights of a graph from `folder` and is not there; empty where all are."""
+    locations = (
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    )
+    return next((name for name in dict.fromkeys(locations) if not (folder / name).is_file()), "")
 
 
 def batch_is_symbolic(model: ModelProto) -> bool:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.files import Place
+from spach_deploy.files import Place, try_to_write
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import ExportOptions, Flavour, Precision, QuantizationSpec
 
@@ -31,6 +31,8 @@ def check_quantization(options: ExportOptions) -> None:
         )
     if not spec.calibration.exists():
         raise ImageError(f"{spec.calibration} does not exist.", "Give --calibration a folder, a tar, an npz or a file.")
+    if spec.cache is not None:
+        _check_cache(spec.cache)
     _check_bounds(spec, options)
     if spec.cluster is not None and spec.calibration.suffix == CALIBRATION_SUFFIX and not spec.is_bounded:
         raise UsageError("--ray has nothing to spread: the calibration is made, and no bound is set.", "Leave it out.")
@@ -77,6 +79,20 @@ def check_calibration_file(file: Path) -> Place:
     """The place of a calibration file. UsageError where none could be written, before the work."""
     if file.suffix != CALIBRATION_SUFFIX:
         raise UsageError(f"{file} does not end with {CALIBRATION_SUFFIX}.", "Calibrations are JSON: give -o FILE.json.")
-    if not file.parent.is_dir():
-        raise UsageError(f"{file.parent} is not a directory.", "Choose another -o FILE.json.")
-    return Place.of(file)
+    place = Place.of(file)
+    _check_cache(place)
+    return place
+
+
+def _check_cache(place: Place) -> None:
+    """Refuse a calibration file that could not be written, before the first image."""
+    folder = place.path.parent
+    if not folder.is_dir():
+        what = "is not a directory" if folder.exists() else "does not exist"
+        raise UsageError(f"{folder} {what}, so {place.path} cannot be written there.", "Choose another FILE.json.")
+    try:
+        try_to_write(place.path)
+    except OSError as error:
+        raise UsageError(
+            f"{place.path} cannot be written ({error.strerror or error}).", "Choose another FILE.json."
+        ) from None

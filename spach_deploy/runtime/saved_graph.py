@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from spach_deploy.files import naming_tmpdir
 from spach_deploy.runtime.pages import small_pages
 
 if TYPE_CHECKING:
@@ -29,13 +30,18 @@ def saved_graph(*messages: ModelProto) -> Iterator[Path]:
     Weights lie beside it, as they are in memory, and are read from there when they are needed. A session that was
     opened from it does not need the files any more.
     """
-    with tempfile.TemporaryDirectory(prefix="spach-") as folder:
-        path = Path(folder) / "graph.onnx"
-        with path.open("wb") as light, (path.parent / _WEIGHTS).open("wb") as weights, small_pages():
-            for message in messages:
-                for part in _parts(message, weights):
-                    light.write(part.SerializeToString())
+    with contextlib.ExitStack() as stack:
+        with naming_tmpdir():
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spach-"))) / "graph.onnx"
+            _save(messages, path)
         yield path
+
+
+def _save(messages: tuple[ModelProto, ...], path: Path) -> None:
+    with path.open("wb") as light, (path.parent / _WEIGHTS).open("wb") as weights, small_pages():
+        for message in messages:
+            for part in _parts(message, weights):
+                light.write(part.SerializeToString())
 
 
 def save_model(model: ModelProto, path: Path) -> None:

@@ -144,7 +144,8 @@ def rebuilt_on_images(
     source = open_images(asked.path)
     labels_of = _labelling(asked, source, section["num_classes"])
     loaded = rebuild(section, weights)
-    names, pixels, own = _read(source.limit(asked.max_images), facts.preprocessing, say)
+    limited = source.limit(asked.max_images)
+    names, pixels, own = _read(limited, facts.preprocessing, say)
     labels, notes = labels_of(names, own)
     say(f"Running the reference on {len(names)} images.")
     images = _Normalized(pixels, facts.preprocessing)
@@ -153,7 +154,7 @@ def rebuilt_on_images(
         inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.outputs.io_dtype),
         logits=logits,
         names=names,
-        images=_counted(source, len(names)),
+        images=_counted(limited, len(names)),
         reference=_described(loaded),
         outputs=facts.outputs,
         batch=facts.batch,
@@ -198,7 +199,7 @@ def rebuilt_in_parts(
         inputs=lambda start, stop: _read_again(limited, readable, facts, start, stop),
         logits=answered.logits,
         names=readable.names,
-        images=_counted(source, len(readable)),
+        images=_counted(limited, len(readable)),
         reference=_described(loaded),
         outputs=facts.outputs,
         batch=facts.batch,
@@ -291,9 +292,7 @@ def _labels_of_npz(
 
 
 def _counted(source: ImageSource, used: int) -> str:
-    total = source.count
-    of_all = f" of {total}, spread evenly" if total is not None and total > used else ""
-    return f"from {source.description}{of_all}"
+    return f"from {source.description}{source.of_all(used)}"
 
 
 def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:

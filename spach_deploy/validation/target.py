@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
-from spach_deploy.errors import BundleError, ChangedFileError, SpachError, UnavailableError, UsageError
+from spach_deploy.errors import BundleError, ChangedFileError, SpachError, UnavailableError, UsageError, printable
+from spach_deploy.onnx_graph.graph import missing_data
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.specs import WeightSource
@@ -293,13 +294,17 @@ def _check_is_onnx(target: Path) -> None:
     import onnx
 
     try:
-        graph = onnx.load(target, load_external_data=False).graph
-        if any(tensor.external_data for tensor in graph.initializer):
+        model = onnx.load(target, load_external_data=False)
+        graph, missing = model.graph, printable(missing_data(model, target.parent))
+        if not missing and any(tensor.external_data for tensor in graph.initializer):
             onnx.load(target)  # weights in other files: there, whole, and not outside of the graph's directory
         has_nodes = bool(graph.node)
     except Exception as error:  # protobuf's own exceptions, and OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{target} is not an ONNX graph ({reason}).", f"Give a bundle's {GRAPH}.") from None
+    if missing:
+        problem = f"{target} keeps its weights in {missing}, which is not beside it."
+        raise UsageError(problem, f"Put {missing} into {target.absolute().parent}, or give a graph with its weights.")
     if not has_nodes:
         raise UsageError(f"{target} is not an ONNX graph: it has no nodes.", f"Give a bundle's {GRAPH}.")
 

@@ -83,6 +83,39 @@ def test_other_images_are_refused_unless_it_may_be_replaced(made: Path, tmp_path
     assert json.loads(copy.read_text())["images"] == 8
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("nowhere/x.json", "nowhere does not exist, so"),
+        ("file/x.json", "file is not a directory, so"),
+        ("folder.json", "folder.json cannot be written (Is a directory)"),
+        ("/proc/x.json", "/proc/x.json cannot be written ("),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_first_image(
+    output: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("spach_deploy.data.readers.open_images", pytest.fail)
+    assert reason in refusal(calibrate(*SMALL, "--calibration", calibration_images(), "-o", output))
+    with small_bundles.registered():
+        cached = export(*SMALL, "--int8", "--calibration", calibration_images(), "--calibration-cache", output)
+    assert reason in refusal(cached)
+
+
+def test_a_file_that_is_no_calibration_is_left_alone_with_the_next_step(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    result = calibrate(*SMALL, "--calibration", calibration_images(), "-o", tmp_path / "mine.json")
+    assert result.exit_code == 2
+    said = result.stderr.splitlines()[-1]
+    assert said.endswith("mine.json is no calibration file. " + said.partition("file. ")[2])
+    assert "or give another file" in said
+    assert "spach-calibrate" not in said  # it is what was typed
+    assert (tmp_path / "mine.json").read_text() == "{}"
+
+
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_STATE_EVERY_S", 0.0)
     file = tmp_path / "small.json"
@@ -109,7 +142,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ((), "needs images to calibrate on"),
         (("--calibration", "nowhere"), "nowhere does not exist"),
         (("--calibration", "{images}", "-o", "x.txt"), "does not end with .json"),
-        (("--calibration", "{images}", "-o", "nowhere/x.json"), "nowhere is not a directory"),
+        (("--calibration", "{images}", "-o", "nowhere/x.json"), "nowhere does not exist, so"),
         (("--calibration", "{images}", "--per-tensor", "zzz"), "matches no quantized layer"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,17 @@ def test_a_missing_graph_or_plan_is_named(spoiled: Path) -> None:
     assert "model.onnx is missing" in result.stdout
 
 
+def test_a_full_folder_for_temporary_files_is_named_and_no_disagreement(
+    fp16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("spach_deploy.runtime.saved_graph._save", full)
+    said = refused(fp16, "--json", code=3)
+    assert said.startswith(f"Error: TMPDIR, the folder for temporary files, is full: {tempfile.gettempdir()}.")
+
+
 # Bad input
 
 
@@ -237,6 +250,16 @@ def test_what_is_no_plan_is_refused(spoiled: Path, content: bytes | None, words:
 def test_what_is_no_graph_is_refused(spoiled: Path, content: bytes) -> None:
     (spoiled / GRAPH).write_bytes(content)
     assert "is not an ONNX graph" in refused(spoiled / GRAPH, code=1)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_a_graph_without_the_file_of_its_weights_is_called_that(spoiled: Path, against: bool) -> None:
+    graph = onnx.load(spoiled / GRAPH)
+    onnx.save(graph, spoiled / "other.onnx", save_as_external_data=True, location="other.onnx.data")
+    (spoiled / "other.onnx.data").unlink()
+    options = ("--against", spoiled) if against else ()
+    said = refused(spoiled / "other.onnx", *options)
+    assert "other.onnx keeps its weights in other.onnx.data, which is not beside it. Put other.onnx.data into" in said
 
 
 def test_a_truncated_graph_is_refused(spoiled: Path) -> None:

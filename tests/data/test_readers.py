@@ -78,8 +78,44 @@ def test_folder_is_recursive_sorted_and_ignores_other_files(tmp_path: Path) -> N
     assert names(source) == ["a.JPEG", "b.png", "sub/c.webp", "sub/deeper/d.bmp"]
     assert source.skipped == ()
     assert source.count == 4
-    assert "beside 1 files of other kinds" in source.description
+    assert source.description.endswith("(beside notes.txt)")
     assert [item.label for item in source] == [None] * 4
+
+
+def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.txt", "c.json", "d.md"):
+        write(tmp_path / name, photo())
+    assert open_images(tmp_path).description.endswith("(beside 3 other files, such as b.txt and c.json)")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_pictures_in_formats_that_are_not_read_are_named(kind: str, tmp_path: Path) -> None:
+    for name in ("phone.HEIC", "web.avif", "z.png"):
+        write(tmp_path / "set" / name, photo())
+    if kind == "tar":
+        with tarfile.open(tmp_path / "set.tar", "w") as tar:
+            tar.add(tmp_path / "set", "set")
+    source = open_images(tmp_path / ("set" if kind == "folder" else "set.tar"))
+    assert [Path(name).name for name in names(source)] == ["z.png"]
+    assert [Path(skipped.name).name for skipped in source.skipped] == ["phone.HEIC", "web.avif"]
+    assert all("convert it to JPEG or PNG" in skipped.reason for skipped in source.skipped)
+
+
+def test_a_folder_of_unread_pictures_alone_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "phone.heic", b"whatever")
+    with pytest.raises(ImageError, match=r"phone\.heic: Pictures of this format are not read"):
+        list(open_images(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "said"),
+    [(9, 4, ""), (9, 3, " of 4"), (4, 3, " of 4"), (2, 2, " of 4, spread evenly")],
+    ids=["all", "one unreadable", "a limit of all", "a limit of some"],
+)
+def test_images_are_spread_only_where_a_limit_chose(limit: int, used: int, said: str, tmp_path: Path) -> None:
+    for seed in range(4):
+        write(tmp_path / f"{seed}.png", photo(seed))
+    assert open_images(tmp_path).limit(limit).of_all(used) == said
 
 
 def test_class_folders_give_labels_as_image_folder_counts_them(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from spach_deploy.errors import UsageError
+from spach_deploy.errors import SpachError, UnavailableError, UsageError
 from spach_deploy.precision.elements import without_weights
 from spach_deploy.precision.formats import FLOAT, HALF_FORMATS
 from spach_deploy.precision.ranges import open_session
@@ -136,7 +136,9 @@ def _twin(graph: ModelProto) -> ModelProto:
         raise _does_not_run(error) from error
 
 
-def _does_not_run(error: Exception) -> UsageError:
+def _does_not_run(error: Exception) -> SpachError:
+    if isinstance(error, UnavailableError):  # this machine is at fault
+        return error
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UsageError(f"The graph cannot be taken apart at its tensors: {reason}", "Validate it without --bisect.")
 

@@ -92,6 +92,34 @@ def test_a_graph_that_no_triton_runs_is_found(tmp_path: Path) -> None:
     assert "has no kernel for Pad in bfloat16" in found.found
 
 
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda text: "\ufeff" + text, "a byte order mark before the name"),
+        (lambda text: text + "\n", "an empty last line"),
+    ],
+)
+def test_labels_that_an_editor_spoiled(
+    good: Callable[[str], Path], tmp_path: Path, spoil: Callable[[str], str], found: str
+) -> None:
+    shutil.copytree(good("plan"), tmp_path / "repository")
+    labels = tmp_path / "repository" / "tiny" / "labels.txt"
+    labels.write_text(spoil(labels.read_text()), encoding="utf-8")
+    assert {finding.found for finding in check_repository(tmp_path / "repository").errors} == {found}
+
+
+def test_a_graph_without_its_weights_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "repository" / GRAPH_FILE
+    bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none"))
+    write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions())
+    file.with_name("bundle.json").unlink()
+    onnx.save(onnx.load(file), file, save_as_external_data=True, location="weights.data", size_threshold=0)
+    assert check_repository(tmp_path / "repository").errors == ()
+    file.with_name("weights.data").unlink()
+    (finding,) = check_repository(tmp_path / "repository").errors
+    assert finding.found == "no weights.data, which holds its weights"
+
+
 def test_a_plan_of_rtx_that_was_asked_for_is_a_warning(tmp_path: Path) -> None:
     bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="tensorrt-rtx"))
     write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions(Backend.TENSORRT))

@@ -13,6 +13,8 @@ from spach_deploy.deployment.triton.config import ACCEPTS_RTX
 from spach_deploy.deployment.triton.options import KIND_AUTO, KIND_CPU
 from spach_deploy.deployment.triton.repository import FACTS
 from spach_deploy.deployment.triton.served import RTX_REASON
+from spach_deploy.errors import printable
+from spach_deploy.onnx_graph.graph import missing_data
 from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.plan_identity import identify_plan_file
 from spach_deploy.specs import Flavour
@@ -87,7 +89,10 @@ def _plan(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
 
 
 def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
-    """Some Triton image must run it, on the devices that its instances are for."""
+    """Its weights must be there, and some Triton image must run it, on the devices that its instances are for."""
+    if missing := _missing_data(file):
+        found, fix = f"no {missing}, which holds its weights", f"Add {missing} beside it."
+        yield model.finding("", found, "the graph with its weights", fix, file=where)
     if (needs := GraphNeeds.of(file)) is None:
         return
     known = runtimes()
@@ -103,6 +108,12 @@ def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
         expected = f"KIND_GPU: {known.misfit(newest, (needs,), on_gpu=False)}"
         severity = Severity.ERROR if on_cpus else Severity.WARNING
         yield model.finding("instance_group.kind", found, expected, "Write kind: KIND_GPU.", severity=severity)
+
+
+def _missing_data(file: Path) -> str:
+    import onnx
+
+    return printable(missing_data(onnx.load(file, load_external_data=False), file.parent))
 
 
 def _has_flag(model: ModelFolder) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from spach_deploy.deployment.labels import has_empty_end
 from spach_deploy.deployment.triton.check.findings import Finding
 from spach_deploy.deployment.triton.check.model_folder import ModelFolder, Repository
 from spach_deploy.small_files import read_bytes
 from spach_deploy.validation.reference import LOGITS
+
+BYTE_ORDER_MARK = "\ufeff"
 
 _FIX = "Write one name a line, in the order of the classes."
 
@@ -39,7 +42,14 @@ def label_file(model: ModelFolder, where: str, name: str, classes: int | None) -
     except UnicodeDecodeError:
         yield model.finding("", "bytes that are not UTF-8", "text", _FIX, file=name)
         return
-    if classes is not None and len(labels) != classes:
+    if labels and labels[0].startswith(BYTE_ORDER_MARK):
+        fix = "Save it as UTF-8 without one: the server takes it for part of the name."
+        yield model.finding("line 1", "a byte order mark before the name", "the name alone", fix, file=name)
+    if classes is not None and has_empty_end(labels, classes):
+        yield model.finding(
+            f"line {classes + 1}", "an empty last line", "a class in each line", "Remove it.", file=name
+        )
+    elif classes is not None and len(labels) != classes:
         yield model.finding("", f"{len(labels)} lines", f"{classes}, one per class", _FIX, file=name)
     elif empty := [number for number, label in enumerate(labels, start=1) if not label.strip()]:
         yield model.finding(f"line {empty[0]}", "no name", "the name of a class", _FIX, file=name)
