@@ -11,8 +11,8 @@ import configparser
 import dataclasses
 import functools
 import importlib.metadata
-import platform
 import re
+import sys
 from pathlib import Path
 
 from spach_deploy.errors import MissingPackageError, OldPackageError
@@ -130,11 +130,13 @@ def installed(name: str) -> str | None:
 
 def refuse_unfit_packages() -> None:
     """Raise MissingPackageError or OldPackageError for the first package that every export and validation takes."""
-    python = tuple(map(int, platform.python_version_tuple()[:2]))
-    for package in (package for package in requirements().of() if package.holds_for(python)):
-        if installed(package.name) is None:
+    wanted, python = requirements(), sys.version_info[:2]
+    for package in (*wanted.of(), wanted.get("onnxruntime")):
+        version = installed(package.name)
+        if version is not None and not package.is_met_by(version):
+            raise OldPackageError(package.name, version, str(package))
+        if version is None and not package.extra and package.holds_for(python):
             raise MissingPackageError(package.name, "spach-deploy", f"pip install '{package}'")
-    refuse_old(*(package.name for package in requirements().of()), "onnxruntime")
 
 
 def refuse_old(*names: str) -> None:

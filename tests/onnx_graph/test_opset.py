@@ -87,7 +87,7 @@ def test_a_changed_meaning_is_refused() -> None:
 def test_the_command_refuses_at_once_and_so_does_its_dry_run(more: tuple[object, ...], words: str) -> None:
     assert words in refusal(export(*HYBRID, *more))
     told = json.loads(export(*HYBRID, *more, "--dry-run", "--json").stdout)
-    assert told["exit_code"] == 2
+    assert (told["exit_code"], told["facts"]["opset"]) == (2, str(more[-1]))
     assert words in told["refusals"][0]["message"]
 
 
