@@ -42,6 +42,9 @@ _SECONDS: dict[str, tuple[float, float]] = {
 }
 """Of each stage: seconds, and seconds more for each billion multiply-adds; of calibration, for each image too."""
 
+_BATCH_SECONDS = 0.0155
+"""Of an image in the usual and the largest batch, which are validated too: seconds for a billion multiply-adds."""
+
 _BASE_BYTES, _BYTES_PER_PARAMETER = 1.2e9, 37.0
 """Memory of all processes: of Python, PyTorch and the compiler, and of weights, graphs and engine a parameter."""
 
@@ -242,6 +245,8 @@ def _steps(options: ExportOptions, has_engine: bool, images: int | None, macs: f
         if "engine" in name and not has_engine:
             continue
         times = images or 0 if name == "calibrate" else 1
+        if name == _VALIDATION:
+            slope += _BATCH_SECONDS * sum({options.engine.batch.opt, options.engine.batch.max})
         yield Step(name, None if macs is None else base + slope * macs * times * MEASURED_CORES / cores)
 
 
