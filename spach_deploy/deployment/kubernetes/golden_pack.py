@@ -21,6 +21,7 @@ from spach_deploy.deployment.triton.tensors import DATA_TYPES
 from spach_deploy.errors import BundleError
 from spach_deploy.specs import BatchProfile
 from spach_deploy.text import json_text
+from spach_deploy.validation.evidence import repeating
 from spach_deploy.validation.reference import LOGITS, TOP_INDICES, TOP_VALUES, Golden, expected_outputs
 from spach_deploy.validation.tolerance import Bounds
 
@@ -72,7 +73,7 @@ def allows_tf32(model: ServedModel) -> bool:
 def batches(images: int, profile: BatchProfile) -> tuple[tuple[int, ...], ...]:
     """Indices of images, batch by batch: the smallest batch, the rest of the images, then the largest batch.
 
-    A graph can be right at one batch and wrong at another. Images are repeated where there are too few.
+    A graph can be right at one batch and wrong at another. Images are repeated, in another order, where there are few.
     """
     sent = [_take(0, profile.min, images)]
     start = min(profile.min, images)
@@ -86,7 +87,7 @@ def batches(images: int, profile: BatchProfile) -> tuple[tuple[int, ...], ...]:
 
 
 def _take(start: int, size: int, images: int) -> tuple[int, ...]:
-    return tuple((start + index) % images for index in range(size))
+    return repeating(images, start + size)[start:]
 
 
 def _bytes(output: TensorInfo, expected: npt.NDArray[Any]) -> bytes:
