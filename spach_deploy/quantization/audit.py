@@ -107,8 +107,11 @@ class _Auditor:
         found = decode(self._constants[name]).astype(np.float64).reshape(-1)
         correction = np.array(site.correction)
         bias = np.array(site.bias) if site.bias else np.zeros_like(correction)
-        if found.shape != correction.shape:
-            yield f"{site.module}: {found.size} biases in the graph, {correction.size} corrections in the record"
+        if not found.shape == bias.shape == correction.shape:
+            yield (
+                f"{site.module}: {found.size} biases in the graph, {bias.size} in the record, and {correction.size}"
+                " corrections"
+            )
             return
         wrong = np.flatnonzero(
             ~(np.abs(found - (bias + correction)) <= _bias_room(self._constants[name], bias, correction))

@@ -173,8 +173,6 @@ def _site(entry: dict[str, Any]) -> QuantizedSite:
         raise ValueError(f"{site.module} has {len(site.tensors)} tensors and {len(site.weight_scales)} weight scales")
     if site.per_channel and len(site.correction) not in (0, len(site.weight_scales)):
         raise ValueError(f"{site.module} has {len(site.weight_scales)} channels and {len(site.correction)} corrections")
-    if site.bias and len(site.bias) != len(site.correction):
-        raise ValueError(f"{site.module} has {len(site.bias)} biases and {len(site.correction)} corrections")
     return site
 
 

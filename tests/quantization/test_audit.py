@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto
 
+from spach_deploy.errors import PrecisionError
 from spach_deploy.onnx_graph.graph import initializers
 from spach_deploy.onnx_graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.quantization import insert
@@ -22,7 +23,7 @@ from spach_deploy.quantization.plan import QuantizationPlan, Scaling
 from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.specs import Precision
-from spach_deploy.stages_quantization import mark_sites
+from spach_deploy.stages_quantization import mark_sites, quantize_typed
 from tests.quantization import faults
 from tests.quantization.faults import Float64
 from tests.quantization.small_models import canonical, inputs, plan, quantized
@@ -317,3 +318,10 @@ def test_another_limit_of_a_format_is_found() -> None:
         if site.weight_scales:
             faults.scale_weights(model, site.module, lambda scales: scales * 127 / 128)
     assert any("fits weights up to" in finding for finding in audit(model, made))
+
+
+def test_an_export_whose_biases_were_not_corrected_is_refused() -> None:
+    model, made = canonical("trans"), plan("trans", INT8, half=False)
+    apply_to_graph(model, made.equalized)
+    with pytest.raises(PrecisionError, match=r"not what was planned: .* its bias is"):
+        quantize_typed(model, made)
