@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from spach_deploy.errors import UnavailableError
+from spach_deploy.small_files import read_bytes
 
 Identity = tuple[object, ...]
 
@@ -154,7 +155,7 @@ def identity(path: Path) -> Identity | None:
 
 def _digest(file: Path) -> str:
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(file)).hexdigest()
     except OSError:
         return ""
 

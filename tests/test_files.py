@@ -124,6 +124,12 @@ def test_a_file_goes_into_no_folder_and_no_device(tmp_path: Path) -> None:
     assert (tmp_path / "device").is_symlink()
 
 
+def test_a_pipe_in_the_place_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    os.mkfifo(tmp_path / "there" / "manifest.json")
+    assert Place.of(tmp_path / "there").before is not None
+
+
 def test_a_lock_is_taken_through_no_link(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
