@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ from spach_deploy.models.checkpoint_file import read_checkpoint
 from spach_deploy.report.formats import command as broken_command
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import small_bundles, static_models
+
+pytestmark = pytest.mark.skipif(
+    sys.getfilesystemencoding() != "utf-8", reason="names are in another encoding here: LC_ALL=C.UTF-8 scripts/test"
+)
 
 NAME = "small_conv"
 CAF = os.fsdecode(b"caf\xe9")

@@ -152,8 +152,9 @@ def test_help_lists_the_subcommands_that_are_there() -> None:
 
 def test_help_of_the_subcommand_loads_nothing_heavy() -> None:
     program = (
-        "import sys; from spach_deploy.cli.package import main; main(['triton', '--help'], standalone_mode=False);"
-        "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+        "import atexit, sys; sys.argv = ['spach-package', 'triton', '--help'];"
+        "atexit.register(lambda: print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr));"
+        "from spach_deploy.cli.package import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--ensemble" in done.stdout
