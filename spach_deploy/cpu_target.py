@@ -33,6 +33,7 @@ from spach_deploy.bundle import Bundle
 from spach_deploy.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.files import Place
 from spach_deploy.models.registry import resolve
+from spach_deploy.onnx_graph.opset import check_opset
 from spach_deploy.phases import Observer
 from spach_deploy.pipeline import ExportResult, export
 from spach_deploy.runtime.processor import has_vnni
@@ -125,6 +126,8 @@ def check_cpu(options: ExportOptions, asked: Precision | None) -> None:
         raise UsageError("INT8 needs images to calibrate on.", "Give --calibration DIR.")
     if options.quantization.max_drop is not None:
         raise UsageError("--target cpu does not judge by labels.", "Give --max-rel-l2, or --int8 --max-drop alone.")
+    for precision in wanted(options, asked):
+        check_opset(options_for(options, precision))
 
 
 def export_for_cpu(
@@ -141,7 +144,7 @@ def export_for_cpu(
     seen = _seen(options)
     found: dict[Precision, Benchmark] = {}
     with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
-        for precision in [asked] if asked else candidates(options):
+        for precision in wanted(options, asked):
             place = Place.of(Path(folder) / precision.value)
             found[precision] = measured(export(options_for(options, precision), observer, place=place), options, tell)
         forms = tuple(form for precision, benchmark in found.items() for form in _forms(precision, benchmark))
@@ -158,6 +161,11 @@ def _seen(options: ExportOptions) -> Mapping[Path, Place]:
         return {}
     names = (bundles.default_directory(resolve(options.model.name), precision.value) for precision in RUNNERS)
     return {path: Place.of(path) for path in names}
+
+
+def wanted(options: ExportOptions, asked: Precision | None) -> list[Precision]:
+    """Precisions to be tried: the one that was asked for, or all candidates."""
+    return [asked] if asked else candidates(options)
 
 
 def candidates(options: ExportOptions) -> list[Precision]:

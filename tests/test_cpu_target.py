@@ -213,3 +213,15 @@ def test_a_real_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     chosen = Bundle.open(tmp_path / "b").manifest.content["cpu"]["chosen"]
     assert (chosen["runner"], chosen["batch"], chosen["is_right"]) == ("onnxruntime", 2, True)
     assert chosen["images_per_second"] > 0
+
+
+def test_an_opset_that_one_of_the_candidates_cannot_have_is_refused_before_the_first_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exported(*arguments: object, **more: object) -> None:
+        raise AssertionError("something was exported")
+
+    monkeypatch.setattr(cpu_target, "why_no_openvino", lambda name: "")
+    monkeypatch.setattr(cpu_target, "export", exported)
+    sentence = refusal(export("--model", "ms_conv_xxs", "--target", "cpu", "--opset", 20))
+    assert "Conv in bfloat16 needs opset 22" in sentence
