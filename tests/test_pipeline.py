@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from click.testing import Result
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from PIL import Image
 
 from spach_deploy import stages, stages_engine
 from spach_deploy.bundle import Bundle
@@ -81,6 +82,21 @@ def run(bundle: Bundle, images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[An
 
 def relative_l2(value: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
     return float(np.linalg.norm(value.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))
+
+
+def test_every_picture_that_was_skipped_is_named_once(tmp_path: Path) -> None:
+    """Of 19 pictures 8 are judged on and all are measured: what is unreadable may be among either."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(18):
+        pixels = np.random.default_rng(number).integers(0, 256, (36, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number:02}.png")
+    for name in ("00.png", "03.png", "19.heic"):
+        (photos / name).write_bytes(b"no picture")
+    result, _ = exported(tmp_path / "bundle", *SMALL, "--fp16", *NO_ENGINE, "--images", photos)
+    skipped = [line.partition(":")[0] for line in result.stderr.splitlines() if line.startswith("Skipped ")]
+    assert sorted(skipped) == ["Skipped 00.png", "Skipped 03.png", "Skipped 19.heic"]
+    assert "Ranges were measured on 16 images of 19 from folder" in result.stderr  # no limit chose
 
 
 def test_a_bundle_that_came_during_the_export_is_left_alone(tmp_path: Path) -> None:

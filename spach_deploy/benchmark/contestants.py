@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from spach_deploy.benchmark.modules import by_module, owners_of
 from spach_deploy.bundle import GRAPH, Bundle
+from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.paths import utf8_path
 from spach_deploy.requirements import old_package
 from spach_deploy.runtime.devices import local_gpus
@@ -98,8 +99,18 @@ def why_not(name: str, setup: Setup, bundle: Bundle) -> str:
     if bundle.needs_vnni and not has_vnni():
         return "its INT8 is for CPUs with VNNI, and this one has none"
     if name == ONNX_RUNTIME:
-        return "" if importlib.util.find_spec("onnxruntime") else "not installed: pip install onnxruntime"
+        return _why_not_onnxruntime(bundle)
     return why_no_openvino(name)
+
+
+def _why_not_onnxruntime(bundle: Bundle) -> str:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "not installed: pip install onnxruntime"
+    import onnxruntime
+
+    known, needs = runtimes().onnxruntime(onnxruntime.__version__), GraphNeeds.of(bundle.path / GRAPH)
+    on_gpu = _CUDA in onnxruntime.get_available_providers()
+    return known.misfit(needs, on_gpu=on_gpu) if known is not None and needs is not None else ""
 
 
 def why_no_openvino(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from spach_deploy.bundle import GRAPH, MANIFEST, PLAN, REPORT, find_bundle
 from spach_deploy.cli.console import say
 from spach_deploy.errors import BundleError, UsageError
-from spach_deploy.files import Place
+from spach_deploy.files import Place, try_to_write
 
 if TYPE_CHECKING:
     from spach_deploy.validation.validate import Validation
@@ -52,6 +52,8 @@ class Asked:
 
         Refuses what could not be honoured at the end, before the work begins.
         """
+        if self.report is not None:
+            check_report(self.report)
         report = self.report or self._default_report()
         places = None if report is None else ReportPlaces.of(report)
         if self.is_opened:
@@ -68,6 +70,15 @@ class Asked:
             return find_bundle(self.target) / REPORT
         except BundleError:
             return None
+
+
+def check_report(file: Path) -> None:
+    """UsageError where a report that the user asked for could not be written."""
+    try:
+        try_to_write(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"The report {file} cannot be written ({reason}).", "Choose another --report FILE.") from None
 
 
 def check_can_open() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from spach_deploy.cli.console import say, show
 from spach_deploy.cli.outputs import is_colored, width
-from spach_deploy.cli.reporting import ReportPlaces, open_page
+from spach_deploy.cli.reporting import ReportPlaces, check_report, open_page
 from spach_deploy.errors import SpachError, UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def check_options(misplaced: Mapping[str, object], report: Path | None, *, is_op
     given = [option for option, value in misplaced.items() if value]
     if given:
         raise UsageError(f"{given[0]} is for one target.", "Leave it out, or give one bundle.")
+    if report is not None:
+        check_report(report)
     places = None if report is None else ReportPlaces.of(report)
     if is_opened:
         from spach_deploy.report.files import check_can_make_pages

@@ -119,10 +119,16 @@ def _other_weights(loaded: LoadedModel, section: dict[str, Any], source: WeightS
     )
     return CheckpointError(
         f"The bundle was made {made_of}, weights {theirs}; {given} has others, weights {ours}.",
-        "Give the checkpoint that the bundle was made from, and --weights ema where these were taken."
+        f"Give the checkpoint that the bundle was made from{_with_weights(section, source)}."
         if section["origin"] == "checkpoint"
         else "Leave --checkpoint out, or export the bundle again.",
     )
+
+
+def _with_weights(section: dict[str, Any], source: WeightSource) -> str:
+    """The --weights of the bundle's export, where others were taken now."""
+    recorded = str(section["weights"])
+    return "" if recorded == source.value else f", with --weights {recorded}"
 
 
 def rebuilt_on_golden(section: dict[str, Any], facts: BundleFacts, trial: Trial, weights: Weights, say: Say) -> Trial:

@@ -34,9 +34,11 @@ from spach_deploy.bundle import Bundle
 from spach_deploy.errors import UnavailableError, UsageError
 from spach_deploy.files import Place
 from spach_deploy.runtime import processor
-from spach_deploy.specs import BatchProfile
+from spach_deploy.specs import BatchProfile, Precision
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests.commands import export
+from tests.deployment.triton import tiny_bundles
+from tests.deployment.triton.tiny_bundles import Tiny
 from tests.processors import CPUINFO, pretend
 
 
@@ -347,6 +349,11 @@ def test_a_process_that_dies_is_an_error_with_its_code(bundle: Path) -> None:
 def test_a_runner_that_does_not_open_says_why(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="so it is no bundle"), Worker(EAGER, Setup(tmp_path)):
         pass
+
+
+def test_a_bfloat16_graph_is_skipped_on_a_cpu_with_the_reason(tmp_path: Path) -> None:
+    opened = Bundle.open(tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16)))
+    assert why_not(ONNX_RUNTIME, Setup(opened.path), opened).endswith("computes nothing in bfloat16 on a CPU")
 
 
 def test_what_cannot_run_is_skipped_with_the_reason(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -384,6 +384,7 @@ def test_other_weights_are_refused_and_both_are_named(from_checkpoint: Path, che
     made_of = small_bundles.read_manifest(from_checkpoint)["model"]["weights_sha256"]
     assert made_of[:16] in sentence
     assert "run7.pth (ema)" in sentence
+    assert sentence.endswith("Give the checkpoint that the bundle was made from, with --weights model.")
 
 
 def test_a_checkpoint_that_is_none_is_refused(fp16: Path, tmp_path: Path) -> None:
@@ -612,10 +613,12 @@ def test_json_is_all_there_is_on_stdout_and_no_file_is_written(spoiled: Path) ->
     assert not (spoiled / REPORT).exists()
 
 
-def test_a_report_that_cannot_be_written_is_refused(fp16: Path, tmp_path: Path) -> None:
-    result = validate(fp16, "--report", tmp_path / "nowhere" / "report.json")
-    assert result.exit_code == 2
-    assert "cannot be written" in result.stderr
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_module, "validate_target", pytest.fail)
+    for place in (tmp_path / "nowhere" / "report.json", tmp_path):
+        assert "cannot be written" in refused(fp16, "--report", place)
 
 
 def test_the_same_validation_gives_the_same_report(fp16: Path) -> None:

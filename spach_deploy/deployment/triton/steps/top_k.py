@@ -33,7 +33,7 @@ class TritonPythonModel:
         self._input = config["input"][0]["name"]
         self._k = int(config["parameters"]["top_k"]["string_value"])
         name = config["parameters"]["labels"]["string_value"]
-        with open(os.path.join(args["model_repository"], name), encoding="utf-8") as file:
+        with open(os.path.join(args["model_repository"], name), encoding="utf-8-sig") as file:
             self._labels = np.array(file.read().splitlines(), dtype=np.object_)
 
     def execute(self, requests: list[Any]) -> list[Any]:
