@@ -59,7 +59,7 @@ def row(name: str, precision: Precision) -> list[str]:
     options = ExportOptions(model=ModelSpec(name=name), precision=precision)
     phases = Phases(Silent())
     loaded = load(options, phases)
-    photographs = read_photographs(options, loaded.image_size, phases)
+    photographs = read_photographs(options, loaded.preprocessing, phases)
     reference = reference_logits(loaded, photographs)
     bound, found = faults(loaded.model, photographs.images, reference, precision)
     weakest = min(found, key=lambda fault: fault.rel_l2)

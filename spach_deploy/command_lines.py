@@ -45,6 +45,7 @@ def export_words(options: ExportOptions) -> list[str]:
     """Its words, without the program."""
     words = [*_model(options.model), f"--{options.precision.value}"]
     words += _optional("--images", options.images)
+    words += _optional("--answers", options.answers)
     if options.precision.is_quantized:
         words += _quantization(options.quantization)
     default = ExportOptions().outputs
@@ -67,6 +68,9 @@ def _model(spec: ModelSpec) -> Words:
     yield from _repeated("--ignore", spec.ignore)
     yield from _optional("--image-size", spec.image_size)
     yield from _optional("--num-classes", spec.num_classes)
+    for name, value in spec.hyperparameters.given().items():
+        text = ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
+        yield from _optional(f"--{name.replace('_', '-')}", text)
 
 
 def _quantization(spec: QuantizationSpec) -> Words:
@@ -121,6 +125,7 @@ class ValidateWords:
     checkpoint: Path | None = None
     weights: str | None = None
     ignore: tuple[str, ...] = ()
+    answers: Path | None = None
     bisect: bool = False
     against: Path | None = None
     accept_graph: bool = False
@@ -137,6 +142,7 @@ def validate_command(given: ValidateWords) -> str:
         ("--max-drop", given.max_drop),
         ("--checkpoint", given.checkpoint),
         ("--weights", given.weights),
+        ("--answers", given.answers),
         ("--against", given.against),
     ):
         words += _optional(option, value)

@@ -7,6 +7,7 @@ a server (`_SECONDS`, `_BYTES`). More cores take less; the proportions hold.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from spach_deploy.models.registry import check_spec, resolve
 from spach_deploy.models.shapes import count_macs, count_parameters
 from spach_deploy.quantization.options import check_quantization
 from spach_deploy.specs import ExportOptions, ModelSpec, Precision
+from spach_deploy.validation.answers_file import read_answers
 
 MEASURED_CORES = 2
 
@@ -180,6 +182,8 @@ def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavou
     _collected(lambda: check_quantization(options), refusals)
     _collected(lambda: _check_opset(options), refusals)
     _collected(target, refusals)
+    if options.answers is not None:
+        _collected(functools.partial(read_answers, options.answers), refusals)
     found: list[EngineFlavour | None] = []
     _collected(lambda: found.append(engine()), refusals)
     return found[0] if found else None

@@ -13,6 +13,7 @@ from spach_deploy.engine.build import EngineResult
 from spach_deploy.engine.network_facts import AchievedPrecision
 from spach_deploy.engine.plan_facts import PlanFacts
 from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.models.hyperparameters import settings_section
 from spach_deploy.quantization.equalize import EqualizedPair
 from spach_deploy.quantization.sensitivity import Choice
 from spach_deploy.rewrites import RewriteResult
@@ -35,6 +36,7 @@ def model_section(loaded: LoadedModel, options: ExportOptions) -> dict[str, Any]
         "weights": options.model.weights.value,
         "ignored": list(options.model.ignore),
         "weights_sha256": loaded.weights_sha256,
+        "hyperparameters": settings_section(loaded.settings),
         "notes": list(loaded.notes),
     }
 

@@ -44,6 +44,7 @@ from spach_deploy.stages_engine import BuiltEngine, EngineBuild, choose_engine, 
 from spach_deploy.stages_quantization import QuantizationStage, calibrate, refuse_overlap
 from spach_deploy.stages_reference import Answers, answering, deriving
 from spach_deploy.stages_sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
+from spach_deploy.validation.answers_file import Agreement
 from spach_deploy.validation.evidence import Evidence, Trial, examine_typed
 from spach_deploy.validation.exact import ReferenceLogits
 from spach_deploy.validation.reference import Golden
@@ -150,8 +151,9 @@ def export(
             loaded = stages.load(options, phases)
             target = stages.target_directory(options, loaded)
             place = place or bundles.check_target(target, overwrite=options.overwrite)
+        loaded, agreement = stages.hold_to_answers(loaded, options, phases)
         with phases.phase("read images"):
-            photographs = stages.read_photographs(options, loaded.image_size, phases)
+            photographs = stages.read_photographs(options, loaded.preprocessing, phases)
         static, answers, graph = exported(loaded, photographs, options, ahead.tracing, stack, phases)
         eight_bits = EightBits()
         if options.precision.is_quantized:
@@ -183,7 +185,7 @@ def export(
                 with phases.phase("wait for the engine"):
                     engine = finished()
             with phases.phase("validate the engine"):
-                subject = Subject(str(target), loaded.name, options.precision.value, loaded.origin == "demo")
+                subject = subject_of(target, loaded, agreement, options)
                 validation = judged.with_engine(subject, engine, validated(target))
             if not validation.passed:
                 raise MismatchError(validation.failure(), "Nothing was written.")
@@ -307,6 +309,12 @@ def validated(target: Path) -> Run:
     return Run.here(validate_command(ValidateWords(str(target))))
 
 
+def subject_of(target: Path, loaded: LoadedModel, agreement: Agreement | None, options: ExportOptions) -> Subject:
+    """The export's facts for the head of its report."""
+    is_demo = loaded.origin == "demo"
+    return Subject(str(target), loaded.name, options.precision.value, is_demo, loaded.settings, agreement)
+
+
 def golden_of(reference: Reference, options: ExportOptions) -> Golden:
     """The golden pack: inputs as the engine's caller sends them, and the reference's logits."""
     photographs = reference.photographs
@@ -334,7 +342,7 @@ def calibrate_to_file(options: ExportOptions, file: Path | Place, observer: Obse
     with phases.phase("load the model"):
         loaded = stages.load(options, phases)
     with phases.phase("read images"):
-        photographs = stages.read_photographs(options, loaded.image_size, phases)
+        photographs = stages.read_photographs(options, loaded.preprocessing, phases)
     with contextlib.ExitStack() as stack:
         tracing = stack.enter_context(Tracing())
         _, answers, graph = exported(loaded, photographs, options, tracing, stack, phases)

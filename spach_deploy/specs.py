@@ -9,9 +9,15 @@ import dataclasses
 import enum
 import re
 from pathlib import Path
+from typing import Any
 
 from spach_deploy.errors import UsageError
 from spach_deploy.files import Place
+
+ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
+"""Of channel and spatial MLPs: the exact GELU (erf), its tanh approximation, ReLU, SiLU."""
+
+Channels = tuple[float, float, float]
 
 
 class Precision(str, enum.Enum):
@@ -106,13 +112,35 @@ class Preprocessing:
     image_size: int = 224
     resize_size: int = 256
     interpolation: str = "bicubic, antialiased"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: Channels = (0.485, 0.456, 0.406)
+    std: Channels = (0.229, 0.224, 0.225)
 
     @classmethod
-    def for_size(cls, image_size: int) -> Preprocessing:
-        """Evaluation transform of `image_size`: the shorter side becomes 256/224 of it."""
-        return cls(image_size=image_size, resize_size=int(image_size * 256 / 224))
+    def for_size(cls, image_size: int, mean: Channels | None = None, std: Channels | None = None) -> Preprocessing:
+        """Evaluation transform of `image_size`: the shorter side becomes 256/224 of it; ImageNet's mean and standard
+        deviation, if no others are given.
+        """
+        return cls(image_size, int(image_size * 256 / 224), mean=mean or cls.mean, std=std or cls.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """What no tensor of a checkpoint shows. None: not said.
+
+    `heads` of every attention; `qk_scale`: factor of q, head size ** -0.5 if not given; `activation`: one of
+    `ACTIVATIONS`; `norm_eps`: epsilon of every LayerNorm; `mean`, `std`: of the pixels, by channel, in 0..1.
+    """
+
+    heads: int | None = None
+    qk_scale: float | None = None
+    activation: str | None = None
+    norm_eps: float | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What is said, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +156,7 @@ class ModelSpec:
     image_size: int | None = None
     num_classes: int | None = None
     ignore: tuple[str, ...] = ()
+    hyperparameters: Hyperparameters = Hyperparameters()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +225,17 @@ _OPSETS = {Precision.FP8: 21, Precision.BF16: 22}
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """All that `spach-export` was asked for. `opset` None is `graph_opset`'s own choice."""
+    """All that `spach-export` was asked for.
+
+    `answers`: an npz of what the user's own code answered. `opset` None is `graph_opset`'s own choice.
+    """
 
     model: ModelSpec = ModelSpec()
     precision: Precision = Precision.FP32
     outputs: OutputSpec = OutputSpec()
     engine: EngineTarget = EngineTarget()
     images: Path | None = None
+    answers: Path | None = None
     output: Path | None = None
     overwrite: bool = False
     disabled_rewrites: tuple[str, ...] = ()

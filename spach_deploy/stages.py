@@ -46,6 +46,8 @@ from spach_deploy.runtime.saved_graph import save_model, saved_graph
 from spach_deploy.specs import ExportOptions, Flavour, IODtype, Precision, Preprocessing
 from spach_deploy.stages_quantization import mark_sites, quantize_typed
 from spach_deploy.stages_quantization import summary as quantized_summary
+from spach_deploy.validation import answers_file
+from spach_deploy.validation.answers_file import Agreement, read_answers
 from spach_deploy.validation.exact import ReferenceLogits, check_equal, prove_equal
 
 GOLDEN_IMAGES = 8
@@ -130,6 +132,17 @@ def load(options: ExportOptions, phases: Phases) -> LoadedModel:
     return loaded
 
 
+def hold_to_answers(
+    loaded: LoadedModel, options: ExportOptions, phases: Phases
+) -> tuple[LoadedModel, Agreement | None]:
+    """The model that agrees with the user's answers, where some were given, and how well it does."""
+    if options.answers is None:
+        return loaded, None
+    given = read_answers(options.answers)
+    with phases.phase("compare with your answers"):
+        return answers_file.hold_to_answers(loaded, given, phases.note)
+
+
 def load_runtime() -> None:
     """ONNX Runtime, which is there (`check_options`), loaded before it is needed."""
     importlib.import_module("onnxruntime")
@@ -140,11 +153,10 @@ def target_directory(options: ExportOptions, loaded: LoadedModel) -> Path:
     return options.output or default_directory(loaded.name, options.precision.value)
 
 
-def read_photographs(options: ExportOptions, image_size: int, phases: Phases) -> Photographs:
+def read_photographs(options: ExportOptions, preprocessing: Preprocessing, phases: Phases) -> Photographs:
     """The golden images: the user's, spread evenly over the set, or the built-in photographs."""
     built_in = options.images is None
     source = probe_source() if options.images is None else open_images(options.images)
-    preprocessing = Preprocessing.for_size(image_size)
     chosen = source.limit(GOLDEN_IMAGES)
     parts = list(batches(chosen, preprocessing, GOLDEN_IMAGES))
     if not parts:

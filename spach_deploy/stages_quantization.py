@@ -16,6 +16,8 @@ from spach_deploy.data.readers import open_images
 from spach_deploy.data.survey import check_overlap
 from spach_deploy.errors import PrecisionError, UsageError
 from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.hyperparameters import published
 from spach_deploy.onnx_graph.graph import mark_quantized
 from spach_deploy.phases import Phases
 from spach_deploy.quantization.audit import audit
@@ -95,8 +97,10 @@ def key_of(
 ) -> Key:
     """What a calibration with these options depends on."""
     layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
+    usual = published(CONFIGS[loaded.name])
+    unusual = [str(setting) for setting in loaded.settings if setting.value != usual[setting.name]]
     return Key.of(
-        [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled))],
+        [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled)), *unusual],
         preprocessing,
         weights_sha256=loaded.weights_sha256,
         model=loaded.name,

@@ -32,7 +32,8 @@ def export_key(options: ExportOptions) -> str | None:
     """
     if options.engine.timing_cache is not None or options.quantization.cache is not None:
         return None
-    inputs = (options.images, options.quantization.calibration, options.quantization.labels)
+    quantization = options.quantization
+    inputs = (options.images, options.answers, quantization.calibration, quantization.labels)
     try:
         weights = () if options.model.checkpoint is None else checkpoint_files(options.model.checkpoint)
         content = {

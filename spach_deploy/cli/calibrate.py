@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @opt.ignore
 @click.option("--image-size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the square input.  [224]")
 @click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Classes; inferred from a checkpoint.")
+@opt.hyperparameters
 @opt.calibration
 @click.option("--int8", "precisions", flag_value="int8", multiple=True, help="For 8-bit integers (the default).")
 @click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="For 8-bit floats (E4M3).")

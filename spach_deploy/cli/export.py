@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from spach_deploy.specs import ExportOptions
 
 
+_ANSWERS = "Inputs and logits that your own code computed: the model is held to them before anything else."
+
+
 @click.command("spach-export", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--list", "show_list", is_flag=True, help="Show all models and end.")
 @click.option("--list-rewrites", is_flag=True, help="Show the names that --no-rewrite takes and end.")
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 @opt.ignore
 @click.option("--image-size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the square input.  [224]")
 @click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Classes; inferred from a checkpoint.")
+@opt.hyperparameters
+@opt.answers(_ANSWERS)
 @click.option("--fp32", "precisions", flag_value="fp32", multiple=True, help="Single precision (the default).")
 @click.option("--fp16", "precisions", flag_value="fp16", multiple=True, help="Half precision, islands in FP32.")
 @click.option("--bf16", "precisions", flag_value="bf16", multiple=True, help="bfloat16, islands in FP32.")

@@ -12,9 +12,11 @@ from spach_deploy.errors import UsageError
 from spach_deploy.files import Place
 from spach_deploy.specs import (
     BatchProfile,
+    Channels,
     EngineTarget,
     ExportOptions,
     Flavour,
+    Hyperparameters,
     IODtype,
     ModelSpec,
     OutputSpec,
@@ -52,6 +54,7 @@ def export_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptio
         outputs=_outputs(values),
         engine=_engine(values),
         images=values.get("images"),
+        answers=values.get("answers"),
         output=values.get("output"),
         overwrite=bool(values.get("overwrite")),
         disabled_rewrites=tuple(values.get("no_rewrite") or ()),
@@ -181,7 +184,27 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
         image_size=values.get("image_size"),
         num_classes=values.get("num_classes"),
         ignore=tuple(values.get("ignore") or ()),
+        hyperparameters=Hyperparameters(
+            heads=values.get("heads"),
+            qk_scale=values.get("qk_scale"),
+            activation=values.get("activation"),
+            norm_eps=values.get("norm_eps"),
+            mean=_channels("--mean", values.get("mean")),
+            std=_channels("--std", values.get("std")),
+        ),
     )
+
+
+def _channels(option: str, text: str | None) -> Channels | None:
+    """`0.5,0.5,0.5`, or one number for all three."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+        red, green, blue = values * 3 if len(values) == 1 else values
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not three numbers.", f"Give {option} 0.485,0.456,0.406.") from None
+    return red, green, blue
 
 
 def _outputs(values: Mapping[str, Any]) -> OutputSpec:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from spach_deploy._version import __version__
-from spach_deploy.specs import WeightSource
+from spach_deploy.specs import ACTIVATIONS, WeightSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +35,28 @@ def ignore(function: F) -> F:
     """--ignore."""
     text = "Tensors of the checkpoint that are not the model's, such as 'head_dist.*'; may be repeated."
     return click.option("--ignore", multiple=True, metavar="PATTERN", help=text)(function)
+
+
+_HYPERPARAMETERS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--heads", type=click.IntRange(min=1), metavar="N", help="Heads of every attention."),
+    click.option("--qk-scale", type=float, metavar="X", help="Factor of q in attention.  [head size ** -0.5]"),
+    click.option("--activation", type=click.Choice(ACTIVATIONS), help="Of channel and spatial MLPs."),
+    click.option("--norm-eps", type=float, metavar="X", help="Epsilon of every LayerNorm."),
+    click.option("--mean", metavar="R,G,B", help="Mean of the pixels, in 0..1, that training subtracted."),
+    click.option("--std", metavar="R,G,B", help="Standard deviation of the pixels that training divided by."),
+)
+
+
+def hyperparameters(function: F) -> F:
+    """What no tensor shows. Without them the checkpoint's args say it, else the published values are assumed."""
+    for option in reversed(_HYPERPARAMETERS):
+        function = option(function)
+    return function
+
+
+def answers(text: str) -> Callable[[F], F]:
+    """--answers."""
+    return click.option("--answers", type=FILE, metavar="FILE.npz", help=text)
 
 
 def calibration(function: F) -> F:

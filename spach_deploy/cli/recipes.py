@@ -21,7 +21,7 @@ from typing import Any
 from spach_deploy.cli.options import METHODS, RESTS
 from spach_deploy.errors import UsageError
 from spach_deploy.small_files import read_text
-from spach_deploy.specs import Flavour, IODtype, Precision, WeightSource
+from spach_deploy.specs import ACTIVATIONS, Flavour, IODtype, Precision, WeightSource
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,19 +33,20 @@ _CHOICES = {
     "io_dtype": [d.value for d in IODtype],
     "engine": [f.value for f in Flavour],
     "weights": [w.value for w in WeightSource],
+    "activation": list(ACTIVATIONS),
     "method": list(METHODS),
     "rest": list(RESTS),
 }
-_PATHS = ("checkpoint", "images", "output", "timing_cache", "calibration", "calibration_cache", "labels")
+_PATHS = ("checkpoint", "images", "answers", "output", "timing_cache", "calibration", "calibration_cache", "labels")
 _LISTS = ("gpu", "ignore", "no_rewrite", "keep_float", "quantize", "per_tensor")
-_NUMBERS = ("image_size", "num_classes", "top_k", "opt_level", "opset")
-_BOUNDS = ("max_rel_l2", "max_drop")
+_NUMBERS = ("image_size", "num_classes", "heads", "top_k", "opt_level", "opset")
+_REALS = ("max_rel_l2", "max_drop", "qk_scale", "norm_eps")
 _SWITCHES = (
     *("softmax", "tf32", "version_compatible", "hardware_compatible", "overwrite", "equalize", "allow_overlap"),
     "vnni",
 )
-_TEXTS = ("model", "batch", "workspace")
-KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_BOUNDS, *_SWITCHES, *_TEXTS))
+_TEXTS = ("model", "batch", "workspace", "mean", "std")
+KEYS = sorted((*_CHOICES, *_PATHS, *_LISTS, *_NUMBERS, *_REALS, *_SWITCHES, *_TEXTS))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _value(path: Path, key: str, value: Any) -> Any:
         return _choice(path, key, _typed(path, key, value, str))
     if key == "batch" and type(value) is int:
         return str(value)
-    if key in _BOUNDS:
+    if key in _REALS:
         return float(value if type(value) is int else _typed(path, key, value, float))
     if key in _NUMBERS:
         return _number(path, key, value)

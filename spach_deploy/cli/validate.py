@@ -24,6 +24,7 @@ _LABELS = (
 )
 _MAX_DROP = "With labels: exit with 1 where top-1 accuracy falls by more than so many points."
 _CHECKPOINT = "Run the reference from the checkpoint that the bundle was made from. Without it, its stored answers."
+_ANSWERS = "Hold the reference to what your own code computed: an npz of `input` and `logits`."
 _BISECT = "Find the stage, the module and the kind of a disagreement, in the names of the PyTorch model's modules."
 _AGAINST = "TARGET is a graph of your own: hold it to what this bundle was made from, module by module."
 _BUNDLE = "The bundle that a model on a server was packaged from."
@@ -52,6 +53,7 @@ _REPORT = "Write the report here, its page beside it.  [report.json in the bundl
     help="Which weights of the checkpoint.  [those that the bundle was made from]",
 )
 @opt.ignore
+@opt.answers(_ANSWERS)
 @click.option("--bisect", is_flag=True, help=_BISECT)
 @click.option("--against", type=opt.FILE, metavar="BUNDLE", help=_AGAINST)
 @click.option("--accept", type=click.Choice(["graph"]), help="Exit with 0 where the graph agreed and no GPU is here.")
@@ -73,6 +75,7 @@ def main(
     checkpoint: Path | None,
     weights: str | None,
     ignore: tuple[str, ...],
+    answers: Path | None,
     bisect: bool,
     against: Path | None,
     accept: str | None,
@@ -118,6 +121,7 @@ def main(
         checkpoint=checkpoint,
         weights=weights,
         ignore=ignore,
+        answers=answers,
         bisect=bisect,
         against=against,
         accept_graph=accept == "graph",
@@ -125,7 +129,13 @@ def main(
     if other is not None:
         from spach_deploy.cli.validate_two import check_options, show_two, validate_two
 
-        misplaced = {"--bundle": bundle, "--against": against, "--bisect": bisect, "--ray": cluster}
+        misplaced = {
+            "--bundle": bundle,
+            "--against": against,
+            "--bisect": bisect,
+            "--ray": cluster,
+            "--answers": answers,
+        }
         places = check_options(misplaced, report, is_opened=is_opened)
         compared = validate_two(_request(words), other, validate_command(words))
         return show_two(compared, places, as_json=as_json, is_opened=is_opened)
@@ -140,6 +150,7 @@ def main(
             "--images": images,
             "--labels": labels,
             "--checkpoint": checkpoint,
+            "--answers": answers,
             "--accept": accept,
         }
         validation = validate_on_server(target, bundle, misplaced)
@@ -173,6 +184,7 @@ def _request(words: ValidateWords, cluster: str | None = None) -> ValidationRequ
         accept_graph=words.accept_graph,
         labels=words.labels,
         max_drop=words.max_drop,
+        answers=words.answers,
         bisect=words.bisect,
         against=words.against,
         cluster=cluster,

@@ -19,11 +19,12 @@ from spach_deploy.models.checkpoint_file import read_checkpoint, read_shards
 from spach_deploy.models.checkpoint_index import find_index
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.hyperparameters import Setting, settle, values_of
 from spach_deploy.models.matching import check_fit, image_size_of, infer_model, num_classes_of
 from spach_deploy.models.registry import check_spec, create_model, resolve
 from spach_deploy.models.spach import Spach
 from spach_deploy.models.training_args import choose_image_size, compare_classes, compare_model
-from spach_deploy.specs import ModelSpec
+from spach_deploy.specs import ModelSpec, Preprocessing
 
 DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"
 _FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
@@ -36,6 +37,7 @@ class LoadedModel:
     `checkpoint_sha256` is of the file (of several, see `read_shards`), `weights_sha256` of the float32 values (see the
     function of that name), so that the same weights in another container are recognised; it is computed when first
     asked for. `notes` say what was unwrapped, inferred, converted and compared, in sentences for the report.
+    `settings`: what tensors do not show, each with its source.
     """
 
     model: Spach
@@ -46,6 +48,13 @@ class LoadedModel:
     checkpoint_path: Path | None
     checkpoint_sha256: str | None
     notes: tuple[str, ...]
+    settings: tuple[Setting, ...] = ()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the model's images go through before it."""
+        values = values_of(self.settings)
+        return Preprocessing.for_size(self.image_size, values.mean, values.std)
 
     @functools.cached_property
     def weights_sha256(self) -> str:
@@ -80,12 +89,13 @@ def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
     name = resolve(spec.name)
     size = 224 if spec.image_size is None else spec.image_size
     classes = 1000 if spec.num_classes is None else spec.num_classes
+    settings = settle(CONFIGS[name], spec.hyperparameters, {}, is_checkpoint=False)
     # Built without values: drawing the published initialisation would take longer than all the rest.
     with torch.device("meta"):
-        model = create_model(name, image_size=size, num_classes=classes)
+        model = create_model(name, image_size=size, num_classes=classes, hyperparameters=values_of(settings))
     model.to_empty(device="cpu")
     load_demo_weights(model)
-    return _loaded(model, name, "demo", None, None, (DEMO_NOTE,))
+    return _loaded(model, name, "demo", None, None, (DEMO_NOTE,), settings)
 
 
 def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
@@ -95,13 +105,28 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     name, notes = _identify(spec, state)
     classes = num_classes_of(state.tensors) or 0
     size, size_notes = choose_image_size(state.args, name, image_size_of(CONFIGS[name], state.tensors), spec.image_size)
+    settings = settle(CONFIGS[name], spec.hyperparameters, state.args, is_checkpoint=True)
     values, value_notes = _values(state.tensors)
     with torch.device("meta"):
-        model = create_model(name, image_size=size, num_classes=classes)
+        model = create_model(name, image_size=size, num_classes=classes, hyperparameters=values_of(settings))
     model.load_state_dict(_with_counters(model, values), strict=True, assign=True)
     files = [] if index is None else [f"read {len(index.shards)} files, as {index.path.name} says"]
     notes = [*files, *state.notes, *notes, *compare_classes(state.args, classes), *size_notes, *value_notes]
-    return _loaded(model, name, "checkpoint", path if index is None else index.path, sha256, tuple(notes))
+    return _loaded(model, name, "checkpoint", path if index is None else index.path, sha256, tuple(notes), settings)
+
+
+def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedModel:
+    """The same weights in a model with other settings."""
+    with torch.device("meta"):
+        model = create_model(
+            loaded.name,
+            image_size=loaded.image_size,
+            num_classes=loaded.num_classes,
+            hyperparameters=values_of(settings),
+        )
+    model.load_state_dict(loaded.model.state_dict(), strict=True, assign=True)
+    model.requires_grad_(False).eval()
+    return dataclasses.replace(loaded, model=model, settings=settings)
 
 
 def _identify(spec: ModelSpec, state: StateDict) -> tuple[str, list[str]]:
@@ -179,6 +204,7 @@ def _loaded(
     path: Path | None,
     sha256: str | None,
     notes: tuple[str, ...],
+    settings: tuple[Setting, ...],
 ) -> LoadedModel:
     model.requires_grad_(False).eval()
-    return LoadedModel(model, name, model.image_size, model.num_classes, origin, path, sha256, notes)
+    return LoadedModel(model, name, model.image_size, model.num_classes, origin, path, sha256, notes, settings)

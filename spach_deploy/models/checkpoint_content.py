@@ -25,6 +25,10 @@ from spach_deploy.models.shapes import state_shapes
 from spach_deploy.specs import WeightSource
 
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
+_ARGS_KEYS = (  # training scripts; PyTorch Lightning; timm, and others' names for the constructor's arguments
+    *("args", "hyper_parameters", "hparams", "config", "cfg", "opt"),
+    *("model_kwargs", "model_args", "arch_kwargs"),
+)
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "model_ema_state_dict")
 _WRAPPER_NAMES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """DistributedDataParallel, DataParallel and AveragedModel; torch.compile; FSDP; activation checkpointing."""
@@ -343,7 +347,15 @@ def _note_others(found: Mapping[Any, Any], is_top: bool) -> list[str]:
 
 
 def _args(content: Mapping[Any, Any]) -> dict[str, Any]:
-    args = content.get("args")
-    if isinstance(args, argparse.Namespace):
-        return dict(vars(args))
-    return {str(key): value for key, value in args.items()} if isinstance(args, Mapping) else {}
+    """What the training code was told, wherever it kept that; of entries with one name the first counts."""
+    found: dict[str, Any] = {}
+    for key in _ARGS_KEYS:
+        found = {**_entries(content.get(key)), **found}
+    for key in _ARGS_KEYS:
+        found = {**_entries(found.get(key)), **found}
+    return found
+
+
+def _entries(value: Any) -> dict[str, Any]:
+    entries = vars(value) if isinstance(value, argparse.Namespace) else value
+    return {str(key): entry for key, entry in entries.items()} if isinstance(entries, Mapping) else {}

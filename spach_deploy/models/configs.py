@@ -16,7 +16,10 @@ STEM_WIDTH = 64
 
 @dataclasses.dataclass(frozen=True)
 class SpachConfig:
-    """Shape of one model. `stages` lists, for each stage, how each of its blocks mixes tokens."""
+    """Shape of one model. `stages` lists, for each stage, how each of its blocks mixes tokens.
+
+    `qk_scale` None: head size ** -0.5. `activation`: one of `specs.ACTIVATIONS`.
+    """
 
     dim: int
     patch_size: int
@@ -25,6 +28,14 @@ class SpachConfig:
     num_heads: int = 0
     conv_stem: bool = False
     shared_spatial: bool = False
+    qk_scale: float | None = None
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+
+    @property
+    def attention_dims(self) -> list[int]:
+        """Channels of each stage that has attention."""
+        return [dim for dim, mixers in zip(self.stage_dims, self.stages, strict=True) if TRANS in mixers]
 
     @property
     def multi_stage(self) -> bool:

@@ -13,18 +13,21 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from spach_deploy.models.configs import STEM_WIDTH
+from spach_deploy.models.configs import STEM_WIDTH, SpachConfig
 
-LAYER_NORM_EPS = 1e-6
+
+def activation(name: str) -> nn.Module:
+    """The module that one of `specs.ACTIVATIONS` names."""
+    return {"gelu": nn.GELU(), "gelu-tanh": nn.GELU("tanh"), "relu": nn.ReLU(), "silu": nn.SiLU()}[name]
 
 
 class ChannelMLP(nn.Module):
-    """Two linear layers over channels with an exact GELU between: (B, N, C) -> (B, N, C)."""
+    """Two linear layers over channels with an activation between: (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, act: str = "gelu") -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
+        self.act = activation(act)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,11 +39,11 @@ class ChannelMLP(nn.Module):
 class SpatialMLP(nn.Module):
     """The same over tokens, each channel alike: (B, N, C) -> (B, N, C). Its weights fix N."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, act: str = "gelu") -> None:
         super().__init__()
         self.num_tokens = num_tokens
         self.fc1 = nn.Linear(num_tokens, num_tokens // 2)
-        self.act = nn.GELU()
+        self.act = activation(act)
         self.fc2 = nn.Linear(num_tokens // 2, num_tokens)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,12 +54,12 @@ class SpatialMLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with packed qkv: (B, N, C) -> (B, N, C)."""
+    """Multi-head self-attention with packed qkv: (B, N, C) -> (B, N, C). `qk_scale` None or 0: head size ** -0.5."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, qk_scale: float | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -99,16 +102,16 @@ class MixingBlock(nn.Module):
     spatial_func: Attention | SpatialMLP
 
     def __init__(
-        self, dim: int, grid: tuple[int, int], mlp_ratio: int, spatial_func: Attention | SpatialMLP | None
+        self, config: SpachConfig, dim: int, grid: tuple[int, int], spatial_func: Attention | SpatialMLP | None
     ) -> None:
         super().__init__()
         self.has_spatial = spatial_func is not None
         if spatial_func is not None:
             self.gamma_1 = nn.Parameter(torch.full((1, 1, dim), 1e-4))
             self.spatial_func = spatial_func
-            self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.channel_func = ChannelMLP(dim, dim * mlp_ratio)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+            self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.channel_func = ChannelMLP(dim, dim * config.mlp_ratio, config.activation)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.cpe_net = PositionEncoding(dim, grid)
 
     def forward(self, x: Tensor) -> Tensor:

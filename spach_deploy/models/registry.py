@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from spach_deploy.errors import ModelError, UsageError
 from spach_deploy.models.configs import CONFIGS, SpachConfig
+from spach_deploy.models.hyperparameters import with_hyperparameters
 from spach_deploy.models.shapes import count_macs, count_parameters
-from spach_deploy.specs import ModelSpec, WeightSource
+from spach_deploy.specs import Hyperparameters, ModelSpec, WeightSource
 
 if TYPE_CHECKING:
     from spach_deploy.models.spach import Spach
@@ -99,7 +100,7 @@ def check_spec(spec: ModelSpec) -> None:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
     check_ignore(spec.checkpoint, spec.ignore)
     if spec.name is not None:
-        config = CONFIGS[resolve(spec.name)]
+        config = with_hyperparameters(CONFIGS[resolve(spec.name)], spec.hyperparameters)
         if spec.image_size is not None:
             config.check_image_size(spec.image_size)
 
@@ -110,15 +111,23 @@ def check_ignore(checkpoint: Path | None, ignore: tuple[str, ...]) -> None:
         raise UsageError("--ignore names tensors of a checkpoint.", "Give --checkpoint FILE.")
 
 
-def create_model(name: str, *, image_size: int = 224, num_classes: int = 1000) -> Spach:
+def create_model(
+    name: str,
+    *,
+    image_size: int = 224,
+    num_classes: int = 1000,
+    hyperparameters: Hyperparameters = Hyperparameters(),  # noqa: B008
+) -> Spach:
     """A freshly initialised model in evaluation mode, float32 on the CPU.
 
     Its head is zero and so is its answer, as published: load a checkpoint, or `load_demo_weights`, before
-    comparing anything. ModelError for an unknown name or an image size that the architecture does not allow.
+    comparing anything. ModelError for an unknown name, an image size or hyperparameters that the architecture does not
+    allow.
     """
     from spach_deploy.models.spach import Spach
 
-    return Spach(CONFIGS[resolve(name)], image_size=image_size, num_classes=num_classes).eval()
+    config = with_hyperparameters(CONFIGS[resolve(name)], hyperparameters)
+    return Spach(config, image_size=image_size, num_classes=num_classes).eval()
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from spach_deploy.errors import ModelError
 from spach_deploy.models.configs import CONV, MLP, TRANS, SpachConfig
 from spach_deploy.models.layers import (
-    LAYER_NORM_EPS,
     Attention,
     ConvStem,
     Downsampling,
@@ -36,11 +35,11 @@ class Spach(nn.Module):
         stem = ConvStem if config.conv_stem else PatchStem
         grids = config.grids(image_size)
         self.stem = stem(config.dim, config.patch_size)
-        self.norm1 = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         for index, (mixers, side) in enumerate(zip(config.stages, grids, strict=True)):
             setattr(self, self.stage_names[index], _stage(config, index, mixers, side))
         width = config.dim << (len(config.stages) - 1)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, num_classes)
         _initialize(self)
 
@@ -66,17 +65,17 @@ class Spach(nn.Module):
 def _stage(config: SpachConfig, index: int, mixers: tuple[str, ...], side: int) -> nn.Sequential:
     dim = config.dim << index
     layers: list[nn.Module] = [Downsampling(dim // 2, (2 * side, 2 * side))] if index else []
-    shared = SpatialMLP(side * side) if config.shared_spatial and MLP in mixers else None
+    shared = _spatial(config, MLP, dim, side) if config.shared_spatial and MLP in mixers else None
     for mixer in mixers:
-        spatial = shared or _spatial(mixer, dim, side, config.num_heads)
-        layers.append(MixingBlock(dim, (side, side), config.mlp_ratio, spatial))
+        spatial = shared or _spatial(config, mixer, dim, side)
+        layers.append(MixingBlock(config, dim, (side, side), spatial))
     return nn.Sequential(*layers)
 
 
-def _spatial(mixer: str, dim: int, side: int, num_heads: int) -> Attention | SpatialMLP | None:
+def _spatial(config: SpachConfig, mixer: str, dim: int, side: int) -> Attention | SpatialMLP | None:
     if mixer == TRANS:
-        return Attention(dim, num_heads)
-    return SpatialMLP(side * side) if mixer == MLP else None
+        return Attention(dim, config.num_heads, config.qk_scale)
+    return SpatialMLP(side * side, config.activation) if mixer == MLP else None
 
 
 def _initialize(model: nn.Module) -> None:

@@ -77,10 +77,10 @@ class StaticDownsampling(_GridNet):
 class StaticChannelMLP(nn.Module):
     """Two linear layers on rows: (..., C) -> (B*N, C)."""
 
-    def __init__(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
+    def __init__(self, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear) -> None:
         super().__init__()
         self.fc1 = fc1
-        self.act = nn.GELU()
+        self.act = act
         self.fc2 = fc2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,10 +108,10 @@ class TokenLinear(nn.Module):
 class StaticSpatialMLP(nn.Module):
     """Two linear layers over tokens: (..., C) -> (B, N, C)."""
 
-    def __init__(self, fc1: TokenLinear, fc2: TokenLinear, dim: int) -> None:
+    def __init__(self, fc1: TokenLinear, act: nn.Module, fc2: TokenLinear, dim: int) -> None:
         super().__init__()
         self.fc1 = fc1
-        self.act = nn.GELU()
+        self.act = act
         self.fc2 = fc2
         self.dim = dim
 

@@ -45,7 +45,7 @@ def static_module(layer: nn.Module) -> nn.Module:
 def _block(block: layers.MixingBlock) -> static.StaticBlock:
     dim, grid = block.norm2.normalized_shape[0], block.cpe_net.grid
     cpe_net = static.StaticPositionEncoding(_without_rearrange(block.cpe_net.net), grid, dim)
-    channel = static.StaticChannelMLP(block.channel_func.fc1, block.channel_func.fc2)
+    channel = static.StaticChannelMLP(block.channel_func.fc1, block.channel_func.act, block.channel_func.fc2)
     if not block.has_spatial:
         return static.StaticBlock(cpe_net, block.norm2, channel)
     spatial = _spatial(block.spatial_func, grid[0] * grid[1], dim)
@@ -57,7 +57,7 @@ def _spatial(
 ) -> static.StaticAttention | static.StaticSpatialMLP:
     if isinstance(func, layers.Attention):
         return static.StaticAttention(func.qkv, func.proj, func.num_heads, num_tokens, func.scale)
-    return static.StaticSpatialMLP(static.TokenLinear(func.fc1), static.TokenLinear(func.fc2), dim)
+    return static.StaticSpatialMLP(static.TokenLinear(func.fc1), func.act, static.TokenLinear(func.fc2), dim)
 
 
 def _without_rearrange(net: nn.Sequential) -> nn.Sequential:

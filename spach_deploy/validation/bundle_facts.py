@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spach_deploy.bundle import MANIFEST, Bundle
 from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.models.hyperparameters import read_section
 from spach_deploy.specs import BatchProfile, Flavour, IODtype, OutputSpec, Precision, Preprocessing
 from spach_deploy.validation.tolerance import ToleranceSet
 
@@ -36,6 +37,7 @@ def _check_model(section: Mapping[str, Any]) -> None:
     ignored = section.get("ignored", [])
     if not (isinstance(ignored, list) and all(isinstance(pattern, str) for pattern in ignored)):
         raise TypeError(f"model.ignored is {ignored!r}")
+    read_section(section.get("hyperparameters"))
 
 
 @dataclasses.dataclass(frozen=True)

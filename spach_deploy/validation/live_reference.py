@@ -17,6 +17,7 @@ from spach_deploy.data.parts import Cluster
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.errors import CheckpointError, UsageError
+from spach_deploy.models.hyperparameters import read_section, values_of
 from spach_deploy.specs import IODtype, ModelSpec, Preprocessing, WeightSource
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import LARGEST_BATCH, Ran, Trial, forms_of
@@ -102,6 +103,7 @@ def rebuild(section: dict[str, Any], weights: Weights) -> LoadedModel:
             image_size=section["image_size"],
             num_classes=section["num_classes"],
             ignore=() if weights.checkpoint is None else weights.ignore or tuple(section.get("ignored", ())),
+            hyperparameters=values_of(read_section(section.get("hyperparameters"))),
         )
     )
     if loaded.weights_sha256 != section["weights_sha256"]:

@@ -11,7 +11,7 @@ from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_runner
 from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import ToleranceSet
-from spach_deploy.validation.validate import Subject, Validation, golden_trial
+from spach_deploy.validation.validate import Validation, golden_trial, subject_of
 
 _RUNS_THE_PLAN = ("tensorrt_plan", "tensorrt")
 
@@ -50,9 +50,7 @@ def validate_server(request: ServerRequest) -> Validation:
     images = str(bundle.manifest.content["validation"].get("images", "the bundle's golden pack"))
     trial = golden_trial(Golden.load(bundle.file(GOLDEN)), images, facts.outputs, facts.batch)
     evidence, platform = _evidence(request, trial, facts.tolerances)
-    model = bundle.manifest.model
-    is_demo = model.get("origin") != "checkpoint"
-    subject = Subject(str(request.served), str(model["name"]), facts.precision.value, is_demo)
+    subject = subject_of(str(request.served), bundle, facts.precision)
     return ServerValidation(subject, trial, (evidence,), platform=platform)
 
 

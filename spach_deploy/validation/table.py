@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from spach_deploy.errors import printable
+from spach_deploy.models.hyperparameters import lines
 from spach_deploy.text import Escaped, rendered
 from spach_deploy.validation.accuracy import Accuracy, PairedAccuracy
 from spach_deploy.validation.compare import IndexComparison, OutputComparison, ScoreComparison
@@ -56,6 +57,8 @@ def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield ""
     yield _verdict(validation)
     yield Text(_wrapped(validation.level_sentence(), width, 0))
+    if sentence := validation.subject.answers_sentence:
+        yield Text(_wrapped(sentence, width, 0))
 
 
 def _findings(validation: Validation) -> tuple[str, ...]:
@@ -80,13 +83,15 @@ def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
     subject, trial = validation.subject, validation.trial
-    facts = {
-        "target": subject.target,
-        "model": f"{subject.model}, {subject.precision}",
-        "images": f"{len(trial)}: {trial.images}",
-        "reference": trial.reference,
-    }
-    for name, value in facts.items():
+    unseen = [] if subject.is_demo else lines(subject.settings)
+    facts = [
+        ("target", subject.target),
+        ("model", f"{subject.model}, {subject.precision}"),
+        *(("", line) for line in unseen),
+        ("images", f"{len(trial)}: {trial.images}"),
+        ("reference", trial.reference),
+    ]
+    for name, value in facts:
         yield Text(_wrapped(f"{name:<11}{value}", width, 11))
 
 

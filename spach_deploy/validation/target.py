@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
-from spach_deploy.errors import BundleError, ChangedFileError, SpachError, UnavailableError, UsageError, printable
+from spach_deploy.errors import (
+    BundleError,
+    ChangedFileError,
+    MismatchError,
+    SpachError,
+    UnavailableError,
+    UsageError,
+    printable,
+)
 from spach_deploy.onnx_graph.graph import missing_data
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.runtime.processor import has_vnni
@@ -30,6 +38,7 @@ from spach_deploy.validation.live_reference import (
     Images,
     OnImages,
     Weights,
+    rebuild,
     rebuilt_in_parts,
     rebuilt_on_golden,
     rebuilt_on_images,
@@ -40,9 +49,9 @@ from spach_deploy.validation.trace import Trace
 from spach_deploy.validation.validate import (
     MissingEngineRun,
     Plan,
-    Subject,
     Validation,
     golden_trial,
+    subject_of,
     try_plan,
     what_runs_a_plan,
 )
@@ -84,6 +93,7 @@ class ValidationRequest:
 
     `against`: the bundle that a graph of the user's own is held to; `bisect`: by module too.
     `labels`: of `images`, a file or the same folder. `max_drop`: of top-1, in points, beyond which it does not pass.
+    `answers`: an npz of what the user's own code answered, which the reference is held to.
     `cluster`: address of the Ray cluster that answers to `images`; None for this process.
     """
 
@@ -98,6 +108,7 @@ class ValidationRequest:
     against: Path | None = None
     labels: Path | None = None
     max_drop: float | None = None
+    answers: Path | None = None
     cluster: str | None = None
 
 
@@ -121,11 +132,32 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     answered = _answered(bundle, facts, request, changed, say, pointed.graph)
     found = _validation(request, pointed, answered, changed)
     found = _with_accuracy(found, request, answered)
+    if request.answers is not None:
+        found = _held_to_answers(
+            found, request.answers, bundle, Weights(request.checkpoint, request.weights, request.ignore), say
+        )
     return _bisected(found, request, pointed, say) if request.bisect else found
 
 
 def _changed_files(bundle: Bundle) -> dict[str, str]:
     return {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
+
+
+def _held_to_answers(
+    found: Validation, answers: Path, bundle: Bundle, weights: Weights, say: Callable[[str], None]
+) -> Validation:
+    """The validation with how the bundle's reference agrees with the user's answers; where it does not, a finding."""
+    from spach_deploy.validation.answers_file import hold_to_answers, read_answers
+
+    given = read_answers(answers)
+    say("Comparing the reference with your answers.")
+    try:
+        _, agreement = hold_to_answers(rebuild(bundle.manifest.model, weights), given, say, is_settled=True)
+    except MismatchError as error:
+        subject = dataclasses.replace(found.subject, answers=None)
+        findings = (*found.findings, f"{error.message} {error.hint}")
+        return dataclasses.replace(found, subject=subject, findings=findings)
+    return dataclasses.replace(found, subject=dataclasses.replace(found.subject, answers=agreement))
 
 
 def _check_processor(bundle: Bundle) -> None:
@@ -149,7 +181,7 @@ def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], Non
     facts = BundleFacts.of(bundle)
     changed = _changed_files(bundle)
     answered = _answered(bundle, facts, request, changed, say)
-    subject = _subject(request.target, bundle, facts)
+    subject = subject_of(str(request.target), bundle, facts.precision)
     weights = Weights(request.checkpoint, request.weights, request.ignore)
     found = validate_foreign(subject, bundle, facts, answered, weights, say)
     return dataclasses.replace(found, findings=(*_file_findings(changed), *found.findings))
@@ -169,7 +201,7 @@ def _validation(
 ) -> Validation:
     kind, bundle, facts = pointed.kind, pointed.bundle, pointed.facts
     trial, notes = answered.trial, answered.notes
-    subject = _subject(request.target, bundle, facts)
+    subject = subject_of(str(request.target), bundle, facts.precision)
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
         evidence = _graph_evidence(request.target, facts, answered)
@@ -209,7 +241,11 @@ def _check_spread(request: ValidationRequest) -> None:
     """Refuse what a cluster does not do."""
     if request.cluster is None:
         return
-    for option, is_given in (("--against", request.against is not None), ("--bisect", request.bisect)):
+    for option, is_given in (
+        ("--against", request.against is not None),
+        ("--bisect", request.bisect),
+        ("--answers", request.answers is not None),
+    ):
         if is_given:
             raise UsageError(
                 f"{option} looks at a few images on this machine; --ray spreads many.", "Give one of them."
@@ -307,11 +343,6 @@ def _check_is_onnx(target: Path) -> None:
         raise UsageError(problem, f"Put {missing} into {target.absolute().parent}, or give a graph with its weights.")
     if not has_nodes:
         raise UsageError(f"{target} is not an ONNX graph: it has no nodes.", f"Give a bundle's {GRAPH}.")
-
-
-def _subject(target: Path, bundle: Bundle, facts: BundleFacts) -> Subject:
-    model = bundle.manifest.model
-    return Subject(str(target), str(model["name"]), facts.precision.value, model.get("origin") != "checkpoint")
 
 
 # Images and reference

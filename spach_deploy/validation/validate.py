@@ -10,9 +10,12 @@ import dataclasses
 from typing import Any
 
 from spach_deploy._version import __version__
+from spach_deploy.bundle import Bundle
 from spach_deploy.errors import UnavailableError
-from spach_deploy.specs import BatchProfile, Flavour, OutputSpec
+from spach_deploy.models.hyperparameters import Setting, read_section, settings_section
+from spach_deploy.specs import BatchProfile, Flavour, OutputSpec, Precision
 from spach_deploy.validation.accuracy import Accuracy
+from spach_deploy.validation.answers_file import Agreement
 from spach_deploy.validation.bisect.result import Bisection
 from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_engine
 from spach_deploy.validation.reference import Golden
@@ -25,16 +28,38 @@ REPORT_VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What was validated: a bundle's facts for the head of a report."""
+    """What was validated: a bundle's facts for the head of a report.
+
+    `settings`: what tensors do not show, with its source. `answers`: how the reference agrees with the user's own.
+    """
 
     target: str
     model: str
     precision: str
     is_demo: bool
+    settings: tuple[Setting, ...] = ()
+    answers: Agreement | None = None
+
+    @property
+    def answers_sentence(self) -> str:
+        """Whether the reference is the user's model by the user's own answers; empty for demo weights."""
+        if self.answers is not None:
+            return self.answers.sentence
+        if self.is_demo:
+            return ""
+        return "Not compared with answers of your own code; --answers FILE.npz does (docs/own_checkpoint.md)."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return dataclasses.asdict(self)
+        return {
+            "target": self.target,
+            "model": self.model,
+            "precision": self.precision,
+            "is_demo": self.is_demo,
+            "hyperparameters": settings_section(self.settings),
+            "answers": None if self.answers is None else self.answers.to_dict(),
+            "answers_sentence": self.answers_sentence,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +192,22 @@ def manifest_section(validation: Validation, tolerances: ToleranceSet) -> dict[s
         "reference": validation.trial.reference,
         "tolerances": tolerances.to_dict(),
         "trace": None if validation.trace is None else validation.trace.to_dict(),
+        "answers": None if validation.subject.answers is None else validation.subject.answers.to_dict(),
     }
+
+
+def subject_of(target: str, bundle: Bundle, precision: Precision) -> Subject:
+    """What a bundle's manifest says for the head of a report."""
+    model = bundle.manifest.model
+    answers = bundle.manifest.content["validation"].get("answers")
+    return Subject(
+        target=target,
+        model=str(model["name"]),
+        precision=precision.value,
+        is_demo=model.get("origin") != "checkpoint",
+        settings=read_section(model.get("hyperparameters")),
+        answers=Agreement.from_dict(answers),
+    )
 
 
 def golden_trial(golden: Golden, images: str, outputs: OutputSpec, batch: BatchProfile) -> Trial:

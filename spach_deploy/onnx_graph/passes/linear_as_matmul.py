@@ -48,10 +48,10 @@ def _is_candidate(graph: GraphProto, node: NodeProto) -> bool:
 
 
 def _rows(graph: GraphProto, tensor: str) -> NodeProto | None:
-    """The Reshape that made rows (B*N, C) of `tensor`; a GELU and the Gemm before it may stand between."""
+    """The Reshape that made rows (B*N, C) of `tensor`; an activation and the Gemm before it may stand between."""
     made = producers(graph)
     node = made.get(tensor)
-    while node is not None and node.op_type in ("Gelu", "Gemm"):
+    while node is not None and node.op_type in ("Gelu", "Relu", "Sigmoid", "Mul", "Gemm"):  # SiLU is x * Sigmoid(x)
         node = made.get(node.input[0])
     return node if node is not None and node.op_type == "Reshape" else None
 

@@ -22,6 +22,7 @@ def view(content: Content) -> dict[str, Any]:
         "heading": heading_of(report),
         "level": report["level"],
         "level_sentence": level_sentence(report),
+        "answers": report.get("answers_sentence") or "",
         "reason": reason_of(content),
         "tiles": [tile for tile in (_error(content), _classes(content), _top5(content), _engine(content)) if tile],
         "begins": begins(report),

@@ -83,8 +83,8 @@ def hypotheses(recorded: Recorded, value: Array) -> Iterator[Hypothesis]:
     if isinstance(module, AttentionCore):
         yield from _head_orders(computation, module)
         yield from _scales(computation, module)
-    if isinstance(module, nn.GELU):
-        yield from _activations(computation)
+    if isinstance(module, (nn.GELU, nn.ReLU, nn.SiLU)):
+        yield from _activations(computation, module)
     yield from _weight_layouts(computation)
     yield from _grid_layouts(exact)
     yield from _channel_orders(exact, value, has_heads=_has_heads(recorded.place))
@@ -190,15 +190,18 @@ def _scales(computation: Computation, core: AttentionCore) -> Iterator[Hypothesi
         yield Hypothesis(Fault.FUNCTION, f"It {words}.", value)
 
 
-def _activations(computation: Computation) -> Iterator[Hypothesis]:
+def _activations(computation: Computation, own: nn.Module) -> Iterator[Hypothesis]:
     """Another activation."""
     others: dict[str, nn.Module] = {
         "It is the tanh form of GELU, an approximation.": nn.GELU(approximate="tanh"),
+        "It is the exact GELU.": nn.GELU(),
         "It is left out.": nn.Identity(),
         "It is a ReLU.": nn.ReLU(),
         "It is a SiLU.": nn.SiLU(),
     }
     for words, module in others.items():
+        if repr(module) == repr(own):
+            continue
         value = evaluate(dataclasses.replace(computation, module=module), _same, _same)
         yield Hypothesis(Fault.FUNCTION, words, value)
 

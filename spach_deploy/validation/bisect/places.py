@@ -32,7 +32,7 @@ CORE, SCALE, MIDDLE, MEAN = "/core", "/gamma_1", "/middle", "mean"
 QKV_PARTS = tuple(f"/{part}" for part in PARTS)
 """Ends of the names of query, key and value, as places of their own."""
 
-_LEAVES = (nn.Conv2d, nn.Linear, TokenLinear, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.GELU, nn.ReLU)
+_LEAVES = (nn.Conv2d, nn.Linear, TokenLinear, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.SiLU)
 
 
 class Kind(enum.Enum):

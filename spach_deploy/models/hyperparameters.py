@@ -1,0 +1,316 @@
+"""What no tensor of a checkpoint shows: heads, qk scale, activation, epsilon, the normalization of pixels.
+
+Each value comes from the first of these that says it, and keeps its source: the command line or a recipe; the file's
+own `args`; the table of published models, which is then an assumption. Values that contradict each other are refused.
+Only answers that the user's own code computed can prove them (`spach_deploy.validation.answers_file`).
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from spach_deploy.errors import CheckpointError, ModelError
+from spach_deploy.models.configs import SpachConfig
+from spach_deploy.specs import ACTIVATIONS, Hyperparameters, Preprocessing
+
+
+class Source(str, enum.Enum):
+    """Who says a value."""
+
+    COMMAND_LINE = "command line"
+    ARGS = "args"
+    ANSWERS = "answers"
+    PUBLISHED = "published"
+    ASSUMED = "assumed"
+
+    @property
+    def sentence(self) -> str:
+        """In words, for a reader of the export's output."""
+        return {
+            Source.COMMAND_LINE: "as asked for",
+            Source.ARGS: "the file's own args say so",
+            Source.ANSWERS: "your answers agree with no other",
+            Source.PUBLISHED: "as published",
+            Source.ASSUMED: "assumed: as published, the file does not show it",
+        }[self]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A value that tensors do not show, and who says it. `name` is a field of `Hyperparameters`."""
+
+    name: str
+    value: Any
+    source: Source
+
+    def __str__(self) -> str:
+        return described(self.name, self.value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, for a manifest."""
+        value = list(self.value) if isinstance(self.value, tuple) else self.value
+        return {"value": value, "source": self.source.value}
+
+
+_DEFAULT_SCALE = "head size ** -0.5"
+_FIELDS: dict[str, tuple[str, ...]] = {  # what training code calls them, in its args
+    "heads": ("num_heads", "heads", "nhead", "n_heads"),
+    "qk_scale": ("qk_scale",),
+    "activation": ("act_layer", "activation", "hidden_act"),
+    "norm_eps": ("norm_eps", "layer_norm_eps", "ln_eps"),
+    "mean": ("mean",),
+    "std": ("std",),
+}
+_ACTIVATION_NAMES = {
+    **{name: name for name in ACTIVATIONS},
+    **{"gelu-erf": "gelu", "gelu-none": "gelu", "gelu-new": "gelu-tanh", "gelu-pytorch-tanh": "gelu-tanh"},
+    **{"gelutanh": "gelu-tanh", "quick-silu": "silu", "swish": "silu"},
+}
+
+
+def with_hyperparameters(config: SpachConfig, given: Hyperparameters) -> SpachConfig:
+    """`config` with what is given. ModelError for a value that the architecture does not allow."""
+    _check(config, given)
+    return dataclasses.replace(
+        config,
+        num_heads=given.heads or config.num_heads,
+        qk_scale=config.qk_scale if given.qk_scale is None else given.qk_scale or None,
+        activation=given.activation or config.activation,
+        norm_eps=config.norm_eps if given.norm_eps is None else given.norm_eps,
+    )
+
+
+def published(config: SpachConfig) -> dict[str, Any]:
+    """The values of a published model, of those that mean something for it."""
+    attention = {"heads": config.num_heads, "qk_scale": config.qk_scale} if config.attention_dims else {}
+    pixels = {"mean": Preprocessing.mean, "std": Preprocessing.std}
+    return {**attention, "activation": config.activation, "norm_eps": config.norm_eps, **pixels}
+
+
+def settle(
+    config: SpachConfig, asked: Hyperparameters, args: Mapping[str, Any], *, is_checkpoint: bool
+) -> tuple[Setting, ...]:
+    """Every value that tensors do not show, with its source, for a published `config`.
+
+    CheckpointError where `args` say something else than was asked for, or something that is not known here; ModelError
+    for a value that the architecture does not allow.
+    """
+    _check(config, asked)
+    said = _said(config, args)
+    for name, value in asked.given().items():
+        if name in said and not _same(said[name][1], value):
+            raise _contradiction(name, value, *said[name])
+    given = {name: value for name, (_, value) in said.items()}
+    _check(config, Hyperparameters(**given), " (in the checkpoint's args)")
+    otherwise = Source.ASSUMED if is_checkpoint else Source.PUBLISHED
+    settings: list[Setting] = []
+    for name, usual in published(config).items():
+        if name in asked.given():
+            settings.append(Setting(name, getattr(asked, name), Source.COMMAND_LINE))
+        elif name in given:
+            settings.append(Setting(name, given[name], Source.ARGS))
+        else:
+            settings.append(Setting(name, usual, otherwise))
+    return tuple(settings)
+
+
+def values_of(settings: Iterable[Setting]) -> Hyperparameters:
+    """The settings' values."""
+    return Hyperparameters(**{setting.name: setting.value for setting in settings})
+
+
+def settings_section(settings: Iterable[Setting]) -> dict[str, Any]:
+    """The settings as plain JSON, for a manifest."""
+    return {setting.name: setting.to_dict() for setting in settings}
+
+
+def read_section(section: Mapping[str, Any] | None) -> tuple[Setting, ...]:
+    """What `settings_section` wrote; nothing for manifests of versions that did not. KeyError, TypeError or ValueError
+    for anything else.
+    """
+    settings: list[Setting] = []
+    for name, entry in (section or {}).items():
+        if name not in _FIELDS:
+            raise ValueError(f"hyperparameter {name!r} is not known")
+        value = None if entry["value"] is None else _parse(name, entry["value"])
+        settings.append(Setting(name, value, Source(entry["source"])))
+    return tuple(settings)
+
+
+def lines(settings: Iterable[Setting]) -> list[str]:
+    """The settings in words, one line for each source."""
+    by_source: dict[Source, list[str]] = {}
+    for setting in settings:
+        by_source.setdefault(setting.source, []).append(str(setting))
+    return [f"{', '.join(_together(values))} ({source.sentence})" for source, values in by_source.items()]
+
+
+def described(name: str, value: Any) -> str:
+    """A value with its name, as users read it."""
+    if name == "heads":
+        return f"{value} head{'' if value == 1 else 's'}"
+    if name == "qk_scale":
+        return f"qk scale {_DEFAULT_SCALE if not value else format(value, 'g')}"
+    if name == "norm_eps":
+        return f"epsilon {value:g}"
+    if name in ("mean", "std"):
+        usual = value == getattr(Preprocessing, name)
+        return f"pixel {name} {'of ImageNet' if usual else ' '.join(format(part, 'g') for part in value)}"
+    return f"{name} {value}"
+
+
+def _together(names: list[str]) -> list[str]:
+    """Both of ImageNet's pixel values as one."""
+    both = ["pixel mean of ImageNet", "pixel std of ImageNet"]
+    if all(name in names for name in both):
+        return [*(name for name in names if name not in both), "pixel mean and std of ImageNet"]
+    return names
+
+
+def _check(config: SpachConfig, given: Hyperparameters, where: str = "") -> None:
+    """ModelError for what the architecture does not allow."""
+    if (given.heads is not None or given.qk_scale) and not config.attention_dims:
+        name = "heads" if given.heads is not None else "qk scale"
+        raise ModelError(f"The model has no attention, so it has no {name}{where}.", "Leave it out.")
+    uneven = [dim for dim in config.attention_dims if given.heads and dim % given.heads]
+    if given.heads is not None and (given.heads < 1 or uneven):
+        fitting = [heads for heads in heads_that_fit(config) if heads <= 64]
+        raise ModelError(
+            f"{given.heads} heads{where} do not divide the model's {(uneven or config.attention_dims)[0]} channels.",
+            f"Give one of {', '.join(map(str, fitting))}.",
+        )
+    if given.activation is not None and given.activation not in ACTIVATIONS:
+        raise ModelError(f"There is no activation {given.activation!r}{where}.", f"One of {', '.join(ACTIVATIONS)}.")
+    for name, value in (("qk scale", given.qk_scale), ("epsilon", given.norm_eps)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ModelError(f"{value:g} is no {name}{where}.", "Give a number that is not negative.")
+    if given.std is not None and min(given.std) <= 0:
+        raise ModelError(f"A standard deviation of {min(given.std):g}{where} cannot be divided by.", "Give 0..1.")
+
+
+def heads_that_fit(config: SpachConfig) -> list[int]:
+    """Numbers of heads that divide the width of every stage with attention."""
+    dims = config.attention_dims
+    return [heads for heads in range(1, min(dims) + 1) if not any(dim % heads for dim in dims)] if dims else []
+
+
+def _contradiction(name: str, asked: Any, field: str, said: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{described(name, asked)} was asked for, but the checkpoint's args say {described(name, said)} ({field}).",
+        "Leave the option out, or, if its args are out of date, save the weights alone, with"
+        " torch.save(model.state_dict(), ...).",
+    )
+
+
+# What the file's own args say
+
+
+def _said(config: SpachConfig, args: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """(the field of args, its value) of what args say, by our name. CheckpointError for what cannot be honoured."""
+    _check_visible(config, args)
+    found: dict[str, tuple[str, Any]] = {}
+    for name in published(config):
+        for field in _FIELDS[name]:
+            value = args.get(field)
+            if value is None or value == "" or value == [] or (name == "qk_scale" and value == 0):
+                continue
+            parsed = _known(name, field, value)
+            if name in found and not _same(found[name][1], parsed):
+                raise CheckpointError(
+                    f"The checkpoint's args contradict themselves: {found[name][0]} and {field} differ.",
+                    "Save the weights alone, with torch.save(model.state_dict(), ...), and give the value as option.",
+                )
+            found[name] = field, parsed
+    return found
+
+
+def _known(name: str, field: str, value: Any) -> Any:
+    try:
+        return _parse(name, value)
+    except (TypeError, ValueError, OverflowError, KeyError):
+        known = f": {', '.join(ACTIVATIONS)}" if name == "activation" else ""
+        raise CheckpointError(
+            f"The checkpoint's args say {field} = {value!r}, which this version cannot export{known}.",
+            "If its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...).",
+        ) from None
+
+
+def _parse(name: str, value: Any) -> Any:
+    """A value as our field holds it. TypeError or ValueError for what is none."""
+    if isinstance(value, bool):
+        raise TypeError(name)
+    if name == "heads":
+        if int(value) != float(value):
+            raise ValueError(name)
+        return int(value)
+    if name == "activation":
+        return _ACTIVATION_NAMES[_folded(value)]
+    if name in ("mean", "std"):
+        return _channels(value)
+    return float(value)
+
+
+def _folded(value: Any) -> str:
+    """`nn.GELU`, `torch.nn.modules.activation.GELU` and `gelu_new` as one kind of name."""
+    if not isinstance(value, str):
+        raise TypeError("an activation is a name")
+    return value.removesuffix("()").rsplit(".", 1)[-1].lower().replace("_", "-")
+
+
+def _channels(value: Any) -> tuple[float, float, float]:
+    values = value.split(",") if isinstance(value, str) else value
+    values = [values] * 3 if isinstance(values, int | float) else list(values)
+    if len(values) == 1:
+        values *= 3
+    red, green, blue = (float(part) for part in values)
+    if not all(math.isfinite(part) for part in (red, green, blue)):
+        raise ValueError("not finite")
+    return red, green, blue
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) or isinstance(other, float):
+        return math.isclose(float(one), float(other), rel_tol=1e-9)
+    return bool(one == other)
+
+
+def _check_visible(config: SpachConfig, args: Mapping[str, Any]) -> None:
+    """Refuse args about what the tensors do show, where they show something else: then which are right?"""
+    shown: dict[str, Callable[[Any], bool]] = {
+        "hidden_dim": lambda value: int(value) == config.dim,
+        "patch_size": lambda value: _last(value) == config.patch_size,
+        "in_chans": lambda value: int(value) == 3,
+        "channel_ratio": lambda value: float(value) == config.mlp_ratio,
+        "token_ratio": lambda value: float(value) == 0.5,
+        "cpe": lambda value: bool(value) is True,
+        "scaled": lambda value: bool(value) is True,
+        "qkv_bias": lambda value: bool(value) is True or not config.attention_dims,
+        "stem_type": lambda value: (str(value) == "conv4") is config.conv_stem,
+        "crop_pct": lambda value: math.isclose(float(value), 224 / 256, abs_tol=5e-4),
+        "interpolation": lambda value: str(value).lower() in ("bicubic", "3"),
+    }
+    for field, agrees in shown.items():
+        value = args.get(field)
+        if value is None or value == "":
+            continue
+        try:
+            is_so = agrees(value)
+        except (TypeError, ValueError, OverflowError):
+            is_so = False
+        if not is_so:
+            raise CheckpointError(
+                f"The checkpoint's args say {field} = {value!r}, and this version exports the published model's alone.",
+                "If its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...).",
+            )
+
+
+def _last(value: Any) -> int:
+    return int(value[-1] if isinstance(value, (list, tuple)) else value)

@@ -1,0 +1,117 @@
+"""What no tensor shows is computed as the published code computes it, and each value says where it comes from.
+
+`../golden/hyperparameters.npz`: the published implementation's logits, as in `golden_reference`, of trans_xxs with one
+value changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spach_deploy.models import LoadedModel, create_model
+from spach_deploy.models.hyperparameters import Source, lines
+from spach_deploy.specs import Hyperparameters
+from spach_deploy.validation.precision_loss import evaluate, evaluate_fp64
+from tests.models.golden_reference import GOLDEN, reference_input, reference_state_dict
+from tests.models.small_models import load, refusal, save, state
+
+PUBLISHED = {
+    "three heads": Hyperparameters(heads=3),
+    "qk_scale": Hyperparameters(qk_scale=0.05),
+    "relu": Hyperparameters(activation="relu"),
+    "epsilon": Hyperparameters(norm_eps=1e-5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_code_answers_the_same(name: str) -> None:
+    model = create_model("trans_xxs", hyperparameters=PUBLISHED[name])
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in reference_state_dict(shapes).items()})
+    images = reference_input()
+    exact = evaluate_fp64(model, images)
+    with np.load(GOLDEN / "hyperparameters.npz") as arrays:
+        published = arrays[name]
+    noise = np.linalg.norm(evaluate(model, images) - exact) / np.linalg.norm(exact)
+    assert np.linalg.norm(published - exact) / np.linalg.norm(exact) < 4 * noise
+
+
+def sources(loaded: LoadedModel) -> dict[str, tuple[Any, Source]]:
+    return {setting.name: (setting.value, setting.source) for setting in loaded.settings}
+
+
+def test_every_value_that_the_file_does_not_show_is_called_assumed(tmp_path: Path) -> None:
+    loaded = load(save(tmp_path, state()))
+    assert {source for _, source in sources(loaded).values()} == {Source.ASSUMED}
+    assert set(sources(loaded)) == {"heads", "qk_scale", "activation", "norm_eps", "mean", "std"}
+    (line,) = lines(loaded.settings)
+    assert line == (
+        "1 head, qk scale head size ** -0.5, activation gelu, epsilon 1e-06, pixel mean and std of ImageNet"
+        " (assumed: as published, the file does not show it)"
+    )
+
+
+CONTAINERS: dict[str, Any] = {
+    "a script's args": {"args": argparse.Namespace(num_heads=2, act_layer="nn.ReLU", qk_scale=0, norm_eps=None)},
+    "Lightning": {"hyper_parameters": {"num_heads": 2, "act_layer": "relu"}},
+    "arguments of the constructor": {"args": {"model_kwargs": {"num_heads": "2", "activation": "ReLU()"}}},
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_files_own_args_are_honoured(tmp_path: Path, container: str) -> None:
+    loaded = load(save(tmp_path, {"state_dict": state(), **CONTAINERS[container]}))
+    assert sources(loaded)["heads"] == (2, Source.ARGS)
+    assert sources(loaded)["activation"] == ("relu", Source.ARGS)
+    assert sources(loaded)["qk_scale"] == (None, Source.ASSUMED)
+    assert loaded.model.layer2[1].spatial_func.num_heads == 2  # type: ignore[index, union-attr]
+    assert isinstance(loaded.model.layer2[1].channel_func.act, torch.nn.ReLU)  # type: ignore[index, union-attr]
+
+
+def test_pixels_are_normalized_as_args_say(tmp_path: Path) -> None:
+    loaded = load(save(tmp_path, {"model": state(), "args": {"mean": [0.5, 0.5, 0.5], "std": "0.25"}}))
+    assert (loaded.preprocessing.mean, loaded.preprocessing.std) == ((0.5,) * 3, (0.25,) * 3)
+
+
+def test_the_command_line_is_the_first_to_say_a_value(tmp_path: Path) -> None:
+    loaded = load(save(tmp_path, state()), hyperparameters=Hyperparameters(heads=4, mean=(0.0, 0.0, 0.0)))
+    assert sources(loaded)["heads"] == (4, Source.COMMAND_LINE)
+    assert loaded.preprocessing.mean == (0.0, 0.0, 0.0)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "an activation that is not known": ({"act_layer": "mish"}, ("act_layer = 'mish'", "gelu-tanh")),
+    "heads that are no number": ({"num_heads": "many"}, ("num_heads = 'many'",)),
+    "heads that do not divide": ({"num_heads": 7}, ("7 heads", "args", "1, 2, 4")),
+    "two that differ": ({"num_heads": 2, "heads": 4}, ("num_heads and heads differ",)),
+    "a width that the tensors have not": ({"hidden_dim": 64}, ("hidden_dim = 64",)),
+    "no position encoding": ({"cpe": False}, ("cpe = False",)),
+    "another interpolation": ({"interpolation": "bilinear"}, ("interpolation = 'bilinear'",)),
+    "another crop": ({"crop_pct": 0.95}, ("crop_pct = 0.95",)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_args_that_cannot_be_honoured_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    args, words = REFUSED[case]
+    sentence = refusal(save(tmp_path, {"model": state(), "args": args}))
+    assert all(word in sentence for word in words), sentence
+
+
+def test_args_that_contradict_the_command_line_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": state(), "args": {"num_heads": 2}})
+    sentence = refusal(path, hyperparameters=Hyperparameters(heads=4))
+    assert "4 heads was asked for, but the checkpoint's args say 2 heads (num_heads)" in sentence
+    assert sources(load(path, hyperparameters=Hyperparameters(heads=2)))["heads"] == (2, Source.COMMAND_LINE)
+
+
+def test_heads_of_a_model_without_attention_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, state("ms_conv_xxs"))
+    assert "no attention" in refusal(path, hyperparameters=Hyperparameters(heads=2))
+    assert set(sources(load(path))) == {"activation", "norm_eps", "mean", "std"}

@@ -1,0 +1,198 @@
+"""--answers: what the user's own code computed decides what tensors do not show."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from spach_deploy.bundle import MANIFEST
+from spach_deploy.cli.validate import main as validate
+from spach_deploy.errors import MismatchError, UsageError
+from spach_deploy.models import LoadedModel, load_model
+from spach_deploy.models.hyperparameters import Source, values_of
+from spach_deploy.models.spach import Spach
+from spach_deploy.specs import Hyperparameters, ModelSpec
+from spach_deploy.validation.answers_file import hold_to_answers, read_answers
+from tests import small_bundles, static_models
+from tests.commands import export, refusal
+
+pytestmark = pytest.mark.usefixtures("small_model_registered")
+
+CONFIG = static_models.CONFIGS["hybrid"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model's weights alone."""
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(static_models.small_model("hybrid").state_dict(), path)
+    return path
+
+
+def answers_of(folder: Path, images: int = 3, **changed: Any) -> Path:
+    """What code that has the small model with some values changed answers."""
+    model = Spach(dataclasses.replace(CONFIG, **changed), small_bundles.SIZE, small_bundles.CLASSES).eval()
+    model.load_state_dict(static_models.small_model("hybrid").state_dict())
+    inputs = torch.randn(images, 3, small_bundles.SIZE, small_bundles.SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits = model(inputs)
+    path = folder / "answers.npz"
+    np.savez(path, input=inputs.numpy(), logits=logits.numpy())
+    return path
+
+
+def loaded(weights: Path, **said: Any) -> LoadedModel:
+    spec = ModelSpec(
+        small_bundles.NAME, weights, image_size=small_bundles.SIZE, hyperparameters=Hyperparameters(**said)
+    )
+    return load_model(spec)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "heads": ({"num_heads": 8}, {"heads": 8}),
+    "the tanh form of GELU": ({"activation": "gelu-tanh"}, {"activation": "gelu-tanh"}),
+    "ReLU": ({"activation": "relu"}, {"activation": "relu"}),
+    "SiLU": ({"activation": "silu"}, {"activation": "silu"}),
+    "epsilon": ({"norm_eps": 1e-5}, {"norm_eps": 1e-5}),
+    "no qk scale": ({"qk_scale": 1.0}, {"qk_scale": 1.0}),
+    "any qk scale": ({"qk_scale": 0.05}, {"qk_scale": 0.05}),
+    "two at once": ({"num_heads": 2, "activation": "relu"}, {"heads": 2, "activation": "relu"}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_values_that_were_assumed_are_found(tmp_path: Path, weights: Path, case: str) -> None:
+    changed, expected = OTHERS[case]
+    said: list[str] = []
+    model, agreement = hold_to_answers(loaded(weights), read_answers(answers_of(tmp_path, **changed)), said.append)
+    found = {setting.name: setting.value for setting in model.settings if setting.source is Source.ANSWERS}
+    assert found == expected
+    assert agreement.rel_l2 <= agreement.allowed < 1e-5
+    assert "was assumed" in said[-1]
+
+
+def test_answers_that_agree_change_nothing(tmp_path: Path, weights: Path) -> None:
+    assumed = loaded(weights)
+    said: list[str] = []
+    model, agreement = hold_to_answers(assumed, read_answers(answers_of(tmp_path)), said.append)
+    assert model is assumed
+    assert not said
+    assert agreement.images == 3
+    assert agreement.rel_l2 <= agreement.allowed == 4 * agreement.noise
+
+
+def test_a_value_that_somebody_said_is_not_replaced_but_the_right_one_is_named(tmp_path: Path, weights: Path) -> None:
+    given = read_answers(answers_of(tmp_path, num_heads=2))
+    with pytest.raises(MismatchError) as caught:
+        hold_to_answers(loaded(weights, heads=4), given, lambda text: None)
+    assert "With 2 heads instead of 4 heads (as asked for) it does" in caught.value.message
+    assert "--heads 2" in caught.value.hint
+
+
+def test_other_weights_agree_with_nothing(tmp_path: Path, weights: Path) -> None:
+    path = answers_of(tmp_path)
+    with np.load(path) as arrays:
+        np.savez(path, input=arrays["input"], logits=arrays["logits"] * 1.001)
+    with pytest.raises(MismatchError, match="No heads, qk scale, activation or epsilon agree"):
+        hold_to_answers(loaded(weights), read_answers(path), lambda text: None)
+
+
+SPOILT: dict[str, tuple[dict[str, Any], str]] = {
+    "no logits": ({"input": np.ones((1, 3, 32, 32), "f4"), "output": np.ones((1, 11), "f4")}, "has no 'logits'"),
+    "half": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.ones((1, 11), "f2")}, "logits is float16"),
+    "pixels": ({"input": np.ones((1, 32, 32, 3), "u1"), "logits": np.ones((1, 11), "f4")}, "input is uint8"),
+    "one image": ({"input": np.ones((3, 32, 32), "f4"), "logits": np.ones((1, 11), "f4")}, "has shape (3, 32, 32)"),
+    "numbers": ({"input": np.ones((2, 3, 32, 32), "f4"), "logits": np.ones((1, 11), "f4")}, "2 inputs and 1 answers"),
+    "NaN": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.full((1, 11), np.nan, "f4")}, "not finite"),
+    "zeros": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.zeros((1, 11), "f4")}, "every answer is zero"),
+    "objects": ({"input": np.array([None]), "logits": np.zeros((1, 11), "f4")}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_files_that_hold_no_answers_are_refused(tmp_path: Path, case: str) -> None:
+    arrays, words = SPOILT[case]
+    path = tmp_path / "answers.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(UsageError) as caught:
+        read_answers(path)
+    assert words in caught.value.message
+    assert "np.savez" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not quite", b"\x93NUMPY"])
+def test_files_that_are_no_npz_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "answers.npz"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_answers(path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "logits", "words"), [((1, 3, 16, 16), (1, 11), "16"), ((1, 3, 32, 32), (1, 7), "7")]
+)
+def test_answers_of_another_kind_of_model_are_refused(
+    tmp_path: Path, weights: Path, inputs: tuple[int, ...], logits: tuple[int, ...], words: str
+) -> None:
+    path = tmp_path / "answers.npz"
+    np.savez(path, input=np.ones(inputs, "f4"), logits=np.ones(logits, "f4"))
+    with pytest.raises(UsageError, match=words):
+        hold_to_answers(loaded(weights), read_answers(path), lambda text: None)
+
+
+def test_an_export_says_what_the_answers_decided_and_later_commands_go_by_it(tmp_path: Path, weights: Path) -> None:
+    given = answers_of(tmp_path, num_heads=2)
+    model = ("--model", small_bundles.NAME, "--checkpoint", weights, "--image-size", small_bundles.SIZE)
+    done = export(*model, "--engine", "none", "--answers", given, "-o", tmp_path / "right")
+    assert done.exit_code == 0, done.stderr
+    assert "2 heads (your answers agree with no other)" in done.stdout
+    assert "The reference agrees with your answers: 3 images of answers.npz" in done.stdout
+    manifest = json.loads((tmp_path / "right" / MANIFEST).read_text())
+    assert manifest["model"]["hyperparameters"]["heads"] == {"value": 2, "source": "answers"}
+    assert manifest["validation"]["answers"]["images"] == 3
+    page = (tmp_path / "right" / "report.html").read_text(encoding="utf-8")
+    assert "The reference agrees with your answers" in page
+    assert "2 heads (your answers agree with no other)" in page
+
+    again = CliRunner().invoke(validate, [str(tmp_path / "right"), "--checkpoint", str(weights)])
+    assert again.exit_code == 0, again.output
+    assert "The reference agrees with your answers" in again.stdout
+
+
+def test_validate_holds_a_bundle_to_answers(tmp_path: Path, weights: Path) -> None:
+    model = ("--model", small_bundles.NAME, "--checkpoint", weights, "--image-size", small_bundles.SIZE)
+    done = export(*model, "--engine", "none", "-o", tmp_path / "bundle")
+    assert done.exit_code == 0, done.stderr
+    assert "assumed: as published, the file does not show it" in " ".join(done.stdout.split())
+    assert "Not compared with answers of your own code" in done.stdout
+
+    given = answers_of(tmp_path, num_heads=2)
+    call = [str(tmp_path / "bundle"), "--answers", str(given)]
+    assert "--checkpoint FILE" in CliRunner().invoke(validate, call).stderr
+    wrong = CliRunner().invoke(validate, [*call, "--checkpoint", str(weights)])
+    assert wrong.exit_code == 1
+    assert "DID NOT AGREE" in wrong.stdout
+    assert "Export it again with --heads 2" in " ".join(wrong.stdout.split())
+
+    answers_of(tmp_path)
+    right = CliRunner().invoke(validate, [*call, "--checkpoint", str(weights)])
+    assert right.exit_code == 0, right.output
+    assert "The reference agrees with your answers" in right.stdout
+
+
+def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    sentence = refusal(export("--model", small_bundles.NAME, "--heads", "5", "-o", tmp_path / "x"))
+    assert "5 heads do not divide the model's 32 channels" in sentence
+
+
+def test_values_survive_a_rebuilt_model(weights: Path) -> None:
+    said = Hyperparameters(heads=2, qk_scale=0.5, activation="silu", norm_eps=1e-3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    model = loaded(weights, **vars(said))
+    assert values_of(model.settings) == said
