@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,40 @@ from click.testing import CliRunner
 from spach_deploy.bundle import MANIFEST
 from spach_deploy.cli.validate import main as validate
 from spach_deploy.errors import MismatchError, UsageError
-from spach_deploy.models import LoadedModel, load_model
+from spach_deploy.models import LoadedModel, configs, load_model
 from spach_deploy.models.hyperparameters import Source, values_of
 from spach_deploy.models.spach import Spach
 from spach_deploy.specs import Hyperparameters, ModelSpec
 from spach_deploy.validation.answers_file import hold_to_answers, read_answers
-from tests import small_bundles, static_models
+from tests import static_models
 from tests.commands import export, refusal
 
-pytestmark = pytest.mark.usefixtures("small_model_registered")
+NAME, SIZE, CLASSES = "small_trans", static_models.IMAGE_SIZE, static_models.CLASSES
+CONFIG = static_models.CONFIGS["trans"]
+MODEL = ("--model", NAME, "--image-size", SIZE, "--engine", "none")
 
-CONFIG = static_models.CONFIGS["hybrid"]
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> Iterator[None]:
+    """The registry knows a small model with attention in every block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs.CONFIGS, NAME, CONFIG)
+        yield
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's weights alone."""
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save(static_models.small_model("hybrid").state_dict(), path)
+    torch.save(static_models.small_model("trans").state_dict(), path)
     return path
 
 
 def answers_of(folder: Path, images: int = 3, **changed: Any) -> Path:
     """What code that has the small model with some values changed answers."""
-    model = Spach(dataclasses.replace(CONFIG, **changed), small_bundles.SIZE, small_bundles.CLASSES).eval()
-    model.load_state_dict(static_models.small_model("hybrid").state_dict())
-    inputs = torch.randn(images, 3, small_bundles.SIZE, small_bundles.SIZE, generator=torch.Generator().manual_seed(1))
+    model = Spach(dataclasses.replace(CONFIG, **changed), SIZE, CLASSES).eval()
+    model.load_state_dict(static_models.small_model("trans").state_dict())
+    inputs = torch.randn(images, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         logits = model(inputs)
     path = folder / "answers.npz"
@@ -49,21 +58,19 @@ def answers_of(folder: Path, images: int = 3, **changed: Any) -> Path:
 
 
 def loaded(weights: Path, **said: Any) -> LoadedModel:
-    spec = ModelSpec(
-        small_bundles.NAME, weights, image_size=small_bundles.SIZE, hyperparameters=Hyperparameters(**said)
-    )
+    spec = ModelSpec(NAME, weights, image_size=SIZE, hyperparameters=Hyperparameters(**said))
     return load_model(spec)
 
 
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "heads": ({"num_heads": 8}, {"heads": 8}),
+    "heads": ({"num_heads": 4}, {"heads": 4}),
     "the tanh form of GELU": ({"activation": "gelu-tanh"}, {"activation": "gelu-tanh"}),
     "ReLU": ({"activation": "relu"}, {"activation": "relu"}),
     "SiLU": ({"activation": "silu"}, {"activation": "silu"}),
     "epsilon": ({"norm_eps": 1e-5}, {"norm_eps": 1e-5}),
     "no qk scale": ({"qk_scale": 1.0}, {"qk_scale": 1.0}),
     "any qk scale": ({"qk_scale": 0.05}, {"qk_scale": 0.05}),
-    "two at once": ({"num_heads": 2, "activation": "relu"}, {"heads": 2, "activation": "relu"}),
+    "two at once": ({"num_heads": 4, "activation": "relu"}, {"heads": 4, "activation": "relu"}),
 }
 
 
@@ -89,11 +96,11 @@ def test_answers_that_agree_change_nothing(tmp_path: Path, weights: Path) -> Non
 
 
 def test_a_value_that_somebody_said_is_not_replaced_but_the_right_one_is_named(tmp_path: Path, weights: Path) -> None:
-    given = read_answers(answers_of(tmp_path, num_heads=2))
+    given = read_answers(answers_of(tmp_path, num_heads=4))
     with pytest.raises(MismatchError) as caught:
-        hold_to_answers(loaded(weights, heads=4), given, lambda text: None)
-    assert "With 2 heads instead of 4 heads (as asked for) it does" in caught.value.message
-    assert "--heads 2" in caught.value.hint
+        hold_to_answers(loaded(weights, heads=8), given, lambda text: None)
+    assert "With 4 heads instead of 8 heads (as asked for) it does" in caught.value.message
+    assert "--heads 4" in caught.value.hint
 
 
 def test_other_weights_agree_with_nothing(tmp_path: Path, weights: Path) -> None:
@@ -148,18 +155,17 @@ def test_answers_of_another_kind_of_model_are_refused(
 
 
 def test_an_export_says_what_the_answers_decided_and_later_commands_go_by_it(tmp_path: Path, weights: Path) -> None:
-    given = answers_of(tmp_path, num_heads=2)
-    model = ("--model", small_bundles.NAME, "--checkpoint", weights, "--image-size", small_bundles.SIZE)
-    done = export(*model, "--engine", "none", "--answers", given, "-o", tmp_path / "right")
+    given = answers_of(tmp_path, num_heads=4)
+    done = export(*MODEL, "--checkpoint", weights, "--answers", given, "-o", tmp_path / "right")
     assert done.exit_code == 0, done.stderr
-    assert "2 heads (your answers agree with no other)" in done.stdout
+    assert "4 heads (your answers agree with no other)" in done.stdout
     assert "The reference agrees with your answers: 3 images of answers.npz" in done.stdout
     manifest = json.loads((tmp_path / "right" / MANIFEST).read_text())
-    assert manifest["model"]["hyperparameters"]["heads"] == {"value": 2, "source": "answers"}
+    assert manifest["model"]["hyperparameters"]["heads"] == {"value": 4, "source": "answers"}
     assert manifest["validation"]["answers"]["images"] == 3
     page = (tmp_path / "right" / "report.html").read_text(encoding="utf-8")
     assert "The reference agrees with your answers" in page
-    assert "2 heads (your answers agree with no other)" in page
+    assert "4 heads (your answers agree with no other)" in page
 
     again = CliRunner().invoke(validate, [str(tmp_path / "right"), "--checkpoint", str(weights)])
     assert again.exit_code == 0, again.output
@@ -167,19 +173,18 @@ def test_an_export_says_what_the_answers_decided_and_later_commands_go_by_it(tmp
 
 
 def test_validate_holds_a_bundle_to_answers(tmp_path: Path, weights: Path) -> None:
-    model = ("--model", small_bundles.NAME, "--checkpoint", weights, "--image-size", small_bundles.SIZE)
-    done = export(*model, "--engine", "none", "-o", tmp_path / "bundle")
+    done = export(*MODEL, "--checkpoint", weights, "-o", tmp_path / "bundle")
     assert done.exit_code == 0, done.stderr
     assert "assumed: as published, the file does not show it" in " ".join(done.stdout.split())
     assert "Not compared with answers of your own code" in done.stdout
 
-    given = answers_of(tmp_path, num_heads=2)
+    given = answers_of(tmp_path, num_heads=4)
     call = [str(tmp_path / "bundle"), "--answers", str(given)]
     assert "--checkpoint FILE" in CliRunner().invoke(validate, call).stderr
     wrong = CliRunner().invoke(validate, [*call, "--checkpoint", str(weights)])
     assert wrong.exit_code == 1
     assert "DID NOT AGREE" in wrong.stdout
-    assert "Export it again with --heads 2" in " ".join(wrong.stdout.split())
+    assert "Export it again with --heads 4" in " ".join(wrong.stdout.split())
 
     answers_of(tmp_path)
     right = CliRunner().invoke(validate, [*call, "--checkpoint", str(weights)])
@@ -188,11 +193,11 @@ def test_validate_holds_a_bundle_to_answers(tmp_path: Path, weights: Path) -> No
 
 
 def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    sentence = refusal(export("--model", small_bundles.NAME, "--heads", "5", "-o", tmp_path / "x"))
-    assert "5 heads do not divide the model's 32 channels" in sentence
+    sentence = refusal(export(*MODEL, "--heads", "5", "-o", tmp_path / "x"))
+    assert "5 heads do not divide the model's 16 channels" in sentence
 
 
 def test_values_survive_a_rebuilt_model(weights: Path) -> None:
-    said = Hyperparameters(heads=2, qk_scale=0.5, activation="silu", norm_eps=1e-3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    said = Hyperparameters(heads=4, qk_scale=0.5, activation="silu", norm_eps=1e-3, mean=(0.5,) * 3, std=(0.5,) * 3)
     model = loaded(weights, **vars(said))
     assert values_of(model.settings) == said
