@@ -178,8 +178,8 @@ def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
 def search(loaded: LoadedModel, given: GivenAnswers) -> LoadedModel:
     """The model with the values that come nearest to the first answer, of those that tensors do not show.
 
-    One value after the other first, then heads, qk scale and activation in every combination, then any qk scale with
-    these; it ends where the rest is noise.
+    Each value by itself first, then heads, qk scale and activation in every combination, then any qk scale with these,
+    then epsilon with the best; it ends where the rest is noise.
     """
     trial = _Search(loaded, given)
     heads = heads_that_fit(CONFIGS[loaded.name])
@@ -191,7 +191,7 @@ def search(loaded: LoadedModel, given: GivenAnswers) -> LoadedModel:
     if heads:
         trial.improve_scale({"heads": heads})
         trial.improve_scale({"heads": heads, **activation})
-    trial.improve(epsilon)
+    trial.improve(epsilon, trial.values)
     return trial.model()
 
 
@@ -209,9 +209,9 @@ class _Search:
         self.error = self._error(self.values)
         self._noise = 2 * compared(loaded, self._given).noise  # of two evaluations in FP32
 
-    def improve(self, choices: Choices) -> None:
-        """Take the best of all combinations."""
-        before = dict(self.values)
+    def improve(self, choices: Choices, others: dict[str, Any] | None = None) -> None:
+        """Take the best of all combinations with other values, those that the search began with if none are given."""
+        before = dict(others or self._begun)
         for combination in itertools.product(*choices.values()):
             if self.error <= self._noise:
                 return
