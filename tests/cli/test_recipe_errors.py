@@ -33,6 +33,13 @@ weights = "ema"
 ignore = ["head_dist.*"]
 image_size = 256
 num_classes = 10
+heads = 3
+qk_scale = 0.25
+activation = "gelu-tanh"
+norm_eps = 1e-5
+mean = "0.5,0.5,0.5"
+std = "0.25,0.25,0.25"
+answers = "answers.npz"
 precision = "bf16"
 io_dtype = "uint8"
 top_k = 5
@@ -44,6 +51,7 @@ batch = "1:2:4"
 opt_level = 0
 workspace = "2G"
 timing_cache = "cache"
+opset = 21
 tf32 = false
 version_compatible = true
 hardware_compatible = true
@@ -83,8 +91,12 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     path = recipe(tmp_path, EVERYTHING)
     assert sorted(read_recipe(path)) == KEYS
     made = options(path)
-    model = ModelSpec("ms_hybrid_s", tmp_path / "weights.pth", WeightSource.EMA, 256, 10, ignore=("head_dist.*",))
-    assert made.model == model
+    values = made.model.hyperparameters
+    assert (values.heads, values.qk_scale, values.activation, values.norm_eps) == (3, 0.25, "gelu-tanh", 1e-5)
+    assert (values.mean, values.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    path, ignore = tmp_path / "weights.pth", ("head_dist.*",)
+    assert made.model == ModelSpec("ms_hybrid_s", path, WeightSource.EMA, 256, 10, ignore, values)
+    assert (made.answers, made.opset) == (tmp_path / "answers.npz", 21)
     assert made.precision is Precision.BF16
     assert dataclasses.astuple(made.outputs) == (IODtype.UINT8, 5, True)
     assert made.engine.gpus == (ComputeCapability(8, 6), ComputeCapability(8, 9))
@@ -150,7 +162,7 @@ def test_sizes(text: str, bytes_: int) -> None:
 WRONG: list[tuple[str, str, str]] = [
     ('modell = "x"', "unknown key 'modell'", "Did you mean model?"),
     ("image-size = 224", "unknown key 'image-size'", "Did you mean image_size?"),
-    ("zzz = 1", "unknown key 'zzz'", "Known keys: allow_overlap, batch, calibration"),
+    ("zzz = 1", "unknown key 'zzz'", "Known keys: activation, allow_overlap, answers"),
     ('[model]\nname = "conv_xxs"', "model = {'name': 'conv_xxs'} is not a text", "See export/README.md"),
     ("model = 3", "model = 3 is not a text", "See export/README.md"),
     ('image_size = "224"', "image_size = '224' is not a whole number", "See export/README.md"),
