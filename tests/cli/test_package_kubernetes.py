@@ -78,7 +78,7 @@ def test_a_real_bundle_is_packaged(tmp_path: Path) -> None:
 def test_the_versions_are_listed() -> None:
     done = package("--list-versions")
     assert done.exit_code == 0
-    assert "25.08    10.13.2.6   1.23.0        13.0" in done.stdout.splitlines()
+    assert "25.08    10.13.2.6   1.23.0        23     13.0" in done.stdout.splitlines()
 
 
 def test_the_group_offers_it() -> None:
@@ -130,7 +130,7 @@ def test_a_plan_where_there_is_none_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_plan_of_rtx_is_refused_in_one_sentence(tmp_path: Path) -> None:
     said = refusal(package(with_rtx_engine(tmp_path / "b"), "-o", tmp_path / "k8s", "--backend", "tensorrt"))
-    assert "does not load plans of TensorRT for RTX. Give --backend onnxruntime, which serves the graph." in said
+    assert "does not load plans of TensorRT for RTX. Give --backend onnxruntime, which serves the graph" in said
 
 
 def test_a_folder_that_exists_is_one_sentence(bundle: Path, tmp_path: Path) -> None:

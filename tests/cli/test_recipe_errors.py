@@ -56,6 +56,7 @@ tf32 = false
 version_compatible = true
 hardware_compatible = true
 no_rewrite = ["shift_depthwise", "fold_residual"]
+opset = 22
 output = "out"
 overwrite = true
 calibration = "set"
@@ -103,6 +104,7 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     assert made.engine.batch == BatchProfile(1, 2, 4)
     assert (made.engine.opt_level, made.engine.workspace_bytes, made.engine.tf32) == (0, 2 << 30, False)
     assert (made.engine.flavour, made.engine.timing_cache) == (Flavour.TENSORRT, tmp_path / "cache")
+    assert made.opset == 22
     assert made.engine.version_compatible
     assert made.engine.hardware_compatible
     assert made.disabled_rewrites == ("shift_depthwise", "fold_residual")
