@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.errors import printable
+from spach_deploy.errors import printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,6 +36,11 @@ def rendered(parts: Iterable[RenderableType], *, width: int | None = None, color
     )
     lines = (line for part in parts for line in console.render_lines(part, pad=False))
     return Escaped("\n".join("".join(_shown(piece, color=color) for piece in line).rstrip() for line in lines).rstrip())
+
+
+def escaped(lines: Iterable[str]) -> Escaped:
+    """Lines as text; those that are `Escaped` stay as they are."""
+    return Escaped("\n".join(line if isinstance(line, Escaped) else printable_lines(line) for line in lines))
 
 
 def _shown(piece: Segment, *, color: bool) -> str:

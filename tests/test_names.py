@@ -31,6 +31,7 @@ from spach_deploy.models import configs
 from spach_deploy.models.checkpoint_file import read_checkpoint
 from spach_deploy.report.formats import command as broken_command
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.validation.reference import Golden
 from tests import small_bundles, static_models
 
 pytestmark = pytest.mark.skipif(
@@ -193,5 +194,6 @@ def test_nothing_that_a_bundle_says_speaks_to_a_terminal(folder: Path, tmp_path:
         done = run(*arguments)
         assert done.exit_code in (0, 3), done.output
         assert done.output.replace("\n", "").isprintable()
+    assert all(name.isprintable() for name in Golden.load(evil / GOLDEN).names)
     assert all(line.isprintable() for line in (evil / PAGE).read_text(encoding="utf-8").split("\n"))
     assert r"\x1b[2J" in (evil / PAGE).read_text(encoding="utf-8")

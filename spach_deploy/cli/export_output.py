@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.cli.console import say
+from spach_deploy.cli.outputs import is_colored, width
 from spach_deploy.errors import printable
 from spach_deploy.phases import Phase
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,15 +114,15 @@ def summary(result: ExportResult, *, as_json: bool) -> str:
     content = dict(result.bundle.manifest.content)
     if as_json:
         return json_text(content)
-    return "\n".join(_lines(result, content))
+    return escaped(_lines(result, content))
 
 
 def _lines(result: ExportResult, content: dict[str, Any]) -> Iterator[str]:
-    from spach_deploy.validation.table import as_text
+    from spach_deploy.validation.table import WIDTH, as_text
 
     yield from _facts(content)
     yield ""
-    yield as_text(result.validation)
+    yield as_text(result.validation, width=width(WIDTH), color=is_colored())
     yield ""
     yield f"Bundle: {_shown(result.bundle.path)}"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.errors import BundleError
+from spach_deploy.errors import BundleError, printable
 from spach_deploy.npz import read_npz
 from spach_deploy.specs import IODtype, OutputSpec
 
@@ -42,7 +42,11 @@ class Golden:
         """Read what `save` wrote; BundleError for anything else."""
         try:
             arrays = read_npz(path, _MOST_BYTES)
-            golden = cls(arrays["input"], arrays["logits"], tuple(map(str, np.atleast_1d(arrays["names"]))))
+            golden = cls(
+                arrays["input"],
+                arrays["logits"],
+                tuple(printable(str(name)) for name in np.atleast_1d(arrays["names"])),
+            )
         except ValueError as error:
             raise BundleError(f"{path} cannot be read as a golden pack ({error}).", _EXPORT_AGAIN) from None
         if problem := golden._problem():
