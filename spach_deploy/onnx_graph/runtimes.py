@@ -23,11 +23,13 @@ DATA = Path(__file__).with_name("runtimes.json")
 
 @dataclasses.dataclass(frozen=True)
 class GraphNeeds:
-    """What an ONNX graph asks of a runtime: its opset, its IR version, the operators that have bfloat16 to do with."""
+    """What an ONNX graph asks of a runtime: its opset, its IR version, the operators that read or make bfloat16, and
+    whether it holds FP8."""
 
     opset: int
     ir: int
     bfloat16: frozenset[str] = frozenset()
+    has_fp8: bool = False
 
     @classmethod
     def of(cls, graph: Path | bytes) -> GraphNeeds | None:
@@ -51,27 +53,32 @@ class GraphNeeds:
             for node in model.graph.node
             if any(types.get(name) == TensorProto.BFLOAT16 for name in (*node.input, *node.output))
         }
-        return cls(int(opset), int(model.ir_version), frozenset(bfloat16))
+        has_fp8 = TensorProto.FLOAT8E4M3FN in types.values()
+        return cls(int(opset), int(model.ir_version), frozenset(bfloat16), has_fp8)
 
 
 @dataclasses.dataclass(frozen=True)
 class OnnxRuntime:
     """A release of ONNX Runtime: the newest opset and the newest version of ONNX's own format (IR) that it loads.
 
-    `cuda_bfloat16`: operators for which its CUDA provider has a kernel in bfloat16; its CPU provider has none that
-    computes.
+    `fp8_opset`: the oldest opset of which it loads graphs with FP8. `cuda_bfloat16`: operators for which its CUDA
+    provider has a kernel in bfloat16; its CPU provider has none that computes.
     """
 
     version: str
     opset: int
     ir: int
     seen: str
+    fp8_opset: int
     cuda_bfloat16: frozenset[str] = dataclasses.field(repr=False)
 
     def misfit(self, needs: GraphNeeds, *, on_gpu: bool) -> str:
         """Why it cannot run a graph, as a clause; empty where nothing known stands in the way."""
         if needs.opset > self.opset:
             return f"ONNX Runtime {self.version} loads opset {self.opset}, and the graph has opset {needs.opset}"
+        if needs.has_fp8 and needs.opset < self.fp8_opset:
+            loads = f"loads FP8 from opset {self.fp8_opset} on"
+            return f"ONNX Runtime {self.version} {loads}, and the graph has opset {needs.opset}"
         if needs.ir > self.ir:
             return f"ONNX Runtime {self.version} loads IR version {self.ir}, and the graph has {needs.ir}"
         if needs.bfloat16 and not on_gpu:
@@ -118,7 +125,7 @@ class Runtimes:
         """What runtimes.json says."""
         since = content["cuda_bfloat16"]
         runtimes = [
-            OnnxRuntime(version, **entry, cuda_bfloat16=_by(version, since))
+            OnnxRuntime(version, **entry, fp8_opset=_fp8_opset(version, content), cuda_bfloat16=_by(version, since))
             for version, entry in content["onnxruntime"].items()
         ]
         images = [TritonImage(release, **entry) for release, entry in content["images"].items()]
@@ -160,6 +167,10 @@ class Runtimes:
         asked = version_numbers(version)
         older = [runtime for runtime in self.onnxruntimes if version_numbers(runtime.version) <= asked]
         return dataclasses.replace(older[-1], version=version) if older else None
+
+
+def _fp8_opset(version: str, content: Any) -> int:
+    return 20 if version_numbers(version) >= version_numbers(content["fp8_below_opset_21"]) else 21
 
 
 def _by(version: str, since: Mapping[str, str]) -> frozenset[str]:

@@ -230,6 +230,8 @@ def _instead_of_graph(needs: GraphNeeds, facts: BundleFacts) -> str:
     """What to do where no Triton image runs a graph."""
     if runtimes().fitting((needs,), on_gpu=True):
         return "Leave --device cpu out."
+    if needs.has_fp8:
+        return "Export it again: graphs with FP8 have opset 21 now."
     half = "--rest fp16" if facts.quantization is not None else "--fp16"
     return f"Export it with {half}, or on the serving GPU with --engine tensorrt, which needs no ONNX Runtime."
 

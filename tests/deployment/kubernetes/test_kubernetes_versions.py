@@ -14,7 +14,7 @@ from spach_deploy.deployment.kubernetes.versions import choose_image
 from spach_deploy.deployment.triton.options import Backend
 from spach_deploy.deployment.triton.served import ServedModel
 from spach_deploy.errors import BundleError, UsageError
-from spach_deploy.onnx_graph.runtimes import Runtimes, runtimes
+from spach_deploy.onnx_graph.runtimes import GraphNeeds, Runtimes, runtimes
 from spach_deploy.specs import Precision
 from tests.deployment.kubernetes.bundles import with_engine, with_rtx_engine
 from tests.deployment.triton import tiny_bundles
@@ -159,6 +159,15 @@ def test_a_graph_gets_the_images_that_load_its_opset(opset: int, release: str, t
         assert "--backend" not in said  # it was given
 
 
+def test_fp8_of_opset_20_loads_in_no_image() -> None:
+    known = runtimes()
+    assert known.fitting([GraphNeeds(20, 9, has_fp8=True)], on_gpu=True) == ()
+    assert known.fitting([GraphNeeds(21, 10, has_fp8=True)], on_gpu=True) == known.images
+    newest = known.onnxruntime("1.32.0")
+    assert newest is not None
+    assert newest.misfit(GraphNeeds(20, 9, has_fp8=True), on_gpu=False) == ""
+
+
 def test_kubernetes_triton_and_its_check_agree_on_bfloat16(tmp_path: Path) -> None:
     runs = tiny_bundles.write(tmp_path / "runs", Tiny(engine="none", precision=Precision.BF16))
     assert image_for(runs, "26.02") == "26.02"
@@ -189,5 +198,5 @@ def test_a_matrix_can_be_another_one(tmp_path: Path) -> None:
     entry: dict[str, Any] = {"tensorrt": "10.13.2", "onnxruntime": "1.30.0", "cuda": "14.0", "seen": {}}
     row = {"opset": 24, "ir": 11, "seen": "a test"}
     sections = {"onnxruntime": {"1.30.0": row}, "images": {"27.01": entry}, "sources": {}, "read": "2027-01-31"}
-    other = Runtimes.parse({**sections, "cuda_bfloat16": {}})
+    other = Runtimes.parse({**sections, "cuda_bfloat16": {}, "fp8_below_opset_21": "1.32.0"})
     assert choose_image(model, None, other).cuda == "14.0"
