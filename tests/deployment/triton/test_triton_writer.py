@@ -27,6 +27,7 @@ from spach_deploy.specs import BatchProfile, IODtype, OutputSpec, Precision
 from spach_deploy.validation.reference import Golden
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import Tiny
+from tests.small_bundles import read_manifest, write_manifest
 
 EVERY_OUTPUT = OutputSpec(top_k=3, softmax=True)
 
@@ -264,7 +265,12 @@ def test_a_graph_that_no_triton_runs_is_refused_or_forced(tmp_path: Path) -> Non
 
 def test_bf16_that_stands_in_no_graph_asks_for_nothing(tmp_path: Path) -> None:
     """`--target cpu` writes an FP32 graph, which OpenVINO computes in bfloat16."""
-    result = written(tmp_path, Tiny(engine="none"), backend=Backend.ONNXRUNTIME)
+    bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none"))
+    manifest = read_manifest(bundle)
+    manifest["precision"]["asked"] = "bf16"
+    write_manifest(bundle, manifest)
+    on_cpu = TritonOptions(Backend.ONNXRUNTIME, instances=Instances(device=Device.CPU))
+    result = write_repository([BundleArgument(bundle)], tmp_path / "repository", on_cpu)
     assert result.models[0].notes == ()
 
 
