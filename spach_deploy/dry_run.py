@@ -107,10 +107,11 @@ class CheckpointFacts:
 def read_facts(model: ModelSpec) -> CheckpointFacts:
     """Load the checkpoint as an export would. Raises what `load_model` raises."""
     from spach_deploy.models import load_model
+    from spach_deploy.models.hyperparameters import lines
 
     loaded = load_model(model)
     whole = dataclasses.replace(model, name=loaded.name, image_size=loaded.image_size, num_classes=loaded.num_classes)
-    return CheckpointFacts(whole, loaded.notes)
+    return CheckpointFacts(whole, (*loaded.notes, *lines(loaded.settings)))
 
 
 ReadFacts = Callable[[ModelSpec], CheckpointFacts]

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from spach_deploy.bundle import sha256_of
 from spach_deploy.errors import MismatchError, UsageError
 from spach_deploy.models.configs import CONFIGS
 from spach_deploy.models.hyperparameters import Setting, Source, heads_that_fit
+from spach_deploy.npz import read_npz
 from spach_deploy.specs import ACTIVATIONS
 from spach_deploy.validation.precision_loss import evaluate, evaluate_fp64
 
@@ -39,6 +39,7 @@ NOISE_FACTOR = 4.0
 MOST_IMAGES = 32
 """At most so many answers are compared, the first in the file."""
 
+_MOST_BYTES = 2 * 10**9
 _LEAST_NOISE = 2.0**-24
 _EPSILONS = (1e-6, 1e-5, 1e-3, 1e-8, 1e-12)
 _SCALES = (None, 1.0)
@@ -100,19 +101,10 @@ class Agreement:
 def read_answers(path: Path) -> GivenAnswers:
     """The answers in an npz. UsageError for a file that holds none, with what it lacks."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not hasattr(arrays, "files"):
-                raise UsageError(f"--answers {path} is a single array.", _NO_ANSWERS)
-            if missing := [name for name in ("input", "logits") if name not in arrays.files]:
-                raise UsageError(
-                    f"--answers {path} has no {' and no '.join(map(repr, missing))}: it has"
-                    f" {', '.join(map(repr, sorted(arrays.files))) or 'nothing'}.",
-                    _NO_ANSWERS,
-                )
-            inputs, logits = arrays["input"], arrays["logits"]
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(f"--answers {path} cannot be read as an npz ({reason}).", _NO_ANSWERS) from None
+        arrays = read_npz(path, {"input": _MOST_BYTES, "logits": _MOST_BYTES})
+    except ValueError as error:
+        raise UsageError(f"--answers {path} cannot be read ({error}).", _NO_ANSWERS) from None
+    inputs, logits = arrays["input"], arrays["logits"]
     if problem := _problem(inputs, logits):
         raise UsageError(f"--answers {path}: {problem}.", _NO_ANSWERS)
     chosen = np.ascontiguousarray(inputs[:MOST_IMAGES], np.float32)

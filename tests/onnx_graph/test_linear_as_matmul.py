@@ -59,8 +59,9 @@ def linear_layers(bundle: Bundle) -> list[QuantizedSite]:
     return [site for site in read_plan(bundle.file("quantization.json")).sites if site.kind.value == "linear"]
 
 
-def test_a_graph_for_a_cpu_multiplies_integers_there(tmp_path: Path) -> None:
-    bundle = exported(tmp_path / "bundle")
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_a_graph_for_a_cpu_multiplies_integers_there(tmp_path: Path, activation: str) -> None:
+    bundle = exported(tmp_path / "bundle", "--activation", activation)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(bundle.file("model.onnx"), options, providers=["CPUExecutionProvider"])

@@ -112,7 +112,10 @@ def test_other_weights_agree_with_nothing(tmp_path: Path, weights: Path) -> None
 
 
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {
-    "no logits": ({"input": np.ones((1, 3, 32, 32), "f4"), "output": np.ones((1, 11), "f4")}, "has no 'logits'"),
+    "no logits": (
+        {"input": np.ones((1, 3, 32, 32), "f4"), "output": np.ones((1, 11), "f4")},
+        "it has no array 'logits'",
+    ),
     "half": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.ones((1, 11), "f2")}, "logits is float16"),
     "pixels": ({"input": np.ones((1, 32, 32, 3), "u1"), "logits": np.ones((1, 11), "f4")}, "input is uint8"),
     "one image": ({"input": np.ones((3, 32, 32), "f4"), "logits": np.ones((1, 11), "f4")}, "has shape (3, 32, 32)"),
