@@ -29,6 +29,9 @@ __all__ = [
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is taken from or left in the cache of whoever runs the tests; tests of it name a place of their own.
 os.environ["SPACH_CACHE"] = "none"
+# What terminals say of themselves is no part of a test that does not set it.
+for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
+    os.environ.pop(name, None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -39,7 +39,7 @@ def last_lines(folder: Path, *options: str) -> list[str]:
     (folder / "triton").mkdir()  # the name of a folder is no mark
     (folder / "triton/test_some.py").write_text(TESTS)
     (folder / "triton/test_module.py").write_text(MODULE)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", *options, str(folder)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()[-2:]
 
 
