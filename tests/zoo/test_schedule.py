@@ -75,8 +75,9 @@ def run(world: World, limits: Limits, made: tuple[Build, ...] | None = None) -> 
 
 
 @pytest.fixture(autouse=True)
-def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(schedule, "_POLL_S", 0.0)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 3, 9])
