@@ -222,6 +222,15 @@ class Bundle:
         return isinstance(section, dict) and section.get("vnni") is True
 
     @property
+    def quantizes_fp16(self) -> bool:
+        """Whether its graph makes integers of FP16, which some ONNX Runtimes truncate (`runtime.truncation`): as INT8
+        exports did before manifests said what they quantize."""
+        section = self.manifest.content.get("quantization")
+        if not isinstance(section, dict) or section.get("format") != "int8":
+            return False
+        return bool(section.get("quantized_from", section.get("rest")) == "fp16")
+
+    @property
     def plan(self) -> Path | None:
         """The engine's plan, or None where the bundle was made without one."""
         return self.path / PLAN if PLAN in self.manifest.files else None

@@ -15,6 +15,7 @@ from spach_deploy.engine.plan_facts import PlanFacts
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.hyperparameters import settings_section
 from spach_deploy.quantization.equalize import EqualizedPair
+from spach_deploy.quantization.insert import quantized_from
 from spach_deploy.quantization.sensitivity import Choice
 from spach_deploy.rewrites import RewriteResult
 from spach_deploy.specs import ExportOptions, IODtype, Preprocessing
@@ -109,6 +110,7 @@ def quantization_sections(
         "quantization": {
             "format": plan.form.name,
             "rest": options.rest.value,
+            "quantized_from": quantized_from(options.rest, plan.form).value,
             "vnni": options.quantization.vnni,
             "layers": len(plan.sites),
             "macs_share": plan.macs_share,

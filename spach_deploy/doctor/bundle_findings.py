@@ -20,6 +20,7 @@ from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.processor import has_vnni
+from spach_deploy.runtime.truncation import REMEDY, fault_of
 from spach_deploy.specs import BatchProfile, ComputeCapability, Flavour
 
 FILES = "files"
@@ -167,6 +168,9 @@ def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
     """Whether the ONNX Runtime that is here loads the graph: as it is, or rounded to FP32 by spach-validate."""
     known, needs = runtimes().onnxruntime(version), GraphNeeds.of(bundle.path / GRAPH)
     misfit = known.misfit(needs, on_gpu=False) if known and needs else ""
+    if known is not None and known.truncates_fp16 and bundle.quantizes_fp16:
+        means = f"In it the graph is wrong; spach-validate judges it in FP32 with every half tensor rounded. {REMEDY}"
+        return Finding(Status.PROBLEM, GRAPH, fault_of(version), means, exporting(bundle))
     if not misfit or known is None or needs is None:
         means = "Even where the plan cannot run, the graph that it was built from can be verified."
         return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)

@@ -63,11 +63,13 @@ class OnnxRuntime:
 
     `fp8_opset`: the oldest opset of which it loads graphs with FP8. `cuda_bfloat16`: operators for which its CUDA
     provider has a kernel in bfloat16; its CPU provider has none that computes.
+    `truncates_fp16`: on a CPU it drops the fraction where FP16 is quantized (`runtime.truncation`).
     """
 
     version: str
     opset: int
     ir: int
+    truncates_fp16: bool
     seen: str
     fp8_opset: int
     cuda_bfloat16: frozenset[str] = dataclasses.field(repr=False)
@@ -158,6 +160,11 @@ class Runtimes:
             return f"what ONNX Runtime {image.onnxruntime} loads is not known"
         clauses = (runtime.misfit(graph, on_gpu=on_gpu) for graph in needs)
         return next((clause for clause in clauses if clause), "")
+
+    def truncates_fp16(self, version: str) -> bool:
+        """Whether ONNX Runtime of a version is known to truncate where FP16 is quantized on a CPU."""
+        runtime = self.onnxruntime(version)
+        return runtime is not None and runtime.truncates_fp16
 
     def onnxruntime(self, version: str) -> OnnxRuntime | None:
         """What is known of a version: its own row, or that of the newest older one; None for one before all of them.

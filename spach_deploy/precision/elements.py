@@ -9,12 +9,14 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from spach_deploy.errors import PrecisionError
 from spach_deploy.onnx_graph.graph import initializers
-from spach_deploy.precision.formats import decode, is_float
+from spach_deploy.precision.formats import FP16, decode, is_float
 
 VIEWS = frozenset(
     ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Concat", "Pad")
 )
 """Operators that move numbers and compute none: what they make lies within the range of what they read."""
+
+_INTEGERS = frozenset((int(TensorProto.INT8), int(TensorProto.UINT8)))
 
 
 def element_types(model: ModelProto) -> dict[str, int]:
@@ -22,14 +24,31 @@ def element_types(model: ModelProto) -> dict[str, int]:
 
     Raises PrecisionError for a tensor whose type cannot be told.
     """
-    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
-    values = (*inferred.input, *inferred.value_info, *inferred.output)
-    types = {value.name: int(value.type.tensor_type.elem_type) for value in values}
-    types.update((tensor.name, int(tensor.data_type)) for tensor in model.graph.initializer)
+    types = _known_types(model)
     unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
     if unknown:
         raise PrecisionError(f"The element type of {unknown[0]} cannot be told, so the graph cannot be typed.")
     return types
+
+
+def _known_types(model: ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    types = {value.name: int(value.type.tensor_type.elem_type) for value in values}
+    types.update((tensor.name, int(tensor.data_type)) for tensor in model.graph.initializer)
+    return types
+
+
+def quantizes_fp16(model: ModelProto) -> bool:
+    """Whether integers are made of FP16 in `model`, which some ONNX Runtimes truncate (`runtime.truncation`).
+
+    What ONNX cannot tell the type of counts as something else.
+    """
+    forth = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    if not forth:
+        return False
+    types = _known_types(model)
+    return any(types.get(node.input[0]) == FP16.onnx_type and types.get(node.output[0]) in _INTEGERS for node in forth)
 
 
 def without_weights(model: ModelProto) -> ModelProto:

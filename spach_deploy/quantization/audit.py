@@ -170,9 +170,10 @@ class _Auditor:
         kind, middle = self._plan.form.onnx_type, 0
         if what == self._unsigned(site):
             kind, middle = TensorProto.UINT8, _UNSIGNED_ZERO
-        if zero is None or zero.data_type != kind:
+        is_implied = zero is None and middle == 0 and pair.op_type == "DequantizeLinear"  # of the type of what it reads
+        if not is_implied and (zero is None or zero.data_type != kind):
             yield f"{site.module}: the pair of its {what} is not {self._plan.form.name}"
-        elif (np.frombuffer(zero.raw_data, np.uint8) != middle).any():
+        elif zero is not None and (np.frombuffer(zero.raw_data, np.uint8) != middle).any():
             yield f"{site.module}: the zero point of its {what} is not {middle}"
         found = np.atleast_1d(decode(tensor)).astype(np.float64)
         limit = _roundoff(tensor.data_type)
@@ -215,7 +216,8 @@ class _Auditor:
         forth = None if back is None else self._made.get(back.input[0])
         if forth is None:
             return None
-        source = forth.input[0]
+        cast = self._made.get(forth.input[0])
+        source = forth.input[0] if cast is None else cast.input[0]
         return source if source in self._constants else None
 
     def strays(self) -> Iterator[str]:

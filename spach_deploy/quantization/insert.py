@@ -1,8 +1,10 @@
 """QuantizeLinear and DequantizeLinear in a typed graph: activations with one scale, weights with one a channel or one.
 
 Weights stay floating-point numbers in front of their own pair, because TensorRT falls back to half where a packed qkv
-comes as integers already. Scales have the type of what they scale. Names begin with the
-tensor's, `layer3.0.channel_func/Reshape/quantize`, or the layer's, `layer3.0.channel_func.fc1/weight/quantize`.
+comes as integers already. Scales have the type of what they scale, but INT8 is made of FP32, also where that is FP16
+cast to it: ONNX Runtime before 1.30 truncates FP16 on a CPU (`runtime.truncation`), and TensorRT folds the cast
+(`benchmarks/truncation.py`). Names begin with the tensor's, `layer3.0.channel_func/Reshape/quantize`, or the layer's,
+`layer3.0.channel_func.fc1/weight/quantize`.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ import enum
 from collections.abc import Iterable
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.errors import PrecisionError
 from spach_deploy.onnx_graph.graph import initializers
 from spach_deploy.onnx_graph.opset import raise_opset
 from spach_deploy.precision.elements import element_types
-from spach_deploy.precision.formats import FLOAT, HALF_FORMATS
-from spach_deploy.quantization.formats import EightBits, Float32
+from spach_deploy.precision.formats import FLOAT, FP16, HALF_FORMATS, decode
+from spach_deploy.quantization.formats import INT8, EightBits, Float32
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
 from spach_deploy.quantization.sites import Kind
+from spach_deploy.specs import Precision
 
 QUANTIZE, DEQUANTIZE, SCALE, ZERO = "/quantize", "/dequantize", "/scale", "/zero"
 MIDDLE = 128
@@ -36,6 +39,11 @@ class Operand(enum.Enum):
 
 _OPSET = 21
 """QuantizeLinear takes bfloat16 from this opset on, and most runtimes have FP8 from it on."""
+
+
+def quantized_from(rest: Precision, form: EightBits) -> Precision:
+    """Precision of the numbers that become eight bits, where those that are not quantized have precision `rest`."""
+    return Precision.FP32 if rest is Precision.FP16 and form == INT8 else rest
 
 
 def insert_pairs(typed: ModelProto, plan: QuantizationPlan) -> ModelProto:
@@ -54,6 +62,8 @@ class _Inserter:
         self._sites = {site.node: site for site in plan.sites}
         self._attention = self._attention_inputs(plan.sites)
         self._inputs = {value.name for value in typed.graph.input}
+        casts = (node for node in typed.graph.node if node.op_type == "Cast")
+        self._wide = {node.output[0]: node.input[0] for node in casts if self._types[node.input[0]] == FLOAT}
         self._pairs: dict[tuple[str, tuple[float, ...], bool], str] = {}
         self._nodes: list[NodeProto] = []
         self._added: list[TensorProto] = []
@@ -114,24 +124,46 @@ class _Inserter:
             return self._pairs[name, scales, unsigned]
         stem = stem or (f"io/{name}" if name in self._inputs else name)
         kind = self._types[name]
-        self._added.append(_scale_tensor(stem + SCALE, scales, kind, axis))
+        scale = _scale_tensor(stem + SCALE, scales, kind, axis)
         zero = _middle_tensor if unsigned else _zero_tensor
-        self._added.append(zero(stem + ZERO, len(scales), self._plan.form, axis))
-        inputs = [stem + SCALE, stem + ZERO]
+        self._added += [scale, zero(stem + ZERO, len(scales), self._plan.form, axis)]
         stored, back = stem + QUANTIZE, stem + DEQUANTIZE
-        for operator, source, target in (("QuantizeLinear", name, stored), ("DequantizeLinear", stored, back)):
-            node = helper.make_node(operator, [source, *inputs], [target], name=target)
+        forth_inputs, back_inputs = [name, scale.name, stem + ZERO], [stored, scale.name, stem + ZERO]
+        if kind == FP16.onnx_type and self._plan.form == INT8:
+            forth_inputs[:2] = self._in_fp32(name, scale, stored)
+            del back_inputs[
+                2
+            ]  # 0 goes without saying; with it ONNX Runtime to 1.20 reads both scales as FP32, and ends
+        nodes = (("QuantizeLinear", forth_inputs, stored), ("DequantizeLinear", back_inputs, back))
+        for operator, inputs, target in nodes:
+            node = helper.make_node(operator, inputs, [target], name=target)
             if axis is not None:
                 node.attribute.append(helper.make_attribute("axis", axis))
             self._nodes.append(node)
         self._pairs[name, scales, unsigned] = back
         return back
 
+    def _in_fp32(self, name: str, scale: TensorProto, stem: str) -> tuple[str, str]:
+        """Names of a tensor and its scale in FP32: what FP16 was cast from, where it was, else the same numbers.
+
+        (A softmax that is cast to FP16 and back costs TensorRT for RTX 1.7 the fused attention.)
+        """
+        wide = numpy_helper.from_array(decode(scale), f"{scale.name}/fp32")
+        self._added.append(wide)
+        if name in self._wide:
+            return self._wide[name], wide.name
+        cast = f"{stem}/to_fp32"
+        self._nodes.append(helper.make_node("Cast", [name], [cast], name=cast, to=FLOAT))
+        return cast, wide.name
+
     def _assembled(self) -> ModelProto:
         model = ModelProto(ir_version=self._source.ir_version, opset_import=self._source.opset_import)
         graph = model.graph
         graph.name = self._source.graph.name
-        graph.node.extend(self._nodes)
+        read = {name for node in self._nodes for name in node.input} | {
+            value.name for value in self._source.graph.output
+        }
+        graph.node.extend(node for node in self._nodes if node.op_type != "Cast" or node.output[0] in read)
         graph.initializer.extend(self._source.graph.initializer)
         graph.initializer.extend(self._added)
         graph.input.extend(self._source.graph.input)

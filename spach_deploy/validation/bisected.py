@@ -19,7 +19,7 @@ from spach_deploy.validation.bisect.reference import Reference
 from spach_deploy.validation.bisect.result import Bisection, StageResult, Suspect
 from spach_deploy.validation.bisect.stages import GRAPH, Remade, Sources, first_wrong_part, judged, remake
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
-from spach_deploy.validation.evidence import Trial
+from spach_deploy.validation.evidence import Trial, truncated_by
 from spach_deploy.validation.live_reference import Weights, rebuild
 from spach_deploy.validation.validate import Validation
 
@@ -50,7 +50,9 @@ def bisected(validation: Validation, what: Bisected, say: Say) -> Validation:
     stages = (*remade.results, *later)
     say("Bisecting by module.")
     bisection = _by_module(what, sources, remade, stages, _pixels(validation.trial, chosen, what.facts))
-    return dataclasses.replace(validation, bisection=dataclasses.replace(bisection, stages=stages))
+    truncating = truncated_by(what.graph, what.facts.rest)
+    bisection = dataclasses.replace(bisection, stages=stages, truncated_by=truncating)
+    return dataclasses.replace(validation, bisection=bisection)
 
 
 def _by_module(

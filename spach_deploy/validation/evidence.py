@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from spach_deploy.errors import MismatchError, SpachError, UnavailableError, UsageError
 from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
-from spach_deploy.runtime import Runner, TensorSpec
+from spach_deploy.runtime import Runner, TensorSpec, truncation
 from spach_deploy.runtime.onnxruntime_runner import NAME, OnnxRuntimeRunner
 from spach_deploy.runtime.saved_graph import saved_graph
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
@@ -139,6 +139,39 @@ def forms_of(precision: Precision) -> tuple[Form, ...]:
     return plain if precision is Precision.FP32 else (*plain, Form.ROUNDED)
 
 
+def forms_here(graph: Path | bytes, precision: Precision) -> tuple[Form, ...]:
+    """`forms_of` that graph of `precision`, without the plain one where the ONNX Runtime here computes it wrongly."""
+    forms = forms_of(precision)
+    return forms if truncated_by(graph, precision) is None else tuple(form for form in forms if form is not Form.PLAIN)
+
+
+def truncated_by(graph: Path | bytes, precision: Precision) -> str | None:
+    """Version of the ONNX Runtime here where it truncates in a graph of `precision` what it should round, else None."""
+    version = truncation.truncating_runtime() if precision is Precision.FP16 else None
+    return version if version is not None and _quantizes_fp16(graph) else None
+
+
+def truncation_notes(graph: Path | bytes, precision: Precision) -> tuple[str, ...]:
+    """What a report says of a graph that is wrong in the ONNX Runtime here; nothing of others."""
+    version = truncated_by(graph, precision)
+    if version is None:
+        return ()
+    judged_by = "In it this graph is wrong, so it was judged in FP32 with every half tensor rounded"
+    return (f"{truncation.fault_of(version)}. {judged_by}. {truncation.REMEDY}",)
+
+
+def _quantizes_fp16(graph: Path | bytes) -> bool:
+    import onnx
+
+    from spach_deploy.precision.elements import quantizes_fp16
+
+    try:
+        model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else onnx.load_from_string(graph)
+        return quantizes_fp16(model)
+    except Exception:  # a foreign graph may hold anything; running it says what
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Ran:
     """What a run gave: `outputs` of all images by name, or the problem for which there are none, in a sentence.
@@ -210,12 +243,12 @@ def examine_typed(
     *,
     watch: Watch | None = None,
 ) -> tuple[Evidence, ...]:
-    """What a CPU can tell of a typed graph, in each of its forms.
+    """What a CPU can tell of a typed graph, in each of its forms that the ONNX Runtime here computes rightly.
 
     The first one is fed the profile's other batches too; whether images are mixed up does not depend on rounding. The
     last one, of the most roundings, has the tensors that `watch` chooses in `Evidence.inside`.
     """
-    forms = forms_of(precision)
+    forms = forms_here(graph, precision)
     watched = {forms[-1]: watch}
     return tuple(
         _examine(form, graph, trial, bounds, form.value, watched.get(form), in_others=form is forms[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,14 @@ from spach_deploy.validation.bisect.bisection import bisect_graph
 from spach_deploy.validation.bisect.opened import half_type
 from spach_deploy.validation.bisect.reference import Reference
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
-from spach_deploy.validation.evidence import Evidence, Trial, examine_graph, examine_typed
+from spach_deploy.validation.evidence import (
+    Evidence,
+    Trial,
+    examine_graph,
+    examine_typed,
+    truncated_by,
+    truncation_notes,
+)
 from spach_deploy.validation.live_reference import OnImages, Weights, as_images, rebuild
 from spach_deploy.validation.reference import INPUT, LOGITS
 from spach_deploy.validation.tolerance import Bounds, derive_tolerances
@@ -63,6 +71,8 @@ def validate_foreign(
     _check_quantization(graph, facts)
     mapped = map_interface(graph, int(bundle.manifest.model["num_classes"]), facts.preprocessing.image_size)
     trial = _trial(answered.trial, facts, mapped)
+    notes = truncation_notes(Path(subject.target), mapped.precision)
+    mapped = dataclasses.replace(mapped, notes=(*mapped.notes, *notes))
     subject = dataclasses.replace(subject, precision=mapped.precision.value)
     try:
         say("Rebuilding the reference.")
@@ -87,7 +97,8 @@ def _bisected(found: Validation, mapped: Mapped, loaded: LoadedModel, facts: Bun
     except SpachError as error:
         note = f"Not bisected by module: {error.message}"
         return dataclasses.replace(found, notes=(*found.notes, note))
-    return dataclasses.replace(found, bisection=bisection)
+    truncating = truncated_by(Path(found.subject.target), mapped.precision)
+    return dataclasses.replace(found, bisection=dataclasses.replace(bisection, truncated_by=truncating))
 
 
 def _check_quantization(graph: ModelProto, facts: BundleFacts) -> None:

@@ -20,7 +20,7 @@ from spach_deploy.errors import CheckpointError, UsageError
 from spach_deploy.models.hyperparameters import read_section, values_of
 from spach_deploy.specs import IODtype, ModelSpec, Preprocessing, WeightSource
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import LARGEST_BATCH, Ran, Trial, forms_of
+from spach_deploy.validation.evidence import LARGEST_BATCH, Ran, Trial, forms_here
 from spach_deploy.validation.labels import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.validation.precision_loss import evaluate
 from spach_deploy.validation.shards import (
@@ -189,7 +189,7 @@ def rebuilt_in_parts(
     loaded = rebuild(section, weights)
     work = Work(
         graph=_whole(graph) if graph.is_file() else b"",
-        forms=forms_of(facts.rest) if graph.is_file() else (),
+        forms=forms_here(graph, facts.rest) if graph.is_file() else (),
         model=loaded.model,
         preprocessing=facts.preprocessing,
         io_dtype=facts.outputs.io_dtype,

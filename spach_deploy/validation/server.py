@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spach_deploy.bundle import GOLDEN, Bundle
 from spach_deploy.runtime.triton_runner import DEFAULT_TIMEOUT_S, ServedAt, TritonRunner
+from spach_deploy.runtime.truncation import MENDED, REMEDY
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_runner
 from spach_deploy.validation.reference import Golden
@@ -51,7 +52,14 @@ def validate_server(request: ServerRequest) -> Validation:
     trial = golden_trial(Golden.load(bundle.file(GOLDEN)), images, facts.outputs, facts.batch)
     evidence, platform = _evidence(request, trial, facts.tolerances)
     subject = subject_of(str(request.served), bundle, facts.precision)
-    return ServerValidation(subject, trial, (evidence,), platform=platform)
+    return ServerValidation(subject, trial, (evidence,), notes=truncation_hints(bundle, evidence), platform=platform)
+
+
+def truncation_hints(bundle: Bundle, evidence: Evidence) -> tuple[str, ...]:
+    """What may explain that a server's graph disagrees; nothing where it agrees, or its INT8 is not made of FP16."""
+    if evidence.passed or evidence.level is Level.ENGINE or not bundle.quantizes_fp16:
+        return ()
+    return (f"This graph makes INT8 of FP16, which ONNX Runtime before {MENDED} truncates on a CPU. {REMEDY}",)
 
 
 def _evidence(request: ServerRequest, trial: Trial, tolerances: ToleranceSet) -> tuple[Evidence, str]:

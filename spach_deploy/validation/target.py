@@ -29,10 +29,11 @@ from spach_deploy.validation.evidence import (
     Level,
     Trial,
     examine_typed,
-    forms_of,
+    forms_here,
     in_other_batches,
     judged,
     runs_here,
+    truncation_notes,
 )
 from spach_deploy.validation.live_reference import (
     Images,
@@ -204,6 +205,7 @@ def _validation(
     subject = subject_of(str(request.target), bundle, facts.precision)
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
+        notes = (*notes, *truncation_notes(request.target, facts.rest))
         evidence = _graph_evidence(request.target, facts, answered)
         along = None if note else _traced(bundle)
         others = {name: state for name, state in changed.items() if name != request.target.name}
@@ -214,6 +216,8 @@ def _validation(
     evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, answered)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
+    if any(item.level is Level.GRAPH for item in evidence):
+        notes = (*notes, *truncation_notes(bundle.path / GRAPH, facts.rest))
     along = None if GRAPH in changed else _traced(bundle)
     return Validation(subject, trial, evidence, findings, notes, missing, request.accept_graph, trace=along)
 
@@ -462,7 +466,7 @@ def _graph_evidence(graph: Path, facts: BundleFacts, answered: OnImages) -> tupl
     if answered.graph is None:
         return examine_typed(graph, facts.rest, trial, bounds)
     first, *others = answered.graph
-    whole = in_other_batches(forms_of(facts.rest)[0], graph, first, trial)
+    whole = in_other_batches(forms_here(graph, facts.rest)[0], graph, first, trial)
     return tuple(judged(Level.GRAPH, ran, trial, bounds) for ran in (whole, *others))
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from spach_deploy.bundle import Bundle
 from spach_deploy.cli.validate import main
+from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.evidence import Level, Ran, judged
+from spach_deploy.validation.reference import LOGITS, Golden
+from spach_deploy.validation.server import truncation_hints
+from spach_deploy.validation.validate import golden_trial
 from tests.commands import refusal
 from tests.deployment.kubernetes.served import serving
 from tests.deployment.triton import tiny_bundles
@@ -64,3 +70,25 @@ def test_a_server_over_http_is_asked_without_any_client(bundle: Path) -> None:
         result = validate(f"{server.url}/tiny", "--bundle", bundle)
     assert result.exit_code == 0, result.output
     assert "AGREED with PyTorch" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("level", "problem", "section", "is_told"),
+    [
+        (Level.GRAPH, "It is off.", {}, True),
+        (Level.GRAPH, "It is off.", {"quantized_from": "fp32"}, False),
+        (Level.ENGINE, "It is off.", {}, False),
+        (Level.GRAPH, "", {}, False),
+    ],
+    ids=["INT8 of FP16", "INT8 of FP32", "a plan", "that agrees"],
+)
+def test_a_served_graph_that_disagrees_may_be_truncated(
+    level: Level, problem: str, section: dict[str, str], is_told: bool, bundle: Path
+) -> None:
+    opened = Bundle.open(tiny_bundles.of_int8(bundle, **section))
+    golden, facts = Golden.load(opened.file("golden.npz")), BundleFacts.of(opened)
+    trial = golden_trial(golden, "", facts.outputs, facts.batch)
+    ran = Ran("graph", (len(trial),), {LOGITS: golden.logits}, problem)
+    hints = truncation_hints(opened, judged(level, ran, trial, facts.tolerances.graph))
+    assert bool(hints) == is_told
+    assert all("ONNX Runtime before 1.30 truncates on a CPU" in hint for hint in hints)

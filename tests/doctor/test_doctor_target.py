@@ -156,6 +156,29 @@ def test_a_bundle_without_a_plan(bundle: Path) -> None:
     assert "--engine auto" in found.command
 
 
+@pytest.mark.parametrize(
+    ("section", "version", "is_wrong"),
+    [
+        ({"format": "int8", "rest": "fp16"}, "1.29.0", True),
+        ({"format": "int8", "rest": "fp16"}, "1.30.0", False),
+        ({"format": "int8", "rest": "fp16", "quantized_from": "fp32"}, "1.29.0", False),
+        ({"format": "int8", "rest": "fp32"}, "1.29.0", False),
+        ({"format": "fp8", "rest": "fp16", "quantized_from": "fp16"}, "1.29.0", False),
+    ],
+)
+def test_int8_of_fp16_where_onnx_runtime_truncates_it(
+    bundle: Path, section: dict[str, Any], version: str, is_wrong: bool
+) -> None:
+    bundles.rewrite(bundle, quantization=section)
+    runtime = OnnxRuntime({"onnxruntime": version}, "onnxruntime", version, ("cpu",))
+    target = examine(bundle, dataclasses.replace(gpu_machine(L4), onnxruntime=runtime))
+    found = finding(target, GRAPH)
+    assert target.exit_code == 0  # its plan runs
+    assert found.status is (Status.PROBLEM if is_wrong else Status.OK)
+    assert (f"ONNX Runtime {version}'s QuantizeLinear truncates FP16" in found.what) == is_wrong
+    assert ("Export it again" in found.means) == is_wrong
+
+
 def test_a_plan_that_is_not_of_the_flavour_in_the_manifest(tmp_path: Path) -> None:
     path = bundles.write_bundle(tmp_path / "bundle", plan=ordinary_plan(10, 16, 1, 11))
     assert examine(path).exit_code == 2

@@ -33,24 +33,51 @@ def set_values(model: ModelProto, name: str, array: NDArray[np.generic]) -> None
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).astype(dtype), name))
 
 
+def scales_of(model: ModelProto, stem: str) -> list[str]:
+    """The constants that hold a pair's scale: one, or two where it quantizes from FP32 and gives FP16 back."""
+    names = (f"{stem}/scale", f"{stem}/scale/fp32")
+    return [name for name in names if name in initializers(model.graph)]
+
+
+def source_of(model: ModelProto, stem: str) -> str:
+    """What a pair reads, in front of its cast where it has one. `stem`: the tensor's name, or `module/weight`."""
+    made = producers(model.graph)
+    source = made[f"{stem}/quantize"].input[0]
+    name: str = made[source].input[0] if source.startswith(f"{stem}/") else source
+    return name
+
+
+def half_source_of(model: ModelProto, stem: str) -> str:
+    """`source_of`, cast to FP16 where the pair reads in FP32 what FP16 would be cast from."""
+    source = source_of(model, stem)
+    if not stem.endswith("/to_fp16") or source == stem:
+        return source
+    where = next(index for index, node in enumerate(model.graph.node) if source in node.output)
+    cast = helper.make_node("Cast", [source], [stem], name=stem, to=TensorProto.FLOAT16)
+    model.graph.node.insert(where + 1, cast)
+    return stem
+
+
 def scale_input(model: ModelProto, tensor: str, factor: float) -> None:
     """Another scale for an activation."""
-    set_values(model, f"{tensor}/scale", factor * values(model, f"{tensor}/scale"))
+    for name in scales_of(model, tensor):
+        set_values(model, name, factor * values(model, name))
 
 
 def scale_weights(model: ModelProto, module: str, change: Callable[[Float64], Float64]) -> None:
     """Other scales for a layer's weights, as many as there were."""
-    name = f"{module}/weight/scale"
-    set_values(model, name, change(values(model, name)))
+    for name in scales_of(model, f"{module}/weight"):
+        set_values(model, name, change(values(model, name)))
 
 
 def one_scale(model: ModelProto, module: str) -> None:
     """Weight scales per tensor in place of per channel."""
     name = f"{module}/weight"
-    set_values(model, f"{name}/scale", values(model, f"{name}/scale").max())
+    for scale in scales_of(model, name):
+        set_values(model, scale, values(model, scale).max())
     set_values(model, f"{name}/zero", np.array(0))
     for node in model.graph.node:
-        if f"{name}/scale" in node.input:
+        if {*scales_of(model, name)} & {*node.input}:
             del node.attribute[:]
 
 
@@ -67,8 +94,7 @@ def swapped(first: int, second: int) -> Callable[[Float64], Float64]:
 
 def remove_pair(model: ModelProto, stem: str) -> None:
     """What read the pair reads what the pair read. `stem`: the tensor's name, or `module/weight`."""
-    stored = producers(model.graph)[f"{stem}/quantize"]
-    source, back = stored.input[0], f"{stem}/dequantize"
+    source, back = half_source_of(model, stem), f"{stem}/dequantize"
     for node in model.graph.node:
         node.input[:] = [source if name == back else name for name in node.input]
     kept = [NodeProto.FromString(n.SerializeToString()) for n in model.graph.node if not n.name.startswith(f"{stem}/")]
@@ -80,7 +106,7 @@ def remove_pair(model: ModelProto, stem: str) -> None:
 def shift_weights(model: ModelProto, module: str, steps: float) -> None:
     """Every stored integer of a layer moved by `steps`."""
     scales = values(model, f"{module}/weight/scale")
-    name = producers(model.graph)[f"{module}/weight/quantize"].input[0]
+    name = source_of(model, f"{module}/weight")
     weight = values(model, name)
     moved = weight + steps * scales.reshape((-1,) + (1,) * (weight.ndim - 1))
     limit = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
@@ -89,7 +115,7 @@ def shift_weights(model: ModelProto, module: str, steps: float) -> None:
 
 def scale_largest(model: ModelProto, module: str, factor: float) -> None:
     """The largest weight of the first output channel a little larger, so that it is clipped."""
-    name = producers(model.graph)[f"{module}/weight/quantize"].input[0]
+    name = source_of(model, f"{module}/weight")
     weight = values(model, name)
     row = weight[0].reshape(-1)
     row[np.abs(row).argmax()] *= factor
@@ -99,7 +125,7 @@ def scale_largest(model: ModelProto, module: str, factor: float) -> None:
 def set_axis(model: ModelProto, stem: str, axis: int) -> None:
     """Scales along another axis."""
     for node in model.graph.node:
-        if f"{stem}/scale" in node.input:
+        if {*scales_of(model, stem)} & {*node.input}:
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("axis", axis))
 
@@ -137,6 +163,21 @@ def add_pair(model: ModelProto, tensor: str, kind: int = TensorProto.FLOAT16) ->
     forth = helper.make_node("QuantizeLinear", [tensor, *inputs], ["stray/quantize"], name="stray/quantize")
     model.graph.node.insert(where, back)
     model.graph.node.insert(where, forth)
+
+
+def from_fp16(model: ModelProto) -> None:
+    """Pairs as earlier versions wrote them: of FP16, with one scale, and the zero point at both ends."""
+    stems = [node.name.removesuffix("/quantize") for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    for stem in stems:
+        source, made = half_source_of(model, stem), producers(model.graph)
+        forth, back = made[f"{stem}/quantize"], made[f"{stem}/dequantize"]
+        forth.input[:] = [source, f"{stem}/scale", f"{stem}/zero"]
+        back.input[1:] = forth.input[1:]
+    kept = [node for node in model.graph.node if not node.name.endswith("/quantize/to_fp32")]
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    remove_unused_initializers(model.graph)
 
 
 # The record, changed along

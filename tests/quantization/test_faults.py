@@ -189,7 +189,8 @@ def of_another_model() -> QuantizationPlan:
 def its_input_scales(model: ModelProto) -> None:
     for site in of_another_model().sites:
         for tensor in site.tensors:
-            faults.set_values(model, f"{stem(tensor.tensor)}/scale", np.array(tensor.scale))
+            for name in faults.scales_of(model, stem(tensor.tensor)):
+                faults.set_values(model, name, np.array(tensor.scale))
 
 
 def its_scales(model: ModelProto) -> None:

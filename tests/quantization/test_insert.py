@@ -16,6 +16,7 @@ from spach_deploy.errors import PrecisionError
 from spach_deploy.onnx_graph.certificate import certify
 from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
 from spach_deploy.onnx_graph.opset import opset_of
+from spach_deploy.precision.elements import element_types
 from spach_deploy.precision.formats import decode
 from spach_deploy.precision.rounding import rounded_twin
 from spach_deploy.quantization.audit import audit
@@ -26,6 +27,7 @@ from spach_deploy.quantization.sites import Kind
 from spach_deploy.runtime.packages import is_installed
 from spach_deploy.specs import BatchProfile, EngineTarget, Flavour, Precision
 from tests import static_models
+from tests.quantization.faults import source_of
 from tests.quantization.small_models import KINDS, inputs, plan, quantized, run, static, typed
 from tests.static_models import relative_l2
 
@@ -41,6 +43,11 @@ TYPES = {
 
 def of_type(model: ModelProto, op_type: str) -> list[NodeProto]:
     return [node for node in model.graph.node if node.op_type == op_type]
+
+
+def stem_of(node: NodeProto) -> str:
+    """What the names of a pair begin with."""
+    return node.name.rsplit("/", 1)[0]
 
 
 def modules(kind: str) -> list[str]:
@@ -123,7 +130,7 @@ def test_scales_are_planned_ones_of_the_rests_type_and_zero_points_are_zero(rest
     constants = initializers(model.graph)
     planned = {site.tensors[0].scale for site in made.sites}
     for node in of_type(model, "QuantizeLinear") + of_type(model, "DequantizeLinear"):
-        scale, zero = constants[node.input[1]], constants[node.input[2]]
+        scale, zero = constants[f"{stem_of(node)}/scale"], constants[f"{stem_of(node)}/zero"]
         assert scale.data_type == TYPES[rest]
         assert zero.data_type == form.onnx_type
         assert list(zero.dims) == list(scale.dims)
@@ -143,8 +150,41 @@ def test_weight_scales_are_the_plans_channel_by_channel(form: EightBits) -> None
     model, made = quantized("trans", form, rest=Precision.FP16), plan("trans", form)
     constants = initializers(model.graph)
     for site in made.sites:
-        (forth,) = (node for node in of_type(model, "QuantizeLinear") if node.input[0] == site.weight)
+        forth = producers(model.graph)[f"{site.module}/weight/quantize"]
+        assert source_of(model, f"{site.module}/weight") == site.weight
         assert tuple(float(value) for value in decode(constants[forth.input[1]])) == site.weight_scales
+
+
+@both
+@pytest.mark.parametrize("rest", TYPES)
+def test_int8_is_made_of_fp32_where_the_rest_is_fp16_with_the_very_scale_that_takes_it_back(
+    form: EightBits, rest: Precision
+) -> None:
+    model = quantized("trans", form, (ATTENTION,), rest)
+    types, constants, made = element_types(model), initializers(model.graph), producers(model.graph)
+    for forth in of_type(model, "QuantizeLinear"):
+        back = made[f"{stem_of(forth)}/dequantize"]
+        scales = [decode(constants[node.input[1]]) for node in (forth, back)]
+        assert types[back.output[0]] == TYPES[rest]
+        assert (scales[0] == scales[1]).all()
+        if form is INT8 and rest is Precision.FP16:
+            assert types[forth.input[0]] == TensorProto.FLOAT
+            assert len(back.input) == 2
+        else:
+            assert types[forth.input[0]] == TYPES[rest]
+            assert forth.input[1:] == back.input[1:]
+
+
+def test_what_is_fp32_already_is_quantized_as_it_is() -> None:
+    """TensorRT does not fuse an attention whose softmax is cast to FP16 and back before it is quantized."""
+    model = quantized("trans", INT8, (ATTENTION,), Precision.FP16)
+    made, read = producers(model.graph), consumers(model.graph)
+    (forth,) = read[f"{ATTENTION}/Softmax"]
+    assert forth.op_type == "QuantizeLinear"
+    for cast in of_type(model, "Cast"):
+        assert read[cast.output[0]] or cast.output[0] == "logits"
+        source = made.get(cast.input[0])
+        assert source is None or source.op_type != "Cast"
 
 
 def test_eight_bit_integers_are_zero_points_alone() -> None:

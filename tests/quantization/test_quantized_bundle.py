@@ -18,6 +18,7 @@ from spach_deploy.onnx_graph.graph import attributes
 from spach_deploy.pipeline import export
 from spach_deploy.quantization.audit import audit
 from spach_deploy.quantization.plan import read_plan
+from spach_deploy.runtime import truncation
 from spach_deploy.specs import Precision, Preprocessing, QuantizationSpec
 from tests import small_bundles, static_models
 from tests.quantization import faults, small_quantized
@@ -52,6 +53,7 @@ def test_the_manifest_says_how_it_was_quantized(precision: Precision) -> None:
     section, model = manifest(precision)["quantization"], manifest(precision)["model"]
     assert section["format"] == precision.value
     assert section["rest"] == "fp16"
+    assert section["quantized_from"] == ("fp32" if precision is Precision.INT8 else "fp16")
     assert section["scales"] == QUANTIZATION
     assert section["per_tensor_layers"] == 0
     assert section["sensitivity"] is None
@@ -214,3 +216,77 @@ def test_calibration_pictures_are_not_the_golden_ones() -> None:
         images = arrays["images"]
     assert len({image.tobytes() for image in images}) == len(images) == 16
     assert not golden & {image.tobytes() for image in images}
+
+
+# An ONNX Runtime that truncates FP16
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The INT8 bundle as earlier versions exported it: INT8 is made of FP16."""
+    bundle = small_bundles.copy(small_quantized.bundle(Precision.INT8), tmp_path_factory.mktemp("earlier") / "bundle")
+    model = small_bundles.load_graph(bundle)
+    faults.from_fp16(model)
+    small_bundles.save_graph(model, bundle)
+    content = small_bundles.read_manifest(bundle)
+    del content["quantization"]["quantized_from"]
+    small_bundles.write_manifest(bundle, content)
+    seal(bundle)
+    return bundle
+
+
+@pytest.fixture
+def truncating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ONNX Runtime here is one that truncates."""
+    monkeypatch.setattr(truncation, "truncating_runtime", lambda: "1.28.0")
+
+
+FAULT = "ONNX Runtime 1.28.0's QuantizeLinear truncates FP16 on a CPU"
+ROUNDED = "typed graph, every half tensor rounded in ONNX Runtime (CPU)"
+
+
+def ran(found: dict[str, Any]) -> list[str]:
+    return [entry["ran"] for entry in found["evidence"]]
+
+
+def test_where_fp16_is_rounded_an_earlier_bundle_validates_as_ever(earlier: Path) -> None:
+    found = report(earlier)
+    assert len(ran(found)) == 2
+    assert found["notes"] == []
+
+
+@pytest.mark.usefixtures("truncating")
+@pytest.mark.parametrize("name", ["", GRAPH])
+def test_a_runtime_that_truncates_is_named_and_the_rounded_graph_judges(earlier: Path, name: str) -> None:
+    found = report(earlier / name)
+    assert found["passed"]
+    assert ran(found) == [ROUNDED]
+    (note,) = found["notes"]
+    assert note.startswith(FAULT)
+    assert "judged in FP32 with every half tensor rounded" in note
+    assert "or take ONNX Runtime 1.30 or newer" in note
+
+
+@pytest.mark.usefixtures("truncating")
+def test_bisect_blames_the_runtime(earlier: Path) -> None:
+    bisected = json.loads(validate(earlier, "--bisect", "--json").stdout)["bisect"]
+    assert not bisected["first_stage"]
+    assert bisected["truncated_by"] == "1.28.0"
+    assert bisected["lines"][-1].startswith(f"The runtime's fault, not the graph's: {FAULT}")
+
+
+@pytest.mark.usefixtures("truncating")
+def test_a_graph_of_others_that_makes_int8_of_fp16_is_held_to_the_bundle_by_the_rounded_one(earlier: Path) -> None:
+    against = validate(earlier / GRAPH, "--against", small_quantized.bundle(Precision.INT8), "--json")
+    found = json.loads(against.stdout)
+    assert ran(found) == [ROUNDED]
+    assert any(note.startswith(FAULT) for note in found["notes"])
+    assert found["bisect"]["truncated_by"] == "1.28.0"
+
+
+@pytest.mark.usefixtures("truncating")
+@both
+def test_what_is_exported_now_is_right_in_every_runtime_and_nothing_is_said(precision: Precision) -> None:
+    found = report(small_quantized.bundle(precision))
+    assert len(ran(found)) == 2
+    assert found["notes"] == []

@@ -14,7 +14,8 @@ from spach_deploy.deployment.kubernetes.versions import choose_image
 from spach_deploy.deployment.triton.ensemble import Step, ensemble_steps
 from spach_deploy.deployment.triton.options import Backend, Device, Ensemble, Instances, TritonOptions
 from spach_deploy.deployment.triton.served import BundleArgument, ServedModel, served_models
-from spach_deploy.onnx_graph.runtimes import TritonImage
+from spach_deploy.onnx_graph.runtimes import TritonImage, runtimes
+from spach_deploy.runtime.truncation import REMEDY, fault_of
 
 _PLAIN = re.compile(r"[A-Za-z0-9._+-]{1,200}")
 
@@ -74,6 +75,15 @@ class Deployed:
         """What the Triton image carries, in a few words."""
         tensorrt = f"TensorRT {self.image.tensorrt}, " if self.image.tensorrt else ""
         return f"{tensorrt}ONNX Runtime {self.image.onnxruntime}, CUDA {self.image.cuda}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts worth reading, of the model and of what the image does with it."""
+        version = self.image.onnxruntime
+        if self.is_plan or not self.model.bundle.quantizes_fp16 or not runtimes().truncates_fp16(version):
+            return self.model.notes
+        seen = "On a GPU that is not known; every pod answers the golden pack before it takes traffic"
+        return (*self.model.notes, f"In this image: {fault_of(version)}. {seen}. {REMEDY}")
 
     @property
     def gpus(self) -> tuple[str, ...]:

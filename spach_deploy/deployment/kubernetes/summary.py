@@ -24,7 +24,7 @@ def as_text(written: Written) -> str:
         "folder": str(written.path),
     }
     lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in rows.items()]
-    notes = [f"{'note':<{_LABEL_WIDTH}}{note}" for note in deployed.model.notes]
+    notes = [f"{'note':<{_LABEL_WIDTH}}{note}" for note in deployed.notes]
     return "\n".join([*lines, *notes, "", "Run it:", *(f"  {command}" for command in written.commands)])
 
 
@@ -41,7 +41,7 @@ def as_json(written: Written) -> str:
         "image": f"{deployed.image_name}:{written.image_tag}",
         "gpus": list(deployed.gpus),
         "startup_seconds": deployed.sizes.startup_seconds,
-        "notes": list(deployed.model.notes),
+        "notes": list(deployed.notes),
         "commands": list(written.commands),
     }
     return json_text(content)

@@ -11,6 +11,7 @@ from spach_deploy.bundle import GRAPH, Bundle, TensorInfo
 from spach_deploy.deployment.triton.options import Backend, Device, TritonOptions
 from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.runtime.truncation import REMEDY, fault_of
 from spach_deploy.specs import BatchProfile, Flavour
 from spach_deploy.validation.bundle_facts import BundleFacts
 
@@ -175,7 +176,8 @@ def _choose(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choi
         return _plan(bundle, is_rtx=is_rtx)
     if options.backend is Backend.AUTO and bundle.plan is not None and not is_rtx:
         return _plan(bundle, is_rtx=False)
-    return _graph(bundle, facts, options)
+    choice = _graph(bundle, facts, options)
+    return _truncated(choice, bundle, options.instances.device) if bundle.quantizes_fp16 else choice
 
 
 def _plan(bundle: Bundle, *, is_rtx: bool) -> _Choice:
@@ -234,6 +236,18 @@ def _instead_of_graph(needs: GraphNeeds, facts: BundleFacts) -> str:
         return "Export it again: graphs with FP8 have opset 21 now."
     half = "--rest fp16" if facts.quantization is not None else "--fp16"
     return f"Export it with {half}, or on the serving GPU with --engine tensorrt, which needs no ONNX Runtime."
+
+
+def _truncated(choice: _Choice, bundle: Bundle, device: Device | None) -> _Choice:
+    """Said of a graph that quantizes FP16: on a CPU it answers wrongly in the Triton images that truncate."""
+    images = [image for image in runtimes().images if runtimes().truncates_fp16(image.onnxruntime)]
+    if device is Device.GPU or not images:
+        return choice
+    carried = f"Triton {images[0].release} to {images[-1].release} carry it or an older one"
+    text = f"{bundle.path} answers wrongly on a CPU: {fault_of(images[-1].onnxruntime)}, and {carried}. {REMEDY}"
+    if device is Device.CPU:
+        return dataclasses.replace(choice, warning=text)
+    return dataclasses.replace(choice, note=f"{choice.note} {text}".strip())
 
 
 def _check_alike(name: str, bundles: list[Bundle], backends: list[Backend]) -> None:

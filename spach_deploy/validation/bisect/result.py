@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+from spach_deploy.runtime.truncation import fault_of
+
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:
@@ -60,12 +62,16 @@ class Unmapped:
 
 @dataclasses.dataclass(frozen=True)
 class Bisection:
-    """A graph held to the reference, module by module. `suspects` in the order of the model."""
+    """A graph held to the reference, module by module. `suspects` in the order of the model.
+
+    `truncated_by`: version of the ONNX Runtime here where it computes the graph wrongly (`runtime.truncation`).
+    """
 
     suspects: tuple[Suspect, ...]
     modules: tuple[ModuleResult, ...]
     unmapped: tuple[Unmapped, ...]
     stages: tuple[StageResult, ...] = ()
+    truncated_by: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -86,8 +92,10 @@ class Bisection:
         )
 
     def lines(self) -> tuple[str, ...]:
-        """What a terminal shows: five lines at most."""
-        return tuple(_lines(self))
+        """What a terminal shows: six lines at most."""
+        version = self.truncated_by
+        fault = [] if version is None else [f"The runtime's fault, not the graph's: {fault_of(version)}."]
+        return (*_lines(self), *fault)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; what is not finite is null."""
@@ -95,6 +103,7 @@ class Bisection:
             "passed": self.passed,
             "lines": list(self.lines()),
             "first_stage": self.first_stage,
+            "truncated_by": self.truncated_by,
             "stages": [_plain(stage) for stage in self.stages],
             "suspects": [_plain(suspect) for suspect in self.suspects],
             "modules": [_plain(module) for module in self.modules],

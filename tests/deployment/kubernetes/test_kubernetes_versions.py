@@ -56,7 +56,7 @@ def test_what_an_onnx_runtime_loads_only_grows_and_says_where_it_was_seen() -> N
     known = runtimes()
     loads = [(runtime.opset, runtime.ir) for runtime in known.onnxruntimes]
     assert loads == sorted(loads)
-    assert {runtime.seen for runtime in known.onnxruntimes} <= set(known.sources)
+    assert {word for runtime in known.onnxruntimes for word in runtime.seen.split(", ")} <= set(known.sources)
     assert known.onnxruntime("1.2.0") is None
     between = known.onnxruntime("1.22.3")
     assert between is not None
@@ -193,10 +193,19 @@ def test_a_bundle_without_an_engine_is_served_as_a_graph_unless_a_plan_was_asked
         image_for(bundle, backend=Backend.TENSORRT)
 
 
+def test_an_image_whose_onnx_runtime_truncates_fp16_is_named_for_int8_that_is_made_of_it(tmp_path: Path) -> None:
+    bundle = tiny_bundles.of_int8(tiny_bundles.write(tmp_path / "b", Tiny(engine="none")))
+    note = Deployed.of(bundle, KubernetesOptions("25.08")).notes[-1]
+    assert note.startswith("In this image: ONNX Runtime 1.23.0's QuantizeLinear truncates FP16 on a CPU")
+    assert "Export it again" in note
+    tiny_bundles.of_int8(bundle, quantized_from="fp32")
+    assert not any("truncates" in text for text in Deployed.of(bundle, KubernetesOptions("25.08")).notes)
+
+
 def test_a_matrix_can_be_another_one(tmp_path: Path) -> None:
     model: ServedModel = Deployed.of(with_engine(tmp_path / "b"), KubernetesOptions()).model
     entry: dict[str, Any] = {"tensorrt": "10.13.2", "onnxruntime": "1.30.0", "cuda": "14.0", "seen": {}}
-    row = {"opset": 24, "ir": 11, "seen": "a test"}
+    row = {"opset": 24, "ir": 11, "truncates_fp16": False, "seen": "a test"}
     sections = {"onnxruntime": {"1.30.0": row}, "images": {"27.01": entry}, "sources": {}, "read": "2027-01-31"}
     other = Runtimes.parse({**sections, "cuda_bfloat16": {}, "fp8_below_opset_21": "1.32.0"})
     assert choose_image(model, None, other).cuda == "14.0"

@@ -22,6 +22,7 @@ from spach_deploy.deployment.triton.options import (
 from spach_deploy.deployment.triton.repository import Written, write_repository
 from spach_deploy.deployment.triton.schema import data_type_name, parse
 from spach_deploy.deployment.triton.served import BundleArgument
+from spach_deploy.deployment.triton.summary import serve_command
 from spach_deploy.errors import BundleError, SpachError, UsageError
 from spach_deploy.specs import BatchProfile, IODtype, OutputSpec, Precision
 from spach_deploy.validation.reference import Golden
@@ -272,6 +273,41 @@ def test_bf16_that_stands_in_no_graph_asks_for_nothing(tmp_path: Path) -> None:
     on_cpu = TritonOptions(Backend.ONNXRUNTIME, instances=Instances(device=Device.CPU))
     result = write_repository([BundleArgument(bundle)], tmp_path / "repository", on_cpu)
     assert result.models[0].notes == ()
+
+
+TRUNCATES = "answers wrongly on a CPU: ONNX Runtime 1.28.0's QuantizeLinear truncates FP16"
+
+
+def served_int8(tmp_path: Path, device: Device | None, engine: str = "none", **section: str) -> Written:
+    bundle = tiny_bundles.of_int8(tiny_bundles.write(tmp_path / "b", Tiny(engine=engine)), **section)
+    return write_repository([BundleArgument(bundle)], tmp_path / "r", TritonOptions(instances=Instances(device=device)))
+
+
+def test_int8_of_fp16_on_a_cpu_is_a_warning_as_the_images_that_are_known_truncate_it(tmp_path: Path) -> None:
+    result = served_int8(tmp_path, Device.CPU)
+    (warning,) = result.warnings
+    assert TRUNCATES in warning
+    assert "Triton 24.08 to 26.08 carry it or an older one" in warning
+    assert "Export it again" in warning
+    assert serve_command(result) is None
+
+
+def test_int8_of_fp16_that_may_run_on_a_cpu_is_a_note(tmp_path: Path) -> None:
+    result = served_int8(tmp_path, None)
+    assert not result.warnings
+    assert TRUNCATES in result.models[0].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "section"),
+    [(Device.GPU, "none", {}), (None, "tensorrt", {}), (Device.CPU, "none", {"quantized_from": "fp32"})],
+    ids=["on a GPU", "as a plan", "of FP32"],
+)
+def test_int8_that_no_cpu_truncates_is_served_without_a_word(
+    device: Device | None, engine: str, section: dict[str, str], tmp_path: Path
+) -> None:
+    result = served_int8(tmp_path, device, engine, **section)
+    assert not any(TRUNCATES in text for text in (*result.warnings, *result.models[0].notes))
 
 
 # Ensembles

@@ -62,6 +62,16 @@ def write(folder: Path, tiny: Tiny | None = None) -> Path:
     return folder
 
 
+def of_int8(bundle: Path, **section: str) -> Path:
+    """The bundle as one of INT8 with the rest in FP16; `section` says more, as `quantized_from`."""
+    manifest = small_bundles.read_manifest(bundle)
+    record = {"scales": "quantization.json", "rewrites": {"disabled": [], "quantize": []}}
+    calibration = {"calibration": {"weights_sha256": ""}}
+    manifest["quantization"] = {"format": "int8", "rest": "fp16", **record, **calibration, **section}
+    small_bundles.write_manifest(bundle, manifest)
+    return bundle
+
+
 def weights(tiny: Tiny) -> npt.NDArray[np.float32]:
     """The model: logits = input @ weights, (3 S S, classes)."""
     return np.random.default_rng(tiny.seed).normal(0, 0.2, (3 * SIZE * SIZE, tiny.classes)).astype(np.float32)

@@ -1,0 +1,74 @@
+"""ONNX Runtimes that truncate where FP16 is quantized to integers: on a CPU, QuantizeLinear drops the fraction there.
+
+ONNX rounds to nearest, ties to even. ONNX Runtime does so with FP16 from 1.30 on (microsoft/onnxruntime 18576, 22741;
+mended by 32452), and with FP32 in every version. The one that is here is asked, by a graph of nine numbers; which
+others truncate stands in onnx_graph/runtimes.json. Wrong in them are graphs that `precision.elements.quantizes_fp16`
+finds: INT8 exports of earlier versions with the rest in FP16, and other tools'.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUMBERS = (0.5, -0.5, 1.5, -1.5, 2.5, 1.75, -1.75, 2.25, -0.75)
+ROUNDED = (0, 0, 2, -2, 2, 2, -2, 2, -1)
+"""What `NUMBERS` are as INT8, at a scale of 1."""
+
+MENDED = "1.30"
+"""ONNX Runtime rounds from this version on."""
+
+Quantize = Callable[[NDArray[np.float16]], NDArray[np.int8]]
+
+
+@functools.cache
+def truncating_runtime() -> str | None:
+    """Version of the ONNX Runtime that is installed, if it truncates; None where it rounds, or cannot be asked."""
+    try:
+        import onnxruntime
+
+        return str(onnxruntime.__version__) if truncates(_quantized_here) else None
+    except Exception:  # not installed, or it does not quantize FP16 at all: then nothing is wrong unnoticed
+        return None
+
+
+def truncates(quantize: Quantize) -> bool:
+    """Whether what quantizes FP16 at a scale of 1 gives other integers than ONNX says."""
+    return not np.array_equal(quantize(np.array(NUMBERS, np.float16)), ROUNDED)
+
+
+def fault_of(version: str) -> str:
+    """What an ONNX Runtime that truncates does, as a clause."""
+    return (
+        f"ONNX Runtime {version}'s QuantizeLinear truncates FP16 on a CPU instead of rounding it"
+        f" (microsoft/onnxruntime#22741, mended in {MENDED})"
+    )
+
+
+REMEDY = f"Export it again, which makes INT8 of FP32, or take ONNX Runtime {MENDED} or newer."
+
+
+def _quantized_here(numbers: NDArray[np.float16]) -> NDArray[np.int8]:
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"])
+    graph = helper.make_graph(
+        [node],
+        "nine numbers",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, numbers.shape)],
+        [helper.make_tensor_value_info("q", TensorProto.INT8, numbers.shape)],
+        [
+            helper.make_tensor("scale", TensorProto.FLOAT16, [], [1.0]),
+            helper.make_tensor("zero", TensorProto.INT8, [], [0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found: NDArray[np.int8] = session.run(None, {"x": numbers})[0]
+    return found
