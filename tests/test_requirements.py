@@ -12,6 +12,7 @@ from spach_deploy import requirements as required
 from spach_deploy.doctor.finding import Status
 from spach_deploy.doctor.software import about_reports
 from spach_deploy.engine.flavours import TensorRTForRTX
+from spach_deploy.errors import OldPackageError
 from spach_deploy.requirements import is_older, requirements
 from spach_deploy.runtime.packages import is_installed
 from spach_deploy.specs import Flavour
@@ -81,7 +82,7 @@ def test_an_optional_package_is_looked_at_where_it_is_used(
 ) -> None:
     pytest.importorskip(package)
     declared(monkeypatch, **{package: "0.1"})
-    with pytest.raises(required.OldPackageError, match=f"{package} 0.1 is too old"):
+    with pytest.raises(OldPackageError, match=f"{package} 0.1 is too old"):
         getattr(importlib.import_module(module), function)()
 
 
