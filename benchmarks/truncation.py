@@ -147,7 +147,9 @@ def main() -> None:
     of_plans = table(("graph", "INT8 is made of", "kernels", "fused attentions", "MB at batch 8", "plan MB"), plans)
     of_runs = table(("model", "ONNX Runtime", "truncates", "rel. L2, INT8 of FP16", "rel. L2, INT8 of FP32"), runs)
     body = f"{of_plans}\n\nOn the CPU, {_HELD_OUT} photographs:\n\n{of_runs}"
-    command = f"python -m benchmarks.truncation {' '.join(arguments.models)} --gpu {arguments.gpu} --onnxruntime …"
+    folders = " ".join(map(str, arguments.onnxruntime))
+    asked = f"{' '.join(arguments.models)} --gpu {arguments.gpu}{f' --onnxruntime {folders}' if folders else ''}"
+    command = f"python -m benchmarks.truncation {asked}"
     record("INT8 of FP32, INT8 of FP16", command, body, ("torch", "onnxruntime", "tensorrt-rtx"))
 
 
