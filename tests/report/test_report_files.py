@@ -157,6 +157,7 @@ def test_open_shows_the_page(bundle: Path, opened: list[str], tmp_path: Path) ->
 
 
 def test_open_shows_the_page_of_an_export(opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("spach_deploy.cli.export._export", lambda *options, **how: tmp_path / PAGE)
     result = CliRunner().invoke(export_command, ["--model", "ms_hybrid_s", "--engine", "none", "--open"])
     assert result.exit_code == 0, result.output

@@ -18,6 +18,12 @@ def options_of(choice: Choice) -> ExportOptions:
     return ExportOptions(ModelSpec(choice.model), choice.precision, engine=EngineTarget(Flavour.NONE))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan looks whether it may write; not where the tests were started."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_the_product_has_a_directory_for_each() -> None:
     names = [choice.name for choice in choices("ms_conv_s,ms_mlp_s", ("fp16", "bf16"), "sm86,rtx4090")]
     assert names == [
