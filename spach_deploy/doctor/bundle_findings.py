@@ -164,9 +164,19 @@ def _graph(bundle: Bundle, here: Here) -> Finding:
     return _in_runtime(bundle, version, accept)
 
 
+def _needs(bundle: Bundle) -> GraphNeeds | None:
+    """What the graph asks of a runtime; by its certificate, where that tells, since reading graphs takes time."""
+    certificate = (bundle.manifest.content.get("graph") or {}).get("certificate") or {}
+    opset, ir_version = certificate.get("opset"), certificate.get("ir_version")
+    rest = bundle.manifest.content["precision"].get("rest")
+    if type(opset) is not int or type(ir_version) is not int or "bf16" in (bundle.manifest.precision, rest):
+        return GraphNeeds.of(bundle.path / GRAPH)
+    return GraphNeeds(opset, ir_version, has_fp8=bundle.manifest.precision == "fp8")
+
+
 def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
     """Whether the ONNX Runtime that is here loads the graph: as it is, or rounded to FP32 by spach-validate."""
-    known, needs = runtimes().onnxruntime(version), GraphNeeds.of(bundle.path / GRAPH)
+    known, needs = runtimes().onnxruntime(version), _needs(bundle)
     misfit = known.misfit(needs, on_gpu=False) if known and needs else ""
     if known is not None and known.truncates_fp16 and bundle.quantizes_fp16:
         means = f"In it the graph is wrong; spach-validate judges it in FP32 with every half tensor rounded. {REMEDY}"

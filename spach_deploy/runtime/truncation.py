@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NUMBERS = (0.5, -0.5, 1.5, -1.5, 2.5, 1.75, -1.75, 2.25, -0.75)
 ROUNDED = (0, 0, 2, -2, 2, 2, -2, 2, -1)
@@ -21,7 +23,7 @@ ROUNDED = (0, 0, 2, -2, 2, 2, -2, 2, -1)
 MENDED = "1.30"
 """ONNX Runtime rounds from this version on."""
 
-Quantize = Callable[[NDArray[np.float16]], NDArray[np.int8]]
+Quantize = Callable[["NDArray[np.float16]"], "NDArray[np.int8]"]
 
 
 @functools.cache
@@ -37,6 +39,8 @@ def truncating_runtime() -> str | None:
 
 def truncates(quantize: Quantize) -> bool:
     """Whether what quantizes FP16 at a scale of 1 gives other integers than ONNX says."""
+    import numpy as np
+
     return not np.array_equal(quantize(np.array(NUMBERS, np.float16)), ROUNDED)
 
 

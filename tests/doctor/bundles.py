@@ -58,6 +58,7 @@ _MANIFEST: dict[str, Any] = {
     "outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 1000], "layout": "NC"}],
     "output_options": {"io_dtype": "fp32", "top_k": None, "softmax": False},
     "batch": {"min": 1, "opt": 8, "max": 32},
+    "graph": {"certificate": {"opset": 20, "ir_version": 9}},
     "precision": {"asked": "fp16"},
     "validation": {"level": "graph", "passed": True, "image_count": 8, "reference": "PyTorch in FP32"},
 }
