@@ -76,7 +76,8 @@ def _verdict(validation: Validation) -> Text:
         return Text("DID NOT AGREE with PyTorch in FP32.", style="bold red")
     if not validation.passed:
         return Text("AGREED with PyTorch in FP32, but LOST MORE ACCURACY than --max-drop allows.", style="bold red")
-    return Text("AGREED with PyTorch in FP32.", style="bold green")
+    yours = " and with your answers" if validation.subject.answers is not None else ""
+    return Text(f"AGREED with PyTorch in FP32{yours}.", style="bold green")
 
 
 def _head(validation: Validation, width: int) -> Iterator[RenderableType]:

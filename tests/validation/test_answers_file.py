@@ -162,11 +162,13 @@ def test_an_export_says_what_the_answers_decided_and_later_commands_go_by_it(tmp
     done = export(*MODEL, "--checkpoint", weights, "--answers", given, "-o", tmp_path / "right")
     assert done.exit_code == 0, done.stderr
     assert "4 heads (your answers agree with no other)" in done.stdout
+    assert "AGREED with PyTorch in FP32 and with your answers." in done.stdout
     assert "The reference agrees with your answers: 3 images of answers.npz" in done.stdout
     manifest = json.loads((tmp_path / "right" / MANIFEST).read_text())
     assert manifest["model"]["hyperparameters"]["heads"] == {"value": 4, "source": "answers"}
     assert manifest["validation"]["answers"]["images"] == 3
     page = (tmp_path / "right" / "report.html").read_text(encoding="utf-8")
+    assert "Agrees with PyTorch in FP32 and with your answers" in page
     assert "The reference agrees with your answers" in page
     assert "4 heads (your answers agree with no other)" in page
 

@@ -407,7 +407,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
-        print(f"The server did not end within {_GRACE_SECONDS} s and was killed.", flush=True)
+        say(f"The server did not end within {_GRACE_SECONDS} s and was killed.")
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -429,14 +429,20 @@ def run(options: argparse.Namespace) -> int:
     return _report(pack, findings)
 
 
+def say(text: str) -> None:
+    """A line of the log; what a file or a server put into it is escaped."""
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), flush=True)
+
+
 def _report(pack: Pack, findings: list[Finding]) -> int:
     faults = [fault for finding in findings for fault in finding.faults]
     batches = ", ".join(str(len(batch)) for batch in pack.description["batches"])
-    print(f"Golden pack of {pack.model}: {len(pack.images)} images, in batches of {batches}.")
-    print("\n".join(f"  {finding.measured}" for finding in findings))
+    say(f"Golden pack of {pack.model}: {len(pack.images)} images, in batches of {batches}.")
+    for finding in findings:
+        say(f"  {finding.measured}")
     for fault in faults[:20]:
-        print(f"  WRONG {fault}.")
-    print("DISAGREED with PyTorch in FP32." if faults else "AGREED with PyTorch in FP32.", flush=True)
+        say(f"  WRONG {fault}.")
+    say("DISAGREED with PyTorch in FP32." if faults else "AGREED with PyTorch in FP32.")
     return DISAGREED if faults else AGREED
 
 
@@ -455,7 +461,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return run(parser.parse_args(arguments))
     except CheckError as error:
-        print(f"NOT CHECKED: {error}" if error.code != DISAGREED else f"DISAGREED: {error}", flush=True)
+        say(f"NOT CHECKED: {error}" if error.code != DISAGREED else f"DISAGREED: {error}")
         return error.code
 
 

@@ -47,9 +47,10 @@ def heading_of(report: Json) -> str:
         if report.get("agreed"):
             return "Agrees with PyTorch, but loses more accuracy than allowed"
         return "Does not agree with PyTorch in FP32"
+    yours = " and with your answers" if report.get("answers") else ""
     if report.get("engine_did_not_run"):
-        return "The graph agrees with PyTorch; the engine did not run"
-    return "Agrees with PyTorch in FP32"
+        return f"The graph agrees with PyTorch{yours}; the engine did not run"
+    return f"Agrees with PyTorch in FP32{yours}"
 
 
 def level_sentence(report: Json) -> str:

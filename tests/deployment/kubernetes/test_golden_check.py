@@ -209,6 +209,13 @@ def test_a_missing_pack_and_a_wrong_address_are_exit_2(tmp_path: Path) -> None:
     assert check(write_pack(tmp_path, Tiny()), "ftp://127.0.0.1").returncode == 2
 
 
+def test_nothing_that_an_address_or_a_pack_says_reaches_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert golden_check.main(["--golden", "/nowhere/\x1b[2J\x9b", "--url", "http://127.0.0.1:9"]) == 2
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "/nowhere/\\x1b[2J\\x9b" in said
+
+
 _STARTED = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
