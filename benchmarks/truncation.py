@@ -1,7 +1,7 @@
 """INT8 made of FP32 against INT8 made of FP16: what the compiler and what old ONNX Runtimes make of both.
 
-    pip install --target /tmp/ort-1.28.0 --no-deps onnxruntime==1.28.0
-    python -m benchmarks.truncation [MODEL ...] [--gpu sm89] [--onnxruntime /tmp/ort-1.28.0 ...]
+    pip install --target build/ort-1.28.0 --no-deps onnxruntime==1.28.0
+    python -m benchmarks.truncation [MODEL ...] [--gpu sm89] [--onnxruntime build/ort-1.28.0 ...]
 
 ONNX Runtime before 1.30 truncates FP16 where QuantizeLinear makes INT8 of it on a CPU (`runtime.truncation`). Each
 model is quantized by the default rules and as `--quantize '*'` does, in both forms, and compiled: kernels, fused

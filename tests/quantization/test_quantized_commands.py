@@ -284,7 +284,7 @@ def test_an_interrupted_calibration_leaves_what_the_next_goes_on_from(
 def test_calibrating_without_images_or_into_no_json_is_refused() -> None:
     assert "needs images to calibrate on" in refused(calibrate("-o", "c.json"))
     assert "c.txt does not end with .json" in refused(calibrate("--calibration", calibration_images(), "-o", "c.txt"))
-    assert "no is not a directory" in refused(calibrate("--calibration", calibration_images(), "-o", "no/c.json"))
+    assert "no does not exist" in refused(calibrate("--calibration", calibration_images(), "-o", "no/c.json"))
 
 
 def test_pictures_of_one_colour_among_others_are_warned_of(tmp_path: Path) -> None:
