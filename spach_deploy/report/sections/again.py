@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from spach_deploy.models.hyperparameters import lines, read_section
 from spach_deploy.report.content import Content
 
 
@@ -28,14 +27,7 @@ def view(content: Content) -> dict[str, Any]:
         "checkpoint_name": content.section("model").get("checkpoint"),
         "calibration": content.section("quantization", "calibration"),
         "preprocessing": content.section("preprocessing"),
-        "unseen": _unseen(content),
     }
-
-
-def _unseen(content: Content) -> list[str]:
-    """What tensors do not show, with who says it."""
-    section = content.report.get("hyperparameters") or content.section("model").get("hyperparameters")
-    return lines(read_section(section))
 
 
 def _commands(content: Content) -> Iterator[dict[str, str]]:

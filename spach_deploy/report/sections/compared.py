@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from spach_deploy.models.hyperparameters import lines, read_section
 from spach_deploy.report.content import Content, Json
 from spach_deploy.report.formats import count, percent, plural, scientific, sentence
 from spach_deploy.report.sections.verdict import flips_of
@@ -24,6 +25,8 @@ def _facts(content: Content) -> Iterator[tuple[str, str]]:
     yield "Reference", sentence(str(report["reference"]))
     yield "Model", ", ".join(_model(report, model))
     yield "Weights", _weights(report, model)
+    if settings := lines(read_section(report.get("hyperparameters"))):
+        yield "Not in the weights", sentence("; ".join(settings))
     images = report["images"]
     yield "Images", f"{plural(images['count'], 'image')}: {images['description']}."
     batches = sorted(set(content.first.get("batches", ())))
