@@ -128,11 +128,17 @@ class QuantizedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens by content, (..., C) -> (B*N, C)."""
-        dim, heads = self.qkv.in_features, self.num_heads
-        packed = self.qkv(x.reshape(-1, dim))
-        packed = packed.reshape(-1, self.num_tokens, 3 * heads, dim // heads).transpose(1, 2)  # (B, 3h, N, d)
-        q, k, v = packed.split(heads, dim=1)
+        dim = self.qkv.in_features
+        packed = self.qkv(x.reshape(-1, dim)).reshape(-1, self.num_tokens, 3 * dim)
+        y: Tensor = self.proj(self.mixed(packed).reshape(-1, dim))
+        return y
+
+    def mixed(self, packed: Tensor) -> Tensor:
+        """From packed q, k, v (B, N, 3C) to what the projection gets, (B, N, C)."""
+        batch, tokens, width = packed.shape
+        parts = packed.reshape(batch, tokens, 3 * self.num_heads, -1).transpose(1, 2)  # (B, 3h, N, d)
+        q, k, v = parts.split(self.num_heads, dim=1)
         round_q, round_k, round_weights, round_v = self.roundings
         scores = round_q(q * self.scale) @ round_k(k).transpose(-2, -1)
-        y: Tensor = self.proj((round_weights(scores.softmax(dim=-1)) @ round_v(v)).transpose(1, 2).reshape(-1, dim))
-        return y
+        mixed: Tensor = round_weights(scores.softmax(dim=-1)) @ round_v(v)
+        return mixed.transpose(1, 2).reshape(batch, tokens, width // 3)

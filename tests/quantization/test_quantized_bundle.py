@@ -235,6 +235,13 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle
 
 
+@both
+def test_a_right_bundle_is_blamed_nowhere_its_attention_in_eight_bits_neither(precision: Precision) -> None:
+    bisected = json.loads(validate(small_quantized.bundle(precision), "--bisect", "--json").stdout)["bisect"]
+    assert not bisected["first_stage"]
+    assert bisected["suspects"] == []
+
+
 @pytest.fixture
 def truncating(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ONNX Runtime here is one that truncates."""
@@ -271,6 +278,7 @@ def test_a_runtime_that_truncates_is_named_and_the_rounded_graph_judges(earlier:
 def test_bisect_blames_the_runtime(earlier: Path) -> None:
     bisected = json.loads(validate(earlier, "--bisect", "--json").stdout)["bisect"]
     assert not bisected["first_stage"]
+    assert bisected["suspects"] == []
     assert bisected["truncated_by"] == "1.28.0"
     assert bisected["lines"][-1].startswith(f"The runtime's fault, not the graph's: {FAULT}")
 

@@ -13,16 +13,25 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from spach_deploy.models.spach import Spach
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.quantization.twin import equalized_twin, quantized_twin
+from spach_deploy.quantization.twin import QuantizedAttention, equalized_twin, quantized_twin
 from spach_deploy.rewrites import rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.validation.bisect.losses import Loss, evaluate, measure, relative_l2
 from spach_deploy.validation.bisect.mapping import EQUALIZED, PUBLISHED, STATIC, Candidate
-from spach_deploy.validation.bisect.places import Float32Array, Place, Recorded, only_made, record
+from spach_deploy.validation.bisect.places import (
+    CORE,
+    AttentionCore,
+    Float32Array,
+    Place,
+    Recorded,
+    Rounding,
+    only_made,
+    record,
+)
 from spach_deploy.validation.precision_loss import Arithmetic
 
 BATCH = 2
@@ -72,7 +81,7 @@ class Reference:
         self._quantized: Mapping[str, nn.Module] = {}
         if plan is not None:
             twin = dict(quantized_twin(self.static, plan).named_modules(remove_duplicate=False))
-            self._quantized = {site.module: twin[site.module] for site in plan.sites}
+            self._quantized = dict(_places(site.module, twin[site.module]) for site in plan.sites)
 
     @classmethod
     def of(cls, model: Spach, images: Float32Array) -> Reference:
@@ -130,6 +139,23 @@ class Reference:
         computation = dataclasses.replace(candidate.recorded.computation, module=module)
         rounded = evaluate(computation, lambda tensor: tensor, lambda tensor: tensor)
         return relative_l2(value, rounded), relative_l2(rounded, exact)
+
+
+class _QuantizedCore(AttentionCore):
+    """An attention's core in eight bits, as `AttentionCore` is evaluated."""
+
+    def __init__(self, attention: QuantizedAttention) -> None:
+        super().__init__(attention.num_heads, attention.scale)
+        self._attention = attention
+
+    def compute(self, packed: Tensor, rounding: Rounding) -> Tensor:
+        """The attention's own roundings, whatever `rounding` is."""
+        return self._attention.mixed(packed)
+
+
+def _places(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The place where a quantized module is compared; of an attention that is its core, whose inputs are packed."""
+    return (f"{name}{CORE}", _QuantizedCore(module)) if isinstance(module, QuantizedAttention) else (name, module)
 
 
 def _distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
