@@ -137,7 +137,7 @@ class QuantizedAttention(nn.Module):
         """From packed q, k, v (B, N, 3C) to what the projection gets, (B, N, C)."""
         batch, tokens, width = packed.shape
         parts = packed.reshape(batch, tokens, 3 * self.num_heads, -1).transpose(1, 2)  # (B, 3h, N, d)
-        q, k, v = parts.split(self.num_heads, dim=1)
+        q, k, v = parts.chunk(3, dim=1)
         round_q, round_k, round_weights, round_v = self.roundings
         scores = round_q(q * self.scale) @ round_k(k).transpose(-2, -1)
         mixed: Tensor = round_weights(scores.softmax(dim=-1)) @ round_v(v)
