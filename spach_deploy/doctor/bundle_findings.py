@@ -139,11 +139,16 @@ def _header(plan: Plan, found: PlanFile | None, bundle: Bundle) -> Finding:
     """The plan's own first bytes against the manifest: a bundle may have been put together by hand."""
     size = bundle.file(PLAN).stat().st_size
     what = f"{plan.flavour.value} {plan.version or 'of unknown version'}, {size / 1e6:,.1f} MB"
-    again = exporting(bundle, "--engine", plan.flavour.value)
+    again = exporting(bundle, "--engine", plan.flavour.value, *_gpu_words(plan))
     if found is None or not found.is_whole or found.flavour is not plan.flavour:
         means = "By its first bytes it is no whole plan of that flavour, whatever the manifest says."
         return Finding(Status.PROBLEM, PLAN, what, means, again, _RUN, bad_target=True)
     return Finding(Status.OK, PLAN, what, "A whole plan of that flavour, by its first bytes.", again)
+
+
+def _gpu_words(plan: Plan) -> tuple[str, ...]:
+    """TensorRT for RTX builds for the GPUs that are named, TensorRT for the one of the machine."""
+    return ("--gpu", ",".join(map(str, plan.gpus))) if plan.flavour is Flavour.TENSORRT_RTX and plan.gpus else ()
 
 
 def _graph(bundle: Bundle, here: Here) -> Finding:

@@ -7,15 +7,20 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from spach_deploy.bundle import Bundle
-from spach_deploy.command_lines import joined
+from spach_deploy.command_lines import joined, quoted
 from spach_deploy.specs import BatchProfile
 
 _ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
+_QUOTED_WORD = re.compile(r"""(?:\$'(?:\\.|[^\\'])*'|'[^']*'|"'"|[A-Za-z0-9_@%+=:,./-])+""")
+_EXPORT_CALL = re.compile(rf"spach-export(?: {_QUOTED_WORD.pattern})+")
+"""Words as `command_lines.quoted` writes them: a shell runs nothing else that a manifest may say."""
+
+_FLAGS = ("--overwrite",)
 _USUAL_SIZE, _USUAL_CLASSES = 224, 1000
 
 
@@ -53,12 +58,35 @@ def _python() -> str:
 
 
 def exporting(bundle: Bundle, *changes: str) -> str:
-    """The export that made `bundle`, into the same place, with `changes` (words of a command line) added."""
+    """The export that made `bundle`, into the same place; each option among `changes` (words) takes the place of what
+    was asked for then."""
+    dropped = {"--output", "-o", "--overwrite", *changes, *(("--gpu",) if "--engine" in changes else ())}
+    words = list(_without(_recorded(bundle) or _by_sections(bundle), dropped))
+    return " ".join([*words, joined([*changes, "--overwrite", "-o", str(bundle.path)])])
+
+
+def _recorded(bundle: Bundle) -> list[str]:
+    """The call that the manifest has, as words that are quoted for a shell; none where it has no such call alone."""
+    call = str(bundle.manifest.content.get("command", ""))
+    return [found[0] for found in _QUOTED_WORD.finditer(call)] if _EXPORT_CALL.fullmatch(call) else []
+
+
+def _without(words: Iterable[str], options: Container[str]) -> Iterator[str]:
+    """Words without these options and their values."""
+    left = iter(words)
+    for word in left:
+        if word not in options:
+            yield word
+        elif word not in _FLAGS:
+            next(left, None)
+
+
+def _by_sections(bundle: Bundle) -> list[str]:
+    """The call as far as a manifest without one tells."""
     model, options = bundle.manifest.model, bundle.manifest.content.get("output_options", {})
     words = ["spach-export", "--model", str(model["name"]), *_weights(model), *_sizes(model)]
     batch = BatchProfile(**bundle.manifest.content["batch"])
-    words += [f"--{bundle.manifest.precision}", *_outputs(options), *_batch(batch)]
-    return joined([*words, *changes, "--overwrite", "-o", str(bundle.path)])
+    return list(map(quoted, [*words, f"--{bundle.manifest.precision}", *_outputs(options), *_batch(batch)]))
 
 
 def _weights(model: Mapping[str, Any]) -> list[str]:

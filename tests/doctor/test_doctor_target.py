@@ -21,7 +21,7 @@ from spach_deploy.doctor.probe import Answer
 from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
 from spach_deploy.errors import UsageError
-from spach_deploy.specs import Flavour, Precision
+from spach_deploy.specs import BatchProfile, Flavour, Precision
 from tests import small_bundles
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import Tiny
@@ -384,3 +384,27 @@ def test_json(bundle: Path) -> None:
     assert {"files", "golden data", "input profile", PLAN, "NVIDIA GPU"} <= {
         entry["topic"] for entry in content["findings"]
     }
+
+
+def test_advice_repeats_the_call_that_the_manifest_has(bundle: Path) -> None:
+    """What the user gave is there whole, and what the advice changes is there once."""
+    named = "--checkpoint $'/weights/caf\\351.pt' --int8 --images '/data/some images' --rest fp16"
+    bundles.rewrite(
+        bundle,
+        command=f"spach-export --model x {named} --engine none --gpu sm80 --batch 1:2:2 --output there --overwrite",
+    )
+    target = examine(bundle, gpu_machine(T4))
+    last = f"--overwrite -o {bundle}"
+    same = f"spach-export --model x {named} --engine none --gpu sm80"
+    assert finding(target, "files").command == f"{same} --batch 1:2:2 {last}"
+    batch = str(BatchProfile(**bundles.read(bundle)["batch"]))
+    assert finding(target, "input profile").command == f"{same} --batch {batch} {last}"
+    rebuilt = f"spach-export --model x {named} --batch 1:2:2 --engine tensorrt-rtx --gpu sm75 {last}"
+    assert finding(target, "NVIDIA GPU").command == rebuilt
+
+
+def test_a_manifests_call_that_does_more_is_not_repeated(bundle: Path) -> None:
+    bundles.rewrite(bundle, command="spach-export --model x; rm -rf .")
+    assert (
+        finding(examine(bundle), "files").command == f"spach-export --model ms_hybrid_s --fp16 --overwrite -o {bundle}"
+    )
