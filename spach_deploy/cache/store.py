@@ -105,9 +105,9 @@ class Store:
         changes the entry too, which `take` finds out. `digests`: SHA-256 of files that are known already.
         """
         final = self.root / "entries" / key
+        private_folder(private_folder(self.root) / "entries")
         if _entry(final) is not None:
             return
-        private_folder(private_folder(self.root) / "entries")
         draft = private_folder(private_folder(self.root / "partial") / f"{os.getpid()}-{secrets.token_hex(4)}")
         try:
             files = {

@@ -149,6 +149,16 @@ def test_all_of_it_is_the_users_alone_whatever_the_umask(store: Store, tmp_path:
         assert path.stat().st_mode & 0o777 == mode, path
 
 
+def test_a_folder_that_others_may_write_in_is_said_of_what_it_holds_too(store: Store, tmp_path: Path) -> None:
+    """Nothing is taken from it, so that it would be exported again each time, without a word."""
+    source = content(tmp_path / "bundle")
+    store.put("key", source, {})
+    store.root.chmod(0o777)
+    assert not taken(store, "key", tmp_path / "out")
+    with pytest.raises(PermissionError, match="chmod -R go-w"):
+        store.put("key", source, {})
+
+
 @pytest.mark.parametrize("part", ["", "entries", "entries/key", f"entries/key/{RECORD}"])
 def test_nothing_is_taken_from_where_others_may_write(part: str, store: Store, tmp_path: Path) -> None:
     store.put("key", content(tmp_path / "bundle"), {})
