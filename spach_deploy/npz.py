@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.small_files import check_regular
+
 _ENCRYPTED = 1
 _WRITTEN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """How NumPy stores arrays."""
@@ -18,11 +20,14 @@ _WRITTEN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 def read_npz(path: Path, most_bytes: Mapping[str, int]) -> dict[str, npt.NDArray[Any]]:
     """The arrays named in `most_bytes`, each of at most so many bytes. ValueError, in a few words, for others."""
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             for name, most in most_bytes.items():
                 _check(archive, name, most)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in most_bytes}
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
     except Exception as error:  # zipfile, zlib and NumPy raise what they like for damaged files
         raise ValueError(str(error) or type(error).__name__) from error
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from spach_deploy.cache.key import content_digest
 from spach_deploy.cli.recipes import read_recipe
 from spach_deploy.deployment.labels import read_labels
 from spach_deploy.errors import UsageError
+from spach_deploy.npz import read_npz
 from spach_deploy.small_files import parse_json, read_json, read_text
 
 
@@ -23,6 +25,14 @@ def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_what_never_ends_is_no_text() -> None:
     with pytest.raises(UsageError, match=r"Recipe x cannot be read \(it has more than 67,108,864 bytes\)"):
         read_text(Path("/dev/zero"), "Recipe x", "Give a TOML file.")
+
+
+def test_a_device_is_neither_hashed_nor_read_as_npz() -> None:
+    """Of /dev/zero or a pipe both would never end; this device ends at once where it is read."""
+    with pytest.raises(OSError, match="it is not a regular file"):
+        content_digest(Path(os.devnull))
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        read_npz(Path(os.devnull), {"input": 1})
 
 
 def test_the_shells_pipe_is_read() -> None:

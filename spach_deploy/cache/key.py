@@ -15,6 +15,7 @@ import spach_deploy
 from spach_deploy.errors import CheckpointError
 from spach_deploy.models.checkpoint_index import checkpoint_files
 from spach_deploy.runtime.processor import all_cpu_flags, processor_name
+from spach_deploy.small_files import check_regular
 from spach_deploy.specs import ExportOptions
 from spach_deploy.tool_versions import tool_versions
 
@@ -64,7 +65,7 @@ def _plain(value: Any) -> Any:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's names and contents. OSError where it cannot be read."""
+    """SHA-256 of a file, or of a folder's names and contents. OSError where it cannot be read, or would be for ever."""
     digest = hashlib.sha256()
     if not path.is_dir():
         _add_file(digest, path)
@@ -81,6 +82,7 @@ def content_digest(path: Path) -> str:
 
 
 def _add_file(digest: Any, path: Path) -> None:
+    check_regular(path)
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
