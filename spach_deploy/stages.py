@@ -138,6 +138,8 @@ def hold_to_answers(
     """The model that agrees with the user's answers, where some were given, and how well it does."""
     if options.answers is None:
         return loaded, None
+    if loaded.origin == "demo":
+        raise UsageError("--answers are of your model, and demo weights are nobody's.", "Give --checkpoint FILE too.")
     given = read_answers(options.answers)
     with phases.phase("compare with your answers"):
         return answers_file.hold_to_answers(loaded, given, phases.note)

@@ -29,6 +29,7 @@ _ARGS_KEYS = (  # training scripts; PyTorch Lightning; timm, and others' names f
     *("args", "hyper_parameters", "hparams", "config", "cfg", "opt"),
     *("model_kwargs", "model_args", "arch_kwargs"),
 )
+_CONSTRUCTOR_KEYS = ("model_kwargs", "model_args", "arch_kwargs", "model")  # within these
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "model_ema_state_dict")
 _WRAPPER_NAMES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """DistributedDataParallel, DataParallel and AveragedModel; torch.compile; FSDP; activation checkpointing."""
@@ -347,13 +348,21 @@ def _note_others(found: Mapping[Any, Any], is_top: bool) -> list[str]:
 
 
 def _args(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """What the training code was told, wherever it kept that; of entries with one name the first counts."""
+    """What the training code was told, wherever it kept that; of entries with one name the first counts.
+
+    What is said of the model itself, where that is a mapping of its own, comes first; there `eps` is LayerNorm's.
+    """
     found: dict[str, Any] = {}
     for key in _ARGS_KEYS:
         found = {**_entries(content.get(key)), **found}
-    for key in _ARGS_KEYS:
-        found = {**_entries(found.get(key)), **found}
-    return found
+    for key in _CONSTRUCTOR_KEYS:
+        own = _entries(found.get(key))
+        if "eps" in own:
+            own = {"norm_eps": own.pop("eps"), **own}
+        found = {**found, **own}
+    beside = {str(key): value for key, value in content.items() if isinstance(value, bool | int | float | str)}
+    found = {**beside, **found}
+    return {key: value for key, value in found.items() if not isinstance(value, Mapping)}
 
 
 def _entries(value: Any) -> dict[str, Any]:

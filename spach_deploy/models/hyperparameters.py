@@ -26,6 +26,7 @@ class Source(str, enum.Enum):
     COMMAND_LINE = "command line"
     ARGS = "args"
     ANSWERS = "answers"
+    CONFIRMED = "confirmed"
     PUBLISHED = "published"
     ASSUMED = "assumed"
 
@@ -36,6 +37,7 @@ class Source(str, enum.Enum):
             Source.COMMAND_LINE: "as asked for",
             Source.ARGS: "the file's own args say so",
             Source.ANSWERS: "your answers agree with no other",
+            Source.CONFIRMED: "as published; your answers agree",
             Source.PUBLISHED: "as published",
             Source.ASSUMED: "assumed: as published, the file does not show it",
         }[self]
@@ -58,11 +60,12 @@ class Setting:
         return {"value": value, "source": self.source.value}
 
 
+_OUTDATED = "If its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...)."
 _DEFAULT_SCALE = "head size ** -0.5"
 _FIELDS: dict[str, tuple[str, ...]] = {  # what training code calls them, in its args
     "heads": ("num_heads", "heads", "nhead", "n_heads"),
     "qk_scale": ("qk_scale",),
-    "activation": ("act_layer", "activation", "hidden_act"),
+    "activation": ("act_layer", "activation", "hidden_act", "act"),
     "norm_eps": ("norm_eps", "layer_norm_eps", "ln_eps"),
     "mean": ("mean",),
     "std": ("std",),
@@ -107,7 +110,10 @@ def settle(
         if name in said and not _same(said[name][1], value):
             raise _contradiction(name, value, *said[name])
     given = {name: value for name, (_, value) in said.items()}
-    _check(config, Hyperparameters(**given), " (in the checkpoint's args)")
+    try:
+        _check(config, Hyperparameters(**given), " (in the checkpoint's args)")
+    except ModelError as error:
+        raise CheckpointError(error.message, _OUTDATED) from None
     otherwise = Source.ASSUMED if is_checkpoint else Source.PUBLISHED
     settings: list[Setting] = []
     for name, usual in published(config).items():
@@ -123,6 +129,16 @@ def settle(
 def values_of(settings: Iterable[Setting]) -> Hyperparameters:
     """The settings' values."""
     return Hyperparameters(**{setting.name: setting.value for setting in settings})
+
+
+def confirmed(settings: Iterable[Setting]) -> tuple[Setting, ...]:
+    """The settings, once the user's answers agree with the model: those that it computes with are assumed no more."""
+    return tuple(
+        dataclasses.replace(setting, source=Source.CONFIRMED)
+        if setting.source is Source.ASSUMED and setting.name not in ("mean", "std")
+        else setting
+        for setting in settings
+    )
 
 
 def settings_section(settings: Iterable[Setting]) -> dict[str, Any]:
@@ -218,7 +234,7 @@ def _said(config: SpachConfig, args: Mapping[str, Any]) -> dict[str, tuple[str, 
     for name in published(config):
         for field in _FIELDS[name]:
             value = args.get(field)
-            if value is None or value == "" or value == [] or (name == "qk_scale" and value == 0):
+            if _is_unsaid(value) or (name == "qk_scale" and value == 0):
                 continue
             parsed = _known(name, field, value)
             if name in found and not _same(found[name][1], parsed):
@@ -230,6 +246,11 @@ def _said(config: SpachConfig, args: Mapping[str, Any]) -> dict[str, tuple[str, 
     return found
 
 
+def _is_unsaid(value: Any) -> bool:
+    """None, or what command lines and YAML make of it."""
+    return value is None or value == [] or (isinstance(value, str) and value.lower() in ("", "none", "null"))
+
+
 def _known(name: str, field: str, value: Any) -> Any:
     try:
         return _parse(name, value)
@@ -237,7 +258,7 @@ def _known(name: str, field: str, value: Any) -> Any:
         known = f": {', '.join(ACTIVATIONS)}" if name == "activation" else ""
         raise CheckpointError(
             f"The checkpoint's args say {field} = {value!r}, which this version cannot export{known}.",
-            "If its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...).",
+            _OUTDATED,
         ) from None
 
 
@@ -293,13 +314,14 @@ def _check_visible(config: SpachConfig, args: Mapping[str, Any]) -> None:
         "cpe": lambda value: bool(value) is True,
         "scaled": lambda value: bool(value) is True,
         "qkv_bias": lambda value: bool(value) is True or not config.attention_dims,
+        "norm_layer": lambda value: _folded(value) in ("layernorm", "layer-norm", "ln", "layer"),
         "stem_type": lambda value: (str(value) == "conv4") is config.conv_stem,
         "crop_pct": lambda value: math.isclose(float(value), 224 / 256, abs_tol=5e-4),
         "interpolation": lambda value: str(value).lower() in ("bicubic", "3"),
     }
     for field, agrees in shown.items():
         value = args.get(field)
-        if value is None or value == "":
+        if _is_unsaid(value):
             continue
         try:
             is_so = agrees(value)
@@ -308,7 +330,7 @@ def _check_visible(config: SpachConfig, args: Mapping[str, Any]) -> None:
         if not is_so:
             raise CheckpointError(
                 f"The checkpoint's args say {field} = {value!r}, and this version exports the published model's alone.",
-                "If its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...).",
+                _OUTDATED,
             )
 
 

@@ -20,7 +20,7 @@ _WRONG_FILE = f"Is it the right file? Or, {_OUTDATED}"
 def compare_model(args: Mapping[str, Any], name: str, asked: bool) -> list[str]:
     """Note on `args.model` beside `name`, asked for or inferred; CheckpointError when they conflict."""
     said = args.get("model")
-    if said is None:
+    if not isinstance(said, str):
         return []
     if said in (name, model_info(name).reference_name, f"spach_{name}"):
         return [f"args say model {said}, which agrees"]

@@ -15,6 +15,8 @@ import dataclasses
 import functools
 import itertools
 import math
+import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ import numpy.typing as npt
 from spach_deploy.bundle import sha256_of
 from spach_deploy.errors import MismatchError, UsageError
 from spach_deploy.models.configs import CONFIGS
-from spach_deploy.models.hyperparameters import Setting, Source, heads_that_fit
+from spach_deploy.models.hyperparameters import Setting, Source, confirmed, heads_that_fit
 from spach_deploy.npz import read_npz
 from spach_deploy.specs import ACTIVATIONS
 from spach_deploy.validation.precision_loss import evaluate, evaluate_fp64
@@ -39,6 +41,11 @@ NOISE_FACTOR = 4.0
 MOST_IMAGES = 32
 """At most so many answers are compared, the first in the file."""
 
+SEARCH_SECONDS = 120.0
+"""A search of what agrees ends then, whatever it has found."""
+
+_SAY_EVERY_S = 10.0
+_TRIFLE = 1e-4  # what heads, scales and activations change is more
 _MOST_BYTES = 2 * 10**9
 _LEAST_NOISE = 2.0**-24
 _EPSILONS = (1e-6, 1e-5, 1e-3, 1e-8, 1e-12)
@@ -78,23 +85,29 @@ class Agreement:
     noise: float
 
     @property
+    def agrees(self) -> bool:
+        """Whether the reference is the user's model."""
+        return self.rel_l2 <= self.allowed
+
+    @property
     def sentence(self) -> str:
         """For a reader of a verdict."""
         return (
-            f"The reference agrees with your answers: {self.images} images of {self.file}, relative L2"
-            f" {self.rel_l2:.1e} of {self.allowed:.1e} allowed ({NOISE_FACTOR:g} x FP32's noise)."
+            f"The reference {'agrees' if self.agrees else 'does not agree'} with your answers: {self.images} images of"
+            f" {self.file}, relative L2 {self.rel_l2:.1e} of {self.allowed:.1e} allowed ({NOISE_FACTOR:g} x FP32's"
+            " noise)."
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "agrees": self.agrees}
 
     @classmethod
     def from_dict(cls, entry: Any) -> Agreement | None:
         """What `to_dict` gave; None for anything else."""
         try:
-            return cls(**entry)
-        except TypeError:
+            return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)})
+        except (KeyError, TypeError):
             return None
 
 
@@ -103,7 +116,7 @@ def read_answers(path: Path) -> GivenAnswers:
     try:
         arrays = read_npz(path, {"input": _MOST_BYTES, "logits": _MOST_BYTES})
     except ValueError as error:
-        raise UsageError(f"--answers {path} cannot be read ({error}).", _NO_ANSWERS) from None
+        raise UsageError(f"--answers {path} cannot be read ({_reason(path, error)}).", _NO_ANSWERS) from None
     inputs, logits = arrays["input"], arrays["logits"]
     if problem := _problem(inputs, logits):
         raise UsageError(f"--answers {path}: {problem}.", _NO_ANSWERS)
@@ -111,18 +124,29 @@ def read_answers(path: Path) -> GivenAnswers:
     return GivenAnswers(path, sha256_of(path), chosen, logits[:MOST_IMAGES].astype(np.float64))
 
 
+def _reason(path: Path, error: ValueError) -> str:
+    if not path.exists():
+        return "it does not exist"
+    return str(error) if path.is_file() and zipfile.is_zipfile(path) else "it is no npz"
+
+
 def _problem(inputs: Array, logits: Array) -> str:
     for name, array, shape, rank in (("input", inputs, "(N, 3, S, S)", 4), ("logits", logits, "(N, classes)", 2)):
         if array.dtype not in (np.float32, np.float64):
-            return f"{name} is {array.dtype}, not float32; answers of 16 bits are too coarse to tell"
+            coarse = "; 16 bits are too coarse to tell" if array.dtype == np.float16 else ""
+            return f"{name} is {array.dtype}, not float32{coarse}"
         if array.ndim != rank:
             return f"{name} has shape {array.shape}, not {shape}"
         if not np.isfinite(array).all():
             return f"{name} has values that are not finite"
     if len(inputs) != len(logits) or not len(inputs):
         return f"{len(inputs)} inputs and {len(logits)} answers"
+    if inputs.shape[1] != 3 == inputs.shape[-1]:
+        return f"input has shape {inputs.shape}, channels last; the model takes (N, 3, S, S)"
     if not logits.any():
         return "every answer is zero, as of a freshly initialised model"
+    if logits.min() >= 0 and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
+        return "the answers are probabilities; give the logits, before softmax"
     return ""
 
 
@@ -137,13 +161,14 @@ def hold_to_answers(
     """
     _check_fits(loaded, given)
     agreement = compared(loaded, given)
-    if agreement.rel_l2 <= agreement.allowed:
-        return loaded, agreement
+    if agreement.agrees:
+        return dataclasses.replace(loaded, settings=confirmed(loaded.settings)), agreement
+    _check_order(loaded, given, agreement.allowed)
     say(f"{given.path.name} disagrees (relative L2 {agreement.rel_l2:.1e}): searching what the file does not show.")
-    best = search(loaded, given)
+    best = search(loaded, given, say)
     found = compared(best, given)
     changed = [new for old, new in zip(loaded.settings, best.settings, strict=True) if old.value != new.value]
-    if not changed or found.rel_l2 > found.allowed:
+    if not changed or not found.agrees:
         raise _nothing_agrees(given, agreement, found, changed)
     said = [old for old, new in zip(loaded.settings, best.settings, strict=True) if old.value != new.value]
     if is_settled or any(setting.source is not Source.ASSUMED for setting in said):
@@ -156,7 +181,7 @@ def hold_to_answers(
         )
     for old, new in zip(said, changed, strict=True):
         say(f"{new} ({new.source.sentence}; {old} was assumed).")
-    return best, found
+    return dataclasses.replace(best, settings=confirmed(best.settings)), found
 
 
 def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
@@ -167,23 +192,24 @@ def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
     return Agreement(given.path.name, given.sha256, len(given), error, NOISE_FACTOR * noise, noise)
 
 
-def search(loaded: LoadedModel, given: GivenAnswers) -> LoadedModel:
+def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
     """The model with the values that come nearest to the first answer, of those that tensors do not show.
 
-    Each value by itself first, then heads, qk scale and activation in every combination, then any qk scale with these,
-    then epsilon with the best; it ends where the rest is noise.
+    Each value by itself first, then heads, qk scale and activation in every combination, then any qk scale with these;
+    behind each, epsilon with the best so far. It ends where the rest is noise, and after `SEARCH_SECONDS`.
     """
-    trial = _Search(loaded, given)
+    trial = _Search(loaded, given, say)
     heads = heads_that_fit(CONFIGS[loaded.name])
     attention: Choices = {"heads": heads, "qk_scale": _SCALES} if heads else {}
     activation: Choices = {"activation": ACTIVATIONS}
     epsilon: Choices = {"norm_eps": _EPSILONS}
-    for choices in (attention, activation, epsilon, {**attention, **activation}):
+    for choices in (attention, activation, {**attention, **activation}):
         trial.improve(choices)
+        trial.improve(epsilon, trial.values)
     if heads:
-        trial.improve_scale({"heads": heads})
-        trial.improve_scale({"heads": heads, **activation})
-    trial.improve(epsilon, trial.values)
+        for others in ({}, activation):
+            trial.improve_scale({"heads": heads, **others})
+            trial.improve(epsilon, trial.values)
     return trial.model()
 
 
@@ -193,19 +219,24 @@ Choices = dict[str, Sequence[Any]]
 class _Search:
     """The best values so far, and their error on the first answer."""
 
-    def __init__(self, loaded: LoadedModel, given: GivenAnswers) -> None:
+    def __init__(self, loaded: LoadedModel, given: GivenAnswers, say: Say) -> None:
         self._loaded = loaded
+        self._say = say
+        self._tried = 0
+        self._end = time.monotonic() + SEARCH_SECONDS
+        self._said = time.monotonic()
         self._given = dataclasses.replace(given, input=given.input[:1], logits=given.logits[:1])
         self._begun = {setting.name: setting.value for setting in loaded.settings}
         self.values = dict(self._begun)
-        self.error = self._error(self.values)
-        self._noise = 2 * compared(loaded, self._given).noise  # of two evaluations in FP32
+        first = compared(loaded, self._given)
+        self.error = first.rel_l2
+        self._noise = 2 * first.noise  # of two evaluations in FP32
 
     def improve(self, choices: Choices, others: dict[str, Any] | None = None) -> None:
         """Take the best of all combinations with other values, those that the search began with if none are given."""
         before = dict(others or self._begun)
         for combination in itertools.product(*choices.values()):
-            if self.error <= self._noise:
+            if self._is_over():
                 return
             self._try({**before, **dict(zip(choices, combination, strict=True))})
 
@@ -213,19 +244,17 @@ class _Search:
         """Any qk scale with all combinations: the best on a logarithmic grid, then golden sections between its
         neighbours, then fewer digits where they do as well.
         """
-        if self.error <= self._noise:
+        if self._is_over() or self.error < _TRIFLE:
             return
         low, high = (math.log(limit) for limit in _SCALE_RANGE)
         step = (high - low) / (_SCALE_STEPS - 1)
         grid = [low + step * index for index in range(_SCALE_STEPS)]
         others = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
-        best, other = min(
-            ((place, other) for other in others for place in grid),
-            key=lambda pair: self._error(self._scaled(*pair)),
-        )
+        pairs = ((place, other) for other in others for place in grid)
+        best, other = min(pairs, key=lambda pair: math.inf if self._is_late() else self._error(self._scaled(*pair)))
         error = functools.cache(lambda place: self._error(self._scaled(place, other)))
         left, right, ratio = best - step, best + step, (math.sqrt(5) - 1) / 2
-        while right - left > _SCALE_TOLERANCE:
+        while right - left > _SCALE_TOLERANCE and not self._is_late():
             inner, outer = right - ratio * (right - left), left + ratio * (right - left)
             left, right = (left, outer) if error(inner) < error(outer) else (inner, right)
         exact = (left + right) / 2
@@ -235,6 +264,12 @@ class _Search:
     def _scaled(self, place: float, other: dict[str, Any]) -> dict[str, Any]:
         """The values that the search began with, but for the scale exp(`place`) and others."""
         return {**self._begun, **other, "qk_scale": math.exp(place)}
+
+    def _is_over(self) -> bool:
+        return self.error <= self._noise or self._is_late()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._end
 
     def model(self) -> LoadedModel:
         """The model with the best values."""
@@ -246,6 +281,10 @@ class _Search:
             self.values, self.error = values, error
 
     def _error(self, values: dict[str, Any]) -> float:
+        self._tried += 1
+        if time.monotonic() > self._said + _SAY_EVERY_S:
+            self._said = time.monotonic()
+            self._say(f"{self._tried} combinations tried, the nearest {self.error:.1e} off.")
         return _rel_l2(evaluate(self._with(values).model, self._given.input), self._given.logits)
 
     def _with(self, values: dict[str, Any]) -> LoadedModel:
@@ -271,6 +310,17 @@ def _check_fits(loaded: LoadedModel, given: GivenAnswers) -> None:
         )
 
 
+def _check_order(loaded: LoadedModel, given: GivenAnswers, allowed: float) -> None:
+    """UsageError where the answers are right, but of other inputs than those beside them."""
+    exact = evaluate_fp64(loaded.model, given.input)
+    nearest = [int(np.linalg.norm(given.logits - row, axis=1).argmin()) for row in exact]
+    if len(given) > 1 and _rel_l2(given.logits[nearest], exact) <= allowed:
+        raise UsageError(
+            f"The answers in {given.path} are the model's, but in another order than their inputs.",
+            "Write both in one order.",
+        )
+
+
 def _nothing_agrees(
     given: GivenAnswers, agreement: Agreement, found: Agreement, changed: Sequence[Setting]
 ) -> MismatchError:
@@ -279,7 +329,7 @@ def _nothing_agrees(
         f"The model does not agree with {given.path}: relative L2 {agreement.rel_l2:.1e} of"
         f" {agreement.allowed:.1e} allowed. No heads, qk scale, activation or epsilon agree{nearest}.",
         "Were they computed with these weights, in evaluation mode, in FP32 without autocast and TF32, on images as in"
-        " `input`? --weights ema takes the averaged weights.",
+        " `input`?",
     )
 
 

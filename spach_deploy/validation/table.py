@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ WIDTH = 80
 _FLIPS_SHOWN = 5
 Row = tuple[str, str, str, str]
 
+_NOT_RECORDED = "(an earlier version exported it; what its weights do not show was taken as published)"
 DEMO_WARNING = "DEMO WEIGHTS, not trained: the numbers below compare arithmetic, the answers mean nothing."
 
 
@@ -66,12 +68,15 @@ def _findings(validation: Validation) -> tuple[str, ...]:
     if not validation.evidence or validation.evidence[0].passed:
         return validation.all_findings
     dropped = validation.accuracy.findings if validation.accuracy else ()
-    return (*validation.findings, *validation.evidence[0].verdict.findings, *dropped)
+    other = (validation.other_model,) if validation.other_model else ()
+    return (*validation.findings, *other, *validation.evidence[0].verdict.findings, *dropped)
 
 
 def _verdict(validation: Validation) -> Text:
     from rich.text import Text
 
+    if validation.other_model and dataclasses.replace(validation, other_model="").agreed:
+        return Text("AGREED with PyTorch in FP32, but NOT WITH YOUR ANSWERS.", style="bold red")
     if not validation.agreed:
         return Text("DID NOT AGREE with PyTorch in FP32.", style="bold red")
     if not validation.passed:
@@ -84,7 +89,7 @@ def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
     subject, trial = validation.subject, validation.trial
-    unseen = [] if subject.is_demo else lines(subject.settings)
+    unseen = [] if subject.is_demo else lines(subject.settings) or [_NOT_RECORDED]
     facts = [
         ("target", subject.target),
         ("model", f"{subject.model}, {subject.precision}"),

@@ -148,17 +148,18 @@ def _held_to_answers(
     found: Validation, answers: Path, bundle: Bundle, weights: Weights, say: Callable[[str], None]
 ) -> Validation:
     """The validation with how the bundle's reference agrees with the user's answers; where it does not, a finding."""
-    from spach_deploy.validation.answers_file import hold_to_answers, read_answers
+    from spach_deploy.validation.answers_file import compared, hold_to_answers, read_answers
 
     given = read_answers(answers)
     say("Comparing the reference with your answers.")
+    loaded = rebuild(bundle.manifest.model, weights)
+    loaded = dataclasses.replace(loaded, settings=found.subject.settings or loaded.settings)
+    other = ""
     try:
-        _, agreement = hold_to_answers(rebuild(bundle.manifest.model, weights), given, say, is_settled=True)
+        _, agreement = hold_to_answers(loaded, given, say, is_settled=True)
     except MismatchError as error:
-        subject = dataclasses.replace(found.subject, answers=None)
-        findings = (*found.findings, f"{error.message} {error.hint}")
-        return dataclasses.replace(found, subject=subject, findings=findings)
-    return dataclasses.replace(found, subject=dataclasses.replace(found.subject, answers=agreement))
+        agreement, other = compared(loaded, given), f"{error.message} {error.hint}"
+    return dataclasses.replace(found, other_model=other, subject=dataclasses.replace(found.subject, answers=agreement))
 
 
 def _check_processor(bundle: Bundle) -> None:
@@ -219,7 +220,16 @@ def _validation(
     if any(item.level is Level.GRAPH for item in evidence):
         notes = (*notes, *truncation_notes(bundle.path / GRAPH, facts.rest))
     along = None if GRAPH in changed else _traced(bundle)
-    return Validation(subject, trial, evidence, findings, notes, missing, request.accept_graph, trace=along)
+    return Validation(
+        subject,
+        trial,
+        evidence,
+        findings,
+        notes,
+        missing_engine_run=missing,
+        graph_suffices=request.accept_graph,
+        trace=along,
+    )
 
 
 def _traced(bundle: Bundle) -> Trace | None:

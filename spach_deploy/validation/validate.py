@@ -88,6 +88,7 @@ class Validation:
     """A finished validation.
 
     `findings` are faults that no comparison shows, such as a changed file; `notes` are facts that are no faults.
+    `other_model`: why the reference is not the user's model, by the user's own answers.
     `missing_engine_run` is set where there is a plan and it did not run. `graph_suffices`: the caller takes evidence of
     the graph for enough, so that such a validation ends with 0. `accuracy` is set where the images have labels.
     `bisection` is set where one was asked for, `trace` where the errors along the network's depth were measured.
@@ -105,6 +106,7 @@ class Validation:
     bisection: Bisection | None = None
     trace: Trace | None = None
     run: Run | None = None
+    other_model: str = ""
 
     @property
     def level(self) -> Level:
@@ -117,7 +119,8 @@ class Validation:
         compared = (finding for item in self.evidence for finding in item.verdict.findings)
         dropped = self.accuracy.findings if self.accuracy else ()
         bisected = () if self.bisection is None else self.bisection.findings
-        return tuple(dict.fromkeys((*self.findings, *compared, *bisected, *dropped)))
+        other = (self.other_model,) if self.other_model else ()
+        return tuple(dict.fromkeys((*self.findings, *other, *compared, *bisected, *dropped)))
 
     @property
     def agreed(self) -> bool:

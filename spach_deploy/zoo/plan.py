@@ -140,10 +140,8 @@ def _check_shared(options: ExportOptions, count: int) -> None:
     if options.engine.timing_cache is not None or options.quantization.cache is not None:
         option = "--timing-cache" if options.engine.timing_cache is not None else "--calibration-cache"
         raise UsageError(f"{option} is a file that one export writes, and --zoo makes many.", "Leave it out.")
-    if count > 1 and options.answers is not None:
-        raise UsageError(
-            f"--answers {options.answers} is of one model, and --zoo makes {count} bundles.", "Leave it out."
-        )
+    if options.answers is not None:
+        raise UsageError(f"--answers {options.answers} is of one model, and --zoo is for many.", "Leave it out.")
     if count > 1 and calibration is not None and calibration.suffix == CALIBRATION_SUFFIX:
         raise UsageError(
             f"{calibration} is the calibration of one model and precision, and --zoo makes {count} bundles.",

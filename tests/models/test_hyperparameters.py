@@ -60,6 +60,9 @@ def test_every_value_that_the_file_does_not_show_is_called_assumed(tmp_path: Pat
 CONTAINERS: dict[str, Any] = {
     "a script's args": {"args": argparse.Namespace(num_heads=2, act_layer="nn.ReLU", qk_scale=0, norm_eps=None)},
     "Lightning": {"hyper_parameters": {"num_heads": 2, "act_layer": "relu"}},
+    "a model's own section": {"hyper_parameters": {"model": {"num_heads": 2, "act": "relu"}, "lr": 1.0}},
+    "the top of the file": {"num_heads": 2, "act_layer": "relu", "epoch": 3},
+    "text for nothing": {"args": {"num_heads": "2", "act": "ReLU", "qk_scale": "None"}},
     "arguments of the constructor": {"args": {"model_kwargs": {"num_heads": "2", "activation": "ReLU()"}}},
 }
 
@@ -88,7 +91,8 @@ def test_the_command_line_is_the_first_to_say_a_value(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "an activation that is not known": ({"act_layer": "mish"}, ("act_layer = 'mish'", "gelu-tanh")),
     "heads that are no number": ({"num_heads": "many"}, ("num_heads = 'many'",)),
-    "heads that do not divide": ({"num_heads": 7}, ("7 heads", "args", "1, 2, 4")),
+    "heads that do not divide": ({"num_heads": 7}, ("7 heads", "args", "save the weights alone")),
+    "another norm": ({"norm_layer": "BatchNorm2d"}, ("norm_layer = 'BatchNorm2d'",)),
     "two that differ": ({"num_heads": 2, "heads": 4}, ("num_heads and heads differ",)),
     "a width that the tensors have not": ({"hidden_dim": 64}, ("hidden_dim = 64",)),
     "no position encoding": ({"cpe": False}, ("cpe = False",)),

@@ -20,6 +20,7 @@ from spach_deploy.models import LoadedModel, configs, load_model
 from spach_deploy.models.hyperparameters import Source, values_of
 from spach_deploy.models.spach import Spach
 from spach_deploy.specs import Hyperparameters, ModelSpec
+from spach_deploy.validation import answers_file
 from spach_deploy.validation.answers_file import hold_to_answers, read_answers
 from tests import static_models
 from tests.commands import export, refusal
@@ -70,6 +71,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epsilon": ({"norm_eps": 1e-5}, {"norm_eps": 1e-5}),
     "no qk scale": ({"qk_scale": 1.0}, {"qk_scale": 1.0}),
     "any qk scale": ({"qk_scale": 0.05}, {"qk_scale": 0.05}),
+    "heads and epsilon": ({"num_heads": 4, "norm_eps": 1e-5}, {"heads": 4, "norm_eps": 1e-5}),
     "two at once": ({"num_heads": 4, "activation": "relu"}, {"heads": 4, "activation": "relu"}),
 }
 
@@ -89,7 +91,8 @@ def test_answers_that_agree_change_nothing(tmp_path: Path, weights: Path) -> Non
     assumed = loaded(weights)
     said: list[str] = []
     model, agreement = hold_to_answers(assumed, read_answers(answers_of(tmp_path)), said.append)
-    assert model is assumed
+    assert model.model is assumed.model
+    assert {s.source for s in model.settings if s.name not in ("mean", "std")} == {Source.CONFIRMED}
     assert not said
     assert agreement.images == 3
     assert agreement.rel_l2 <= agreement.allowed == 4 * agreement.noise
@@ -117,10 +120,15 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {
         "it has no array 'logits'",
     ),
     "half": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.ones((1, 11), "f2")}, "logits is float16"),
-    "pixels": ({"input": np.ones((1, 32, 32, 3), "u1"), "logits": np.ones((1, 11), "f4")}, "input is uint8"),
+    "pixels": (
+        {"input": np.ones((1, 32, 32, 3), "u1"), "logits": np.ones((1, 11), "f4")},
+        "input is uint8, not float32.",
+    ),
+    "last": ({"input": np.ones((1, 32, 32, 3), "f4"), "logits": np.ones((1, 11), "f4")}, "channels last"),
     "one image": ({"input": np.ones((3, 32, 32), "f4"), "logits": np.ones((1, 11), "f4")}, "has shape (3, 32, 32)"),
     "numbers": ({"input": np.ones((2, 3, 32, 32), "f4"), "logits": np.ones((1, 11), "f4")}, "2 inputs and 1 answers"),
     "NaN": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.full((1, 11), np.nan, "f4")}, "not finite"),
+    "softmax": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.full((1, 10), 0.1, "f4")}, "are probabilities"),
     "zeros": ({"input": np.ones((1, 3, 32, 32), "f4"), "logits": np.zeros((1, 11), "f4")}, "every answer is zero"),
     "objects": ({"input": np.array([None]), "logits": np.zeros((1, 11), "f4")}, "cannot be read"),
 }
@@ -134,6 +142,7 @@ def test_files_that_hold_no_answers_are_refused(tmp_path: Path, case: str) -> No
     with pytest.raises(UsageError) as caught:
         read_answers(path)
     assert words in caught.value.message
+    assert ("16 bits" in caught.value.message) == (case == "half")
     assert "np.savez" in caught.value.hint
 
 
@@ -155,6 +164,32 @@ def test_answers_of_another_kind_of_model_are_refused(
     np.savez(path, input=np.ones(inputs, "f4"), logits=np.ones(logits, "f4"))
     with pytest.raises(UsageError, match=words):
         hold_to_answers(loaded(weights), read_answers(path), lambda text: None)
+
+
+def test_answers_in_another_order_are_called_that(tmp_path: Path, weights: Path) -> None:
+    path = answers_of(tmp_path)
+    with np.load(path) as arrays:
+        np.savez(path, input=arrays["input"], logits=arrays["logits"][::-1])
+    with pytest.raises(UsageError, match="in another order than their inputs"):
+        hold_to_answers(loaded(weights), read_answers(path), lambda text: None)
+
+
+def test_a_search_ends_in_time_and_says_how_far_it_is(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = read_answers(answers_of(tmp_path, num_heads=4))
+    said: list[str] = []
+    monkeypatch.setattr(answers_file, "_SAY_EVERY_S", 0.0)
+    hold_to_answers(loaded(weights), given, said.append)
+    assert any("combinations tried, the nearest" in text for text in said)
+    monkeypatch.setattr(answers_file, "SEARCH_SECONDS", 0.0)
+    with pytest.raises(MismatchError):
+        hold_to_answers(loaded(weights), given, said.append)
+
+
+def test_answers_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    sentence = refusal(export(*MODEL, "--answers", answers_of(tmp_path), "-o", tmp_path / "bundle"))
+    assert "demo weights are nobody's" in sentence
 
 
 def test_an_export_says_what_the_answers_decided_and_later_commands_go_by_it(tmp_path: Path, weights: Path) -> None:
@@ -188,7 +223,9 @@ def test_validate_holds_a_bundle_to_answers(tmp_path: Path, weights: Path) -> No
     assert "--checkpoint FILE" in CliRunner().invoke(validate, call).stderr
     wrong = CliRunner().invoke(validate, [*call, "--checkpoint", str(weights)])
     assert wrong.exit_code == 1
-    assert "DID NOT AGREE" in wrong.stdout
+    assert "AGREED with PyTorch in FP32, but NOT WITH YOUR ANSWERS." in wrong.stdout
+    assert "The reference does not agree with your answers" in " ".join(wrong.stdout.split())
+    assert "instead of 2 heads (assumed:" in " ".join(wrong.stdout.split())
     assert "Export it again with --heads 4" in " ".join(wrong.stdout.split())
 
     answers_of(tmp_path)

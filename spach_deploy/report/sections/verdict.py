@@ -44,10 +44,12 @@ def heading_of(report: Json) -> str:
     if not report["passed"]:
         if not report.get("evidence"):
             return "Nothing could be compared"
+        if (report.get("answers") or {}).get("agrees") is False and all(run["passed"] for run in report["evidence"]):
+            return "Agrees with PyTorch in FP32, but not with your answers"
         if report.get("agreed"):
             return "Agrees with PyTorch, but loses more accuracy than allowed"
         return "Does not agree with PyTorch in FP32"
-    yours = " and with your answers" if report.get("answers") else ""
+    yours = " and with your answers" if (report.get("answers") or {}).get("agrees") else ""
     if report.get("engine_did_not_run"):
         return f"The graph agrees with PyTorch{yours}; the engine did not run"
     return f"Agrees with PyTorch in FP32{yours}"
