@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.errors import BundleError, ChangedFileError
-from spach_deploy.files import Place
+from spach_deploy.files import Place, short_name
 from spach_deploy.small_files import parse_json, read_json
 from spach_deploy.text import json_text, without_surrogates
 
@@ -391,7 +391,7 @@ def _write_error(target: Path, error: OSError) -> BundleError:
 
 
 def _staging_prefix(target: Path) -> str:
-    return f".{target.name}.partial-{socket.gethostname()}-"
+    return f".{short_name(target)}.partial-{socket.gethostname()}-"
 
 
 def _staging_path(target: Path) -> Path:

@@ -21,6 +21,9 @@ from spach_deploy.small_files import read_bytes
 Identity = tuple[object, ...]
 
 _MANIFEST = "manifest.json"
+_LONG_NAME = 100
+"""Bytes; file systems take 255, and a neighbour's name has the host's and some numbers too."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -68,7 +71,7 @@ class Place:
         """Write a file in one step: a kill or a full disk leaves what was there. Raises what `put` raises."""
         if os.path.lexists(self.path) and not self.path.is_file() and not self.path.is_dir():
             raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        draft = self.path.with_name(f".{short_name(self.path)}.{os.getpid()}-{secrets.token_hex(4)}")
         try:
             with open(draft, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
                 write(file)
@@ -103,6 +106,12 @@ def try_to_write(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with tempfile.TemporaryFile(dir=path.parent) as file:
         file.write(b"tried")
+
+
+def short_name(path: Path) -> str:
+    """What stands for a path's name in that of a temporary neighbour, which must not be too long where it is not."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= _LONG_NAME else hashlib.sha256(name).hexdigest()[:32]
 
 
 def is_own(path: Path) -> bool:

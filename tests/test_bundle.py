@@ -15,6 +15,7 @@ import pytest
 from spach_deploy import bundle as bundles
 from spach_deploy.bundle import Bundle, Manifest, sha256_of
 from spach_deploy.errors import BundleError
+from spach_deploy.files import Place
 
 SECTIONS: dict[str, Any] = {
     "model": {"name": "ms_hybrid_s"},
@@ -117,6 +118,17 @@ def test_an_error_in_the_middle_leaves_the_old_bundle(tmp_path: Path) -> None:
         interrupted()
     assert Bundle.open(tmp_path / "b").file(bundles.GRAPH).read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["b"]
+
+
+def test_the_longest_name_that_a_file_system_takes(tmp_path: Path) -> None:
+    """What is written beside it until it is whole has a name of its own."""
+    target = tmp_path / ("é" * 127 + "b")
+    write(target)
+    write(target, overwrite=True)
+    assert bundles.Bundle.open(target).path == target
+    Place.of(target / ("r" * 255)).write_text("report")
+    with pytest.raises(OSError, match="name too long"):
+        bundles.check_target(tmp_path / ("b" * 256), overwrite=False)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
