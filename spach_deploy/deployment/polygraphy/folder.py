@@ -22,6 +22,7 @@ import numpy as np
 from spach_deploy._version import __version__
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, Contents, check_target, writing
 from spach_deploy.errors import MissingPackageError
+from spach_deploy.onnx_graph.graph import check_is_one_file
 from spach_deploy.onnx_graph.runtimes import GraphNeeds
 from spach_deploy.runtime.saved_graph import save_model
 from spach_deploy.text import json_text
@@ -60,6 +61,7 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Writ
     place = check_target(output, overwrite=overwrite, contents=CONTENTS)
     opened = Bundle.open(bundle)
     facts = BundleFacts.of(opened)
+    check_is_one_file(opened.file(GRAPH))
     golden = Golden.load(opened.path / GOLDEN)
     batches = _batches(len(golden.logits), facts)
     rounded = _rounded(opened.path / GRAPH)

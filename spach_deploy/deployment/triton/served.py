@@ -10,6 +10,7 @@ from pathlib import Path
 from spach_deploy.bundle import GRAPH, Bundle, TensorInfo
 from spach_deploy.deployment.triton.options import Backend, Device, TritonOptions
 from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.onnx_graph.graph import check_is_one_file
 from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.truncation import REMEDY, fault_of
 from spach_deploy.specs import BatchProfile, Flavour
@@ -191,7 +192,8 @@ def _plan(bundle: Bundle, *, is_rtx: bool) -> _Choice:
 
 
 def graph_needs(bundle: Bundle) -> GraphNeeds:
-    """What a bundle's graph asks of ONNX Runtime. BundleError where it is no typed graph."""
+    """What a bundle's graph asks of ONNX Runtime. UsageError where it is no typed graph, or has not all its weights."""
+    check_is_one_file(bundle.file(GRAPH))
     needs = GraphNeeds.of(bundle.file(GRAPH))
     if needs is None:
         raise BundleError(f"{bundle.path / GRAPH} is no typed ONNX graph.", "Export the bundle again.")

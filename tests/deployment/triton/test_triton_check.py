@@ -118,6 +118,10 @@ def test_a_graph_without_its_weights_is_found(tmp_path: Path) -> None:
     file.with_name("weights.data").unlink()
     (finding,) = check_repository(tmp_path / "repository").errors
     assert finding.found == "no weights.data, which holds its weights"
+    tiny_bundles.keep_weights_in(file, "../../../../etc/passwd")
+    (finding,) = check_repository(tmp_path / "repository").errors
+    assert finding.found == "weights in ../../../../etc/passwd, which leads outside of its folder"
+    assert "passwd" not in finding.fix
 
 
 def test_a_plan_of_rtx_that_was_asked_for_is_a_warning(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spach_deploy.bundle import GRAPH, PLAN
+from spach_deploy.deployment.polygraphy.folder import write_folder
 from spach_deploy.deployment.triton.options import (
     Backend,
     Batching,
@@ -459,3 +460,22 @@ def test_the_tiny_graph_computes_what_its_golden_pack_says(tmp_path: Path) -> No
     golden = Golden.load(bundle / "golden.npz")
     with OnnxRuntimeRunner(bundle / GRAPH) as runner:
         np.testing.assert_allclose(runner.run({"input": golden.input})["logits"], golden.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("../../secret", "keeps its weights in ../../secret, which leads outside of its directory"),
+        ("gone.data", "keeps its weights in gone.data, which is not beside it. Put gone.data into"),
+        ("golden.npz", "keeps its weights in golden.npz, which a copy of it would not find"),
+    ],
+)
+def test_a_graph_without_its_weights_is_no_model(location: str, words: str, tmp_path: Path) -> None:
+    bundle = tiny_bundles.with_weights_in(tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none")), location)
+    with pytest.raises(UsageError) as refused:
+        write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions())
+    assert words in str(refused.value)
+    with pytest.raises(UsageError) as refused:
+        write_folder(bundle, tmp_path / "folder")
+    assert words in str(refused.value)
+    assert list(tmp_path.iterdir()) == [bundle]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from spach_deploy.bundle import GOLDEN, GRAPH, PLAN, seal
+from spach_deploy.bundle import GOLDEN, GRAPH, PLAN, seal, sha256_of
 from spach_deploy.onnx_graph.interface import PROBABILITIES, TOP_INDICES, TOP_VALUES
 from spach_deploy.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
 from spach_deploy.validation.reference import INPUT, LOGITS, Golden
@@ -60,6 +60,26 @@ def write(folder: Path, tiny: Tiny | None = None) -> Path:
         (folder / PLAN).write_bytes(plan_bytes(tiny.engine))
     seal(folder, _sections(tiny, graph))
     return folder
+
+
+def keep_weights_in(graph: Path, location: str) -> None:
+    """Make it a graph whose weights are said to lie in another file."""
+    model = onnx.load(graph, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    del tensor.external_data[:]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    graph.write_bytes(model.SerializeToString())
+
+
+def with_weights_in(bundle: Path, location: str) -> Path:
+    """The bundle as if it had been exported with such a graph."""
+    keep_weights_in(bundle / GRAPH, location)
+    manifest = small_bundles.read_manifest(bundle)
+    manifest["files"][GRAPH]["sha256"] = sha256_of(bundle / GRAPH)
+    small_bundles.write_manifest(bundle, manifest)
+    return bundle
 
 
 def of_int8(bundle: Path, **section: str) -> Path:

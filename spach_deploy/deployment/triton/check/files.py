@@ -14,7 +14,7 @@ from spach_deploy.deployment.triton.options import KIND_AUTO, KIND_CPU
 from spach_deploy.deployment.triton.repository import FACTS
 from spach_deploy.deployment.triton.served import RTX_REASON
 from spach_deploy.errors import printable
-from spach_deploy.onnx_graph.graph import missing_data
+from spach_deploy.onnx_graph.graph import data_outside, missing_data
 from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.plan_identity import identify_plan_file
 from spach_deploy.specs import Flavour
@@ -90,8 +90,8 @@ def _plan(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
 
 def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
     """Its weights must be there, and some Triton image must run it, on the devices that its instances are for."""
-    if missing := _missing_data(file):
-        found, fix = f"no {missing}, which holds its weights", f"Add {missing} beside it."
+    if wrong := _wrong_data(file):
+        found, fix = wrong
         yield model.finding("", found, "the graph with its weights", fix, file=where)
     if (needs := GraphNeeds.of(file)) is None:
         return
@@ -110,10 +110,16 @@ def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[Finding]:
         yield model.finding("instance_group.kind", found, expected, "Write kind: KIND_GPU.", severity=severity)
 
 
-def _missing_data(file: Path) -> str:
+def _wrong_data(file: Path) -> tuple[str, str] | None:
+    """What is wrong with the files that hold a graph's weights, and what to do; None where they are there."""
     import onnx
 
-    return printable(missing_data(onnx.load(file, load_external_data=False), file.parent))
+    graph = onnx.load(file, load_external_data=False)
+    if outside := printable(data_outside(graph, file.parent)):
+        return f"weights in {outside}, which leads outside of its folder", "Put a graph with its weights there."
+    if missing := printable(missing_data(graph, file.parent)):
+        return f"no {missing}, which holds its weights", f"Add {missing} beside it."
+    return None
 
 
 def _has_flag(model: ModelFolder) -> bool:
