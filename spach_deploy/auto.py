@@ -19,6 +19,7 @@ from spach_deploy.files import Place
 from spach_deploy.phases import Observer
 from spach_deploy.pipeline import ExportResult, export
 from spach_deploy.specs import ExportOptions, Precision, QuantizationSpec
+from spach_deploy.text import escaped
 
 CANDIDATES = (Precision.FP16, Precision.INT8, Precision.FP8)
 
@@ -229,7 +230,7 @@ def as_table(found: Recommendation) -> str:
         mark = "->" if entry is found.chosen else " *" if entry in best else "  "
         lines.append(f"{mark} {entry.precision.value:<5} {_row(entry)}")
     lines += ["", "-> recommended, * not beaten in everything that is known", "", *found.reasons]
-    return "\n".join(lines)
+    return escaped(lines)
 
 
 def _row(entry: Candidate) -> str:

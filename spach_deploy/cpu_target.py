@@ -39,6 +39,7 @@ from spach_deploy.pipeline import ExportResult, export
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.runtime.threads import available_threads
 from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec
+from spach_deploy.text import escaped
 
 if TYPE_CHECKING:
     from spach_deploy.benchmark.result import Benchmark, Runner
@@ -246,7 +247,7 @@ def as_table(choice: CpuChoice) -> str:
         lines.append(f'Run it so: openvino.Core().compile_model("model.onnx", "CPU", {json.dumps(hint)})')
     if Precision.INT8 not in {form.precision for form in choice.forms} and not choice.is_asked:
         lines.append("With --calibration DIR, INT8 is tried too.")
-    return "\n".join([*lines, "", f"Bundle: {choice.bundle.path}"])
+    return escaped([*lines, "", f"Bundle: {choice.bundle.path}"])
 
 
 def _row(form: Form) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.errors import printable, printable_lines
+from spach_deploy.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,8 +39,8 @@ def rendered(parts: Iterable[RenderableType], *, width: int | None = None, color
 
 
 def escaped(lines: Iterable[str]) -> Escaped:
-    """Lines as text; those that are `Escaped` stay as they are."""
-    return Escaped("\n".join(line if isinstance(line, Escaped) else printable_lines(line) for line in lines))
+    """Lines as text, a newline in one being that of a name; those that are `Escaped` stay as they are."""
+    return Escaped("\n".join(line if isinstance(line, Escaped) else printable(line) for line in lines))
 
 
 def _shown(piece: Segment, *, color: bool) -> str:

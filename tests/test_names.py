@@ -107,7 +107,7 @@ def test_commands_to_copy_have_the_very_names(folder: Path) -> None:
     shown = run(doctor, folder / "bundle").stdout
     commands = [shell_words(line.strip()[2:]) for line in shown.splitlines() if line.strip().startswith("$ spach-")]
     assert ["spach-validate", str(folder / "bundle")] in commands
-    assert any(f"{CAF}.pth" in words for words in commands)
+    assert any(str(folder / f"{CAF}.pth") in words for words in commands)
 
 
 @pytest.mark.parametrize("words", [["a", "b c", CAF, "it's", "a\\'\x1b[2J\n\u202e", "caf\xe9", f"{CAF}1 '\\"]])

@@ -9,7 +9,7 @@ from spach_deploy.benchmark.contestants import CPU, ONNX_RUNTIME, TITLES
 from spach_deploy.benchmark.layers import Layer, totals
 from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
 from spach_deploy.benchmark.statistics import Ratio, ratio
-from spach_deploy.errors import printable
+from spach_deploy.text import escaped
 
 _WIDTH, _MODULES = 100, 10
 _SLOW_START_S = 2.0
@@ -18,7 +18,7 @@ _NOISY = "too noisy to tell"
 
 def as_text(found: Benchmark) -> str:
     """Tables of each batch, what was not run and why, modules that take the longest, and what is fastest."""
-    return "\n".join(map(printable, _lines(found)))
+    return escaped(_lines(found))
 
 
 def _lines(found: Benchmark) -> Iterator[str]:

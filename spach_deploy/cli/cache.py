@@ -8,7 +8,7 @@ from typing import Any
 from spach_deploy.cache.exports import NONE, PLACE, SIZE, open_store
 from spach_deploy.cache.store import Entry, Store
 from spach_deploy.files import is_own
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 _NO_CACHE = f"There is no cache: {PLACE}={NONE}, or this user has no home directory. Give a directory with {PLACE}=DIR."
 
@@ -29,7 +29,7 @@ def shown(*, as_json: bool) -> str:
         f"exports    {len(entries)}{', the last used first:' if entries else ''}{_why_none(store)}",
         *(f"  {_line(entry)}" for entry in entries),
     ]
-    return "\n".join(lines)
+    return escaped(lines)
 
 
 def _why_none(store: Store) -> str:

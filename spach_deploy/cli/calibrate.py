@@ -10,7 +10,7 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import ComputingCommand, command, show
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 if TYPE_CHECKING:
     from spach_deploy.files import Place
@@ -74,7 +74,7 @@ def _calibrate(options: Any, place: Place, *, verbose: bool, as_json: bool) -> N
     if as_json:
         show(json_text(calibration.summary()))
     else:
-        show("\n".join(_lines(calibration, place.path)))
+        show(escaped(_lines(calibration, place.path)))
 
 
 def _lines(calibration: Calibration, output: Path) -> Iterator[str]:

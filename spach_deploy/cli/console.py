@@ -21,7 +21,7 @@ from spach_deploy.cli.interrupts import NOTHING, ending_on_interrupt, sentence
 from spach_deploy.cli.large_pages import start_again_with_large_pages
 from spach_deploy.cli.outputs import outputs_that_may_fail
 from spach_deploy.cli.quiet import INTERRUPTED
-from spach_deploy.errors import SpachError, printable_lines
+from spach_deploy.errors import SpachError, printable, printable_lines
 from spach_deploy.requirements import refuse_unfit_packages
 from spach_deploy.text import Escaped
 
@@ -49,7 +49,7 @@ class Command(click.Command):
             context.meta[ARGUMENTS] = given
             return context
         except click.UsageError as error:
-            wrong = error.format_message().rstrip(".")
+            wrong = " ".join(error.format_message().split()).rstrip(".")
             fail(error, f"{wrong}. See {info_name} --help.", debug="--debug" in args)
             sys.exit(2)
 
@@ -115,17 +115,17 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 
 def show(text: str) -> None:
-    """Results, on stdout, escaped unless `text.rendered` did that."""
+    """Results, on stdout, escaped unless `text.rendered` or `text.escaped` did that: those know names from lines."""
     click.echo(text if isinstance(text, Escaped) else printable_lines(text), color=True)
 
 
 def say(text: str) -> None:
-    """Everything else, on stderr."""
-    click.echo(printable_lines(text), err=True)
+    """Everything else, on stderr, a line at a time: a newline in it is that of a name, and is escaped."""
+    click.echo(printable(text), err=True)
 
 
 def fail(error: Exception, sentence: str, *, debug: bool) -> None:
     """`Error: sentence` on stderr, after the traceback with `debug`."""
     if debug:
-        say("".join(traceback.format_exception(error)).rstrip())
+        click.echo(printable_lines("".join(traceback.format_exception(error)).rstrip()), err=True)
     say(f"Error: {sentence}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spach_deploy.dry_run import MEASURED_CORES, DryRun
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 
 def as_text(found: DryRun, *, as_json: bool) -> str:
@@ -21,7 +21,7 @@ def as_text(found: DryRun, *, as_json: bool) -> str:
     if found.refusals:
         lines += ["", "Refused:"]
         lines += [f"- {error.message} {error.hint}".rstrip() for error in found.refusals]
-    return "\n".join(lines)
+    return escaped(lines)
 
 
 def _costs(found: DryRun) -> list[str]:

@@ -14,7 +14,7 @@ from spach_deploy.cli.console import ComputingCommand, command, say, show
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import Flavour, IODtype
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 if TYPE_CHECKING:
     from spach_deploy.auto import Recommendation
@@ -199,7 +199,7 @@ def _of_reused(reused: Reused, *, as_json: bool) -> str:
     if as_json:
         return json_text(manifest.content)
     validation = manifest.content["validation"]
-    return "\n".join(
+    return escaped(
         [
             f"reused     {manifest.model['name']} {manifest.precision}, exported {reused.exported}: the same weights,",
             "           images, options, code, packages and machine (--no-cache does it all again)",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _LINE_EVERY_S = 10.0
-_PHASES_HEADING = "phase                        seconds  peak GB\n"
+_PHASES_HEADING = "phase                        seconds  peak GB"
 
 
 class Progress:
@@ -44,7 +44,7 @@ class Progress:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._heading = _PHASES_HEADING
+        self._has_heading = False
         self._task: Any = None
         self._build: dict[str, Any] = {}
 
@@ -68,8 +68,10 @@ class Progress:
             self._bars.remove_task(self._task)
             self._task = None
         if self._verbose:
-            say(f"{self._heading}{phase.name:<28} {phase.seconds:7.2f}  {phase.peak_bytes / 1e9:7.2f}")
-            self._heading = ""
+            if not self._has_heading:
+                say(_PHASES_HEADING)
+            self._has_heading = True
+            say(f"{phase.name:<28} {phase.seconds:7.2f}  {phase.peak_bytes / 1e9:7.2f}")
 
     def note(self, text: str) -> None:
         """A line of its own."""

@@ -10,7 +10,7 @@ import click
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
 from spach_deploy.command_lines import quoted
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 if TYPE_CHECKING:
     from spach_deploy.deployment.cpp.folder import Written
@@ -48,7 +48,7 @@ def main(bundle: Path, output: Path, labels: Path | None, overwrite: bool, as_js
 def _text(written: Written) -> str:
     model = written.model
     gpus = ", ".join(model.gpus) or "the GPU that it was built on"
-    return "\n".join(
+    return escaped(
         [
             f"model      {model.name}, {model.facts.precision.value}, batch {model.facts.batch}",
             f"engine     {model.facts.flavour.value} {model.version} for {gpus}",

@@ -9,7 +9,7 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 if TYPE_CHECKING:
     from spach_deploy.deployment.polygraphy.folder import Written
@@ -45,7 +45,7 @@ def main(bundle: Path, output: Path, overwrite: bool, as_json: bool) -> int:
 def _text(written: Written) -> str:
     sizes = ", ".join(map(str, written.batches))
     lines = [f"model      {written.model}", f"batches    {sizes}", f"folder     {written.path}", "", "Run in it:"]
-    return "\n".join([*lines, *(f"  {line}" for line in written.commands)])
+    return escaped([*lines, *(f"  {line}" for line in written.commands)])
 
 
 def _json(written: Written) -> str:

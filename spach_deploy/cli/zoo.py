@@ -20,7 +20,7 @@ from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.command_lines import joined
 from spach_deploy.errors import UsageError
 from spach_deploy.specs import ExportOptions
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 from spach_deploy.zoo.checkpoints import checkpoint_of
 from spach_deploy.zoo.folder import PAGE, SUMMARY, Folder
 from spach_deploy.zoo.make import Run, Work, Zoo, on_this_machine, work_of
@@ -219,7 +219,7 @@ def _as_text(summary: Summary, folder: Folder, *, as_json: bool) -> str:
     if as_json:
         return json_text(summary.to_dict())
     page = folder.root / PAGE
-    return "\n".join(
+    return escaped(
         [
             as_table(summary.rows),
             "",
@@ -239,7 +239,7 @@ def _as_plan(work: Work, limits: Limits, *, as_json: bool) -> str:
     lines = [f"{'bundle':<{width}}     time   memory      disk"]
     lines += [f"{build.name:<{width}}  {'kept' if build.name in kept else _shown(build)}" for build in work.all]
     seconds = sum(build.seconds for build in work.builds)
-    return "\n".join(
+    return escaped(
         [
             *lines,
             "",

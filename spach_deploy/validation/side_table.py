@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from spach_deploy.errors import printable
 from spach_deploy.text import Escaped, rendered
 from spach_deploy.validation.reference import LOGITS
 from spach_deploy.validation.side_by_side import Side, SideBySide
@@ -64,9 +65,9 @@ def _table(title: str, rows: list[Row], compared: SideBySide) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
     table.add_column(title, no_wrap=True, width=20)
     for side in compared.sides:
-        table.add_column(side.bundle.path.name or str(side.bundle.path), width=26, overflow="fold")
+        table.add_column(printable(side.bundle.path.name or str(side.bundle.path)), width=26, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table
 
 

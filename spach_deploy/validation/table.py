@@ -111,7 +111,9 @@ def _evidence(item: Evidence, width: int, *, in_full: bool) -> Iterator[Renderab
     if item.left_out:
         yield Text(_wrapped(item.left_out, width, 0))
     if not in_full:
-        yield from (Text(_line(output, item.bounds.outputs[output.name])) for output in item.comparison.outputs)
+        yield from (
+            Text(printable(_line(output, item.bounds.outputs[output.name]))) for output in item.comparison.outputs
+        )
         return
     for output in item.comparison.outputs:
         yield _output_table(output, item.bounds.outputs.get(output.name), width)
@@ -141,7 +143,7 @@ def _table(title: str, rows: Iterable[Row], width: int) -> Table:
 
     is_narrow = width < WIDTH
     table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
-    table.add_column(title, no_wrap=not is_narrow, overflow="fold", width=None if is_narrow else 30)
+    table.add_column(printable(title), no_wrap=not is_narrow, overflow="fold", width=None if is_narrow else 30)
     table.add_column("measured", justify="right", no_wrap=True, width=11)
     table.add_column("allowed", justify="right", no_wrap=True, width=11)
     if not is_narrow:

@@ -13,6 +13,7 @@ from typing import Any
 from spach_deploy.bundle import PAGE, REPORT, Bundle
 from spach_deploy.errors import BundleError
 from spach_deploy.small_files import read_json
+from spach_deploy.text import escaped
 from spach_deploy.tool_versions import tool_versions
 from spach_deploy.zoo.child import Ended
 from spach_deploy.zoo.folder import KIND
@@ -186,7 +187,7 @@ def as_table(rows: Sequence[Row]) -> str:
         lines.append(f"{row.name:<{width}}  {_cells(row)}".rstrip())
         if row.problem:
             lines.append(f"{'':4}{row.problem}")
-    return "\n".join(lines)
+    return escaped(lines)
 
 
 def _cells(row: Row) -> str:

@@ -45,7 +45,7 @@ def test_an_error_is_one_sentence_and_an_exit_code(error: BaseException, code: i
 
 def test_an_error_does_not_speak_to_the_terminal() -> None:
     result = CliRunner().invoke(ending_with(UsageError("No tensor \x1b[2Ja\r\u202e.\nsecond line", "Do this.")))
-    assert result.stderr == "Error: No tensor \\x1b[2Ja\\r\\u202e.\nsecond line Do this.\n"
+    assert result.stderr == "Error: No tensor \\x1b[2Ja\\r\\u202e.\\nsecond line Do this.\n"
 
 
 def test_debug_shows_the_traceback() -> None:

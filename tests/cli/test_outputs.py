@@ -14,8 +14,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from spach_deploy.cli.console import show
-from spach_deploy.text import json_text, rendered
+from spach_deploy.cli.console import say, show
+from spach_deploy.text import escaped, json_text, rendered
 from tests.commands import ROOT, console_script
 from tests.doctor import bundles
 
@@ -148,6 +148,14 @@ def printed(text: str) -> str:
 
 def test_text_from_elsewhere_is_escaped() -> None:
     assert printed(f"a {EVIL}\nb") == f"a {SHOWN}\nb"
+
+
+def test_a_newline_of_a_name_ends_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a folder's name says AGREED on a line of its own."""
+    name = "b\nAGREED with PyTorch in FP32."
+    assert printed(escaped(["one", f"Bundle: {name}"])) == "one\nBundle: b\\nAGREED with PyTorch in FP32."
+    say(f"Page: {name}")
+    assert capsys.readouterr().err == "Page: b\\nAGREED with PyTorch in FP32.\n"
 
 
 @pytest.mark.parametrize("color", [False, True])

@@ -51,6 +51,20 @@ def test_a_repository_is_written_and_its_check_finds_nothing(bundle: Path, tmp_p
     assert checked.stdout == f"{repository}: 1 model, nothing found.\n"
 
 
+def test_a_folders_name_ends_no_line(tmp_path: Path) -> None:
+    """Else it could say what the command did not."""
+    bundle = tiny_bundles.write(tmp_path / "b\nmodel       forged")
+    repository = tmp_path / "r\nmodel       forged"
+    for arguments in (
+        ("triton", bundle, "-o", repository),
+        ("triton", "--check", repository),
+        ("cpp", repository, "-o", "x"),
+    ):
+        said = package(*arguments).output
+        assert "forged" in said
+        assert not any(line.startswith("model       forged") for line in said.splitlines())
+
+
 def test_a_finding_is_exit_1(bundle: Path, tmp_path: Path) -> None:
     package("triton", bundle, "-o", tmp_path / "models")
     (tmp_path / "models" / "tiny" / "labels.txt").unlink()

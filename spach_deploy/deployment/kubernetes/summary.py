@@ -5,7 +5,7 @@ from __future__ import annotations
 from spach_deploy.deployment.kubernetes.folder import Written
 from spach_deploy.deployment.kubernetes.sizes import quantity
 from spach_deploy.onnx_graph.runtimes import DATA, Runtimes
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 _LABEL_WIDTH = 12
 
@@ -25,7 +25,7 @@ def as_text(written: Written) -> str:
     }
     lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in rows.items()]
     notes = [f"{'note':<{_LABEL_WIDTH}}{note}" for note in deployed.notes]
-    return "\n".join([*lines, *notes, "", "Run it:", *(f"  {command}" for command in written.commands)])
+    return escaped([*lines, *notes, "", "Run it:", *(f"  {command}" for command in written.commands)])
 
 
 def as_json(written: Written) -> str:

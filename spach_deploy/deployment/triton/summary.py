@@ -9,7 +9,7 @@ from spach_deploy.deployment.triton.options import Backend
 from spach_deploy.deployment.triton.repository import Written
 from spach_deploy.deployment.triton.served import ServedModel
 from spach_deploy.deployment.triton.tensors import DATA_TYPES, shown
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 _LABEL_WIDTH = 12
 
@@ -18,7 +18,7 @@ def as_text(written: Written) -> str:
     """A few lines: the models, how they take batches, and the command that serves them."""
     lines = [line for model in written.models for line in _model_lines(model, written)]
     command = serve_command(written)
-    return "\n".join([*lines, "", *(["Serve it:", f"  {command}"] if command else ["It is to be read, not served."])])
+    return escaped([*lines, "", *(["Serve it:", f"  {command}"] if command else ["It is to be read, not served."])])
 
 
 def as_json(written: Written) -> str:

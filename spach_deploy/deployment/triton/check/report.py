@@ -6,7 +6,7 @@ import itertools
 
 from spach_deploy.deployment.triton.check.findings import Checked, Finding, Severity
 from spach_deploy.errors import printable
-from spach_deploy.text import json_text
+from spach_deploy.text import escaped, json_text
 
 
 def as_text(checked: Checked) -> str:
@@ -15,7 +15,7 @@ def as_text(checked: Checked) -> str:
     for file, findings in itertools.groupby(checked.findings, key=lambda finding: finding.file):
         lines.append(printable(file))
         lines.extend(printable(line) for finding in findings for line in _lines(finding))
-    return "\n".join([*lines, *([""] if lines else []), _closing(checked)])
+    return escaped([*lines, *([""] if lines else []), _closing(checked)])
 
 
 def as_json(checked: Checked) -> str:
