@@ -30,6 +30,7 @@ from typing import Any
 
 from spach_deploy.errors import BundleError, ChangedFileError
 from spach_deploy.files import Place, short_name
+from spach_deploy.npz import npz_headers
 from spach_deploy.small_files import parse_json, read_json
 from spach_deploy.text import json_text, without_surrogates
 
@@ -49,6 +50,9 @@ WRITTEN_AGAIN = (REPORT, PAGE)
 QUANTIZATION = "quantization.json"
 HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION)
 """What is read from a bundle and must be what was exported."""
+
+GOLDEN_BYTES = {"input": 1 << 30, "logits": 1 << 28, "names": 1 << 24}
+"""Of a golden pack's arrays at most: far more than a few images and their answers have."""
 
 SENSITIVITY = "sensitivity.svg"
 _SECTIONS = (
@@ -245,6 +249,20 @@ def find_bundle(path: Path) -> Path:
         return directory
     kind = "is a directory without" if path.is_dir() else "has beside it no"
     raise BundleError(f"{path} {kind} {MANIFEST}, so it is no bundle.", "Give what spach-export wrote.")
+
+
+def golden_problem(file: Path) -> str:
+    """Why a file is no golden pack, as a clause, by its directory and headers; empty where it is one."""
+    try:
+        found = npz_headers(file, GOLDEN_BYTES)
+    except ValueError as error:
+        return f"cannot be read as a golden pack ({error})"
+    images, logits, names = (found[name].shape for name in ("input", "logits", "names"))
+    if len(logits) != 2 or found["logits"].dtype != "float32" or not logits[0]:
+        return f"is no golden pack: its logits are {found['logits'].dtype} {logits}"
+    if len(images) != 4 or not images[0] == logits[0] == (names or (1,))[0]:
+        return f"is no golden pack: {images[:1]} inputs, {logits[0]} answers and {(names or (1,))[0]} names"
+    return ""
 
 
 def sha256_of(file: Path) -> str:

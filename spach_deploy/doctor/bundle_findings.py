@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, golden_problem
 from spach_deploy.command_lines import quoted
 from spach_deploy.doctor.capability import RUNS_ON
 from spach_deploy.doctor.commands import exporting, installing
@@ -81,6 +81,9 @@ def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:
         what = f"{GOLDEN} {changed.get(GOLDEN, 'is not in the bundle')}"
         means = "Without it there is nothing to compare with but the reference on other images."
         return Finding(Status.MISSING, "golden data", what, means, images, _VERIFY)
+    if problem := golden_problem(bundle.path / GOLDEN):
+        means = "So the bundle cannot be compared with it. Export it again, or compare on other images."
+        return Finding(Status.PROBLEM, "golden data", f"{GOLDEN} {problem}", means, images, _VERIFY, bad_target=True)
     validation = bundle.manifest.content["validation"]
     count, reference = validation.get("image_count", "some"), validation.get("reference", "the reference")
     what = f"{count} images, answered by {reference}"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle import GOLDEN_BYTES, golden_problem
 from spach_deploy.errors import BundleError, printable
 from spach_deploy.npz import read_npz
 from spach_deploy.specs import IODtype, OutputSpec
@@ -18,9 +19,6 @@ TOP_VALUES, TOP_INDICES = "top_values", "top_indices"
 
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
-
-_MOST_BYTES = {INPUT: 1 << 30, LOGITS: 1 << 28, "names": 1 << 24}
-"""Of a golden pack's arrays: far more than a few images and their answers have."""
 
 _EXPORT_AGAIN = "Export the bundle again."
 
@@ -40,25 +38,14 @@ class Golden:
     @classmethod
     def load(cls, path: Path) -> Golden:
         """Read what `save` wrote; BundleError for anything else."""
+        if problem := golden_problem(path):
+            raise BundleError(f"{path} {problem}.", _EXPORT_AGAIN)
         try:
-            arrays = read_npz(path, _MOST_BYTES)
-            golden = cls(
-                arrays["input"],
-                arrays["logits"],
-                tuple(printable(str(name)) for name in np.atleast_1d(arrays["names"])),
-            )
+            arrays = read_npz(path, GOLDEN_BYTES)
         except ValueError as error:
             raise BundleError(f"{path} cannot be read as a golden pack ({error}).", _EXPORT_AGAIN) from None
-        if problem := golden._problem():
-            raise BundleError(f"{path} is no golden pack: {problem}.", _EXPORT_AGAIN)
-        return golden
-
-    def _problem(self) -> str:
-        if self.logits.ndim != 2 or self.logits.dtype != np.float32 or not len(self.logits):
-            return f"its logits are {self.logits.dtype} {self.logits.shape}"
-        if self.input.ndim != 4 or not len(self.input) == len(self.logits) == len(self.names):
-            return f"{self.input.shape[:1]} inputs, {len(self.logits)} answers and {len(self.names)} names"
-        return ""
+        names = tuple(printable(str(name)) for name in np.atleast_1d(arrays["names"]))
+        return cls(arrays["input"], arrays["logits"], names)
 
 
 def expected_outputs(logits: Float32Array, outputs: OutputSpec) -> dict[str, Array]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN
 from tests.doctor import plans
@@ -15,13 +18,21 @@ from tests.doctor.machines import A100, L4
 def write_bundle(directory: Path, *, plan: bytes | None = None, **engine: Any) -> Path:
     """A bundle with a plan of TensorRT for RTX for sm80 and sm89, or with `plan` and what `engine` says of it."""
     content = plans.rtx_plan(A100.capability, L4.capability) if plan is None else plan
-    files = {"build.log": b"", GRAPH: b"\x08\x0a\x12\x04test", GOLDEN: b"PK", PLAN: content}
+    files = {"build.log": b"", GRAPH: b"\x08\x0a\x12\x04test", GOLDEN: golden(), PLAN: content}
     directory.mkdir(parents=True)
     for name, data in files.items():
         (directory / name).write_bytes(data)
     usual = {"flavour": "tensorrt-rtx", "version": "1.7.1.116", "gpus": ["sm80", "sm89"], "tf32": True}
     rewrite(directory, engine={**usual, **engine}, files={name: _entry(data) for name, data in files.items()})
     return directory
+
+
+def golden(**arrays: Any) -> bytes:
+    """A golden pack of one image, with some arrays changed."""
+    usual = {"input": np.zeros((1, 3, 8, 8)), "logits": np.zeros((1, 7), np.float32), "names": np.array(["a"])}
+    content = io.BytesIO()
+    np.savez(content, **{**usual, **arrays})
+    return content.getvalue()
 
 
 def _entry(data: bytes) -> dict[str, Any]:

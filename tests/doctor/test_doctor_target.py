@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN
+from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, sha256_of
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.here import Here
@@ -20,8 +21,9 @@ from spach_deploy.doctor.packages import OnnxRuntime
 from spach_deploy.doctor.probe import Answer
 from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
-from spach_deploy.errors import UsageError
+from spach_deploy.errors import BundleError, UsageError
 from spach_deploy.specs import BatchProfile, Flavour, Precision
+from spach_deploy.validation.reference import Golden
 from tests import small_bundles
 from tests.deployment.triton import tiny_bundles
 from tests.deployment.triton.tiny_bundles import Tiny
@@ -408,3 +410,25 @@ def test_a_manifests_call_that_does_more_is_not_repeated(bundle: Path) -> None:
     assert (
         finding(examine(bundle), "files").command == f"spach-export --model ms_hybrid_s --fp16 --overwrite -o {bundle}"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (bundles.golden()[:-30], "is not a zip file"),
+        (bundles.golden(names=np.array([{}])), "'names' is not what its header says"),
+        (bundles.golden(input=np.zeros((1 << 17, 3, 19, 19), np.uint8)[:, :, :0]), "(131072,) inputs, 1 answers"),
+        (bundles.golden(logits=np.zeros((1, 7))), "its logits are float64 (1, 7)"),
+    ],
+    ids=["cut", "objects", "count", "dtype"],
+)
+def test_golden_data_that_validate_refuses_are_no_golden_data(bundle: Path, content: bytes, words: str) -> None:
+    (bundle / GOLDEN).write_bytes(content)
+    files = bundles.read(bundle)["files"]
+    bundles.rewrite(bundle, files={**files, GOLDEN: {"sha256": sha256_of(bundle / GOLDEN), "bytes": len(content)}})
+    target = examine(bundle)
+    assert (target.exit_code, finding(target, "golden data").status) == (2, Status.PROBLEM)
+    assert words in finding(target, "golden data").what
+    with pytest.raises(BundleError) as refused:
+        Golden.load(bundle / GOLDEN)
+    assert words in str(refused.value)

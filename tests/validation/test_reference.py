@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from spach_deploy.bundle import GOLDEN_BYTES
 from spach_deploy.errors import BundleError
 from spach_deploy.specs import IODtype, OutputSpec
-from spach_deploy.validation import reference
 from spach_deploy.validation.reference import Golden, expected_outputs, promised_dtypes
 
 
@@ -44,7 +44,7 @@ def test_what_is_no_pack_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_pack_is_judged_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four gigabytes of zeros are four megabytes in a file."""
     golden().save(tmp_path / "golden.npz")
-    monkeypatch.setitem(reference._MOST_BYTES, "logits", 100)
+    monkeypatch.setitem(GOLDEN_BYTES, "logits", 100)
     monkeypatch.setattr(np, "load", None)
     with pytest.raises(BundleError, match=r"'logits' is float32 \(3, 11\), 132 bytes; 100 are read at most"):
         Golden.load(tmp_path / "golden.npz")
