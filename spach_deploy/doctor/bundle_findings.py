@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import mmap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, golden_problem
@@ -160,6 +162,9 @@ def _graph(bundle: Bundle, here: Here) -> Finding:
     if GRAPH not in bundle.manifest.files:
         means = "So only the plan itself can be verified, where it runs."
         return Finding(Status.MISSING, GRAPH, "not in the bundle", means, exporting(bundle))
+    if lacking := _lacking_data(bundle.path / GRAPH):
+        means = "So the graph cannot be verified. Export it again, or copy the bundle again."
+        return Finding(Status.PROBLEM, GRAPH, lacking, means, exporting(bundle), _VERIFY, bad_target=True)
     if here.onnxruntime is None or here.onnxruntime.broken:
         means = "With onnxruntime the graph that the plan was built from can be verified on the CPU."
         wanted = str(here.requirements.get("onnxruntime"))
@@ -170,6 +175,23 @@ def _graph(bundle: Bundle, here: Here) -> Finding:
         return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)
     version = here.onnxruntime.files_version or next(iter(here.onnxruntime.wheels.values()), "")
     return _in_runtime(bundle, version, accept)
+
+
+def _lacking_data(graph: Path) -> str:
+    """That weights of a graph lie in a file that is not there, or outside of the bundle; empty where all are there.
+
+    ONNX, which takes time to import, is asked only where the file has the word that names such a file in any encoding.
+    """
+    if not graph.is_file() or not graph.stat().st_size:
+        return ""
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"location") < 0:
+            return ""
+    try:
+        from spach_deploy.onnx_graph.graph import lacking_data
+    except ImportError:
+        return ""
+    return lacking_data(graph)
 
 
 def _needs(bundle: Bundle) -> GraphNeeds | None:

@@ -124,6 +124,18 @@ def _is_outside(name: str, folder: Path) -> bool:
     return "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve())
 
 
+def lacking_data(file: Path) -> str:
+    """Which weights of a graph are not to be had, as a clause; empty where all are, and for what is no graph."""
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception:  # protobuf's own
+        return ""
+    if outside := printable(data_outside(model, file.parent)):
+        return f"its weights are in {outside}, which leads outside of its directory"
+    missing = printable(missing_data(model, file.parent))
+    return f"its weights are in {missing}, which is not beside it" if missing else ""
+
+
 def check_is_one_file(file: Path) -> None:
     """UsageError for a graph that keeps weights in other files, which a copy of it would not find. Others pass."""
     try:

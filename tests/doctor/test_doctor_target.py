@@ -432,3 +432,14 @@ def test_golden_data_that_validate_refuses_are_no_golden_data(bundle: Path, cont
     with pytest.raises(BundleError) as refused:
         Golden.load(bundle / GOLDEN)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [("../../secret", "which leads outside of its directory"), ("gone.data", "which is not beside it")],
+)
+def test_a_graph_whose_weights_are_elsewhere_does_not_run(location: str, words: str, tmp_path: Path) -> None:
+    bundle = tiny_bundles.with_weights_in(tiny_bundles.write(tmp_path / "b"), location)
+    target = examine(bundle)
+    assert (target.exit_code, finding(target, GRAPH).status) == (2, Status.PROBLEM)
+    assert finding(target, GRAPH).what == f"its weights are in {location}, {words}"
