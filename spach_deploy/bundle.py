@@ -18,17 +18,19 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
+import math
 import os
 import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spach_deploy.errors import BundleError, ChangedFileError
+from spach_deploy.errors import BundleError, ChangedFileError, UsageError
 from spach_deploy.files import Place, short_name
 from spach_deploy.npz import npz_headers
 from spach_deploy.small_files import parse_json, read_json
@@ -67,6 +69,9 @@ _SECTIONS = (
     "files",
 )
 _READ_CHUNK = 1 << 20
+
+LARGEST_SIDE, MOST_CLASSES, LARGEST_BATCH = 16_384, 1_000_000, 999_999
+"""Of the images in pixels, and of the batch what --batch takes; no SPACH model is near the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,19 +125,13 @@ class Manifest:
         return cls(content)._checked(where)
 
     def _checked(self, where: str) -> Manifest:
-        """Read every accessor once, so that a manifest of wrong types fails here and by name."""
-        try:
-            _ = (
-                self.files,
-                self.inputs,
-                self.outputs,
-                self.model["name"],
-                self.precision,
-                self.engine["flavour"],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export it again.") from None
+        """Read every accessor once, so that a manifest of wrong types or absurd sizes fails here and by name."""
+        for name in _SECTIONS:
+            with reading(where, name):
+                _check_kind(self.content[name], list if name in ("inputs", "outputs") else dict)
+        for name, read in _READERS.items():
+            with reading(where, name):
+                read(self)
         return self
 
     @property
@@ -164,6 +163,92 @@ class Manifest:
     def engine(self) -> dict[str, Any]:
         """Flavour, GPUs, plan facts, or the reason why there is no plan."""
         return dict(self.content["engine"])
+
+
+@contextlib.contextmanager
+def reading(where: str, name: str) -> Iterator[None]:
+    """While an entry `name` of the manifest `where` is read: BundleError that names it where it is not as written."""
+    try:
+        yield
+    except KeyError as error:
+        reason = f"{name} lacks {error}"
+    except UsageError as error:
+        reason = f"{name}: {error.message.rstrip('.')}"
+    except ValueError as error:
+        reason = f"{name}: {error}"
+    except (TypeError, AttributeError, OverflowError):
+        reason = f"{name} is not what spach-export writes"
+    else:
+        return
+    raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again.")
+
+
+def _check_kind(value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{json.dumps(value)[:40]} is no {'list' if kind is list else 'object'}")
+
+
+def _check_int(section: Mapping[str, Any], name: str, most: int) -> None:
+    """ValueError for an entry that is there, and no whole number from 1 to `most`."""
+    if name in section and not (type(section[name]) is int and 1 <= section[name] <= most):
+        raise ValueError(f"{name} is {str(section[name])[:40]}, not 1 to {most:,}")
+
+
+def _check_model(manifest: Manifest) -> None:
+    _ = manifest.model["name"]
+    _check_int(manifest.model, "image_size", LARGEST_SIDE)
+    _check_int(manifest.model, "num_classes", MOST_CLASSES)
+
+
+def _check_preprocessing(manifest: Manifest) -> None:
+    section, size = manifest.content["preprocessing"], manifest.model.get("image_size")
+    _check_int(section, "resize_size", 2 * LARGEST_SIDE)
+    if section.get("image_size", size) != size:
+        raise ValueError(f"image_size is {str(section['image_size'])[:40]}, and the model's is {size}")
+    for name in {"mean", "std"} & section.keys():
+        values = section[name]
+        is_plain = (
+            isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
+        )
+        if not is_plain or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+            raise ValueError(f"{name} is {str(values)[:40]}, not three {'positive ' * (name == 'std')}numbers")
+
+
+def _check_batch(manifest: Manifest) -> None:
+    section = manifest.content["batch"]
+    if section.keys() != {"min", "opt", "max"}:
+        raise ValueError("it has not min, opt and max alone")
+    for name in section:
+        _check_int(section, name, LARGEST_BATCH)
+
+
+def _check_inputs(manifest: Manifest) -> None:
+    size = manifest.model.get("image_size")
+    for tensor in manifest.inputs:
+        sides = tensor.shape[1:3] if tensor.layout == "NHWC" else tensor.shape[2:4]
+        if size is not None and not {*sides} <= {size, None}:
+            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's image_size is {size}")
+
+
+def _check_outputs(manifest: Manifest) -> None:
+    classes = manifest.model.get("num_classes")
+    for tensor in manifest.outputs:
+        is_by_class = tensor.name in ("logits", "probabilities") and classes is not None
+        if is_by_class and not {*tensor.shape[1:]} <= {classes, None}:
+            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's num_classes is {classes}")
+
+
+_READERS: Mapping[str, Callable[[Manifest], object]] = {
+    "files": lambda manifest: manifest.files,
+    "model": _check_model,
+    "preprocessing": _check_preprocessing,
+    "inputs": _check_inputs,
+    "outputs": _check_outputs,
+    "batch": _check_batch,
+    "precision": lambda manifest: manifest.precision,
+    "engine": lambda manifest: manifest.engine["flavour"],
+}
+"""Of each section what code relies on, looked at once."""
 
 
 def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,30 @@ def test_a_target_that_cannot_be_a_directory_is_refused(tmp_path: Path, where: s
 def test_a_hostile_manifest_is_one_sentence(text: str, reason: str) -> None:
     with pytest.raises(BundleError, match=reason):
         Manifest.parse(text, "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "reason"),
+    [
+        ("model", {"num_classes": 10**12}, "model: num_classes is 1000000000000, not 1 to 1,000,000"),
+        ("model", {"num_classes": 7}, "outputs: logits has shape (None, 1000), and the model's num_classes is 7"),
+        ("model", {"image_size": -1}, "model: image_size is -1, not 1 to 16,384"),
+        ("model", {"image_size": 32}, "inputs: input has shape (None, 3, 224, 224), and the model's image_size is 32"),
+        ("batch", {"max": 10**9}, "batch: max is 1000000000, not 1 to 999,999"),
+        ("batch", {"most": 8}, "batch: it has not min, opt and max alone"),
+        ("preprocessing", {"std": [0, 0, 0]}, "preprocessing: std is [0, 0, 0], not three positive numbers"),
+        ("preprocessing", {"mean": None}, "preprocessing: mean is None, not three numbers"),
+        ("files", None, "files: null is no object"),
+    ],
+)
+def test_a_manifest_of_absurd_sizes_is_refused_when_it_is_read(section: str, changes: Any, reason: str) -> None:
+    """Whoever believed them would make a name for each class, or wait for a batch of a thousand million."""
+    content: dict[str, Any] = {"schema_version": 1, **SECTIONS, "files": {}}
+    content["model"] = {"name": "ms_hybrid_s", "image_size": 224, "num_classes": 1000}
+    Manifest.parse(json.dumps(content), "manifest.json")
+    content[section] = changes and {**content[section], **changes}
+    with pytest.raises(BundleError, match=re.escape(f"has an entry of the wrong kind ({reason}).")):
+        Manifest.parse(json.dumps(content), "manifest.json")
 
 
 def test_a_manifest_cannot_name_files_outside_the_bundle(tmp_path: Path) -> None:

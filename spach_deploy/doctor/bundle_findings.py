@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, golden_problem
+from spach_deploy.bundle import (
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    PLAN,
+    WRITTEN_AGAIN,
+    Bundle,
+    golden_problem,
+    reading,
+)
 from spach_deploy.command_lines import quoted
 from spach_deploy.doctor.capability import RUNS_ON
 from spach_deploy.doctor.commands import exporting, installing
@@ -19,7 +28,7 @@ from spach_deploy.doctor.here import Here
 from spach_deploy.doctor.plan_file import PlanFile, find_plan
 from spach_deploy.doctor.plan_findings import AskTensorRT, about_header
 from spach_deploy.engine.gpus import parse_gpus
-from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.errors import UsageError
 from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.runtime.processor import has_vnni
 from spach_deploy.runtime.truncation import REMEDY, fault_of
@@ -47,11 +56,13 @@ def about_bundle(bundle: Bundle, here: Here, ask: AskTensorRT) -> tuple[Finding,
 
 def _read(bundle: Bundle) -> tuple[BatchProfile, Plan]:
     """What the manifest says of batch and plan, and every entry that is used later is looked at once."""
-    content = bundle.manifest.content
-    try:
-        batch, engine = BatchProfile(**content["batch"]), bundle.manifest.engine
-        for section in ("model", "output_options", "validation"):
-            _ = content[section].keys()
+    content, where = bundle.manifest.content, str(bundle.path / MANIFEST)
+    with reading(where, "batch"):
+        batch = BatchProfile(**content["batch"])
+    with reading(where, "output_options"):
+        _ = content["output_options"].keys()
+    with reading(where, "engine"):
+        engine = bundle.manifest.engine
         plan = Plan(
             Flavour(engine["flavour"]),
             str(engine["version"]) if engine.get("version") else None,
@@ -60,9 +71,6 @@ def _read(bundle: Bundle) -> tuple[BatchProfile, Plan]:
             hardware_compatible=bool(engine.get("hardware_compatible")),
             rebuild=functools.partial(exporting, bundle),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        where, reason = bundle.path / MANIFEST, f"{type(error).__name__}: {error}"
-        raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export it again.") from None
     return batch, plan
 
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.bundle import MANIFEST, Bundle
-from spach_deploy.errors import BundleError, UsageError
+from spach_deploy.bundle import MANIFEST, Bundle, reading
 from spach_deploy.models.hyperparameters import read_section
 from spach_deploy.specs import BatchProfile, Flavour, IODtype, OutputSpec, Precision, Preprocessing
 from spach_deploy.validation.tolerance import ToleranceSet
@@ -29,15 +28,17 @@ _MODEL_ENTRIES = (
 
 
 def _check_model(section: Mapping[str, Any]) -> None:
-    """KeyError and TypeError for what `BundleFacts.of` explains."""
+    """KeyError and ValueError for what `BundleFacts.of` explains."""
     _ = [section[name] for name in _MODEL_ENTRIES]
-    for name in ("image_size", "num_classes"):
-        if type(section[name]) is not int:
-            raise TypeError(f"model.{name} is {section[name]!r}")
     ignored = section.get("ignored", [])
     if not (isinstance(ignored, list) and all(isinstance(pattern, str) for pattern in ignored)):
-        raise TypeError(f"model.ignored is {ignored!r}")
+        raise ValueError(f"ignored is {ignored!r}")
     read_section(section.get("hyperparameters"))
+
+
+def _check_top_k(top_k: Any, classes: int) -> None:
+    if top_k is not None and not (type(top_k) is int and 1 <= top_k <= classes):
+        raise ValueError(f"top_k is {str(top_k)[:40]}, not 1 to {classes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,25 +72,26 @@ class BundleFacts:
     def of(cls, bundle: Bundle) -> BundleFacts:
         """BundleError when the manifest has an entry of the wrong kind."""
         content, where = bundle.manifest.content, str(bundle.path / MANIFEST)
-        try:
-            options, engine = content["output_options"], bundle.manifest.engine
+        with reading(where, "model"):
             _check_model(bundle.manifest.model)
-            return cls(
-                precision=Precision(bundle.manifest.precision),
-                rest=Precision(content["precision"].get("rest", bundle.manifest.precision)),
-                preprocessing=_preprocessing(content["preprocessing"]),
-                outputs=OutputSpec(IODtype(options["io_dtype"]), options["top_k"], bool(options["softmax"])),
-                batch=BatchProfile(**content["batch"]),
-                flavour=Flavour(engine["flavour"]),
-                tolerances=ToleranceSet.from_dict(content["validation"]["tolerances"], where),
-                tf32=bool(engine.get("tf32", False)),
-                quantization=_quantization(bundle, content.get("quantization")),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise BundleError(
-                f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again."
-            ) from None
+        with reading(where, "precision"):
+            precision = Precision(bundle.manifest.precision)
+            rest = Precision(content["precision"].get("rest", precision.value))
+        with reading(where, "preprocessing"):
+            preprocessing = _preprocessing(content["preprocessing"])
+        with reading(where, "output_options"):
+            options = content["output_options"]
+            _check_top_k(options["top_k"], bundle.manifest.model["num_classes"])
+            outputs = OutputSpec(IODtype(options["io_dtype"]), options["top_k"], bool(options["softmax"]))
+        with reading(where, "batch"):
+            batch = BatchProfile(**content["batch"])
+        with reading(where, "engine"):
+            flavour, tf32 = Flavour(bundle.manifest.engine["flavour"]), bool(bundle.manifest.engine.get("tf32", False))
+        with reading(where, "validation"):
+            tolerances = ToleranceSet.from_dict(content["validation"]["tolerances"], where)
+        with reading(where, "quantization"):
+            quantization = _quantization(bundle, content.get("quantization"))
+        return cls(precision, rest, preprocessing, outputs, batch, flavour, tolerances, tf32, quantization)
 
 
 def read_record(facts: BundleFacts) -> QuantizationPlan | None:

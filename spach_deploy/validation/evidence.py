@@ -49,6 +49,9 @@ _REPEATED = 8
 _MEMORY_SHARE = 0.5
 """Of the free memory, at most so much is taken by the largest batch on a CPU."""
 
+_MOST_AT_ONCE = 512
+"""Images in a batch on a CPU: the smallest model takes half a minute for them, and memory alone would allow hours."""
+
 _RUNTIME_OVERHEAD = 2.0
 """A CPU's memory for a batch, over the tensors that have to be there at once (ms_hybrid_s in FP16: 1.6)."""
 
@@ -303,11 +306,13 @@ class OtherBatches:
 
     @classmethod
     def of(cls, graph: Path | bytes, trial: Trial) -> OtherBatches:
-        """What this machine has memory for."""
+        """What this machine has memory for, and a CPU the time."""
         profile, fed = trial.batch, graph_batches(len(trial), trial.batch)
-        most = min(profile.max, max(profile.min, LARGEST_BATCH, _room_for(graph, profile)))
-        sizes = {profile.min, min(profile.opt, most), most}.difference(fed)
-        left_out = f"A batch of {profile.max} did not run: there was memory for {most}." if most < profile.max else ""
+        room = _room_for(graph, profile)
+        most = min(profile.max, max(LARGEST_BATCH, min(room, _MOST_AT_ONCE)))
+        sizes = {min(size, most) for size in (profile.min, profile.opt, profile.max)}.difference(fed)
+        reason = f"on a CPU {most} is the most" if room > most else f"there was memory for {most}"
+        left_out = f"A batch of {profile.max} did not run: {reason}." if most < profile.max else ""
         return cls(tuple(sorted(sizes)), left_out)
 
 

@@ -219,6 +219,7 @@ def _batch(manifest: dict[str, Any]) -> None:
 
 def _shape(manifest: dict[str, Any]) -> None:
     manifest["inputs"][0]["shape"] = [None, 3, 9, 9]
+    manifest["model"]["image_size"] = manifest["preprocessing"]["image_size"] = 9
 
 
 FAULTS: dict[Callable[[dict[str, Any]], None], str] = {

@@ -234,7 +234,8 @@ def test_gpus_that_cannot_be_read_are_not_known(bundle: Path, gpus: Any) -> None
 def test_the_export_that_would_change_it_is_one_that_spach_export_takes(bundle: Path) -> None:
     model = {"name": "ms_hybrid_s", "checkpoint": "my run.pth", "weights": "ema", "image_size": 256, "num_classes": 9}
     options = {"io_dtype": "uint8", "top_k": 5, "softmax": True}
-    bundles.rewrite(bundle, model=model, output_options=options, batch={"min": 2, "opt": 4, "max": 8})
+    tensors: dict[str, Any] = {"inputs": [], "outputs": [], "preprocessing": {}}
+    bundles.rewrite(bundle, model=model, output_options=options, batch={"min": 2, "opt": 4, "max": 8}, **tensors)
     command = finding(examine(bundle, gpu_machine(T4)), "NVIDIA GPU").command
     assert command is not None
     assert "--checkpoint 'my run.pth' --weights ema --image-size 256 --fp16 --io-dtype uint8 --top-k 5" in command

@@ -186,6 +186,19 @@ def test_a_batch_for_which_there_is_no_memory_is_left_out_and_said(monkeypatch: 
     assert found.to_dict()["left_out"] == found.left_out
 
 
+@pytest.mark.parametrize(
+    ("profile", "sizes"), [(BatchProfile(1, 8, 100_000), (8, 512)), (BatchProfile(99_999, 99_999, 100_000), (512,))]
+)
+def test_a_batch_that_would_take_a_cpu_hours_is_left_out_and_said(
+    profile: BatchProfile, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, trial, _ = case(Precision.FP32)
+    monkeypatch.setattr(resources, "find_memory", lambda: resources.Memory(1 << 50, 1 << 50))
+    others = evidence_module.OtherBatches.of(graph, dataclasses.replace(trial, batch=profile))
+    assert others.sizes == sizes
+    assert others.left_out == "A batch of 100000 did not run: on a CPU 512 is the most."
+
+
 def test_a_fixed_batch_runs_whole_where_there_are_fewer_images() -> None:
     graph, trial, bounds = case(Precision.FP32)
     trial = dataclasses.replace(trial, logits=trial.logits[:5], names=trial.names[:5], batch=BatchProfile(7, 7, 7))
