@@ -162,3 +162,11 @@ def test_every_imported_package_is_declared() -> None:
     imported = set().union(*map(required_packages, PACKAGE.rglob("*.py")))
     assert imported - declared == set()
     assert {"google", "onnx_ir", "tritonclient"} <= imported
+
+
+def test_no_folder_of_tests_hides_a_package() -> None:
+    """pytest puts a folder without `__init__.py` onto sys.path: a folder in it is then a package, such as `triton`."""
+    folders = {file.parent for file in (ROOT / "tests").rglob("test_*.py")}
+    on_path = [folder for folder in folders if not (folder / "__init__.py").exists()]
+    hidden = {"triton", "kubernetes", *IMPORTED_AS, *IMPORTED_AS.values()}
+    assert [inner for folder in on_path for inner in folder.iterdir() if inner.name in hidden] == []
