@@ -167,10 +167,10 @@ def hold_to_answers(
     say(f"{given.path.name} disagrees (relative L2 {agreement.rel_l2:.1e}): searching what the file does not show.")
     best = search(loaded, given, say)
     found = compared(best, given)
-    changed = [new for old, new in zip(loaded.settings, best.settings, strict=True) if old.value != new.value]
+    pairs = [pair for pair in zip(loaded.settings, best.settings, strict=True) if pair[0].value != pair[1].value]
+    said, changed = [old for old, _ in pairs], [new for _, new in pairs]
     if not changed or not found.agrees:
         raise _nothing_agrees(given, agreement, found, changed)
-    said = [old for old, new in zip(loaded.settings, best.settings, strict=True) if old.value != new.value]
     if is_settled or any(setting.source is not Source.ASSUMED for setting in said):
         options = " ".join(map(_option, changed))
         raise MismatchError(
@@ -179,7 +179,7 @@ def hold_to_answers(
             f" ({said[0].source.sentence}) it does ({found.rel_l2:.1e}).",
             f"Export it again with {options}." if is_settled else f"Give {options}, or correct what says otherwise.",
         )
-    for old, new in zip(said, changed, strict=True):
+    for old, new in pairs:
         say(f"{new} ({new.source.sentence}; {old} was assumed).")
     return dataclasses.replace(best, settings=confirmed(best.settings)), found
 
