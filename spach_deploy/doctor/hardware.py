@@ -8,9 +8,9 @@ from spach_deploy.doctor.capability import RUNS_ON, driver_runs, runners
 from spach_deploy.doctor.driver import LEAST_DRIVER
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.here import Here
-from spach_deploy.doctor.resources import Folder
 from spach_deploy.engine.gpus import SUPPORTED, format_gpus
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
+from spach_deploy.runtime.resources import Folder
 
 LEAST_MEMORY_BYTES = 3 * 10**9
 """An export of ms_hybrid_s takes 2.9 GB, all processes together (benchmarks/RESULTS.md)."""

@@ -13,8 +13,8 @@ from spach_deploy import requirements as required
 from spach_deploy.doctor.driver import LEAST_DRIVER, Driver, Surroundings, driver_from
 from spach_deploy.doctor.packages import OnnxRuntime, Torch, find_onnxruntime, find_torch
 from spach_deploy.doctor.probe import Answer, Question
-from spach_deploy.doctor.resources import Folder, Memory, find_folder, find_memory, temporary_folder
 from spach_deploy.runtime.packages import MODULE_NAMES, is_installed
+from spach_deploy.runtime.resources import Folder, Memory, find_folder, find_memory, temporary_folder
 from spach_deploy.specs import Flavour
 
 LIMIT_S = 3.0

@@ -320,8 +320,8 @@ def _room_for(graph: Path | bytes, profile: BatchProfile) -> int:
     """The largest batch for which there is memory; that of the profile where nothing tells."""
     import onnx
 
-    from spach_deploy.doctor.resources import find_memory
     from spach_deploy.onnx_graph.graph import live_elements_at_batch_one
+    from spach_deploy.runtime.resources import find_memory
 
     memory = find_memory()
     try:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
-from spach_deploy.doctor.resources import find_memory
+from spach_deploy.runtime.resources import find_memory
 from spach_deploy.zoo.child import Ended, Running
 from spach_deploy.zoo.plan import Build
 

@@ -9,8 +9,8 @@ from typing import Any
 from spach_deploy.doctor.driver import Driver, Gpu
 from spach_deploy.doctor.here import Here, TensorRTPackage
 from spach_deploy.doctor.packages import OnnxRuntime, Torch
-from spach_deploy.doctor.resources import Folder, Memory
 from spach_deploy.requirements import Requirement, Requirements
+from spach_deploy.runtime.resources import Folder, Memory
 from spach_deploy.specs import ComputeCapability, Flavour
 
 GIGABYTE = 10**9

@@ -19,8 +19,8 @@ from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.here import Here, TensorRTPackage
 from spach_deploy.doctor.machine import Machine, examine_machine
 from spach_deploy.doctor.packages import OnnxRuntime, Torch
-from spach_deploy.doctor.resources import Folder, Memory
 from spach_deploy.doctor.table import as_text
+from spach_deploy.runtime.resources import Folder, Memory
 from spach_deploy.specs import Flavour
 from tests.doctor.machines import (
     GIGABYTE,

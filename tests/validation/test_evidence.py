@@ -12,10 +12,10 @@ import pytest
 from onnx import ModelProto
 
 from spach_deploy.bundle import GOLDEN, GRAPH, Bundle
-from spach_deploy.doctor import resources
 from spach_deploy.errors import UnavailableError, UsageError
 from spach_deploy.onnx_graph.graph import live_elements_at_batch_one
 from spach_deploy.precision.half import type_graph
+from spach_deploy.runtime import resources
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.specs import BatchProfile, Flavour, Precision
 from spach_deploy.validation import evidence as evidence_module
