@@ -276,6 +276,9 @@ def interrupted(script: Path, target: Path) -> Iterator[Running]:
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 130
     assert gone(builders)
+    if running.lines[-1] == f"Interrupted. The new bundle was written before that: {target} is complete.":
+        Bundle.open(target)  # a busy machine's signal came after the end; then that has to be so, to the last hash
+        return
     assert running.lines[-1] == f"Interrupted. Nothing was written; {target} is as it was."
     assert not [line for line in running.lines if "Traceback" in line or line.startswith("Error")]
     assert contents(target) == before
