@@ -26,9 +26,10 @@ import onnx
 from benchmarks.photographs import calibration_photographs
 from benchmarks.quantization import prepared
 from benchmarks.results import record, table
+from spach_deploy.graph.export import INPUT, export_canonical
+from spach_deploy.graph.precision.ranges import open_session
 from spach_deploy.models import load_model
-from spach_deploy.onnx_graph.export import INPUT, export_canonical
-from spach_deploy.precision.ranges import open_session
+from spach_deploy.options.specs import ModelSpec, Preprocessing
 from spach_deploy.quantization.formats import INT8, Float32
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import candidates, plan_from_statistics
@@ -36,7 +37,6 @@ from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import Collector
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import ModelSpec, Preprocessing
 
 OURS = tuple(method.value for method in Method)
 THEIRS = {"ort-minmax": "MinMax", "ort-entropy": "Entropy", "ort-percentile": "Percentile"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from spach_deploy.onnx_graph.graph import (
+from spach_deploy.graph.edit import (
     attributes,
     constant,
     consumers,
@@ -21,7 +21,7 @@ from spach_deploy.onnx_graph.graph import (
     replace_nodes,
     shapes_at_batch_one,
 )
-from spach_deploy.onnx_graph.passes.block_boundaries import TO_CHANNELS_LAST, is_transpose
+from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_LAST, is_transpose
 
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
 

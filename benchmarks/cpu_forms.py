@@ -23,19 +23,18 @@ import numpy as np
 
 from benchmarks.photographs import write
 from benchmarks.results import record, table
-from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, TITLES, Setup, why_not
-from spach_deploy.benchmark.result import Accuracy
+from spach_deploy.benchmark.result import LogitsError, Ratio, ratio
 from spach_deploy.benchmark.rounds import accuracy
-from spach_deploy.benchmark.statistics import Ratio, ratio
-from spach_deploy.benchmark.worker import Worker
-from spach_deploy.bundle import GOLDEN, Bundle
-from spach_deploy.cpu_target import RUNNERS, candidates, options_for
-from spach_deploy.files import Place
-from spach_deploy.pipeline import export
-from spach_deploy.runtime.threads import available_threads
-from spach_deploy.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, TITLES, RunnerSetup, why_not
+from spach_deploy.benchmark.worker import RunnerProcess
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, Bundle
+from spach_deploy.common.files import Destination
+from spach_deploy.common.threads import available_threads
+from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.pipeline.cpu_target import RUNNERS, candidates, options_for
+from spach_deploy.pipeline.export import export
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.reference import Golden
 
 Form = tuple[Precision, str]
 BASE: Form = (Precision.FP32, EAGER)
@@ -51,24 +50,24 @@ def bundles(name: str, folder: Path) -> Iterator[tuple[Precision, Bundle]]:
     asked = ExportOptions(ModelSpec(name), images=held_out, quantization=QuantizationSpec(calibration))
     for precision in candidates(asked):
         print(f"{name}: export {precision.value}", file=sys.stderr, flush=True)
-        yield precision, export(options_for(asked, precision), place=Place.of(folder / precision.value)).bundle
+        yield precision, export(options_for(asked, precision), place=Destination.of(folder / precision.value)).bundle
 
 
-def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle]) -> dict[Form, Worker]:
+def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle]) -> dict[Form, RunnerProcess]:
     """All forms that can run here, PyTorch once."""
-    found: dict[Form, Worker] = {}
+    found: dict[Form, RunnerProcess] = {}
     for precision, bundle in made.items():
-        setup = Setup(bundle.path, threads=available_threads())
+        setup = RunnerSetup(bundle.path, threads=available_threads())
         for name in RUNNERS[precision]:
             if (name != EAGER or precision is Precision.FP32) and not why_not(name, setup, bundle):
-                found[precision, name] = stack.enter_context(Worker(name, setup))
+                found[precision, name] = stack.enter_context(RunnerProcess(name, setup))
     return found
 
 
-def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]], dict[Form, Accuracy]]:
+def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]], dict[Form, LogitsError]]:
     """Median seconds of each form in each round, and its error."""
     times: dict[Form, list[float]] = {}
-    errors: dict[Form, Accuracy] = {}
+    errors: dict[Form, LogitsError] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         made = dict(bundles(name, Path(folder)))
         running = workers(stack, made)
@@ -85,7 +84,7 @@ def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]
     return times, errors
 
 
-def rows(name: str, batch: int, times: dict[Form, list[float]], errors: dict[Form, Accuracy]) -> list[list[object]]:
+def rows(name: str, batch: int, times: dict[Form, list[float]], errors: dict[Form, LogitsError]) -> list[list[object]]:
     """A line a form."""
     lines: list[list[object]] = []
     for form in sorted(times, key=lambda form: -statistics.median(times[form])):
@@ -104,7 +103,7 @@ def _words(found: Ratio | None) -> str:
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def verdict(times: dict[Form, list[float]], errors: dict[Form, Accuracy]) -> list[str]:
+def verdict(times: dict[Form, list[float]], errors: dict[Form, LogitsError]) -> list[str]:
     """Whether the goals hold, by the right forms alone, and by ratios that the rounds can tell."""
     right = {form: seconds for form, seconds in times.items() if errors[form].is_right and form != BASE}
     eight = {form: seconds for form, seconds in right.items() if form[0] is Precision.INT8}

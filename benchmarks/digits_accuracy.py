@@ -21,20 +21,20 @@ from collections.abc import Iterator, Sequence
 from onnx import ModelProto
 
 from benchmarks.results import record, table
-from spach_deploy.models.configs import TRANS
+from spach_deploy.graph.export import INPUT
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.decision import TypingOptions
+from spach_deploy.graph.precision.formats import half_format
+from spach_deploy.graph.precision.ranges import measure_ranges
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.models.published import TRANS
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import INPUT
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.precision.decision import TypingOptions
-from spach_deploy.precision.formats import half_format
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import measure_ranges
+from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.formats import eight_bits
+from spach_deploy.quantization.outlier_migration import migrate_outliers
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
-from spach_deploy.quantization.tame import tame_outliers
-from spach_deploy.specs import Precision
 from tests import digits
 
 
@@ -49,7 +49,7 @@ def ours(model: Spach, calibration: digits.Images, precision: Precision) -> Mode
     assert half is not None
     apply_passes(graph, TENSORRT_PASSES)
     feeds = [{INPUT: batch} for batch in batches]
-    tame_outliers(graph, measure_ranges(graph, feeds), half, TypingOptions().margin)
+    migrate_outliers(graph, measure_ranges(graph, feeds), half, TypingOptions().margin)
     return type_graph(graph, precision, measure_ranges(graph, feeds)).model
 
 

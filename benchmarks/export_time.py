@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 
 from benchmarks.results import record, table
-from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.published import CONFIGS
 
 PLAIN = """
 import sys, onnx
 from benchmarks.kernels import plain_export
 from spach_deploy.models.checkpoint import load_model
-from spach_deploy.onnx_graph.export import simplify
-from spach_deploy.specs import ModelSpec
+from spach_deploy.graph.export import simplify
+from spach_deploy.options.specs import ModelSpec
 onnx.save(simplify(plain_export(load_model(ModelSpec(name=sys.argv[1])).model)), sys.argv[2] + "/model.onnx")
 """
 OURS = str(Path(sys.executable).with_name("spach-export"))

@@ -28,14 +28,14 @@ import onnx
 
 from benchmarks.fitting import exponent
 from benchmarks.results import record, table
-from spach_deploy.bundle import GRAPH
-from spach_deploy.models import configs
-from spach_deploy.models.configs import SpachConfig
+from spach_deploy.bundle.store import GRAPH
+from spach_deploy.common.progress import Phase, Silent
+from spach_deploy.graph.export import INPUT
+from spach_deploy.models import published as configs
+from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.shapes import count_macs
-from spach_deploy.onnx_graph.export import INPUT
-from spach_deploy.phases import Phase, Silent
-from spach_deploy.pipeline import export
-from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
+from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
+from spach_deploy.pipeline.export import export
 
 LINEAR = 1.15
 EXPORT, VALIDATION = "export the graph", "validate the graph"

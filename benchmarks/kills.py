@@ -24,8 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.results import record, table
-from spach_deploy.bundle import Bundle
-from spach_deploy.cache.store import Store
+from spach_deploy.bundle.cache import Store
+from spach_deploy.bundle.store import Bundle
 from tests.commands import ROOT, console_script
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -26,24 +26,24 @@ from benchmarks.peer_tools.environments import PEERS, Environment, Run, environm
 from benchmarks.photographs import calibration_photographs
 from benchmarks.quantization import Subject, Variant, deployed, planned, prepared
 from benchmarks.results import record, table
+from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.common.errors import SpachError
+from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import normalize, pixels
-from spach_deploy.data.probes import probe_source
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.engine.plan_facts import read_plan_facts
-from spach_deploy.errors import SpachError
+from spach_deploy.graph.precision.ranges import open_session
+from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models import load_model
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import open_session
+from spach_deploy.options.specs import EngineTarget, ModelSpec, Precision, Preprocessing
+from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.quantization.formats import INT8, Float32
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.scales import Method
-from spach_deploy.specs import EngineTarget, ModelSpec, Precision, Preprocessing
-from spach_deploy.stages_quantization import mark_sites
 from spach_deploy.validation.compare import compare_outputs
-from spach_deploy.validation.reference import LOGITS
 
 OURS = "ours"
 RIGHT = {"FP32": 1e-4, "FP16": 1e-2, "INT8": 1e-1}

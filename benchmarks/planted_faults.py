@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from benchmarks.results import record, table
+from spach_deploy.common.progress import Phases, Silent
 from spach_deploy.models.spach import Spach
-from spach_deploy.phases import Phases, Silent
-from spach_deploy.specs import ExportOptions, ModelSpec, Precision
-from spach_deploy.stages import load, read_photographs
-from spach_deploy.stages_reference import reference_logits
+from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
+from spach_deploy.pipeline.steps.graph import load, read_photographs
+from spach_deploy.pipeline.steps.reference import reference_logits
 from spach_deploy.validation.compare import compare_outputs
-from spach_deploy.validation.precision_loss import evaluate
+from spach_deploy.validation.rounding_error import evaluate
 from spach_deploy.validation.tolerance import derive_tolerances
 from spach_deploy.validation.verdict import judge
 

@@ -25,22 +25,22 @@ from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.engine.plan_facts import read_plan_facts
+from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.ranges import Ranges, measure_ranges, open_session
+from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models import load_model
-from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import Ranges, measure_ranges, open_session
-from spach_deploy.quantization.correct import correct_biases
+from spach_deploy.options.specs import EngineTarget, ModelSpec, Precision, Preprocessing
+from spach_deploy.pipeline.steps.quantization import mark_sites
+from spach_deploy.quantization.bias_correction import correct_biases
 from spach_deploy.quantization.formats import FP8, INT8, Float32
-from spach_deploy.quantization.insert import insert_pairs
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
-from spach_deploy.quantization.quantize import Candidates, candidates, equalize_graph, plan_from_statistics
+from spach_deploy.quantization.qdq import insert_qdq
+from spach_deploy.quantization.quantize import QuantizableSites, candidates, equalize_graph, plan_from_statistics
 from spach_deploy.quantization.scales import Method
-from spach_deploy.quantization.sites import Kind, Selection
+from spach_deploy.quantization.sites import LayerKind, Selection
 from spach_deploy.quantization.statistics import Collector, TensorStatistics
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import EngineTarget, ModelSpec, Precision, Preprocessing
-from spach_deploy.stages_quantization import mark_sites
 
 BATCH = 8
 
@@ -137,7 +137,7 @@ def logits_of(model: ModelProto, images: Float32) -> Float32:
     return np.concatenate(parts)
 
 
-def planned(subject: Subject, variant: Variant) -> tuple[ModelProto, Candidates, QuantizationPlan]:
+def planned(subject: Subject, variant: Variant) -> tuple[ModelProto, QuantizableSites, QuantizationPlan]:
     """The FP32 graph, the layers and the plan."""
     depthwise = any("cpe_net" in pattern for pattern in variant.selection.quantize)
     model = subject.graph(depthwise=depthwise)
@@ -156,7 +156,7 @@ def deployed(model: ModelProto, plan: QuantizationPlan, ranges: Ranges) -> Model
     """What engines are built from; `model` is equalized and marked, and is changed."""
     apply_passes(model, TENSORRT_PASSES)
     correct_biases(model, plan)
-    return insert_pairs(type_graph(model, Precision.FP16, ranges).model, plan)
+    return insert_qdq(type_graph(model, Precision.FP16, ranges).model, plan)
 
 
 def row(subject: Subject, variant: Variant, gpu: str) -> list[object]:
@@ -170,11 +170,11 @@ def row(subject: Subject, variant: Variant, gpu: str) -> list[object]:
     exact = ModelProto()
     exact.CopyFrom(changed)
     correct_biases(exact, plan)
-    logits = logits_of(insert_pairs(exact, plan), subject.images)
+    logits = logits_of(insert_qdq(exact, plan), subject.images)
     difference = np.linalg.norm(logits.astype(np.float64) - subject.logits)
     relative = float(difference / np.linalg.norm(subject.logits.astype(np.float64)))
     typed = deployed(changed, plan, ranges)
-    weighted = [site for site in plan.sites if site.kind is not Kind.ATTENTION]
+    weighted = [site for site in plan.sites if site.kind is not LayerKind.ATTENTION]
     return [variant.name, len(weighted), f"{relative:.4f}", *built(typed, gpu)]
 
 

@@ -29,15 +29,15 @@ from typing import Any
 import numpy.typing as npt
 
 from benchmarks.results import record, table
-from spach_deploy.bundle import GOLDEN, GRAPH, Bundle
-from spach_deploy.deployment.triton.options import Backend, Batching, Instances, TritonOptions
-from spach_deploy.deployment.triton.repository import write_repository
-from spach_deploy.deployment.triton.served import BundleArgument
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
+from spach_deploy.packaging.triton.options import Backend, Batching, Instances, TritonOptions
+from spach_deploy.packaging.triton.repository import write_repository
+from spach_deploy.packaging.triton.served_model import BundleArgument
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.validation.reference import Golden
 from tests import small_bundles
-from tests.deployment.triton.clients import Client, client_packages
-from tests.deployment.triton.server import Server, serving
+from tests.packaging.triton.clients import Client, client_packages
+from tests.packaging.triton.server import Server, serving
 
 CONCURRENCY = (1, 8, 64)
 

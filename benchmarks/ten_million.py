@@ -24,20 +24,20 @@ from onnx import ModelProto
 from PIL import Image
 
 from benchmarks.results import record, table
-from spach_deploy.data.probes import probe_source
+from spach_deploy.data.calibration_set_checks import CalibrationSetCollector
+from spach_deploy.data.images import probe_source
 from spach_deploy.data.readers import open_images
-from spach_deploy.data.survey import SurveyTaker
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.models import load_model
-from spach_deploy.onnx_graph.export import export_canonical
+from spach_deploy.options.specs import ModelSpec, Preprocessing
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import candidates
 from spach_deploy.quantization.scales import Method
-from spach_deploy.quantization.shards import Part, Work, collect_part, merge_all, observe_part
+from spach_deploy.quantization.shards import CalibrationShard, CalibrationWork, collect_part, merge_all, observe_part
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.quantization.statistics import Wanted
+from spach_deploy.quantization.statistics import TensorRequest
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import ModelSpec, Preprocessing
 
 LONGER_SIDE = 500
 PREPROCESSING = Preprocessing()
@@ -65,7 +65,7 @@ def observed(images: Path) -> Iterator[tuple[str, float]]:
     entries = tuple(open_images(images).entries())
     yield "decode and observe (first pass)", cpu_seconds(lambda: observe_part(PREPROCESSING, entries)) / len(entries)
     found = observe_part(PREPROCESSING, entries)
-    taker = SurveyTaker(open_images(images), PREPROCESSING)
+    taker = CalibrationSetCollector(open_images(images), PREPROCESSING)
 
     def take_all() -> None:
         for _, seen in found.seen:
@@ -75,7 +75,7 @@ def observed(images: Path) -> Iterator[tuple[str, float]]:
     yield "head: take an observation", taken / len(entries)
 
 
-def graph_of(name: str) -> tuple[ModelProto, tuple[Wanted, ...]]:
+def graph_of(name: str) -> tuple[ModelProto, tuple[TensorRequest, ...]]:
     model = export_canonical(rewrite(load_model(ModelSpec(name)).model, (), ()).model, PREPROCESSING.image_size)
     return model, candidates(model, Selection(), Scaling(INT8, Method.MAX)).wanted
 
@@ -86,17 +86,17 @@ def calibrated(name: str, images: Path) -> Iterator[tuple[str, float]]:
     entries = tuple(open_images(images).entries())
     digests = tuple(seen.digest for _, seen in observe_part(PREPROCESSING, entries).seen)
     for label, histograms in (("max", False), ("entropy, percentile, mse", True)):
-        work = Work(model.SerializeToString(), wanted, histograms, PREPROCESSING, 1)
+        work = CalibrationWork(model.SerializeToString(), wanted, histograms, PREPROCESSING, 1)
 
-        def part(count: int, work: Work = work) -> float:
-            return cpu_seconds(lambda: collect_part(work, Part(0, entries[:count], digests[:count])))
+        def part(count: int, work: CalibrationWork = work) -> float:
+            return cpu_seconds(lambda: collect_part(work, CalibrationShard(0, entries[:count], digests[:count])))
 
         few, many = part(FEW), part(MANY)
         each = (many - few) / (MANY - FEW)
         yield f"calibrate (second pass), {label}", each
         if not histograms:  # the same with them, and lost in what they take
             yield "begin a part", few - FEW * each
-        statistics = collect_part(work, Part(0, entries[:1], digests[:1]))
+        statistics = collect_part(work, CalibrationShard(0, entries[:1], digests[:1]))
         yield f"head: merge a part, {label}", cpu_seconds(lambda found=statistics: merge_all({}, found))  # type: ignore[misc]
 
 

@@ -26,13 +26,13 @@ from onnx import ModelProto, TensorProto
 
 from benchmarks.quantization import Subject, Variant, built, deployed, planned
 from benchmarks.results import record, table
-from spach_deploy.onnx_graph.graph import initializers, producers
+from spach_deploy.graph.edit import initializers, producers
+from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.stages_quantization import mark_sites
 
 MODELS = ("trans_xxs", "ms_conv_xxs", "ms_mlp_xxs", "ms_hybrid_s")
 EVERYTHING = Selection(quantize=("*",))

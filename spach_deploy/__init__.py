@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # typing takes milliseconds to load, in which Ctrl-C is a
 if TYPE_CHECKING:
     from typing import Any
 
-    from spach_deploy.bundle import Bundle
+    from spach_deploy.bundle.store import Bundle
     from spach_deploy.models import create_model
 
 # ONNX Runtime's wheels send usage data to Microsoft unless told otherwise before they are loaded. Models are their
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {
-    "Bundle": "spach_deploy.bundle",
+    "Bundle": "spach_deploy.bundle.store",
     "create_model": "spach_deploy.models",
 }
 

@@ -37,7 +37,7 @@ for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
 def pytest_configure(config: pytest.Config) -> None:
     """The first process makes the folder that all share; a worker loads what each of its many exports would load."""
     if hasattr(config, "workerinput"):
-        from spach_deploy.onnx_graph.tracing import LOADED_LATER
+        from spach_deploy.graph.tracing import LOADED_LATER
 
         for name in LOADED_LATER:
             importlib.import_module(name)

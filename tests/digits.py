@@ -32,17 +32,16 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from spach_deploy.common.threads import torch_threads
 from spach_deploy.data.preprocess import normalize, pixels
-from spach_deploy.models.configs import CONV, MLP, TRANS, SpachConfig
-from spach_deploy.models.layers import Attention, MixingBlock
-from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.rounding import rounded_twin
+from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.precision.rounding import rounded_graph
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.models.published import CONV, MLP, TRANS, SpachConfig
+from spach_deploy.models.spach import Attention, MixingBlock, Spach
+from spach_deploy.options.specs import Precision, Preprocessing
 from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.runtime.threads import torch_threads
-from spach_deploy.specs import Precision, Preprocessing
 from tests.shared import alone
 
 IMAGE_SIZE, CLASSES, FOLDS = 16, 10, 5
@@ -348,7 +347,7 @@ def logits(graph: ModelProto, batch: Images) -> Logits:
 
 def rounded_logits(graph: ModelProto, batch: Images) -> Logits:
     """Logits (n, 10) of a half graph, every half tensor rounded to its format and infinite beyond it, as on a GPU."""
-    return logits(rounded_twin(graph), batch)
+    return logits(rounded_graph(graph), batch)
 
 
 def torch_logits(model: Spach, batch: Images) -> Logits:

@@ -18,10 +18,10 @@ import onnx
 import pytest
 from onnx import ModelProto
 
-from spach_deploy.bundle import GRAPH, MANIFEST, PLAN
-from spach_deploy.models import configs
-from spach_deploy.pipeline import export
-from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision
+from spach_deploy.bundle.store import GRAPH, MANIFEST, PLAN
+from spach_deploy.models import published as configs
+from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision
+from spach_deploy.pipeline.export import export
 from tests import static_models
 from tests.shared import once
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spach_deploy.models.configs import SpachConfig
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import export_canonical
 from spach_deploy.rewrites import rewrite
 from tests.shared import once
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from spach_deploy.models.configs import SpachConfig
+from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from tests import digits
 from tests.static_models import relative_l2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.digits_accuracy import CASES, Case, measure, misses
-from spach_deploy.specs import Precision
+from spach_deploy.options.specs import Precision
 from tests import digits
 
 pytest.importorskip("sklearn")

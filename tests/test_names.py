@@ -20,18 +20,18 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PAGE, REPORT, sha256_of
-from spach_deploy.cache.key import content_digest
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PAGE, REPORT, sha256_of
 from spach_deploy.cli.doctor import main as doctor
 from spach_deploy.cli.export import main as export
 from spach_deploy.cli.package import main as package
 from spach_deploy.cli.validate import main as validate
-from spach_deploy.command_lines import joined
-from spach_deploy.models import configs
+from spach_deploy.models import published as configs
 from spach_deploy.models.checkpoint_file import read_checkpoint
+from spach_deploy.options.command_line import joined
+from spach_deploy.pipeline.cache import content_digest
 from spach_deploy.report.formats import command as broken_command
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.validation.reference import Golden
 from tests import small_bundles, static_models
 
 pytestmark = pytest.mark.skipif(

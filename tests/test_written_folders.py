@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy import bundle as bundles
-from spach_deploy.deployment.kubernetes.options import KubernetesOptions
-from spach_deploy.deployment.triton.options import Backend, TritonOptions
-from spach_deploy.deployment.triton.served import BundleArgument
-from spach_deploy.errors import BundleError
-from spach_deploy.files import Place
-from tests.deployment.triton import tiny_bundles
+from spach_deploy.bundle import store as bundles
+from spach_deploy.common.errors import BundleError
+from spach_deploy.common.files import Destination
+from spach_deploy.packaging.kubernetes.options import KubernetesOptions
+from spach_deploy.packaging.triton.options import Backend, TritonOptions
+from spach_deploy.packaging.triton.served_model import BundleArgument
+from tests.packaging.triton import tiny_bundles
 
 WRITERS: dict[str, Callable[..., object]] = {
     "triton.repository": lambda m, bundle, target, **how: m.write_repository(
@@ -34,13 +34,13 @@ WRITERS: dict[str, Callable[..., object]] = {
 def test_what_came_since_is_left_alone(
     kind: str, is_replacing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module(f"spach_deploy.deployment.{kind}")
+    module = importlib.import_module(f"spach_deploy.packaging.{kind}")
     bundle, target = tiny_bundles.write(tmp_path / "bundle"), tmp_path / "package"
     if is_replacing:
         WRITERS[kind](module, bundle, target)
 
     @contextlib.contextmanager
-    def writing(place: Place) -> Iterator[Path]:
+    def writing(place: Destination) -> Iterator[Path]:
         with bundles.writing(place) as staging:
             yield staging
             if place.path == target:

@@ -13,23 +13,23 @@ from onnx import ModelProto
 from benchmarks.kernels import formed, plain_export
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.quantization import prepared
+from spach_deploy.graph.export import INPUT, export_canonical
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.ranges import measure_ranges
+from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.checkpoint import load_model
-from spach_deploy.onnx_graph.export import INPUT, export_canonical
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import measure_ranges
-from spach_deploy.quantization.correct import correct_biases
+from spach_deploy.options.specs import ModelSpec, Precision, Preprocessing
+from spach_deploy.pipeline.steps.quantization import mark_sites
+from spach_deploy.quantization.bias_correction import correct_biases
+from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.formats import INT8
-from spach_deploy.quantization.insert import insert_pairs
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
+from spach_deploy.quantization.qdq import insert_qdq
 from spach_deploy.quantization.quantize import candidates, equalize_graph, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import Collector
-from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import ModelSpec, Precision, Preprocessing
-from spach_deploy.stages_quantization import mark_sites
 from spach_deploy.validation.tolerance import derive_tolerances
 
 IMAGES, CALIBRATION = 8, 16
@@ -64,7 +64,7 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
         for precision, half, twin in (
             ("fp32", Precision.FP32, None),
             ("fp16", Precision.FP16, None),
-            ("int8", Precision.FP16, quantized_twin(static, plan)),
+            ("int8", Precision.FP16, fake_quantized(static, plan)),
         )
     }
     (folder / ALLOWED).write_text(json.dumps(allowed), encoding="utf-8")
@@ -87,4 +87,4 @@ def _eight_bits(canonical: ModelProto, plan: QuantizationPlan, calibration: np.n
     mark_sites(changed, plan)
     apply_passes(changed, TENSORRT_PASSES)
     correct_biases(changed, plan)
-    return insert_pairs(type_graph(changed, Precision.FP16, ranges).model, plan)
+    return insert_qdq(type_graph(changed, Precision.FP16, ranges).model, plan)

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.gpu.cells import CELLS
 from benchmarks.results import table
 from spach_deploy.benchmark.layers import layers
-from spach_deploy.tool_versions import tool_versions
+from spach_deploy.common.versions import tool_versions
 
 OURS_OVER_PLAIN, TENSORRT_OVER_COMPILE, ROOFLINE = 1.15, 1.5, 0.6
 

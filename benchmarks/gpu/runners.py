@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.cells import Cell
 from spach_deploy.models.checkpoint import load_model
-from spach_deploy.specs import EngineTarget, Flavour, ModelSpec, Precision
+from spach_deploy.options.specs import EngineTarget, Flavour, ModelSpec, Precision
 
 Run = Callable[[], Any]
 SetBatch = Callable[[np.ndarray[Any, Any]], Run]

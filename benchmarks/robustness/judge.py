@@ -9,8 +9,8 @@ from pathlib import Path
 from benchmarks.robustness.box import CANARY, Box, Tree, is_allowed, is_folder_of_torch
 from benchmarks.robustness.case import Case
 from benchmarks.robustness.forks import Outcome
-from spach_deploy.bundle import MANIFEST, Bundle
-from spach_deploy.errors import SpachError
+from spach_deploy.bundle.store import MANIFEST, Bundle
+from spach_deploy.common.errors import SpachError
 
 CODES = range(4)
 LONGEST_S, MOST_BYTES = 40.0, 4 << 30

@@ -22,7 +22,7 @@ MODEL = ("--model", NAME, "--image-size", str(SIZE), "--num-classes", str(CLASSE
 
 def register() -> None:
     """Let the registry know a model that is exported in a second."""
-    from spach_deploy.models.configs import CONFIGS, SpachConfig
+    from spach_deploy.models.published import CONFIGS, SpachConfig
 
     CONFIGS[NAME] = SpachConfig(16, 8, 2, (("conv", "trans"),), num_heads=2)
 
@@ -67,7 +67,7 @@ def seeds() -> Seeds:
 
 def pictures(count: int, side: int = 48, seed: int = 0) -> NDArray[np.uint8]:
     """Crops of the built-in photographs, uint8 (count, side, side, 3); those of another seed are others."""
-    from spach_deploy.data.probes import probe_source
+    from spach_deploy.data.images import probe_source
 
     photographs = [np.asarray(item.image) for item in probe_source()]
     chance = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def _checkpoints(folder: Path) -> None:
     import torch
 
     from spach_deploy.models.checkpoint import load_model
-    from spach_deploy.specs import ModelSpec
+    from spach_deploy.options.specs import ModelSpec
 
     state = load_model(ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)).model.state_dict()
     training = {"model": state, "model_ema": state, "epoch": 3, "args": argparse.Namespace(model=NAME, input_size=SIZE)}

@@ -1,4 +1,10 @@
-"""Multiplications and bytes of each convolution and linear layer of a graph, and the least time that they take."""
+"""Multiplications and bytes of each convolution and linear layer of a graph, and the least time that they take.
+
+Times of a runtime's own layers, told by the PyTorch modules that they compute.
+
+Nodes of a bundle's graph are called after their modules, `layer3.5.spatial_func.qkv/Gemm`, and runtimes call what they
+make of them after the nodes: `InsertedPrecisionFreeCast_stem.proj/Conv_nchwc`, `layer1.0.norm2/Mul+layer1.0.fc1/Gemm`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.onnx_graph.names import owner
+from spach_deploy.graph.names import owner
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
+
 
 _SPELT_OUT = re.compile(r"(.+/Conv[^/]*)/(?:pad|slice_\d\d|product_\d\d|sum_\d\d|bias)")
 """Nodes of a convolution that `onnx_graph.passes.shift_depthwise` took apart."""
@@ -37,7 +44,7 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _StoredTensor:
     shape: tuple[int, ...]
     itemsize: int
 
@@ -75,15 +82,15 @@ def _without_stale_shapes(model: ModelProto) -> ModelProto:
     return model
 
 
-def _tensors(model: ModelProto) -> Iterator[tuple[str, _Tensor]]:
+def _tensors(model: ModelProto) -> Iterator[tuple[str, _StoredTensor]]:
     import onnx
 
     for weight in model.graph.initializer:
-        yield weight.name, _Tensor(tuple(weight.dims), _itemsize(weight.data_type))
+        yield weight.name, _StoredTensor(tuple(weight.dims), _itemsize(weight.data_type))
     for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         of = value.type.tensor_type
         if all(dim.HasField("dim_value") for dim in of.shape.dim) and of.elem_type != onnx.TensorProto.UNDEFINED:
-            yield value.name, _Tensor(tuple(dim.dim_value for dim in of.shape.dim), _itemsize(of.elem_type))
+            yield value.name, _StoredTensor(tuple(dim.dim_value for dim in of.shape.dim), _itemsize(of.elem_type))
 
 
 def _itemsize(element_type: int) -> int:
@@ -92,7 +99,7 @@ def _itemsize(element_type: int) -> int:
     return int(onnx.helper.tensor_dtype_to_np_dtype(element_type).itemsize)
 
 
-def _layers(nodes: Sequence[NodeProto], tensors: Mapping[str, _Tensor]) -> Iterator[Layer]:
+def _layers(nodes: Sequence[NodeProto], tensors: Mapping[str, _StoredTensor]) -> Iterator[Layer]:
     stored = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
     spelt_out: dict[str, list[NodeProto]] = {}
     for node in nodes:
@@ -109,7 +116,7 @@ def _layers(nodes: Sequence[NodeProto], tensors: Mapping[str, _Tensor]) -> Itera
             yield found
 
 
-def _product(node: NodeProto, tensors: Mapping[str, _Tensor], stored: Mapping[str, str]) -> Layer | None:
+def _product(node: NodeProto, tensors: Mapping[str, _StoredTensor], stored: Mapping[str, str]) -> Layer | None:
     output, weight, left = (tensors.get(name) for name in (node.output[0], node.input[1], node.input[0]))
     if output is None or weight is None or left is None:
         return None
@@ -119,7 +126,7 @@ def _product(node: NodeProto, tensors: Mapping[str, _Tensor], stored: Mapping[st
     return Layer(owner(node.name), node.op_type, math.prod(output.shape) * inner, moved)
 
 
-def _depthwise(name: str, parts: Sequence[NodeProto], tensors: Mapping[str, _Tensor]) -> Layer | None:
+def _depthwise(name: str, parts: Sequence[NodeProto], tensors: Mapping[str, _StoredTensor]) -> Layer | None:
     """Nine shifted products: as in a convolution, what lies between its input and its output is not moved."""
     products = [node for node in parts if node.op_type == "Mul"]
     ends = [tensors.get(tensor) for tensor in (parts[0].input[0], parts[-1].output[0])]
@@ -130,7 +137,7 @@ def _depthwise(name: str, parts: Sequence[NodeProto], tensors: Mapping[str, _Ten
     return Layer(owner(name), "Conv", macs, sum(tensor.bytes for tensor in (*ends, *taps) if tensor))
 
 
-def _contracted(node: NodeProto, left: _Tensor) -> int:
+def _contracted(node: NodeProto, left: _StoredTensor) -> int:
     transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
     return left.shape[0] if transposed else left.shape[-1]
 
@@ -144,3 +151,42 @@ def totals(found: Iterable[Layer]) -> dict[str, Layer]:
             before, macs=before.macs + layer.macs, bytes=before.bytes + layer.bytes
         )
     return sums
+
+
+ADDED = "(added by the runtime)"
+_BEFORE_SLASH = re.compile(r"([\w.]+)/")
+
+
+def owners_of(graph: Path) -> frozenset[str]:
+    """Modules that an ONNX file's nodes are called after."""
+    import onnx
+
+    names = (node.name for node in onnx.load(graph, load_external_data=False).graph.node)
+    return frozenset(owner(name) for name in names if "/" in name)
+
+
+def module_of(layer: str, owners: Iterable[str]) -> str | None:
+    """The module that a layer computes: of several, the one that they all are in. None where the name tells nothing."""
+    told = {found for words in _BEFORE_SLASH.findall(layer) if (found := _longest(words, owners))}
+    if not told:
+        return None
+    if len(told) == 1:
+        return told.pop()
+    paths = [name.split(".") for name in sorted(told)]
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(min(paths)))
+    return ".".join(paths[0][:shared]) or "model"
+
+
+def _longest(words: str, owners: Iterable[str]) -> str:
+    """The owner that `words` end with; something may be put before a name, such as `fused_`."""
+    fitting = (name for name in owners if words == name or re.search(rf"(?<![.a-z0-9]){re.escape(name)}$", words))
+    return max(fitting, key=len, default="")
+
+
+def by_module(layers: Mapping[str, float], owners: frozenset[str]) -> dict[str, float]:
+    """Sums of seconds by module, the longest first; what no module is behind is one entry, `ADDED`."""
+    sums: dict[str, float] = {}
+    for layer, seconds in layers.items():
+        module = module_of(layer, owners) or ADDED
+        sums[module] = sums.get(module, 0.0) + seconds
+    return dict(sorted(sums.items(), key=lambda entry: -entry[1]))

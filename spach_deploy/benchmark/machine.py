@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from spach_deploy.requirements import installed
-from spach_deploy.runtime.processor import cpu_flags, processor_name
-from spach_deploy.runtime.threads import available_threads, torch_threads
-from spach_deploy.tool_versions import tool_versions
+from spach_deploy.common.processor import cpu_flags, processor_name
+from spach_deploy.common.threads import available_threads, torch_threads
+from spach_deploy.common.versions import installed, tool_versions
 
 _GPU_QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
 _GEMM, _COPY_BYTES, _PEAK_S = 1024, 256 << 20, 0.15

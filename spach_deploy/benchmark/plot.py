@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.errors import MissingPackageError, UsageError
-from spach_deploy.files import Place
+from spach_deploy.common.errors import MissingPackageError, UsageError
+from spach_deploy.common.files import Destination
 
 if TYPE_CHECKING:
-    from spach_deploy.benchmark.result import Benchmark, Runner
+    from spach_deploy.benchmark.result import Benchmark, RunnerResult
 
 _SMALLEST_ERROR = 1e-8
 """Where a runner stands on a logarithmic axis that gives the golden answers exactly."""
@@ -23,7 +23,7 @@ _GREY = "#767676"
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 
-def check_plot(file: Path) -> Place:
+def check_plot(file: Path) -> Destination:
     """The plot's place. What could not be drawn or written is refused before minutes of measuring: UsageError,
     MissingPackageError."""
     folder = file.absolute().parent
@@ -33,14 +33,14 @@ def check_plot(file: Path) -> Place:
         raise UsageError(f"--plot {file} cannot be written.", "Give another file.")
     if importlib.util.find_spec("matplotlib") is None:
         raise _without_matplotlib()
-    return Place.of(file)
+    return Destination.of(file)
 
 
 def _without_matplotlib() -> MissingPackageError:
     return MissingPackageError("matplotlib", "A plot", "pip install 'spach-deploy[report]'")
 
 
-def draw(found: Benchmark, place: Place) -> None:
+def draw(found: Benchmark, place: Destination) -> None:
     """Write an SVG; MissingPackageError without matplotlib, UsageError where it cannot be written by now."""
     try:
         import matplotlib
@@ -79,7 +79,7 @@ def _draw_latency(axes: Any, found: Benchmark) -> None:
     axes.grid(alpha=0.25)
 
 
-def _line(runner: Runner, number: int) -> dict[str, Any]:
+def _line(runner: RunnerResult, number: int) -> dict[str, Any]:
     is_right = runner.accuracy.is_right
     colour = _COLOURS[number % len(_COLOURS)]
     return {"color": colour, "marker": "o" if is_right else "X", "linestyle": "-" if is_right else ":"}
@@ -116,10 +116,10 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return front[::-1]
 
 
-def _error(runner: Runner) -> float:
+def _error(runner: RunnerResult) -> float:
     """As it is drawn: what is no number stands where all is wrong."""
     return min(max(runner.accuracy.rel_l2, _SMALLEST_ERROR), 10.0) if runner.accuracy.rel_l2 >= 0 else 10.0
 
 
-def _label(runner: Runner) -> str:
+def _label(runner: RunnerResult) -> str:
     return runner.title if runner.accuracy.is_right else f"{runner.title} (WRONG)"

@@ -11,33 +11,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.benchmark import contestants
-from spach_deploy.benchmark.contestants import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, Setup, lacks_weights
+from spach_deploy.benchmark import runners as contestants
 from spach_deploy.benchmark.layers import Layer, layers
 from spach_deploy.benchmark.machine import Peaks, facts_after, machine_facts
-from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
-from spach_deploy.benchmark.statistics import Latency, ratio
-from spach_deploy.benchmark.worker import Worker
-from spach_deploy.bundle import GOLDEN, GRAPH, Bundle
-from spach_deploy.errors import UnavailableError, UsageError
-from spach_deploy.specs import BatchProfile
+from spach_deploy.benchmark.result import Benchmark, Latency, LogitsError, RunnerResult, Timing, ratio
+from spach_deploy.benchmark.runners import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, RunnerSetup, lacks_weights
+from spach_deploy.benchmark.worker import RunnerProcess
+from spach_deploy.bundle.golden import LOGITS, Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
+from spach_deploy.common.errors import UnavailableError, UsageError
+from spach_deploy.options.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.reference import LOGITS, Golden
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
 
 Array = npt.NDArray[Any]
-Tell = Callable[[str, float], None]
+OnProgress = Callable[[str, float], None]
 """What is under way, and the share that is done."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class BenchmarkRequest:
     """What to measure. `batches` and `names` empty: those of the profile that suit a CPU, and all that can run here.
 
     `seconds`: of each runner's turn in each of `rounds`, for each batch.
     """
 
-    setup: Setup
+    setup: RunnerSetup
     batches: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     rounds: int = 5
@@ -49,13 +48,13 @@ class Question:
 class _Entry:
     """A runner's worker, and what it did so far, by batch: medians of its turns, all its runs, peak memory, errors."""
 
-    worker: Worker
+    worker: RunnerProcess
     bounds: Bounds
     medians: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     runs: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     peak_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
     first_s: dict[int, float] = dataclasses.field(default_factory=dict)
-    errors: dict[int, Accuracy] = dataclasses.field(default_factory=dict)
+    errors: dict[int, LogitsError] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
     def answer(self, golden: Golden, batch: int) -> None:
@@ -76,7 +75,7 @@ class _Entry:
             self._compare(batch, turn.logits, golden.logits[chosen])
 
     @property
-    def accuracy(self) -> Accuracy:
+    def accuracy(self) -> LogitsError:
         """The worst of all batches."""
         return max(self.errors.values(), key=lambda error: error.rel_l2)
 
@@ -93,7 +92,7 @@ class _Entry:
             self.problem = f"stopped at batch {batch}: {error}"
 
 
-def measure(question: Question, tell: Tell = lambda what, share: None) -> Benchmark:
+def measure(question: BenchmarkRequest, tell: OnProgress = lambda what, share: None) -> Benchmark:
     """Run the benchmark.
 
     Raises BundleError and UsageError for what cannot be measured, UnavailableError when a runner that was asked for by
@@ -134,13 +133,17 @@ def _devices(entries: Mapping[str, _Entry]) -> list[str]:
 
 
 def _opened(
-    stack: contextlib.ExitStack, question: Question, allowed: ToleranceSet, skipped: dict[str, str], tell: Tell
+    stack: contextlib.ExitStack,
+    question: BenchmarkRequest,
+    allowed: ToleranceSet,
+    skipped: dict[str, str],
+    tell: OnProgress,
 ) -> dict[str, _Entry]:
     """A worker for each runner; one that does not open joins `skipped`, or is an error where it was asked for."""
     entries: dict[str, _Entry] = {}
     for name in _wanted(question, skipped):
         tell(f"open {TITLES[name]}", 0.0)
-        worker = Worker(name, question.setup)
+        worker = RunnerProcess(name, question.setup)
         try:
             stack.enter_context(worker)
             entries[name] = _Entry(worker, allowed.engine if worker.device == GPU else allowed.graph)
@@ -149,13 +152,13 @@ def _opened(
     return entries
 
 
-def _skip(name: str, reason: str, question: Question, skipped: dict[str, str]) -> None:
+def _skip(name: str, reason: str, question: BenchmarkRequest, skipped: dict[str, str]) -> None:
     if name in question.names:
         raise UnavailableError(f"{TITLES[name]} cannot run here: {reason}.")
     skipped[name] = reason
 
 
-def _set_aside(entries: dict[str, _Entry], question: Question, skipped: dict[str, str]) -> None:
+def _set_aside(entries: dict[str, _Entry], question: BenchmarkRequest, skipped: dict[str, str]) -> None:
     """What did not finish one turn was not measured; UnavailableError where that is everything, or was asked for."""
     for name in [name for name, entry in entries.items() if not entry.runs]:
         _skip(name, entries.pop(name).problem, question, skipped)
@@ -176,7 +179,7 @@ def chosen_batches(asked: Sequence[int], profile: BatchProfile) -> tuple[int, ..
     return batches
 
 
-def _skipped(question: Question, bundle: Bundle) -> dict[str, str]:
+def _skipped(question: BenchmarkRequest, bundle: Bundle) -> dict[str, str]:
     """What cannot run here, with the reason; for what was asked for by name UnavailableError, or UsageError where the
     user has to give more.
     """
@@ -189,24 +192,24 @@ def _skipped(question: Question, bundle: Bundle) -> dict[str, str]:
     return skipped
 
 
-def _wanted(question: Question, skipped: dict[str, str]) -> Iterable[str]:
+def _wanted(question: BenchmarkRequest, skipped: dict[str, str]) -> Iterable[str]:
     return [name for name in question.names or TITLES if name not in skipped]
 
 
-def accuracy(answers: Array, exact: Array, bounds: Bounds) -> Accuracy:
+def accuracy(answers: Array, exact: Array, bounds: Bounds) -> LogitsError:
     """Against the golden logits (N, classes), image by image."""
     allowed = bounds.outputs[LOGITS].rel_l2
     if answers.shape != exact.shape or not np.isfinite(answers).all():
-        return Accuracy(float("inf"), allowed)
+        return LogitsError(float("inf"), allowed)
     errors = np.linalg.norm(answers.astype(np.float64) - exact, axis=1) / np.linalg.norm(exact, axis=1)
-    return Accuracy(float(errors.max()), allowed)
+    return LogitsError(float(errors.max()), allowed)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Watched:
     """Who is told of the progress, and the peaks to measure between the rounds."""
 
-    tell: Tell
+    tell: OnProgress
     peaks: Collection[Peaks]
 
     def between_rounds(self, share: float) -> None:
@@ -216,7 +219,7 @@ class _Watched:
 
 
 def _take_turns(
-    entries: dict[str, _Entry], golden: Golden, batches: Sequence[int], question: Question, watched: _Watched
+    entries: dict[str, _Entry], golden: Golden, batches: Sequence[int], question: BenchmarkRequest, watched: _Watched
 ) -> None:
     """Every batch, in every round every runner, in an order of chance."""
     chance = random.Random(question.seed)
@@ -265,13 +268,17 @@ class _Least:
 
 
 def _runner(
-    name: str, entries: dict[str, _Entry], least: _Least, modules: dict[str, dict[str, float]], question: Question
-) -> Runner:
+    name: str,
+    entries: dict[str, _Entry],
+    least: _Least,
+    modules: dict[str, dict[str, float]],
+    question: BenchmarkRequest,
+) -> RunnerResult:
     entry = entries[name]
     timings = tuple(_timing(entry, entries.get(EAGER), batch, least) for batch in entry.runs)
     must_be_right = name not in IN_BF16 or name in question.names
     seconds = modules.get(name, {})
-    return Runner(name, entry.accuracy, timings, seconds, entry.problem, entry.worker.device, must_be_right)
+    return RunnerResult(name, entry.accuracy, timings, seconds, entry.problem, entry.worker.device, must_be_right)
 
 
 def _timing(entry: _Entry, eager: _Entry | None, batch: int, least: _Least) -> Timing:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from spach_deploy.benchmark.contestants import CPU, ONNX_RUNTIME, TITLES
 from spach_deploy.benchmark.layers import Layer, totals
-from spach_deploy.benchmark.result import Accuracy, Benchmark, Runner, Timing
-from spach_deploy.benchmark.statistics import Ratio, ratio
-from spach_deploy.text import escaped
+from spach_deploy.benchmark.result import Benchmark, LogitsError, Ratio, RunnerResult, Timing, ratio
+from spach_deploy.benchmark.runners import CPU, ONNX_RUNTIME, TITLES
+from spach_deploy.common.text import escaped
 
 _WIDTH, _MODULES = 100, 10
 _SLOW_START_S = 2.0
@@ -71,7 +70,7 @@ def _batch(found: Benchmark, batch: int) -> Iterator[str]:
             yield _row(runner, timing, found)
 
 
-def _row(runner: Runner, timing: Timing, found: Benchmark) -> str:
+def _row(runner: RunnerResult, timing: Timing, found: Benchmark) -> str:
     latency = timing.latency
     times = "".join(
         f"{'–' if value is None else _ms(value):>8}" for value in (latency.median, latency.p90, latency.p99)
@@ -87,7 +86,7 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.2f}"
 
 
-def _ratio(runner: Runner, timing: Timing) -> str:
+def _ratio(runner: RunnerResult, timing: Timing) -> str:
     if not runner.accuracy.is_right:
         return "WRONG"
     if timing.ratio is None:
@@ -107,7 +106,7 @@ def _allowed(found: Benchmark) -> str:
     return f", {bounds.pop():.1e} is allowed" if len(bounds) == 1 else ""
 
 
-def _error(accuracy: Accuracy, at_batch: float | None = None) -> str:
+def _error(accuracy: LogitsError, at_batch: float | None = None) -> str:
     """At one batch where it is given, else the worst; with the bound that a wrong one is beyond."""
     error = accuracy.rel_l2 if at_batch is None else at_batch
     return f"{error:.1e}" + ("" if error <= accuracy.allowed else f" > {accuracy.allowed:.1e}")
@@ -148,7 +147,7 @@ def _remarks(found: Benchmark) -> Iterator[str]:
         yield from _filled(f"Not run: {TITLES[name]}, {reason}.")
 
 
-def _modules(runner: Runner, found: Benchmark) -> Iterator[str]:
+def _modules(runner: RunnerResult, found: Benchmark) -> Iterator[str]:
     """With the products of each and the share of the roofline that it reaches by itself."""
     total, of_module = sum(runner.modules.values()), totals(found.layers)
     peaks = found.peaks if runner.device == CPU else found.gpu_peaks

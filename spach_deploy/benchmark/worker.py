@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.benchmark.contestants import Opened, Setup, opened
-from spach_deploy.errors import SpachError, UnavailableError
+from spach_deploy.benchmark.runners import OpenRunner, RunnerSetup, opened
+from spach_deploy.common.errors import SpachError, UnavailableError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +26,7 @@ _NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "bad allocation")
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class TimedRuns:
     """Seconds of each run, after warm ones that are not counted; the last one's logits (N, classes) in float32.
 
     `peak_bytes`: of the process's memory so far, what it took to load included.
@@ -38,17 +38,17 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class FirstOutputs:
     """Logits (N, classes) in float32, and the seconds of the very first run of such a batch, in which some compile."""
 
     logits: npt.NDArray[np.float32]
     first_s: float
 
 
-class Worker:
+class RunnerProcess:
     """A runner in its process. Entering raises UnavailableError with the reason where it does not open."""
 
-    def __init__(self, name: str, setup: Setup) -> None:
+    def __init__(self, name: str, setup: RunnerSetup) -> None:
         self.name = name
         self._setup = setup
         self._connection: Connection | None = None
@@ -84,14 +84,14 @@ class Worker:
         """Of its process."""
         return int(self._process.pid)
 
-    def answers(self, inputs: npt.NDArray[Any], batch: int) -> Answers:
+    def answers(self, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
         """Answers to engine inputs (N, ...) in batches of exactly `batch`, the last filled up from the front."""
-        found: Answers = self._ask("answers", (inputs, batch))
+        found: FirstOutputs = self._ask("answers", (inputs, batch))
         return found
 
-    def turn(self, inputs: npt.NDArray[Any], seconds: float) -> Turn:
+    def turn(self, inputs: npt.NDArray[Any], seconds: float) -> TimedRuns:
         """Run this batch for so many seconds."""
-        turn: Turn = self._ask("turn", (inputs, seconds))
+        turn: TimedRuns = self._ask("turn", (inputs, seconds))
         return turn
 
     def profile(self, inputs: npt.NDArray[Any]) -> dict[str, float]:
@@ -133,7 +133,7 @@ class Worker:
                 self._process.kill()
 
 
-def _serve(connection: Connection, name: str, setup: Setup) -> None:
+def _serve(connection: Connection, name: str, setup: RunnerSetup) -> None:
     """In the worker: open the runner, then answer until the other end closes."""
     import signal
 
@@ -150,7 +150,7 @@ def _serve(connection: Connection, name: str, setup: Setup) -> None:
         connection.send((False, _sentence(error)))
 
 
-def _answer(runner: Opened, what: str, argument: Any) -> Any:
+def _answer(runner: OpenRunner, what: str, argument: Any) -> Any:
     if what == "answers":
         return _answers(runner, *argument)
     if what == "profile":
@@ -159,17 +159,17 @@ def _answer(runner: Opened, what: str, argument: Any) -> Any:
     fed = runner.prepare(inputs)
     _timed(runner, fed, _WARM_S, _WARM_RUNS)
     times, last = _timed(runner, fed, seconds, _LEAST_RUNS)
-    return Turn(times, np.asarray(last, np.float32), _peak_bytes())
+    return TimedRuns(times, np.asarray(last, np.float32), _peak_bytes())
 
 
-def _answers(runner: Opened, inputs: npt.NDArray[Any], batch: int) -> Answers:
+def _answers(runner: OpenRunner, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
     times, parts = [], []
     for start in range(0, len(inputs), batch):
         fed = runner.prepare(inputs[np.arange(start, start + batch) % len(inputs)])
         begun = time.perf_counter()
         parts.append(np.asarray(runner.run(fed), np.float32))
         times.append(time.perf_counter() - begun)
-    return Answers(np.concatenate(parts)[: len(inputs)], times[0])
+    return FirstOutputs(np.concatenate(parts)[: len(inputs)], times[0])
 
 
 def _peak_bytes() -> int:
@@ -178,7 +178,7 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _timed(runner: Opened, fed: Any, seconds: float, least: int) -> tuple[tuple[float, ...], Any]:
+def _timed(runner: OpenRunner, fed: Any, seconds: float, least: int) -> tuple[tuple[float, ...], Any]:
     """Seconds of each run, and what the last one gave."""
     times: list[float] = []
     end = time.perf_counter() + seconds

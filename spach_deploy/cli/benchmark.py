@@ -11,9 +11,9 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, say, show
-from spach_deploy.errors import UsageError
-from spach_deploy.specs import WeightSource
-from spach_deploy.text import json_text
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.text import json_text
+from spach_deploy.options.specs import WeightSource
 
 _RUNNERS = ("eager", "compile", "bf16", "onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 
@@ -63,18 +63,18 @@ def main(
     the runner that was asked for.
     """
 
-    from spach_deploy.benchmark.contestants import Setup
     from spach_deploy.benchmark.plot import check_plot, draw
-    from spach_deploy.benchmark.rounds import Question, measure
+    from spach_deploy.benchmark.rounds import BenchmarkRequest, measure
+    from spach_deploy.benchmark.runners import RunnerSetup
     from spach_deploy.benchmark.table import as_text
+    from spach_deploy.common.threads import available_threads
     from spach_deploy.models.registry import check_ignore
-    from spach_deploy.runtime.threads import available_threads
 
     place = None if plot is None else check_plot(plot)
     check_ignore(checkpoint, ignore)
     source = None if weights is None else WeightSource(weights)
-    setup = Setup(bundle, checkpoint, source, threads or available_threads(), ignore)
-    question = Question(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
+    setup = RunnerSetup(bundle, checkpoint, source, threads or available_threads(), ignore)
+    question = BenchmarkRequest(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
         found = measure(question, tell)
     show(json_text(found.to_dict()) if as_json else as_text(found))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from spach_deploy.cache.exports import NONE, PLACE, SIZE, open_store
-from spach_deploy.cache.store import Entry, Store
-from spach_deploy.files import is_own
-from spach_deploy.text import escaped, json_text
+from spach_deploy.bundle.cache import CacheEntry, Store
+from spach_deploy.common.files import is_own
+from spach_deploy.common.text import escaped, json_text
+from spach_deploy.pipeline.cache import NONE, PLACE, SIZE, open_store
 
 _NO_CACHE = f"There is no cache: {PLACE}={NONE}, or this user has no home directory. Give a directory with {PLACE}=DIR."
 
@@ -46,12 +46,12 @@ def cleared() -> str:
     return f"{count} finished {'export was' if count == 1 else 'exports were'} removed from the cache."
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: CacheEntry) -> str:
     name = f"{entry.about.get('model', '')} {entry.about.get('precision', '')}".strip()
     return f"{name:<24} {entry.size_bytes / 1e6:>7,.0f} MB  used {_time(entry.used)}  {entry.about.get('target', '')}"
 
 
-def _plain(entry: Entry) -> dict[str, Any]:
+def _plain(entry: CacheEntry) -> dict[str, Any]:
     times = {"made": _time(entry.made), "used": _time(entry.used)}
     return {"key": entry.key, "bytes": entry.size_bytes, **times, **entry.about}
 

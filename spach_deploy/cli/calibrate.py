@@ -10,11 +10,11 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import ComputingCommand, command, show
-from spach_deploy.text import escaped, json_text
+from spach_deploy.common.text import escaped, json_text
 
 if TYPE_CHECKING:
-    from spach_deploy.files import Place
-    from spach_deploy.quantization.calibrate import Calibration
+    from spach_deploy.common.files import Destination
+    from spach_deploy.quantization.calibration import Calibration
 
 
 @click.command("spach-calibrate", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +53,7 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     from spach_deploy.cli.export_options import calibrate_options
     from spach_deploy.cli.interrupts import ending_on_interrupt
     from spach_deploy.models.registry import check_spec
-    from spach_deploy.quantization.options import check_calibration_file, check_quantization
+    from spach_deploy.options.quantization import check_calibration_file, check_quantization
 
     options = calibrate_options(given)
     check_spec(options.model)
@@ -64,10 +64,10 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     return 0
 
 
-def _calibrate(options: Any, place: Place, *, verbose: bool, as_json: bool) -> None:
+def _calibrate(options: Any, place: Destination, *, verbose: bool, as_json: bool) -> None:
 
     from spach_deploy.cli.export_output import Progress
-    from spach_deploy.pipeline import calibrate_to_file
+    from spach_deploy.pipeline.export import calibrate_to_file
 
     with Progress(verbose=verbose) as progress:
         calibration = calibrate_to_file(options, place, progress)

@@ -21,9 +21,9 @@ from spach_deploy.cli.interrupts import NOTHING, ending_on_interrupt, sentence
 from spach_deploy.cli.large_pages import start_again_with_large_pages
 from spach_deploy.cli.outputs import outputs_that_may_fail
 from spach_deploy.cli.quiet import INTERRUPTED
-from spach_deploy.errors import SpachError, printable, printable_lines
-from spach_deploy.requirements import refuse_unfit_packages
-from spach_deploy.text import Escaped
+from spach_deploy.common.errors import SpachError, printable, printable_lines
+from spach_deploy.common.text import Escaped
+from spach_deploy.common.versions import refuse_unfit_packages
 
 BAD_INPUT, UNAVAILABLE = 2, 3
 

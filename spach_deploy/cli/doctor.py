@@ -10,7 +10,7 @@ import click
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
 from spach_deploy.cli.outputs import is_colored, width
-from spach_deploy.text import json_text
+from spach_deploy.common.text import json_text
 
 if TYPE_CHECKING:
     from spach_deploy.doctor.machine import Machine
@@ -45,11 +45,11 @@ def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool
 
         show(cleared() if clear_cache else shown(as_json=as_json))
         return 0
-    from spach_deploy.doctor.here import look_around
     from spach_deploy.doctor.machine import examine_machine
+    from spach_deploy.doctor.machine_info import gather
     from spach_deploy.doctor.target import examine_target
 
-    here = look_around()
+    here = gather()
     found: Machine | Target = examine_machine(here) if target is None else examine_target(target, here)
     show(_json(found) if as_json else _text(found))
     return found.exit_code
@@ -62,9 +62,9 @@ def _json(found: Machine | Target) -> str:
 
 def _text(found: Machine | Target) -> str:
     """The doctor works where packages are missing, so it says so of the one that it needs to be read."""
+    from spach_deploy.common.errors import UnavailableError
     from spach_deploy.doctor.commands import installing
     from spach_deploy.doctor.table import WIDTH, as_text
-    from spach_deploy.errors import UnavailableError
 
     try:
         return as_text(found, width=width(WIDTH), color=is_colored())

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spach_deploy.bundle import check_target, default_directory
+from spach_deploy.bundle.store import check_target, default_directory
+from spach_deploy.common.files import Destination
 from spach_deploy.engine.flavours import choose_flavour
-from spach_deploy.files import Place
 from spach_deploy.models.registry import check_spec, resolve
-from spach_deploy.quantization.options import check_quantization
-from spach_deploy.specs import ExportOptions
+from spach_deploy.options.quantization import check_quantization
+from spach_deploy.options.specs import ExportOptions
 
 
-def refuse_early(options: ExportOptions) -> Place | None:
+def refuse_early(options: ExportOptions) -> Destination | None:
     """Raise the SpachError that `pipeline.export` would raise for model, engine or target; where the bundle will go."""
     check_spec(options.model)
     check_quantization(options)
@@ -32,7 +32,7 @@ def refuse_early(options: ExportOptions) -> Place | None:
 def refuse_opset(options: ExportOptions) -> None:
     """The same for --opset, which takes ONNX to be asked about."""
     if options.opset is not None:
-        from spach_deploy.onnx_graph.opset import check_opset
+        from spach_deploy.graph.opset import check_opset
 
         check_opset(options)
 

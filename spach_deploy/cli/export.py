@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.bundle import PAGE
+from spach_deploy.bundle.store import PAGE
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import ComputingCommand, command, say, show
 from spach_deploy.cli.interrupts import ending_on_interrupt
-from spach_deploy.errors import UsageError
-from spach_deploy.specs import Flavour, IODtype
-from spach_deploy.text import escaped, json_text
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.text import escaped, json_text
+from spach_deploy.options.specs import Flavour, IODtype
 
 if TYPE_CHECKING:
-    from spach_deploy.auto import Recommendation
-    from spach_deploy.cache.exports import Reused
-    from spach_deploy.files import Place
-    from spach_deploy.specs import ExportOptions
+    from spach_deploy.common.files import Destination
+    from spach_deploy.options.specs import ExportOptions
+    from spach_deploy.pipeline.auto import Recommendation
+    from spach_deploy.pipeline.cache import Reused
 
 
 _ANSWERS = "Inputs and logits that your own code computed: the model is held to them before anything else."
@@ -114,10 +114,10 @@ def main(
     if is_opened:
         check_can_open()
     if is_zoo(given):
-        from spach_deploy.cli.zoo import Asked, zoo
+        from spach_deploy.cli.zoo import ZooRequest, zoo
 
         many = {"ray": given["ray"], "jobs": given["jobs"]}
-        asked = Asked(auto=auto, dry_run=dry_run, no_cache=no_cache, as_json=as_json, **many)
+        asked = ZooRequest(auto=auto, dry_run=dry_run, no_cache=no_cache, as_json=as_json, **many)
         code, page = zoo(given, recipe, asked)
         if is_opened and page.is_file():
             open_page(page)
@@ -143,7 +143,7 @@ def main(
         return _dry_run(options, is_cached=not no_cache, as_json=as_json)
     place = refuse_early(options)
     if options.quantization.cluster is not None:
-        from spach_deploy.cluster.connect import check_address
+        from spach_deploy.distributed.cluster import check_address
 
         check_address(options.quantization.cluster)
     page = _export(options, place, is_cached=not no_cache, verbose=verbose, as_json=as_json)
@@ -152,27 +152,29 @@ def main(
     return 0
 
 
-def _export(options: ExportOptions, place: Place | None, *, is_cached: bool, verbose: bool, as_json: bool) -> Path:
+def _export(
+    options: ExportOptions, place: Destination | None, *, is_cached: bool, verbose: bool, as_json: bool
+) -> Path:
     """Export and print; the bundle's page. Ctrl-C says what was kept, from before torch is loaded to the last line.
 
     The same export that was done before comes from the cache, before torch is loaded.
     """
-    from spach_deploy.cache.exports import ExportCache
-    from spach_deploy.cli.keeping import Keeping
+    from spach_deploy.cli.keeping import TargetBefore
+    from spach_deploy.pipeline.cache import ExportCache
 
-    with ending_on_interrupt(Keeping.of(options).sentence):
+    with ending_on_interrupt(TargetBefore.of(options).sentence):
         cache = ExportCache.of(options, is_used=is_cached)
         if (reused := cache.take(options, place)) is not None:
             show(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
-        from spach_deploy.ahead import Ahead
         from spach_deploy.cli.garbage import not_searched_while_loading
+        from spach_deploy.pipeline.ahead import Ahead
 
         with contextlib.ExitStack() as stack:
             with not_searched_while_loading():
                 ahead = stack.enter_context(Ahead(options.engine.flavour))
                 from spach_deploy.cli.export_output import Progress, summary
-                from spach_deploy.pipeline import export
+                from spach_deploy.pipeline.export import export
 
             with Progress(verbose=verbose) as progress:
                 result = export(options, progress, place=place, ahead=ahead)
@@ -184,8 +186,8 @@ def _export(options: ExportOptions, place: Place | None, *, is_cached: bool, ver
 
 def _dry_run(options: ExportOptions, *, is_cached: bool, as_json: bool) -> int:
     """Print the plan of work; the exit code that the export would begin with."""
-    from spach_deploy.cli.dry_run import as_text
-    from spach_deploy.dry_run import dry_run
+    from spach_deploy.cli.export_output import as_text
+    from spach_deploy.pipeline.estimate import dry_run
 
     found = dry_run(options, is_cached=is_cached)
     show(as_text(found, as_json=as_json))
@@ -220,8 +222,8 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
 
     options = auto_options(given, recipe)
     with ending_on_interrupt(lambda: "Bundles that were finished are kept."):
-        from spach_deploy.auto import as_table, recommend
         from spach_deploy.cli.export_output import Progress
+        from spach_deploy.pipeline.auto import as_table, recommend
 
         with Progress(verbose=verbose) as progress:
             found = recommend(options, progress)
@@ -237,7 +239,7 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
     options, asked = cpu_options(given, recipe)
     with ending_on_interrupt(lambda: "Nothing was written."):
         from spach_deploy.cli.export_output import Progress
-        from spach_deploy.cpu_target import as_table, export_for_cpu
+        from spach_deploy.pipeline.cpu_target import as_table, export_for_cpu
 
         with Progress(verbose=verbose) as observer:
             choice = export_for_cpu(options, asked, observer)
@@ -246,14 +248,14 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
 
 
 def _list(as_json: bool) -> int:
-    from spach_deploy.cli.listing import models_as_json, models_as_table
+    from spach_deploy.cli.export_output import models_as_json, models_as_table
 
     show(models_as_json() if as_json else models_as_table())
     return 0
 
 
 def _list_rewrites() -> int:
-    from spach_deploy.cli.listing import rewrites_as_table
+    from spach_deploy.cli.export_output import rewrites_as_table
 
     show(rewrites_as_table())
     return 0

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.cli.recipes import read_recipe
-from spach_deploy.errors import UsageError
-from spach_deploy.files import Place
-from spach_deploy.specs import (
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.options.specs import (
     BatchProfile,
     Channels,
     EngineTarget,
@@ -88,8 +88,8 @@ def auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions
     if precision is not None:
         raise UsageError(f"--auto chooses the precision, and --{precision} does too.", "Give one of them.")
     options = export_options({**given, "precisions": ("int8",)}, recipe)
-    from spach_deploy.auto import check_auto, options_for
     from spach_deploy.cli.early_checks import refuse_early
+    from spach_deploy.pipeline.auto import check_auto, options_for
 
     check_auto(options)
     refuse_early(options_for(options, Precision.FP16))
@@ -98,7 +98,7 @@ def auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions
 
 def cpu_options(given: Mapping[str, Any], recipe: Path | None) -> tuple[ExportOptions, Precision | None]:
     """Options that the candidates of --target cpu share, and the only precision that was asked for."""
-    from spach_deploy.cpu_target import check_cpu
+    from spach_deploy.pipeline.cpu_target import check_cpu
 
     precision = one_precision(given.get("precisions", ()))
     shared = precision or ("int8" if given.get("calibration") is not None else "fp32")
@@ -127,7 +127,7 @@ def quantization_spec(values: Mapping[str, Any]) -> QuantizationSpec:
     equalize = values.get("equalize")
     return QuantizationSpec(
         calibration=values.get("calibration"),
-        cache=Place.of(values["calibration_cache"]) if values.get("calibration_cache") else None,
+        cache=Destination.of(values["calibration_cache"]) if values.get("calibration_cache") else None,
         method=values.get("method") or default.method,
         rest=Precision(values.get("rest") or default.rest.value),
         keep_float=tuple(values.get("keep_float") or ()),

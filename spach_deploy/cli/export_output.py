@@ -1,24 +1,31 @@
-"""What spach-export shows: progress on stderr while it works, a summary on stdout when it is done."""
+"""What spach-export shows: progress on stderr while it works, a summary on stdout when it is done.
+
+What `spach-export --list` and `--list-rewrites` print.
+
+spach-export --dry-run: the plan of work as text or JSON.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.cli.console import say
 from spach_deploy.cli.outputs import is_colored, width
-from spach_deploy.errors import printable
-from spach_deploy.phases import Phase
-from spach_deploy.text import escaped, json_text
+from spach_deploy.common.errors import printable
+from spach_deploy.common.progress import Phase
+from spach_deploy.common.text import escaped, json_text, rendered
+from spach_deploy.models.registry import ModelInfo, list_models
+from spach_deploy.pipeline.estimate import MEASURED_CORES, DryRun
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from spach_deploy.pipeline import ExportResult
+    from spach_deploy.pipeline.export import ExportResult
 
 
 _LINE_EVERY_S = 10.0
@@ -156,3 +163,110 @@ def _shown(path: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.resolve().relative_to(Path.cwd()))
     return str(path)
+
+
+_WIDTH = 110
+_NUMBERS = ("params", "MACs", "top-1")
+
+
+def models_as_table() -> str:
+    """One line a model: parameters and MACs at 224 pixels, blocks of each stage, published accuracy."""
+    rows = [
+        (
+            info.name,
+            f"{info.parameters / 1e6:.1f} M",
+            f"{info.macs / 1e9:.2f} G",
+            _short(info.stages),
+            "" if info.published_top1 is None else f"{info.published_top1:.1f}",
+            info.reference_name,
+        )
+        for info in list_models()
+    ]
+    table = _table(("model", "params", "MACs", "stages", "top-1", "published name (alias)"), rows)
+    return f"{table}\n\nBlocks of each stage: c convolution, t attention, m spatial MLP. MACs at 224 pixels."
+
+
+def _short(stages: str) -> str:
+    """`2 conv, 10 trans` -> `2c 10t`."""
+    for mixer in ("conv", "trans", "mlp"):
+        stages = stages.replace(f" {mixer}", mixer[0])
+    return stages.replace(", ", " ")
+
+
+def models_as_json() -> str:
+    """The same facts as JSON."""
+    return json_text([_model_facts(info) for info in list_models()])
+
+
+def _model_facts(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "parameters": info.parameters,
+        "macs": info.macs,
+        "stages": info.stages,
+        "published_top1": info.published_top1,
+        "reference_name": info.reference_name,
+        "published_checkpoint": info.published_checkpoint,
+    }
+
+
+def rewrites_as_table() -> str:
+    """Names that --no-rewrite takes."""
+    return _table(("rewrite", "what it does"), _steps())
+
+
+def _steps() -> list[tuple[str, str]]:
+    from spach_deploy.graph.passes import TENSORRT_PASSES
+    from spach_deploy.rewrites import REWRITES
+
+    passes = [(step.name, step.summary) for step in TENSORRT_PASSES]
+    return [*((step.name, step.summary) for step in REWRITES), *passes]
+
+
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="right" if heading in _NUMBERS else "left")
+    for row in rows:
+        table.add_row(*row)
+    return rendered([table], width=_WIDTH)
+
+
+def as_text(found: DryRun, *, as_json: bool) -> str:
+    """What would be done, what it would cost, and what would be refused."""
+    if as_json:
+        return json_text(found.to_dict())
+    lines = [f"{name:<12}{value}" for name, value in found.facts]
+    if found.notes:
+        lines += ["", *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]
+    if found.is_reused:
+        lines += ["", "The same export was done before: its bundle would come from the cache, in about a second."]
+    elif not found.refusals:
+        lines += ["", *(f"  {step.name:<34}{_seconds(step.seconds)}" for step in found.steps)]
+    lines += ["", *_costs(found)]
+    if found.refusals:
+        lines += ["", "Refused:"]
+        lines += [f"- {error.message} {error.hint}".rstrip() for error in found.refusals]
+    return escaped(lines)
+
+
+def _costs(found: DryRun) -> list[str]:
+    if found.seconds is None or found.memory_bytes is None or found.disk_bytes is None:
+        return ["Time, memory and disk follow from the model, which is not known."]
+    return [
+        f"time        about {_seconds(found.seconds).strip()}, an estimate from exports on {MEASURED_CORES} cores",
+        f"memory      about {found.memory_bytes / 1e9:.1f} GB of {found.free_memory_bytes / 1e9:.1f} GB free"
+        f"{_shortened(found.memory_bytes, found.free_memory_bytes)}",
+        f"disk        about {found.disk_bytes / 1e6:,.0f} MB of {found.free_disk_bytes / 1e6:,.0f} MB free"
+        f"{_shortened(found.disk_bytes, found.free_disk_bytes)}",
+    ]
+
+
+def _shortened(needed: float, free: int) -> str:
+    return ": NOT ENOUGH" if needed > free else ""
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:>5.0f} s"

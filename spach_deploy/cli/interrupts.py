@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spach_deploy.cli.quiet import INTERRUPTED
-from spach_deploy.errors import printable
+from spach_deploy.common.errors import printable
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs

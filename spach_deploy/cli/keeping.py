@@ -6,18 +6,18 @@ import dataclasses
 from pathlib import Path
 
 from spach_deploy.cli.early_checks import target_directory
-from spach_deploy.specs import ExportOptions
+from spach_deploy.options.specs import ExportOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class Keeping:
+class TargetBefore:
     """The target before the export: where it is, and which directory was there, if any."""
 
     target: Path | None
     before: int | None
 
     @classmethod
-    def of(cls, options: ExportOptions) -> Keeping:
+    def of(cls, options: ExportOptions) -> TargetBefore:
         """As it is now."""
         target = target_directory(options)
         return cls(target, _inode(target))

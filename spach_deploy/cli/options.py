@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from spach_deploy._version import __version__
-from spach_deploy.specs import ACTIVATIONS, WeightSource
+from spach_deploy.options.specs import ACTIVATIONS, WeightSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 

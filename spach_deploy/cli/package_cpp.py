@@ -9,11 +9,11 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
-from spach_deploy.command_lines import quoted
-from spach_deploy.text import escaped, json_text
+from spach_deploy.common.text import escaped, json_text
+from spach_deploy.options.command_line import quoted
 
 if TYPE_CHECKING:
-    from spach_deploy.deployment.cpp.folder import Written
+    from spach_deploy.packaging.cpp.folder import CppPackage
 
 _LABELS = "Names of the classes, one a line.  [class 0, class 1, …]"
 _OVERWRITE = "Replace a folder that spach-package cpp wrote."
@@ -38,14 +38,14 @@ def main(bundle: Path, output: Path, labels: Path | None, overwrite: bool, as_js
 
     Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input.
     """
-    from spach_deploy.deployment.cpp.folder import write_folder
+    from spach_deploy.packaging.cpp.folder import write_folder
 
     written = write_folder(bundle, output, labels=labels, overwrite=overwrite)
     show(_json(written) if as_json else _text(written))
     return 0
 
 
-def _text(written: Written) -> str:
+def _text(written: CppPackage) -> str:
     model = written.model
     gpus = ", ".join(model.gpus) or "the GPU that it was built on"
     return escaped(
@@ -60,7 +60,7 @@ def _text(written: Written) -> str:
     )
 
 
-def _commands(written: Written) -> tuple[str, ...]:
+def _commands(written: CppPackage) -> tuple[str, ...]:
     path = written.path
     build = quoted(path / "build")
     return (
@@ -70,7 +70,7 @@ def _commands(written: Written) -> tuple[str, ...]:
     )
 
 
-def _json(written: Written) -> str:
+def _json(written: CppPackage) -> str:
     model = written.model
     content: dict[str, Any] = {
         "folder": str(written.path),

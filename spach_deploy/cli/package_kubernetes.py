@@ -9,9 +9,9 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
-from spach_deploy.deployment.kubernetes.options import KubernetesOptions, Replicas
-from spach_deploy.deployment.triton.options import Backend
-from spach_deploy.errors import UsageError
+from spach_deploy.common.errors import UsageError
+from spach_deploy.packaging.kubernetes.options import KubernetesOptions, Replicas
+from spach_deploy.packaging.triton.options import Backend
 
 _VERSION = "Release of Triton's image to build on, such as 25.08.  [the newest that loads the engine]"
 _LIST = "Show which Triton image carries which TensorRT, and end."
@@ -70,8 +70,7 @@ def _write(bundle: Path, output: Path, given: dict[str, Any]) -> int:
         labels=given["labels"],
         ensemble=given["ensemble"],
     )
-    from spach_deploy.deployment.kubernetes.folder import write_folder
-    from spach_deploy.deployment.kubernetes.summary import as_json, as_text
+    from spach_deploy.packaging.kubernetes.folder import as_json, as_text, write_folder
 
     written = write_folder(bundle, output, options, overwrite=given["overwrite"])
     show(as_json(written) if given["as_json"] else as_text(written))
@@ -79,8 +78,8 @@ def _write(bundle: Path, output: Path, given: dict[str, Any]) -> int:
 
 
 def _list_versions() -> int:
-    from spach_deploy.deployment.kubernetes.summary import versions_table
-    from spach_deploy.onnx_graph.runtimes import runtimes
+    from spach_deploy.graph.runtimes import runtimes
+    from spach_deploy.packaging.kubernetes.folder import versions_table
 
     show(versions_table(runtimes()))
     return 0

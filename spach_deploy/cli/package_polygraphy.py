@@ -9,10 +9,10 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
-from spach_deploy.text import escaped, json_text
+from spach_deploy.common.text import escaped, json_text
 
 if TYPE_CHECKING:
-    from spach_deploy.deployment.polygraphy.folder import Written
+    from spach_deploy.packaging.polygraphy.folder import PolygraphyPackage
 
 _OVERWRITE = "Replace a folder that spach-package polygraphy wrote."
 
@@ -35,20 +35,20 @@ def main(bundle: Path, output: Path, overwrite: bool, as_json: bool) -> int:
     Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input, 3 Polygraphy is not
     installed.
     """
-    from spach_deploy.deployment.polygraphy.folder import write_folder
+    from spach_deploy.packaging.polygraphy.folder import write_folder
 
     written = write_folder(bundle, output, overwrite=overwrite)
     show(_json(written) if as_json else _text(written))
     return 0
 
 
-def _text(written: Written) -> str:
+def _text(written: PolygraphyPackage) -> str:
     sizes = ", ".join(map(str, written.batches))
     lines = [f"model      {written.model}", f"batches    {sizes}", f"folder     {written.path}", "", "Run in it:"]
     return escaped([*lines, *(f"  {line}" for line in written.commands)])
 
 
-def _json(written: Written) -> str:
+def _json(written: PolygraphyPackage) -> str:
     content = {
         "folder": str(written.path),
         "model": written.model,

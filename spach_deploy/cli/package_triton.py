@@ -8,7 +8,8 @@ import click
 
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, say, show
-from spach_deploy.deployment.triton.options import (
+from spach_deploy.common.errors import UsageError
+from spach_deploy.packaging.triton.options import (
     Backend,
     Batching,
     Device,
@@ -18,10 +19,9 @@ from spach_deploy.deployment.triton.options import (
     TritonOptions,
     VersionPolicy,
 )
-from spach_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from spach_deploy.deployment.triton.repository import Written
+    from spach_deploy.packaging.triton.repository import TritonRepository
 
 _BACKEND = "What runs the model.  [auto: the plan where ordinary TensorRT can load it, else the graph]"
 _FORCE = "Take a plan or a graph that Triton cannot load, for a repository that is only to be read."
@@ -80,12 +80,13 @@ def _write(given: dict[str, Any]) -> int:
     if not given["bundles"] or given["output"] is None:
         raise UsageError("Nothing to do.", "Give a BUNDLE and --output REPO, or --check REPO.")
     options = _options(given)
-    from spach_deploy.deployment.triton.repository import write_repository
-    from spach_deploy.deployment.triton.served import BundleArgument
-    from spach_deploy.deployment.triton.summary import as_json, as_text
+    from spach_deploy.packaging.triton.repository import repository_json as as_json
+    from spach_deploy.packaging.triton.repository import repository_text as as_text
+    from spach_deploy.packaging.triton.repository import write_repository
+    from spach_deploy.packaging.triton.served_model import BundleArgument
 
     bundles = [BundleArgument.parse(text) for text in given["bundles"]]
-    written: Written = write_repository(bundles, given["output"], options, overwrite=given["overwrite"])
+    written: TritonRepository = write_repository(bundles, given["output"], options, overwrite=given["overwrite"])
     for warning in written.warnings:
         say(f"Warning: {warning}")
     show(as_json(written) if given["as_json"] else as_text(written))
@@ -130,8 +131,8 @@ def _ensemble(given: dict[str, Any]) -> Ensemble | None:
 def _check(given: dict[str, Any]) -> int:
     if given["bundles"] or given["output"] is not None:
         raise UsageError("--check takes neither bundles nor --output.", "Give --check REPO alone.")
-    from spach_deploy.deployment.triton.check import check_repository
-    from spach_deploy.deployment.triton.check.report import as_json, as_text
+    from spach_deploy.packaging.triton.check import check_repository
+    from spach_deploy.packaging.triton.check.findings import as_json, as_text
 
     found = check_repository(given["check"])
     show(as_json(found) if given["as_json"] else as_text(found))

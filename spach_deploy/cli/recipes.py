@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.cli.options import METHODS, RESTS
-from spach_deploy.errors import UsageError
-from spach_deploy.small_files import read_text
-from spach_deploy.specs import ACTIVATIONS, Flavour, IODtype, Precision, WeightSource
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import read_text
+from spach_deploy.options.specs import ACTIVATIONS, Flavour, IODtype, Precision, WeightSource
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -7,10 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.bundle import GRAPH, MANIFEST, PLAN, REPORT, find_bundle
+from spach_deploy.bundle.store import GRAPH, MANIFEST, PLAN, REPORT, find_bundle
 from spach_deploy.cli.console import say
-from spach_deploy.errors import BundleError, UsageError
-from spach_deploy.files import Place, try_to_write
+from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.files import Destination, try_to_write
 
 if TYPE_CHECKING:
     from spach_deploy.validation.validate import Validation
@@ -19,22 +19,22 @@ _PARTS = (GRAPH, PLAN, MANIFEST)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportPlaces:
+class ReportDestinations:
     """Where a report and its page go."""
 
-    report: Place
-    page: Place
+    report: Destination
+    page: Destination
 
     @classmethod
-    def of(cls, report: Path) -> ReportPlaces:
+    def of(cls, report: Path) -> ReportDestinations:
         """Those of `report`. UsageError where the page would be the report itself."""
         from spach_deploy.report.files import page_beside
 
-        return cls(Place.of(report), Place.of(page_beside(report)))
+        return cls(Destination.of(report), Destination.of(page_beside(report)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ReportRequest:
     """Where a report goes and whether its page is to be opened.
 
     `bundle`: whose manifest the page tells of. `target`: a file or directory that may have a place of its own for the
@@ -47,7 +47,7 @@ class Asked:
     as_json: bool
     is_opened: bool
 
-    def check(self) -> ReportPlaces | None:
+    def check(self) -> ReportDestinations | None:
         """Where the report goes, None where none is to be written.
 
         Refuses what could not be honoured at the end, before the work begins.
@@ -55,7 +55,7 @@ class Asked:
         if self.report is not None:
             check_report(self.report)
         report = self.report or self._default_report()
-        places = None if report is None else ReportPlaces.of(report)
+        places = None if report is None else ReportDestinations.of(report)
         if self.is_opened:
             check_can_open()
             if places is None and (self.target is None or self.as_json or self.target.exists()):
@@ -88,7 +88,7 @@ def check_can_open() -> None:
     check_can_make_pages()
 
 
-def write_reports(validation: Validation, asked: Asked, places: ReportPlaces) -> None:
+def write_reports(validation: Validation, asked: ReportRequest, places: ReportDestinations) -> None:
     """The report and its page. Where the user named no place, being unable to write into the bundle is no error."""
     from spach_deploy.validation.report import write_report
 
@@ -104,9 +104,9 @@ def write_reports(validation: Validation, asked: Asked, places: ReportPlaces) ->
     _write_page(validation, asked, places.page)
 
 
-def _write_page(validation: Validation, asked: Asked, place: Place) -> None:
+def _write_page(validation: Validation, asked: ReportRequest, place: Destination) -> None:
     """The page; without it the report is still there, so that a sentence is enough."""
-    from spach_deploy.bundle import Bundle
+    from spach_deploy.bundle.store import Bundle
     from spach_deploy.report.files import page_problem
 
     problem = page_problem(validation, Bundle.open(asked.bundle, verify=False).manifest.content, place)

@@ -1,7 +1,15 @@
-"""spach-validate: what a bundle's engine or graph computes, held against PyTorch in FP32."""
+"""spach-validate http://… and grpc://…: which options belong to a model on a server, and its validation.
+
+spach-validate A B: which options belong to two bundles, what is printed and written.
+
+spach-validate: what a bundle's engine or graph computes, held against PyTorch in FP32.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +18,96 @@ import click
 from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import ComputingCommand, command, say, show
 from spach_deploy.cli.outputs import is_colored, width
-from spach_deploy.command_lines import ValidateWords, validate_command
-from spach_deploy.specs import WeightSource
+from spach_deploy.cli.reporting import ReportDestinations, check_report, open_page
+from spach_deploy.common.errors import SpachError, UsageError
+from spach_deploy.options.command_line import ValidateCommand, validate_command
+from spach_deploy.options.specs import WeightSource
 
 if TYPE_CHECKING:
+    from spach_deploy.common.files import Destination
+    from spach_deploy.validation.side_by_side import SideBySide
     from spach_deploy.validation.target import ValidationRequest
     from spach_deploy.validation.validate import Validation
+
+
+def is_server(target: str) -> bool:
+    """Whether the target is meant as a model on a server, not as a file."""
+    return re.match(r"(https?|grpcs?)://", target) is not None
+
+
+def check_bundle(bundle: Path | None) -> None:
+    """UsageError for a --bundle with a target that has its own."""
+    if bundle is not None:
+        raise UsageError("--bundle is for models on a server.", "Give http://HOST:PORT/MODEL, or leave it out.")
+
+
+def validate_on_server(url: str, bundle: Path | None, misplaced: Mapping[str, object]) -> Validation:
+    """The validation of the model at `url`. UsageError where the bundle is missing or an option of files is given."""
+    given = [option for option, value in misplaced.items() if value is not None]
+    if given:
+        raise UsageError(f"{given[0]} is not for models on a server.", "They are sent the bundle's golden pack.")
+    if bundle is None:
+        raise UsageError("A server has no golden pack.", "Give --bundle DIR, what the model was packaged from.")
+    from spach_deploy.runtime.triton_runner import ServedAt
+    from spach_deploy.validation.server import ServerRequest, validate_server
+
+    return validate_server(ServerRequest(ServedAt.parse(url), bundle))
+
+
+def check_options(
+    misplaced: Mapping[str, object], report: Path | None, *, is_opened: bool
+) -> ReportDestinations | None:
+    """Where the report goes. UsageError for options that are of one target, MissingPackageError where a page is asked
+    for and cannot be."""
+    given = [option for option, value in misplaced.items() if value]
+    if given:
+        raise UsageError(f"{given[0]} is for one target.", "Leave it out, or give one bundle.")
+    if report is not None:
+        check_report(report)
+    places = None if report is None else ReportDestinations.of(report)
+    if is_opened:
+        from spach_deploy.report.files import check_can_make_pages
+
+        check_can_make_pages()
+        if places is None:
+            raise UsageError("--open needs a page, and none would be written.", "Give --report FILE.json too.")
+    return places
+
+
+def validate_two(first: ValidationRequest, second: Path, command: str) -> SideBySide:
+    """Both bundles validated with the same options, and compared."""
+    from spach_deploy.validation.provenance import Provenance
+    from spach_deploy.validation.side_by_side import compare_bundles
+
+    compared = compare_bundles(first, dataclasses.replace(first, target=second), say)
+    return dataclasses.replace(compared, run=Provenance.here(command))
+
+
+def show_two(compared: SideBySide, places: ReportDestinations | None, *, as_json: bool, is_opened: bool) -> int:
+    """Print the table or the JSON, write what was asked for; the exit code."""
+    from spach_deploy.validation.report import dumped, write_whole
+    from spach_deploy.validation.side_by_side import as_text
+    from spach_deploy.validation.table import WIDTH
+
+    show(dumped(compared.to_dict()).rstrip() if as_json else as_text(compared, width=width(WIDTH), color=is_colored()))
+    if places is not None:
+        write_whole(places.report, dumped(compared.to_dict()))
+        _write_page(compared, places.page, is_opened=is_opened)
+    return compared.exit_code
+
+
+def _write_page(compared: SideBySide, place: Destination, *, is_opened: bool) -> None:
+    from spach_deploy.report.comparison_page import write_page_of_two
+
+    try:
+        write_page_of_two(compared, place)
+    except SpachError as error:
+        say(str(error))
+        return
+    say(f"Page: {place.path}")
+    if is_opened:
+        open_page(place.path)
+
 
 _IMAGES = "Compare on these images: a folder, a tar or an npz file. Without it, on the bundle's golden pack."
 _LABELS = (
@@ -104,13 +196,12 @@ def main(
     Exit codes: 0 agreed, 1 did not agree, lost more than --max-drop or a file is not the one that was exported, 2 bad
     usage or input, 3 the graph agreed but the plan could not be run here (0 with --accept graph).
     """
-    from spach_deploy.cli.reporting import Asked, write_reports
-    from spach_deploy.cli.validate_server import check_bundle, is_server, validate_on_server
+    from spach_deploy.cli.reporting import ReportRequest, write_reports
     from spach_deploy.models.registry import check_ignore
 
     check_ignore(checkpoint, ignore)
 
-    words = ValidateWords(
+    words = ValidateCommand(
         target=target,
         other=other,
         bundle=bundle,
@@ -127,8 +218,6 @@ def main(
         accept_graph=accept == "graph",
     )
     if other is not None:
-        from spach_deploy.cli.validate_two import check_options, show_two, validate_two
-
         misplaced = {
             "--bundle": bundle,
             "--against": against,
@@ -140,7 +229,7 @@ def main(
         compared = validate_two(_request(words), other, validate_command(words))
         return show_two(compared, places, as_json=as_json, is_opened=is_opened)
     place = None if is_server(target) or against is not None else Path(target)
-    asked = Asked(bundle or against or Path(target), place, report, as_json, is_opened)
+    asked = ReportRequest(bundle or against or Path(target), place, report, as_json, is_opened)
     places = asked.check()
     if is_server(target):
         misplaced = {
@@ -164,14 +253,14 @@ def main(
     return validation.exit_code
 
 
-def _validate(words: ValidateWords, cluster: str | None) -> Validation:
+def _validate(words: ValidateCommand, cluster: str | None) -> Validation:
     """The validation of files, on this machine or on the Ray cluster at an address."""
     from spach_deploy.validation.target import validate_target
 
     return validate_target(_request(words, cluster), say)
 
 
-def _request(words: ValidateWords, cluster: str | None = None) -> ValidationRequest:
+def _request(words: ValidateCommand, cluster: str | None = None) -> ValidationRequest:
     from spach_deploy.validation.target import ValidationRequest
 
     return ValidationRequest(
@@ -191,13 +280,13 @@ def _request(words: ValidateWords, cluster: str | None = None) -> ValidationRequ
     )
 
 
-def _recorded(validation: Validation, words: ValidateWords) -> Validation:
+def _recorded(validation: Validation, words: ValidateCommand) -> Validation:
     """With what was typed, and with which versions. Where it ran is left out: it changes no figure."""
     import dataclasses
 
-    from spach_deploy.validation.run import Run
+    from spach_deploy.validation.provenance import Provenance
 
-    return dataclasses.replace(validation, run=Run.here(validate_command(words)))
+    return dataclasses.replace(validation, run=Provenance.here(validate_command(words)))
 
 
 def _show(validation: Validation, *, as_json: bool) -> None:

@@ -17,16 +17,15 @@ import click
 from spach_deploy.cli.console import ARGUMENTS, say, show
 from spach_deploy.cli.export_options import zoo_options
 from spach_deploy.cli.interrupts import ending_on_interrupt
-from spach_deploy.command_lines import joined
-from spach_deploy.errors import UsageError
-from spach_deploy.specs import ExportOptions
-from spach_deploy.text import escaped, json_text
-from spach_deploy.zoo.checkpoints import checkpoint_of
-from spach_deploy.zoo.folder import PAGE, SUMMARY, Folder
-from spach_deploy.zoo.make import Run, Work, Zoo, on_this_machine, work_of
-from spach_deploy.zoo.outcome import Row, Summary, Verdict, as_table
-from spach_deploy.zoo.plan import Build, Choice, choices, plan
-from spach_deploy.zoo.schedule import Limits
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.text import escaped, json_text
+from spach_deploy.options.command_line import joined
+from spach_deploy.options.specs import ExportOptions
+from spach_deploy.pipeline.zoo.folder import PAGE, SUMMARY, ZooFolder
+from spach_deploy.pipeline.zoo.make import Run, Zoo, ZooWork, on_this_machine, work_of
+from spach_deploy.pipeline.zoo.outcome import BuildStatus, Row, Summary, as_table
+from spach_deploy.pipeline.zoo.plan import Build, ZooEntry, build_matrix, checkpoint_of, choices
+from spach_deploy.pipeline.zoo.schedule import Limits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,7 +39,7 @@ _GRACE_S = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ZooRequest:
     """Switches of spach-export that mean something here, or are refused."""
 
     auto: bool = False
@@ -51,13 +50,13 @@ class Asked:
     jobs: int | None = None
 
 
-def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[int, Path]:
+def zoo(given: Mapping[str, Any], recipe: Path | None, asked: ZooRequest) -> tuple[int, Path]:
     """Make the zoo that was asked for and print its summary; the exit code, and the summary's page.
 
     Raises SpachError for what can be refused before the first export begins.
     """
     _refuse_contradictions(given, asked)
-    folder = Folder(given.get("output") or DEFAULT_FOLDER)
+    folder = ZooFolder(given.get("output") or DEFAULT_FOLDER)
     folder.check()
     builds = planned(given, recipe, folder, reads_checkpoints=asked.dry_run)
     overwrite = bool(given.get("overwrite"))
@@ -67,7 +66,7 @@ def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[in
         show(_as_plan(work, limits, as_json=asked.as_json))
         return 0, folder.root / PAGE
     if asked.ray is not None:
-        from spach_deploy.cluster.connect import check_address
+        from spach_deploy.distributed.cluster import check_address
 
         check_address(asked.ray)
     with folder.locked():
@@ -77,7 +76,7 @@ def zoo(given: Mapping[str, Any], recipe: Path | None, asked: Asked) -> tuple[in
     return summary.exit_code, folder.root / PAGE
 
 
-def _refuse_contradictions(given: Mapping[str, Any], asked: Asked) -> None:
+def _refuse_contradictions(given: Mapping[str, Any], asked: ZooRequest) -> None:
     if given.get("model") is not None:
         raise UsageError("--zoo names models, and --model does too.", "Give one of them.")
     if asked.auto:
@@ -85,14 +84,14 @@ def _refuse_contradictions(given: Mapping[str, Any], asked: Asked) -> None:
 
 
 def planned(
-    given: Mapping[str, Any], recipe: Path | None, folder: Folder, *, reads_checkpoints: bool = False
+    given: Mapping[str, Any], recipe: Path | None, folder: ZooFolder, *, reads_checkpoints: bool = False
 ) -> tuple[Build, ...]:
     """All exports. Raises SpachError for what one of them would refuse."""
     chosen = choices(given["zoo"], _precisions(given), given.get("gpu"))
     is_mixed = any(choice.precision.is_quantized for choice in chosen)
     is_alone = len({choice.model for choice in chosen}) == 1
 
-    def options_of(choice: Choice) -> ExportOptions:
+    def options_of(choice: ZooEntry) -> ExportOptions:
         values = {
             **given,
             "model": choice.model,
@@ -104,7 +103,7 @@ def planned(
         }
         return zoo_options(values, recipe, is_mixed=is_mixed)
 
-    return plan(chosen, options_of, reads_checkpoints=reads_checkpoints)
+    return build_matrix(chosen, options_of, reads_checkpoints=reads_checkpoints)
 
 
 def _precisions(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -113,7 +112,7 @@ def _precisions(given: Mapping[str, Any]) -> tuple[str, ...]:
     return (*given.get("precisions", ()), *listed) or ("fp32",)
 
 
-def _made(work: Work, folder: Folder, limits: Limits, asked: Asked) -> Summary:
+def _made(work: ZooWork, folder: ZooFolder, limits: Limits, asked: ZooRequest) -> Summary:
     typed = click.get_current_context().meta[ARGUMENTS]
     more = ["--no-cache"] if asked.no_cache else []
     progress = Progress(len(work.all))
@@ -129,20 +128,20 @@ def _made(work: Work, folder: Folder, limits: Limits, asked: Asked) -> Summary:
 
 
 @contextlib.contextmanager
-def _runner(folder: Folder, more: list[str], limits: Limits, asked: Asked) -> Iterator[Run]:
+def _runner(folder: ZooFolder, more: list[str], limits: Limits, asked: ZooRequest) -> Iterator[Run]:
     """What runs the builds: this machine, or a Ray cluster."""
     if asked.ray is None:
         yield on_this_machine(folder, COMMAND, more, limits)
         return
-    from spach_deploy.cluster.builds import on_cluster
-    from spach_deploy.cluster.connect import connected
+    from spach_deploy.distributed.builds import on_cluster
+    from spach_deploy.distributed.cluster import connected
 
     with connected(asked.ray) as ray:
         yield on_cluster(ray, folder, COMMAND, more, asked.jobs)
 
 
 def _kept_sentence(summary: Summary) -> str:
-    done = summary.counts.get(Verdict.AGREED, 0)
+    done = summary.counts.get(BuildStatus.AGREED, 0)
     return f"{done} of {len(summary.rows)} bundles are there; the same command goes on with the others."
 
 
@@ -215,7 +214,7 @@ class Progress:
         self._bar.update(self._task, description=f"{named}{f' and {running - 2} more' if running > 2 else ''}")
 
 
-def _as_text(summary: Summary, folder: Folder, *, as_json: bool) -> str:
+def _as_text(summary: Summary, folder: ZooFolder, *, as_json: bool) -> str:
     if as_json:
         return json_text(summary.to_dict())
     page = folder.root / PAGE
@@ -229,7 +228,7 @@ def _as_text(summary: Summary, folder: Folder, *, as_json: bool) -> str:
     )
 
 
-def _as_plan(work: Work, limits: Limits, *, as_json: bool) -> str:
+def _as_plan(work: ZooWork, limits: Limits, *, as_json: bool) -> str:
     """What would be done, for --dry-run."""
     kept = {build.name for build in work.kept}
     if as_json:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.specs import IODtype, Preprocessing
+from spach_deploy.common.errors import ImageError, UsageError
+from spach_deploy.options.specs import IODtype, Preprocessing
 
 UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float16]

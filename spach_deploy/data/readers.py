@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from spach_deploy.common.errors import ImageError, printable
 from spach_deploy.data import preprocess
-from spach_deploy.data.source import (
-    Entry,
+from spach_deploy.data.images import (
     ImageBatch,
+    ImageEntry,
     ImageItem,
     ImageSource,
     Skipped,
@@ -34,7 +35,6 @@ from spach_deploy.data.source import (
     content_hash,
     decode,
 )
-from spach_deploy.errors import ImageError, printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,7 +112,7 @@ def _file(path: Path) -> ImageSource:
 
 
 def _single(path: Path) -> ImageSource:
-    entry = Entry(printable(path.name), partial(_load_file, path))
+    entry = ImageEntry(printable(path.name), partial(_load_file, path))
     try:
         entry.load()
     except ImageError as error:
@@ -148,16 +148,16 @@ def _folder(root: Path) -> ImageSource:
     others = [printable(relative.as_posix()) for relative in files if relative not in taken]
     description = f"folder {root}" + (f" (beside {_listed(others)})" if others else "")
 
-    def choose(limit: int | None) -> Iterator[Entry]:
+    def choose(limit: int | None) -> Iterator[ImageEntry]:
         return (entries[i] for i in _spread_first(len(entries), limit))
 
     return ImageSource(description, choose, count=len(entries), classes=classes)
 
 
-def _folder_entry(root: Path, relative: Path, label: int | None) -> Entry:
+def _folder_entry(root: Path, relative: Path, label: int | None) -> ImageEntry:
     if _is_unread(relative.name):
-        return Entry(printable(relative.as_posix()), partial(_refuse, _UNREAD_REASON), label)
-    return Entry(printable(relative.as_posix()), partial(_load_file, root / relative), label)
+        return ImageEntry(printable(relative.as_posix()), partial(_refuse, _UNREAD_REASON), label)
+    return ImageEntry(printable(relative.as_posix()), partial(_load_file, root / relative), label)
 
 
 def _listed(names: list[str]) -> str:
@@ -244,7 +244,7 @@ def _tar(path: Path) -> ImageSource:
     return ImageSource(f"tar {path}", lambda _: _tar_entries(path))
 
 
-def _tar_entries(path: Path) -> Iterator[Entry]:
+def _tar_entries(path: Path) -> Iterator[ImageEntry]:
     """Pictures of the tar in its order. One file's bytes are held at a time; names are only ever shown."""
     with _explained(path, "tar"), tarfile.open(path, "r:*", tarinfo=_TarInfo) as tar:
         while (member := tar.next()) is not None:
@@ -254,20 +254,20 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
         _check_end(tar, path)
 
 
-def _tar_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
+def _tar_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> ImageEntry:
     name = printable(member.name)
     if _is_unread(member.name):
-        return Entry(name, partial(_refuse, _UNREAD_REASON))
+        return ImageEntry(name, partial(_refuse, _UNREAD_REASON))
     if not member.isreg():
-        return Entry(name, partial(_refuse, "It is a link or a device, and not followed in an archive."))
+        return ImageEntry(name, partial(_refuse, "It is a link or a device, and not followed in an archive."))
     if member.size > MAX_FILE_BYTES:
-        return Entry(
+        return ImageEntry(
             name,
             partial(_refuse, f"The file has {member.size:,} bytes; {MAX_FILE_BYTES:,} are read at most."),
         )
     file = tar.extractfile(member)
     data = file.read() if file is not None else b""
-    return Entry(name, lambda: decode(io.BytesIO(data)))
+    return ImageEntry(name, lambda: decode(io.BytesIO(data)))
 
 
 def _refuse(reason: str) -> Image.Image:
@@ -300,7 +300,7 @@ def _npz(path: Path) -> ImageSource:
         labels = _labels(archive, path, images)
     count = images.shape[0]
 
-    def choose(limit: int | None) -> Iterator[Entry]:
+    def choose(limit: int | None) -> Iterator[ImageEntry]:
         return _npz_entries(path, images, labels, _spread(count, limit))
 
     return ImageSource(f"npz {path}", choose, count=count)
@@ -308,7 +308,7 @@ def _npz(path: Path) -> ImageSource:
 
 def _npz_entries(
     path: Path, images: _Stored, labels: npt.NDArray[np.int64] | None, chosen: list[int]
-) -> Iterator[Entry]:
+) -> Iterator[ImageEntry]:
     """Read image by image from the compressed stream, so that a large array never is in memory."""
     shape = images.shape[1:]
     size = int(np.prod(shape))
@@ -321,7 +321,7 @@ def _npz_entries(
             file.seek(images.offset + i * size)
             image = Image.fromarray(np.frombuffer(_read_exactly(file, size), np.uint8).reshape(shape))
             label = None if labels is None else int(labels[i])
-            yield Entry(f"image {i}", partial(preprocess.to_rgb, image), label)
+            yield ImageEntry(f"image {i}", partial(preprocess.to_rgb, image), label)
 
 
 def _images_header(archive: zipfile.ZipFile, path: Path) -> _Stored:

@@ -9,30 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.bundle import (
-    GOLDEN,
-    GRAPH,
-    MANIFEST,
-    PLAN,
-    WRITTEN_AGAIN,
-    Bundle,
-    golden_problem,
-    reading,
-)
-from spach_deploy.command_lines import quoted
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, golden_problem, reading
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.processor import has_vnni
 from spach_deploy.doctor.capability import RUNS_ON
 from spach_deploy.doctor.commands import exporting, installing
+from spach_deploy.doctor.compatibility import PlanRequirements, compatibility
 from spach_deploy.doctor.finding import Finding, Status, Task
-from spach_deploy.doctor.fit import Plan, fit
-from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.doctor.plan_file import PlanFile, find_plan
 from spach_deploy.doctor.plan_findings import AskTensorRT, about_header
 from spach_deploy.engine.gpus import parse_gpus
-from spach_deploy.errors import UsageError
-from spach_deploy.onnx_graph.runtimes import GraphNeeds, runtimes
-from spach_deploy.runtime.processor import has_vnni
+from spach_deploy.graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.options.command_line import quoted
+from spach_deploy.options.specs import BatchProfile, ComputeCapability, Flavour
 from spach_deploy.runtime.truncation import REMEDY, fault_of
-from spach_deploy.specs import BatchProfile, ComputeCapability, Flavour
 
 FILES = "files"
 """The topic of what says whether a bundle's files are those that were exported."""
@@ -40,11 +31,11 @@ FILES = "files"
 _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
 
 
-def about_bundle(bundle: Bundle, here: Here, ask: AskTensorRT) -> tuple[Finding, ...]:
+def about_bundle(bundle: Bundle, here: MachineInfo, ask: AskTensorRT) -> tuple[Finding, ...]:
     """Everything about a bundle, whose files are compared with their hashes here. BundleError for a manifest with
     entries of the wrong kind; OSError as reading its files raises it."""
     batch, plan = _read(bundle)
-    changed = {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
+    changed = {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
     return (
         *_files(bundle, changed),
         _golden(bundle, changed),
@@ -54,7 +45,7 @@ def about_bundle(bundle: Bundle, here: Here, ask: AskTensorRT) -> tuple[Finding,
     )
 
 
-def _read(bundle: Bundle) -> tuple[BatchProfile, Plan]:
+def _read(bundle: Bundle) -> tuple[BatchProfile, PlanRequirements]:
     """What the manifest says of batch and plan, and every entry that is used later is looked at once."""
     content, where = bundle.manifest.content, str(bundle.path / MANIFEST)
     with reading(where, "batch"):
@@ -63,7 +54,7 @@ def _read(bundle: Bundle) -> tuple[BatchProfile, Plan]:
         _ = content["output_options"].keys()
     with reading(where, "engine"):
         engine = bundle.manifest.engine
-        plan = Plan(
+        plan = PlanRequirements(
             Flavour(engine["flavour"]),
             str(engine["version"]) if engine.get("version") else None,
             _capabilities(engine.get("gpus")),
@@ -123,7 +114,9 @@ def _inputs(bundle: Bundle, batch: BatchProfile) -> Finding:
     return Finding(Status.OK, "input profile", tensors, means, exporting(bundle, "--batch", str(batch)))
 
 
-def _engine(bundle: Bundle, plan: Plan, changed: dict[str, str], here: Here, ask: AskTensorRT) -> Iterator[Finding]:
+def _engine(
+    bundle: Bundle, plan: PlanRequirements, changed: dict[str, str], here: MachineInfo, ask: AskTensorRT
+) -> Iterator[Finding]:
     if bundle.plan is None:
         reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
         again = exporting(bundle, "--engine", "auto")
@@ -135,7 +128,7 @@ def _engine(bundle: Bundle, plan: Plan, changed: dict[str, str], here: Here, ask
         found = find_plan(bundle.plan)
         yield _header(plan, found, bundle)
     if plan.flavour in RUNS_ON:
-        yield from fit(plan, here)
+        yield from compatibility(plan, here)
     if found is not None:
         yield from about_header(found, plan, here, ask)
 
@@ -148,7 +141,7 @@ def _capabilities(gpus: Any) -> tuple[ComputeCapability, ...] | None:
         return None
 
 
-def _header(plan: Plan, found: PlanFile | None, bundle: Bundle) -> Finding:
+def _header(plan: PlanRequirements, found: PlanFile | None, bundle: Bundle) -> Finding:
     """The plan's own first bytes against the manifest: a bundle may have been put together by hand."""
     size = bundle.file(PLAN).stat().st_size
     what = f"{plan.flavour.value} {plan.version or 'of unknown version'}, {size / 1e6:,.1f} MB"
@@ -159,12 +152,12 @@ def _header(plan: Plan, found: PlanFile | None, bundle: Bundle) -> Finding:
     return Finding(Status.OK, PLAN, what, "A whole plan of that flavour, by its first bytes.", again)
 
 
-def _gpu_words(plan: Plan) -> tuple[str, ...]:
+def _gpu_words(plan: PlanRequirements) -> tuple[str, ...]:
     """TensorRT for RTX builds for the GPUs that are named, TensorRT for the one of the machine."""
     return ("--gpu", ",".join(map(str, plan.gpus))) if plan.flavour is Flavour.TENSORRT_RTX and plan.gpus else ()
 
 
-def _graph(bundle: Bundle, here: Here) -> Finding:
+def _graph(bundle: Bundle, here: MachineInfo) -> Finding:
     """The graph stands in for a plan that cannot run, where ONNX Runtime is here."""
     accept = f"{_validate(bundle)} --accept graph"
     if GRAPH not in bundle.manifest.files:
@@ -196,7 +189,7 @@ def _lacking_data(graph: Path) -> str:
         if content.find(b"location") < 0:
             return ""
     try:
-        from spach_deploy.onnx_graph.graph import lacking_data
+        from spach_deploy.graph.edit import lacking_data
     except ImportError:
         return ""
     return lacking_data(graph)

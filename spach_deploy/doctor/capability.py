@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.engine.gpus import SUPPORTED
+from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
-from spach_deploy.specs import Flavour
 
 RUNS_ON = {Flavour.TENSORRT: SUPPORTED, Flavour.TENSORRT_RTX: RTX_CAPABILITIES}
 """Compute capabilities that each flavour compiles for and runs on."""
 
 
-def works(here: Here, flavour: Flavour) -> bool:
+def works(here: MachineInfo, flavour: Flavour) -> bool:
     """Whether that TensorRT is installed, imports and is new enough."""
     package = here.tensorrt.get(flavour)
     if package is None or package.error:
@@ -19,7 +19,7 @@ def works(here: Here, flavour: Flavour) -> bool:
     return not package.version or here.requirements.get(flavour.value).is_met_by(package.version)
 
 
-def builders(here: Here) -> tuple[Flavour, ...]:
+def builders(here: MachineInfo) -> tuple[Flavour, ...]:
     """Flavours that can build engines here: tensorrt-rtx wherever it imports, tensorrt for a GPU that is here."""
     return tuple(
         flavour
@@ -28,7 +28,7 @@ def builders(here: Here) -> tuple[Flavour, ...]:
     )
 
 
-def runners(here: Here) -> tuple[Flavour, ...]:
+def runners(here: MachineInfo) -> tuple[Flavour, ...]:
     """Flavours whose engines run here, on the first GPU."""
     return tuple(
         flavour
@@ -37,12 +37,12 @@ def runners(here: Here) -> tuple[Flavour, ...]:
     )
 
 
-def runs_on_gpu(here: Here, flavour: Flavour) -> bool:
+def runs_on_gpu(here: MachineInfo, flavour: Flavour) -> bool:
     """Whether that TensorRT runs on the first GPU."""
     return bool(here.driver.gpus) and here.driver.gpus[0].capability in RUNS_ON[flavour]
 
 
-def driver_runs(here: Here, flavour: Flavour) -> bool:
+def driver_runs(here: MachineInfo, flavour: Flavour) -> bool:
     """Whether the driver is new enough for the CUDA that the package was made with; True where either is not known."""
     package = here.tensorrt.get(flavour)
     return package is None or package.cuda is None or here.driver.runs_cuda(package.cuda)

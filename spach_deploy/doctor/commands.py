@@ -11,9 +11,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.bundle import Bundle
-from spach_deploy.command_lines import joined, quoted
-from spach_deploy.specs import BatchProfile
+from spach_deploy.bundle.store import Bundle
+from spach_deploy.options.command_line import joined, quoted
+from spach_deploy.options.specs import BatchProfile
 
 _ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 _QUOTED_WORD = re.compile(r"""(?:\$'(?:\\.|[^\\'])*'|'[^']*'|"'"|[A-Za-z0-9_@%+=:,./-])+""")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.doctor.driver_question import kernel_module_version
-from spach_deploy.doctor.probe import Answer
+from spach_deploy.doctor.probe import ProbeResult
+from spach_deploy.options.specs import ComputeCapability
 from spach_deploy.runtime.devices import LocalGpu
-from spach_deploy.specs import ComputeCapability
 
 LEAST_DRIVER = {11: "450", 12: "525", 13: "580"}
 """First branch of the driver that runs programs made with each major version of CUDA."""
@@ -74,7 +74,7 @@ class Driver:
 
 
 @dataclasses.dataclass(frozen=True)
-class Surroundings:
+class DriverSurroundings:
     """What stands around a driver that does not answer. `has_card`: an NVIDIA GPU is plugged in or passed through."""
 
     has_card: bool
@@ -84,7 +84,7 @@ class Surroundings:
     install: str | None
 
     @classmethod
-    def here(cls) -> Surroundings:
+    def here(cls) -> DriverSurroundings:
         """Of this machine."""
         return cls(
             has_card=_has_card(Path("/sys/bus/pci/devices")) or Path("/dev/nvidia0").exists(),
@@ -117,7 +117,7 @@ def _driver_install() -> str | None:
     return "sudo apt install nvidia-driver" if shutil.which("apt") else None
 
 
-def driver_from(answer: Answer, around: Surroundings) -> Driver:
+def driver_from(answer: ProbeResult, around: DriverSurroundings) -> Driver:
     """What the child found, put in words."""
     if answer.content is None:
         problem = f"the NVIDIA driver does not answer: {answer.silence}"
@@ -142,7 +142,7 @@ def _cuda(found: Mapping[str, Any]) -> tuple[int, int] | None:
     return None if not number else (number // 1000, number % 1000 // 10)
 
 
-def _no_library(around: Surroundings) -> Driver:
+def _no_library(around: DriverSurroundings) -> Driver:
     if around.has_kernel_module:
         problem = "the driver's kernel module is loaded, but its library libcuda.so.1 is not here"
         return Driver(problem=problem, remedy=_IN_CONTAINER if around.in_container else around.install, is_broken=True)
@@ -154,7 +154,7 @@ def _no_library(around: Surroundings) -> Driver:
     return Driver(problem="no NVIDIA GPU is here")
 
 
-def _no_gpu(code: int, around: Surroundings) -> Driver:
+def _no_gpu(code: int, around: DriverSurroundings) -> Driver:
     """The library is there; cuInit returned `code`, or counted no GPU."""
     if code in (0, _NO_DEVICE):
         if around.visible_devices is not None:

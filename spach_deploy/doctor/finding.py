@@ -53,7 +53,7 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ability:
+class TaskStatus:
     """Whether a task can be done here. `how` or why not, in a clause."""
 
     task: Task

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from spach_deploy.common.resources import FolderCheck
 from spach_deploy.doctor.capability import RUNS_ON, driver_runs, runners
 from spach_deploy.doctor.driver import LEAST_DRIVER
 from spach_deploy.doctor.finding import Finding, Status, Task
-from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.engine.gpus import SUPPORTED, format_gpus
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
-from spach_deploy.runtime.resources import Folder
 
 LEAST_MEMORY_BYTES = 3 * 10**9
 """An export of ms_hybrid_s takes 2.9 GB, all processes together (benchmarks/RESULTS.md)."""
@@ -22,7 +22,7 @@ _ELSEWHERE = "/path/with/space"
 _ON_ANOTHER = "spach-validate build/ms_hybrid_s-fp16  # on a machine with an NVIDIA GPU"
 
 
-def about_driver(here: Here) -> Iterator[Finding]:
+def about_driver(here: MachineInfo) -> Iterator[Finding]:
     """Every GPU, and whether the driver is new enough; or why there is none."""
     driver = here.driver
     if not driver.gpus:
@@ -35,7 +35,7 @@ def about_driver(here: Here) -> Iterator[Finding]:
         yield _gpu(here, ordinal)
 
 
-def _driver(here: Here) -> Finding:
+def _driver(here: MachineInfo) -> Finding:
     driver, topic = here.driver, "NVIDIA driver"
     runs = f"runs CUDA {driver.cuda[0]}.{driver.cuda[1]} and older" if driver.cuda else "CUDA version not known"
     what = f"{driver.version or 'version not known'}, {runs}"
@@ -48,7 +48,7 @@ def _driver(here: Here) -> Finding:
     return Finding(Status.PROBLEM, topic, what, means, driver.upgrade, () if runners(here) else (Task.RUN,))
 
 
-def _gpu(here: Here, ordinal: int) -> Finding:
+def _gpu(here: MachineInfo, ordinal: int) -> Finding:
     gpu = here.driver.gpus[ordinal]
     topic = "NVIDIA GPU" if len(here.driver.gpus) == 1 else f"NVIDIA GPU {ordinal}"
     what = f"{gpu}, {gigabytes(gpu.memory_bytes)}" if gpu.memory_bytes else str(gpu)
@@ -62,7 +62,7 @@ def _gpu(here: Here, ordinal: int) -> Finding:
     return Finding(Status.OK, topic, what, f"For engines of {' and '.join(flavours)}{but}.{first}", choose)
 
 
-def about_memory(here: Here) -> Iterator[Finding]:
+def about_memory(here: MachineInfo) -> Iterator[Finding]:
     """Does an export fit."""
     memory, takes = here.memory, f"An export of ms_hybrid_s takes {gigabytes(LEAST_MEMORY_BYTES)}."
     if memory is None:
@@ -78,13 +78,13 @@ def about_memory(here: Here) -> Iterator[Finding]:
         yield Finding(Status.OK, "memory", what, takes, raise_it)
 
 
-def about_disk(here: Here) -> Iterator[Finding]:
+def about_disk(here: MachineInfo) -> Iterator[Finding]:
     """Can bundles and temporary files be written."""
     yield _folder(here.output, "bundles", f"spach-export --model ms_hybrid_s --fp16 -o {_ELSEWHERE}/bundle")
     yield _folder(here.temporary, "temporary files", f"export TMPDIR={_ELSEWHERE}")
 
 
-def _folder(folder: Folder, topic: str, command: str) -> Finding:
+def _folder(folder: FolderCheck, topic: str, command: str) -> Finding:
     blocks = (Task.EXPORT, Task.BUILD)
     if folder.problem:
         return Finding(Status.PROBLEM, topic, str(folder.path), f"No good: {folder.problem}.", command, blocks)

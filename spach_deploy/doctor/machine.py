@@ -8,9 +8,9 @@ from typing import Any
 
 from spach_deploy._version import __version__
 from spach_deploy.doctor.capability import builders, runners
-from spach_deploy.doctor.finding import Ability, Finding, Task, blockers, reasons
+from spach_deploy.doctor.finding import Finding, Task, TaskStatus, blockers, reasons
 from spach_deploy.doctor.hardware import about_disk, about_driver, about_memory
-from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.doctor.software import (
     about_core,
     about_onnxruntime,
@@ -22,13 +22,13 @@ from spach_deploy.doctor.software import (
     about_torch,
 )
 from spach_deploy.engine.gpus import format_gpus
+from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
-from spach_deploy.specs import Flavour
 
 CORE_FLOW = (Task.EXPORT, Task.BUILD, Task.VERIFY)
 """What `spach-export --model ms_hybrid_s --fp16` does; it needs no GPU."""
 
-TOPICS: tuple[Callable[[Here], Iterator[Finding]], ...] = (
+TOPICS: tuple[Callable[[MachineInfo], Iterator[Finding]], ...] = (
     *(about_python, about_core, about_torch, about_onnxruntime, about_tensorrt_rtx, about_tensorrt),
     *(about_driver, about_memory, about_disk, about_reports, about_pins),
 )
@@ -40,7 +40,7 @@ class Machine:
     """All findings, and for each task whether it is possible here."""
 
     findings: tuple[Finding, ...]
-    abilities: tuple[Ability, ...]
+    abilities: tuple[TaskStatus, ...]
 
     @property
     def exit_code(self) -> int:
@@ -57,7 +57,7 @@ class Machine:
         }
 
 
-def examine_machine(here: Here) -> Machine:
+def examine_machine(here: MachineInfo) -> Machine:
     """Every finding, in the order in which one would mend them, and what they allow."""
     findings = tuple(finding for topic in TOPICS for finding in topic(here))
     return Machine(findings, tuple(_ability(task, findings, here) for task in Task))
@@ -66,18 +66,18 @@ def examine_machine(here: Here) -> Machine:
 # Abilities
 
 
-def _ability(task: Task, findings: tuple[Finding, ...], here: Here) -> Ability:
+def _ability(task: Task, findings: tuple[Finding, ...], here: MachineInfo) -> TaskStatus:
     in_the_way = blockers(findings, task)
     if in_the_way:
-        return Ability(task, False, reasons(in_the_way))
-    return Ability(task, True, _HOW[task](here))
+        return TaskStatus(task, False, reasons(in_the_way))
+    return TaskStatus(task, True, _HOW[task](here))
 
 
-def _how_export(here: Here) -> str:
+def _how_export(here: MachineInfo) -> str:
     return f"checkpoints to graphs, with torch {here.torch.version if here.torch else ''}"
 
 
-def _how_build(here: Here) -> str:
+def _how_build(here: MachineInfo) -> str:
     where = {
         Flavour.TENSORRT_RTX: f"on the CPU, for {format_gpus(RTX_CAPABILITIES)}",
         Flavour.TENSORRT: "for the GPU here",
@@ -85,17 +85,17 @@ def _how_build(here: Here) -> str:
     return "engines with " + "; ".join(f"{flavour.value} {where[flavour]}" for flavour in builders(here))
 
 
-def _how_run(here: Here) -> str:
+def _how_run(here: MachineInfo) -> str:
     return f"engines of {' and '.join(flavour.value for flavour in runners(here))} on {here.driver.gpus[0]}"
 
 
-def _how_verify(here: Here) -> str:
+def _how_verify(here: MachineInfo) -> str:
     version = here.onnxruntime.files_version if here.onnxruntime else ""
     engines = ", and engines by running them" if runners(here) else "; an engine's graph stands in for it"
     return f"graphs in ONNX Runtime {version}{engines}"
 
 
-_HOW: dict[Task, Callable[[Here], str]] = {
+_HOW: dict[Task, Callable[[MachineInfo], str]] = {
     Task.EXPORT: _how_export,
     Task.BUILD: _how_build,
     Task.RUN: _how_run,

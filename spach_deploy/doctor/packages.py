@@ -13,7 +13,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from spach_deploy.requirements import installed
+from spach_deploy.common.versions import installed
 
 ONNXRUNTIME_WHEELS = (
     "onnxruntime",
@@ -41,7 +41,7 @@ class Torch:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnnxRuntime:
+class InstalledOnnxRuntime:
     """Installed wheels by name, whose files are there, and what they offer. `broken` says which file is missing."""
 
     wheels: dict[str, str]
@@ -66,16 +66,16 @@ def _torch_build(text: str, version: str) -> str:
     return "CPU" if text or version.endswith("+cpu") else ""
 
 
-def find_onnxruntime() -> OnnxRuntime | None:
+def find_onnxruntime() -> InstalledOnnxRuntime | None:
     """The onnxruntime that would be imported, with every wheel that claims to be it; None where there is none."""
     wheels = {name: version for name in ONNXRUNTIME_WHEELS if (version := installed(name)) is not None}
     folder = _folder("onnxruntime")
     if folder is None:
-        return OnnxRuntime(wheels, broken="the package's folder") if wheels else None
+        return InstalledOnnxRuntime(wheels, broken="the package's folder") if wheels else None
     info = _read(folder / "capi", "build_and_package_info.py")
     owner = _assigned(info, "package_name")
     providers = ("cpu",) if owner == ONNXRUNTIME_WHEELS[0] else _providers(folder / "capi")
-    return OnnxRuntime(wheels, owner, _assigned(info, "__version__"), providers, _broken(folder))
+    return InstalledOnnxRuntime(wheels, owner, _assigned(info, "__version__"), providers, _broken(folder))
 
 
 def _broken(folder: Path) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from spach_deploy.command_lines import quoted
+from spach_deploy.doctor.compatibility import PlanRequirements
 from spach_deploy.doctor.finding import Finding, Status, Task
-from spach_deploy.doctor.fit import Plan
-from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.doctor.plan_file import PlanFile
-from spach_deploy.doctor.probe import Answer
-from spach_deploy.specs import Flavour
+from spach_deploy.doctor.probe import ProbeResult
+from spach_deploy.options.command_line import quoted
+from spach_deploy.options.specs import Flavour
 
-AskTensorRT = Callable[[Flavour, bytes], Answer]
+AskTensorRT = Callable[[Flavour, bytes], ProbeResult]
 """What the installed TensorRT says of a plan's first bytes: see `here.ask_tensorrt`."""
 
 _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
@@ -55,7 +55,7 @@ def about_origin() -> Finding:
     return Finding(Status.MISSING, "manifest", "none beside it", means, export, _VERIFY)
 
 
-def about_header(file: PlanFile, plan: Plan, here: Here, ask: AskTensorRT) -> Iterator[Finding]:
+def about_header(file: PlanFile, plan: PlanRequirements, here: MachineInfo, ask: AskTensorRT) -> Iterator[Finding]:
     """What TensorRT itself says of the header, where there is a GPU to say it of; it loads nothing."""
     package = here.tensorrt.get(file.flavour)
     if file.flavour is not Flavour.TENSORRT_RTX or package is None or package.error or not here.driver.gpus:

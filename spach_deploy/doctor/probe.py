@@ -31,7 +31,7 @@ _CHILD = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ProbeResult:
     """What a child said, or why it said nothing. `timed_out`: it may have been slow only."""
 
     content: dict[str, Any] | None
@@ -39,7 +39,7 @@ class Answer:
     timed_out: bool = False
 
 
-class Question:
+class Probe:
     """A child that is finding out something. Started at once, so that several work side by side."""
 
     def __init__(self, module: str, *arguments: str) -> None:
@@ -63,16 +63,16 @@ class Question:
     ) -> None:
         self._end()
 
-    def answer(self, limit_s: float) -> Answer:
+    def answer(self, limit_s: float) -> ProbeResult:
         """The answer, when it comes within `limit_s` seconds of the start."""
         if self._process is None:
-            return Answer(None, "no process could be started")
+            return ProbeResult(None, "no process could be started")
         try:
             left_s = max(0.0, self._started + limit_s - time.monotonic())
             output, _ = self._process.communicate(timeout=left_s)
         except subprocess.TimeoutExpired:
             self._end()
-            return Answer(None, f"nothing within {limit_s:g} s", timed_out=True)
+            return ProbeResult(None, f"nothing within {limit_s:g} s", timed_out=True)
         return _parse(output, self._process.returncode)
 
     def _end(self) -> None:
@@ -81,16 +81,16 @@ class Question:
                 self._process.kill()
 
 
-def _parse(output: bytes, returncode: int) -> Answer:
+def _parse(output: bytes, returncode: int) -> ProbeResult:
     """The last line; libraries may print others before it."""
     if returncode < 0:
         with contextlib.suppress(ValueError):
-            return Answer(None, f"it crashed ({signal.Signals(-returncode).name})")
+            return ProbeResult(None, f"it crashed ({signal.Signals(-returncode).name})")
     try:
         content = json.loads(output.rsplit(b"\n", 1)[-1])
     except ValueError:
-        return Answer(None, f"it ended with exit code {returncode}")
-    return Answer(content) if isinstance(content, dict) else Answer(None, "its answer cannot be read")
+        return ProbeResult(None, f"it ended with exit code {returncode}")
+    return ProbeResult(content) if isinstance(content, dict) else ProbeResult(None, "its answer cannot be read")
 
 
 def _environment() -> dict[str, str]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from spach_deploy.common.versions import Requirement, is_older, release
 from spach_deploy.doctor.capability import builders, runners, runs_on_gpu, works
 from spach_deploy.doctor.commands import installing, installing_torch, reinstalling
 from spach_deploy.doctor.finding import EVERYTHING, Finding, Status, Task
-from spach_deploy.doctor.here import Here
-from spach_deploy.doctor.packages import OnnxRuntime
+from spach_deploy.doctor.machine_info import MachineInfo
+from spach_deploy.doctor.packages import InstalledOnnxRuntime
 from spach_deploy.engine.gpus import format_gpus
-from spach_deploy.requirements import Requirement, is_older, release
+from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
-from spach_deploy.specs import Flavour
 
 _LEAST_PYTHON = "3.10"
 _OTHER_PYTHON = "PYTHON=/path/to/python3 scripts/setup"
@@ -27,7 +27,7 @@ _NOT_ON_AN_INDEX = (
 )
 
 
-def about_python(here: Here) -> Iterator[Finding]:
+def about_python(here: MachineInfo) -> Iterator[Finding]:
     """Is it new enough."""
     version = ".".join(str(number) for number in here.python)
     least = ".".join(str(number) for number in release(here.requirements.python)) or _LEAST_PYTHON
@@ -38,7 +38,7 @@ def about_python(here: Here) -> Iterator[Finding]:
         yield Finding(Status.OK, "Python", f"{version} in {sys.prefix}", f"{least} or newer is needed.", _OTHER_PYTHON)
 
 
-def about_core(here: Here) -> Iterator[Finding]:
+def about_core(here: MachineInfo) -> Iterator[Finding]:
     """Every required package but torch: all there, and new enough."""
     core = [package for package in here.requirements.of() if package.holds_for(here.python) and package.name != "torch"]
     missing = [package for package in core if here.packages.get(package.name) is None]
@@ -63,12 +63,12 @@ def _install(packages: list[Requirement]) -> str:
     return installing(*(str(package) for package in packages))
 
 
-def _set_up(here: Here) -> str:
+def _set_up(here: MachineInfo) -> str:
     """A checkout has pins, and a script that installs them."""
     return _SETUP if here.pins else installing("--upgrade", _UPGRADE)
 
 
-def about_torch(here: Here) -> Iterator[Finding]:
+def about_torch(here: MachineInfo) -> Iterator[Finding]:
     """Which build it is: a CPU build does, a CUDA build does as well."""
     wanted = here.requirements.get("torch")
     cpu = installing_torch("cpu", str(wanted))
@@ -88,7 +88,7 @@ def about_torch(here: Here) -> Iterator[Finding]:
         yield Finding(Status.OK, "torch", what, means, cpu)
 
 
-def about_onnxruntime(here: Here) -> Iterator[Finding]:
+def about_onnxruntime(here: MachineInfo) -> Iterator[Finding]:
     """Is it there and whole, and is it one wheel's."""
     wanted, found = here.requirements.get("onnxruntime"), here.onnxruntime
     if found is None:
@@ -98,7 +98,7 @@ def about_onnxruntime(here: Here) -> Iterator[Finding]:
         yield _installed_onnxruntime(here, found, wanted)
 
 
-def _installed_onnxruntime(here: Here, found: OnnxRuntime, wanted: Requirement) -> Finding:
+def _installed_onnxruntime(here: MachineInfo, found: InstalledOnnxRuntime, wanted: Requirement) -> Finding:
     keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found.wheels and here.driver.gpus else "onnxruntime"
     mend = reinstalling(found.wheels or ("onnxruntime",), str(Requirement(keep, wanted.minimum)))
     version = found.files_version or next(iter(found.wheels.values()), "")
@@ -126,7 +126,7 @@ def _words(providers: tuple[str, ...]) -> str:
     return ", ".join(_PROVIDERS.get(name, name) for name in providers) or "nothing that is known"
 
 
-def about_tensorrt_rtx(here: Here) -> Iterator[Finding]:
+def about_tensorrt_rtx(here: MachineInfo) -> Iterator[Finding]:
     """The compiler that needs no GPU."""
     flavour = Flavour.TENSORRT_RTX
     if here.tensorrt.get(flavour) is None and not here.is_x86_linux:
@@ -138,7 +138,7 @@ def about_tensorrt_rtx(here: Here) -> Iterator[Finding]:
     yield _tensorrt(here, flavour, good, "Builds engines without a GPU, for every RTX GPU.")
 
 
-def about_tensorrt(here: Here) -> Iterator[Finding]:
+def about_tensorrt(here: MachineInfo) -> Iterator[Finding]:
     """The compiler that builds for the GPU of the machine."""
     if here.driver.gpus:
         good = f"Builds engines on and for {here.driver.gpus[0]}."
@@ -148,7 +148,7 @@ def about_tensorrt(here: Here) -> Iterator[Finding]:
         yield _tensorrt(here, Flavour.TENSORRT, good, "Of no use without a GPU.")
 
 
-def _tensorrt(here: Here, flavour: Flavour, good: str, absent: str) -> Finding:
+def _tensorrt(here: MachineInfo, flavour: Flavour, good: str, absent: str) -> Finding:
     package, wanted = here.tensorrt.get(flavour), here.requirements.get(flavour.value)
     topic, blocks = flavour.value, _in_the_way_of(here, flavour)
     if package is None:
@@ -164,14 +164,14 @@ def _tensorrt(here: Here, flavour: Flavour, good: str, absent: str) -> Finding:
     return Finding(Status.OK, topic, f"{package.version or 'installed'}{made_with}", good, upgrade)
 
 
-def _in_the_way_of(here: Here, flavour: Flavour) -> tuple[Task, ...]:
+def _in_the_way_of(here: MachineInfo, flavour: Flavour) -> tuple[Task, ...]:
     """A TensorRT that is absent or broken is in the way of what no TensorRT does here, and it would."""
     builds = not builders(here) and (flavour is Flavour.TENSORRT_RTX or runs_on_gpu(here, flavour))
     runs = not runners(here) and runs_on_gpu(here, flavour)
     return (*([Task.BUILD] if builds else []), *([Task.RUN] if runs else []))
 
 
-def about_reports(here: Here) -> Iterator[Finding]:
+def about_reports(here: MachineInfo) -> Iterator[Finding]:
     """What pages with plots take."""
     wanted = list(here.requirements.of("report"))
     missing = [package for package in wanted if here.packages.get(package.name) is None]
@@ -186,7 +186,7 @@ def about_reports(here: Here) -> Iterator[Finding]:
         yield Finding(Status.OK, "reports", what, "Reports can be written as pages with plots.", _install(wanted))
 
 
-def about_pins(here: Here) -> Iterator[Finding]:
+def about_pins(here: MachineInfo) -> Iterator[Finding]:
     """Are these the versions that the tests run with. Nothing where there is no checkout to say which those are."""
     versions = {**here.packages, "torch": here.torch.version if here.torch else None}
     pinned = {name: pin for name, pin in here.pins.items() if versions.get(name) and name not in _TEST_TOOLS}

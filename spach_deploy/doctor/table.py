@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from spach_deploy._version import __version__
+from spach_deploy.common.errors import printable
+from spach_deploy.common.text import Escaped, rendered
 from spach_deploy.doctor.finding import Finding, Status, Task, blockers, reasons
 from spach_deploy.doctor.machine import CORE_FLOW, Machine
 from spach_deploy.doctor.target import Target
-from spach_deploy.errors import printable
-from spach_deploy.text import Escaped, rendered
 
 if TYPE_CHECKING:
     from rich.text import Text

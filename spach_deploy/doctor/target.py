@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle import MANIFEST, PLAN, Bundle, sha256_of
-from spach_deploy.command_lines import quoted
+from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle, sha256_of
+from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
 from spach_deploy.doctor.bundle_findings import FILES, about_bundle
+from spach_deploy.doctor.compatibility import PlanRequirements, compatibility
 from spach_deploy.doctor.finding import Finding, Task, blockers
-from spach_deploy.doctor.fit import Plan, fit
-from spach_deploy.doctor.here import Here, ask_tensorrt
-from spach_deploy.doctor.other_file import what_it_is
-from spach_deploy.doctor.plan_file import PlanFile, find_plan
+from spach_deploy.doctor.machine_info import MachineInfo, ask_tensorrt
+from spach_deploy.doctor.plan_file import PlanFile, find_plan, what_it_is
 from spach_deploy.doctor.plan_findings import AskTensorRT, about_form, about_header, about_origin
-from spach_deploy.errors import BundleError, ChangedFileError, UsageError
+from spach_deploy.options.command_line import quoted
 
 _PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 _LISTED = 3
@@ -60,7 +59,7 @@ class Target:
         }
 
 
-def examine_target(path: Path, here: Here, ask: AskTensorRT = ask_tensorrt) -> Target:
+def examine_target(path: Path, here: MachineInfo, ask: AskTensorRT = ask_tensorrt) -> Target:
     """What a bundle, a file of a bundle, or a plan from anywhere needs, against what is here.
 
     `ask` is what the installed TensorRT says of a plan's header. Raises UsageError for what is neither a bundle nor a
@@ -84,7 +83,7 @@ def _check_is_file(path: Path) -> None:
         raise UsageError(f"{path} is neither a file nor a directory.", "Give a bundle directory or an engine.plan.")
 
 
-def _directory(path: Path, here: Here, ask: AskTensorRT) -> Target:
+def _directory(path: Path, here: MachineInfo, ask: AskTensorRT) -> Target:
     if (path / MANIFEST).is_file():
         return _bundle(path, Bundle.open(path, verify=False), here, ask)
     inside = sorted(found for suffix in _PLAN_SUFFIXES for found in _within(path, suffix))
@@ -102,7 +101,7 @@ def _within(path: Path, suffix: str) -> Iterator[Path]:
         yield from path.glob(f"{depth}*{suffix}")
 
 
-def _file(path: Path, here: Here, ask: AskTensorRT) -> Target:
+def _file(path: Path, here: MachineInfo, ask: AskTensorRT) -> Target:
     directory = path.parent
     if path.name in (MANIFEST, PLAN) and (directory / MANIFEST).is_file():
         return _bundle(path, Bundle.open(directory, verify=False), here, ask)
@@ -125,13 +124,18 @@ def _bundle_of(path: Path) -> Bundle | None:
     return bundle if bundle.manifest.files.get(PLAN) == sha256_of(path) else None
 
 
-def _plan(path: Path, plan: PlanFile, here: Here, ask: AskTensorRT) -> Target:
+def _plan(path: Path, plan: PlanFile, here: MachineInfo, ask: AskTensorRT) -> Target:
     name = f"a plan of {plan.flavour.value}, version {plan.version or 'not known'}"
-    known = Plan(plan.flavour, plan.version, plan.gpus, plan.newer_gpus)
-    findings = (*about_form(path, plan), about_origin(), *fit(known, here), *about_header(plan, known, here, ask))
+    known = PlanRequirements(plan.flavour, plan.version, plan.gpus, plan.newer_gpus)
+    findings = (
+        *about_form(path, plan),
+        about_origin(),
+        *compatibility(known, here),
+        *about_header(plan, known, here, ask),
+    )
     return Target(str(path), name, findings)
 
 
-def _bundle(path: Path, bundle: Bundle, here: Here, ask: AskTensorRT) -> Target:
+def _bundle(path: Path, bundle: Bundle, here: MachineInfo, ask: AskTensorRT) -> Target:
     findings = about_bundle(bundle, here, ask)
     return Target(str(path), f"{bundle.manifest.model['name']} in {bundle.manifest.precision}, a bundle", findings)

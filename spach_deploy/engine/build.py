@@ -27,14 +27,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from spach_deploy.common.errors import BuildError, UsageError
 from spach_deploy.engine.compile import OnProgress, ProgressEvent
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.engine.network_facts import NetworkFacts
 from spach_deploy.engine.worker import Built, Failed, Request
-from spach_deploy.errors import BuildError, UsageError
+from spach_deploy.options.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.pages import for_small_objects
 from spach_deploy.runtime.polygraphy_session import LogLine, summarize_warnings
-from spach_deploy.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.common.errors import BuildError, UsageError
 from spach_deploy.engine.flavours import EngineFlavour, Profile
 from spach_deploy.engine.network_facts import NetworkFacts, TensorFact, read_network_facts
-from spach_deploy.errors import BuildError, UsageError
+from spach_deploy.options.specs import BatchProfile, EngineTarget
 from spach_deploy.runtime.packages import missing_package
 from spach_deploy.runtime.polygraphy_session import LogLine, captured_log, reason_of_failure, use_tensorrt
-from spach_deploy.specs import BatchProfile, EngineTarget
 
 _SECONDS_BETWEEN_STEPS = 0.05
 _DYNAMIC = -1

@@ -11,12 +11,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
+from spach_deploy.common.errors import SpachError, UnavailableError, UsageError
+from spach_deploy.common.versions import old_package
 from spach_deploy.engine.gpus import format_gpus
-from spach_deploy.errors import SpachError, UnavailableError, UsageError
-from spach_deploy.requirements import old_package
+from spach_deploy.options.specs import ComputeCapability, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.devices import RTX_CAPABILITIES, LocalGpu, local_gpus
 from spach_deploy.runtime.packages import is_installed, missing_package
-from spach_deploy.specs import ComputeCapability, EngineTarget, Flavour, Precision
 
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = Mapping[str, tuple[Shape, Shape, Shape]]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import re
 
-from spach_deploy.errors import UsageError
-from spach_deploy.specs import ComputeCapability
+from spach_deploy.common.errors import UsageError
+from spach_deploy.options.specs import ComputeCapability
 
 _CARDS_BY_CAPABILITY: dict[tuple[int, int], str] = {
     (7, 5): "t4 rtx2060 rtx2070 rtx2080 titanrtx quadrortx4000 quadrortx5000 quadrortx6000 quadrortx8000",

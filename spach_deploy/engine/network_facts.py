@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from spach_deploy.errors import PrecisionError
-from spach_deploy.specs import Precision
+from spach_deploy.common.errors import PrecisionError
+from spach_deploy.options.specs import Precision
 
 WEIGHTED_KINDS = frozenset(
     {"MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ATTENTION_INPUT", "ATTENTION_OUTPUT"}

@@ -59,7 +59,7 @@ class KernelFact:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _PlanTensor:
     dtype: str
     extents: tuple[str, ...]
     is_on_host: bool = False
@@ -94,7 +94,7 @@ class PlanFacts:
     """The kernels of a plan in the order of its schedule."""
 
     kernels: tuple[KernelFact, ...]
-    _tensors: Mapping[str, _Tensor] = dataclasses.field(repr=False)
+    _tensors: Mapping[str, _PlanTensor] = dataclasses.field(repr=False)
     _extents: _Extents = dataclasses.field(repr=False)
 
     @property
@@ -238,7 +238,7 @@ def _statements(text: str) -> Iterator[tuple[str, str]]:
         raise _UnexpectedTextError("braces")
 
 
-def _is_host_work(body: str, tensors: Mapping[str, _Tensor]) -> bool:
+def _is_host_work(body: str, tensors: Mapping[str, _PlanTensor]) -> bool:
     outputs = _operands(body, "output")
     return bool(outputs) and all(name in tensors and tensors[name].is_on_host for name in outputs)
 
@@ -269,14 +269,14 @@ def _operands(body: str, side: str) -> list[str]:
     return _strings(body, f"{side}_args") or _strings(body, side)
 
 
-def _tensor(body: str) -> _Tensor:
+def _tensor(body: str) -> _PlanTensor:
     dtype = _value(body, "type")
     match = re.search(_LIST.format(key="dims"), body)
     if dtype not in _BYTES or match is None:
         raise _UnexpectedTextError(f"tensor of type {dtype}")
     region = re.search(r'(?<!\w)region="([^"]*)"', body)
     is_on_host = region is not None and _HOST_MEMORY in region[1]
-    return _Tensor(dtype, tuple(re.findall(r'[^\s"]+', match[1])), is_on_host)
+    return _PlanTensor(dtype, tuple(re.findall(r'[^\s"]+', match[1])), is_on_host)
 
 
 def _strings(body: str, key: str) -> list[str]:

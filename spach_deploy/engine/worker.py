@@ -15,12 +15,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.common.errors import SpachError
 from spach_deploy.engine.compile import Compiled, ProgressEvent, compile_plan
 from spach_deploy.engine.flavours import FLAVOURS
 from spach_deploy.engine.network_facts import NetworkFacts
-from spach_deploy.errors import SpachError
+from spach_deploy.options.specs import EngineTarget, Flavour
 from spach_deploy.runtime.polygraphy_session import LogLine, use_tensorrt
-from spach_deploy.specs import EngineTarget, Flavour
 
 
 @dataclasses.dataclass(frozen=True)

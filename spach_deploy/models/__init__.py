@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spach_deploy.models.checkpoint import LoadedModel, load_model
-    from spach_deploy.models.configs import SpachConfig
     from spach_deploy.models.demo import load_demo_weights
+    from spach_deploy.models.published import SpachConfig
     from spach_deploy.models.registry import ModelInfo, create_model, list_models, model_info, resolve
     from spach_deploy.models.spach import Spach
 

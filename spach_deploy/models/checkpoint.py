@@ -13,18 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spach_deploy.errors import CheckpointError
+from spach_deploy.common.errors import CheckpointError
 from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_from_content
-from spach_deploy.models.checkpoint_file import read_checkpoint, read_shards
-from spach_deploy.models.checkpoint_index import find_index
-from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.checkpoint_file import find_index, read_checkpoint, read_shards
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.hyperparameters import Setting, settle, values_of
+from spach_deploy.models.hyperparameters import Setting, resolve_settings, values_of
 from spach_deploy.models.matching import check_fit, image_size_of, infer_model, num_classes_of
+from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import check_spec, create_model, resolve
 from spach_deploy.models.spach import Spach
 from spach_deploy.models.training_args import choose_image_size, compare_classes, compare_model
-from spach_deploy.specs import ModelSpec, Preprocessing
+from spach_deploy.options.specs import ModelSpec, Preprocessing
 
 DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"
 _FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
@@ -89,7 +88,7 @@ def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
     name = resolve(spec.name)
     size = 224 if spec.image_size is None else spec.image_size
     classes = 1000 if spec.num_classes is None else spec.num_classes
-    settings = settle(CONFIGS[name], spec.hyperparameters, {}, is_checkpoint=False)
+    settings = resolve_settings(CONFIGS[name], spec.hyperparameters, {}, is_checkpoint=False)
     # Built without values: drawing the published initialisation would take longer than all the rest.
     with torch.device("meta"):
         model = create_model(name, image_size=size, num_classes=classes, hyperparameters=values_of(settings))
@@ -105,7 +104,7 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     name, notes = _identify(spec, state)
     classes = num_classes_of(state.tensors) or 0
     size, size_notes = choose_image_size(state.args, name, image_size_of(CONFIGS[name], state.tensors), spec.image_size)
-    settings = settle(CONFIGS[name], spec.hyperparameters, state.args, is_checkpoint=True)
+    settings = resolve_settings(CONFIGS[name], spec.hyperparameters, state.args, is_checkpoint=True)
     values, value_notes = _values(state.tensors)
     with torch.device("meta"):
         model = create_model(name, image_size=size, num_classes=classes, hyperparameters=values_of(settings))

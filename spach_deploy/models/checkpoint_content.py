@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spach_deploy.command_lines import quoted
-from spach_deploy.errors import CheckpointError
-from spach_deploy.models.configs import CONFIGS
+from spach_deploy.common.errors import CheckpointError
+from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.shapes import state_shapes
-from spach_deploy.specs import WeightSource
+from spach_deploy.options.command_line import quoted
+from spach_deploy.options.specs import WeightSource
 
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 _ARGS_KEYS = (  # training scripts; PyTorch Lightning; timm, and others' names for the constructor's arguments

@@ -2,7 +2,7 @@
 
 Each value comes from the first of these that says it, and keeps its source: the command line or a recipe; the file's
 own `args`; the table of published models, which is then an assumption. Values that contradict each other are refused.
-Only answers that the user's own code computed can prove them (`spach_deploy.validation.answers_file`).
+Only answers that the user's own code computed can prove them (`spach_deploy.validation.user_answers`).
 
 Nothing here imports torch.
 """
@@ -15,9 +15,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from spach_deploy.errors import CheckpointError, ModelError
-from spach_deploy.models.configs import SpachConfig
-from spach_deploy.specs import ACTIVATIONS, Hyperparameters, Preprocessing
+from spach_deploy.common.errors import CheckpointError, ModelError
+from spach_deploy.models.published import SpachConfig
+from spach_deploy.options.specs import ACTIVATIONS, Hyperparameters, Preprocessing
 
 
 class Source(str, enum.Enum):
@@ -96,7 +96,7 @@ def published(config: SpachConfig) -> dict[str, Any]:
     return {**attention, "activation": config.activation, "norm_eps": config.norm_eps, **pixels}
 
 
-def settle(
+def resolve_settings(
     config: SpachConfig, asked: Hyperparameters, args: Mapping[str, Any], *, is_checkpoint: bool
 ) -> tuple[Setting, ...]:
     """Every value that tensors do not show, with its source, for a published `config`.

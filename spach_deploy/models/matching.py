@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from spach_deploy.errors import CheckpointError
+from spach_deploy.common.errors import CheckpointError
 from spach_deploy.models.checkpoint_content import ignoring, shown
-from spach_deploy.models.configs import CONFIGS, MLP, SpachConfig
+from spach_deploy.models.published import CONFIGS, MLP, SpachConfig
 from spach_deploy.models.shapes import shared_groups, state_shapes
 
 if TYPE_CHECKING:

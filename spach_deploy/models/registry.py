@@ -12,11 +12,11 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.errors import ModelError, UsageError
-from spach_deploy.models.configs import CONFIGS, SpachConfig
+from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models.hyperparameters import with_hyperparameters
+from spach_deploy.models.published import CONFIGS, SpachConfig
 from spach_deploy.models.shapes import count_macs, count_parameters
-from spach_deploy.specs import Hyperparameters, ModelSpec, WeightSource
+from spach_deploy.options.specs import Hyperparameters, ModelSpec, WeightSource
 
 if TYPE_CHECKING:
     from spach_deploy.models.spach import Spach

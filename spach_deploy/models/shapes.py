@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from spach_deploy.models.configs import CONV, MLP, STEM_WIDTH, TRANS, SpachConfig
+from spach_deploy.models.published import CONV, MLP, STEM_WIDTH, TRANS, SpachConfig
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spach_deploy.errors import CheckpointError, ModelError
-from spach_deploy.models.configs import CONFIGS
+from spach_deploy.common.errors import CheckpointError, ModelError
+from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import model_info, resolve
 
-_OUTDATED = "if its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...)."
-_WRONG_FILE = f"Is it the right file? Or, {_OUTDATED}"
+_OUTDATED_ARGS = "if its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...)."
+_WRONG_FILE = f"Is it the right file? Or, {_OUTDATED_ARGS}"
 
 
 def compare_model(args: Mapping[str, Any], name: str, asked: bool) -> list[str]:
@@ -32,7 +32,7 @@ def compare_model(args: Mapping[str, Any], name: str, asked: bool) -> list[str]:
     have = f"{name} was asked for" if asked else f"its tensors are those of {name}"
     raise CheckpointError(
         f"The checkpoint's args say model {said}{meaning}, but {have}.",
-        f"Give --model {other}, or, {_OUTDATED}" if asked else _WRONG_FILE,
+        f"Give --model {other}, or, {_OUTDATED_ARGS}" if asked else _WRONG_FILE,
     )
 
 

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from spach_deploy.specs import Precision
+from spach_deploy.options.specs import Precision
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
-class EightBits:
+class EightBitFormat:
     """A symmetric format: x is stored as round(x / scale), and what lies beyond `limit` becomes `limit`.
 
     `step` gives the distance between neighbours at |x| / scale, for magnitudes below `limit`.
@@ -54,10 +54,10 @@ def _e4m3_step(magnitude: Float64) -> Float64:
     return step
 
 
-INT8 = EightBits("int8", int(TensorProto.INT8), 127.0, _integer_step)
-FP8 = EightBits("fp8", int(TensorProto.FLOAT8E4M3FN), 448.0, _e4m3_step)
+INT8 = EightBitFormat("int8", int(TensorProto.INT8), 127.0, _integer_step)
+FP8 = EightBitFormat("fp8", int(TensorProto.FLOAT8E4M3FN), 448.0, _e4m3_step)
 
 
-def eight_bits(precision: Precision) -> EightBits | None:
+def eight_bits(precision: Precision) -> EightBitFormat | None:
     """The format of a quantized precision, None for the others."""
     return {Precision.INT8: INT8, Precision.FP8: FP8}.get(precision)

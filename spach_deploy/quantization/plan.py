@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from spach_deploy.errors import BundleError
-from spach_deploy.quantization.equalize import EqualizedPair
-from spach_deploy.quantization.formats import FP8, INT8, EightBits, Float32, Float64
+from spach_deploy.common.errors import BundleError
+from spach_deploy.common.files import read_json
+from spach_deploy.common.text import json_text
+from spach_deploy.quantization.equalization import EqualizedPair
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat, Float32, Float64
 from spach_deploy.quantization.scales import SMALLEST, Method, clipped_at, store, weight_scales
-from spach_deploy.quantization.sites import Kind, Site
+from spach_deploy.quantization.sites import LayerKind, Site
 from spach_deploy.quantization.statistics import TensorStatistics, mixture
-from spach_deploy.small_files import read_json
-from spach_deploy.text import json_text
 
 SCHEMA = 1
 _FORMATS = {form.name: form for form in (INT8, FP8)}
@@ -51,7 +51,7 @@ class QuantizedSite:
 
     module: str
     node: str
-    kind: Kind
+    kind: LayerKind
     macs: int
     tensors: tuple[QuantizedTensor, ...]
     weight: str
@@ -87,7 +87,7 @@ class KeptFloat:
 
     module: str
     node: str
-    kind: Kind
+    kind: LayerKind
     macs: int
     reason: str
 
@@ -103,7 +103,7 @@ class QuantizationPlan:
     `vnni`: linear layers for CPUs are stored as processors with VNNI multiply them, see `insert.py`.
     """
 
-    form: EightBits
+    form: EightBitFormat
     method: Method
     sites: tuple[QuantizedSite, ...]
     kept: tuple[KeptFloat, ...]
@@ -143,7 +143,7 @@ class QuantizationPlan:
                 _FORMATS[content["format"]],
                 Method(content["method"]),
                 tuple(map(_site, content["sites"])),
-                tuple(KeptFloat(**{**entry, "kind": Kind(entry["kind"])}) for entry in content["kept_float"]),
+                tuple(KeptFloat(**{**entry, "kind": LayerKind(entry["kind"])}) for entry in content["kept_float"]),
                 tuple(map(EqualizedPair.from_dict, content["equalization"])),
                 _truth(content.get("vnni", False)),
             )
@@ -159,14 +159,14 @@ def _site(entry: dict[str, Any]) -> QuantizedSite:
             **entry,
             **{key: _text(entry[key]) for key in ("module", "node", "weight")},
             **{key: tuple(map(float, entry[key])) for key in ("weight_scales", "correction")},
-            "kind": Kind(entry["kind"]),
+            "kind": LayerKind(entry["kind"]),
             "macs": int(entry["macs"]),
             "tensors": tuple(map(_tensor_entry, entry["tensors"])),
             "products": tuple(map(_text, entry.get("products", ()))),
             "bias": None if entry.get("bias") is None else tuple(map(float, entry["bias"])),
         }
     )
-    is_attention = site.kind is Kind.ATTENTION
+    is_attention = site.kind is LayerKind.ATTENTION
     if bool(site.products) != is_attention:
         raise ValueError(f"{site.module} has {len(site.products)} products of its own")
     if len(site.tensors) != (4 if is_attention else 1) or bool(site.weight_scales) == is_attention:
@@ -197,7 +197,7 @@ def _text(value: Any) -> str:
 class Scaling:
     """How scales are set. `per_tensor`: modules whose weights have one scale; `half`: scales must be FP16 numbers."""
 
-    form: EightBits
+    form: EightBitFormat
     method: Method
     half: bool = True
     per_tensor: frozenset[str] = frozenset()
@@ -252,7 +252,7 @@ def _quantized(
         return None
     correction: tuple[float, ...] = ()
     bias: tuple[float, ...] = ()
-    if weight is not None and site.kind is not Kind.DEPTHWISE:
+    if weight is not None and site.kind is not LayerKind.DEPTHWISE:
         divisors = np.ones(weight.shape[1]) if factors is None else factors
         moved = mean_shift(statistics[site.activation], divisors, weight, tensors[0].scale, scales, scaling.form)
         correction = tuple(_short(-number) for number in moved)
@@ -267,7 +267,7 @@ def mean_shift(
     weight: Float32,
     scale: float,
     weight_scales: Sequence[float],
-    form: EightBits,
+    form: EightBitFormat,
 ) -> Float64:
     """By how much eight bits move the mean of each output channel (outputs,).
 

@@ -12,23 +12,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from spach_deploy.errors import ImageError
-from spach_deploy.onnx_graph.export import INPUT
-from spach_deploy.onnx_graph.graph import initializers
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import measure_ranges
-from spach_deploy.quantization.correct import correct_biases
-from spach_deploy.quantization.equalize import Pair, apply_to_arrays, apply_to_graph, find_pairs, search
+from spach_deploy.common.errors import ImageError
+from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.export import INPUT
+from spach_deploy.graph.precision.ranges import measure_ranges
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.options.specs import Precision
+from spach_deploy.quantization.bias_correction import correct_biases
+from spach_deploy.quantization.equalization import EqualizablePair, apply_to_arrays, apply_to_graph, find_pairs, search
 from spach_deploy.quantization.formats import Float32
-from spach_deploy.quantization.insert import insert_pairs
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
+from spach_deploy.quantization.qdq import insert_qdq
 from spach_deploy.quantization.sites import Selection, Site, find_sites
-from spach_deploy.quantization.statistics import Collector, TensorStatistics, Wanted, wanted_tensors
-from spach_deploy.specs import Precision
+from spach_deploy.quantization.statistics import Collector, TensorRequest, TensorStatistics, wanted_tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class QuantizableSites:
     """All sites of a graph, and why some of them stay in float (by node; "" where they do not)."""
 
     sites: tuple[Site, ...]
@@ -40,21 +40,21 @@ class Candidates:
         return tuple(site for site in self.sites if not self.reasons[site.node])
 
     @property
-    def wanted(self) -> tuple[Wanted, ...]:
+    def wanted(self) -> tuple[TensorRequest, ...]:
         """The tensors to be measured, by channel wherever a site has channels."""
         chosen = self.quantized
         return wanted_tensors(chosen, [site.node for site in chosen if site.channel_axis is not None])
 
 
-def candidates(model: ModelProto, selection: Selection, scaling: Scaling) -> Candidates:
+def candidates(model: ModelProto, selection: Selection, scaling: Scaling) -> QuantizableSites:
     """Which layers of the FP32 graph would be quantized. UsageError for patterns that match nothing."""
     sites = find_sites(model)
-    return Candidates(sites, selection.chosen(sites, scaling.form))
+    return QuantizableSites(sites, selection.chosen(sites, scaling.form))
 
 
 def plan_from_statistics(
     model: ModelProto,
-    chosen: Candidates,
+    chosen: QuantizableSites,
     statistics: Mapping[str, TensorStatistics],
     scaling: Scaling,
     *,
@@ -70,7 +70,7 @@ def plan_from_statistics(
     return make_plan(chosen.sites, chosen.reasons, statistics, weights, equalized, scaling)
 
 
-def equalized_names(pairs: Sequence[Pair]) -> set[str]:
+def equalized_names(pairs: Sequence[EqualizablePair]) -> set[str]:
     """Parameters that the pairs may change."""
     names: set[str] = set()
     for pair in pairs:
@@ -135,4 +135,4 @@ def quantize_graph(
     ranges = measure_ranges(changed, feeds) if rest.is_half else None
     correct_biases(changed, plan)
     typed = type_graph(changed, rest, ranges).model
-    return QuantizedGraph(insert_pairs(typed, plan), plan)
+    return QuantizedGraph(insert_qdq(typed, plan), plan)

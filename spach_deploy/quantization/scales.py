@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spach_deploy.quantization.formats import INT8, EightBits, Float32, Float64
+from spach_deploy.quantization.formats import INT8, EightBitFormat, Float32, Float64
 from spach_deploy.quantization.statistics import BINS, CENTERS, EDGES
 
 SMALLEST = 2.0**-24
@@ -45,11 +45,11 @@ class Method(str, enum.Enum):
         return self is not Method.MAX
 
 
-def clipped_at(method: Method, histogram: Float64 | None, largest: float, form: EightBits) -> float:
+def clipped_at(method: Method, histogram: Float64 | None, largest: float, form: EightBitFormat) -> float:
     """The largest |x| that `form` shall hold, at most `largest`. `histogram`: counts (BINS), None with `max`."""
     if method is Method.MAX or histogram is None or largest <= 0 or not histogram.any():
         return largest
-    choose: dict[Method, Callable[[Float64, float, EightBits], float]] = {
+    choose: dict[Method, Callable[[Float64, float, EightBitFormat], float]] = {
         Method.PERCENTILE: _percentile,
         Method.ENTROPY: _entropy,
         Method.MSE: _least_error,
@@ -57,13 +57,13 @@ def clipped_at(method: Method, histogram: Float64 | None, largest: float, form: 
     return min(largest, choose[method](histogram, largest, form))
 
 
-def _percentile(histogram: Float64, largest: float, form: EightBits) -> float:
+def _percentile(histogram: Float64, largest: float, form: EightBitFormat) -> float:
     total = np.cumsum(histogram)
     index = int(np.searchsorted(total, _PERCENTILE * total[-1]))
     return float(EDGES[min(index + 1, BINS)])
 
 
-def _least_error(histogram: Float64, largest: float, form: EightBits) -> float:
+def _least_error(histogram: Float64, largest: float, form: EightBitFormat) -> float:
     used = np.flatnonzero(histogram)
     counts, values = histogram[used], np.minimum(CENTERS[used], largest)
     clips = largest * _CLIPS
@@ -71,12 +71,12 @@ def _least_error(histogram: Float64, largest: float, form: EightBits) -> float:
     return float(clips[int(np.argmin(errors))])
 
 
-def expected_error(counts: Float64, values: Float64, scale: float, form: EightBits) -> float:
+def expected_error(counts: Float64, values: Float64, scale: float, form: EightBitFormat) -> float:
     """Sum over a histogram of the squared error of storing `values` at `scale`."""
     return float(counts @ form.noise(values / scale)) * scale**2
 
 
-def _entropy(histogram: Float64, largest: float, form: EightBits) -> float:
+def _entropy(histogram: Float64, largest: float, form: EightBitFormat) -> float:
     linear = _linear(histogram, largest)
     width = largest / _ENTROPY_BINS
     candidates = range(_ENTROPY_LEVELS, _ENTROPY_BINS + 1, 16)
@@ -112,7 +112,7 @@ def _divergence(linear: Float64, size: int) -> float:
     return float(np.sum(p[used] * np.log(p[used] / np.maximum(q[used], 1e-12))))
 
 
-def weight_scales(weights: Float32, form: EightBits, *, per_channel: bool = True) -> Float64:
+def weight_scales(weights: Float32, form: EightBitFormat, *, per_channel: bool = True) -> Float64:
     """Scales of `weights` (outputs, ...): (outputs,), or (1,) for the whole tensor."""
     rows = weights.reshape(len(weights), -1) if per_channel else weights.reshape(1, -1)
     scales: Float64 = np.abs(rows).max(axis=1).astype(np.float64) / form.limit
@@ -121,7 +121,7 @@ def weight_scales(weights: Float32, form: EightBits, *, per_channel: bool = True
     return kept
 
 
-def store(values: Float32, scale: Float32 | float, form: EightBits) -> Float32:
+def store(values: Float32, scale: Float32 | float, form: EightBitFormat) -> Float32:
     """What `values` become in `form` at `scale`, float32: rounded to nearest, ties to even, and clipped.
 
     INT8 has one number more on the negative side, and ONNX and TensorRT use it.

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spach_deploy.quantization.fake_quantization import equalized_model, quantized_module
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.quantization.twin import equalized_twin, quantized_module
 from spach_deploy.rewrites.static_modules import StaticSpach
 
 PROBES = 2
@@ -80,7 +80,7 @@ class LayerWatch:
     """Hooks on every quantized layer: its own error on the way forward, what the logits feel on the way back."""
 
     def __init__(self, static: StaticSpach, plan: QuantizationPlan, probes: int = PROBES) -> None:
-        self._model = equalized_twin(static, plan)
+        self._model = equalized_model(static, plan)
         self._probes = probes
         self._squares: list[tuple[str, float]] = []
         self._norm = 1.0
@@ -124,7 +124,7 @@ class LayerWatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class LayerSelection:
     """Which layers stay in float so that the bound holds. `measured` is of the chosen set, by what was bounded."""
 
     costs: tuple[LayerCost, ...]
@@ -156,7 +156,7 @@ class Choice:
 
 def largest_set(
     costs: Sequence[LayerCost], bound: float, measure: Callable[[frozenset[str]], float], what: str
-) -> Choice:
+) -> LayerSelection:
     """The fewest layers left in float, dearest for their size first, with which `measure` is at most `bound`.
 
     `measure` takes the modules left in float. More of them in float is taken to measure less, so the number is found by
@@ -179,7 +179,7 @@ def largest_set(
             low, high = (low, middle) if at(middle) <= bound else (middle, high)
     else:
         high = 0
-    return Choice(tuple(costs), tuple(order[:high]), bound, at(high), seen[0], len(seen), what)
+    return LayerSelection(tuple(costs), tuple(order[:high]), bound, at(high), seen[0], len(seen), what)
 
 
 def _predicted(costs: Sequence[LayerCost], order: Sequence[str], bound: float, everything: float) -> int:

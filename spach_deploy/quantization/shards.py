@@ -17,16 +17,26 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from onnx import ModelProto
 
+from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.data import preprocess
-from spach_deploy.data.parts import Executor, check_unreadable, chunked
+from spach_deploy.data.calibration_set_checks import (
+    CalibrationSetCollector,
+    CalibrationSetSummary,
+    ImageSummary,
+    observe,
+)
+from spach_deploy.data.executors import Executor, check_unreadable, chunked
+from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, image_digest
 from spach_deploy.data.preprocess import normalize
-from spach_deploy.data.source import Entry, ImageSource, Skipped, image_digest
-from spach_deploy.data.survey import Observation, Survey, SurveyTaker, observe
-from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.onnx_graph.export import INPUT
-from spach_deploy.quantization.calibrate import Progress, Run, Seen, State
-from spach_deploy.quantization.statistics import BLOCK, Collector, TensorStatistics, Wanted
-from spach_deploy.specs import Preprocessing
+from spach_deploy.graph.export import INPUT
+from spach_deploy.options.specs import Preprocessing
+from spach_deploy.quantization.calibration import (
+    CalibrationProgress,
+    CalibrationSettings,
+    CalibrationState,
+    CollectedStatistics,
+)
+from spach_deploy.quantization.statistics import BLOCK, Collector, TensorRequest, TensorStatistics
 
 OBSERVED = 256
 """Images that one task of the first pass looks at."""
@@ -36,34 +46,34 @@ MOST_BLOCKS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Observed:
+class ReadableEntries:
     """Of a task's entries: those that could be read, by their place among them, and why others could not."""
 
-    seen: tuple[tuple[int, Observation], ...]
+    seen: tuple[tuple[int, ImageSummary], ...]
     skipped: tuple[tuple[int, Skipped], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class CalibrationWork:
     """What tasks of the second pass share: the FP32 graph as bytes, and what is measured in it."""
 
     graph: bytes
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[TensorRequest, ...]
     histograms: bool
     preprocessing: Preprocessing
     threads: int | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CalibrationShard:
     """Readable images with the digests that they had, and how many come before them."""
 
     after: int
-    entries: tuple[Entry, ...]
+    entries: tuple[ImageEntry, ...]
     digests: tuple[bytes, ...]
 
 
-def observe_part(preprocessing: Preprocessing, entries: Sequence[Entry]) -> Observed:
+def observe_part(preprocessing: Preprocessing, entries: Sequence[ImageEntry]) -> ReadableEntries:
     """A task of the first pass."""
     seen, skipped = [], []
     for place, entry in enumerate(entries):
@@ -73,10 +83,10 @@ def observe_part(preprocessing: Preprocessing, entries: Sequence[Entry]) -> Obse
             skipped.append((place, Skipped(entry.name, error.message)))
         else:
             seen.append((place, observe(entry.name, image, entry.label)))
-    return Observed(tuple(seen), tuple(skipped))
+    return ReadableEntries(tuple(seen), tuple(skipped))
 
 
-def collect_part(work: Work, part: Part) -> dict[str, TensorStatistics]:
+def collect_part(work: CalibrationWork, part: CalibrationShard) -> dict[str, TensorStatistics]:
     """A task of the second pass. Raises UsageError for an image that is another than before."""
     model = ModelProto.FromString(work.graph)
     collector = Collector(model, work.wanted, histograms=work.histograms, threads=work.threads, after=part.after)
@@ -89,7 +99,7 @@ def collect_part(work: Work, part: Part) -> dict[str, TensorStatistics]:
 
 
 @dataclasses.dataclass
-class Merged:
+class MergedStatistics:
     """What has been merged, and how many images that is: whole blocks, but for the last part."""
 
     statistics: dict[str, TensorStatistics] = dataclasses.field(default_factory=dict)
@@ -103,12 +113,12 @@ class Merged:
 
 def collect_in_parts(
     model: ModelProto,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[TensorRequest],
     source: ImageSource,
     preprocessing: Preprocessing,
-    run: Run,
+    run: CalibrationSettings,
     executor: Executor,
-) -> Seen:
+) -> CollectedStatistics:
     """What `calibrate.collect` gives, from tasks. An unfinished run goes on behind the last part that was kept.
 
     What one process kept between two blocks is not continued. Raises what `collect` raises, and UsageError where a task
@@ -117,7 +127,7 @@ def collect_in_parts(
     start = time.monotonic()
     readable, digests, survey = _observed(source, preprocessing, executor)
     survey.check()
-    work = Work(model.SerializeToString(), tuple(wanted), run.histograms, preprocessing, run.threads)
+    work = CalibrationWork(model.SerializeToString(), tuple(wanted), run.histograms, preprocessing, run.threads)
     merged, state = _continued(run, digests, source)
     resumed = merged.images
     blocks = blocks_a_part(len(readable), executor.workers)
@@ -128,19 +138,21 @@ def collect_in_parts(
         if state.is_due and merged.images % BLOCK == 0:
             state.save(merged.images, _seen(digests[: merged.images]))
         left = (time.monotonic() - began) / (merged.images - resumed) * (len(readable) - merged.images)
-        run.on_progress(Progress(merged.images, len(readable), left))
+        run.on_progress(CalibrationProgress(merged.images, len(readable), left))
     state.remove()
-    return Seen(merged.statistics, survey, time.monotonic() - start, resumed)
+    return CollectedStatistics(merged.statistics, survey, time.monotonic() - start, resumed)
 
 
-def _continued(run: Run, digests: Sequence[bytes], source: ImageSource) -> tuple[Merged, State]:
+def _continued(
+    run: CalibrationSettings, digests: Sequence[bytes], source: ImageSource
+) -> tuple[MergedStatistics, CalibrationState]:
     """What an unfinished run kept, where it ends with a block. UsageError where that is of other images."""
-    merged = Merged()
-    state = State(run, merged)
+    merged = MergedStatistics()
+    state = CalibrationState(run, merged)
     done = state.restored_images()
     if done % BLOCK:
-        merged = Merged()
-        return merged, State(run, merged)
+        merged = MergedStatistics()
+        return merged, CalibrationState(run, merged)
     if done:
         state.check(_seen(digests[:done]) if done <= len(digests) else "", source)
     return merged, state
@@ -161,10 +173,10 @@ def blocks_a_part(images: int, workers: int) -> int:
 
 def _observed(
     source: ImageSource, preprocessing: Preprocessing, executor: Executor
-) -> tuple[list[Entry], list[bytes], Survey]:
+) -> tuple[list[ImageEntry], list[bytes], CalibrationSetSummary]:
     """The readable entries, their digests, and what they are."""
-    taker, skipped = SurveyTaker(source, preprocessing), []
-    readable: list[Entry] = []
+    taker, skipped = CalibrationSetCollector(source, preprocessing), []
+    readable: list[ImageEntry] = []
     digests: list[bytes] = []
     chunks, again = itertools.tee(chunked(source.entries(), OBSERVED))
     for chunk, found in zip(again, executor.map(observe_part, preprocessing, chunks), strict=True):
@@ -180,10 +192,12 @@ def _observed(
     return readable, digests, taker.survey(tuple(skipped))
 
 
-def _parts(readable: Sequence[Entry], digests: Sequence[bytes], blocks: int, first: int) -> Iterator[Part]:
+def _parts(
+    readable: Sequence[ImageEntry], digests: Sequence[bytes], blocks: int, first: int
+) -> Iterator[CalibrationShard]:
     for start in range(first, len(readable), blocks * BLOCK):
         taken = slice(start, start + blocks * BLOCK)
-        yield Part(start, tuple(readable[taken]), tuple(digests[taken]))
+        yield CalibrationShard(start, tuple(readable[taken]), tuple(digests[taken]))
 
 
 def merge_all(whole: dict[str, TensorStatistics], part: dict[str, TensorStatistics]) -> None:

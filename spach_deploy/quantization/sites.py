@@ -27,15 +27,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from onnx import ModelProto, NodeProto, TensorProto
 
-from spach_deploy.errors import UsageError
-from spach_deploy.onnx_graph.graph import attributes, initializers, producers, shapes_at_batch_one
-from spach_deploy.onnx_graph.names import owner
-from spach_deploy.quantization.formats import FP8, EightBits
+from spach_deploy.common.errors import UsageError
+from spach_deploy.graph.edit import attributes, initializers, producers, shapes_at_batch_one
+from spach_deploy.graph.names import owner
+from spach_deploy.quantization.formats import FP8, EightBitFormat
 
 HEAD = "head"
 
 
-class Kind(str, enum.Enum):
+class LayerKind(str, enum.Enum):
     """What a site is in the model."""
 
     LINEAR = "linear"
@@ -57,7 +57,7 @@ class Site:
 
     module: str
     node: str
-    kind: Kind
+    kind: LayerKind
     activation: str
     slot: int
     weight: str
@@ -93,20 +93,20 @@ class _Finder:
 
     def site(self, node: NodeProto) -> Site | None:
         if node.op_type == "Gemm" and node.input[1] in self._weights:
-            return self._weighted(node, Kind.LINEAR, 0, 1, -1)
+            return self._weighted(node, LayerKind.LINEAR, 0, 1, -1)
         if node.op_type == "Split" and node.input[0] in self._weights:
             return self._parted(node)
         if node.op_type == "Conv" and node.input[1] in self._weights:
             depthwise = int(str(attributes(node).get("group", 1))) > 1
-            kind = Kind.DEPTHWISE if depthwise else Kind.CONVOLUTION
+            kind = LayerKind.DEPTHWISE if depthwise else LayerKind.CONVOLUTION
             return self._weighted(node, kind, 0, 1, 1)
         if node.op_type == "MatMul" and node.input[0] in self._weights:
-            return self._weighted(node, Kind.TOKEN_LINEAR, 1, 0, 1)
+            return self._weighted(node, LayerKind.TOKEN_LINEAR, 1, 0, 1)
         if node.op_type == "Softmax":
             return self._attention(node)
         return None
 
-    def _weighted(self, node: NodeProto, kind: Kind, slot: int, weight: int, channel_axis: int) -> Site:
+    def _weighted(self, node: NodeProto, kind: LayerKind, slot: int, weight: int, channel_axis: int) -> Site:
         outputs = math.prod(self._shapes[node.output[0]])
         per_output = math.prod(self._weights[node.input[weight]].dims[1:])
         return Site(
@@ -129,7 +129,7 @@ class _Finder:
         weight = split.input[0]
         rows = self._shapes[first.input[0]][0]
         return Site(
-            *(owner(split.name), first.name, Kind.LINEAR, first.input[0], 0, weight, -1),
+            *(owner(split.name), first.name, LayerKind.LINEAR, first.input[0], 0, weight, -1),
             macs=rows * math.prod(self._weights[weight].dims),
         )
 
@@ -142,7 +142,7 @@ class _Finder:
         scores, values = self._shapes[before.output[0]], self._shapes[after[0].input[1]]
         tensors = (before.input[0], before.input[1], after[0].input[0], after[0].input[1])
         return Site(
-            *(owner(softmax.name), softmax.name, Kind.ATTENTION, softmax.output[0], 0, "", None),
+            *(owner(softmax.name), softmax.name, LayerKind.ATTENTION, softmax.output[0], 0, "", None),
             macs=2 * math.prod(scores) * values[-1],
             tensors=tensors,
             products=(before.name, after[0].name),
@@ -156,7 +156,7 @@ class Selection:
     keep_float: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
 
-    def chosen(self, sites: Sequence[Site], form: EightBits) -> dict[str, str]:
+    def chosen(self, sites: Sequence[Site], form: EightBitFormat) -> dict[str, str]:
         """Site by node name -> "" where it is quantized, else the reason why not.
 
         `keep_float` wins over `quantize`, and both over the rules. UsageError for a pattern that matches no site, and
@@ -165,11 +165,11 @@ class Selection:
         self._check(sites)
         return {site.node: self._reason(site, form) for site in sites}
 
-    def _reason(self, site: Site, form: EightBits) -> str:
+    def _reason(self, site: Site, form: EightBitFormat) -> str:
         if _matches(site.module, self.keep_float):
             return "asked: --keep-float"
         if _matches(site.module, self.quantize):
-            if form == FP8 and site.kind in (Kind.CONVOLUTION, Kind.DEPTHWISE):
+            if form == FP8 and site.kind in (LayerKind.CONVOLUTION, LayerKind.DEPTHWISE):
                 raise UsageError(
                     f"{site.module} is a convolution, and TensorRT runs FP8 convolutions in half.",
                     "Leave it out of --quantize, or use --int8.",
@@ -192,16 +192,16 @@ def _matches(module: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
-def _rule(site: Site, form: EightBits) -> str:
-    if site.kind is Kind.DEPTHWISE:
+def _rule(site: Site, form: EightBitFormat) -> str:
+    if site.kind is LayerKind.DEPTHWISE:
         return "rule: a depthwise convolution fuses with its neighbours in half"
     if site.module == HEAD:
         return "rule: the head's error is the answer's"
-    if site.kind is Kind.ATTENTION:
+    if site.kind is LayerKind.ATTENTION:
         return "rule: the fused attention kernel stays in half"
-    if site.kind is Kind.CONVOLUTION and form == FP8:
+    if site.kind is LayerKind.CONVOLUTION and form == FP8:
         return "rule: TensorRT runs FP8 convolutions in half"
-    if site.kind is Kind.CONVOLUTION:
+    if site.kind is LayerKind.CONVOLUTION:
         return "rule: a convolution costs accuracy and saves no kernel"
     return ""
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from spach_deploy.errors import PrecisionError
-from spach_deploy.precision.ranges import Arrays, open_session
+from spach_deploy.common.errors import PrecisionError
+from spach_deploy.graph.precision.ranges import Arrays, open_session
 from spach_deploy.quantization.formats import Float32, Float64
 from spach_deploy.quantization.sites import Site
 
@@ -224,22 +224,22 @@ def rows_of(tensor: Float32, axis: int | None) -> Float32:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class TensorRequest:
     """A tensor to be measured: which axis has channels of their own, None for the tensor as a whole."""
 
     tensor: str
     axis: int | None
 
 
-def wanted_tensors(sites: Iterable[Site], per_channel: Iterable[str]) -> tuple[Wanted, ...]:
+def wanted_tensors(sites: Iterable[Site], per_channel: Iterable[str]) -> tuple[TensorRequest, ...]:
     """The tensors of `sites`, each once; those of the nodes in `per_channel` by channel."""
     nodes = set(per_channel)
-    wanted: dict[str, Wanted] = {}
+    wanted: dict[str, TensorRequest] = {}
     for site in sites:
         for tensor in site.measured:
             axis = site.channel_axis if site.node in nodes else None
             known = wanted.get(tensor)
-            wanted[tensor] = Wanted(tensor, axis if known is None or known.axis is None else known.axis)
+            wanted[tensor] = TensorRequest(tensor, axis if known is None or known.axis is None else known.axis)
     return tuple(wanted.values())
 
 
@@ -254,7 +254,7 @@ class Collector:
     def __init__(
         self,
         model: ModelProto,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[TensorRequest],
         *,
         histograms: bool = True,
         threads: int | None = None,
@@ -279,7 +279,7 @@ class Collector:
             self._see(item, feeds[item.tensor] if item.tensor in feeds else values.pop(item.tensor))
         self.images += len(next(iter(feeds.values())))
 
-    def _see(self, item: Wanted, value: NDArray[Any]) -> None:
+    def _see(self, item: TensorRequest, value: NDArray[Any]) -> None:
         rows = rows_of(value, item.axis)
         if item.tensor not in self.statistics:
             empty = TensorStatistics.empty(rows.shape[1], histogram=self._histograms, after=self._after)

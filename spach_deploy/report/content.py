@@ -10,7 +10,7 @@ Json = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Content:
+class ReportContent:
     """report.json, the bundle's manifest (empty where there is none), and pictures as data URIs by image index.
 
     `made`: when the page is made, ISO 8601; a report has no time in it.

@@ -7,9 +7,9 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.errors import BundleError, MissingPackageError, SpachError, UsageError
-from spach_deploy.files import Place
-from spach_deploy.report.content import Content, Json
+from spach_deploy.common.errors import BundleError, MissingPackageError, SpachError, UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.page import environment, is_ours, load_templates, render
 from spach_deploy.report.pictures import pictures_of
 from spach_deploy.report.plots import check_matplotlib
@@ -42,18 +42,18 @@ def load_page_modules() -> None:
         load_templates()
 
 
-def content_of(validation: Validation, manifest: Json) -> Content:
+def content_of(validation: Validation, manifest: Json) -> ReportContent:
     """A validation with the manifest of what it was made of, and the pictures that its page shows."""
     report = validation.to_dict()
-    content = Content(report, manifest)
+    content = ReportContent(report, manifest)
     wanted = [answer["image"] for answer in content.first.get("answers", ())]
     preprocessing = content.section("preprocessing")
     pictures = pictures_of(validation.trial.inputs, preprocessing, wanted) if preprocessing else {}
     made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return Content(report, manifest, pictures, made)
+    return ReportContent(report, manifest, pictures, made)
 
 
-def write_page(validation: Validation, manifest: Json, place: Place) -> None:
+def write_page(validation: Validation, manifest: Json, place: Destination) -> None:
     """Make the page and write it in one step.
 
     Raises MissingPackageError without jinja2 or matplotlib, UsageError where it cannot be written or another's page is
@@ -74,7 +74,7 @@ def write_page(validation: Validation, manifest: Json, place: Place) -> None:
     write_whole(place, text)
 
 
-def page_problem(validation: Validation, manifest: Json, place: Place) -> str:
+def page_problem(validation: Validation, manifest: Json, place: Destination) -> str:
     """Make the page; why it was not made, in a sentence, where that is so. The report itself is there in any case."""
     try:
         write_page(validation, manifest, place)

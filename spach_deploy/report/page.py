@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy._version import __version__
-from spach_deploy.errors import MissingPackageError, printable_lines
-from spach_deploy.report.content import Content
+from spach_deploy.common.errors import MissingPackageError, printable_lines
+from spach_deploy.common.versions import refuse_old
+from spach_deploy.report.content import ReportContent
 from spach_deploy.report.formats import FILTERS
 from spach_deploy.report.plots import INSTALL
 from spach_deploy.report.sections import (
@@ -29,7 +30,6 @@ from spach_deploy.report.sections import (
     steps,
     verdict,
 )
-from spach_deploy.requirements import refuse_old
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,7 +62,7 @@ class Section:
 
     name: str
     title: str
-    view: Callable[[Content], Mapping[str, Any] | None]
+    view: Callable[[ReportContent], Mapping[str, Any] | None]
 
 
 SECTIONS = (
@@ -80,7 +80,7 @@ SECTIONS = (
 """What a page shows, in order, below its verdict."""
 
 
-def render(content: Content) -> str:
+def render(content: ReportContent) -> str:
     """The whole page as text. Raises MissingPackageError without jinja2 or matplotlib."""
     shown = [(section, view) for section in SECTIONS if (view := section.view(content)) is not None]
     report = content.report

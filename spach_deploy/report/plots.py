@@ -16,10 +16,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from spach_deploy.errors import MissingPackageError
+from spach_deploy.common.errors import MissingPackageError
+from spach_deploy.common.versions import refuse_old
 from spach_deploy.report.formats import scientific
 from spach_deploy.report.svg import STAND_INS, for_page, with_hints
-from spach_deploy.requirements import refuse_old
 
 WIDE, NARROW = (840, 320), (360, 290)
 """Sizes in CSS pixels."""

@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Collection
 
+from spach_deploy.common.threads import torch_threads
 from spach_deploy.models.spach import Spach
 from spach_deploy.rewrites.absorb_qkv_bias import absorb_qkv_bias
 from spach_deploy.rewrites.base import Outcome, Rewrite, modules_of, own
@@ -21,7 +22,6 @@ from spach_deploy.rewrites.fold_residual import fold_residual
 from spach_deploy.rewrites.grid_stream import grid_stream
 from spach_deploy.rewrites.static_modules import StaticPositionEncoding, StaticSpach
 from spach_deploy.rewrites.static_reshapes import prove_static, to_static
-from spach_deploy.runtime.threads import torch_threads
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_batchnorm", "BatchNorm into the stem's convolutions", fold_batchnorm),

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.errors import RewriteError
+from spach_deploy.common.errors import RewriteError
 
 FP64_LIMIT = 1e-12
 """Relative L2 that exact algebra keeps in FP64: some thousand roundings of 1.1e-16."""

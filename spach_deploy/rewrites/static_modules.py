@@ -1,6 +1,6 @@
 """The static forms of SPACH's modules: reshapes with known sizes, only the batch symbolic.
 
-They compute what the einops modules of `spach_deploy.models.layers` compute and keep their attribute names, so that
+They compute what the einops modules of `spach_deploy.models.spach` compute and keep their attribute names, so that
 state-dict keys, and the node names that come from them, stay the published ones. `grid_stream` says how tokens travel
 between modules: False, (B, N, C) as in the reference; True, (B, H, W, C), the layout that convolutions and the
 compiler's pointwise fusions want. Linear layers work on (B*N, C) rows: one Gemm each, bias and GELU in its epilogue.
@@ -154,7 +154,7 @@ def on_few_tokens(attention: StaticAttention) -> StaticAttention:
 
 
 class StaticBlock(nn.Module):
-    """A mixing block; see `spach_deploy.models.layers.MixingBlock` for what it computes.
+    """A mixing block; see `spach_deploy.models.spach.MixingBlock` for what it computes.
 
     `spatial_func` None: a convolution block. `gamma_1` None: LayerScale stands in the spatial function's weights.
     """

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from einops.layers.torch import Rearrange
 from torch import nn
 
-from spach_deploy.models import layers
+from spach_deploy.models import spach as layers
 from spach_deploy.models.spach import Spach
 from spach_deploy.rewrites import static_modules as static
 from spach_deploy.rewrites.base import Change, Outcome, double, probe, prove, prove_layout

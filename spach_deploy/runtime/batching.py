@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from spach_deploy.errors import MismatchError
+from spach_deploy.common.errors import MismatchError
 from spach_deploy.runtime import TensorSpec
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]

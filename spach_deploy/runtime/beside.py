@@ -24,9 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from spach_deploy.errors import SpachError
+from spach_deploy.common.errors import SpachError
+from spach_deploy.common.threads import available_threads, torch_threads
 from spach_deploy.runtime.parent import end_with
-from spach_deploy.runtime.threads import available_threads, torch_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 
-from spach_deploy.errors import MissingPackageError
-from spach_deploy.specs import Flavour
+from spach_deploy.common.errors import MissingPackageError
+from spach_deploy.options.specs import Flavour
 
 MODULE_NAMES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
 """What each flavour's package is imported as."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from spach_deploy.specs import Flavour
+from spach_deploy.options.specs import Flavour
 
 HEADER_BYTES = 64
 """How many leading bytes `plan_identity` looks at."""

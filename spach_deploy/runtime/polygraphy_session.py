@@ -18,9 +18,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from spach_deploy.errors import UnavailableError
+from spach_deploy.common.errors import UnavailableError
+from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.packages import MODULE_NAMES
-from spach_deploy.specs import Flavour
 
 _LOADERS = "polygraphy.backend.trt"
 _lock = threading.Lock()

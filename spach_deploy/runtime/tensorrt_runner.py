@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.errors import UnavailableError, UsageError
+from spach_deploy.common.errors import UnavailableError, UsageError
+from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
 from spach_deploy.runtime.devices import RTX_CAPABILITIES, LocalGpu, local_gpus
 from spach_deploy.runtime.packages import installed_version, is_installed, missing_package
 from spach_deploy.runtime.plan_identity import plan_identity
 from spach_deploy.runtime.polygraphy_session import LogLine, captured_log, reason_of_failure, use_tensorrt
-from spach_deploy.specs import Flavour
 
 if TYPE_CHECKING:
     import numpy as np

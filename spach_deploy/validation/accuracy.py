@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.errors import UsageError
+from spach_deploy.common.errors import UsageError
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]

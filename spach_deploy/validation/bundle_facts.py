@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.bundle import MANIFEST, Bundle, reading
+from spach_deploy.bundle.store import MANIFEST, Bundle, reading
 from spach_deploy.models.hyperparameters import read_section
-from spach_deploy.specs import BatchProfile, Flavour, IODtype, OutputSpec, Precision, Preprocessing
+from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, OutputSpec, Precision, Preprocessing
 from spach_deploy.validation.tolerance import ToleranceSet
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from spach_deploy.errors import MismatchError
-from spach_deploy.validation.tolerance import NOISE_FACTOR
+from spach_deploy.common.errors import MismatchError
+from spach_deploy.validation.tolerance import FP32_FACTOR
 
 _LEAST_NOISE = 2.0**-23
 """No FP32 answer is nearer than a rounding of it."""
@@ -23,7 +23,7 @@ Logits = NDArray[np.float32]
 
 def rounding_limit(noise: float) -> float:
     """The relative L2 that rounding explains, where FP32's own `noise` (relative L2 against FP64) was measured."""
-    return NOISE_FACTOR * max(noise, _LEAST_NOISE)
+    return FP32_FACTOR * max(noise, _LEAST_NOISE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check_equal(what: str, logits: Logits, reference: ReferenceLogits) -> float:
     if not error <= reference.limit:
         raise MismatchError(
             f"The {what} differs from the reference model at batch {len(expected)}: relative L2 {error:.1e}, at most"
-            f" {reference.limit:.1e} is rounding ({NOISE_FACTOR:g} x FP32's noise against FP64).",
+            f" {reference.limit:.1e} is rounding ({FP32_FACTOR:g} x FP32's noise against FP64).",
             "Turn rewrites off one by one with --no-rewrite NAME to find the one to blame, and report it.",
         )
     return error

@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.common.errors import CheckpointError, UsageError
 from spach_deploy.data import preprocess
-from spach_deploy.data.parts import Cluster
+from spach_deploy.data.executors import Cluster
+from spach_deploy.data.labels import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.readers import ImageSource, batches, open_images
-from spach_deploy.errors import CheckpointError, UsageError
 from spach_deploy.models.hyperparameters import read_section, values_of
-from spach_deploy.specs import IODtype, ModelSpec, Preprocessing, WeightSource
+from spach_deploy.options.specs import IODtype, ModelSpec, Preprocessing, WeightSource
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import LARGEST_BATCH, Ran, Trial, forms_here
-from spach_deploy.validation.labels import ImageLabels, Labels, OwnLabels, open_labels
-from spach_deploy.validation.precision_loss import evaluate
+from spach_deploy.validation.rounding_error import evaluate
+from spach_deploy.validation.runs import LARGEST_BATCH, EvaluationSet, RunOutputs, executions_here
 from spach_deploy.validation.shards import (
     DECODING_BYTES,
-    Asked,
     FewImages,
-    Readable,
-    Work,
-    answered_in_parts,
+    ReadableImages,
+    ShardedRunRequest,
+    ValidationWork,
     readable_images,
+    run_in_shards,
 )
-from spach_deploy.validation.tolerance import Images as SomeImages
-from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances, looked_at
+from spach_deploy.validation.tolerance import ImageArray as SomeImages
+from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances, evaluated_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class ImagesSpec:
     """A user's images: where they are, how many to take at most, and where their labels are."""
 
     path: Path
@@ -69,17 +69,17 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnImages:
+class ImagesReference:
     """A user's images answered, bounds that hold for them, their labels where there are any, and remarks.
 
     `graph`: what the graph gave in each of its forms, where it was run beside the reference; else None.
     """
 
-    trial: Trial
+    trial: EvaluationSet
     tolerances: ToleranceSet
     labels: ImageLabels | None = None
     notes: tuple[str, ...] = ()
-    graph: tuple[Ran, ...] | None = None
+    graph: tuple[RunOutputs, ...] | None = None
 
 
 def rebuild(section: dict[str, Any], weights: Weights) -> LoadedModel:
@@ -133,7 +133,9 @@ def _with_weights(section: dict[str, Any], source: WeightSource) -> str:
     return "" if recorded == source.value else f", with --weights {recorded}"
 
 
-def rebuilt_on_golden(section: dict[str, Any], facts: BundleFacts, trial: Trial, weights: Weights, say: Say) -> Trial:
+def rebuilt_on_golden(
+    section: dict[str, Any], facts: BundleFacts, trial: EvaluationSet, weights: Weights, say: Say
+) -> EvaluationSet:
     """The golden images answered by the reference rebuilt."""
     say("Rebuilding the reference.")
     loaded = rebuild(section, weights)
@@ -142,8 +144,8 @@ def rebuilt_on_golden(section: dict[str, Any], facts: BundleFacts, trial: Trial,
 
 
 def rebuilt_on_images(
-    section: dict[str, Any], facts: BundleFacts, asked: Images, weights: Weights, say: Say
-) -> OnImages:
+    section: dict[str, Any], facts: BundleFacts, asked: ImagesSpec, weights: Weights, say: Say
+) -> ImagesReference:
     """A user's images answered by the reference rebuilt, tolerances derived on them, and their labels.
 
     At most `max_images`, spread evenly over the set. Raises ImageError when there is none, UsageError for labels that
@@ -158,7 +160,7 @@ def rebuilt_on_images(
     say(f"Running the reference on {len(names)} images.")
     images = _Normalized(pixels, facts.preprocessing)
     logits = _answers(loaded, images)
-    trial = Trial(
+    trial = EvaluationSet(
         inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.outputs.io_dtype),
         logits=logits,
         names=names,
@@ -167,18 +169,18 @@ def rebuilt_on_images(
         outputs=facts.outputs,
         batch=facts.batch,
     )
-    return OnImages(trial, _tolerances(loaded, facts, images, logits, say), labels, notes)
+    return ImagesReference(trial, _tolerances(loaded, facts, images, logits, say), labels, notes)
 
 
 def rebuilt_in_parts(
     section: dict[str, Any],
     facts: BundleFacts,
-    asked: Images,
+    asked: ImagesSpec,
     weights: Weights,
     graph: Path,
     connect: Callable[[], AbstractContextManager[Cluster]],
     say: Say,
-) -> OnImages:
+) -> ImagesReference:
     """What `rebuilt_on_images` gives, and what `graph` answers to the same images, both from a cluster.
 
     Pixels are not kept here. Raises what `rebuilt_on_images` raises, UsageError where a node cannot read what can be
@@ -187,9 +189,9 @@ def rebuilt_in_parts(
     source = open_images(asked.path)
     labels_of = _labelling(asked, source, section["num_classes"])
     loaded = rebuild(section, weights)
-    work = Work(
+    work = ValidationWork(
         graph=_whole(graph) if graph.is_file() else b"",
-        forms=forms_here(graph, facts.rest) if graph.is_file() else (),
+        forms=executions_here(graph, facts.rest) if graph.is_file() else (),
         model=loaded.model,
         preprocessing=facts.preprocessing,
         io_dtype=facts.outputs.io_dtype,
@@ -201,9 +203,9 @@ def rebuilt_in_parts(
         for skipped in readable.skipped:
             say(f"Skipped {skipped}")
         labels, notes = labels_of(readable.names, readable.labels)
-        kept = looked_at(len(readable), facts.rest, _LOSS_IMAGES)
-        answered = answered_in_parts(Asked(work, graph, limited, readable, facts.batch, kept), cluster, say)
-    trial = Trial(
+        kept = evaluated_images(len(readable), facts.rest, _LOSS_IMAGES)
+        answered = run_in_shards(ShardedRunRequest(work, graph, limited, readable, facts.batch, kept), cluster, say)
+    trial = EvaluationSet(
         inputs=lambda start, stop: _read_again(limited, readable, facts, start, stop),
         logits=answered.logits,
         names=readable.names,
@@ -214,10 +216,12 @@ def rebuilt_in_parts(
     )
     few = {number: normalize(pixels[None], facts.preprocessing)[0] for number, pixels in answered.pixels.items()}
     bounds = _tolerances(loaded, facts, FewImages(len(readable), few), answered.logits, say)
-    return OnImages(trial, bounds, labels, notes, answered.graph)
+    return ImagesReference(trial, bounds, labels, notes, answered.graph)
 
 
-def _read_again(source: ImageSource, readable: Readable, facts: BundleFacts, start: int, stop: int) -> npt.NDArray[Any]:
+def _read_again(
+    source: ImageSource, readable: ReadableImages, facts: BundleFacts, start: int, stop: int
+) -> npt.NDArray[Any]:
     """Some of the images, as the engine's caller sends them."""
     chosen = itertools.islice(readable.entries(source), start, stop)
     pixels = np.stack([preprocess.pixels(entry.load(), facts.preprocessing) for entry in chosen])
@@ -255,13 +259,13 @@ def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:
     """The reference with its layers in eight bits, as the bundle's record has it; None for other precisions."""
     if facts.quantization is None:
         return None
+    from spach_deploy.quantization.fake_quantization import fake_quantized
     from spach_deploy.quantization.plan import read_plan
-    from spach_deploy.quantization.twin import quantized_twin
     from spach_deploy.rewrites import rewrite
 
     plan = read_plan(facts.quantization.record)
     static = rewrite(loaded.model, facts.quantization.disabled, facts.quantization.quantize).model
-    return quantized_twin(static, plan)
+    return fake_quantized(static, plan)
 
 
 def _read(
@@ -277,7 +281,7 @@ def _read(
     return names, np.concatenate([part.pixels for part in parts]), labels
 
 
-def _labelling(asked: Images, source: ImageSource, num_classes: int) -> LabelsOf:
+def _labelling(asked: ImagesSpec, source: ImageSource, num_classes: int) -> LabelsOf:
     """What finds the labels of images once they are read; a labels file is read and checked now."""
     if asked.labels is not None:
         labelling = open_labels(asked.labels, asked.path, source.classes, num_classes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spach_deploy.errors import UsageError
-from spach_deploy.files import Place
-from spach_deploy.text import json_text
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.common.text import json_text
 from spach_deploy.validation.validate import Validation
 
 
@@ -20,12 +20,12 @@ def dumped(content: dict[str, Any]) -> str:
     return json_text(content) + "\n"
 
 
-def write_report(validation: Validation, place: Place) -> None:
+def write_report(validation: Validation, place: Destination) -> None:
     """Write the report in one step. UsageError where it cannot be written."""
     write_whole(place, as_json(validation))
 
 
-def write_whole(place: Place, text: str) -> None:
+def write_whole(place: Destination, text: str) -> None:
     """Write a report or its page in one step: a killed run leaves the old file. UsageError where that fails."""
     try:
         place.write_text(text)

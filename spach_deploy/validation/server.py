@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from spach_deploy.bundle import GOLDEN, Bundle
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.runtime.triton_runner import DEFAULT_TIMEOUT_S, ServedAt, TritonRunner
 from spach_deploy.runtime.truncation import MENDED, REMEDY
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_runner
-from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_runner
 from spach_deploy.validation.tolerance import ToleranceSet
-from spach_deploy.validation.validate import Validation, golden_trial, subject_of
+from spach_deploy.validation.validate import Validation, golden_set, report_header
 
 _RUNS_THE_PLAN = ("tensorrt_plan", "tensorrt")
 
@@ -49,20 +49,20 @@ def validate_server(request: ServerRequest) -> Validation:
     bundle = Bundle.open(request.bundle)
     facts = BundleFacts.of(bundle)
     images = str(bundle.manifest.content["validation"].get("images", "the bundle's golden pack"))
-    trial = golden_trial(Golden.load(bundle.file(GOLDEN)), images, facts.outputs, facts.batch)
+    trial = golden_set(Golden.load(bundle.file(GOLDEN)), images, facts.outputs, facts.batch)
     evidence, platform = _evidence(request, trial, facts.tolerances)
-    subject = subject_of(str(request.served), bundle, facts.precision)
+    subject = report_header(str(request.served), bundle, facts.precision)
     return ServerValidation(subject, trial, (evidence,), notes=truncation_hints(bundle, evidence), platform=platform)
 
 
-def truncation_hints(bundle: Bundle, evidence: Evidence) -> tuple[str, ...]:
+def truncation_hints(bundle: Bundle, evidence: RunResult) -> tuple[str, ...]:
     """What may explain that a server's graph disagrees; nothing where it agrees, or its INT8 is not made of FP16."""
     if evidence.passed or evidence.level is Level.ENGINE or not bundle.quantizes_fp16:
         return ()
     return (f"This graph makes INT8 of FP16, which ONNX Runtime before {MENDED} truncates on a CPU. {REMEDY}",)
 
 
-def _evidence(request: ServerRequest, trial: Trial, tolerances: ToleranceSet) -> tuple[Evidence, str]:
+def _evidence(request: ServerRequest, trial: EvaluationSet, tolerances: ToleranceSet) -> tuple[RunResult, str]:
     with TritonRunner(request.served, timeout_s=request.timeout_s) as runner:
         if runner.platform in _RUNS_THE_PLAN:
             ran = f"plan ({runner.platform})"

@@ -19,27 +19,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.golden import INPUT, LOGITS
+from spach_deploy.common.errors import ImageError, UsageError
+from spach_deploy.common.threads import torch_threads
 from spach_deploy.data import preprocess
-from spach_deploy.data.parts import Cluster, Executor, check_unreadable, chunked
+from spach_deploy.data.executors import Cluster, Executor, check_unreadable, chunked
+from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, image_digest
+from spach_deploy.data.labels import Labels
 from spach_deploy.data.preprocess import UInt8Array, normalize, to_input
-from spach_deploy.data.source import Entry, ImageSource, Skipped, image_digest
-from spach_deploy.errors import ImageError, UsageError
+from spach_deploy.options.specs import BatchProfile, IODtype, Preprocessing
 from spach_deploy.runtime import Runner
-from spach_deploy.runtime.threads import torch_threads
-from spach_deploy.specs import BatchProfile, IODtype, Preprocessing
-from spach_deploy.validation.evidence import (
+from spach_deploy.validation.rounding_error import Float32Array, evaluate
+from spach_deploy.validation.runs import (
     LARGEST_BATCH,
-    Form,
-    Ran,
+    CpuExecution,
+    RunOutputs,
     graph_batches,
     in_runtime,
     opened,
     problem_before,
     problem_of,
 )
-from spach_deploy.validation.labels import Labels
-from spach_deploy.validation.precision_loss import Float32Array, evaluate
-from spach_deploy.validation.reference import INPUT, LOGITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,7 @@ _REFERENCE_COPIES, _GRAPH_COPIES = 2, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Readable:
+class ReadableImages:
     """Images that can be read, in order, at most so many as were asked for.
 
     `labels` int64 (N) where all come with one. `left_out`: places of the others among `ImageSource.candidates`.
@@ -84,7 +84,7 @@ class Readable:
     def __len__(self) -> int:
         return len(self.names)
 
-    def entries(self, source: ImageSource) -> Iterator[Entry]:
+    def entries(self, source: ImageSource) -> Iterator[ImageEntry]:
         """They, afresh. UsageError where there are fewer than before."""
         kept = (entry for place, entry in enumerate(source.candidates()) if place not in self.left_out)
         count = 0
@@ -95,19 +95,21 @@ class Readable:
             raise UsageError(f"{source.description} was changed while it was validated on.", "Run again.")
 
 
-def decode_part(preprocessing: Preprocessing, entries: Sequence[Entry]) -> list[bytes | Skipped]:
+def decode_part(preprocessing: Preprocessing, entries: Sequence[ImageEntry]) -> list[bytes | Skipped]:
     """A task of the first pass: each image's digest, or why it cannot be read."""
     return [_digest(entry, preprocessing) for entry in entries]
 
 
-def _digest(entry: Entry, preprocessing: Preprocessing) -> bytes | Skipped:
+def _digest(entry: ImageEntry, preprocessing: Preprocessing) -> bytes | Skipped:
     try:
         return image_digest(preprocess.pixels(entry.load(), preprocessing))
     except ImageError as error:
         return Skipped(entry.name, error.message)
 
 
-def readable_images(source: ImageSource, limit: int, preprocessing: Preprocessing, executor: Executor) -> Readable:
+def readable_images(
+    source: ImageSource, limit: int, preprocessing: Preprocessing, executor: Executor
+) -> ReadableImages:
     """The first `limit` readable images of `source`, which is limited to as many.
 
     Raises ImageError where there is none, UsageError where a task cannot read what can be read here.
@@ -134,7 +136,7 @@ class _Reading:
         self._left_out: set[int] = set()
         self._skipped: list[Skipped] = []
 
-    def add(self, entries: Sequence[Entry], found: Sequence[bytes | Skipped]) -> None:
+    def add(self, entries: Sequence[ImageEntry], found: Sequence[bytes | Skipped]) -> None:
         for entry, digest in zip(entries, found, strict=True):
             if isinstance(digest, Skipped):
                 check_unreadable(entry, digest)
@@ -145,22 +147,22 @@ class _Reading:
                 self._digests.append(digest)
                 self._labels.append(entry.label)
 
-    def readable(self) -> Readable:
+    def readable(self) -> ReadableImages:
         known = [label for label in self._labels if label is not None]
         labels = np.array(known, np.int64) if len(known) == len(self._labels) else None
         left_out, skipped = frozenset(self._left_out), tuple(self._skipped)
-        return Readable(tuple(self.names), tuple(self._digests), labels, left_out, skipped)
+        return ReadableImages(tuple(self.names), tuple(self._digests), labels, left_out, skipped)
 
 
 # The second pass, where it is worked on
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ValidationWork:
     """What workers of the second pass share: a graph, the forms that it runs in, and the reference in FP32."""
 
     graph: bytes = dataclasses.field(repr=False)
-    forms: tuple[Form, ...]
+    forms: tuple[CpuExecution, ...]
     model: nn.Module = dataclasses.field(repr=False)
     preprocessing: Preprocessing
     io_dtype: IODtype
@@ -175,7 +177,7 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class BatchRange:
     """Batches of one part, as (start, stop) of images numbered over all; the graph's may reach beyond."""
 
     reference: tuple[tuple[int, int], ...]
@@ -193,26 +195,26 @@ class Cut:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ValidationShard:
     """A cut with its images and the digests that they had."""
 
-    cut: Cut
-    entries: tuple[Entry, ...]
+    cut: BatchRange
+    entries: tuple[ImageEntry, ...]
     digests: tuple[bytes, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class ShardOutputs:
     """To one part: the reference's logits (n, classes), and for each form outputs by name, or its problem."""
 
     reference: Float32Array
     graph: tuple[Mapping[str, Array] | str, ...]
 
 
-class Bench:
+class LoadedRunners:
     """The reference and the graph, ready to run, in a worker that keeps them until it ends."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: ValidationWork) -> None:
         self.work = dataclasses.replace(work, graph=b"")  # the sessions have it
         self._stack = contextlib.ExitStack()
         self.runners: list[Runner] = [
@@ -225,7 +227,7 @@ class Bench:
             return evaluate(self.work.model, images)
 
 
-def answer_part(bench: Bench, part: Part) -> Answers:
+def run_shard(bench: LoadedRunners, part: ValidationShard) -> ShardOutputs:
     """A task of the second pass. Raises UsageError for an image that is another than before."""
     work, first = bench.work, part.cut.start
     pixels = np.stack([_unchanged(*pair, work.preprocessing) for pair in zip(part.entries, part.digests, strict=True)])
@@ -237,10 +239,10 @@ def answer_part(bench: Bench, part: Part) -> Answers:
         np.ascontiguousarray(to_input(pixels[start - first : stop - first], work.preprocessing, work.io_dtype))
         for start, stop in part.cut.graph
     ]
-    return Answers(np.concatenate(logits), tuple(_outputs(runner, feeds) for runner in bench.runners))
+    return ShardOutputs(np.concatenate(logits), tuple(_outputs(runner, feeds) for runner in bench.runners))
 
 
-def _unchanged(entry: Entry, digest: bytes, preprocessing: Preprocessing) -> UInt8Array:
+def _unchanged(entry: ImageEntry, digest: bytes, preprocessing: Preprocessing) -> UInt8Array:
     image = preprocess.pixels(entry.load(), preprocessing)
     if image_digest(image) != digest:
         raise UsageError(f"{entry.name} was changed while it was validated on.", "Run again.")
@@ -260,30 +262,30 @@ def _outputs(runner: Runner, feeds: Sequence[Array]) -> Mapping[str, Array] | st
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class RunsOutputs:
     """The reference's logits (N, classes), what the graph gave in each form, and pixels of a few images by number."""
 
     logits: Float32Array
-    graph: tuple[Ran, ...]
+    graph: tuple[RunOutputs, ...]
     pixels: Mapping[int, UInt8Array] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ShardedRunRequest:
     """What is run on which images, in batches of `profile`; `kept`: numbers of images whose pixels are wanted.
 
     `file`: the graph's, for what is said of it.
     """
 
-    work: Work
+    work: ValidationWork
     file: Path
     source: ImageSource
-    readable: Readable
+    readable: ReadableImages
     profile: BatchProfile
     kept: frozenset[int]
 
 
-def answered_in_parts(asked: Asked, cluster: Cluster, say: Say) -> Answered:
+def run_in_shards(asked: ShardedRunRequest, cluster: Cluster, say: Say) -> RunsOutputs:
     """Run the reference and the graph on all readable images, in parts.
 
     A form that the graph cannot be run in at all is told from here, and not tried elsewhere. Raises UsageError for
@@ -293,19 +295,19 @@ def answered_in_parts(asked: Asked, cluster: Cluster, say: Say) -> Answered:
     work = dataclasses.replace(asked.work, forms=tuple(form for form in asked.work.forms if not problems[form]))
     gathered = _Gathered(count, work.forms)
     pixels: dict[int, UInt8Array] = {}
-    with cluster.pool(Bench, work, work.memory_bytes) as pool:
+    with cluster.pool(LoadedRunners, work, work.memory_bytes) as pool:
         cuts = cut_batches(count, asked.profile, batches_a_part(count, pool.workers))
         ahead, again = itertools.tee(cuts)
         progress = _Progress(count, pool.workers, say)
-        for cut, answers in zip(again, pool.map(answer_part, _parts(asked, ahead, pixels)), strict=True):
+        for cut, answers in zip(again, pool.map(run_shard, _parts(asked, ahead, pixels)), strict=True):
             gathered.add(cut, answers)
             progress.at(cut.reference[-1][1])
     batches = graph_batches(count, asked.profile)
     ran = tuple(gathered.ran(form, batches, problems[form]) for form in asked.work.forms)
-    return Answered(gathered.logits, ran, pixels)
+    return RunsOutputs(gathered.logits, ran, pixels)
 
 
-def _problems(asked: Asked) -> dict[Form, str]:
+def _problems(asked: ShardedRunRequest) -> dict[CpuExecution, str]:
     """What is wrong with each form before any image, in a sentence; empty where nothing is."""
     work, size = asked.work, asked.work.preprocessing.image_size
     example = to_input(np.zeros((1, size, size, 3), np.uint8), work.preprocessing, work.io_dtype)
@@ -317,7 +319,7 @@ def batches_a_part(images: int, workers: int) -> int:
     return int(np.clip(images // LARGEST_BATCH // (4 * workers), 1, MOST_BATCHES))
 
 
-def cut_batches(count: int, profile: BatchProfile, batches: int) -> Iterator[Cut]:
+def cut_batches(count: int, profile: BatchProfile, batches: int) -> Iterator[BatchRange]:
     """All batches of `count` images: so many of the reference in each cut, and the graph's that begin among them."""
     graph = _ranges(graph_batches(count, profile))
     following = next(graph, None)
@@ -328,7 +330,7 @@ def cut_batches(count: int, profile: BatchProfile, batches: int) -> Iterator[Cut
             mine.append(following)
             following = next(graph, None)
         starts = range(first, end, LARGEST_BATCH)
-        yield Cut(tuple((start, min(start + LARGEST_BATCH, end)) for start in starts), tuple(mine))
+        yield BatchRange(tuple((start, min(start + LARGEST_BATCH, end)) for start in starts), tuple(mine))
 
 
 def _ranges(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -339,9 +341,11 @@ def _ranges(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
         stop += size
 
 
-def _parts(asked: Asked, cuts: Iterable[Cut], pixels: dict[int, UInt8Array]) -> Iterator[Part]:
+def _parts(
+    asked: ShardedRunRequest, cuts: Iterable[BatchRange], pixels: dict[int, UInt8Array]
+) -> Iterator[ValidationShard]:
     """Cuts with their images; `pixels` gets those that are wanted here."""
-    entries, held, begin = asked.readable.entries(asked.source), list[Entry](), 0
+    entries, held, begin = asked.readable.entries(asked.source), list[ImageEntry](), 0
     for cut in cuts:
         del held[: cut.start - begin]
         begin = cut.start
@@ -350,23 +354,23 @@ def _parts(asked: Asked, cuts: Iterable[Cut], pixels: dict[int, UInt8Array]) -> 
         for number in asked.kept.intersection(range(known, cut.stop)):
             digest = asked.readable.digests[number]
             pixels[number] = _unchanged(held[number - begin], digest, asked.work.preprocessing)
-        yield Part(cut, tuple(held[: cut.stop - begin]), asked.readable.digests[begin : cut.stop])
+        yield ValidationShard(cut, tuple(held[: cut.stop - begin]), asked.readable.digests[begin : cut.stop])
 
 
 class _Gathered:
     """Answers of all parts, put where they belong."""
 
-    def __init__(self, count: int, forms: Sequence[Form]) -> None:
+    def __init__(self, count: int, forms: Sequence[CpuExecution]) -> None:
         self._count, self._forms = count, tuple(forms)
         self._reference: dict[str, Array] = {}
-        self._outputs: dict[Form, dict[str, Array]] = {form: {} for form in forms}
-        self._problems: dict[Form, str] = dict.fromkeys(forms, "")
+        self._outputs: dict[CpuExecution, dict[str, Array]] = {form: {} for form in forms}
+        self._problems: dict[CpuExecution, str] = dict.fromkeys(forms, "")
 
     @property
     def logits(self) -> Float32Array:
         return self._reference[LOGITS]
 
-    def add(self, cut: Cut, answers: Answers) -> None:
+    def add(self, cut: BatchRange, answers: ShardOutputs) -> None:
         """The part that comes next: of a graph that fails, the first problem counts."""
         self._put(self._reference, {LOGITS: answers.reference}, cut.start)
         for form, found in zip(self._forms, answers.graph, strict=True):
@@ -381,12 +385,12 @@ class _Gathered:
                 whole[name] = np.empty((self._count, *array.shape[1:]), array.dtype)
             whole[name][start : start + len(array)] = array
 
-    def ran(self, form: Form, batches: tuple[int, ...], before: str) -> Ran:
+    def ran(self, form: CpuExecution, batches: tuple[int, ...], before: str) -> RunOutputs:
         """What the graph gave in one form; `before`: why it was not tried."""
         what = in_runtime(form.value)
         if problem := before or self._problems[form]:
-            return Ran(what, problem=problem)
-        return Ran(what, batches, self._outputs[form])
+            return RunOutputs(what, problem=problem)
+        return RunOutputs(what, batches, self._outputs[form])
 
 
 class _Progress:

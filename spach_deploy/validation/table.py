@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from spach_deploy.errors import printable
+from spach_deploy.common.errors import printable
+from spach_deploy.common.text import Escaped, rendered
 from spach_deploy.models.hyperparameters import lines
-from spach_deploy.text import Escaped, rendered
 from spach_deploy.validation.accuracy import Accuracy, PairedAccuracy
 from spach_deploy.validation.compare import IndexComparison, OutputComparison, ScoreComparison
-from spach_deploy.validation.evidence import Evidence, and_listed
+from spach_deploy.validation.runs import RunResult, and_listed
 from spach_deploy.validation.validate import Validation
 from spach_deploy.validation.verdict import Tolerance
 
@@ -101,7 +101,7 @@ def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield Text(_wrapped(f"{name:<11}{value}", width, 11))
 
 
-def _evidence(item: Evidence, width: int, *, in_full: bool) -> Iterator[RenderableType]:
+def _evidence(item: RunResult, width: int, *, in_full: bool) -> Iterator[RenderableType]:
     """A table per output; for a second run that tells nothing new, a line per output."""
     from rich.text import Text
 

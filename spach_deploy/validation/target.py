@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, WRITTEN_AGAIN, Bundle, find_bundle, sha256_of
-from spach_deploy.errors import (
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, find_bundle, sha256_of
+from spach_deploy.common.errors import (
     BundleError,
     ChangedFileError,
     MismatchError,
@@ -18,41 +19,40 @@ from spach_deploy.errors import (
     UsageError,
     printable,
 )
-from spach_deploy.onnx_graph.graph import missing_data
+from spach_deploy.common.processor import has_vnni
+from spach_deploy.graph.edit import missing_data
+from spach_deploy.options.specs import WeightSource
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
-from spach_deploy.runtime.processor import has_vnni
-from spach_deploy.specs import WeightSource
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts
-from spach_deploy.validation.evidence import (
-    Evidence,
-    Level,
-    Trial,
-    examine_typed,
-    forms_here,
-    in_other_batches,
-    judged,
-    runs_here,
-    truncation_notes,
-)
+from spach_deploy.validation.error_trace import ErrorTrace
 from spach_deploy.validation.live_reference import (
-    Images,
-    OnImages,
+    ImagesReference,
+    ImagesSpec,
     Weights,
     rebuild,
     rebuilt_in_parts,
     rebuilt_on_golden,
     rebuilt_on_images,
 )
-from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.runs import (
+    EvaluationSet,
+    Level,
+    RunResult,
+    examine_typed,
+    executions_here,
+    in_other_batches,
+    run_result,
+    runs_here,
+    truncation_notes,
+)
 from spach_deploy.validation.tolerance import ToleranceSet
-from spach_deploy.validation.trace import Trace
 from spach_deploy.validation.validate import (
+    EnginePlan,
     MissingEngineRun,
-    Plan,
     Validation,
-    golden_trial,
-    subject_of,
+    golden_set,
+    report_header,
     try_plan,
     what_runs_a_plan,
 )
@@ -141,14 +141,14 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
 
 
 def _changed_files(bundle: Bundle) -> dict[str, str]:
-    return {name: state for name, state in bundle.changed_files().items() if name not in WRITTEN_AGAIN}
+    return {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
 
 
 def _held_to_answers(
     found: Validation, answers: Path, bundle: Bundle, weights: Weights, say: Callable[[str], None]
 ) -> Validation:
     """The validation with how the bundle's reference agrees with the user's answers; where it does not, a finding."""
-    from spach_deploy.validation.answers_file import compared, hold_to_answers, read_answers
+    from spach_deploy.validation.user_answers import compared, hold_to_answers, read_answers
 
     given = read_answers(answers)
     say("Comparing the reference with your answers.")
@@ -172,7 +172,7 @@ def _check_processor(bundle: Bundle) -> None:
 
 def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], None]) -> Validation:
     """A graph of the user's own, held to what a bundle was made from."""
-    from spach_deploy.validation.foreign import validate_foreign
+    from spach_deploy.validation.external_graph import validate_external
 
     if not against.is_dir():
         raise UsageError(f"--against {against} is no directory.", "Give a bundle.")
@@ -183,27 +183,27 @@ def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], Non
     facts = BundleFacts.of(bundle)
     changed = _changed_files(bundle)
     answered = _answered(bundle, facts, request, changed, say)
-    subject = subject_of(str(request.target), bundle, facts.precision)
+    subject = report_header(str(request.target), bundle, facts.precision)
     weights = Weights(request.checkpoint, request.weights, request.ignore)
-    found = validate_foreign(subject, bundle, facts, answered, weights, say)
+    found = validate_external(subject, bundle, facts, answered, weights, say)
     return dataclasses.replace(found, findings=(*_file_findings(changed), *found.findings))
 
 
 def _bisected(
     found: Validation, request: ValidationRequest, pointed: _Pointed, say: Callable[[str], None]
 ) -> Validation:
-    from spach_deploy.validation.bisected import Bisected, bisected
+    from spach_deploy.validation.bisect_validation import BisectRequest, bisected
 
     weights = Weights(request.checkpoint, request.weights, request.ignore)
-    return bisected(found, Bisected(pointed.graph, pointed.bundle, pointed.facts, weights), say)
+    return bisected(found, BisectRequest(pointed.graph, pointed.bundle, pointed.facts, weights), say)
 
 
 def _validation(
-    request: ValidationRequest, pointed: _Pointed, answered: OnImages, changed: dict[str, str]
+    request: ValidationRequest, pointed: _Pointed, answered: ImagesReference, changed: dict[str, str]
 ) -> Validation:
     kind, bundle, facts = pointed.kind, pointed.bundle, pointed.facts
     trial, notes = answered.trial, answered.notes
-    subject = subject_of(str(request.target), bundle, facts.precision)
+    subject = report_header(str(request.target), bundle, facts.precision)
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
         notes = (*notes, *truncation_notes(request.target, facts.rest))
@@ -232,9 +232,9 @@ def _validation(
     )
 
 
-def _traced(bundle: Bundle) -> Trace | None:
+def _traced(bundle: Bundle) -> ErrorTrace | None:
     """Errors along the depth as the export measured them; they are the unchanged graph's."""
-    return Trace.from_dict(bundle.manifest.content["validation"].get("trace"))
+    return ErrorTrace.from_dict(bundle.manifest.content["validation"].get("trace"))
 
 
 def _check_options(request: ValidationRequest) -> None:
@@ -369,16 +369,16 @@ def _answered(
     changed: dict[str, str],
     say: Callable[[str], None],
     graph: Path | None = None,
-) -> OnImages:
+) -> ImagesReference:
     """The images with the reference's answers, the bounds that hold for them, and remarks.
 
     With --ray also with what `graph` answers.
     """
     section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights, request.ignore)
     if request.images is not None:
-        asked = Images(request.images, request.max_images, request.labels)
+        asked = ImagesSpec(request.images, request.max_images, request.labels)
         if request.cluster is not None and graph is not None:
-            from spach_deploy.cluster.actors import connecting
+            from spach_deploy.distributed.actors import connecting
 
             cluster = connecting(request.cluster)
             answered = rebuilt_in_parts(section, facts, asked, weights, graph, cluster, say)
@@ -393,10 +393,10 @@ def _answered(
         )
     golden = Golden.load(bundle.file(GOLDEN))
     images = str(bundle.manifest.content["validation"].get("images", "the bundle's golden pack"))
-    trial = golden_trial(golden, images, facts.outputs, facts.batch)
+    trial = golden_set(golden, images, facts.outputs, facts.batch)
     if request.checkpoint is not None:
         trial = rebuilt_on_golden(section, facts, trial, weights, say)
-    return OnImages(trial, facts.tolerances)
+    return ImagesReference(trial, facts.tolerances)
 
 
 # Evidence
@@ -437,8 +437,8 @@ def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:
 def _audited(graph: Path, facts: QuantizationFacts) -> Iterable[str]:
     import onnx
 
-    from spach_deploy.quantization.audit import audit
     from spach_deploy.quantization.plan import read_plan
+    from spach_deploy.quantization.qdq import audit
 
     plan = read_plan(facts.record)
     try:
@@ -454,14 +454,14 @@ def _graph_note(target: Path, bundle: Bundle) -> tuple[str, ...]:
 
 
 def _plan_or_graph(
-    target: Path, kind: TargetKind, bundle: Bundle, facts: BundleFacts, answered: OnImages
-) -> tuple[tuple[Evidence, ...], MissingEngineRun | None]:
+    target: Path, kind: TargetKind, bundle: Bundle, facts: BundleFacts, answered: ImagesReference
+) -> tuple[tuple[RunResult, ...], MissingEngineRun | None]:
     """Evidence of the plan where it runs here, else of the graph, and why the plan did not run."""
     missing: MissingEngineRun | None = None
     if bundle.plan is not None:
         plan_file = target if kind is TargetKind.PLAN else bundle.plan
         tried = _try_file(plan_file, bundle, facts, answered.trial, answered.tolerances)
-        if isinstance(tried, Evidence):
+        if isinstance(tried, RunResult):
             return (tried,), None
         missing = tried
     graph = bundle.path / GRAPH
@@ -470,25 +470,25 @@ def _plan_or_graph(
     return _graph_evidence(graph, facts, answered), missing
 
 
-def _graph_evidence(graph: Path, facts: BundleFacts, answered: OnImages) -> tuple[Evidence, ...]:
+def _graph_evidence(graph: Path, facts: BundleFacts, answered: ImagesReference) -> tuple[RunResult, ...]:
     """What the graph gave beside the reference, judged; where it was not run yet, it runs now."""
     trial, bounds = answered.trial, answered.tolerances.graph
     if answered.graph is None:
         return examine_typed(graph, facts.rest, trial, bounds)
     first, *others = answered.graph
-    whole = in_other_batches(forms_here(graph, facts.rest)[0], graph, first, trial)
-    return tuple(judged(Level.GRAPH, ran, trial, bounds) for ran in (whole, *others))
+    whole = in_other_batches(executions_here(graph, facts.rest)[0], graph, first, trial)
+    return tuple(run_result(Level.GRAPH, ran, trial, bounds) for ran in (whole, *others))
 
 
 def _try_file(
-    file: Path, bundle: Bundle, facts: BundleFacts, trial: Trial, tolerances: ToleranceSet
-) -> Evidence | MissingEngineRun:
+    file: Path, bundle: Bundle, facts: BundleFacts, trial: EvaluationSet, tolerances: ToleranceSet
+) -> RunResult | MissingEngineRun:
     engine = bundle.manifest.engine
     needs = what_runs_a_plan(facts.flavour.value, str(engine.get("version", "")), list(engine.get("gpus", ())))
     if not file.is_file():
         return MissingEngineRun(f"{file.name} is missing", needs)
     try:
-        return try_plan(Plan(file.read_bytes(), facts.flavour, needs), trial, tolerances.engine)
+        return try_plan(EnginePlan(file.read_bytes(), facts.flavour, needs), trial, tolerances.engine)
     except SpachError as error:  # a damaged plan in a bundle; that it was changed is a finding already
         return MissingEngineRun(error.message.rstrip("."), needs)
 
@@ -496,7 +496,7 @@ def _try_file(
 # Accuracy
 
 
-def _with_accuracy(found: Validation, request: ValidationRequest, answered: OnImages) -> Validation:
+def _with_accuracy(found: Validation, request: ValidationRequest, answered: ImagesReference) -> Validation:
     """With the accuracy of what ran first, where the images have labels."""
     labels = answered.labels
     if labels is None:
@@ -511,7 +511,7 @@ def _with_accuracy(found: Validation, request: ValidationRequest, answered: OnIm
     return dataclasses.replace(found, accuracy=accuracy)
 
 
-def _check_not_bounded(request: ValidationRequest, answered: OnImages) -> None:
+def _check_not_bounded(request: ValidationRequest, answered: ImagesReference) -> None:
     if request.max_drop is not None:
         reason = answered.notes[-1] if answered.notes else f"{request.images} has no array 'labels'."
         raise UsageError(f"--max-drop needs labels. {reason}", "Give --labels FILE.")

@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.errors import BundleError, PrecisionError
-from spach_deploy.specs import IODtype, OutputSpec, Precision
-from spach_deploy.validation.depth import Depth, Outputs
-from spach_deploy.validation.precision_loss import Arithmetic, Float32Array, evaluate, evaluate_fp64
-from spach_deploy.validation.reference import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
+from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
+from spach_deploy.common.errors import BundleError, PrecisionError
+from spach_deploy.options.specs import IODtype, OutputSpec, Precision
+from spach_deploy.validation.activations import ActivationTrace, Outputs
+from spach_deploy.validation.rounding_error import Float32Array, StorageFormat, evaluate, evaluate_fp64
 from spach_deploy.validation.verdict import Tolerance
 
 if TYPE_CHECKING:
@@ -44,23 +44,23 @@ if TYPE_CHECKING:
 
 Float64 = npt.NDArray[np.float64]
 
-LOSS_FACTOR = 2.0
-NOISE_FACTOR = 20.0
+ROUNDING_FACTOR = 2.0
+FP32_FACTOR = 20.0
 SPREAD = 2.0
 """Standard deviations over images that are added to the mean."""
 
 PEAK = 5.0
 """Standard deviations within which all errors of some hundred images' logits lie, or the difference of two of them."""
 
-LOSS_IMAGES = 4
-QUANTIZED_LOSS_IMAGES = 8
+ROUNDING_IMAGES = 4
+QUANTIZED_ROUNDING_IMAGES = 8
 """Eight bits cost some images several times what they cost others, so more are looked at."""
 
 _NOISE_IMAGES = {Precision.FP32: 2, Precision.FP16: 1, Precision.BF16: 1}  # beside a loss, noise hardly counts
 _HALF_ROUNDOFF = 2.0**-11
 
 
-class Images(Protocol):
+class ImageArray(Protocol):
     """Images float32 (N, 3, S, S), of which some are taken by their numbers: an array, or those that are looked at."""
 
     def __len__(self) -> int: ...
@@ -68,13 +68,13 @@ class Images(Protocol):
     def __getitem__(self, chosen: list[int], /) -> Float32Array: ...
 
 
-def looked_at(count: int, precision: Precision, loss_images: int) -> frozenset[int]:
+def evaluated_images(count: int, precision: Precision, loss_images: int) -> frozenset[int]:
     """Numbers of those of `count` images on which `derive_tolerances` runs the model."""
     return frozenset((*_spread(count, _NOISE_IMAGES[precision]), *_spread(count, loss_images)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredError:
     """An error as bounds use it: mean plus two standard deviations over images.
 
     `rel_l2` is relative; `max_abs` (largest of an image's errors) and `margin` (by how much the difference of two
@@ -87,7 +87,7 @@ class Measured:
     margin: float
 
     @classmethod
-    def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any]) -> Measured:
+    def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any]) -> MeasuredError:
         """Error of logits `value` (N, classes) against `exact`, both of any float dtype."""
         error = value.astype(np.float64) - exact
         norm = np.linalg.norm(exact.astype(np.float64), axis=1)
@@ -111,7 +111,7 @@ def _with_spread(figures: Float64) -> float:
     return float(figures.mean()) + SPREAD * spread
 
 
-NOTHING = Measured(0, 0.0, 0.0, 0.0)
+NOTHING = MeasuredError(0, 0.0, 0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,28 +119,28 @@ class Derivation:
     """Where the bounds of one arithmetic come from."""
 
     arithmetic: str
-    noise: Measured
-    loss: Measured
+    noise: MeasuredError
+    loss: MeasuredError
 
     def bound(self, figure: str) -> float:
         """The bound on one of `Measured`'s figures."""
-        return NOISE_FACTOR * float(getattr(self.noise, figure)) + LOSS_FACTOR * float(getattr(self.loss, figure))
+        return FP32_FACTOR * float(getattr(self.noise, figure)) + ROUNDING_FACTOR * float(getattr(self.loss, figure))
 
     @property
     def origin(self) -> str:
         """In a few words, for a finding."""
-        noise = f"{NOISE_FACTOR:g} x FP32's noise"
-        return f"{LOSS_FACTOR:g} x PyTorch's loss in {self.arithmetic} + {noise}" if self.loss.images else noise
+        noise = f"{FP32_FACTOR:g} x FP32's noise"
+        return f"{ROUNDING_FACTOR:g} x PyTorch's loss in {self.arithmetic} + {noise}" if self.loss.images else noise
 
     def sentence(self) -> str:
         """With its figures, for the report."""
         noise = (
-            f"{NOISE_FACTOR:g} x FP32's noise of {self.noise.rel_l2:.1e} (against FP64, {_images(self.noise.images)})"
+            f"{FP32_FACTOR:g} x FP32's noise of {self.noise.rel_l2:.1e} (against FP64, {_images(self.noise.images)})"
         )
         if not self.loss.images:
             return noise
         return (
-            f"{LOSS_FACTOR:g} x {self.loss.rel_l2:.1e}, what PyTorch itself loses in {self.arithmetic} on "
+            f"{ROUNDING_FACTOR:g} x {self.loss.rel_l2:.1e}, what PyTorch itself loses in {self.arithmetic} on "
             f"{_images(self.loss.images)}, + {noise}"
         )
 
@@ -149,9 +149,9 @@ class Derivation:
         return {
             "arithmetic": self.arithmetic,
             "noise": self.noise.to_dict(),
-            "noise_factor": NOISE_FACTOR,
+            "noise_factor": FP32_FACTOR,
             "loss": self.loss.to_dict(),
-            "loss_factor": LOSS_FACTOR,
+            "loss_factor": ROUNDING_FACTOR,
             "sentence": self.sentence(),
         }
 
@@ -209,16 +209,16 @@ class ToleranceSet:
 
 def derive_tolerances(
     model: nn.Module,
-    images: Images,
+    images: ImageArray,
     reference: Float32Array,
     precision: Precision,
     outputs: OutputSpec | None = None,
     *,
     tf32: bool = False,
-    loss_images: int = LOSS_IMAGES,
+    loss_images: int = ROUNDING_IMAGES,
     twin: nn.Module | None = None,
-    depth: Depth | None = None,
-    noise: Measured | None = None,
+    depth: ActivationTrace | None = None,
+    noise: MeasuredError | None = None,
 ) -> ToleranceSet:
     """Bounds for an export of `model` in `precision`.
 
@@ -235,33 +235,33 @@ def derive_tolerances(
     if not np.isfinite(reference).all():
         raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
     double, rounded = (None, None) if depth is None else (depth.double, depth.rounded)
-    noise = noise or measured_noise(model, images, reference, precision, double)
-    lossy = Lossy(model if twin is None else twin, Arithmetic.of(precision), is_quantized=twin is not None)
+    noise = noise or measured_fp32_error(model, images, reference, precision, double)
+    lossy = RoundedModel(model if twin is None else twin, StorageFormat.of(precision), is_quantized=twin is not None)
     graph = _bounds(lossy, images, reference, outputs, noise, loss_images, rounded)
-    on_gpu = Arithmetic.of(precision, tf32=tf32)
+    on_gpu = StorageFormat.of(precision, tf32=tf32)
     if on_gpu is lossy.arithmetic:
         return ToleranceSet(graph, graph)
     lossy = dataclasses.replace(lossy, arithmetic=on_gpu)
     return ToleranceSet(graph, _bounds(lossy, images, reference, outputs, noise, loss_images))
 
 
-def measured_noise(
-    model: nn.Module, images: Images, reference: Float32Array, precision: Precision, parts: Outputs | None = None
-) -> Measured:
+def measured_fp32_error(
+    model: nn.Module, images: ImageArray, reference: Float32Array, precision: Precision, parts: Outputs | None = None
+) -> MeasuredError:
     """FP32's own noise: logits `reference` (N, classes) of `model` in FP32 against FP64, on one or two of its `images`.
 
     `parts` takes what the parts answer to the first image in FP64.
     """
     chosen = _spread(len(images), _NOISE_IMAGES[precision])
-    return Measured.of(reference[chosen], evaluate_fp64(model, images[chosen], parts))
+    return MeasuredError.of(reference[chosen], evaluate_fp64(model, images[chosen], parts))
 
 
 @dataclasses.dataclass(frozen=True)
-class Lossy:
+class RoundedModel:
     """What loses: a model, and the arithmetic in which it is evaluated."""
 
     model: nn.Module
-    arithmetic: Arithmetic
+    arithmetic: StorageFormat
     is_quantized: bool = False
 
     @property
@@ -274,7 +274,7 @@ class Lossy:
         if io_dtype is IODtype.FP16:
             rounded = evaluate(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic, parts)
             return rounded.astype(np.float16).astype(np.float32)
-        if self.arithmetic is Arithmetic.FP32 and not self.is_quantized:
+        if self.arithmetic is StorageFormat.FP32 and not self.is_quantized:
             return None
         return evaluate(self.model, images, self.arithmetic, parts)
 
@@ -285,18 +285,18 @@ def _spread(count: int, chosen: int) -> list[int]:
 
 
 def _bounds(
-    lossy: Lossy,
-    images: Images,
+    lossy: RoundedModel,
+    images: ImageArray,
     reference: Float32Array,
     outputs: OutputSpec,
-    noise: Measured,
+    noise: MeasuredError,
     loss_images: int,
     parts: Outputs | None = None,
 ) -> Bounds:
     chosen = _spread(len(images), loss_images)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
         logits = lossy.logits(images[chosen], outputs.io_dtype, parts)
-        loss = NOTHING if logits is None else Measured.of(logits, reference[chosen])
+        loss = NOTHING if logits is None else MeasuredError.of(logits, reference[chosen])
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
         raise PrecisionError(f"The reference's logits are not finite when its tensors are rounded to {lossy.words}.")
     derivation = Derivation(lossy.words, noise, loss)

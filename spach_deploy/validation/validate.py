@@ -10,24 +10,24 @@ import dataclasses
 from typing import Any
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle import Bundle
-from spach_deploy.errors import UnavailableError
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import Bundle
+from spach_deploy.common.errors import UnavailableError
 from spach_deploy.models.hyperparameters import Setting, read_section, settings_section
-from spach_deploy.specs import BatchProfile, Flavour, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision
 from spach_deploy.validation.accuracy import Accuracy
-from spach_deploy.validation.answers_file import Agreement
 from spach_deploy.validation.bisect.result import Bisection
-from spach_deploy.validation.evidence import Evidence, Level, Trial, examine_engine
-from spach_deploy.validation.reference import Golden
-from spach_deploy.validation.run import Run
+from spach_deploy.validation.error_trace import ErrorTrace
+from spach_deploy.validation.provenance import Provenance
+from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_engine
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
-from spach_deploy.validation.trace import Trace
+from spach_deploy.validation.user_answers import Agreement
 
 REPORT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class ReportHeader:
     """What was validated: a bundle's facts for the head of a report.
 
     `settings`: what tensors do not show, with its source. `answers`: how the reference agrees with the user's own.
@@ -75,7 +75,7 @@ class MissingEngineRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """A plan, who built it, and which machine runs it, in words."""
 
     content: bytes = dataclasses.field(repr=False)
@@ -95,17 +95,17 @@ class Validation:
     `run` is how a command came to it.
     """
 
-    subject: Subject
-    trial: Trial
-    evidence: tuple[Evidence, ...]
+    subject: ReportHeader
+    trial: EvaluationSet
+    evidence: tuple[RunResult, ...]
     findings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     missing_engine_run: MissingEngineRun | None = None
     graph_suffices: bool = False
     accuracy: Accuracy | None = None
     bisection: Bisection | None = None
-    trace: Trace | None = None
-    run: Run | None = None
+    trace: ErrorTrace | None = None
+    run: Provenance | None = None
     other_model: str = ""
 
     @property
@@ -199,11 +199,11 @@ def manifest_section(validation: Validation, tolerances: ToleranceSet) -> dict[s
     }
 
 
-def subject_of(target: str, bundle: Bundle, precision: Precision) -> Subject:
+def report_header(target: str, bundle: Bundle, precision: Precision) -> ReportHeader:
     """What a bundle's manifest says for the head of a report."""
     model = bundle.manifest.model
     answers = bundle.manifest.content["validation"].get("answers")
-    return Subject(
+    return ReportHeader(
         target=target,
         model=str(model["name"]),
         precision=precision.value,
@@ -213,9 +213,9 @@ def subject_of(target: str, bundle: Bundle, precision: Precision) -> Subject:
     )
 
 
-def golden_trial(golden: Golden, images: str, outputs: OutputSpec, batch: BatchProfile) -> Trial:
+def golden_set(golden: Golden, images: str, outputs: OutputSpec, batch: BatchProfile) -> EvaluationSet:
     """A golden pack as a trial; `images` says in words what its images are."""
-    return Trial(
+    return EvaluationSet(
         inputs=lambda start, stop: golden.input[start:stop],
         logits=golden.logits,
         names=golden.names,
@@ -231,7 +231,7 @@ def what_runs_a_plan(flavour: str, version: str, gpus: list[str]) -> str:
     return f"an NVIDIA GPU ({', '.join(gpus)}) with {flavour} {version}".replace("()", "").replace("  ", " ").strip()
 
 
-def try_plan(plan: Plan, trial: Trial, bounds: Bounds) -> Evidence | MissingEngineRun:
+def try_plan(plan: EnginePlan, trial: EvaluationSet, bounds: Bounds) -> RunResult | MissingEngineRun:
     """Run a plan, or say why it does not run here. UsageError when it is no plan."""
     try:
         return examine_engine(plan.content, plan.flavour, trial, bounds)
@@ -241,7 +241,7 @@ def try_plan(plan: Plan, trial: Trial, bounds: Bounds) -> Evidence | MissingEngi
 
 
 def validate_export(
-    subject: Subject, trial: Trial, graph: tuple[Evidence, ...], plan: Plan | None, bounds: Bounds
+    subject: ReportHeader, trial: EvaluationSet, graph: tuple[RunResult, ...], plan: EnginePlan | None, bounds: Bounds
 ) -> Validation:
     """An export's validation: the evidence of its graph and, where there is a plan and it runs here, of the plan.
 
@@ -250,6 +250,6 @@ def validate_export(
     if plan is None:
         return Validation(subject, trial, graph)
     tried = try_plan(plan, trial, bounds)
-    if isinstance(tried, Evidence):
+    if isinstance(tried, RunResult):
         return Validation(subject, trial, (tried, *graph))
     return Validation(subject, trial, graph, missing_engine_run=tried, graph_suffices=True)

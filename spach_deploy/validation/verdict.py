@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from spach_deploy.errors import UsageError
+from spach_deploy.common.errors import UsageError
 from spach_deploy.validation.compare import Comparison, Flip, IndexComparison, OutputComparison, Record, label, listed
 
 

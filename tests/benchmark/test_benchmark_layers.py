@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from spach_deploy.benchmark.layers import Layer, layers, totals
-from spach_deploy.bundle import GRAPH
-from spach_deploy.onnx_graph.passes.shift_depthwise import shift_depthwise
+from spach_deploy.bundle.store import GRAPH
+from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
 from tests import small_bundles, static_models
 
 

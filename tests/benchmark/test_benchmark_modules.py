@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from spach_deploy.benchmark.modules import ADDED, by_module, module_of, owners_of
-from spach_deploy.bundle import GRAPH
+from spach_deploy.benchmark.layers import ADDED, by_module, module_of, owners_of
+from spach_deploy.bundle.store import GRAPH
 from tests import small_bundles
 
 OWNERS = frozenset({"model", "stem.proj", "layer1.1", "layer1.1.fc1", "layer1.10.fc1", "layer1.1.norm", "head", "fc1"})

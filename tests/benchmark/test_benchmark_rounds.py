@@ -14,31 +14,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.benchmark import contestants, machine, rounds, worker
-from spach_deploy.benchmark.contestants import (
+from spach_deploy.benchmark import machine, rounds, worker
+from spach_deploy.benchmark import runners as contestants
+from spach_deploy.benchmark.plot import draw, pareto_front
+from spach_deploy.benchmark.result import Benchmark
+from spach_deploy.benchmark.rounds import BenchmarkRequest, chosen_batches, measure
+from spach_deploy.benchmark.runners import (
     BF16,
     EAGER,
     ONNX_RUNTIME,
     OPENVINO,
     OPENVINO_BF16,
-    Opened,
-    Setup,
+    OpenRunner,
+    RunnerSetup,
     why_not,
 )
-from spach_deploy.benchmark.plot import draw, pareto_front
-from spach_deploy.benchmark.result import Benchmark
-from spach_deploy.benchmark.rounds import Question, chosen_batches, measure
 from spach_deploy.benchmark.table import as_text
-from spach_deploy.benchmark.worker import Answers, Turn, Worker
-from spach_deploy.bundle import Bundle
-from spach_deploy.errors import UnavailableError, UsageError
-from spach_deploy.files import Place
-from spach_deploy.runtime import processor
-from spach_deploy.specs import BatchProfile, Precision
+from spach_deploy.benchmark.worker import FirstOutputs, RunnerProcess, TimedRuns
+from spach_deploy.bundle.store import Bundle
+from spach_deploy.common import processor
+from spach_deploy.common.errors import UnavailableError, UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.options.specs import BatchProfile, Precision
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests.commands import export
-from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.tiny_bundles import Tiny
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import Tiny
 from tests.processors import CPUINFO, pretend
 
 
@@ -53,8 +54,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def question(bundle: Path, *names: str, **changes: Any) -> Question:
-    return Question(Setup(bundle, threads=1), names=names, rounds=2, seconds=0.01, **changes)
+def question(bundle: Path, *names: str, **changes: Any) -> BenchmarkRequest:
+    return BenchmarkRequest(RunnerSetup(bundle, threads=1), names=names, rounds=2, seconds=0.01, **changes)
 
 
 @contextlib.contextmanager
@@ -130,7 +131,7 @@ def test_the_table_fits_its_width_on_every_machine(
 
 def test_openvino_computes_in_what_it_is_told_to(bundle: Path) -> None:
     pytest.importorskip("openvino")
-    names = [name for name in (OPENVINO, OPENVINO_BF16) if not why_not(name, Setup(bundle), Bundle.open(bundle))]
+    names = [name for name in (OPENVINO, OPENVINO_BF16) if not why_not(name, RunnerSetup(bundle), Bundle.open(bundle))]
     with small_peaks():
         found = measure(question(bundle, EAGER, *names, batches=(1, 3)))
     for runner in found.runners[1:]:
@@ -139,12 +140,12 @@ def test_openvino_computes_in_what_it_is_told_to(bundle: Path) -> None:
 
 
 def test_a_picture(found: Benchmark, tmp_path: Path) -> None:
-    draw(found, Place.of(tmp_path / "speed.svg"))
+    draw(found, Destination.of(tmp_path / "speed.svg"))
     text = (tmp_path / "speed.svg").read_text()
     assert text.count("<svg") == 1
     assert "conv_xxs" in text
     with pytest.raises(UsageError, match="since this command began"):
-        draw(found, Place(tmp_path / "speed.svg", None))
+        draw(found, Destination(tmp_path / "speed.svg", None))
 
 
 class FakeWorker:
@@ -157,7 +158,7 @@ class FakeWorker:
     device = "cpu"
     other = ONNX_RUNTIME
 
-    def __init__(self, name: str, setup: Setup) -> None:
+    def __init__(self, name: str, setup: RunnerSetup) -> None:
         self.name = name
 
     def __enter__(self) -> FakeWorker:
@@ -166,10 +167,10 @@ class FakeWorker:
     def __exit__(self, *_: object) -> None:
         return
 
-    def answers(self, inputs: np.ndarray[Any, Any], batch: int) -> Answers:
+    def answers(self, inputs: np.ndarray[Any, Any], batch: int) -> FirstOutputs:
         if self.name == self.other and batch == self.dies_at:
             raise UnavailableError("its process ended with -9 (out of memory? Give a smaller --batch)")
-        return Answers(self._logits(inputs, self.off), 0.1)
+        return FirstOutputs(self._logits(inputs, self.off), 0.1)
 
     def _logits(self, inputs: np.ndarray[Any, Any], off: float) -> np.ndarray[Any, Any]:
         with np.load(GOLDEN_OF[0] / "golden.npz") as golden:
@@ -177,9 +178,9 @@ class FakeWorker:
             answers: np.ndarray[Any, Any] = golden["logits"][index] * (1 + (off if self.name == self.other else 0))
         return answers
 
-    def turn(self, inputs: np.ndarray[Any, Any], seconds: float) -> Turn:
+    def turn(self, inputs: np.ndarray[Any, Any], seconds: float) -> TimedRuns:
         took = 0.02 if self.name == EAGER else self.seconds()
-        return Turn((took,) * 12, self._logits(inputs, self.off_in_turns or self.off), 100_000_000)
+        return TimedRuns((took,) * 12, self._logits(inputs, self.off_in_turns or self.off), 100_000_000)
 
     def profile(self, inputs: np.ndarray[Any, Any]) -> dict[str, float]:
         return {}
@@ -334,47 +335,47 @@ def test_answers_come_in_whole_batches_of_all_images() -> None:
         seen.append(fed.tolist())
         return fed[:, None] * 10.0
 
-    answers = worker._answers(Opened(run), np.arange(5), 3)
+    answers = worker._answers(OpenRunner(run), np.arange(5), 3)
     assert seen == [[0, 1, 2], [3, 4, 0]]
     assert answers.logits.ravel().tolist() == [0, 10, 20, 30, 40]
 
 
 def test_a_process_that_dies_is_an_error_with_its_code(bundle: Path) -> None:
-    with Worker(ONNX_RUNTIME, Setup(bundle)) as killed:
+    with RunnerProcess(ONNX_RUNTIME, RunnerSetup(bundle)) as killed:
         os.kill(killed.pid, 9)
         with pytest.raises(UnavailableError, match="ended with -9"):
             killed.turn(np.zeros((1, 3, 32, 32), np.float32), 0.01)
 
 
 def test_a_runner_that_does_not_open_says_why(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="so it is no bundle"), Worker(EAGER, Setup(tmp_path)):
+    with pytest.raises(UnavailableError, match="so it is no bundle"), RunnerProcess(EAGER, RunnerSetup(tmp_path)):
         pass
 
 
 def test_a_bfloat16_graph_is_skipped_on_a_cpu_with_the_reason(tmp_path: Path) -> None:
     opened = Bundle.open(tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16)))
-    assert why_not(ONNX_RUNTIME, Setup(opened.path), opened).endswith("computes nothing in bfloat16 on a CPU")
+    assert why_not(ONNX_RUNTIME, RunnerSetup(opened.path), opened).endswith("computes nothing in bfloat16 on a CPU")
 
 
 def test_what_cannot_run_is_skipped_with_the_reason(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle.open(bundle)
-    assert why_not("tensorrt", Setup(bundle), opened) == "the bundle has no engine"
+    assert why_not("tensorrt", RunnerSetup(bundle), opened) == "the bundle has no engine"
     monkeypatch.setattr(processor, "cpu_flags", lambda: {"avx2"})
-    assert "no bfloat16" in why_not("bf16", Setup(bundle), opened)
+    assert "no bfloat16" in why_not("bf16", RunnerSetup(bundle), opened)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    assert "no bfloat16" in why_not("openvino-bf16", Setup(bundle), opened)
-    assert why_not("openvino", Setup(bundle), opened) == ""
+    assert "no bfloat16" in why_not("openvino-bf16", RunnerSetup(bundle), opened)
+    assert why_not("openvino", RunnerSetup(bundle), opened) == ""
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert "C++ compiler" in why_not("compile", Setup(bundle), opened)
+    assert "C++ compiler" in why_not("compile", RunnerSetup(bundle), opened)
     trained = dict(opened.manifest.model) | {"origin": "checkpoint", "checkpoint": "run7.pth"}
     monkeypatch.setattr(type(opened.manifest), "model", trained)
-    assert "--checkpoint run7.pth" in why_not(EAGER, Setup(bundle), opened)
+    assert "--checkpoint run7.pth" in why_not(EAGER, RunnerSetup(bundle), opened)
     with pytest.raises(UsageError, match=r"give --checkpoint run7\.pth"):
         measure(question(bundle, EAGER))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_not("openvino", Setup(bundle), opened) == "not installed: pip install openvino"
-    assert why_not(ONNX_RUNTIME, Setup(bundle), opened) == "not installed: pip install onnxruntime"
+    assert why_not("openvino", RunnerSetup(bundle), opened) == "not installed: pip install openvino"
+    assert why_not(ONNX_RUNTIME, RunnerSetup(bundle), opened) == "not installed: pip install onnxruntime"
 
 
 def test_what_was_asked_for_by_name_must_run(bundle: Path) -> None:
@@ -418,8 +419,8 @@ def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, monkeypatch: pytes
     monkeypatch.setattr(type(opened), "plan", plan)
     monkeypatch.setitem(opened.manifest.engine, "flavour", "tensorrt")
     monkeypatch.setattr("spach_deploy.runtime.tensorrt_runner.TensorRTRunner", Engine)
-    with contestants._engine(opened, Setup(bundle)) as runner:
-        assert isinstance(runner, Opened)
+    with contestants._engine(opened, RunnerSetup(bundle)) as runner:
+        assert isinstance(runner, OpenRunner)
         assert runner.device == "cuda"
         assert runner.run(np.zeros(1)) == 1
         assert runner.profile is not None

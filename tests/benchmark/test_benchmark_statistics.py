@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from spach_deploy.benchmark.statistics import WIDEST, Latency, Ratio, ratio
+from spach_deploy.benchmark.result import WIDEST, Latency, Ratio, ratio
 
 
 def test_quantiles_are_given_only_where_the_runs_can_tell_them() -> None:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import data_growth, growth
 from benchmarks.export_time import Cost
 from benchmarks.fitting import exponent, marginal
-from spach_deploy.models import configs
+from spach_deploy.models import published as configs
 from tests import static_models
 
 ROOT = Path(__file__).parents[2]

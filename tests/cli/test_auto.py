@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.auto import Candidate, judge_candidates, pareto
-from spach_deploy.bundle import Bundle
-from spach_deploy.specs import Precision
+from spach_deploy.bundle.store import Bundle
+from spach_deploy.options.specs import Precision
+from spach_deploy.pipeline.auto import PrecisionCandidate, judge_candidates, pareto
 from tests import small_bundles
 from tests.commands import export, refusal
 from tests.quantization.small_quantized import calibration_images
@@ -17,8 +17,8 @@ from tests.quantization.small_quantized import calibration_images
 SMALL = ("--model", small_bundles.NAME, "--image-size", small_bundles.SIZE, "--num-classes", small_bundles.CLASSES)
 
 
-def candidate(precision: Precision, rel_l2: float, kernels: int, moved: int, plan: int) -> Candidate:
-    return Candidate(precision, Path(precision.value), rel_l2, 1.0, kernels, moved, plan)
+def candidate(precision: Precision, rel_l2: float, kernels: int, moved: int, plan: int) -> PrecisionCandidate:
+    return PrecisionCandidate(precision, Path(precision.value), rel_l2, 1.0, kernels, moved, plan)
 
 
 HALF = candidate(Precision.FP16, 1e-3, 158, 1371, 142)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.benchmark.contestants import TITLES
+from spach_deploy.benchmark.runners import TITLES
 from spach_deploy.cli.benchmark import _RUNNERS, main
 from tests import small_bundles
 from tests.commands import console_script, refusal

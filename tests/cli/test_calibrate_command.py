@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle import Bundle
+from spach_deploy.bundle.store import Bundle
 from spach_deploy.cli.calibrate import main
-from spach_deploy.precision.ranges import Arrays
-from spach_deploy.quantization import calibrate as module
+from spach_deploy.graph.precision.ranges import Arrays
+from spach_deploy.quantization import calibration as module
 from spach_deploy.quantization.plan import read_plan
 from spach_deploy.quantization.statistics import Collector
 from tests import small_bundles

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from spach_deploy.cli import options
 from spach_deploy.cli.console import command
-from spach_deploy.errors import MismatchError, UnavailableError, UsageError
+from spach_deploy.common.errors import MismatchError, UnavailableError, UsageError
 
 
 def ending_with(error: BaseException) -> click.Command:

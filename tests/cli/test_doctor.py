@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle import GRAPH, PLAN
+from spach_deploy.bundle.store import GRAPH, PLAN
 from spach_deploy.cli.doctor import main
-from spach_deploy.doctor.here import Here
+from spach_deploy.doctor.machine_info import MachineInfo
 from tests.commands import console_script, refusal
 from tests.doctor import bundles
 from tests.doctor.machines import L4, T4, cpu_machine, gpu_machine
@@ -26,8 +26,8 @@ Doctor = Callable[..., Result]
 def on(monkeypatch: pytest.MonkeyPatch) -> Doctor:
     """spach-doctor on a machine that is not this one."""
 
-    def run(here: Here, *arguments: object) -> Result:
-        monkeypatch.setattr("spach_deploy.doctor.here.look_around", lambda: here)
+    def run(here: MachineInfo, *arguments: object) -> Result:
+        monkeypatch.setattr("spach_deploy.doctor.machine_info.gather", lambda: here)
         return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="spach-doctor")
 
     return run
@@ -37,7 +37,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Doctor:
 
 
 @pytest.mark.parametrize(("here", "code"), [(cpu_machine(), 0), (cpu_machine(tensorrt={}), 3), (gpu_machine(L4), 0)])
-def test_exit_codes_of_a_machine(on: Doctor, here: Here, code: int) -> None:
+def test_exit_codes_of_a_machine(on: Doctor, here: MachineInfo, code: int) -> None:
     result = on(here)
     assert result.exit_code == code
     assert result.stderr == ""
@@ -85,7 +85,7 @@ def test_nothing_heavy_is_imported(what: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("here", "code"), [(gpu_machine(L4), 0), (gpu_machine(T4), 3), (cpu_machine(), 3)])
 def test_exit_codes_of_a_bundle(
-    on: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Here, code: int
+    on: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: MachineInfo, code: int
 ) -> None:
     monkeypatch.setattr("spach_deploy.doctor.bundle_findings.about_header", lambda *asked: ())
     path = bundles.write_bundle(tmp_path / "bundle")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from spach_deploy.dry_run import dry_run
 from spach_deploy.models.registry import create_model
-from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.pipeline.estimate import dry_run
 from tests import small_bundles
 from tests.commands import export
 

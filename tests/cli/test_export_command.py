@@ -19,10 +19,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.shapes import state_shapes
+from tests.bundle.test_bundle import write
 from tests.commands import ROOT, console_script, contents, export, refusal
-from tests.test_bundle import write
 
 CHEAP = ("--model", "conv_xxs", "--image-size", "32")
 RTX = ("--engine", "tensorrt-rtx")

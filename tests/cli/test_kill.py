@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.bundle import Bundle
+from spach_deploy.bundle.store import Bundle
+from tests.bundle.test_bundle import write
 from tests.commands import console_script, contents
-from tests.test_bundle import write
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
 )
 
 REGISTER = """
-from spach_deploy.models.configs import CONFIGS, SpachConfig
+from spach_deploy.models.published import CONFIGS, SpachConfig
 CONFIGS["small"] = SpachConfig(16, 8, 2, (("conv", "trans"),), num_heads=2)
 """
 """A small model of the tests' own, so that an export takes seconds; everything else is the command itself."""
@@ -103,7 +103,7 @@ def gone(pids: list[int]) -> bool:
 SERVER = """
 import json, os
 
-import spach_deploy.pipeline
+import spach_deploy.pipeline.export
 from spach_deploy.cli.export import main as command
 
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from spach_deploy.cli.console import say, show
-from spach_deploy.text import escaped, json_text, rendered
+from spach_deploy.common.text import escaped, json_text, rendered
 from tests.commands import ROOT, console_script
 from tests.doctor import bundles
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle import GOLDEN, MANIFEST, PLAN
+from spach_deploy.bundle.golden import Golden, expected_outputs
+from spach_deploy.bundle.store import GOLDEN, MANIFEST, PLAN
 from spach_deploy.cli.package import main as package_command
 from spach_deploy.cli.package_cpp import main
-from spach_deploy.specs import IODtype, OutputSpec
-from spach_deploy.validation.reference import Golden, expected_outputs
+from spach_deploy.options.specs import IODtype, OutputSpec
 from tests import small_bundles
 from tests.commands import contents, refusal
-from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.tiny_bundles import CLASSES, SIZE, Tiny
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import CLASSES, SIZE, Tiny
 
 
 def package(*arguments: object) -> Result:

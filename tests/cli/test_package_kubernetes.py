@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from spach_deploy.cli.package import main
 from tests import small_bundles
 from tests.commands import console_script, refusal
-from tests.deployment.kubernetes.bundles import with_engine, with_rtx_engine
-from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.tiny_bundles import Tiny
+from tests.packaging.kubernetes.bundles import with_engine, with_rtx_engine
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import Tiny
 
 
 def package(*arguments: object) -> Result:

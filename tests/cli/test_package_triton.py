@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from spach_deploy.cli.package import main
-from spach_deploy.specs import IODtype, OutputSpec
+from spach_deploy.options.specs import IODtype, OutputSpec
 from tests.commands import ROOT, console_script, refusal
-from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.tiny_bundles import Tiny
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import Tiny
 
 
 def package(*arguments: object) -> Result:

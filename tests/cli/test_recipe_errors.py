@@ -11,9 +11,9 @@ import pytest
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.export_options import export_options, parse_size
 from spach_deploy.cli.recipes import KEYS, read_recipe
-from spach_deploy.errors import UsageError
-from spach_deploy.files import Place
-from spach_deploy.specs import (
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.options.specs import (
     BatchProfile,
     ComputeCapability,
     ExportOptions,
@@ -109,7 +109,7 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     assert made.disabled_rewrites == ("shift_depthwise", "fold_residual")
     assert (made.images, made.output, made.overwrite) == (tmp_path / "photos", tmp_path / "out", True)
     said = made.quantization
-    assert (said.calibration, said.cache) == (tmp_path / "set", Place.of(tmp_path / "scales.json"))
+    assert (said.calibration, said.cache) == (tmp_path / "set", Destination.of(tmp_path / "scales.json"))
     assert (said.method, said.rest, said.equalize, said.allow_overlap) == ("mse", Precision.BF16, False, True)
     assert (said.keep_float, said.quantize) == (("layer4.*",), ("*.spatial_func",))
     assert said.per_tensor == ("*.fc1", "*.fc2")

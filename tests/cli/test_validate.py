@@ -22,13 +22,14 @@ from click.testing import CliRunner, Result
 from onnx import ModelProto
 from PIL import Image
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REPORT, Bundle
 from spach_deploy.cli.benchmark import main as benchmark
 from spach_deploy.cli.package import main as package
 from spach_deploy.cli.validate import main
 from spach_deploy.models.checkpoint import load_model
-from spach_deploy.specs import ModelSpec, Precision
-from spach_deploy.validation import evidence, live_reference
+from spach_deploy.options.specs import ModelSpec, Precision
+from spach_deploy.validation import live_reference
+from spach_deploy.validation import runs as evidence
 from spach_deploy.validation import target as target_module
 from spach_deploy.validation.accuracy import paired
 from spach_deploy.validation.bundle_facts import BundleFacts
@@ -228,7 +229,7 @@ def test_a_full_folder_for_temporary_files_is_named_and_no_disagreement(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("spach_deploy.runtime.saved_graph._save", full)
+    monkeypatch.setattr("spach_deploy.runtime.onnxruntime_runner._save", full)
     said = refused(fp16, "--json", code=3)
     assert said.startswith(f"Error: TMPDIR, the folder for temporary files, is full: {tempfile.gettempdir()}.")
 
@@ -411,7 +412,7 @@ def classed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def right_answers(fp16: Path, classed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A labels file with what the reference answers, so that it is right in every image."""
     bundle = Bundle.open(fp16)
-    asked = live_reference.Images(classed, 256)
+    asked = live_reference.ImagesSpec(classed, 256)
     with small_bundles.registered():
         section, facts = bundle.manifest.model, BundleFacts.of(bundle)
         trial = live_reference.rebuilt_on_images(

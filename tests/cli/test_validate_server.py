@@ -1,4 +1,4 @@
-"""spach-validate http://… and grpc://…: which options go with it. What a server answers: tests/deployment/triton."""
+"""spach-validate http://… and grpc://…: which options go with it. What a server answers: tests/packaging/triton."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle import Bundle
+from spach_deploy.bundle.golden import LOGITS, Golden
+from spach_deploy.bundle.store import Bundle
 from spach_deploy.cli.validate import main
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import Level, Ran, judged
-from spach_deploy.validation.reference import LOGITS, Golden
+from spach_deploy.validation.runs import Level, RunOutputs, run_result
 from spach_deploy.validation.server import truncation_hints
-from spach_deploy.validation.validate import golden_trial
+from spach_deploy.validation.validate import golden_set
 from tests.commands import refusal
-from tests.deployment.kubernetes.served import serving
-from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.tiny_bundles import Tiny
+from tests.packaging.kubernetes.served import serving
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import Tiny
 
 
 def validate(*arguments: object) -> Result:
@@ -87,8 +87,8 @@ def test_a_served_graph_that_disagrees_may_be_truncated(
 ) -> None:
     opened = Bundle.open(tiny_bundles.of_int8(bundle, **section))
     golden, facts = Golden.load(opened.file("golden.npz")), BundleFacts.of(opened)
-    trial = golden_trial(golden, "", facts.outputs, facts.batch)
-    ran = Ran("graph", (len(trial),), {LOGITS: golden.logits}, problem)
-    hints = truncation_hints(opened, judged(level, ran, trial, facts.tolerances.graph))
+    trial = golden_set(golden, "", facts.outputs, facts.batch)
+    ran = RunOutputs("graph", (len(trial),), {LOGITS: golden.logits}, problem)
+    hints = truncation_hints(opened, run_result(level, ran, trial, facts.tolerances.graph))
     assert bool(hints) == is_told
     assert all("ONNX Runtime before 1.30 truncates on a CPU" in hint for hint in hints)

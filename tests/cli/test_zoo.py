@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from spach_deploy.bundle import GRAPH, MANIFEST, Bundle
-from spach_deploy.zoo import make as making
+from spach_deploy.bundle.store import GRAPH, MANIFEST, Bundle
+from spach_deploy.pipeline.zoo import make as making
 from tests import small_bundles, static_models
+from tests.bundle.test_bundle import write
 from tests.commands import console_script, export, refusal
+from tests.pipeline.zoo import stub
 from tests.report.test_report_page import Page
-from tests.test_bundle import write
-from tests.zoo import stub
 
 MODELS = ("ms_trans_xxs", "ms_conv_xxs")
 NAMES = [f"{model}-{precision}" for model in reversed(MODELS) for precision in ("fp16", "bf16")]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.data import preprocess
-from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.specs import IODtype, Preprocessing
+from spach_deploy.options.specs import IODtype, Preprocessing
 
 GOLDEN = np.load(Path(__file__).parent / "golden_preprocess.npz")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 import spach_deploy.data
-from spach_deploy.data.probes import probe_source
+from spach_deploy.data.images import probe_source
 from spach_deploy.data.readers import batches, content_hash
-from spach_deploy.specs import Preprocessing
+from spach_deploy.options.specs import Preprocessing
 
 FOLDER = Path(spach_deploy.data.__file__).parent / "probes"
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.data import readers
 from spach_deploy.data.readers import ImageSource, batches, content_hash, open_images
-from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.specs import Preprocessing
+from spach_deploy.options.specs import Preprocessing
 
 SMALL = Preprocessing.for_size(32)
 

@@ -21,26 +21,27 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from spach_deploy.data.probes import probe_source
+from spach_deploy.common.errors import ImageError, UsageError
+from spach_deploy.data.calibration_set_checks import CalibrationSetCollector, CalibrationSetSummary, check_overlap
+from spach_deploy.data.images import ImageBatch, ImageEntry, ImageSource, batches, content_hash, probe_source
 from spach_deploy.data.readers import open_images
-from spach_deploy.data.source import Entry, ImageBatch, ImageSource, batches, content_hash
-from spach_deploy.data.survey import Survey, SurveyTaker, check_overlap
-from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.specs import Preprocessing
+from spach_deploy.options.specs import Preprocessing
 
 Pictures = list[Image.Image]
 SIZES = (32, 96, 224)
 
 
 def source_of(pictures: Sequence[Image.Image]) -> ImageSource:
-    entries = [Entry(f"p{i}", partial(lambda picture: picture, picture)) for i, picture in enumerate(pictures)]
+    entries = [ImageEntry(f"p{i}", partial(lambda picture: picture, picture)) for i, picture in enumerate(pictures)]
     return ImageSource("the set", lambda _: iter(entries), count=len(entries))
 
 
-def survey_of(source: ImageSource | Sequence[Image.Image], size: int = 96, batch_size: int = 8) -> Survey:
+def survey_of(
+    source: ImageSource | Sequence[Image.Image], size: int = 96, batch_size: int = 8
+) -> CalibrationSetSummary:
     source = source if isinstance(source, ImageSource) else source_of(source)
     preprocessing = Preprocessing.for_size(size)
-    taker = SurveyTaker(source, preprocessing)
+    taker = CalibrationSetCollector(source, preprocessing)
     for batch in batches(source, preprocessing, batch_size):
         taker.see(batch)
     return taker.survey()
@@ -451,7 +452,7 @@ def test_report_is_plain_json(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_set() -> None:
     preprocessing = Preprocessing.for_size(96)
-    taker = SurveyTaker(source_of([]), preprocessing)
+    taker = CalibrationSetCollector(source_of([]), preprocessing)
     rng = np.random.default_rng(0)
     tracemalloc.start()
     try:
@@ -470,7 +471,7 @@ def random_batch(rng: np.random.Generator) -> ImageBatch:
 
 
 def test_misuse_is_an_error_of_the_caller() -> None:
-    taker = SurveyTaker(source_of([]), Preprocessing.for_size(32))
+    taker = CalibrationSetCollector(source_of([]), Preprocessing.for_size(32))
     with pytest.raises(ValueError, match="no image"):
         taker.survey()
     with pytest.raises(ValueError, match=r"\(n, 32, 32, 3\)"):

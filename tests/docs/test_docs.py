@@ -22,9 +22,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.photographs import calibration_photographs, held_out_photographs
-from spach_deploy.benchmark import contestants, rounds, worker
-from spach_deploy.benchmark.contestants import Setup
-from spach_deploy.models import configs
+from spach_deploy.benchmark import rounds, worker
+from spach_deploy.benchmark import runners as contestants
+from spach_deploy.benchmark.runners import RunnerSetup
+from spach_deploy.models import published as configs
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from tests.docs.pages import Shown, commands, forms, is_within, section_commands
@@ -40,7 +41,7 @@ NAME = "ms_hybrid_s"
 SMALL = configs.SpachConfig(16, 4, 2, (("conv",) * 1, ("conv", "trans"), ("trans",) * 1), num_heads=4)
 NOT_HERE = {
     "scripts/setup": "continuous integration begins with it",
-    "cmake": "TensorRT's headers; tests/deployment/cpp/test_library.py runs these lines against doubles",
+    "cmake": "TensorRT's headers; tests/packaging/cpp/test_library.py runs these lines against doubles",
     "engine-cpp/build/": "what cmake would have built",
     "tritonserver": "a server; tests marked triton start one",
     "spach-validate grpc://": "a server; tests marked triton start one",
@@ -92,7 +93,7 @@ class WorkerHere(contextlib.ExitStack):
 
     device, pid = "cpu", 0
 
-    def __init__(self, name: str, setup: Setup) -> None:
+    def __init__(self, name: str, setup: RunnerSetup) -> None:
         super().__init__()
         self.runner = self.enter_context(contestants.opened(name, setup))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN
 from tests.doctor import plans
 from tests.doctor.machines import A100, L4
 

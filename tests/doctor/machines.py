@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.common.resources import FolderCheck, Memory
+from spach_deploy.common.versions import Requirement, Requirements
 from spach_deploy.doctor.driver import Driver, Gpu
-from spach_deploy.doctor.here import Here, TensorRTPackage
-from spach_deploy.doctor.packages import OnnxRuntime, Torch
-from spach_deploy.requirements import Requirement, Requirements
-from spach_deploy.runtime.resources import Folder, Memory
-from spach_deploy.specs import ComputeCapability, Flavour
+from spach_deploy.doctor.machine_info import MachineInfo, TensorRTPackage
+from spach_deploy.doctor.packages import InstalledOnnxRuntime, Torch
+from spach_deploy.options.specs import ComputeCapability, Flavour
 
 GIGABYTE = 10**9
 RTX = TensorRTPackage("1.7.1.116", cuda=13)
@@ -40,7 +40,7 @@ REQUIREMENTS = Requirements(
     "setup.cfg",
 )
 
-_CPU_MACHINE = Here(
+_CPU_MACHINE = MachineInfo(
     python=(3, 11, 7),
     system="Linux",
     machine="x86_64",
@@ -58,21 +58,21 @@ _CPU_MACHINE = Here(
     },
     pins={"torch": "2.13.0", "onnx": "1.23.2", "ruff": "0.17.6"},
     torch=Torch("2.13.0+cpu", "CPU"),
-    onnxruntime=OnnxRuntime({"onnxruntime": "1.32.0"}, "onnxruntime", "1.32.0", ("cpu",)),
+    onnxruntime=InstalledOnnxRuntime({"onnxruntime": "1.32.0"}, "onnxruntime", "1.32.0", ("cpu",)),
     tensorrt={Flavour.TENSORRT_RTX: RTX},
     driver=Driver(problem="no NVIDIA GPU is here"),
     memory=Memory(16 * GIGABYTE, 32 * GIGABYTE),
-    output=Folder(Path("/home/user"), 100 * GIGABYTE),
-    temporary=Folder(Path("/tmp"), 100 * GIGABYTE),
+    output=FolderCheck(Path("/home/user"), 100 * GIGABYTE),
+    temporary=FolderCheck(Path("/tmp"), 100 * GIGABYTE),
 )
 
 
-def cpu_machine(**changes: Any) -> Here:
+def cpu_machine(**changes: Any) -> MachineInfo:
     """All that the core flow takes, and no GPU."""
     return dataclasses.replace(_CPU_MACHINE, **changes)
 
 
-def gpu_machine(*gpus: Gpu, cuda: tuple[int, int] = (13, 0), **changes: Any) -> Here:
+def gpu_machine(*gpus: Gpu, cuda: tuple[int, int] = (13, 0), **changes: Any) -> MachineInfo:
     """The same with GPUs, a driver that runs `cuda`, and both TensorRTs."""
     driver = Driver(gpus, "580.65.06", cuda, upgrade="sudo apt install nvidia-driver")
     both = {Flavour.TENSORRT: ORDINARY, Flavour.TENSORRT_RTX: RTX}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from spach_deploy.options.specs import ComputeCapability
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
-from spach_deploy.specs import ComputeCapability
 
 _RTX_HEADER = bytes.fromhex(  # of a plan built for sm89 by tensorrt-rtx 1.7.1.116, without its size and its GPUs
     "76747274000000000200000000000000"

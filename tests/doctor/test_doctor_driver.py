@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from spach_deploy.doctor.driver import Driver, Gpu, Surroundings, _has_card, driver_from
-from spach_deploy.doctor.probe import Answer
-from spach_deploy.specs import ComputeCapability
+from spach_deploy.doctor.driver import Driver, DriverSurroundings, Gpu, _has_card, driver_from
+from spach_deploy.doctor.probe import ProbeResult
+from spach_deploy.options.specs import ComputeCapability
 
-BARE = Surroundings(
+BARE = DriverSurroundings(
     has_card=False, has_kernel_module=False, in_container=False, visible_devices=None, install="sudo apt install driver"
 )
 GPU = {"name": "NVIDIA L4", "capability": [8, 9], "bytes": 24 * 10**9}
@@ -21,11 +21,11 @@ NO_LIBRARY: dict[str, Any] = {"init": None, "driver": None, "cuda": None, "gpus"
 
 def after(init: int | None, **around: Any) -> Driver:
     content = {**NO_LIBRARY, "init": init, "cuda": 12040}
-    return driver_from(Answer(content), dataclasses.replace(BARE, **around))
+    return driver_from(ProbeResult(content), dataclasses.replace(BARE, **around))
 
 
 def test_gpus() -> None:
-    found = driver_from(Answer({"init": 0, "driver": "580.65.06", "cuda": 13010, "gpus": [GPU]}), BARE)
+    found = driver_from(ProbeResult({"init": 0, "driver": "580.65.06", "cuda": 13010, "gpus": [GPU]}), BARE)
     assert found.gpus == (Gpu("NVIDIA L4", ComputeCapability(8, 9), 24 * 10**9),)
     assert (found.version, found.cuda, found.problem) == ("580.65.06", (13, 1), "")
     assert found.runs_cuda(13)
@@ -37,7 +37,7 @@ def test_a_driver_of_unknown_version_runs_everything() -> None:
 
 
 def test_no_answer() -> None:
-    found = driver_from(Answer(None, "nothing within 3 s", timed_out=True), BARE)
+    found = driver_from(ProbeResult(None, "nothing within 3 s", timed_out=True), BARE)
     assert found.is_broken
     assert "nothing within 3 s" in found.problem
 
@@ -95,4 +95,4 @@ def test_cards_on_the_pci_bus(tmp_path: Path, vendor: str, kind: str, is_card: b
 
 
 def test_these_surroundings() -> None:
-    assert isinstance(Surroundings.here().in_container, bool)
+    assert isinstance(DriverSurroundings.here().in_container, bool)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from spach_deploy.doctor.compatibility import PlanRequirements, compatibility
 from spach_deploy.doctor.driver import Driver
 from spach_deploy.doctor.finding import Finding, Status, Task
-from spach_deploy.doctor.fit import Plan, fit
-from spach_deploy.doctor.here import Here, TensorRTPackage
-from spach_deploy.specs import Flavour
+from spach_deploy.doctor.machine_info import MachineInfo, TensorRTPackage
+from spach_deploy.options.specs import Flavour
 from tests.doctor.machines import A100, H100, L4, LATER, ORDINARY, RTX, T4, cpu_machine, gpu_machine
 
 
@@ -19,23 +19,23 @@ def rebuild(*words: str) -> str:
     return " ".join(("spach-export", *words))
 
 
-RTX_PLAN = Plan(Flavour.TENSORRT_RTX, "1.7.1.116", (A100.capability, L4.capability), rebuild=rebuild)
-ORDINARY_PLAN = Plan(Flavour.TENSORRT, "10.16.1.11", (L4.capability,), rebuild=rebuild)
+RTX_PLAN = PlanRequirements(Flavour.TENSORRT_RTX, "1.7.1.116", (A100.capability, L4.capability), rebuild=rebuild)
+ORDINARY_PLAN = PlanRequirements(Flavour.TENSORRT, "10.16.1.11", (L4.capability,), rebuild=rebuild)
 
 
-def finding(plan: Plan, here: Here, topic: str) -> Finding:
-    (found,) = (item for item in fit(plan, here) if item.topic == topic)
+def finding(plan: PlanRequirements, here: MachineInfo, topic: str) -> Finding:
+    (found,) = (item for item in compatibility(plan, here) if item.topic == topic)
     return found
 
 
-def with_version(plan: Plan, version: str | None, **changes: Any) -> Finding:
+def with_version(plan: PlanRequirements, version: str | None, **changes: Any) -> Finding:
     here = gpu_machine(L4)
     return finding(dataclasses.replace(plan, version=version, **changes), here, plan.flavour.value)
 
 
 @pytest.mark.parametrize("plan", [RTX_PLAN, ORDINARY_PLAN], ids=["rtx", "ordinary"])
-def test_it_fits(plan: Plan) -> None:
-    assert [item.status for item in fit(plan, gpu_machine(L4))] == [Status.OK, Status.OK]
+def test_it_fits(plan: PlanRequirements) -> None:
+    assert [item.status for item in compatibility(plan, gpu_machine(L4))] == [Status.OK, Status.OK]
 
 
 # Package and version
@@ -51,7 +51,7 @@ def test_the_package_is_missing() -> None:
 @pytest.mark.parametrize(
     ("plan", "other"), [(RTX_PLAN, {Flavour.TENSORRT: ORDINARY}), (ORDINARY_PLAN, {Flavour.TENSORRT_RTX: RTX})]
 )
-def test_the_other_flavour_is_here(plan: Plan, other: dict[Flavour, TensorRTPackage]) -> None:
+def test_the_other_flavour_is_here(plan: PlanRequirements, other: dict[Flavour, TensorRTPackage]) -> None:
     found = finding(plan, gpu_machine(L4, tensorrt=other), plan.flavour.value)
     assert found.status is Status.MISSING
     assert "cannot load it" in found.means
@@ -154,7 +154,7 @@ def test_code_for_later_gpus(newer: bool, status: Status) -> None:
 
 
 @pytest.mark.parametrize(("plan", "gpu"), [(ORDINARY_PLAN, L4), (RTX_PLAN, L4)])
-def test_it_is_not_known_for_which_gpu_it_was_built(plan: Plan, gpu: Any) -> None:
+def test_it_is_not_known_for_which_gpu_it_was_built(plan: PlanRequirements, gpu: Any) -> None:
     found = finding(dataclasses.replace(plan, gpus=None), gpu_machine(gpu), "NVIDIA GPU")
     assert (found.status, found.blocks) == (Status.UNKNOWN, ())
     assert "do not tell" in found.means

@@ -13,15 +13,15 @@ from click import Command
 
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.validate import main as validate_command
+from spach_deploy.common.resources import FolderCheck, Memory
 from spach_deploy.doctor.capability import builders, runners
 from spach_deploy.doctor.driver import Driver
 from spach_deploy.doctor.finding import Finding, Status, Task
-from spach_deploy.doctor.here import Here, TensorRTPackage
 from spach_deploy.doctor.machine import Machine, examine_machine
-from spach_deploy.doctor.packages import OnnxRuntime, Torch
+from spach_deploy.doctor.machine_info import MachineInfo, TensorRTPackage
+from spach_deploy.doctor.packages import InstalledOnnxRuntime, Torch
 from spach_deploy.doctor.table import as_text
-from spach_deploy.runtime.resources import Folder, Memory
-from spach_deploy.specs import Flavour
+from spach_deploy.options.specs import Flavour
 from tests.doctor.machines import (
     GIGABYTE,
     H100,
@@ -39,7 +39,7 @@ RTX_ONLY, ORDINARY_ONLY = {Flavour.TENSORRT_RTX: RTX}, {Flavour.TENSORRT: ORDINA
 BROKEN = TensorRTPackage("10.16.1.11", "libnvinfer.so.10: cannot open shared object file: No such file or directory")
 
 
-def finding(here: Here, topic: str) -> Finding:
+def finding(here: MachineInfo, topic: str) -> Finding:
     (found,) = (item for item in examine_machine(here).findings if item.topic == topic)
     return found
 
@@ -48,7 +48,7 @@ def can(machine: Machine) -> dict[Task, bool]:
     return {ability.task: ability.possible for ability in machine.abilities}
 
 
-def how(here: Here, task: Task) -> str:
+def how(here: MachineInfo, task: Task) -> str:
     (found,) = (ability.how for ability in examine_machine(here).abilities if ability.task is task)
     return found
 
@@ -80,8 +80,8 @@ def test_a_machine_with_a_gpu_can_do_all() -> None:
         ({"tensorrt": {Flavour.TENSORRT_RTX: BROKEN}}, {Task.BUILD}),
         ({"tensorrt": ORDINARY_ONLY}, {Task.BUILD}),
         ({"memory": Memory(2 * GIGABYTE, 4 * GIGABYTE)}, {Task.EXPORT, Task.BUILD}),
-        ({"output": Folder(Path("/home"), GIGABYTE // 2)}, {Task.EXPORT, Task.BUILD}),
-        ({"temporary": Folder(Path("/tmp"), 0, "it cannot be written (read-only file system)")}, {Task.EXPORT}),
+        ({"output": FolderCheck(Path("/home"), GIGABYTE // 2)}, {Task.EXPORT, Task.BUILD}),
+        ({"temporary": FolderCheck(Path("/tmp"), 0, "it cannot be written (read-only file system)")}, {Task.EXPORT}),
         ({"python": (3, 9, 2)}, set(Task)),
     ],
 )
@@ -136,7 +136,7 @@ COMMANDS: dict[str, Command] = {"spach-export": export_command, "spach-validate"
         gpu_machine(T4, tensorrt={}, torch=Torch("2.9.0+cu130", "CUDA 13.0")),
     ],
 )
-def test_every_line_has_a_command_that_can_be_pasted(here: Here) -> None:
+def test_every_line_has_a_command_that_can_be_pasted(here: MachineInfo) -> None:
     for item in examine_machine(here).findings:
         if item.topic in NO_COMMAND_FOR:
             continue
@@ -201,7 +201,9 @@ def test_torch(torch: Torch | None, status: Status, says: str) -> None:
 
 def test_both_wheels_of_onnxruntime() -> None:
     """They work as long as neither is uninstalled, so this is a problem that stands in the way of nothing."""
-    both = OnnxRuntime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.22.0"}, "onnxruntime", "1.32.0", ("cpu",))
+    both = InstalledOnnxRuntime(
+        {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.22.0"}, "onnxruntime", "1.32.0", ("cpu",)
+    )
     found = finding(cpu_machine(onnxruntime=both), "onnxruntime")
     assert (found.status, found.blocks) == (Status.PROBLEM, ())
     assert "those of onnxruntime 1.32.0: graphs run on the CPU only" in found.means
@@ -214,14 +216,14 @@ def test_both_wheels_of_onnxruntime() -> None:
 
 
 def test_onnxruntime_after_one_of_two_wheels_was_uninstalled() -> None:
-    broken = OnnxRuntime({"onnxruntime-gpu": "1.22.0"}, broken="its compiled library")
+    broken = InstalledOnnxRuntime({"onnxruntime-gpu": "1.22.0"}, broken="its compiled library")
     found = finding(cpu_machine(onnxruntime=broken), "onnxruntime")
     assert (found.status, set(found.blocks)) == (Status.PROBLEM, {Task.EXPORT, Task.VERIFY})
     assert "its compiled library is missing" in found.means
 
 
 def test_old_onnxruntime() -> None:
-    old = OnnxRuntime({"onnxruntime": "1.16.0"}, "onnxruntime", "1.16.0", ("cpu",))
+    old = InstalledOnnxRuntime({"onnxruntime": "1.16.0"}, "onnxruntime", "1.16.0", ("cpu",))
     assert finding(cpu_machine(onnxruntime=old), "onnxruntime").status is Status.PROBLEM
 
 

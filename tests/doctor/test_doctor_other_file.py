@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.doctor.other_file import what_it_is
+from spach_deploy.doctor.plan_file import what_it_is
 from tests.doctor.plans import with_metadata
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from spach_deploy.common.versions import Requirement, installed, is_older, parse, pins, release, requirements
 from spach_deploy.doctor import commands
-from spach_deploy.doctor.packages import OnnxRuntime, Torch, find_onnxruntime, find_torch
-from spach_deploy.requirements import Requirement, installed, is_older, parse, pins, release, requirements
+from spach_deploy.doctor.packages import InstalledOnnxRuntime, Torch, find_onnxruntime, find_torch
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_torch_without_its_version_file(site: Path) -> None:
 def test_onnxruntime(site: Path) -> None:
     wheel(site, "onnxruntime", "1.32.0")
     onnxruntime(site)
-    assert find_onnxruntime() == OnnxRuntime({"onnxruntime": "1.32.0"}, "onnxruntime", "1.32.0", ("cpu",))
+    assert find_onnxruntime() == InstalledOnnxRuntime({"onnxruntime": "1.32.0"}, "onnxruntime", "1.32.0", ("cpu",))
 
 
 def test_the_wheel_whose_files_are_there_wins(site: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from spach_deploy.doctor.plan_file import SEARCHED_BYTES, PlanFile, find_plan
+from spach_deploy.options.specs import ComputeCapability, Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
-from spach_deploy.specs import ComputeCapability, Flavour
 from tests import small_bundles
 from tests.doctor.plans import old_plan, ordinary_plan, rtx_plan, with_metadata
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from spach_deploy.doctor import here as here_module
+from spach_deploy.common.versions import installed
+from spach_deploy.doctor import machine_info as here_module
 from spach_deploy.doctor.driver_question import ask, kernel_module_version
-from spach_deploy.doctor.here import look_around
-from spach_deploy.doctor.probe import Answer, Question
+from spach_deploy.doctor.machine_info import gather
+from spach_deploy.doctor.probe import Probe, ProbeResult
 from spach_deploy.doctor.tensorrt_question import answer, judge
-from spach_deploy.requirements import installed
-from spach_deploy.specs import Flavour
+from spach_deploy.options.specs import Flavour
 
 FAKES = Path(__file__).parents[1] / "engine" / "fakes" / "site-packages"
 LONG_S = 60.0
@@ -25,24 +25,24 @@ LONG_S = 60.0
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Asks a question whose body is the given lines."""
 
-    def ask_it(body: str, limit_s: float = LONG_S, *arguments: str) -> Answer:
+    def ask_it(body: str, limit_s: float = LONG_S, *arguments: str) -> ProbeResult:
         lines = "\n    ".join(["import os, signal, sys, time", *body.splitlines()])
         (tmp_path / "some_question.py").write_text(f"def answer(*arguments):\n    {lines}\n")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        with Question("some_question", *arguments) as question:
+        with Probe("some_question", *arguments) as question:
             return question.answer(limit_s)
 
     return ask_it
 
 
 def test_an_answer(asked: Any) -> None:
-    assert asked("return {'said': arguments[0]}", LONG_S, "word") == Answer({"said": "word"})
+    assert asked("return {'said': arguments[0]}", LONG_S, "word") == ProbeResult({"said": "word"})
 
 
 def test_noise_before_the_answer(asked: Any) -> None:
     """Libraries print: to stdout, to stderr, and without a newline."""
     body = "print('loading'); print('trouble', file=sys.stderr); os.write(1, b'no newline'); return {'a': 1}"
-    assert asked(body) == Answer({"a": 1})
+    assert asked(body) == ProbeResult({"a": 1})
 
 
 def test_one_that_hangs_is_left(asked: Any) -> None:
@@ -54,7 +54,7 @@ def test_one_that_hangs_is_left(asked: Any) -> None:
 
 def test_one_that_crashes(asked: Any) -> None:
     found = asked("os.kill(os.getpid(), signal.SIGSEGV)")
-    assert found == Answer(None, "it crashed (SIGSEGV)")
+    assert found == ProbeResult(None, "it crashed (SIGSEGV)")
 
 
 @pytest.mark.parametrize("body", ["os._exit(3)", "raise RuntimeError('no')", "return [1]", "return object()"])
@@ -67,7 +67,7 @@ def test_one_that_says_nothing_of_use(asked: Any, body: str) -> None:
 
 def test_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/no/such/python")
-    with Question("some_question") as question:
+    with Probe("some_question") as question:
         assert question.answer(LONG_S).silence == "no process could be started"
 
 
@@ -78,7 +78,7 @@ def test_the_current_directory_is_not_imported_from(
     other.mkdir()
     (other / "some_question.py").write_text("raise AssertionError")
     monkeypatch.chdir(other)
-    assert asked("return {}") == Answer({})
+    assert asked("return {}") == ProbeResult({})
 
 
 # The driver's question
@@ -221,12 +221,12 @@ def use_fake(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 def test_a_tensorrt_that_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake(monkeypatch, "tensorrt_11_4")
-    assert look_around(LONG_S).tensorrt[Flavour.TENSORRT].version == "11.4.0.5"
+    assert gather(LONG_S).tensorrt[Flavour.TENSORRT].version == "11.4.0.5"
 
 
 def test_a_tensorrt_whose_libraries_were_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake(monkeypatch, "tensorrt_broken")
-    assert look_around(LONG_S).tensorrt[Flavour.TENSORRT].error.startswith("libnvinfer.so.10: cannot open")
+    assert gather(LONG_S).tensorrt[Flavour.TENSORRT].error.startswith("libnvinfer.so.10: cannot open")
 
 
 def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
@@ -241,7 +241,7 @@ def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Non
 
 def test_a_driver_that_hangs_does_not_hang_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions(tmp_path, monkeypatch, "time.sleep(600)")
-    found = look_around(limit_s=0.5)
+    found = gather(limit_s=0.5)
     assert found.driver.is_broken
     assert found.driver.problem == "the NVIDIA driver does not answer: nothing within 0.5 s"
     assert not any(package.error for package in found.tensorrt.values())  # slow is not broken
@@ -249,6 +249,6 @@ def test_a_driver_that_hangs_does_not_hang_the_doctor(tmp_path: Path, monkeypatc
 
 def test_a_library_that_crashes_does_not_crash_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions(tmp_path, monkeypatch, "os.abort()")
-    found = look_around(LONG_S)
+    found = gather(LONG_S)
     assert "SIGABRT" in found.driver.problem
     assert all("SIGABRT" in package.error for package in found.tensorrt.values())

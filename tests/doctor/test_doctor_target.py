@@ -13,33 +13,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.bundle import GOLDEN, GRAPH, MANIFEST, PLAN, sha256_of
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, sha256_of
 from spach_deploy.cli.export import main as export_command
+from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.doctor.finding import Finding, Status, Task
-from spach_deploy.doctor.here import Here
-from spach_deploy.doctor.packages import OnnxRuntime
-from spach_deploy.doctor.probe import Answer
+from spach_deploy.doctor.machine_info import MachineInfo
+from spach_deploy.doctor.packages import InstalledOnnxRuntime
+from spach_deploy.doctor.probe import ProbeResult
 from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
-from spach_deploy.errors import BundleError, UsageError
-from spach_deploy.specs import BatchProfile, Flavour, Precision
-from spach_deploy.validation.reference import Golden
+from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from tests import small_bundles
-from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.tiny_bundles import Tiny
 from tests.doctor import bundles
 from tests.doctor.machines import A100, H100, L4, T4, cpu_machine, gpu_machine
 from tests.doctor.plans import old_plan, ordinary_plan, rtx_plan, with_metadata
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import Tiny
 
 
-def says(**content: Any) -> Callable[[Flavour, bytes], Answer]:
-    return lambda flavour, header: Answer({"version": "1.7.1.116", **content})
+def says(**content: Any) -> Callable[[Flavour, bytes], ProbeResult]:
+    return lambda flavour, header: ProbeResult({"version": "1.7.1.116", **content})
 
 
 VALID = says(validity="VALID", flaws=[])
 
 
-def examine(path: Path, here: Here | None = None) -> Target:
+def examine(path: Path, here: MachineInfo | None = None) -> Target:
     return examine_target(path, gpu_machine(L4) if here is None else here, VALID)
 
 
@@ -104,7 +104,7 @@ def test_a_bfloat16_graph_runs_on_no_cpu_and_can_be_verified_there(tmp_path: Pat
 
 def test_a_graph_that_is_too_new_for_the_onnx_runtime_that_is_here(tmp_path: Path) -> None:
     bundle = tiny_bundles.write(tmp_path / "b", Tiny(opset=22))
-    older = OnnxRuntime({"onnxruntime": "1.20.1"}, "onnxruntime", "1.20.1", ("cpu",))
+    older = InstalledOnnxRuntime({"onnxruntime": "1.20.1"}, "onnxruntime", "1.20.1", ("cpu",))
     found = finding(examine(bundle, dataclasses.replace(cpu_machine(), onnxruntime=older)), GRAPH)
     assert (found.status, found.blocks) == (Status.PROBLEM, (Task.VERIFY,))
     assert found.what == "ONNX Runtime 1.20.1 loads opset 21, and the graph has opset 22"
@@ -172,7 +172,7 @@ def test_int8_of_fp16_where_onnx_runtime_truncates_it(
     bundle: Path, section: dict[str, Any], version: str, is_wrong: bool
 ) -> None:
     bundles.rewrite(bundle, quantization=section)
-    runtime = OnnxRuntime({"onnxruntime": version}, "onnxruntime", version, ("cpu",))
+    runtime = InstalledOnnxRuntime({"onnxruntime": version}, "onnxruntime", version, ("cpu",))
     target = examine(bundle, dataclasses.replace(gpu_machine(L4), onnxruntime=runtime))
     found = finding(target, GRAPH)
     assert target.exit_code == 0  # its plan runs
@@ -322,7 +322,7 @@ def test_tensorrt_itself_is_asked_where_there_is_a_gpu(tmp_path: Path) -> None:
         assert (unusable.exit_code, finding(unusable, "header").command) == (3, "nvidia-smi")
     suboptimal = examine_target(path, here, says(validity="SUBOPTIMAL", flaws=[]))
     assert (suboptimal.exit_code, finding(suboptimal, "header").status) == (0, Status.OK)
-    for silent in (says(), says(error="it crashed"), lambda flavour, header: Answer(None, "nothing within 3 s")):
+    for silent in (says(), says(error="it crashed"), lambda flavour, header: ProbeResult(None, "nothing within 3 s")):
         assert not [item for item in examine_target(path, here, silent).findings if item.topic == "header"]
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from spach_deploy.common.errors import BuildError, MissingPackageError
 from spach_deploy.engine.build import EngineResult, build_engine
 from spach_deploy.engine.flavours import TensorRT
 from spach_deploy.engine.network_facts import check_achieved_precision
-from spach_deploy.errors import BuildError, MissingPackageError
+from spach_deploy.options.specs import BatchProfile, ComputeCapability, EngineTarget, Precision
 from spach_deploy.runtime.devices import LocalGpu
 from spach_deploy.runtime.plan_identity import plan_identity
-from spach_deploy.specs import BatchProfile, ComputeCapability, EngineTarget, Precision
 
 FAKES = Path(__file__).parent / "fakes/site-packages"
 VERSIONS = {"tensorrt_10_16": "10.16.1", "tensorrt_11_4": "11.4.0"}

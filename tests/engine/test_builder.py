@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from spach_deploy.common.errors import BuildError, MissingPackageError
 from spach_deploy.engine import flavours
 from spach_deploy.engine.build import Builder, start_build
 from spach_deploy.engine.flavours import TensorRT
-from spach_deploy.errors import BuildError, MissingPackageError
+from spach_deploy.options.specs import ComputeCapability, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.devices import LocalGpu
-from spach_deploy.specs import ComputeCapability, EngineTarget, Flavour, Precision
 
 ROOT = Path(__file__).parents[2]
 FAKES = Path(__file__).parent / "fakes/site-packages"
@@ -105,7 +105,7 @@ def test_it_does_not_outlive_a_parent_that_is_killed() -> None:
 import os
 from spach_deploy.engine import flavours
 from spach_deploy.engine.build import Builder
-from spach_deploy.specs import Flavour
+from spach_deploy.options.specs import Flavour
 builder = Builder(Flavour.TENSORRT)
 print(builder.process.pid, flush=True)
 os.kill(os.getpid(), 9)

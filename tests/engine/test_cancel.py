@@ -24,7 +24,7 @@ from pathlib import Path
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRT
 from spach_deploy.runtime.devices import LocalGpu
-from spach_deploy.specs import ComputeCapability, EngineTarget, Precision
+from spach_deploy.options.specs import ComputeCapability, EngineTarget, Precision
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 here = TensorRT(gpus=(LocalGpu("NVIDIA A10", ComputeCapability(8, 6)),))

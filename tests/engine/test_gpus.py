@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from spach_deploy.common.errors import UsageError
 from spach_deploy.engine.gpus import CARDS, format_gpus, parse_gpus
-from spach_deploy.errors import UsageError
-from spach_deploy.specs import ComputeCapability
+from spach_deploy.options.specs import ComputeCapability
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from spach_deploy.common.errors import PrecisionError
 from spach_deploy.engine.network_facts import LayerFact, NetworkFacts, check_achieved_precision, read_network_facts
-from spach_deploy.errors import PrecisionError
-from spach_deploy.specs import Precision
+from spach_deploy.options.specs import Precision
 
 
 class DataType(enum.Enum):

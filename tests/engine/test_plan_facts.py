@@ -8,8 +8,8 @@ import pytest
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
+from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.packages import is_installed
-from spach_deploy.specs import BatchProfile, EngineTarget, Flavour, Precision
 from tests.engine import tiny_graphs
 
 pytestmark = pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")

@@ -9,9 +9,9 @@ import pytest
 
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import FLAVOURS, EngineFlavour
+from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner, why_engine_cannot_run_here
-from spach_deploy.specs import BatchProfile, EngineTarget, Flavour, Precision
 from tests.engine import tiny_graphs
 
 

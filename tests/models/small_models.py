@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spach_deploy.errors import UsageError
+from spach_deploy.common.errors import UsageError
 from spach_deploy.models import LoadedModel, load_model
-from spach_deploy.specs import ModelSpec
+from spach_deploy.options.specs import ModelSpec
 
 
 @functools.cache

@@ -20,11 +20,11 @@ from spach_deploy.cli.benchmark import main as benchmark_command
 from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.validate import main as validate_command
-from spach_deploy.errors import CheckpointError
+from spach_deploy.common.errors import CheckpointError
 from spach_deploy.models import matching
 from spach_deploy.models.checkpoint import weights_sha256
-from spach_deploy.models.configs import CONFIGS
-from spach_deploy.specs import WeightSource
+from spach_deploy.models.published import CONFIGS
+from spach_deploy.options.specs import WeightSource
 from tests.models.small_models import load, refusal, save, state
 
 

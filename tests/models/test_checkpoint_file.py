@@ -24,7 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from spach_deploy.models import pickle_size
+from spach_deploy.models import pickles as pickle_size
 from spach_deploy.models.checkpoint import weights_sha256
 from spach_deploy.models.checkpoint_file import read_checkpoint
 from tests.models.small_models import load, refusal, save, state

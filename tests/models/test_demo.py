@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spach_deploy.errors import ModelError, UsageError
+from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import create_model, load_demo_weights, load_model
 from spach_deploy.models.checkpoint import weights_sha256
-from spach_deploy.specs import ModelSpec, WeightSource
+from spach_deploy.options.specs import ModelSpec, WeightSource
 
 SMALL = ["conv_xxs", "mlp_xxs", "trans_xxs", "ms_conv_xxs", "ms_trans_xxs", "ms_mlp_xxs", "ms_hybrid_xs+"]
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.models.configs import CONFIGS, SpachConfig
-from spach_deploy.models.layers import MixingBlock
-from spach_deploy.models.spach import Spach
-from spach_deploy.validation.precision_loss import evaluate_fp64
+from spach_deploy.models.published import CONFIGS, SpachConfig
+from spach_deploy.models.spach import MixingBlock, Spach
+from spach_deploy.validation.rounding_error import evaluate_fp64
 from tests.models.golden_reference import golden_logits, golden_models, reference_input, reference_state_dict
 from tests.static_models import relative_l2
 

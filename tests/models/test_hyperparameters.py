@@ -16,8 +16,8 @@ import torch
 
 from spach_deploy.models import LoadedModel, create_model
 from spach_deploy.models.hyperparameters import Source, lines
-from spach_deploy.specs import Hyperparameters
-from spach_deploy.validation.precision_loss import evaluate, evaluate_fp64
+from spach_deploy.options.specs import Hyperparameters
+from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 from tests.models.golden_reference import GOLDEN, reference_input, reference_state_dict
 from tests.models.small_models import load, refusal, save, state
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spach_deploy.errors import ModelError
+from spach_deploy.common.errors import ModelError
 from spach_deploy.models.registry import CONFIGS, create_model, list_models, model_info, resolve
 from tests.models.golden_reference import golden_models
 

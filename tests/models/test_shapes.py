@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from spach_deploy.errors import ModelError
+from spach_deploy.common.errors import ModelError
 from spach_deploy.models import Spach, create_model
-from spach_deploy.models.configs import CONFIGS
+from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.shapes import count_macs, count_parameters, shared_groups, state_shapes
 from tests.models.golden_reference import golden_models
 

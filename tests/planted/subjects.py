@@ -12,22 +12,22 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import normalize
-from spach_deploy.data.probes import probe_source
 from spach_deploy.data.readers import batches
+from spach_deploy.graph.export import export_canonical
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.ranges import measure_ranges, open_session
+from spach_deploy.graph.precision.rounding import rounded_graph
+from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import export_canonical
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import measure_ranges, open_session
-from spach_deploy.precision.rounding import rounded_twin
+from spach_deploy.options.specs import Precision, Preprocessing
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import Precision, Preprocessing
-from spach_deploy.validation.bisect import Reference
-from spach_deploy.validation.bisect.losses import relative_l2
-from spach_deploy.validation.precision_loss import evaluate, evaluate_fp64
+from spach_deploy.validation.bisect import ProbedReference
+from spach_deploy.validation.bisect.error_metrics import relative_l2
+from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 from tests import static_models
 
 Logits = NDArray[np.float32]
@@ -52,7 +52,7 @@ class Subject:
     graphs: Mapping[str, bytes]
     logits: Mapping[str, Logits]
     floors: Mapping[str, float]
-    reference: Reference
+    reference: ProbedReference
 
     def graph(self, form: str) -> ModelProto:
         """A copy to spoil."""
@@ -92,7 +92,7 @@ def _subject(name: str, model: Spach, images: NDArray[np.float32]) -> Subject:
     logits = {form: run(graph, images) for form, graph in graphs.items()}
     floors = {form: max(noise, relative_l2(value, exact)) for form, value in logits.items()}
     serialized = {form: bytes(graph.SerializeToString()) for form, graph in graphs.items()}
-    reference = Reference(model, images)
+    reference = ProbedReference(model, images)
     reference.view(_IMAGES)
     return Subject(name, model, images, serialized, logits, floors, reference)
 
@@ -100,7 +100,7 @@ def _subject(name: str, model: Spach, images: NDArray[np.float32]) -> Subject:
 def run(graph: ModelProto, images: NDArray[np.float32]) -> Logits:
     """Logits of a graph, every half tensor of it rounded; NaN where they overflow."""
     if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer):
-        graph = rounded_twin(graph)
+        graph = rounded_graph(graph)
     name = graph.graph.input[0].name
     session = open_session(graph, threads=torch.get_num_threads())
     batch = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value or len(images)

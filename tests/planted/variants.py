@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
-from spach_deploy.onnx_graph.export import simplify, torch_export
+from spach_deploy.graph.export import simplify, torch_export
 from tests.planted.subjects import FORMS, Subject, effect, run
 
 HARMLESS = 5.0

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from spach_deploy.onnx_graph.graph import initializers, producers, remove_unused_initializers
+from spach_deploy.graph.edit import initializers, producers, remove_unused_initializers
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite, QuantizedTensor
 
 Float64 = NDArray[np.float64]

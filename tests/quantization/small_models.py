@@ -14,14 +14,15 @@ from onnx import ModelProto
 from PIL import Image
 
 from spach_deploy.data.preprocess import normalize, pixels
-from spach_deploy.onnx_graph.export import export_canonical
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import measure_ranges
-from spach_deploy.quantization.correct import correct_biases
-from spach_deploy.quantization.equalize import apply_to_graph
-from spach_deploy.quantization.formats import INT8, EightBits
-from spach_deploy.quantization.insert import insert_pairs
+from spach_deploy.graph.export import export_canonical
+from spach_deploy.graph.precision.ranges import measure_ranges
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.options.specs import Precision, Preprocessing
+from spach_deploy.quantization.bias_correction import correct_biases
+from spach_deploy.quantization.equalization import apply_to_graph
+from spach_deploy.quantization.formats import INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
+from spach_deploy.quantization.qdq import insert_qdq
 from spach_deploy.quantization.quantize import candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
@@ -29,7 +30,6 @@ from spach_deploy.quantization.statistics import Collector, TensorStatistics
 from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.specs import Precision, Preprocessing
 from tests import static_models
 from tests.quantization.small_quantized import pictures
 from tests.shared import once
@@ -95,7 +95,7 @@ def _statistics(kind: str, depthwise: bool, histograms: bool) -> dict[str, Tenso
 @functools.cache
 def plan(
     kind: str,
-    form: EightBits,
+    form: EightBitFormat,
     quantize: tuple[str, ...] = (),
     method: Method = Method.MAX,
     *,
@@ -111,11 +111,11 @@ def plan(
 
 
 def quantized(
-    kind: str, form: EightBits, quantize: tuple[str, ...] = (), rest: Precision = Precision.FP32, **options: Any
+    kind: str, form: EightBitFormat, quantize: tuple[str, ...] = (), rest: Precision = Precision.FP32, **options: Any
 ) -> ModelProto:
     """The typed graph of `plan(kind, form, quantize)`, what is not quantized in `rest`; a copy."""
     made = plan(kind, form, quantize, half=rest.is_half, **options)
-    return insert_pairs(typed(kind, made, quantize, rest), made)
+    return insert_qdq(typed(kind, made, quantize, rest), made)
 
 
 def typed(kind: str, made: QuantizationPlan, quantize: tuple[str, ...], rest: Precision) -> ModelProto:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spach_deploy.data.probes import probe_source
-from spach_deploy.pipeline import export
-from spach_deploy.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.data.images import probe_source
+from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.pipeline.export import export
 from tests import small_bundles
 from tests.shared import once
 

@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto
 
-from spach_deploy.errors import PrecisionError
-from spach_deploy.onnx_graph.graph import initializers
-from spach_deploy.onnx_graph.passes.linear_as_matmul import linear_as_matmul
-from spach_deploy.quantization import insert
-from spach_deploy.quantization.audit import audit
-from spach_deploy.quantization.correct import correct_biases, corrected_bias
-from spach_deploy.quantization.equalize import apply_to_graph
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
-from spach_deploy.quantization.insert import insert_pairs
+from spach_deploy.common.errors import PrecisionError
+from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
+from spach_deploy.options.specs import Precision
+from spach_deploy.pipeline.steps.quantization import mark_sites, quantize_typed
+from spach_deploy.quantization import qdq as insert
+from spach_deploy.quantization.bias_correction import correct_biases, corrected_bias
+from spach_deploy.quantization.equalization import apply_to_graph
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
+from spach_deploy.quantization.qdq import audit, insert_qdq
 from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
-from spach_deploy.specs import Precision
-from spach_deploy.stages_quantization import mark_sites, quantize_typed
 from tests.quantization import faults
 from tests.quantization.faults import Float64
 from tests.quantization.small_models import canonical, inputs, plan, quantized
@@ -38,11 +37,11 @@ Fault = Callable[[ModelProto], None]
 both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])
 
 
-def record(form: EightBits = INT8, method: Method = Method.MAX) -> QuantizationPlan:
+def record(form: EightBitFormat = INT8, method: Method = Method.MAX) -> QuantizationPlan:
     return plan("trans", form, QUANTIZE, method)
 
 
-def findings(fault: Fault, form: EightBits = INT8, made: QuantizationPlan | None = None) -> tuple[str, ...]:
+def findings(fault: Fault, form: EightBitFormat = INT8, made: QuantizationPlan | None = None) -> tuple[str, ...]:
     model = quantized("trans", form, QUANTIZE, Precision.FP16)
     fault(model)
     return audit(model, record(form) if made is None else made)
@@ -51,7 +50,7 @@ def findings(fault: Fault, form: EightBits = INT8, made: QuantizationPlan | None
 @pytest.mark.parametrize("rest", [Precision.FP32, Precision.FP16, Precision.BF16])
 @pytest.mark.parametrize("kind", ["hybrid", "mlp_shared"])
 @both
-def test_nothing_is_found_in_a_graph_as_it_was_made(kind: str, form: EightBits, rest: Precision) -> None:
+def test_nothing_is_found_in_a_graph_as_it_was_made(kind: str, form: EightBitFormat, rest: Precision) -> None:
     asked = ("*.spatial_func*", "head")
     assert audit(quantized(kind, form, asked, rest), plan(kind, form, asked, half=rest.is_half)) == ()
 
@@ -134,7 +133,7 @@ def test_a_fault_is_named(fault: Fault, sentence: str) -> None:
 
 
 @both
-def test_the_same_in_fp8(form: EightBits) -> None:
+def test_the_same_in_fp8(form: EightBitFormat) -> None:
     for name in ("an input's scale doubled", "two channels' scales exchanged", "no pair on v"):
         assert findings(FAULTS[name][0], form)
 
@@ -296,7 +295,7 @@ def for_cpu() -> tuple[ModelProto, QuantizationPlan]:
     mark_sites(model, made)
     assert linear_as_matmul(model)
     correct_biases(model, made)
-    return insert_pairs(model, made), made
+    return insert_qdq(model, made), made
 
 
 def test_another_middle_of_unsigned_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from spach_deploy.bundle import Bundle
+from spach_deploy.bundle.store import Bundle
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.models import load_model
+from spach_deploy.options.specs import ModelSpec, Preprocessing
 from spach_deploy.quantization.plan import read_plan
-from spach_deploy.specs import ModelSpec, Preprocessing
 from tests import small_bundles
 from tests.commands import export, refusal
 from tests.quantization.small_quantized import calibration_images, pictures

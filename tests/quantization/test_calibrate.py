@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spach_deploy.common.errors import ImageError, UsageError
+from spach_deploy.common.files import Destination
 from spach_deploy.data.readers import open_images
-from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.files import Place
-from spach_deploy.quantization import calibrate
-from spach_deploy.quantization.calibrate import (
+from spach_deploy.options.specs import Preprocessing
+from spach_deploy.quantization import calibration as calibrate
+from spach_deploy.quantization.calibration import (
     Calibration,
-    Key,
-    Progress,
-    Run,
-    Seen,
+    CalibrationKey,
+    CalibrationProgress,
+    CalibrationSettings,
+    CollectedStatistics,
     check_activations,
     collect,
     read_calibration,
@@ -31,8 +32,7 @@ from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import candidates
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.quantization.statistics import TensorStatistics, Wanted
-from spach_deploy.specs import Preprocessing
+from spach_deploy.quantization.statistics import TensorRequest, TensorStatistics
 from tests import static_models
 from tests.commands import contents
 from tests.quantization.small_models import canonical, plan
@@ -41,7 +41,7 @@ from tests.quantization.small_quantized import calibration_images, pictures
 PREPROCESSING = Preprocessing.for_size(static_models.IMAGE_SIZE)
 
 
-def key(**changes: Any) -> Key:
+def key(**changes: Any) -> CalibrationKey:
     entries = {
         "weights_sha256": "a" * 64,
         "model": "small",
@@ -51,7 +51,7 @@ def key(**changes: Any) -> Key:
         "half": True,
     }
     layers = changes.pop("sites", ["fc1/Gemm"])
-    return Key.of(layers, changes.pop("preprocessing", PREPROCESSING), **{**entries, **changes})
+    return CalibrationKey.of(layers, changes.pop("preprocessing", PREPROCESSING), **{**entries, **changes})
 
 
 def calibration(**changes: Any) -> Calibration:
@@ -73,7 +73,7 @@ def calibration(**changes: Any) -> Calibration:
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    write_calibration(calibration(), Place.of(path))
+    write_calibration(calibration(), Destination.of(path))
     assert read_calibration(path, key()) == calibration()
     assert list(tmp_path.iterdir()) == [path]
 
@@ -96,7 +96,7 @@ def test_a_stale_file_is_refused_and_what_differs_is_named(
     changes: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "c.json"
-    write_calibration(calibration(), Place.of(path))
+    write_calibration(calibration(), Destination.of(path))
     with pytest.raises(UsageError, match=f"does not fit this export .*{sentence}") as caught:
         read_calibration(path, key(**changes))
     assert str(path) in caught.value.message
@@ -105,7 +105,7 @@ def test_a_stale_file_is_refused_and_what_differs_is_named(
 
 def test_every_entry_of_the_key_makes_a_file_stale() -> None:
     changed = {name for changes, _ in OTHERS.values() for name in changes}
-    assert changed == {field.name for field in dataclasses.fields(Key)}
+    assert changed == {field.name for field in dataclasses.fields(CalibrationKey)}
 
 
 def _drop(name: str) -> Callable[[dict[str, Any]], None]:
@@ -132,7 +132,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_refused_by_name(damage: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    write_calibration(calibration(), Place.of(path))
+    write_calibration(calibration(), Destination.of(path))
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
@@ -157,10 +157,10 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_place_where_nothing_can_be_written_is_refused_and_nothing_is_left_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        write_calibration(calibration(), Place.of(tmp_path / "no" / "c.json"))
+        write_calibration(calibration(), Destination.of(tmp_path / "no" / "c.json"))
     (tmp_path / "c.json").mkdir()
     with pytest.raises(UsageError, match="cannot be written"):
-        write_calibration(calibration(), Place.of(tmp_path / "c.json"))
+        write_calibration(calibration(), Destination.of(tmp_path / "c.json"))
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
@@ -176,18 +176,20 @@ def _state_after_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_STATE_EVERY_S", -1.0)
 
 
-def wanted() -> tuple[Wanted, ...]:
+def wanted() -> tuple[TensorRequest, ...]:
     return candidates(canonical("conv"), Selection(), Scaling(INT8, Method.MSE)).wanted
 
 
-def run(images: Path, state: Path | None, *, kill_after: int | None = None, histograms: bool = True) -> Seen:
+def run(
+    images: Path, state: Path | None, *, kill_after: int | None = None, histograms: bool = True
+) -> CollectedStatistics:
     """A calibration that raises once `kill_after` images are done."""
 
-    def progress(at: Progress) -> None:
+    def progress(at: CalibrationProgress) -> None:
         if at.done == kill_after:
             raise KilledError
 
-    how = Run(histograms, state, key(), threads=1, on_progress=progress)
+    how = CalibrationSettings(histograms, state, key(), threads=1, on_progress=progress)
     return collect(canonical("conv"), wanted(), open_images(images), PREPROCESSING, how)
 
 
@@ -228,16 +230,16 @@ def test_a_state_that_others_could_have_written_is_not_continued(tmp_path: Path)
 
 def test_a_state_and_a_calibration_that_came_since_are_left_alone(tmp_path: Path) -> None:
     images, state, file = calibration_images(16), tmp_path / "state", tmp_path / "c.json"
-    place = Place.of(file)
+    place = Destination.of(file)
 
-    def other(_: Progress) -> None:
+    def other(_: CalibrationProgress) -> None:
         state.unlink()
         state.write_text("another's")
 
-    how = Run(True, state, key(), threads=1, on_progress=other)
+    how = CalibrationSettings(True, state, key(), threads=1, on_progress=other)
     with pytest.raises(UsageError, match=r"state cannot be written \(something was written there since"):
         collect(canonical("conv"), wanted(), open_images(images), PREPROCESSING, how)
-    write_calibration(calibration(), Place.of(file))
+    write_calibration(calibration(), Destination.of(file))
     with pytest.raises(UsageError, match=r"c\.json cannot be written \(something was written there since"):
         write_calibration(calibration(), place)
     assert state.read_text() == "another's"
@@ -247,8 +249,8 @@ def test_progress_counts_what_was_done_before(tmp_path: Path) -> None:
     images, state = calibration_images(16), tmp_path / "state"
     with pytest.raises(KilledError):
         run(images, state, kill_after=9)
-    told: list[Progress] = []
-    how = Run(True, state, key(), threads=1, on_progress=told.append)
+    told: list[CalibrationProgress] = []
+    how = CalibrationSettings(True, state, key(), threads=1, on_progress=told.append)
     collect(canonical("conv"), wanted(), open_images(images), PREPROCESSING, how)
     assert [at.done for at in told] == list(range(10, 17))
     assert {at.total for at in told} == {16}
@@ -280,7 +282,7 @@ def test_a_state_of_another_calibration_is_begun_anew(changes: dict[str, Any], t
     images, state = calibration_images(16), tmp_path / "state"
     with pytest.raises(KilledError):
         run(images, state, kill_after=5)
-    how = Run(True, state, key(**changes), threads=1)
+    how = CalibrationSettings(True, state, key(**changes), threads=1)
     seen = collect(canonical("conv"), wanted(), open_images(images), PREPROCESSING, how)
     assert seen.resumed == 0
     assert_same(seen.statistics, run(images, None).statistics)

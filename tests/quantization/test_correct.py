@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spach_deploy.errors import PrecisionError
-from spach_deploy.onnx_graph.graph import consumers, initializers
-from spach_deploy.quantization.correct import correct_biases, corrected_bias
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
+from spach_deploy.common.errors import PrecisionError
+from spach_deploy.graph.edit import consumers, initializers
+from spach_deploy.quantization.bias_correction import correct_biases, corrected_bias
+from spach_deploy.quantization.fake_quantization import equalized_model, fake_quantized, quantized_module
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite, Scaling
 from spach_deploy.quantization.quantize import candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
-from spach_deploy.quantization.sites import Kind, Selection
+from spach_deploy.quantization.sites import LayerKind, Selection
 from spach_deploy.quantization.statistics import Collector, TensorStatistics
-from spach_deploy.quantization.twin import equalized_twin, quantized_module, quantized_twin
 from tests import static_models
 from tests.quantization import faults
 from tests.quantization.small_models import canonical, inputs, plan, run, static
@@ -35,7 +35,7 @@ def uncorrected(made: QuantizationPlan) -> QuantizationPlan:
 
 def mean_outputs(kind: str, made: QuantizationPlan) -> list[tuple[QuantizedSite, Float64]]:
     """Of every layer, alone in eight bits on its exact inputs: by how much its channels' mean outputs move."""
-    model = equalized_twin(static(kind), made)
+    model = equalized_model(static(kind), made)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: list[tuple[QuantizedSite, Float64]] = []
 
@@ -43,7 +43,7 @@ def mean_outputs(kind: str, made: QuantizationPlan) -> list[tuple[QuantizedSite,
         quantized = quantized_module(modules[site.module], site, made.form)
 
         def see(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            axis = 1 if site.kind is Kind.TOKEN_LINEAR else -1
+            axis = 1 if site.kind is LayerKind.TOKEN_LINEAR else -1
             exact, moved = (
                 torch.movedim(value, axis, -1).reshape(-1, value.shape[axis]).double().mean(dim=0).numpy()
                 for value in (output, quantized(arguments[0]))
@@ -58,7 +58,7 @@ def mean_outputs(kind: str, made: QuantizationPlan) -> list[tuple[QuantizedSite,
     return found
 
 
-def plan_from_all_rows(kind: str, form: EightBits, monkeypatch: pytest.MonkeyPatch) -> QuantizationPlan:
+def plan_from_all_rows(kind: str, form: EightBitFormat, monkeypatch: pytest.MonkeyPatch) -> QuantizationPlan:
     """A plan whose sample of rows is all there are, so that nothing is left to chance."""
 
     def keep(statistics: TensorStatistics, rows: NDArray[np.float32]) -> None:
@@ -76,7 +76,7 @@ def plan_from_all_rows(kind: str, form: EightBits, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["conv", "trans", "mlp_shared", "hybrid"])
 @both
 def test_mean_outputs_are_those_of_fp32_to_a_few_percent_of_the_shift(
-    kind: str, form: EightBits, monkeypatch: pytest.MonkeyPatch
+    kind: str, form: EightBitFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = plan_from_all_rows(kind, form, monkeypatch)
     shifts = zip(mean_outputs(kind, uncorrected(made)), mean_outputs(kind, made), strict=True)
@@ -87,11 +87,11 @@ def test_mean_outputs_are_those_of_fp32_to_a_few_percent_of_the_shift(
 
 @pytest.mark.parametrize("kind", ["conv", "hybrid_stem"])
 @both
-def test_logits_of_other_images_gain_by_it(kind: str, form: EightBits) -> None:
+def test_logits_of_other_images_gain_by_it(kind: str, form: EightBitFormat) -> None:
     made, others = plan(kind, form, half=False), inputs(32, 20)
     reference = static_models.logits(static(kind), others)
     with_it, without = (
-        relative_l2(static_models.logits(quantized_twin(static(kind), entry), others), reference)
+        relative_l2(static_models.logits(fake_quantized(static(kind), entry), others), reference)
         for entry in (made, uncorrected(made))
     )
     assert with_it < 0.95 * without
@@ -111,7 +111,7 @@ def test_every_corrected_layer_gets_a_bias_of_its_own() -> None:
         module = module.replace("blocks.2.spatial_func", "blocks.0.spatial_func")
         added = faults.values(model, corrected_bias(site)) - before[f"{module}.bias"]
         assert np.allclose(added.reshape(-1), site.correction, atol=1e-6)
-        assert reader.op_type == ("Add" if site.kind is Kind.TOKEN_LINEAR else "Gemm")
+        assert reader.op_type == ("Add" if site.kind is LayerKind.TOKEN_LINEAR else "Gemm")
     assert not any(name.endswith("channel_func.fc1.bias") for name in constants)  # nobody reads it any more
 
 
@@ -140,7 +140,7 @@ def test_a_planned_node_that_is_not_there_is_refused() -> None:
 
 def test_a_product_over_tokens_without_a_bias_is_refused() -> None:
     model, made = canonical("mlp"), plan("mlp", INT8)
-    token = next(site for site in made.sites if site.kind is Kind.TOKEN_LINEAR)
+    token = next(site for site in made.sites if site.kind is LayerKind.TOKEN_LINEAR)
     product = next(node for node in model.graph.node if node.name == token.node)
     next(node for node in model.graph.node if product.output[0] in node.input).op_type = "Mul"
     with pytest.raises(PrecisionError, match=f"{token.module} has no bias to correct"):

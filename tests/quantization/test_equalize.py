@@ -12,27 +12,27 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import export_canonical
-from spach_deploy.onnx_graph.graph import initializers
-from spach_deploy.quantization.equalize import (
+from spach_deploy.quantization.equalization import (
     ALPHAS,
+    EqualizablePair,
     EqualizedPair,
-    Pair,
-    Rows,
+    OutputChannels,
     apply_to_arrays,
     apply_to_graph,
     find_pairs,
     search,
     smoothing_factors,
 )
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
+from spach_deploy.quantization.fake_quantization import equalized_model
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.scales import Method, store, weight_scales
-from spach_deploy.quantization.sites import Kind, Site, find_sites
+from spach_deploy.quantization.sites import LayerKind, Site, find_sites
 from spach_deploy.quantization.statistics import TensorStatistics
-from spach_deploy.quantization.twin import equalized_twin
 from spach_deploy.rewrites import rewrite
 from tests import static_models
 from tests.quantization.small_models import KINDS, canonical, inputs, plan, run, static
@@ -44,8 +44,8 @@ EXACT = 1e-6
 both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])
 
 
-def pairs_of(model: ModelProto) -> tuple[Pair, ...]:
-    sites = [site for site in find_sites(model) if site.kind is not Kind.ATTENTION]
+def pairs_of(model: ModelProto) -> tuple[EqualizablePair, ...]:
+    sites = [site for site in find_sites(model) if site.kind is not LayerKind.ATTENTION]
     return find_pairs(sites, initializers(model.graph))
 
 
@@ -130,7 +130,7 @@ def test_every_pair_is_exact_in_the_graph_and_in_the_twin(kind: str) -> None:
         {rows.parameter for pair in equalized for rows in pair.divided} | {pair.weight for pair in equalized}
     )
     assert relative_l2(run(model, inputs()), before) <= EXACT
-    twin = equalized_twin(static(kind), QuantizationPlan(INT8, Method.MAX, (), (), tuple(equalized)))
+    twin = equalized_model(static(kind), QuantizationPlan(INT8, Method.MAX, (), (), tuple(equalized)))
     assert relative_l2(static_models.logits(twin, inputs()), before) <= EXACT
     for name, tensor in initializers(model.graph).items():
         if name in twin.state_dict() and tensor.data_type == onnx.TensorProto.FLOAT:
@@ -140,7 +140,7 @@ def test_every_pair_is_exact_in_the_graph_and_in_the_twin(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @both
-def test_what_is_searched_is_exact(kind: str, form: EightBits) -> None:
+def test_what_is_searched_is_exact(kind: str, form: EightBitFormat) -> None:
     model = canonical(kind)
     equalized = plan(kind, form, ("head",)).equalized
     apply_to_graph(model, equalized)
@@ -160,7 +160,7 @@ def test_parameters_that_are_equal_are_not_taken_for_one() -> None:
     equalized = with_random_factors(graph)
     apply_to_graph(graph, equalized)
     assert relative_l2(run(graph, inputs()), before) <= EXACT
-    twin = equalized_twin(rewrite(model, (), ()).model, QuantizationPlan(INT8, Method.MAX, (), (), tuple(equalized)))
+    twin = equalized_model(rewrite(model, (), ()).model, QuantizationPlan(INT8, Method.MAX, (), (), tuple(equalized)))
     assert relative_l2(static_models.logits(twin, inputs()), before) <= EXACT
 
 
@@ -177,7 +177,7 @@ def test_a_wrong_factor_would_be_seen() -> None:
 
 def test_the_twins_original_is_left_alone() -> None:
     before = {name: tensor.clone() for name, tensor in static("trans").state_dict().items()}
-    equalized_twin(static("trans"), plan("trans", INT8))
+    equalized_model(static("trans"), plan("trans", INT8))
     after = static("trans").state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -198,17 +198,17 @@ def layer(outliers: float, *, channels: int = 32, seed: int = 3) -> tuple[Site, 
     seen = TensorStatistics.empty(channels, histogram=True)
     for start in range(0, len(rows), 500):
         seen.see(rows[start : start + 500])
-    site = Site("block.channel_func.fc1", "fc1/Gemm", Kind.LINEAR, "x", 0, "block.channel_func.fc1.weight", -1, 1)
+    site = Site("block.channel_func.fc1", "fc1/Gemm", LayerKind.LINEAR, "x", 0, "block.channel_func.fc1.weight", -1, 1)
     return site, seen, weight, rows
 
 
-def searched(outliers: float, form: EightBits) -> EqualizedPair:
+def searched(outliers: float, form: EightBitFormat) -> EqualizedPair:
     site, seen, weight, _ = layer(outliers)
-    pair = Pair("p", (Rows("block.norm2.weight"),), site)
+    pair = EqualizablePair("p", (OutputChannels("block.norm2.weight"),), site)
     return search([pair], {"x": seen}, {site.weight: weight}, form)[0]
 
 
-def output_error(factors: Sequence[float], outliers: float, form: EightBits) -> float:
+def output_error(factors: Sequence[float], outliers: float, form: EightBitFormat) -> float:
     """Relative squared error of the layer really computed in eight bits."""
     _, _, weight, rows = layer(outliers)
     divisors = np.array(factors, np.float32)
@@ -236,7 +236,7 @@ def test_what_is_found_lowers_the_error_of_the_layer_really_computed(outliers: f
 
 
 @both
-def test_an_even_layer_is_made_no_worse(form: EightBits) -> None:
+def test_an_even_layer_is_made_no_worse(form: EightBitFormat) -> None:
     found = searched(1.0, form)
     before = output_error((1.0,) * 32, 1.0, form)
     after = before if found.alpha is None else output_error(found.factors, 1.0, form)
@@ -250,7 +250,7 @@ def test_what_gains_nothing_is_left_alone() -> None:
     seen = TensorStatistics.empty(32, histogram=True)
     seen.see(rows)
     weight = np.ones((24, 32), np.float32)
-    found = search([Pair("p", (Rows("n"),), site)], {"x": seen}, {site.weight: weight}, INT8)[0]
+    found = search([EqualizablePair("p", (OutputChannels("n"),), site)], {"x": seen}, {site.weight: weight}, INT8)[0]
     assert found.alpha is None
     assert found.factors == ()
     assert found.error_after == found.error_before
@@ -259,7 +259,7 @@ def test_what_gains_nothing_is_left_alone() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @both
-def test_no_pair_of_a_real_model_is_expected_to_lose(kind: str, form: EightBits) -> None:
+def test_no_pair_of_a_real_model_is_expected_to_lose(kind: str, form: EightBitFormat) -> None:
     found = plan(kind, form).equalized
     assert found
     assert all(entry.error_after <= entry.error_before for entry in found)
@@ -294,7 +294,7 @@ def test_a_layer_that_sees_only_zeros_is_left_alone() -> None:
     site, _, weight, _ = layer(1.0)
     seen = TensorStatistics.empty(32, histogram=True)
     seen.see(np.zeros((10, 32), np.float32))
-    found = search([Pair("p", (Rows("n"),), site)], {"x": seen}, {site.weight: weight}, INT8)[0]
+    found = search([EqualizablePair("p", (OutputChannels("n"),), site)], {"x": seen}, {site.weight: weight}, INT8)[0]
     assert found.alpha is None
     assert (found.range_before, found.range_after) == (0.0, 0.0)
 
@@ -307,7 +307,7 @@ def test_a_record_survives_json() -> None:
 def test_scales_are_of_the_equalized_numbers() -> None:
     """The plan's scales, from statistics taken before equalization, hold what the equalized graph really computes."""
     made = plan("trans", INT8)
-    twin = equalized_twin(static("trans"), made)
+    twin = equalized_model(static("trans"), made)
     largest: dict[str, float] = {}
 
     def watch(name: str) -> None:

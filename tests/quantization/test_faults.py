@@ -19,11 +19,12 @@ import torch
 from click.testing import CliRunner
 from onnx import ModelProto
 
-from spach_deploy.bundle import GRAPH, QUANTIZATION
+from spach_deploy.bundle.store import GRAPH, QUANTIZATION
 from spach_deploy.cli.validate import main
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import export_canonical
+from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, read_plan, write_plan
 from spach_deploy.quantization.quantize import candidates, plan_from_statistics
@@ -31,7 +32,6 @@ from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import Collector
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import Precision
 from tests import small_bundles, static_models
 from tests.quantization import faults, small_quantized
 from tests.quantization.small_models import inputs

@@ -9,23 +9,22 @@ import onnx
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto
 
+from spach_deploy.common.errors import PrecisionError
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.network_facts import check_achieved_precision
-from spach_deploy.errors import PrecisionError
-from spach_deploy.onnx_graph.certificate import certify
-from spach_deploy.onnx_graph.graph import attributes, consumers, initializers, producers
-from spach_deploy.onnx_graph.opset import opset_of
-from spach_deploy.precision.elements import element_types
-from spach_deploy.precision.formats import decode
-from spach_deploy.precision.rounding import rounded_twin
-from spach_deploy.quantization.audit import audit
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
-from spach_deploy.quantization.insert import insert_pairs
+from spach_deploy.graph.certificate import certify
+from spach_deploy.graph.edit import attributes, consumers, initializers, producers
+from spach_deploy.graph.opset import opset_of
+from spach_deploy.graph.precision.elements import element_types
+from spach_deploy.graph.precision.formats import decode
+from spach_deploy.graph.precision.rounding import rounded_graph
+from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.quantization.sites import Kind
+from spach_deploy.quantization.qdq import audit, insert_qdq
+from spach_deploy.quantization.sites import LayerKind
 from spach_deploy.runtime.packages import is_installed
-from spach_deploy.specs import BatchProfile, EngineTarget, Flavour, Precision
 from tests import static_models
 from tests.quantization.faults import source_of
 from tests.quantization.small_models import KINDS, inputs, plan, quantized, run, static, typed
@@ -59,7 +58,7 @@ def modules(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @both
-def test_only_weighted_layers_read_eight_bits(kind: str, form: EightBits) -> None:
+def test_only_weighted_layers_read_eight_bits(kind: str, form: EightBitFormat) -> None:
     model = quantized(kind, form)
     read, planned = consumers(model.graph), set(plan(kind, form, half=False).product_nodes)
     for node in of_type(model, "DequantizeLinear"):
@@ -73,12 +72,12 @@ def test_only_weighted_layers_read_eight_bits(kind: str, form: EightBits) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @both
-def test_every_planned_layer_reads_its_input_and_its_weight_through_a_pair(kind: str, form: EightBits) -> None:
+def test_every_planned_layer_reads_its_input_and_its_weight_through_a_pair(kind: str, form: EightBitFormat) -> None:
     model, made = quantized(kind, form), plan(kind, form, half=False)
     nodes, made_by = {node.name: node for node in model.graph.node}, producers(model.graph)
     constants = initializers(model.graph)
     for site in made.sites:
-        slot = 1 if site.kind is Kind.TOKEN_LINEAR else 0
+        slot = 1 if site.kind is LayerKind.TOKEN_LINEAR else 0
         for index, source in ((slot, site.tensors[0].tensor), (1 - slot, site.weight)):
             back = made_by[nodes[site.node].input[index]]
             forth = made_by[back.input[0]]
@@ -125,7 +124,9 @@ def test_layers_of_one_weight_with_different_scales_have_pairs_of_their_own() ->
 
 @pytest.mark.parametrize("rest", TYPES)
 @both
-def test_scales_are_planned_ones_of_the_rests_type_and_zero_points_are_zero(rest: Precision, form: EightBits) -> None:
+def test_scales_are_planned_ones_of_the_rests_type_and_zero_points_are_zero(
+    rest: Precision, form: EightBitFormat
+) -> None:
     model, made = quantized("trans", form, rest=rest), plan("trans", form, half=rest.is_half)
     constants = initializers(model.graph)
     planned = {site.tensors[0].scale for site in made.sites}
@@ -146,7 +147,7 @@ def test_scales_are_planned_ones_of_the_rests_type_and_zero_points_are_zero(rest
 
 
 @both
-def test_weight_scales_are_the_plans_channel_by_channel(form: EightBits) -> None:
+def test_weight_scales_are_the_plans_channel_by_channel(form: EightBitFormat) -> None:
     model, made = quantized("trans", form, rest=Precision.FP16), plan("trans", form)
     constants = initializers(model.graph)
     for site in made.sites:
@@ -158,7 +159,7 @@ def test_weight_scales_are_the_plans_channel_by_channel(form: EightBits) -> None
 @both
 @pytest.mark.parametrize("rest", TYPES)
 def test_int8_is_made_of_fp32_where_the_rest_is_fp16_with_the_very_scale_that_takes_it_back(
-    form: EightBits, rest: Precision
+    form: EightBitFormat, rest: Precision
 ) -> None:
     model = quantized("trans", form, (ATTENTION,), rest)
     types, constants, made = element_types(model), initializers(model.graph), producers(model.graph)
@@ -203,7 +204,7 @@ def attention_pairs(model: ModelProto, module: str) -> set[str]:
 
 @pytest.mark.parametrize("rest", [Precision.FP32, Precision.FP16])
 @both
-def test_an_attention_is_quantized_whole_or_not_at_all(form: EightBits, rest: Precision) -> None:
+def test_an_attention_is_quantized_whole_or_not_at_all(form: EightBitFormat, rest: Precision) -> None:
     model = quantized("trans", form, (ATTENTION,), rest)
     layers = {f"{ATTENTION}/Reshape/quantize", f"{ATTENTION}/Reshape_3/quantize"}
     extra = attention_pairs(model, ATTENTION) - layers
@@ -223,7 +224,9 @@ def test_an_attention_is_quantized_whole_or_not_at_all(form: EightBits, rest: Pr
 @pytest.mark.parametrize("rest", TYPES)
 @pytest.mark.parametrize("kind", ["hybrid", "mlp_shared"])
 @both
-def test_the_graph_is_valid_and_keeps_the_certificates_promises(kind: str, form: EightBits, rest: Precision) -> None:
+def test_the_graph_is_valid_and_keeps_the_certificates_promises(
+    kind: str, form: EightBitFormat, rest: Precision
+) -> None:
     model = quantized(kind, form, ("*.spatial_func*",), rest)
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
@@ -235,9 +238,9 @@ def test_the_graph_is_valid_and_keeps_the_certificates_promises(kind: str, form:
 
 @pytest.mark.parametrize("rest", TYPES)
 @both
-def test_onnxruntime_runs_it(form: EightBits, rest: Precision) -> None:
+def test_onnxruntime_runs_it(form: EightBitFormat, rest: Precision) -> None:
     model = quantized("trans", form, rest=rest)
-    model = rounded_twin(model) if rest is Precision.BF16 else model
+    model = rounded_graph(model) if rest is Precision.BF16 else model
     reference = static_models.logits(static("trans"), inputs())
     error = relative_l2(run(model, inputs()), reference)
     assert 1e-4 < error < (0.02 if form is INT8 else 0.08)
@@ -247,23 +250,23 @@ def test_what_was_given_is_not_changed() -> None:
     made = plan("trans", INT8)
     before = typed("trans", made, (), Precision.FP16)
     content = before.SerializeToString()
-    insert_pairs(before, made)
+    insert_qdq(before, made)
     assert before.SerializeToString() == content
 
 
 # What it refuses
 
 
-def renamed(made: QuantizationPlan, kind: Kind) -> QuantizationPlan:
+def renamed(made: QuantizationPlan, kind: LayerKind) -> QuantizationPlan:
     sites = tuple(dataclasses.replace(s, node="nowhere/Gemm") if s.kind is kind else s for s in made.sites)
     return dataclasses.replace(made, sites=sites)
 
 
-@pytest.mark.parametrize("kind", [Kind.LINEAR, Kind.ATTENTION])
-def test_a_planned_node_that_is_not_there_is_refused(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [LayerKind.LINEAR, LayerKind.ATTENTION])
+def test_a_planned_node_that_is_not_there_is_refused(kind: LayerKind) -> None:
     made = plan("trans", INT8, (ATTENTION,))
     with pytest.raises(PrecisionError, match="has no node nowhere/Gemm, which was to be quantized"):
-        insert_pairs(typed("trans", made, (ATTENTION,), Precision.FP16), renamed(made, kind))
+        insert_qdq(typed("trans", made, (ATTENTION,), Precision.FP16), renamed(made, kind))
 
 
 def test_an_attention_that_is_none_any_more_is_refused() -> None:
@@ -274,11 +277,11 @@ def test_an_attention_that_is_none_any_more_is_refused() -> None:
     between = onnx.helper.make_node("Identity", [softmax.output[0]], [f"{ATTENTION}/Softmax"], name="between")
     model.graph.node.insert(index + 1, between)
     with pytest.raises(PrecisionError, match=f"{ATTENTION} is no attention any more"):
-        insert_pairs(model, made)
+        insert_qdq(model, made)
 
 
 @pytest.mark.parametrize(("form", "opset"), [(INT8, 20), (FP8, 21)], ids=["int8", "fp8"])
-def test_fp8_has_the_opset_in_which_older_runtimes_read_it(form: EightBits, opset: int) -> None:
+def test_fp8_has_the_opset_in_which_older_runtimes_read_it(form: EightBitFormat, opset: int) -> None:
     model = quantized("conv", form, (), Precision.FP16)
     assert opset_of(model) == opset
 
@@ -286,7 +289,7 @@ def test_fp8_has_the_opset_in_which_older_runtimes_read_it(form: EightBits, opse
 # The compiler
 
 
-def built(path: Path, form: EightBits, quantize: tuple[str, ...]) -> tuple[dict[str, int], QuantizationPlan]:
+def built(path: Path, form: EightBitFormat, quantize: tuple[str, ...]) -> tuple[dict[str, int], QuantizationPlan]:
     """Weighted layers of the parsed network by the type they multiply in."""
     made = plan("hybrid", form, quantize)
     onnx.save(quantized("hybrid", form, quantize, Precision.FP16), path)
@@ -303,7 +306,7 @@ def built(path: Path, form: EightBits, quantize: tuple[str, ...]) -> tuple[dict[
     ids=["int8 with an attention", "fp8"],
 )
 def test_tensorrt_builds_it_and_multiplies_in_eight_bits_where_it_was_planned(
-    form: EightBits, quantize: tuple[str, ...], products: int, tmp_path: Path
+    form: EightBitFormat, quantize: tuple[str, ...], products: int, tmp_path: Path
 ) -> None:
     counts, made = built(tmp_path / "model.onnx", form, quantize)
     assert counts[form.name] == len(made.product_nodes) == products

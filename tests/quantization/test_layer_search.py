@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.cache.key import export_key
-from spach_deploy.errors import MismatchError
-from spach_deploy.pipeline import export
-from spach_deploy.specs import Precision, QuantizationSpec
-from spach_deploy.stages_sensitivity import Searcher
+from spach_deploy.common.errors import MismatchError
+from spach_deploy.options.specs import Precision, QuantizationSpec
+from spach_deploy.pipeline.cache import export_key
+from spach_deploy.pipeline.export import export
+from spach_deploy.pipeline.steps.sensitivity import Searcher
 from tests import small_bundles
-from tests.cluster.fakes import FakeCluster
 from tests.commands import export as export_command
 from tests.commands import refusal
+from tests.distributed.fakes import FakeCluster
 from tests.quantization import small_quantized
 from tests.quantization.small_quantized import calibration_images, pictures
 
@@ -29,7 +29,7 @@ BOUND = 0.02
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     """It searches; the calibration, of which other tests are, stays here."""
     fake = FakeCluster()
-    monkeypatch.setattr("spach_deploy.cluster.actors.connecting", fake.connecting)
+    monkeypatch.setattr("spach_deploy.distributed.actors.connecting", fake.connecting)
     return fake
 
 
@@ -47,7 +47,7 @@ def bounded(tmp_path: Path, spec: QuantizationSpec, images: Path | None = None) 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("calibration") / "small.json"
-    from spach_deploy.pipeline import calibrate_to_file
+    from spach_deploy.pipeline.export import calibrate_to_file
 
     with small_bundles.registered():
         calibrate_to_file(small_quantized.options(Precision.INT8, Path("unused")), file)

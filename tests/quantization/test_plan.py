@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.errors import BundleError
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
+from spach_deploy.common.errors import BundleError
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan, read_plan, write_plan
 from spach_deploy.quantization.scales import Method
-from spach_deploy.quantization.sites import Kind, Site, find_sites
+from spach_deploy.quantization.sites import LayerKind, Site, find_sites
 from spach_deploy.quantization.statistics import TensorStatistics
 from tests.quantization.small_models import KINDS, canonical, plan, statistics
 
@@ -23,7 +23,7 @@ both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])
 ATTENTION = "blocks.1.spatial_func"
 
 
-def everything(form: EightBits) -> QuantizationPlan:
+def everything(form: EightBitFormat) -> QuantizationPlan:
     return plan("trans", form, ("*",) if form is INT8 else ("head", "*spatial_func"))
 
 
@@ -32,7 +32,7 @@ def everything(form: EightBits) -> QuantizationPlan:
 
 @pytest.mark.parametrize("kind", KINDS)
 @both
-def test_every_site_is_in_the_plan_once_quantized_or_with_a_reason(kind: str, form: EightBits) -> None:
+def test_every_site_is_in_the_plan_once_quantized_or_with_a_reason(kind: str, form: EightBitFormat) -> None:
     made = plan(kind, form)
     found = [*(site.node for site in made.sites), *(kept.node for kept in made.kept)]
     assert sorted(found) == sorted(site.node for site in find_sites(canonical(kind)))
@@ -43,7 +43,7 @@ def test_every_site_is_in_the_plan_once_quantized_or_with_a_reason(kind: str, fo
 
 @both
 @pytest.mark.parametrize("half", [True, False])
-def test_scales_hold_what_was_seen_and_are_numbers_of_their_type(form: EightBits, half: bool) -> None:
+def test_scales_hold_what_was_seen_and_are_numbers_of_their_type(form: EightBitFormat, half: bool) -> None:
     made = plan("hybrid", form, half=half)
     number = np.float16 if half else np.float32
     for site in made.sites:
@@ -72,7 +72,7 @@ def test_per_tensor_layers_have_one_weight_scale_the_largest() -> None:
 
 def test_an_attention_has_four_scales_and_no_weights() -> None:
     site = next(site for site in everything(INT8).sites if site.module == ATTENTION)
-    assert site.kind is Kind.ATTENTION
+    assert site.kind is LayerKind.ATTENTION
     assert len(site.tensors) == 4
     assert (site.weight, site.weight_scales, site.correction) == ("", (), ())
     assert site.tensors[2].largest <= 1  # a softmax's result
@@ -82,7 +82,7 @@ def test_an_attention_has_four_scales_and_no_weights() -> None:
 
 def test_depthwise_convolutions_are_not_corrected() -> None:
     for site in everything(INT8).sites:
-        if site.kind is Kind.DEPTHWISE:
+        if site.kind is LayerKind.DEPTHWISE:
             assert site.correction == ()
             assert len(site.weight_scales) == 16
 
@@ -105,7 +105,7 @@ def one_layer(rows: float, weights: float, *, half: bool) -> QuantizationPlan:
     seen = TensorStatistics.empty(8, histogram=False)
     seen.see(generator.uniform(-rows, rows, (64, 8)).astype(np.float32))
     weight = generator.uniform(-weights, weights, (4, 8)).astype(np.float32)
-    site = Site("fc1", "fc1/Gemm", Kind.LINEAR, "x", 0, "w", -1, 64)
+    site = Site("fc1", "fc1/Gemm", LayerKind.LINEAR, "x", 0, "w", -1, 64)
     return make_plan([site], {site.node: ""}, {"x": seen}, {"w": weight}, [], Scaling(INT8, Method.MAX, half=half))
 
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from PIL import Image
 
-from spach_deploy import stages
 from spach_deploy.cli.calibrate import main as calibrate_command
-from spach_deploy.data.probes import probe_source
-from spach_deploy.models import configs
-from spach_deploy.quantization import options
+from spach_deploy.data.images import probe_source
+from spach_deploy.models import published as configs
+from spach_deploy.options import quantization as options
+from spach_deploy.options.specs import Flavour
+from spach_deploy.pipeline.steps import graph as stages
 from spach_deploy.quantization.plan import read_plan
 from spach_deploy.runtime.packages import is_installed
-from spach_deploy.specs import Flavour
 from tests import static_models
 from tests.commands import contents, export, refusal
 from tests.quantization.small_models import canonical
@@ -258,12 +258,12 @@ def test_an_interrupted_calibration_leaves_what_the_next_goes_on_from(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from spach_deploy.cli.export_output import Progress
-    from spach_deploy.quantization import calibrate as module
+    from spach_deploy.quantization import calibration as module
 
     monkeypatch.setattr(module, "_STATE_EVERY_S", -1.0)
     with monkeypatch.context() as patch:
 
-        def interrupt(self: Any, progress: module.Progress) -> None:
+        def interrupt(self: Any, progress: module.CalibrationProgress) -> None:
             if progress.done == 6:
                 raise KeyboardInterrupt
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.scales import SMALLEST, Method, clipped_at, expected_error, store, weight_scales
 from spach_deploy.quantization.statistics import BINS, CENTERS, TensorStatistics, mixture
 
@@ -60,12 +60,12 @@ def counted(name: str) -> tuple[Float64, float]:
     return mixture(statistics, np.ones(1)), float(statistics.max_abs[0])
 
 
-def clip(method: Method, name: str, form: EightBits = INT8) -> float:
+def clip(method: Method, name: str, form: EightBitFormat = INT8) -> float:
     histogram, largest = counted(name)
     return clipped_at(method, histogram, largest, form)
 
 
-def squared_error(values: Float32, clip: float, form: EightBits) -> float:
+def squared_error(values: Float32, clip: float, form: EightBitFormat) -> float:
     """Mean squared error of really storing `values`."""
     stored = store(values, form.scale_of(clip), form).astype(np.float64)
     return float(np.mean((stored - values) ** 2))
@@ -76,7 +76,7 @@ def squared_error(values: Float32, clip: float, form: EightBits) -> float:
 
 @all_data
 @both
-def test_max_clips_nothing(name: str, form: EightBits) -> None:
+def test_max_clips_nothing(name: str, form: EightBitFormat) -> None:
     assert clip(Method.MAX, name, form) == np.abs(DATA[name]()).max()
 
 
@@ -89,7 +89,7 @@ def test_percentile_clips_one_in_ten_thousand_within_a_bin(name: str) -> None:
 
 @varied_data
 @both
-def test_mse_finds_the_least_error_that_brute_force_finds(name: str, form: EightBits) -> None:
+def test_mse_finds_the_least_error_that_brute_force_finds(name: str, form: EightBitFormat) -> None:
     values = DATA[name]()
     largest = float(np.abs(values).max())
     least = min(squared_error(values, largest * share, form) for share in np.exp2(-np.arange(0, 65) / 16))
@@ -98,7 +98,7 @@ def test_mse_finds_the_least_error_that_brute_force_finds(name: str, form: Eight
 
 @both
 @pytest.mark.parametrize("method", Method)
-def test_a_constant_is_held_to_half_a_step(method: Method, form: EightBits) -> None:
+def test_a_constant_is_held_to_half_a_step(method: Method, form: EightBitFormat) -> None:
     held = min(clip(method, "constant", form), form.limit * form.scale_of(clip(method, "constant", form)))
     step = form.scale_of(held) * float(form.step(np.array(0.99 * form.limit)))
     assert squared_error(constant(), held, form) ** 0.5 <= 0.501 * step
@@ -106,7 +106,7 @@ def test_a_constant_is_held_to_half_a_step(method: Method, form: EightBits) -> N
 
 @all_data
 @both
-def test_mse_is_never_worse_than_max_by_its_own_count(name: str, form: EightBits) -> None:
+def test_mse_is_never_worse_than_max_by_its_own_count(name: str, form: EightBitFormat) -> None:
     histogram, largest = counted(name)
     errors = [
         expected_error(histogram, np.minimum(CENTERS, largest), form.scale_of(clip(method, name, form)), form)
@@ -117,7 +117,7 @@ def test_mse_is_never_worse_than_max_by_its_own_count(name: str, form: EightBits
 
 @varied_data
 @both
-def test_mse_is_never_worse_than_max_on_the_numbers_themselves(name: str, form: EightBits) -> None:
+def test_mse_is_never_worse_than_max_on_the_numbers_themselves(name: str, form: EightBitFormat) -> None:
     values = DATA[name]()
     errors = [squared_error(values, clip(method, name, form), form) for method in (Method.MSE, Method.MAX)]
     assert errors[0] <= 1.02 * errors[1]
@@ -176,7 +176,7 @@ def test_percentile_and_entropy_clip_an_outlier_and_mse_where_that_is_cheaper() 
 
 @both
 @pytest.mark.parametrize("method", Method)
-def test_zeros_have_no_clip(method: Method, form: EightBits) -> None:
+def test_zeros_have_no_clip(method: Method, form: EightBitFormat) -> None:
     assert clipped_at(method, np.zeros(BINS), 0.0, form) == 0.0
     zeros = np.zeros(BINS)
     zeros[0] = 100
@@ -185,7 +185,7 @@ def test_zeros_have_no_clip(method: Method, form: EightBits) -> None:
 
 @both
 @pytest.mark.parametrize("method", Method)
-def test_no_method_goes_beyond_what_was_seen(method: Method, form: EightBits) -> None:
+def test_no_method_goes_beyond_what_was_seen(method: Method, form: EightBitFormat) -> None:
     for name in DATA:
         histogram, largest = counted(name)
         assert 0 < clipped_at(method, histogram, largest, form) <= largest
@@ -196,7 +196,7 @@ def test_no_method_goes_beyond_what_was_seen(method: Method, form: EightBits) ->
 
 
 @both
-def test_weights_have_a_scale_for_each_output_channel_or_one(form: EightBits) -> None:
+def test_weights_have_a_scale_for_each_output_channel_or_one(form: EightBitFormat) -> None:
     weights = np.random.default_rng(5).standard_normal((7, 3, 2, 2)).astype(np.float32)
     by_channel = weight_scales(weights, form)
     assert np.allclose(by_channel * form.limit, np.abs(weights).max(axis=(1, 2, 3)))
@@ -206,7 +206,7 @@ def test_weights_have_a_scale_for_each_output_channel_or_one(form: EightBits) ->
 
 
 @both
-def test_channels_of_zeros_or_almost_have_scales_that_can_be_written(form: EightBits) -> None:
+def test_channels_of_zeros_or_almost_have_scales_that_can_be_written(form: EightBitFormat) -> None:
     weights = np.array([[0, 0], [1e-30, 0], [1, -2]], np.float32)
     assert weight_scales(weights, form).tolist() == [1.0, SMALLEST, 2 / form.limit]
     stored = store(weights, weight_scales(weights, form).astype(np.float32)[:, None], form)
@@ -216,7 +216,7 @@ def test_channels_of_zeros_or_almost_have_scales_that_can_be_written(form: Eight
 # What a scale stores
 
 
-def stored_by_onnxruntime(values: Float32, scale: Float32, form: EightBits, axis: int | None = None) -> Float32:
+def stored_by_onnxruntime(values: Float32, scale: Float32, form: EightBitFormat, axis: int | None = None) -> Float32:
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], axis=axis or 0),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], axis=axis or 0),
@@ -236,7 +236,7 @@ def stored_by_onnxruntime(values: Float32, scale: Float32, form: EightBits, axis
     return result
 
 
-def varied(form: EightBits, scale: float) -> Float32:
+def varied(form: EightBitFormat, scale: float) -> Float32:
     """All over the format: random ones, ties between neighbours, limits and what lies beyond, signed zeros."""
     generator = np.random.default_rng(6)
     stored = np.arange(-130, 131, dtype=np.float32)
@@ -256,7 +256,7 @@ def varied(form: EightBits, scale: float) -> Float32:
 
 @both
 @pytest.mark.parametrize("scale", [1.0, 0.0625, 0.0123, 3.7e-4, 517.3])
-def test_what_is_stored_is_onnxruntimes_bit_for_bit(form: EightBits, scale: float) -> None:
+def test_what_is_stored_is_onnxruntimes_bit_for_bit(form: EightBitFormat, scale: float) -> None:
     values = varied(form, scale)
     found, expected = store(values, scale, form), stored_by_onnxruntime(values, np.array(scale, np.float32), form)
     assert np.array_equal(found, expected)
@@ -264,7 +264,7 @@ def test_what_is_stored_is_onnxruntimes_bit_for_bit(form: EightBits, scale: floa
 
 
 @both
-def test_channels_are_stored_at_their_own_scales(form: EightBits) -> None:
+def test_channels_are_stored_at_their_own_scales(form: EightBitFormat) -> None:
     scales = np.array([0.5, 0.003, 7.0], np.float32)
     values = np.stack([varied(form, float(scale)) for scale in scales])
     assert np.array_equal(store(values, scales[:, None], form), stored_by_onnxruntime(values, scales, form, axis=0))
@@ -284,13 +284,13 @@ def test_fp8_is_torchs_e4m3_with_what_is_too_large_clipped() -> None:
 
 
 @both
-def test_storing_twice_changes_nothing(form: EightBits) -> None:
+def test_storing_twice_changes_nothing(form: EightBitFormat) -> None:
     once = store(varied(form, 0.0123), 0.0123, form)
     assert np.array_equal(store(once, 0.0123, form), once)
 
 
 @both
-def test_the_step_of_a_format_is_the_distance_of_its_neighbours(form: EightBits) -> None:
+def test_the_step_of_a_format_is_the_distance_of_its_neighbours(form: EightBitFormat) -> None:
     every = np.unique(np.abs(store(varied(form, 1.0), 1.0, form))).astype(np.float64)
     every = every[every <= form.limit]
     middles = (every[1:] + every[:-1]) / 2

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.sensitivity import LayerCost, largest_set, layer_costs
-from spach_deploy.quantization.twin import quantized_twin
 from spach_deploy.rewrites.static_modules import StaticSpach
 from tests.quantization import small_models
 
@@ -32,7 +32,7 @@ def measured(modules: set[str]) -> float:
     static, plan = example()
     images = small_models.inputs()
     chosen = dataclasses.replace(plan, sites=tuple(site for site in plan.sites if site.module in modules))
-    exact, rounded = logits(static, images), logits(quantized_twin(static, chosen), images)
+    exact, rounded = logits(static, images), logits(fake_quantized(static, chosen), images)
     return float(((rounded - exact).norm(dim=1) / exact.norm(dim=1)).square().mean().sqrt())
 
 

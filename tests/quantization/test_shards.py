@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.data.readers import open_images
-from spach_deploy.errors import ImageError, UsageError
-from spach_deploy.quantization import calibrate, shards
-from spach_deploy.quantization.calibrate import Key, Progress, Run, Seen, collect
+from spach_deploy.options.specs import Preprocessing
+from spach_deploy.quantization import calibration as calibrate
+from spach_deploy.quantization import shards
+from spach_deploy.quantization.calibration import (
+    CalibrationKey,
+    CalibrationProgress,
+    CalibrationSettings,
+    CollectedStatistics,
+    collect,
+)
 from spach_deploy.quantization.shards import blocks_a_part, collect_in_parts, merge_all
 from spach_deploy.quantization.sites import find_sites
-from spach_deploy.quantization.statistics import BLOCK, TensorStatistics, Wanted, wanted_tensors
-from spach_deploy.specs import Preprocessing
+from spach_deploy.quantization.statistics import BLOCK, TensorRequest, TensorStatistics, wanted_tensors
 from tests import static_models
-from tests.cluster.fakes import Elsewhere
+from tests.distributed.fakes import Elsewhere
 from tests.quantization.small_models import canonical
 from tests.quantization.small_quantized import calibration_images, pictures
 from tests.quantization.test_statistics import heavy_tailed
@@ -28,7 +35,7 @@ PREPROCESSING = Preprocessing.for_size(static_models.IMAGE_SIZE)
 IMAGES = 2 * BLOCK + 7
 
 
-def wanted() -> tuple[Wanted, ...]:
+def wanted() -> tuple[TensorRequest, ...]:
     sites = find_sites(canonical("conv"))
     return wanted_tensors(sites, [site.node for site in sites])
 
@@ -42,10 +49,10 @@ def assert_same_bits(one: dict[str, TensorStatistics], other: dict[str, TensorSt
             assert mine.tobytes() == theirs.tobytes(), f"{name} {field}"
 
 
-def both(images: Path, *, histograms: bool = True) -> tuple[Seen, Seen]:
+def both(images: Path, *, histograms: bool = True) -> tuple[CollectedStatistics, CollectedStatistics]:
     """From one process, and in parts."""
     model = canonical("conv")
-    run = Run(histograms, threads=1)
+    run = CalibrationSettings(histograms, threads=1)
     whole = collect(model, wanted(), open_images(images), PREPROCESSING, run)
     return whole, collect_in_parts(model, wanted(), open_images(images), PREPROCESSING, run, Elsewhere())
 
@@ -130,13 +137,13 @@ def test_an_unfit_set_is_refused_before_the_expensive_pass(tmp_path: Path) -> No
     assert executor.called == ["observe_part"]
 
 
-def in_parts(images: Path, executor: Any, told: list[Progress] | None = None) -> Seen:
-    run = Run(False, threads=1, on_progress=([] if told is None else told).append)
+def in_parts(images: Path, executor: Any, told: list[CalibrationProgress] | None = None) -> CollectedStatistics:
+    run = CalibrationSettings(False, threads=1, on_progress=([] if told is None else told).append)
     return collect_in_parts(canonical("conv"), wanted(), open_images(images), PREPROCESSING, run, executor)
 
 
 def test_progress_is_told_part_by_part() -> None:
-    told: list[Progress] = []
+    told: list[CalibrationProgress] = []
     in_parts(calibration_images(IMAGES), Elsewhere(), told)
     assert [at.done for at in told] == [BLOCK, 2 * BLOCK, IMAGES]
     assert told[-1].seconds_left == 0.0
@@ -172,14 +179,16 @@ def test_pictures_that_change_between_the_passes_are_an_error(tmp_path: Path, mo
         in_parts(images, Elsewhere())
 
 
-KEY = Key.of(["a"], PREPROCESSING, weights_sha256="", model="", image_size=1, format="int8", method="max", half=False)
+KEY = CalibrationKey.of(
+    ["a"], PREPROCESSING, weights_sha256="", model="", image_size=1, format="int8", method="max", half=False
+)
 
 
 def until(images: Path, state: Path, part: int) -> None:
     """A run in parts that is killed at the progress after this many parts."""
-    told: list[Progress] = []
+    told: list[CalibrationProgress] = []
 
-    def stop(at: Progress) -> None:
+    def stop(at: CalibrationProgress) -> None:
         told.append(at)
         if len(told) == part:
             raise KeyboardInterrupt
@@ -188,8 +197,10 @@ def until(images: Path, state: Path, part: int) -> None:
         with_state(images, state, Elsewhere(), stop)
 
 
-def with_state(images: Path, state: Path, executor: Any, on_progress: Callable[[Progress], None]) -> Seen:
-    run = Run(True, state, KEY, threads=1, on_progress=on_progress)
+def with_state(
+    images: Path, state: Path, executor: Any, on_progress: Callable[[CalibrationProgress], None]
+) -> CollectedStatistics:
+    run = CalibrationSettings(True, state, KEY, threads=1, on_progress=on_progress)
     return collect_in_parts(canonical("conv"), wanted(), open_images(images), PREPROCESSING, run, executor)
 
 
@@ -200,7 +211,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_killed_run_goes_on_behind_the_last_part(state: Path) -> None:
-    images, told = calibration_images(IMAGES), list[Progress]()
+    images, told = calibration_images(IMAGES), list[CalibrationProgress]()
     whole, _ = both(images)
     until(images, state, 2)
     parts = with_state(images, state, Elsewhere(workers=5), told.append)
@@ -214,23 +225,27 @@ def test_one_process_goes_on_where_a_cluster_was(state: Path) -> None:
     images = calibration_images(IMAGES)
     whole, _ = both(images)
     until(images, state, 1)
-    run = Run(True, state, KEY, threads=1)
+    run = CalibrationSettings(True, state, KEY, threads=1)
     found = collect(canonical("conv"), wanted(), open_images(images), PREPROCESSING, run)
     assert found.resumed == BLOCK
     assert_same_bits(whole.statistics, found.statistics)
 
 
 def test_what_one_process_kept_within_a_block_is_not_continued(state: Path) -> None:
-    images, told = calibration_images(IMAGES), list[Progress]()
+    images, told = calibration_images(IMAGES), list[CalibrationProgress]()
     whole, _ = both(images)
 
-    def stop(at: Progress) -> None:
+    def stop(at: CalibrationProgress) -> None:
         if at.done == BLOCK + 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         collect(
-            canonical("conv"), wanted(), open_images(images), PREPROCESSING, Run(True, state, KEY, 1, on_progress=stop)
+            canonical("conv"),
+            wanted(),
+            open_images(images),
+            PREPROCESSING,
+            CalibrationSettings(True, state, KEY, 1, on_progress=stop),
         )
     assert state.exists()
     parts = with_state(images, state, Elsewhere(), told.append)

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from spach_deploy.errors import UsageError
-from spach_deploy.onnx_graph.graph import initializers
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
-from spach_deploy.quantization.sites import Kind, Selection, Site, by_node, find_sites
+from spach_deploy.common.errors import UsageError
+from spach_deploy.graph.edit import initializers
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
+from spach_deploy.quantization.sites import LayerKind, Selection, Site, by_node, find_sites
 from tests import static_models
 from tests.quantization.small_models import KINDS, canonical
 
@@ -21,7 +21,7 @@ def sites(kind: str) -> tuple[Site, ...]:
     return find_sites(canonical(kind))
 
 
-def reasons(kind: str, form: EightBits, **asked: tuple[str, ...]) -> dict[str, str]:
+def reasons(kind: str, form: EightBitFormat, **asked: tuple[str, ...]) -> dict[str, str]:
     """By module."""
     chosen = Selection(**asked).chosen(sites(kind), form)
     return {site.module: chosen[site.node] for site in sites(kind)}
@@ -33,20 +33,26 @@ def reasons(kind: str, form: EightBits, **asked: tuple[str, ...]) -> dict[str, s
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("conv", {Kind.CONVOLUTION: 1, Kind.DEPTHWISE: 3, Kind.LINEAR: 7}),
-        ("trans", {Kind.CONVOLUTION: 1, Kind.DEPTHWISE: 3, Kind.LINEAR: 13, Kind.ATTENTION: 3}),
-        ("mlp", {Kind.CONVOLUTION: 1, Kind.DEPTHWISE: 3, Kind.LINEAR: 7, Kind.TOKEN_LINEAR: 6}),
-        ("mlp_shared", {Kind.CONVOLUTION: 1, Kind.DEPTHWISE: 3, Kind.LINEAR: 7, Kind.TOKEN_LINEAR: 6}),
-        ("hybrid", {Kind.CONVOLUTION: 3, Kind.DEPTHWISE: 8, Kind.LINEAR: 27, Kind.ATTENTION: 5}),
-        ("hybrid_stem", {Kind.CONVOLUTION: 5, Kind.DEPTHWISE: 4, Kind.LINEAR: 13, Kind.ATTENTION: 2}),
-        ("ms_mlp", {Kind.CONVOLUTION: 2, Kind.DEPTHWISE: 4, Kind.LINEAR: 9, Kind.TOKEN_LINEAR: 4}),
+        ("conv", {LayerKind.CONVOLUTION: 1, LayerKind.DEPTHWISE: 3, LayerKind.LINEAR: 7}),
+        ("trans", {LayerKind.CONVOLUTION: 1, LayerKind.DEPTHWISE: 3, LayerKind.LINEAR: 13, LayerKind.ATTENTION: 3}),
+        ("mlp", {LayerKind.CONVOLUTION: 1, LayerKind.DEPTHWISE: 3, LayerKind.LINEAR: 7, LayerKind.TOKEN_LINEAR: 6}),
+        (
+            "mlp_shared",
+            {LayerKind.CONVOLUTION: 1, LayerKind.DEPTHWISE: 3, LayerKind.LINEAR: 7, LayerKind.TOKEN_LINEAR: 6},
+        ),
+        ("hybrid", {LayerKind.CONVOLUTION: 3, LayerKind.DEPTHWISE: 8, LayerKind.LINEAR: 27, LayerKind.ATTENTION: 5}),
+        (
+            "hybrid_stem",
+            {LayerKind.CONVOLUTION: 5, LayerKind.DEPTHWISE: 4, LayerKind.LINEAR: 13, LayerKind.ATTENTION: 2},
+        ),
+        ("ms_mlp", {LayerKind.CONVOLUTION: 2, LayerKind.DEPTHWISE: 4, LayerKind.LINEAR: 9, LayerKind.TOKEN_LINEAR: 4}),
     ],
 )
-def test_every_product_is_a_site_of_its_kind(kind: str, expected: dict[Kind, int]) -> None:
+def test_every_product_is_a_site_of_its_kind(kind: str, expected: dict[LayerKind, int]) -> None:
     found = sites(kind)
     assert Counter(site.kind for site in found) == expected
     products = [node for node in canonical(kind).graph.node if node.op_type in ("Gemm", "MatMul", "Conv")]
-    attentions = expected.get(Kind.ATTENTION, 0)
+    attentions = expected.get(LayerKind.ATTENTION, 0)
     assert len(found) == len(products) - attentions  # an attention is one site and two products
     assert len({site.node for site in found}) == len(found)
     assert set(by_node(found)) == {site.node for site in found}
@@ -64,7 +70,7 @@ def test_a_site_says_which_tensors_its_node_reads(kind: str) -> None:
     nodes, weights = {node.name: node for node in model.graph.node}, initializers(model.graph)
     for site in sites(kind):
         node = nodes[site.node]
-        if site.kind is Kind.ATTENTION:
+        if site.kind is LayerKind.ATTENTION:
             assert node.op_type == "Softmax"
             assert len(site.measured) == 4
             assert site.measured[2] == node.output[0]
@@ -73,7 +79,7 @@ def test_a_site_says_which_tensors_its_node_reads(kind: str) -> None:
         assert (node.input[site.slot], node.input[slot]) == (site.activation, site.weight)
         assert site.weight in weights
         assert site.measured == (site.activation,)
-        assert site.slot == (1 if site.kind is Kind.TOKEN_LINEAR else 0)
+        assert site.slot == (1 if site.kind is LayerKind.TOKEN_LINEAR else 0)
 
 
 def test_multiplications_are_counted() -> None:
@@ -93,10 +99,10 @@ def test_multiplications_are_counted() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @both
-def test_linear_layers_are_quantized_by_rule_and_nothing_else(kind: str, form: EightBits) -> None:
+def test_linear_layers_are_quantized_by_rule_and_nothing_else(kind: str, form: EightBitFormat) -> None:
     found = reasons(kind, form)
     for site in sites(kind):
-        by_rule = site.kind in (Kind.LINEAR, Kind.TOKEN_LINEAR) and site.module != "head"
+        by_rule = site.kind in (LayerKind.LINEAR, LayerKind.TOKEN_LINEAR) and site.module != "head"
         assert (found[site.module] == "") == by_rule
         assert by_rule or found[site.module].startswith("rule: ")
 
@@ -126,7 +132,7 @@ def test_keeping_wins_over_quantizing() -> None:
 )
 @both
 def test_a_pattern_that_matches_nothing_is_refused_with_examples(
-    option: str, asked: dict[str, tuple[str, ...]], form: EightBits
+    option: str, asked: dict[str, tuple[str, ...]], form: EightBitFormat
 ) -> None:
     with pytest.raises(UsageError) as caught:
         reasons("hybrid", form, **asked)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spach_deploy.errors import PrecisionError
+from spach_deploy.common.errors import PrecisionError
 from spach_deploy.quantization.sites import find_sites
 from spach_deploy.quantization.statistics import (
     BINS,
@@ -16,14 +16,14 @@ from spach_deploy.quantization.statistics import (
     EDGES,
     ROWS,
     Collector,
+    TensorRequest,
     TensorStatistics,
-    Wanted,
     mixture,
     per_tensor,
     rows_of,
     wanted_tensors,
 )
-from tests.precision.graphs import graph, node
+from tests.graph.precision.graphs import graph, node
 from tests.quantization.small_models import canonical
 from tests.static_models import images
 
@@ -152,7 +152,7 @@ def test_zeros_alone() -> None:
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_by_the_tensors_name(wrong: float) -> None:
     model = graph([node("Sqrt", ["input"], "root")], ["root"])
-    collector = Collector(model, [Wanted("input", -1), Wanted("root", -1)], threads=1)
+    collector = Collector(model, [TensorRequest("input", -1), TensorRequest("root", -1)], threads=1)
     collector.run({"input": np.ones((2, 4), np.float32)})
     rows = np.ones((2, 4), np.float32)
     rows[1, 2] = -1.0 if np.isnan(wrong) else wrong

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from onnx import ModelProto, numpy_helper
 
-from spach_deploy.onnx_graph.export import export_canonical
-from spach_deploy.onnx_graph.graph import initializers
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.precision.decision import TypingOptions
-from spach_deploy.precision.formats import BF16, FP16
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import Ranges, measure_ranges, open_session
-from spach_deploy.quantization.tame import tame_outliers
+from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.export import export_canonical
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.decision import TypingOptions
+from spach_deploy.graph.precision.formats import BF16, FP16
+from spach_deploy.graph.precision.ranges import Ranges, measure_ranges, open_session
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.options.specs import Precision
+from spach_deploy.quantization.outlier_migration import migrate_outliers
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import Precision
 from tests import static_models
 from tests.quantization import small_models
 
@@ -56,7 +56,7 @@ def logits(model: ModelProto) -> np.ndarray[tuple[int, ...], np.dtype[np.float32
 def test_the_outliers_go_and_the_function_stays() -> None:
     model = loud()
     before = logits(model)
-    assert len(tame_outliers(model, ranges_of(model), FP16, MARGIN)) == 1
+    assert len(migrate_outliers(model, ranges_of(model), FP16, MARGIN)) == 1
     assert np.linalg.norm(logits(model) - before) <= 1e-6 * np.linalg.norm(before)
 
 
@@ -64,7 +64,7 @@ def test_no_layer_has_to_stay_in_fp32_then() -> None:
     model = loud()
     kept = type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range")
     assert kept
-    tame_outliers(model, ranges_of(model), FP16, MARGIN)
+    migrate_outliers(model, ranges_of(model), FP16, MARGIN)
     assert type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range") == ()
 
 
@@ -76,7 +76,7 @@ def test_an_attention_in_its_targets_form_is_tamed_too(pair: str) -> None:
     before = logits(model)
     kept = type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range")
     assert kept
-    (tamed,) = tame_outliers(model, ranges_of(model), FP16, MARGIN)
+    (tamed,) = migrate_outliers(model, ranges_of(model), FP16, MARGIN)
     assert [name.rpartition(".")[2] for name in tamed.split(" -> ")] == pair.split(" -> ")
     assert np.linalg.norm(logits(model) - before) <= 1e-5 * np.linalg.norm(before)
     assert type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range") == ()
@@ -103,10 +103,10 @@ def loud_attention(pair: str) -> ModelProto:
 @pytest.mark.parametrize("kind", ["conv", "trans", "hybrid"])
 def test_ordinary_models_are_left_alone(kind: str) -> None:
     model = small_models.canonical(kind)
-    assert tame_outliers(model, ranges_of(model), FP16, MARGIN) == ()
+    assert migrate_outliers(model, ranges_of(model), FP16, MARGIN) == ()
     assert model == small_models.canonical(kind)
 
 
 def test_what_bfloat16_holds_is_left_alone() -> None:
     model = loud()
-    assert tame_outliers(model, ranges_of(model), BF16, MARGIN) == ()
+    assert migrate_outliers(model, ranges_of(model), BF16, MARGIN) == ()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spach_deploy.errors import BundleError
-from spach_deploy.onnx_graph.graph import mark_quantized
-from spach_deploy.onnx_graph.passes.shift_depthwise import shift_depthwise
-from spach_deploy.quantization.formats import FP8, INT8, EightBits
+from spach_deploy.common.errors import BundleError
+from spach_deploy.graph.edit import mark_quantized
+from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
+from spach_deploy.options.specs import Precision
+from spach_deploy.quantization.fake_quantization import fake_quantized, rounding
+from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.scales import store
-from spach_deploy.quantization.twin import quantized_twin, rounding
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import Precision
 from tests import static_models
 from tests.quantization.small_models import KINDS, canonical, inputs, plan, quantized, run, static
 from tests.static_models import relative_l2
@@ -34,13 +34,13 @@ both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])
 
 
 def compared(
-    kind: str, form: EightBits, quantize: tuple[str, ...] = (), **options: Any
+    kind: str, form: EightBitFormat, quantize: tuple[str, ...] = (), **options: Any
 ) -> tuple[Float32, float, float]:
     """Of each image, and of all, how far the twin is from the graph; and how far the graph is from FP32."""
     images = inputs(IMAGES, FIRST)
     graph = run(quantized(kind, form, quantize, **options), images)
     made = plan(kind, form, quantize, half=False, **options)
-    twin = static_models.logits(quantized_twin(static(kind, quantize), made), images)
+    twin = static_models.logits(fake_quantized(static(kind, quantize), made), images)
     reference = static_models.logits(static(kind, quantize), images)
     apart = np.array([relative_l2(*pair) for pair in zip(twin, graph, strict=True)])
     return apart, relative_l2(twin, graph), relative_l2(graph, reference)
@@ -59,13 +59,13 @@ def check_same(apart: Float32, whole: float, loss: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @both
-def test_the_twin_computes_what_the_graph_computes(kind: str, form: EightBits) -> None:
+def test_the_twin_computes_what_the_graph_computes(kind: str, form: EightBitFormat) -> None:
     check_same(*compared(kind, form))
 
 
 @pytest.mark.parametrize("kind", ["trans", "hybrid"])
 @both
-def test_with_attention_and_head_in_eight_bits(kind: str, form: EightBits) -> None:
+def test_with_attention_and_head_in_eight_bits(kind: str, form: EightBitFormat) -> None:
     check_same(*compared(kind, form, ("head", "*.spatial_func")))
 
 
@@ -81,7 +81,7 @@ def test_with_a_convolutional_stem_in_int8() -> None:
 
 
 @both
-def test_with_one_weight_scale_a_layer_and_without_equalization(form: EightBits) -> None:
+def test_with_one_weight_scale_a_layer_and_without_equalization(form: EightBitFormat) -> None:
     modules = frozenset({"blocks.0.channel_func.fc1", "blocks.1.spatial_func.qkv"})
     check_same(*compared("trans", form, per_tensor=modules, equalize=False))
 
@@ -89,18 +89,18 @@ def test_with_one_weight_scale_a_layer_and_without_equalization(form: EightBits)
 def test_the_bug_that_an_attention_hides_its_projection_would_be_seen() -> None:
     made = plan("trans", INT8, ("*.spatial_func",), half=False)
     forgotten = tuple(site for site in made.sites if not site.module.endswith(".proj"))
-    twin = quantized_twin(static("trans"), dataclasses.replace(made, sites=forgotten))
+    twin = fake_quantized(static("trans"), dataclasses.replace(made, sites=forgotten))
     graph = run(quantized("trans", INT8, ("*.spatial_func",)), inputs(IMAGES, FIRST))
     assert relative_l2(static_models.logits(twin, inputs(IMAGES, FIRST)), graph) > 100 * ROUNDOFF
 
 
 @pytest.mark.parametrize("rest", [Precision.FP16, Precision.BF16])
 def test_a_twin_of_a_half_graph_is_as_near_as_half_is(rest: Precision) -> None:
-    from spach_deploy.precision.rounding import rounded_twin
+    from spach_deploy.graph.precision.rounding import rounded_graph
 
     images = inputs(IMAGES, FIRST)
-    graph = run(rounded_twin(quantized("trans", INT8, rest=rest)), images)
-    twin = static_models.logits(quantized_twin(static("trans"), plan("trans", INT8)), images)
+    graph = run(rounded_graph(quantized("trans", INT8, rest=rest)), images)
+    twin = static_models.logits(fake_quantized(static("trans"), plan("trans", INT8)), images)
     reference = static_models.logits(static("trans"), images)
     assert relative_l2(twin, graph) < (0.75 if rest is Precision.FP16 else 1.5) * relative_l2(graph, reference)
 
@@ -144,7 +144,7 @@ def test_folding_the_residual_first_would_cost_more() -> None:
 
 @both
 @pytest.mark.parametrize("scale", [1.0, 0.0123, 3.7e-4])
-def test_rounding_is_storing(form: EightBits, scale: float) -> None:
+def test_rounding_is_storing(form: EightBitFormat, scale: float) -> None:
     values = np.random.default_rng(0).standard_normal(20_000).astype(np.float32) * np.float32(form.limit * scale / 2)
     found = rounding(scale, form)(torch.from_numpy(values)).numpy()
     different = found != store(values, scale, form)
@@ -154,7 +154,7 @@ def test_rounding_is_storing(form: EightBits, scale: float) -> None:
 
 def test_the_original_is_left_alone() -> None:
     before = static_models.logits(static("mlp_shared"), inputs())
-    quantized_twin(static("mlp_shared"), plan("mlp_shared", INT8))
+    fake_quantized(static("mlp_shared"), plan("mlp_shared", INT8))
     assert np.array_equal(static_models.logits(static("mlp_shared"), inputs()), before)
 
 
@@ -163,7 +163,7 @@ def test_the_original_is_left_alone() -> None:
 
 def test_a_record_of_another_model_is_refused() -> None:
     with pytest.raises(BundleError, match=r"which this model does not have|does not fit this model"):
-        quantized_twin(static("hybrid"), plan("trans", INT8))
+        fake_quantized(static("hybrid"), plan("trans", INT8))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_record_whose_numbers_do_not_fit_is_refused(change: dict[str, Any]) ->
     made = plan("trans", INT8)
     sites = (dataclasses.replace(made.sites[0], **change), *made.sites[1:])
     with pytest.raises(BundleError, match="does not fit this model"):
-        quantized_twin(static("trans"), dataclasses.replace(made, sites=sites))
+        fake_quantized(static("trans"), dataclasses.replace(made, sites=sites))
 
 
 def test_an_attention_that_is_none_is_refused() -> None:
@@ -191,11 +191,11 @@ def test_an_attention_that_is_none_is_refused() -> None:
         for site in made.sites
     )
     with pytest.raises(BundleError, match="does not fit this model"):
-        quantized_twin(static("trans"), dataclasses.replace(made, sites=sites))
+        fake_quantized(static("trans"), dataclasses.replace(made, sites=sites))
 
 
 def test_factors_of_another_width_are_refused() -> None:
     made = plan("trans", INT8)
     pairs = tuple(dataclasses.replace(pair, alpha=0.5, factors=(1.0, 2.0)) for pair in made.equalized)
     with pytest.raises(BundleError, match="does not fit this model"):
-        quantized_twin(static("trans"), dataclasses.replace(made, equalized=pairs))
+        fake_quantized(static("trans"), dataclasses.replace(made, equalized=pairs))

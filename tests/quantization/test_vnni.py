@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.benchmark import contestants
-from spach_deploy.benchmark.contestants import EAGER, ONNX_RUNTIME, OPENVINO, Setup, why_not
-from spach_deploy.bundle import MANIFEST, Bundle
+from spach_deploy.benchmark import runners as contestants
+from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, OPENVINO, RunnerSetup, why_not
+from spach_deploy.bundle.store import MANIFEST, Bundle
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.doctor import bundle_findings
 from spach_deploy.doctor.finding import Status, Task
 from spach_deploy.doctor.target import examine_target
-from spach_deploy.specs import Precision
+from spach_deploy.options.specs import Precision
 from spach_deploy.validation import target
 from tests.commands import refusal
 from tests.doctor.machines import cpu_machine
@@ -48,8 +48,8 @@ def test_it_is_not_validated_where_its_sums_would_overflow(bundle: Path) -> None
 def test_it_is_not_measured_either(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     for name in (ONNX_RUNTIME, OPENVINO):
-        assert why_not(name, Setup(bundle), opened) == "its INT8 is for CPUs with VNNI, and this one has none"
-    assert why_not(EAGER, Setup(bundle), opened) == ""
+        assert why_not(name, RunnerSetup(bundle), opened) == "its INT8 is for CPUs with VNNI, and this one has none"
+    assert why_not(EAGER, RunnerSetup(bundle), opened) == ""
 
 
 def test_the_doctor_knows(bundle: Path) -> None:
@@ -63,4 +63,4 @@ def test_where_there_is_vnni_nothing_is_said(bundle: Path, monkeypatch: pytest.M
     for module in (bundle_findings, contestants, target):
         monkeypatch.setattr(module, "has_vnni", lambda: True)
     assert validate(bundle, "--accept", "graph").exit_code == 0
-    assert why_not(ONNX_RUNTIME, Setup(bundle), Bundle.open(bundle)) == ""
+    assert why_not(ONNX_RUNTIME, RunnerSetup(bundle), Bundle.open(bundle)) == ""

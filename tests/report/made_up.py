@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from spach_deploy.report.content import Content
+from spach_deploy.report.content import ReportContent
 from spach_deploy.validation.accuracy import Accuracy, paired
-from spach_deploy.validation.answers import telling_answers
+from spach_deploy.validation.changed_classes import notable_predictions
 from spach_deploy.validation.compare import compare_outputs
-from spach_deploy.validation.evidence import Evidence, Level, Trial
+from spach_deploy.validation.runs import EvaluationSet, Level, RunResult
 from spach_deploy.validation.tolerance import Bounds
-from spach_deploy.validation.validate import MissingEngineRun, Subject, Validation
+from spach_deploy.validation.validate import MissingEngineRun, ReportHeader, Validation
 from spach_deploy.validation.verdict import Tolerance, judge
 
 NAMES = ("a.jpg", "b.jpg")
@@ -63,26 +63,26 @@ BISECT: dict[str, Any] = {
 
 def evidence(
     logits: np.ndarray, level: Level = Level.GRAPH, ran: str = "typed graph in ONNX Runtime (CPU)"
-) -> Evidence:
+) -> RunResult:
     """One run whose logits were `logits`."""
     comparison = compare_outputs({"logits": REFERENCE}, {"logits": logits}, image_names=NAMES)
-    answers = telling_answers(REFERENCE, logits, NAMES)
-    return Evidence(level, ran, (1, 1), comparison, BOUNDS, judge(comparison, BOUNDS.outputs), answers)
+    answers = notable_predictions(REFERENCE, logits, NAMES)
+    return RunResult(level, ran, (1, 1), comparison, BOUNDS, judge(comparison, BOUNDS.outputs), answers)
 
 
-def validation(*items: Evidence, missing: bool = False, max_drop: float | None = None) -> Validation:
+def validation(*items: RunResult, missing: bool = False, max_drop: float | None = None) -> Validation:
     """A validation with a trial that can be pictured; `max_drop` measures accuracy too."""
     pictures = np.zeros((2, 3, 8, 8), np.float32)
-    trial = Trial(lambda start, stop: pictures[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32")
+    trial = EvaluationSet(lambda start, stop: pictures[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32")
     why = MissingEngineRun("no NVIDIA GPU here", "an NVIDIA GPU with tensorrt 10.16") if missing else None
-    found = Validation(Subject("bundle", "ms_hybrid_s", "fp16", True), trial, items, missing_engine_run=why)
+    found = Validation(ReportHeader("bundle", "ms_hybrid_s", "fp16", True), trial, items, missing_engine_run=why)
     if max_drop is None:
         return found
     measured = paired(REFERENCE, TIED, [0, 1])
     return dataclasses.replace(found, accuracy=Accuracy(measured, "typed graph", "a folder", max_drop))
 
 
-def report(*items: Evidence, missing: bool = False, max_drop: float | None = None, **changes: Any) -> dict[str, Any]:
+def report(*items: RunResult, missing: bool = False, max_drop: float | None = None, **changes: Any) -> dict[str, Any]:
     """report.json of such a validation, with other entries in place."""
     return {**validation(*items, missing=missing, max_drop=max_drop).to_dict(), **copy.deepcopy(changes)}
 
@@ -183,7 +183,9 @@ STATES = {
 """A report in every state, by name."""
 
 
-def content(state: str = "agrees", manifest: dict[str, Any] | None = None, **changes: Any) -> Content:
+def content(state: str = "agrees", manifest: dict[str, Any] | None = None, **changes: Any) -> ReportContent:
     """What a page of that state is made from."""
     found = {**copy.deepcopy(STATES[state]), **copy.deepcopy(changes)}
-    return Content(found, copy.deepcopy(MANIFEST if manifest is None else manifest), {0: "data:image/jpeg;base64,AA=="})
+    return ReportContent(
+        found, copy.deepcopy(MANIFEST if manifest is None else manifest), {0: "data:image/jpeg;base64,AA=="}
+    )

@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from spach_deploy.bundle import GRAPH, PAGE
+from spach_deploy.bundle.store import GRAPH, PAGE
 from spach_deploy.cli.validate import main as validate_command
+from spach_deploy.options.specs import Precision
 from spach_deploy.report.page import render
-from spach_deploy.specs import Precision
 from tests import small_bundles
 from tests.quantization import small_quantized
 from tests.report import made_up

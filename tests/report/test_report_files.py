@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.auto import Candidate, Recommendation
-from spach_deploy.bundle import GRAPH, PAGE, PLAN, REPORT, Bundle
+from spach_deploy.bundle.store import GRAPH, PAGE, PLAN, REPORT, Bundle
 from spach_deploy.cli.export import main as export_command
-from spach_deploy.cli.reporting import Asked, write_reports
+from spach_deploy.cli.reporting import ReportRequest, write_reports
 from spach_deploy.cli.validate import main as validate_command
+from spach_deploy.common.errors import BundleError, MissingPackageError, UsageError
+from spach_deploy.common.files import Destination
 from spach_deploy.data.preprocess import normalize, to_input
-from spach_deploy.errors import BundleError, MissingPackageError, UsageError
-from spach_deploy.files import Place
-from spach_deploy.report.content import Content
+from spach_deploy.options.specs import IODtype, Precision, Preprocessing
+from spach_deploy.pipeline.auto import PrecisionCandidate, Recommendation
+from spach_deploy.report.content import ReportContent
 from spach_deploy.report.files import check_can_make_pages, content_of, page_beside, page_problem, write_page
 from spach_deploy.report.page import TEMPLATES, environment
 from spach_deploy.report.pictures import pictures_of, pixels_of
-from spach_deploy.specs import IODtype, Precision, Preprocessing
 from tests import small_bundles
 from tests.commands import ROOT, contents
 from tests.report import made_up
@@ -167,7 +167,7 @@ def test_open_shows_the_page_of_an_export(opened: list[str], tmp_path: Path, mon
 def test_open_shows_the_page_of_what_auto_recommends(
     opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = Candidate(Precision.INT8, bundle=tmp_path)
+    chosen = PrecisionCandidate(Precision.INT8, bundle=tmp_path)
     found = Recommendation((chosen,), chosen, None, ())
     monkeypatch.setattr("spach_deploy.cli.export._recommend", lambda *options, **how: found)
     assert CliRunner().invoke(export_command, ["--auto", "--open"]).exit_code == 0
@@ -211,18 +211,18 @@ def test_open_where_no_page_would_be_written_is_refused_before_any_work(bundle: 
     ],
 )
 def test_a_damaged_manifest_costs_the_page_and_nothing_else(damage: dict[str, Any], tmp_path: Path) -> None:
-    problem = page_problem(VALIDATION, {**made_up.MANIFEST, **damage}, Place.of(tmp_path / PAGE))
+    problem = page_problem(VALIDATION, {**made_up.MANIFEST, **damage}, Destination.of(tmp_path / PAGE))
     assert "The page report.html was not made: an entry of the manifest or the report is not of its kind" in problem
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(BundleError):
-        write_page(VALIDATION, {**made_up.MANIFEST, **damage}, Place.of(tmp_path / PAGE))
+        write_page(VALIDATION, {**made_up.MANIFEST, **damage}, Destination.of(tmp_path / PAGE))
 
 
 def test_a_report_and_a_page_that_came_since_are_left_alone(tmp_path: Path) -> None:
-    asked = Asked(tmp_path, None, tmp_path / "mine.json", as_json=False, is_opened=False)
+    asked = ReportRequest(tmp_path, None, tmp_path / "mine.json", as_json=False, is_opened=False)
     places = asked.check()
     assert places is not None
-    write_page(VALIDATION, made_up.MANIFEST, Place.of(tmp_path / "mine.html"))
+    write_page(VALIDATION, made_up.MANIFEST, Destination.of(tmp_path / "mine.html"))
     assert "since this command began" in page_problem(VALIDATION, made_up.MANIFEST, places.page)
     (tmp_path / "mine.json").write_text("another's")
     with pytest.raises(UsageError, match=r"mine\.json cannot be written \(something was written there since"):
@@ -232,7 +232,7 @@ def test_a_report_and_a_page_that_came_since_are_left_alone(tmp_path: Path) -> N
 
 def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        write_page(VALIDATION, made_up.MANIFEST, Place.of(tmp_path / "nowhere" / PAGE))
+        write_page(VALIDATION, made_up.MANIFEST, Destination.of(tmp_path / "nowhere" / PAGE))
 
 
 def test_the_images_that_the_page_shows_are_pictured() -> None:
@@ -240,7 +240,7 @@ def test_the_images_that_the_page_shows_are_pictured() -> None:
     assert sorted(content.pictures) == [0, 1]
     assert all(uri.startswith("data:image/jpeg;base64,") for uri in content.pictures.values())
     assert content_of(VALIDATION, {}).pictures == {}
-    assert Content({}).evidence == []
+    assert ReportContent({}).evidence == []
 
 
 @pytest.mark.parametrize("io_dtype", IODtype)

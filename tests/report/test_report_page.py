@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spach_deploy.report import plots
-from spach_deploy.report.content import Content
+from spach_deploy.report.content import ReportContent
 from spach_deploy.report.page import SECTIONS, render
 from spach_deploy.report.sections import bisect, depth, precision, ranges, steps, verdict
 from tests.report import made_up
@@ -232,4 +232,4 @@ def test_a_deep_network_is_drawn_without_dots() -> None:
 
 def test_a_report_alone_is_enough() -> None:
     report = made_up.report(made_up.evidence(made_up.CLOSE))
-    assert "Do it again" in text_of(render(Content(report)))
+    assert "Do it again" in text_of(render(ReportContent(report)))

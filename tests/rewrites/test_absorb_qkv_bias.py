@@ -9,19 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from spach_deploy.models.configs import SpachConfig
+from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.rounding import rounded_graph
+from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.layers import MixingBlock
-from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import INPUT, LOGITS, export_canonical
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.rounding import rounded_twin
+from spach_deploy.models.published import SpachConfig
+from spach_deploy.models.spach import MixingBlock, Spach
+from spach_deploy.options.specs import Precision
 from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.rewrites.base import Outcome
 from spach_deploy.rewrites.static_modules import StaticAttention
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.specs import Precision
 from tests.static_models import CLASSES, IMAGE_SIZE, images, logits, relative_l2, small_model
 
 NAME = "absorb_qkv_bias"
@@ -126,7 +125,7 @@ def test_half_precision_loses_no_more_with_it(sign: int) -> None:
     for disabled in ((NAME,), ()):
         graph = export_canonical(rewrite(model, disabled).model, IMAGE_SIZE)
         apply_passes(graph, TENSORRT_PASSES)
-        half = rounded_twin(type_graph(graph, Precision.FP16).model)
+        half = rounded_graph(type_graph(graph, Precision.FP16).model)
         with OnnxRuntimeRunner(half.SerializeToString(), threads=1) as runner:
             errors.append(relative_l2(runner.run({INPUT: images(8)})[LOGITS], expected))
     without, with_it = errors

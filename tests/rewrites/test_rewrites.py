@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spach_deploy.errors import RewriteError
+from spach_deploy.common.errors import RewriteError
 from spach_deploy.rewrites import REWRITES, rewrite
 from spach_deploy.rewrites.base import Outcome, prove
 from spach_deploy.rewrites.static_modules import StaticAttention, StaticSpatialMLP

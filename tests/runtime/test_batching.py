@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.errors import MismatchError
+from spach_deploy.common.errors import MismatchError
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, check_feeds, run_in_batches
 

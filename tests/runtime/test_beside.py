@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from spach_deploy.errors import PrecisionError, SpachError
+from spach_deploy.common.errors import PrecisionError, SpachError
 from spach_deploy.runtime import beside
 from spach_deploy.runtime.beside import Beside, can_be_copied
 

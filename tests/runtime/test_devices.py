@@ -3,8 +3,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from spach_deploy.options.specs import ComputeCapability
 from spach_deploy.runtime.devices import LocalGpu, local_gpus
-from spach_deploy.specs import ComputeCapability
 
 
 class Driver:

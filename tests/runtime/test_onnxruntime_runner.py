@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from spach_deploy.errors import MismatchError, MissingPackageError, UnavailableError, UsageError
+from spach_deploy.common.errors import MismatchError, MissingPackageError, UnavailableError, UsageError
 from spach_deploy.runtime import Runner, TensorSpec
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.plan_identity import identify_plan_file, plan_identity
-from spach_deploy.specs import Flavour
 
 
 def rtx_plan(size: int = 500) -> bytes:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.cache.key import machine
-from spach_deploy.runtime import processor
+from spach_deploy.common import processor
+from spach_deploy.pipeline.cache import machine
 from tests.processors import CPUINFO, pretend
 
 

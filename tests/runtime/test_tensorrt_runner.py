@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.errors import UnavailableError, UsageError
+from spach_deploy.common.errors import UnavailableError, UsageError
+from spach_deploy.options.specs import ComputeCapability, Flavour
 from spach_deploy.runtime.devices import LocalGpu, local_gpus
 from spach_deploy.runtime.packages import is_installed
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner, why_engine_cannot_run_here
-from spach_deploy.specs import ComputeCapability, Flavour
 
 A10 = LocalGpu("NVIDIA A10", ComputeCapability(8, 6))
 H100 = LocalGpu("NVIDIA H100", ComputeCapability(9, 0))
@@ -36,7 +36,7 @@ def test_says_why_no_engine_can_run() -> None:
 def test_asking_imports_neither_torch_nor_tensorrt() -> None:
     code = (
         "import sys; from spach_deploy.runtime.tensorrt_runner import why_engine_cannot_run_here as why; "
-        "from spach_deploy.specs import Flavour; why(Flavour.TENSORRT_RTX); "
+        "from spach_deploy.options.specs import Flavour; why(Flavour.TENSORRT_RTX); "
         "print({'torch', 'polygraphy', 'tensorrt_rtx'} & set(sys.modules))"
     )
     assert run_python(code, ROOT) == "set()"
@@ -78,10 +78,10 @@ def test_a_plan_of_the_other_flavour_is_refused() -> None:
 
 LOAD = """
 import sys
-from spach_deploy.errors import UnavailableError
+from spach_deploy.common.errors import UnavailableError
 from spach_deploy.runtime.devices import LocalGpu
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
-from spach_deploy.specs import ComputeCapability, Flavour
+from spach_deploy.options.specs import ComputeCapability, Flavour
 
 plan = bytes.fromhex(sys.argv[1]) if len(sys.argv) > 1 else bytes.fromhex("{plan}")
 try:
@@ -116,9 +116,9 @@ def test_the_real_runtime_without_a_driver_gives_its_reason() -> None:
 
 def test_the_other_flavour_in_the_same_process_is_an_error() -> None:
     code = (
-        "from spach_deploy.errors import UnavailableError\n"
+        "from spach_deploy.common.errors import UnavailableError\n"
         "from spach_deploy.runtime.polygraphy_session import use_tensorrt\n"
-        "from spach_deploy.specs import Flavour\n"
+        "from spach_deploy.options.specs import Flavour\n"
         "use_tensorrt(Flavour.TENSORRT); use_tensorrt(Flavour.TENSORRT)\n"
         "try: use_tensorrt(Flavour.TENSORRT_RTX)\n"
         "except UnavailableError as error: print(error)\n"
@@ -134,7 +134,7 @@ import numpy as np
 import types
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
-from spach_deploy.specs import Flavour
+from spach_deploy.options.specs import Flavour
 
 
 class Inner:

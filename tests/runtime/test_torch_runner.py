@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.errors import MismatchError
+from spach_deploy.common.errors import MismatchError
 from spach_deploy.runtime import Runner, TensorSpec
 from spach_deploy.runtime.torch_runner import TorchRunner
 

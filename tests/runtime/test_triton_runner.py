@@ -1,4 +1,4 @@
-"""Addresses of served models, and what happens without a client or a server. Real servers: tests/deployment/triton."""
+"""Addresses of served models, and what happens without a client or a server. Real servers: tests/packaging/triton."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from spach_deploy.errors import MismatchError, MissingPackageError, UnavailableError, UsageError
+from spach_deploy.common.errors import MismatchError, MissingPackageError, UnavailableError, UsageError
+from spach_deploy.options.specs import IODtype, OutputSpec
 from spach_deploy.runtime.triton_runner import ServedAt, TritonRunner
-from spach_deploy.specs import IODtype, OutputSpec
-from tests.deployment.kubernetes.served import StandIn, serving
-from tests.deployment.triton import tiny_bundles
-from tests.deployment.triton.tiny_bundles import Tiny
+from tests.packaging.kubernetes.served import StandIn, serving
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import Tiny
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from spach_deploy.onnx_graph.runtimes import runtimes, version_numbers
+from spach_deploy.graph.runtimes import runtimes, version_numbers
 from spach_deploy.runtime.truncation import MENDED, NUMBERS, Quantize, truncates, truncating_runtime
 
 

@@ -11,16 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.errors import UsageError
-from spach_deploy.validation.accuracy import (
-    Accuracy,
-    PairedAccuracy,
-    mcnemar_exact,
-    paired,
-    tango_interval,
-    upper_tail,
-)
-from spach_deploy.validation.labels import ImageLabels, open_labels
+from spach_deploy.common.errors import UsageError
+from spach_deploy.data.labels import ImageLabels, open_labels
+from spach_deploy.validation.accuracy import Accuracy, PairedAccuracy, mcnemar_exact, paired, tango_interval, upper_tail
 
 CLASSES = 10
 

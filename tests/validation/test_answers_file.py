@@ -13,15 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from spach_deploy.bundle import MANIFEST
+from spach_deploy.bundle.store import MANIFEST
 from spach_deploy.cli.validate import main as validate
-from spach_deploy.errors import MismatchError, UsageError
-from spach_deploy.models import LoadedModel, configs, load_model
+from spach_deploy.common.errors import MismatchError, UsageError
+from spach_deploy.models import LoadedModel, load_model
+from spach_deploy.models import published as configs
 from spach_deploy.models.hyperparameters import Source, values_of
 from spach_deploy.models.spach import Spach
-from spach_deploy.specs import Hyperparameters, ModelSpec
-from spach_deploy.validation import answers_file
-from spach_deploy.validation.answers_file import hold_to_answers, read_answers
+from spach_deploy.options.specs import Hyperparameters, ModelSpec
+from spach_deploy.validation import user_answers as answers_file
+from spach_deploy.validation.user_answers import hold_to_answers, read_answers
 from tests import static_models
 from tests.commands import export, refusal
 

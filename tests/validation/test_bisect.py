@@ -11,19 +11,19 @@ import onnx
 import pytest
 from onnx import ModelProto, helper
 
-from spach_deploy.errors import UsageError
+from spach_deploy.common.errors import UsageError
+from spach_deploy.graph.export import torch_export
+from spach_deploy.graph.names import owner
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.decision import TypingOptions
+from spach_deploy.graph.precision.ranges import measure_ranges
+from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.spach import Spach
-from spach_deploy.onnx_graph.export import torch_export
-from spach_deploy.onnx_graph.names import owner
-from spach_deploy.onnx_graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.precision.decision import TypingOptions
-from spach_deploy.precision.half import type_graph
-from spach_deploy.precision.ranges import measure_ranges
+from spach_deploy.options.specs import Precision
 from spach_deploy.rewrites import rewrite
-from spach_deploy.specs import Precision
-from spach_deploy.validation.bisect import Bisection, Reference, bisect_graph
+from spach_deploy.validation.bisect import Bisection, ProbedReference, bisect_graph
+from spach_deploy.validation.bisect.export_steps import first_wrong_part
 from spach_deploy.validation.bisect.locate import locate
-from spach_deploy.validation.bisect.stages import first_wrong_part
 from tests import static_models
 from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, small_model
 from tests.validation import faults
@@ -32,8 +32,8 @@ FORMS = ("canonical", "target", "fp16", "bf16", "plain")
 
 
 @functools.cache
-def reference(kind: str) -> Reference:
-    return Reference.of(small_model(kind), static_models.images(2))
+def reference(kind: str) -> ProbedReference:
+    return ProbedReference.of(small_model(kind), static_models.images(2))
 
 
 @functools.cache

@@ -13,19 +13,19 @@ import pytest
 from click.testing import CliRunner
 from onnx import ModelProto
 
-from spach_deploy.bundle import GOLDEN, GRAPH
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
-from spach_deploy.precision.rounding import rounded_twin
+from spach_deploy.graph.precision.rounding import rounded_graph
+from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
-from spach_deploy.specs import BatchProfile, OutputSpec, Precision
-from spach_deploy.validation.bisect import stages
-from spach_deploy.validation.depth import Depth
-from spach_deploy.validation.evidence import examine_typed
-from spach_deploy.validation.precision_loss import evaluate
-from spach_deploy.validation.reference import Golden
+from spach_deploy.validation.activations import ActivationTrace
+from spach_deploy.validation.bisect import export_steps as stages
+from spach_deploy.validation.error_trace import ActivationTracer, ErrorTrace, ExpectedActivations
+from spach_deploy.validation.rounding_error import evaluate
+from spach_deploy.validation.runs import examine_typed
 from spach_deploy.validation.tolerance import derive_tolerances
-from spach_deploy.validation.trace import Along, Expected, Trace
-from spach_deploy.validation.validate import golden_trial
+from spach_deploy.validation.validate import golden_set
 from tests import small_bundles
 from tests.static_models import small_model
 from tests.validation import faults
@@ -138,13 +138,13 @@ def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: p
 # Along the depth
 
 
-def along(model: ModelProto) -> Trace:
+def along(model: ModelProto) -> ErrorTrace:
     golden = Golden.load(small_bundles.bundle() / GOLDEN)
-    reference, depth = small_model("hybrid"), Depth()
+    reference, depth = small_model("hybrid"), ActivationTrace()
     derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, depth=depth)
     evaluate(reference, golden.input[:1], parts=depth.exact)
-    follower = Along(reference, Expected.of(depth))
-    trial = golden_trial(golden, "golden", OutputSpec(), BatchProfile())
+    follower = ActivationTracer(reference, ExpectedActivations.of(depth))
+    trial = golden_set(golden, "golden", OutputSpec(), BatchProfile())
     bounds = derive_tolerances(reference, golden.input, golden.logits, Precision.FP16).graph
     rounded = examine_typed(model.SerializeToString(), Precision.FP16, trial, bounds, watch=follower.watch)[-1]
     found = follower.trace(rounded, "a.jpg")
@@ -178,9 +178,9 @@ def test_an_exports_trace_stays_with_its_graph(spoiled: Path) -> None:
 
     exported = traced(spoiled)
     assert exported is not None
-    assert Trace.from_dict(exported) is not None
+    assert ErrorTrace.from_dict(exported) is not None
     other = spoiled / "other.onnx"
     shutil.copy(spoiled / GRAPH, other)
     assert traced(other) == exported
-    onnx.save(rounded_twin(onnx.load(other)), other)
+    onnx.save(rounded_graph(onnx.load(other)), other)
     assert traced(other) is None

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from spach_deploy.errors import UsageError
+from spach_deploy.common.errors import UsageError
 from spach_deploy.validation.compare import Comparison, compare_outputs
 from spach_deploy.validation.verdict import Tolerance, Verdict, judge
 

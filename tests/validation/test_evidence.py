@@ -11,19 +11,20 @@ import onnx
 import pytest
 from onnx import ModelProto
 
-from spach_deploy.bundle import GOLDEN, GRAPH, Bundle
-from spach_deploy.errors import UnavailableError, UsageError
-from spach_deploy.onnx_graph.graph import live_elements_at_batch_one
-from spach_deploy.precision.half import type_graph
-from spach_deploy.runtime import resources
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
+from spach_deploy.common import resources
+from spach_deploy.common.errors import UnavailableError, UsageError
+from spach_deploy.graph.edit import live_elements_at_batch_one
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.specs import BatchProfile, Flavour, Precision
-from spach_deploy.validation import evidence as evidence_module
+from spach_deploy.validation import runs as evidence_module
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.evidence import (
-    Evidence,
+from spach_deploy.validation.runs import (
+    EvaluationSet,
     Level,
-    Trial,
+    RunResult,
     examine_engine,
     examine_graph,
     examine_typed,
@@ -31,9 +32,8 @@ from spach_deploy.validation.evidence import (
     profile_batches,
     repeating,
 )
-from spach_deploy.validation.reference import Golden
 from spach_deploy.validation.tolerance import Bounds
-from spach_deploy.validation.validate import golden_trial
+from spach_deploy.validation.validate import golden_set
 from spach_deploy.validation.verdict import Tolerance
 from tests import small_bundles
 from tests.validation import faults
@@ -45,15 +45,15 @@ GELU = "layer2.2.channel_func.act/Gelu"
 
 
 @functools.cache
-def case(precision: Precision) -> tuple[bytes, Trial, Bounds]:
+def case(precision: Precision) -> tuple[bytes, EvaluationSet, Bounds]:
     """A bundle's graph, its golden pack as a trial, and its bounds."""
     bundle = Bundle.open(small_bundles.bundle(precision))
     facts = BundleFacts.of(bundle)
-    trial = golden_trial(Golden.load(bundle.file(GOLDEN)), "photographs", facts.outputs, facts.batch)
+    trial = golden_set(Golden.load(bundle.file(GOLDEN)), "photographs", facts.outputs, facts.batch)
     return bundle.file(GRAPH).read_bytes(), trial, facts.tolerances.graph
 
 
-def examine(precision: Precision, change: Callable[[ModelProto], None] = lambda model: None) -> Evidence:
+def examine(precision: Precision, change: Callable[[ModelProto], None] = lambda model: None) -> RunResult:
     graph, trial, bounds = case(precision)
     model = onnx.load_from_string(graph)
     change(model)
@@ -68,7 +68,7 @@ def test_a_graph_that_this_onnx_runtime_is_too_old_for_is_not_called_wrong() -> 
         examine(Precision.FP16, of_some_later_day)
 
 
-def findings(evidence: Evidence) -> str:
+def findings(evidence: RunResult) -> str:
     assert not evidence.passed
     return " ".join(evidence.verdict.findings)
 
@@ -194,7 +194,7 @@ def test_a_batch_that_would_take_a_cpu_hours_is_left_out_and_said(
 ) -> None:
     graph, trial, _ = case(Precision.FP32)
     monkeypatch.setattr(resources, "find_memory", lambda: resources.Memory(1 << 50, 1 << 50))
-    others = evidence_module.OtherBatches.of(graph, dataclasses.replace(trial, batch=profile))
+    others = evidence_module.ExtraBatches.of(graph, dataclasses.replace(trial, batch=profile))
     assert others.sizes == sizes
     assert others.left_out == "A batch of 100000 did not run: on a CPU 512 is the most."
 

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 from onnx import ModelProto, TensorProto, helper
 
 from spach_deploy.cli.validate import main
-from spach_deploy.errors import UsageError
+from spach_deploy.common.errors import UsageError
+from spach_deploy.graph.export import torch_export
 from spach_deploy.models.checkpoint import load_model
-from spach_deploy.onnx_graph.export import torch_export
-from spach_deploy.specs import ModelSpec
-from spach_deploy.validation.foreign import map_interface
+from spach_deploy.options.specs import ModelSpec
+from spach_deploy.validation.external_graph import map_interface
 from tests import small_bundles
 from tests.small_bundles import CLASSES, NAME, SIZE
 from tests.validation import faults

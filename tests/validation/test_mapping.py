@@ -7,26 +7,36 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spach_deploy.validation.bisect.mapping import (
+from spach_deploy.validation.bisect.probe_points import (
+    QKV_PARTS,
+    ChannelLayout,
+    Computation,
+    ProbeKind,
+    ProbePoint,
+    ProbeRecord,
+    only_made,
+)
+from spach_deploy.validation.bisect.tensor_matching import (
     EQUALIZED,
     FIRM_EIGHT_BITS,
     STATIC,
-    Candidate,
     Layout,
     Matcher,
     Order,
+    ReferenceTensor,
     distinct,
 )
-from spach_deploy.validation.bisect.places import QKV_PARTS, Computation, Kind, Place, Recorded, Rows, only_made
 
 SHAPE = (2, 5, 7)
 RNG = np.random.default_rng(3)
 VALUE = RNG.standard_normal(SHAPE).astype(np.float32)
 
 
-def candidate(form: str, value: NDArray[np.float32], name: str = "blocks.0.norm1") -> Candidate:
-    computation = Computation(None, (torch.from_numpy(value),), lambda _module, inputs, _rounding: inputs[0], Rows(2))
-    return Candidate(form, Recorded(Place(name, name, Kind.LEAF, ()), value, computation))
+def candidate(form: str, value: NDArray[np.float32], name: str = "blocks.0.norm1") -> ReferenceTensor:
+    computation = Computation(
+        None, (torch.from_numpy(value),), lambda _module, inputs, _rounding: inputs[0], ChannelLayout(2)
+    )
+    return ReferenceTensor(form, ProbeRecord(ProbePoint(name, name, ProbeKind.LEAF, ()), value, computation))
 
 
 def off_by(error: float) -> NDArray[np.float32]:
@@ -93,8 +103,8 @@ def test_in_eight_bits_a_graph_follows_the_form_that_it_is_nearest_to() -> None:
 def test_query_key_and_value_are_places_where_a_graph_makes_them() -> None:
     qkv, core = "blocks.0.spatial_func.qkv", "blocks.0.spatial_func/core"
     parts = [qkv + end for end in QKV_PARTS]
-    places = {name: Place(name, qkv, Kind.LEAF, ("blocks.0.norm1",)) for name in (qkv, *parts)}
-    places[core] = Place(core, "blocks.0.spatial_func", Kind.CORE, (qkv,))
+    places = {name: ProbePoint(name, qkv, ProbeKind.LEAF, ("blocks.0.norm1",)) for name in (qkv, *parts)}
+    places[core] = ProbePoint(core, "blocks.0.spatial_func", ProbeKind.CORE, (qkv,))
     packed, parted = only_made(places, {qkv, core}), only_made(places, {*parts, core})
     assert list(packed) == [qkv, core]
     assert packed[core].parents == (qkv,)

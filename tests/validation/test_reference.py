@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from spach_deploy.bundle import GOLDEN_BYTES
-from spach_deploy.errors import BundleError
-from spach_deploy.specs import IODtype, OutputSpec
-from spach_deploy.validation.reference import Golden, expected_outputs, promised_dtypes
+from spach_deploy.bundle.golden import Golden, expected_outputs, promised_dtypes
+from spach_deploy.bundle.store import GOLDEN_BYTES
+from spach_deploy.common.errors import BundleError
+from spach_deploy.options.specs import IODtype, OutputSpec
 
 
 def golden(count: int = 3) -> Golden:

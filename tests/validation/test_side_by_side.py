@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle import GOLDEN, GRAPH
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
-from spach_deploy.specs import Precision
-from spach_deploy.validation.reference import Golden
+from spach_deploy.options.specs import Precision
 from tests import small_bundles
 from tests.validation import faults
 
@@ -139,7 +139,7 @@ def test_the_page_shows_both(fp32: Path, fp16: Path, tmp_path: Path) -> None:
 
 
 def test_goldens_of_pixels_and_of_floats_are_the_same_pictures(fp16: Path) -> None:
-    from spach_deploy.bundle import Bundle
+    from spach_deploy.bundle.store import Bundle
     from spach_deploy.validation.side_by_side import _has_same_images
 
     bundle = Bundle.open(fp16, verify=False)

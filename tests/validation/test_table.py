@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spach_deploy.errors import UsageError
-from spach_deploy.files import Place
-from spach_deploy.specs import OutputSpec
+from spach_deploy.bundle.golden import expected_outputs
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.options.specs import OutputSpec
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.compare import compare_outputs
-from spach_deploy.validation.evidence import Evidence, Level, Trial
-from spach_deploy.validation.reference import expected_outputs
 from spach_deploy.validation.report import write_report
+from spach_deploy.validation.runs import EvaluationSet, Level, RunResult
 from spach_deploy.validation.table import as_text
 from spach_deploy.validation.tolerance import Bounds
-from spach_deploy.validation.validate import MissingEngineRun, Subject, Validation
+from spach_deploy.validation.validate import MissingEngineRun, ReportHeader, Validation
 from spach_deploy.validation.verdict import Tolerance, judge
 
 NAMES = ("a.jpg", "an exceedingly long name of a photograph taken in the summer of last year.jpg")
@@ -30,12 +30,14 @@ BOUNDS = Bounds(
 )
 
 
-def evidence(logits: np.ndarray, level: Level = Level.GRAPH) -> Evidence:
+def evidence(logits: np.ndarray, level: Level = Level.GRAPH) -> RunResult:
     outputs = OutputSpec(top_k=2)
     comparison = compare_outputs(
         expected_outputs(REFERENCE, outputs), expected_outputs(logits, outputs), image_names=NAMES
     )
-    return Evidence(level, "typed graph in ONNX Runtime", (1, 7), comparison, BOUNDS, judge(comparison, BOUNDS.outputs))
+    return RunResult(
+        level, "typed graph in ONNX Runtime", (1, 7), comparison, BOUNDS, judge(comparison, BOUNDS.outputs)
+    )
 
 
 def accuracy(candidate: np.ndarray, max_drop: float | None = None) -> Accuracy:
@@ -43,10 +45,10 @@ def accuracy(candidate: np.ndarray, max_drop: float | None = None) -> Accuracy:
     return Accuracy(measured, "typed graph in ONNX Runtime", "a folder of a very long name " * 4, max_drop, ("Noted.",))
 
 
-def validation(*items: Evidence, is_demo: bool = False, missing: bool = False) -> Validation:
-    trial = Trial(lambda start, stop: REFERENCE[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32")
+def validation(*items: RunResult, is_demo: bool = False, missing: bool = False) -> Validation:
+    trial = EvaluationSet(lambda start, stop: REFERENCE[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32")
     why = MissingEngineRun("no NVIDIA GPU here", "an NVIDIA GPU with tensorrt 10.16") if missing else None
-    subject = Subject("bundle/model.onnx", "ms_hybrid_s", "fp16", is_demo)
+    subject = ReportHeader("bundle/model.onnx", "ms_hybrid_s", "fp16", is_demo)
     return Validation(subject, trial, items, missing_engine_run=why)
 
 
@@ -129,7 +131,7 @@ def test_a_drop_beyond_the_allowed_is_exit_1_and_no_disagreement(tmp_path: Path)
     assert "x Top-1 accuracy falls by 50.00 points (95 % interval of the drop -48.64 to 90.55 points)" in text
     assert "AGREED with PyTorch in FP32, but LOST MORE ACCURACY than --max-drop allows." in text
     assert "Noted." in text
-    write_report(beyond, Place.of(tmp_path / "report.json"))
+    write_report(beyond, Destination.of(tmp_path / "report.json"))
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["passed"] is False
     assert "more than the 49.9 that --max-drop allows" in content["findings"][0]
@@ -160,7 +162,7 @@ def test_no_evidence_is_no_pass() -> None:
 
 def test_the_report_is_json_whatever_was_found(tmp_path: Path) -> None:
     for logits in (REFERENCE, WRONG, np.full_like(REFERENCE, np.inf)):
-        write_report(validation(evidence(logits)), Place.of(tmp_path / "report.json"))
+        write_report(validation(evidence(logits)), Destination.of(tmp_path / "report.json"))
         content = json.loads((tmp_path / "report.json").read_text())
         assert content["passed"] is (logits is REFERENCE)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
@@ -168,4 +170,4 @@ def test_the_report_is_json_whatever_was_found(tmp_path: Path) -> None:
 
 def test_a_report_without_a_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        write_report(validation(evidence(REFERENCE)), Place.of(tmp_path / "nowhere" / "report.json"))
+        write_report(validation(evidence(REFERENCE)), Destination.of(tmp_path / "nowhere" / "report.json"))

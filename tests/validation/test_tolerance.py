@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from torch import nn
 
-from spach_deploy.errors import BundleError, PrecisionError
-from spach_deploy.specs import IODtype, OutputSpec, Precision
+from spach_deploy.bundle.golden import expected_outputs
+from spach_deploy.common.errors import BundleError, PrecisionError
+from spach_deploy.options.specs import IODtype, OutputSpec, Precision
 from spach_deploy.validation.compare import compare_outputs
-from spach_deploy.validation.precision_loss import Arithmetic, evaluate, evaluate_fp64
-from spach_deploy.validation.reference import expected_outputs
-from spach_deploy.validation.tolerance import LOSS_FACTOR, Measured, ToleranceSet, derive_tolerances
+from spach_deploy.validation.rounding_error import StorageFormat, evaluate, evaluate_fp64
+from spach_deploy.validation.tolerance import ROUNDING_FACTOR, MeasuredError, ToleranceSet, derive_tolerances
 from spach_deploy.validation.verdict import judge
 from tests.static_models import images, logits, relative_l2, small_model
 
@@ -47,7 +47,7 @@ def test_precisions_need_room_in_the_order_of_their_significands(kind: str) -> N
 def test_the_loss_itself_passes_on_images_that_were_not_measured(kind: str, precision: Precision) -> None:
     model, _, _, tolerances = derived(kind, precision)
     others = images(16, seed=5)
-    lossy = evaluate(model, others, Arithmetic.of(precision))
+    lossy = evaluate(model, others, StorageFormat.of(precision))
     comparison = compare_outputs({"logits": logits(model, others)}, {"logits": lossy})
     assert judge(comparison, tolerances.graph.outputs).findings == ()
 
@@ -107,9 +107,9 @@ def test_the_same_images_give_the_same_bounds() -> None:
 def test_the_derivation_says_its_figures() -> None:
     tolerances = derived("hybrid", Precision.FP16)[3]
     loss, noise = (tolerances.graph.derivation[part] for part in ("loss", "noise"))
-    bound = LOSS_FACTOR * loss["rel_l2"] + 20 * noise["rel_l2"]
+    bound = ROUNDING_FACTOR * loss["rel_l2"] + 20 * noise["rel_l2"]
     assert math.isclose(tolerances.graph.outputs["logits"].rel_l2, bound)
-    assert f"{LOSS_FACTOR:g} x {loss['rel_l2']:.1e}" in tolerances.graph.sentence
+    assert f"{ROUNDING_FACTOR:g} x {loss['rel_l2']:.1e}" in tolerances.graph.sentence
     assert "4 images" in tolerances.graph.sentence
     assert "against FP64, 1 image" in tolerances.graph.sentence
 
@@ -130,7 +130,7 @@ def test_damaged_bounds_are_refused(damage: Any) -> None:
 
 def test_a_reference_of_zeros_gives_bounds_that_are_numbers() -> None:
     zeros = np.zeros((3, 5), np.float32)
-    assert Measured.of(zeros, zeros) == Measured(3, 0.0, 0.0, 0.0)
+    assert MeasuredError.of(zeros, zeros) == MeasuredError(3, 0.0, 0.0, 0.0)
 
 
 def test_an_answer_that_is_not_finite_is_refused() -> None:
@@ -147,14 +147,14 @@ def test_rounding_leaves_the_model_as_it_was() -> None:
     model, batch = small_model("hybrid"), images(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first = logits(model, batch)
-    evaluate(model, batch, Arithmetic.FP16)
+    evaluate(model, batch, StorageFormat.FP16)
     evaluate_fp64(model, batch)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert np.array_equal(logits(model, batch), first)
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("run", [evaluate_fp64, functools.partial(evaluate, arithmetic=Arithmetic.BF16)])
+@pytest.mark.parametrize("run", [evaluate_fp64, functools.partial(evaluate, arithmetic=StorageFormat.BF16)])
 def test_a_model_that_fails_on_the_way_is_left_as_it_was(run: Any) -> None:
     model, batch = small_model("hybrid"), images(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -174,7 +174,7 @@ def test_tf32_and_fp16_lose_alike_where_fp16_has_range() -> None:
     model, batch = small_model("hybrid"), images(4)
     tf32, fp16 = (
         relative_l2(evaluate(model, batch, arithmetic), logits(model, batch))
-        for arithmetic in (Arithmetic.TF32, Arithmetic.FP16)
+        for arithmetic in (StorageFormat.TF32, StorageFormat.FP16)
     )
     assert 0.5 < tf32 / fp16 < 2
 
@@ -188,20 +188,20 @@ def test_what_fp16_cannot_hold_stays_exact() -> None:
             return x.flatten(1)[:, :4] * 1e6 + 1.0
 
     batch = images(2)
-    large = evaluate(Large(), batch, Arithmetic.FP16)
+    large = evaluate(Large(), batch, StorageFormat.FP16)
     assert np.isfinite(large).all()
     assert relative_l2(large, evaluate(Large(), batch)) < 1e-3
 
 
 def test_shared_weights_are_rounded_once() -> None:
     model, batch = small_model("mlp_shared"), images(2)
-    assert 0 < relative_l2(evaluate(model, batch, Arithmetic.BF16), logits(model, batch)) < 0.1
+    assert 0 < relative_l2(evaluate(model, batch, StorageFormat.BF16), logits(model, batch)) < 0.1
 
 
 def test_measured_figures_grow_with_their_spread() -> None:
     exact = np.ones((4, 10))
-    even = Measured.of(exact * 1.01, exact)
-    uneven = Measured.of(exact * np.array([[1.0], [1.0], [1.0], [1.04]]), exact)
+    even = MeasuredError.of(exact * 1.01, exact)
+    uneven = MeasuredError.of(exact * np.array([[1.0], [1.0], [1.0], [1.04]]), exact)
     assert math.isclose(even.rel_l2, 0.01, rel_tol=1e-6)
     assert math.isclose(uneven.rel_l2, 0.01 + 2 * 0.02, rel_tol=1e-6)
     assert dataclasses.asdict(even)["images"] == 4

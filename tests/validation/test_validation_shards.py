@@ -17,17 +17,17 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from spach_deploy.bundle import GRAPH
+from spach_deploy.bundle.store import GRAPH
 from spach_deploy.cli.validate import main
-from spach_deploy.data.source import Entry
+from spach_deploy.data.images import ImageEntry
+from spach_deploy.options.specs import BatchProfile, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.specs import BatchProfile, Precision
 from spach_deploy.validation import shards
-from spach_deploy.validation.evidence import graph_batches
+from spach_deploy.validation.runs import graph_batches
 from spach_deploy.validation.shards import batches_a_part, cut_batches
 from tests import small_bundles
-from tests.cluster.fakes import FakeCluster
 from tests.commands import refusal
+from tests.distributed.fakes import FakeCluster
 from tests.quantization import small_quantized
 from tests.quantization.small_quantized import pictures
 from tests.validation import faults
@@ -44,7 +44,7 @@ def validate(*arguments: object) -> Result:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     fake = FakeCluster()
-    monkeypatch.setattr("spach_deploy.cluster.actors.connecting", fake.connecting)
+    monkeypatch.setattr("spach_deploy.distributed.actors.connecting", fake.connecting)
     return fake
 
 
@@ -243,7 +243,7 @@ def test_pictures_are_held_for_a_few_parts_only(cluster: FakeCluster, tmp_path: 
 
     def count(item: Any) -> None:
         nonlocal most
-        most = max(most, sum(type(thing) is Entry for thing in gc.get_objects()))
+        most = max(most, sum(type(thing) is ImageEntry for thing in gc.get_objects()))
 
     np.savez(images, images=pictures(120))
     cluster.watch = count

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from spach_deploy.report.content import Content
+from spach_deploy.report.content import ReportContent
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """A row for top-1 and top-5; None without labels."""
     accuracy = content.report.get("accuracy")
     if not accuracy:

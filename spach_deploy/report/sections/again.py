@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from spach_deploy.report.content import Content
+from spach_deploy.report.content import ReportContent
 
 
-def view(content: Content) -> dict[str, Any]:
+def view(content: ReportContent) -> dict[str, Any]:
     """Commands in order, versions at export and at validation, files with their SHA-256."""
     run = content.report.get("run") or {}
     exported, here = dict(content.section("tools")), dict(run.get("tools") or {})
@@ -30,7 +30,7 @@ def view(content: Content) -> dict[str, Any]:
     }
 
 
-def _commands(content: Content) -> Iterator[dict[str, str]]:
+def _commands(content: ReportContent) -> Iterator[dict[str, str]]:
     if exported := content.manifest.get("command"):
         yield {"title": "Export it", "text": str(exported)}
     run = content.report.get("run") or {}

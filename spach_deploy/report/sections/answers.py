@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.sections.verdict import flips_of
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """One entry an image; None where nothing was ranked."""
     answers = list(content.first.get("answers") or ())
     if not answers:
@@ -26,7 +26,7 @@ def view(content: Content) -> dict[str, Any] | None:
     }
 
 
-def _entry(answer: Json, content: Content, margin: float) -> dict[str, Any]:
+def _entry(answer: Json, content: ReportContent, margin: float) -> dict[str, Any]:
     shared = {ranked["index"] for ranked in answer["reference"]} & {ranked["index"] for ranked in answer["candidate"]}
     largest = max((ranked["probability"] for ranked in (*answer["reference"], *answer["candidate"])), default=0.0)
     return {

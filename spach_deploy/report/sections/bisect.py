@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.plots import Chart, Line, draw
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """Sentences, stages, suspects, and every module with its inherited and its own error; None without a bisection."""
     bisect = content.report.get("bisect")
     if not bisect:

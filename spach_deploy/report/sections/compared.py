@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from spach_deploy.models.hyperparameters import lines, read_section
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.formats import count, percent, plural, scientific, sentence
 from spach_deploy.report.sections.verdict import flips_of
-from spach_deploy.validation.evidence import and_listed
+from spach_deploy.validation.runs import and_listed
 
 Row = tuple[str, str, str, str]
 
 
-def view(content: Content) -> dict[str, Any]:
+def view(content: ReportContent) -> dict[str, Any]:
     """Facts by name, and a table per run and output."""
     return {"facts": list(_facts(content)), "runs": [_run(item) for item in content.evidence]}
 
 
-def _facts(content: Content) -> Iterator[tuple[str, str]]:
+def _facts(content: ReportContent) -> Iterator[tuple[str, str]]:
     report, model = content.report, content.section("model")
     yield "Candidate", sentence(str(content.first.get("ran", "nothing ran")))
     yield "Reference", sentence(str(report["reference"]))

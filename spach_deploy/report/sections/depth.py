@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.plots import Chart, Line, draw
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """A plot of error, noise and tolerance, and the same as a table; None where it was not measured."""
     trace = content.report.get("trace")
     modules = (trace or {}).get("modules") or []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spach_deploy.report.content import Content
+from spach_deploy.report.content import ReportContent
 
 _SHOWN = 14
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """Operators by number, rewrites that were applied, the plan's size and kernels."""
     certificate, engine = content.section("graph", "certificate"), content.section("engine")
     if not certificate and not engine:
@@ -34,7 +34,7 @@ def _bars(counts: Mapping[str, int]) -> list[dict[str, Any]]:
     return [{"name": name, "count": int(number), "share": number / ordered[0][1]} for name, number in ordered]
 
 
-def _rewrites(content: Content) -> list[dict[str, Any]]:
+def _rewrites(content: ReportContent) -> list[dict[str, Any]]:
     """PyTorch rewrites with the modules that each changed and its error in FP64, then passes over the graph."""
     rewrites = content.section("graph", "rewrites")
     found = [

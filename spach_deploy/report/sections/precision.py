@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.plots import groups_of
 
 _REASONS = {
@@ -19,7 +19,7 @@ _REASONS = {
 """Why nodes stay in FP32, by the policy's short names."""
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """A strip of weighted layers in the order of the network, a table of them, and what stays in FP32."""
     precision = content.section("precision")
     if not precision:
@@ -40,7 +40,7 @@ def view(content: Content) -> dict[str, Any] | None:
     }
 
 
-def _layers(content: Content) -> list[dict[str, Any]]:
+def _layers(content: ReportContent) -> list[dict[str, Any]]:
     """Weighted layers with what was asked of each and what came of it."""
     achieved = content.section("engine", "layers")
     why = {entry["node"]: entry["reason"] for entry in content.section("quantization").get("kept_float") or ()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.plots import Chart, Limit, Line, draw
 
 LARGEST_FP16 = 65_504.0
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """A plot of the largest magnitude by module, the tensors nearest to the limit, and what stays in FP32 for it."""
     precision = content.section("precision")
     modules = (content.report.get("trace") or {}).get("modules") or []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 
 _PHASES = {
     "Reference": ("load the model", "read images", "run the reference", "reference, bounds (alongside)"),
@@ -35,7 +35,7 @@ _ABOUT = {
 }
 
 
-def view(content: Content) -> dict[str, Any] | None:
+def view(content: ReportContent) -> dict[str, Any] | None:
     """Rows of the table; phases with their time and memory."""
     rows = [*_exported(content), *_run(content)]
     phases = [phase for phase in content.manifest.get("phases") or () if phase["seconds"] >= 0.005]
@@ -49,7 +49,7 @@ def view(content: Content) -> dict[str, Any] | None:
     }
 
 
-def _exported(content: Content) -> Iterator[dict[str, Any]]:
+def _exported(content: ReportContent) -> Iterator[dict[str, Any]]:
     """The steps up to the FP32 graph, as the export proved them."""
     errors, limit = content.section("graph", "relative_l2"), content.section("graph").get("relative_l2_limit")
     noise = content.first.get("tolerances", {}).get("derivation", {}).get("noise", {})
@@ -65,7 +65,7 @@ def _exported(content: Content) -> Iterator[dict[str, Any]]:
             yield {**_row(content, name, None, None, ""), "about": "ONNX in FP32, proven in its target's form"}
 
 
-def _run(content: Content) -> Iterator[dict[str, Any]]:
+def _run(content: ReportContent) -> Iterator[dict[str, Any]]:
     """What this validation ran."""
     runs = sorted(content.evidence, key=lambda item: item["level"] == "engine")
     for item in runs:
@@ -84,7 +84,7 @@ def _figures(item: Json) -> tuple[Any, Any]:
     return logits.get("rel_l2_worst"), (item["tolerances"]["outputs"].get("logits") or {}).get("rel_l2")
 
 
-def _row(content: Content, step: str, error: Any, allowed: Any, verdict: str) -> dict[str, Any]:
+def _row(content: ReportContent, step: str, error: Any, allowed: Any, verdict: str) -> dict[str, Any]:
     return {
         "step": step,
         "about": _ABOUT.get(step, ""),
@@ -95,7 +95,7 @@ def _row(content: Content, step: str, error: Any, allowed: Any, verdict: str) ->
     }
 
 
-def _seconds(content: Content, step: str) -> float | None:
+def _seconds(content: ReportContent, step: str) -> float | None:
     known = {phase["name"]: float(phase["seconds"]) for phase in content.manifest.get("phases") or ()}
     found = [known[name] for name in _PHASES[step] if name in known]
     return sum(found) if found else None

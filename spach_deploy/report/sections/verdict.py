@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spach_deploy.report.content import Content, Json
+from spach_deploy.report.content import Json, ReportContent
 from spach_deploy.report.formats import count, percent, plural, scientific, sentence, size
 
 GOOD, PARTIAL, BAD = "good", "partial", "bad"
@@ -13,7 +13,7 @@ GOOD, PARTIAL, BAD = "good", "partial", "bad"
 _SHOWN = 6
 
 
-def view(content: Content) -> dict[str, Any]:
+def view(content: ReportContent) -> dict[str, Any]:
     """State, heading, level of evidence, the reason, figures and findings."""
     report = content.report
     findings = list(report.get("findings") or ())
@@ -60,7 +60,7 @@ def level_sentence(report: Json) -> str:
     return str(report["level_sentence"]).removeprefix(f"Level of evidence: {report['level']}. ")
 
 
-def reason_of(content: Content) -> str:
+def reason_of(content: ReportContent) -> str:
     """Why, in one sentence."""
     findings = list(content.report.get("findings") or ())
     if findings:
@@ -94,7 +94,7 @@ def flips_of(logits: Json) -> list[Json]:
     return list(scores.get("flips") or ())
 
 
-def _error(content: Content) -> dict[str, Any] | None:
+def _error(content: ReportContent) -> dict[str, Any] | None:
     logits, allowed = content.logits, content.bounds.get("rel_l2")
     if not logits or allowed is None:
         return None
@@ -108,7 +108,7 @@ def _error(content: Content) -> dict[str, Any] | None:
     }
 
 
-def _classes(content: Content) -> dict[str, Any] | None:
+def _classes(content: ReportContent) -> dict[str, Any] | None:
     logits = content.logits
     if not logits.get("scores"):
         return None
@@ -121,14 +121,14 @@ def _classes(content: Content) -> dict[str, Any] | None:
     }
 
 
-def _top5(content: Content) -> dict[str, Any] | None:
+def _top5(content: ReportContent) -> dict[str, Any] | None:
     agreement = (content.logits.get("scores") or {}).get("top5_agreement")
     if agreement is None:
         return None
     return {"label": "Top-5 agreement", "value": percent(agreement, 1), "note": "of the best five classes, shared"}
 
 
-def _engine(content: Content) -> dict[str, Any] | None:
+def _engine(content: ReportContent) -> dict[str, Any] | None:
     engine, kernels = content.section("engine"), content.section("engine", "kernels")
     if "bytes" not in engine:
         return None

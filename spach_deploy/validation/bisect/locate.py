@@ -14,24 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from spach_deploy.errors import UsageError
-from spach_deploy.onnx_graph.names import owner
-from spach_deploy.validation.bisect.losses import relative_l2
-from spach_deploy.validation.bisect.mapping import Match
-from spach_deploy.validation.bisect.opened import Arrays, OpenedGraph
-from spach_deploy.validation.bisect.reference import BATCH, Reference, View
-from spach_deploy.validation.bisect.search import Feeds, Search
-from spach_deploy.validation.precision_loss import Arithmetic
+from spach_deploy.common.errors import UsageError
+from spach_deploy.graph.names import owner
+from spach_deploy.validation.bisect.error_metrics import relative_l2
+from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
+from spach_deploy.validation.bisect.reference import BATCH, ProbedReference, ProbeView
+from spach_deploy.validation.bisect.search import Feeds, TensorSearch
+from spach_deploy.validation.bisect.tensor_matching import Match
+from spach_deploy.validation.rounding_error import StorageFormat
 
 EIGHT_BIT_FACTOR = 0.75
 """Share of what eight bits cost that a layer may differ from the same layer in PyTorch: values that lie between two
 steps fall to either side."""
 
-_ARITHMETICS: dict[int, Arithmetic] = {TensorProto.FLOAT16: Arithmetic.FP16, TensorProto.BFLOAT16: Arithmetic.BF16}
+_ARITHMETICS: dict[int, StorageFormat] = {
+    TensorProto.FLOAT16: StorageFormat.FP16,
+    TensorProto.BFLOAT16: StorageFormat.BF16,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class ProbeErrors:
     """A place in a graph. `local`: relative L2 given right inputs; `inherited`: in the graph as it is.
 
     `value` float32 (B, N, C) is what the graph makes of right inputs. `allowed`: rounding.
@@ -57,7 +60,7 @@ class Suspicion:
     """
 
     place: str
-    found: Found | None
+    found: ProbeErrors | None
     seen_at: str
     value: NDArray[np.floating] | None = dataclasses.field(default=None, repr=False)
 
@@ -66,8 +69,8 @@ class Suspicion:
 class Location:
     """What a graph does at each place; suspicions in the order of the model. `view`: the reference it was held to."""
 
-    view: View
-    found: dict[str, Found]
+    view: ProbeView
+    found: dict[str, ProbeErrors]
     suspicions: tuple[Suspicion, ...]
 
     @property
@@ -77,19 +80,19 @@ class Location:
         return tuple(name for name in self.view.places if name not in self.found and name not in suspected)
 
 
-def locate(graph: ModelProto, reference: Reference) -> Location:
+def locate(graph: ModelProto, reference: ProbedReference) -> Location:
     """Hold every place of `graph` to the reference. UsageError where the graph cannot be taken apart."""
     name, dtype, batch = _input(graph)
     opened = OpenedGraph(graph, batch)
     view = reference.view(batch).of_graph(opened.makers)
     feeds = {name: reference.inputs(dtype, batch)}
     is_quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
-    arithmetic = _ARITHMETICS[opened.half] if opened.half is not None else Arithmetic.FP32
+    arithmetic = _ARITHMETICS[opened.half] if opened.half is not None else StorageFormat.FP32
 
     def rounding(match: Match) -> float:
         return reference.loss(match.place, match.candidate, arithmetic).allowed
 
-    search = Search(opened, view, feeds, rounding, is_quantized=is_quantized)
+    search = TensorSearch(opened, view, feeds, rounding, is_quantized=is_quantized)
     while True:
         held = dict(_held(opened, search, feeds, reference, arithmetic))
         found = {place: held[place] for place in view.places if place in held}
@@ -113,8 +116,8 @@ def _input(graph: ModelProto) -> tuple[str, str, int]:
 
 
 def _held(
-    opened: OpenedGraph, search: Search, feeds: Feeds, reference: Reference, arithmetic: Arithmetic
-) -> Iterator[tuple[str, Found]]:
+    opened: OpenedGraph, search: TensorSearch, feeds: Feeds, reference: ProbedReference, arithmetic: StorageFormat
+) -> Iterator[tuple[str, ProbeErrors]]:
     """Each place computed from right inputs, and as it is, and compared."""
     places = {match.tensor: place for place, match in search.settled.items()}
     given: Arrays = search.given
@@ -125,7 +128,7 @@ def _held(
             yield match.place, _found(match, alone[match.place], value, search, reference, arithmetic)
 
 
-def _alone(opened: OpenedGraph, search: Search, feeds: Feeds) -> dict[str, float]:
+def _alone(opened: OpenedGraph, search: TensorSearch, feeds: Feeds) -> dict[str, float]:
     """Errors in the graph as it is; those of tensors that were found later are measured now."""
     errors = dict(search.inherited)
     later = {match.tensor: match for place, match in search.settled.items() if place not in errors}
@@ -141,20 +144,20 @@ def _found(
     match: Match,
     inherited: float,
     value: NDArray[np.floating],
-    search: Search,
-    reference: Reference,
-    arithmetic: Arithmetic,
-) -> Found:
+    search: TensorSearch,
+    reference: ProbedReference,
+    arithmetic: StorageFormat,
+) -> ProbeErrors:
     exact = match.candidate.recorded.value
     rows = match.layout.to_rows(value, exact.shape)
     local, eight_bits = reference.local_error(match.place, match.candidate, rows)
     allowed = reference.loss(match.place, match.candidate, arithmetic).allowed + EIGHT_BIT_FACTOR * eight_bits
     for name in search.between(match.place):  # what is folded into it rounds too
         allowed += reference.loss(name, reference.form_of(name, match.candidate.form), arithmetic).allowed
-    return Found(match, inherited, local, allowed, rows)
+    return ProbeErrors(match, inherited, local, allowed, rows)
 
 
-def _suspicions(view: View, search: Search, found: dict[str, Found]) -> Iterator[Suspicion]:
+def _suspicions(view: ProbeView, search: TensorSearch, found: dict[str, ProbeErrors]) -> Iterator[Suspicion]:
     """Places whose error is their own. What has no tensor is blamed where what follows it is wrong."""
     blamed: set[str] = set()
     for name in view.places:
@@ -169,7 +172,7 @@ def _suspicions(view: View, search: Search, found: dict[str, Found]) -> Iterator
 
 
 def _behind(
-    suspicion: Suspicion, opened: OpenedGraph, search: Search, feeds: Feeds, found: dict[str, Found]
+    suspicion: Suspicion, opened: OpenedGraph, search: TensorSearch, feeds: Feeds, found: dict[str, ProbeErrors]
 ) -> Suspicion:
     """The suspicion, or the place before it whose output is right and then cut off or rounded on its way.
 

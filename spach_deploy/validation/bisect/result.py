@@ -10,7 +10,7 @@ from spach_deploy.runtime.truncation import fault_of
 
 
 @dataclasses.dataclass(frozen=True)
-class StageResult:
+class StepResult:
     """One stage's logits against the reference's: relative L2, None where it did not run, and what is allowed."""
 
     stage: str
@@ -53,7 +53,7 @@ class ModuleResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unmapped:
+class Unmatched:
     """A place that is no tensor of the graph, and why nothing is made of it."""
 
     module: str
@@ -69,8 +69,8 @@ class Bisection:
 
     suspects: tuple[Suspect, ...]
     modules: tuple[ModuleResult, ...]
-    unmapped: tuple[Unmapped, ...]
-    stages: tuple[StageResult, ...] = ()
+    unmapped: tuple[Unmatched, ...]
+    stages: tuple[StepResult, ...] = ()
     truncated_by: str | None = None
 
     @property

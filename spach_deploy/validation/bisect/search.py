@@ -13,25 +13,25 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from spach_deploy.onnx_graph.names import owner
-from spach_deploy.onnx_graph.passes.tokens_first import NAME as TOKENS_FIRST
-from spach_deploy.validation.bisect.kinds import diagnose
-from spach_deploy.validation.bisect.losses import relative_l2
-from spach_deploy.validation.bisect.mapping import (
+from spach_deploy.graph.names import owner
+from spach_deploy.graph.passes.tokens_first import NAME as TOKENS_FIRST
+from spach_deploy.validation.bisect.error_metrics import relative_l2
+from spach_deploy.validation.bisect.fault_diagnosis import diagnose
+from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
+from spach_deploy.validation.bisect.reference import ProbeView
+from spach_deploy.validation.bisect.tensor_matching import (
     FIRM,
     FIRM_EIGHT_BITS,
-    Candidate,
-    Forms,
+    GraphForms,
     Layout,
     Match,
     Matcher,
     Order,
+    ReferenceTensor,
     distinct,
 )
-from spach_deploy.validation.bisect.opened import Arrays, OpenedGraph
-from spach_deploy.validation.bisect.reference import View
 
-WRONG_PLACES = 12
+WRONG_PROBE_POINTS = 12
 """After so many wrong places the rest is not looked for: the graph is another model's."""
 
 _NEAR, _EXPLAINED, _EXPLAINS = 0.5, 12, 0.2
@@ -42,7 +42,7 @@ _EVIDENCE = 3.0
 Feeds = dict[str, NDArray[np.generic]]
 
 
-class Search:
+class TensorSearch:
     """`settled`: each place's tensor; `wrong`: places that had to be settled by where they stand, in order.
 
     `inherited`: errors in the graph as it is, of the places that were found in it at once.
@@ -51,7 +51,7 @@ class Search:
     def __init__(
         self,
         opened: OpenedGraph,
-        view: View,
+        view: ProbeView,
         feeds: Feeds,
         rounding: Callable[[Match], float],
         *,
@@ -67,7 +67,7 @@ class Search:
         self._limit = FIRM_EIGHT_BITS if is_quantized else FIRM
         self._rounding = rounding
         self._is_quantized = is_quantized
-        self._forms: Forms | None = None
+        self._forms: GraphForms | None = None
         self._answers = self._answer_tensors()
         self._orders = _orders(opened)
         self._find()
@@ -142,7 +142,7 @@ class Search:
 
     def _settle_next(self) -> bool:
         """Settle the first wrong place, or say that it has no tensor; False where there is none."""
-        if len(self.wrong) >= WRONG_PLACES:
+        if len(self.wrong) >= WRONG_PROBE_POINTS:
             return False
         for place in self._view.places:
             if place in self.settled or place in self.hidden or not self._is_next(place):
@@ -232,12 +232,12 @@ class Search:
                 if self._is_named(match) or not self._is_input(rows, inputs):
                     yield match, rows
 
-    def _layouts(self, value: NDArray[np.floating], candidate: Candidate) -> Iterator[Layout]:
+    def _layouts(self, value: NDArray[np.floating], candidate: ReferenceTensor) -> Iterator[Layout]:
         for order in distinct(self._orders, candidate.recorded.value.shape):
             if order is not Order.CHANNELS_FIRST or value.ndim >= 3:
                 yield Layout(value.shape, order)
 
-    def _candidates(self, place: str) -> tuple[Candidate, ...]:
+    def _candidates(self, place: str) -> tuple[ReferenceTensor, ...]:
         """The place's value in the form that the graph follows, or in each where that is not known."""
         every = self._view.candidates[place]
         own = tuple(entry for entry in every if self._forms is not None and self._forms.follows(place, entry.form))

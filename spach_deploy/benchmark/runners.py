@@ -1,0 +1,285 @@
+"""What can run a bundle's model here: one name each, why one cannot run, and how it is opened in a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.benchmark.layers import by_module, owners_of
+from spach_deploy.bundle.store import GRAPH, Bundle
+from spach_deploy.common.files import utf8_path
+from spach_deploy.common.processor import has_bf16, has_vnni
+from spach_deploy.common.versions import old_package
+from spach_deploy.graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.options.specs import ComputeCapability, Flavour, WeightSource
+from spach_deploy.runtime.devices import local_gpus
+
+Array = npt.NDArray[Any]
+
+EAGER, COMPILE, BF16, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16, ENGINE = (
+    "eager",
+    "compile",
+    "bf16",
+    "onnxruntime",
+    "openvino",
+    "openvino-bf16",
+    "tensorrt",
+)
+CPU, GPU = "cpu", "cuda"
+TITLES: Mapping[str, str] = {
+    EAGER: "PyTorch eager",
+    COMPILE: "torch.compile",
+    BF16: "PyTorch, bf16 autocast",
+    ONNX_RUNTIME: "ONNX Runtime",
+    OPENVINO: "OpenVINO",
+    OPENVINO_BF16: "OpenVINO, bf16",
+    ENGINE: "TensorRT",
+}
+TORCH = (EAGER, COMPILE, BF16)
+"""Runners of the reference model, which take the checkpoint's weights."""
+
+IN_BF16 = (BF16, OPENVINO_BF16)
+"""Runners that compute in bfloat16 whatever the bundle's precision is."""
+
+OPENVINO_HINTS: Mapping[str, str] = {OPENVINO: "f32", OPENVINO_BF16: "bf16"}
+"""OpenVINO's INFERENCE_PRECISION_HINT: without one it takes bfloat16 where the CPU has it."""
+
+_CUDA = "CUDAExecutionProvider"
+_COMPILERS = ("g++", "clang++", "c++")
+_FIRST_BF16_GPU = ComputeCapability(8, 0)
+_PROFILED_RUNS = 4
+_NO_BF16 = "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerSetup:
+    """What is run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads."""
+
+    bundle: Path
+    checkpoint: Path | None = None
+    weights: WeightSource | None = None
+    threads: int = 1
+    ignore: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRunner:
+    """A runner, ready. `prepare` makes of engine inputs (N, ...) what it is fed; `run` gives logits (N, classes).
+
+    Both ends are in the host's memory: copies to a GPU and back are part of `run`. `device` is cpu or cuda. `profile`
+    gives the seconds of each PyTorch module in one run, where the runner can tell them.
+    """
+
+    run: Callable[[Any], Array]
+    prepare: Callable[[Array], Any] = lambda inputs: inputs
+    profile: Callable[[Any], dict[str, float]] | None = None
+    device: str = CPU
+
+
+def why_not(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
+    """Why a runner cannot run here, in words with the remedy; empty where it can."""
+    if name in TORCH:
+        return _why_not_torch(name, setup, bundle)
+    if name == ENGINE:
+        return _why_no_engine(bundle)
+    if bundle.needs_vnni and not has_vnni():
+        return "its INT8 is for CPUs with VNNI, and this one has none"
+    if name == ONNX_RUNTIME:
+        return _why_not_onnxruntime(bundle)
+    return why_no_openvino(name)
+
+
+def _why_not_onnxruntime(bundle: Bundle) -> str:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "not installed: pip install onnxruntime"
+    import onnxruntime
+
+    known, needs = runtimes().onnxruntime(onnxruntime.__version__), GraphNeeds.of(bundle.path / GRAPH)
+    on_gpu = _CUDA in onnxruntime.get_available_providers()
+    return known.misfit(needs, on_gpu=on_gpu) if known is not None and needs is not None else ""
+
+
+def why_no_openvino(name: str) -> str:
+    """Why OpenVINO, in that arithmetic, cannot run here; empty where it can."""
+    if importlib.util.find_spec("openvino") is None:
+        return "not installed: pip install openvino"
+    if old := old_package("openvino"):
+        return str(old)
+    return _NO_BF16 if name == OPENVINO_BF16 and not has_bf16() else ""
+
+
+def _why_not_torch(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
+    if lacks_weights(setup, bundle):
+        return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model['checkpoint']}"
+    if name == COMPILE and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
+        return "it needs a C++ compiler: apt-get install g++"
+    if name == BF16 and not (has_bf16() or _has_bf16_gpu()):
+        return _NO_BF16
+    return ""
+
+
+def lacks_weights(setup: RunnerSetup, bundle: Bundle) -> bool:
+    """Whether PyTorch's runners need a checkpoint that was not given."""
+    return bundle.manifest.model["origin"] == "checkpoint" and setup.checkpoint is None
+
+
+def _has_bf16_gpu() -> bool:
+    return any(gpu.capability >= _FIRST_BF16_GPU for gpu in local_gpus()[:1])
+
+
+def _why_no_engine(bundle: Bundle) -> str:
+    from spach_deploy.runtime.tensorrt_runner import why_engine_cannot_run_here
+
+    if bundle.plan is None:
+        return "the bundle has no engine"
+    return why_engine_cannot_run_here(Flavour(bundle.manifest.engine["flavour"])) or ""
+
+
+@contextlib.contextmanager
+def opened(name: str, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    """The runner, for as long as the block lasts. Raises what its library or the bundle raises."""
+    bundle = Bundle.open(setup.bundle, verify=False)
+    with _OPENERS[name](bundle, setup) as runner:
+        yield runner
+
+
+@contextlib.contextmanager
+def _torch(
+    bundle: Bundle, setup: RunnerSetup, change: Callable[[Any], Callable[[Any], Any]] = lambda model: model
+) -> Iterator[OpenRunner]:
+    """The reference model, or what `change` makes of it; on the GPU where PyTorch has one."""
+    import torch
+
+    from spach_deploy.validation.bundle_facts import BundleFacts
+    from spach_deploy.validation.live_reference import Weights, as_images, rebuild
+
+    torch.set_num_threads(setup.threads)
+    facts = BundleFacts.of(bundle)
+    device = GPU if torch.cuda.is_available() else CPU
+    model = change(
+        rebuild(bundle.manifest.model, Weights(setup.checkpoint, setup.weights, setup.ignore)).model.to(device)
+    )
+    with torch.inference_mode():
+        yield OpenRunner(
+            lambda images: model(images.to(device)).float().cpu().numpy(),
+            lambda inputs: torch.from_numpy(as_images(inputs, facts)),
+            device=device,
+        )
+
+
+def _compiled(bundle: Bundle, setup: RunnerSetup) -> AbstractContextManager[OpenRunner]:
+    import torch
+
+    return _torch(bundle, setup, lambda model: torch.compile(model, dynamic=False))
+
+
+@contextlib.contextmanager
+def _autocast(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    import torch
+
+    device = GPU if torch.cuda.is_available() else CPU
+    with torch.autocast(device, torch.bfloat16), _torch(bundle, setup) as runner:
+        yield runner
+
+
+@contextlib.contextmanager
+def _onnx_runtime(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    graph = bundle.file(GRAPH)
+    session = _session(graph, setup.threads)
+    name = session.get_inputs()[0].name
+    device = GPU if session.get_providers()[0] == _CUDA else CPU
+
+    def profile(inputs: Array) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            watched = _session(graph, setup.threads, f"{folder}/profile")
+            for _ in range(_PROFILED_RUNS):
+                watched.run(["logits"], {name: inputs})
+            layers = seconds_by_layer(Path(watched.end_profiling()), _PROFILED_RUNS)
+        return by_module(layers, owners_of(graph))
+
+    yield OpenRunner(lambda inputs: session.run(["logits"], {name: inputs})[0], profile=profile, device=device)
+
+
+def _session(graph: Path, threads: int, profile: str = "") -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    wanted = [name for name in (_CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
+    with utf8_path(graph) as name:
+        return onnxruntime.InferenceSession(name, options, providers=wanted)
+
+
+def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
+    """Seconds of one run in each node, from ONNX Runtime's profile of `runs` runs; the first one warms up."""
+    times: dict[str, list[float]] = {}
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
+            times.setdefault(str(event["name"]).removesuffix("_kernel_time"), []).append(event["dur"] / 1e6)
+    return {layer: statistics.median(seconds[-runs + 1 :]) for layer, seconds in times.items()}
+
+
+@contextlib.contextmanager
+def _openvino(name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    """Compiled for each shape that it is given: a batch that is known makes it up to a fifth faster."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": setup.threads,
+        "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[name],
+    }
+    requests: dict[tuple[int, ...], Any] = {}
+
+    def run(inputs: Array) -> Array:
+        if inputs.shape not in requests:
+            with utf8_path(bundle.file(GRAPH)) as graph:
+                model = core.read_model(graph)
+            model.reshape({model.inputs[0]: list(inputs.shape)})
+            requests[inputs.shape] = core.compile_model(model, "CPU", settings).create_infer_request()
+        return np.asarray(requests[inputs.shape].infer({0: inputs})["logits"])
+
+    yield OpenRunner(run)
+
+
+@contextlib.contextmanager
+def _engine(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
+
+    assert bundle.plan is not None
+    with TensorRTRunner(bundle.plan.read_bytes(), Flavour(bundle.manifest.engine["flavour"])) as runner:
+        name = next(iter(runner.input_specs))
+        yield OpenRunner(
+            lambda inputs: runner.run({name: inputs})["logits"],
+            profile=lambda inputs: by_module(runner.layer_seconds({name: inputs}), owners_of(bundle.file(GRAPH))),
+            device=GPU,
+        )
+
+
+_OPENERS: Mapping[str, Callable[[Bundle, RunnerSetup], AbstractContextManager[OpenRunner]]] = {
+    EAGER: _torch,
+    COMPILE: _compiled,
+    BF16: _autocast,
+    ONNX_RUNTIME: _onnx_runtime,
+    OPENVINO: functools.partial(_openvino, OPENVINO),
+    OPENVINO_BF16: functools.partial(_openvino, OPENVINO_BF16),
+    ENGINE: _engine,
+}

@@ -1,0 +1,212 @@
+"""A directory of entries by key, safe with several processes at once and after a kill at any moment.
+
+ROOT/entries/KEY/        files, and entry.json with their SHA-256: renamed into place when it is whole
+ROOT/partial/            being written; what a dead process left there is removed by the next
+ROOT/lock                held while entries are added or removed
+
+All of it is this user's alone: nothing is taken from, or kept in, a directory that others may write in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from spach_deploy.bundle.store import sha256_of
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import Destination, is_own, lock_file, private_folder, read_json
+
+RECORD = "entry.json"
+_BLOCK = 1 << 20
+_KEY = re.compile("[0-9a-f]{64}")
+_DRAFT = re.compile(r"(\d+)-[0-9a-f]{8}")
+_MOST_BYTES = 1 << 20
+"""Of a record; one has some hundreds."""
+
+_LATEST = 1e11
+"""Seconds since 1970 that a date can be made of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheEntry:
+    """An entry: its size, when it was made and last used (seconds since 1970), and what it says of itself.
+
+    `files`: SHA-256 of each, by name.
+    """
+
+    key: str
+    path: Path
+    size_bytes: int
+    made: float
+    used: float
+    about: dict[str, str]
+    files: dict[str, str]
+
+
+class Store:
+    """Entries under `root`, at most `limit_bytes` of them; the least recently used go first.
+
+    OSError where the disk says no: a cache is never worth a failure, so callers let it be.
+    """
+
+    def __init__(self, root: Path, limit_bytes: int) -> None:
+        self.root = root
+        self.limit_bytes = limit_bytes
+
+    def entries(self) -> list[CacheEntry]:
+        """Those that are there and may be read, the last used first."""
+        folder = self.root / "entries"
+        try:
+            paths = list(folder.iterdir()) if is_own(self.root) and is_own(folder) else []
+        except OSError:
+            paths = []
+        found = [entry for path in paths if (entry := _entry(path)) is not None]
+        return sorted(found, key=lambda entry: -entry.used)
+
+    def take(self, entry: CacheEntry, target: Path, check: Callable[[Path], object] = lambda folder: None) -> bool:
+        """Copy an entry's files into the directory `target`; whether that was possible.
+
+        Every file's SHA-256 is checked as it is copied, and `check` looks at them all: it raises UsageError for what
+        they should not be. A damaged entry is removed, and `target` is left empty.
+        """
+        try:
+            for name, digest in entry.files.items():
+                if _copied(entry.path / name, target / name) != digest:
+                    raise ValueError(name)
+            check(target)
+        except (OSError, ValueError, UsageError):
+            for file in target.iterdir():
+                file.unlink()
+            self.remove(entry.key)
+            return False
+        with contextlib.suppress(OSError):  # evicted in this moment, by another
+            os.utime(entry.path / RECORD)
+        return True
+
+    def put(
+        self, key: str, source: Path, about: dict[str, str], digests: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Keep the files of the directory `source`; nothing happens where the key is there already.
+
+        On the same file system a file is not copied: the entry gives it one more name. Whoever changes it where it lies
+        changes the entry too, which `take` finds out. `digests`: SHA-256 of files that are known already.
+        """
+        final = self.root / "entries" / key
+        private_folder(private_folder(self.root) / "entries")
+        if _entry(final) is not None:
+            return
+        draft = private_folder(private_folder(self.root / "partial") / f"{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            files = {
+                file.name: _kept(file, draft / file.name, digests.get(file.name))
+                for file in sorted(source.iterdir())
+                if file.is_file()
+            }
+            record = {"files": files, "about": about, "made": time.time()}
+            Destination.of(draft / RECORD).write_text(json.dumps(record), mode=0o600)
+            with self._locked():
+                self._clean()
+                if _entry(final) is None:
+                    self._drop(final)
+                    draft.rename(final)
+                self._evict(key)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def remove(self, key: str) -> None:
+        """Forget an entry."""
+        with self._locked():
+            self._drop(self.root / "entries" / key)
+
+    def clear(self) -> int:
+        """Forget all; how many there were."""
+        entries = self.entries()
+        for entry in entries:
+            self.remove(entry.key)
+        return len(entries)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with lock_file(private_folder(self.root) / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it does
+            yield
+
+    def _drop(self, path: Path) -> None:
+        """Out of sight in one step, then gone."""
+        grave = private_folder(self.root / "partial") / f"{os.getpid()}-{secrets.token_hex(4)}"
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+    def _evict(self, kept: str) -> None:
+        entries = self.entries()
+        total = sum(entry.size_bytes for entry in entries)
+        for entry in reversed(entries):
+            if total <= self.limit_bytes:
+                return
+            if entry.key != kept or entry.size_bytes > self.limit_bytes:
+                self._drop(entry.path)
+                total -= entry.size_bytes
+
+    def _clean(self) -> None:
+        """What processes left that are no more, and what is no entry."""
+        for draft in (self.root / "partial").iterdir():
+            owner = _DRAFT.fullmatch(draft.name)
+            if owner and not Path(f"/proc/{owner[1]}").exists():
+                shutil.rmtree(draft, ignore_errors=True)
+        for path in (self.root / "entries").iterdir():
+            if _KEY.fullmatch(path.name) and _entry(path) is None:
+                self._drop(path)
+
+
+def _entry(path: Path) -> CacheEntry | None:
+    """The entry at a path; None where there is none, or none that this user wrote whole."""
+    try:
+        if not is_own(path) or not is_own(path / RECORD):
+            return None
+        record = read_json(path / RECORD, _MOST_BYTES)
+        files, about, made = _texts(record["files"]), _texts(record["about"]), float(record["made"])
+        if not all(Path(name).name == name for name in files) or not 0 <= made < _LATEST:
+            return None
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return CacheEntry(path.name, path, size, made, (path / RECORD).stat().st_mtime, about, files)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _texts(content: Any) -> dict[str, str]:
+    """Texts by name. TypeError for anything else."""
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise TypeError(f"{type(content).__name__} of other things than text")
+    return content
+
+
+def _kept(source: Path, target: Path, digest: str | None) -> str:
+    """Another name for a file, or a copy where there can be none; its SHA-256."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        return _copied(source, target)
+    return digest or sha256_of(target)
+
+
+def _copied(source: Path, target: Path) -> str:
+    """Copy a file; its SHA-256."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        while block := reading.read(_BLOCK):
+            digest.update(block)
+            writing.write(block)
+    return digest.hexdigest()

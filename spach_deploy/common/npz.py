@@ -1,0 +1,91 @@
+"""Arrays of an npz, judged by its directory and their headers before any of them is read, which takes no NumPy."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spach_deploy.common.files import check_regular
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_ENCRYPTED = 1
+_WRITTEN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""How NumPy stores arrays."""
+
+_LENGTH_BYTES = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4, b"\x93NUMPY\x03\x00": 4}
+_LONGEST_HEADER = 10_000
+"""Characters; what NumPy reads too."""
+
+_DTYPE = re.compile(r"[<>|=]?([biufcSU])(\d{1,9})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Of an array: its dtype as NumPy writes it (`<f4`), and its shape."""
+
+    descr: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of a float (`float32`); others, and those of another byte order, as they are written."""
+        return f"float{int(self.descr[2:]) * 8}" if re.fullmatch(r"<f\d", self.descr) else self.descr
+
+
+def read_npz(path: Path, most_bytes: Mapping[str, int]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays named in `most_bytes`, each of at most so many bytes. ValueError, in a few words, for others."""
+    import numpy as np
+
+    npz_headers(path, most_bytes)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in most_bytes}
+    except Exception as error:  # zipfile, zlib and NumPy raise what they like for damaged files
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def npz_headers(path: Path, most_bytes: Mapping[str, int]) -> dict[str, Header]:
+    """Their headers. ValueError as for `read_npz`, but for what is damaged behind them."""
+    try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            return {name: _header(archive, name, most) for name, most in most_bytes.items()}
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except Exception as error:  # as above
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Header:
+    member = f"{name}.npy"
+    if member not in archive.namelist():
+        raise ValueError(f"it has no array '{name}'")
+    info = archive.getinfo(member)
+    if info.flag_bits & _ENCRYPTED or info.compress_type not in _WRITTEN:
+        raise ValueError(f"'{name}' is encrypted or compressed as NumPy does not write it")
+    with archive.open(info) as file:
+        length_bytes = _LENGTH_BYTES.get(file.read(8), 0)
+        length = int.from_bytes(file.read(length_bytes), "little")
+        content = ast.literal_eval(file.read(length).decode()) if 0 < length <= _LONGEST_HEADER else {}
+        header, begin = Header(str(content.get("descr")), tuple(content.get("shape", ()))), file.tell()
+    size = math.prod(header.shape) * _item_bytes(header.descr)
+    if not size >= 0 or info.file_size != begin + size or not _DTYPE.fullmatch(header.descr):
+        raise ValueError(f"'{name}' is not what its header says")
+    if size > most_bytes:
+        shown = f"{header.dtype} {header.shape}, {size:,} bytes"
+        raise ValueError(f"'{name}' is {shown}; {most_bytes:,} are read at most")
+    return header
+
+
+def _item_bytes(descr: str) -> int:
+    """Bytes of a number or a text; 0 for a dtype that is neither."""
+    found = _DTYPE.fullmatch(descr)
+    return int(found[2]) * (4 if found[1] == "U" else 1) if found else 0

@@ -1,0 +1,244 @@
+"""A source of images: named, lazy, in bounded memory, with a record of what could not be read.
+
+Pictures that cannot be decoded are skipped and recorded in `ImageSource.skipped`, so that a caller can name
+them; a source in which nothing is readable is an error.
+
+Photographs that the package carries, for when a user gives none.
+
+Eight public-domain or CC0 pictures; `probes/README.md` names source and licence of each. Enough to compare
+two forms of one model, not to measure accuracy; reports say when they were used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib import resources
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from spach_deploy.common.errors import ImageError, UsageError, printable
+from spach_deploy.data import preprocess
+from spach_deploy.options.specs import Preprocessing
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""Decoders used. Pillow knows more, one of which (EPS) starts a program on the file's text."""
+
+_NAMED = 3  # unreadable files that an error message spells out
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageItem:
+    """One picture: its name in the source, decoded RGB pixels, and a class index where the source has one."""
+
+    name: str
+    image: Image.Image
+    label: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A picture that was left out, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageBatch:
+    """`names` (n), `pixels` uint8 RGB (n, S, S, 3) after resize and crop, `labels` int64 (n) or None."""
+
+    names: tuple[str, ...]
+    pixels: preprocess.UInt8Array
+    labels: npt.NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEntry:
+    """What a reader yields: a name and a way to decode. `load` raises ImageError when that fails."""
+
+    name: str
+    load: Callable[[], Image.Image]
+    label: int | None = None
+
+
+Entries = Callable[[int | None], Iterator[ImageEntry]]
+"""Makes the entries afresh, best choice for a limit first; it may yield more than the limit, as spares."""
+
+
+class ImageSource:
+    """Iterate for `ImageItem`s, as often as wanted.
+
+    `description` says in words what it is; `count` is how many there are at most (None where only reading to
+    the end would tell); `classes` are the folder names that labels index, empty where there are none.
+    """
+
+    def __init__(
+        self, description: str, entries: Entries, *, count: int | None = None, classes: tuple[str, ...] = ()
+    ) -> None:
+        self.description = description
+        self.classes = classes
+        self._entries = entries
+        self._all = count
+        self._limit: int | None = None
+        self._skipped: list[Skipped] = []
+
+    def __repr__(self) -> str:
+        return f"ImageSource({self.description!r}, count={self.count})"
+
+    @property
+    def count(self) -> int | None:
+        """Number of images at most, None where it is not known without reading everything."""
+        return self._all if self._all is None or self._limit is None else min(self._all, self._limit)
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What the latest iteration left out so far."""
+        return tuple(self._skipped)
+
+    def entries(self) -> Iterator[ImageEntry]:
+        """What there is to decode, in order, readable or not; without regard to a limit."""
+        return self._entries(None)
+
+    def candidates(self) -> Iterator[ImageEntry]:
+        """What is tried for the limit, in order, readable or not; more than the limit, where some are spares."""
+        return self._entries(self._limit)
+
+    def of_all(self, used: int) -> str:
+        """Of how many `used` images are, and whether a limit chose them: ` of 300, spread evenly`; empty for all."""
+        if self._all is None or used >= self._all:
+            return ""
+        is_spread = self._limit is not None and self._limit < self._all
+        return f" of {self._all}{', spread evenly' if is_spread else ''}"
+
+    def limit(self, n: int) -> ImageSource:
+        """At most `n` readable images.
+
+        Folders and npz files spread the choice evenly over the whole, so that a folder sorted by class gives
+        many classes; a tar, read in one pass, gives its first `n`. Raises UsageError when n < 1.
+        """
+        if n < 1:
+            raise UsageError(f"A limit of {n} images leaves nothing.", "Give 1 or more.")
+        limited = ImageSource(self.description, self._entries, count=self._all, classes=self.classes)
+        limited._limit = n if self._limit is None else min(n, self._limit)
+        return limited
+
+    def __iter__(self) -> Iterator[ImageItem]:
+        """Decode one picture at a time. Raises ImageError at the end when none was readable."""
+        self._skipped = []
+        nothing = True
+        for item in itertools.islice(self._readable(), self._limit):
+            nothing = False
+            yield item
+        if nothing:
+            raise ImageError(_nothing_readable(self.description, self._skipped), "Give JPEG or PNG photographs.")
+
+    def _readable(self) -> Iterator[ImageItem]:
+        for entry in self.candidates():
+            try:
+                image = entry.load()
+            except ImageError as error:
+                self._skipped.append(Skipped(entry.name, error.message))
+                continue
+            yield ImageItem(entry.name, image, entry.label)
+
+
+def decode(file: IO[bytes]) -> Image.Image:
+    """The picture in `file` as RGB. Raises ImageError, whatever is wrong with it.
+
+    The size is checked from the header, before memory is taken for the pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on metadata and palettes; the size is checked here
+            with Image.open(file, formats=FORMATS) as image:
+                preprocess.check_size(*image.size)
+                image.load()
+                return preprocess.to_rgb(image)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"The picture has more pixels than the {preprocess.MAX_PIXELS:,} allowed.") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("It is not a picture in a known format.") from error
+    except Exception as error:  # decoders meet hostile bytes with any exception; all mean the same here
+        raise ImageError(f"It cannot be decoded ({printable(str(error)) or type(error).__name__}).") from error
+
+
+def batches(source: ImageSource, preprocessing: Preprocessing, batch_size: int) -> Iterator[ImageBatch]:
+    """Resized and cropped images of `source` in batches of `batch_size`; the last may be smaller.
+
+    Holds one batch in memory. Raises ImageError when nothing is readable, UsageError when batch_size < 1.
+    """
+    if batch_size < 1:
+        raise UsageError(f"A batch of {batch_size} images is not possible.", "Give 1 or more.")
+    items = iter(source)
+    while chunk := [_prepare(item, preprocessing) for item in itertools.islice(items, batch_size)]:
+        yield _stack(chunk)
+
+
+def content_hash(pixels: Iterable[preprocess.UInt8Array]) -> str:
+    """SHA-256 (hex) of a set of decoded images, given as uint8 arrays (n, H, W, 3), such as batches.
+
+    Each image is hashed with its shape; the sorted digests are hashed again. Names, order and the division
+    into batches do not matter; a repeated image does.
+    """
+    digests = sorted(image_digest(image) for array in pixels for image in array)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _prepare(item: ImageItem, preprocessing: Preprocessing) -> tuple[str, preprocess.UInt8Array, int | None]:
+    return item.name, preprocess.pixels(item.image, preprocessing), item.label
+
+
+def _stack(chunk: list[tuple[str, preprocess.UInt8Array, int | None]]) -> ImageBatch:
+    names, arrays, labels = zip(*chunk, strict=True)
+    known = None if None in labels else np.array(labels, np.int64)
+    return ImageBatch(names, np.stack(arrays), known)
+
+
+def image_digest(image: preprocess.UInt8Array) -> bytes:
+    """SHA-256 of a decoded image, uint8 (H, W, 3), and its shape."""
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image).tobytes())
+    return digest.digest()
+
+
+def _nothing_readable(description: str, skipped: list[Skipped]) -> str:
+    if not skipped:
+        return f"There is no image in {description}."
+    shown = "; ".join(str(s).rstrip(".") for s in skipped[:_NAMED])
+    more = f"; and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+    return f"None of the {len(skipped)} images in {description} can be used ({shown}{more})."
+
+
+def probe_source() -> ImageSource:
+    """The built-in photographs, sorted by name, without labels. Raises ImageError when they are missing."""
+    folder = resources.files("spach_deploy.data") / "probes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name)
+    if not files:
+        raise ImageError("The built-in photographs are missing from this installation.", "Reinstall spach-deploy.")
+    entries = [ImageEntry(file.name, partial(_load, file.read_bytes)) for file in files]
+
+    def choose(_: int | None) -> Iterator[ImageEntry]:
+        return iter(entries)
+
+    return ImageSource(f"the {len(entries)} built-in photographs", choose, count=len(entries))
+
+
+def _load(read: Callable[[], bytes]) -> Image.Image:
+    return decode(io.BytesIO(read()))

@@ -1,0 +1,144 @@
+"""What every exported graph promises, checked and stored.
+
+No shape arithmetic (so every shape but the batch is known when the engine is built), one symbolic dimension, every
+tensor's shape known, nothing unused, and node names that begin with a PyTorch module path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import onnx
+from onnx import ModelProto, TypeProto
+
+from spach_deploy.common.errors import CertificateError
+from spach_deploy.graph.names import owner
+from spach_deploy.graph.opset import opset_of
+
+FORBIDDEN = (
+    "Shape",
+    "Size",
+    "Gather",
+    "GatherND",
+    "Expand",
+    "Where",
+    "ConstantOfShape",
+    "ScatterND",
+    "Range",
+    "NonZero",
+)
+"""Operators of shape arithmetic and data-dependent indexing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Facts of a graph that keeps the promises."""
+
+    opset: int
+    ir_version: int
+    nodes: int
+    operators: dict[str, int]
+    symbolic: str | None
+    modules_named: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON for the manifest."""
+        return dataclasses.asdict(self)
+
+
+def certify(model: ModelProto, modules: Collection[str]) -> Certificate:
+    """Check `model`; `modules` are the paths that node names may begin with.
+
+    Raises CertificateError that lists every broken promise with the nodes concerned.
+    """
+    light = _without_large_weights(model)
+    _check_form(model, light)
+    symbolic = _symbolic_dimensions(model)
+    problems = [
+        *_forbidden(model),
+        *([f"more than one symbolic dimension: {', '.join(sorted(symbolic))}"] if len(symbolic) > 1 else []),
+        *_unknown_shapes(infer_shapes(light)),
+        *_unused(model),
+        *_unnamed(model, modules),
+    ]
+    if problems:
+        raise CertificateError(f"The exported graph cannot be certified: {'; '.join(problems)}.")
+    operators = dict(Counter(node.op_type for node in model.graph.node).most_common())
+    named = len({owner(node.name) for node in model.graph.node})
+    return Certificate(
+        opset_of(model), model.ir_version, len(model.graph.node), operators, next(iter(symbolic), None), named
+    )
+
+
+def _check_form(model: ModelProto, light: ModelProto) -> None:
+    """onnx.checker on the graph and on each tensor; never on both at once, which would copy all weights."""
+    try:
+        onnx.checker.check_model(light)
+        for tensor in model.graph.initializer:
+            onnx.checker.check_tensor(tensor)
+    except onnx.checker.ValidationError as error:
+        raise CertificateError(f"The exported graph is not valid ONNX: {error}") from error
+
+
+def infer_shapes(light: ModelProto) -> ModelProto:
+    """A graph with every tensor's shape; weights may be inputs, shapes do not depend on their values."""
+    try:
+        return onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise CertificateError(f"Shapes of the exported graph contradict each other: {error}") from error
+
+
+def _without_large_weights(model: ModelProto) -> ModelProto:
+    light = ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    graph = light.graph
+    graph.name = model.graph.name
+    graph.node.extend(model.graph.node)
+    graph.output.extend(model.graph.output)
+    graph.input.extend(model.graph.input)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return light
+
+
+def _forbidden(model: ModelProto) -> list[str]:
+    found = [f"{node.op_type} at {node.name}" for node in model.graph.node if node.op_type in FORBIDDEN]
+    return [f"shape arithmetic: {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}"] if found else []
+
+
+def _symbolic_dimensions(model: ModelProto) -> set[str]:
+    values = (*model.graph.input, *model.graph.output)
+    return {dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param}
+
+
+def _unknown_shapes(inferred: ModelProto) -> list[str]:
+    known = {value.name for value in inferred.graph.value_info if _is_known(value.type)}
+    known |= {value.name for value in (*inferred.graph.output, *inferred.graph.input) if _is_known(value.type)}
+    unknown = [name for node in inferred.graph.node for name in node.output if name and name not in known]
+    return [f"shapes unknown: {', '.join(unknown[:5])}"] if unknown else []
+
+
+def _is_known(value: TypeProto) -> bool:
+    """Every dimension has a number, but for the one that grows with the batch."""
+    if not value.tensor_type.HasField("shape"):
+        return False
+    dims = list(value.tensor_type.shape.dim)
+    return sum(not dim.HasField("dim_value") for dim in dims) <= 1
+
+
+def _unused(model: ModelProto) -> list[str]:
+    used = {name for node in model.graph.node for name in node.input}
+    unused = [tensor.name for tensor in model.graph.initializer if tensor.name not in used]
+    return [f"unused initializers: {', '.join(unused[:5])}"] if unused else []
+
+
+def _unnamed(model: ModelProto, modules: Collection[str]) -> list[str]:
+    allowed = {*modules, "model", "io"}
+    strange = [node.name for node in model.graph.node if owner(node.name) not in allowed]
+    return [f"nodes without a module path: {', '.join(strange[:5])}"] if strange else []

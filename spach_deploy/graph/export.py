@@ -1,0 +1,154 @@
+"""Static model -> canonical FP32 ONNX: torch.onnx, onnxsim, names of modules, certificate.
+
+The exporter's time grows with the number of blocks, and blocks of one shape differ in nothing but their weights. So one
+block of each kind is exported (the prototype), simplified, and stamped once per block with that block's own weights
+(`stamp.py`). What comes out is what a whole export would give, and it is compared with PyTorch like any other graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from onnx import ModelProto, TensorProto
+
+from spach_deploy.common.errors import CertificateError
+from spach_deploy.graph.block_prototype import (
+    Prototype,
+    block_of,
+    make_prototype,
+    stamp_blocks,
+    structure,
+    with_ordinary_weights,
+)
+from spach_deploy.graph.free_batch import free_batch
+from spach_deploy.graph.names import name_by_module
+from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
+from spach_deploy.options.specs import OPSET
+from spach_deploy.rewrites.static_modules import StaticSpach
+from spach_deploy.runtime.pages import small_pages
+
+if TYPE_CHECKING:
+    from onnx_ir import Graph
+    from torch import nn
+    from torch.onnx import ONNXProgram
+
+INPUT, LOGITS, BATCH = "input", "logits", "batch"
+_TRACED_BATCH = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedPrototype:
+    """The graph of a prototype's `structure`, serialized, without the weights of its blocks."""
+
+    structure: str
+    graph: bytes = dataclasses.field(repr=False)
+
+
+def export_canonical(model: StaticSpach, image_size: int, traced: ExportedPrototype | None = None) -> ModelProto:
+    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20.
+
+    `traced` is taken where it is of this very structure. Raises CertificateError when the exporter or the simplifier
+    fails.
+    """
+    prototype = make_prototype(model)
+    if traced is None or traced.structure != structure(prototype):
+        traced = trace(prototype, image_size)
+    return stamp_blocks(ModelProto.FromString(traced.graph), prototype.repeats, model)
+
+
+def trace(prototype: Prototype, image_size: int) -> ExportedPrototype:
+    """The prototype's graph: named by modules, simplified. It may be `without_weights`."""
+    ordinary = with_ordinary_weights(prototype)
+    program = _exported(ordinary.model, image_size)
+    weights = _as_inputs(program.model.graph, prototype.repeats)
+    graph = _freed(program.model_proto)
+    name_by_module(graph)
+    graph = simplify(graph)
+    _as_initializers(graph, weights)
+    restore_block_boundaries(graph, is_grid=ordinary.model.grid_stream)
+    return ExportedPrototype(structure(prototype), graph.SerializeToString())
+
+
+def torch_export(model: nn.Module, image_size: int) -> ModelProto:
+    """torch.onnx's own graph of `model`, every block traced."""
+    return _freed(_exported(model, image_size).model_proto)
+
+
+def _exported(model: nn.Module, image_size: int) -> ONNXProgram:
+    example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[LOGITS],
+            verbose=False,
+        )
+    assert program is not None
+    return program
+
+
+def _freed(model: ModelProto) -> ModelProto:
+    free_batch(model, _TRACED_BATCH, BATCH)
+    return model
+
+
+def _as_inputs(graph: Graph, blocks: Collection[str]) -> list[TensorProto]:
+    """Let `graph` read the weights of `blocks` instead of holding them, in place; what they were, without values.
+
+    They are most of it, nothing is to be made of them, and the simplifier would copy them from hand to hand.
+    """
+    weights = []
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.name == "FLOAT" and tensor.shape and block_of(name, blocks) is not None:
+            graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+            weights.append(TensorProto(name=name, dims=tensor.shape.numpy(), data_type=TensorProto.FLOAT))
+    return weights
+
+
+def _as_initializers(model: ModelProto, weights: list[TensorProto]) -> None:
+    """The opposite, for those that are still read; they have no values."""
+    names = {tensor.name for tensor in weights}
+    inputs = [value for value in model.graph.input if value.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    read = {name for node in model.graph.node for name in node.input}
+    model.graph.initializer.extend(tensor for tensor in weights if tensor.name in read)
+
+
+def simplify(model: ModelProto) -> ModelProto:
+    """onnxsim's constant folding and fusions; CertificateError when its own check fails."""
+    import onnxsim
+
+    with small_pages():
+        simplified, equal = onnxsim.simplify(model, check_n=0)
+    if not equal:
+        raise CertificateError("onnxsim's simplified graph differs from the exported one.")
+    result: ModelProto = simplified
+    return result
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter prints its progress and warns about packages we do not need; errors still come through."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,52 @@
+"""ONNX -> ONNX passes that give the graph its target's form: one per file, in this order.
+
+Each works in place and returns the names of what it changed. The graph is run before and after them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+
+from onnx import ModelProto
+
+from spach_deploy.graph.passes.first_norm import spell_first_norm
+from spach_deploy.graph.passes.group_norm import split_group_norm, split_group_norm_for_cpu
+from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
+from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
+from spach_deploy.graph.passes.tokens_first import tokens_first
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A named pass."""
+
+    name: str
+    summary: str
+    apply: Callable[[ModelProto], tuple[str, ...]]
+
+
+TENSORRT_PASSES: tuple[Pass, ...] = (
+    Pass("spell_first_norm", "the LayerNorm behind the stem, spelt out", spell_first_norm),
+    Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm),
+    Pass("shift_depthwise", "depthwise convolutions as shifted products", shift_depthwise),
+    Pass("tokens_first", "attention with tokens before images, which needs no moves", tokens_first),
+)
+
+CPU_PASSES: tuple[Pass, ...] = (
+    Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm_for_cpu),
+)
+"""For graphs that no TensorRT builds: ONNX Runtime's own GroupNorm loses digits on large images."""
+
+CPU_INT8_PASSES: tuple[Pass, ...] = (
+    *CPU_PASSES,
+    Pass("linear_as_matmul", "linear layers as MatMul and Add, for eight bits on a CPU", linear_as_matmul),
+)
+"""For graphs that are to run in eight bits in ONNX Runtime on a CPU."""
+
+
+def apply_passes(
+    model: ModelProto, passes: tuple[Pass, ...], disabled: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Run the passes that are not `disabled` on `model`, in place; what each changed."""
+    return {step.name: step.apply(model) for step in passes if step.name not in disabled}

@@ -1,0 +1,110 @@
+"""The 16-bit number formats: rounding, limits, storage. NumPy does it all, and PyTorch, where somebody has loaded it,
+converts FP16 faster, to the same bits.
+
+FP16 is IEEE 754 binary16. bfloat16 is the upper half of binary32. Both are rounded to nearest, ties to even, and what
+lies beyond the largest finite number becomes infinite, as on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from spach_deploy.options.specs import Precision
+
+Float32 = NDArray[np.float32]
+Bits = NDArray[np.uint16]
+
+FLOAT = int(TensorProto.FLOAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfFormat:
+    """A 16-bit format.
+
+    `limit`: largest finite number. `roundoff`: largest relative error of rounding a normal number. `encode` takes
+    float32 values to the format's bits, uint16; `decode` takes them back.
+    """
+
+    name: str
+    onnx_type: int
+    limit: float
+    smallest_normal: float
+    roundoff: float
+    encode: Callable[[Float32], Bits] = dataclasses.field(repr=False)
+    decode: Callable[[Bits], Float32] = dataclasses.field(repr=False)
+
+    def round(self, values: Float32) -> Float32:
+        """`values` as this format holds them, float32."""
+        return self.decode(self.encode(values))
+
+    def tensor(self, name: str, bits: Bits) -> TensorProto:
+        """An initializer of this format."""
+        return helper.make_tensor(name, self.onnx_type, bits.shape, bits.tobytes(), raw=True)
+
+
+def _encode_fp16(values: Float32) -> Bits:
+    if (torch := _torch_for(values)) is not None:
+        half: Bits = torch.from_numpy(values).half().numpy().view(np.uint16)
+        return half
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(np.float16).view(np.uint16)
+
+
+def _decode_fp16(bits: Bits) -> Float32:
+    if (torch := _torch_for(bits)) is not None:
+        values: Float32 = torch.from_numpy(bits.view(np.float16)).float().numpy()
+        return values
+    return bits.view(np.float16).astype(np.float32)
+
+
+def _torch_for(array: NDArray[Any]) -> Any:
+    """PyTorch, where it is loaded and can read `array` as it lies there; it warns of what nobody may write."""
+    return sys.modules.get("torch") if array.flags.writeable and array.flags.c_contiguous else None
+
+
+def _encode_bf16(values: Float32) -> Bits:
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    nearest_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = ((bits + nearest_even) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16)
+
+
+def _decode_bf16(bits: Bits) -> Float32:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+FP16 = HalfFormat("fp16", int(TensorProto.FLOAT16), 65504.0, 2.0**-14, 2.0**-11, _encode_fp16, _decode_fp16)
+BF16 = HalfFormat(
+    "bf16", int(TensorProto.BFLOAT16), float(2.0**127 * (2 - 2.0**-7)), 2.0**-126, 2.0**-8, _encode_bf16, _decode_bf16
+)
+HALF_FORMATS = {FP16.onnx_type: FP16, BF16.onnx_type: BF16}
+
+
+def half_format(precision: Precision) -> HalfFormat | None:
+    """Format of a half precision, None for FP32."""
+    return {Precision.FP16: FP16, Precision.BF16: BF16}.get(precision)
+
+
+def type_name(element_type: int) -> str:
+    """fp32, fp16 or bf16."""
+    return "fp32" if element_type == FLOAT else HALF_FORMATS[element_type].name
+
+
+def is_float(element_type: int) -> bool:
+    """Whether tensors of this ONNX element type take part in typing."""
+    return element_type == FLOAT or element_type in HALF_FORMATS
+
+
+def decode(tensor: TensorProto) -> Float32:
+    """Values of an initializer of any of the three types, float32."""
+    if tensor.data_type in HALF_FORMATS and tensor.HasField("raw_data"):
+        bits = np.frombuffer(tensor.raw_data, np.uint16).reshape(tuple(tensor.dims))
+        return HALF_FORMATS[tensor.data_type].decode(bits)
+    return numpy_helper.to_array(tensor).astype(np.float32, copy=False)

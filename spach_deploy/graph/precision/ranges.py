@@ -1,0 +1,199 @@
+"""How large every tensor of an FP32 graph gets, measured in ONNX Runtime.
+
+A minimum and a maximum of each tensor are computed inside the graph, so only scalars leave it and memory does not grow
+with the number of images. What a view shows needs no measuring, nor does a softmax. NaN is no maximum of anything, so a
+batch whose outputs are not finite is run once more with sums, which NaN does not escape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from spach_deploy.common.errors import ImageError, MissingPackageError
+from spach_deploy.common.files import utf8_path
+from spach_deploy.graph.edit import consumers, initializers, is_marked_float32
+from spach_deploy.graph.precision.elements import element_types, view_sources
+from spach_deploy.graph.precision.formats import FLOAT
+from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED, saved_graph
+
+Arrays = Mapping[str, NDArray[Any]]
+
+BOUNDED = {"Softmax": 1.0}
+"""Operators whose results have a known bound."""
+
+_EXTREMES = ("ReduceMax", "ReduceMin")
+_SUM = ("ReduceSum",)
+_ERRORS_ONLY = 3  # ONNX Runtime's severity
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """Largest |x| of tensors, in the order of the graph; inf or NaN where one was not finite.
+
+    `images`: how many were looked at. `source`: which, in words for the report, such as "the 8 built-in photographs".
+    """
+
+    max_abs: Mapping[str, float]
+    images: int
+    source: str = ""
+
+    def merge(self, other: Ranges) -> Ranges:
+        """Ranges over the images of both."""
+        names = dict.fromkeys((*self.max_abs, *other.max_abs))
+        merged = {name: float(np.maximum(self.max_abs.get(name, 0.0), other.max_abs.get(name, 0.0))) for name in names}
+        sources = dict.fromkeys(source for source in (self.source, other.source) if source)
+        return Ranges(merged, self.images + other.images, " and ".join(sources))
+
+    def completed(self, model: ModelProto) -> Ranges:
+        """These ranges, with those of `model`'s views of known tensors and of weights, in `model`'s order."""
+        known = dict(self.max_abs)
+        sources = view_sources(model)
+        ordered = {value.name: known[value.name] for value in model.graph.input if value.name in known}
+        constants = initializers(model.graph)
+        for node in model.graph.node:
+            for name in node.output:
+                shown = [source for source in sources.get(name, ()) if source not in constants]
+                if name in sources and not shown and _is_float(constants[sources[name][0]]):
+                    known[name] = max(_largest_weight(constants[source]) for source in sources[name])
+                if node.op_type in BOUNDED:
+                    known[name] = BOUNDED[node.op_type]
+                elif name not in known and shown and all(source in known for source in shown):
+                    known[name] = max(known[source] for source in shown)
+                if name in known:
+                    ordered[name] = known[name]
+        return dataclasses.replace(self, max_abs=ordered)
+
+    @property
+    def first_non_finite(self) -> str | None:
+        """The first tensor, in the order of the graph, that was not finite."""
+        return next((name for name, value in self.max_abs.items() if not np.isfinite(value)), None)
+
+
+class RangeMeter:
+    """Runs a graph and keeps the largest |x| of its tensors.
+
+    `tensors` None measures every FP32 tensor that typing may ask about: all but the inner ones of nodes marked to stay
+    in FP32. Inputs and outputs are looked at in any case. `threads` None lets ONNX Runtime choose. Raises
+    MissingPackageError without onnxruntime.
+    """
+
+    def __init__(self, model: ModelProto, *, tensors: Iterable[str] | None = None, threads: int | None = None) -> None:
+        self._model = model
+        self._threads = threads
+        self._outputs = [value.name for value in model.graph.output]
+        self._tensors = tuple(measurable(model) if tensors is None else tensors)
+        self._max_abs: dict[str, float] = {}
+        self._images = 0
+        self._session = open_probed(model, self._tensors, _EXTREMES, threads)
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """The graph's own outputs for one batch, after looking at every tensor."""
+        # Copies: a result of ONNX Runtime keeps the whole memory pool of its session alive.
+        results = [np.array(result) for result in self._session.run(None, dict(feeds))]
+        outputs = dict(zip(self._outputs, results, strict=False))
+        self._see(_largest(feeds))
+        self._see(_largest(outputs))
+        scalars = np.abs(np.array(results[len(self._outputs) :], np.float64)).reshape(-1, len(_EXTREMES))
+        self._see(dict(zip(self._tensors, scalars.max(axis=1).tolist(), strict=True)))
+        if not all(np.isfinite(value).all() for value in outputs.values()):
+            self._see(self._find_nan(feeds))
+        self._images += len(next(iter(feeds.values())))
+        return outputs
+
+    def ranges(self, source: str = "") -> Ranges:
+        """What was seen so far, views included."""
+        return Ranges(dict(self._max_abs), self._images, source).completed(self._model)
+
+    def _see(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._max_abs[name] = float(np.maximum(self._max_abs.get(name, 0.0), value))
+
+    def _find_nan(self, feeds: Arrays) -> dict[str, float]:
+        session = open_probed(self._model, self._tensors, _SUM, self._threads)
+        sums = session.run(None, dict(feeds))[len(self._outputs) :]
+        return {name: float("nan") for name, total in zip(self._tensors, sums, strict=True) if np.isnan(total)}
+
+
+def _is_float(tensor: TensorProto) -> bool:
+    return tensor.data_type == FLOAT
+
+
+def _largest_weight(tensor: TensorProto) -> float:
+    return float(np.abs(numpy_helper.to_array(tensor)).max(initial=0.0))
+
+
+def _largest(arrays: Arrays) -> dict[str, float]:
+    return {name: float(np.abs(value).max()) for name, value in arrays.items() if value.dtype.kind == "f"}
+
+
+def measure_ranges(
+    model: ModelProto, feeds: Iterable[Arrays], *, source: str = "", threads: int | None = None
+) -> Ranges:
+    """Largest |x| of every tensor of the FP32 graph `model` over `feeds`, each one batch by input name.
+
+    Batches of a few images keep memory small. Raises ImageError when `feeds` is empty, MissingPackageError without
+    onnxruntime. A tensor that is not finite is recorded, not raised: `type_graph` refuses it by name.
+    """
+    meter = RangeMeter(model, threads=threads)
+    count = sum(1 for batch in feeds if meter.run(batch))
+    if not count:
+        raise ImageError("No images were given to measure ranges on.", "Give a folder of images with --images DIR.")
+    return meter.ranges(source)
+
+
+def measurable(model: ModelProto) -> Iterator[str]:
+    """FP32 tensors that have to be looked at: made by a computation, and not only read and made in marked nodes."""
+    types, read, views = element_types(model), consumers(model.graph), view_sources(model)
+    for node in model.graph.node:
+        if node.op_type in BOUNDED:
+            continue
+        for name in node.output:
+            inner = is_marked_float32(node) and all(is_marked_float32(reader) for reader in read.get(name, ()))
+            if types.get(name) == FLOAT and name not in views and not (inner and read.get(name)):
+                yield name
+
+
+def open_probed(model: ModelProto, tensors: Iterable[str], operators: tuple[str, ...], threads: int | None) -> Any:
+    """An ONNX Runtime session whose outputs are those of `model`, then `operators` of each of `tensors`, as scalars.
+
+    Two messages behind each other are one merged message, so the weights are not copied for this.
+    """
+    probes = ModelProto()
+    for name in tensors:
+        for operator in operators:
+            probe = f"{name}/{operator}"
+            probes.graph.node.append(helper.make_node(operator, [name], [probe], name=probe, keepdims=0))
+            probes.graph.output.append(helper.make_tensor_value_info(probe, TensorProto.FLOAT, []))
+    return open_session(model, probes, threads=threads)
+
+
+def open_session(*messages: ModelProto, threads: int | None = None, plain: bool = False) -> Any:
+    """An ONNX Runtime session on the CPU, of one graph or of messages to merge; MissingPackageError without it.
+
+    `plain`: nodes are computed one by one, none fused with another.
+    """
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingPackageError(
+            "onnxruntime", "Measuring the ranges of tensors", "pip install 'spach-deploy[cpu]'"
+        ) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry(*NOT_SPINNING)
+    options.add_session_config_entry(*UNPACKED)
+    # Probes run as soon as they can; in the default order they come last and keep every tensor alive until then.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if plain:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with saved_graph(*messages) as path, utf8_path(path) as name:
+        return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,204 @@
+"""Which ONNX Runtime loads which graph, and which Triton image carries which versions (runtimes.json, with sources).
+
+Everything that advises where a graph can run reads this one table: Triton's repositories and their check, Kubernetes'
+manifests, the doctor, Polygraphy's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.common.errors import UsageError
+
+REPOSITORY = "nvcr.io/nvidia/tritonserver"
+
+DATA = Path(__file__).with_name("runtimes.json")
+"""The table; `sources` in it explains where its rows are from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphNeeds:
+    """What an ONNX graph asks of a runtime: its opset, its IR version, the operators that read or make bfloat16, and
+    whether it holds FP8."""
+
+    opset: int
+    ir: int
+    bfloat16: frozenset[str] = frozenset()
+    has_fp8: bool = False
+
+    @classmethod
+    def of(cls, graph: Path | bytes) -> GraphNeeds | None:
+        """Those of an ONNX file or its bytes; weights beside it are not read. None for what is none, or is untyped."""
+        import onnx
+        from onnx import TensorProto
+
+        from spach_deploy.graph.precision.elements import element_types
+
+        try:
+            if isinstance(graph, bytes):
+                model = onnx.load_from_string(graph)
+            else:
+                model = onnx.load(graph, load_external_data=False)
+            types = element_types(model)
+            opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        except Exception:  # protobuf's and shape inference's own, OSError, PrecisionError, a graph without an opset
+            return None
+        bfloat16 = {
+            node.op_type
+            for node in model.graph.node
+            if any(types.get(name) == TensorProto.BFLOAT16 for name in (*node.input, *node.output))
+        }
+        has_fp8 = TensorProto.FLOAT8E4M3FN in types.values()
+        return cls(int(opset), int(model.ir_version), frozenset(bfloat16), has_fp8)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxRuntimeRelease:
+    """A release of ONNX Runtime: the newest opset and the newest version of ONNX's own format (IR) that it loads.
+
+    `fp8_opset`: the oldest opset of which it loads graphs with FP8. `cuda_bfloat16`: operators for which its CUDA
+    provider has a kernel in bfloat16; its CPU provider has none that computes.
+    `truncates_fp16`: on a CPU it drops the fraction where FP16 is quantized (`runtime.truncation`).
+    """
+
+    version: str
+    opset: int
+    ir: int
+    truncates_fp16: bool
+    seen: str
+    fp8_opset: int
+    cuda_bfloat16: frozenset[str] = dataclasses.field(repr=False)
+
+    def misfit(self, needs: GraphNeeds, *, on_gpu: bool) -> str:
+        """Why it cannot run a graph, as a clause; empty where nothing known stands in the way."""
+        if needs.opset > self.opset:
+            return f"ONNX Runtime {self.version} loads opset {self.opset}, and the graph has opset {needs.opset}"
+        if needs.has_fp8 and needs.opset < self.fp8_opset:
+            loads = f"loads FP8 from opset {self.fp8_opset} on"
+            return f"ONNX Runtime {self.version} {loads}, and the graph has opset {needs.opset}"
+        if needs.ir > self.ir:
+            return f"ONNX Runtime {self.version} loads IR version {self.ir}, and the graph has {needs.ir}"
+        if needs.bfloat16 and not on_gpu:
+            return f"ONNX Runtime {self.version} computes nothing in bfloat16 on a CPU"
+        lacking = sorted(needs.bfloat16 - self.cuda_bfloat16)
+        if lacking:
+            return f"ONNX Runtime {self.version} has no kernel for {' and '.join(lacking)} in bfloat16, on no device"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonImage:
+    """NVIDIA's image of a release, and what it carries. `tensorrt` None: not known. `seen`: where each is from."""
+
+    release: str
+    tensorrt: str | None
+    onnxruntime: str
+    cuda: str
+    seen: Mapping[str, str] = dataclasses.field(repr=False)
+
+    @property
+    def reference(self) -> str:
+        """What a Dockerfile calls it."""
+        return f"{REPOSITORY}:{self.release}-py3"
+
+    @property
+    def notes(self) -> str:
+        """The address of its release notes."""
+        page = f"rel-{self.release.replace('.', '-')}.html"
+        return f"https://docs.nvidia.com/deeplearning/triton-inference-server/release-notes/{page}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtimes:
+    """All that are known, oldest first. `sources`: what the words of `seen` stand for."""
+
+    onnxruntimes: tuple[OnnxRuntimeRelease, ...]
+    images: tuple[TritonImage, ...]
+    read: str
+    sources: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, content: Any) -> Runtimes:
+        """What runtimes.json says."""
+        since = content["cuda_bfloat16"]
+        runtimes = [
+            OnnxRuntimeRelease(
+                version, **entry, fp8_opset=_fp8_opset(version, content), cuda_bfloat16=_by(version, since)
+            )
+            for version, entry in content["onnxruntime"].items()
+        ]
+        images = [TritonImage(release, **entry) for release, entry in content["images"].items()]
+        return cls(
+            tuple(sorted(runtimes, key=lambda runtime: version_numbers(runtime.version))),
+            tuple(sorted(images, key=lambda image: image.release)),
+            str(content["read"]),
+            content["sources"],
+        )
+
+    def image(self, release: str) -> TritonImage:
+        """The image of a release. UsageError for one that is not known."""
+        found = next((image for image in self.images if image.release == release), None)
+        if found is None:
+            raise UsageError(
+                f"--triton-version {release}: what that Triton image carries is not known here.",
+                f"Known are {self.images[0].release} to {self.images[-1].release}; --list-versions shows them.",
+            )
+        return found
+
+    def fitting(self, needs: Iterable[GraphNeeds], *, on_gpu: bool) -> tuple[TritonImage, ...]:
+        """Images whose ONNX Runtime runs every one of some graphs, oldest first."""
+        asked = tuple(needs)
+        return tuple(image for image in self.images if not self.misfit(image, asked, on_gpu=on_gpu))
+
+    def misfit(self, image: TritonImage, needs: Iterable[GraphNeeds], *, on_gpu: bool) -> str:
+        """Why an image's ONNX Runtime cannot run some graphs, as a clause; empty where it can."""
+        runtime = self.onnxruntime(image.onnxruntime)
+        if runtime is None:
+            return f"what ONNX Runtime {image.onnxruntime} loads is not known"
+        clauses = (runtime.misfit(graph, on_gpu=on_gpu) for graph in needs)
+        return next((clause for clause in clauses if clause), "")
+
+    def truncates_fp16(self, version: str) -> bool:
+        """Whether ONNX Runtime of a version is known to truncate where FP16 is quantized on a CPU."""
+        runtime = self.onnxruntime(version)
+        return runtime is not None and runtime.truncates_fp16
+
+    def onnxruntime(self, version: str) -> OnnxRuntimeRelease | None:
+        """What is known of a version: its own row, or that of the newest older one; None for one before all of them.
+
+        ONNX Runtime goes on loading what it once loaded.
+        """
+        asked = version_numbers(version)
+        older = [runtime for runtime in self.onnxruntimes if version_numbers(runtime.version) <= asked]
+        return dataclasses.replace(older[-1], version=version) if older else None
+
+
+def _fp8_opset(version: str, content: Any) -> int:
+    return 20 if version_numbers(version) >= version_numbers(content["fp8_below_opset_21"]) else 21
+
+
+def _by(version: str, since: Mapping[str, str]) -> frozenset[str]:
+    """Those that a version has of what others brought."""
+    numbers = version_numbers(version)
+    return frozenset(name for name, first in since.items() if version_numbers(first) <= numbers)
+
+
+@functools.cache
+def runtimes() -> Runtimes:
+    """The table that is shipped."""
+    return Runtimes.parse(json.loads(DATA.read_text(encoding="utf-8")))
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """`10.13.2.6` -> (10, 13, 2, 6); up to the first part that is no number."""
+    numbers: list[int] = []
+    for part in version.split("."):
+        if not part.isdecimal():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

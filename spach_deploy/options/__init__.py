@@ -1,0 +1,1 @@
+"""What a user can ask for: one table, from which commands, recipes and command lines are made."""

@@ -1,0 +1,253 @@
+"""Options as small frozen objects: what a user asked for, checked once, carried unchanged through the pipeline.
+
+Nothing here imports torch, numpy or a compiler, so that `--help` and option errors are instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import Destination
+
+ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
+"""Of channel and spatial MLPs: the exact GELU (erf), its tanh approximation, ReLU, SiLU."""
+
+Channels = tuple[float, float, float]
+
+
+class Precision(str, enum.Enum):
+    """Precision of the typed graph."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+    @property
+    def is_half(self) -> bool:
+        """Whether tensors have 16 bits."""
+        return self in (Precision.FP16, Precision.BF16)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weighted layers compute in 8 bits; the rest of the graph then has a precision of its own."""
+        return self in (Precision.INT8, Precision.FP8)
+
+
+class IODtype(str, enum.Enum):
+    """What crosses the engine's boundary.
+
+    fp32, fp16: normalized images, (B, 3, H, W). uint8: RGB pixels as decoders give them, (B, H, W, 3); scale, mean
+    and standard deviation are in the graph. Logits are float32, or float16 with fp16.
+    """
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    UINT8 = "uint8"
+
+
+class Flavour(str, enum.Enum):
+    """Which TensorRT builds the engine."""
+
+    AUTO = "auto"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+    NONE = "none"
+
+
+class WeightSource(str, enum.Enum):
+    """Which weights of a training checkpoint to take."""
+
+    MODEL = "model"
+    EMA = "ema"
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchProfile:
+    """Smallest, usual and largest batch that an engine accepts; kernels are tuned for `opt`."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UsageError(
+                f"Batch profile {self} is not 1 <= MIN <= OPT <= MAX.", "Give --batch 1:8:32, or one number."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+    @classmethod
+    def parse(cls, text: str) -> BatchProfile:
+        """`8` (exactly that batch) or `MIN:OPT:MAX`."""
+        if not re.fullmatch(r"\d{1,6}(:\d{1,6}:\d{1,6})?", text):
+            raise UsageError(f"--batch {text!r} is not a batch profile.", "Give --batch 1:8:32, or one number.")
+        numbers = [int(part) for part in text.split(":")]
+        return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class ComputeCapability:
+    """CUDA compute capability of a GPU, such as 8.9; written sm89."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"sm{self.major}{self.minor}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The published evaluation transform as data: resize the shorter side, centre crop, scale to 0..1, normalize."""
+
+    image_size: int = 224
+    resize_size: int = 256
+    interpolation: str = "bicubic, antialiased"
+    mean: Channels = (0.485, 0.456, 0.406)
+    std: Channels = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def for_size(cls, image_size: int, mean: Channels | None = None, std: Channels | None = None) -> Preprocessing:
+        """Evaluation transform of `image_size`: the shorter side becomes 256/224 of it; ImageNet's mean and standard
+        deviation, if no others are given.
+        """
+        return cls(image_size, int(image_size * 256 / 224), mean=mean or cls.mean, std=std or cls.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """What no tensor of a checkpoint shows. None: not said.
+
+    `heads` of every attention; `qk_scale`: factor of q, head size ** -0.5 if not given; `activation`: one of
+    `ACTIVATIONS`; `norm_eps`: epsilon of every LayerNorm; `mean`, `std`: of the pixels, by channel, in 0..1.
+    """
+
+    heads: int | None = None
+    qk_scale: float | None = None
+    activation: str | None = None
+    norm_eps: float | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What is said, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Which model, with which weights. `checkpoint` None means demo weights.
+
+    `ignore`: patterns of names, as fnmatch reads them, of tensors in the checkpoint that are not the model's.
+    """
+
+    name: str | None = None
+    checkpoint: Path | None = None
+    weights: WeightSource = WeightSource.MODEL
+    image_size: int | None = None
+    num_classes: int | None = None
+    ignore: tuple[str, ...] = ()
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSpec:
+    """What the graph returns beside `logits` (B, classes), and in which dtype it speaks to its caller."""
+
+    io_dtype: IODtype = IODtype.FP32
+    top_k: int | None = None
+    softmax: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineTarget:
+    """Which compiler, for which GPUs, with which switches. Empty `gpus` means the flavour's default."""
+
+    flavour: Flavour = Flavour.AUTO
+    gpus: tuple[ComputeCapability, ...] = ()
+    batch: BatchProfile = BatchProfile()
+    opt_level: int | None = None
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+    tf32: bool = True
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationSpec:
+    """How a quantized export is calibrated and which layers it quantizes. Nothing of it means anything elsewhere.
+
+    `calibration`: images (folder, tar, npz), or a file that `spach-calibrate` made. `cache`: such a file, reused where
+    it fits and written otherwise. `rest`: precision of everything that is not quantized. `keep_float`, `quantize`:
+    patterns of module names, as fnmatch reads them. `per_tensor`: patterns of layers whose weights have one scale.
+    `max_rel_l2` of the logits, `max_drop` in points of top-1 on labelled images: layers stay in float until it holds.
+    `vnni`: the graph is for CPUs with VNNI; elsewhere it computes something else.
+    `cluster`: address of the Ray cluster to calibrate and to choose layers on; None for this process.
+    """
+
+    calibration: Path | None = None
+    cache: Destination | None = None
+    method: str = "max"
+    rest: Precision = Precision.FP16
+    keep_float: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    per_tensor: tuple[str, ...] = ()
+    equalize: bool = True
+    allow_overlap: bool = False
+    max_rel_l2: float | None = None
+    max_drop: float | None = None
+    labels: Path | None = None
+    vnni: bool = False
+    cluster: str | None = None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether layers are left in float until a bound holds."""
+        return self.max_rel_l2 is not None or self.max_drop is not None
+
+
+OPSET = 20
+"""Of graphs of which no operator needs a later one."""
+
+_OPSETS = {Precision.FP8: 21, Precision.BF16: 22}
+"""ONNX Runtime before 1.32 has FP8 from opset 21 on; Conv takes bfloat16 from 22 on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """All that `spach-export` was asked for.
+
+    `answers`: an npz of what the user's own code answered. `opset` None is `graph_opset`'s own choice.
+    """
+
+    model: ModelSpec = ModelSpec()
+    precision: Precision = Precision.FP32
+    outputs: OutputSpec = OutputSpec()
+    engine: EngineTarget = EngineTarget()
+    images: Path | None = None
+    answers: Path | None = None
+    output: Path | None = None
+    overwrite: bool = False
+    disabled_rewrites: tuple[str, ...] = ()
+    quantization: QuantizationSpec = QuantizationSpec()
+    opset: int | None = None
+
+    @property
+    def rest(self) -> Precision:
+        """Precision of what is not quantized; the precision itself where nothing is."""
+        return self.quantization.rest if self.precision.is_quantized else self.precision
+
+    @property
+    def graph_opset(self) -> int:
+        """The opset asked for; else the lowest in which runtimes have such operators."""
+        return self.opset or max(_OPSETS.get(self.precision, OPSET), _OPSETS.get(self.rest, OPSET))

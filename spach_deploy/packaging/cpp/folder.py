@@ -1,0 +1,151 @@
+"""golden.bin: the golden pack in a form that C++ reads with a few bounds checks.
+
+    8 bytes   SPACHGLD
+    u32       version, 1
+    u32       images N
+    N times   u32 length, then the image's name in UTF-8
+    input     N x input, in the input's dtype
+    outputs   one after another, in the manifest's order: N x float32 for floats, N x int64 for integers
+
+Little-endian. Shapes and dtypes are model.txt's.
+
+The folder that spach-package cpp writes, in one step: a killed run leaves the old one or none.
+
+FOLDER/
+  manifest.json    that spach-package wrote it, from what; nothing reads it afterwards
+  README.md        how to build, test and use it
+  CMakeLists.txt cmake/ include/ src/ tools/   the library, the same for every bundle
+  model/engine.plan model.txt golden.bin       what programs load; labels.txt with --labels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from spach_deploy._version import __version__
+from spach_deploy.bundle.golden import Golden, expected_outputs
+from spach_deploy.bundle.store import GOLDEN, MANIFEST, PLAN, DirectoryKind, check_target, writing
+from spach_deploy.common.errors import BundleError
+from spach_deploy.common.text import json_text
+from spach_deploy.data.labels import as_text, read_labels
+from spach_deploy.packaging.cpp.model_file import FileFacts, PackagedModel, model_text
+
+MAGIC = b"SPACHGLD"
+VERSION = 1
+
+
+def golden_bytes(model: PackagedModel) -> bytes:
+    """The content of golden.bin. BundleError for a golden pack that is not this model's."""
+    golden = Golden.load(model.bundle.file(GOLDEN))
+    _check(golden, model)
+    expected = expected_outputs(golden.logits, model.facts.outputs)
+    if missing := [output.name for output in model.outputs if output.name not in expected]:
+        raise BundleError(f"There is no reference for the output {missing[0]}.", "Export the bundle again.")
+    names = [name.encode() for name in golden.names]
+    parts = [
+        MAGIC,
+        struct.pack("<II", VERSION, len(names)),
+        *(struct.pack("<I", len(name)) + name for name in names),
+        np.ascontiguousarray(golden.input).tobytes(),
+    ]
+    for output in model.outputs:
+        dtype = "<i8" if output.dtype == "int64" else "<f4"
+        parts.append(np.ascontiguousarray(expected[output.name]).astype(dtype).tobytes())
+    return b"".join(parts)
+
+
+def _check(golden: Golden, model: PackagedModel) -> None:
+    path = model.bundle.path / GOLDEN
+    if golden.input.shape[1:] != model.input.shape[1:] or golden.input.dtype != model.input.dtype:
+        raise BundleError(f"{path} holds inputs of another model.", "Export the bundle again.")
+    if golden.logits.shape[1] != model.classes or not np.isfinite(golden.logits).all():
+        raise BundleError(f"{path} holds answers of another model.", "Export the bundle again.")
+
+
+CONTENTS = DirectoryKind("cpp-library", "a C++ library")
+LIBRARY = Path(__file__).with_name("library")
+MODEL, MODEL_TEXT, GOLDEN_BIN, LABELS = "model", "model.txt", "golden.bin", "labels.txt"
+README = "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class CppPackage:
+    """A folder that was written, and the model in it."""
+
+    path: Path
+    model: PackagedModel
+    has_labels: bool
+
+
+def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, overwrite: bool = False) -> CppPackage:
+    """Write the library with the model of `bundle` to `output`.
+
+    Raises BundleError for what is no bundle, was changed, has no plan, or for a target that cannot be written, and
+    UsageError for labels that do not fit.
+    """
+    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
+    model = PackagedModel.of(bundle)
+    names = None if labels is None else read_labels(labels, model.classes)
+    golden = golden_bytes(model)
+    with writing(place) as staging:
+        shutil.copytree(LIBRARY, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        _write_model(staging / MODEL, model, golden)
+        if names is not None:
+            _write_text(staging / MODEL / LABELS, as_text(names))
+        _write_text(staging / README, readme(model))
+        _write_text(staging / MANIFEST, _manifest(model))
+    return CppPackage(output, model, names is not None)
+
+
+def _write_model(folder: Path, model: PackagedModel, golden: bytes) -> None:
+    folder.mkdir()
+    shutil.copyfile(model.plan, folder / PLAN)
+    (folder / GOLDEN_BIN).write_bytes(golden)
+    text = model_text(model, FileFacts.of(folder / PLAN), FileFacts.of(folder / GOLDEN_BIN))
+    _write_text(folder / MODEL_TEXT, text)
+
+
+def readme(model: PackagedModel) -> str:
+    """README.md with the model's facts in place of the words between @."""
+    text = (LIBRARY / README).read_text(encoding="utf-8")
+    for word, value in _words(model).items():
+        text = text.replace(f"@{word}@", value)
+    return text
+
+
+def _words(model: PackagedModel) -> dict[str, str]:
+    size = model.facts.preprocessing.image_size
+    shape = "x".join(str(extent) for extent in model.input.shape[1:])
+    return {
+        "MODEL": model.name,
+        "PRECISION": model.facts.precision.value,
+        "SIZE": str(size),
+        "CLASSES": str(model.classes),
+        "INPUT": f"{model.input.dtype} {shape}",
+        "OUTPUTS": ", ".join(f"`{output.name}`" for output in model.outputs),
+        "BATCH": f"{model.facts.batch.min} to {model.facts.batch.max}",
+        "FLAVOUR": model.facts.flavour.value,
+        "VERSION": model.version,
+        "GPUS": ", ".join(model.gpus) or "the GPU that it was built on",
+        "LIBRARY": "tensorrt_rtx" if model.facts.flavour.value == "tensorrt-rtx" else "nvinfer",
+    }
+
+
+def _manifest(model: PackagedModel) -> str:
+    content = {
+        "kind": CONTENTS.kind,
+        "spach_deploy": __version__,
+        "bundle": model.bundle.path.name,
+        "model": model.name,
+        "plan_sha256": model.bundle.manifest.files[PLAN],
+    }
+    return json_text(content) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

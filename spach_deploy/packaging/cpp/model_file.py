@@ -1,0 +1,171 @@
+"""model.txt: what the C++ side needs of a manifest, one entry a line, readable without a JSON parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle, TensorInfo, sha256_of
+from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.options.specs import Preprocessing
+from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.verdict import Tolerance
+
+_DTYPES = ("float32", "float16", "uint8", "int64")
+_INTERPOLATION = Preprocessing().interpolation
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFacts:
+    """A file's size and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, file: Path) -> FileFacts:
+        """Those of a file on disk."""
+        return cls(file.stat().st_size, sha256_of(file))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """A bundle whose plan can be packaged: its manifest, read and checked."""
+
+    bundle: Bundle
+    facts: BundleFacts
+    engine: dict[str, Any]
+    plan: Path
+
+    @classmethod
+    def of(cls, path: Path) -> PackagedModel:
+        """The bundle at `path`. BundleError for what is none, was changed, or has no plan that C++ could run."""
+        bundle = Bundle.open(path)
+        if bundle.plan is None:
+            reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
+            raise BundleError(
+                f"Bundle {bundle.path} has no {PLAN}: {reason}.",
+                "Export it with --engine tensorrt-rtx, which needs no GPU, or --engine tensorrt.",
+            )
+        model = cls(bundle, BundleFacts.of(bundle), bundle.manifest.engine, bundle.file(PLAN))
+        if problem := model._problem():
+            raise BundleError(f"{bundle.path / MANIFEST} {problem}.", "Export the bundle again.")
+        return model
+
+    def _problem(self) -> str:
+        if len(self.bundle.manifest.inputs) != 1:
+            return f"has {len(self.bundle.manifest.inputs)} inputs; the C++ library feeds one"
+        for tensor in (self.input, *self.outputs):
+            if tensor.dtype not in _DTYPES:
+                return f"has a tensor {tensor.name} of {tensor.dtype}; C++ takes {', '.join(_DTYPES)}"
+            if len(tensor.shape) < 2 or any(size is None for size in tensor.shape[1:]):
+                return f"has a tensor {tensor.name} of shape {tensor.shape}; only the batch may be free"
+        bounded = {*self.tolerances, *(output.name for output in self.outputs if output.dtype == "int64")}
+        if unbounded := [output.name for output in self.outputs if output.name not in bounded]:
+            return f"has no tolerance for the output {unbounded[0]}"
+        if self.facts.preprocessing.interpolation != _INTERPOLATION:
+            return f"resizes by {self.facts.preprocessing.interpolation!r}, which the C++ library does not"
+        return ""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return str(self.bundle.manifest.model["name"])
+
+    @property
+    def classes(self) -> int:
+        """How many classes it tells apart."""
+        return int(self.bundle.manifest.model["num_classes"])
+
+    @property
+    def input(self) -> TensorInfo:
+        """Its only input."""
+        return self.bundle.manifest.inputs[0]
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """Its outputs."""
+        return self.bundle.manifest.outputs
+
+    @property
+    def tolerances(self) -> dict[str, Tolerance]:
+        """What the engine may be off, by output."""
+        return dict(self.facts.tolerances.engine.outputs)
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs it was built for, such as sm89."""
+        return tuple(str(gpu) for gpu in self.engine.get("gpus", ()))
+
+    @property
+    def version(self) -> str:
+        """Version of the TensorRT that built the plan."""
+        return str(self.engine.get("version", ""))
+
+    @property
+    def pillow(self) -> int:
+        """Major version of the Pillow that the bundle was made with: 13 changed the order of a resize's two passes."""
+        tools = self.bundle.manifest.content.get("tools")
+        recorded = tools.get("pillow") if isinstance(tools, dict) else None
+        major = re.match(r"\d{1,4}", str(recorded)) or re.match(r"\d{1,4}", PIL.__version__)
+        return int(major.group()) if major else 0
+
+
+def model_text(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> str:
+    """The content of model.txt. BundleError where an entry of the manifest cannot be a word of a line."""
+    entries = [(key, value) for key, value in _entries(model, plan, golden)]
+    if wrong := [key for key, value in entries if "\n" in value or not value.isascii()]:
+        raise BundleError(f"The manifest's {wrong[0]} cannot be written to model.txt.", "Export the bundle again.")
+    return "".join(f"{key} {value}".rstrip() + "\n" for key, value in entries)
+
+
+def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterator[tuple[str, str]]:
+    facts, transform = model.facts, model.facts.preprocessing
+    yield "spach-model", "1"
+    yield "name", _word(model.name)
+    yield "precision", facts.precision.value
+    yield "flavour", facts.flavour.value
+    yield "version", _word(model.version)
+    yield "version-compatible", str(int(bool(model.engine.get("version_compatible", False))))
+    yield "gpus", " ".join(_capability(gpu) for gpu in model.gpus)
+    yield "batch", f"{facts.batch.min} {facts.batch.opt} {facts.batch.max}"
+    yield "input", _tensor(model.input)
+    for output in model.outputs:
+        bounds = "" if output.dtype == "int64" else f" {_tolerance(model.tolerances[output.name])}"
+        yield "output", _tensor(output) + bounds
+    yield "resize", f"{transform.resize_size} {transform.image_size}"
+    yield "pillow", str(model.pillow)
+    yield "mean", " ".join(repr(value) for value in transform.mean)
+    yield "std", " ".join(repr(value) for value in transform.std)
+    yield "plan", f"{plan.bytes} {plan.sha256}"
+    yield "golden", f"{golden.bytes} {golden.sha256}"
+
+
+def _tensor(tensor: TensorInfo) -> str:
+    """`logits float32 1 1000`: name, dtype, extents of one image's shape."""
+    shape = tensor.shape[1:]
+    return " ".join([_word(tensor.name), tensor.dtype, str(len(shape)), *(str(size) for size in shape)])
+
+
+def _tolerance(tolerance: Tolerance) -> str:
+    """`rel_l2 max_abs cosine_min flip_margin`, `any` where there is no bound."""
+    figures = (tolerance.rel_l2, tolerance.max_abs, tolerance.cosine_min, tolerance.flip_margin)
+    return " ".join("any" if figure is None else repr(float(figure)) for figure in figures)
+
+
+def _capability(gpu: str) -> str:
+    """`sm89` -> `89`."""
+    if not re.fullmatch(r"sm\d{2,4}", gpu):
+        raise BundleError(f"The manifest names a GPU {gpu!r}, which is no compute capability.", "Export it again.")
+    return gpu.removeprefix("sm")
+
+
+def _word(text: str) -> str:
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise UsageError(f"{text!r} is no name that model.txt can hold.", "Use ASCII letters, digits and hyphens.")
+    return text

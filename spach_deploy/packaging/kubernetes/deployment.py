@@ -1,0 +1,189 @@
+"""Which of the Triton images that are known (onnx_graph/runtimes.json) fit a bundle.
+
+A plan loads in the TensorRT that built it and in no other; one that was exported version compatible also in newer ones
+of the same major version, where Triton is told to expect it. A graph needs an ONNX Runtime that implements its opset.
+
+A bundle as what will run in a cluster: its model, the Triton image that fits it, names, sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from spach_deploy.bundle.store import Bundle
+from spach_deploy.common.errors import UsageError
+from spach_deploy.graph.runtimes import Runtimes, TritonImage, runtimes, version_numbers
+from spach_deploy.options.specs import Flavour
+from spach_deploy.packaging.kubernetes.names import kubernetes_name, triton_name
+from spach_deploy.packaging.kubernetes.options import REGISTRY, KubernetesOptions
+from spach_deploy.packaging.kubernetes.sizes import Sizes
+from spach_deploy.packaging.triton.ensemble import EnsembleStep, ensemble_steps
+from spach_deploy.packaging.triton.options import Backend, Device, Ensemble, Instances, TritonOptions
+from spach_deploy.packaging.triton.served_model import (
+    RTX_REASON,
+    BundleArgument,
+    ServedModel,
+    instead_of_plan,
+    resolve_models,
+)
+from spach_deploy.runtime.truncation import REMEDY, fault_of
+
+
+def choose_image(model: ServedModel, release: str | None, known: Runtimes | None = None) -> TritonImage:
+    """The image of `release`, or the newest that fits. UsageError where none is known or it does not fit `model`."""
+    known = known or runtimes()
+    if release is not None:
+        image = known.image(release)
+        if reason := misfit(model, image, known):
+            raise UsageError(f"--triton-version {release}: {reason}.", _advice(model, known))
+        return image
+    fitting = fitting_images(model, known)
+    if not fitting:
+        raise UsageError(
+            f"No known Triton image fits: {misfit(model, known.images[-1], known)}.", _advice(model, known)
+        )
+    return fitting[-1]
+
+
+def fitting_images(model: ServedModel, known: Runtimes) -> tuple[TritonImage, ...]:
+    """Images that load `model`, oldest first."""
+    return tuple(image for image in known.images if not misfit(model, image, known))
+
+
+def misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
+    """Why `image` cannot load `model`, without a full stop; empty where it can."""
+    if model.backend is not Backend.TENSORRT:
+        return known.misfit(image, model.needs, on_gpu=True)
+    engine = model.bundle.manifest.engine
+    built = str(engine.get("version", ""))
+    if model.facts.flavour is Flavour.TENSORRT_RTX:
+        return f"the engine is TensorRT for RTX {built}, and {RTX_REASON}"
+    if image.tensorrt is None:
+        return f"which TensorRT that image carries is not known, and the engine needs {built}"
+    if not _loads(built, image.tensorrt, is_compatible=is_version_compatible(model)):
+        return f"it carries TensorRT {image.tensorrt}, and the engine was built with {built or 'an unknown version'}"
+    return ""
+
+
+def is_version_compatible(model: ServedModel) -> bool:
+    """Whether its plan was exported for newer versions of TensorRT too."""
+    engine = model.bundle.manifest.engine
+    return model.backend is Backend.TENSORRT and bool(engine.get("version_compatible", False))
+
+
+def _loads(built: str, carried: str, *, is_compatible: bool) -> bool:
+    """Whether TensorRT `carried` loads a plan of `built`; parts that one of them leaves out are not compared."""
+    ours, theirs = version_numbers(built), version_numbers(carried)
+    if len(ours) < 3 or len(theirs) < 3:
+        return False
+    if is_compatible:
+        return ours[0] == theirs[0] and ours[:3] <= theirs[:3]
+    return all(a == b for a, b in zip(ours, theirs, strict=False))
+
+
+def _advice(model: ServedModel, known: Runtimes) -> str:
+    """What to do instead, but nothing that was asked for already."""
+    releases = listed(image.release for image in fitting_images(model, known))
+    if model.backend is not Backend.TENSORRT:
+        return f"It fits {releases}."  # one at least: no graph comes here that fits none
+    instead = instead_of_plan(model.bundle)
+    return f"It fits {releases}. {instead}" if releases else instead
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a, b and c`."""
+    given = list(words)
+    return " and ".join([", ".join(given[:-1]), given[-1]] if len(given) > 1 else given)
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9._+-]{1,200}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """What is deployed. `title`: the model's own name; `name`: what Kubernetes calls all that belongs to it."""
+
+    title: str
+    name: str
+    argument: BundleArgument
+    model: ServedModel
+    image: TritonImage
+    sizes: Sizes
+    options: KubernetesOptions
+
+    @classmethod
+    def of(cls, path: Path, options: KubernetesOptions) -> Deployment:
+        """The bundle at `path`.
+
+        Raises BundleError for what is no bundle, was changed, or has no file for the backend; UsageError where no
+        Triton image that is known loads it, or not the one that was asked for.
+        """
+        title = str(Bundle.open(path, verify=False).manifest.model["name"])
+        argument = BundleArgument(path, triton_name(title))
+        (model,) = resolve_models([argument], triton_options(options))
+        steps: tuple[EnsembleStep, ...] = ensemble_steps(model, Ensemble()) if options.ensemble else ()
+        return cls(
+            title=title if _PLAIN.fullmatch(title) else model.name,
+            name=options.name or kubernetes_name(title),
+            argument=argument,
+            model=model,
+            image=choose_image(model, options.triton_version),
+            sizes=Sizes.of(model, steps),
+            options=options,
+        )
+
+    @property
+    def image_name(self) -> str:
+        """Where the image is pushed, without a tag."""
+        return self.options.image or f"{REGISTRY}/{self.name}"
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether the engine is served, and not its graph."""
+        return self.model.backend is Backend.TENSORRT
+
+    @property
+    def serves(self) -> str:
+        """What runs, in a few words."""
+        if self.is_plan:
+            return f"TensorRT {self.plain('version')} plan"
+        return f"ONNX graph in ONNX Runtime {self.image.onnxruntime}"
+
+    @property
+    def carries(self) -> str:
+        """What the Triton image carries, in a few words."""
+        tensorrt = f"TensorRT {self.image.tensorrt}, " if self.image.tensorrt else ""
+        return f"{tensorrt}ONNX Runtime {self.image.onnxruntime}, CUDA {self.image.cuda}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts worth reading, of the model and of what the image does with it."""
+        version = self.image.onnxruntime
+        if self.is_plan or not self.model.bundle.quantizes_fp16 or not runtimes().truncates_fp16(version):
+            return self.model.notes
+        seen = "On a GPU that is not known; every pod answers the golden pack before it takes traffic"
+        return (*self.model.notes, f"In this image: {fault_of(version)}. {seen}. {REMEDY}")
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """GPUs that a plan was built for, such as sm90; none where any will do."""
+        given = self.model.bundle.manifest.engine.get("gpus", ()) if self.is_plan else ()
+        return tuple(str(gpu) for gpu in given if re.fullmatch(r"sm\d{2,4}", str(gpu)))
+
+    def plain(self, entry: str) -> str:
+        """An entry of the engine's section that may stand in a text file."""
+        text = str(self.model.bundle.manifest.engine.get(entry, ""))
+        return text if _PLAIN.fullmatch(text) else "unknown"
+
+
+def triton_options(options: KubernetesOptions) -> TritonOptions:
+    """What the model repository is asked to be: instances on GPUs, so that a pod without one fails, not slows."""
+    return TritonOptions(
+        backend=options.backend,
+        instances=Instances(device=Device.GPU),
+        labels=options.labels,
+        ensemble=Ensemble() if options.ensemble else None,
+    )

@@ -1,0 +1,125 @@
+"""The golden pack as golden_check.py reads it: raw tensors and one JSON file.
+
+golden.json          the model's name, its tensors, tolerances, the batches to send, and the SHA-256 of every file
+input.bin            N inputs, as a client sends them
+logits.bin …         the reference's answers of them, float32 or int64, little-endian
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.bundle.golden import LOGITS, TOP_INDICES, TOP_VALUES, Golden, expected_outputs
+from spach_deploy.bundle.store import GOLDEN, TensorInfo
+from spach_deploy.common.errors import BundleError
+from spach_deploy.common.text import json_text
+from spach_deploy.options.specs import BatchProfile
+from spach_deploy.packaging.triton.options import Backend
+from spach_deploy.packaging.triton.served_model import ServedModel
+from spach_deploy.packaging.triton.tensors import DATA_TYPES
+from spach_deploy.validation.runs import repeating
+from spach_deploy.validation.tolerance import Bounds
+
+DESCRIPTION = "golden.json"
+
+_EXPORT_AGAIN = "Export the bundle again."
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenPack:
+    """Files by name, and the sizes of the batches that the check sends."""
+
+    files: dict[str, bytes]
+    batch_sizes: tuple[int, ...]
+
+
+def golden_pack(model: ServedModel) -> GoldenPack:
+    """The pack of `model`. BundleError for a golden pack that is not this model's."""
+    golden = Golden.load(model.bundle.file(GOLDEN))
+    expected = expected_outputs(golden.logits, model.facts.outputs)
+    _check(golden, model, expected)
+    tensors = {"input.bin": np.ascontiguousarray(golden.input).tobytes()}
+    for output in model.outputs:
+        tensors[f"{output.name}.bin"] = _bytes(output, expected[output.name])
+    sent = batches(len(golden.names), model.batch)
+    description = {
+        "model": model.name,
+        "images": list(golden.names),
+        "input": _tensor(model.inputs[0], "input.bin"),
+        "outputs": [_output(output, model) for output in model.outputs],
+        "batches": [list(batch) for batch in sent],
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in tensors.items()},
+    }
+    text = json_text(description) + "\n"
+    return GoldenPack({DESCRIPTION: text.encode(), **tensors}, tuple(map(len, sent)))
+
+
+def bounds(model: ServedModel) -> Bounds:
+    """What may differ on a GPU: the engine's bounds, or the graph's where TF32 was not allowed to the engine either."""
+    tolerances = model.facts.tolerances
+    return tolerances.engine if model.backend is Backend.TENSORRT or allows_tf32(model) else tolerances.graph
+
+
+def allows_tf32(model: ServedModel) -> bool:
+    """Whether the bundle's tolerances have room for TF32."""
+    return model.facts.tf32
+
+
+def batches(images: int, profile: BatchProfile) -> tuple[tuple[int, ...], ...]:
+    """Indices of images, batch by batch: the smallest batch, the rest of the images, then the largest batch.
+
+    A graph can be right at one batch and wrong at another. Images are repeated, in another order, where there are few.
+    """
+    sent = [_take(0, profile.min, images)]
+    start = min(profile.min, images)
+    while start < images:
+        size = max(profile.min, min(profile.max, images - start))
+        sent.append(_take(start, size, images))
+        start += size
+    if max(map(len, sent)) < profile.max:
+        sent.append(_take(0, profile.max, images))
+    return tuple(sent)
+
+
+def _take(start: int, size: int, images: int) -> tuple[int, ...]:
+    return repeating(images, start + size)[start:]
+
+
+def _bytes(output: TensorInfo, expected: npt.NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(expected).astype("<i8" if output.name == TOP_INDICES else "<f4").tobytes()
+
+
+def _tensor(tensor: TensorInfo, file: str) -> dict[str, Any]:
+    data_type = DATA_TYPES[tensor.dtype].removeprefix("TYPE_")
+    return {"name": tensor.name, "datatype": data_type, "shape": list(tensor.shape[1:]), "file": file}
+
+
+def _output(output: TensorInfo, model: ServedModel) -> dict[str, Any]:
+    """A tensor with what it is and what it may be off; indices are held against the scores that they rank."""
+    entry = _tensor(output, f"{output.name}.bin")
+    if output.name == TOP_INDICES:
+        return {**entry, "kind": "indices", "ranks": LOGITS, "tolerance": _tolerance(LOGITS, model)}
+    kind = "values" if output.name == TOP_VALUES else "scores"
+    return {**entry, "kind": kind, "tolerance": _tolerance(output.name, model)}
+
+
+def _tolerance(output: str, model: ServedModel) -> dict[str, Any]:
+    given = bounds(model).outputs.get(output)
+    if given is None:
+        raise BundleError(f"Bundle {model.bundle.path} has no tolerance for the output {output}.", _EXPORT_AGAIN)
+    return {name: getattr(given, name) for name in ("rel_l2", "max_abs", "cosine_min", "flip_margin")}
+
+
+def _check(golden: Golden, model: ServedModel, expected: dict[str, Any]) -> None:
+    path, tensor = model.bundle.path / GOLDEN, model.inputs[0]
+    if len(model.inputs) != 1 or golden.input.shape[1:] != tensor.shape[1:] or golden.input.dtype != tensor.dtype:
+        raise BundleError(f"{path} holds inputs of another model.", _EXPORT_AGAIN)
+    if golden.logits.shape[1] != model.classes or not np.isfinite(golden.logits).all():
+        raise BundleError(f"{path} holds answers of another model.", _EXPORT_AGAIN)
+    if unknown := [output.name for output in model.outputs if output.name not in expected]:
+        raise BundleError(f"There is no reference for the output {unknown[0]}.", _EXPORT_AGAIN)

@@ -1,0 +1,223 @@
+"""What the file of a version says of itself: its tensors, and the batches that it accepts.
+
+An ONNX graph tells its tensors. A plan cannot be read without TensorRT and a GPU, so what the bundle's manifest beside
+it says is taken, which holds for exactly the bytes whose SHA-256 it names.
+
+A model's folder as the rules see it: its configuration, its versions, what the served files say of themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.bundle.store import GRAPH, PLAN, Manifest, TensorInfo
+from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.options.specs import BatchProfile
+from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
+from spach_deploy.packaging.triton.options import Backend
+from spach_deploy.packaging.triton.repository import FACTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Tensors by name, their shapes with None for a free extent. `profile` None: not known.
+
+    `source` names the file that the tensors come from. `digest` is the SHA-256 that the served file must have, where
+    the bundle it came from is known.
+    """
+
+    source: str
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+    profile: BatchProfile | None = None
+    digest: str | None = None
+
+
+def artifact_facts(version: Path, file_name: str, backend: str) -> Facts | None:
+    """Facts of a version's file; None where there are none, which `check_files` reports."""
+    manifest = bundle_manifest(version)
+    graph = graph_tensors(version / file_name) if backend == "onnxruntime" else None
+    if manifest is None:
+        return None if graph is None else Facts(f"{version.name}/{file_name}", *graph)
+    inputs, outputs = graph or (_by_name(manifest.inputs), _by_name(manifest.outputs))
+    source = f"{version.name}/{file_name if graph else FACTS}"
+    digest = manifest.files.get(GRAPH if backend == "onnxruntime" else PLAN)
+    return Facts(source, inputs, outputs, _profile(manifest), digest)
+
+
+def bundle_manifest(version: Path) -> Manifest | None:
+    """The bundle's manifest of a version; None where it is absent or cannot be read."""
+    try:
+        return Manifest.read(version / FACTS)
+    except BundleError:
+        return None
+
+
+def graph_tensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]] | None:
+    """Inputs and outputs of an ONNX file; None for what is none."""
+    import onnx
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+        constants = {tensor.name for tensor in graph.initializer}
+        inputs = _by_name([_tensor(value) for value in graph.input if value.name not in constants])
+        outputs = _by_name([_tensor(value) for value in graph.output])
+    except Exception:  # protobuf's own exceptions, OSError, and types that NumPy has no name for
+        return None
+    return (inputs, outputs) if graph.node else None
+
+
+def _tensor(value: object) -> TensorInfo:
+    from onnx import TensorProto, ValueInfoProto, helper
+
+    assert isinstance(value, ValueInfoProto)
+    kind = value.type.tensor_type
+    is_bfloat = kind.elem_type == TensorProto.BFLOAT16
+    dtype = "bfloat16" if is_bfloat else str(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    return TensorInfo(value.name, dtype, shape)
+
+
+def _by_name(tensors: list[TensorInfo] | tuple[TensorInfo, ...]) -> dict[str, TensorInfo]:
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _profile(manifest: Manifest) -> BatchProfile | None:
+    try:
+        return BatchProfile(**manifest.content["batch"])
+    except (TypeError, UsageError):
+        return None
+
+
+CONFIG = "config.pbtxt"
+
+PLATFORMS = {
+    "tensorrt_plan": "tensorrt",
+    "onnxruntime_onnx": "onnxruntime",
+    "pytorch_libtorch": "pytorch",
+    "tensorflow_graphdef": "tensorflow",
+    "tensorflow_savedmodel": "tensorflow",
+}
+"""Backend of each platform; an ensemble has none."""
+
+DEFAULT_FILES = {
+    "tensorrt": "model.plan",
+    "onnxruntime": "model.onnx",
+    "pytorch": "model.pt",
+    "python": "model.py",
+    "openvino": "model.xml",
+}
+"""The file that a backend loads where the configuration names none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A model with a configuration that could be parsed."""
+
+    path: Path
+    config: Any
+
+    @property
+    def name(self) -> str:
+        """The folder's, which is what Triton goes by."""
+        return self.path.name
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it only ties other models together."""
+        return bool(self.config.platform == "ensemble" or self.config.HasField("ensemble_scheduling"))
+
+    @property
+    def backend(self) -> str:
+        """Its backend; where neither backend nor platform is named, by the file that is there, as Triton does it.
+
+        Empty where nothing tells.
+        """
+        named = self.config.backend or PLATFORMS.get(self.config.platform, "")
+        if named or self.config.platform or self.config.default_model_filename:
+            return str(named)
+        there = [backend for backend, file in DEFAULT_FILES.items() if self._has(file)]
+        return there[0] if there else ""
+
+    def _has(self, file: str) -> bool:
+        return bool(self.versions) and (self.path / str(self.versions[-1]) / file).exists()
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether ordinary TensorRT runs it."""
+        return self.backend == Backend.TENSORRT.value
+
+    @property
+    def file_name(self) -> str:
+        """The file in each version's folder; empty for an ensemble or an unknown backend."""
+        if self.is_ensemble:
+            return ""
+        return str(self.config.default_model_filename or DEFAULT_FILES.get(self.backend, ""))
+
+    @functools.cached_property
+    def versions(self) -> tuple[int, ...]:
+        """Numbers of the version folders that Triton sees, ascending."""
+        folders = (entry.name for entry in self.path.iterdir() if entry.is_dir())
+        return tuple(sorted(int(name) for name in folders if is_version(name)))
+
+    @property
+    def served_versions(self) -> tuple[int, ...]:
+        """Those that the version policy serves."""
+        policy = self.config.version_policy
+        choice = policy.WhichOneof("policy_choice")
+        if choice == "all":
+            return self.versions
+        if choice == "specific":
+            return tuple(version for version in self.versions if version in policy.specific.versions)
+        count = policy.latest.num_versions if choice == "latest" else 1
+        return self.versions[-count:] if count else ()
+
+    @functools.cached_property
+    def facts(self) -> dict[int, Facts]:
+        """What is known of each version's file; versions of which nothing is known are left out."""
+        if self.is_ensemble or not self.file_name:
+            return {}
+        found = {
+            number: artifact_facts(self.path / str(number), self.file_name, self.backend) for number in self.versions
+        }
+        return {number: facts for number, facts in found.items() if facts is not None}
+
+    def finding(
+        self,
+        field: str,
+        found: str,
+        expected: str,
+        fix: str,
+        *,
+        file: str = CONFIG,
+        severity: Severity = Severity.ERROR,
+    ) -> RepositoryFinding:
+        """A finding in one of its files."""
+        return RepositoryFinding(f"{self.name}/{file}", field, found, expected, fix, severity)
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """`input[0]` and so on, with the tensor."""
+        yield from ((f"input[{index}]", tensor) for index, tensor in enumerate(self.config.input))
+        yield from ((f"output[{index}]", tensor) for index, tensor in enumerate(self.config.output))
+
+
+def is_version(name: str) -> bool:
+    """Whether Triton takes a folder of this name for a version: a number that does not begin with 0."""
+    return name.isascii() and name.isdigit() and not name.startswith("0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """All models with a configuration, and the names of all folders."""
+
+    path: Path
+    models: tuple[ModelFolder, ...]
+    folders: frozenset[str]
+
+    def find(self, name: str) -> ModelFolder | None:
+        """A model by its name."""
+        return next((model for model in self.models if model.name == name), None)

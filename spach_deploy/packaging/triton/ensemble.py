@@ -1,0 +1,141 @@
+"""The steps around a model, so that a client sends a picture and gets labels.
+
+    bytes    NAME_preprocess (decode, resize, crop, normalize) -> NAME -> NAME_top_k
+    pixels   NAME -> NAME_top_k, for a model that takes uint8 pixels: it needs no preprocessing
+
+NAME_ensemble ties them together; NAME itself stays callable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.common.errors import UsageError
+from spach_deploy.options.specs import IODtype
+from spach_deploy.packaging.triton.config import LABELS_FILE, instance_group, tensor_fields
+from spach_deploy.packaging.triton.options import Device, Ensemble, EnsembleInput, Instances
+from spach_deploy.packaging.triton.schema import model_config
+from spach_deploy.packaging.triton.served_model import ServedModel
+from spach_deploy.packaging.triton.tensors import DATA_TYPES
+
+IMAGE, PIXELS = "image", "pixels"
+STEP_FILE = "model.py"
+
+_TOP_K = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleStep:
+    """A model of the repository that is not the bundle's. `source`: its module in steps/; None for an ensemble."""
+
+    config: Any
+    source: str | None = None
+    has_labels: bool = False
+
+
+def ensemble_steps(model: ServedModel, ensemble: Ensemble) -> tuple[EnsembleStep, ...]:
+    """The steps around `model` and the ensemble itself. UsageError where they do not fit the model."""
+    k = min(_TOP_K, model.classes) if ensemble.top_k is None else ensemble.top_k
+    _check(model, ensemble, k)
+    steps = (_preprocess(model),) if ensemble.input is EnsembleInput.BYTES else ()
+    return (*steps, _top_k(model, k), _ensemble(model, ensemble.input, k))
+
+
+def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
+    if not model.batches.max_batch_size:
+        raise UsageError(
+            f"--ensemble: {model.name} takes batches of {model.batch.min} and more, but pictures come singly.",
+            "Export it with a batch profile from 1, such as --batch 1:8:32, or give --backend onnxruntime.",
+        )
+    if ensemble.input is EnsembleInput.PIXELS and model.facts.outputs.io_dtype is not IODtype.UINT8:
+        raise UsageError(
+            f"--ensemble-input pixels: {model.name} takes normalized images.",
+            "Export it with --io-dtype uint8, or let the ensemble take the bytes of picture files.",
+        )
+    if not 1 <= k <= model.classes:
+        raise UsageError(
+            f"--top-k {k} of {model.classes} classes does not exist.",
+            f"Give a number from 1 to {model.classes}.",
+        )
+
+
+def _preprocess(model: ServedModel) -> EnsembleStep:
+    tensor = model.inputs[0]
+    transform = model.facts.preprocessing
+    settings = {
+        "image_size": transform.image_size,
+        "resize_size": transform.resize_size,
+        "mean": transform.mean,
+        "std": transform.std,
+        "dtype": tensor.dtype,
+    }
+    config = _step_config(
+        f"{model.name}_preprocess",
+        model,
+        inputs=[tensor_fields(IMAGE, "TYPE_STRING", [1])],
+        outputs=[tensor_fields(tensor.name, DATA_TYPES[tensor.dtype], model.batches.dims(tensor))],
+    )
+    config.parameters["preprocessing"].string_value = json.dumps(settings)
+    return EnsembleStep(config, "preprocess")
+
+
+def _top_k(model: ServedModel, k: int) -> EnsembleStep:
+    logits = next(tensor for tensor in model.outputs if tensor.name == LOGITS)
+    config = _step_config(
+        f"{model.name}_top_k",
+        model,
+        inputs=[tensor_fields(LOGITS, DATA_TYPES[logits.dtype], model.batches.dims(logits))],
+        outputs=_answers(k),
+    )
+    config.parameters["top_k"].string_value = str(k)
+    config.parameters["labels"].string_value = LABELS_FILE
+    return EnsembleStep(config, "top_k", has_labels=True)
+
+
+def _answers(k: int) -> list[dict[str, Any]]:
+    types = {"labels": "TYPE_STRING", "probabilities": "TYPE_FP32", "indices": "TYPE_INT64"}
+    return [tensor_fields(name, data_type, [k]) for name, data_type in types.items()]
+
+
+def _step_config(name: str, model: ServedModel, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> Any:
+    return model_config(
+        name=name,
+        backend="python",
+        max_batch_size=model.batches.max_batch_size,
+        input=inputs,
+        output=outputs,
+        instance_group=[instance_group(Instances(), Device.CPU)],
+    )
+
+
+def _ensemble(model: ServedModel, takes: EnsembleInput, k: int) -> EnsembleStep:
+    tensor = model.inputs[0]
+    takes_bytes = takes is EnsembleInput.BYTES
+    given = tensor_fields(IMAGE, "TYPE_STRING", [1])
+    if not takes_bytes:
+        given = tensor_fields(PIXELS, DATA_TYPES[tensor.dtype], model.batches.dims(tensor))
+    prepared = "prepared" if takes_bytes else PIXELS
+    answers = _answers(k)
+    steps = [
+        _link(model.name, {tensor.name: prepared}, {LOGITS: LOGITS}),
+        _link(f"{model.name}_top_k", {LOGITS: LOGITS}, {answer["name"]: answer["name"] for answer in answers}),
+    ]
+    if takes_bytes:
+        steps.insert(0, _link(f"{model.name}_preprocess", {IMAGE: IMAGE}, {tensor.name: prepared}))
+    config = model_config(
+        name=f"{model.name}_ensemble",
+        platform="ensemble",
+        max_batch_size=model.batches.max_batch_size,
+        input=[given],
+        output=answers,
+        ensemble_scheduling={"step": steps},
+    )
+    return EnsembleStep(config)
+
+
+def _link(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> dict[str, Any]:
+    """A step: its tensors -> the ensemble's. Version -1 is the newest that is served."""
+    return {"model_name": name, "model_version": -1, "input_map": inputs, "output_map": outputs}

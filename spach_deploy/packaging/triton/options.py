@@ -1,0 +1,125 @@
+"""What a model repository is asked to be, as frozen objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from pathlib import Path
+
+from spach_deploy.common.errors import UsageError
+
+KIND_AUTO, KIND_GPU, KIND_CPU, KIND_MODEL = range(4)
+"""Triton's numbers of the kinds of an instance group."""
+
+
+class Backend(str, enum.Enum):
+    """Which of Triton's backends runs a model. `auto` takes the bundle's plan where Triton can load it."""
+
+    AUTO = "auto"
+    TENSORRT = "tensorrt"
+    ONNXRUNTIME = "onnxruntime"
+
+    @property
+    def platform(self) -> str:
+        """Triton's name of the model's format."""
+        return {"tensorrt": "tensorrt_plan", "onnxruntime": "onnxruntime_onnx"}[self.value]
+
+    @property
+    def file_name(self) -> str:
+        """The file that the backend loads by default."""
+        return {"tensorrt": "model.plan", "onnxruntime": "model.onnx"}[self.value]
+
+
+class Device(str, enum.Enum):
+    """Where a model's instances run. `auto`: on GPUs where there are any, else on the CPU."""
+
+    AUTO = "auto"
+    GPU = "gpu"
+    CPU = "cpu"
+
+    @property
+    def kind(self) -> str:
+        """Triton's name of it."""
+        return f"KIND_{self.name}"
+
+
+class EnsembleInput(str, enum.Enum):
+    """What a client of the ensemble sends: the bytes of a picture's file, or RGB pixels of the model's own size."""
+
+    BYTES = "bytes"
+    PIXELS = "pixels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instances:
+    """How many instances of a model, where. `gpus` empty: each on every GPU. `device` None: as the backend needs."""
+
+    count: int = 1
+    device: Device | None = None
+    gpus: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"--instances {self.count} serves nothing.", "Give a number from 1.")
+        if self.gpus and self.device is Device.CPU:
+            raise UsageError("--gpus contradicts --device cpu.", "Leave one of them out.")
+
+
+@dataclasses.dataclass(frozen=True)
+class VersionPolicy:
+    """Which versions are served: the `latest` N, `all`, or `specific` ones."""
+
+    latest: int | None = None
+    specific: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> VersionPolicy:
+        """`latest`, `latest:N`, `all` or `specific:1,3`. UsageError for anything else."""
+        if text == "all":
+            return cls()
+        if match := re.fullmatch(r"latest(?::([1-9]\d{0,5}))?", text):
+            return cls(latest=int(match[1] or 1))
+        if match := re.fullmatch(r"specific:([1-9]\d{0,8}(?:,[1-9]\d{0,8})*)", text):
+            return cls(specific=tuple(int(number) for number in match[1].split(",")))
+        raise UsageError(f"--version-policy {text!r} is none.", "Give latest, latest:N, all or specific:1,3.")
+
+    def serves(self, versions: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of `versions` that are served."""
+        if self.specific:
+            return tuple(version for version in versions if version in self.specific)
+        return versions if self.latest is None else tuple(sorted(versions)[-self.latest :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """Whether the server makes batches from single requests, and how long a request may wait for company, in µs."""
+
+    dynamic: bool = True
+    queue_delay_us: int = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Steps around the model, so that a client sends a picture and gets its `top_k` best classes with labels.
+
+    `top_k` None: 5, or all where there are fewer.
+    """
+
+    input: EnsembleInput = EnsembleInput.BYTES
+    top_k: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonOptions:
+    """All that `spach-package triton` was asked for. `force`: take plans that ordinary Triton cannot load."""
+
+    backend: Backend = Backend.AUTO
+    force: bool = False
+    instances: Instances = Instances()
+    batching: Batching = Batching()
+    version_policy: VersionPolicy | None = None
+    response_cache: bool = False
+    warm_up: bool = True
+    labels: Path | None = None
+    ensemble: Ensemble | None = None

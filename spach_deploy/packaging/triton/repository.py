@@ -1,0 +1,251 @@
+"""A model repository on disk, written in one step: a killed run leaves the old one or none.
+
+REPOSITORY/
+  manifest.json              that spach-package wrote it, from what; Triton looks at folders only
+  NAME/config.pbtxt          inputs, outputs, batching, instances, warm-up
+  NAME/labels.txt            the classes
+  NAME/warmup/golden_input   a golden image
+  NAME/1/model.plan          or model.onnx
+  NAME/1/bundle.json         the bundle's manifest: what --check holds the rest against
+  NAME_preprocess/ NAME_top_k/ NAME_ensemble/   with --ensemble
+
+What was written, for the terminal and as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spach_deploy._version import __version__
+from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, writing
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.text import escaped, json_text
+from spach_deploy.data.labels import as_text, read_labels
+from spach_deploy.options.command_line import quoted
+from spach_deploy.packaging.triton.config import LABELS_FILE, model_configuration
+from spach_deploy.packaging.triton.ensemble import STEP_FILE, EnsembleStep, ensemble_steps
+from spach_deploy.packaging.triton.options import Backend, TritonOptions
+from spach_deploy.packaging.triton.schema import to_text
+from spach_deploy.packaging.triton.served_model import BundleArgument, ServedModel, resolve_models
+from spach_deploy.packaging.triton.tensors import DATA_TYPES, shown
+from spach_deploy.packaging.triton.warmup import FOLDER, WarmUp, warm_up
+
+CONTENTS = DirectoryKind("triton-model-repository", "a model repository")
+CONFIG = "config.pbtxt"
+FACTS = "bundle.json"
+
+_STEPS = Path(__file__).with_name("steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonRepository:
+    """A repository that was written: its place, its models with their steps, and which are served."""
+
+    path: Path
+    models: tuple[ServedModel, ...]
+    steps: tuple[str, ...]
+    options: TritonOptions
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What will not work."""
+        return tuple(warning for model in self.models for warning in model.warnings)
+
+
+def write_repository(
+    arguments: Sequence[BundleArgument], output: Path, options: TritonOptions, *, overwrite: bool = False
+) -> TritonRepository:
+    """Write the model repository of some bundles to `output`.
+
+    Raises BundleError for what is no bundle, has nothing for the backend, or for a target that cannot be written, and
+    UsageError for options that do not fit the bundles.
+    """
+    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
+    models = resolve_models(arguments, options)
+    parts = [_Part.of(model, options) for model in models]
+    _check_names([name for part in parts for name in part.names])
+    with writing(place) as staging:
+        for part in parts:
+            part.write(staging)
+        _write_manifest(staging, models)
+    return TritonRepository(output, models, tuple(name for part in parts for name in part.names[1:]), options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A model and the steps around it, ready to be written."""
+
+    model: ServedModel
+    config: Any
+    warm_up: WarmUp
+    labels: tuple[str, ...]
+    steps: tuple[EnsembleStep, ...]
+
+    @classmethod
+    def of(cls, model: ServedModel, options: TritonOptions) -> _Part:
+        requests = warm_up(model) if options.warm_up else WarmUp()
+        _check_policy(model, options)
+        return cls(
+            model=model,
+            config=model_configuration(model, options, requests),
+            warm_up=requests,
+            labels=read_labels(options.labels, model.classes),
+            steps=ensemble_steps(model, options.ensemble) if options.ensemble else (),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return [self.model.name, *(str(step.config.name) for step in self.steps)]
+
+    def write(self, repository: Path) -> None:
+        folder = repository / self.model.name
+        folder.mkdir()
+        _write_text(folder / CONFIG, to_text(self.config))
+        _write_text(folder / LABELS_FILE, as_text(self.labels))
+        self._write_warm_up(folder)
+        for version in self.model.versions:
+            target = folder / str(version.number)
+            target.mkdir()
+            shutil.copyfile(version.artifact, target / self.model.backend.file_name)
+            shutil.copyfile(version.bundle.path / MANIFEST, target / FACTS)
+        for step in self.steps:
+            self._write_step(repository / step.config.name, step)
+
+    def _write_warm_up(self, folder: Path) -> None:
+        if self.warm_up.files:
+            (folder / FOLDER).mkdir()
+        for name, content in self.warm_up.files.items():
+            (folder / FOLDER / name).write_bytes(content)
+
+    def _write_step(self, folder: Path, step: EnsembleStep) -> None:
+        version = folder / "1"  # an ensemble needs the folder too, though there is nothing in it
+        version.mkdir(parents=True)
+        _write_text(folder / CONFIG, to_text(step.config))
+        if step.source:
+            shutil.copyfile(_STEPS / f"{step.source}.py", version / STEP_FILE)
+        if step.has_labels:
+            _write_text(folder / LABELS_FILE, as_text(self.labels))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _check_policy(model: ServedModel, options: TritonOptions) -> None:
+    """Refuse a policy that names versions which are not there: Triton would serve less than was asked for."""
+    policy = options.version_policy
+    numbers = tuple(version.number for version in model.versions)
+    absent = [number for number in policy.specific if number not in numbers] if policy else []
+    if absent:
+        raise UsageError(
+            f"--version-policy names version {absent[0]}; {model.name} has {', '.join(map(str, numbers))}.",
+            "Bundles of one name become its versions 1, 2, … in the order given.",
+        )
+
+
+def _check_names(names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"Two models would be called {twice[0]}.", "Give other names: NAME=BUNDLE.")
+
+
+def _write_manifest(staging: Path, models: Sequence[ServedModel]) -> None:
+    content = {
+        "kind": CONTENTS.kind,
+        "spach_deploy": __version__,
+        "models": {
+            model.name: {
+                "backend": model.backend.value,
+                "versions": {str(version.number): version.bundle.path.name for version in model.versions},
+            }
+            for model in models
+        },
+    }
+    _write_text(staging / MANIFEST, json_text(content) + "\n")
+
+
+_LABEL_WIDTH = 12
+
+
+def repository_text(written: TritonRepository) -> str:
+    """A few lines: the models, how they take batches, and the command that serves them."""
+    lines = [line for model in written.models for line in _model_lines(model, written)]
+    command = serve_command(written)
+    return escaped([*lines, "", *(["Serve it:", f"  {command}"] if command else ["It is to be read, not served."])])
+
+
+def repository_json(written: TritonRepository) -> str:
+    """The same as JSON."""
+    return json_text(
+        {
+            "repository": str(written.path),
+            "models": [_facts(model, written) for model in written.models],
+            "steps": list(written.steps),
+            "warnings": list(written.warnings),
+            "serve": serve_command(written),
+        }
+    )
+
+
+def serve_command(written: TritonRepository) -> str | None:
+    """The command that serves the repository; None where a server could not load it."""
+    if written.warnings:
+        return None
+    cache = " --cache-config local,size=1073741824" if written.options.response_cache else ""
+    return f"tritonserver --model-repository {quoted(written.path)}{cache}"
+
+
+def _served_versions(model: ServedModel, written: TritonRepository) -> tuple[int, ...]:
+    numbers = tuple(version.number for version in model.versions)
+    policy = written.options.version_policy
+    return numbers[-1:] if policy is None else policy.serves(numbers)
+
+
+def _facts(model: ServedModel, written: TritonRepository) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "backend": model.backend.value,
+        "versions": [version.number for version in model.versions],
+        "served_versions": list(_served_versions(model, written)),
+        "max_batch_size": model.batches.max_batch_size,
+        "notes": list(model.notes),
+    }
+
+
+def _model_lines(model: ServedModel, written: TritonRepository) -> list[str]:
+    inputs, outputs = (", ".join(_tensors(model, which)) for which in ("inputs", "outputs"))
+    steps = [name for name in written.steps if name.startswith(f"{model.name}_")]
+    rows = {
+        "model": f"{model.name}, {model.backend.platform}",
+        "versions": _versions(model, written),
+        "takes": inputs,
+        "gives": outputs,
+        "batch": _batch(model, written),
+        "steps": ", ".join(steps),
+    }
+    lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in rows.items() if text]
+    return [*lines, *(f"{'note':<{_LABEL_WIDTH}}{note}" for note in model.notes)]
+
+
+def _tensors(model: ServedModel, which: str) -> list[str]:
+    tensors = model.inputs if which == "inputs" else model.outputs
+    return [f"{t.name} {DATA_TYPES[t.dtype].removeprefix('TYPE_')} {shown(model.batches.dims(t))}" for t in tensors]
+
+
+def _versions(model: ServedModel, written: TritonRepository) -> str:
+    given = ", ".join(f"{version.number} from {version.bundle.path}" for version in model.versions)
+    served = ", ".join(map(str, _served_versions(model, written)))
+    return given if len(model.versions) == 1 else f"{given}; served: {served}"
+
+
+def _batch(model: ServedModel, written: TritonRepository) -> str:
+    if not model.batches.max_batch_size:
+        accepted = "exactly " + str(model.batch.max) if model.batch.min == model.batch.max else str(model.batch)
+        return f"{accepted} samples a request; the server cannot make such batches from single samples"
+    if model.backend is Backend.TENSORRT or written.options.batching.dynamic:
+        return f"1 to {model.batches.max_batch_size}, tuned for {model.batch.opt}"
+    return f"1 to {model.batches.max_batch_size}"

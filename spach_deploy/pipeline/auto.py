@@ -1,0 +1,246 @@
+"""`spach-export --auto`: the precisions that could serve, exported and judged side by side, and one recommendation.
+
+Every candidate becomes a whole bundle. What is compared is what is known without a GPU: kernels, bytes moved, the
+plan's size, how far the logits are from PyTorch's, and how many predictions change. Speed is not known, and eight bits
+are not faster by nature: they halve the arithmetic and add passes over memory. So FP16 is recommended unless another
+candidate is lighter in all that is known; what only a stopwatch on the card can decide is said in words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.bundle.store import check_target, default_directory
+from spach_deploy.common.errors import MismatchError, SpachError, UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.common.progress import ExportObserver
+from spach_deploy.common.text import escaped
+from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
+from spach_deploy.pipeline.export import ExportResult, export
+
+CANDIDATES = (Precision.FP16, Precision.INT8, Precision.FP8)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionCandidate:
+    """One precision: its bundle and figures, or why there is none. `rel_l2`: of the logits, all golden images."""
+
+    precision: Precision
+    bundle: Path | None = None
+    rel_l2: float | None = None
+    top1_agreement: float | None = None
+    kernels: int | None = None
+    bytes_moved: int | None = None
+    plan_bytes: int | None = None
+    problem: str = ""
+
+    def keeps(self, bound: float | None) -> bool:
+        """Whether it exists and stays within the bound on relative L2; with None, a passed validation is enough."""
+        return self.rel_l2 is not None and (bound is None or self.rel_l2 <= bound)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        named = {"precision": self.precision.value, "bundle": None if self.bundle is None else str(self.bundle)}
+        return {**dataclasses.asdict(self), **named}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """All candidates, the one to take (None where none keeps the bound), and the reasons in sentences."""
+
+    candidates: tuple[PrecisionCandidate, ...]
+    chosen: PrecisionCandidate | None
+    bound: float | None
+    reasons: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 with a recommendation, 1 without."""
+        return 0 if self.chosen else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "candidates": [
+                {**entry.to_dict(), "pareto": entry in pareto(self.candidates)} for entry in self.candidates
+            ],
+            "recommended": None if self.chosen is None else self.chosen.precision.value,
+            "bound_rel_l2": self.bound,
+            "reasons": list(self.reasons),
+        }
+
+
+def check_auto(options: ExportOptions) -> None:
+    """Refuse contradictions before any work."""
+    if options.quantization.calibration is None:
+        raise UsageError(
+            "--auto compares FP16 with eight bits, and these need images to calibrate on.",
+            "Give --calibration DIR, or choose --fp16 yourself.",
+        )
+    if options.quantization.max_drop is not None:
+        raise UsageError(
+            "--auto judges by relative L2; --max-drop needs labels.", "Give --max-rel-l2, or --int8 --max-drop."
+        )
+
+
+def recommend(options: ExportOptions, observer: ExportObserver | None = None) -> Recommendation:
+    """Export every candidate and compare. UsageError for options that no candidate could honour."""
+    check_auto(options)
+    places = {precision: _place(options_for(options, precision)) for precision in CANDIDATES}
+    candidates = tuple(_candidate(options, precision, observer, place) for precision, place in places.items())
+    if not any(entry.bundle for entry in candidates):
+        raise MismatchError(
+            f"No precision could be exported: {candidates[0].problem}", "Export one of them by itself to see more."
+        )
+    return judge_candidates(candidates, options.quantization.max_rel_l2)
+
+
+def _place(options: ExportOptions) -> Destination | None:
+    """Where a candidate goes, None where that is not known yet. BundleError where it cannot."""
+    return None if options.output is None else check_target(options.output, overwrite=options.overwrite)
+
+
+def _candidate(
+    options: ExportOptions, precision: Precision, observer: ExportObserver | None, place: Destination | None
+) -> PrecisionCandidate:
+    try:
+        return _figures(precision, export(options_for(options, precision), observer, place=place))
+    except UsageError as error:
+        if precision is Precision.FP8:  # GPUs before Ada
+            return PrecisionCandidate(precision, problem=str(error))
+        raise
+    except MismatchError as error:
+        return PrecisionCandidate(precision, problem=str(error))
+    except SpachError as error:
+        if precision is CANDIDATES[0]:
+            raise
+        return PrecisionCandidate(precision, problem=str(error))
+
+
+def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
+    """Options of one candidate: a bundle of its own, and calibration only where it means something."""
+    output = options.output / precision.value if options.output is not None else None
+    if output is None and options.model.name is not None:
+        output = default_directory(options.model.name, precision.value)
+    quantization = options.quantization if precision.is_quantized else QuantizationSpec()
+    return dataclasses.replace(options, precision=precision, output=output, quantization=quantization)
+
+
+def _figures(precision: Precision, result: ExportResult) -> PrecisionCandidate:
+    evidence = result.validation.evidence[-1].comparison
+    logits = next(output for output in evidence.outputs if output.name == "logits")
+    engine = result.bundle.manifest.engine
+    kernels: Mapping[str, Any] = engine.get("kernels") or {}
+    return PrecisionCandidate(
+        precision=precision,
+        bundle=result.bundle.path,
+        rel_l2=logits.rel_l2,
+        top1_agreement=None if logits.scores is None else logits.scores.top1_agreement,
+        kernels=kernels.get("total"),
+        bytes_moved=kernels.get("bytes_moved"),
+        plan_bytes=engine.get("bytes"),
+    )
+
+
+def pareto(candidates: tuple[PrecisionCandidate, ...]) -> tuple[PrecisionCandidate, ...]:
+    """Those that no other beats or equals in everything that is known."""
+    known = [entry for entry in candidates if entry.bundle is not None]
+    return tuple(entry for entry in known if not any(_dominates(other, entry) for other in known))
+
+
+def _dominates(one: PrecisionCandidate, other: PrecisionCandidate) -> bool:
+    pairs = [
+        (one.rel_l2, other.rel_l2),
+        (one.kernels, other.kernels),
+        (one.bytes_moved, other.bytes_moved),
+        (one.plan_bytes, other.plan_bytes),
+    ]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return all(a <= b for a, b in known) and any(a < b for a, b in known)
+
+
+def judge_candidates(candidates: tuple[PrecisionCandidate, ...], bound: float | None) -> Recommendation:
+    """One of the candidates that keep the bound, with reasons."""
+    fitting = [entry for entry in candidates if entry.keeps(bound)]
+    if not fitting:
+        least = min((entry.rel_l2 for entry in candidates if entry.rel_l2 is not None), default=float("nan"))
+        reason = f"No precision stays within a relative L2 of {bound:g}; the closest has {least:.2g}. Stay with --fp32."
+        return Recommendation(candidates, None, bound, (reason,))
+    first = fitting[0]
+    lighter = [entry for entry in fitting[1:] if _is_lighter(entry, first)]
+    chosen = min(lighter, key=lambda entry: entry.bytes_moved or 0) if lighter else first
+    return Recommendation(candidates, chosen, bound, tuple(_reasons(candidates, chosen, first, bound)))
+
+
+def _is_lighter(one: PrecisionCandidate, other: PrecisionCandidate) -> bool:
+    """No more kernels, and less memory moved: better in all that time depends on, as far as it is known."""
+    if None in (one.kernels, other.kernels, one.bytes_moved, other.bytes_moved):
+        return False
+    assert one.kernels is not None
+    assert other.kernels is not None
+    assert one.bytes_moved is not None
+    assert other.bytes_moved is not None
+    return one.kernels <= other.kernels and one.bytes_moved < other.bytes_moved
+
+
+def _reasons(
+    candidates: tuple[PrecisionCandidate, ...],
+    chosen: PrecisionCandidate,
+    first: PrecisionCandidate,
+    bound: float | None,
+) -> Iterator[str]:
+    name = chosen.precision.value
+    if chosen is not first:
+        yield f"{name} has no more kernels than {first.precision.value} and moves less memory, within the bound."
+    elif bound is not None:
+        yield f"{name} stays within a relative L2 of {bound:g}."
+    else:
+        yield f"{name} is the closest to PyTorch, and nothing that is known without a GPU is against it."
+    for entry in candidates:
+        if entry is chosen:
+            continue
+        if entry.bundle is None:
+            yield f"{entry.precision.value} could not be had: {entry.problem}"
+        elif not entry.keeps(bound):
+            yield f"{entry.precision.value} changes the logits by {entry.rel_l2:.2g}, more than {bound:g}."
+        elif entry.precision.is_quantized:
+            yield from _against(entry, first)
+    yield "Kernels and bytes are the compiler's word. Which is faster, a stopwatch on the card decides: measure both."
+
+
+def _against(entry: PrecisionCandidate, half: PrecisionCandidate) -> Iterator[str]:
+    name, other = entry.precision.value, half.precision.value
+    if entry.kernels is None or half.kernels is None or entry is half:
+        yield f"{name} halves the weights' memory; whether it is faster is not known without an engine."
+        return
+    moved = ""
+    if entry.bytes_moved and half.bytes_moved:
+        moved = f" and moves {entry.bytes_moved / half.bytes_moved:.0%} of the bytes"
+    yield (
+        f"{name} does its products in half the time at best, but has {entry.kernels} kernels against {half.kernels} in"
+        f" {other}{moved}: it wins where arithmetic is what takes the time, at large batches."
+    )
+
+
+def as_table(found: Recommendation) -> str:
+    """For a terminal."""
+    lines = ["          rel. L2   top-1 kept   kernels   MB moved   plan MB   bundle"]
+    best = pareto(found.candidates)
+    for entry in found.candidates:
+        mark = "->" if entry is found.chosen else " *" if entry in best else "  "
+        lines.append(f"{mark} {entry.precision.value:<5} {_row(entry)}")
+    lines += ["", "-> recommended, * not beaten in everything that is known", "", *found.reasons]
+    return escaped(lines)
+
+
+def _row(entry: PrecisionCandidate) -> str:
+    if entry.bundle is None:
+        return entry.problem
+    agreement = "" if entry.top1_agreement is None else f"{entry.top1_agreement:.1%}"
+    moved = "" if entry.bytes_moved is None else f"{entry.bytes_moved / 1e6:,.0f}"
+    size = "" if entry.plan_bytes is None else f"{entry.plan_bytes / 1e6:.1f}"
+    kernels = "" if entry.kernels is None else str(entry.kernels)
+    return f"{entry.rel_l2:9.2e} {agreement:>12} {kernels:>9} {moved:>10} {size:>9}   {entry.bundle}"

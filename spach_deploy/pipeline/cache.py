@@ -1,0 +1,241 @@
+"""What an export depends on, as one digest: content, not times or names.
+
+Exports taken from the cache, and put into it. Nothing here imports torch: a second export is there at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import spach_deploy
+from spach_deploy.bundle import store as bundles
+from spach_deploy.bundle.cache import CacheEntry, Store
+from spach_deploy.bundle.store import Bundle
+from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
+from spach_deploy.common.files import Destination, check_regular
+from spach_deploy.common.processor import all_cpu_flags, processor_name
+from spach_deploy.common.versions import tool_versions
+from spach_deploy.models.checkpoint_file import checkpoint_files
+from spach_deploy.models.registry import resolve
+from spach_deploy.options.specs import ExportOptions
+
+HASHED_BYTES = 2_000_000_000
+"""Of a folder of images whose content is hashed; a larger one is known by its files' names, sizes and times."""
+
+_BLOCK = 1 << 20
+_DRIVER = Path("/proc/driver/nvidia")
+
+
+def export_key(options: ExportOptions) -> str | None:
+    """The digest of everything that decides what an export with `options` writes; None where it cannot be told.
+
+    Options that make an export write somewhere else too, such as a timing cache, are such a case.
+    """
+    if options.engine.timing_cache is not None or options.quantization.cache is not None:
+        return None
+    quantization = options.quantization
+    inputs = (options.images, options.answers, quantization.calibration, quantization.labels)
+    try:
+        weights = () if options.model.checkpoint is None else checkpoint_files(options.model.checkpoint)
+        content = {
+            "options": _plain(options),
+            "place": str(options.output.resolve()) if options.output is not None else str(Path.cwd()),
+            "files": {str(path): content_digest(path) for path in (*weights, *inputs) if path is not None},
+            "code": code_digest(),
+            "packages": tool_versions(),
+            "machine": machine(),
+        }
+    except (OSError, CheckpointError):
+        return None
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Options as JSON, but for those that do not change what is written."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        for name in ("overwrite", "cluster"):
+            fields.pop(name, None)
+        return fields
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's names and contents. OSError where it cannot be read, or would be for ever."""
+    digest = hashlib.sha256()
+    if not path.is_dir():
+        _add_file(digest, path)
+        return digest.hexdigest()
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+    is_small = sum(file.stat().st_size for file in files) <= HASHED_BYTES
+    for file in files:
+        digest.update(os.fsencode(f"{file.relative_to(path)}\0{file.stat().st_size}\0"))
+        if is_small:
+            _add_file(digest, file)
+        else:
+            digest.update(f"{file.stat().st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    check_regular(path)
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+
+
+def code_digest() -> str:
+    """Of this package's own files."""
+    root = Path(spach_deploy.__file__).parent
+    digest = hashlib.sha256()
+    for file in _sources(root):
+        digest.update(f"{file.relative_to(root)}\0".encode())
+        _add_file(digest, file)
+    return digest.hexdigest()
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    return (file for file in sorted(root.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
+
+
+def machine() -> dict[str, str]:
+    """What decides how numbers are computed and which engine is built, beside software."""
+    driver = _DRIVER / "version"
+    gpus = sorted(entry.name for entry in (_DRIVER / "gpus").iterdir()) if (_DRIVER / "gpus").is_dir() else []
+    return {
+        "processor": f"{processor_name()} {all_cpu_flags()}",
+        "driver": driver.read_text(encoding="utf-8") if driver.is_file() else "",
+        "gpus": " ".join(gpus),
+    }
+
+
+PLACE, SIZE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
+DEFAULT_BYTES = 10_000_000_000
+NONE = "none"
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reused:
+    """A bundle that came from the cache. `exported`: when it was made, as its manifest has it."""
+
+    bundle: Bundle
+    exported: str
+
+
+def open_store() -> Store | None:
+    """The cache of this user; None where there is to be none, or no home to have it in. UsageError for a size that is
+    none.
+    """
+    place = os.environ.get(PLACE, "")
+    if place == NONE:
+        return None
+    try:
+        root = Path(place) if place else _base() / "spach-deploy"
+    except RuntimeError:  # a user who is in no list of users, as in containers, and no HOME
+        return None
+    return Store(root, limit_bytes())
+
+
+def _base() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def limit_bytes() -> int:
+    """The cache's limit. UsageError for a size that is none."""
+    text = os.environ.get(SIZE, "")
+    if not text:
+        return DEFAULT_BYTES
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{SIZE}={text} is no size.", "Give one such as 20G.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportCache:
+    """The cache as one export sees it: `store` None has nothing and keeps nothing."""
+
+    store: Store | None
+    key: str | None
+
+    @classmethod
+    def of(cls, options: ExportOptions, *, is_used: bool = True) -> ExportCache:
+        """That of an export with `options`."""
+        store = open_store() if is_used else None
+        return cls(store, None if store is None else export_key(options))
+
+    def take(self, options: ExportOptions, place: Destination | None = None) -> Reused | None:
+        """The finished export, written to its place; None where it has to be done.
+
+        `place`: what `check_target` said of the target before. Raises BundleError where the target cannot be written,
+        as the export would.
+        """
+        if self.store is None or self.key is None:
+            return None
+        entry = next((entry for entry in self.store.entries() if entry.key == self.key), None)
+        target = None if entry is None else _target(options, entry)
+        if entry is None or target is None:
+            return None
+        place = place or bundles.check_target(target, overwrite=options.overwrite)
+        try:
+            with bundles.writing(place) as staging:
+                if not self.store.take(entry, staging, functools.partial(_check, options)):
+                    raise _NotThereError
+        except _NotThereError:
+            return None
+        bundle = Bundle.open(place.path, verify=False)
+        return Reused(bundle, str(bundle.manifest.content.get("created", "")))
+
+    def keep(self, bundle: Bundle) -> str:
+        """Keep a finished export; why that was not possible, in a sentence, where it was not."""
+        if self.store is None or self.key is None:
+            return ""
+        about = {"kind": "export", "model": bundle.manifest.model["name"], "target": str(bundle.path)}
+        try:
+            about |= {"precision": bundle.manifest.precision}
+            self.store.put(self.key, bundle.path, about, bundle.manifest.files)
+        except OSError as error:
+            return f"Not kept in the cache {self.store.root}: {error.strerror or error}."
+        return ""
+
+
+class _NotThereError(Exception):
+    """The entry was damaged, or evicted in this moment."""
+
+
+def _target(options: ExportOptions, entry: CacheEntry) -> Path | None:
+    """Where the bundle goes, None where the entry holds none that can be read."""
+    if options.output is not None:
+        return options.output
+    try:
+        manifest = Bundle.open(entry.path, verify=False).manifest
+    except BundleError:
+        return None
+    target = bundles.default_directory(str(manifest.model["name"]), options.precision.value)
+    return target if target.parent == bundles.default_directory("", "").parent else None
+
+
+def _check(options: ExportOptions, folder: Path) -> None:
+    """BundleError for anything but a whole bundle of what was asked for: it is looked at like one from elsewhere."""
+    manifest = Bundle.open(folder).manifest
+    known = {*manifest.files, bundles.MANIFEST, *bundles.REWRITTEN}
+    name = options.model.name and resolve(options.model.name)
+    if name not in (None, manifest.model["name"]) or manifest.precision != options.precision.value:
+        raise BundleError(f"{folder} is a bundle of something else.")
+    if not {file.name for file in folder.iterdir()} <= known:
+        raise BundleError(f"{folder} has files that its manifest does not name.")

@@ -1,0 +1,307 @@
+"""What an export would do, cost and refuse, without doing it: spach-export --dry-run.
+
+Times and memory are estimates: straight lines through what exports of ms_trans_xxs and ms_hybrid_s took on two cores of
+a server (`_SECONDS`, `_BYTES`). More cores take less; the proportions hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.bundle.store import check_target, default_directory
+from spach_deploy.common.errors import SpachError
+from spach_deploy.data.readers import open_images
+from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
+from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.registry import check_spec, resolve
+from spach_deploy.models.shapes import count_macs, count_parameters
+from spach_deploy.options.quantization import check_quantization
+from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
+from spach_deploy.pipeline.cache import ExportCache
+from spach_deploy.validation.user_answers import read_answers
+
+MEASURED_CORES = 2
+
+_RANGES, _VALIDATION, _ENGINE = "measure ranges, set types", "validate the graph", "build the engine, alongside"
+
+_SECONDS: dict[str, tuple[float, float]] = {
+    "load PyTorch and the model": (1.8, 0.03),
+    "reference, bounds, alongside": (0.5, 0.55),
+    "rewrite the model": (0.1, 0.07),
+    "export the graph": (1.5, 0.03),
+    "calibrate": (1.0, 0.028),
+    "give the graph its form": (0.1, 0.06),
+    _RANGES: (0.2, 0.33),
+    _VALIDATION: (0.4, 0.29),
+    _ENGINE: (2.0, 0.36),
+    "write the bundle": (0.4, 0.02),
+}
+"""Of each stage: seconds, and seconds more for each billion multiply-adds; of calibration, for each image too."""
+
+_BATCH_SECONDS = 0.0155
+"""Of an image in the usual and the largest batch, which are validated too: seconds for a billion multiply-adds."""
+
+_BASE_BYTES, _BYTES_PER_PARAMETER = 1.2e9, 37.0
+"""Memory of all processes: of Python, PyTorch and the compiler, and of weights, graphs and engine a parameter."""
+
+_WEIGHT_BYTES = {Precision.FP32: 4.0, Precision.FP16: 2.0, Precision.BF16: 2.0, Precision.INT8: 1.3, Precision.FP8: 1.3}
+"""Of a weight in a plan."""
+
+_GOLDEN_IMAGES = 8
+_UNKNOWN = "told by the checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatedStep:
+    """A stage that would run, in seconds; None where the model is not known yet."""
+
+    name: str
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What an export would do. `refusals`: what would stop it, as it would be said; `exit_code` is the first one's.
+
+    `notes`: what is said of the checkpoint.
+    `seconds`, `memory_bytes`, `disk_bytes` are estimates, None where the model is not known yet.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    steps: tuple[EstimatedStep, ...]
+    is_reused: bool
+    seconds: float | None
+    memory_bytes: float | None
+    disk_bytes: float | None
+    free_memory_bytes: int
+    free_disk_bytes: int
+    refusals: tuple[SpachError, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 where it would run, else that of the first refusal."""
+        return self.refusals[0].exit_code if self.refusals else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        fields = dataclasses.asdict(dataclasses.replace(self, refusals=()))
+        said = [{"message": error.message, "hint": error.hint, "exit_code": error.exit_code} for error in self.refusals]
+        return {**fields, "facts": dict(self.facts), "refusals": said, "exit_code": self.exit_code}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint tells: the model, with all that was left open, and notes on how it was read."""
+
+    model: ModelSpec
+    notes: tuple[str, ...]
+
+
+def read_facts(model: ModelSpec) -> CheckpointFacts:
+    """Load the checkpoint as an export would. Raises what `load_model` raises."""
+    from spach_deploy.models import load_model
+    from spach_deploy.models.hyperparameters import lines
+
+    loaded = load_model(model)
+    whole = dataclasses.replace(model, name=loaded.name, image_size=loaded.image_size, num_classes=loaded.num_classes)
+    return CheckpointFacts(whole, (*loaded.notes, *lines(loaded.settings)))
+
+
+ReadFacts = Callable[[ModelSpec], CheckpointFacts]
+
+
+def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts | None = read_facts) -> DryRun:
+    """Look at all that an export with `options` would refuse, and count what it would take.
+
+    PyTorch is loaded for a checkpoint alone, which `read` reads; None leaves it unread.
+    """
+    refusals: list[SpachError] = []
+    asked = options
+    options, notes = _told(asked, read, refusals)
+    flavour = _checked(options, refusals)
+    images = _counted(options.images, refusals)
+    calibration = _counted(options.quantization.calibration, refusals)
+    macs, parameters, size = _model(options)
+    target = _target(options)
+    is_reused = _is_reused(asked, is_cached=is_cached) if not refusals else False
+    steps = () if is_reused else tuple(_steps(options, flavour is not None, calibration, macs))
+    return DryRun(
+        facts=tuple(_facts(options, flavour, images, calibration, target)),
+        notes=notes,
+        steps=steps,
+        is_reused=is_reused,
+        seconds=1.0 if is_reused else _in_all(steps, options) if macs is not None else None,
+        memory_bytes=None if parameters is None else _BASE_BYTES + _BYTES_PER_PARAMETER * parameters,
+        disk_bytes=None if parameters is None else _disk(options, flavour is not None, parameters, size),
+        free_memory_bytes=_free_memory(),
+        free_disk_bytes=shutil.disk_usage(_existing(target or Path.cwd())).free,
+        refusals=tuple(refusals),
+    )
+
+
+def _told(
+    options: ExportOptions, read: ReadFacts | None, refusals: list[SpachError]
+) -> tuple[ExportOptions, tuple[str, ...]]:
+    """The options with what the checkpoint tells, and notes on it; as they are where there is none that can be read."""
+    try:
+        check_spec(options.model)
+        if options.model.checkpoint is None or read is None:
+            return options, ()
+        facts = read(options.model)
+        from spach_deploy.graph.interface import check_outputs
+
+        check_outputs(options.outputs, facts.model.num_classes or 0)
+    except SpachError as error:
+        refusals.append(error)
+        return options, ()
+    return dataclasses.replace(options, model=facts.model), facts.notes
+
+
+def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavour | None:
+    """The flavour that would build; refusals of quantization, engine and target are collected."""
+
+    def engine() -> EngineFlavour | None:
+        flavour = choose_flavour(options.engine.flavour)
+        if flavour is not None:
+            resolved = flavour.resolve(options.engine, options.precision)
+            if options.precision.is_quantized:
+                flavour.resolve(resolved, options.rest)
+        return flavour
+
+    def target() -> None:
+        place = _target(options)
+        if place is not None:
+            check_target(place, overwrite=options.overwrite)
+
+    _collected(lambda: check_quantization(options), refusals)
+    _collected(lambda: _check_opset(options), refusals)
+    _collected(target, refusals)
+    if options.answers is not None:
+        _collected(functools.partial(read_answers, options.answers), refusals)
+    found: list[EngineFlavour | None] = []
+    _collected(lambda: found.append(engine()), refusals)
+    return found[0] if found else None
+
+
+def _check_opset(options: ExportOptions) -> None:
+    if options.opset is not None:
+        from spach_deploy.graph.opset import check_opset
+
+        check_opset(options)
+
+
+def _collected(check: Callable[[], object], refusals: list[SpachError]) -> None:
+    try:
+        check()
+    except SpachError as error:
+        refusals.append(error)
+
+
+def _counted(path: Path | None, refusals: list[SpachError]) -> int | None:
+    """Images at a path; None where there is no path, or their number is not known before they are read."""
+    if path is None or path.suffix == ".json":
+        return None
+    try:
+        return open_images(path).count
+    except SpachError as error:
+        refusals.append(error)
+        return None
+
+
+def _model(options: ExportOptions) -> tuple[float | None, float | None, int]:
+    """Billions of multiply-adds, parameters and image size; None where the checkpoint decides."""
+    size = options.model.image_size or 224
+    if options.model.name is None:
+        return None, None, size
+    try:
+        config = CONFIGS[resolve(options.model.name)]
+        classes = options.model.num_classes or 1000
+        return count_macs(config, size) / 1e9, count_parameters(config, size, classes), size
+    except (SpachError, KeyError):
+        return None, None, size
+
+
+def _target(options: ExportOptions) -> Path | None:
+    if options.output is not None or options.model.name is None:
+        return options.output
+    try:
+        return default_directory(resolve(options.model.name), options.precision.value)
+    except SpachError:
+        return None
+
+
+def _is_reused(options: ExportOptions, *, is_cached: bool) -> bool:
+    cache = ExportCache.of(options, is_used=is_cached)
+    return cache.store is not None and cache.key in {entry.key for entry in cache.store.entries()}
+
+
+def _steps(options: ExportOptions, has_engine: bool, images: int | None, macs: float | None) -> Iterator[EstimatedStep]:
+    cores = max(1, len(os.sched_getaffinity(0)))
+    for name, (base, slope) in _SECONDS.items():
+        if name == "calibrate" and not options.precision.is_quantized:
+            continue
+        if "engine" in name and not has_engine:
+            continue
+        times = images or 0 if name == "calibrate" else 1
+        if name == _VALIDATION:
+            slope += _BATCH_SECONDS * sum({options.engine.batch.opt, options.engine.batch.max})
+        yield EstimatedStep(name, None if macs is None else base + slope * macs * times * MEASURED_CORES / cores)
+
+
+def _in_all(steps: tuple[EstimatedStep, ...], options: ExportOptions) -> float:
+    """Seconds from beginning to end: of the steps behind each other, and of the engine what is left when they end."""
+    seconds = {step.name: step.seconds or 0.0 for step in steps}
+    beside = seconds[_VALIDATION] + (0.0 if options.precision.is_quantized else seconds[_RANGES])
+    left = max(0.0, seconds.get(_ENGINE, 0.0) - beside)
+    return left + sum(taken for name, taken in seconds.items() if "alongside" not in name)
+
+
+def _disk(options: ExportOptions, has_engine: bool, parameters: float, size: int) -> float:
+    graph = parameters * (4.0 if options.rest is Precision.FP32 else 2.0)
+    plan = parameters * _WEIGHT_BYTES[options.precision] if has_engine else 0.0
+    return graph + plan + _GOLDEN_IMAGES * 3 * size * size * 4 + 1e6
+
+
+def _facts(
+    options: ExportOptions,
+    flavour: EngineFlavour | None,
+    images: int | None,
+    calibration: int | None,
+    target: Path | None,
+) -> Iterator[tuple[str, str]]:
+    yield "model", options.model.name or _UNKNOWN
+    yield "weights", str(options.model.checkpoint or "demo weights")
+    yield "precision", options.precision.value
+    yield "opset", str(options.graph_opset)
+    yield "engine", "none" if flavour is None else flavour.flavour.value
+    yield "images", _number(options.images, images, f"the {_GOLDEN_IMAGES} built-in photographs")
+    if options.precision.is_quantized:
+        yield "calibration", _number(options.quantization.calibration, calibration, "none")
+    yield "bundle", f"{target}{' (replaced)' if target is not None and target.exists() else ''}" if target else _UNKNOWN
+
+
+def _number(path: Path | None, count: int | None, otherwise: str) -> str:
+    if path is None:
+        return otherwise
+    return f"{path}" if count is None else f"{count:,} in {path}"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _free_memory() -> int:
+    pages, page = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return pages * page

@@ -1,0 +1,280 @@
+"""The stages that a quantized export has more than another: calibrate, and put eight bits into the typed graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnx import ModelProto
+
+from spach_deploy.common.errors import PrecisionError, UsageError
+from spach_deploy.common.progress import Phases
+from spach_deploy.data.calibration_set_checks import check_overlap
+from spach_deploy.data.images import probe_source
+from spach_deploy.data.preprocess import UInt8Array
+from spach_deploy.data.readers import open_images
+from spach_deploy.graph.edit import mark_quantized
+from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.models.hyperparameters import published
+from spach_deploy.models.published import CONFIGS
+from spach_deploy.options.quantization import CALIBRATION_SUFFIX
+from spach_deploy.options.specs import ExportOptions, Preprocessing, QuantizationSpec
+from spach_deploy.quantization.calibration import (
+    Calibration,
+    CalibrationKey,
+    CalibrationSettings,
+    CollectedStatistics,
+    check_activations,
+    collect,
+    read_calibration,
+    write_calibration,
+)
+from spach_deploy.quantization.formats import eight_bits
+from spach_deploy.quantization.plan import KeptFloat, QuantizationPlan, QuantizedSite, Scaling
+from spach_deploy.quantization.qdq import audit, insert_qdq
+from spach_deploy.quantization.quantize import QuantizableSites, candidates, plan_from_statistics
+from spach_deploy.quantization.scales import Method
+from spach_deploy.quantization.sites import LayerKind, Selection
+from spach_deploy.quantization.statistics import TensorStatistics
+
+_USUAL_IMAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationStep:
+    """What calibration gave."""
+
+    calibration: Calibration
+    notes: tuple[str, ...] = ()
+
+    @property
+    def plan(self) -> QuantizationPlan:
+        """Layers, scales, reasons."""
+        return self.calibration.plan
+
+
+def scaling_of(options: ExportOptions) -> Scaling:
+    """How scales are set for these options; modules with one weight scale are filled in once they are known."""
+    form = eight_bits(options.precision)
+    assert form is not None
+    return Scaling(form, Method(options.quantization.method), half=options.rest.is_half)
+
+
+def calibrate(
+    model: ModelProto, loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, phases: Phases
+) -> CalibrationStep:
+    """The plan for the FP32 graph `model`, input (B, 3, S, S) float32, from the user's images or a calibration file.
+
+    Raises UsageError for a file that does not fit, ImageError for images that are unfit.
+    """
+    spec = options.quantization
+    assert spec.calibration is not None
+    scaling = scaling_of(options)
+    chosen = candidates(model, Selection(spec.keep_float, spec.quantize), scaling)
+    scaling = dataclasses.replace(scaling, per_tensor=_per_tensor(chosen, spec.per_tensor))
+    key = key_of(chosen, loaded, preprocessing, scaling, spec, options.disabled_rewrites)
+    if spec.calibration.suffix == CALIBRATION_SUFFIX:
+        calibration = read_calibration(spec.calibration, key)
+        phases.note(f"Scales from {spec.calibration}, made on {calibration.images} images.")
+    else:
+        calibration = _from_images(
+            model, chosen, scaling, key, preprocessing, spec, phases, overwrite=options.overwrite
+        )
+    return CalibrationStep(calibration)
+
+
+def key_of(
+    chosen: QuantizableSites,
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    scaling: Scaling,
+    spec: QuantizationSpec,
+    disabled: Sequence[str] = (),
+) -> CalibrationKey:
+    """What a calibration with these options depends on."""
+    layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
+    usual = published(CONFIGS[loaded.name])
+    unusual = [str(setting) for setting in loaded.settings if setting.value != usual[setting.name]]
+    return CalibrationKey.of(
+        [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled)), *unusual],
+        preprocessing,
+        weights_sha256=loaded.weights_sha256,
+        model=loaded.name,
+        image_size=loaded.image_size,
+        format=scaling.form.name,
+        method=scaling.method.value,
+        half=scaling.half,
+    )
+
+
+def _per_tensor(chosen: QuantizableSites, patterns: Sequence[str]) -> frozenset[str]:
+    modules = [site.module for site in chosen.quantized if site.kind is not LayerKind.ATTENTION]
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = fnmatch.filter(modules, pattern)
+        if not matching:
+            raise UsageError(
+                f"--per-tensor {pattern!r} matches no quantized layer.",
+                f"Layers are named like {', '.join(modules[:3])}.",
+            )
+        found.update(matching)
+    return frozenset(found)
+
+
+def _from_images(
+    model: ModelProto,
+    chosen: QuantizableSites,
+    scaling: Scaling,
+    key: CalibrationKey,
+    preprocessing: Preprocessing,
+    spec: QuantizationSpec,
+    phases: Phases,
+    *,
+    overwrite: bool,
+) -> Calibration:
+    assert spec.calibration is not None
+    if spec.cache is not None and spec.cache.path.exists() and not overwrite:
+        return _reused(spec.cache.path, key, spec.calibration, preprocessing, phases)
+    seen = measure(model, chosen, scaling, key, preprocessing, spec, phases)
+    start = time.monotonic()
+    plan = plan_from_statistics(model, chosen, seen.statistics, scaling, equalize=spec.equalize)
+    survey = seen.survey
+    calibration = Calibration(
+        key=key,
+        source=survey.description,
+        images=survey.images,
+        images_sha256=survey.content_sha256,
+        survey=survey.to_dict(),
+        plan=plan,
+        seconds=seen.seconds + time.monotonic() - start,
+        digests=frozenset(digest[:8] for digest in survey.digests),
+    )
+    if spec.cache is not None:
+        write_calibration(calibration, spec.cache)
+    return calibration
+
+
+def measure(
+    model: ModelProto,
+    chosen: QuantizableSites,
+    scaling: Scaling,
+    key: CalibrationKey,
+    preprocessing: Preprocessing,
+    spec: QuantizationSpec,
+    phases: Phases,
+) -> CollectedStatistics:
+    """Statistics over the calibration images, which are looked at on the way."""
+    assert spec.calibration is not None
+    source = open_images(spec.calibration)
+    state = None if spec.cache is None else spec.cache.path.with_name(f"{spec.cache.path.name}.unfinished")
+    run = CalibrationSettings(scaling.method.needs_histograms, state, key, on_progress=phases.observer.calibrating)
+    if spec.cluster is not None:
+        from spach_deploy.distributed.calibration import collect_on_cluster
+
+        seen = collect_on_cluster(spec.cluster, model, chosen.wanted, source, preprocessing, run)
+    else:
+        seen = collect(model, chosen.wanted, source, preprocessing, run)
+    if seen.resumed:
+        phases.note(f"The calibration went on after {seen.resumed} images that were done already.")
+    for skipped in seen.survey.skipped:
+        phases.note(f"Skipped {skipped}")
+    for warning in seen.survey.warnings():
+        phases.note(warning)
+    usual = _usual(model, chosen, preprocessing)
+    check_activations(seen.statistics, usual, calibration_set_notes(seen))
+    return seen
+
+
+def calibration_set_notes(seen: CollectedStatistics) -> str:
+    """The calibration images in words."""
+    return f"the {seen.survey.images} images from {seen.survey.description}"
+
+
+def _usual(model: ModelProto, chosen: QuantizableSites, preprocessing: Preprocessing) -> dict[str, TensorStatistics]:
+    """Statistics on a few photographs."""
+    source = probe_source().limit(_USUAL_IMAGES)
+    return collect(model, chosen.wanted, source, preprocessing, CalibrationSettings(histograms=False)).statistics
+
+
+_ANOTHER_CACHE = "Delete {}, or give another file for the calibration."
+
+
+def _reused(
+    cache: Path, key: CalibrationKey, images: Path, preprocessing: Preprocessing, phases: Phases
+) -> Calibration:
+    """A cache that fits, and is of these images."""
+    from spach_deploy.data.images import content_hash
+    from spach_deploy.data.readers import batches
+
+    try:
+        calibration = read_calibration(cache, key)
+    except UsageError as error:
+        raise UsageError(error.message, _ANOTHER_CACHE.format(cache)) from None
+    found = content_hash(batch.pixels for batch in batches(open_images(images), preprocessing, 8))
+    if found != calibration.images_sha256:
+        raise UsageError(
+            f"The calibration cache {cache} was made on other images than {images} holds"
+            f" ({calibration.images} images, {calibration.images_sha256[:16]}; now {found[:16]}).",
+            _ANOTHER_CACHE.format(cache),
+        )
+    phases.note(f"Scales from {cache}: same weights, layers, method and images.")
+    return calibration
+
+
+def refuse_overlap(
+    quantized: CalibrationStep,
+    pixels: Sequence[UInt8Array],
+    names: Sequence[str],
+    options: ExportOptions,
+    phases: Phases,
+) -> None:
+    """UsageError where validation images were calibrated on; with --allow-overlap a note."""
+    allow = options.quantization.allow_overlap
+    notes = check_overlap(
+        quantized.calibration.digests,
+        pixels,
+        names,
+        allow=allow,
+        what="validation images",
+    )
+    for note in notes:
+        phases.note(note)
+
+
+def mark_sites(model: ModelProto, plan: QuantizationPlan) -> None:
+    """Tell the passes which layers will be quantized."""
+    nodes = set(plan.product_nodes)
+    for node in model.graph.node:
+        if node.name in nodes:
+            mark_quantized(node)
+
+
+def quantize_typed(typed: ModelProto, plan: QuantizationPlan) -> ModelProto:
+    """The typed graph with its pairs, held against the plan before anybody else does."""
+    quantized = insert_qdq(typed, plan)
+    findings = audit(quantized, plan)
+    if findings:
+        raise PrecisionError(f"The quantized graph is not what was planned: {findings[0]}.", "Report this.")
+    return quantized
+
+
+def summary(plan: QuantizationPlan) -> str:
+    """One line for people: how many layers, how much of the arithmetic."""
+    weighted = [site for site in plan.sites if site.kind is not LayerKind.ATTENTION]
+    kept = [entry for entry in plan.kept if entry.kind not in (LayerKind.ATTENTION, LayerKind.DEPTHWISE)]
+    total = len(weighted) + len(kept)
+    return f"{len(weighted)} of {total} layers in {plan.form.name} ({plan.macs_share:.1%} of multiplications)"
+
+
+def without(plan: QuantizationPlan, modules: frozenset[str], reason: str) -> QuantizationPlan:
+    """`plan` with some of its layers left in float."""
+    kept = [_kept(site, reason) for site in plan.sites if site.module in modules]
+    sites = tuple(site for site in plan.sites if site.module not in modules)
+    return dataclasses.replace(plan, sites=sites, kept=(*plan.kept, *kept))
+
+
+def _kept(site: QuantizedSite, reason: str) -> KeptFloat:
+    return KeptFloat(site.module, site.node, site.kind, site.macs, reason)

@@ -1,0 +1,151 @@
+"""One export in a process of its own: what crashes, is killed or runs out of memory there ends nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+from spach_deploy.runtime.parent import end_with
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_GRACE_S = 8.0
+"""An export that is interrupted ends within five seconds."""
+
+_SAID_BYTES = 8192
+_SAID_LINES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessEnd:
+    """How a process ended. `code`: its exit code, negative for a signal; `said`: its last lines on stderr.
+
+    `node`: the machine that it ran on, where that was another.
+    """
+
+    code: int
+    said: tuple[str, ...]
+    seconds: float
+    peak_bytes: int | None = None
+    node: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """Why it did not succeed; empty where it did."""
+        if self.code == 0:
+            return ""
+        errors = [line.removeprefix("Error: ") for line in self.said if line.startswith("Error: ")]
+        if errors:
+            return errors[-1]
+        if self.code < 0:
+            return f"Ended by {_signal_name(-self.code)}{_REASONS.get(-self.code, '.')}"
+        return f"Ended with exit code {self.code}{f', saying: {self.said[-1]}' if self.said else ' without a word.'}"
+
+
+_REASONS: dict[int, str] = {
+    signal.SIGKILL: ", which mostly means too little memory. Run again with a smaller --jobs.",
+    signal.SIGSEGV: ": a crash in native code.",
+    signal.SIGABRT: ": a crash in native code.",
+}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class RunningExport(Protocol):
+    """An export under way, wherever it runs."""
+
+    def poll(self) -> ProcessEnd | None:
+        """How it ended; None while it runs."""
+
+    def interrupt(self) -> None:
+        """Ask it to end and to leave nothing."""
+
+    def stop(self) -> None:
+        """Wait for a moment after `interrupt`, then end it."""
+
+
+class ExportProcess:
+    """A process that runs `command`, with `cores` to compute on (None: all). It ends when this process does."""
+
+    def __init__(
+        self, command: Sequence[str], *, cores: frozenset[int] | None = None, folder: Path | None = None
+    ) -> None:
+        self._start = time.monotonic()
+        self._ended: ProcessEnd | None = None
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed when it ended)
+        parent = os.getpid()
+
+        def prepare() -> None:
+            _end_with_parent(parent)
+            if cores:
+                os.sched_setaffinity(0, cores)
+
+        self._process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+            cwd=folder,
+            env=environment(None if cores is None else len(cores)),
+            start_new_session=True,  # Ctrl-C at a terminal goes to this process, which then ends the others
+            preexec_fn=prepare,
+        )
+
+    def poll(self) -> ProcessEnd | None:
+        """How it ended; None while it runs."""
+        if self._ended is None:
+            pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+            if pid:
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+                self._ended = self._end(usage.ru_maxrss * 1024)
+        return self._ended
+
+    def _end(self, peak_bytes: int) -> ProcessEnd:
+        with self._stderr as stream:
+            stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, stream.tell() - _SAID_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()
+        said = tuple(line.rstrip() for line in lines[-_SAID_LINES:] if line.strip())
+        return ProcessEnd(self._process.returncode, said, time.monotonic() - self._start, peak_bytes)
+
+    def interrupt(self) -> None:
+        """As by Ctrl-C, so that it removes what it had begun."""
+        if self.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+    def stop(self) -> None:
+        """Wait for a moment after `interrupt`, then kill it."""
+        end = time.monotonic() + _GRACE_S
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            while self.poll() is None:
+                time.sleep(0.01)
+
+
+def _end_with_parent(parent: int) -> None:
+    """In the new process: be interrupted when the parent dies, however it does, and by Ctrl-C's signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored where this runs in a shell's background
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    end_with(parent, signal.SIGINT)
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """Ours, with this package importable, nothing imported from where a user stands, and `threads` to compute with."""
+    path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **limit}

@@ -1,0 +1,190 @@
+"""What a zoo is made of: models times precisions times groups of GPUs, each a bundle in a directory of its own.
+
+The checkpoint of each model, from a folder that holds one for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from spach_deploy.common.errors import CheckpointError, ModelError, SpachError, UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.engine.gpus import parse_gpus
+from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.registry import resolve
+from spach_deploy.options.quantization import CALIBRATION_SUFFIX
+from spach_deploy.options.specs import ExportOptions, Precision
+from spach_deploy.pipeline.estimate import DryRun, dry_run, read_facts
+
+_SHOWN = 3
+
+_MEMORY_MARGIN = 1.5
+"""The estimate is of one process at its largest; the engine's builder runs beside it, and several exports must fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ZooEntry:
+    """One bundle of the zoo. `gpus` as --gpu takes them, such as `sm86,sm89`; None for the engine's default."""
+
+    model: str
+    precision: Precision
+    gpus: str | None
+
+    @property
+    def name(self) -> str:
+        """The bundle's directory: `ms_conv_s-fp16-sm89`, or `ms_conv_s-fp16` where no GPU was named."""
+        gpus = () if self.gpus is None else parse_gpus(self.gpus)
+        return "-".join([self.model, self.precision.value, *map(str, gpus)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """An export to be done, with what it is expected to take: see `spach_deploy.pipeline.estimate` for how well that is known.
+
+    `place`: where its bundle goes, with what may be replaced there, once that is known.
+    """
+
+    choice: ZooEntry
+    options: ExportOptions
+    seconds: float
+    memory_bytes: float
+    disk_bytes: float
+    place: Destination | None = None
+
+    @property
+    def name(self) -> str:
+        """The bundle's directory."""
+        return self.choice.name
+
+
+def choices(models: str, precisions: Sequence[str], gpus: str | None) -> tuple[ZooEntry, ...]:
+    """The product, models first. Raises UsageError for a pattern, a precision or a GPU that is none.
+
+    `models`: names and fnmatch patterns with commas between. `gpus`: with commas between, each a bundle of its own;
+    `+` joins those that share one (`sm86+sm89,sm120` are two bundles).
+    """
+    found = (models_matching(models), _precisions(precisions), gpu_groups(gpus))
+    return tuple(ZooEntry(*each) for each in itertools.product(*found))
+
+
+def models_matching(patterns: str) -> tuple[str, ...]:
+    """Registry names in the registry's order, each once. ModelError for a pattern that matches none."""
+    wanted: set[str] = set()
+    for pattern in _parts(patterns, "--zoo names no model.", "Give --zoo 'ms_*', or names with commas between."):
+        wanted.update(_matching(pattern))
+    return tuple(name for name in CONFIGS if name in wanted)
+
+
+def _matching(pattern: str) -> list[str]:
+    if not any(sign in pattern for sign in "*?["):
+        return [resolve(pattern)]
+    matching = fnmatch.filter(CONFIGS, pattern)
+    if not matching:
+        raise ModelError(f"--zoo {pattern!r} matches no model.", "spach-export --list shows their names.")
+    return matching
+
+
+def _precisions(values: Sequence[str]) -> tuple[Precision, ...]:
+    known = [precision.value for precision in Precision]
+    for value in values:
+        if value not in known:
+            raise UsageError(f"--precision {value!r} is unknown.", f"One or more of {', '.join(known)}.")
+    return tuple(map(Precision, dict.fromkeys(values)))
+
+
+def gpu_groups(text: str | None) -> tuple[str | None, ...]:
+    """The GPUs of each bundle, as --gpu takes them; one None where none was named."""
+    if text is None:
+        return (None,)
+    parts = _parts(text, "--gpu names no GPU.", "Give --gpu sm86,sm89 or card names such as rtx4090.")
+    groups = [",".join(map(str, parse_gpus(part.replace("+", ",")))) for part in parts]
+    return tuple(dict.fromkeys(groups))
+
+
+def _parts(text: str, nothing: str, hint: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UsageError(nothing, hint)
+    return parts
+
+
+def build_matrix(
+    chosen: Sequence[ZooEntry], options_of: Callable[[ZooEntry], ExportOptions], *, reads_checkpoints: bool = False
+) -> tuple[Build, ...]:
+    """Every export, looked at as --dry-run does. Raises the first refusal, naming the bundles that it is of.
+
+    `reads_checkpoints`: each once; else each export finds out for itself.
+    """
+    builds, refused = [], []
+    read = functools.cache(read_facts) if reads_checkpoints else None
+    for choice in chosen:
+        options = options_of(choice)
+        _check_shared(options, len(chosen))
+        found = dry_run(dataclasses.replace(options, overwrite=True), is_cached=False, read=read)
+        refused += [(choice.name, error) for error in found.refusals[:1]]
+        builds.append(_build(choice, options, found))
+    if refused:
+        raise _refusal(refused, len(chosen))
+    return tuple(builds)
+
+
+def _build(choice: ZooEntry, options: ExportOptions, found: DryRun) -> Build:
+    memory = _MEMORY_MARGIN * (found.memory_bytes or 0.0)
+    return Build(choice, options, found.seconds or 0.0, memory, found.disk_bytes or 0.0)
+
+
+def _check_shared(options: ExportOptions, count: int) -> None:
+    """Files that belong to one export cannot serve many."""
+    calibration = options.quantization.calibration
+    if options.engine.timing_cache is not None or options.quantization.cache is not None:
+        option = "--timing-cache" if options.engine.timing_cache is not None else "--calibration-cache"
+        raise UsageError(f"{option} is a file that one export writes, and --zoo makes many.", "Leave it out.")
+    if options.answers is not None:
+        raise UsageError(f"--answers {options.answers} is of one model, and --zoo is for many.", "Leave it out.")
+    if count > 1 and calibration is not None and calibration.suffix == CALIBRATION_SUFFIX:
+        raise UsageError(
+            f"{calibration} is the calibration of one model and precision, and --zoo makes {count} bundles.",
+            "Give --calibration a folder of images.",
+        )
+
+
+def _refusal(refused: list[tuple[str, SpachError]], total: int) -> SpachError:
+    """The first one's error; where it is not of all bundles, with the names of those that are refused."""
+    error = refused[0][1]
+    if len(refused) < total:
+        error.message = f"{', '.join(_named([name for name, _ in refused]))}: {error.message}"
+    return error
+
+
+def _named(names: Sequence[str]) -> Iterator[str]:
+    yield from names[:_SHOWN]
+    if len(names) > _SHOWN:
+        yield f"and {len(names) - _SHOWN} more"
+
+
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".safetensors.index.json")
+
+
+def checkpoint_of(model: str, given: Path | None, *, is_alone: bool) -> Path | None:
+    """`given` itself for one model alone; else the file named like the model, or like the published one, in the folder.
+
+    Raises UsageError for one file and several models, CheckpointError for a folder without such a file, or with two.
+    """
+    if given is None or (is_alone and not given.is_dir()):
+        return given
+    if not given.is_dir():
+        raise UsageError(
+            f"--checkpoint {given} is one file, and --zoo names several models.",
+            "Give a folder with a checkpoint for each: ms_hybrid_s.pth or spach_ms_hybrid_s.pth.",
+        )
+    names = [f"{stem}{suffix}" for stem in (model, f"spach_{model}") for suffix in SUFFIXES]
+    found = [given / name for name in names if (given / name).is_file()]
+    if len(found) != 1:
+        what = "no checkpoint" if not found else f"{len(found)} checkpoints ({', '.join(file.name for file in found)})"
+        raise CheckpointError(f"{given} holds {what} of {model}.", f"Put one there, such as {model}.pth.")
+    return found[0]

@@ -1,0 +1,144 @@
+"""A plan in PyTorch: the static model whose quantized layers compute as the engine's will.
+
+By it tolerances are derived: it is what eight bits cost on given images, measured without any of the exported files.
+Weights are rounded once; activations are rounded at each layer's input, biases are corrected, sums are FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spach_deploy.common.errors import BundleError
+from spach_deploy.quantization.equalization import apply_to_arrays
+from spach_deploy.quantization.formats import INT8, EightBitFormat
+from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
+from spach_deploy.quantization.scales import store
+from spach_deploy.quantization.sites import LayerKind
+from spach_deploy.rewrites.base import own
+from spach_deploy.rewrites.static_modules import StaticAttention, StaticSpach, TokenLinear
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def fake_quantized(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
+    """A copy of `static` that computes what `plan` says; BundleError where the plan is another model's."""
+    twin = own(static)
+    _equalize(twin, plan)
+    modules = dict(twin.named_modules(remove_duplicate=False))
+    for site in plan.sites:
+        if site.module not in modules:
+            raise BundleError(f"The record of quantization names {site.module}, which this model does not have.")
+        quantized = quantized_module(modules[site.module], site, plan.form)
+        parent, _, name = site.module.rpartition(".")
+        (modules[parent] if parent else twin)._modules[name] = quantized
+        modules[site.module] = quantized  # the parent of what follows: an attention's projection
+    return twin.eval()
+
+
+def equalized_model(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
+    """A copy of `static` with the plan's equalization alone: the same function, other weights."""
+    twin = own(static)
+    _equalize(twin, plan)
+    return twin
+
+
+def _equalize(model: StaticSpach, plan: QuantizationPlan) -> None:
+    arrays = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    try:
+        changed = apply_to_arrays(arrays, plan.equalized)
+    except (KeyError, ValueError) as error:
+        raise BundleError(f"The record of quantization does not fit this model ({error}).") from None
+    for name, value in changed.items():
+        path, _, attribute = name.rpartition(".")
+        setattr(modules[path], attribute, nn.Parameter(torch.from_numpy(value), requires_grad=False))
+
+
+def rounding(scale: float, form: EightBitFormat) -> Rounding:
+    """Round to eight bits and back."""
+    if form == INT8:
+        return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
+    return lambda x: (x / scale).clamp(-form.limit, form.limit).to(torch.float8_e4m3fn).float() * scale
+
+
+def quantized_module(module: nn.Module, site: QuantizedSite, form: EightBitFormat) -> nn.Module:
+    """What stands for `module`, of an equalized model, in eight bits; BundleError where the record is of another."""
+    if site.kind is LayerKind.ATTENTION and isinstance(module, StaticAttention):
+        return QuantizedAttention(module, [rounding(tensor.scale, form) for tensor in site.tensors])
+    if site.kind is not LayerKind.ATTENTION and isinstance(module, (nn.Linear, nn.Conv2d, TokenLinear)):
+        outputs = len(module.weight)
+        if len(site.weight_scales) in (1, outputs) and len(site.correction) in (0, outputs):
+            return QuantizedLayer(module, site, form)
+    raise BundleError(f"The record of quantization does not fit this model ({site.module}).")
+
+
+class QuantizedLayer(nn.Module):
+    """A Linear, Conv2d or TokenLinear whose weights are rounded and whose inputs are rounded as they come.
+
+    `weight` and `bias` are kept for what reads their shapes.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d | TokenLinear, site: QuantizedSite, form: EightBitFormat) -> None:
+        super().__init__()
+        weight = layer.weight.detach().numpy()
+        scales = np.array(site.weight_scales, np.float32).reshape((-1,) + (1,) * (weight.ndim - 1))
+        self.layer = own(layer)
+        self.layer.weight = nn.Parameter(torch.from_numpy(store(weight, scales, form)), requires_grad=False)
+        self.layer.bias = _corrected(layer, site)
+        self.round = rounding(site.tensors[0].scale, form)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weights."""
+        return self.layer.weight
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of a linear layer."""
+        return self.layer.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round, then compute."""
+        y: Tensor = self.layer(self.round(x))
+        return y
+
+
+def _corrected(layer: nn.Linear | nn.Conv2d | TokenLinear, site: QuantizedSite) -> nn.Parameter | None:
+    if not site.correction:
+        return layer.bias  # type: ignore[return-value]  # a buffer never stands here
+    correction = torch.tensor(site.correction)
+    if isinstance(layer, TokenLinear):
+        correction = correction.reshape(-1, 1)
+    bias = correction if layer.bias is None else layer.bias.detach() + correction
+    return nn.Parameter(bias, requires_grad=False)
+
+
+class QuantizedAttention(nn.Module):
+    """Attention whose q, k, v and softmax are rounded. `qkv` and `proj` are those of the original."""
+
+    def __init__(self, attention: StaticAttention, roundings: list[Rounding]) -> None:
+        super().__init__()
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.num_heads, self.num_tokens, self.scale = attention.num_heads, attention.num_tokens, attention.scale
+        self.roundings = roundings
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens by content, (..., C) -> (B*N, C)."""
+        dim = self.qkv.in_features
+        packed = self.qkv(x.reshape(-1, dim)).reshape(-1, self.num_tokens, 3 * dim)
+        y: Tensor = self.proj(self.mixed(packed).reshape(-1, dim))
+        return y
+
+    def mixed(self, packed: Tensor) -> Tensor:
+        """From packed q, k, v (B, N, 3C) to what the projection gets, (B, N, C)."""
+        batch, tokens, width = packed.shape
+        parts = packed.reshape(batch, tokens, 3 * self.num_heads, -1).transpose(1, 2)  # (B, 3h, N, d)
+        q, k, v = parts.chunk(3, dim=1)
+        round_q, round_k, round_weights, round_v = self.roundings
+        scores = round_q(q * self.scale) @ round_k(k).transpose(-2, -1)
+        mixed: Tensor = round_weights(scores.softmax(dim=-1)) @ round_v(v)
+        return mixed.transpose(1, 2).reshape(batch, tokens, width // 3)

@@ -1,0 +1,367 @@
+"""What kind of error it is: the reference is given one fault after another, and that which explains the graph wins.
+
+Each hypothesis is the place computed once more by PyTorch from the very inputs it had, with one thing wrong. What the
+graph made of the same inputs is then nearer to one of these than to the right value, or to none: a wrong weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from spach_deploy.rewrites.static_modules import TokenLinear
+from spach_deploy.validation.bisect.error_metrics import evaluate, relative_l2
+from spach_deploy.validation.bisect.probe_points import (
+    AttentionCore,
+    Computation,
+    ProbeKind,
+    ProbePoint,
+    ProbeRecord,
+    Rounding,
+)
+
+Array = NDArray[np.floating]
+
+EXPLAINS = 0.5
+"""A hypothesis explains an error where at most this share of it is left."""
+
+
+class Fault(str, enum.Enum):
+    """Kinds of faults."""
+
+    WEIGHT = "wrong weight"
+    LAYOUT = "wrong layout"
+    HEADS = "order of heads"
+    EPSILON = "wrong epsilon"
+    OVERFLOW = "overflow"
+    BIAS = "missing bias"
+    RESIDUAL = "missing residual"
+    FUNCTION = "wrong function"
+    PRECISION = "precision"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """A fault, in words, and the value (B, N, C) that the place has with it."""
+
+    fault: Fault
+    words: str
+    value: Array = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """The kind of an error, and why. `left`: relative L2 to the value that the fault explains; 0 where none does."""
+
+    fault: Fault
+    why: str
+    left: float = 0.0
+
+
+def diagnose(recorded: ProbeRecord, value: Array) -> Diagnosis:
+    """What is wrong with `value` (B, N, C), which a graph made of the inputs that made `recorded`."""
+    if (seen := _overflow(recorded.value, value)) is not None:
+        return seen
+    error = relative_l2(value, recorded.value)
+    best = Diagnosis(Fault.WEIGHT, _where(recorded.value, value), EXPLAINS * error)
+    for hypothesis in hypotheses(recorded, value):
+        left = relative_l2(value, hypothesis.value)
+        if left < best.left:
+            best = Diagnosis(hypothesis.fault, hypothesis.words, left)
+    return best
+
+
+def hypotheses(recorded: ProbeRecord, value: Array) -> Iterator[Hypothesis]:
+    """Everything that could be wrong at this place; some is fitted to `value`."""
+    computation, exact = recorded.computation, recorded.value
+    module = computation.module
+    if getattr(module, "bias", None) is not None:
+        yield Hypothesis(Fault.BIAS, "Its bias is missing.", _again(computation, _without_bias))
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
+        yield from _epsilons(computation, exact, value)
+    if isinstance(module, AttentionCore):
+        yield from _head_orders(computation, module)
+        yield from _scales(computation, module)
+    if isinstance(module, (nn.GELU, nn.ReLU, nn.SiLU)):
+        yield from _activations(computation, module)
+    yield from _weight_layouts(computation)
+    yield from _grid_layouts(exact)
+    yield from _channel_orders(exact, value, has_heads=_has_heads(recorded.place))
+    if recorded.place.kind is ProbeKind.SUM:
+        yield from _missing_parts(computation)
+    yield from _roundings(computation, exact)
+
+
+# Overflow
+
+
+def _overflow(exact: Array, value: Array) -> Diagnosis | None:
+    bad = int(np.size(value) - np.isfinite(value).sum())
+    if bad:
+        return Diagnosis(Fault.OVERFLOW, f"{bad:,} of its {value.size:,} numbers are not finite.")
+    limit, largest = float(np.abs(value).max()), float(np.abs(exact).max())
+    if limit < 0.999 * largest:
+        clipped = np.clip(exact, -limit, limit)
+        if relative_l2(value, clipped) < EXPLAINS * relative_l2(value, exact):
+            return Diagnosis(Fault.OVERFLOW, f"It is cut off at {limit:.4g}; the reference reaches {largest:.4g}.")
+    return None
+
+
+# One thing wrong
+
+
+def _again(computation: Computation, change: Callable[[nn.Module], None]) -> Array:
+    """The place with its module changed."""
+    assert computation.module is not None
+    module = copy.deepcopy(computation.module)
+    with torch.inference_mode():
+        change(module)
+    return evaluate(dataclasses.replace(computation, module=module), _same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _without_bias(module: nn.Module) -> None:
+    assert isinstance(module.bias, nn.Parameter)
+    module.bias = nn.Parameter(torch.zeros_like(module.bias), requires_grad=False)
+
+
+def _epsilons(computation: Computation, exact: Array, value: Array) -> Iterator[Hypothesis]:
+    """The epsilon that explains by how much every token is too small, or too large."""
+    module = computation.module
+    assert isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))
+    if isinstance(module, nn.BatchNorm2d):
+        return
+    without = _again(computation, _without_bias)
+    bias = (exact - without).reshape(-1, exact.shape[-1]).mean(axis=0)
+    axes = (1, 2) if isinstance(module, nn.GroupNorm) else (2,)
+    shrunk = np.sum((value - bias) * without, axis=axes) / np.maximum(np.sum(without**2, axis=axes), 1e-30)
+    x = computation.inputs[0].double()
+    dims = tuple(range(1, x.ndim)) if isinstance(module, nn.GroupNorm) else (-1,)
+    variance = x.var(dim=dims, unbiased=False).reshape(shrunk.shape).numpy()
+    ratio = float(np.median((variance + module.eps) / np.maximum(shrunk, 1e-6) ** 2 - variance))
+    for epsilon in {ratio, 1e-3, 1e-5, 1e-8, 0.0, 1e-12}:
+        if epsilon < 0 or abs(epsilon - module.eps) < 1e-3 * module.eps:
+            continue
+
+        def change(twin: nn.Module, epsilon: float = epsilon) -> None:
+            twin.eps = epsilon  # type: ignore[assignment]
+
+        words = f"Its epsilon is {epsilon:.1e} instead of {module.eps:.1e}."
+        yield Hypothesis(Fault.EPSILON, words, _again(computation, change))
+
+
+def _head_orders(computation: Computation, core: AttentionCore) -> Iterator[Hypothesis]:
+    """Attention that reads the packed tensor, or writes its heads, in another order."""
+    packed = computation.inputs[0]
+    batch, tokens, width = packed.shape
+    heads, depth = core.heads, width // (3 * core.heads)
+    parts = packed.reshape(batch, tokens, 3, heads, depth)
+    readings = {
+        "reads heads before q, k and v: (h three d)": packed.reshape(batch, tokens, heads, 3, depth).transpose(2, 3),
+        "reads heads innermost: (three d h)": packed.reshape(batch, tokens, 3, depth, heads).transpose(3, 4),
+        "takes k for q": parts[:, :, [1, 0, 2]],
+        "takes v for k": parts[:, :, [0, 2, 1]],
+        "takes v for q": parts[:, :, [2, 1, 0]],
+        "takes q, k and v in turn": parts[:, :, [1, 2, 0]],
+        "takes q, k and v in turn, backwards": parts[:, :, [2, 0, 1]],
+    }
+    for words, reading in readings.items():
+        inputs = (reading.reshape(batch, tokens, width),)
+        value = evaluate(dataclasses.replace(computation, inputs=inputs), _same, _same)
+        yield Hypothesis(Fault.HEADS, f"It {words}.", value)
+    right = evaluate(computation, _same, _same).reshape(batch, tokens, heads, depth)
+    shape = (batch, tokens, heads * depth)
+    inner = right.transpose(0, 1, 3, 2).reshape(shape)
+    yield Hypothesis(Fault.HEADS, "It writes heads innermost: (d h).", inner)
+    unmixed = right.transpose(0, 2, 1, 3).reshape(shape)
+    yield Hypothesis(Fault.HEADS, "It writes (h n d) without going back to (n h d).", unmixed)
+
+
+def _scales(computation: Computation, core: AttentionCore) -> Iterator[Hypothesis]:
+    """Attention whose scale is left out, or applied once more than it should be."""
+    usual = (computation.inputs[0].shape[-1] / (3 * core.heads)) ** -0.5
+    for words, factor in (("lacks its scale", 1.0 / usual), ("applies its scale twice", usual)):
+        twin = AttentionCore(core.heads, core.scale * factor)
+        value = evaluate(dataclasses.replace(computation, module=twin), _same, _same)
+        yield Hypothesis(Fault.FUNCTION, f"It {words}.", value)
+
+
+def _activations(computation: Computation, own: nn.Module) -> Iterator[Hypothesis]:
+    """Another activation."""
+    others: dict[str, nn.Module] = {
+        "It is the tanh form of GELU, an approximation.": nn.GELU(approximate="tanh"),
+        "It is the exact GELU.": nn.GELU(),
+        "It is left out.": nn.Identity(),
+        "It is a ReLU.": nn.ReLU(),
+        "It is a SiLU.": nn.SiLU(),
+    }
+    for words, module in others.items():
+        if repr(module) == repr(own):
+            continue
+        value = evaluate(dataclasses.replace(computation, module=module), _same, _same)
+        yield Hypothesis(Fault.FUNCTION, words, value)
+
+
+def _weight_layouts(computation: Computation) -> Iterator[Hypothesis]:
+    """Weights that lie otherwise: transposed, kernels turned or mirrored."""
+    module = computation.module
+    turns: dict[str, Callable[[Tensor], Tensor]] = {}
+    if isinstance(module, nn.Conv2d):
+        turns = {
+            "Its kernel has height and width swapped.": lambda w: w.transpose(2, 3),
+            "Its kernel is turned by 180 degrees, a convolution instead of a correlation.": lambda w: w.flip(2, 3),
+            "Its kernel is mirrored.": lambda w: w.flip(3),
+            "Its kernel is upside down.": lambda w: w.flip(2),
+            "Its kernel's input channels are in reverse order.": lambda w: w.flip(1),
+        }
+        if module.weight.shape[0] == module.weight.shape[1]:
+            turns["Its weight is transposed."] = lambda w: w.transpose(0, 1)
+    elif isinstance(module, (nn.Linear, TokenLinear)) and module.weight.shape[0] == module.weight.shape[1]:
+        turns = {"Its weight is transposed.": lambda w: w.T}
+    if isinstance(module, (nn.Linear, TokenLinear)):
+        turns["Its weight lies in memory as its transpose would."] = lambda w: w.T.reshape(w.shape)
+        turns["Its weight's columns are in reverse order."] = lambda w: w.flip(1)
+    for words, turn in turns.items():
+        yield Hypothesis(Fault.LAYOUT, words, _again(computation, functools.partial(_turn, turn=turn)))
+
+
+def _turn(module: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
+    assert isinstance(module.weight, nn.Parameter)
+    module.weight = nn.Parameter(turn(module.weight).contiguous(), requires_grad=False)
+
+
+def _grid_layouts(exact: Array) -> Iterator[Hypothesis]:
+    """Tokens that lie otherwise: the grid transposed, mirrored, or mixed up with channels."""
+    batch, tokens, channels = exact.shape
+    side = round(tokens**0.5)
+    if side * side == tokens and side > 1:
+        grid = exact.reshape(batch, side, side, channels)
+        turned = {
+            "Its grid has height and width swapped.": grid.transpose(0, 2, 1, 3),
+            "Its grid is mirrored.": grid[:, :, ::-1],
+            "Its grid is upside down.": grid[:, ::-1],
+        }
+        for words, value in turned.items():
+            yield Hypothesis(Fault.LAYOUT, words, value.reshape(exact.shape))
+    if tokens > 1:
+        mixed = exact.transpose(0, 2, 1).reshape(exact.shape)
+        yield Hypothesis(Fault.LAYOUT, "Its channels and tokens are transposed in memory.", mixed)
+
+
+def _has_heads(place: ProbePoint) -> bool:
+    return place.kind is ProbeKind.CORE or place.module.endswith(".qkv")
+
+
+def _channel_orders(exact: Array, value: Array, *, has_heads: bool) -> Iterator[Hypothesis]:
+    """Right channels in a wrong order, found by which of them are alike; whole heads where these moved together."""
+    channels = exact.shape[-1]
+    if channels < 2 or exact.shape[1] < 2:
+        return
+    want, have = (_unit(array.reshape(-1, channels)) for array in (exact, value))
+    source = np.argmax(have.T @ want, axis=1)
+    moved = np.flatnonzero(source != np.arange(channels))
+    if not len(moved) or len(np.unique(source)) != channels:
+        return
+    is_heads = has_heads and _moves_whole_blocks(source)
+    fault = Fault.HEADS if is_heads else Fault.WEIGHT if len(moved) <= 2 else Fault.LAYOUT
+    words = "Its heads are in another order." if is_heads else f"{len(moved)} of its {channels} channels are permuted."
+    yield Hypothesis(fault, words, exact[..., source])
+
+
+def _unit(rows: Array) -> Array:
+    centred = rows - rows.mean(axis=0)
+    unit: Array = centred / np.maximum(np.linalg.norm(centred, axis=0), 1e-20)
+    return unit
+
+
+def _moves_whole_blocks(source: NDArray[np.intp]) -> bool:
+    """Whether runs of at least 4 consecutive channels moved together."""
+    breaks = np.flatnonzero(np.diff(source) != 1)
+    return len(breaks) + 1 <= len(source) // 4
+
+
+def _missing_parts(computation: Computation) -> Iterator[Hypothesis]:
+    names = ("one of its summands",) * len(computation.inputs)
+    for index, name in enumerate(names):
+        rest = (*computation.inputs[:index], *computation.inputs[index + 1 :])
+        if rest:
+            value = evaluate(dataclasses.replace(computation, inputs=rest), _same, _same)
+            yield Hypothesis(Fault.RESIDUAL, f"It lacks {name}, the {_ordinal(index)}.", value)
+
+
+def _ordinal(index: int) -> str:
+    return ("first", "second", "third")[index]
+
+
+# Precision
+
+
+def _roundings(computation: Computation, exact: Array) -> Iterator[Hypothesis]:
+    """Weights, inputs or outputs in a narrower format."""
+    for name, rounding in _FORMATS.items():
+        rounded = rounding(torch.from_numpy(exact)).numpy()
+        yield Hypothesis(Fault.PRECISION, f"Its output is rounded to {name}.", rounded)
+        inputs = tuple(rounding(tensor) for tensor in computation.inputs)
+        value = evaluate(dataclasses.replace(computation, inputs=inputs), _same, _same)
+        yield Hypothesis(Fault.PRECISION, f"Its input is rounded to {name}.", value)
+        if getattr(computation.module, "weight", None) is not None:
+            weights = _again(computation, functools.partial(_turn, turn=rounding))
+            yield Hypothesis(Fault.PRECISION, f"Its weight is rounded to {name}.", weights)
+            both = evaluate(computation, rounding, rounding)
+            yield Hypothesis(Fault.PRECISION, f"It is computed in {name}.", both)
+
+
+def _int8(tensor: Tensor) -> Tensor:
+    scale = tensor.abs().amax().clamp_min(1e-20) / 127
+    return (tensor / scale).round() * scale
+
+
+def _int8_rows(tensor: Tensor) -> Tensor:
+    if tensor.ndim < 2:
+        return tensor
+    scale = tensor.abs().amax(dim=tuple(range(1, tensor.ndim)), keepdim=True).clamp_min(1e-20) / 127
+    return (tensor / scale).round() * scale
+
+
+def _e4m3(tensor: Tensor) -> Tensor:
+    scale = tensor.abs().amax().clamp_min(1e-20) / 448
+    return (tensor / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+_FORMATS: dict[str, Rounding] = {
+    "FP16": lambda tensor: tensor.half().float(),
+    "BF16": lambda tensor: tensor.bfloat16().float(),
+    "FP8 without a scale": lambda tensor: tensor.to(torch.float8_e4m3fn).float(),
+    "FP8": _e4m3,
+    "INT8": _int8,
+    "INT8 by rows": _int8_rows,
+}
+
+
+# Where
+
+
+def _where(exact: Array, value: Array) -> str:
+    """Which channels are wrong, where it is few of them."""
+    channels = exact.shape[-1]
+    difference = (value - exact).reshape(-1, channels)
+    error = np.linalg.norm(difference, axis=0)
+    if exact.shape[1] > 1 and np.linalg.norm(difference - difference.mean(axis=0)) < EXPLAINS * np.linalg.norm(error):
+        return "Its bias is wrong: every token is off by the same."
+    share = np.sort(np.square(error))[::-1].cumsum()
+    wrong = int(np.searchsorted(share, 0.99 * share[-1])) + 1
+    if channels > 8 and wrong <= channels // 4:
+        which = ", ".join(str(index) for index in np.argsort(-error)[: min(wrong, 3)])
+        return f"{wrong} of its {channels} channels hold the error ({which}{', ...' if wrong > 3 else ''})."
+    return "Its error is spread over its channels, and no other kind of fault explains it."

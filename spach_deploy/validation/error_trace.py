@@ -1,0 +1,157 @@
+"""Errors along the depth of a network: of every part's output, with the reference's own noise and what is allowed.
+
+A part's error is that of all before it too: where a curve leaves its bound is where to look.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.graph.names import owner
+from spach_deploy.validation.activations import ActivationTrace, Outputs
+from spach_deploy.validation.tolerance import FP32_FACTOR, ROUNDING_FACTOR
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
+
+    from spach_deploy.validation.runs import RunResult
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleError:
+    """One part of the network. All but `peak` are relative L2 of its output against PyTorch in FP32.
+
+    `error`: of the graph, None where it has no tensor for it. `noise`: of FP32, against FP64. `allowed`: what the noise
+    and the loss of PyTorch in the graph's precision allow here. `peak`: the output's largest magnitude in FP32.
+    """
+
+    module: str
+    kind: str
+    error: float | None
+    noise: float
+    allowed: float
+    peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorTrace:
+    """A network's parts in order. `what` ran, in words; `images` by name."""
+
+    what: str
+    images: tuple[str, ...]
+    parts: tuple[ModuleError, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        parts = [dataclasses.asdict(part) for part in self.parts]
+        return {"what": self.what, "images": list(self.images), "modules": parts}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> ErrorTrace | None:
+        """What `to_dict` wrote; None for anything else, which an older manifest may hold."""
+        try:
+            parts = tuple(ModuleError(**part) for part in content["modules"])
+            return cls(str(content["what"]), tuple(map(str, content["images"])), parts)
+        except (KeyError, TypeError):
+            return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedActivations:
+    """Of every part of the reference: its output for the first image in FP32 (`exact`), how far that is from FP64
+    (`noise`), and how far the part is from it when it is rounded (`loss`; empty where nothing is rounded).
+    """
+
+    exact: Outputs
+    noise: Mapping[str, float]
+    loss: Mapping[str, float]
+
+    @classmethod
+    def of(cls, depth: ActivationTrace) -> ExpectedActivations:
+        """From the outputs themselves; rounded are those of the twin in eight bits, where there is one."""
+        return cls(depth.exact, _errors(depth.double, depth.exact), _errors(depth.rounded, depth.exact))
+
+
+class ActivationTracer:
+    """Follows a graph along the depth of `model`: what to watch in it, and then the errors of what was seen."""
+
+    def __init__(self, model: nn.Module, expected: ExpectedActivations) -> None:
+        self._expected = expected
+        self._kinds = {path: _kind(path, model) for path in expected.exact}
+        self._tensors: dict[str, str] = {}
+
+    def watch(self, graph: ModelProto) -> list[str]:
+        """The tensors of the parts' outputs, in a graph in the form in which it runs (`evidence.Watch`)."""
+        blocks = {path for path, kind in self._kinds.items() if kind == "block"}
+        self._tensors = _tensors_of_parts(graph, self._expected.exact, blocks)
+        return list(self._tensors.values())
+
+    def trace(self, evidence: RunResult, image: str) -> ErrorTrace | None:
+        """The errors of what was watched, on the image of that name. None for a graph that did not run."""
+        if evidence.logits is None:
+            return None
+        exact, values = self._expected.exact, {LOGITS: evidence.logits[:1], **evidence.inside}
+        seen = {path: values[tensor] for path, tensor in self._tensors.items() if tensor in values}
+        ours = _errors(seen, exact)
+        parts = tuple(
+            ModuleError(
+                module=path,
+                kind=kind,
+                error=_finite(ours.get(path)),
+                noise=self._expected.noise[path],
+                allowed=FP32_FACTOR * self._expected.noise[path] + ROUNDING_FACTOR * self._expected.loss.get(path, 0.0),
+                peak=float(np.abs(exact[path]).max()),
+            )
+            for path, kind in self._kinds.items()
+        )
+        return ErrorTrace("typed graph in ONNX Runtime (CPU), half tensors rounded", (image,), parts)
+
+
+def _kind(path: str, model: nn.Module) -> str:
+    if path in ("stem", "head"):
+        return path
+    kind = type(model.get_submodule(path)).__name__
+    return {"LayerNorm": "norm", "Downsampling": "downsampling"}.get(kind, "block")
+
+
+def _finite(error: float | None) -> float | None:
+    return error if error is not None and math.isfinite(error) else None
+
+
+def _tensors_of_parts(graph: ModelProto, exact: Outputs, blocks: set[str]) -> dict[str, str]:
+    """The last tensor of a part's size that the part makes; a block's is its own sum, not a module's inside it."""
+    from spach_deploy.validation.bisect.opened_graph import float_elements
+
+    elements = float_elements(graph, batch=1)
+    found: dict[str, str] = {}
+    for node in graph.graph.node:
+        module = owner(node.name)
+        path = next((path for path in exact if module == path or module.startswith(f"{path}.")), "")
+        for tensor in node.output:
+            fits = path and elements.get(tensor, -1) in (0, exact[path].size)
+            if fits and not (path in blocks and module != path):
+                found[path] = tensor
+    return found
+
+
+def _errors(outputs: Mapping[str, npt.NDArray[Any]], exact: Outputs) -> dict[str, float]:
+    return {path: _error(value, exact[path]) for path, value in outputs.items()}
+
+
+def _error(value: npt.NDArray[np.floating], exact: npt.NDArray[np.floating]) -> float:
+    """Relative L2, tokens first or last."""
+    from spach_deploy.validation.bisect.error_metrics import relative_l2
+
+    errors = [relative_l2(value.reshape(exact.shape), exact)]
+    if exact.ndim == 3:  # (B, N, C), which may come as (B, C, N)
+        batch, tokens, channels = exact.shape
+        errors.append(relative_l2(value.reshape(batch, channels, tokens).swapaxes(1, 2), exact))
+    return min(errors)

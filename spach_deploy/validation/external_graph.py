@@ -1,0 +1,253 @@
+"""A graph of the user's own, from another exporter or edited by hand, held to what a bundle was made from.
+
+Its input and its logits are found by shape, since names may be any, and its tensors by value (`bisect`). What is mapped
+to what is said, and so is what is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+from spach_deploy.bundle.golden import INPUT, LOGITS
+from spach_deploy.bundle.store import Bundle
+from spach_deploy.common.errors import SpachError, UsageError
+from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
+from spach_deploy.runtime.onnxruntime_runner import saved_graph
+from spach_deploy.validation.bisect.export_steps import bisect_graph
+from spach_deploy.validation.bisect.opened_graph import half_type
+from spach_deploy.validation.bisect.reference import ProbedReference
+from spach_deploy.validation.bundle_facts import BundleFacts, read_record
+from spach_deploy.validation.live_reference import ImagesReference, Weights, as_images, rebuild
+from spach_deploy.validation.runs import (
+    EvaluationSet,
+    RunResult,
+    examine_graph,
+    examine_typed,
+    truncated_by,
+    truncation_notes,
+)
+from spach_deploy.validation.tolerance import Bounds, derive_tolerances
+from spach_deploy.validation.validate import ReportHeader, Validation
+
+Say = Callable[[str], None]
+
+_PRECISIONS: dict[int, Precision] = {TensorProto.FLOAT16: Precision.FP16, TensorProto.BFLOAT16: Precision.BF16}
+_FLOATS: dict[int, IODtype] = {
+    TensorProto.FLOAT: IODtype.FP32,
+    TensorProto.FLOAT16: IODtype.FP16,
+    TensorProto.UINT8: IODtype.UINT8,
+}
+_BISECTED_IMAGES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchedGraph:
+    """A user's graph under our names. `notes`: what was taken for what."""
+
+    graph: ModelProto
+    precision: Precision
+    io_dtype: IODtype
+    batch: BatchProfile
+    notes: tuple[str, ...]
+
+
+def validate_external(
+    subject: ReportHeader, bundle: Bundle, facts: BundleFacts, answered: ImagesReference, weights: Weights, say: Say
+) -> Validation:
+    """Compare the graph at `subject.target` with PyTorch, as a whole and module by module.
+
+    Without the weights (a bundle from a checkpoint that is not given) as a whole only, by the bundle's bounds, which is
+    said. Raises UsageError for a graph whose input or logits cannot be told.
+    """
+    graph = onnx.load(subject.target)
+    _check_quantization(graph, facts)
+    mapped = map_interface(graph, int(bundle.manifest.model["num_classes"]), facts.preprocessing.image_size)
+    trial = _trial(answered.trial, facts, mapped)
+    notes = truncation_notes(Path(subject.target), mapped.precision)
+    mapped = dataclasses.replace(mapped, notes=(*mapped.notes, *notes))
+    subject = dataclasses.replace(subject, precision=mapped.precision.value)
+    try:
+        say("Rebuilding the reference.")
+        loaded = rebuild(bundle.manifest.model, weights)
+    except UsageError as error:
+        note = f"Not bisected by module: {error.message} {error.hint}"
+        bounds = _of_logits(answered.tolerances.graph)
+        return Validation(subject, trial, _evidence(mapped, trial, bounds), notes=(*mapped.notes, note))
+    bounds = _bounds(loaded, trial, facts, answered, mapped)
+    found = Validation(subject, trial, _evidence(mapped, trial, bounds), notes=mapped.notes)
+    say("Bisecting by module.")
+    return _bisected(found, mapped, loaded, facts)
+
+
+def _bisected(found: Validation, mapped: MatchedGraph, loaded: LoadedModel, facts: BundleFacts) -> Validation:
+    inputs = found.trial.inputs(0, _BISECTED_IMAGES)
+    pixels = inputs.astype(np.uint8) if mapped.io_dtype is IODtype.UINT8 else None
+    images = as_images(inputs, dataclasses.replace(facts, outputs=found.trial.outputs))
+    try:
+        reference = ProbedReference(loaded.model, images, plan=read_record(facts), pixels=pixels)
+        bisection = bisect_graph(mapped.graph, reference)
+    except SpachError as error:
+        note = f"Not bisected by module: {error.message}"
+        return dataclasses.replace(found, notes=(*found.notes, note))
+    truncating = truncated_by(Path(found.subject.target), mapped.precision)
+    return dataclasses.replace(found, bisection=dataclasses.replace(bisection, truncated_by=truncating))
+
+
+def _check_quantization(graph: ModelProto, facts: BundleFacts) -> None:
+    """Eight bits can only be held to a bundle that says which: their scales decide what is right."""
+    if facts.quantization is None and _is_quantized(graph):
+        raise UsageError(
+            "The graph is quantized, and the bundle is not: what eight bits may cost is not known.",
+            "Hold it to a bundle exported with --int8 or --fp8.",
+        )
+
+
+def _is_quantized(graph: ModelProto) -> bool:
+    return any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+
+
+def _evidence(mapped: MatchedGraph, trial: EvaluationSet, bounds: Bounds) -> tuple[RunResult, ...]:
+    with saved_graph(mapped.graph) as path:
+        if mapped.precision is Precision.FP32:
+            return (examine_graph(path, trial, bounds, ran="graph"),)
+        return examine_typed(path, mapped.precision, trial, bounds)
+
+
+def _trial(trial: EvaluationSet, facts: BundleFacts, mapped: MatchedGraph) -> EvaluationSet:
+    """The images as the graph takes them; its logits alone are compared."""
+    if facts.outputs.io_dtype is IODtype.UINT8 or mapped.io_dtype is not IODtype.UINT8:
+        outputs = OutputSpec(io_dtype=mapped.io_dtype)
+        dtype = np.float16 if mapped.io_dtype is IODtype.FP16 else np.float32
+
+        def inputs(start: int, stop: int) -> npt.NDArray[np.generic]:
+            given = trial.inputs(start, stop)
+            return given if mapped.io_dtype is IODtype.UINT8 else as_images(given, facts).astype(dtype)
+
+        return dataclasses.replace(trial, inputs=inputs, outputs=outputs, batch=mapped.batch)
+    raise UsageError(
+        "The graph takes uint8 pixels, and the bundle's golden images are normalized already.",
+        "Give a bundle exported with --io-dtype uint8.",
+    )
+
+
+def _bounds(
+    loaded: LoadedModel, trial: EvaluationSet, facts: BundleFacts, answered: ImagesReference, mapped: MatchedGraph
+) -> Bounds:
+    """The bundle's where its precision is the graph's, else derived for the graph's."""
+    if facts.quantization is not None and _is_quantized(mapped.graph):
+        return _of_logits(answered.tolerances.graph)
+    if facts.precision is mapped.precision and facts.outputs.io_dtype is mapped.io_dtype:
+        return _of_logits(answered.tolerances.graph)
+    count = len(trial)
+    images = as_images(trial.inputs(0, count), dataclasses.replace(facts, outputs=trial.outputs))
+    return derive_tolerances(loaded.model, images, trial.logits, mapped.precision, trial.outputs).graph
+
+
+def _of_logits(bounds: Bounds) -> Bounds:
+    return dataclasses.replace(bounds, outputs={LOGITS: bounds.outputs[LOGITS]})
+
+
+# Names and shapes
+
+
+def map_interface(graph: ModelProto, num_classes: int, image_size: int) -> MatchedGraph:
+    """`graph` with its input and its logits under our names. UsageError where they cannot be told.
+
+    `num_classes` and `image_size` are the reference's.
+    """
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    inputs = [value for value in graph.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise UsageError(f"The graph has {len(inputs)} inputs; a classifier of images has one.", "Give another graph.")
+    _check_image(inputs[0], image_size)
+    logits = _logits_of(graph, num_classes)
+    others = [value.name for value in graph.graph.output if value.name != logits.name]
+    renamed = ModelProto()
+    renamed.CopyFrom(graph)
+    _rename(renamed, {inputs[0].name: INPUT, logits.name: LOGITS})
+    del renamed.graph.output[:]
+    renamed.graph.output.append(helper.make_tensor_value_info(LOGITS, _element(logits), None))
+    half = half_type(graph)
+    return MatchedGraph(
+        graph=renamed,
+        precision=_PRECISIONS[half] if half is not None else Precision.FP32,
+        io_dtype=_FLOATS[_element(inputs[0])],
+        batch=_batch(inputs[0]),
+        notes=_notes(inputs[0].name, logits.name, others),
+    )
+
+
+def _check_image(value: ValueInfoProto, size: int) -> None:
+    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    if _element(value) not in _FLOATS:
+        raise UsageError(f"The graph's input {value.name} holds no images: {_type(value)}.", "Give another graph.")
+    nhwc = (size, size, 3)
+    wanted = nhwc if _element(value) == TensorProto.UINT8 else (3, size, size)
+    if len(dims) == 4 and all(have in (0, want) for have, want in zip(dims[1:], wanted, strict=True)):
+        return
+    raise UsageError(
+        f"The graph takes {value.name} as {dims or 'a tensor of unknown shape'}; the bundle's images are"
+        f" (N, {', '.join(map(str, wanted))}).",
+        "Export it with that input, and normalized images.",
+    )
+
+
+def _logits_of(graph: ModelProto, num_classes: int) -> ValueInfoProto:
+    """The float output of so many classes; one named logits first."""
+
+    def fits(value: ValueInfoProto) -> bool:
+        dims = value.type.tensor_type.shape.dim
+        known = dims[-1].dim_value if len(dims) else 0
+        return _element(value) in (TensorProto.FLOAT, TensorProto.FLOAT16) and known in (0, num_classes)
+
+    fitting: list[ValueInfoProto] = [value for value in graph.graph.output if fits(value)]
+    if fitting:
+        return min(fitting, key=lambda value: value.name != LOGITS)
+    shown = ", ".join(f"{value.name} {_type(value)}" for value in graph.graph.output)
+    raise UsageError(f"No output of the graph holds {num_classes} logits: {shown}.", "Give a graph of this model.")
+
+
+def _element(value: ValueInfoProto) -> int:
+    return int(value.type.tensor_type.elem_type)
+
+
+def _type(value: ValueInfoProto) -> str:
+    dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
+    kind = TensorProto.DataType.Name(_element(value)).lower()
+    return f"{kind} ({', '.join(map(str, dims))})"
+
+
+def _batch(value: ValueInfoProto) -> BatchProfile:
+    fixed = value.type.tensor_type.shape.dim[0].dim_value
+    return BatchProfile(fixed, fixed, fixed) if fixed else BatchProfile()
+
+
+def _rename(graph: ModelProto, names: dict[str, str]) -> None:
+    """Tensors under other names, in place; a tensor that has one of the new names already gets another."""
+    taken = {name for node in graph.graph.node for name in (*node.input, *node.output)}
+    for new in names.values():
+        if new in taken and new not in names:
+            names = {new: f"{new}/theirs", **names}
+    for node in graph.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+        value.name = names.get(value.name, value.name)
+    for tensor in graph.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+
+
+def _notes(given: str, logits: str, others: list[str]) -> tuple[str, ...]:
+    renamed = [f"{old} was taken for {new}" for old, new in ((given, INPUT), (logits, LOGITS)) if old != new]
+    notes = [f"{' and '.join(renamed)}, by shape."] if renamed else []
+    if others:
+        notes.append(f"Not compared: {', '.join(others)}.")
+    return tuple(notes)

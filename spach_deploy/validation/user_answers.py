@@ -1,0 +1,348 @@
+"""What the user's own code answered, in an npz: the only evidence about what tensors do not show.
+
+    np.savez("answers.npz", input=images.numpy(), logits=model(images).numpy())
+
+`input`: float32 or float64 (N, 3, S, S), as the model's forward got it. `logits`: float32 or float64 (N, classes), of
+the same images, computed in FP32 (no autocast, no TF32). Other arrays in the file are not read.
+
+The reference in FP64 is the yardstick: two right evaluations in FP32 are both about FP32's noise away from it. Where
+the answers are further away, what tensors do not show is searched for the values that agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spach_deploy.bundle.store import sha256_of
+from spach_deploy.common.errors import MismatchError, UsageError
+from spach_deploy.common.npz import read_npz
+from spach_deploy.models.hyperparameters import Setting, Source, confirmed, heads_that_fit
+from spach_deploy.models.published import CONFIGS
+from spach_deploy.options.specs import ACTIVATIONS
+from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
+
+if TYPE_CHECKING:
+    from spach_deploy.models.checkpoint import LoadedModel
+
+NOISE_FACTOR = 4.0
+"""Answers may be this many times as far from FP64 as our own FP32 is: other orders of summation make one to three."""
+
+MOST_IMAGES = 32
+"""At most so many answers are compared, the first in the file."""
+
+SEARCH_SECONDS = 120.0
+"""A search of what agrees ends then, whatever it has found."""
+
+_SAY_EVERY_S = 10.0
+_TRIFLE = 1e-4  # what heads, scales and activations change is more
+_MOST_BYTES = 2 * 10**9
+_LEAST_NOISE = 2.0**-24
+_EPSILONS = (1e-6, 1e-5, 1e-3, 1e-8, 1e-12)
+_SCALES = (None, 1.0)
+_SCALE_STEPS, _SCALE_RANGE, _SCALE_TOLERANCE = 13, (1e-3, 2.0), 1e-7
+_NO_ANSWERS = 'Write it with np.savez("answers.npz", input=images.numpy(), logits=model(images).numpy()).'
+
+Array = npt.NDArray[Any]
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenAnswers:
+    """Inputs float32 (N, 3, S, S) and logits float64 (N, classes) from a file."""
+
+    path: Path
+    sha256: str
+    input: npt.NDArray[np.float32] = dataclasses.field(repr=False)
+    logits: npt.NDArray[np.float64] = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """The reference agrees with the user's answers: a level of evidence of its own.
+
+    `rel_l2`: the worst image's, against the reference in FP64; `allowed` follows from `noise`, FP32's against FP64.
+    """
+
+    file: str
+    sha256: str
+    images: int
+    rel_l2: float
+    allowed: float
+    noise: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the reference is the user's model."""
+        return self.rel_l2 <= self.allowed
+
+    @property
+    def sentence(self) -> str:
+        """For a reader of a verdict."""
+        return (
+            f"The reference {'agrees' if self.agrees else 'does not agree'} with your answers: {self.images} images of"
+            f" {self.file}, relative L2 {self.rel_l2:.1e} of {self.allowed:.1e} allowed ({NOISE_FACTOR:g} x FP32's"
+            " noise)."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**dataclasses.asdict(self), "agrees": self.agrees}
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Agreement | None:
+        """What `to_dict` gave; None for anything else."""
+        try:
+            return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)})
+        except (KeyError, TypeError):
+            return None
+
+
+def read_answers(path: Path) -> GivenAnswers:
+    """The answers in an npz. UsageError for a file that holds none, with what it lacks."""
+    try:
+        arrays = read_npz(path, {"input": _MOST_BYTES, "logits": _MOST_BYTES})
+    except ValueError as error:
+        raise UsageError(f"--answers {path} cannot be read ({_reason(path, error)}).", _NO_ANSWERS) from None
+    inputs, logits = arrays["input"], arrays["logits"]
+    if problem := _problem(inputs, logits):
+        raise UsageError(f"--answers {path}: {problem}.", _NO_ANSWERS)
+    chosen = np.ascontiguousarray(inputs[:MOST_IMAGES], np.float32)
+    return GivenAnswers(path, sha256_of(path), chosen, logits[:MOST_IMAGES].astype(np.float64))
+
+
+def _reason(path: Path, error: ValueError) -> str:
+    if not path.exists():
+        return "it does not exist"
+    return str(error) if path.is_file() and zipfile.is_zipfile(path) else "it is no npz"
+
+
+def _problem(inputs: Array, logits: Array) -> str:
+    for name, array, shape, rank in (("input", inputs, "(N, 3, S, S)", 4), ("logits", logits, "(N, classes)", 2)):
+        if array.dtype not in (np.float32, np.float64):
+            coarse = "; 16 bits are too coarse to tell" if array.dtype == np.float16 else ""
+            return f"{name} is {array.dtype}, not float32{coarse}"
+        if array.ndim != rank:
+            return f"{name} has shape {array.shape}, not {shape}"
+        if not np.isfinite(array).all():
+            return f"{name} has values that are not finite"
+    if len(inputs) != len(logits) or not len(inputs):
+        return f"{len(inputs)} inputs and {len(logits)} answers"
+    if inputs.shape[1] != 3 == inputs.shape[-1]:
+        return f"input has shape {inputs.shape}, channels last; the model takes (N, 3, S, S)"
+    if not logits.any():
+        return "every answer is zero, as of a freshly initialised model"
+    if logits.min() >= 0 and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
+        return "the answers are probabilities; give the logits, before softmax"
+    return ""
+
+
+def hold_to_answers(
+    loaded: LoadedModel, given: GivenAnswers, say: Say, *, is_settled: bool = False
+) -> tuple[LoadedModel, Agreement]:
+    """The model, which agrees with the answers, and how well.
+
+    Where values were assumed and others agree, the model with these, unless it `is_settled`, such as a finished
+    bundle's. MismatchError where a value would have to be another than was said, or where none that is searched agrees;
+    UsageError for answers of another kind of model.
+    """
+    _check_fits(loaded, given)
+    agreement = compared(loaded, given)
+    if agreement.agrees:
+        return dataclasses.replace(loaded, settings=confirmed(loaded.settings)), agreement
+    _check_order(loaded, given, agreement.allowed)
+    say(f"{given.path.name} disagrees (relative L2 {agreement.rel_l2:.1e}): searching what the file does not show.")
+    best = search(loaded, given, say)
+    found = compared(best, given)
+    pairs = [pair for pair in zip(loaded.settings, best.settings, strict=True) if pair[0].value != pair[1].value]
+    said, changed = [old for old, _ in pairs], [new for _, new in pairs]
+    if not changed or not found.agrees:
+        raise _nothing_agrees(given, agreement, found, changed)
+    if is_settled or any(setting.source is not Source.ASSUMED for setting in said):
+        options = " ".join(map(_option, changed))
+        raise MismatchError(
+            f"The model does not agree with {given.path}: relative L2 {agreement.rel_l2:.1e} of"
+            f" {agreement.allowed:.1e} allowed. With {_words(changed)} instead of {_words(said)}"
+            f" ({said[0].source.sentence}) it does ({found.rel_l2:.1e}).",
+            f"Export it again with {options}." if is_settled else f"Give {options}, or correct what says otherwise.",
+        )
+    for old, new in pairs:
+        say(f"{new} ({new.source.sentence}; {old} was assumed).")
+    return dataclasses.replace(best, settings=confirmed(best.settings)), found
+
+
+def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
+    """How far the answers are from the model, whatever that is."""
+    exact = evaluate_fp64(loaded.model, given.input)
+    noise = max(_rel_l2(evaluate(loaded.model, given.input), exact), _LEAST_NOISE)
+    error = _rel_l2(given.logits, exact)
+    return Agreement(given.path.name, given.sha256, len(given), error, NOISE_FACTOR * noise, noise)
+
+
+def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
+    """The model with the values that come nearest to the first answer, of those that tensors do not show.
+
+    Each value by itself first, then heads, qk scale and activation in every combination, then any qk scale with these;
+    behind each, epsilon with the best so far. It ends where the rest is noise, and after `SEARCH_SECONDS`.
+    """
+    trial = _Search(loaded, given, say)
+    heads = heads_that_fit(CONFIGS[loaded.name])
+    attention: Choices = {"heads": heads, "qk_scale": _SCALES} if heads else {}
+    activation: Choices = {"activation": ACTIVATIONS}
+    epsilon: Choices = {"norm_eps": _EPSILONS}
+    for choices in (attention, activation, {**attention, **activation}):
+        trial.improve(choices)
+        trial.improve(epsilon, trial.values)
+    if heads:
+        for others in ({}, activation):
+            trial.improve_scale({"heads": heads, **others})
+            trial.improve(epsilon, trial.values)
+    return trial.model()
+
+
+Choices = dict[str, Sequence[Any]]
+
+
+class _Search:
+    """The best values so far, and their error on the first answer."""
+
+    def __init__(self, loaded: LoadedModel, given: GivenAnswers, say: Say) -> None:
+        self._loaded = loaded
+        self._say = say
+        self._tried = 0
+        self._end = time.monotonic() + SEARCH_SECONDS
+        self._said = time.monotonic()
+        self._given = dataclasses.replace(given, input=given.input[:1], logits=given.logits[:1])
+        self._begun = {setting.name: setting.value for setting in loaded.settings}
+        self.values = dict(self._begun)
+        first = compared(loaded, self._given)
+        self.error = first.rel_l2
+        self._noise = 2 * first.noise  # of two evaluations in FP32
+
+    def improve(self, choices: Choices, others: dict[str, Any] | None = None) -> None:
+        """Take the best of all combinations with other values, those that the search began with if none are given."""
+        before = dict(others or self._begun)
+        for combination in itertools.product(*choices.values()):
+            if self._is_over():
+                return
+            self._try({**before, **dict(zip(choices, combination, strict=True))})
+
+    def improve_scale(self, choices: Choices) -> None:
+        """Any qk scale with all combinations: the best on a logarithmic grid, then golden sections between its
+        neighbours, then fewer digits where they do as well.
+        """
+        if self._is_over() or self.error < _TRIFLE:
+            return
+        low, high = (math.log(limit) for limit in _SCALE_RANGE)
+        step = (high - low) / (_SCALE_STEPS - 1)
+        grid = [low + step * index for index in range(_SCALE_STEPS)]
+        others = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
+        pairs = ((place, other) for other in others for place in grid)
+        best, other = min(pairs, key=lambda pair: math.inf if self._is_late() else self._error(self._scaled(*pair)))
+        error = functools.cache(lambda place: self._error(self._scaled(place, other)))
+        left, right, ratio = best - step, best + step, (math.sqrt(5) - 1) / 2
+        while right - left > _SCALE_TOLERANCE and not self._is_late():
+            inner, outer = right - ratio * (right - left), left + ratio * (right - left)
+            left, right = (left, outer) if error(inner) < error(outer) else (inner, right)
+        exact = (left + right) / 2
+        for digits in (1, 2, 3, 4, 9):
+            self._try({**self._scaled(exact, other), "qk_scale": float(f"{math.exp(exact):.{digits}g}")})
+
+    def _scaled(self, place: float, other: dict[str, Any]) -> dict[str, Any]:
+        """The values that the search began with, but for the scale exp(`place`) and others."""
+        return {**self._begun, **other, "qk_scale": math.exp(place)}
+
+    def _is_over(self) -> bool:
+        return self.error <= self._noise or self._is_late()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._end
+
+    def model(self) -> LoadedModel:
+        """The model with the best values."""
+        return self._with(self.values)
+
+    def _try(self, values: dict[str, Any]) -> None:
+        error = self._error(values)
+        if error < self.error:
+            self.values, self.error = values, error
+
+    def _error(self, values: dict[str, Any]) -> float:
+        self._tried += 1
+        if time.monotonic() > self._said + _SAY_EVERY_S:
+            self._said = time.monotonic()
+            self._say(f"{self._tried} combinations tried, the nearest {self.error:.1e} off.")
+        return _rel_l2(evaluate(self._with(values).model, self._given.input), self._given.logits)
+
+    def _with(self, values: dict[str, Any]) -> LoadedModel:
+        from spach_deploy.models.checkpoint import with_settings
+
+        settings = tuple(
+            old if old.value == values[old.name] else Setting(old.name, values[old.name], Source.ANSWERS)
+            for old in self._loaded.settings
+        )
+        return with_settings(self._loaded, settings)
+
+
+def _check_fits(loaded: LoadedModel, given: GivenAnswers) -> None:
+    """UsageError where the answers are of other shapes than the model's."""
+    wanted = (3, loaded.image_size, loaded.image_size)
+    if given.input.shape[1:] != wanted:
+        hint = f"Give --image-size {given.input.shape[-1]}, or answers to images of {loaded.image_size} pixels."
+        raise UsageError(f"The inputs in {given.path} are {given.input.shape[1:]}, and the model takes {wanted}.", hint)
+    if given.logits.shape[1] != loaded.num_classes:
+        raise UsageError(
+            f"The answers in {given.path} have {given.logits.shape[1]} classes, the model has {loaded.num_classes}.",
+            "Give answers of the model in the checkpoint.",
+        )
+
+
+def _check_order(loaded: LoadedModel, given: GivenAnswers, allowed: float) -> None:
+    """UsageError where the answers are right, but of other inputs than those beside them."""
+    exact = evaluate_fp64(loaded.model, given.input)
+    nearest = [int(np.linalg.norm(given.logits - row, axis=1).argmin()) for row in exact]
+    if len(given) > 1 and _rel_l2(given.logits[nearest], exact) <= allowed:
+        raise UsageError(
+            f"The answers in {given.path} are the model's, but in another order than their inputs.",
+            "Write both in one order.",
+        )
+
+
+def _nothing_agrees(
+    given: GivenAnswers, agreement: Agreement, found: Agreement, changed: Sequence[Setting]
+) -> MismatchError:
+    nearest = f"; nearest is {_words(changed)}, {found.rel_l2:.1e} off" if changed else ""
+    return MismatchError(
+        f"The model does not agree with {given.path}: relative L2 {agreement.rel_l2:.1e} of"
+        f" {agreement.allowed:.1e} allowed. No heads, qk scale, activation or epsilon agree{nearest}.",
+        "Were they computed with these weights, in evaluation mode, in FP32 without autocast and TF32, on images as in"
+        " `input`?",
+    )
+
+
+def _words(settings: Iterable[Setting]) -> str:
+    return ", ".join(map(str, settings))
+
+
+def _option(setting: Setting) -> str:
+    return f"--{setting.name.replace('_', '-')} {setting.value if setting.value is not None else 0}"
+
+
+def _rel_l2(values: Array, exact: Array) -> float:
+    """Relative L2 of the worst image."""
+    exact = exact.astype(np.float64)
+    norms = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float64).tiny)
+    return float((np.linalg.norm(values - exact, axis=1) / norms).max())

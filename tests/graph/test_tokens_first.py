@@ -1,0 +1,111 @@
+"""Attention with tokens before images computes the same, and the compiler needs no moves for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import ModelProto
+
+from spach_deploy.engine.build import build_engine
+from spach_deploy.engine.flavours import TensorRTForRTX
+from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
+from spach_deploy.graph.edit import mark_quantized
+from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.passes.tokens_first import PARTS, tokens_first
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.published import SpachConfig
+from spach_deploy.models.spach import Spach
+from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
+from spach_deploy.rewrites import rewrite
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from spach_deploy.runtime.packages import is_installed
+from tests.static_models import CLASSES, IMAGE_SIZE, images, logits, relative_l2, small_model
+
+
+def graph(kind: str, *without: str) -> ModelProto:
+    return export_canonical(rewrite(small_model(kind), without).model, IMAGE_SIZE)
+
+
+def check(model: ModelProto, kind: str) -> None:
+    """It computes what PyTorch computes, at several batch sizes: 7 is no divisor of anything."""
+    onnx.checker.check_model(model, full_check=True)
+    with OnnxRuntimeRunner(model.SerializeToString(), threads=1) as runner:
+        for batch in (1, 2, 7):
+            x = images(batch, seed=batch)
+            assert relative_l2(runner.run({INPUT: x})[LOGITS], logits(small_model(kind), x)) < 2e-6
+
+
+def products(model: ModelProto) -> Counter[str]:
+    """What stands behind the qkv of all attentions: a Gemm for each part, or one."""
+    names = (node.name for node in model.graph.node if node.op_type == "Gemm" and ".spatial_func.qkv/" in node.name)
+    return Counter(name.rpartition("/")[2] for name in names)
+
+
+@pytest.mark.parametrize(("kind", "attentions"), [("trans", 3), ("hybrid", 5), ("hybrid_stem", 2)])
+def test_query_key_and_value_are_products_of_their_own(kind: str, attentions: int) -> None:
+    model = graph(kind)
+    assert len(tokens_first(model)) == attentions
+    assert products(model) == dict.fromkeys(PARTS, attentions)
+    assert sum(tensor.name.endswith(".qkv.weight") for tensor in model.graph.initializer) == attentions
+    check(model, kind)
+
+
+@pytest.mark.parametrize("without", ["absorb_qkv_bias", "fold_attention_scale", "grid_stream", "shift_depthwise"])
+def test_other_forms_may_be_left_out(without: str) -> None:
+    model = graph("hybrid", without)
+    changed = apply_passes(model, TENSORRT_PASSES, [without])
+    assert len(changed["tokens_first"]) == 5
+    assert products(model) == ({"Gemm": 5} if without == "absorb_qkv_bias" else dict.fromkeys(PARTS, 5))
+    check(model, "hybrid")
+
+
+def test_a_quantized_layer_stays_one() -> None:
+    model = graph("trans")
+    for node in model.graph.node:
+        if node.name == "blocks.1.spatial_func.qkv/Gemm":
+            mark_quantized(node)
+    assert len(tokens_first(model)) == 3
+    assert products(model) == {"Gemm": 1, **dict.fromkeys(PARTS, 2)}
+    check(model, "trans")
+
+
+def test_what_is_written_otherwise_is_left_alone() -> None:
+    model = graph("trans")
+    softmax = next(node for node in model.graph.node if node.name.startswith("blocks.1.") and node.op_type == "Softmax")
+    extra = onnx.helper.make_node("Identity", [softmax.output[0]], ["blocks.1/seen"], name="blocks.1/seen")
+    model.graph.node.append(extra)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("blocks.1/seen", 1, None))
+    assert len(tokens_first(model)) == 2
+
+
+def facts(model: ModelProto, tmp_path: Path) -> PlanFacts:
+    path = tmp_path / "model.onnx"
+    onnx.save(type_graph(model, Precision.FP16).model, path)
+    target = EngineTarget(batch=BatchProfile(1, 8, 8))
+    found = read_plan_facts(build_engine(path, target, TensorRTForRTX(), precision=Precision.FP16).plan)
+    assert found is not None
+    return found
+
+
+@pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")
+def test_the_compiler_moves_nothing_between_products_and_attention(tmp_path: Path) -> None:
+    model = Spach(SpachConfig(128, 8, 2, (("trans",) * 3,), num_heads=4), image_size=64, num_classes=CLASSES).eval()
+    load_demo_weights(model)
+    found = {}
+    for without in ((), ("tokens_first",)):
+        form = export_canonical(rewrite(model, without).model, 64)
+        apply_passes(form, TENSORRT_PASSES, without)
+        found[without] = facts(form, tmp_path)
+    ours, theirs = found.values()
+    assert ours.fused_attentions == theirs.fused_attentions == 3
+    assert theirs.kernels_by_kind["move"] - ours.kernels_by_kind.get("move", 0) == 3
+    assert len(ours.kernels) < len(theirs.kernels)
+    moved, others = ours.bytes_moved(8), theirs.bytes_moved(8)
+    assert moved is not None
+    assert others is not None
+    assert moved < 0.95 * others

@@ -1,0 +1,197 @@
+"""Bundles made by hand in milliseconds: a linear model behind every interface that an export can have.
+
+The manifest is written by `seal`, the golden logits are the model's own in FP32, a plan is a header with nothing
+behind it. What only a real export can show is tested on `tests.small_bundles`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from spach_deploy.bundle.golden import INPUT, LOGITS, Golden
+from spach_deploy.bundle.store import GOLDEN, GRAPH, PLAN, seal, sha256_of
+from spach_deploy.graph.interface import PROBABILITIES, TOP_INDICES, TOP_VALUES
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
+from tests import small_bundles
+
+SIZE = 8
+CLASSES = 7
+RESIZE = 9
+
+_DTYPES = {IODtype.FP32: TensorProto.FLOAT, IODtype.FP16: TensorProto.FLOAT16, IODtype.UINT8: TensorProto.UINT8}
+_TOLERANCE = {"rel_l2": 1e-3, "max_abs": 1e-2, "cosine_min": 0.999, "flip_margin": 1e-2, "origin": "a test"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """What the bundle is like. `engine`: tensorrt, tensorrt-rtx, or none for a bundle without a plan.
+
+    In bf16 the product is computed in bfloat16, of numbers that `bfloat16` names: MatMul, and Conv or Pad before it.
+    """
+
+    name: str = "tiny"
+    outputs: OutputSpec = dataclasses.field(default_factory=OutputSpec)
+    batch: BatchProfile = dataclasses.field(default_factory=lambda: BatchProfile(1, 4, 8))
+    engine: str = "tensorrt"
+    precision: Precision = Precision.FP16
+    classes: int = CLASSES
+    seed: int = 7
+    opset: int = 17
+    bfloat16: tuple[str, ...] = ("Conv",)
+
+
+def write(folder: Path, tiny: Tiny | None = None) -> Path:
+    """A bundle in `folder`, which is made."""
+    tiny = tiny or Tiny()
+    folder.mkdir(parents=True)
+    graph = _graph(tiny)
+    opset = max(tiny.opset, 22) if tiny.precision is Precision.BF16 else tiny.opset
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10 if opset > 20 else 8)
+    onnx.save(model, folder / GRAPH)
+    _golden(tiny).save(folder / GOLDEN)
+    if tiny.engine != "none":
+        (folder / PLAN).write_bytes(plan_bytes(tiny.engine))
+    seal(folder, _sections(tiny, graph))
+    return folder
+
+
+def keep_weights_in(graph: Path, location: str) -> None:
+    """Make it a graph whose weights are said to lie in another file."""
+    model = onnx.load(graph, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    del tensor.external_data[:]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    graph.write_bytes(model.SerializeToString())
+
+
+def with_weights_in(bundle: Path, location: str) -> Path:
+    """The bundle as if it had been exported with such a graph."""
+    keep_weights_in(bundle / GRAPH, location)
+    manifest = small_bundles.read_manifest(bundle)
+    manifest["files"][GRAPH]["sha256"] = sha256_of(bundle / GRAPH)
+    small_bundles.write_manifest(bundle, manifest)
+    return bundle
+
+
+def of_int8(bundle: Path, **section: str) -> Path:
+    """The bundle as one of INT8 with the rest in FP16; `section` says more, as `quantized_from`."""
+    manifest = small_bundles.read_manifest(bundle)
+    record = {"scales": "quantization.json", "rewrites": {"disabled": [], "quantize": []}}
+    calibration = {"calibration": {"weights_sha256": ""}}
+    manifest["quantization"] = {"format": "int8", "rest": "fp16", **record, **calibration, **section}
+    small_bundles.write_manifest(bundle, manifest)
+    return bundle
+
+
+def weights(tiny: Tiny) -> npt.NDArray[np.float32]:
+    """The model: logits = input @ weights, (3 S S, classes)."""
+    return np.random.default_rng(tiny.seed).normal(0, 0.2, (3 * SIZE * SIZE, tiny.classes)).astype(np.float32)
+
+
+def samples(tiny: Tiny, count: int = 4, seed: int = 11) -> npt.NDArray[Any]:
+    """Inputs as the model's caller sends them."""
+    random = np.random.default_rng(seed)
+    if tiny.outputs.io_dtype is IODtype.UINT8:
+        return random.integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+    dtype = np.float16 if tiny.outputs.io_dtype is IODtype.FP16 else np.float32
+    return random.normal(0, 1, (count, 3, SIZE, SIZE)).astype(dtype)
+
+
+def logits(tiny: Tiny, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """What the model answers, in FP32."""
+    pixels = inputs.astype(np.float32)
+    if tiny.outputs.io_dtype is IODtype.UINT8:
+        pixels = pixels.transpose(0, 3, 1, 2)
+    return (pixels.reshape(len(pixels), -1) @ weights(tiny)).astype(np.float32)
+
+
+def _golden(tiny: Tiny) -> Golden:
+    inputs = samples(tiny)
+    return Golden(inputs, logits(tiny, inputs), tuple(f"{index}.jpg" for index in range(len(inputs))))
+
+
+def plan_bytes(engine: str) -> bytes:
+    if engine == "tensorrt-rtx":
+        return small_bundles.plan_bytes()
+    return b"ftrt" + bytes(20) + bytes((10, 8, 0)) + bytes(1024)
+
+
+def _graph(tiny: Tiny) -> GraphProto:
+    io_dtype, k = tiny.outputs.io_dtype, tiny.outputs.top_k
+    answers = TensorProto.FLOAT16 if io_dtype is IODtype.FP16 else TensorProto.FLOAT
+    shape: list[str | int | None] = ["batch", SIZE, SIZE, 3] if io_dtype is IODtype.UINT8 else ["batch", 3, SIZE, SIZE]
+    perm = [0, 3, 1, 2] if io_dtype is IODtype.UINT8 else [0, 1, 2, 3]
+    nodes: list[NodeProto] = [
+        helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["channels"], perm=perm),
+        *_product(tiny),
+        helper.make_node("Cast", ["product"], [LOGITS], to=answers),
+    ]
+    outputs = [helper.make_tensor_value_info(LOGITS, answers, ["batch", tiny.classes])]
+    constants = _constants(tiny)
+    if tiny.outputs.softmax:
+        nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=-1))
+        outputs.append(helper.make_tensor_value_info(PROBABILITIES, answers, ["batch", tiny.classes]))
+    if k:
+        constants.append(numpy_helper.from_array(np.array([k], np.int64), "k"))
+        nodes.append(helper.make_node("TopK", [LOGITS, "k"], [TOP_VALUES, TOP_INDICES], axis=-1))
+        outputs.append(helper.make_tensor_value_info(TOP_VALUES, answers, ["batch", k]))
+        outputs.append(helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, ["batch", k]))
+    inputs = [helper.make_tensor_value_info(INPUT, _DTYPES[io_dtype], shape)]
+    return helper.make_graph(nodes, "tiny", inputs, outputs, constants)
+
+
+def _product(tiny: Tiny) -> list[NodeProto]:
+    """channels -> product = flat @ weights, in the precision."""
+    if tiny.precision is not Precision.BF16:
+        flat = helper.make_node("Flatten", ["channels"], ["flat"])
+        return [flat, helper.make_node("MatMul", ["flat", "weights"], ["product"])]
+    nodes = [helper.make_node("Cast", ["channels"], ["half"], to=TensorProto.BFLOAT16)]
+    extra = {"Conv": ["half", "same"], "Pad": ["half", "none"]}
+    for kind in tiny.bfloat16:
+        nodes.append(helper.make_node(kind, [nodes[-1].output[0], *extra[kind][1:]], [f"after_{kind}"]))
+    return [
+        *nodes,
+        helper.make_node("Flatten", [nodes[-1].output[0]], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["half_product"]),
+        helper.make_node("Cast", ["half_product"], ["product"], to=TensorProto.FLOAT),
+    ]
+
+
+def _constants(tiny: Tiny) -> list[TensorProto]:
+    """The weights, and what the extra operators of bfloat16 read: they change nothing."""
+    if tiny.precision is not Precision.BF16:
+        return [numpy_helper.from_array(weights(tiny), "weights")]
+    given = [("weights", weights(tiny)), ("same", np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1))]
+    half = [helper.make_tensor(name, TensorProto.BFLOAT16, a.shape, a.ravel()) for name, a in given]
+    return [*half, numpy_helper.from_array(np.zeros(8, np.int64), "none")]
+
+
+def _sections(tiny: Tiny, graph: GraphProto) -> dict[str, Any]:
+    from spach_deploy.options.specs import EngineTarget, ExportOptions
+    from spach_deploy.pipeline.steps.manifest import interface_sections
+
+    options = ExportOptions(outputs=tiny.outputs, engine=EngineTarget(batch=tiny.batch))
+    engine = {"flavour": tiny.engine, "version": "10.8", "gpus": ["sm89"], "tf32": True}
+    names = [tensor.name for tensor in graph.output if tensor.name != TOP_INDICES]
+    bounds = {"outputs": dict.fromkeys(names, _TOLERANCE), "derivation": {"sentence": "given"}}
+    return {
+        "model": {
+            **{"name": tiny.name, "image_size": SIZE, "num_classes": tiny.classes, "origin": "demo"},
+            **{"checkpoint": None, "checkpoint_sha256": None, "weights": "model", "weights_sha256": "0" * 64},
+        },
+        "preprocessing": dataclasses.asdict(Preprocessing(SIZE, RESIZE)),
+        **interface_sections(graph, options),
+        "precision": {"asked": tiny.precision.value},
+        "engine": {"flavour": "none", "reason": "--engine none was asked for"} if tiny.engine == "none" else engine,
+        "validation": {"passed": True, "tolerances": {"graph": bounds, "engine": bounds}},
+    }

@@ -1,0 +1,227 @@
+"""spach-export --target cpu: candidates are measured, the fastest right one becomes the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spach_deploy.benchmark import runners as contestants
+from spach_deploy.benchmark.result import Benchmark, Latency, LogitsError, Ratio, RunnerResult, Timing
+from spach_deploy.benchmark.rounds import BenchmarkRequest
+from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16
+from spach_deploy.bundle.store import MANIFEST, Bundle
+from spach_deploy.common.files import Destination
+from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
+from spach_deploy.pipeline import cpu_target
+from spach_deploy.pipeline import export as pipeline
+from spach_deploy.pipeline.export import ExportResult
+from tests import small_bundles
+from tests.commands import contents, export, refusal
+from tests.quantization.small_quantized import calibration_images
+
+SMALL = ("--model", small_bundles.NAME, "--image-size", small_bundles.SIZE, "--num-classes", small_bundles.CLASSES)
+
+
+class Stopwatch:
+    """Answers for `measure`: so many times as fast as eager, and how right, by precision."""
+
+    def __init__(self, **speeds: tuple[float, bool]) -> None:
+        self.speeds = speeds
+        self.asked: list[BenchmarkRequest] = []
+
+    def __call__(self, question: BenchmarkRequest, tell: Any) -> Benchmark:
+        self.asked.append(question)
+        bundle = Bundle.open(question.setup.bundle)
+        times, is_right = self.speeds[bundle.manifest.precision]
+        batch = question.batches[0]
+
+        def runner(name: str, speed: float, error: float) -> RunnerResult:
+            ratio = Ratio(speed, 0.95 * speed, 1.05 * speed)
+            return RunnerResult(
+                name, LogitsError(error, 1e-2), (Timing(batch, Latency(9, 1 / speed, None, None), 10, 0.1, ratio),)
+            )
+
+        names = [name for name in question.names if name != EAGER]
+        runners = (runner(EAGER, 1, 0.0), *(runner(name, times, 1e-3 if is_right else 0.5) for name in names))
+        return Benchmark("b", "small", "fp32", (batch,), 5, runners, {}, (), {}, {"processor": "a clock"})
+
+
+EXPORTED: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True)
+def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each precision of the small model is exported for real once, and copied from then on."""
+
+    def exported(options: ExportOptions, observer: Any, *, place: Destination) -> ExportResult:
+        if options.model.name != small_bundles.NAME:
+            return pipeline.export(options, observer, place=place)
+        name = options.precision.value
+        if name not in EXPORTED:
+            EXPORTED[name] = tmp_path_factory.mktemp("exported") / name
+            pipeline.export(options, observer, place=Destination.of(EXPORTED[name]))
+        shutil.copytree(EXPORTED[name], place.path)
+        return ExportResult(Bundle.open(place.path), None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu_target, "export", exported)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, target: Path, *arguments: object, **speeds: tuple[float, bool]) -> Any:
+    watch = Stopwatch(**speeds)
+    monkeypatch.setattr(cpu_target, "measure", watch)
+    with small_bundles.registered():
+        result = export(*SMALL, "--target", "cpu", "-o", target, *arguments)
+    return result, watch
+
+
+@pytest.fixture(autouse=True)
+def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without bfloat16 and VNNI, and ONNX Runtime alone."""
+    on_a_machine(monkeypatch, openvino=False)
+
+
+def on_a_machine(monkeypatch: pytest.MonkeyPatch, *, openvino: bool, bf16: bool = False, vnni: bool = False) -> None:
+    def why(name: str) -> str:
+        return "not installed: pip install openvino" if not openvino else "" if bf16 or "bf16" not in name else "no"
+
+    monkeypatch.setattr(contestants, "why_no_openvino", why)
+    monkeypatch.setattr(cpu_target, "why_no_openvino", why)
+    monkeypatch.setattr(cpu_target, "has_vnni", lambda: vnni)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [
+        ({"int8": (3.0, True), "fp32": (2.0, True)}, "int8"),
+        ({"int8": (3.0, False), "fp32": (2.0, True)}, "fp32"),
+        ({"int8": (1.5, True), "fp32": (2.0, True)}, "fp32"),
+    ],
+    ids=["fastest", "fastest is wrong", "eight bits are slower"],
+)
+def test_the_fastest_right_form_becomes_the_bundle(
+    speeds: dict[str, tuple[float, bool]], chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = run(monkeypatch, tmp_path / "b", "--calibration", calibration_images(), **speeds)
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(tmp_path / "b")  # its hashes are checked
+    assert bundle.manifest.precision == chosen
+    section = bundle.manifest.content["cpu"]
+    assert section["chosen"]["precision"] == chosen
+    assert {form["precision"] for form in section["forms"]} == {"int8", "fp32"}
+    assert section["machine"] == {"processor": "a clock"}
+    assert f"{chosen} in ONNX Runtime" in result.stdout
+    assert ("WRONG" in result.stdout) == (not all(right for _, right in speeds.values()))
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert "spach-cpu-" not in (bundle.path / MANIFEST).read_text()
+    assert "spach-cpu-" not in (bundle.path / "report.json").read_text()
+
+
+def test_all_but_the_products_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--calibration", calibration_images(), "--int8", "--json")
+    result, watch = run(monkeypatch, tmp_path / "b", *arguments, int8=(3.0, True))
+    manifest = json.loads(result.stdout)
+    assert manifest["precision"]["rest"] == "fp32"
+    assert manifest["engine"]["flavour"] == "none"
+    assert watch.asked[0].batches == (8,)
+
+
+def test_bf16_is_tried_in_openvino_where_the_cpu_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine(monkeypatch, openvino=True, bf16=True)
+    result, watch = run(monkeypatch, tmp_path / "b", fp32=(2.0, True), bf16=(4.0, True))
+    assert result.exit_code == 0, result.output
+    asked = [question.names for question in watch.asked]
+    assert asked == [(EAGER, OPENVINO_BF16), (EAGER, ONNX_RUNTIME, OPENVINO)]
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.precision == "bf16"
+    assert manifest.content["cpu"]["chosen"]["settings"] == {"INFERENCE_PRECISION_HINT": "bf16"}
+    assert 'compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})' in result.stdout
+    assert "With --calibration DIR, INT8 is tried too." in result.stdout
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_eight_bits_are_stored_as_this_cpu_multiplies_them(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_target, "has_vnni", lambda: vnni)
+    options = ExportOptions(quantization=QuantizationSpec(calibration_images()))
+    assert cpu_target.options_for(options, Precision.INT8).quantization.vnni is vnni
+    assert cpu_target.options_for(options, Precision.FP32).quantization == QuantizationSpec()
+
+
+def test_eight_bits_run_in_everything_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine(monkeypatch, openvino=True, bf16=True)
+    arguments = ("--calibration", calibration_images(), "--int8")
+    result, watch = run(monkeypatch, tmp_path / "b", *arguments, int8=(3.0, True))
+    assert result.exit_code == 0, result.output
+    assert watch.asked[0].names == (EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16)
+    assert "INT8 is tried too" not in result.stdout
+
+
+def test_without_images_only_fp32_is_tried_and_the_way_to_more_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, watch = run(monkeypatch, tmp_path / "b", fp32=(2.0, True))
+    assert result.exit_code == 0
+    assert len(watch.asked) == 1
+    assert "With --calibration DIR, INT8 is tried too." in result.stdout
+
+
+def test_nothing_right_is_exit_1_and_the_old_bundle_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, tmp_path / "b", fp32=(2.0, True))
+    before = contents(tmp_path)
+    result, _ = run(monkeypatch, tmp_path / "b", "--overwrite", fp32=(2.0, False))
+    assert "No form computes what PyTorch computes: fp32 in ONNX Runtime 5.0e-01." in result.stderr
+    assert result.exit_code == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--fp16",), "chooses between int8, bf16 and fp32, not fp16"),
+        (("--vnni", "--int8", "--calibration", "."), "sees for itself whether there is VNNI"),
+        (("--int8",), "Give --calibration DIR."),
+        (("--gpu", "sm89"), "--target cpu builds no engine"),
+        (("--engine", "tensorrt"), "--target cpu builds no engine"),
+        (("--auto",), "Give one of them"),
+        (("--dry-run",), "Give one of them"),
+        (("--calibration", "x", "--max-drop", "1"), "does not judge by labels"),
+    ],
+)
+def test_contradictions_are_refused_before_any_work(arguments: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    with small_bundles.registered():
+        assert reason in refusal(export(*SMALL, "--target", "cpu", "-o", tmp_path / "b", *arguments))
+    assert not (tmp_path / "b").exists()
+
+
+def test_bf16_alone_needs_what_runs_it(tmp_path: Path) -> None:
+    with small_bundles.registered():
+        result = export(*SMALL, "--target", "cpu", "-o", tmp_path / "b", "--bf16")
+    assert "runs bf16 in OpenVINO. Not installed: pip install openvino." in refusal(result, 3)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_a_real_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_target, "_ROUNDS", 2)
+    monkeypatch.setattr(cpu_target, "_SECONDS", 0.02)
+    size = ("--image-size", "32", "--num-classes", "11", "--batch", "1:2:4")
+    result = export("--model", "conv_xxs", *size, "--target", "cpu", "-o", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    chosen = Bundle.open(tmp_path / "b").manifest.content["cpu"]["chosen"]
+    assert (chosen["runner"], chosen["batch"], chosen["is_right"]) == ("onnxruntime", 2, True)
+    assert chosen["images_per_second"] > 0
+
+
+def test_an_opset_that_one_of_the_candidates_cannot_have_is_refused_before_the_first_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exported(*arguments: object, **more: object) -> None:
+        raise AssertionError("something was exported")
+
+    monkeypatch.setattr(cpu_target, "why_no_openvino", lambda name: "")
+    monkeypatch.setattr(cpu_target, "export", exported)
+    sentence = refusal(export("--model", "ms_conv_xxs", "--target", "cpu", "--opset", 20))
+    assert "Conv in bfloat16 needs opset 22" in sentence
