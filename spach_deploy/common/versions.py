@@ -21,7 +21,7 @@ from pathlib import Path
 from spach_deploy._version import __version__
 from spach_deploy.common.errors import MissingPackageError, OldPackageError
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _LINE = re.compile(r"\s*([\w.-]+)(?:\[[\w,.-]+\])?\s*(?:>=\s*([\d.]+))?\s*\)?\s*(?:;(.*))?$")
 _PYTHON_BELOW = re.compile(r"""python_version\s*<\s*['"]([\d.]+)['"]""")
 _EXTRA = re.compile(r"""extra\s*==\s*['"](\w+)['"]""")

@@ -15,7 +15,7 @@ from typing import IO, Protocol
 
 from spach_deploy.runtime.parent import end_with
 
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 _GRACE_S = 8.0
 """An export that is interrupted ends within five seconds."""
 

@@ -20,7 +20,7 @@ from spach_deploy.pipeline.zoo.schedule import Limits, Start, run_builds
 
 Finished = Generator[tuple[Build, ProcessEnd], None, None]
 Run = Callable[[Sequence[Build], Callable[[Build], None]], Finished]
-"""Runs builds, tells of each that begins, and gives them as they end; `spach_deploy.pipeline.zoo.schedule.run_builds` is one."""
+"""Runs builds, tells of each that begins, and gives them as they end; `schedule.run_builds` is one."""
 
 
 class ZooObserver(Protocol):

@@ -44,7 +44,7 @@ class ZooEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """An export to be done, with what it is expected to take: see `spach_deploy.pipeline.estimate` for how well that is known.
+    """An export to be done, with what it is expected to take: see `pipeline.estimate` for how well that is known.
 
     `place`: where its bundle goes, with what may be replaced there, once that is known.
     """

@@ -1,6 +1,6 @@
 """Builds in an order and in a number that the machine bears: by its cores, and by what memory is free.
 
-The longest come first, so that none of them is alone at the end. Memory is that of `spach_deploy.pipeline.estimate`'s estimates:
+The longest come first, so that none of them is alone at the end. Memory is that of `pipeline.estimate`:
 a build begins when what is free at the start holds it beside those that run. One that is larger than all of it runs
 alone. One that the disk cannot hold does not begin at all.
 """
