@@ -28,9 +28,9 @@ AGAIN = "python -m benchmarks.recordings tests/recordings/quick.json --quick"
 def in_process(command: Sequence[str], folder: Path) -> Done:
     module, _, function = entry_points()[command[0]].partition(":")
     main = getattr(importlib.import_module(module), function)
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
-        with pytest.raises(SystemExit) as end:
-            main(command[1:], prog_name=command[0])
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+        main(command[1:], prog_name=command[0])
     return Done(int(end.value.code or 0), out.getvalue(), errors.getvalue())
 
 
