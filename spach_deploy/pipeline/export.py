@@ -2,11 +2,12 @@
 
     reference model -> static model -> exported graph -> typed graph -> engine.plan -> report -> bundle
 
-Each step (`spach_deploy.pipeline.steps`) takes the result of the one before it. Three processes work beside this one: a copy
-that traces what has to be traced, a copy that computes what PyTorch alone answers (the reference's logits, the proof of
-the static model, the tolerances), and the one that builds the engine, beside all that can be asked of its graph in the
-meantime. The FP32 graph is held to the reference in the form in which it is typed; where that is wrong, the stages
-before it are asked for the first that is. What is not proven raises a `SpachError`, and nothing is written.
+Each step (`spach_deploy.pipeline.steps`) takes the result of the one before it. Three processes work beside this one:
+a copy that traces what has to be traced, a copy that computes what PyTorch alone answers (the reference's logits, the
+proof of the static model, the tolerances), and the one that builds the engine, beside all that can be asked of its
+graph in the meantime. The FP32 graph is held to the reference in the form in which it is typed; where that is wrong,
+the stages before it are asked for the first that is. What is not proven raises a `SpachError`, and nothing is
+written.
 """
 
 from __future__ import annotations
