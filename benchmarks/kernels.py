@@ -26,7 +26,6 @@ from benchmarks.results import record, table
 from spach_deploy.common.errors import SpachError
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
-from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.graph.export import export_canonical, simplify
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
@@ -35,6 +34,7 @@ from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
+from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import OPSET, EngineTarget, Precision
 from spach_deploy.rewrites import rewrite
 

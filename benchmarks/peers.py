@@ -32,11 +32,11 @@ from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
-from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.engine.plan_facts import read_plan_facts
 from spach_deploy.graph.precision.ranges import open_session
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models import load_model
+from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import EngineTarget, ModelSpec, Precision, Preprocessing
 from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.quantization.formats import INT8, Float32

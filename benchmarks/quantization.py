@@ -23,13 +23,13 @@ from benchmarks.results import record, table
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
-from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.engine.plan_facts import read_plan_facts
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.ranges import Ranges, measure_ranges, open_session
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models import load_model
+from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import EngineTarget, ModelSpec, Precision, Preprocessing
 from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.quantization.bias_correction import correct_biases

@@ -12,8 +12,8 @@ from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cli.doctor import main as doctor_command
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.package import main as package_group
-from spach_deploy.cli.recipes import KEYS
 from spach_deploy.cli.validate import main as validate_command
+from spach_deploy.options.recipe import KEYS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, click.Command] = {

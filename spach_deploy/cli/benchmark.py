@@ -9,31 +9,17 @@ from pathlib import Path
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, say, show
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import json_text
+from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.specs import WeightSource
-
-_RUNNERS = ("eager", "compile", "bf16", "onnxruntime", "openvino", "openvino-bf16", "tensorrt")
+from spach_deploy.options.table import BENCHMARK
 
 
 @click.command("spach-benchmark", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=opt.FILE)
-@click.option("--batch", metavar="N,N", help="Batches, such as 1,8.  [the profile's smallest and usual one]")
-@click.option("--runner", multiple=True, type=click.Choice(_RUNNERS), help="Only these.  [all that can run here]")
-@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Rounds in which all take turns.")
-@click.option(
-    "--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Of each turn of each runner."
-)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of each runner.  [all cores]")
-@opt.checkpoint
-@click.option("--weights", type=click.Choice([source.value for source in WeightSource]), help="Which weights of it.")
-@opt.ignore
-@click.option("--plot", type=opt.FILE, metavar="FILE.svg", help="Draw latency against batch and speed against error.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@opt.debug
-@opt.version
+@click.argument("bundle", type=FILE)
+@click_options(BENCHMARK)
 @command
 def main(
     bundle: Path,
@@ -53,7 +39,7 @@ def main(
     \b
     spach-benchmark build/ms_hybrid_s-fp16
     spach-benchmark build/ms_hybrid_s-fp32 --batch 1,8 --plot speed.svg
-    spach-benchmark build/ms_hybrid_s-int8 --runner onnxruntime --runner eager --rounds 9
+    spach-benchmark build/ms_hybrid_s-int8 --runner eager --rounds 9
 
     Runners take turns in every round, each in a process of its own and warmed up before each turn. A ratio that the
     rounds cannot tell is not printed, and a runner whose numbers are outside the bundle's tolerances is marked wrong.

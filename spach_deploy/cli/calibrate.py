@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import ComputingCommand, command, show
 from spach_deploy.common.text import escaped, json_text
+from spach_deploy.options.click_options import click_options
+from spach_deploy.options.table import CALIBRATE
 
 if TYPE_CHECKING:
     from spach_deploy.common.files import Destination
@@ -18,25 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("spach-calibrate", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", metavar="NAME", help="Model, such as ms_hybrid_s; inferred from the checkpoint if one fits.")
-@opt.checkpoint
-@opt.weights
-@opt.ignore
-@click.option("--image-size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the square input.  [224]")
-@click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Classes; inferred from a checkpoint.")
-@opt.hyperparameters
-@opt.calibration
-@click.option("--int8", "precisions", flag_value="int8", multiple=True, help="For 8-bit integers (the default).")
-@click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="For 8-bit floats (E4M3).")
-@opt.scales
-@click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out, as the export will.")
-@opt.ray_address("Calibrate on a Ray cluster; without an address, on this machine as one.", "cluster")
-@click.option("-o", "--output", type=opt.FILE, metavar="FILE", required=True, help="The calibration, FILE.json.")
-@click.option("--overwrite/--no-overwrite", default=None, help="Replace a calibration that does not fit.")
-@click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
-@click.option("--json", "as_json", is_flag=True, help="Print the survey as JSON instead of a summary.")
-@opt.debug
-@opt.version
+@click_options(CALIBRATE)
 @command
 def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     """Calibrate: run images through the model in FP32 and keep the scales that an 8-bit export needs.
@@ -50,10 +33,10 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
 
     Exit codes: 0 done, 2 bad usage or input, 3 this machine cannot do it.
     """
-    from spach_deploy.cli.export_options import calibrate_options
     from spach_deploy.cli.interrupts import ending_on_interrupt
     from spach_deploy.models.registry import check_spec
     from spach_deploy.options.quantization import check_calibration_file, check_quantization
+    from spach_deploy.options.values import calibrate_options
 
     options = calibrate_options(given)
     check_spec(options.model)

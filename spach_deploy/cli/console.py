@@ -24,6 +24,7 @@ from spach_deploy.cli.quiet import INTERRUPTED
 from spach_deploy.common.errors import SpachError, printable, printable_lines
 from spach_deploy.common.text import Escaped
 from spach_deploy.common.versions import refuse_unfit_packages
+from spach_deploy.options.click_options import write_groups
 
 BAD_INPUT, UNAVAILABLE = 2, 3
 
@@ -32,7 +33,14 @@ ARGUMENTS = "spach_deploy.arguments"
 
 
 class Command(click.Command):
-    """A click command whose own errors (an unknown option, a number out of range) are one sentence too."""
+    """A click command whose own errors (an unknown option, a number out of range) are one sentence too.
+
+    Its help shows the options in the groups of the table.
+    """
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options in --help."""
+        write_groups(self, ctx, formatter)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Run, whatever its outputs are."""

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
 from spach_deploy.cli.outputs import is_colored, width
 from spach_deploy.common.text import json_text
+from spach_deploy.options.click_options import FILE, click_options
+from spach_deploy.options.table import DOCTOR
 
 if TYPE_CHECKING:
     from spach_deploy.doctor.machine import Machine
@@ -18,12 +19,8 @@ if TYPE_CHECKING:
 
 
 @click.command("spach-doctor", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("target", type=opt.FILE, required=False, metavar="[BUNDLE|PLAN]")
-@click.option("--cache", "show_cache", is_flag=True, help="Show what the cache of finished exports holds.")
-@click.option("--clear-cache", is_flag=True, help="Remove all of it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@opt.debug
-@opt.version
+@click.argument("target", type=FILE, required=False, metavar="[BUNDLE|PLAN]")
+@click_options(DOCTOR)
 @command
 def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool) -> int:
     """Say what this machine can export, build, run and verify; or whether it can run BUNDLE or PLAN.

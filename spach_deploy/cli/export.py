@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spach_deploy.bundle.store import PAGE
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import ComputingCommand, command, say, show
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
-from spach_deploy.options.specs import Flavour, IODtype
+from spach_deploy.options.click_options import click_options
+from spach_deploy.options.specs import Precision
+from spach_deploy.options.table import EXPORT
+from spach_deploy.options.values import export_options, one_precision
 
 if TYPE_CHECKING:
     from spach_deploy.common.files import Destination
@@ -23,59 +26,8 @@ if TYPE_CHECKING:
     from spach_deploy.pipeline.cache import Reused
 
 
-_ANSWERS = "Inputs and logits that your own code computed: the model is held to them before anything else."
-
-
 @click.command("spach-export", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--list", "show_list", is_flag=True, help="Show all models and end.")
-@click.option("--list-rewrites", is_flag=True, help="Show the names that --no-rewrite takes and end.")
-@click.option("--recipe", type=opt.FILE, metavar="FILE", help="TOML recipe; the command line wins over it.")
-@click.option("--model", metavar="NAME", help="Model, such as ms_hybrid_s; inferred from the checkpoint if one fits.")
-@opt.checkpoint
-@opt.weights
-@opt.ignore
-@click.option("--image-size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the square input.  [224]")
-@click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Classes; inferred from a checkpoint.")
-@opt.hyperparameters
-@opt.answers(_ANSWERS)
-@click.option("--fp32", "precisions", flag_value="fp32", multiple=True, help="Single precision (the default).")
-@click.option("--fp16", "precisions", flag_value="fp16", multiple=True, help="Half precision, islands in FP32.")
-@click.option("--bf16", "precisions", flag_value="bf16", multiple=True, help="bfloat16, islands in FP32.")
-@click.option("--int8", "precisions", flag_value="int8", multiple=True, help="8-bit integers; needs --calibration.")
-@click.option("--fp8", "precisions", flag_value="fp8", multiple=True, help="8-bit floats (E4M3), from sm89 on.")
-@click.option("--auto", is_flag=True, help="Export fp16, int8 and fp8, compare them and recommend one.")
-@opt.target
-@opt.many
-@opt.calibration
-@opt.calibration_cache
-@opt.scales
-@opt.bounds
-@opt.images
-@click.option("--io-dtype", type=click.Choice([d.value for d in IODtype]), help="What the caller sends.  [fp32]")
-@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Add the K best values and their indices.")
-@click.option("--softmax/--no-softmax", default=None, help="Add probabilities.")
-@click.option("--opset", type=click.IntRange(min=1), metavar="N", help="The graph's opset.  [20; fp8 21, bf16 22]")
-@click.option("--engine", type=click.Choice([f.value for f in Flavour]), help="Which TensorRT builds.  [auto]")
-@click.option("--gpu", metavar="LIST", help="GPUs, such as sm86,sm89 or rtx4090,l4; default: all from Ampere on.")
-@click.option("--batch", metavar="MIN:OPT:MAX", help="Batch sizes the engine accepts, or one number.  [1:8:32]")
-@click.option("--opt-level", type=click.IntRange(0, 5), help="The builder's optimization level.")
-@click.option("--workspace", metavar="SIZE", help="The builder's scratch memory, such as 2G or 512M.")
-@click.option("--timing-cache", type=opt.FILE, metavar="FILE", help="Keep tactic timings here (TensorRT).")
-@click.option("--tf32/--no-tf32", default=None, help="Allow TF32 in FP32 matrix products.  [--tf32]")
-@click.option(
-    "--version-compatible/--no-version-compatible", default=None, help="Plan for later TensorRT versions too."
-)
-@click.option("--hardware-compatible/--no-hardware-compatible", default=None, help="Plan for other Ampere+ GPUs too.")
-@click.option("--no-rewrite", multiple=True, metavar="NAME", help="Leave a rewrite out; may be repeated.")
-@click.option("-o", "--output", type=opt.FILE, metavar="DIR", help="The bundle.  [build/MODEL-PRECISION]")
-@click.option("--overwrite/--no-overwrite", default=None, help="Replace an earlier bundle in the same place.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, what it would take and what would be refused.")
-@click.option("--no-cache", is_flag=True, help="Do it all again, though the same export was done before.")
-@click.option("-v", "--verbose", is_flag=True, help="Show what each stage did, its time and memory.")
-@click.option("--open", "is_opened", is_flag=True, help="Open the report's page in a browser when it is done.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of the summary.")
-@opt.debug
-@opt.version
+@click_options(EXPORT)
 @command
 def main(
     show_list: bool,
@@ -107,13 +59,11 @@ def main(
         return _list(as_json)
     if list_rewrites:
         return _list_rewrites()
-    from spach_deploy.cli.early_checks import refuse_early
-    from spach_deploy.cli.export_options import export_options, is_zoo
     from spach_deploy.cli.reporting import check_can_open, open_page
 
     if is_opened:
         check_can_open()
-    if is_zoo(given):
+    if _is_zoo(given):
         from spach_deploy.cli.zoo import ZooRequest, zoo
 
         many = {"ray": given["ray"], "jobs": given["jobs"]}
@@ -138,7 +88,9 @@ def main(
         if is_opened and found.chosen is not None and found.chosen.bundle is not None:
             open_page(found.chosen.bundle / PAGE)
         return found.exit_code
-    options = export_options({**given, "cluster": given["ray"]}, recipe)
+    from spach_deploy.pipeline.estimate import refuse_early
+
+    options = export_options(given, recipe)
     if dry_run:
         return _dry_run(options, is_cached=not no_cache, as_json=as_json)
     place = refuse_early(options)
@@ -150,6 +102,17 @@ def main(
     if is_opened:
         open_page(page)
     return 0
+
+
+def _is_zoo(given: Mapping[str, Any]) -> bool:
+    """Whether many exports are asked for. UsageError for an option that means something only then."""
+    if given["zoo"] is not None:
+        return True
+    if given["precision_list"] is not None:
+        raise UsageError("--precision is for --zoo.", "Give --zoo PATTERNS, or one precision as --fp16.")
+    if given["jobs"] is not None:
+        raise UsageError("--jobs is for --zoo.", "Leave it out.")
+    return False
 
 
 def _export(
@@ -216,11 +179,7 @@ def _of_reused(reused: Reused, *, as_json: bool) -> str:
 
 def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Recommendation:
     """Every candidate exported, one table, one recommendation."""
-
-    from spach_deploy.cli.export_options import auto_options
-    from spach_deploy.cli.interrupts import ending_on_interrupt
-
-    options = auto_options(given, recipe)
+    options = _auto_options(given, recipe)
     with ending_on_interrupt(lambda: "Bundles that were finished are kept."):
         from spach_deploy.cli.export_output import Progress
         from spach_deploy.pipeline.auto import as_table, recommend
@@ -231,12 +190,22 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
     return found
 
 
+def _auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions:
+    """Options that every candidate shares. UsageError beside a precision, which --auto is to find."""
+    if (precision := one_precision(given["precision"])) is not None:
+        raise UsageError(f"--auto chooses the precision, and --{precision} does too.", "Give one of them.")
+    options = export_options({**given, "precision": "int8"}, recipe)
+    from spach_deploy.pipeline.auto import check_auto, options_for
+    from spach_deploy.pipeline.estimate import refuse_early
+
+    check_auto(options)
+    refuse_early(options_for(options, Precision.FP16))
+    return options
+
+
 def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Path:
     """Candidates measured, the best written; its page."""
-
-    from spach_deploy.cli.export_options import cpu_options
-
-    options, asked = cpu_options(given, recipe)
+    options, asked = _cpu_options(given, recipe)
     with ending_on_interrupt(lambda: "Nothing was written."):
         from spach_deploy.cli.export_output import Progress
         from spach_deploy.pipeline.cpu_target import as_table, export_for_cpu
@@ -245,6 +214,18 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
             choice = export_for_cpu(options, asked, observer)
         show(json_text(choice.bundle.manifest.content) if as_json else as_table(choice))
     return choice.bundle.path / PAGE
+
+
+def _cpu_options(given: Mapping[str, Any], recipe: Path | None) -> tuple[ExportOptions, Precision | None]:
+    """Options that the candidates share, and the only precision that was asked for."""
+    from spach_deploy.pipeline.cpu_target import check_cpu
+
+    asked = one_precision(given["precision"])
+    shared = asked or ("int8" if given["calibration"] is not None else "fp32")
+    options = export_options({**given, "precision": shared}, recipe)
+    precision = None if asked is None else Precision(asked)
+    check_cpu(options, precision)
+    return options, precision
 
 
 def _list(as_json: bool) -> int:

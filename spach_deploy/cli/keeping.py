@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from spach_deploy.cli.early_checks import target_directory
 from spach_deploy.options.specs import ExportOptions
+from spach_deploy.pipeline.estimate import target_directory
 
 
 @dataclasses.dataclass(frozen=True)

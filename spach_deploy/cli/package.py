@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import fail
 from spach_deploy.cli.outputs import outputs_that_may_fail
+from spach_deploy.options.click_options import version
 
 SUBCOMMANDS = {
     "triton": ("spach_deploy.cli.package_triton", "A model repository for NVIDIA Triton, and its offline check."),
@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
 
 
 @click.group("spach-package", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@opt.version
+@version
 def main() -> None:
     """Turn a bundle into something that serves.
 

@@ -7,26 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
 from spach_deploy.common.text import escaped, json_text
+from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.command_line import quoted
+from spach_deploy.options.table import CPP
 
 if TYPE_CHECKING:
     from spach_deploy.packaging.cpp.folder import CppPackage
 
-_LABELS = "Names of the classes, one a line.  [class 0, class 1, …]"
-_OVERWRITE = "Replace a folder that spach-package cpp wrote."
-
 
 @click.command("cpp", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=opt.FILE)
-@click.option("-o", "--output", type=opt.FILE, metavar="DIR", required=True, help="The folder to write.")
-@click.option("--labels", type=opt.FILE, metavar="FILE", help=_LABELS)
-@click.option("--overwrite", is_flag=True, help=_OVERWRITE)
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-@opt.debug
-@opt.version
+@click.argument("bundle", type=FILE)
+@click_options(CPP)
 @command
 def main(bundle: Path, output: Path, labels: Path | None, overwrite: bool, as_json: bool) -> int:
     """Write a C++17 library that loads BUNDLE's engine, with a self-test, an example and a benchmark.

@@ -7,44 +7,24 @@ from typing import Any
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
 from spach_deploy.common.errors import UsageError
+from spach_deploy.options.click_options import FILE, click_options
+from spach_deploy.options.table import KUBERNETES
 from spach_deploy.packaging.kubernetes.options import KubernetesOptions, Replicas
 from spach_deploy.packaging.triton.options import Backend
 
-_VERSION = "Release of Triton's image to build on, such as 25.08.  [the newest that loads the engine]"
-_LIST = "Show which Triton image carries which TensorRT, and end."
-_KSERVE = "Write a ServingRuntime and an InferenceService instead of a Deployment."
-_BACKEND = "What runs the model.  [auto: the plan where ordinary TensorRT can load it, else the graph]"
-_NAME = "What Kubernetes calls it.  [the model's name]"
-_IMAGE = "Name of the image that you build, without a tag.  [registry.example.com/spach/NAME]"
-_LABELS = "Names of the classes, one a line.  [class 0, class 1, …]"
-_ENSEMBLE = "Add steps around the model: a client sends a picture's file and gets the best classes with labels."
-
 
 @click.command("kubernetes", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=opt.FILE, required=False)
-@click.option("-o", "--output", type=opt.FILE, metavar="DIR", help="The folder to write.")
-@click.option("--triton-version", metavar="YY.MM", help=_VERSION)
-@click.option("--list-versions", is_flag=True, help=_LIST)
-@click.option("--kserve", is_flag=True, help=_KSERVE)
-@click.option("--backend", type=click.Choice([item.value for item in Backend]), default="auto", help=_BACKEND)
-@click.option("--name", metavar="NAME", help=_NAME)
-@click.option("--image", metavar="NAME", help=_IMAGE)
-@click.option("--replicas", metavar="MIN:MAX", default="2:8", show_default=True, help="How many pods there may be.")
-@click.option("--labels", type=opt.FILE, metavar="FILE", help=_LABELS)
-@click.option("--ensemble", is_flag=True, help=_ENSEMBLE)
-@click.option("--overwrite", is_flag=True, help="Replace a folder that spach-package kubernetes wrote.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-@opt.debug
-@opt.version
+@click.argument("bundle", type=FILE, required=False)
+@click_options(KUBERNETES)
 @command
 def main(**given: Any) -> int:
     """Write a container image with Triton and BUNDLE's model, and the Kubernetes manifests that run it.
 
     \b
-    spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s --triton-version 25.08 --image registry.example.com/team/vit
+    spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s \\
+        --triton-version 25.08 --image registry.example.com/team/vit
     spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s --kserve
 
     Pods check the model with the bundle's golden pack on their own GPU before they take traffic. README.md in DIR

@@ -7,30 +7,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, show
 from spach_deploy.common.text import escaped, json_text
+from spach_deploy.options.click_options import FILE, click_options
+from spach_deploy.options.table import POLYGRAPHY
 
 if TYPE_CHECKING:
     from spach_deploy.packaging.polygraphy.folder import PolygraphyPackage
 
-_OVERWRITE = "Replace a folder that spach-package polygraphy wrote."
-
 
 @click.command("polygraphy", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=opt.FILE)
-@click.option("-o", "--output", type=opt.FILE, metavar="DIR", required=True, help="The folder to write.")
-@click.option("--overwrite", is_flag=True, help=_OVERWRITE)
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-@opt.debug
-@opt.version
+@click.argument("bundle", type=FILE)
+@click_options(POLYGRAPHY)
 @command
 def main(bundle: Path, output: Path, overwrite: bool, as_json: bool) -> int:
     """Write BUNDLE's golden data as Polygraphy's inputs and outputs, with a data loader and a comparison.
 
     \b
     spach-package polygraphy build/ms_hybrid_s-fp16 -o golden
-    cd golden && polygraphy run model.onnx --onnxrt --load-inputs inputs.json --load-outputs outputs.json
+    cd golden && polygraphy run model.onnx --onnxrt \\
+        --load-inputs inputs.json --load-outputs outputs.json
 
     Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input, 3 Polygraphy is not
     installed.

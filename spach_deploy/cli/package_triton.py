@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import Command, command, say, show
 from spach_deploy.common.errors import UsageError
+from spach_deploy.options.click_options import click_options
+from spach_deploy.options.table import TRITON
 from spach_deploy.packaging.triton.options import (
     Backend,
     Batching,
@@ -23,46 +24,18 @@ from spach_deploy.packaging.triton.options import (
 if TYPE_CHECKING:
     from spach_deploy.packaging.triton.repository import TritonRepository
 
-_BACKEND = "What runs the model.  [auto: the plan where ordinary TensorRT can load it, else the graph]"
-_FORCE = "Take a plan or a graph that Triton cannot load, for a repository that is only to be read."
-_DEVICE = "Where instances run.  [gpu for tensorrt and for bfloat16, else auto]"
-_DELAY = "How long a request may wait until it shares a batch."
-_POLICY = "Which versions are served: latest, latest:N, all or specific:1,3.  [latest]"
-_CACHE = "Answer repeated requests from the server's cache; start it with --cache-config local,size=…"
-_LABELS = "Names of the classes, one a line.  [class 0, class 1, …]"
-_ENSEMBLE = "Add steps around the model: a client sends a picture's file and gets the best classes with labels."
-_INPUT = "What a client of the ensemble sends; pixels needs a model exported with --io-dtype uint8."
-
 
 @click.command("triton", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundles", nargs=-1, metavar="[NAME=]BUNDLE...")
-@click.option("-o", "--output", type=opt.FILE, metavar="REPO", help="The model repository to write.")
-@click.option("--check", type=opt.FILE, metavar="REPO", help="Check a repository instead; exit code 1 on any finding.")
-@click.option("--backend", type=click.Choice([item.value for item in Backend]), default="auto", help=_BACKEND)
-@click.option("--force", is_flag=True, help=_FORCE)
-@click.option("--instances", type=int, default=1, show_default=True, metavar="N", help="Instances of each model.")
-@click.option("--device", type=click.Choice([item.value for item in Device]), help=_DEVICE)
-@click.option("--gpus", metavar="0,1", help="GPUs that get instances.  [all]")
-@click.option("--no-dynamic-batching", is_flag=True, help="Never join requests into a batch.")
-@click.option("--queue-delay-us", type=click.IntRange(0, 10**7), default=500, show_default=True, help=_DELAY)
-@click.option("--version-policy", metavar="POLICY", help=_POLICY)
-@click.option("--response-cache", is_flag=True, help=_CACHE)
-@click.option("--no-warm-up", is_flag=True, help="No requests with golden images while the model is loaded.")
-@click.option("--labels", type=opt.FILE, metavar="FILE", help=_LABELS)
-@click.option("--ensemble", is_flag=True, help=_ENSEMBLE)
-@click.option("--ensemble-input", type=click.Choice([item.value for item in EnsembleInput]), help=_INPUT)
-@click.option("--top-k", type=int, metavar="K", help="How many classes the ensemble answers.  [5, or all if fewer]")
-@click.option("--overwrite", is_flag=True, help="Replace a repository that spach-package wrote.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written or found as JSON.")
-@opt.debug
-@opt.version
+@click_options(TRITON)
 @command
 def main(**given: Any) -> int:
     """Write a Triton model repository of one or several bundles, or check one.
 
     \b
     spach-package triton build/ms_hybrid_s-fp16 -o models
-    spach-package triton build/ms_hybrid_s-fp16 -o models --ensemble --labels imagenet.txt
+    spach-package triton build/ms_hybrid_s-fp16 -o models \\
+        --ensemble --labels imagenet.txt
     spach-package triton exact=build/a fast=build/b -o models
     spach-package triton --check models
 

@@ -11,17 +11,18 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli import options as opt
 from spach_deploy.cli.console import ComputingCommand, command, say, show
 from spach_deploy.cli.outputs import is_colored, width
 from spach_deploy.cli.reporting import ReportDestinations, check_report, open_page
 from spach_deploy.common.errors import SpachError, UsageError
-from spach_deploy.options.command_line import ValidateCommand, validate_command
+from spach_deploy.options.click_options import FILE, click_options
+from spach_deploy.options.command_line import validate_command
 from spach_deploy.options.specs import WeightSource
+from spach_deploy.options.table import VALIDATE, options_of
 
 if TYPE_CHECKING:
     from spach_deploy.common.files import Destination
@@ -109,73 +110,12 @@ def _write_page(compared: SideBySide, place: Destination, *, is_opened: bool) ->
         open_page(place.path)
 
 
-_IMAGES = "Compare on these images: a folder, a tar or an npz file. Without it, on the bundle's golden pack."
-_LABELS = (
-    "Classes of --images, to compare accuracy as well: the same folder of class folders, or a .txt, .csv or .json file"
-    " of image names and class indices. An npz with labels needs none."
-)
-_MAX_DROP = "With labels: exit with 1 where top-1 accuracy falls by more than so many points."
-_CHECKPOINT = "Run the reference from the checkpoint that the bundle was made from. Without it, its stored answers."
-_ANSWERS = "Hold the reference to what your own code computed: an npz of `input` and `logits`."
-_BISECT = "Find the stage, the module and the kind of a disagreement, in the names of the PyTorch model's modules."
-_AGAINST = "TARGET is a graph of your own: hold it to what this bundle was made from, module by module."
-_BUNDLE = "The bundle that a model on a server was packaged from."
-_REPORT = "Write the report here, its page beside it.  [report.json in the bundle, where the target is a part of it]"
-
-
 @click.command("spach-validate", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("target", type=str)
-@click.argument("other", type=opt.FILE, required=False)
-@click.option("--bundle", type=opt.FILE, metavar="DIR", help=_BUNDLE)
-@click.option("--images", type=opt.FILE, metavar="PATH", help=_IMAGES)
-@click.option(
-    "--max-images",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Take at most N of --images, spread evenly.",
-)
-@click.option("--labels", type=opt.FILE, metavar="PATH", help=_LABELS)
-@click.option("--max-drop", type=float, metavar="POINTS", help=_MAX_DROP)
-@click.option("--checkpoint", type=opt.FILE, metavar="FILE", help=_CHECKPOINT)
-@click.option(
-    "--weights",
-    type=click.Choice([source.value for source in WeightSource]),
-    help="Which weights of the checkpoint.  [those that the bundle was made from]",
-)
-@opt.ignore
-@opt.answers(_ANSWERS)
-@click.option("--bisect", is_flag=True, help=_BISECT)
-@click.option("--against", type=opt.FILE, metavar="BUNDLE", help=_AGAINST)
-@click.option("--accept", type=click.Choice(["graph"]), help="Exit with 0 where the graph agreed and no GPU is here.")
-@opt.ray_address("Answer to --images on a Ray cluster; without an address, on this machine as one.", "cluster")
-@click.option("--report", type=opt.FILE, metavar="FILE", help=_REPORT)
-@click.option("--open", "is_opened", is_flag=True, help="Open the report's page in a browser.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of table and file.")
-@opt.debug
-@opt.version
+@click.argument("other", type=FILE, required=False)
+@click_options(VALIDATE)
 @command
-def main(
-    target: str,
-    other: Path | None,
-    bundle: Path | None,
-    images: Path | None,
-    max_images: int,
-    labels: Path | None,
-    max_drop: float | None,
-    checkpoint: Path | None,
-    weights: str | None,
-    ignore: tuple[str, ...],
-    answers: Path | None,
-    bisect: bool,
-    against: Path | None,
-    accept: str | None,
-    cluster: str | None,
-    report: Path | None,
-    is_opened: bool,
-    as_json: bool,
-) -> int:
+def main(target: str, other: Path | None, report: Path | None, is_opened: bool, as_json: bool, **given: Any) -> int:
     """Compare TARGET with PyTorch in FP32: a bundle, its engine.plan, its model.onnx, or a model on a Triton server.
 
     With OTHER, a second bundle, both are compared with PyTorch and with each other.
@@ -183,12 +123,15 @@ def main(
     \b
     spach-validate build/ms_hybrid_s-fp16/engine.plan
     spach-validate build/ms_hybrid_s-fp16 --images val/ --checkpoint run7.pth
-    spach-validate build/ms_hybrid_s-fp16 --images val/ --labels val/ --max-drop 0.3
-    spach-validate build/ms_hybrid_s-fp16 --images val/ --max-images 50000 --ray 10.0.0.1:6379
+    spach-validate build/ms_hybrid_s-fp16 --images val/ \\
+        --labels val/ --max-drop 0.3
+    spach-validate build/ms_hybrid_s-fp16 --images val/ \\
+        --max-images 50000 --ray 10.0.0.1:6379
     spach-validate build/ms_hybrid_s-fp16 --bisect
     spach-validate build/ms_hybrid_s-fp16 build/ms_hybrid_s-int8
     spach-validate other.onnx --against build/ms_hybrid_s-fp16
-    spach-validate grpc://localhost:8001/ms_hybrid_s --bundle build/ms_hybrid_s-fp16
+    spach-validate grpc://localhost:8001/ms_hybrid_s \\
+        --bundle build/ms_hybrid_s-fp16
 
     Two levels of evidence: `engine`, the plan itself ran here; `graph`, the graph that it was built from ran in ONNX
     Runtime instead, because this machine cannot run the plan.
@@ -199,94 +142,74 @@ def main(
     from spach_deploy.cli.reporting import ReportRequest, write_reports
     from spach_deploy.models.registry import check_ignore
 
-    check_ignore(checkpoint, ignore)
-
-    words = ValidateCommand(
-        target=target,
-        other=other,
-        bundle=bundle,
-        images=images,
-        max_images=max_images,
-        labels=labels,
-        max_drop=max_drop,
-        checkpoint=checkpoint,
-        weights=weights,
-        ignore=ignore,
-        answers=answers,
-        bisect=bisect,
-        against=against,
-        accept_graph=accept == "graph",
-    )
+    check_ignore(given["checkpoint"], given["ignore"])
+    typed = validate_command(target, other, _recorded(given))
     if other is not None:
-        misplaced = {
-            "--bundle": bundle,
-            "--against": against,
-            "--bisect": bisect,
-            "--ray": cluster,
-            "--answers": answers,
-        }
-        places = check_options(misplaced, report, is_opened=is_opened)
-        compared = validate_two(_request(words), other, validate_command(words))
-        return show_two(compared, places, as_json=as_json, is_opened=is_opened)
+        places = check_options(
+            _flags(given, "bundle", "against", "bisect", "ray", "answers"), report, is_opened=is_opened
+        )
+        return show_two(
+            validate_two(_request(target, given), other, typed), places, as_json=as_json, is_opened=is_opened
+        )
+    bundle, against = given["bundle"], given["against"]
     place = None if is_server(target) or against is not None else Path(target)
     asked = ReportRequest(bundle or against or Path(target), place, report, as_json, is_opened)
     places = asked.check()
     if is_server(target):
-        misplaced = {
-            "--ray": cluster,
-            "--against": against,
-            "--bisect": bisect or None,
-            "--images": images,
-            "--labels": labels,
-            "--checkpoint": checkpoint,
-            "--answers": answers,
-            "--accept": accept,
-        }
-        validation = validate_on_server(target, bundle, misplaced)
+        of_files = ("ray", "against", "bisect", "images", "labels", "checkpoint", "answers", "accept")
+        validation = validate_on_server(target, bundle, _flags(given, *of_files))
     else:
+        from spach_deploy.validation.target import validate_target
+
         check_bundle(bundle)
-        validation = _validate(words, cluster)
-    validation = _recorded(validation, words)
+        validation = validate_target(_request(target, given), say)
+    validation = _repeatable(validation, typed)
     _show(validation, as_json=as_json)
     if places is not None:
         write_reports(validation, asked, places)
     return validation.exit_code
 
 
-def _validate(words: ValidateCommand, cluster: str | None) -> Validation:
-    """The validation of files, on this machine or on the Ray cluster at an address."""
-    from spach_deploy.validation.target import validate_target
-
-    return validate_target(_request(words, cluster), say)
+def _recorded(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options that a report names: how many images at most only where there are others than the golden pack's."""
+    return given if given["images"] is not None else {**given, "max_images": None}
 
 
-def _request(words: ValidateCommand, cluster: str | None = None) -> ValidationRequest:
+def _flags(given: Mapping[str, Any], *keys: str) -> dict[str, object]:
+    """What was given for some options, by their flags; None for what was not."""
+    return {
+        option.flag: given[option.key] or None for key in keys for option in options_of(VALIDATE) if option.key == key
+    }
+
+
+def _request(target: str, given: Mapping[str, Any]) -> ValidationRequest:
     from spach_deploy.validation.target import ValidationRequest
 
+    weights = given["weights"]
     return ValidationRequest(
-        target=Path(words.target),
-        images=words.images,
-        checkpoint=words.checkpoint,
-        weights=None if words.weights is None else WeightSource(words.weights),
-        ignore=words.ignore,
-        max_images=words.max_images,
-        accept_graph=words.accept_graph,
-        labels=words.labels,
-        max_drop=words.max_drop,
-        answers=words.answers,
-        bisect=words.bisect,
-        against=words.against,
-        cluster=cluster,
+        target=Path(target),
+        images=given["images"],
+        checkpoint=given["checkpoint"],
+        weights=None if weights is None else WeightSource(weights),
+        ignore=given["ignore"],
+        max_images=given["max_images"],
+        accept_graph=given["accept"] == "graph",
+        labels=given["labels"],
+        max_drop=given["max_drop"],
+        answers=given["answers"],
+        bisect=given["bisect"],
+        against=given["against"],
+        cluster=given["ray"],
     )
 
 
-def _recorded(validation: Validation, words: ValidateCommand) -> Validation:
+def _repeatable(validation: Validation, typed: str) -> Validation:
     """With what was typed, and with which versions. Where it ran is left out: it changes no figure."""
     import dataclasses
 
     from spach_deploy.validation.provenance import Provenance
 
-    return dataclasses.replace(validation, run=Provenance.here(validate_command(words)))
+    return dataclasses.replace(validation, run=Provenance.here(typed))
 
 
 def _show(validation: Validation, *, as_json: bool) -> None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spach_deploy.cli.console import ARGUMENTS, say, show
-from spach_deploy.cli.export_options import zoo_options
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.options.command_line import joined
 from spach_deploy.options.specs import ExportOptions
+from spach_deploy.options.table import filling
+from spach_deploy.options.values import export_options, keys_of_quantization
 from spach_deploy.pipeline.zoo.folder import PAGE, SUMMARY, ZooFolder
 from spach_deploy.pipeline.zoo.make import Run, Zoo, ZooWork, on_this_machine, work_of
 from spach_deploy.pipeline.zoo.outcome import BuildStatus, Row, Summary, as_table
@@ -90,18 +91,20 @@ def planned(
     chosen = choices(given["zoo"], _precisions(given), given.get("gpu"))
     is_mixed = any(choice.precision.is_quantized for choice in chosen)
     is_alone = len({choice.model for choice in chosen}) == 1
+    inherited = {option.key: given.get(option.key) for option in filling() if option.is_inherited}
+    of_floats = {key: value for key, value in inherited.items() if key not in keys_of_quantization()}
 
     def options_of(choice: ZooEntry) -> ExportOptions:
         values = {
-            **given,
+            **(of_floats if is_mixed and not choice.precision.is_quantized else inherited),
             "model": choice.model,
-            "precisions": (choice.precision.value,),
+            "precision": choice.precision.value,
             "gpu": choice.gpus,
             "output": folder.root / choice.name,
             "overwrite": False,  # whether a bundle may be replaced is told for each
             "checkpoint": checkpoint_of(choice.model, given.get("checkpoint"), is_alone=is_alone),
         }
-        return zoo_options(values, recipe, is_mixed=is_mixed)
+        return export_options(values, recipe)
 
     return build_matrix(chosen, options_of, reads_checkpoints=reads_checkpoints)
 
@@ -109,7 +112,7 @@ def planned(
 def _precisions(given: Mapping[str, Any]) -> tuple[str, ...]:
     """Those of --precision and of the flags; fp32 without any, as for one export."""
     listed = [part.strip() for part in (given.get("precision_list") or "").split(",") if part.strip()]
-    return (*given.get("precisions", ()), *listed) or ("fp32",)
+    return (*given.get("precision", ()), *listed) or ("fp32",)
 
 
 def _made(work: ZooWork, folder: ZooFolder, limits: Limits, asked: ZooRequest) -> Summary:

@@ -23,8 +23,10 @@ from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.files import Destination
 from spach_deploy.distributed.cluster import cores
-from spach_deploy.options.command_line import export_arguments
+from spach_deploy.options.command_line import export_words
 from spach_deploy.options.specs import ExportOptions
+from spach_deploy.options.table import Caching, filling
+from spach_deploy.options.values import value_of, with_value
 from spach_deploy.pipeline.cache import code_digest
 from spach_deploy.pipeline.zoo.child import ExportProcess, ProcessEnd
 from spach_deploy.pipeline.zoo.folder import ZooFolder
@@ -91,7 +93,7 @@ class _Tasks:
             self._folder.begin(build)
         except OSError as error:
             return _failed(f"Not begun: {error.strerror or error}.")
-        words = [*self._command[1:], *export_arguments(portable(build.options)), *self._more]
+        words = [*self._command[1:], *export_words(portable(build.options)), *self._more]
         options = {"num_cpus": CORES, "memory": int(build.memory_bytes), "max_retries": RETRIES, "name": build.name}
         self.running[self._remote.options(**options).remote(words, build.name, self._code)] = build
         return None
@@ -134,19 +136,11 @@ class _Tasks:
 
 def portable(options: ExportOptions) -> ExportOptions:
     """Options that mean the same from any directory, the bundle beside where the export runs."""
-
-    def whole(path: Path | None) -> Path | None:
-        return None if path is None else path.absolute()
-
-    spec = options.quantization
-    return dataclasses.replace(
-        options,
-        model=dataclasses.replace(options.model, checkpoint=whole(options.model.checkpoint)),
-        images=whole(options.images),
-        output=None if options.output is None else Path(options.output.name),
-        overwrite=False,
-        quantization=dataclasses.replace(spec, calibration=whole(spec.calibration), labels=whole(spec.labels)),
-    )
+    for option in filling():
+        if option.caching is Caching.CONTENT and (path := value_of(options, option.field)) is not None:
+            options = with_value(options, option.field, path.absolute())
+    output = None if options.output is None else Path(options.output.name)
+    return dataclasses.replace(options, output=output, overwrite=False)
 
 
 def build_bundle(words: Sequence[str], name: str, code: str) -> ReturnedBuild:

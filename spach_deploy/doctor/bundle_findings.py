@@ -19,9 +19,9 @@ from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.doctor.plan_file import PlanFile, find_plan
 from spach_deploy.doctor.plan_findings import AskTensorRT, about_header
-from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.command_line import quoted
+from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import BatchProfile, ComputeCapability, Flavour
 from spach_deploy.runtime.truncation import REMEDY, fault_of
 

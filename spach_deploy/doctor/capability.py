@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spach_deploy.doctor.machine_info import MachineInfo
-from spach_deploy.engine.gpus import SUPPORTED
+from spach_deploy.options.gpus import SUPPORTED
 from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 

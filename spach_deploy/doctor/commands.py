@@ -18,7 +18,7 @@ from spach_deploy.options.specs import BatchProfile
 _ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 _QUOTED_WORD = re.compile(r"""(?:\$'(?:\\.|[^\\'])*'|'[^']*'|"'"|[A-Za-z0-9_@%+=:,./-])+""")
 _EXPORT_CALL = re.compile(rf"spach-export(?: {_QUOTED_WORD.pattern})+")
-"""Words as `command_lines.quoted` writes them: a shell runs nothing else that a manifest may say."""
+"""Words as `command_line.quoted` writes them: a shell runs nothing else that a manifest may say."""
 
 _FLAGS = ("--overwrite",)
 _USUAL_SIZE, _USUAL_CLASSES = 224, 1000

@@ -16,7 +16,7 @@ from spach_deploy.doctor.commands import installing
 from spach_deploy.doctor.driver import LEAST_DRIVER, Gpu
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine_info import MachineInfo
-from spach_deploy.engine.gpus import format_gpus
+from spach_deploy.options.gpus import format_gpus
 from spach_deploy.options.specs import ComputeCapability, Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 

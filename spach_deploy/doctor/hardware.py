@@ -9,7 +9,7 @@ from spach_deploy.doctor.capability import RUNS_ON, driver_runs, runners
 from spach_deploy.doctor.driver import LEAST_DRIVER
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine_info import MachineInfo
-from spach_deploy.engine.gpus import SUPPORTED, format_gpus
+from spach_deploy.options.gpus import SUPPORTED, format_gpus
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 
 LEAST_MEMORY_BYTES = 3 * 10**9

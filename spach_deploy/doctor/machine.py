@@ -21,7 +21,7 @@ from spach_deploy.doctor.software import (
     about_tensorrt_rtx,
     about_torch,
 )
-from spach_deploy.engine.gpus import format_gpus
+from spach_deploy.options.gpus import format_gpus
 from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 

@@ -11,7 +11,7 @@ from spach_deploy.doctor.commands import installing, installing_torch, reinstall
 from spach_deploy.doctor.finding import EVERYTHING, Finding, Status, Task
 from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.doctor.packages import InstalledOnnxRuntime
-from spach_deploy.engine.gpus import format_gpus
+from spach_deploy.options.gpus import format_gpus
 from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 from spach_deploy.common.errors import SpachError, UnavailableError, UsageError
 from spach_deploy.common.versions import old_package
-from spach_deploy.engine.gpus import format_gpus
+from spach_deploy.options.gpus import format_gpus
 from spach_deploy.options.specs import ComputeCapability, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.devices import RTX_CAPABILITIES, LocalGpu, local_gpus
 from spach_deploy.runtime.packages import is_installed, missing_package

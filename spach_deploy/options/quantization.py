@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.files import Destination, try_to_write
 from spach_deploy.common.processor import has_vnni
+from spach_deploy.options.command_line import flag_for
 from spach_deploy.options.specs import ExportOptions, Flavour, Precision, QuantizationSpec
+from spach_deploy.options.table import filling
+from spach_deploy.options.values import default_of, value_of
 
 CALIBRATION_SUFFIX = ".json"
 """Of calibration files; anything else that is given to --calibration is images."""
-
-_SPELLED = {"cache": "--calibration-cache", "equalize": "--no-equalize", "cluster": "--ray"}
 
 
 def check_quantization(options: ExportOptions) -> None:
     """Refuse what can be refused before any work."""
     spec = options.quantization
     if not options.precision.is_quantized:
-        _check_idle(spec)
+        _check_idle(options)
         return
     flag = f"--{options.precision.value}"
     if spec.calibration is None:
@@ -67,12 +67,11 @@ def _check_bounds(spec: QuantizationSpec, options: ExportOptions) -> None:
         raise UsageError("--labels is for --max-drop here.", "Give --max-drop POINTS, or leave --labels out.")
 
 
-def _check_idle(spec: QuantizationSpec) -> None:
-    default = QuantizationSpec()
-    for field in dataclasses.fields(spec):
-        if getattr(spec, field.name) != getattr(default, field.name):
-            option = _SPELLED.get(field.name, f"--{field.name.replace('_', '-')}")
-            raise UsageError(f"{option} is for quantized exports.", "Add --int8 or --fp8, or leave it out.")
+def _check_idle(options: ExportOptions) -> None:
+    for field in (option.field for option in filling() if option.field.startswith("quantization.")):
+        if (value := value_of(options, field)) != default_of(field):
+            flag = flag_for(field, value)
+            raise UsageError(f"{flag} is for quantized exports.", "Add --int8 or --fp8, or leave it out.")
 
 
 def check_calibration_file(file: Path) -> Destination:

@@ -27,6 +27,8 @@ from spach_deploy.common.versions import tool_versions
 from spach_deploy.models.checkpoint_file import checkpoint_files
 from spach_deploy.models.registry import resolve
 from spach_deploy.options.specs import ExportOptions
+from spach_deploy.options.table import Caching, filling
+from spach_deploy.options.values import value_of, with_value
 
 HASHED_BYTES = 2_000_000_000
 """Of a folder of images whose content is hashed; a larger one is known by its files' names, sizes and times."""
@@ -40,16 +42,14 @@ def export_key(options: ExportOptions) -> str | None:
 
     Options that make an export write somewhere else too, such as a timing cache, are such a case.
     """
-    if options.engine.timing_cache is not None or options.quantization.cache is not None:
+    values = {option: value_of(options, option.field) for option in filling()}
+    if any(option.caching is Caching.EXCLUDED and value is not None for option, value in values.items()):
         return None
-    quantization = options.quantization
-    inputs = (options.images, options.answers, quantization.calibration, quantization.labels)
     try:
-        weights = () if options.model.checkpoint is None else checkpoint_files(options.model.checkpoint)
         content = {
-            "options": _plain(options),
+            "options": {o.field: _plain(value) for o, value in values.items() if o.caching is not Caching.IGNORED},
             "place": str(options.output.resolve()) if options.output is not None else str(Path.cwd()),
-            "files": {str(path): content_digest(path) for path in (*weights, *inputs) if path is not None},
+            "files": {str(path): content_digest(path) for path in input_files(options)},
             "code": code_digest(),
             "packages": tool_versions(),
             "machine": machine(),
@@ -59,13 +59,24 @@ def export_key(options: ExportOptions) -> str | None:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def input_files(options: ExportOptions) -> tuple[Path, ...]:
+    """All files and folders that an export reads. CheckpointError for an index that names no files."""
+    fields = [option.field for option in filling() if option.caching is Caching.CONTENT]
+    given = {field: path for field in fields if (path := value_of(options, field)) is not None}
+    checkpoint = given.pop("model.checkpoint", None)
+    return (*(() if checkpoint is None else checkpoint_files(checkpoint)), *given.values())
+
+
+def without_inputs(options: ExportOptions) -> ExportOptions:
+    """The same options without what the export reads."""
+    for option in filling():
+        if option.caching is Caching.CONTENT:
+            options = with_value(options, option.field, None)
+    return options
+
+
 def _plain(value: Any) -> Any:
-    """Options as JSON, but for those that do not change what is written."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        for name in ("overwrite", "cluster"):
-            fields.pop(name, None)
-        return fields
+    """A value as JSON."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, tuple):

@@ -1,4 +1,7 @@
-"""What an export would do, cost and refuse, without doing it: spach-export --dry-run.
+"""What an export would do, cost and refuse, without doing it: spach-export --dry-run, and the checks before any export.
+
+PyTorch is loaded for a checkpoint that is to be read, and for nothing else: a mistyped name is answered at once. The
+pipeline checks all of it again with the same functions, for callers that are no command.
 
 Times and memory are estimates: straight lines through what exports of ms_trans_xxs and ms_hybrid_s took on two cores of
 a server (`_SECONDS`, `_BYTES`). More cores take less; the proportions hold.
@@ -16,7 +19,7 @@ from typing import Any
 
 from spach_deploy.bundle.store import check_target, default_directory
 from spach_deploy.common.errors import SpachError
-from spach_deploy.data.readers import open_images
+from spach_deploy.common.files import Destination
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import check_spec, resolve
@@ -24,7 +27,6 @@ from spach_deploy.models.shapes import count_macs, count_parameters
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
 from spach_deploy.pipeline.cache import ExportCache
-from spach_deploy.validation.user_answers import read_answers
 
 MEASURED_CORES = 2
 
@@ -146,6 +148,37 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts |
     )
 
 
+def refuse_early(options: ExportOptions) -> Destination | None:
+    """Raise the SpachError that `pipeline.export` would raise for model, engine or target; where the bundle will go."""
+    check_spec(options.model)
+    check_quantization(options)
+    _check_opset(options)
+    _flavour(options)
+    return _place(options)
+
+
+def target_directory(options: ExportOptions) -> Path | None:
+    """Where the bundle will go; None where the checkpoint has yet to tell which model it is."""
+    if options.output is not None or options.model.name is None:
+        return options.output
+    return default_directory(resolve(options.model.name), options.precision.value)
+
+
+def _flavour(options: ExportOptions) -> EngineFlavour | None:
+    """The flavour that would build; the error where it cannot honour the options."""
+    flavour = choose_flavour(options.engine.flavour)
+    if flavour is not None:
+        resolved = flavour.resolve(options.engine, options.precision)
+        if options.precision.is_quantized:
+            flavour.resolve(resolved, options.rest)
+    return flavour
+
+
+def _place(options: ExportOptions) -> Destination | None:
+    target = target_directory(options)
+    return None if target is None else check_target(target, overwrite=options.overwrite)
+
+
 def _told(
     options: ExportOptions, read: ReadFacts | None, refusals: list[SpachError]
 ) -> tuple[ExportOptions, tuple[str, ...]]:
@@ -166,27 +199,16 @@ def _told(
 
 def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavour | None:
     """The flavour that would build; refusals of quantization, engine and target are collected."""
-
-    def engine() -> EngineFlavour | None:
-        flavour = choose_flavour(options.engine.flavour)
-        if flavour is not None:
-            resolved = flavour.resolve(options.engine, options.precision)
-            if options.precision.is_quantized:
-                flavour.resolve(resolved, options.rest)
-        return flavour
-
-    def target() -> None:
-        place = _target(options)
-        if place is not None:
-            check_target(place, overwrite=options.overwrite)
-
     _collected(lambda: check_quantization(options), refusals)
     _collected(lambda: _check_opset(options), refusals)
-    _collected(target, refusals)
+    if _target(options) is not None:  # a model that is none has been refused
+        _collected(lambda: _place(options), refusals)
     if options.answers is not None:
+        from spach_deploy.validation.user_answers import read_answers
+
         _collected(functools.partial(read_answers, options.answers), refusals)
     found: list[EngineFlavour | None] = []
-    _collected(lambda: found.append(engine()), refusals)
+    _collected(lambda: found.append(_flavour(options)), refusals)
     return found[0] if found else None
 
 
@@ -208,6 +230,8 @@ def _counted(path: Path | None, refusals: list[SpachError]) -> int | None:
     """Images at a path; None where there is no path, or their number is not known before they are read."""
     if path is None or path.suffix == ".json":
         return None
+    from spach_deploy.data.readers import open_images
+
     try:
         return open_images(path).count
     except SpachError as error:
@@ -229,10 +253,8 @@ def _model(options: ExportOptions) -> tuple[float | None, float | None, int]:
 
 
 def _target(options: ExportOptions) -> Path | None:
-    if options.output is not None or options.model.name is None:
-        return options.output
     try:
-        return default_directory(resolve(options.model.name), options.precision.value)
+        return target_directory(options)
     except SpachError:
         return None
 

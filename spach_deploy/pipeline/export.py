@@ -32,7 +32,7 @@ from spach_deploy.common.threads import available_threads, torch_threads, worker
 from spach_deploy.graph.precision.typed_graph import TypedGraph
 from spach_deploy.graph.tracing import Tracing
 from spach_deploy.models.checkpoint import LoadedModel
-from spach_deploy.options.command_line import ValidateCommand, export_command, validate_command
+from spach_deploy.options.command_line import export_command, validate_command
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.ahead import Ahead
 from spach_deploy.pipeline.steps import graph as stages
@@ -303,7 +303,7 @@ def named(options: ExportOptions, loaded: LoadedModel) -> ExportOptions:
 
 def validated(target: Path) -> Provenance:
     """How to validate the bundle again."""
-    return Provenance.here(validate_command(ValidateCommand(str(target))))
+    return Provenance.here(validate_command(str(target)))
 
 
 def subject_of(target: Path, loaded: LoadedModel, agreement: Agreement | None, options: ExportOptions) -> ReportHeader:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from benchmarks import peers
 from benchmarks.peer_tools.environments import PEERS, Ended, Environment, Peer, environment, reason, run
 from benchmarks.peers import OURS, RECIPES, Judge, Recipe, Row, made, refusal, verdicts, worst_relative_l2
-from spach_deploy.engine.gpus import parse_gpus
+from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import EngineTarget
 
 PEER = Peer("Tool", "tool", "1.0", (("torch==2.13.0+cpu",), ("--no-deps", "tool==1.0")))

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from spach_deploy.benchmark.runners import TITLES
-from spach_deploy.cli.benchmark import _RUNNERS, main
+from spach_deploy.cli.benchmark import main
+from spach_deploy.options.table import BENCHMARK, options_of
 from tests import small_bundles
 from tests.commands import console_script, refusal
 
@@ -103,4 +104,5 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_options_name_every_runner() -> None:
-    assert set(_RUNNERS) == set(TITLES)
+    runner = next(option for option in options_of(BENCHMARK) if option.flag == "--runner")
+    assert set(runner.choices) == set(TITLES)

@@ -6,14 +6,15 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from spach_deploy.cli import options
 from spach_deploy.cli.console import command
 from spach_deploy.common.errors import MismatchError, UnavailableError, UsageError
+from spach_deploy.options.click_options import click_options
+from spach_deploy.options.table import Kind, Option
 
 
 def ending_with(error: BaseException) -> click.Command:
     @click.command()
-    @options.debug
+    @click_options("this", [Option("--debug", Kind.FLAG, commands=("this",))])
     @command
     def run() -> None:
         raise error

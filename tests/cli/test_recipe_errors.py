@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from spach_deploy.cli.export import main as export_command
-from spach_deploy.cli.export_options import export_options, parse_size
-from spach_deploy.cli.recipes import KEYS, read_recipe
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import Destination
+from spach_deploy.options.parse import parse_size
+from spach_deploy.options.recipe import KEYS, read_recipe
 from spach_deploy.options.specs import (
     BatchProfile,
     ComputeCapability,
@@ -24,6 +24,7 @@ from spach_deploy.options.specs import (
     QuantizationSpec,
     WeightSource,
 )
+from spach_deploy.options.values import export_options
 from tests.commands import contents, export, refusal
 
 EVERYTHING = """

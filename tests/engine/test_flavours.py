@@ -9,7 +9,7 @@ import pytest
 
 from spach_deploy.common.errors import MissingPackageError, SpachError, UnavailableError, UsageError
 from spach_deploy.engine.flavours import EngineFlavour, TensorRT, TensorRTForRTX, choose_flavour
-from spach_deploy.engine.gpus import format_gpus, parse_gpus
+from spach_deploy.options.gpus import format_gpus, parse_gpus
 from spach_deploy.options.specs import ComputeCapability, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.devices import LocalGpu
 from spach_deploy.runtime.packages import MODULE_NAMES

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.engine.gpus import CARDS, format_gpus, parse_gpus
+from spach_deploy.options.gpus import CARDS, format_gpus, parse_gpus
 from spach_deploy.options.specs import ComputeCapability
 
 

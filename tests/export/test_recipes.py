@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from spach_deploy.bundle.store import Bundle
-from spach_deploy.cli.early_checks import refuse_early
-from spach_deploy.cli.export_options import export_options
 from spach_deploy.options.specs import Flavour
+from spach_deploy.options.values import export_options
+from spach_deploy.pipeline.estimate import refuse_early
 from tests.commands import ROOT, console_script
 
 RECIPES = sorted((ROOT / "export").glob("*.toml"))

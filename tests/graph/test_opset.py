@@ -11,7 +11,6 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from spach_deploy.bundle.store import Bundle
-from spach_deploy.cli.export_options import export_options
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.graph import opset as opsets
 from spach_deploy.graph.export import INPUT, LOGITS
@@ -20,6 +19,7 @@ from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.elements import element_types
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
+from spach_deploy.options.values import export_options
 from spach_deploy.pipeline.cache import export_key
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import small_bundles

@@ -10,10 +10,9 @@ import click
 import pytest
 
 from spach_deploy.cli.export import main as export_main
-from spach_deploy.cli.export_options import export_options
 from spach_deploy.cli.validate import main as validate_main
 from spach_deploy.common.files import Destination
-from spach_deploy.options.command_line import ValidateCommand, export_command, validate_command
+from spach_deploy.options.command_line import export_command, validate_command
 from spach_deploy.options.specs import (
     BatchProfile,
     ComputeCapability,
@@ -27,6 +26,7 @@ from spach_deploy.options.specs import (
     QuantizationSpec,
     WeightSource,
 )
+from spach_deploy.options.values import export_options
 
 MODEL = ModelSpec("ms_hybrid_s")
 EXPORTS = [
@@ -87,26 +87,23 @@ def test_an_export_is_repeated(options: ExportOptions) -> None:
 
 def test_what_is_as_by_default_is_left_out() -> None:
     assert export_command(EXPORTS[0]) == "spach-export --model ms_hybrid_s --fp16"
-    assert validate_command(ValidateCommand("build/x")) == "spach-validate build/x"
+    assert validate_command("build/x") == "spach-validate build/x"
 
 
 def test_a_validation_is_repeated() -> None:
-    words = ValidateCommand(
-        target="b x/model.onnx",
-        bundle=Path("b"),
-        images=Path("val"),
-        max_images=64,
-        labels=Path("val.csv"),
-        max_drop=0.25,
-        checkpoint=Path("x.pth"),
-        weights="ema",
-        ignore=("head_dist.*", "loss"),
-        bisect=True,
-        against=Path("a"),
-        accept_graph=True,
-    )
-    found = values(validate_main, validate_command(words))
-    assert found["accept"] == "graph"
-    assert {name: found[name] for name in words.__dict__ if name != "accept_graph"} == {
-        name: value for name, value in words.__dict__.items() if name != "accept_graph"
+    given = {
+        "bundle": Path("b"),
+        "images": Path("val"),
+        "max_images": 64,
+        "labels": Path("val.csv"),
+        "max_drop": 0.25,
+        "checkpoint": Path("x.pth"),
+        "weights": "ema",
+        "ignore": ("head_dist.*", "loss"),
+        "bisect": True,
+        "against": Path("a"),
+        "accept": "graph",
     }
+    found = values(validate_main, validate_command("b x/model.onnx", Path("other"), given))
+    assert (found.pop("target"), found.pop("other")) == ("b x/model.onnx", Path("other"))
+    assert {key: found[key] for key in given} == given

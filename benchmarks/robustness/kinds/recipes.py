@@ -11,7 +11,7 @@ from benchmarks.robustness.case import Case, Kind
 from benchmarks.robustness.damage import damaged, hostile_texts
 from benchmarks.robustness.kinds.commands import OUT, export
 from benchmarks.robustness.seeds import CLASSES, NAME, SIZE
-from spach_deploy.cli.recipes import KEYS
+from spach_deploy.options.recipe import KEYS
 
 _WHOLE = {
     "model": f'"{NAME}"',

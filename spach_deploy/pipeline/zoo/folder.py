@@ -20,9 +20,8 @@ from typing import Any
 from spach_deploy.bundle.store import MANIFEST, Bundle, remove_leftovers, sha256_of
 from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
 from spach_deploy.common.files import Destination, lock_file, read_json
-from spach_deploy.models.checkpoint_file import checkpoint_files
 from spach_deploy.options.specs import ExportOptions
-from spach_deploy.pipeline.cache import content_digest, export_key
+from spach_deploy.pipeline.cache import content_digest, export_key, input_files, without_inputs
 from spach_deploy.pipeline.zoo.plan import Build
 from spach_deploy.report.page import is_ours
 
@@ -91,20 +90,11 @@ class ZooFolder:
 
     def key(self, options: ExportOptions) -> str | None:
         """Digest of all that decides what the bundle will be; None where an input cannot be read."""
-        spec = options.quantization
-        inputs = (options.images, spec.calibration, spec.labels)
-        bare = dataclasses.replace(
-            options,
-            model=dataclasses.replace(options.model, checkpoint=None),
-            images=None,
-            quantization=dataclasses.replace(spec, calibration=None, labels=None),
-        )
         try:
-            weights = () if options.model.checkpoint is None else checkpoint_files(options.model.checkpoint)
-            shared = [None if path is None else [str(path), self._digest(path)] for path in (*weights, *inputs)]
+            shared = [[str(path), self._digest(path)] for path in input_files(options)]
         except (OSError, CheckpointError):
             return None
-        key = export_key(bare)
+        key = export_key(without_inputs(options))
         return None if key is None else hashlib.sha256(json.dumps([key, shared]).encode()).hexdigest()
 
     def _digest(self, path: Path) -> str:

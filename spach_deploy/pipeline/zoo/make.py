@@ -11,7 +11,7 @@ from typing import Protocol
 from spach_deploy.common.errors import BundleError, MissingPackageError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.text import json_text
-from spach_deploy.options.command_line import export_arguments
+from spach_deploy.options.command_line import export_words
 from spach_deploy.pipeline.zoo.child import ExportProcess, ProcessEnd
 from spach_deploy.pipeline.zoo.folder import PAGE, SUMMARY, ZooFolder
 from spach_deploy.pipeline.zoo.outcome import BuildStatus, Row, Summary, ended_row, kept_row, page_of_zoo
@@ -143,7 +143,7 @@ def on_this_machine(folder: ZooFolder, command: Sequence[str], more: Sequence[st
 
     def start(build: Build, cores: frozenset[int]) -> ExportProcess:
         folder.begin(build)
-        return ExportProcess([*command, *export_arguments(build.options), *more], cores=cores)
+        return ExportProcess([*command, *export_words(build.options), *more], cores=cores)
 
     begin: Start = start
     return lambda builds, began: run_builds(builds, limits, begin, folder.root, began)

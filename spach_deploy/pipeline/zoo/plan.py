@@ -14,11 +14,13 @@ from pathlib import Path
 
 from spach_deploy.common.errors import CheckpointError, ModelError, SpachError, UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.engine.gpus import parse_gpus
 from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import resolve
+from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.quantization import CALIBRATION_SUFFIX
 from spach_deploy.options.specs import ExportOptions, Precision
+from spach_deploy.options.table import filling
+from spach_deploy.options.values import value_of
 from spach_deploy.pipeline.estimate import DryRun, dry_run, read_facts
 
 _SHOWN = 3
@@ -141,11 +143,9 @@ def _build(choice: ZooEntry, options: ExportOptions, found: DryRun) -> Build:
 def _check_shared(options: ExportOptions, count: int) -> None:
     """Files that belong to one export cannot serve many."""
     calibration = options.quantization.calibration
-    if options.engine.timing_cache is not None or options.quantization.cache is not None:
-        option = "--timing-cache" if options.engine.timing_cache is not None else "--calibration-cache"
-        raise UsageError(f"{option} is a file that one export writes, and --zoo makes many.", "Leave it out.")
-    if options.answers is not None:
-        raise UsageError(f"--answers {options.answers} is of one model, and --zoo is for many.", "Leave it out.")
+    for option in filling():
+        if option.zoo_refusal and (value := value_of(options, option.field)) is not None:
+            raise UsageError(option.zoo_refusal.format(flag=option.flag, value=value), "Leave it out.")
     if count > 1 and calibration is not None and calibration.suffix == CALIBRATION_SUFFIX:
         raise UsageError(
             f"{calibration} is the calibration of one model and precision, and --zoo makes {count} bundles.",

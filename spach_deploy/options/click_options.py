@@ -1,0 +1,111 @@
+"""The table as click takes it: the options of a command, and its help in named groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from spach_deploy._version import __version__
+from spach_deploy.options.command_line import words_of
+from spach_deploy.options.table import COMMON, GROUPS, INFORMATION, TABLE, Kind, Option, options_of
+from spach_deploy.options.values import default_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path, readable=False)  # whoever reads it says why it cannot be read
+
+
+class GroupedOption(click.Option):
+    """An option that help shows under the name of its group."""
+
+    def __init__(self, *arguments: Any, group: str, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.group = group
+
+
+def click_options(command: str, table: Sequence[Option] = TABLE) -> Callable[[F], F]:
+    """All options of a command, its name as in the table, and --version."""
+
+    def decorate(function: F) -> F:
+        function = version(function)
+        for option in reversed(options_of(command, table)):
+            for flags, more in reversed(list(_declared(option))):
+                group = COMMON if option.is_common else option.group
+                function = click.option(*flags, option.key, cls=GroupedOption, group=group, **more)(function)
+        return function
+
+    return decorate
+
+
+def version(function: F) -> F:
+    """--version."""
+    return click.version_option(__version__, prog_name="spach-deploy")(function)
+
+
+def write_groups(command: click.Command, context: click.Context, formatter: click.HelpFormatter) -> None:
+    """The options in --help: a section for each group, in the order of `GROUPS`."""
+    groups: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+    for parameter in command.get_params(context):
+        if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)) is not None:
+            groups[getattr(parameter, "group", INFORMATION)].append(record)
+    for group, records in groups.items():
+        if records:
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+def _declared(option: Option) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Flags and what click.option takes for them; of a `Kind.FLAGS`, for each choice."""
+    if option.kind is Kind.FLAGS:
+        for choice, text in zip(option.choices, option.each, strict=True):
+            yield [f"--{choice}"], {"flag_value": choice, "multiple": True, "help": text}
+        return
+    flags = [f"{option.flag}/{option.off_flag}"] if option.off_flag else option.flags.split()
+    more = {"help": _help(option), "metavar": option.metavar, "required": option.is_required, "default": option.default}
+    yield flags, {**more, **_typed(option)}
+
+
+def _typed(option: Option) -> dict[str, Any]:
+    match option.kind:
+        case Kind.FLAG:
+            return {"is_flag": True, "default": False}
+        case Kind.ADDRESS:
+            return {"is_flag": False, "flag_value": "local"}
+        case Kind.REPEATED:
+            return {"multiple": True, "type": click.Choice(option.choices) if option.choices else str}
+        case Kind.SWITCH:
+            return {}
+    return {"type": _type(option)}
+
+
+def _type(option: Option) -> Any:
+    match option.kind:
+        case Kind.PATH:
+            return FILE
+        case Kind.CHOICE:
+            return click.Choice(option.choices)
+        case Kind.WHOLE if option.least is not None:
+            return click.IntRange(int(option.least), None if option.most is None else int(option.most))
+        case Kind.WHOLE:
+            return int
+        case Kind.REAL if option.least is not None:
+            return click.FloatRange(option.least, option.most)
+        case Kind.REAL:
+            return float
+    return str
+
+
+def _help(option: Option) -> str:
+    shown = option.shown or _default(option)
+    return f"{option.help}  [{shown}]" if shown else option.help
+
+
+def _default(option: Option) -> str:
+    """The default as the command line would say it; empty where it is to have nothing."""
+    value = default_of(option.field) if option.field else option.default
+    if value in (None, (), False):
+        return ""
+    return list(words_of(option, value))[-1]

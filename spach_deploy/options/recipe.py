@@ -1,0 +1,106 @@
+"""Recipes: the options of spach-export in a TOML file. The command line wins over them; unknown keys are errors.
+
+A recipe's keys are the long options with `_` for `-`, at the top level:
+
+    model = "ms_hybrid_s"
+    precision = "fp16"
+    gpu = ["sm86", "sm89"]
+    batch = "1:8:32"
+
+Paths are relative to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import read_text
+from spach_deploy.options.table import EXPORT, TABLE, Kind, Option, filling
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_NAMES: Mapping[type, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+
+
+def _options(table: Sequence[Option]) -> dict[str, Option]:
+    return {option.key: option for option in filling(EXPORT, table) if option.in_recipes}
+
+
+KEYS = sorted(_options(TABLE))
+
+
+def read_recipe(path: Path, table: Sequence[Option] = TABLE) -> dict[str, Any]:
+    """Option values by key; UsageError for an unreadable file, an unknown key or a value of the wrong kind."""
+    text = read_text(path, f"Recipe {path}", "Give a TOML file.")
+    try:
+        content = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"Recipe {path} is not TOML ({error}).", "See export/README.md for an example.") from None
+    options = _options(table)
+    return {key: _value(path, _known(path, key, options), value) for key, value in content.items()}
+
+
+def _known(path: Path, key: str, options: Mapping[str, Option]) -> Option:
+    if key not in options:
+        near = difflib.get_close_matches(key, sorted(options), n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(sorted(options))}."
+        raise UsageError(f"Recipe {path} has an unknown key {key!r}.", hint)
+    return options[key]
+
+
+def _value(path: Path, option: Option, value: Any) -> Any:
+    """What click would give for it."""
+    match option.kind:
+        case Kind.PATH:
+            return path.parent / _typed(path, option, value, str)
+        case Kind.LIST | Kind.REPEATED:
+            return _list(path, option, value)
+        case Kind.CHOICE | Kind.FLAGS:
+            return _choice(path, option, _typed(path, option, value, str))
+        case Kind.WHOLE:
+            return _number(path, option, value)
+        case Kind.REAL:
+            return float(value if type(value) is int else _typed(path, option, value, float))
+        case Kind.SWITCH:
+            return _typed(path, option, value, bool)
+        case Kind.BATCHES if type(value) is int:
+            return str(value)
+    return _typed(path, option, value, str)
+
+
+def _typed(path: Path, option: Option, value: Any, kind: type) -> Any:
+    if type(value) is not kind:  # not isinstance: true is no whole number here
+        raise UsageError(f"Recipe {path}: {option.key} = {value!r} is not a {_NAMES[kind]}.", "See export/README.md.")
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError(f"Recipe {path}: {option.key} has a NUL character.", "No path and no name can have one.")
+    return value
+
+
+def _number(path: Path, option: Option, value: Any) -> int:
+    number: int = _typed(path, option, value, int)
+    least, most = option.least, option.most
+    if (least is not None and number < least) or (most is not None and number > most):
+        bounds = f"{least} or more" if most is None else f"{least} to {most}"
+        raise UsageError(f"Recipe {path}: {option.key} = {number} is out of range.", f"Give {bounds}.")
+    return number
+
+
+def _choice(path: Path, option: Option, value: str) -> str:
+    if value not in option.choices:
+        known = ", ".join(option.choices)
+        raise UsageError(f"Recipe {path}: {option.key} = {value!r} is unknown.", f"One of {known}.")
+    return value
+
+
+def _list(path: Path, option: Option, value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    texts = tuple(_typed(path, option, item, str) for item in items)
+    return ",".join(texts) if option.kind is Kind.LIST else texts
