@@ -1,10 +1,14 @@
 """Time and memory of a whole export against plain torch.onnx.export + onnxsim of the same model.
 
-    python -m benchmarks.export_time [MODEL ... | all] [--rounds 3]
+    python -m benchmarks.export_time [MODEL ... | all] [--rounds 3] [--without NAME]
 
 Both run as processes of their own, in turn, so that a machine whose speed drifts slows both. Ours certifies the graph,
 measures ranges, builds the engine, derives tolerances and validates; plain only writes a graph. Memory is resident
 size, sampled every 50 ms: of the largest process, and of all together (ours builds the engine in a process of its own).
+
+`--without NAME` asks what a mechanism for speed is worth: in every round a third process runs ours with `MECHANISMS`'
+statements executed in the module that has it, as soon as that is loaded. It prints and records nothing. A mechanism
+stays where the export without it takes at least 5 % longer on at least half of the models.
 """
 
 from __future__ import annotations
@@ -30,6 +34,49 @@ from spach_deploy.options.specs import ModelSpec
 onnx.save(simplify(plain_export(load_model(ModelSpec(name=sys.argv[1])).model)), sys.argv[2] + "/model.onnx")
 """
 OURS = str(Path(sys.executable).with_name("spach-export"))
+WITHOUT = """
+import importlib.abc, sys
+from importlib.machinery import PathFinder
+
+changed, change = sys.argv[1:3]
+
+class Changing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != changed:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+        def load_and_change(module):
+            load(module)
+            exec(change, vars(module))
+        spec.loader.exec_module = load_and_change
+        return spec
+
+sys.meta_path.insert(0, Changing())
+sys.argv[:] = ["spach-export", *sys.argv[3:]]
+from spach_deploy.cli.export import main
+main()
+"""
+_NO_COPY = "Beside = type('Beside', (Beside,), {'__enter__': lambda self: self})"
+MECHANISMS = {
+    "repeat": (
+        "spach_deploy.graph.block_prototype",
+        "_runs = lambda stage, kind_of: [[index] for index in stage._modules]",
+    ),
+    "trace-copy": ("spach_deploy.graph.tracing", _NO_COPY),
+    "reference-copy": ("spach_deploy.pipeline.steps.reference", _NO_COPY),
+    "builder-ahead": (
+        "spach_deploy.engine.build",
+        "Builder.for_flavour = classmethod(lambda cls, requested: contextlib.nullcontext())",
+    ),
+    "early-build": ("spach_deploy.pipeline.export", "start_early = lambda *_: None"),
+}
+"""How each mechanism for speed is turned off: the module that has it, and what is executed there once it is loaded.
+
+`repeat`: trace one block of each kind and repeat it. `trace-copy`, `reference-copy`: trace, and compute the reference,
+in a copy of the process. `builder-ahead`: start the builder before PyTorch is loaded. `early-build`: build from guessed
+types.
+"""
 _PAGE = 4096
 _SAMPLE_SECONDS = 0.05
 
@@ -76,21 +123,55 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
+def command_without(name: str) -> list[str]:
+    """spach-export without a mechanism."""
+    return [sys.executable, "-c", WITHOUT, *MECHANISMS[name]]
+
+
+def compare_without(name: str, model: str, rounds: int) -> float:
+    """Rounds of three: plain, ours, ours without the mechanism. Prints and gives the last's ratio to ours."""
+    commands = {"plain": [], "ours": [OURS], "without": command_without(name)}
+    costs: dict[str, list[Cost]] = {kind: [] for kind in commands}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for kind, command in commands.items():
+                whole = [*command, *_options(model, f"{folder}/{kind}")] if command else _plain(model, folder)
+                costs[kind].append(measure(whole))
+    to_plain, to_ours = (_ratios(costs["without"], costs[kind]) for kind in ("plain", "ours"))
+    print(f"{model} without {name}: {_spread(to_plain)} of plain, {_spread(to_ours)} of ours", flush=True)
+    return statistics.median(to_ours)
+
+
+def _plain(model: str, folder: str) -> list[str]:
+    return [sys.executable, "-c", PLAIN, model, folder]
+
+
+def _options(model: str, bundle: str) -> list[str]:
+    return ["--model", model, "--fp16", "--no-cache", "-o", bundle]
+
+
+def _ratios(costs: list[Cost], others: list[Cost]) -> list[float]:
+    """Of seconds, pair by pair."""
+    return [cost.seconds / other.seconds for cost, other in zip(costs, others, strict=True)]
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def compare(model: str, rounds: int) -> list[str]:
     """Pairs of runs; medians and the ratio pair by pair."""
     plain: list[Cost] = []
     ours: list[Cost] = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            plain.append(measure([sys.executable, "-c", PLAIN, model, folder]))
-            options = ["--model", model, "--fp16", "-o", f"{folder}/bundle"]
-            ours.append(measure([OURS, *options]))
-    ratios = [b.seconds / a.seconds for a, b in zip(plain, ours, strict=True)]
+            plain.append(measure(_plain(model, folder)))
+            ours.append(measure([OURS, *_options(model, f"{folder}/bundle")]))
     cells = [
         model,
         f"{statistics.median(cost.seconds for cost in plain):.1f}",
         f"{statistics.median(cost.seconds for cost in ours):.1f}",
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        _spread(_ratios(ours, plain)),
         f"{max(cost.process_bytes for cost in plain) / 1e9:.2f}",
         f"{max(cost.process_bytes for cost in ours) / 1e9:.2f}",
         f"{max(cost.tree_bytes for cost in ours) / 1e9:.2f}",
@@ -103,8 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["ms_hybrid_s"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without", metavar="NAME", choices=MECHANISMS, help=f"one of {', '.join(MECHANISMS)}")
     arguments = parser.parse_args()
     models = list(CONFIGS) if arguments.models == ["all"] else arguments.models
+    if arguments.without is not None:
+        worth = [compare_without(arguments.without, model, arguments.rounds) for model in models]
+        print(f"5 % or more on {sum(ratio >= 1.05 for ratio in worth)} of {len(worth)} models")
+        return
     rows = [compare(model, arguments.rounds) for model in models]
     headings = ("model", "plain s", "whole export s", "ratio", "plain GB", "largest process GB", "all GB")
     command = f"python -m benchmarks.export_time {' '.join(arguments.models)} --rounds {arguments.rounds}"

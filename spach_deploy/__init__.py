@@ -10,7 +10,7 @@ import os
 
 from spach_deploy._version import __version__
 
-TYPE_CHECKING = False  # typing takes milliseconds to load, in which Ctrl-C is a traceback yet (spach_deploy.cli.quiet)
+TYPE_CHECKING = False  # typing takes milliseconds to load, in which Ctrl-C is a traceback yet (cli/interrupts.py)
 if TYPE_CHECKING:
     from typing import Any
 

@@ -78,7 +78,6 @@ class Box:
             "XDG_CACHE_HOME": str(home / ".cache"),
             "TMPDIR": str(self.root / "temporary"),
             "COLUMNS": "100",
-            "GLIBC_TUNABLES": "",  # a command that starts anew for large pages would leave what watches it
         }
 
     def tree(self) -> Tree:

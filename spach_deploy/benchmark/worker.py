@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import multiprocessing
-import os
+import subprocess
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,12 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.benchmark.runners import OpenRunner, RunnerSetup, opened
+from spach_deploy.common import processes
 from spach_deploy.common.errors import SpachError, UnavailableError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _WARM_RUNS, _WARM_S, _LEAST_RUNS = 1, 0.1, 2
+_PATIENCE_S = 5.0
+"""For a worker to end by itself."""
+
+_WORKER = "import sys; from spach_deploy.benchmark.worker import main; main(int(sys.argv[1]))"
 _NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "bad allocation")
 """How libraries without an exception of their own for it say that memory ran out."""
 
@@ -52,23 +57,13 @@ class RunnerProcess:
         self.name = name
         self._setup = setup
         self._connection: Connection | None = None
-        self._process: Any = None
+        self._process: subprocess.Popen[bytes] | None = None
         self.device = ""
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.name, self._setup), daemon=True)
-        threads = str(self._setup.threads)
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = threads
+        self._connection, self._process = processes.start_worker(_WORKER, threads=self._setup.threads)
         try:
-            self._process.start()
-        finally:
-            os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-        theirs.close()
-        try:
-            self.device = str(self._received())
+            self.device = str(self._answer_to((self.name, self._setup)))
         except UnavailableError:
             self._end()
             raise
@@ -82,34 +77,28 @@ class RunnerProcess:
     @property
     def pid(self) -> int:
         """Of its process."""
-        return int(self._process.pid)
+        assert self._process is not None, "outside the worker's context"
+        return self._process.pid
 
     def answers(self, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
         """Answers to engine inputs (N, ...) in batches of exactly `batch`, the last filled up from the front."""
-        found: FirstOutputs = self._ask("answers", (inputs, batch))
+        found: FirstOutputs = self._answer_to(("answers", (inputs, batch)))
         return found
 
     def turn(self, inputs: npt.NDArray[Any], seconds: float) -> TimedRuns:
         """Run this batch for so many seconds."""
-        turn: TimedRuns = self._ask("turn", (inputs, seconds))
+        turn: TimedRuns = self._answer_to(("turn", (inputs, seconds)))
         return turn
 
     def profile(self, inputs: npt.NDArray[Any]) -> dict[str, float]:
         """Seconds of each module in one run; empty where the runner cannot tell."""
-        times: dict[str, float] = self._ask("profile", inputs)
+        times: dict[str, float] = self._answer_to(("profile", inputs))
         return times
 
-    def _ask(self, what: str, argument: Any) -> Any:
+    def _answer_to(self, message: Any) -> Any:
         assert self._connection is not None, "outside the worker's context"
         try:
-            self._connection.send((what, argument))
-        except OSError:
-            raise self._died() from None
-        return self._received()
-
-    def _received(self) -> Any:
-        assert self._connection is not None
-        try:
+            self._connection.send(message)
             well, content = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
@@ -118,8 +107,10 @@ class RunnerProcess:
         return content
 
     def _died(self) -> UnavailableError:
-        self._process.join(5)
-        code = self._process.exitcode
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE_S)
+        code = self._process.returncode
         hint = "out of memory? Give a smaller --batch" if code == -9 else "its library gave no reason"
         return UnavailableError(f"its process ended with {code} ({hint})")
 
@@ -127,19 +118,14 @@ class RunnerProcess:
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
-            self._process.terminate()
-            self._process.join(5)
-            if self._process.is_alive():
-                self._process.kill()
+            processes.end(self._process, _PATIENCE_S)
 
 
-def _serve(connection: Connection, name: str, setup: RunnerSetup) -> None:
+def main(connection_fd: int) -> None:
     """In the worker: open the runner, then answer until the other end closes."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself ends its workers
+    connection = Connection(connection_fd)
     try:
-        with opened(name, setup) as runner:
+        with opened(*connection.recv()) as runner:
             connection.send((True, runner.device))
             while True:
                 what, argument = connection.recv()

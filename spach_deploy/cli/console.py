@@ -16,11 +16,8 @@ from typing import Any
 
 import click
 
-from spach_deploy.cli.garbage import seldom_searched
-from spach_deploy.cli.interrupts import NOTHING, ending_on_interrupt, sentence
-from spach_deploy.cli.large_pages import start_again_with_large_pages
+from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
 from spach_deploy.cli.outputs import outputs_that_may_fail
-from spach_deploy.cli.quiet import INTERRUPTED
 from spach_deploy.common.errors import SpachError, printable, printable_lines
 from spach_deploy.common.text import Escaped
 from spach_deploy.common.versions import refuse_unfit_packages
@@ -63,8 +60,8 @@ class Command(click.Command):
 
 
 class ComputingCommand(Command):
-    """A command that computes for seconds and more; in a process of its own it takes large pages, and seldom looks for
-    garbage. It begins by looking at the versions of packages: old ones fail later, and blame something else.
+    """A command that computes for seconds and more. It begins by looking at the versions of packages: old ones fail
+    later, and blame something else.
     """
 
     def invoke(self, context: click.Context) -> Any:
@@ -75,14 +72,6 @@ class ComputingCommand(Command):
             fail(error, str(error), debug=bool(context.params.get("debug")))
             sys.exit(error.exit_code)
         return super().invoke(context)
-
-    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
-        """Run; the process starts anew first where that pays."""
-        if args is None:
-            start_again_with_large_pages()
-            with seldom_searched():
-                return super().main(args, *more, **extra)
-        return super().main(args, *more, **extra)
 
 
 def command(body: Callable[..., int | None]) -> Callable[..., None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 
 from spach_deploy.bundle.store import PAGE
 from spach_deploy.cli.console import ComputingCommand, command, say, show
-from spach_deploy.cli.interrupts import ending_on_interrupt
+from spach_deploy.cli.interrupts import ending_on_interrupt, what_is_kept
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.options.click_options import click_options
@@ -122,22 +121,19 @@ def _export(
 
     The same export that was done before comes from the cache, before torch is loaded.
     """
-    from spach_deploy.cli.keeping import TargetBefore
     from spach_deploy.pipeline.cache import ExportCache
+    from spach_deploy.pipeline.estimate import target_directory
 
-    with ending_on_interrupt(TargetBefore.of(options).sentence):
+    with ending_on_interrupt(what_is_kept(target_directory(options))):
         cache = ExportCache.of(options, is_used=is_cached)
         if (reused := cache.take(options, place)) is not None:
             show(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
-        from spach_deploy.cli.garbage import not_searched_while_loading
         from spach_deploy.pipeline.ahead import Ahead
 
-        with contextlib.ExitStack() as stack:
-            with not_searched_while_loading():
-                ahead = stack.enter_context(Ahead(options.engine.flavour))
-                from spach_deploy.cli.export_output import Progress, summary
-                from spach_deploy.pipeline.export import export
+        with Ahead(options.engine.flavour) as ahead:
+            from spach_deploy.cli.export_output import Progress, summary
+            from spach_deploy.pipeline.export import export
 
             with Progress(verbose=verbose) as progress:
                 result = export(options, progress, place=place, ahead=ahead)

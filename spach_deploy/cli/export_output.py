@@ -257,15 +257,19 @@ def _costs(found: DryRun) -> list[str]:
         return ["Time, memory and disk follow from the model, which is not known."]
     return [
         f"time        about {_seconds(found.seconds).strip()}, an estimate from exports on {MEASURED_CORES} cores",
-        f"memory      about {found.memory_bytes / 1e9:.1f} GB of {found.free_memory_bytes / 1e9:.1f} GB free"
+        f"memory      about {found.memory_bytes / 1e9:.1f} GB{_free(found.free_memory_bytes)}"
         f"{_shortened(found.memory_bytes, found.free_memory_bytes)}",
         f"disk        about {found.disk_bytes / 1e6:,.0f} MB of {found.free_disk_bytes / 1e6:,.0f} MB free"
         f"{_shortened(found.disk_bytes, found.free_disk_bytes)}",
     ]
 
 
-def _shortened(needed: float, free: int) -> str:
-    return ": NOT ENOUGH" if needed > free else ""
+def _free(memory_bytes: int | None) -> str:
+    return "" if memory_bytes is None else f" of {memory_bytes / 1e9:.1f} GB free"
+
+
+def _shortened(needed: float, free: int | None) -> str:
+    return ": NOT ENOUGH" if free is not None and needed > free else ""
 
 
 def _seconds(value: float | None) -> str:

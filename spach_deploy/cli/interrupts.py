@@ -4,25 +4,28 @@ Python raises KeyboardInterrupt at whatever the main thread happens to do. In a 
 garbage collector it is swallowed, and the import lock may stay locked, so that other threads wait for ever; in a class
 body it becomes a RuntimeError. All three were seen while torch was loading. So the signal is remembered: what ends the
 block after it counts as the interruption, and what does not end in time is ended.
+
+Until `quiet_until_a_command_begins` has run, Ctrl-C is a traceback: this module imports nothing but what Python has
+loaded by then.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
 
-from spach_deploy.cli.quiet import INTERRUPTED
-from spach_deploy.common.errors import printable
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from pathlib import Path
     from sys import UnraisableHookArgs
+    from types import FrameType, TracebackType
+    from typing import Any, NoReturn
+
+INTERRUPTED = 130
+"""Exit code."""
 
 NOTHING = "Nothing was written."
 _SHOW_CURSOR = "\x1b[?25h"
@@ -30,48 +33,101 @@ GRACE_S = 5.0
 """Seconds to stop a build and remove what was begun; counted from when the main thread is back in Python."""
 
 
+def quiet_until_a_command_begins() -> None:
+    """In one of our scripts, Ctrl-C while modules load, and after the command, is no traceback of Python's."""
+    if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: _exit_now("Interrupted.\n"))
+
+
+def _is_our_script() -> bool:
+    """Whether this process is one of the commands that pip installs, or `python -m` with a command's module."""
+    words = sys.orig_argv
+    is_module = len(words) > len(sys.argv) and words[-len(sys.argv) - 1] == "-m"
+    module = words[-len(sys.argv)] if is_module else ""
+    return os.path.basename(sys.argv[0]).startswith("spach-") or module.startswith("spach_deploy.cli.")
+
+
 def sentence(kept: str) -> str:
     """What the command says at its end."""
     return f"Interrupted. {kept}"
 
 
-@contextlib.contextmanager
-def ending_on_interrupt(kept: Callable[[], str], *, grace_s: float = GRACE_S) -> Iterator[None]:
+def what_is_kept(target: Path | None) -> Callable[[], str]:
+    """What says of the bundle `target`, at any time from now on, whether it is the earlier one, a new one or none.
+
+    A bundle moves into place in one step, so that another directory is a whole new one.
+    """
+    before = _inode(target)
+
+    def kept() -> str:
+        now = _inode(target)
+        if now != before:
+            return f"The new bundle was written before that: {target} is complete."
+        return NOTHING if now is None else f"Nothing was written; {target} is as it was."
+
+    return kept
+
+
+def _inode(path: Path | None) -> int | None:
+    try:
+        return None if path is None else path.stat().st_ino
+    except OSError:
+        return None
+
+
+def ending_on_interrupt(kept: Callable[[], str], *, grace_s: float = GRACE_S) -> AbstractContextManager[None]:
     """Raise KeyboardInterrupt(kept()) at the end of the block if Ctrl-C was pressed in it, however the block ended.
 
     `kept` says what is there now. If the process lives `grace_s` longer, or at a second Ctrl-C, it exits with 130.
     Does nothing where Ctrl-C is ignored (a shell's background job) or in another thread than the main one.
     """
-    previous = signal.getsignal(signal.SIGINT)
-    if previous in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupt = _Interrupt(kept, grace_s)
-    atexit.unregister(_leave_before_the_alarm)
-    atexit.register(_leave_before_the_alarm)  # before the heavy imports, so that it runs after what they register
-    hook = sys.unraisablehook
-    signal.signal(signal.SIGINT, interrupt)
-    sys.unraisablehook = _without_interrupts(hook)
-    try:
-        yield
-    except BaseException:
-        if not interrupt.happened:
-            raise
-    finally:
-        sys.unraisablehook = hook
-        signal.signal(signal.SIGINT, previous)
-    if interrupt.happened:
-        interrupt.told = True  # by whoever catches this
-        raise KeyboardInterrupt(kept())
+    return _Block(_Interrupt(kept, grace_s))
+
+
+class _Block:
+    def __init__(self, interrupt: _Interrupt) -> None:
+        self._interrupt = interrupt
+        self._previous: Any = None
+        self._hook: Any = None
+        self._is_deaf = False
+
+    def __enter__(self) -> None:
+        import atexit
+        import threading
+
+        self._previous = signal.getsignal(signal.SIGINT)
+        self._is_deaf = self._previous in (signal.SIG_IGN, None)
+        self._is_deaf |= threading.current_thread() is not threading.main_thread()
+        if self._is_deaf:
+            return
+        atexit.unregister(_leave_before_the_alarm)
+        atexit.register(_leave_before_the_alarm)  # before the heavy imports, so that it runs after what they register
+        self._hook = sys.unraisablehook
+        signal.signal(signal.SIGINT, self._interrupt)
+        sys.unraisablehook = _without_interrupts(self._hook)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_deaf:
+            return
+        sys.unraisablehook = self._hook
+        signal.signal(signal.SIGINT, self._previous)
+        if self._interrupt.happened:
+            self._interrupt.told = True  # by whoever catches this
+            raise KeyboardInterrupt(self._interrupt.kept()) from None
 
 
 class _Interrupt:
     """A handler of SIGINT that remembers."""
 
     def __init__(self, kept: Callable[[], str], grace_s: float) -> None:
+        from spach_deploy.common.errors import printable
+
         self.happened = False
         self.told = False
-        self._kept = kept
+        self.kept = kept
+        self._printable = printable
         self._grace_s = grace_s
 
     def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
@@ -84,19 +140,26 @@ class _Interrupt:
 
     def _end_now(self, *_: Any) -> NoReturn:
         """Without unwinding: what is left of this export is removed by the next one."""
-        if not self.told:
-            cursor = _SHOW_CURSOR if os.isatty(2) else ""
-            with contextlib.suppress(OSError):  # nobody reads it
-                os.write(2, f"{cursor}{printable(sentence(self._kept()))}\n".encode())
-        os._exit(INTERRUPTED)
+        cursor = _SHOW_CURSOR if os.isatty(2) else ""
+        _exit_now("" if self.told else f"{cursor}{self._printable(sentence(self.kept()))}\n")
+
+
+def _exit_now(text: str) -> NoReturn:
+    try:  # noqa: SIM105  (contextlib would have to be imported)
+        os.write(2, text.encode())
+    except OSError:  # nobody reads it
+        pass
+    os._exit(INTERRUPTED)
 
 
 def _leave_before_the_alarm() -> None:
     """Python's own end forgets handlers first and may take long: the alarm would kill it, with another exit code."""
     if signal.getitimer(signal.ITIMER_REAL)[0] > 0:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            try:  # noqa: SIM105
                 stream.flush()
+            except (OSError, ValueError):
+                pass
         os._exit(INTERRUPTED)
 
 

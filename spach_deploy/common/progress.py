@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import resource
 import time
@@ -76,7 +75,6 @@ class Phases:
         self.observer.started(name)
         start = time.perf_counter()
         yield
-        trim_heap()
         phase = Phase(name, time.perf_counter() - start, peak_resident_bytes())
         self.done.append(phase)
         self.observer.finished(phase)
@@ -95,10 +93,3 @@ class Phases:
 def peak_resident_bytes() -> int:
     """Largest resident size of this process so far, as Linux counts it."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system: glibc keeps it, and what is made next would come on top."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -19,6 +19,7 @@ from typing import Any
 
 from spach_deploy.common.errors import MissingPackageError, UnavailableError
 from spach_deploy.common.files import lock_file, private_folder
+from spach_deploy.common.threads import available_threads
 from spach_deploy.common.versions import refuse_old
 
 LOCAL = "local"
@@ -48,7 +49,7 @@ def connected(address: str) -> Iterator[Any]:
     """
     ray = import_ray()
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    local = {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))} if address == LOCAL else {}
+    local = {"include_dashboard": False, "num_cpus": available_threads()} if address == LOCAL else {}
     with contextlib.redirect_stdout(sys.stderr):
         try:
             ray.init(address=address, **quiet, **local)

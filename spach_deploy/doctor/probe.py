@@ -10,19 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from spach_deploy.common.processes import signal_name, start
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
 _CHILD = (
     "import importlib, json, sys; module, *arguments = sys.argv[1:];"
     "found = importlib.import_module(module).answer(*arguments);"
@@ -46,14 +44,8 @@ class Probe:
         self._started = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
         with contextlib.suppress(OSError):  # no memory left for a process: no answer
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=_environment(),
-                start_new_session=True,  # Ctrl-C at a terminal goes to the doctor, which then ends the child
-            )
+            command = [sys.executable, "-c", _CHILD, module, *arguments]
+            self._process = start(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> Self:
         return self
@@ -84,16 +76,9 @@ class Probe:
 def _parse(output: bytes, returncode: int) -> ProbeResult:
     """The last line; libraries may print others before it."""
     if returncode < 0:
-        with contextlib.suppress(ValueError):
-            return ProbeResult(None, f"it crashed ({signal.Signals(-returncode).name})")
+        return ProbeResult(None, f"it crashed ({signal_name(-returncode)})")
     try:
         content = json.loads(output.rsplit(b"\n", 1)[-1])
     except ValueError:
         return ProbeResult(None, f"it ended with exit code {returncode}")
     return ProbeResult(content) if isinstance(content, dict) else ProbeResult(None, "its answer cannot be read")
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with this package importable and nothing imported from the directory a user happens to stand in."""
-    path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

@@ -17,29 +17,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from spach_deploy.common import processes
 from spach_deploy.common.errors import BuildError, UsageError
 from spach_deploy.engine.compile import OnProgress, ProgressEvent
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.engine.network_facts import NetworkFacts
 from spach_deploy.engine.worker import Built, Failed, Request
 from spach_deploy.options.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
-from spach_deploy.runtime.pages import for_small_objects
 from spach_deploy.runtime.polygraphy_session import LogLine, summarize_warnings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _SHOWN_OUTPUT = 400
 _WORKER = "import sys; from spach_deploy.engine.worker import main; main(int(sys.argv[1]), sys.argv[2])"
 
@@ -114,7 +109,13 @@ class Builder:
     def __init__(self, flavour: Flavour) -> None:
         with contextlib.ExitStack() as stack:
             self.plan_fd, self.output_fd = (_memory_file(stack, name) for name in ("plan", "output"))
-            self.connection, self.process = _start_worker(stack, flavour, self.plan_fd, self.output_fd)
+            self.connection, self.process = processes.start_worker(
+                *(_WORKER, flavour.value),
+                stdout=self.output_fd,
+                stderr=self.output_fd,
+                pass_fds=(self.plan_fd,),
+            )
+            stack.callback(self.connection.close)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -134,8 +135,7 @@ class Builder:
 
     def end(self) -> None:
         """End the process, whatever it does."""
-        self.process.kill()
-        self.process.wait()
+        processes.end(self.process)
 
     def close(self) -> None:
         """Give back what is held for it, when nobody reads from it any more. Harmless when repeated."""
@@ -219,7 +219,7 @@ class RunningBuild:
 
     def _crash(self) -> BuildError:
         code = self._builder.process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        how = f"was ended by {processes.signal_name(-code)}" if code < 0 else f"ended with code {code}"
         words = " ".join(_contents(self._builder.output_fd).decode(errors="replace").split())[-_SHOWN_OUTPUT:]
         return BuildError(
             f"The process that built {self._name} with {self._target.flavour.value} {how}"
@@ -241,27 +241,3 @@ def _contents(descriptor: int) -> bytes:
     with open(os.dup(descriptor), "rb") as file:
         file.seek(0)
         return file.read()
-
-
-def _start_worker(
-    stack: contextlib.ExitStack, flavour: Flavour, plan_fd: int, output_fd: int
-) -> tuple[Connection, subprocess.Popen[bytes]]:
-    ours, theirs = Pipe()
-    stack.callback(ours.close)
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(theirs.fileno()), flavour.value],
-            stdin=subprocess.DEVNULL,
-            stdout=output_fd,
-            stderr=output_fd,
-            pass_fds=(plan_fd, theirs.fileno()),
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C at a terminal goes to this process, which then ends the worker
-        )
-    return ours, process
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with this package importable and nothing imported from the directory a user happens to stand in."""
-    path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
-    return for_small_objects({**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})

@@ -32,7 +32,6 @@ from spach_deploy.graph.names import name_by_module
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.options.specs import OPSET
 from spach_deploy.rewrites.static_modules import StaticSpach
-from spach_deploy.runtime.pages import small_pages
 
 if TYPE_CHECKING:
     from onnx_ir import Graph
@@ -132,8 +131,7 @@ def simplify(model: ModelProto) -> ModelProto:
     """onnxsim's constant folding and fusions; CertificateError when its own check fails."""
     import onnxsim
 
-    with small_pages():
-        simplified, equal = onnxsim.simplify(model, check_n=0)
+    simplified, equal = onnxsim.simplify(model, check_n=0)
     if not equal:
         raise CertificateError("onnxsim's simplified graph differs from the exported one.")
     result: ModelProto = simplified

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 from spach_deploy.bundle.store import check_target, default_directory
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.files import Destination
+from spach_deploy.common.resources import find_memory
+from spach_deploy.common.threads import available_threads
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import check_spec, resolve
@@ -72,7 +73,8 @@ class DryRun:
     """What an export would do. `refusals`: what would stop it, as it would be said; `exit_code` is the first one's.
 
     `notes`: what is said of the checkpoint.
-    `seconds`, `memory_bytes`, `disk_bytes` are estimates, None where the model is not known yet.
+    `seconds`, `memory_bytes`, `disk_bytes` are estimates, None where the model is not known yet; `free_memory_bytes` is
+    None where the system does not tell.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -82,7 +84,7 @@ class DryRun:
     seconds: float | None
     memory_bytes: float | None
     disk_bytes: float | None
-    free_memory_bytes: int
+    free_memory_bytes: int | None
     free_disk_bytes: int
     refusals: tuple[SpachError, ...]
 
@@ -133,6 +135,7 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts |
     macs, parameters, size = _model(options)
     target = _target(options)
     is_reused = _is_reused(asked, is_cached=is_cached) if not refusals else False
+    memory = find_memory()
     steps = () if is_reused else tuple(_steps(options, flavour is not None, calibration, macs))
     return DryRun(
         facts=tuple(_facts(options, flavour, images, calibration, target)),
@@ -142,7 +145,7 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts |
         seconds=1.0 if is_reused else _in_all(steps, options) if macs is not None else None,
         memory_bytes=None if parameters is None else _BASE_BYTES + _BYTES_PER_PARAMETER * parameters,
         disk_bytes=None if parameters is None else _disk(options, flavour is not None, parameters, size),
-        free_memory_bytes=_free_memory(),
+        free_memory_bytes=None if memory is None else memory.available_bytes,
         free_disk_bytes=shutil.disk_usage(_existing(target or Path.cwd())).free,
         refusals=tuple(refusals),
     )
@@ -265,7 +268,7 @@ def _is_reused(options: ExportOptions, *, is_cached: bool) -> bool:
 
 
 def _steps(options: ExportOptions, has_engine: bool, images: int | None, macs: float | None) -> Iterator[EstimatedStep]:
-    cores = max(1, len(os.sched_getaffinity(0)))
+    cores = available_threads()
     for name, (base, slope) in _SECONDS.items():
         if name == "calibrate" and not options.precision.is_quantized:
             continue
@@ -318,12 +321,3 @@ def _number(path: Path | None, count: int | None, otherwise: str) -> str:
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)
-
-
-def _free_memory() -> int:
-    pages, page = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return pages * page

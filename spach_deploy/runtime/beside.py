@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from spach_deploy.common.errors import SpachError
+from spach_deploy.common.processes import end_with
 from spach_deploy.common.threads import available_threads, torch_threads
-from spach_deploy.runtime.parent import end_with
 
 if TYPE_CHECKING:
     from typing_extensions import Self

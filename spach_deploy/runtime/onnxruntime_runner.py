@@ -21,7 +21,6 @@ from spach_deploy.common.errors import MissingPackageError, UnavailableError, Us
 from spach_deploy.common.files import naming_tmpdir, utf8_path
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
-from spach_deploy.runtime.pages import small_pages
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -51,7 +50,7 @@ def saved_graph(*messages: ModelProto) -> Iterator[Path]:
 
 
 def _save(messages: tuple[ModelProto, ...], path: Path) -> None:
-    with path.open("wb") as light, (path.parent / _WEIGHTS).open("wb") as weights, small_pages():
+    with path.open("wb") as light, (path.parent / _WEIGHTS).open("wb") as weights:
         for message in messages:
             for part in _parts(message, weights):
                 light.write(part.SerializeToString())
@@ -65,9 +64,8 @@ def save_model(model: ModelProto, path: Path) -> None:
 
 def write_graph(model: ModelProto, file: IO[bytes]) -> None:
     """Write the message in parts, weights one by one."""
-    with small_pages():
-        for part in _parts(model):
-            file.write(part.SerializeToString())
+    for part in _parts(model):
+        file.write(part.SerializeToString())
 
 
 def _parts(model: ModelProto, weights: IO[bytes] | None = None) -> Iterator[ModelProto]:

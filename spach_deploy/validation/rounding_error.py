@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.options.specs import Precision
-from spach_deploy.runtime.products import fast_products
 from spach_deploy.validation.activations import Outputs, recording_activations
 
 if TYPE_CHECKING:
@@ -63,13 +62,12 @@ def evaluate(
     import torch
 
     if arithmetic is StorageFormat.FP32:
-        with torch.inference_mode(), fast_products(), recording_activations(model, parts):
+        with torch.inference_mode(), recording_activations(model, parts):
             exact: Float32Array = model(torch.from_numpy(images)).numpy()
         return exact
     rounding = _ROUNDINGS[arithmetic]
     with (
         torch.inference_mode(),
-        fast_products(),
         converting(model, rounding),
         rounding_outputs(model, rounding),
         recording_activations(model, parts),
@@ -84,7 +82,6 @@ def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None 
 
     with (
         torch.inference_mode(),
-        fast_products(),
         converting(model, lambda tensor: tensor.double()),
         recording_activations(model, parts),
     ):

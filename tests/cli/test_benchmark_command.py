@@ -84,7 +84,7 @@ def _first_worker(pid: int) -> int:
         for child in map(int, children.read_text().split()):
             command = Path(f"/proc/{child}/cmdline").read_text()
             ticks = sum(map(int, Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]))
-            if "spawn_main" in command and ticks > 1.5 * os.sysconf("SC_CLK_TCK"):
+            if "worker" in command and ticks > 1.5 * os.sysconf("SC_CLK_TCK"):
                 found.append(child)
         return bool(found)
 

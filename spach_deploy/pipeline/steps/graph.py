@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto
 
 from spach_deploy.bundle.store import default_directory
 from spach_deploy.common.errors import ImageError, MismatchError, MissingPackageError, SpachError, UsageError
-from spach_deploy.common.progress import Phases, trim_heap
+from spach_deploy.common.progress import Phases
 from spach_deploy.common.versions import refuse_unfit_packages
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import normalize, to_input
@@ -321,10 +321,7 @@ def _measured(
     described = f"the {len(feeds)} built-in photographs"
     if not photographs.built_in and is_half:
         described = _measure_users_images(meter, photographs, io_dtype, phases)
-    ranges = meter.ranges(described)
-    del meter  # its session holds the weights a second time
-    trim_heap()
-    return ranges, errors
+    return meter.ranges(described), errors
 
 
 def _parts(count: int) -> list[tuple[int, int]]:

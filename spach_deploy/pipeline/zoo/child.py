@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
-from spach_deploy.runtime.parent import end_with
+from spach_deploy.common.processes import end_with, signal_name, start
 
-_PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 _GRACE_S = 8.0
 """An export that is interrupted ends within five seconds."""
 
@@ -45,7 +44,7 @@ class ProcessEnd:
         if errors:
             return errors[-1]
         if self.code < 0:
-            return f"Ended by {_signal_name(-self.code)}{_REASONS.get(-self.code, '.')}"
+            return f"Ended by {signal_name(-self.code)}{_REASONS.get(-self.code, '.')}"
         return f"Ended with exit code {self.code}{f', saying: {self.said[-1]}' if self.said else ' without a word.'}"
 
 
@@ -54,13 +53,6 @@ _REASONS: dict[int, str] = {
     signal.SIGSEGV: ": a crash in native code.",
     signal.SIGABRT: ": a crash in native code.",
 }
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 class RunningExport(Protocol):
@@ -92,15 +84,13 @@ class ExportProcess:
             if cores:
                 os.sched_setaffinity(0, cores)
 
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.DEVNULL,
+        self._process = start(
+            command,
             stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
-            cwd=folder,
-            env=environment(None if cores is None else len(cores)),
-            start_new_session=True,  # Ctrl-C at a terminal goes to this process, which then ends the others
-            preexec_fn=prepare,
+            stderr=self._stderr.fileno(),
+            threads=None if cores is None else len(cores),
+            folder=folder,
+            first=prepare,
         )
 
     def poll(self) -> ProcessEnd | None:
@@ -142,10 +132,3 @@ def _end_with_parent(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored where this runs in a shell's background
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     end_with(parent, signal.SIGINT)
-
-
-def environment(threads: int | None) -> dict[str, str]:
-    """Ours, with this package importable, nothing imported from where a user stands, and `threads` to compute with."""
-    path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
-    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **limit}

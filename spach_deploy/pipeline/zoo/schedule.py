@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from spach_deploy.common.resources import find_memory
+from spach_deploy.common.threads import available_threads
 from spach_deploy.pipeline.zoo.child import ProcessEnd, RunningExport
 from spach_deploy.pipeline.zoo.plan import Build
 
@@ -44,7 +45,7 @@ class Limits:
         """
         memory = find_memory()
         free = None if memory is None else _MEMORY_SHARE * memory.available_bytes
-        return cls(max(1, min(jobs or len(os.sched_getaffinity(0)), builds)), free)
+        return cls(max(1, min(jobs or available_threads(), builds)), free)
 
     def allow(self, build: Build, running: Sequence[Build]) -> bool:
         """Whether `build` may begin beside those that run."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.pipeline.zoo.child import ExportProcess, ProcessEnd, environment
+from spach_deploy.common.processes import environment
+from spach_deploy.pipeline.zoo.child import ExportProcess, ProcessEnd
 from tests.commands import ROOT
 
 PATIENCE_S = 30.0
