@@ -79,8 +79,8 @@ def test_an_interrupted_one_may_clean_up_and_a_deaf_one_is_killed(monkeypatch: p
 CHILD = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w', 1)); time.sleep(60)"
 PARENT = f"""
 import sys, time
-from spach_deploy.pipeline.zoo.child import Child
-child = Child([sys.executable, "-c", {CHILD!r}, sys.argv[1]])
+from spach_deploy.pipeline.zoo.child import ExportProcess
+child = ExportProcess([sys.executable, "-c", {CHILD!r}, sys.argv[1]])
 time.sleep(60)
 """
 
