@@ -64,20 +64,20 @@ def _declared(option: Option) -> Iterator[tuple[list[str], dict[str, Any]]]:
             yield [f"--{choice}"], {"flag_value": choice, "multiple": True, "help": text}
         return
     flags = [f"{option.flag}/{option.off_flag}"] if option.off_flag else option.flags.split()
-    more = {"help": _help(option), "metavar": option.metavar, "required": option.is_required, "default": option.default}
-    yield flags, {**more, **_typed(option)}
+    more = {"help": _help(option), "metavar": option.metavar, "required": option.is_required, **_typed(option)}
+    yield flags, more if option.default is None else {**more, "default": option.default}
 
 
 def _typed(option: Option) -> dict[str, Any]:
     match option.kind:
         case Kind.FLAG:
-            return {"is_flag": True, "default": False}
+            return {"is_flag": True}
         case Kind.ADDRESS:
             return {"is_flag": False, "flag_value": "local"}
         case Kind.REPEATED:
             return {"multiple": True, "type": click.Choice(option.choices) if option.choices else str}
         case Kind.SWITCH:
-            return {}
+            return {"default": None}
     return {"type": _type(option)}
 
 

@@ -190,3 +190,12 @@ def test_a_value_goes_into_its_field_alone() -> None:
     after = with_value(before, "model.hyperparameters.heads", 6)
     assert after.model.hyperparameters.given() == {"heads": 6}
     assert with_value(after, "model.hyperparameters.heads", None) == before
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_a_command_needs_is_asked_for(name: str) -> None:
+    arguments = ["x" for parameter in MAINS[name].params if isinstance(parameter, click.Argument)]
+    for option in (option for option in options_of(name) if option.is_required):
+        result = CliRunner().invoke(MAINS[name], arguments, prog_name=name)
+        assert result.exit_code == 2
+        assert "Missing option '-o' / '--output'" in result.stderr, option
