@@ -7,29 +7,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+import onnx_ir as ir
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.edit import constant, mark_float32
-from spach_deploy.graph.export import BATCH, INPUT, LOGITS
+from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, new_node
+from spach_deploy.graph.export import BATCH, INPUT
 from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
 
 PROBABILITIES, TOP_VALUES, TOP_INDICES = "probabilities", "top_values", "top_indices"
 
 
-def add_interface(model: ModelProto, outputs: OutputSpec, preprocessing: Preprocessing) -> None:
+def add_interface(model: ir.Model, outputs: OutputSpec, preprocessing: Preprocessing) -> None:
     """Add what `outputs` asks for to the canonical FP32 graph, in place."""
     if outputs.io_dtype is IODtype.UINT8:
         _take_pixels(model, preprocessing)
-    classes = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    classes = _classes(model)
     check_outputs(outputs, classes)
     if outputs.softmax:
         _add_softmax(model, classes)
     if outputs.top_k is not None:
-        _add_top_k(model, outputs.top_k, classes)
+        _add_top_k(model, outputs.top_k)
+
+
+def _classes(model: ir.Model) -> int:
+    shape = model.graph.outputs[0].shape
+    assert shape is not None
+    return int(shape[1])  # type: ignore[arg-type]
 
 
 def check_outputs(outputs: OutputSpec, classes: int) -> None:
@@ -39,40 +43,39 @@ def check_outputs(outputs: OutputSpec, classes: int) -> None:
         raise UsageError(f"--top-k {k} of {classes} classes does not exist.", f"Give a number from 1 to {classes}.")
 
 
-def _take_pixels(model: ModelProto, preprocessing: Preprocessing) -> None:
+def _take_pixels(model: ir.Model, preprocessing: Preprocessing) -> None:
     """uint8 (B, H, W, 3) -> (x - 255 mean) / (255 std) -> (B, 3, H, W), in FP32: pixels are not exact in half."""
     graph, size = model.graph, preprocessing.image_size
     mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
-    graph.initializer.append(constant("io.offset", (255.0 * mean).astype(np.float32)))
-    graph.initializer.append(constant("io.scale", (1.0 / (255.0 * std)).astype(np.float32)))
-    for node in graph.node:
-        node.input[:] = ["io/normalized" if name == INPUT else name for name in node.input]
-    nodes = [
-        _node("Cast", [INPUT], "io/float", to=TensorProto.FLOAT),
-        _node("Sub", ["io/float", "io.offset"], "io/centred"),
-        _node("Mul", ["io/centred", "io.scale"], "io/scaled"),
-        _node("Transpose", ["io/scaled"], "io/normalized", perm=[0, 3, 1, 2]),
-    ]
-    rest = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*(mark_float32(node) for node in nodes[:3]), nodes[3], *rest])
-    del graph.input[:]
-    graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.UINT8, [BATCH, size, size, 3]))
+    offset = constant(graph, "io.offset", (255.0 * mean).astype(np.float32))
+    scale = constant(graph, "io.scale", (1.0 / (255.0 * std)).astype(np.float32))
+    pixels = ir.val(INPUT, ir.DataType.UINT8, [BATCH, size, size, 3])
+    writer = NodeWriter("io")
+    centred = writer.add("Sub", "centred", writer.add("Cast", "float", pixels, to=ir.DataType.FLOAT.value), offset)
+    scaled = writer.add("Mul", "scaled", centred, scale)
+    mark_float32(*writer.nodes)
+    normalized = writer.add("Transpose", "normalized", scaled, perm=[0, 3, 1, 2])
+    graph.inputs[0].replace_all_uses_with(normalized)
+    graph.inputs[0] = pixels
+    graph[0].prepend(writer.nodes)
 
 
-def _add_softmax(model: ModelProto, classes: int) -> None:
-    model.graph.node.append(mark_float32(_node("Softmax", [LOGITS], "io/Softmax", PROBABILITIES, axis=-1)))
-    model.graph.output.append(helper.make_tensor_value_info(PROBABILITIES, TensorProto.FLOAT, [BATCH, classes]))
+def _add_softmax(model: ir.Model, classes: int) -> None:
+    node = new_node("Softmax", [model.graph.outputs[0]], "io/Softmax", [PROBABILITIES], axis=-1)
+    _add_output_node(model.graph, node, [(ir.DataType.FLOAT, classes)])
 
 
-def _add_top_k(model: ModelProto, k: int, classes: int) -> None:
+def _add_top_k(model: ir.Model, k: int) -> None:
     graph = model.graph
-    graph.initializer.append(constant("io.top_k", np.array([k], np.int64)))
-    node = helper.make_node("TopK", [LOGITS, "io.top_k"], [TOP_VALUES, TOP_INDICES], name="io/TopK", axis=-1)
-    graph.node.append(mark_float32(node))
-    graph.output.append(helper.make_tensor_value_info(TOP_VALUES, TensorProto.FLOAT, [BATCH, k]))
-    graph.output.append(helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, [BATCH, k]))
+    inputs = [graph.outputs[0], constant(graph, "io.top_k", [k])]
+    node = new_node("TopK", inputs, "io/TopK", [TOP_VALUES, TOP_INDICES], axis=-1)
+    _add_output_node(graph, node, [(ir.DataType.FLOAT, k), (ir.DataType.INT64, k)])
 
 
-def _node(op_type: str, inputs: list[str], name: str, output: str = "", **options: Any) -> NodeProto:
-    return helper.make_node(op_type, inputs, [output or name], name=name, **options)
+def _add_output_node(graph: ir.Graph, node: ir.Node, outputs: list[tuple[ir.DataType, int]]) -> None:
+    """A node in FP32 whose outputs, of these types and widths, are the graph's too."""
+    mark_float32(node)
+    graph.append(node)
+    for value, (kind, width) in zip(node.outputs, outputs, strict=True):
+        value.dtype, value.shape = kind, ir.Shape([BATCH, width])
+        graph.outputs.append(value)

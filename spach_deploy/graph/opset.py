@@ -18,24 +18,22 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import TensorProto, helper
 from onnx.defs import OpSchema
 
 from spach_deploy.common.errors import UnavailableError, UsageError
-from spach_deploy.graph.edit import (
-    attributes,
+from spach_deploy.graph.editing import (
+    NodeWriter,
+    array_of,
     constant,
-    initializers,
     mark_float32,
     remove_unused_initializers,
     replace_nodes,
 )
 from spach_deploy.options.specs import ExportOptions, Precision
 
-Convert = Callable[[GraphProto, NodeProto], list[NodeProto]]
-
-_OWN = ("", "ai.onnx")
-"""Spellings of ONNX's own domain."""
+Convert = Callable[[ir.Graph, ir.Node], None]
 
 FP8_OPSET = 21
 """ONNX Runtime has FP8 from 1.20 on at this opset, at 20 from 1.32 on."""
@@ -44,56 +42,54 @@ _OTHER_MEANINGS = {"GroupNormalization": 21}
 """Operators whose meaning changed with an opset, their form staying: scale and bias by channel, which were by group."""
 
 
-def opset_of(model: ModelProto) -> int:
+def opset_of(model: ir.Model) -> int:
     """Version of ONNX's own operators."""
-    return int(next(entry.version for entry in model.opset_import if entry.domain in _OWN))
+    return model.opset_imports[""]
 
 
-def set_opset(model: ModelProto, opset: int) -> None:
+def set_opset(model: ir.Model, opset: int) -> None:
     """Write the header for `opset`, in place, with the lowest IR version that it has; nodes stay as they are."""
-    for entry in model.opset_import:
-        if entry.domain in _OWN:
-            entry.version = opset
-    model.ir_version = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
+    model.opset_imports[""] = opset
+    entries = [helper.make_opsetid(*entry) for entry in model.opset_imports.items()]
+    model.ir_version = helper.find_min_ir_version_for(entries, ignore_unknown=True)
 
 
-def raise_opset(model: ModelProto, opset: int) -> None:
+def raise_opset(model: ir.Model, opset: int) -> None:
     """`opset` at least. Raises UsageError for an operator that means something else from there on."""
     before = opset_of(model)
-    for node in model.graph.node:
+    for node in model.graph:
         if before < _OTHER_MEANINGS.get(node.op_type, 0) <= opset:
             raise UsageError(f"{node.op_type} ({node.name}) means something else in opset {opset}.", "Use --fp16.")
     set_opset(model, max(before, opset))
 
 
-def convert_opset(model: ModelProto, opset: int, types: Mapping[str, int]) -> None:
+def convert_opset(model: ir.Model, opset: int, types: Mapping[str, int]) -> None:
     """Write `model` in another opset, in place. `types`: the element type of every tensor, as ONNX numbers them.
 
     Raises UsageError that names an operator which that opset does not have.
     """
-    graph = model.graph
     if opset > opset_of(model):
         raise_opset(model, opset)
     rules = {name: rule for name, (since, rule) in _RULES.items() if opset < since}
-    changed = {index: node for index, node in enumerate(graph.node) if node.op_type in rules}
-    replace_nodes(graph, {index: rules[node.op_type](graph, node) for index, node in changed.items()})
-    remove_unused_initializers(graph)
+    for node in [node for node in model.graph if node.op_type in rules]:
+        rules[node.op_type](model.graph, node)
+    remove_unused_initializers(model.graph)
     set_opset(model, opset)
     check_operators(model, types)
 
 
-def check_operators(model: ModelProto, types: Mapping[str, int]) -> None:
+def check_operators(model: ir.Model, types: Mapping[str, int]) -> None:
     """UsageError that names the first operator which the graph's opset does not have, or not with such types.
 
     Tensors that `types` does not know are float.
     """
     opset = opset_of(model)
-    for node in model.graph.node:
+    for node in model.graph:
         if not _is_in(opset, node, types):
             raise _refusal(node, types, opset)
 
 
-def _refusal(node: NodeProto, types: Mapping[str, int], opset: int) -> UsageError:
+def _refusal(node: ir.Node, types: Mapping[str, int], opset: int) -> UsageError:
     later = range(opset + 1, onnx.defs.onnx_opset_version() + 1)
     needed = next((version for version in later if _is_in(version, node, types)), None)
     said = f"{node.op_type} ({node.name}) is not in opset {opset} as this graph has it"
@@ -102,22 +98,22 @@ def _refusal(node: NodeProto, types: Mapping[str, int], opset: int) -> UsageErro
     return UsageError(f"{said}: it needs opset {needed}.", f"Give --opset {needed} or more, or leave it out.")
 
 
-def _is_in(opset: int, node: NodeProto, types: Mapping[str, int]) -> bool:
+def _is_in(opset: int, node: ir.Node, types: Mapping[str, int]) -> bool:
     """Whether the operator of that opset takes the node's attributes, and its inputs with their types."""
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
         return False
-    known = all(attribute.name in schema.attributes for attribute in node.attribute)
-    counted = schema.min_input <= len(node.input) <= schema.max_input
+    known = all(name in schema.attributes for name in node.attributes)
+    counted = schema.min_input <= len(node.inputs) <= schema.max_input
     return known and counted and not schema.deprecated and all(_types_fit(schema, node, types))
 
 
-def _types_fit(schema: OpSchema, node: NodeProto, types: Mapping[str, int]) -> Iterator[bool]:
-    for index, name in enumerate(node.input):
-        if name:
+def _types_fit(schema: OpSchema, node: ir.Node, types: Mapping[str, int]) -> Iterator[bool]:
+    for index, value in enumerate(node.inputs):
+        if value is not None:
             formal = schema.inputs[min(index, len(schema.inputs) - 1)]
-            yield _spelt(types.get(name, TensorProto.FLOAT)) in formal.types
+            yield _spelt(types.get(value.name or "", TensorProto.FLOAT)) in formal.types
 
 
 def _spelt(kind: int) -> str:
@@ -175,10 +171,10 @@ def _check_runtime(opset: int) -> None:
 
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "smallest", ends[:1], ends[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model = ir.from_proto(helper.make_model(graph))
     set_opset(model, opset)
     try:
-        with OnnxRuntimeRunner(model.SerializeToString()):
+        with OnnxRuntimeRunner(ir.to_proto(model).SerializeToString()):
             return
     except UsageError as error:
         raise UnavailableError(
@@ -187,51 +183,31 @@ def _check_runtime(opset: int) -> None:
         ) from error
 
 
-def _gelu(graph: GraphProto, node: NodeProto) -> list[NodeProto]:
+def _gelu(graph: ir.Graph, node: ir.Node) -> None:
     """0.5 x (1 + Erf(x / sqrt 2)): Gelu's own definition. Gelu by tanh stays, and is refused."""
-    if attributes(node).get("approximate", b"none") != b"none":
-        return [node]
-    known = initializers(graph)
-    for name, value in (("gelu.scale", np.sqrt(0.5)), ("gelu.one", 1.0), ("gelu.half", 0.5)):
-        if name not in known:
-            graph.initializer.append(constant(name, np.array(value, np.float32)))
-    x, stem = node.input[0], node.name
-    steps = (
-        ("Mul", "scaled", x, "gelu.scale"),
-        ("Erf", "erf", f"{stem}/scaled"),
-        ("Add", "shifted", f"{stem}/erf", "gelu.one"),
-        ("Mul", "doubled", x, f"{stem}/shifted"),
-        ("Mul", "halved", f"{stem}/doubled", "gelu.half"),
-    )
-    nodes = [
-        mark_float32(helper.make_node(operator, inputs, [f"{stem}/{label}"], name=f"{stem}/{label}"))
-        for operator, label, *inputs in steps
-    ]
-    nodes[-1].output[0] = node.output[0]
-    return nodes
+    if node.attributes.get_string("approximate", "none") != "none":
+        return
+    values = {"scale": np.sqrt(0.5), "one": 1.0, "half": 0.5}
+    scale, one, half = (constant(graph, f"gelu.{label}", np.float32([value])) for label, value in values.items())
+    x, writer = node.inputs[0], NodeWriter(node.name or "")
+    erf = writer.add("Erf", "erf", writer.add("Mul", "scaled", x, scale))
+    doubled = writer.add("Mul", "doubled", x, writer.add("Add", "shifted", erf, one))
+    writer.add("Mul", "halved", doubled, half)
+    mark_float32(*writer.nodes)
+    replace_nodes([node], writer.nodes)
 
 
-def _reduce_mean(graph: GraphProto, node: NodeProto) -> list[NodeProto]:
+def _reduce_mean(_graph: ir.Graph, node: ir.Node) -> None:
     """Without constant axes it stays, and is refused."""
-    axes = initializers(graph).get(node.input[1]) if len(node.input) == 2 else None
-    if axes is None:
-        return [node]
-    twin = _without(node, "noop_with_empty_axes")
-    del twin.input[1:]
-    twin.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(axes).tolist()))
-    return [twin]
+    axes = array_of(node.inputs[1]) if len(node.inputs) == 2 else None
+    if axes is not None:
+        node.resize_inputs(1)
+        node.attributes.pop("noop_with_empty_axes", None)
+        node.attributes.add(ir.AttrInt64s("axes", axes.tolist()))
 
 
-def _split(graph: GraphProto, node: NodeProto) -> list[NodeProto]:
-    return [_without(node, "num_outputs")]
-
-
-def _without(node: NodeProto, attribute: str) -> NodeProto:
-    twin = NodeProto()
-    twin.CopyFrom(node)
-    del twin.attribute[:]
-    twin.attribute.extend(entry for entry in node.attribute if entry.name != attribute)
-    return twin
+def _split(_graph: ir.Graph, node: ir.Node) -> None:
+    node.attributes.pop("num_outputs", None)
 
 
 _RULES: dict[str, tuple[int, Convert]] = {"Gelu": (20, _gelu), "ReduceMean": (18, _reduce_mean), "Split": (18, _split)}

@@ -1,6 +1,7 @@
 """ONNX -> ONNX passes that give the graph its target's form: one per file, in this order.
 
-Each works in place and returns the names of what it changed. The graph is run before and after them.
+Each is a function that works in place and returns the names of what it changed; a `Pass` makes an `onnx_ir` pass of it.
+The graph is run before and after them.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 
-from onnx import ModelProto
+import onnx_ir as ir
 
+from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph.passes.first_norm import spell_first_norm
 from spach_deploy.graph.passes.group_norm import split_group_norm, split_group_norm_for_cpu
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
@@ -17,13 +19,29 @@ from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
 from spach_deploy.graph.passes.tokens_first import tokens_first
 
 
+@dataclasses.dataclass
+class PassResult(ir.passes.PassResult):
+    """The model, whether it was modified, and the names of what changed."""
+
+    changed: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class Pass(ir.passes.InPlacePass):
     """A named pass."""
 
     name: str
     summary: str
-    apply: Callable[[ModelProto], tuple[str, ...]]
+    apply: Callable[[ir.Model], tuple[str, ...]]
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite `model` in place. Raises CertificateError that names the pass and chains what went wrong in it."""
+        try:
+            changed = self.apply(model)
+        except Exception as error:
+            what = f"The pass {self.name} does not know a graph like this one: {type(error).__name__}: {error}"
+            raise CertificateError(f"{what}.", f"Leave it out: --no-rewrite {self.name}.") from error
+        return PassResult(model, bool(changed), changed)
 
 
 TENSORRT_PASSES: tuple[Pass, ...] = (
@@ -46,7 +64,7 @@ CPU_INT8_PASSES: tuple[Pass, ...] = (
 
 
 def apply_passes(
-    model: ModelProto, passes: tuple[Pass, ...], disabled: Collection[str] = ()
+    model: ir.Model, passes: tuple[Pass, ...], disabled: Collection[str] = ()
 ) -> dict[str, tuple[str, ...]]:
     """Run the passes that are not `disabled` on `model`, in place; what each changed."""
-    return {step.name: step.apply(model) for step in passes if step.name not in disabled}
+    return {step.name: step.call(model).changed for step in passes if step.name not in disabled}

@@ -11,51 +11,44 @@ On a grid stream, in models of MLP blocks, the compiler needs a kernel more for 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import attributes, constant, mark_float32, replace_nodes, shapes_at_batch_one
+from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, replace_nodes, shapes_at_batch_one
 
 NAME = "spell_first_norm"
 _NODE = "norm1/LayerNormalization"
 
 
-def spell_first_norm(model: ModelProto) -> tuple[str, ...]:
+def spell_first_norm(model: ir.Model) -> tuple[str, ...]:
     """Spell out the norm behind the stem, in place; its name, or nothing where tokens travel as a grid."""
-    graph = model.graph
-    for index, node in enumerate(graph.node):
-        if node.name == _NODE:
-            shape = shapes_at_batch_one(model)[node.input[0]]
-            if len(shape) == 3:
-                replace_nodes(graph, {index: _spelt_out(graph, node, *shape[1:])})
-                return (node.name,)
-    return ()
+    norm = next((node for node in model.graph if node.name == _NODE), None)
+    if norm is None or norm.inputs[0] is None:
+        return ()
+    shape = shapes_at_batch_one(model)[norm.inputs[0].name or ""]
+    if len(shape) != 3:
+        return ()
+    replace_nodes([norm], _spelt_out(model.graph, norm, *shape[1:]))
+    return (_NODE,)
 
 
-def _spelt_out(graph: GraphProto, norm: NodeProto, tokens: int, channels: int) -> list[NodeProto]:
+def _spelt_out(graph: ir.Graph, norm: ir.Node, tokens: int, channels: int) -> list[ir.Node]:
     """Nodes from the norm's input, (B, N, C), to its output."""
-    x, weight, bias = norm.input
-    views = {"view": [-1, tokens, 1, channels], "statistics": [-1, tokens, 1], "axis": [-1]}
-    graph.initializer.extend(constant(f"norm1.{label}", np.array(value, np.int64)) for label, value in views.items())
-    epsilon = np.array(attributes(norm).get("epsilon", 1e-5), np.float32)
-    graph.initializer.append(constant("norm1.epsilon", epsilon))
-    view = helper.make_node("Reshape", [x, "norm1.view"], ["norm1/view"], name="norm1/view")
-    nodes: list[NodeProto] = []
-
-    def add(op_type: str, label: str, *inputs: str, **options: Any) -> str:
-        output = f"norm1/{label}"
-        nodes.append(mark_float32(helper.make_node(op_type, list(inputs), [output], name=output, **options)))
-        return output
-
-    mean = add("ReduceMean", "mean", view.output[0], "norm1.axis", keepdims=1)
-    centred = add("Sub", "centred", view.output[0], mean)
-    variance = add("ReduceMean", "variance", add("Mul", "squares", centred, centred), "norm1.axis", keepdims=1)
-    deviation = add("Sqrt", "deviation", add("Add", "variance_eps", variance, "norm1.epsilon"))
-    means = add("Reshape", "means", mean, "norm1.statistics")
-    deviations = add("Reshape", "deviations", deviation, "norm1.statistics")
+    x, weight, bias = norm.inputs
+    view = constant(graph, "norm1.view", [-1, tokens, 1, channels])
+    statistics = constant(graph, "norm1.statistics", [-1, tokens, 1])
+    axis = constant(graph, "norm1.axis", [-1])
+    epsilon = constant(graph, "norm1.epsilon", np.array(norm.attributes.get_float("epsilon", 1e-5), np.float32))
+    writer = NodeWriter("norm1")
+    add = writer.add
+    rows = add("Reshape", "view", x, view)
+    mean = add("ReduceMean", "mean", rows, axis, keepdims=1)
+    centred = add("Sub", "centred", rows, mean)
+    variance = add("ReduceMean", "variance", add("Mul", "squares", centred, centred), axis, keepdims=1)
+    deviation = add("Sqrt", "deviation", add("Add", "variance_eps", variance, epsilon))
+    means = add("Reshape", "means", mean, statistics)
+    deviations = add("Reshape", "deviations", deviation, statistics)
     normalized = add("Div", "normalized", add("Sub", "difference", x, means), deviations)
     add("Add", "shifted", add("Mul", "scaled", normalized, weight), bias)
-    nodes[-1].output[0] = norm.output[0]
-    return [view, *nodes]
+    mark_float32(*writer.nodes[1:])
+    return writer.nodes

@@ -27,27 +27,25 @@ decomposed normalization keeps no FP32 statistics of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import (
-    attributes,
+from spach_deploy.graph.editing import (
+    NodeWriter,
+    array_of,
     constant,
-    consumers,
-    initializers,
+    is_transpose,
     mark_float32,
-    producers,
     remove_unused_initializers,
     replace_nodes,
     shapes_at_batch_one,
 )
 from spach_deploy.graph.names import owner
-from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_LAST, is_transpose
+from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_LAST
 
 
-def split_group_norm(model: ModelProto) -> tuple[str, ...]:
+def split_group_norm(model: ir.Model) -> tuple[str, ...]:
     """Rewrite every GroupNorm(1) that a transpose to channels-last follows, in place; modules that changed.
 
     The exporter writes GroupNorm as Reshape, InstanceNormalization, Reshape, Mul, Add.
@@ -55,122 +53,109 @@ def split_group_norm(model: ModelProto) -> tuple[str, ...]:
     return _split(model, for_cpu=False)
 
 
-def split_group_norm_for_cpu(model: ModelProto) -> tuple[str, ...]:
+def split_group_norm_for_cpu(model: ir.Model) -> tuple[str, ...]:
     """The same with nothing that cancels, and with few numbers in each sum."""
     return _split(model, for_cpu=True)
 
 
-def _split(model: ModelProto, *, for_cpu: bool) -> tuple[str, ...]:
-    graph = model.graph
-    made, read = producers(graph), consumers(graph)
-    position = {node.name: index for index, node in enumerate(graph.node)}
-    shapes = shapes_at_batch_one(model)
-    replacement: dict[int, list[NodeProto]] = {}
+def _split(model: ir.Model, *, for_cpu: bool) -> tuple[str, ...]:
+    graph, shapes = model.graph, shapes_at_batch_one(model)
     changed: list[str] = []
-    for node in list(graph.node):
-        if node.op_type != "InstanceNormalization":
-            continue
-        before, chain = made[node.input[0]], _chain(graph, read, node)
-        if not is_transpose(chain[-1], TO_CHANNELS_LAST):
-            continue
-        name = owner(node.name)
-        _, channels, height, width = shapes[before.input[0]]
-        rows = [-1, height, width, channels] if for_cpu else [-1, height * width, 1, channels]
-        graph.initializer.append(constant(f"{name}.rows", np.array(rows, np.int64)))
-        _store_constants(graph, name, chain, channels, attributes(node).get("epsilon", 1e-5))
-        replacement[position[chain[-1].name]] = _two_level(
-            name, before.input[0], chain[-1].output[0], _row_by_row if for_cpu else _one_reduction
-        )
-        replacement.update({position[old.name]: [] for old in (before, node, *chain[:-1])})
-        changed.append(name)
-    replace_nodes(graph, replacement)
+    for norm in [node for node in graph if node.op_type == "InstanceNormalization"]:
+        before, chain = _before(norm), _chain(norm)
+        if is_transpose(chain[-1], TO_CHANNELS_LAST):
+            source, name = before.inputs[0], owner(norm.name or "")
+            assert source is not None
+            _, channels, height, width = shapes[source.name or ""]
+            rows = [-1, height, width, channels] if for_cpu else [-1, height * width, 1, channels]
+            stored = _constants(graph, norm, chain, rows)
+            new = _two_level(name, source, stored, _row_by_row if for_cpu else _one_reduction)
+            replace_nodes([before, norm, *chain], new)
+            changed.append(name)
     remove_unused_initializers(graph)
     return tuple(changed)
 
 
-def _chain(graph: GraphProto, read: Mapping[str, list[NodeProto]], node: NodeProto) -> list[NodeProto]:
+def _before(norm: ir.Node) -> ir.Node:
+    """The Reshape in front of the normalization."""
+    node = None if norm.inputs[0] is None else norm.inputs[0].producer()
+    if node is None:
+        raise LookupError(f"nothing makes the input of {norm.name}")
+    return node
+
+
+def _chain(norm: ir.Node) -> list[ir.Node]:
     """What follows the normalization: Reshape, Mul and Add where weight and bias are not 1 and 0, then its reader."""
-    constants = initializers(graph)
-    chain = [read[node.output[0]][0]]
-    while len(following := read.get(chain[-1].output[0], [])) == 1:
+    chain = [norm.outputs[0].consumers()[0]]
+    while len(following := chain[-1].outputs[0].consumers()) == 1:
         chain.append(following[0])
-        if following[0].op_type not in ("Mul", "Add") or not any(name in constants for name in following[0].input):
+        if following[0].op_type not in ("Mul", "Add") or _constant_input(following[0]) is None:
             break
     return chain
 
 
-def _store_constants(graph: GraphProto, name: str, chain: list[NodeProto], channels: int, epsilon: object) -> None:
-    known = initializers(graph)
+def _constant_input(node: ir.Node) -> ir.Value | None:
+    return next((value for value in node.inputs if array_of(value) is not None), None)
+
+
+def _constants(graph: ir.Graph, norm: ir.Node, chain: list[ir.Node], rows: list[int]) -> dict[str, ir.Value]:
+    """Shape of the view, scale, shift and epsilon of one GroupNorm, and the axes that all share."""
+    name = owner(norm.name or "")
+    stored = {"view": constant(graph, f"{name}.rows", rows)}
     for label, op_type, neutral in (("scale", "Mul", np.ones), ("shift", "Add", np.zeros)):
-        found = [known[i] for node in chain if node.op_type == op_type for i in node.input if i in known]
-        value = numpy_helper.to_array(found[0]).reshape(-1) if found else neutral(channels, np.float32)
-        graph.initializer.append(constant(f"{name}.{label}", value))
-    graph.initializer.append(constant(f"{name}.epsilon", np.array([epsilon], np.float32)))
-    if "group_norm.channel" not in known:
-        graph.initializer.append(constant("group_norm.channel", np.array([3], np.int64)))
-        for label, axes in (("tokens", [1, 2]), ("rows", [1]), ("columns", [2])):
-            graph.initializer.append(constant(f"group_norm.{label}", np.array(axes, np.int64)))
+        found = (array_of(_constant_input(node)) for node in chain if node.op_type == op_type)
+        value = next((array.reshape(-1) for array in found if array is not None), None)
+        value = neutral(rows[-1], np.float32) if value is None else value
+        stored[label] = constant(graph, f"{name}.{label}", value)
+    epsilon = np.array([norm.attributes.get_float("epsilon", 1e-5)], np.float32)
+    stored["epsilon"] = constant(graph, f"{name}.epsilon", epsilon)
+    for label, axes in (("channel", [3]), ("tokens", [1, 2]), ("rows", [1]), ("columns", [2])):
+        stored[label] = constant(graph, f"group_norm.{label}", axes)
+    return stored
 
 
-class _Float32Nodes:
-    """Nodes of one GroupNorm, named after it and kept in FP32, as they are added."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.made: list[NodeProto] = []
-
-    def add(self, op_type: str, label: str, *inputs: str, **options: Any) -> str:
-        """The node's output."""
-        (output,) = self.add_parts(op_type, label, (label,), *inputs, **options)
-        return output
-
-    def add_parts(self, op_type: str, label: str, parts: tuple[str, ...], *inputs: str, **options: Any) -> list[str]:
-        """The node's outputs."""
-        outputs = [f"{self.name}/{part}" for part in parts]
-        node = helper.make_node(op_type, list(inputs), outputs, name=f"{self.name}/{label}", **options)
-        self.made.append(mark_float32(node))
-        return outputs
-
-
-OverTokens = Callable[[_Float32Nodes, str, str], tuple[str, str]]
+Stored = Mapping[str, ir.Value]
+OverTokens = Callable[[NodeWriter, Stored, ir.Value, ir.Value], tuple[ir.Value, ir.Value]]
 """Adds the second level: from tokens' means and variances (B, N, 1, 1) or (B, H, W, 1) to the image's, (B, 1, 1, 1)."""
 
 
-def _one_reduction(nodes: _Float32Nodes, token_mean: str, token_variance: str) -> tuple[str, str]:
-    add = nodes.add
+def _one_reduction(
+    writer: NodeWriter, stored: Stored, token_mean: ir.Value, token_variance: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    add = writer.add
     token_power = add("Add", "token_power", token_variance, add("Mul", "token_mean_squared", token_mean, token_mean))
     both = add("Concat", "both", token_mean, token_power, axis=3)
-    means = add("ReduceMean", "means", both, "group_norm.tokens", keepdims=1)
-    mean, power = nodes.add_parts("Split", "split", ("mean", "power"), means, axis=3, num_outputs=2)
+    means = add("ReduceMean", "means", both, stored["tokens"], keepdims=1)
+    mean, power = writer.add_parts("Split", "split", ("mean", "power"), means, axis=3, num_outputs=2)
     return mean, add("Sub", "variance", power, add("Mul", "mean_squared", mean, mean))
 
 
-def _row_by_row(nodes: _Float32Nodes, token_mean: str, token_variance: str) -> tuple[str, str]:
-    def mean_of(label: str, numbers: str) -> str:
-        rows = nodes.add("ReduceMean", f"{label}_of_rows", numbers, "group_norm.columns", keepdims=1)
-        return nodes.add("ReduceMean", label, rows, "group_norm.rows", keepdims=1)
+def _row_by_row(
+    writer: NodeWriter, stored: Stored, token_mean: ir.Value, token_variance: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    def mean_of(label: str, numbers: ir.Value) -> ir.Value:
+        rows = writer.add("ReduceMean", f"{label}_of_rows", numbers, stored["columns"], keepdims=1)
+        return writer.add("ReduceMean", label, rows, stored["rows"], keepdims=1)
 
     mean = mean_of("mean", token_mean)
-    moved = nodes.add("Sub", "token_mean_centred", token_mean, mean)
-    squares = nodes.add("Mul", "token_mean_squared", moved, moved)
-    return mean, mean_of("variance", nodes.add("Add", "token_power", token_variance, squares))
+    moved = writer.add("Sub", "token_mean_centred", token_mean, mean)
+    squares = writer.add("Mul", "token_mean_squared", moved, moved)
+    return mean, mean_of("variance", writer.add("Add", "token_power", token_variance, squares))
 
 
-def _two_level(name: str, source: str, target: str, over_tokens: OverTokens) -> list[NodeProto]:
+def _two_level(name: str, source: ir.Value, stored: Stored, over_tokens: OverTokens) -> list[ir.Node]:
     """Nodes from the convolution's (B, C, H, W) to the normalized (B, H, W, C)."""
-    nodes = _Float32Nodes(name)
-    add = nodes.add
-    x = f"{name}/channels_last"
-    rows = f"{name}/rows"
-    transpose = helper.make_node("Transpose", [source], [x], name=x, perm=TO_CHANNELS_LAST)
-    reshape = helper.make_node("Reshape", [x, f"{name}.rows"], [rows], name=rows)
-    token_mean = add("ReduceMean", "token_mean", rows, "group_norm.channel", keepdims=1)
+    writer = NodeWriter(name)
+    add = writer.add
+    x = add("Transpose", "channels_last", source, perm=TO_CHANNELS_LAST)
+    rows = add("Reshape", "rows", x, stored["view"])
+    token_mean = add("ReduceMean", "token_mean", rows, stored["channel"], keepdims=1)
     centred = add("Sub", "token_centred", rows, token_mean)
     squares = add("Mul", "token_squares", centred, centred)
-    token_variance = add("ReduceMean", "token_variance", squares, "group_norm.channel", keepdims=1)
-    mean, variance = over_tokens(nodes, token_mean, token_variance)
-    deviation = add("Sqrt", "deviation", add("Add", "variance_eps", variance, f"{name}.epsilon"))
+    token_variance = add("ReduceMean", "token_variance", squares, stored["channel"], keepdims=1)
+    mean, variance = over_tokens(writer, stored, token_mean, token_variance)
+    deviation = add("Sqrt", "deviation", add("Add", "variance_eps", variance, stored["epsilon"]))
     normalized = add("Div", "normalized", add("Sub", "centred", x, mean), deviation)
-    add("Add", "shifted", add("Mul", "scaled", normalized, f"{name}.scale"), f"{name}.shift")
-    nodes.made[-1].output[0] = target
-    return [transpose, reshape, *nodes.made]
+    add("Add", "shifted", add("Mul", "scaled", normalized, stored["scale"]), stored["shift"])
+    mark_float32(*writer.nodes[2:])
+    return writer.nodes

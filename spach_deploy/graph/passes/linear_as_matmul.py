@@ -9,15 +9,13 @@ TensorRT the Gemm is the better form.
 
 from __future__ import annotations
 
-import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import (
-    attributes,
+from spach_deploy.graph.editing import (
+    array_of,
     constant,
-    initializers,
     is_marked_quantized,
-    producers,
+    new_node,
     remove_unused_initializers,
     replace_nodes,
 )
@@ -25,62 +23,62 @@ from spach_deploy.graph.edit import (
 NAME = "linear_as_matmul"
 
 
-def linear_as_matmul(model: ModelProto) -> tuple[str, ...]:
+def linear_as_matmul(model: ir.Model) -> tuple[str, ...]:
     """Rewrite every Gemm that is marked as quantized, in place; names of the changed nodes, which stay."""
     graph = model.graph
-    chosen = {index: node for index, node in enumerate(graph.node) if _is_candidate(graph, node)}
-    for node in chosen.values():
-        _add_axis(graph, node.input[0])
-    replacement = {index: _nodes(node, _transposed(graph, node.input[1])) for index, node in chosen.items()}
-    names = tuple(node.name for node in chosen.values())
-    replace_nodes(graph, replacement)
+    chosen = [node for node in graph if _is_candidate(node)]
+    for node in chosen:
+        _add_axis(graph, node)
+    for node in chosen:
+        replace_nodes([node], _product(graph, node))
     remove_unused_initializers(graph)
-    return names
+    return tuple(node.name or "" for node in chosen)
 
 
-def _is_candidate(graph: GraphProto, node: NodeProto) -> bool:
+def _is_candidate(node: ir.Node) -> bool:
     """A marked Gemm of a constant, transposed weight whose rows come from a reshape, at most through pointwise work."""
     if node.op_type != "Gemm" or not is_marked_quantized(node):
         return False
-    options = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0, **attributes(node)}
+    options = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    options |= {name: attribute.value for name, attribute in node.attributes.items()}
     plain = options == {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-    return plain and node.input[1] in initializers(graph) and (_rows(graph, node.input[0]) is not None)
+    weight = node.inputs[1]
+    return plain and weight is not None and weight.const_value is not None and _rows(node) is not None
 
 
-def _rows(graph: GraphProto, tensor: str) -> NodeProto | None:
-    """The Reshape that made rows (B*N, C) of `tensor`; an activation and the Gemm before it may stand between."""
-    made = producers(graph)
-    node = made.get(tensor)
-    while node is not None and node.op_type in ("Gelu", "Relu", "Sigmoid", "Mul", "Gemm"):  # SiLU is x * Sigmoid(x)
-        node = made.get(node.input[0])
-    return node if node is not None and node.op_type == "Reshape" else None
+def _rows(node: ir.Node) -> ir.Node | None:
+    """The Reshape that made a Gemm's rows (B*N, C); an activation and the Gemm before it may stand between."""
+    source = _maker(node)
+    while source is not None and source.op_type in ("Gelu", "Relu", "Sigmoid", "Mul", "Gemm"):  # SiLU is x * Sigmoid(x)
+        source = _maker(source)
+    return source if source is not None and source.op_type == "Reshape" else None
 
 
-def _add_axis(graph: GraphProto, tensor: str) -> None:
+def _maker(node: ir.Node) -> ir.Node | None:
+    """Of its first input."""
+    return None if node.inputs[0] is None else node.inputs[0].producer()
+
+
+def _add_axis(graph: ir.Graph, node: ir.Node) -> None:
     """(-1, C) -> (1, -1, C), once."""
-    reshape = _rows(graph, tensor)
-    assert reshape is not None
-    shape = numpy_helper.to_array(initializers(graph)[reshape.input[1]])
-    if len(shape) != 2:
-        return
-    name = f"{reshape.name}/shape_rows"
-    graph.initializer.append(constant(name, np.array([1, -1, shape[1]], np.int64)))
-    reshape.input[1] = name
+    reshape = _rows(node)
+    shape = None if reshape is None else array_of(reshape.inputs[1])
+    if reshape is not None and shape is not None and len(shape) == 2:
+        reshape.replace_input_with(1, constant(graph, f"{reshape.name}/shape_rows", [1, -1, int(shape[1])]))
 
 
-def _transposed(graph: GraphProto, weight: str) -> str:
-    name = f"{weight}/transposed"
-    known = initializers(graph)
-    if name not in known:
-        graph.initializer.append(constant(name, np.ascontiguousarray(numpy_helper.to_array(known[weight]).T)))
-    return name
+def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    name = f"{weight.name}/transposed"
+    found = graph.initializers.get(name)
+    return constant(graph, name, array_of(weight).T) if found is None else found
 
 
-def _nodes(node: NodeProto, weight: str) -> list[NodeProto]:
-    if len(node.input) < 3:
-        return [helper.make_node("MatMul", [node.input[0], weight], list(node.output), name=node.name)]
-    product = f"{node.name}/product"
-    return [
-        helper.make_node("MatMul", [node.input[0], weight], [product], name=node.name),
-        helper.make_node("Add", [product, node.input[2]], list(node.output), name=f"{node.name}/bias"),
-    ]
+def _product(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    """The product keeps the node's name."""
+    x, weight, *bias = node.inputs
+    assert weight is not None
+    inputs = [x, _transposed(graph, weight)]
+    if not bias:
+        return [new_node("MatMul", inputs, node.name or "")]
+    product = new_node("MatMul", inputs, node.name or "", [f"{node.name}/product"])
+    return [product, new_node("Add", [product.outputs[0], *bias], f"{node.name}/bias")]

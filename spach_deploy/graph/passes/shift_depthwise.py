@@ -12,122 +12,96 @@ targets only.
 from __future__ import annotations
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import (
-    attributes,
+from spach_deploy.graph.editing import (
+    NodeWriter,
+    array_of,
     constant,
-    consumers,
-    initializers,
     is_marked_quantized,
+    is_read,
+    is_transpose,
     mark_float32,
-    producers,
     remove_unused_initializers,
     replace_nodes,
 )
-from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_FIRST, TO_CHANNELS_LAST, is_transpose
+from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
 NAME = "shift_depthwise"
 
 
-def is_depthwise_3x3(node: NodeProto, weight_shape: tuple[int, ...]) -> bool:
+def shift_depthwise(model: ir.Model) -> tuple[str, ...]:
+    """Rewrite every depthwise Conv behind which channels go last, in place; names of the changed nodes."""
+    changed = [node for node in model.graph if _is_candidate(node)]
+    for conv in changed:
+        _take_apart(model.graph, conv)
+    remove_unused_initializers(model.graph)
+    return tuple(conv.name or "" for conv in changed)
+
+
+def _is_candidate(node: ir.Node) -> bool:
+    """A depthwise convolution whose only reader puts channels last; a quantized one has to stay one."""
+    if not is_depthwise_3x3(node) or is_marked_quantized(node):
+        return False
+    return [is_transpose(reader, TO_CHANNELS_LAST) for reader in node.outputs[0].consumers()] == [True]
+
+
+def is_depthwise_3x3(node: ir.Node) -> bool:
     """Whether `node` is a depthwise 3x3 convolution of stride 1 and padding 1."""
-    options = attributes(node)
+    weight = node.inputs[1].const_value if node.op_type == "Conv" and node.inputs[1] is not None else None
+    if weight is None:
+        return False
+    options, (channels, *kernel) = node.attributes, weight.shape.numpy()
     return (
-        weight_shape[1:] == (1, 3, 3)
-        and options.get("group") == weight_shape[0]
-        and options.get("pads") == [1, 1, 1, 1]
-        and options.get("strides", [1, 1]) == [1, 1]
-        and options.get("dilations", [1, 1]) == [1, 1]
+        kernel == [1, 3, 3]
+        and options.get_int("group") == channels
+        and [*options.get_ints("pads", ())] == [1, 1, 1, 1]
+        and [*options.get_ints("strides", (1, 1))] == [1, 1]
+        and [*options.get_ints("dilations", (1, 1))] == [1, 1]
     )
 
 
-def shift_depthwise(model: ModelProto) -> tuple[str, ...]:
-    """Rewrite every depthwise Conv behind which channels go last, in place; names of the changed nodes."""
-    graph = model.graph
-    read, weights = consumers(graph), initializers(graph)
-    position = {node.name: index for index, node in enumerate(graph.node)}
-    replacement: dict[int, list[NodeProto]] = {}
-    for node in list(graph.node):
-        if node.op_type != "Conv" or not is_depthwise_3x3(node, tuple(weights[node.input[1]].dims)):
-            continue
-        if is_marked_quantized(node):  # a quantized convolution has to stay one
-            continue
-        after = read[node.output[0]]
-        if [is_transpose(reader, TO_CHANNELS_LAST) for reader in after] != [True]:
-            continue
-        source, layout_change = _channels_last(graph, node)
-        products = _shifted_products(graph, node, source, after[0].output[0])
-        replacement[position[node.name]] = layout_change + products
-        replacement[position[after[0].name]] = []
-    replace_nodes(graph, replacement)
-    _remove_dead_transposes(graph)
-    remove_unused_initializers(graph)
-    return tuple(graph_name for graph_name, index in position.items() if replacement.get(index))
-
-
-def _channels_last(graph: GraphProto, conv: NodeProto) -> tuple[str, list[NodeProto]]:
-    """The convolution's input as (B, H, W, C), and the nodes that make it."""
-    before = producers(graph).get(conv.input[0])
+def _take_apart(graph: ir.Graph, conv: ir.Node) -> None:
+    (after,) = conv.outputs[0].consumers()
+    source = conv.inputs[0]
+    assert source is not None
+    before, writer = source.producer(), NodeWriter(conv.name or "")
     if before is not None and is_transpose(before, TO_CHANNELS_FIRST):
-        return before.input[0], []
-    name = f"{conv.name}/channels_last"
-    return name, [helper.make_node("Transpose", [conv.input[0]], [name], name=name, perm=TO_CHANNELS_LAST)]
+        x = before.inputs[0]
+    else:
+        x = writer.add("Transpose", "channels_last", source, perm=TO_CHANNELS_LAST)
+    mark_float32(*_add_products(graph, conv, x, writer))
+    replace_nodes([conv, after], writer.nodes)
+    if before is not None and before.op_type == "Transpose" and not is_read(source):
+        graph.remove(before, safe=True)
 
 
-def _remove_dead_transposes(graph: GraphProto) -> None:
-    read = consumers(graph)
-    outputs = {output.name for output in graph.output}
-    dead = {
-        index: list[NodeProto]()
-        for index, node in enumerate(graph.node)
-        if node.op_type == "Transpose" and not read.get(node.output[0]) and node.output[0] not in outputs
-    }
-    replace_nodes(graph, dead)
+def _add_products(graph: ir.Graph, conv: ir.Node, x: ir.Value | None, writer: NodeWriter) -> list[ir.Node]:
+    """Products of `x` (B, H, W, C) and their sum, the convolution (B, H, W, C); those of them that read no padding."""
+    weight, add = conv.inputs[1], writer.add
+    assert weight is not None
+    stem, kernel = (weight.name or "").removesuffix(".weight"), array_of(weight)[:, 0]  # (C, 3, 3)
+    shared = _shared_constants(graph)
+    padded, total = add("Pad", "pad", x, shared["pads"]), None
+    first = len(writer.nodes)
+    for i, j in TAPS:
+        tap = constant(graph, f"{stem}.tap_{i}{j}", kernel[:, i, j])
+        bounds = (shared[f"start_{i}{j}"], shared[f"end_{i}{j}"], shared["axes"])
+        product = add("Mul", f"product_{i}{j}", add("Slice", f"slice_{i}{j}", padded, *bounds), tap)
+        total = product if total is None else add("Add", f"sum_{i}{j}", total, product)
+    if len(conv.inputs) > 2:
+        add("Add", "bias", total, conv.inputs[2])
+    return writer.nodes[first:]
 
 
-def _shifted_products(graph: GraphProto, conv: NodeProto, source: str, target: str) -> list[NodeProto]:
-    """Nodes that compute `target` (B, H, W, C) from `source` (B, H, W, C)."""
-    name = conv.name
-    weights = initializers(graph)
-    kernel = numpy_helper.to_array(weights[conv.input[1]])[:, 0]  # (C, 3, 3)
-    stem = conv.input[1].removesuffix(".weight")
-    _shared_constants(graph)
-    nodes = [_node("Pad", [source, "shift.pads"], f"{name}/pad")]
-    total = ""
-    for i in range(3):
-        for j in range(3):
-            tap = f"{stem}.tap_{i}{j}"
-            graph.initializer.append(constant(tap, kernel[:, i, j]))
-            nodes.append(
-                _node(
-                    "Slice",
-                    [f"{name}/pad", f"shift.start_{i}{j}", f"shift.end_{i}{j}", "shift.axes"],
-                    f"{name}/slice_{i}{j}",
-                )
-            )
-            nodes.append(_node("Mul", [f"{name}/slice_{i}{j}", tap], f"{name}/product_{i}{j}"))
-            if total:
-                nodes.append(_node("Add", [total, f"{name}/product_{i}{j}"], f"{name}/sum_{i}{j}"))
-            total = nodes[-1].output[0]
-    if len(conv.input) > 2:
-        nodes.append(_node("Add", [total, conv.input[2]], f"{name}/bias"))
-    nodes[-1].output[0] = target
-    return [nodes[0], *(mark_float32(node) for node in nodes[1:])]
+TAPS = tuple((i, j) for i in range(3) for j in range(3))
+"""Of a kernel, rows first."""
 
 
-def _node(op_type: str, inputs: list[str], name: str) -> NodeProto:
-    return helper.make_node(op_type, inputs, [name], name=name)
-
-
-def _shared_constants(graph: GraphProto) -> None:
+def _shared_constants(graph: ir.Graph) -> dict[str, ir.Value]:
     """Pads, slice bounds and axes, once for all convolutions. Ends are relative, so every grid shares them."""
-    if "shift.pads" in initializers(graph):
-        return
-    graph.initializer.append(constant("shift.pads", np.array([0, 1, 1, 0, 0, 1, 1, 0], np.int64)))
-    graph.initializer.append(constant("shift.axes", np.array([1, 2], np.int64)))
+    values = {"pads": [0, 1, 1, 0, 0, 1, 1, 0], "axes": [1, 2]}
     last = {0: -2, 1: -1, 2: np.iinfo(np.int64).max}
-    for i in range(3):
-        for j in range(3):
-            graph.initializer.append(constant(f"shift.start_{i}{j}", np.array([i, j], np.int64)))
-            graph.initializer.append(constant(f"shift.end_{i}{j}", np.array([last[i], last[j]], np.int64)))
+    for i, j in TAPS:
+        values |= {f"start_{i}{j}": [i, j], f"end_{i}{j}": [last[i], last[j]]}
+    return {label: constant(graph, f"shift.{label}", value) for label, value in values.items()}

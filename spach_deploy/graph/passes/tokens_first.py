@@ -17,18 +17,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import (
-    attributes,
+from spach_deploy.graph.editing import (
+    array_of,
     constant,
-    consumers,
-    initializers,
     is_marked_quantized,
-    producers,
+    new_node,
     remove_unused_initializers,
     replace_nodes,
+    set_ints,
     shapes_at_batch_one,
 )
 
@@ -42,14 +40,14 @@ class _Attention:
     """The nodes of one attention as the exporter writes it; `norm` and `back` stand before and behind it."""
 
     path: str
-    norm: NodeProto
-    qkv: NodeProto
-    unpack: NodeProto
-    swap: NodeProto
-    split: NodeProto
-    key: NodeProto
-    merge: NodeProto
-    back: NodeProto
+    norm: ir.Node
+    qkv: ir.Node
+    unpack: ir.Node
+    swap: ir.Node
+    split: ir.Node
+    key: ir.Node
+    merge: ir.Node
+    back: ir.Node
     tokens: int
     heads: int
     head_dim: int
@@ -59,150 +57,132 @@ class _Attention:
         return self.heads * self.head_dim
 
 
-def tokens_first(model: ModelProto) -> tuple[str, ...]:
+def tokens_first(model: ir.Model) -> tuple[str, ...]:
     """Give every attention this form, in place; paths of those that changed."""
-    graph = model.graph
-    shapes = shapes_at_batch_one(model)
-    position = {node.name: index for index, node in enumerate(graph.node)}
-    found = list(_attentions(graph, shapes))
-    replacement: dict[int, list[NodeProto]] = {}
+    graph, shapes = model.graph, shapes_at_batch_one(model)
+    softmaxes = [node for node in graph if node.op_type == "Softmax"]
+    found = [attention for node in softmaxes if (attention := _attention(node, shapes)) is not None]
     for attention in found:
-        changed = _changed(graph, attention, shapes)
-        replacement.update({position[name]: nodes for name, nodes in changed.items()})
-    replace_nodes(graph, replacement)
+        _enter(graph, attention, shapes)
+        set_ints(attention.key, "perm", [0, 2, 1])
+        set_ints(attention.merge, "perm", _SWAPPED)
+        _separate(graph, attention) if _has_no_bias(attention.qkv) else _pack(graph, attention)
+        _leave(graph, attention, shapes)
     remove_unused_initializers(graph)
     return tuple(attention.path for attention in found)
 
 
-def _attentions(graph: GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> list[_Attention]:
-    made, read = producers(graph), consumers(graph)
-    found = (_attention(node, made, read, shapes) for node in graph.node if node.op_type == "Softmax")
-    return [attention for attention in found if attention is not None]
-
-
-def _attention(
-    softmax: NodeProto,
-    made: Mapping[str, NodeProto],
-    read: Mapping[str, list[NodeProto]],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> _Attention | None:
+def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Attention | None:
     """The attention around a softmax; None where it is written otherwise."""
-
-    def before(node: NodeProto, slot: int, op_type: str) -> NodeProto:
-        source = made[node.input[slot]]
-        if source.op_type != op_type:
-            raise LookupError
-        return source
-
-    def behind(node: NodeProto, op_type: str) -> NodeProto:
-        (reader,) = read[node.output[0]]
-        if reader.op_type != op_type:
-            raise LookupError
-        return reader
-
     try:
-        scores, mixed = before(softmax, 0, "MatMul"), behind(softmax, "MatMul")
-        key = before(scores, 1, "Transpose")
-        split = before(key, 0, "Split")
-        if mixed.input[1] != split.output[2]:
+        scores, mixed = _before(softmax, 0, "MatMul"), _behind(softmax, "MatMul")
+        key = _before(scores, 1, "Transpose")
+        split = _before(key, 0, "Split")
+        if mixed.inputs[1] is not split.outputs[2]:
             return None
-        swap = before(split, 0, "Transpose")
-        unpack = before(swap, 0, "Reshape")
-        qkv = before(unpack, 0, "Gemm")
-        rows = before(qkv, 0, "Reshape")
-        norm = before(rows, 0, "LayerNormalization")
-        merge = behind(mixed, "Transpose")
-        back = behind(behind(behind(merge, "Reshape"), "Gemm"), "Reshape")
+        swap = _before(split, 0, "Transpose")
+        unpack = _before(swap, 0, "Reshape")
+        qkv = _before(unpack, 0, "Gemm")
+        rows = _before(qkv, 0, "Reshape")
+        norm = _before(rows, 0, "LayerNormalization")
+        merge = _behind(mixed, "Transpose")
+        back = _behind(_behind(_behind(merge, "Reshape"), "Gemm"), "Reshape")
         for node, reader in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # nobody else may read them
-            behind(node, reader)
-    except (KeyError, LookupError, ValueError):
+            _behind(node, reader)
+    except LookupError:
         return None
-    _, triple, tokens, head_dim = shapes[swap.output[0]]
-    path = softmax.name.rpartition("/")[0]
+    _, triple, tokens, head_dim = shapes[swap.outputs[0].name or ""]
+    path = (softmax.name or "").rpartition("/")[0]
     return _Attention(path, norm, qkv, unpack, swap, split, key, merge, back, tokens, triple // 3, head_dim)
 
 
-def _changed(
-    graph: GraphProto, attention: _Attention, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[NodeProto]]:
-    """New nodes in the place of old ones, by the old one's name."""
-    norm, back = attention.norm, attention.back
-    to_tokens = _entering(graph, attention, shapes[norm.input[0]])
-    norm.input[0] = to_tokens[-1].output[0]
-    attention.key.attribute[0].CopyFrom(helper.make_attribute("perm", [0, 2, 1]))
-    attention.merge.attribute[0].CopyFrom(helper.make_attribute("perm", _SWAPPED))
-    heads = _separate(graph, attention) if _has_no_bias(graph, attention.qkv) else _packed(graph, attention)
-    return {
-        norm.name: [*to_tokens, norm],
-        **heads,
-        back.name: _leaving(graph, attention, shapes[back.output[0]]),
-    }
+def _before(node: ir.Node, slot: int, op_type: str) -> ir.Node:
+    """The node that makes an input; LookupError where it is another operator."""
+    value = node.inputs[slot]
+    source = None if value is None else value.producer()
+    if source is None or source.op_type != op_type:
+        raise LookupError
+    return source
 
 
-def _has_no_bias(graph: GraphProto, qkv: NodeProto) -> bool:
-    if is_marked_quantized(qkv) or not attributes(qkv).get("transB"):
+def _behind(node: ir.Node, op_type: str) -> ir.Node:
+    """The only reader; LookupError where there are others, or it is another operator."""
+    readers = node.outputs[0].consumers()
+    if [reader.op_type for reader in readers] != [op_type]:
+        raise LookupError
+    return readers[0]
+
+
+def _has_no_bias(qkv: ir.Node) -> bool:
+    if is_marked_quantized(qkv) or not qkv.attributes.get_int("transB", 0):
         return False
-    return len(qkv.input) < 3 or not numpy_helper.to_array(initializers(graph)[qkv.input[2]]).any()
+    bias = array_of(qkv.inputs[2]) if len(qkv.inputs) > 2 else None
+    return len(qkv.inputs) < 3 or (bias is not None and not bias.any())
 
 
-def _entering(graph: GraphProto, attention: _Attention, shape: tuple[int, ...]) -> list[NodeProto]:
+def _enter(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """From the stream, (B, N, C) or (B, H, W, C), to (N, B, C)."""
-    name, source = attention.norm.name.rpartition("/")[0], attention.norm.input[0]
-    nodes = []
-    if len(shape) != 3:
-        nodes.append(_reshape(graph, source, f"{name}/tokens", -1, attention.tokens, attention.dim))
-        source = nodes[-1].output[0]
-    return [*nodes, _transpose(source, f"{name}/tokens_first", _SWAPPED)]
+    norm = attention.norm
+    source, path = norm.inputs[0], (norm.name or "").rpartition("/")[0]
+    assert source is not None
+    nodes: list[ir.Node] = []
+    if len(shapes[source.name or ""]) != 3:
+        nodes.append(_reshape(graph, source, f"{path}/tokens", -1, attention.tokens, attention.dim))
+        source = nodes[-1].outputs[0]
+    nodes.append(_transpose(source, f"{path}/tokens_first"))
+    norm.prepend(nodes)
+    norm.replace_input_with(0, nodes[-1].outputs[0])
 
 
-def _leaving(graph: GraphProto, attention: _Attention, shape: tuple[int, ...]) -> list[NodeProto]:
+def _leave(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """From the projection's rows to the stream."""
     path, back = attention.path, attention.back
-    rows = _reshape(graph, back.input[0], f"{path}/rows_by_token", attention.tokens, -1, attention.dim)
-    swapped = _transpose(rows.output[0], f"{path}/tokens_second", _SWAPPED)
-    if len(shape) == 3:
-        swapped.output[0] = back.output[0]
-        return [rows, swapped]
-    back.input[0] = swapped.output[0]
-    return [rows, swapped, back]
+    rows = _reshape(graph, back.inputs[0], f"{path}/rows_by_token", attention.tokens, -1, attention.dim)
+    swapped = _transpose(rows.outputs[0], f"{path}/tokens_second")
+    if len(shapes[back.outputs[0].name or ""]) == 3:
+        replace_nodes([back], [rows, swapped])
+    else:
+        back.prepend([rows, swapped])
+        back.replace_input_with(0, swapped.outputs[0])
 
 
-def _packed(graph: GraphProto, attention: _Attention) -> dict[str, list[NodeProto]]:
+def _pack(graph: ir.Graph, attention: _Attention) -> None:
     """One product for q, k and v, their heads with the batch: (B*h, N, d)."""
-    unpack, swap, split = attention.unpack, attention.swap, attention.split
-    triple = 3 * attention.heads
-    unpack = _reshape(graph, unpack.input[0], unpack.output[0], attention.tokens, -1, triple, attention.head_dim)
-    swap.attribute[0].CopyFrom(helper.make_attribute("perm", [1, 2, 0, 3]))
-    outputs = list(split.output)
-    split.output[:] = [f"{attention.path}/{part}_heads" for part in PARTS]
-    merged = [
-        _reshape(graph, source, target, -1, attention.tokens, attention.head_dim)
-        for source, target in zip(split.output, outputs, strict=True)
-    ]
-    return {attention.unpack.name: [unpack], split.name: [split, *merged]}
+    unpack, split, (tokens, dim) = attention.unpack, attention.split, (attention.tokens, attention.head_dim)
+    name = unpack.outputs[0].name or ""
+    replace_nodes([unpack], [_reshape(graph, unpack.inputs[0], name, tokens, -1, 3 * attention.heads, dim)])
+    set_ints(attention.swap, "perm", [1, 2, 0, 3])
+    merged = []
+    for part, heads in zip(PARTS, split.outputs, strict=True):
+        readers, name = heads.uses(), heads.name or ""
+        heads.name = f"{attention.path}/{part}_heads"
+        merged.append(_reshape(graph, heads, name, -1, tokens, dim))
+        for reader, slot in readers:
+            reader.replace_input_with(slot, merged[-1].outputs[0])
+    split.append(merged)
 
 
-def _separate(graph: GraphProto, attention: _Attention) -> dict[str, list[NodeProto]]:
+def _separate(graph: ir.Graph, attention: _Attention) -> None:
     """A product each for q, k and v."""
     qkv, split = attention.qkv, attention.split
-    path = qkv.name.rpartition("/")[0]
+    rows, weight = qkv.inputs[:2]
+    path = (qkv.name or "").rpartition("/")[0]
     weights = [f"{path}.weight/{part}" for part in PARTS]
-    nodes = [helper.make_node("Split", [qkv.input[1]], weights, name=f"{path}/split", axis=0, num_outputs=3)]
-    for part, weight, target in zip(PARTS, weights, split.output, strict=True):
-        product = f"{path}/{part}"
-        nodes.append(helper.make_node("Gemm", [qkv.input[0], weight], [product], name=product, transB=1))
-        heads = _reshape(graph, product, f"{product}_heads", attention.tokens, -1, attention.head_dim)
-        nodes.extend((heads, _transpose(heads.output[0], target, _SWAPPED)))
-    gone: dict[str, list[NodeProto]] = {node.name: [] for node in (attention.unpack, attention.swap, split)}
-    return {**gone, qkv.name: nodes}
+    nodes = [new_node("Split", [weight], f"{path}/split", weights, axis=0, num_outputs=3)]
+    made = []
+    for part, own, old in zip(PARTS, nodes[0].outputs, split.outputs, strict=True):
+        product = new_node("Gemm", [rows, own], f"{path}/{part}", transB=1)
+        heads = _reshape(graph, product.outputs[0], f"{path}/{part}_heads", attention.tokens, -1, attention.head_dim)
+        swapped = _transpose(heads.outputs[0], old.name or "")
+        nodes.extend((product, heads, swapped))
+        made.append(swapped.outputs[0])
+    gone = [qkv, attention.unpack, attention.swap, split]
+    ir.convenience.replace_nodes_and_values(graph, qkv, gone, nodes, split.outputs, made)
 
 
-def _reshape(graph: GraphProto, source: str, name: str, *shape: int) -> NodeProto:
-    stored = "tokens_first." + "x".join(map(str, shape))
-    if stored not in initializers(graph):
-        graph.initializer.append(constant(stored, np.array(shape, np.int64)))
-    return helper.make_node("Reshape", [source, stored], [name], name=name)
+def _reshape(graph: ir.Graph, source: ir.Value | None, name: str, *shape: int) -> ir.Node:
+    return new_node("Reshape", [source, constant(graph, f"tokens_first.{'x'.join(map(str, shape))}", shape)], name)
 
 
-def _transpose(source: str, name: str, perm: list[int]) -> NodeProto:
-    return helper.make_node("Transpose", [source], [name], name=name, perm=perm)
+def _transpose(source: ir.Value, name: str) -> ir.Node:
+    return new_node("Transpose", [source], name, perm=_SWAPPED)
