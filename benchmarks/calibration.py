@@ -26,6 +26,7 @@ import onnx
 from benchmarks.photographs import calibration_photographs
 from benchmarks.quantization import prepared
 from benchmarks.results import record, table
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, export_canonical
 from spach_deploy.graph.precision.ranges import open_session
 from spach_deploy.models import load_model
@@ -114,7 +115,8 @@ def rows(model: str, counts: list[int], calibrators: list[str]) -> Iterator[list
     loaded = load_model(ModelSpec(model))
     with tempfile.TemporaryDirectory() as folder:
         graph, images = Path(folder) / "graph.onnx", Path(folder) / "images.npz"
-        onnx.save(export_canonical(rewrite(loaded.model, (), ()).model, loaded.image_size), graph)
+        static = rewrite(loaded.model, (), ()).model
+        onnx.save(as_proto(export_canonical(static, loaded.image_size)), graph)
         pixels = calibration_photographs(max(counts))
         np.savez(images, images=prepared(pixels, Preprocessing.for_size(loaded.image_size)))
         plain: dict[int, float] = {}

@@ -6,149 +6,127 @@ Each works in place on a graph with all our passes and returns how many places i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import (
-    attributes,
+from spach_deploy.graph.editing import (
+    NodeWriter,
     constant,
-    consumers,
-    initializers,
+    data_of,
+    is_read,
+    is_transpose,
     mark_float32,
-    producers,
+    new_node,
     replace_nodes,
     shapes_at_batch_one,
 )
-from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_LAST, is_transpose
-
-_TO_CHANNELS_FIRST = [0, 3, 1, 2]
+from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
 
-def spell_out_layer_norm(model: ModelProto) -> int:
+def spell_out_layer_norm(model: ir.Model) -> int:
     """LayerNormalization as means, differences and products, which stay in FP32."""
     graph = model.graph
-    found = {index: node for index, node in enumerate(graph.node) if node.op_type == "LayerNormalization"}
-    graph.initializer.append(constant("layer_norm.axis", np.array([-1], np.int64)))
-    for node in found.values():
-        epsilon = np.array([attributes(node).get("epsilon", 1e-5)], np.float32)
-        graph.initializer.append(constant(f"{node.name}.epsilon", epsilon))
-    replace_nodes(graph, {index: _spelt_out(node) for index, node in found.items()})
+    found = [node for node in graph if node.op_type == "LayerNormalization"]
+    for node in found:
+        replace_nodes([node], _spelt_out(graph, node))
     return len(found)
 
 
-def _spelt_out(node: NodeProto) -> list[NodeProto]:
-    nodes: list[NodeProto] = []
-
-    def add(op_type: str, label: str, *inputs: str, **options: Any) -> str:
-        output = f"{node.name}/{label}"
-        nodes.append(mark_float32(helper.make_node(op_type, list(inputs), [output], name=output, **options)))
-        return output
-
-    x, weight, bias = node.input
-    centred = add("Sub", "centred", x, add("ReduceMean", "mean", x, "layer_norm.axis", keepdims=1))
+def _spelt_out(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    axis = constant(graph, "layer_norm.axis", [-1])
+    epsilon = np.array([node.attributes.get_float("epsilon", 1e-5)], np.float32)
+    x, weight, bias = node.inputs
+    writer = NodeWriter(node.name or "")
+    add = writer.add
+    centred = add("Sub", "centred", x, add("ReduceMean", "mean", x, axis, keepdims=1))
     squares = add("Mul", "squares", centred, centred)
-    variance = add("ReduceMean", "variance", squares, "layer_norm.axis", keepdims=1)
-    deviation = add("Sqrt", "deviation", add("Add", "variance_eps", variance, f"{node.name}.epsilon"))
-    scaled = add("Mul", "scaled", add("Div", "normalized", centred, deviation), weight)
-    add("Add", "shifted", scaled, bias)
-    nodes[-1].output[0] = node.output[0]
-    return nodes
+    variance = add("ReduceMean", "variance", squares, axis, keepdims=1)
+    moved = add("Add", "variance_eps", variance, constant(graph, f"{node.name}.epsilon", epsilon))
+    normalized = add("Div", "normalized", centred, add("Sqrt", "deviation", moved))
+    add("Add", "shifted", add("Mul", "scaled", normalized, weight), bias)
+    mark_float32(*writer.nodes)
+    return writer.nodes
 
 
-def take_squares_in_one_pass(model: ModelProto) -> int:
+def take_squares_in_one_pass(model: ir.Model) -> int:
     """GroupNorm's statistics of a token from its values and their squares, so that neither waits for the other."""
-    changed = 0
-    for node in model.graph.node:
-        name, _, label = node.name.rpartition("/")
-        if label == "token_squares":
-            node.input[:] = [f"{name}/rows"] * 2
-            changed += 1
-        elif label == "token_power":  # variance + mean^2 is the mean of the squares
-            node.op_type, node.input[:] = "Identity", node.input[:1]
+    by_name = {node.name: node for node in model.graph}
+    found = [node for node in model.graph if (node.name or "").endswith("/token_squares")]
+    for node in found:
+        path = (node.name or "").rpartition("/")[0]
+        for slot in (0, 1):
+            node.replace_input_with(slot, by_name[f"{path}/rows"].outputs[0])
+        power = by_name[f"{path}/token_power"]  # variance + mean^2 is the mean of the squares
+        power.op_type = "Identity"
+        power.resize_inputs(1)
     _remove_unused(model.graph)
+    return len(found)
+
+
+def stem_as_gemm(model: ir.Model) -> int:
+    """The stem's convolution over patches as a matrix product."""
+    return _patches_as_gemm(model, lambda source: not is_transpose(source, TO_CHANNELS_FIRST))
+
+
+def downsampling_as_gemm(model: ir.Model) -> int:
+    """The downsampling's convolutions over patches as matrix products, from channels last to channels last."""
+    return _patches_as_gemm(model, lambda source: is_transpose(source, TO_CHANNELS_FIRST))
+
+
+def _patches_as_gemm(model: ir.Model, is_wanted: Callable[[ir.Node | None], bool]) -> int:
+    graph, shapes = model.graph, shapes_at_batch_one(model)
+    changed = 0
+    for node in [node for node in graph if _is_of_patches(node)]:
+        image, follower = node.inputs[0], node.outputs[0].consumers()[0]
+        if image is not None and is_wanted(image.producer()) and is_transpose(follower, TO_CHANNELS_LAST):
+            replace_nodes([node, follower], _gemm(graph, node, image, shapes[image.name or ""]))
+            changed += 1
+    _remove_unused(graph)
     return changed
 
 
-def stem_as_gemm(model: ModelProto) -> int:
-    """The stem's convolution over patches as a matrix product."""
-    return _patches_as_gemm(model, lambda source: not is_transpose(source, _TO_CHANNELS_FIRST))
-
-
-def downsampling_as_gemm(model: ModelProto) -> int:
-    """The downsampling's convolutions over patches as matrix products, from channels last to channels last."""
-    return _patches_as_gemm(model, lambda source: is_transpose(source, _TO_CHANNELS_FIRST))
-
-
-def _patches_as_gemm(model: ModelProto, is_wanted: Callable[[NodeProto], bool]) -> int:
-    graph = model.graph
-    made, read = producers(graph), consumers(graph)
-    position = {node.name: index for index, node in enumerate(graph.node)}
-    shapes = shapes_at_batch_one(model)
-    replacement: dict[int, list[NodeProto]] = {}
-    for node in list(graph.node):
-        source = made.get(node.input[0], NodeProto()) if node.op_type == "Conv" else NodeProto()
-        follower = read[node.output[0]][0] if node.op_type == "Conv" else NodeProto()
-        if not _is_of_patches(node) or not is_wanted(source) or not is_transpose(follower, TO_CHANNELS_LAST):
-            continue
-        replacement[position[node.name]] = _gemm(graph, node, source, follower, shapes[node.input[0]])
-        replacement[position[follower.name]] = []
-    replace_nodes(graph, replacement)
-    _remove_unused(graph)
-    return len(replacement) // 2
-
-
-def _is_of_patches(node: NodeProto) -> bool:
+def _is_of_patches(node: ir.Node) -> bool:
     """Whether it is a convolution whose windows do not overlap, without groups and margins."""
     if node.op_type != "Conv":
         return False
-    options: dict[str, Any] = {"group": 1, "pads": [0], **attributes(node)}
-    return options["group"] == 1 and not any(options["pads"]) and options["strides"] == options["kernel_shape"]
+    of = node.attributes
+    is_plain = of.get_int("group", 1) == 1 and not any(of.get_ints("pads", (0,)))
+    return is_plain and of.get_ints("strides") == of.get_ints("kernel_shape")
 
 
-def _gemm(
-    graph: GraphProto, node: NodeProto, source: NodeProto, follower: NodeProto, shape: tuple[int, ...]
-) -> list[NodeProto]:
+def _gemm(graph: ir.Graph, node: ir.Node, image: ir.Value, shape: tuple[int, ...]) -> list[ir.Node]:
     """Nodes from the image, (B, C, H, W) or (B, H, W, C) where a transpose made the former of it, to (B, H, W, C)."""
-    name = node.name
-    weight = numpy_helper.to_array(initializers(graph)[node.input[1]])
+    name, source = node.name or "", image.producer()
+    assert node.inputs[1] is not None
+    weight = data_of(node.inputs[1])
     out, channels, height, width = weight.shape
     rows, columns = shape[2] // height, shape[3] // width
-    is_last = is_transpose(source, _TO_CHANNELS_FIRST)
-    if is_last:
+    if source is not None and is_transpose(source, TO_CHANNELS_FIRST):
         patches, order = [-1, rows, height, columns, width, channels], [0, 1, 3, 2, 4, 5]
-        matrix = weight.transpose(0, 2, 3, 1)
+        matrix, x = weight.transpose(0, 2, 3, 1), source.inputs[0]
     else:
         patches, order = [-1, channels, rows, height, columns, width], [0, 2, 4, 1, 3, 5]
-        matrix = weight
+        matrix, x = weight, image
     of = {"patches": patches, "rows": [-1, channels * height * width], "grid": [-1, rows, columns, out]}
-    graph.initializer.extend(constant(f"{name}.{label}", np.array(value, np.int64)) for label, value in of.items())
-    graph.initializer.append(constant(f"{name}.matrix", np.ascontiguousarray(matrix.reshape(out, -1))))
-    image = source.input[0] if is_last else node.input[0]
-    return [
-        helper.make_node("Reshape", [image, f"{name}.patches"], [f"{name}/patches"], name=f"{name}/patches"),
-        helper.make_node("Transpose", [f"{name}/patches"], [f"{name}/moved"], name=f"{name}/moved", perm=order),
-        helper.make_node("Reshape", [f"{name}/moved", f"{name}.rows"], [f"{name}/rows"], name=f"{name}/rows"),
-        helper.make_node(
-            "Gemm", [f"{name}/rows", f"{name}.matrix", *node.input[2:]], [f"{name}/product"], name=name, transB=1
-        ),
-        helper.make_node("Reshape", [f"{name}/product", f"{name}.grid"], list(follower.output), name=f"{name}/grid"),
-    ]
+    to = {label: constant(graph, f"{name}.{label}", value) for label, value in of.items()}
+    writer = NodeWriter(name)
+    moved = writer.add("Transpose", "moved", writer.add("Reshape", "patches", x, to["patches"]), perm=order)
+    flat = writer.add("Reshape", "rows", moved, to["rows"])
+    operands = [flat, constant(graph, f"{name}.matrix", matrix.reshape(out, -1)), *node.inputs[2:]]
+    product = new_node("Gemm", operands, name, [f"{name}/product"], transB=1)
+    grid = new_node("Reshape", [product.outputs[0], to["grid"]], f"{name}/grid")
+    return [*writer.nodes, product, grid]
 
 
-def _remove_unused(graph: GraphProto) -> None:
-    """Nodes that nothing reads, until there are none."""
-    while True:
-        read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-        unused = [node for node in graph.node if read.isdisjoint(node.output)]
-        if not unused:
-            return
-        for node in unused:
-            graph.node.remove(node)
+def _remove_unused(graph: ir.Graph) -> None:
+    """Nodes that nothing reads; whoever made what they read comes after them, from behind."""
+    for node in reversed(list(graph)):
+        if not any(is_read(value) for value in node.outputs):
+            graph.remove(node, safe=True)
 
 
-CANDIDATES: dict[str, Callable[[ModelProto], int]] = {
+CANDIDATES: dict[str, Callable[[ir.Model], int]] = {
     "LayerNorm spelt out": spell_out_layer_norm,
     "GroupNorm's squares in one pass": take_squares_in_one_pass,
     "stem as GEMM": stem_as_gemm,

@@ -36,6 +36,7 @@ from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
 from tests import digits
+from tests.protos import in_place
 
 
 def ours(model: Spach, calibration: digits.Images, precision: Precision) -> ModelProto:
@@ -47,7 +48,7 @@ def ours(model: Spach, calibration: digits.Images, precision: Precision) -> Mode
         return quantize_graph(graph, batches, Scaling(form, Method.MAX)).model
     half = half_format(precision)
     assert half is not None
-    apply_passes(graph, TENSORRT_PASSES)
+    in_place(apply_passes, graph, TENSORRT_PASSES)
     feeds = [{INPUT: batch} for batch in batches]
     migrate_outliers(graph, measure_ranges(graph, feeds), half, TypingOptions().margin)
     return type_graph(graph, precision, measure_ranges(graph, feeds)).model

@@ -27,6 +27,7 @@ from spach_deploy.common.errors import SpachError
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical, simplify
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.typed_graph import type_graph
@@ -77,7 +78,7 @@ def formed(model: Spach, left_out: Sequence[str] = ()) -> ModelProto:
     """Our FP32 graph for TensorRT, without the rewrites and passes that are `left_out`."""
     graph = export_canonical(rewrite(model, left_out).model, model.image_size)
     apply_passes(graph, TENSORRT_PASSES, left_out)
-    return graph
+    return as_proto(graph)
 
 
 def facts(graph: ModelProto, precision: Precision, target: EngineTarget) -> PlanFacts | None:

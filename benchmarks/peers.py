@@ -44,6 +44,7 @@ from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.validation.compare import compare_outputs
+from tests.protos import in_place
 
 OURS = "ours"
 RIGHT = {"FP32": 1e-4, "FP16": 1e-2, "INT8": 1e-1}
@@ -226,7 +227,7 @@ def quantized(name: str, images: int) -> ModelProto:
     model, _, plan = planned(subject, Variant("INT8", Scaling(INT8, Method.MAX)))
     equalize_graph(model, plan)
     ranges = subject.ranges(model)
-    mark_sites(model, plan)
+    in_place(mark_sites, model, plan)
     return deployed(model, plan, ranges)
 
 

@@ -24,6 +24,7 @@ from spach_deploy.data.preprocess import normalize
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import read_plan_facts
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.ranges import Ranges, measure_ranges, open_session
@@ -41,6 +42,7 @@ from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import LayerKind, Selection
 from spach_deploy.quantization.statistics import Collector, TensorStatistics
 from spach_deploy.rewrites import rewrite
+from tests.protos import in_place
 
 BATCH = 8
 
@@ -102,7 +104,7 @@ class Subject:
         if depthwise not in self._graphs:
             quantized = ("*.cpe_net.*",) if depthwise else ()
             static = rewrite(self._loaded.model, (), quantized).model
-            self._graphs[depthwise] = export_canonical(static, self._loaded.image_size)
+            self._graphs[depthwise] = as_proto(export_canonical(static, self._loaded.image_size))
         return self._graphs[depthwise]
 
     def statistics(self, *, depthwise: bool) -> dict[str, TensorStatistics]:
@@ -154,7 +156,7 @@ def planned(subject: Subject, variant: Variant) -> tuple[ModelProto, Quantizable
 
 def deployed(model: ModelProto, plan: QuantizationPlan, ranges: Ranges) -> ModelProto:
     """What engines are built from; `model` is equalized and marked, and is changed."""
-    apply_passes(model, TENSORRT_PASSES)
+    in_place(apply_passes, model, TENSORRT_PASSES)
     correct_biases(model, plan)
     return insert_qdq(type_graph(model, Precision.FP16, ranges).model, plan)
 
@@ -166,7 +168,7 @@ def row(subject: Subject, variant: Variant, gpu: str) -> list[object]:
     changed.CopyFrom(model)
     equalize_graph(changed, plan)
     ranges = subject.ranges(changed)
-    mark_sites(changed, plan)
+    in_place(mark_sites, changed, plan)
     exact = ModelProto()
     exact.CopyFrom(changed)
     correct_biases(exact, plan)

@@ -27,6 +27,7 @@ from benchmarks.results import record, table
 from spach_deploy.data.calibration_set_checks import CalibrationSetCollector
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.readers import open_images
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models import load_model
 from spach_deploy.options.specs import ModelSpec, Preprocessing
@@ -76,7 +77,8 @@ def observed(images: Path) -> Iterator[tuple[str, float]]:
 
 
 def graph_of(name: str) -> tuple[ModelProto, tuple[TensorRequest, ...]]:
-    model = export_canonical(rewrite(load_model(ModelSpec(name)).model, (), ()).model, PREPROCESSING.image_size)
+    static = rewrite(load_model(ModelSpec(name)).model, (), ()).model
+    model = as_proto(export_canonical(static, PREPROCESSING.image_size))
     return model, candidates(model, Selection(), Scaling(INT8, Method.MAX)).wanted
 
 

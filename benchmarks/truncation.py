@@ -33,6 +33,7 @@ from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
+from tests.protos import in_place
 
 MODELS = ("trans_xxs", "ms_conv_xxs", "ms_mlp_xxs", "ms_hybrid_s")
 EVERYTHING = Selection(quantize=("*",))
@@ -63,7 +64,7 @@ def quantized(subject: Subject, selection: Selection) -> ModelProto:
     changed.CopyFrom(model)
     equalize_graph(changed, plan)
     ranges = subject.ranges(changed)
-    mark_sites(changed, plan)
+    in_place(mark_sites, changed, plan)
     return deployed(changed, plan, ranges)
 
 

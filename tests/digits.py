@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from spach_deploy.common.threads import torch_threads
 from spach_deploy.data.preprocess import normalize, pixels
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.precision.rounding import rounded_graph
 from spach_deploy.graph.precision.typed_graph import type_graph
@@ -258,7 +259,7 @@ def canonical(model: Spach, *, quantized: bool = True) -> ModelProto:
     key = f"{hashlib.sha256(weights).hexdigest()} {quantized}"
     if key not in _exported:
         static = rewrite(model, quantized=() if quantized else None).model
-        _exported[key] = export_canonical(static, IMAGE_SIZE).SerializeToString()
+        _exported[key] = as_proto(export_canonical(static, IMAGE_SIZE)).SerializeToString()
     return load_model_from_string(_exported[key])
 
 

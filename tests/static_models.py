@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
@@ -43,7 +44,7 @@ def canonical_bytes(kind: str) -> bytes:
     """The canonical FP32 graph of `small_model(kind)`, serialized."""
 
     def make(target: Path) -> None:
-        target.write_bytes(export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE).SerializeToString())
+        target.write_bytes(as_proto(export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE)).SerializeToString())
 
     return once(f"canonical/{kind}.onnx", make).read_bytes()
 

@@ -13,6 +13,7 @@ from onnx import ModelProto
 from benchmarks.kernels import formed, plain_export
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.quantization import prepared
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.ranges import measure_ranges
@@ -31,6 +32,7 @@ from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import Collector
 from spach_deploy.rewrites import rewrite
 from spach_deploy.validation.tolerance import derive_tolerances
+from tests.protos import in_place
 
 IMAGES, CALIBRATION = 8, 16
 ALLOWED, GOLDEN = "allowed.json", "images.npz"
@@ -48,7 +50,7 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
         logits = loaded.model(torch.from_numpy(images)).numpy()
     np.savez(folder / GOLDEN, images=images, logits=logits)
     static = rewrite(loaded.model, (), ()).model
-    canonical = export_canonical(static, loaded.image_size)
+    canonical = as_proto(export_canonical(static, loaded.image_size))
     calibration = prepared(calibration_photographs(CALIBRATION), preprocessing)
     for graph, model in (
         ("plain", plain_export(loaded.model)),
@@ -84,7 +86,7 @@ def _eight_bits(canonical: ModelProto, plan: QuantizationPlan, calibration: np.n
     changed.CopyFrom(canonical)
     equalize_graph(changed, plan)
     ranges = measure_ranges(changed, ({INPUT: image[None]} for image in calibration[:4]))
-    mark_sites(changed, plan)
-    apply_passes(changed, TENSORRT_PASSES)
+    in_place(mark_sites, changed, plan)
+    in_place(apply_passes, changed, TENSORRT_PASSES)
     correct_biases(changed, plan)
     return insert_qdq(type_graph(changed, Precision.FP16, ranges).model, plan)

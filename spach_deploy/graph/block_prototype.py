@@ -3,10 +3,9 @@
 The exporter's time grows with the number of blocks, and blocks of one shape differ in nothing but their weights. Which
 kinds there are follows from the architecture, so the prototype can be had, and traced, before the model is rewritten.
 
-Repeat a block's graph with other weights.
-
-The nodes of a block are those whose names begin with its module path. They have one input from outside, the stream, and
-one output that others read. A copy takes the same nodes under the other block's path, and that block's tensors.
+The prototype's graph becomes the model's by repeating each block's nodes with other weights. The nodes of a block are
+those whose names begin with its module path. They have one input from outside, the stream, and one output that others
+read. A copy takes the same nodes under the other block's path, and that block's tensors.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
+import onnx_ir as ir
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor, nn
 
 from spach_deploy.common.errors import CertificateError
-from spach_deploy.graph.edit import consumers, initializers, producers
 from spach_deploy.models.spach import MixingBlock, Spach
 from spach_deploy.rewrites import restructure
 from spach_deploy.rewrites.base import own
@@ -142,29 +140,26 @@ def _shapes(module: nn.Module) -> dict[str, object]:
     return {name: None if tensor is None else (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()}
 
 
-def stamp_blocks(model: ModelProto, repeats: Mapping[str, tuple[str, ...]], weights: StaticSpach) -> ModelProto:
-    """Give `model` every block of `repeats`, with the parameters of `weights`; nodes stay in execution order."""
-    graph = model.graph
-    stamped: list[NodeProto] = []
-    stream: dict[str, str] = {}
-    blocks = _nodes_by_block(graph, repeats)
-    for node in graph.node:
-        block = block_of(node.name, repeats)
+def stamp_blocks(model: ir.Model, repeats: Mapping[str, tuple[str, ...]], weights: StaticSpach) -> ir.Model:
+    """`model` with every block of `repeats` and the parameters of `weights`, whose memory it shares; nodes stay in
+    execution order.
+    """
+    source = model.graph
+    stamped = _StampedGraph(source, repeats, Parameters(weights))
+    blocks = _nodes_by_block(source, repeats)
+    for node in source:
+        block = block_of(node.name or "", repeats)
         if block is None:
-            stamped.append(_connected(node, stream))
-        elif node is blocks[block][0] or node.name == blocks[block][0].name:
-            stamped.extend(_stamp_run(graph, blocks[block], block, repeats[block], stream))
-    result = ModelProto(
+            stamped.copy(node)
+        elif node is blocks[block][0]:
+            _stamp_run(stamped, source, blocks[block], block, repeats[block])
+    return ir.Model(
+        stamped.finished(),
         ir_version=model.ir_version,
-        opset_import=model.opset_import,
         producer_name=model.producer_name,
         producer_version=model.producer_version,
-        functions=model.functions,
-        metadata_props=model.metadata_props,
-        graph=GraphProto(name=graph.name, input=graph.input, output=graph.output),
+        functions=tuple(model.functions.values()),
     )
-    _fill(result.graph, stamped, Parameters(weights), graph, {copy for copies in repeats.values() for copy in copies})
-    return result
 
 
 class Parameters:
@@ -181,22 +176,74 @@ class Parameters:
         """The name under which `name` is stored; names that are no parameters stay."""
         return self._canonical.get(name, name)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def put(self, name: str, place: TensorProto) -> None:
-        """Make the new initializer `place` that of a parameter: its data is copied there and nowhere else."""
-        values = np.ascontiguousarray(self._tensors[name].detach().numpy())
-        place.name = name
-        place.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-        place.dims.extend(values.shape)
-        place.raw_data = values.tobytes()
+    def get(self, name: str) -> ir.TensorProtocol | None:
+        """A parameter, in PyTorch's memory; None for a name that is none."""
+        if name not in self._tensors:
+            return None
+        return ir.Tensor(np.ascontiguousarray(self._tensors[name].detach().numpy()), name=name)
 
 
-def _nodes_by_block(graph: GraphProto, repeats: Mapping[str, tuple[str, ...]]) -> dict[str, list[NodeProto]]:
-    blocks: dict[str, list[NodeProto]] = {block: [] for block in repeats}
-    for node in graph.node:
-        block = block_of(node.name, repeats)
+class _StampedGraph:
+    """Copies of `source`'s nodes, in their order, and the constants that they read, in the order in which they do."""
+
+    def __init__(self, source: ir.Graph, repeats: Mapping[str, tuple[str, ...]], parameters: Parameters) -> None:
+        self._source = source
+        self._blocks = {copy for copies in repeats.values() for copy in copies}
+        self._parameters = parameters
+        self._constants: dict[str, ir.Value] = {}
+        self._nodes: list[ir.Node] = []
+        (given,) = source.inputs[:1]
+        self._inputs = [ir.Value(name=given.name, type=given.type, shape=given.shape)]
+        self.values: dict[ir.Value, ir.Value] = {given: self._inputs[0]}
+        """By value of the source, the one that stands for it now."""
+
+    def copy(self, node: ir.Node, block: str = "", copy: str = "") -> None:
+        """Append a node of the source, of `block` as one of its `copy`."""
+        inputs = [None if value is None else self._read(value, block, copy) for value in node.inputs]
+        outputs = [ir.val(_moved(value.name or "", block, copy)) for value in node.outputs]
+        name, attributes = _moved(node.name or "", block, copy), tuple(node.attributes.values())
+        props = dict(node.metadata_props)
+        self._nodes.append(
+            ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name, metadata_props=props)
+        )
+        self.values.update(zip(node.outputs, outputs, strict=True))
+
+    def _read(self, value: ir.Value, block: str, copy: str) -> ir.Value:
+        if value in self.values:
+            return self.values[value]
+        name = self._parameters.canonical(_moved(value.name or "", block, copy))
+        if name not in self._constants:
+            self._constants[name] = ir.val(name, const_value=self._tensor(name))
+        return self._constants[name]
+
+    def _tensor(self, name: str) -> ir.TensorProtocol:
+        """Blocks get the model's parameters; all else keeps its tensors, where the simplifier may have put others."""
+        kept, parameter = self._source.initializers.get(name), self._parameters.get(name)
+        if parameter is not None and (kept is None or block_of(name, self._blocks) is not None):
+            return parameter
+        if kept is None or kept.const_value is None:
+            raise CertificateError(f"No tensor is known for {name}, which the simplifier made of a block's weights.")
+        return kept.const_value
+
+    def finished(self) -> ir.Graph:
+        """The graph; its outputs keep their types."""
+        outputs = [self.values[value] for value in self._source.outputs]
+        for value, old in zip(outputs, self._source.outputs, strict=True):
+            value.type, value.shape = old.type, old.shape
+        return ir.Graph(
+            self._inputs,
+            outputs,
+            nodes=self._nodes,
+            initializers=list(self._constants.values()),
+            opset_imports=dict(self._source.opset_imports),
+            name=self._source.name,
+        )
+
+
+def _nodes_by_block(graph: ir.Graph, repeats: Mapping[str, tuple[str, ...]]) -> dict[str, list[ir.Node]]:
+    blocks: dict[str, list[ir.Node]] = {block: [] for block in repeats}
+    for node in graph:
+        block = block_of(node.name or "", repeats)
         if block is not None:
             blocks[block].append(node)
     return blocks
@@ -209,85 +256,53 @@ def block_of(name: str, blocks: Collection[str]) -> str | None:
     return head if head in blocks else None
 
 
-def _connected(node: NodeProto, stream: Mapping[str, str]) -> NodeProto:
-    twin = NodeProto()
-    twin.CopyFrom(node)
-    twin.input[:] = [stream.get(name, name) for name in node.input]
-    return twin
-
-
 def _stamp_run(
-    graph: GraphProto, nodes: list[NodeProto], block: str, copies: tuple[str, ...], stream: dict[str, str]
-) -> list[NodeProto]:
-    """All copies of one block, each fed by the one before; `stream` learns what now carries the block's output."""
-    inside = {output for node in nodes for output in node.output}
-    _check_constants(graph, nodes, block)
-    incoming = _incoming(graph, nodes, inside, block)
-    outgoing = _outgoing(graph, nodes, inside, block)
-    source = stream.get(incoming, incoming)
-    result: list[NodeProto] = []
+    stamped: _StampedGraph, source: ir.Graph, nodes: list[ir.Node], block: str, copies: tuple[str, ...]
+) -> None:
+    """All copies of one block, each fed by the one before."""
+    _check_constants(source, nodes, block)
+    incoming, outgoing = _incoming(source, nodes, block), _outgoing(nodes, block)
+    stream = stamped.values[incoming]
     for copy in copies:
         for node in nodes:
-            twin = NodeProto()
-            twin.CopyFrom(node)
-            twin.name = _moved(node.name, block, copy)
-            twin.input[:] = [source if name == incoming else _moved(name, block, copy) for name in node.input]
-            twin.output[:] = [_moved(name, block, copy) for name in node.output]
-            result.append(twin)
-        source = _moved(outgoing, block, copy)
-    stream[outgoing] = source
-    return result
+            stamped.copy(node, block, copy)
+        stamped.values[incoming] = stamped.values[outgoing]
+    stamped.values[incoming] = stream
 
 
-def _check_constants(graph: GraphProto, nodes: list[NodeProto], block: str) -> None:
+def _check_constants(source: ir.Graph, nodes: list[ir.Node], block: str) -> None:
     """Float tensors in a block are its own parameters, under their own names; anything else could not be exchanged."""
-    known = initializers(graph)
-    read = {name: known[name] for node in nodes for name in node.input if name in known}
-    foreign = [
-        name
-        for name, tensor in read.items()
-        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) and not name.startswith(f"{block}.")
-    ]
+    read = {value for node in nodes for value in node.inputs if value is not None and not _is_made(source, value)}
+    floats = {value.name or "" for value in read if value.dtype == ir.DataType.FLOAT and value.shape}
+    foreign = sorted(name for name in floats if not name.startswith(f"{block}."))
     if foreign:
-        raise CertificateError(f"Block {block} reads {sorted(foreign)}, which are not parameters of its own.")
+        raise CertificateError(f"Block {block} reads {foreign}, which are not parameters of its own.")
 
 
-def _incoming(graph: GraphProto, nodes: list[NodeProto], inside: set[str], block: str) -> str:
-    made = set(producers(graph)) | {value.name for value in graph.input}
-    names: set[str] = {name for node in nodes for name in node.input if name in made and name not in inside}
-    if len(names) != 1:
-        raise CertificateError(f"Block {block} reads {sorted(names)}; a block reads one tensor, the stream.")
-    return names.pop()
+def _is_made(source: ir.Graph, value: ir.Value) -> bool:
+    """By a node, or by the caller; all else are weights and constants."""
+    return value.producer() is not None or value is source.inputs[0]
 
 
-def _outgoing(graph: GraphProto, nodes: list[NodeProto], inside: set[str], block: str) -> str:
-    own = {node.name for node in nodes}
-    read = consumers(graph)
-    names = {name for name in inside if any(reader.name not in own for reader in read.get(name, ()))}
-    if len(names) != 1:
-        raise CertificateError(f"Block {block} hands out {sorted(names)}; a block makes one tensor, the stream.")
-    return names.pop()
+def _incoming(source: ir.Graph, nodes: list[ir.Node], block: str) -> ir.Value:
+    inside = {value for node in nodes for value in node.outputs}
+    read = {value for node in nodes for value in node.inputs if value is not None and value not in inside}
+    found = {value for value in read if _is_made(source, value)}
+    if len(found) != 1:
+        names = sorted(value.name or "" for value in found)
+        raise CertificateError(f"Block {block} reads {names}; a block reads one tensor, the stream.")
+    return found.pop()
+
+
+def _outgoing(nodes: list[ir.Node], block: str) -> ir.Value:
+    inside = set(nodes)
+    found = [value for node in nodes for value in node.outputs if not inside.issuperset(value.consumers())]
+    if len(found) != 1:
+        names = sorted(value.name or "" for value in found)
+        raise CertificateError(f"Block {block} hands out {names}; a block makes one tensor, the stream.")
+    return found[0]
 
 
 def _moved(name: str, block: str, copy: str) -> str:
     """`layer3.3/Add` -> `layer3.4/Add`; shared constants keep their names."""
-    return copy + name[len(block) :] if name.startswith((f"{block}.", f"{block}/")) else name
-
-
-def _fill(
-    graph: GraphProto, nodes: list[NodeProto], parameters: Parameters, original: GraphProto, blocks: set[str]
-) -> None:
-    """Blocks get the model's parameters; all else keeps its tensors, into which the simplifier may have put others."""
-    for node in nodes:
-        node.input[:] = [parameters.canonical(name) for name in node.input]
-    constants = initializers(original)
-    graph.node.extend(nodes)
-    made = {output for node in nodes for output in node.output} | {value.name for value in graph.input}
-    for name in dict.fromkeys(name for node in nodes for name in node.input if name and name not in made):
-        is_kept = name in constants and block_of(name, blocks) is None
-        if name in parameters and not is_kept:
-            parameters.put(name, graph.initializer.add())
-        elif name in constants:
-            graph.initializer.append(constants[name])
-        else:
-            raise CertificateError(f"No tensor is known for {name}, which the simplifier made of a block's weights.")
+    return copy + name[len(block) :] if block and name.startswith((f"{block}.", f"{block}/")) else name

@@ -12,11 +12,14 @@ from collections.abc import Collection
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 from onnx import ModelProto, TypeProto
 
 from spach_deploy.common.errors import CertificateError
+from spach_deploy.graph.editing import without_weights
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.opset import opset_of
+from spach_deploy.runtime.onnxruntime_runner import tensor_proto
 
 FORBIDDEN = (
     "Shape",
@@ -49,14 +52,14 @@ class Certificate:
         return dataclasses.asdict(self)
 
 
-def certify(model: ModelProto, modules: Collection[str]) -> Certificate:
+def certify(model: ir.Model, modules: Collection[str]) -> Certificate:
     """Check `model`; `modules` are the paths that node names may begin with.
 
     Raises CertificateError that lists every broken promise with the nodes concerned.
     """
-    light = _without_large_weights(model)
+    light = without_weights(model)
     _check_form(model, light)
-    symbolic = _symbolic_dimensions(model)
+    symbolic = _symbolic_dimensions(light)
     problems = [
         *_forbidden(model),
         *([f"more than one symbolic dimension: {', '.join(sorted(symbolic))}"] if len(symbolic) > 1 else []),
@@ -66,19 +69,19 @@ def certify(model: ModelProto, modules: Collection[str]) -> Certificate:
     ]
     if problems:
         raise CertificateError(f"The exported graph cannot be certified: {'; '.join(problems)}.")
-    operators = dict(Counter(node.op_type for node in model.graph.node).most_common())
-    named = len({owner(node.name) for node in model.graph.node})
+    operators = dict(Counter(node.op_type for node in model.graph).most_common())
+    named = len({owner(node.name or "") for node in model.graph})
     return Certificate(
-        opset_of(model), model.ir_version, len(model.graph.node), operators, next(iter(symbolic), None), named
+        opset_of(model), model.ir_version, len(model.graph), operators, next(iter(symbolic), None), named
     )
 
 
-def _check_form(model: ModelProto, light: ModelProto) -> None:
+def _check_form(model: ir.Model, light: ModelProto) -> None:
     """onnx.checker on the graph and on each tensor; never on both at once, which would copy all weights."""
     try:
         onnx.checker.check_model(light)
-        for tensor in model.graph.initializer:
-            onnx.checker.check_tensor(tensor)
+        for value in model.graph.initializers.values():
+            onnx.checker.check_tensor(tensor_proto(value))
     except onnx.checker.ValidationError as error:
         raise CertificateError(f"The exported graph is not valid ONNX: {error}") from error
 
@@ -91,29 +94,13 @@ def infer_shapes(light: ModelProto) -> ModelProto:
         raise CertificateError(f"Shapes of the exported graph contradict each other: {error}") from error
 
 
-def _without_large_weights(model: ModelProto) -> ModelProto:
-    light = ModelProto(ir_version=model.ir_version)
-    light.opset_import.extend(model.opset_import)
-    graph = light.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.output.extend(model.graph.output)
-    graph.input.extend(model.graph.input)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT64:
-            graph.initializer.append(tensor)
-        else:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    return light
-
-
-def _forbidden(model: ModelProto) -> list[str]:
-    found = [f"{node.op_type} at {node.name}" for node in model.graph.node if node.op_type in FORBIDDEN]
+def _forbidden(model: ir.Model) -> list[str]:
+    found = [f"{node.op_type} at {node.name}" for node in model.graph if node.op_type in FORBIDDEN]
     return [f"shape arithmetic: {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}"] if found else []
 
 
-def _symbolic_dimensions(model: ModelProto) -> set[str]:
-    values = (*model.graph.input, *model.graph.output)
+def _symbolic_dimensions(light: ModelProto) -> set[str]:
+    values = (*light.graph.input, *light.graph.output)
     return {dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param}
 
 
@@ -132,13 +119,12 @@ def _is_known(value: TypeProto) -> bool:
     return sum(not dim.HasField("dim_value") for dim in dims) <= 1
 
 
-def _unused(model: ModelProto) -> list[str]:
-    used = {name for node in model.graph.node for name in node.input}
-    unused = [tensor.name for tensor in model.graph.initializer if tensor.name not in used]
+def _unused(model: ir.Model) -> list[str]:
+    unused = [name for name, value in model.graph.initializers.items() if not value.uses()]
     return [f"unused initializers: {', '.join(unused[:5])}"] if unused else []
 
 
-def _unnamed(model: ModelProto, modules: Collection[str]) -> list[str]:
+def _unnamed(model: ir.Model, modules: Collection[str]) -> list[str]:
     allowed = {*modules, "model", "io"}
-    strange = [node.name for node in model.graph.node if owner(node.name) not in allowed]
+    strange = [node.name or "" for node in model.graph if owner(node.name or "") not in allowed]
     return [f"nodes without a module path: {', '.join(strange[:5])}"] if strange else []

@@ -13,7 +13,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto
+
+from spach_deploy.runtime.onnxruntime_runner import message_of, tensor_proto
 
 FLOAT32_KEY = "spach.precision"
 """metadata_props key of a node that half precision leaves in FP32 (value "fp32")."""
@@ -73,6 +75,12 @@ def array_of(value: ir.Value | None) -> NDArray[Any] | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
+def data_of(value: ir.Value) -> NDArray[Any]:
+    """What an initializer holds."""
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
 def set_ints(node: ir.Node, attribute: str, values: Sequence[int]) -> None:
     """Give a node an attribute of integers, in the place of the one of that name."""
     node.attributes[attribute] = ir.AttrInt64s(attribute, values)
@@ -123,44 +131,18 @@ def is_marked_quantized(node: ir.Node) -> bool:
 
 def as_proto(model: ir.Model) -> ModelProto:
     """`model` as model.onnx holds it: with a copy of all weights, without shapes between the nodes."""
-    proto = without_initializers(model)
+    proto = message_of(model, model.graph.inputs)
     for value in model.graph.initializers.values():
         proto.graph.initializer.append(tensor_proto(value))
     return proto
 
 
 def without_weights(model: ir.Model) -> ModelProto:
-    """The graph with its floating-point initializers as inputs: types and shapes do not depend on their values."""
-    proto = without_initializers(model)
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        assert tensor is not None
-        if tensor.dtype.is_floating_point():
-            info = helper.make_tensor_value_info(value.name, tensor.dtype.value, tensor.shape.numpy())
-            proto.graph.input.append(info)
-        else:
-            proto.graph.initializer.append(tensor_proto(value))
-    return proto
-
-
-def without_initializers(model: ir.Model) -> ModelProto:
-    """Everything but the constants."""
-    proto = ModelProto(ir_version=model.ir_version)
-    proto.opset_import.extend(helper.make_opsetid(*entry) for entry in model.opset_imports.items())
-    proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
-    graph = proto.graph
-    graph.name = model.graph.name or ""
-    graph.node.extend(ir.to_proto(node) for node in model.graph)
-    graph.input.extend(ir.to_proto(value) for value in model.graph.inputs)
-    graph.output.extend(ir.to_proto(value) for value in model.graph.outputs)
-    return proto
-
-
-def tensor_proto(initializer: ir.Value) -> TensorProto:
-    """An initializer with a copy of its data."""
-    assert initializer.const_value is not None
-    initializer.const_value.name = initializer.name
-    return ir.to_proto(initializer.const_value)
+    """The graph, its constants as inputs but for integers: types and shapes do not depend on weights' values."""
+    constants = model.graph.initializers.values()
+    integers = [value for value in constants if value.dtype == ir.DataType.INT64]
+    others = [value for value in constants if value.dtype != ir.DataType.INT64]
+    return message_of(model, (*model.graph.inputs, *others), integers)
 
 
 def shapes_at_batch_one(model: ir.Model) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,8 @@
 
 The exporter's time grows with the number of blocks, and blocks of one shape differ in nothing but their weights. So one
 block of each kind is exported (the prototype), simplified, and stamped once per block with that block's own weights
-(`stamp.py`). What comes out is what a whole export would give, and it is compared with PyTorch like any other graph.
+(`block_prototype.py`). What comes out is what a whole export would give, and it is compared with PyTorch like any other
+graph.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
 import torch
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph.block_prototype import (
@@ -27,6 +29,7 @@ from spach_deploy.graph.block_prototype import (
     structure,
     with_ordinary_weights,
 )
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.free_batch import free_batch
 from spach_deploy.graph.names import name_by_module
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
@@ -34,9 +37,7 @@ from spach_deploy.options.specs import OPSET
 from spach_deploy.rewrites.static_modules import StaticSpach
 
 if TYPE_CHECKING:
-    from onnx_ir import Graph
     from torch import nn
-    from torch.onnx import ONNXProgram
 
 INPUT, LOGITS, BATCH = "input", "logits", "batch"
 _TRACED_BATCH = 3
@@ -44,14 +45,15 @@ _TRACED_BATCH = 3
 
 @dataclasses.dataclass(frozen=True)
 class ExportedPrototype:
-    """The graph of a prototype's `structure`, serialized, without the weights of its blocks."""
+    """The graph of a prototype's `structure`, serialized; the weights of its blocks are inputs behind its first."""
 
     structure: str
     graph: bytes = dataclasses.field(repr=False)
 
 
-def export_canonical(model: StaticSpach, image_size: int, traced: ExportedPrototype | None = None) -> ModelProto:
-    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20.
+def export_canonical(model: StaticSpach, image_size: int, traced: ExportedPrototype | None = None) -> ir.Model:
+    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20. Its weights
+    are in the model's memory.
 
     `traced` is taken where it is of this very structure. Raises CertificateError when the exporter or the simplifier
     fails.
@@ -59,28 +61,27 @@ def export_canonical(model: StaticSpach, image_size: int, traced: ExportedProtot
     prototype = make_prototype(model)
     if traced is None or traced.structure != structure(prototype):
         traced = trace(prototype, image_size)
-    return stamp_blocks(ModelProto.FromString(traced.graph), prototype.repeats, model)
+    return stamp_blocks(ir.from_proto(ModelProto.FromString(traced.graph)), prototype.repeats, model)
 
 
 def trace(prototype: Prototype, image_size: int) -> ExportedPrototype:
     """The prototype's graph: named by modules, simplified. It may be `without_weights`."""
     ordinary = with_ordinary_weights(prototype)
-    program = _exported(ordinary.model, image_size)
-    weights = _as_inputs(program.model.graph, prototype.repeats)
-    graph = _freed(program.model_proto)
-    name_by_module(graph)
-    graph = simplify(graph)
-    _as_initializers(graph, weights)
-    restore_block_boundaries(graph, is_grid=ordinary.model.grid_stream)
-    return ExportedPrototype(structure(prototype), graph.SerializeToString())
+    exported = _exported(ordinary.model, image_size)
+    _as_inputs(exported.graph, prototype.repeats)
+    name_by_module(exported)
+    model = ir.from_proto(simplify(as_proto(exported)))
+    restore_block_boundaries(model, is_grid=ordinary.model.grid_stream)
+    return ExportedPrototype(structure(prototype), as_proto(model).SerializeToString())
 
 
 def torch_export(model: nn.Module, image_size: int) -> ModelProto:
     """torch.onnx's own graph of `model`, every block traced."""
-    return _freed(_exported(model, image_size).model_proto)
+    return as_proto(_exported(model, image_size))
 
 
-def _exported(model: nn.Module, image_size: int) -> ONNXProgram:
+def _exported(model: nn.Module, image_size: int) -> ir.Model:
+    """The exporter's graph, its batch symbolic."""
     example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -93,38 +94,20 @@ def _exported(model: nn.Module, image_size: int) -> ONNXProgram:
             verbose=False,
         )
     assert program is not None
-    return program
+    free_batch(program.model, _TRACED_BATCH, BATCH)
+    return program.model
 
 
-def _freed(model: ModelProto) -> ModelProto:
-    free_batch(model, _TRACED_BATCH, BATCH)
-    return model
-
-
-def _as_inputs(graph: Graph, blocks: Collection[str]) -> list[TensorProto]:
-    """Let `graph` read the weights of `blocks` instead of holding them, in place; what they were, without values.
+def _as_inputs(graph: ir.Graph, blocks: Collection[str]) -> None:
+    """Let `graph` read the weights of `blocks` instead of holding them, in place.
 
     They are most of it, nothing is to be made of them, and the simplifier would copy them from hand to hand.
     """
-    weights = []
     for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype.name == "FLOAT" and tensor.shape and block_of(name, blocks) is not None:
+        if value.dtype == ir.DataType.FLOAT and value.shape and block_of(name, blocks) is not None:
             graph.initializers.pop(name)
             value.const_value = None
             graph.inputs.append(value)
-            weights.append(TensorProto(name=name, dims=tensor.shape.numpy(), data_type=TensorProto.FLOAT))
-    return weights
-
-
-def _as_initializers(model: ModelProto, weights: list[TensorProto]) -> None:
-    """The opposite, for those that are still read; they have no values."""
-    names = {tensor.name for tensor in weights}
-    inputs = [value for value in model.graph.input if value.name not in names]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    read = {name for node in model.graph.node for name in node.input}
-    model.graph.initializer.extend(tensor for tensor in weights if tensor.name in read)
 
 
 def simplify(model: ModelProto) -> ModelProto:

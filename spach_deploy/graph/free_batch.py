@@ -8,29 +8,28 @@ the result is right at other batches is proven by running it at several.
 from __future__ import annotations
 
 import numpy as np
-from onnx import ModelProto, numpy_helper
+import onnx_ir as ir
 
 from spach_deploy.common.errors import CertificateError
-from spach_deploy.graph.edit import constant, initializers
+from spach_deploy.graph.editing import array_of
 
 
-def free_batch(model: ModelProto, traced: int, name: str) -> None:
+def free_batch(model: ir.Model, traced: int, name: str) -> None:
     """In place: first input, outputs and reshapes whose first extent is `traced` or a multiple get the batch `name`
     instead.
 
     Raises CertificateError for a reshape that cannot be set free.
     """
     graph = model.graph
-    for value in (*graph.input[:1], *graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = name
-    known = initializers(graph)
-    for node in graph.node:
-        if node.op_type == "Reshape" and node.input[1] in known:
-            tensor = known[node.input[1]]
-            shape = numpy_helper.to_array(tensor).tolist()
-            if shape[0] > 0:
-                tensor.CopyFrom(constant(tensor.name, np.array(_freed(shape, traced, node.name), np.int64)))
-    del graph.value_info[:]
+    for value in (*graph.inputs[:1], *graph.outputs):
+        assert value.shape is not None
+        value.shape = ir.Shape([name, *value.shape[1:]])
+    for node in graph:
+        shape = node.inputs[1] if node.op_type == "Reshape" else None
+        extents = array_of(shape)
+        if shape is not None and extents is not None and extents[0] > 0:
+            freed = np.array(_freed(extents.tolist(), traced, node.name or ""), np.int64)
+            shape.const_value = ir.Tensor(freed, name=shape.name)
 
 
 def _freed(shape: list[int], traced: int, node: str) -> list[int]:

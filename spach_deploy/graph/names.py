@@ -10,41 +10,35 @@ from __future__ import annotations
 import ast
 from collections import Counter
 
-from onnx import ModelProto, NodeProto
+import onnx_ir as ir
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def module_path(node: NodeProto) -> str | None:
+def module_path(node: ir.Node) -> str | None:
     """Path of the module that `node` came from, from exporter metadata: "" for the model itself, None if unknown."""
-    for entry in node.metadata_props:
-        if entry.key == _SCOPES:
-            scopes: list[str] = ast.literal_eval(entry.value)
-            return scopes[-2] if len(scopes) > 1 else ""
-    return None
+    entry = node.metadata_props.get(_SCOPES)
+    if entry is None:
+        return None
+    scopes: list[str] = ast.literal_eval(entry)
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
-def name_by_module(model: ModelProto) -> None:
+def name_by_module(model: ir.Model) -> None:
     """Rename nodes to `path/OpType` (numbered where one module has several) and tensors after their node, in place."""
-    graph = model.graph
-    kept = {value.name for value in (*graph.input, *graph.output)}
-    renamed: dict[str, str] = {}
+    kept = {*model.graph.inputs, *model.graph.outputs}
     seen: Counter[str] = Counter()
-    path_of: dict[str, str] = {}
-    for node in graph.node:
+    path_of: dict[ir.Value | None, str] = {}
+    for node in model.graph:
         path = module_path(node)
         if path is None:  # made by a decomposition: it belongs where its input was made
-            path = next((path_of[name] for name in node.input if name in path_of), "")
-        path_of.update(dict.fromkeys(node.output, path))
+            path = next((path_of[value] for value in node.inputs if value in path_of), "")
+        path_of.update(dict.fromkeys(node.outputs, path))
         node.name = _unique(f"{path or 'model'}/{node.op_type}", seen)
-        for index, output in enumerate(node.output):
-            if output and output not in kept:
-                renamed[output] = node.name if len(node.output) == 1 else f"{node.name}.{index}"
-    for node in graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-        del node.metadata_props[:]
-    del graph.value_info[:]
+        node.metadata_props.clear()
+        for index, output in enumerate(node.outputs):
+            if output.name and output not in kept:
+                output.name = node.name if len(node.outputs) == 1 else f"{node.name}.{index}"
 
 
 def _unique(name: str, seen: Counter[str]) -> str:

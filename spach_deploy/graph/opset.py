@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 from onnx.defs import OpSchema
 
 from spach_deploy.common.errors import UnavailableError, UsageError
@@ -52,6 +52,15 @@ def set_opset(model: ir.Model, opset: int) -> None:
     model.opset_imports[""] = opset
     entries = [helper.make_opsetid(*entry) for entry in model.opset_imports.items()]
     model.ir_version = helper.find_min_ir_version_for(entries, ignore_unknown=True)
+
+
+def raise_opset_of_proto(proto: ModelProto, opset: int) -> None:
+    """`raise_opset` for those who have a message."""
+    model = ir.from_proto(proto)
+    raise_opset(model, opset)
+    proto.ir_version = model.ir_version
+    del proto.opset_import[:]
+    proto.opset_import.extend(helper.make_opsetid(*entry) for entry in model.opset_imports.items())
 
 
 def raise_opset(model: ir.Model, opset: int) -> None:
@@ -188,7 +197,9 @@ def _gelu(graph: ir.Graph, node: ir.Node) -> None:
     if node.attributes.get_string("approximate", "none") != "none":
         return
     values = {"scale": np.sqrt(0.5), "one": 1.0, "half": 0.5}
-    scale, one, half = (constant(graph, f"gelu.{label}", np.float32([value])) for label, value in values.items())
+    scale, one, half = (
+        constant(graph, f"gelu.{label}", np.array([value], np.float32)) for label, value in values.items()
+    )
     x, writer = node.inputs[0], NodeWriter(node.name or "")
     erf = writer.add("Erf", "erf", writer.add("Mul", "scaled", x, scale))
     doubled = writer.add("Mul", "doubled", x, writer.add("Add", "shifted", erf, one))

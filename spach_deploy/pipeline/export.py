@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spach_deploy.bundle import store as bundles
@@ -29,6 +30,7 @@ from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.progress import ExportObserver, Phases, Silent
 from spach_deploy.common.threads import available_threads, torch_threads, worker_threads
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.precision.typed_graph import TypedGraph
 from spach_deploy.graph.tracing import Tracing
 from spach_deploy.models.checkpoint import LoadedModel
@@ -355,8 +357,8 @@ def calibrated(
     """Which layers go into eight bits, with which scales."""
     loaded, photographs = reference.loaded, reference.photographs
     with phases.phase("calibrate"):
-        assert graph.model is not None
-        quantized = calibrate(graph.model, loaded, photographs.preprocessing, options, phases)
+        assert isinstance(graph.model, ir.Model)
+        quantized = calibrate(as_proto(graph.model), loaded, photographs.preprocessing, options, phases)
         refuse_overlap(quantized, [photographs.pixels], photographs.names, options, phases)
     return quantized
 

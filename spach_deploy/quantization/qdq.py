@@ -27,7 +27,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.common.errors import PrecisionError
 from spach_deploy.graph.edit import attributes, consumers, initializers, producers
-from spach_deploy.graph.opset import raise_opset
+from spach_deploy.graph.opset import raise_opset_of_proto
 from spach_deploy.graph.precision.elements import element_types
 from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode
 from spach_deploy.options.specs import Precision
@@ -180,7 +180,7 @@ class _Inserter:
         graph.input.extend(self._source.graph.input)
         graph.output.extend(self._source.graph.output)
         if any(tensor.data_type in (TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN) for tensor in self._added):
-            raise_opset(model, _OPSET)
+            raise_opset_of_proto(model, _OPSET)
         return model
 
 

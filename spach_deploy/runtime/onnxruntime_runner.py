@@ -23,6 +23,7 @@ from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from onnx import ModelProto, TensorProto
     from typing_extensions import Self
 
@@ -36,7 +37,7 @@ _ALIGNMENT = 4096
 
 
 @contextlib.contextmanager
-def saved_graph(*messages: ModelProto) -> Iterator[Path]:
+def saved_graph(*messages: ModelProto | ir.Model) -> Iterator[Path]:
     """A temporary file that holds `messages` behind each other, which protobuf reads as one merged message.
 
     Weights lie beside it, as they are in memory, and are read from there when they are needed. A session that was
@@ -49,42 +50,71 @@ def saved_graph(*messages: ModelProto) -> Iterator[Path]:
         yield path
 
 
-def _save(messages: tuple[ModelProto, ...], path: Path) -> None:
+def _save(messages: tuple[ModelProto | ir.Model, ...], path: Path) -> None:
     with path.open("wb") as light, (path.parent / _WEIGHTS).open("wb") as weights:
         for message in messages:
             for part in _parts(message, weights):
                 light.write(part.SerializeToString())
 
 
-def save_model(model: ModelProto, path: Path) -> None:
+def save_model(model: ModelProto | ir.Model, path: Path) -> None:
     """`onnx.save` without a second copy of all weights in memory."""
     with path.open("wb") as file:
         write_graph(model, file)
 
 
-def write_graph(model: ModelProto, file: IO[bytes]) -> None:
+def write_graph(model: ModelProto | ir.Model, file: IO[bytes]) -> None:
     """Write the message in parts, weights one by one."""
     for part in _parts(model):
         file.write(part.SerializeToString())
 
 
-def _parts(model: ModelProto, weights: IO[bytes] | None = None) -> Iterator[ModelProto]:
+def message_of(model: ir.Model, inputs: Iterable[ir.Value], initializers: Iterable[ir.Value] = ()) -> ModelProto:
+    """A message with the nodes and outputs of `model`, and these inputs and initializers.
+
+    Types and shapes of inner tensors are left out: they follow from the nodes.
+    """
+    import onnx_ir as ir
+    from onnx import ModelProto
+
+    graph = model.graph
+    view = ir.GraphView(tuple(inputs), graph.outputs, nodes=tuple(graph), initializers=tuple(initializers))
+    message = ModelProto(ir_version=model.ir_version, graph=ir.to_proto(view))
+    message.graph.ClearField("value_info")
+    message.graph.name = graph.name or ""
+    for domain, version in graph.opset_imports.items():
+        message.opset_import.add(domain=domain, version=version)
+    message.functions.extend(ir.to_proto(function) for function in model.functions.values())
+    return message
+
+
+def tensor_proto(initializer: ir.Value) -> TensorProto:
+    """An initializer with a copy of its data."""
+    import onnx_ir as ir
+
+    assert initializer.const_value is not None
+    initializer.const_value.name = initializer.name
+    return ir.serde.serialize_tensor(initializer.const_value)
+
+
+def _parts(model: ModelProto | ir.Model, weights: IO[bytes] | None = None) -> Iterator[ModelProto]:
     """Messages that merge into `model`: everything but the weights, then each weight; the data of large ones goes into
     the file `weights`, if there is one.
     """
     from onnx import GraphProto, ModelProto
 
-    light = GraphProto(
-        name=model.graph.name,
-        node=model.graph.node,
-        input=model.graph.input,
-        output=model.graph.output,
-        value_info=model.graph.value_info,
-    )
-    yield ModelProto(
-        ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions, graph=light
-    )
-    for tensor in model.graph.initializer:
+    tensors: Iterable[TensorProto]
+    if isinstance(model, ModelProto):
+        tensors, graph = model.graph.initializer, model.graph
+        light = GraphProto(
+            name=graph.name, node=graph.node, input=graph.input, output=graph.output, value_info=graph.value_info
+        )
+        versions, functions = model.opset_import, model.functions
+        yield ModelProto(ir_version=model.ir_version, opset_import=versions, functions=functions, graph=light)
+    else:
+        yield message_of(model, model.graph.inputs)
+        tensors = map(tensor_proto, model.graph.initializers.values())
+    for tensor in tensors:
         yield ModelProto(graph=GraphProto(initializer=[tensor if weights is None else _outside(tensor, weights)]))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -20,7 +21,7 @@ def graph() -> ModelProto:
 
 def refused(model: ModelProto) -> str:
     with pytest.raises(CertificateError) as caught:
-        certify(model, MODULES)
+        certify(ir.from_proto(model), MODULES)
     return str(caught.value)
 
 
@@ -60,4 +61,4 @@ def test_all_broken_promises_are_listed_together() -> None:
 
 def test_more_answers_than_classes_are_refused() -> None:
     with pytest.raises(UsageError, match="--top-k 12 of 11 classes"):
-        add_interface(graph(), OutputSpec(top_k=12), Preprocessing())
+        add_interface(ir.from_proto(graph()), OutputSpec(top_k=12), Preprocessing())

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph import export
 from spach_deploy.graph.certificate import certify
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical, simplify, torch_export
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.passes import CPU_PASSES, TENSORRT_PASSES, apply_passes
@@ -20,13 +23,17 @@ from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.static_models import CLASSES, CONFIGS, IMAGE_SIZE, canonical_bytes, images, logits, relative_l2, small_model
 
 
-def canonical(kind: str) -> ModelProto:
-    return onnx.load_model_from_string(canonical_bytes(kind))
+def canonical(kind: str) -> ir.Model:
+    return ir.from_proto(onnx.load_model_from_string(canonical_bytes(kind)))
 
 
-def run(model: ModelProto, batch: np.ndarray) -> dict[str, np.ndarray]:
-    with OnnxRuntimeRunner(model.SerializeToString(), threads=1) as runner:
+def run(model: ir.Model, batch: np.ndarray) -> dict[str, np.ndarray]:
+    with OnnxRuntimeRunner(as_proto(model).SerializeToString(), threads=1) as runner:
         return runner.run({INPUT: batch})
+
+
+def convolutions(model: ir.Model) -> list[str | None]:
+    return [node.name for node in model.graph if node.op_type == "Conv" and ".cpe_net." in (node.name or "")]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -44,7 +51,7 @@ def test_target_passes_change_nothing_but_the_form(kind: str) -> None:
     blocks = sum(len(stage) for stage in CONFIGS[kind].stages)
     assert len(changed["shift_depthwise"]) == blocks
     assert len(changed["split_group_norm"]) == len(CONFIGS[kind].stages) - 1
-    assert not [n for n in after.graph.node if n.op_type == "Conv" and ".cpe_net." in n.name]
+    assert not convolutions(after)
     x = images(2)
     assert relative_l2(run(after, x)[LOGITS], run(before, x)[LOGITS]) < 2e-6
 
@@ -63,7 +70,7 @@ def test_a_pass_that_is_turned_off_leaves_the_convolution() -> None:
     model = canonical("hybrid")
     changed = apply_passes(model, TENSORRT_PASSES, disabled=["shift_depthwise"])
     assert "shift_depthwise" not in changed
-    assert [n for n in model.graph.node if n.op_type == "Conv" and ".cpe_net." in n.name]
+    assert convolutions(model)
 
 
 LAYOUT = ("fold_residual", "grid_stream", "shift_depthwise")
@@ -82,7 +89,7 @@ def test_any_form_can_be_left_out_where_blocks_of_one_kind_follow_a_downsampling
     load_demo_weights(model)
     graph = export_canonical(rewrite(model, left_out).model, IMAGE_SIZE)
     apply_passes(graph, TENSORRT_PASSES, left_out)
-    onnx.checker.check_model(graph, full_check=True)
+    onnx.checker.check_model(as_proto(graph), full_check=True)
     x = images(2)
     assert relative_l2(run(graph, x)[LOGITS], logits(model, x)) < 2e-6
 
@@ -96,13 +103,13 @@ def test_a_batchnorm_that_the_simplifier_folds_stays_folded() -> None:
 
 def test_stamping_gives_the_graph_that_a_whole_export_gives() -> None:
     static = rewrite(small_model("hybrid")).model
-    whole = simplify(torch_export(static, IMAGE_SIZE))
+    whole = ir.from_proto(simplify(torch_export(static, IMAGE_SIZE)))
     x = images(2)
     assert relative_l2(run(canonical("hybrid"), x)[LOGITS], run(whole, x)[LOGITS]) < 2e-6
 
 
 def test_node_names_are_module_paths() -> None:
-    names = {node.name for node in canonical("hybrid").graph.node}
+    names = {node.name for node in canonical("hybrid").graph}
     assert {"layer2.2.spatial_func.qkv/Gemm", "layer3.3.channel_func.fc1/Gemm", "stem.proj/Conv", "head/Gemm"} <= names
 
 
@@ -124,11 +131,11 @@ def test_special_weights_do_not_change_the_graph() -> None:
     fresh = Spach(CONFIGS["hybrid"], image_size=IMAGE_SIZE, num_classes=CLASSES).eval()  # zeros, ones, equal tensors
     torch.nn.init.normal_(fresh.head.weight, generator=torch.Generator().manual_seed(0))
     model = export_canonical(rewrite(fresh).model, IMAGE_SIZE)
-    before = len(model.graph.node)
+    before = len(model.graph)
     assert apply_passes(model, TENSORRT_PASSES)["split_group_norm"] == ("layer2.0.net.1.1", "layer3.0.net.1.1")
     x = images(2)
     assert relative_l2(run(model, x)[LOGITS], logits(fresh, x)) < 2e-6
-    assert abs(before - len(canonical("hybrid").graph.node)) <= 4  # Mul and Add of the two GroupNorms
+    assert abs(before - len(canonical("hybrid").graph)) <= 4  # Mul and Add of the two GroupNorms
 
 
 @pytest.mark.parametrize("kind", ["ms_mlp", "hybrid"])
@@ -148,12 +155,12 @@ def test_moves_that_a_simplifier_left_without_effect_are_taken_out(kind: str, mo
     plain = canonical(kind)
     monkeypatch.setattr(export, "simplify", simplified)
     model = export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE)
-    assert [node.name for node in model.graph.node] == [node.name for node in plain.graph.node]
+    assert [node.name for node in model.graph] == [node.name for node in plain.graph]
     x = images(2)
     assert relative_l2(run(model, x)[LOGITS], logits(small_model(kind), x)) < 2e-6
 
 
-def group_norm(size: int, channels: int) -> ModelProto:
+def group_norm(size: int, channels: int) -> ir.Model:
     """GroupNorm of one group as the exporter writes it, (B, C, S, S) -> (B, S, S, C)."""
     shape = (channels, size, size)
     nodes = [
@@ -175,7 +182,7 @@ def group_norm(size: int, channels: int) -> ModelProto:
         [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", size, size, channels])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
 
 
 def test_on_a_cpu_group_norm_keeps_its_digits_on_large_images() -> None:
@@ -185,3 +192,21 @@ def test_on_a_cpu_group_norm_keeps_its_digits_on_large_images() -> None:
     plain, form = group_norm(192, 32), group_norm(192, 32)
     assert apply_passes(form, CPU_PASSES) == {"split_group_norm": ("norm",)}
     assert relative_l2(run(form, x)["out"], exact) < 5e-7 < relative_l2(run(plain, x)["out"], exact)
+
+
+def test_a_pass_that_fails_is_named_with_the_next_step() -> None:
+    model = canonical("hybrid")
+    for node in model.graph:
+        if node.op_type == "InstanceNormalization":
+            node.replace_input_with(0, model.graph.inputs[0])
+    with pytest.raises(CertificateError, match=r"The pass split_group_norm .* --no-rewrite split_group_norm") as caught:
+        apply_passes(model, TENSORRT_PASSES)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_pass_says_whether_it_changed_the_model() -> None:
+    passes, model = {step.name: step for step in TENSORRT_PASSES}, canonical("hybrid")
+    first = passes["shift_depthwise"](model)
+    assert first.model is model
+    assert first.modified
+    assert not passes["shift_depthwise"](first).modified

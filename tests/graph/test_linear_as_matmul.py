@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.processor import has_vnni
-from spach_deploy.graph.edit import mark_quantized
+from spach_deploy.graph.editing import as_proto, mark_quantized
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.graph.precision.ranges import open_session
 from spach_deploy.quantization.plan import QuantizedSite, read_plan
@@ -26,24 +27,21 @@ needs_vnni = pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI")
 
 @pytest.mark.parametrize("kind", ["conv", "trans", "hybrid"])
 def test_marked_layers_change_their_form_and_nothing_else(kind: str) -> None:
-    model = onnx.ModelProto()
-    model.CopyFrom(small_models.canonical(kind))
-    images = small_models.inputs()
-    before = open_session(model).run(None, {"input": images})[0]
-    marked = [
-        mark_quantized(node).name for node in model.graph.node if node.op_type == "Gemm" and "head" not in node.name
-    ]
-    assert linear_as_matmul(model) == tuple(marked)
-    assert [node.name for node in model.graph.node if node.op_type == "Gemm"] == ["head/Gemm"]
-    after = open_session(model).run(None, {"input": images})[0]
+    model, images = ir.from_proto(small_models.canonical(kind)), small_models.inputs()
+    before = open_session(as_proto(model)).run(None, {"input": images})[0]
+    marked = [node for node in model.graph if node.op_type == "Gemm" and node.name != "head/Gemm"]
+    for node in marked:
+        mark_quantized(node)
+    assert linear_as_matmul(model) == tuple(node.name for node in marked)
+    assert [node.name for node in model.graph if node.op_type == "Gemm"] == ["head/Gemm"]
+    after = open_session(as_proto(model)).run(None, {"input": images})[0]
     assert np.linalg.norm(after - before) <= 1e-6 * np.linalg.norm(before)
 
 
 def test_nothing_that_is_not_marked_is_touched() -> None:
-    model = onnx.ModelProto()
-    model.CopyFrom(small_models.canonical("trans"))
+    model = ir.from_proto(small_models.canonical("trans"))
     assert linear_as_matmul(model) == ()
-    assert model == small_models.canonical("trans")
+    assert as_proto(model) == small_models.canonical("trans")
 
 
 def exported(target: Path, *options: object) -> Bundle:

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.graph import opset as opsets
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS
 from spach_deploy.graph.opset import check_opset, convert_opset
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
@@ -29,33 +31,33 @@ from tests.static_models import canonical_bytes, images, relative_l2
 HYBRID = ("--model", "ms_hybrid_s", "--engine", "none")
 
 
-def target_graph() -> ModelProto:
+def target_graph() -> ir.Model:
     """Every operator that graphs for TensorRT have."""
-    model: ModelProto = ModelProto.FromString(canonical_bytes("hybrid"))
+    model = ir.from_proto(ModelProto.FromString(canonical_bytes("hybrid")))
     apply_passes(model, TENSORRT_PASSES)
     return model
 
 
-def converted(opset: int) -> ModelProto:
+def converted(opset: int) -> ir.Model:
     model = target_graph()
-    convert_opset(model, opset, element_types(model))
+    convert_opset(model, opset, element_types(as_proto(model)))
     return model
 
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(17, 8), (19, 9), (20, 9), (21, 10), (23, 11)])
 def test_another_opset_computes_the_same_and_is_valid(opset: int, ir_version: int) -> None:
     model, batch = converted(opset), {INPUT: images(2)}
-    onnx.checker.check_model(model, full_check=True)
+    onnx.checker.check_model(as_proto(model), full_check=True)
     assert (opsets.opset_of(model), model.ir_version) == (opset, ir_version)
     found = []
     for graph in (model, target_graph()):
-        with OnnxRuntimeRunner(graph.SerializeToString(), optimization="none") as runner:
+        with OnnxRuntimeRunner(as_proto(graph).SerializeToString(), optimization="none") as runner:
             found.append(runner.run(batch)[LOGITS])
     assert relative_l2(*found) < 1e-6
 
 
 def test_what_a_lower_opset_lacks_stays_in_fp32_in_half_graphs() -> None:
-    typed = type_graph(converted(17), Precision.FP16).model
+    typed = type_graph(as_proto(converted(17)), Precision.FP16).model
     onnx.checker.check_model(typed, full_check=True)
     types = element_types(typed)
     assert {types[node.output[0]] for node in typed.graph.node if node.op_type == "Erf"} == {TensorProto.FLOAT}
@@ -71,7 +73,7 @@ def test_a_changed_meaning_is_refused() -> None:
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 4])
     weight = helper.make_tensor_value_info("w", TensorProto.FLOAT, [1])
     made = helper.make_graph([node], "g", [value, weight], [helper.make_tensor_value_info("y", 1, [1, 2, 4])])
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)])
+    model = ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]))
     with pytest.raises(UsageError, match="GroupNormalization"):
         convert_opset(model, 21, {})
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto
 
 from spach_deploy.graph import export
 from spach_deploy.graph.block_prototype import make_prototype, prototype_of, structure, without_weights
+from spach_deploy.graph.editing import array_of, as_proto
 from spach_deploy.graph.export import export_canonical, trace
 from spach_deploy.rewrites import REWRITES, rewrite
 from tests.static_models import CONFIGS, IMAGE_SIZE, small_model
@@ -42,7 +43,7 @@ def test_what_is_traced_ahead_gives_the_very_graph(kind: str, monkeypatch: pytes
     traced = trace(without_weights(prototype_of(model)), IMAGE_SIZE)
     whole = export_canonical(static, IMAGE_SIZE)
     monkeypatch.setattr(export, "torch_export", None)  # nothing is traced any more
-    assert export_canonical(static, IMAGE_SIZE, traced).SerializeToString() == whole.SerializeToString()
+    assert as_proto(export_canonical(static, IMAGE_SIZE, traced)) == as_proto(whole)
 
 
 def test_what_is_sent_holds_no_weights_of_blocks() -> None:
@@ -58,9 +59,9 @@ def test_weights_of_blocks_do_not_travel() -> None:
     kept = {tensor.name for tensor in traced.graph.initializer if tensor.raw_data}
     assert "head.weight" in kept
     assert not any(".channel_func." in name for name in kept)
-    named = {tensor.name: tensor for tensor in export_canonical(static, IMAGE_SIZE).graph.initializer}
+    named = export_canonical(static, IMAGE_SIZE).graph.initializers
     fc1 = static.get_parameter("layer3.2.channel_func.fc1.weight").detach().numpy()
-    assert np.array_equal(numpy_helper.to_array(named["layer3.2.channel_func.fc1.weight"]), fc1)
+    assert np.array_equal(array_of(named["layer3.2.channel_func.fc1.weight"]), fc1)
 
 
 @pytest.mark.parametrize("quantized", [None, ONE_OF_A_KIND])
@@ -70,7 +71,7 @@ def test_another_structure_is_traced_anew(quantized: tuple[str, ...] | None) -> 
     traced = trace(prototype_of(model, (), quantized), IMAGE_SIZE)
     assert traced.structure != structure(make_prototype(static))
     expected = export_canonical(static, IMAGE_SIZE)
-    assert export_canonical(static, IMAGE_SIZE, traced).SerializeToString() == expected.SerializeToString()
+    assert as_proto(export_canonical(static, IMAGE_SIZE, traced)) == as_proto(expected)
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {

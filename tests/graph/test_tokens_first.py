@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
-from onnx import ModelProto
 
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
-from spach_deploy.graph.edit import mark_quantized
+from spach_deploy.graph.editing import as_proto, mark_quantized, new_node
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.passes.tokens_first import PARTS, tokens_first
@@ -27,23 +27,24 @@ from spach_deploy.runtime.packages import is_installed
 from tests.static_models import CLASSES, IMAGE_SIZE, images, logits, relative_l2, small_model
 
 
-def graph(kind: str, *without: str) -> ModelProto:
+def graph(kind: str, *without: str) -> ir.Model:
     return export_canonical(rewrite(small_model(kind), without).model, IMAGE_SIZE)
 
 
-def check(model: ModelProto, kind: str) -> None:
+def check(model: ir.Model, kind: str) -> None:
     """It computes what PyTorch computes, at several batch sizes: 7 is no divisor of anything."""
-    onnx.checker.check_model(model, full_check=True)
-    with OnnxRuntimeRunner(model.SerializeToString(), threads=1) as runner:
+    proto = as_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    with OnnxRuntimeRunner(proto.SerializeToString(), threads=1) as runner:
         for batch in (1, 2, 7):
             x = images(batch, seed=batch)
             assert relative_l2(runner.run({INPUT: x})[LOGITS], logits(small_model(kind), x)) < 2e-6
 
 
-def products(model: ModelProto) -> Counter[str]:
+def products(model: ir.Model) -> Counter[str]:
     """What stands behind the qkv of all attentions: a Gemm for each part, or one."""
-    names = (node.name for node in model.graph.node if node.op_type == "Gemm" and ".spatial_func.qkv/" in node.name)
-    return Counter(name.rpartition("/")[2] for name in names)
+    names = [node.name or "" for node in model.graph if node.op_type == "Gemm"]
+    return Counter(name.rpartition("/")[2] for name in names if ".spatial_func.qkv/" in name)
 
 
 @pytest.mark.parametrize(("kind", "attentions"), [("trans", 3), ("hybrid", 5), ("hybrid_stem", 2)])
@@ -51,7 +52,7 @@ def test_query_key_and_value_are_products_of_their_own(kind: str, attentions: in
     model = graph(kind)
     assert len(tokens_first(model)) == attentions
     assert products(model) == dict.fromkeys(PARTS, attentions)
-    assert sum(tensor.name.endswith(".qkv.weight") for tensor in model.graph.initializer) == attentions
+    assert sum(name.endswith(".qkv.weight") for name in model.graph.initializers) == attentions
     check(model, kind)
 
 
@@ -66,7 +67,7 @@ def test_other_forms_may_be_left_out(without: str) -> None:
 
 def test_a_quantized_layer_stays_one() -> None:
     model = graph("trans")
-    for node in model.graph.node:
+    for node in model.graph:
         if node.name == "blocks.1.spatial_func.qkv/Gemm":
             mark_quantized(node)
     assert len(tokens_first(model)) == 3
@@ -76,16 +77,14 @@ def test_a_quantized_layer_stays_one() -> None:
 
 def test_what_is_written_otherwise_is_left_alone() -> None:
     model = graph("trans")
-    softmax = next(node for node in model.graph.node if node.name.startswith("blocks.1.") and node.op_type == "Softmax")
-    extra = onnx.helper.make_node("Identity", [softmax.output[0]], ["blocks.1/seen"], name="blocks.1/seen")
-    model.graph.node.append(extra)
-    model.graph.output.append(onnx.helper.make_tensor_value_info("blocks.1/seen", 1, None))
+    softmax = [node for node in model.graph if node.op_type == "Softmax"][1]
+    model.graph.append(new_node("Identity", softmax.outputs, "blocks.1/seen"))
     assert len(tokens_first(model)) == 2
 
 
-def facts(model: ModelProto, tmp_path: Path) -> PlanFacts:
+def facts(model: ir.Model, tmp_path: Path) -> PlanFacts:
     path = tmp_path / "model.onnx"
-    onnx.save(type_graph(model, Precision.FP16).model, path)
+    onnx.save(type_graph(as_proto(model), Precision.FP16).model, path)
     target = EngineTarget(batch=BatchProfile(1, 8, 8))
     found = read_plan_facts(build_engine(path, target, TensorRTForRTX(), precision=Precision.FP16).plan)
     assert found is not None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import safetensors.torch
@@ -28,6 +29,7 @@ from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, MismatchError
 from spach_deploy.common.progress import Phase, Silent
 from spach_deploy.engine.build import RunningBuild, start_build
+from spach_deploy.graph.editing import array_of
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import apply_passes
 from spach_deploy.models.demo import load_demo_weights
@@ -401,10 +403,11 @@ def test_a_graph_that_computes_something_else_is_exit_1_and_not_written(old: Pat
     assert caught.value.exit_code == 1
 
 
-def spoilt(model: ModelProto) -> None:
+def spoilt(model: ir.Model) -> None:
     """The largest weight, 1 % larger."""
-    tensor = max(model.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.01), tensor.name))
+    weights = {name: array_of(value) for name, value in model.graph.initializers.items()}
+    name, weight = max(weights.items(), key=lambda item: item[1].size)
+    model.graph.initializers[name].const_value = ir.Tensor(weight * np.float32(1.01), name=name)
 
 
 def wrong_rewrite(*arguments: Any) -> RewriteResult:
@@ -414,13 +417,13 @@ def wrong_rewrite(*arguments: Any) -> RewriteResult:
     return result
 
 
-def wrong_export(*arguments: Any) -> ModelProto:
+def wrong_export(*arguments: Any) -> ir.Model:
     model = export_canonical(*arguments)
     spoilt(model)
     return model
 
 
-def wrong_passes(model: ModelProto, *arguments: Any) -> dict[str, tuple[str, ...]]:
+def wrong_passes(model: ir.Model, *arguments: Any) -> dict[str, tuple[str, ...]]:
     changed = apply_passes(model, *arguments)
     spoilt(model)
     return changed

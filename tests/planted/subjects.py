@@ -15,6 +15,7 @@ from onnx import ModelProto
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import batches
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.ranges import measure_ranges, open_session
@@ -29,6 +30,7 @@ from spach_deploy.validation.bisect import ProbedReference
 from spach_deploy.validation.bisect.error_metrics import relative_l2
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 from tests import static_models
+from tests.protos import in_place
 
 Logits = NDArray[np.float32]
 
@@ -81,10 +83,10 @@ def shared(kind: str) -> Subject:
 
 
 def _subject(name: str, model: Spach, images: NDArray[np.float32]) -> Subject:
-    canonical = export_canonical(rewrite(model).model, model.image_size)
+    canonical = as_proto(export_canonical(rewrite(model).model, model.image_size))
     target = ModelProto()
     target.CopyFrom(canonical)
-    apply_passes(target, TENSORRT_PASSES, ())
+    in_place(apply_passes, target, TENSORRT_PASSES)
     half = type_graph(target, Precision.FP16, measure_ranges(target, [{"input": images}])).model
     graphs = dict(zip(FORMS, (canonical, target, half), strict=True))
     exact = evaluate(model, images)

@@ -14,6 +14,7 @@ from onnx import ModelProto
 from PIL import Image
 
 from spach_deploy.data.preprocess import normalize, pixels
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.precision.ranges import measure_ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
@@ -63,7 +64,7 @@ def canonical(kind: str, quantize: tuple[str, ...] = ()) -> ModelProto:
 @functools.cache
 def _bytes(kind: str, depthwise: bool) -> bytes:
     def make(target: Path) -> None:
-        graph = export_canonical(_rewritten(kind, depthwise).model, static_models.IMAGE_SIZE)
+        graph = as_proto(export_canonical(_rewritten(kind, depthwise).model, static_models.IMAGE_SIZE))
         target.write_bytes(graph.SerializeToString())
 
     return once(f"canonical-for-eight-bits/{kind}-{depthwise}.onnx", make).read_bytes()

@@ -23,6 +23,7 @@ from spach_deploy.quantization.plan import QuantizationPlan, Scaling
 from spach_deploy.quantization.qdq import audit, insert_qdq
 from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
+from tests.protos import in_place
 from tests.quantization import faults
 from tests.quantization.faults import Float64
 from tests.quantization.small_models import canonical, inputs, plan, quantized
@@ -292,8 +293,8 @@ def for_cpu() -> tuple[ModelProto, QuantizationPlan]:
     """A graph in its form for CPUs, and its record."""
     model, made = canonical("trans"), plan("trans", INT8, half=False)
     apply_to_graph(model, made.equalized)
-    mark_sites(model, made)
-    assert linear_as_matmul(model)
+    in_place(mark_sites, model, made)
+    assert in_place(linear_as_matmul, model)
     correct_biases(model, made)
     return insert_qdq(model, made), made
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
@@ -155,7 +156,7 @@ def test_parameters_that_are_equal_are_not_taken_for_one() -> None:
         if isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.ones_(module.weight)
             torch.nn.init.zeros_(module.bias)
-    graph = export_canonical(rewrite(model, (), ()).model, static_models.IMAGE_SIZE)
+    graph = as_proto(export_canonical(rewrite(model, (), ()).model, static_models.IMAGE_SIZE))
     before = run(graph, inputs())
     equalized = with_random_factors(graph)
     apply_to_graph(graph, equalized)

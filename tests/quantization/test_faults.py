@@ -21,6 +21,7 @@ from onnx import ModelProto
 
 from spach_deploy.bundle.store import GRAPH, QUANTIZATION
 from spach_deploy.cli.validate import main
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
@@ -179,7 +180,8 @@ def of_another_model() -> QuantizationPlan:
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         parameter.data *= torch.exp2(2 * torch.rand(parameter.shape, generator=generator) - 1)
-    graph, scaling = export_canonical(rewrite(model, (), ()).model, small_bundles.SIZE), Scaling(INT8, Method.MAX)
+    graph = as_proto(export_canonical(rewrite(model, (), ()).model, small_bundles.SIZE))
+    scaling = Scaling(INT8, Method.MAX)
     chosen = candidates(graph, Selection(quantize=(ATTENTION,)), scaling)
     collector = Collector(graph, chosen.wanted, histograms=False, threads=1)
     collector.run({"input": inputs(16)})

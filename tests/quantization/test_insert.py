@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto
 
@@ -231,7 +232,7 @@ def test_the_graph_is_valid_and_keeps_the_certificates_promises(
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     assert len(inferred.graph.node) == len(model.graph.node)
-    certificate = certify(model, modules(kind))
+    certificate = certify(ir.from_proto(model), modules(kind))
     assert certificate.operators["QuantizeLinear"] == certificate.operators["DequantizeLinear"]
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
 
@@ -283,7 +284,7 @@ def test_an_attention_that_is_none_any_more_is_refused() -> None:
 @pytest.mark.parametrize(("form", "opset"), [(INT8, 20), (FP8, 21)], ids=["int8", "fp8"])
 def test_fp8_has_the_opset_in_which_older_runtimes_read_it(form: EightBitFormat, opset: int) -> None:
     model = quantized("conv", form, (), Precision.FP16)
-    assert opset_of(model) == opset
+    assert opset_of(ir.from_proto(model)) == opset
 
 
 # The compiler

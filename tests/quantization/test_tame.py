@@ -7,6 +7,7 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
@@ -17,6 +18,7 @@ from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.outlier_migration import migrate_outliers
 from spach_deploy.rewrites import rewrite
 from tests import static_models
+from tests.protos import in_place
 from tests.quantization import small_models
 
 MARGIN = TypingOptions().margin
@@ -71,7 +73,7 @@ def test_no_layer_has_to_stay_in_fp32_then() -> None:
 @pytest.mark.parametrize("pair", ["norm1 -> qkv", "qkv -> proj"])
 def test_an_attention_in_its_targets_form_is_tamed_too(pair: str) -> None:
     model = loud_attention(pair)
-    apply_passes(model, TENSORRT_PASSES)
+    in_place(apply_passes, model, TENSORRT_PASSES)
     assert any(node.name.endswith("qkv/query") for node in model.graph.node)
     before = logits(model)
     kept = type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range")
@@ -85,7 +87,7 @@ def test_an_attention_in_its_targets_form_is_tamed_too(pair: str) -> None:
 def loud_attention(pair: str) -> ModelProto:
     """Three channels of an attention's input, or of its values, 2^20 times as large, which the next weights undo."""
     result = rewrite(static_models.small_model("hybrid"))
-    model, path = export_canonical(result.model, static_models.IMAGE_SIZE), "layer3.2"
+    model, path = as_proto(export_canonical(result.model, static_models.IMAGE_SIZE)), "layer3.2"
     channels = initializers(model.graph)[f"{path}.norm1.weight"].dims[0]
     factors = np.ones(channels)
     factors[[1, 5, 7]] = 2.0**20

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from spach_deploy.common.errors import BundleError
-from spach_deploy.graph.edit import mark_quantized
+from spach_deploy.graph.editing import QUANTIZED_KEY
 from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.fake_quantization import fake_quantized, rounding
@@ -19,6 +19,7 @@ from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.scales import store
 from spach_deploy.rewrites import rewrite
 from tests import static_models
+from tests.protos import in_place
 from tests.quantization.small_models import KINDS, canonical, inputs, plan, quantized, run, static
 from tests.static_models import relative_l2
 
@@ -122,8 +123,8 @@ def test_the_residual_is_not_folded_into_a_kernel_that_is_quantized() -> None:
 def test_a_quantized_depthwise_convolution_is_not_shifted() -> None:
     model = canonical("trans", EVERYTHING)
     marked = next(node for node in model.graph.node if node.name.startswith("blocks.1.cpe_net.net.1"))
-    mark_quantized(marked)
-    changed = shift_depthwise(model)
+    marked.metadata_props.add(key=QUANTIZED_KEY, value="yes")
+    changed = in_place(shift_depthwise, model)
     assert any(name.startswith("blocks.0.cpe_net.net.1") for name in changed)
     assert not any(name.startswith("blocks.1.cpe_net.net.1") for name in changed)
     assert marked.name in {node.name for node in model.graph.node if node.op_type == "Conv"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.rounding import rounded_graph
@@ -125,7 +126,7 @@ def test_half_precision_loses_no_more_with_it(sign: int) -> None:
     for disabled in ((NAME,), ()):
         graph = export_canonical(rewrite(model, disabled).model, IMAGE_SIZE)
         apply_passes(graph, TENSORRT_PASSES)
-        half = rounded_graph(type_graph(graph, Precision.FP16).model)
+        half = rounded_graph(type_graph(as_proto(graph), Precision.FP16).model)
         with OnnxRuntimeRunner(half.SerializeToString(), threads=1) as runner:
             errors.append(relative_l2(runner.run({INPUT: images(8)})[LOGITS], expected))
     without, with_it = errors

@@ -25,6 +25,7 @@ from spach_deploy.validation.bisect import Bisection, ProbedReference, bisect_gr
 from spach_deploy.validation.bisect.export_steps import first_wrong_part
 from spach_deploy.validation.bisect.locate import locate
 from tests import static_models
+from tests.protos import in_place
 from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, small_model
 from tests.validation import faults
 
@@ -42,7 +43,7 @@ def graph_bytes(kind: str, form: str) -> bytes:
         return bytes(torch_export(small_model(kind), IMAGE_SIZE).SerializeToString())
     graph = onnx.load_from_string(canonical_bytes(kind))
     if form != "canonical":
-        apply_passes(graph, TENSORRT_PASSES, ())
+        in_place(apply_passes, graph, TENSORRT_PASSES)
     if form in ("fp16", "bf16"):
         ranges = measure_ranges(graph, [{"input": static_models.images(2)}])
         graph = type_graph(graph, Precision(form), ranges, TypingOptions()).model

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from onnx import ModelProto
@@ -16,6 +17,7 @@ from onnx import ModelProto
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.precision.rounding import rounded_graph
 from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
@@ -122,10 +124,10 @@ def test_a_bisection_goes_without_what_the_export_went_without(spoiled: Path, mo
 def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: pytest.MonkeyPatch) -> None:
     right = stages.export_canonical  # type: ignore[attr-defined]
 
-    def wrong(*arguments: object) -> ModelProto:
-        model = right(*arguments)  # type: ignore[arg-type]
+    def wrong(*arguments: object) -> ir.Model:
+        model = as_proto(right(*arguments))  # type: ignore[arg-type]
         faults.perturb(model, f"{FC1}.weight")
-        return model
+        return ir.from_proto(model)
 
     bundle = small_bundles.bundle()
     monkeypatch.setattr(stages, "export_canonical", wrong)

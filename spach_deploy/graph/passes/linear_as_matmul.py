@@ -14,6 +14,7 @@ import onnx_ir as ir
 from spach_deploy.graph.editing import (
     array_of,
     constant,
+    data_of,
     is_marked_quantized,
     new_node,
     remove_unused_initializers,
@@ -70,7 +71,7 @@ def _add_axis(graph: ir.Graph, node: ir.Node) -> None:
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     name = f"{weight.name}/transposed"
     found = graph.initializers.get(name)
-    return constant(graph, name, array_of(weight).T) if found is None else found
+    return constant(graph, name, data_of(weight).T) if found is None else found
 
 
 def _product(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:

@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from spach_deploy.graph.editing import (
     NodeWriter,
-    array_of,
     constant,
+    data_of,
     is_marked_quantized,
     is_read,
     is_transpose,
@@ -80,7 +80,7 @@ def _add_products(graph: ir.Graph, conv: ir.Node, x: ir.Value | None, writer: No
     """Products of `x` (B, H, W, C) and their sum, the convolution (B, H, W, C); those of them that read no padding."""
     weight, add = conv.inputs[1], writer.add
     assert weight is not None
-    stem, kernel = (weight.name or "").removesuffix(".weight"), array_of(weight)[:, 0]  # (C, 3, 3)
+    stem, kernel = (weight.name or "").removesuffix(".weight"), data_of(weight)[:, 0]  # (C, 3, 3)
     shared = _shared_constants(graph)
     padded, total = add("Pad", "pad", x, shared["pads"]), None
     first = len(writer.nodes)

@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from spach_deploy.common.errors import PrecisionError
 from spach_deploy.graph.edit import initializers, producers
-from spach_deploy.graph.opset import raise_opset
+from spach_deploy.graph.opset import raise_opset_of_proto
 from spach_deploy.graph.precision.decision import Decision, PrecisionPolicy, TypingOptions, WeightCounts
 from spach_deploy.graph.precision.elements import element_types
 from spach_deploy.graph.precision.formats import BF16, FLOAT, FP16, half_format, is_float, type_name
@@ -238,7 +238,7 @@ class _Writer:
         graph.input.extend(self._value(value) for value in self._source.graph.input)
         graph.output.extend(self._value(value) for value in self._source.graph.output)
         if self._decision is not None and self._decision.form is BF16:
-            raise_opset(model, _BF16_OPSET)
+            raise_opset_of_proto(model, _BF16_OPSET)
         return model
 
     def _value(self, value: ValueInfoProto) -> ValueInfoProto:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto
 
@@ -22,6 +23,7 @@ from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.readers import ImageSource, Skipped, batches, open_images
 from spach_deploy.graph.block_prototype import Prototype, prototype_of
 from spach_deploy.graph.certificate import Certificate, certify
+from spach_deploy.graph.editing import as_proto, without_weights
 from spach_deploy.graph.export import INPUT, LOGITS, ExportedPrototype, export_canonical
 from spach_deploy.graph.interface import add_interface, check_outputs
 from spach_deploy.graph.opset import check_operators, check_opset, convert_opset
@@ -86,7 +88,7 @@ class GraphStep:
     `model` is None once it has been typed.
     """
 
-    model: ModelProto | None
+    model: ir.Model | ModelProto | None
     changed: dict[str, tuple[str, ...]]
     errors: dict[int, float]
 
@@ -219,15 +221,17 @@ def give_form(
 ) -> GraphStep:
     """The graph in its target's form, with the caller's interface; equalized first where it will be quantized."""
     model = graph.model
-    assert model is not None
+    assert isinstance(model, ir.Model)
     if plan is not None:
-        equalize_graph(model, plan)
+        proto = as_proto(model)
+        equalize_graph(proto, plan)
+        model = ir.from_proto(proto)
         mark_sites(model, plan)
     passes = _passes(options)
     changed = apply_passes(model, passes, options.disabled_rewrites)
     add_interface(model, options.outputs, photographs.preprocessing)
-    convert_opset(model, options.graph_opset, element_types(model))
-    return dataclasses.replace(graph, changed=changed)
+    convert_opset(model, options.graph_opset, element_types(without_weights(model)))
+    return dataclasses.replace(graph, model=as_proto(model), changed=changed)
 
 
 def _passes(options: ExportOptions) -> tuple[Pass, ...]:
@@ -255,7 +259,7 @@ def module_paths(loaded: LoadedModel) -> list[str]:
 
 def guess_types(graph: GraphStep, options: ExportOptions) -> TypedGraph | None:
     """The graph, typed as it will be if every range fits; None where it cannot be typed, which measuring explains."""
-    assert graph.model is not None
+    assert isinstance(graph.model, ModelProto)
     try:
         return type_graph(graph.model, options.rest, None, TypingOptions(io_dtype=options.outputs.io_dtype))
     except SpachError:
@@ -280,7 +284,7 @@ def type_precision(
     With a plan, biases are corrected after that proof, and the quantized layers' inputs go through eight bits.
     """
     model, graph.model = graph.model, None
-    assert model is not None
+    assert isinstance(model, ModelProto)
     rest = options.rest
     ranges, errors = _measured(model, photographs, reference, options, phases)
     tamed = _migrate_outliers(model, ranges, rest, phases)
@@ -294,8 +298,9 @@ def type_precision(
     if plan is not None:
         result = quantize_typed(result, plan)
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
-    check_operators(result, element_types(result))
-    certificate = certify(result, module_paths(loaded))
+    typed_model = ir.from_proto(result)
+    check_operators(typed_model, element_types(result))
+    certificate = certify(typed_model, module_paths(loaded))
     return TypedStep(result, interface_of(result), policy, certificate, errors, weighted_layers(result))
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnx_ir as ir
 from onnx import ModelProto
 
 from spach_deploy.common.errors import PrecisionError, UsageError
@@ -16,7 +17,7 @@ from spach_deploy.data.calibration_set_checks import check_overlap
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import UInt8Array
 from spach_deploy.data.readers import open_images
-from spach_deploy.graph.edit import mark_quantized
+from spach_deploy.graph.editing import mark_quantized
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.hyperparameters import published
 from spach_deploy.models.published import CONFIGS
@@ -244,10 +245,10 @@ def refuse_overlap(
         phases.note(note)
 
 
-def mark_sites(model: ModelProto, plan: QuantizationPlan) -> None:
+def mark_sites(model: ir.Model, plan: QuantizationPlan) -> None:
     """Tell the passes which layers will be quantized."""
     nodes = set(plan.product_nodes)
-    for node in model.graph.node:
+    for node in model.graph:
         if node.name in nodes:
             mark_quantized(node)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from spach_deploy.bundle.golden import LOGITS as LOGITS_OUTPUT
 from spach_deploy.common.errors import SpachError
+from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.models.checkpoint import LoadedModel
@@ -170,9 +171,10 @@ def _rewritten(remade: RepeatedSteps, sources: Sources) -> Float32Array:
 
 def _exported(remade: RepeatedSteps, sources: Sources) -> Float32Array:
     assert remade.static is not None
-    remade.graph = export_canonical(remade.static, sources.loaded.image_size)
-    apply_passes(remade.graph, sources.passes, sources.disabled)
-    with saved_graph(remade.graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
+    graph = export_canonical(remade.static, sources.loaded.image_size)
+    apply_passes(graph, sources.passes, sources.disabled)
+    remade.graph = as_proto(graph)
+    with saved_graph(graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
         logits: Float32Array = runner.run({INPUT: sources.images})[LOGITS]
     return logits
 

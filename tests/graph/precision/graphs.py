@@ -16,6 +16,7 @@ from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes.group_norm import split_group_norm
 from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
 from spach_deploy.graph.precision.ranges import Ranges, measure_ranges
+from tests.protos import in_place
 from tests.static_models import canonical_bytes, images
 
 Array = NDArray[Any]
@@ -71,8 +72,8 @@ def types_of(model: ModelProto) -> dict[str, str]:
 def _target_bytes(kind: str, scale: float) -> bytes:
     model = onnx.load_from_string(canonical_bytes(kind))
     scale_stream(model, scale)
-    split_group_norm(model)
-    shift_depthwise(model)
+    in_place(split_group_norm, model)
+    in_place(shift_depthwise, model)
     content: bytes = model.SerializeToString()
     return content
 
