@@ -33,7 +33,7 @@ HYBRID = ("--model", "ms_hybrid_s", "--engine", "none")
 
 def target_graph() -> ir.Model:
     """Every operator that graphs for TensorRT have."""
-    model = ir.from_proto(ModelProto.FromString(canonical_bytes("hybrid")))
+    model: ir.Model = ir.from_proto(ModelProto.FromString(canonical_bytes("hybrid")))
     apply_passes(model, TENSORRT_PASSES)
     return model
 

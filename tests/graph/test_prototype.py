@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from spach_deploy.graph import export
 from spach_deploy.graph.block_prototype import make_prototype, prototype_of, structure, without_weights
-from spach_deploy.graph.editing import array_of, as_proto
+from spach_deploy.graph.editing import as_proto, data_of
 from spach_deploy.graph.export import export_canonical, trace
 from spach_deploy.rewrites import REWRITES, rewrite
 from tests.static_models import CONFIGS, IMAGE_SIZE, small_model
@@ -61,7 +61,7 @@ def test_weights_of_blocks_do_not_travel() -> None:
     assert not any(".channel_func." in name for name in kept)
     named = export_canonical(static, IMAGE_SIZE).graph.initializers
     fc1 = static.get_parameter("layer3.2.channel_func.fc1.weight").detach().numpy()
-    assert np.array_equal(array_of(named["layer3.2.channel_func.fc1.weight"]), fc1)
+    assert np.array_equal(data_of(named["layer3.2.channel_func.fc1.weight"]), fc1)
 
 
 @pytest.mark.parametrize("quantized", [None, ONE_OF_A_KIND])

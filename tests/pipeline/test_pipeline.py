@@ -29,7 +29,7 @@ from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, MismatchError
 from spach_deploy.common.progress import Phase, Silent
 from spach_deploy.engine.build import RunningBuild, start_build
-from spach_deploy.graph.editing import array_of
+from spach_deploy.graph.editing import data_of
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import apply_passes
 from spach_deploy.models.demo import load_demo_weights
@@ -405,7 +405,7 @@ def test_a_graph_that_computes_something_else_is_exit_1_and_not_written(old: Pat
 
 def spoilt(model: ir.Model) -> None:
     """The largest weight, 1 % larger."""
-    weights = {name: array_of(value) for name, value in model.graph.initializers.items()}
+    weights = {name: data_of(value) for name, value in model.graph.initializers.items()}
     name, weight = max(weights.items(), key=lambda item: item[1].size)
     model.graph.initializers[name].const_value = ir.Tensor(weight * np.float32(1.01), name=name)
 
