@@ -70,12 +70,13 @@ print(json.dumps(failed))
 COMMAND = """
 import importlib, json, sys
 
-module, function, *arguments = sys.argv[1:]
+code, module, function, *arguments = sys.argv[1:]
+code = int(code)
 sys.argv = ["command", *arguments]
 try:
     getattr(importlib.import_module(module), function)()
 except SystemExit as end:
-    assert not end.code, end.code
+    assert (end.code or 0) == code, end.code
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file=sys.stderr)
 """
 
@@ -119,12 +120,21 @@ def test_a_module_that_needs_a_blocked_package_is_found() -> None:
 def test_help_loads_nothing_heavy(command: str, option: str) -> None:
     """Time depends on the machine; what is loaded does not. Without these it takes a tenth of a second."""
     module, _, function = entry_points()[command].partition(":")
-    call = [sys.executable, "-c", COMMAND, module, function, option]
+    call = [sys.executable, "-c", COMMAND, "0", module, function, option]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip()
     loaded = json.loads(done.stderr)
     assert "click" in loaded
     assert [name for name in HEAVY if name in loaded] == []
+
+
+@pytest.mark.parametrize("words", ["--model ms_hybird_s", "--model trans_xxs --workspace 2X", "--fp16 --int8"])
+def test_a_mistake_is_answered_before_anything_heavy_is_loaded(words: str) -> None:
+    call = [sys.executable, "-c", COMMAND, "2", "spach_deploy.cli.export", "main", *words.split()]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
+    said, loaded = done.stderr.splitlines()
+    assert said.startswith("Error: ")
+    assert [name for name in HEAVY if name in json.loads(loaded)] == []
 
 
 def imports_of(file: Path) -> Iterator[str]:

@@ -27,14 +27,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import safetensors.torch
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spach_deploy.common.errors import CheckpointError
 from spach_deploy.common.files import utf8_path
 from spach_deploy.models.pickles import PICKLE_BYTES, PLAIN_DATA, check_pickle
+
+if TYPE_CHECKING:
+    import torch
 
 _SAVE_WEIGHTS = "Where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 _GET_AGAIN = "Copy or download it again."
@@ -264,6 +264,8 @@ def _load_stream(path: Path) -> Any:
 
 
 def _torch_load(path: Path, source: str | BinaryIO, mmap: bool) -> Any:
+    import torch
+
     try:
         with torch.serialization.safe_globals(list(PLAIN_DATA)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -304,6 +306,8 @@ def _safetensors_reader(path: Path) -> Callable[[], Any]:
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    import safetensors.torch
+
     try:
         with utf8_path(path) as name:
             tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(name, device="cpu")

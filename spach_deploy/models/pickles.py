@@ -25,8 +25,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from spach_deploy.common.errors import CheckpointError
 
 PICKLE_BYTES = 32_000_000
@@ -187,6 +185,8 @@ def numpy_scalar(dtype: NumpyDtype, data: bytes) -> Any:
         return data
     if dtype.code[0] == "U":
         return data.decode("utf-32-be" if dtype.order == ">" else "utf-32-le").rstrip("\0")
+    import numpy as np
+
     return np.frombuffer(data, np.dtype(dtype.order + dtype.code), count=1)[0].item()
 
 
