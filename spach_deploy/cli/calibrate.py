@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli.console import ComputingCommand, command, show
+from spach_deploy.cli.console import ComputingCommand, command, ray_cluster, show
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.options.click_options import click_options
 from spach_deploy.options.table import CALIBRATE
@@ -38,7 +38,7 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     from spach_deploy.options.quantization import check_calibration_file, check_quantization
     from spach_deploy.options.values import calibrate_options
 
-    options = calibrate_options(given)
+    options = calibrate_options({**given, "ray": ray_cluster(given["ray"])})
     check_spec(options.model)
     check_quantization(options)
     place = check_calibration_file(output)

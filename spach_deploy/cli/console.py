@@ -12,7 +12,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from spach_deploy.common.errors import SpachError, printable, printable_lines
 from spach_deploy.common.text import Escaped
 from spach_deploy.common.versions import refuse_unfit_packages
 from spach_deploy.options.click_options import write_groups
+
+if TYPE_CHECKING:
+    from spach_deploy.common.executors import ClusterAddress
 
 BAD_INPUT, UNAVAILABLE = 2, 3
 
@@ -126,3 +129,12 @@ def fail(error: Exception, sentence: str, *, debug: bool) -> None:
     if debug:
         click.echo(printable_lines("".join(traceback.format_exception(error)).rstrip()), err=True)
     say(f"Error: {sentence}")
+
+
+def ray_cluster(address: str | None) -> ClusterAddress | None:
+    """The Ray cluster at the address that --ray was given; None without one."""
+    if address is None:
+        return None
+    from spach_deploy.distributed.actors import RayAddress
+
+    return RayAddress(address)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spach_deploy.bundle.store import PAGE
-from spach_deploy.cli.console import ComputingCommand, command, say, show
+from spach_deploy.cli.console import ComputingCommand, command, ray_cluster, say, show
 from spach_deploy.cli.interrupts import ending_on_interrupt, what_is_kept
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
@@ -89,14 +89,12 @@ def main(
         return found.exit_code
     from spach_deploy.pipeline.estimate import refuse_early
 
-    options = export_options(given, recipe)
+    options = export_options({**given, "ray": ray_cluster(given["ray"])}, recipe)
     if dry_run:
         return _dry_run(options, is_cached=not no_cache, as_json=as_json)
     place = refuse_early(options)
     if options.quantization.cluster is not None:
-        from spach_deploy.distributed.cluster import check_address
-
-        check_address(options.quantization.cluster)
+        options.quantization.cluster.check()
     page = _export(options, place, is_cached=not no_cache, verbose=verbose, as_json=as_json)
     if is_opened:
         open_page(page)

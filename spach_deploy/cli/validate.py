@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli.console import ComputingCommand, command, say, show
+from spach_deploy.cli.console import ComputingCommand, command, ray_cluster, say, show
 from spach_deploy.cli.outputs import is_colored, width
 from spach_deploy.cli.reporting import ReportDestinations, check_report, open_page
 from spach_deploy.common.errors import SpachError, UsageError
@@ -199,7 +199,7 @@ def _request(target: str, given: Mapping[str, Any]) -> ValidationRequest:
         answers=given["answers"],
         bisect=given["bisect"],
         against=given["against"],
-        cluster=given["ray"],
+        cluster=ray_cluster(given["ray"]),
     )
 
 

@@ -242,3 +242,21 @@ def probe_source() -> ImageSource:
 
 def _load(read: Callable[[], bytes]) -> Image.Image:
     return decode(io.BytesIO(read()))
+
+
+def chunked(entries: Iterator[ImageEntry], size: int) -> Iterator[tuple[ImageEntry, ...]]:
+    """Runs of `size` entries; the last may be shorter."""
+    while chunk := tuple(itertools.islice(entries, size)):
+        yield chunk
+
+
+def check_unreadable(entry: ImageEntry, problem: Skipped) -> None:
+    """UsageError where an image that a task could not read can be read here."""
+    try:
+        entry.load()
+    except ImageError:
+        return
+    raise UsageError(
+        f"A node cannot read {entry.name}, which this machine can ({problem.reason.rstrip('.')}).",
+        "Put the images where every node finds them under the same path, or into a tar or npz.",
+    )

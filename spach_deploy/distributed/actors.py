@@ -62,10 +62,19 @@ def cluster_at(address: str) -> Iterator[RayCluster]:
         yield RayCluster(ray)
 
 
-def connecting(address: str) -> Callable[[], AbstractContextManager[RayCluster]]:
-    """What connects to the cluster at `address`. Raises MissingPackageError, UnavailableError where nobody listens."""
-    check_address(address)
-    return lambda: cluster_at(address)
+@dataclasses.dataclass(frozen=True)
+class RayAddress:
+    """See `spach_deploy.common.executors.ClusterAddress`. `address`: as `cluster.connected` takes it."""
+
+    address: str
+
+    def check(self) -> None:
+        """Raises MissingPackageError without ray, UnavailableError where nobody listens."""
+        check_address(self.address)
+
+    def connected(self) -> AbstractContextManager[RayCluster]:
+        """The cluster, while the block lasts. Raises what `cluster.connected` raises."""
+        return cluster_at(self.address)
 
 
 @dataclasses.dataclass
@@ -97,7 +106,7 @@ class _Queue:
 
 
 class ActorPool:
-    """See `spach_deploy.data.executors.Pool`. Raises UnavailableError where there is no room for one actor."""
+    """See `spach_deploy.common.executors.Pool`. Raises UnavailableError where there is no room for one actor."""
 
     def __init__(self, ray: Any, prepare: Callable[[Any], Any], common: Any, memory_bytes: float) -> None:
         self._ray, self._memory_bytes = ray, memory_bytes

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.common.errors import UsageError
+from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.files import Destination
 
 ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
@@ -192,7 +193,7 @@ class QuantizationSpec:
     patterns of module names, as fnmatch reads them. `per_tensor`: patterns of layers whose weights have one scale.
     `max_rel_l2` of the logits, `max_drop` in points of top-1 on labelled images: layers stay in float until it holds.
     `vnni`: the graph is for CPUs with VNNI; elsewhere it computes something else.
-    `cluster`: address of the Ray cluster to calibrate and to choose layers on; None for this process.
+    `cluster`: the cluster to calibrate and to choose layers on; None for this process.
     """
 
     calibration: Path | None = None
@@ -208,7 +209,7 @@ class QuantizationSpec:
     max_drop: float | None = None
     labels: Path | None = None
     vnni: bool = False
-    cluster: str | None = None
+    cluster: ClusterAddress | None = None
 
     @property
     def is_bounded(self) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from onnx import ModelProto
 
 from spach_deploy.common.errors import ImageError, UsageError
+from spach_deploy.common.executors import ClusterAddress, Executor
 from spach_deploy.data import preprocess
 from spach_deploy.data.calibration_set_checks import (
     CalibrationSetCollector,
@@ -25,8 +26,7 @@ from spach_deploy.data.calibration_set_checks import (
     ImageSummary,
     observe,
 )
-from spach_deploy.data.executors import Executor, check_unreadable, chunked
-from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, image_digest
+from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, chunked, image_digest
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.graph.export import INPUT
 from spach_deploy.options.specs import Preprocessing
@@ -43,6 +43,12 @@ OBSERVED = 256
 
 MOST_BLOCKS = 16
 """Blocks of one task of the second pass, at most: what is lost and done again when a node dies."""
+
+_BASE_BYTES = 700e6
+"""Memory of a task beside its graph: Python, ONNX Runtime, one image's activations, statistics."""
+
+_COPIES = 3
+"""Of the graph in a task: as it came, read, and in ONNX Runtime."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +115,24 @@ class MergedStatistics:
         """The part that comes next."""
         merge_all(self.statistics, found)
         self.images += images
+
+
+def collect_on_cluster(
+    address: ClusterAddress,
+    model: ModelProto,
+    wanted: Sequence[TensorRequest],
+    source: ImageSource,
+    preprocessing: Preprocessing,
+    run: CalibrationSettings,
+) -> CollectedStatistics:
+    """What `calibrate.collect` gives, from a cluster's tasks of one core.
+
+    Raises what `ClusterAddress.connected`, `Cluster.executor` and `collect_in_parts` raise.
+    """
+    run = dataclasses.replace(run, threads=1)
+    with address.connected() as cluster:
+        executor = cluster.executor(_BASE_BYTES + _COPIES * model.ByteSize())
+        return collect_in_parts(model, wanted, source, preprocessing, run, executor)
 
 
 def collect_in_parts(

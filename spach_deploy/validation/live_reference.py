@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.common.errors import CheckpointError, UsageError
+from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.data import preprocess
-from spach_deploy.data.executors import Cluster
 from spach_deploy.data.labels import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.data.readers import ImageSource, batches, open_images
@@ -178,7 +177,7 @@ def rebuilt_in_parts(
     asked: ImagesSpec,
     weights: Weights,
     graph: Path,
-    connect: Callable[[], AbstractContextManager[Cluster]],
+    cluster_address: ClusterAddress,
     say: Say,
 ) -> ImagesReference:
     """What `rebuilt_on_images` gives, and what `graph` answers to the same images, both from a cluster.
@@ -198,7 +197,7 @@ def rebuilt_in_parts(
         threads=1,  # a worker has one core
     )
     limited = source.limit(asked.max_images)
-    with connect() as cluster:
+    with cluster_address.connected() as cluster:
         readable = readable_images(limited, asked.max_images, facts.preprocessing, cluster.executor(DECODING_BYTES))
         for skipped in readable.skipped:
             say(f"Skipped {skipped}")

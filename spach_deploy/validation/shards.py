@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from spach_deploy.bundle.golden import INPUT, LOGITS
 from spach_deploy.common.errors import ImageError, UsageError
+from spach_deploy.common.executors import Cluster, Executor
 from spach_deploy.common.threads import torch_threads
 from spach_deploy.data import preprocess
-from spach_deploy.data.executors import Cluster, Executor, check_unreadable, chunked
-from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, image_digest
+from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, chunked, image_digest
 from spach_deploy.data.labels import Labels
 from spach_deploy.data.preprocess import UInt8Array, normalize, to_input
 from spach_deploy.options.specs import BatchProfile, IODtype, Preprocessing

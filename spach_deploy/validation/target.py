@@ -19,6 +19,7 @@ from spach_deploy.common.errors import (
     UsageError,
     printable,
 )
+from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.processor import has_vnni
 from spach_deploy.graph.edit import missing_data
 from spach_deploy.options.specs import WeightSource
@@ -95,7 +96,7 @@ class ValidationRequest:
     `against`: the bundle that a graph of the user's own is held to; `bisect`: by module too.
     `labels`: of `images`, a file or the same folder. `max_drop`: of top-1, in points, beyond which it does not pass.
     `answers`: an npz of what the user's own code answered, which the reference is held to.
-    `cluster`: address of the Ray cluster that answers to `images`; None for this process.
+    `cluster`: the cluster that answers to `images`; None for this process.
     """
 
     target: Path
@@ -110,7 +111,7 @@ class ValidationRequest:
     labels: Path | None = None
     max_drop: float | None = None
     answers: Path | None = None
-    cluster: str | None = None
+    cluster: ClusterAddress | None = None
 
 
 def validate_target(request: ValidationRequest, say: Callable[[str], None] = lambda text: None) -> Validation:
@@ -378,10 +379,8 @@ def _answered(
     if request.images is not None:
         asked = ImagesSpec(request.images, request.max_images, request.labels)
         if request.cluster is not None and graph is not None:
-            from spach_deploy.distributed.actors import connecting
-
-            cluster = connecting(request.cluster)
-            answered = rebuilt_in_parts(section, facts, asked, weights, graph, cluster, say)
+            request.cluster.check()
+            answered = rebuilt_in_parts(section, facts, asked, weights, graph, request.cluster, say)
         else:
             answered = rebuilt_on_images(section, facts, asked, weights, say)
         notes = (f"{GOLDEN} {changed[GOLDEN]}; it was not used.",) if GOLDEN in changed else ()

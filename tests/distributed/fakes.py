@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 
@@ -60,6 +61,9 @@ class FakeCluster:
         sent = pickle.dumps(common)
         yield FakePool([prepare(pickle.loads(sent)), prepare(pickle.loads(sent))], self.watch)
 
-    def connecting(self, address: str) -> Callable[[], Any]:
-        """In place of `spach_deploy.distributed.actors.connecting`."""
-        return lambda: contextlib.nullcontext(self)
+    def check(self) -> None:
+        """It answers."""
+
+    def connected(self) -> AbstractContextManager[FakeCluster]:
+        """Its own address, too."""
+        return contextlib.nullcontext(self)

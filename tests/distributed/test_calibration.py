@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.data.readers import open_images
-from spach_deploy.distributed.calibration import collect_on_cluster
+from spach_deploy.distributed.actors import RayAddress
 from spach_deploy.quantization.calibration import CalibrationProgress, CalibrationSettings, collect
+from spach_deploy.quantization.shards import collect_on_cluster
 from spach_deploy.quantization.sites import find_sites
 from spach_deploy.quantization.statistics import BLOCK, wanted_tensors
 from tests import small_bundles
@@ -46,7 +47,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_bit(cluster: Any) -> None:
         told.append(at)
 
     run = CalibrationSettings(threads=1, on_progress=lose)
-    parts = collect_on_cluster(cluster.address, model, wanted(), open_images(images), PREPROCESSING, run)
+    parts = collect_on_cluster(RayAddress(cluster.address), model, wanted(), open_images(images), PREPROCESSING, run)
     assert len(told) == 13
     assert_same_bits(whole.statistics, parts.statistics)
     assert whole.survey == parts.survey
@@ -72,7 +73,7 @@ def test_results_that_exceed_the_object_store_go_to_disk_and_come_back(monkeypat
     with cluster_of(0) as small:
         add_node(small, 80 << 20)
         run = CalibrationSettings(threads=1, on_progress=wait)
-        parts = collect_on_cluster(small.address, model, measured, open_images(images), PREPROCESSING, run)
+        parts = collect_on_cluster(RayAddress(small.address), model, measured, open_images(images), PREPROCESSING, run)
     assert spilled > 10_000_000
     assert_same_bits(whole.statistics, parts.statistics)
 
@@ -97,8 +98,8 @@ def test_an_unfinished_run_goes_on_behind_the_last_part(
 
     run = CalibrationSettings(True, tmp_path / "unfinished", KEY, threads=1, on_progress=stop)
     with pytest.raises(KeyboardInterrupt):
-        collect_on_cluster(cluster.address, model, wanted(), open_images(images), PREPROCESSING, run)
-    parts = collect_on_cluster(cluster.address, model, wanted(), open_images(images), PREPROCESSING, run)
+        collect_on_cluster(RayAddress(cluster.address), model, wanted(), open_images(images), PREPROCESSING, run)
+    parts = collect_on_cluster(RayAddress(cluster.address), model, wanted(), open_images(images), PREPROCESSING, run)
     assert parts.resumed == 3 * BLOCK
     assert [at.done for at in told] == [count * BLOCK for count in range(1, 7)]
     assert_same_bits(whole.statistics, parts.statistics)

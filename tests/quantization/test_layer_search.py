@@ -26,16 +26,14 @@ BOUND = 0.02
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
-    """It searches; the calibration, of which other tests are, stays here."""
-    fake = FakeCluster()
-    monkeypatch.setattr("spach_deploy.distributed.actors.connecting", fake.connecting)
-    return fake
+def cluster() -> FakeCluster:
+    """It searches; the calibration, of which other tests are, is made before."""
+    return FakeCluster()
 
 
 def bounded(tmp_path: Path, spec: QuantizationSpec, images: Path | None = None) -> dict[str, Any]:
     """What an export says of its layers."""
-    options = small_quantized.options(Precision.INT8, tmp_path / f"bundle-{spec.cluster}", spec)
+    options = small_quantized.options(Precision.INT8, tmp_path / f"bundle-{spec.cluster is not None}", spec)
     with small_bundles.registered():
         bundle = export(dataclasses.replace(options, images=images)).bundle
     return {
@@ -54,9 +52,9 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def both(tmp_path: Path, spec: QuantizationSpec, images: Path | None = None) -> dict[str, Any]:
+def both(cluster: FakeCluster, tmp_path: Path, spec: QuantizationSpec, images: Path | None = None) -> dict[str, Any]:
     here = bounded(tmp_path, spec, images)
-    there = bounded(tmp_path, dataclasses.replace(spec, cluster="somewhere"), images)
+    there = bounded(tmp_path, dataclasses.replace(spec, cluster=cluster), images)
     assert here == there
     return there
 
@@ -64,7 +62,7 @@ def both(tmp_path: Path, spec: QuantizationSpec, images: Path | None = None) -> 
 def test_a_bound_on_the_logits_leaves_the_same_layers_in_float(
     cluster: FakeCluster, calibration: Path, tmp_path: Path
 ) -> None:
-    found = both(tmp_path, QuantizationSpec(calibration, max_rel_l2=BOUND))["search"]["sensitivity"]
+    found = both(cluster, tmp_path, QuantizationSpec(calibration, max_rel_l2=BOUND))["search"]["sensitivity"]
     kept = [layer for layer in found["layers"] if layer["kept_float"]]
     assert 0 < len(kept) < len(found["layers"])
     assert found["measured"] <= BOUND < found["all_quantized"]
@@ -77,12 +75,12 @@ def test_a_bound_on_the_accuracy_takes_labelled_images(cluster: FakeCluster, cal
     images = tmp_path / "images.npz"
     np.savez(images, images=pictures(22, first=7), labels=np.arange(22) % small_bundles.CLASSES)
     spec = QuantizationSpec(calibration, max_drop=100, labels=images)
-    found = both(tmp_path, spec, images)["search"]["sensitivity"]
+    found = both(cluster, tmp_path, spec, images)["search"]["sensitivity"]
     assert (found["measure"], found["evaluations"]) == ("points of top-1", 1)
 
 
 def test_a_bound_that_nothing_keeps_is_told(cluster: FakeCluster, calibration: Path, tmp_path: Path) -> None:
-    spec = QuantizationSpec(calibration, max_rel_l2=0.0, cluster="somewhere")
+    spec = QuantizationSpec(calibration, max_rel_l2=0.0, cluster=cluster)
     with pytest.raises(MismatchError, match=r"Even with every layer in float .* more than --max-rel-l2 0 allows"):
         bounded(tmp_path, spec)
 
@@ -129,5 +127,5 @@ def test_what_ray_does_nothing_for_is_refused(calibration: Path, arguments: tupl
 
 def test_where_it_is_searched_does_not_change_what_an_export_is_known_by(calibration: Path, tmp_path: Path) -> None:
     options = small_quantized.options(Precision.INT8, tmp_path, QuantizationSpec(calibration, max_rel_l2=BOUND))
-    spread = dataclasses.replace(options, quantization=dataclasses.replace(options.quantization, cluster="somewhere"))
+    spread = dataclasses.replace(options, quantization=dataclasses.replace(options.quantization, cluster=FakeCluster()))
     assert export_key(options) == export_key(spread) is not None

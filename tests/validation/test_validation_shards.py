@@ -44,7 +44,7 @@ def validate(*arguments: object) -> Result:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     fake = FakeCluster()
-    monkeypatch.setattr("spach_deploy.distributed.actors.connecting", fake.connecting)
+    monkeypatch.setattr("spach_deploy.distributed.actors.RayAddress", lambda address: fake)
     return fake
 
 

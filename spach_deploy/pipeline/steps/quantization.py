@@ -38,6 +38,7 @@ from spach_deploy.quantization.plan import KeptFloat, QuantizationPlan, Quantize
 from spach_deploy.quantization.qdq import audit, insert_qdq
 from spach_deploy.quantization.quantize import QuantizableSites, candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
+from spach_deploy.quantization.shards import collect_on_cluster
 from spach_deploy.quantization.sites import LayerKind, Selection
 from spach_deploy.quantization.statistics import TensorStatistics
 
@@ -173,8 +174,6 @@ def measure(
     state = None if spec.cache is None else spec.cache.path.with_name(f"{spec.cache.path.name}.unfinished")
     run = CalibrationSettings(scaling.method.needs_histograms, state, key, on_progress=phases.observer.calibrating)
     if spec.cluster is not None:
-        from spach_deploy.distributed.calibration import collect_on_cluster
-
         seen = collect_on_cluster(spec.cluster, model, chosen.wanted, source, preprocessing, run)
     else:
         seen = collect(model, chosen.wanted, source, preprocessing, run)

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.common.errors import MismatchError
+from spach_deploy.common.executors import ClusterAddress, LocalExecutor, Pool
 from spach_deploy.common.progress import Phases
 from spach_deploy.common.threads import torch_threads
-from spach_deploy.data.executors import LocalExecutor, Pool
 from spach_deploy.data.labels import ImageLabels, open_labels
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import batches, open_images
@@ -107,7 +107,7 @@ def choose_layers(
     """The plan with the fewest layers left in float that keeps the bound, by measurement.
 
     With `QuantizationSpec.cluster` images are looked at by workers of a cluster, batch by batch. Raises MismatchError
-    where no set of layers keeps the bound, and what `cluster.actors.connecting` raises.
+    where no set of layers keeps the bound, and what `ClusterAddress.connected` raises.
     """
     spec, plan = options.quantization, quantized.plan
     with _pool(SearchWork(static, plan, held_out.images), spec.cluster) as pool:
@@ -127,15 +127,13 @@ def choose_layers(
 
 
 @contextlib.contextmanager
-def _pool(work: SearchWork, address: str | None) -> Iterator[Pool]:
-    """Workers of the search: this process, or those of the Ray cluster at an address, with a core each."""
+def _pool(work: SearchWork, address: ClusterAddress | None) -> Iterator[Pool]:
+    """Workers of the search: this process, or those of a cluster, with a core each."""
     if address is None:
         yield LocalExecutor(Searcher(work))
         return
-    from spach_deploy.distributed import actors
-
     work = dataclasses.replace(work, threads=1)
-    with actors.connecting(address)() as cluster, cluster.pool(Searcher, work, work.memory_bytes) as pool:
+    with address.connected() as cluster, cluster.pool(Searcher, work, work.memory_bytes) as pool:
         yield pool
 
 

@@ -1,18 +1,14 @@
-"""Work on a set of images in parts, wherever the parts are worked on: the seam between what is computed and a cluster.
+"""Where work runs that is done in parts: this process, or a cluster that a command hands in.
 
-What is computed knows `Executor` and `Pool` alone. `spach_deploy.distributed` has them for Ray.
+What is computed knows these interfaces alone; `spach_deploy.distributed` has them for Ray.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
-
-from spach_deploy.common.errors import ImageError, UsageError
-from spach_deploy.data.images import ImageEntry, Skipped
 
 
 class Executor(Protocol):
@@ -47,6 +43,16 @@ class Cluster(Protocol):
         """Workers of a core and so much memory each, whose states are `prepare(common)`, while the block lasts."""
 
 
+class ClusterAddress(Protocol):
+    """A cluster that is not connected to yet. Both raise UnavailableError where none answers."""
+
+    def check(self) -> None:
+        """Refuse what can be refused soon, before any work."""
+
+    def connected(self) -> AbstractContextManager[Cluster]:
+        """The cluster, while the block lasts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LocalExecutor:
     """This process as the one worker of a `Pool`."""
@@ -57,21 +63,3 @@ class LocalExecutor:
     def map(self, function: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """One item after the other."""
         return (function(self.state, item) for item in items)
-
-
-def chunked(entries: Iterator[ImageEntry], size: int) -> Iterator[tuple[ImageEntry, ...]]:
-    """Runs of `size` entries; the last may be shorter."""
-    while chunk := tuple(itertools.islice(entries, size)):
-        yield chunk
-
-
-def check_unreadable(entry: ImageEntry, problem: Skipped) -> None:
-    """UsageError where an image that a task could not read can be read here."""
-    try:
-        entry.load()
-    except ImageError:
-        return
-    raise UsageError(
-        f"A node cannot read {entry.name}, which this machine can ({problem.reason.rstrip('.')}).",
-        "Put the images where every node finds them under the same path, or into a tar or npz.",
-    )
