@@ -156,7 +156,12 @@ def test_nothing_imports_what_is_not_installed_with_it() -> None:
 def contract(folder: Path) -> subprocess.CompletedProcess[str]:
     """What import-linter says of the package in a folder."""
     pytest.importorskip("importlinter")
-    call = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo", ROOT / "pyproject.toml"]
+    call = [
+        str(Path(sys.executable).with_name("lint-imports")),
+        "--no-cache",
+        "--no-logo",
+        str(ROOT / "pyproject.toml"),
+    ]
     return subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
 
 
