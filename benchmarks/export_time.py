@@ -57,25 +57,17 @@ sys.argv[:] = ["spach-export", *sys.argv[3:]]
 from spach_deploy.cli.export import main
 main()
 """
-_NO_COPY = "Beside = type('Beside', (Beside,), {'__enter__': lambda self: self})"
 MECHANISMS = {
     "repeat": (
         "spach_deploy.graph.block_prototype",
         "_runs = lambda stage, kind_of: [[index] for index in stage._modules]",
     ),
-    "trace-copy": ("spach_deploy.graph.tracing", _NO_COPY),
-    "reference-copy": ("spach_deploy.pipeline.steps.reference", _NO_COPY),
-    "builder-ahead": (
-        "spach_deploy.engine.build",
-        "Builder.for_flavour = classmethod(lambda cls, requested: contextlib.nullcontext())",
-    ),
-    "early-build": ("spach_deploy.pipeline.export", "start_early = lambda *_: None"),
+    "overlapped": ("spach_deploy.pipeline.scheduler", "available_threads = lambda: 1"),
 }
 """How each mechanism for speed is turned off: the module that has it, and what is executed there once it is loaded.
 
-`repeat`: trace one block of each kind and repeat it. `trace-copy`, `reference-copy`: trace, and compute the reference,
-in a copy of the process. `builder-ahead`: start the builder before PyTorch is loaded. `early-build`: build from guessed
-types.
+`repeat`: trace one block of each kind and repeat it. `overlapped`: run steps in a worker process beside others, and the
+engine's build beside the graph's validation.
 """
 _PAGE = 4096
 _SAMPLE_SECONDS = 0.05

@@ -18,7 +18,8 @@ from benchmarks.results import record, table
 from spach_deploy.common.progress import Phases, Silent
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
-from spach_deploy.pipeline.steps.graph import load, read_photographs
+from spach_deploy.pipeline.steps.images import read_images
+from spach_deploy.pipeline.steps.model import load
 from spach_deploy.pipeline.steps.reference import reference_logits
 from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.rounding_error import evaluate
@@ -59,8 +60,8 @@ def row(name: str, precision: Precision) -> list[str]:
     options = ExportOptions(model=ModelSpec(name=name), precision=precision)
     phases = Phases(Silent())
     loaded = load(options, phases)
-    photographs = read_photographs(options, loaded.preprocessing, phases)
-    reference = reference_logits(loaded, photographs)
+    photographs = read_images(options, loaded.preprocessing, phases)
+    reference = reference_logits(loaded.model, photographs.images)
     bound, found = faults(loaded.model, photographs.images, reference, precision)
     weakest = min(found, key=lambda fault: fault.rel_l2)
     missed = ", ".join(fault.tensor for fault in found if not fault.rejected) or "none"

@@ -51,9 +51,10 @@ def _calibrate(options: Any, place: Destination, *, verbose: bool, as_json: bool
 
     from spach_deploy.cli.export_output import Progress
     from spach_deploy.pipeline.export import calibrate_to_file
+    from spach_deploy.pipeline.scheduler import scheduler_here
 
-    with Progress(verbose=verbose) as progress:
-        calibration = calibrate_to_file(options, place, progress)
+    with scheduler_here() as scheduler, Progress(verbose=verbose) as progress:
+        calibration = calibrate_to_file(options, place, progress, scheduler=scheduler)
     if as_json:
         show(json_text(calibration.summary()))
     else:

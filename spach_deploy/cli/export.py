@@ -127,14 +127,14 @@ def _export(
         if (reused := cache.take(options, place)) is not None:
             show(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
-        from spach_deploy.pipeline.ahead import Ahead
+        from spach_deploy.pipeline.scheduler import scheduler_here
 
-        with Ahead(options.engine.flavour) as ahead:
+        with scheduler_here() as scheduler:
             from spach_deploy.cli.export_output import Progress, summary
             from spach_deploy.pipeline.export import export
 
             with Progress(verbose=verbose) as progress:
-                result = export(options, progress, place=place, ahead=ahead)
+                result = export(options, progress, place=place, scheduler=scheduler)
         show(summary(result, as_json=as_json))
         if problem := cache.keep(result.bundle):
             say(problem)

@@ -22,6 +22,8 @@ Commands print `str(error)` as one sentence with the next step and exit with `ex
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SpachError(Exception):
     """Base of every error here. `hint` is the next step, printed after the sentence."""
@@ -35,6 +37,17 @@ class SpachError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), dict(vars(self)))
+
+
+def _restored(kind: type[SpachError], attributes: dict[str, Any]) -> SpachError:
+    """An error that another process raised: constructors take other things than what they leave in attributes."""
+    error = kind.__new__(kind)
+    error.args = (attributes["message"],)
+    vars(error).update(attributes)
+    return error
 
 
 class UsageError(SpachError):

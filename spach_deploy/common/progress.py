@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import resource
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,11 @@ class Phases:
         phase = Phase(name, time.perf_counter() - start, peak_resident_bytes())
         self.done.append(phase)
         self.observer.finished(phase)
+
+    def do(self, name: str, step: Callable[..., Result], *inputs: Any) -> Result:
+        """A step as a phase; futures among its inputs are waited for."""
+        with self.phase(name):
+            return step(*(value.result() if isinstance(value, Future) else value for value in inputs))
 
     def record(self, name: str, seconds: float) -> None:
         """Add a phase that was measured elsewhere, such as the build beside the validation."""

@@ -18,8 +18,7 @@ from typing import Any
 from spach_deploy.common.errors import SpachError, UnavailableError
 from spach_deploy.common.versions import tool_versions
 from spach_deploy.distributed.cluster import check_address, connected
-from spach_deploy.distributed.executor import RayExecutor, check_code, checked_places, failed, places
-from spach_deploy.engine.worker import Failed
+from spach_deploy.distributed.executor import RayExecutor, check_code, checked_places, places
 from spach_deploy.pipeline.cache import code_digest
 
 TRIES = 5
@@ -188,8 +187,8 @@ class ActorPool:
             self._check_tries(self._failed_starts, error)
             self._start()
             return
-        if isinstance(problem, Failed):
-            raise problem.error()
+        if isinstance(problem, SpachError):
+            raise problem
         self._alive.append(actor)
         self._failed_starts = 0
 
@@ -203,8 +202,8 @@ class ActorPool:
             self._lost(actor, queue, error)
             return {}
         del self._running[reference]
-        if isinstance(result, Failed):
-            raise result.error()
+        if isinstance(result, SpachError):
+            raise result
         return {item.number: result}
 
     def _lost(self, actor: Any, queue: _Queue, error: Exception) -> None:
@@ -259,10 +258,10 @@ class ActorWorker:
         except Exception as error:  # raised here it would look as if the node had died
             self._error = error
 
-    def ready(self) -> Failed | None:
+    def ready(self) -> SpachError | None:
         """Once it can begin: None, or the error that a user can act on. Raises any other."""
         if self._error is None or isinstance(self._error, SpachError):
-            return None if self._error is None else failed(self._error)
+            return self._error
         raise self._error
 
     def run(self, function: Callable[[Any, Any], Any], item: Any) -> Any:
@@ -270,4 +269,4 @@ class ActorWorker:
         try:
             return function(self._state, item)
         except SpachError as error:
-            return failed(error)
+            return error

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from spach_deploy.common.errors import SpachError, UnavailableError
-from spach_deploy.engine.worker import Failed
 from spach_deploy.pipeline.cache import code_digest
 
 RETRIES = 5
@@ -37,8 +36,8 @@ class RayExecutor:
                     return
                 result = self._ray.get(waiting[0])
                 waiting.popleft()
-                if isinstance(result, Failed):
-                    raise result.error()
+                if isinstance(result, SpachError):
+                    raise result
                 yield result
         finally:
             for reference in waiting:
@@ -73,15 +72,10 @@ def check_code(code: str) -> None:
         )
 
 
-def failed(error: SpachError) -> Failed:
-    """An error that a user can act on, as it travels."""
-    return Failed(type(error), dict(vars(error)))
-
-
 def in_a_task(function: Callable[[Any, Any], Any], common: Any, item: Any, code: str) -> Any:
     """On a node: the function's result, or the error that a user can act on."""
     try:
         check_code(code)
         return function(common, item)
     except SpachError as error:
-        return failed(error)
+        return error

@@ -7,9 +7,7 @@ within milliseconds, a crash is an error, and validation can run beside the buil
 
     with start_build(path, target, flavour, precision=precision) as build:
         ...  # validate the graph meanwhile
-        result = build.wait()
-
-The process can be there before the graph is (`Builder`), and load the compiler beside other work.
+        result = build.result()
 """
 
 from __future__ import annotations
@@ -19,21 +17,18 @@ import dataclasses
 import os
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from spach_deploy.common import processes
 from spach_deploy.common.errors import BuildError, UsageError
 from spach_deploy.engine.compile import OnProgress, ProgressEvent
-from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
+from spach_deploy.engine.flavours import EngineFlavour
 from spach_deploy.engine.network_facts import NetworkFacts
-from spach_deploy.engine.worker import Built, Failed, Request
+from spach_deploy.engine.worker import Built, Request
 from spach_deploy.options.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.polygraphy_session import LogLine, summarize_warnings
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _SHOWN_OUTPUT = 400
 _WORKER = "import sys; from spach_deploy.engine.worker import main; main(int(sys.argv[1]), sys.argv[2])"
@@ -74,7 +69,7 @@ def build_engine(
 ) -> EngineResult:
     """Build and wait; see `start_build`."""
     with start_build(onnx_path, target, flavour, precision=precision, on_progress=on_progress) as build:
-        return build.wait()
+        return build.result()
 
 
 def start_build(
@@ -84,126 +79,76 @@ def start_build(
     *,
     precision: Precision,
     on_progress: OnProgress | None = None,
-    builder: Builder | None = None,
-) -> RunningBuild:
-    """Start building the plan of a strongly typed graph and return at once.
+) -> contextlib.AbstractContextManager[Future[EngineResult]]:
+    """Start building the plan of a strongly typed graph and return at once. Leaving the context ends the build.
+
+    The future's `result()` raises BuildError with the compiler's reason, also when its process crashed, and UsageError
+    for options that the compiler refuses.
 
     Inputs are (batch, ...); their shapes are read from the graph, the batch profile from `target`. `precision` is the
-    graph's, by which targets are checked. `on_progress` is called from another thread. `builder`: a process that is
-    there already, of the same flavour. Raises what `EngineFlavour.resolve` raises, and UsageError when there is no such
-    file.
+    graph's, by which targets are checked. `on_progress` is called from another thread. Raises what
+    `EngineFlavour.resolve` raises, and UsageError when there is no such file.
     """
     resolved = flavour.resolve(target, precision)
     if not onnx_path.is_file():
         raise UsageError(f"There is no graph {onnx_path}.", "Give the ONNX file to build from.")
-    return RunningBuild(builder or Builder(flavour.flavour), onnx_path, resolved, on_progress or _ignore)
+    return _BuildProcess(onnx_path, resolved, on_progress or _ignore)
 
 
 def _ignore(event: ProgressEvent) -> None:
     """Progress that nobody watches."""
 
 
-class Builder:
-    """A process that loads a flavour's compiler and waits for one graph. Leaving its context ends it."""
+class _BuildProcess:
+    """A process that builds one engine, and the future of that. Leaving its context ends it, whatever it does."""
 
-    def __init__(self, flavour: Flavour) -> None:
-        with contextlib.ExitStack() as stack:
-            self.plan_fd, self.output_fd = (_memory_file(stack, name) for name in ("plan", "output"))
-            self.connection, self.process = processes.start_worker(
-                *(_WORKER, flavour.value),
-                stdout=self.output_fd,
-                stderr=self.output_fd,
-                pass_fds=(self.plan_fd,),
-            )
-            stack.callback(self.connection.close)
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
-        self.close()
-
-    @classmethod
-    def for_flavour(cls, requested: Flavour) -> contextlib.AbstractContextManager[Builder | None]:
-        """A builder of the flavour that `choose_flavour` gives for `requested`, and raises what that raises."""
-        flavour = choose_flavour(requested)
-        return contextlib.nullcontext() if flavour is None else cls(flavour.flavour)
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        processes.end(self.process)
-
-    def close(self) -> None:
-        """Give back what is held for it, when nobody reads from it any more. Harmless when repeated."""
-        self._stack.close()
-
-
-class RunningBuild:
-    """A build under way in another process. Leaving its context ends that process, finished or not."""
-
-    def __init__(self, builder: Builder, onnx_path: Path, target: EngineTarget, on_progress: OnProgress) -> None:
-        self._builder = builder
+    def __init__(self, onnx_path: Path, target: EngineTarget, on_progress: OnProgress) -> None:
+        self.future: Future[EngineResult] = Future()
         self._target = target
         self._name = onnx_path.name
         self._start = time.perf_counter()
-        self._outcome: Built | Failed | None = None
-        self._broken: BaseException | None = None
-        self._seconds = 0.0
+        with contextlib.ExitStack() as stack:
+            self._plan_fd, self._output_fd = (_memory_file(stack, name) for name in ("plan", "output"))
+            output = self._output_fd
+            self._connection, self._process = processes.start_worker(
+                _WORKER, target.flavour.value, stdout=output, stderr=output, pass_fds=(self._plan_fd,)
+            )
+            stack.callback(self._connection.close)
+            self._stack = stack.pop_all()
         with contextlib.suppress(OSError):  # one that has ended says why to whoever waits
-            builder.connection.send(Request(onnx_path.resolve(), target, builder.plan_fd))
+            self._connection.send(Request(onnx_path.resolve(), target, self._plan_fd))
         self._reader = threading.Thread(target=self._read, args=(on_progress,), daemon=True)
         self._reader.start()
 
-    def __enter__(self) -> Self:
-        return self
+    def __enter__(self) -> Future[EngineResult]:
+        return self.future
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cancel()
-
-    def cancel(self) -> None:
-        """End the build, if it still runs, and give back what it holds. Harmless when repeated."""
-        self._builder.end()
-        if self._reader is not threading.current_thread():
-            self._reader.join()
-        self._builder.close()
-
-    def wait(self) -> EngineResult:
-        """The engine. BuildError with the compiler's reason, also when its process crashed; UsageError for options.
-
-        Can be interrupted (Ctrl-C); then leave the context, which ends the build.
-        """
+        processes.end(self._process)
         self._reader.join()
-        if self._broken is not None:
-            raise self._broken
-        if isinstance(self._outcome, Failed):
-            raise self._outcome.error()
-        if self._outcome is None:
-            raise self._crash()
-        return self._result(self._outcome)
+        self._stack.close()
 
     def _read(self, on_progress: OnProgress) -> None:
         """Pass on progress until the outcome comes, or the process is gone."""
         try:
-            while isinstance(message := self._builder.connection.recv(), ProgressEvent):
+            while isinstance(message := self._connection.recv(), ProgressEvent):
                 on_progress(message)
-            self._outcome = message
-            self._builder.process.kill()  # it has said all, and giving its memory back takes time
+            self._process.kill()  # it has said all, and giving its memory back takes time
+            if isinstance(message, Built):
+                self.future.set_result(self._result(message))
+            else:
+                self.future.set_exception(message)
         except (EOFError, OSError):
-            pass
-        except BaseException as error:  # of on_progress: raised again where the caller waits
-            self._broken = error
-            self._builder.process.kill()
-        self._seconds = time.perf_counter() - self._start
+            self.future.set_exception(self._crash())
+        except BaseException as error:  # of on_progress
+            self._process.kill()
+            self.future.set_exception(error)
 
     def _result(self, built: Built) -> EngineResult:
         return EngineResult(
-            plan=_contents(self._builder.plan_fd),
+            plan=_contents(self._plan_fd),
             graph_sha256=built.graph_sha256,
             flavour=self._target.flavour,
             flavour_version=built.version,
@@ -214,13 +159,13 @@ class RunningBuild:
             warnings=summarize_warnings(built.log),
             parse_seconds=built.parse_seconds,
             build_seconds=built.build_seconds,
-            seconds=self._seconds,
+            seconds=time.perf_counter() - self._start,
         )
 
     def _crash(self) -> BuildError:
-        code = self._builder.process.wait()
+        code = self._process.wait()
         how = f"was ended by {processes.signal_name(-code)}" if code < 0 else f"ended with code {code}"
-        words = " ".join(_contents(self._builder.output_fd).decode(errors="replace").split())[-_SHOWN_OUTPUT:]
+        words = " ".join(_contents(self._output_fd).decode(errors="replace").split())[-_SHOWN_OUTPUT:]
         return BuildError(
             f"The process that built {self._name} with {self._target.flavour.value} {how}"
             f"{f', saying: {words}' if words else ' without a word'}.",

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from spach_deploy.common.errors import SpachError
 from spach_deploy.engine.compile import Compiled, ProgressEvent, compile_plan
@@ -44,25 +43,10 @@ class Built:
     build_seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """The build failed with an error a user can act on: its class and attributes (some constructors take others)."""
-
-    kind: type[SpachError]
-    attributes: dict[str, Any]
-
-    def error(self) -> SpachError:
-        """The error, as the process that builds raised it."""
-        error = self.kind.__new__(self.kind)
-        error.args = (self.attributes["message"],)
-        vars(error).update(self.attributes)
-        return error
-
-
 def main(connection_fd: int, flavour: str) -> None:
     """Serve the one request that comes over the connection with this file descriptor; end where none comes."""
     connection = Connection(connection_fd)
-    with contextlib.suppress(Exception):  # told to whoever wants an engine
+    with contextlib.suppress(Exception):  # ignored here; compile_plan raises it again
         use_tensorrt(Flavour(flavour))
     try:
         request: Request = connection.recv()
@@ -72,12 +56,12 @@ def main(connection_fd: int, flavour: str) -> None:
     connection.send(_outcome(request, connection.send))
 
 
-def _outcome(request: Request, send: Callable[[ProgressEvent], None]) -> Built | Failed:
+def _outcome(request: Request, send: Callable[[ProgressEvent], None]) -> Built | SpachError:
     try:
         compiled = compile_plan(request.onnx_path, request.target, FLAVOURS[request.target.flavour], send)
         _write_plan(compiled, request.plan_fd)
     except SpachError as error:
-        return Failed(type(error), dict(vars(error)))
+        return error
     return Built(
         compiled.graph_sha256,
         compiled.version,

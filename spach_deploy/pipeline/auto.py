@@ -20,6 +20,7 @@ from spach_deploy.common.progress import ExportObserver
 from spach_deploy.common.text import escaped
 from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
 from spach_deploy.pipeline.export import ExportResult, export
+from spach_deploy.pipeline.scheduler import Scheduler
 
 CANDIDATES = (Precision.FP16, Precision.INT8, Precision.FP8)
 
@@ -86,11 +87,15 @@ def check_auto(options: ExportOptions) -> None:
         )
 
 
-def recommend(options: ExportOptions, observer: ExportObserver | None = None) -> Recommendation:
+def recommend(
+    options: ExportOptions, observer: ExportObserver | None = None, scheduler: Scheduler | None = None
+) -> Recommendation:
     """Export every candidate and compare. UsageError for options that no candidate could honour."""
     check_auto(options)
     places = {precision: _place(options_for(options, precision)) for precision in CANDIDATES}
-    candidates = tuple(_candidate(options, precision, observer, place) for precision, place in places.items())
+    candidates = tuple(
+        _candidate(options, precision, observer, place, scheduler) for precision, place in places.items()
+    )
     if not any(entry.bundle for entry in candidates):
         raise MismatchError(
             f"No precision could be exported: {candidates[0].problem}", "Export one of them by itself to see more."
@@ -104,10 +109,14 @@ def _place(options: ExportOptions) -> Destination | None:
 
 
 def _candidate(
-    options: ExportOptions, precision: Precision, observer: ExportObserver | None, place: Destination | None
+    options: ExportOptions,
+    precision: Precision,
+    observer: ExportObserver | None,
+    place: Destination | None,
+    scheduler: Scheduler | None,
 ) -> PrecisionCandidate:
     try:
-        return _figures(precision, export(options_for(options, precision), observer, place=place))
+        return _figures(precision, export(options_for(options, precision), observer, place=place, scheduler=scheduler))
     except UsageError as error:
         if precision is Precision.FP8:  # GPUs before Ada
             return PrecisionCandidate(precision, problem=str(error))

@@ -40,6 +40,7 @@ from spach_deploy.graph.opset import check_opset
 from spach_deploy.models.registry import resolve
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec
 from spach_deploy.pipeline.export import ExportResult, export
+from spach_deploy.pipeline.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from spach_deploy.benchmark.result import Benchmark, RunnerResult
@@ -136,6 +137,7 @@ def export_for_cpu(
     asked: Precision | None = None,
     observer: ExportObserver | None = None,
     tell: Callable[[str, float], None] = lambda what, share: None,
+    scheduler: Scheduler | None = None,
 ) -> CpuChoice:
     """Export the candidates, measure them in turn, and write the bundle of the best.
 
@@ -147,7 +149,8 @@ def export_for_cpu(
     with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
         for precision in wanted(options, asked):
             place = Destination.of(Path(folder) / precision.value)
-            found[precision] = measured(export(options_for(options, precision), observer, place=place), options, tell)
+            made = export(options_for(options, precision), observer, place=place, scheduler=scheduler)
+            found[precision] = measured(made, options, tell)
         forms = tuple(form for precision, benchmark in found.items() for form in _forms(precision, benchmark))
         chosen, machine = best_of(forms), next(iter(found.values())).machine
         bundle = _placed(Path(folder) / chosen.precision.value, options, seen, _section(chosen, forms, machine))

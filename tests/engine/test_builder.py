@@ -1,9 +1,10 @@
-"""A process that is there to build before there is anything to build."""
+"""The process that builds an engine: its result, its errors, its end."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from spach_deploy.common.errors import BuildError, MissingPackageError
-from spach_deploy.engine import flavours
-from spach_deploy.engine.build import Builder, start_build
+from spach_deploy.engine.build import start_build
 from spach_deploy.engine.flavours import TensorRT
-from spach_deploy.options.specs import ComputeCapability, EngineTarget, Flavour, Precision
+from spach_deploy.options.specs import ComputeCapability, EngineTarget, Precision
 from spach_deploy.runtime.devices import LocalGpu
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,12 @@ def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def children() -> set[int]:
+    """Processes of this one."""
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
+
+
 def is_gone(pid: int) -> bool:
     """Whether a process ends soon."""
     end = time.monotonic() + PATIENCE_S
@@ -50,66 +56,52 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def test_the_process_that_waits_builds(graph: Path) -> None:
-    with (
-        Builder(Flavour.TENSORRT) as builder,
-        start_build(graph, EngineTarget(), HERE, precision=Precision.FP16, builder=builder) as build,
-    ):
-        result = build.wait()
+def test_a_process_of_its_own_builds_and_is_gone(graph: Path) -> None:
+    with start_build(graph, EngineTarget(), HERE, precision=Precision.FP16) as build:
+        result = build.result()
     assert result.flavour_version.startswith("11.4.0")
     assert result.plan
-    assert is_gone(builder.process.pid)
 
 
-def test_one_that_is_not_needed_ends(graph: Path) -> None:
-    with Builder(Flavour.TENSORRT) as builder:
-        assert builder.process.poll() is None
-    assert builder.process.returncode is not None
+def test_a_block_that_is_left_ends_the_build(graph: Path) -> None:
+    before = children()
+    with start_build(graph, EngineTarget(), HERE, precision=Precision.FP16) as build:
+        (pid,) = children() - before
+    assert is_gone(pid)
+    assert build.done()
 
 
-def test_there_is_none_where_no_engine_is_wanted() -> None:
-    with Builder.for_flavour(Flavour.NONE) as builder:
-        assert builder is None
+def test_one_that_was_killed_is_an_error(graph: Path) -> None:
+    before = children()
+    with start_build(graph, EngineTarget(), HERE, precision=Precision.FP16) as build:
+        (pid,) = children() - before
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(BuildError, match="ended by SIGKILL"):
+            build.result()
 
 
-def test_one_that_cannot_build_here_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavours, "is_installed", lambda flavour: False)
-    with pytest.raises(MissingPackageError, match="tensorrt"):
-        Builder.for_flavour(Flavour.TENSORRT)
-
-
-def test_one_that_was_killed_before_there_was_a_graph_is_an_error(graph: Path) -> None:
-    with Builder(Flavour.TENSORRT) as builder:
-        builder.end()
-        with (
-            start_build(graph, EngineTarget(), HERE, precision=Precision.FP16, builder=builder) as build,
-            pytest.raises(BuildError, match="ended by SIGKILL"),
-        ):
-            build.wait()
-
-
-def test_a_compiler_that_is_missing_is_told_when_an_engine_is_wanted(
-    graph: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_that_is_missing_is_told(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(FAKES / "common"))
     with (
-        Builder(Flavour.TENSORRT) as builder,
-        start_build(graph, EngineTarget(), HERE, precision=Precision.FP16, builder=builder) as build,
+        start_build(graph, EngineTarget(), HERE, precision=Precision.FP16) as build,
         pytest.raises(MissingPackageError, match="tensorrt"),
     ):
-        build.wait()
+        build.result()
 
 
-def test_it_does_not_outlive_a_parent_that_is_killed() -> None:
-    program = """
-import os
-from spach_deploy.engine import flavours
-from spach_deploy.engine.build import Builder
-from spach_deploy.options.specs import Flavour
-builder = Builder(Flavour.TENSORRT)
-print(builder.process.pid, flush=True)
-os.kill(os.getpid(), 9)
+def test_it_does_not_outlive_a_parent_that_is_killed(graph: Path) -> None:
+    program = f"""
+import os, sys
+from pathlib import Path
+from spach_deploy.engine.build import start_build
+from spach_deploy.options.specs import EngineTarget, Precision
+from tests.engine.test_builder import HERE, children
+with start_build(Path({str(graph)!r}), EngineTarget(), HERE, precision=Precision.FP16):
+    print(*children(), flush=True)
+    os.kill(os.getpid(), 9)
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join((str(ROOT), os.environ["PYTHONPATH"]))
+    environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert is_gone(int(done.stdout))
+    (pid,) = map(int, done.stdout.split())
+    assert is_gone(pid)

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from PIL import Image
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, MismatchError
 from spach_deploy.common.progress import Phase, Silent
-from spach_deploy.engine.build import RunningBuild, start_build
 from spach_deploy.graph.editing import data_of
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import apply_passes
@@ -37,12 +35,9 @@ from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import create_model
 from spach_deploy.options.specs import BatchProfile, EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from spach_deploy.pipeline.export import export as export_bundle
-from spach_deploy.pipeline.steps import engine as stages_engine
 from spach_deploy.pipeline.steps import graph as stages
 from spach_deploy.rewrites import RewriteResult, rewrite
-from spach_deploy.runtime import beside
 from spach_deploy.validation.live_reference import Weights, rebuild
-from spach_deploy.validation.tolerance import FP32_FACTOR
 from tests import small_bundles
 from tests.commands import contents, export, refusal
 
@@ -438,67 +433,12 @@ WRONG: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.usefixtures("small_model_registered")
 @pytest.mark.parametrize("stage", WRONG)
-@pytest.mark.parametrize("cores", [1, 2])
 def test_the_first_stage_that_computes_something_else_is_named(
-    stage: str, cores: int, old: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, *WRONG[stage])
-    monkeypatch.setattr(beside, "available_threads", lambda: cores)
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
     before = contents(old)
     with pytest.raises(MismatchError, match=f"The {stage} differs from the reference model at batch") as caught:
         export_bundle(dataclasses.replace(OPTIONS, output=old, overwrite=True))
     assert caught.value.exit_code == 1
     assert contents(old) == before
-
-
-@pytest.mark.usefixtures("small_model_registered")
-def test_what_is_not_traced_ahead_is_traced_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
-    graphs = []
-    for cores in (1, 2):
-        monkeypatch.setattr(beside, "available_threads", lambda cores=cores: cores)
-        made = export_bundle(dataclasses.replace(OPTIONS, output=tmp_path / str(cores))).bundle
-        graphs.append(made.file("model.onnx").read_bytes())
-    assert graphs[0] == graphs[1]
-
-
-@needs_rtx
-@pytest.mark.parametrize(("head", "graphs"), [(1.0, 1), (1e4, 2)])
-def test_the_engine_is_begun_before_ranges_and_begun_again_where_they_change_its_graph(
-    head: float, graphs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = []
-
-    def start(path: Path, *arguments: Any, **options: Any) -> RunningBuild:
-        begun.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        return start_build(path, *arguments, **options)
-
-    monkeypatch.setattr(stages_engine, "start_build", start)
-    weights = trained()
-    torch.save(weights | {"head.weight": weights["head.weight"] * head}, tmp_path / "weights.pth")
-    made = exported(tmp_path / "b", "--checkpoint", tmp_path / "weights.pth", *SMALL, "--fp16", "--gpu", "sm89")
-    precision = made.bundle.manifest.content["precision"]
-    assert len(set(begun)) == len(begun) == graphs
-    assert begun[-1] == hashlib.sha256(made.bundle.file("model.onnx").read_bytes()).hexdigest()
-    assert ("head" in [kept["module"] for kept in precision["kept"] if kept["reason"] == "range"]) == (graphs == 2)
-
-
-def test_logits_that_half_cannot_hold_are_exit_1_with_the_next_step(old: Path) -> None:
-    weights = trained()
-    torch.save(weights | {"head.weight": weights["head.weight"] * 1e6}, old.parent / "loud.pth")
-    with small_bundles.registered():
-        flags = ("--fp16", "--io-dtype", "fp16", *NO_ENGINE, "-o", old, "--overwrite")
-        sentence = refusal(export("--checkpoint", old.parent / "loud.pth", *SMALL, *flags), 1)
-    assert "logits reaches" in sentence
-    assert "Use --io-dtype fp32." in sentence
-
-
-def test_a_graph_that_no_tensorrt_builds_has_its_group_norms_in_levels_too_and_bounds_from_measured_noise() -> None:
-    manifest = small_bundles.read_manifest(small_bundles.bundle(Precision.FP32))
-    graph, validation = manifest["graph"], manifest["validation"]
-    noise = validation["tolerances"]["graph"]["derivation"]["noise"]["rel_l2"]
-    assert graph["passes"] == {"split_group_norm": 2}
-    assert graph["relative_l2_limit"] == pytest.approx(FP32_FACTOR * noise)
-    assert validation["batches"] == [1, 3, 8, 32]
-    assert validation["batch_left_out"] == ""

@@ -16,7 +16,7 @@ from spach_deploy.engine.plan_facts import PlanFacts
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.hyperparameters import settings_section
 from spach_deploy.options.specs import ExportOptions, IODtype, Preprocessing
-from spach_deploy.pipeline.steps.graph import GraphStep, TypedStep
+from spach_deploy.pipeline.steps.precision import TypedGraph
 from spach_deploy.pipeline.steps.quantization import CalibrationStep
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.quantization.equalization import EqualizedPair
@@ -70,24 +70,18 @@ def _tensor(value: ValueInfoProto, layout: str) -> dict[str, Any]:
     return {"name": value.name, "dtype": name, "shape": shape, "layout": layout}
 
 
-def precision_section(typed: TypedStep) -> dict[str, Any]:
+def precision_section(typed: TypedGraph) -> dict[str, Any]:
     """The policy, and what the graph asks of every weighted layer."""
     return {**typed.policy.to_dict(), "layers": [layer.to_dict() for layer in typed.layers]}
 
 
-def graph_section(
-    static: RewriteResult, answers: ReferenceOutputs, graph: GraphStep, typed: TypedStep
-) -> dict[str, Any]:
+def graph_section(static: RewriteResult, answers: ReferenceOutputs, typed: TypedGraph) -> dict[str, Any]:
     """What was rewritten, what it cost in FP32, and what the graph promises."""
-    errors = {
-        "static model": answers.static_errors,
-        "exported graph": graph.errors,
-        "graph in its target's form": typed.errors,
-    }
+    errors = {"static model": answers.static_errors, **typed.errors}
     return {
         "certificate": typed.certificate.to_dict(),
         "rewrites": {name: _outcome(outcome) for name, outcome in static.outcomes.items()},
-        "passes": {name: len(changed) for name, changed in graph.changed.items()},
+        "passes": {name: len(changed) for name, changed in typed.passes.items()},
         "relative_l2_limit": answers.reference.limit,
         "relative_l2": {stage: _by_batch(by_batch) for stage, by_batch in errors.items() if by_batch},
     }

@@ -1,0 +1,65 @@
+"""Read the golden images: those that every step is judged on, and that the bundle keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.common.errors import ImageError
+from spach_deploy.common.progress import Phases
+from spach_deploy.data.images import probe_source
+from spach_deploy.data.preprocess import normalize, to_input
+from spach_deploy.data.readers import ImageSource, Skipped, batches, open_images
+from spach_deploy.options.specs import ExportOptions, IODtype, Preprocessing
+
+GOLDEN_IMAGES = 8
+"""Images in the golden pack, and those that every step is proven on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenImages:
+    """The images an export is judged on, as uint8 (N, S, S, 3) and normalized float32 (N, 3, S, S)."""
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    names: tuple[str, ...]
+    pixels: NDArray[np.uint8]
+    images: NDArray[np.float32]
+    built_in: bool
+    skipped: tuple[Skipped, ...] = ()
+
+    def engine_input(self, io_dtype: IODtype) -> NDArray[np.generic]:
+        """The images as the engine's caller sends them."""
+        return to_input(self.pixels, self.preprocessing, io_dtype)
+
+    def pack(self, logits: NDArray[np.float32], io_dtype: IODtype) -> Golden:
+        """The golden pack, with the reference's logits (N, classes)."""
+        return Golden(self.engine_input(io_dtype), logits, self.names)
+
+
+def read_images(options: ExportOptions, preprocessing: Preprocessing, phases: Phases) -> GoldenImages:
+    """The user's images, spread evenly over the set, or the built-in photographs."""
+    built_in = options.images is None
+    source = probe_source() if options.images is None else open_images(options.images)
+    chosen = source.limit(GOLDEN_IMAGES)
+    parts = list(batches(chosen, preprocessing, GOLDEN_IMAGES))
+    if not parts:
+        raise ImageError(f"No image could be read from {source.description}.", "Give other --images.")
+    note_skipped(chosen.skipped, phases)
+    pixels = np.concatenate([part.pixels for part in parts])
+    names = tuple(name for part in parts for name in part.names)
+    if len(pixels) < GOLDEN_IMAGES:
+        phases.note(f"Only {len(pixels)} images to judge on; {GOLDEN_IMAGES} or more tell more.")
+    return GoldenImages(
+        source, preprocessing, names, pixels, normalize(pixels, preprocessing), built_in, chosen.skipped
+    )
+
+
+def note_skipped(skipped: Iterable[Skipped], phases: Phases) -> None:
+    """Name each picture that was left out, and why."""
+    for picture in skipped:
+        phases.note(f"Skipped {picture}")

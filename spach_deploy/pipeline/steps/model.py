@@ -1,0 +1,60 @@
+"""Load the model: the reference that everything is held to, with its weights and what they do not show."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from spach_deploy.bundle.store import default_directory
+from spach_deploy.common.errors import MissingPackageError, UsageError
+from spach_deploy.common.progress import Phases
+from spach_deploy.common.versions import refuse_unfit_packages
+from spach_deploy.graph.interface import check_outputs
+from spach_deploy.graph.opset import check_opset
+from spach_deploy.graph.passes import CPU_INT8_PASSES, TENSORRT_PASSES
+from spach_deploy.models.checkpoint import LoadedModel, load_model
+from spach_deploy.options.quantization import check_quantization
+from spach_deploy.options.specs import ExportOptions
+from spach_deploy.rewrites import REWRITES
+from spach_deploy.validation import user_answers
+from spach_deploy.validation.user_answers import Agreement, read_answers
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse what can be refused before any work."""
+    refuse_unfit_packages()
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
+    check_quantization(options)
+    check_opset(options)
+    known = [*(step.name for step in REWRITES), *(step.name for step in (*TENSORRT_PASSES, *CPU_INT8_PASSES))]
+    for name in options.disabled_rewrites:
+        if name not in known:
+            raise UsageError(f"There is no rewrite {name!r} to turn off.", f"One of {', '.join(known)}.")
+
+
+def load(options: ExportOptions, phases: Phases) -> LoadedModel:
+    """The reference model with its weights; what was inferred or unwrapped is said."""
+    loaded = load_model(options.model)
+    check_outputs(options.outputs, loaded.num_classes)
+    for note in loaded.notes:
+        phases.note(f"{note[0].upper()}{note[1:]}.")
+    return loaded
+
+
+def hold_to_answers(
+    loaded: LoadedModel, options: ExportOptions, phases: Phases
+) -> tuple[LoadedModel, Agreement | None]:
+    """The model that agrees with the user's answers, where some were given, and how well it does."""
+    if options.answers is None:
+        return loaded, None
+    if loaded.origin == "demo":
+        raise UsageError("--answers are of your model, and demo weights are nobody's.", "Give --checkpoint FILE too.")
+    given = read_answers(options.answers)
+    with phases.phase("compare with your answers"):
+        return user_answers.hold_to_answers(loaded, given, phases.note)
+
+
+def target_directory(options: ExportOptions, loaded: LoadedModel) -> Path:
+    """Where the bundle goes: --output, or build/MODEL-PRECISION."""
+    return options.output or default_directory(loaded.name, options.precision.value)

@@ -1,0 +1,167 @@
+"""Set the types of the graph: measure how large its numbers get, and write the precision, or eight bits, into it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx import GraphProto, ModelProto
+
+from spach_deploy.common.errors import MismatchError
+from spach_deploy.common.progress import Phases
+from spach_deploy.data.preprocess import to_input
+from spach_deploy.data.readers import batches
+from spach_deploy.graph.certificate import Certificate, certify
+from spach_deploy.graph.export import INPUT, LOGITS
+from spach_deploy.graph.opset import check_operators
+from spach_deploy.graph.precision.decision import PrecisionPolicy, TypingOptions
+from spach_deploy.graph.precision.elements import LayerPrecision, element_types, weighted_layers
+from spach_deploy.graph.precision.formats import half_format
+from spach_deploy.graph.precision.ranges import RangeMeter, Ranges
+from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.options.specs import ExportOptions, IODtype, Precision
+from spach_deploy.pipeline.steps.graph import Fp32Graph, export_graph, prove_graph
+from spach_deploy.pipeline.steps.images import GoldenImages, note_skipped
+from spach_deploy.pipeline.steps.quantization import quantize_typed
+from spach_deploy.pipeline.steps.quantization import summary as quantized_summary
+from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
+from spach_deploy.quantization.bias_correction import correct_biases
+from spach_deploy.quantization.outlier_migration import migrate_outliers
+from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.rewrites.static_modules import StaticSpach
+from spach_deploy.runtime.onnxruntime_runner import save_model
+from spach_deploy.validation.exact import check_equal
+
+RANGE_IMAGES = 256
+"""At most this many of a user's images are looked at for ranges, spread evenly over the set."""
+
+RANGE_BATCH = 1
+"""One image at a time is as fast as several, and takes the least memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TypedGraph:
+    """The typed graph, and how it came about.
+
+    `passes`: nodes by the pass that made the target's form. `errors`: relative L2 in FP32 of the exported graph, where
+    it was proven by itself, and of the graph in its target's form, at each batch size.
+    """
+
+    model: ModelProto
+    policy: PrecisionPolicy
+    certificate: Certificate
+    layers: tuple[LayerPrecision, ...]
+    passes: dict[str, tuple[str, ...]]
+    errors: dict[str, dict[int, float]]
+
+    def written(self, path: Path) -> TypedGraph:
+        """Itself without its nodes and weights, which are in the file `path` from now on."""
+        save_model(self.model, path)
+        interface = GraphProto(input=self.model.graph.input, output=self.model.graph.output)
+        return dataclasses.replace(self, model=ModelProto(graph=interface))
+
+
+def set_types(
+    graph: Fp32Graph,
+    static: StaticSpach,
+    loaded: LoadedModel,
+    images: GoldenImages,
+    reference: ReferenceOutputs,
+    plan: QuantizationPlan | None,
+    options: ExportOptions,
+    phases: Phases,
+) -> TypedGraph:
+    """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified.
+
+    With a plan, biases are corrected after that proof, and the quantized layers' inputs go through eight bits.
+    MismatchError where the form computes something else than the reference, naming the first step that is wrong.
+    """
+    model, rest = graph.model, options.rest
+    assert isinstance(model, ModelProto)
+    with _first_wrong_step(graph, static, images, reference):
+        ranges, errors = _measured(model, images, reference, options, phases)
+        if _migrated(model, ranges, rest, phases):
+            ranges, errors = _measured(model, images, reference, options, phases)
+    if plan is not None:
+        correct_biases(model, plan)
+    typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
+    result, policy = typed.model, typed.policy
+    if plan is not None:
+        result = quantize_typed(result, plan)
+        policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
+    finished = ir.from_proto(result)
+    check_operators(finished, element_types(result))
+    certificate = certify(finished, [path for path, _ in loaded.model.named_modules(remove_duplicate=False)])
+    by_step = {"exported graph": graph.errors, "graph in its target's form": errors}
+    return TypedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step)
+
+
+@contextlib.contextmanager
+def _first_wrong_step(
+    graph: Fp32Graph, static: StaticSpach, images: GoldenImages, reference: ReferenceOutputs
+) -> Iterator[None]:
+    """Where the block finds that the graph in its target's form is wrong, and the exported graph was not proven by
+    itself, that is asked too: the MismatchError names the first step that is wrong.
+    """
+    try:
+        yield
+    except MismatchError:
+        if not graph.errors:
+            prove_graph(export_graph(static, images.images.shape[-1]), images, reference)
+        raise
+
+
+def _measured(
+    model: ModelProto, images: GoldenImages, reference: ReferenceOutputs, options: ExportOptions, phases: Phases
+) -> tuple[Ranges, dict[int, float]]:
+    """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that is more than rounding."""
+    is_half = options.rest.is_half
+    meter = RangeMeter(model, tensors=None if is_half else ())
+    io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
+    feeds = images.engine_input(io_dtype)
+    errors: dict[int, float] = {}
+    for part in _parts(len(feeds)):
+        answer = meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})[LOGITS]
+        error = check_equal("graph in its target's form", answer, reference.reference.of(slice(*part)))
+        errors[len(answer)] = max(error, errors.get(len(answer), 0.0))
+    described = f"the {len(feeds)} built-in photographs"
+    if not images.built_in and is_half:
+        described = _measure_users_images(meter, images, io_dtype, phases)
+    return meter.ranges(described), errors
+
+
+def _parts(count: int) -> list[tuple[int, int]]:
+    """First and last of the images that are run together: two, then one at a time, so that both sizes are proven."""
+    first = min(max(EXACT_BATCHES), count)
+    return [(0, first), *((start, start + RANGE_BATCH) for start in range(first, count, RANGE_BATCH))]
+
+
+def _migrated(model: ModelProto, ranges: Ranges, rest: Precision, phases: Phases) -> tuple[str, ...]:
+    """Outlier channels that a half precision could not hold, exchanged with the weights behind them, in place."""
+    form = half_format(rest)
+    if form is None:
+        return ()
+    migrated = migrate_outliers(model, ranges, form, TypingOptions().margin)
+    if migrated:
+        names = f"{', '.join(migrated[:2])}{' and more' if len(migrated) > 2 else ''}"
+        phases.note(f"Outlier channels that {rest.value} could not hold were equalized, exactly: {names}.")
+    return migrated
+
+
+def _measure_users_images(meter: RangeMeter, images: GoldenImages, io_dtype: IODtype, phases: Phases) -> str:
+    """Look at more of the user's images, streamed; what was looked at, in words."""
+    chosen = images.source.limit(RANGE_IMAGES)
+    seen = 0
+    named = frozenset(images.skipped)
+    for batch in batches(chosen, images.preprocessing, RANGE_BATCH):
+        meter.run({INPUT: to_input(batch.pixels, images.preprocessing, io_dtype)})
+        seen += len(batch)
+    note_skipped([skipped for skipped in chosen.skipped if skipped not in named], phases)
+    described = f"{seen} images{chosen.of_all(seen)} from {images.source.description}"
+    phases.note(f"Ranges were measured on {described}.")
+    return described
