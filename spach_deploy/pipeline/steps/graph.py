@@ -30,8 +30,8 @@ from spach_deploy.validation.exact import prove_equal
 class Fp32Graph:
     """The FP32 graph; a message once it has its target's form.
 
-    `errors`: relative L2 of the exported graph at each batch size, where it was proven by itself and not in its target's
-    form alone. `changed`: nodes by the pass that made the form.
+    `errors`: relative L2 of the exported graph at each batch size, where it was proven by itself and not in its
+    target's form alone. `changed`: nodes by the pass that made the form.
     """
 
     model: ir.Model | ModelProto
