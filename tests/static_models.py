@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
+from spach_deploy.graph.free_batch import free_batch
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
+from spach_deploy.options.specs import OPSET
 from spach_deploy.rewrites import rewrite
 from tests.shared import once
 
@@ -47,6 +50,23 @@ def canonical_bytes(kind: str) -> bytes:
         target.write_bytes(as_proto(export_canonical(rewrite(small_model(kind)).model, IMAGE_SIZE)).SerializeToString())
 
     return once(f"canonical/{kind}.onnx", make).read_bytes()
+
+
+def plain_export(model: torch.nn.Module, image_size: int) -> ModelProto:
+    """What torch.onnx.export makes of `model` as it is, but for a free batch."""
+    example = torch.zeros(3, 3, image_size, image_size)
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["input"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    free_batch(program.model, len(example), "batch")
+    return as_proto(program.model)
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spach_deploy.benchmark.layers import Layer
-from spach_deploy.benchmark.runners import CPU, EAGER, TITLES
+from spach_deploy.benchmark.runners import CPU, TITLES
 
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
 """Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; beyond them 2.09 and less."""
@@ -219,11 +219,6 @@ class Benchmark:
     def exit_code(self) -> int:
         """1 where a runner that must be right computes something else than the bundle may."""
         return 1 if any(runner.must_be_right for runner in self.wrong) else 0
-
-    @property
-    def has_eager(self) -> bool:
-        """Whether ratios to PyTorch eager could be made."""
-        return any(runner.name == EAGER for runner in self.runners)
 
     def ranked(self, batch: int) -> list[tuple[RunnerResult, Timing]]:
         """The runners that compute the right numbers, the fastest first."""

@@ -154,11 +154,6 @@ def check_is_one_file(file: Path) -> None:
     raise UsageError(f"{file} keeps its weights in {what}.", fix)
 
 
-def batch_is_symbolic(model: ModelProto) -> bool:
-    """Whether the first input's first dimension has a name."""
-    return bool(model.graph.input[0].type.tensor_type.shape.dim[0].dim_param)
-
-
 def live_elements_at_batch_one(model: ModelProto) -> int:
     """Numbers that have to be in memory at once for one image, weights aside, in the order of the nodes."""
     shapes = shapes_at_batch_one(model)

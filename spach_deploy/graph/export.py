@@ -75,11 +75,6 @@ def trace(prototype: Prototype, image_size: int) -> ExportedPrototype:
     return ExportedPrototype(structure(prototype), as_proto(model).SerializeToString())
 
 
-def torch_export(model: nn.Module, image_size: int) -> ModelProto:
-    """torch.onnx's own graph of `model`, every block traced."""
-    return as_proto(_exported(model, image_size))
-
-
 def _exported(model: nn.Module, image_size: int) -> ir.Model:
     """The exporter's graph, its batch symbolic."""
     example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)

@@ -52,17 +52,7 @@ Squares = tuple[tuple[str, float], ...]
 """What one image says of modules: squared relative errors in the order in which they were found."""
 
 
-def layer_costs(
-    static: StaticSpach, plan: QuantizationPlan, images: Float32, *, probes: int = PROBES
-) -> tuple[LayerCost, ...]:
-    """Cost of every quantized layer on `images` (n, 3, S, S), in the order of the plan."""
-    watch = LayerWatch(static, plan, probes)
-    costs = summed_costs(plan, (watch.see(number, image) for number, image in enumerate(images)), probes)
-    watch.remove()
-    return costs
-
-
-def summed_costs(plan: QuantizationPlan, found: Iterable[Squares], probes: int = PROBES) -> tuple[LayerCost, ...]:
+def summed_costs(plan: QuantizationPlan, found: Iterable[Squares]) -> tuple[LayerCost, ...]:
     """Costs from what `LayerWatch.see` gave for each image, added up in the images' order."""
     squares = {site.module: 0.0 for site in plan.sites}
     images = 0
@@ -71,7 +61,7 @@ def summed_costs(plan: QuantizationPlan, found: Iterable[Squares], probes: int =
         for module, square in entries:
             squares[module] += square
     return tuple(
-        LayerCost(site.module, float(np.sqrt(squares[site.module] / (images * probes))), site.macs)
+        LayerCost(site.module, float(np.sqrt(squares[site.module] / (images * PROBES))), site.macs)
         for site in plan.sites
     )
 
@@ -79,18 +69,14 @@ def summed_costs(plan: QuantizationPlan, found: Iterable[Squares], probes: int =
 class LayerWatch:
     """Hooks on every quantized layer: its own error on the way forward, what the logits feel on the way back."""
 
-    def __init__(self, static: StaticSpach, plan: QuantizationPlan, probes: int = PROBES) -> None:
+    def __init__(self, static: StaticSpach, plan: QuantizationPlan) -> None:
         self._model = equalized_model(static, plan)
-        self._probes = probes
         self._squares: list[tuple[str, float]] = []
         self._norm = 1.0
         modules = dict(self._model.named_modules(remove_duplicate=False))
-        self._handles = [
-            modules[site.module].register_forward_hook(
-                self._hook(site.module, quantized_module(modules[site.module], site, plan.form))
-            )
-            for site in plan.sites
-        ]
+        for site in plan.sites:
+            layer = modules[site.module]
+            layer.register_forward_hook(self._hook(site.module, quantized_module(layer, site, plan.form)))
 
     def see(self, number: int, image: Float32) -> Squares:
         """The image (3, S, S) with this number; its random vectors are its own, whoever sees the others."""
@@ -100,9 +86,9 @@ class LayerWatch:
         logits = self._model(torch.from_numpy(image[None].copy()).requires_grad_(True))
         self._norm = float(logits.detach().square().sum())
         generator = torch.Generator().manual_seed(_SEED)
-        drawn = [torch.randn(logits.shape, generator=generator) for _ in range((number + 1) * self._probes)]
-        for probe, u in enumerate(drawn[number * self._probes :], 1):
-            (logits * u).sum().backward(retain_graph=probe < self._probes)
+        drawn = [torch.randn(logits.shape, generator=generator) for _ in range((number + 1) * PROBES)]
+        for probe, u in enumerate(drawn[number * PROBES :], 1):
+            (logits * u).sum().backward(retain_graph=probe < PROBES)
         return tuple(self._squares)
 
     def _hook(self, path: str, quantized: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -116,11 +102,6 @@ class LayerWatch:
             output.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return forward
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import dataclasses
 import enum
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from onnx import ModelProto, NodeProto, TensorProto
 
@@ -204,8 +204,3 @@ def _rule(site: Site, form: EightBitFormat) -> str:
     if site.kind is LayerKind.CONVOLUTION:
         return "rule: a convolution costs accuracy and saves no kernel"
     return ""
-
-
-def by_node(sites: Iterable[Site]) -> Mapping[str, Site]:
-    """Sites by the name of their node."""
-    return {site.node: site for site in sites}

@@ -38,11 +38,6 @@ class StorageFormat(str, enum.Enum):
     FP16 = "fp16"
     BF16 = "bf16"
 
-    @property
-    def is_lossy(self) -> bool:
-        """Whether it stores less than FP32."""
-        return self is not StorageFormat.FP32
-
     @classmethod
     def of(cls, precision: Precision, *, tf32: bool = False) -> StorageFormat:
         """That of an engine of `precision`; TF32 only concerns FP32 engines on a GPU."""

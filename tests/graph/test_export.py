@@ -11,7 +11,7 @@ from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph import export
 from spach_deploy.graph.certificate import certify
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical, simplify, torch_export
+from spach_deploy.graph.export import INPUT, LOGITS, export_canonical, simplify
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.passes import CPU_PASSES, TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
@@ -20,7 +20,17 @@ from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
 from spach_deploy.rewrites import REWRITES, rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from tests.static_models import CLASSES, CONFIGS, IMAGE_SIZE, canonical_bytes, images, logits, relative_l2, small_model
+from tests.static_models import (
+    CLASSES,
+    CONFIGS,
+    IMAGE_SIZE,
+    canonical_bytes,
+    images,
+    logits,
+    plain_export,
+    relative_l2,
+    small_model,
+)
 
 
 def canonical(kind: str) -> ir.Model:
@@ -103,7 +113,7 @@ def test_a_batchnorm_that_the_simplifier_folds_stays_folded() -> None:
 
 def test_stamping_gives_the_graph_that_a_whole_export_gives() -> None:
     static = rewrite(small_model("hybrid")).model
-    whole = ir.from_proto(simplify(torch_export(static, IMAGE_SIZE)))
+    whole = ir.from_proto(simplify(plain_export(static, IMAGE_SIZE)))
     x = images(2)
     assert relative_l2(run(canonical("hybrid"), x)[LOGITS], run(whole, x)[LOGITS]) < 2e-6
 

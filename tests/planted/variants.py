@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
-from spach_deploy.graph.export import simplify, torch_export
+from spach_deploy.graph.export import simplify
 from tests.planted.subjects import FORMS, Subject, effect, run
+from tests.static_models import plain_export
 
 HARMLESS = 5.0
 """Noise floors that a harmless variant may be away from its graph: other kernels, other orders of summation."""
@@ -79,7 +80,7 @@ def _other_exports() -> list[Variant]:
     """What torch.onnx.export makes of the model as it is published: nothing folded, other names."""
 
     def plain(subject: Subject) -> ModelProto:
-        return torch_export(subject.model, subject.model.image_size)
+        return plain_export(subject.model, subject.model.image_size)
 
     def simplified(subject: Subject) -> ModelProto:
         return simplify(plain(subject))

@@ -12,7 +12,7 @@ import torch
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.quantization.sensitivity import LayerCost, largest_set, layer_costs
+from spach_deploy.quantization.sensitivity import LayerCost, LayerWatch, largest_set, summed_costs
 from spach_deploy.rewrites.static_modules import StaticSpach
 from tests.quantization import small_models
 
@@ -36,9 +36,14 @@ def measured(modules: set[str]) -> float:
     return float(((rounded - exact).norm(dim=1) / exact.norm(dim=1)).square().mean().sqrt())
 
 
+def costs_of(static: StaticSpach, plan: QuantizationPlan) -> tuple[LayerCost, ...]:
+    watch = LayerWatch(static, plan)
+    return summed_costs(plan, [watch.see(number, image) for number, image in enumerate(small_models.inputs())])
+
+
 def test_predicted_costs_are_those_of_layers_quantized_alone() -> None:
     static, plan = example()
-    costs = layer_costs(static, plan, small_models.inputs(), probes=32)
+    costs = costs_of(static, plan)
     assert [cost.module for cost in costs] == [site.module for site in plan.sites]
     dearest = sorted(costs, key=lambda cost: -cost.rel_l2)[:5]
     for cost in dearest:
@@ -47,7 +52,7 @@ def test_predicted_costs_are_those_of_layers_quantized_alone() -> None:
 
 def test_squares_of_costs_add_up_to_that_of_all_layers() -> None:
     static, plan = example()
-    costs = layer_costs(static, plan, small_models.inputs(), probes=32)
+    costs = costs_of(static, plan)
     total = float(np.sqrt(sum(cost.rel_l2**2 for cost in costs)))
     assert total == pytest.approx(measured({cost.module for cost in costs}), rel=0.5)
 
@@ -55,7 +60,7 @@ def test_squares_of_costs_add_up_to_that_of_all_layers() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     static, plan = example()
     before = logits(static, small_models.inputs())
-    layer_costs(static, plan, small_models.inputs()[:1])
+    costs_of(static, plan)
     assert torch.equal(before, logits(static, small_models.inputs()))
     assert not any(module._forward_hooks for module in static.modules())
 

@@ -18,6 +18,7 @@ from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.outlier_migration import migrate_outliers
 from spach_deploy.rewrites import rewrite
 from tests import static_models
+from tests.graph.precision.graphs import kept_for
 from tests.protos import in_place
 from tests.quantization import small_models
 
@@ -64,10 +65,10 @@ def test_the_outliers_go_and_the_function_stays() -> None:
 
 def test_no_layer_has_to_stay_in_fp32_then() -> None:
     model = loud()
-    kept = type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range")
+    kept = kept_for(type_graph(model, Precision.FP16, ranges_of(model)), "range")
     assert kept
     migrate_outliers(model, ranges_of(model), FP16, MARGIN)
-    assert type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range") == ()
+    assert kept_for(type_graph(model, Precision.FP16, ranges_of(model)), "range") == ()
 
 
 @pytest.mark.parametrize("pair", ["norm1 -> qkv", "qkv -> proj"])
@@ -76,12 +77,12 @@ def test_an_attention_in_its_targets_form_is_tamed_too(pair: str) -> None:
     in_place(apply_passes, model, TENSORRT_PASSES)
     assert any(node.name.endswith("qkv/query") for node in model.graph.node)
     before = logits(model)
-    kept = type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range")
+    kept = kept_for(type_graph(model, Precision.FP16, ranges_of(model)), "range")
     assert kept
     (tamed,) = migrate_outliers(model, ranges_of(model), FP16, MARGIN)
     assert [name.rpartition(".")[2] for name in tamed.split(" -> ")] == pair.split(" -> ")
     assert np.linalg.norm(logits(model) - before) <= 1e-5 * np.linalg.norm(before)
-    assert type_graph(model, Precision.FP16, ranges_of(model)).policy.kept_for("range") == ()
+    assert kept_for(type_graph(model, Precision.FP16, ranges_of(model)), "range") == ()
 
 
 def loud_attention(pair: str) -> ModelProto:

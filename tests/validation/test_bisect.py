@@ -12,7 +12,6 @@ import pytest
 from onnx import ModelProto, helper
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.export import torch_export
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
@@ -26,7 +25,7 @@ from spach_deploy.validation.bisect.export_steps import first_wrong_part
 from spach_deploy.validation.bisect.locate import locate
 from tests import static_models
 from tests.protos import in_place
-from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, small_model
+from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, plain_export, small_model
 from tests.validation import faults
 
 FORMS = ("canonical", "target", "fp16", "bf16", "plain")
@@ -40,7 +39,7 @@ def reference(kind: str) -> ProbedReference:
 @functools.cache
 def graph_bytes(kind: str, form: str) -> bytes:
     if form == "plain":
-        return bytes(torch_export(small_model(kind), IMAGE_SIZE).SerializeToString())
+        return bytes(plain_export(small_model(kind), IMAGE_SIZE).SerializeToString())
     graph = onnx.load_from_string(canonical_bytes(kind))
     if form != "canonical":
         in_place(apply_passes, graph, TENSORRT_PASSES)

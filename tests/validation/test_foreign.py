@@ -14,12 +14,12 @@ from onnx import ModelProto, TensorProto, helper
 
 from spach_deploy.cli.validate import main
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.export import torch_export
 from spach_deploy.models.checkpoint import load_model
 from spach_deploy.options.specs import ModelSpec
 from spach_deploy.validation.external_graph import map_interface
 from tests import small_bundles
 from tests.small_bundles import CLASSES, NAME, SIZE
+from tests.static_models import plain_export
 from tests.validation import faults
 
 pytestmark = pytest.mark.usefixtures("small_model_registered")
@@ -30,7 +30,7 @@ def plain() -> bytes:
     """What torch.onnx.export makes of the bundle's model."""
     with small_bundles.registered():
         model = load_model(ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)).model
-    return bytes(torch_export(model, SIZE).SerializeToString())
+    return bytes(plain_export(model, SIZE).SerializeToString())
 
 
 def graph(plain: bytes) -> ModelProto:

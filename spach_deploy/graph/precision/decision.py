@@ -263,10 +263,6 @@ class PrecisionPolicy:
     quantized: Precision | None = None
     quantized_summary: str = ""
 
-    def kept_for(self, reason: str) -> tuple[KeptFp32, ...]:
-        """Nodes that stay in FP32 for one reason."""
-        return tuple(kept for kept in self.kept if kept.reason == reason)
-
     @property
     def summary(self) -> str:
         """One line: precision, and how many nodes stay in FP32 for which reasons."""

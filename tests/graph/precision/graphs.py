@@ -15,7 +15,9 @@ from spach_deploy.graph.edit import constant, initializers
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes.group_norm import split_group_norm
 from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
+from spach_deploy.graph.precision.decision import KeptFp32
 from spach_deploy.graph.precision.ranges import Ranges, measure_ranges
+from spach_deploy.graph.precision.typed_graph import TypedGraph
 from tests.protos import in_place
 from tests.static_models import canonical_bytes, images
 
@@ -112,3 +114,8 @@ def _writes_the_stream(reader: NodeProto, name: str, weights: dict[str, TensorPr
 def batches(count: int = 8, size: int = 4) -> list[dict[str, Array]]:
     """Images for a small SPACH model, in batches."""
     return [{"input": images(size, seed)} for seed in range(count // size)]
+
+
+def kept_for(typed: TypedGraph, reason: str) -> tuple[KeptFp32, ...]:
+    """Nodes of a typed graph that stay in FP32 for one reason."""
+    return tuple(kept for kept in typed.policy.kept if kept.reason == reason)

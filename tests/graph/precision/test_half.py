@@ -18,7 +18,18 @@ from spach_deploy.graph.precision.decision import STATISTICS, TypingOptions
 from spach_deploy.graph.precision.ranges import Ranges, measure_ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision, Preprocessing
-from tests.graph.precision.graphs import KINDS, array, batches, feed, graph, measured, node, target_graph, types_of
+from tests.graph.precision.graphs import (
+    KINDS,
+    array,
+    batches,
+    feed,
+    graph,
+    kept_for,
+    measured,
+    node,
+    target_graph,
+    types_of,
+)
 from tests.protos import in_place
 from tests.static_models import IMAGE_SIZE, small_model
 
@@ -218,7 +229,7 @@ def test_a_module_can_be_kept_by_name() -> None:
     kept = {n.output[0] for n in model.graph.node if owner(n.name).startswith("layer3.") and n.op_type in COMPUTING}
     assert kept
     assert {types[name] for name in kept} == {types["logits"]} == {"fp32"}
-    assert {k.module for k in typed.policy.kept_for("asked")} >= {"head", "layer3.1.channel_func.fc1"}
+    assert {k.module for k in kept_for(typed, "asked")} >= {"head", "layer3.1.channel_func.fc1"}
     assert types["layer2.1.channel_func.fc1/Gemm"] == "fp16"
 
 

@@ -1,4 +1,4 @@
-"""The proof by rounding: overflow shows where ONNX Runtime would hide it, and the policy prevents it."""
+"""A typed graph with every tensor rounded: overflow shows where ONNX Runtime would hide it, and typing prevents it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto
 
-from spach_deploy.common.errors import ImageError, PrecisionError, UnavailableError
+from spach_deploy.common.errors import PrecisionError, UnavailableError
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.precision import rounding
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.graph.precision.formats import BF16, FP16
 from spach_deploy.graph.precision.ranges import Ranges, measure_ranges
-from spach_deploy.graph.precision.rounding import check_runtime_rounds, prove_policy, rounded_graph
+from spach_deploy.graph.precision.rounding import check_runtime_rounds, rounded_graph
 from spach_deploy.graph.precision.typed_graph import TypedGraph, type_graph
 from spach_deploy.options.specs import IODtype, Precision
-from tests.graph.precision.graphs import KINDS, array, batches, feed, graph, measured, node, target_graph, types_of
+from tests.graph.precision.graphs import KINDS, array, batches, feed, graph, kept_for, node, target_graph, types_of
 from tests.static_models import images, logits, relative_l2, small_model
 
 STREAM_LIMIT = 2e-3
@@ -55,6 +55,13 @@ def torchs_own_error(kind: str, dtype: torch.dtype) -> float:
     return relative_l2(half, logits(model, batch))
 
 
+def rounding_error(exact: ModelProto, half: ModelProto) -> float:
+    """Relative L2 of the typed graph, every tensor rounded, from the FP32 graph; NaN or infinite where it overflows."""
+    batch = images(8)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return relative_l2(run(rounded_graph(half), {"input": batch})[0], run(exact, {"input": batch})[0])
+
+
 def test_the_twin_rounds_every_tensor_and_weight() -> None:
     model = graph(
         [node("Mul", ["input", "w"], "a/Mul"), node("Add", ["a/Mul", "input"], "a/Add")],
@@ -71,12 +78,8 @@ def test_the_twin_rounds_every_tensor_and_weight() -> None:
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_ordinary_model_loses_what_pytorch_loses(kind: str, precision: Precision) -> None:
-    proof = prove_policy(target_graph(kind), typed(kind, precision).model, batches(), threads=1)
-    assert proof.finite
-    assert proof.first_bad is proof.module is None
-    assert proof.images == 8
     dtype = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}[precision]
-    assert 0 < proof.worst <= 1.5 * torchs_own_error(kind, dtype)
+    assert 0 < rounding_error(target_graph(kind), typed(kind, precision).model) <= 1.5 * torchs_own_error(kind, dtype)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "ms_mlp"])
@@ -92,14 +95,12 @@ def test_onnxruntime_executes_the_fp16_graph(kind: str) -> None:
 def test_a_scaled_stream_is_right_in_fp16(kind: str, scale: float) -> None:
     """The scaled graph is the same function, so its rounded twin is also held against the unscaled model."""
     model, half = target_graph(kind, scale), typed(kind, Precision.FP16, scale)
-    proof = prove_policy(model, half.model, batches(), threads=1)
-    assert proof.finite
-    assert proof.worst <= STREAM_LIMIT
+    assert rounding_error(model, half.model) <= STREAM_LIMIT
     batch = images(4)
     twin = run(rounded_graph(half.model), {"input": batch})[0]
     assert relative_l2(twin, logits(small_model(kind), batch)) <= STREAM_LIMIT
     if scale > 1e3:  # a thousandfold stream may fit, margin and all
-        assert half.policy.kept_for("range")
+        assert kept_for(half, "range")
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "ms_mlp"])
@@ -116,47 +117,24 @@ def test_with_a_stream_in_fp32_the_branches_stay_half(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["hybrid", "ms_mlp"])
 @pytest.mark.parametrize("naive", ["without ranges", "without margin"])
 def test_what_the_guard_prevents_is_real(kind: str, naive: str) -> None:
-    """The same stream with everything cast to half: the proof names the first tensor that overflows and its module."""
+    """The same stream with everything cast to half."""
     model = target_graph(kind, 1e6)
     ranges = None if naive == "without ranges" else ranges_of(kind, 1e6)
     half = type_graph(model, Precision.FP16, ranges, TypingOptions(margin=1e-9))
-    proof = prove_policy(model, half.model, batches(), threads=1)
-    assert not proof.finite
-    assert proof.first_bad is not None
-    assert proof.module in {"layer1.0.cpe_net.net.1", "layer1.0.cpe_net", "norm1", "layer1.0"}
-    assert not proof.worst <= STREAM_LIMIT
+    assert not rounding_error(model, half.model) <= STREAM_LIMIT
 
 
 def test_bfloat16_needs_no_islands_for_a_scaled_stream() -> None:
     half = typed("hybrid", Precision.BF16, 1e6)
-    assert not half.policy.kept_for("range")
-    proof = prove_policy(target_graph("hybrid", 1e6), half.model, batches(), threads=1)
-    assert proof.finite
-    assert proof.worst <= 1.5 * torchs_own_error("hybrid", torch.bfloat16)
+    assert not kept_for(half, "range")
+    error = rounding_error(target_graph("hybrid", 1e6), half.model)
+    assert error <= 1.5 * torchs_own_error("hybrid", torch.bfloat16)
 
 
 def test_a_stream_beyond_fp32_is_refused_by_name() -> None:
     model = target_graph("hybrid", 1e38)
     with pytest.raises(PrecisionError, match="not finite in FP32 already"):
         type_graph(model, Precision.FP16, measure_ranges(model, batches(4), threads=1))
-
-
-def planted(*, hidden: bool) -> ModelProto:
-    """A sum that overflows in FP16; hidden: as the score that a softmax turns into zero."""
-    nodes = [node("Mul", ["input", "w"], "block/Mul"), node("Add", ["block/Mul", "block/Mul"], "block/Add")]
-    last = "Softmax" if hidden else "Relu"
-    return graph([*nodes, node(last, ["block/Add"], f"last/{last}")], [f"last/{last}"], w=array(-4e4, 1, 1, 1))
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_a_planted_overflow_is_found_though_outputs_are_finite(hidden: bool) -> None:
-    model = planted(hidden=hidden)
-    half = type_graph(model, Precision.FP16).model
-    proof = prove_policy(model, half, [feed([1, 2, 3, 4])])
-    assert np.isfinite(run(rounded_graph(half), feed([1, 2, 3, 4]))[0]).all()
-    assert (proof.finite, proof.first_bad, proof.module) == (False, "block/Add", "block")
-    guarded = type_graph(model, Precision.FP16, measured(model, [1, 2, 3, 4])).model
-    assert prove_policy(model, guarded, [feed([1, 2, 3, 4])]).finite
 
 
 def test_the_twin_shows_what_onnxruntime_hides() -> None:
@@ -174,15 +152,6 @@ def test_the_twin_shows_what_onnxruntime_hides() -> None:
     )
     half = type_graph(model, Precision.FP16).model
     assert np.isinf(run(rounded_graph(half), feed([4, 3, 2, 1]))[0][0, 0])
-    assert prove_policy(model, half, [feed([4, 3, 2, 1])]).first_bad == "a/Mul"
-
-
-def test_an_overflowing_weight_is_named() -> None:
-    model = graph([node("Mul", ["input", "fc.w"], "fc/Mul")], ["fc/Mul"], fc__w=array(1, 1, 1, 1))
-    half = type_graph(model, Precision.FP16).model
-    half.graph.initializer[0].CopyFrom(FP16.tensor("fc.w", FP16.encode(array(1, 1, 1, 1e6))))
-    proof = prove_policy(model, half, [feed([1, 2, 3, 4])])
-    assert (proof.finite, proof.first_bad, proof.module) == (False, "fc.w", "fc")
 
 
 @pytest.mark.parametrize("precision", [precision for precision in Precision if not precision.is_quantized])
@@ -194,9 +163,7 @@ def test_a_twin_takes_and_gives_what_the_typed_graph_does(precision: Precision) 
     assert list(twin.graph.output) == list(half.graph.output)
     result = run(twin, {"input": images(2).astype(np.float16)})[0]
     assert result.dtype == np.float16
-    proof = prove_policy(target_graph("hybrid"), half, batches(4))
-    assert proof.finite
-    assert 0 < proof.worst < 0.02
+    assert 0 < relative_l2(result, logits(small_model("hybrid"), images(2))) < 0.02
 
 
 def test_a_twin_is_fp32_but_for_its_roundings() -> None:
@@ -217,9 +184,3 @@ def test_a_runtime_that_drops_roundings_is_refused(monkeypatch: pytest.MonkeyPat
         check_runtime_rounds()
     monkeypatch.undo()
     check_runtime_rounds()
-
-
-def test_a_proof_needs_images() -> None:
-    model = planted(hidden=False)
-    with pytest.raises(ImageError):
-        prove_policy(model, type_graph(model, Precision.FP16).model, [])

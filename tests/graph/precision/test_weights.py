@@ -11,7 +11,7 @@ from spach_deploy.graph.precision.formats import BF16, FP16, decode
 from spach_deploy.graph.precision.typed_graph import TypedGraph, type_graph
 from spach_deploy.graph.precision.weights import LOST, encode
 from spach_deploy.options.specs import Precision
-from tests.graph.precision.graphs import Array, array, graph, measured, node
+from tests.graph.precision.graphs import Array, array, graph, kept_for, measured, node
 
 
 def test_each_misfit_is_counted() -> None:
@@ -97,7 +97,7 @@ def test_a_tiny_bias_is_no_reason_for_fp32() -> None:
 
 
 def test_an_overflowing_bias_is() -> None:
-    (kept,) = gemm(ordinary(), np.full(100, 1e5, np.float32)).policy.kept_for("weight")
+    (kept,) = kept_for(gemm(ordinary(), np.full(100, 1e5, np.float32)), "weight")
     assert kept.tensor == "fc.bias"
 
 
