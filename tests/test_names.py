@@ -21,11 +21,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from spach_deploy.bundle.golden import Golden
-from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PAGE, REPORT, sha256_of
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PAGE, REPORT
 from spach_deploy.cli.doctor import main as doctor
 from spach_deploy.cli.export import main as export
 from spach_deploy.cli.package import main as package
 from spach_deploy.cli.validate import main as validate
+from spach_deploy.common.files import sha256_of
 from spach_deploy.models import published as configs
 from spach_deploy.models.checkpoint_file import read_checkpoint
 from spach_deploy.options.command_line import joined

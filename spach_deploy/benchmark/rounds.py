@@ -20,6 +20,7 @@ from spach_deploy.benchmark.worker import RunnerProcess
 from spach_deploy.bundle.golden import LOGITS, Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
 from spach_deploy.common.errors import UnavailableError, UsageError
+from spach_deploy.common.metrics import worst_relative_l2
 from spach_deploy.options.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
@@ -201,8 +202,7 @@ def accuracy(answers: Array, exact: Array, bounds: Bounds) -> LogitsError:
     allowed = bounds.outputs[LOGITS].rel_l2
     if answers.shape != exact.shape or not np.isfinite(answers).all():
         return LogitsError(float("inf"), allowed)
-    errors = np.linalg.norm(answers.astype(np.float64) - exact, axis=1) / np.linalg.norm(exact, axis=1)
-    return LogitsError(float(errors.max()), allowed)
+    return LogitsError(worst_relative_l2(answers, exact), allowed)
 
 
 @dataclasses.dataclass(frozen=True)

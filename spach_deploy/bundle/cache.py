@@ -24,12 +24,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spach_deploy.bundle.store import sha256_of
 from spach_deploy.common.errors import UsageError
-from spach_deploy.common.files import Destination, is_own, lock_file, private_folder, read_json
+from spach_deploy.common.files import Destination, blocks_of, is_own, lock_file, private_folder, read_json, sha256_of
 
 RECORD = "entry.json"
-_BLOCK = 1 << 20
 _KEY = re.compile("[0-9a-f]{64}")
 _DRAFT = re.compile(r"(\d+)-[0-9a-f]{8}")
 _MOST_BYTES = 1 << 20
@@ -205,8 +203,8 @@ def _kept(source: Path, target: Path, digest: str | None) -> str:
 def _copied(source: Path, target: Path) -> str:
     """Copy a file; its SHA-256."""
     digest = hashlib.sha256()
-    with source.open("rb") as reading, target.open("wb") as writing:
-        while block := reading.read(_BLOCK):
+    with target.open("wb") as writing:
+        for block in blocks_of(source):
             digest.update(block)
             writing.write(block)
     return digest.hexdigest()

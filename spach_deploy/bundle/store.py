@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
-from spach_deploy.common.files import Destination, parse_json, read_json, short_name
+from spach_deploy.common.files import Destination, parse_json, read_json, sha256_of, short_name
 from spach_deploy.common.npz import npz_headers
 from spach_deploy.common.text import json_text, without_surrogates
 
@@ -67,7 +66,6 @@ _SECTIONS = (
     "validation",
     "files",
 )
-_READ_CHUNK = 1 << 20
 
 LARGEST_SIDE, MOST_CLASSES, LARGEST_BATCH = 16_384, 1_000_000, 999_999
 """Of the images in pixels, and of the batch what --batch takes; no SPACH model is near the others."""
@@ -347,15 +345,6 @@ def golden_problem(file: Path) -> str:
     if len(images) != 4 or not images[0] == logits[0] == (names or (1,))[0]:
         return f"is no golden pack: {images[:1]} inputs, {logits[0]} answers and {(names or (1,))[0]} names"
     return ""
-
-
-def sha256_of(file: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_READ_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def default_directory(model: str, precision: str) -> Path:

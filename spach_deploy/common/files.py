@@ -26,6 +26,7 @@ from spach_deploy.common.errors import UnavailableError, UsageError
 Identity = tuple[object, ...]
 
 _MANIFEST = "manifest.json"
+_BLOCK_BYTES = 1 << 20
 _LONG_NAME = 100
 """Bytes; file systems take 255, and a neighbour's name has the host's and some numbers too."""
 
@@ -111,6 +112,21 @@ def try_to_write(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with tempfile.TemporaryFile(dir=path.parent) as file:
         file.write(b"tried")
+
+
+def blocks_of(file: Path) -> Iterator[bytes]:
+    """A file's bytes, 1 MiB at a time."""
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            yield block
+
+
+def sha256_of(file: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    for block in blocks_of(file):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def short_name(path: Path) -> str:

@@ -16,7 +16,7 @@ import hashlib
 import io
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib import resources
 from typing import IO
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from spach_deploy.common.batches import chunked
 from spach_deploy.common.errors import ImageError, UsageError, printable
 from spach_deploy.data import preprocess
 from spach_deploy.options.specs import Preprocessing
@@ -186,9 +187,8 @@ def batches(source: ImageSource, preprocessing: Preprocessing, batch_size: int) 
     """
     if batch_size < 1:
         raise UsageError(f"A batch of {batch_size} images is not possible.", "Give 1 or more.")
-    items = iter(source)
-    while chunk := [_prepare(item, preprocessing) for item in itertools.islice(items, batch_size)]:
-        yield _stack(chunk)
+    prepared = (_prepare(item, preprocessing) for item in source)
+    return map(_stack, chunked(prepared, batch_size))
 
 
 def content_hash(pixels: Iterable[preprocess.UInt8Array]) -> str:
@@ -205,7 +205,7 @@ def _prepare(item: ImageItem, preprocessing: Preprocessing) -> tuple[str, prepro
     return item.name, preprocess.pixels(item.image, preprocessing), item.label
 
 
-def _stack(chunk: list[tuple[str, preprocess.UInt8Array, int | None]]) -> ImageBatch:
+def _stack(chunk: Sequence[tuple[str, preprocess.UInt8Array, int | None]]) -> ImageBatch:
     names, arrays, labels = zip(*chunk, strict=True)
     known = None if None in labels else np.array(labels, np.int64)
     return ImageBatch(names, np.stack(arrays), known)
@@ -242,12 +242,6 @@ def probe_source() -> ImageSource:
 
 def _load(read: Callable[[], bytes]) -> Image.Image:
     return decode(io.BytesIO(read()))
-
-
-def chunked(entries: Iterator[ImageEntry], size: int) -> Iterator[tuple[ImageEntry, ...]]:
-    """Runs of `size` entries; the last may be shorter."""
-    while chunk := tuple(itertools.islice(entries, size)):
-        yield chunk
 
 
 def check_unreadable(entry: ImageEntry, problem: Skipped) -> None:

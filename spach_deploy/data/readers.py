@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from spach_deploy.common.batches import spread
 from spach_deploy.common.errors import ImageError, printable
 from spach_deploy.data import preprocess
 from spach_deploy.data.images import (
@@ -201,16 +202,9 @@ def _is_unread(name: str) -> bool:
     return name.lower().endswith(UNREAD_SUFFIXES)
 
 
-def _spread(total: int, limit: int | None) -> list[int]:
-    """Indices of `limit` items spread evenly over `total`, or of all."""
-    if limit is None or limit >= total:
-        return list(range(total))
-    return [i * total // limit for i in range(limit)]
-
-
 def _spread_first(total: int, limit: int | None) -> list[int]:
     """The spread indices, then the others as spares for items that turn out unreadable."""
-    chosen = _spread(total, limit)
+    chosen = spread(total, limit)
     taken = set(chosen)
     return chosen + [i for i in range(total) if i not in taken]
 
@@ -301,7 +295,7 @@ def _npz(path: Path) -> ImageSource:
     count = images.shape[0]
 
     def choose(limit: int | None) -> Iterator[ImageEntry]:
-        return _npz_entries(path, images, labels, _spread(count, limit))
+        return _npz_entries(path, images, labels, spread(count, limit))
 
     return ImageSource(f"npz {path}", choose, count=count)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle, sha256_of
+from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle
 from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
+from spach_deploy.common.files import sha256_of
 from spach_deploy.doctor.bundle_findings import FILES, about_bundle
 from spach_deploy.doctor.compatibility import PlanRequirements, compatibility
 from spach_deploy.doctor.finding import Finding, Task, blockers

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spach_deploy.common.errors import CheckpointError
-from spach_deploy.common.files import utf8_path
+from spach_deploy.common.files import sha256_of, utf8_path
 from spach_deploy.models.pickles import PICKLE_BYTES, PLAIN_DATA, check_pickle
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_checkpoint(path: Path) -> tuple[Any, str]:
     kind = _recognise(path)
     load = {"zip": _zip_reader, "pickle": _pickle_reader, "safetensors": _safetensors_reader}[kind](path)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        digest = pool.submit(_sha256, path)  # beside the reading: both are a pass over the file
+        digest = pool.submit(sha256_of, path)  # beside the reading: both are a pass over the file
         content = load()
         try:
             return content, digest.result()
@@ -69,7 +69,7 @@ def read_shards(index: CheckpointIndex) -> tuple[dict[str, Any], str]:
     CheckpointError as for one file, and where a file does not hold the very tensors that the index says.
     """
     tensors: dict[str, Any] = {}
-    digests = [f"{_sha256(index.path)}  {index.path.name}\n"]
+    digests = [f"{sha256_of(index.path)}  {index.path.name}\n"]
     for shard in index.shards:
         content, digest = read_checkpoint(shard)
         found = content if isinstance(content, Mapping) else {}
@@ -314,14 +314,6 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # safetensors raises its own class, torch others for dtypes it lacks
         raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
     return tensors
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 _SUFFIX = ".index.json"

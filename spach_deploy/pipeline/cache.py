@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.cache import CacheEntry, Store
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
-from spach_deploy.common.files import Destination, check_regular
+from spach_deploy.common.files import Destination, blocks_of, check_regular
 from spach_deploy.common.processor import all_cpu_flags, processor_name
+from spach_deploy.common.units import SIZES, parse_bytes
 from spach_deploy.common.versions import tool_versions
 from spach_deploy.models.checkpoint_file import checkpoint_files
 from spach_deploy.models.registry import resolve
@@ -33,7 +33,6 @@ from spach_deploy.options.values import value_of, with_value
 HASHED_BYTES = 2_000_000_000
 """Of a folder of images whose content is hashed; a larger one is known by its files' names, sizes and times."""
 
-_BLOCK = 1 << 20
 _DRIVER = Path("/proc/driver/nvidia")
 
 
@@ -103,9 +102,8 @@ def content_digest(path: Path) -> str:
 
 def _add_file(digest: Any, path: Path) -> None:
     check_regular(path)
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
+    for block in blocks_of(path):
+        digest.update(block)
 
 
 def code_digest() -> str:
@@ -136,8 +134,6 @@ def machine() -> dict[str, str]:
 PLACE, SIZE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
 DEFAULT_BYTES = 10_000_000_000
 NONE = "none"
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +167,10 @@ def limit_bytes() -> int:
     text = os.environ.get(SIZE, "")
     if not text:
         return DEFAULT_BYTES
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"{SIZE}={text} is no size.", "Give one such as 20G.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"{SIZE}={text} is no size.", f"Give one such as 20GB ({SIZES}).") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from onnx import ModelProto
 
+from spach_deploy.common.batches import chunked, ranges
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.executors import ClusterAddress, Executor
 from spach_deploy.data import preprocess
@@ -26,7 +27,7 @@ from spach_deploy.data.calibration_set_checks import (
     ImageSummary,
     observe,
 )
-from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, chunked, image_digest
+from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, image_digest
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.graph.export import INPUT
 from spach_deploy.options.specs import Preprocessing
@@ -219,9 +220,8 @@ def _observed(
 def _parts(
     readable: Sequence[ImageEntry], digests: Sequence[bytes], blocks: int, first: int
 ) -> Iterator[CalibrationShard]:
-    for start in range(first, len(readable), blocks * BLOCK):
-        taken = slice(start, start + blocks * BLOCK)
-        yield CalibrationShard(start, tuple(readable[taken]), tuple(digests[taken]))
+    for start, stop in ranges(len(readable), blocks * BLOCK, first):
+        yield CalibrationShard(start, tuple(readable[start:stop]), tuple(digests[start:stop]))
 
 
 def merge_all(whole: dict[str, TensorStatistics], part: dict[str, TensorStatistics]) -> None:

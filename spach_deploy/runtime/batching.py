@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.runtime import TensorSpec
 
@@ -39,8 +40,8 @@ def run_in_batches(run: Callable[[Arrays], Arrays], feeds: Feeds, limits: BatchL
 
 def _pieces(feeds: Feeds, size: int) -> Iterator[Arrays]:
     batch = len(next(iter(feeds.values())))
-    for start in range(0, batch, size):
-        yield {name: array[start : start + size] for name, array in feeds.items()}
+    for start, stop in ranges(batch, size):
+        yield {name: array[start:stop] for name, array in feeds.items()}
 
 
 def _run_piece(run: Callable[[Arrays], Arrays], piece: Arrays, smallest: int) -> Arrays:

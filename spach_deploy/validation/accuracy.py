@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import UsageError
 
 Array = npt.NDArray[Any]
@@ -161,8 +162,8 @@ def _check_arrays(reference: Array, candidate: Array, labels: Array) -> None:
 
 def _places(logits: Array, labels: Array) -> npt.NDArray[np.int64]:
     """The place (N) of each image's class among its scores, 0 for the best; the last where one is not finite."""
-    parts = range(0, len(logits), _CHUNK)
-    return np.concatenate([_places_of_some(logits[i : i + _CHUNK], labels[i : i + _CHUNK]) for i in parts])
+    parts = ranges(len(logits), _CHUNK)
+    return np.concatenate([_places_of_some(logits[start:stop], labels[start:stop]) for start, stop in parts])
 
 
 def _places_of_some(logits: Array, labels: Array) -> npt.NDArray[np.int64]:

@@ -27,6 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.common.batches import ranges
+from spach_deploy.common.metrics import relative_norm
+
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 Outputs = Mapping[str, Array]
@@ -307,9 +310,7 @@ class _ImageSums:
         return _ImageSums(self.max_abs.max(keepdims=True), *(values.sum(keepdims=True) for values in fields[1:]))
 
     def rel_l2(self) -> Float64:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.sqrt(self.difference / self.reference)  # zeros against something: infinitely far
-        return np.asarray(np.where(self.difference == 0, 0.0, ratio), np.float64)
+        return relative_norm(self.difference, self.reference)
 
     def cosine(self) -> Float64:
         """1 where both are zero, 0 where one is."""
@@ -486,8 +487,8 @@ def _float64_chunks(reference: Array, candidate: Array) -> Iterator[tuple[Float6
     """The same images of both, as float64 (n, values), a bounded number of values at a time."""
     ours, theirs = (array.reshape(len(array), -1) for array in (reference, candidate))
     step = max(1, _CHUNK_VALUES // ours.shape[1])
-    for i in range(0, len(ours), step):
-        yield ours[i : i + step].astype(np.float64), theirs[i : i + step].astype(np.float64)
+    for start, stop in ranges(len(ours), step):
+        yield ours[start:stop].astype(np.float64), theirs[start:stop].astype(np.float64)
 
 
 def _plain(value: object) -> object:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.names import owner
 from spach_deploy.validation.activations import ActivationTrace, Outputs
 from spach_deploy.validation.tolerance import FP32_FACTOR, ROUNDING_FACTOR
@@ -148,8 +149,6 @@ def _errors(outputs: Mapping[str, npt.NDArray[Any]], exact: Outputs) -> dict[str
 
 def _error(value: npt.NDArray[np.floating], exact: npt.NDArray[np.floating]) -> float:
     """Relative L2, tokens first or last."""
-    from spach_deploy.validation.bisect.error_metrics import relative_l2
-
     errors = [relative_l2(value.reshape(exact.shape), exact)]
     if exact.ndim == 3:  # (B, N, C), which may come as (B, C, N)
         batch, tokens, channels = exact.shape

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spach_deploy.common.errors import MismatchError
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.validation.tolerance import FP32_FACTOR
 
 _LEAST_NOISE = 2.0**-23
@@ -61,7 +62,7 @@ def prove_equal(
 def check_equal(what: str, logits: Logits, reference: ReferenceLogits) -> float:
     """Relative L2 of `logits`; MismatchError when it is more than rounding, or not a number."""
     expected = reference.logits.astype(np.float64)
-    error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+    error = relative_l2(logits, expected)
     if not error <= reference.limit:
         raise MismatchError(
             f"The {what} differs from the reference model at batch {len(expected)}: relative L2 {error:.1e}, at most"

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.bundle.golden import INPUT, LOGITS
+from spach_deploy.common.batches import chunked, ranges
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.executors import Cluster, Executor
 from spach_deploy.common.threads import torch_threads
 from spach_deploy.data import preprocess
-from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, chunked, image_digest
+from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, image_digest
 from spach_deploy.data.labels import Labels
 from spach_deploy.data.preprocess import UInt8Array, normalize, to_input
 from spach_deploy.options.specs import BatchProfile, IODtype, Preprocessing
@@ -323,14 +324,12 @@ def cut_batches(count: int, profile: BatchProfile, batches: int) -> Iterator[Bat
     """All batches of `count` images: so many of the reference in each cut, and the graph's that begin among them."""
     graph = _ranges(graph_batches(count, profile))
     following = next(graph, None)
-    for first in range(0, count, batches * LARGEST_BATCH):
-        end = min(first + batches * LARGEST_BATCH, count)
+    for first, end in ranges(count, batches * LARGEST_BATCH):
         mine = []
         while following is not None and following[0] < end:
             mine.append(following)
             following = next(graph, None)
-        starts = range(first, end, LARGEST_BATCH)
-        yield BatchRange(tuple((start, min(start + LARGEST_BATCH, end)) for start in starts), tuple(mine))
+        yield BatchRange(tuple(ranges(end, LARGEST_BATCH, first)), tuple(mine))
 
 
 def _ranges(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:

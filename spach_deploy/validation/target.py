@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spach_deploy.bundle.golden import Golden
-from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, find_bundle, sha256_of
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, find_bundle
 from spach_deploy.common.errors import (
     BundleError,
     ChangedFileError,
@@ -20,6 +20,7 @@ from spach_deploy.common.errors import (
     printable,
 )
 from spach_deploy.common.executors import ClusterAddress
+from spach_deploy.common.files import sha256_of
 from spach_deploy.common.processor import has_vnni
 from spach_deploy.graph.edit import missing_data
 from spach_deploy.options.specs import WeightSource

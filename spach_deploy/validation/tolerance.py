@@ -3,18 +3,18 @@
     noise   FP32's own noise: the reference in FP32 against the same in FP64
     loss    what PyTorch loses in the engine's precision on the same images (`precision_loss`); none for FP32
 
-    bound = NOISE_FACTOR * noise + LOSS_FACTOR * loss
+    bound = FP32_FACTOR * noise + ROUNDING_FACTOR * loss
 
 Both are taken per image, as the mean plus two standard deviations over the images measured, so that a set whose images
 differ gets room for those that were not. What the factors stand for:
 
-LOSS_FACTOR. Engines round at other places than PyTorch's modules do: folded weights are rounded after folding, products
-of attention are rounded between, sums run in another order. The same models, rewritten for export and rounded behind
-every operation, lose at most 1.5 times the loss measured here in the worst of their images (fourteen models of all
-families, FP16 and BF16, demo weights); the typed graphs that are exported keep sums in FP32 and lose less. Fused
+ROUNDING_FACTOR. Engines round at other places than PyTorch's modules do: folded weights are rounded after folding,
+products of attention are rounded between, sums run in another order. The same models, rewritten for export and rounded
+behind every operation, lose at most 1.5 times the loss measured here in the worst of their images (fourteen models of
+all families, FP16 and BF16, demo weights); the typed graphs that are exported keep sums in FP32 and lose less. Fused
 kernels round less often still. So 2.
 
-NOISE_FACTOR. Two correct FP32 evaluations, with other orders of summation and other kernels for exp and erf, are one to
+FP32_FACTOR. Two correct FP32 evaluations, with other orders of summation and other kernels for exp and erf, are one to
 three times as far apart as FP32 is from FP64. There is nothing between that and real faults, so 20.
 
 Bounds of probabilities and of top-k values follow from the logits' bound e on the absolute error. With every logit
@@ -33,7 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
+from spach_deploy.common.batches import spread
 from spach_deploy.common.errors import BundleError, PrecisionError
+from spach_deploy.common.metrics import relative_l2_by_image
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
 from spach_deploy.validation.activations import ActivationTrace, Outputs
 from spach_deploy.validation.rounding_error import Float32Array, StorageFormat, evaluate, evaluate_fp64
@@ -70,7 +72,7 @@ class ImageArray(Protocol):
 
 def evaluated_images(count: int, precision: Precision, loss_images: int) -> frozenset[int]:
     """Numbers of those of `count` images on which `derive_tolerances` runs the model."""
-    return frozenset((*_spread(count, _NOISE_IMAGES[precision]), *_spread(count, loss_images)))
+    return frozenset((*spread(count, _NOISE_IMAGES[precision]), *spread(count, loss_images)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +92,10 @@ class MeasuredError:
     def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any]) -> MeasuredError:
         """Error of logits `value` (N, classes) against `exact`, both of any float dtype."""
         error = value.astype(np.float64) - exact
-        norm = np.linalg.norm(exact.astype(np.float64), axis=1)
         root_mean_square = np.sqrt(np.mean(np.square(error), axis=1))
         return cls(
             images=len(error),
-            rel_l2=_with_spread(np.linalg.norm(error, axis=1)[norm > 0] / norm[norm > 0]),
+            rel_l2=_with_spread(relative_l2_by_image(value, exact)[exact.any(axis=1)]),
             max_abs=_with_spread(np.maximum(np.abs(error).max(axis=1), PEAK * root_mean_square)),
             margin=_with_spread(PEAK * math.sqrt(2) * error.std(axis=1)),
         )
@@ -252,7 +253,7 @@ def measured_fp32_error(
 
     `parts` takes what the parts answer to the first image in FP64.
     """
-    chosen = _spread(len(images), _NOISE_IMAGES[precision])
+    chosen = spread(len(images), _NOISE_IMAGES[precision])
     return MeasuredError.of(reference[chosen], evaluate_fp64(model, images[chosen], parts))
 
 
@@ -279,11 +280,6 @@ class RoundedModel:
         return evaluate(self.model, images, self.arithmetic, parts)
 
 
-def _spread(count: int, chosen: int) -> list[int]:
-    """`chosen` of `count` indices, evenly spread."""
-    return sorted(set(np.linspace(0, count - 1, min(count, chosen)).round().astype(int).tolist()))
-
-
 def _bounds(
     lossy: RoundedModel,
     images: ImageArray,
@@ -293,7 +289,7 @@ def _bounds(
     loss_images: int,
     parts: Outputs | None = None,
 ) -> Bounds:
-    chosen = _spread(len(images), loss_images)
+    chosen = spread(len(images), loss_images)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
         logits = lossy.logits(images[chosen], outputs.io_dtype, parts)
         loss = NOTHING if logits is None else MeasuredError.of(logits, reference[chosen])

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.store import sha256_of
 from spach_deploy.common.errors import MismatchError, UsageError
+from spach_deploy.common.files import sha256_of
+from spach_deploy.common.metrics import worst_relative_l2
 from spach_deploy.common.npz import read_npz
 from spach_deploy.models.hyperparameters import Setting, Source, confirmed, heads_that_fit
 from spach_deploy.models.published import CONFIGS
@@ -35,7 +36,7 @@ from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 if TYPE_CHECKING:
     from spach_deploy.models.checkpoint import LoadedModel
 
-NOISE_FACTOR = 4.0
+FP32_FACTOR = 4.0
 """Answers may be this many times as far from FP64 as our own FP32 is: other orders of summation make one to three."""
 
 MOST_IMAGES = 32
@@ -94,7 +95,7 @@ class Agreement:
         """For a reader of a verdict."""
         return (
             f"The reference {'agrees' if self.agrees else 'does not agree'} with your answers: {self.images} images of"
-            f" {self.file}, relative L2 {self.rel_l2:.1e} of {self.allowed:.1e} allowed ({NOISE_FACTOR:g} x FP32's"
+            f" {self.file}, relative L2 {self.rel_l2:.1e} of {self.allowed:.1e} allowed ({FP32_FACTOR:g} x FP32's"
             " noise)."
         )
 
@@ -187,9 +188,9 @@ def hold_to_answers(
 def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
     """How far the answers are from the model, whatever that is."""
     exact = evaluate_fp64(loaded.model, given.input)
-    noise = max(_rel_l2(evaluate(loaded.model, given.input), exact), _LEAST_NOISE)
-    error = _rel_l2(given.logits, exact)
-    return Agreement(given.path.name, given.sha256, len(given), error, NOISE_FACTOR * noise, noise)
+    noise = max(worst_relative_l2(evaluate(loaded.model, given.input), exact), _LEAST_NOISE)
+    error = worst_relative_l2(given.logits, exact)
+    return Agreement(given.path.name, given.sha256, len(given), error, FP32_FACTOR * noise, noise)
 
 
 def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
@@ -285,7 +286,7 @@ class _Search:
         if time.monotonic() > self._said + _SAY_EVERY_S:
             self._said = time.monotonic()
             self._say(f"{self._tried} combinations tried, the nearest {self.error:.1e} off.")
-        return _rel_l2(evaluate(self._with(values).model, self._given.input), self._given.logits)
+        return worst_relative_l2(evaluate(self._with(values).model, self._given.input), self._given.logits)
 
     def _with(self, values: dict[str, Any]) -> LoadedModel:
         from spach_deploy.models.checkpoint import with_settings
@@ -314,7 +315,7 @@ def _check_order(loaded: LoadedModel, given: GivenAnswers, allowed: float) -> No
     """UsageError where the answers are right, but of other inputs than those beside them."""
     exact = evaluate_fp64(loaded.model, given.input)
     nearest = [int(np.linalg.norm(given.logits - row, axis=1).argmin()) for row in exact]
-    if len(given) > 1 and _rel_l2(given.logits[nearest], exact) <= allowed:
+    if len(given) > 1 and worst_relative_l2(given.logits[nearest], exact) <= allowed:
         raise UsageError(
             f"The answers in {given.path} are the model's, but in another order than their inputs.",
             "Write both in one order.",
@@ -339,10 +340,3 @@ def _words(settings: Iterable[Setting]) -> str:
 
 def _option(setting: Setting) -> str:
     return f"--{setting.name.replace('_', '-')} {setting.value if setting.value is not None else 0}"
-
-
-def _rel_l2(values: Array, exact: Array) -> float:
-    """Relative L2 of the worst image."""
-    exact = exact.astype(np.float64)
-    norms = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float64).tiny)
-    return float((np.linalg.norm(values - exact, axis=1) / norms).max())

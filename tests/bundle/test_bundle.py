@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from spach_deploy.bundle import store as bundles
-from spach_deploy.bundle.store import Bundle, Manifest, sha256_of
+from spach_deploy.bundle.store import Bundle, Manifest
 from spach_deploy.common.errors import BundleError
-from spach_deploy.common.files import Destination
+from spach_deploy.common.files import Destination, sha256_of
 
 SECTIONS: dict[str, Any] = {
     "model": {"name": "ms_hybrid_s"},

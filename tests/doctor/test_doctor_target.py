@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from spach_deploy.bundle.golden import Golden
-from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, sha256_of
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.files import sha256_of
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine_info import MachineInfo
 from spach_deploy.doctor.packages import InstalledOnnxRuntime

@@ -10,8 +10,9 @@ from typing import Any
 
 import PIL
 
-from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle, TensorInfo, sha256_of
+from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle, TensorInfo
 from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.files import sha256_of
 from spach_deploy.options.specs import Preprocessing
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.verdict import Tolerance

@@ -19,7 +19,8 @@ import shutil
 from pathlib import Path
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, sha256_of, writing
+from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, writing
+from spach_deploy.common.files import sha256_of
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.graph.runtimes import DATA, Runtimes
 from spach_deploy.options.command_line import quoted

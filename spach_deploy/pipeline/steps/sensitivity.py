@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.executors import ClusterAddress, LocalExecutor, Pool
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.common.progress import Phases
 from spach_deploy.common.threads import torch_threads
 from spach_deploy.data.labels import ImageLabels, open_labels
@@ -145,7 +146,7 @@ def search(pool: Pool, plan: QuantizationPlan, held_out: HeldOut, spec: Quantiza
     def measure(kept: frozenset[str]) -> float:
         trials = (EvaluationTask(kept, start) for start in images[::_BATCH])
         logits = np.concatenate(list(pool.map(Searcher.logits, trials)))
-        return _relative_l2(logits, held_out.reference) if spec.max_drop is None else _drop(logits, held_out)
+        return relative_l2(logits, held_out.reference) if spec.max_drop is None else _drop(logits, held_out)
 
     bound = spec.max_drop if spec.max_drop is not None else spec.max_rel_l2
     assert bound is not None
@@ -165,10 +166,6 @@ def _sentence(choice: LayerSelection, layers: int) -> str:
 
 def _logits(model: Any, images: Float32) -> Float32:
     return np.concatenate([evaluate(model, images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
-
-
-def _relative_l2(logits: Float32, reference: Float32) -> float:
-    return float(np.linalg.norm(logits.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))
 
 
 def _drop(logits: Float32, held_out: HeldOut) -> float:

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.bundle.store import MANIFEST, Bundle, remove_leftovers, sha256_of
+from spach_deploy.bundle.store import MANIFEST, Bundle, remove_leftovers
 from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
-from spach_deploy.common.files import Destination, lock_file, read_json
+from spach_deploy.common.files import Destination, lock_file, read_json, sha256_of
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.cache import content_digest, export_key, input_files, without_inputs
 from spach_deploy.pipeline.zoo.plan import Build

@@ -6,21 +6,21 @@ Both are measured, by computing the place once more from the inputs that the ref
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.validation.bisect.probe_points import Computation, ProbeRecord, Rounding
 from spach_deploy.validation.rounding_error import StorageFormat, converted, rounding_of
+from spach_deploy.validation.tolerance import ROUNDING_FACTOR
 
-FP32_FACTOR = 4.0
-"""Other kernels and other orders of summation than PyTorch's, for one place."""
-
-ROUNDING_FACTOR = 2.0
-"""As for logits (`validation.tolerance`): engines round at other points than a module's ends."""
+MODULE_FP32_FACTOR = 4.0
+"""Other kernels and other orders of summation than PyTorch's, for one place: errors of a network's depth do not add up
+here, for which `validation.tolerance` allows its outputs more.
+"""
 
 _LEAST_NOISE = 1e-7
 """Somewhat more than FP32's unit roundoff of 6e-8: no place is computed better than that."""
@@ -36,7 +36,7 @@ class RoundingErrors:
     @property
     def allowed(self) -> float:
         """Beyond it, given right inputs, it is no rounding."""
-        return FP32_FACTOR * self.noise + ROUNDING_FACTOR * self.loss
+        return MODULE_FP32_FACTOR * self.noise + ROUNDING_FACTOR * self.loss
 
 
 def measure(recorded: ProbeRecord, arithmetic: StorageFormat) -> RoundingErrors:
@@ -58,17 +58,6 @@ def evaluate(computation: Computation, convert: Rounding, rounding: Rounding) ->
         value = rounding(computation.apply(module, inputs, rounding))
         result: NDArray[np.floating] = computation.rows.of(value).numpy()
     return result
-
-
-def relative_l2(value: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
-    """||value - reference|| / ||reference||; NaN or infinity where `value` is not finite.
-
-    Without BLAS, whose threads would wait for more by spinning, on cores that others compute with.
-    """
-    wide = reference.astype(np.float64).ravel()
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference = np.square(value.astype(np.float64).ravel() - wide).sum()
-    return math.sqrt(difference) / max(math.sqrt(np.square(wide).sum()), 1e-30)
 
 
 def _nothing(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 
 from spach_deploy.bundle.golden import LOGITS as LOGITS_OUTPUT
 from spach_deploy.common.errors import SpachError
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, Pass, apply_passes
@@ -28,7 +29,6 @@ from spach_deploy.rewrites import rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 from spach_deploy.validation.activations import parts_of
-from spach_deploy.validation.bisect.error_metrics import relative_l2
 from spach_deploy.validation.bisect.fault_diagnosis import Fault, diagnose
 from spach_deploy.validation.bisect.locate import Location, Suspicion, locate
 from spach_deploy.validation.bisect.probe_points import Float32Array

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.rewrites.static_modules import TokenLinear
-from spach_deploy.validation.bisect.error_metrics import evaluate, relative_l2
+from spach_deploy.validation.bisect.error_metrics import evaluate
 from spach_deploy.validation.bisect.probe_points import (
     AttentionCore,
     Computation,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from spach_deploy.common.errors import UsageError
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.names import owner
-from spach_deploy.validation.bisect.error_metrics import relative_l2
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import BATCH, ProbedReference, ProbeView
 from spach_deploy.validation.bisect.search import Feeds, TensorSearch

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes.tokens_first import NAME as TOKENS_FIRST
-from spach_deploy.validation.bisect.error_metrics import relative_l2
 from spach_deploy.validation.bisect.fault_diagnosis import diagnose
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import ProbeView

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from spach_deploy.validation.bisect.error_metrics import relative_l2
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.validation.bisect.probe_points import SAME, Float32Array, ProbeRecord
 
 Array = NDArray[np.floating]

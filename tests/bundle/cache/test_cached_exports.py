@@ -234,7 +234,7 @@ def test_what_writes_elsewhere_too_has_no_key(tmp_path: Path) -> None:
     assert export_key(dataclasses.replace(options(), images=tmp_path / "missing")) is None
 
 
-@pytest.mark.parametrize(("text", "size"), [("20G", 20e9), ("1.5 MB", 1.5e6), ("100", 100)])
+@pytest.mark.parametrize(("text", "size"), [("20G", 20 * 2**30), ("1.5 MB", 1.5e6), ("100", 100)])
 def test_sizes(text: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPACH_CACHE_SIZE", text)
     assert limit_bytes() == size

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from spach_deploy.bundle.store import sha256_of
+from spach_deploy.common.files import sha256_of
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec
 from spach_deploy.packaging.triton.options import Backend, Ensemble, EnsembleInput, TritonOptions, VersionPolicy
 from spach_deploy.packaging.triton.schema import parse, to_text

@@ -16,7 +16,8 @@ import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.bundle.golden import INPUT, LOGITS, Golden
-from spach_deploy.bundle.store import GOLDEN, GRAPH, PLAN, seal, sha256_of
+from spach_deploy.bundle.store import GOLDEN, GRAPH, PLAN, seal
+from spach_deploy.common.files import sha256_of
 from spach_deploy.graph.interface import PROBABILITIES, TOP_INDICES, TOP_VALUES
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
 from tests import small_bundles

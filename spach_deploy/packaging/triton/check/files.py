@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from spach_deploy.bundle.store import sha256_of
 from spach_deploy.common.errors import printable
+from spach_deploy.common.files import sha256_of
 from spach_deploy.graph.edit import data_outside, missing_data
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import Flavour

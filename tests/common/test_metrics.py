@@ -1,0 +1,34 @@
+"""Relative L2, the error that everything is judged by."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from spach_deploy.common.metrics import relative_l2, relative_l2_by_image, worst_relative_l2
+
+EXACT = np.array([[3.0, 4.0], [6.0, 8.0]], np.float32)
+
+
+def test_it_is_the_norm_of_the_difference_over_that_of_the_reference() -> None:
+    value = EXACT + np.array([[0.0, 0.5], [0.0, 0.0]], np.float32)
+    assert relative_l2(value, EXACT) == pytest.approx(0.5 / math.sqrt(125))
+    assert relative_l2_by_image(value, EXACT).tolist() == [pytest.approx(0.1), 0.0]
+    assert worst_relative_l2(value, EXACT) == pytest.approx(0.1)
+
+
+def test_sums_are_in_float64() -> None:
+    large = np.full((1, 1000), 1e30, np.float32)  # its square is beyond float32
+    assert relative_l2(large * np.float32(1.5), large) == pytest.approx(0.5)
+    half = np.full((1, 4), 300.0, np.float16)  # its square is beyond float16
+    assert relative_l2(half + np.float16(1), half) == pytest.approx(1 / 300, rel=1e-3)
+
+
+def test_zeros_and_what_is_not_finite() -> None:
+    zeros = np.zeros((1, 2))
+    assert relative_l2(zeros, zeros) == 0
+    assert relative_l2(EXACT[:1], zeros) == math.inf
+    assert not relative_l2(np.array([[math.nan, 1.0]]), EXACT[:1]) < math.inf
+    assert not relative_l2(np.array([[math.inf, 1.0]]), EXACT[:1]) < math.inf
