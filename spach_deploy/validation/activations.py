@@ -55,9 +55,7 @@ def recording_activations(model: nn.Module, outputs: Outputs | None) -> Iterator
         return hook
 
     wanted = () if outputs is None else parts_of(model)
-    handles = [part.register_forward_hook(keeper(path)) for path, part in wanted]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for path, part in wanted:
+            hooks.enter_context(part.register_forward_hook(keeper(path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -99,16 +99,13 @@ def converting(model: nn.Module, convert: Rounding) -> Iterator[None]:
     def leave(module: nn.Module, _inputs: object = None, _output: object = None) -> None:
         module._parameters, module._buffers = before.pop(module)  # type: ignore[assignment]
 
-    handles = [
-        handle
-        for module in model.modules()
-        for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
-    ]
     try:
-        yield
+        with contextlib.ExitStack() as hooks:
+            for module in model.modules():
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave))
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module in list(before):  # where a module raised
             leave(module)
 
@@ -123,14 +120,10 @@ def _converted(tensors: Tensors, convert: Rounding) -> Tensors:
 @contextlib.contextmanager
 def rounding_outputs(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """Every module's output is rounded."""
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, output: rounding(output)) for module in model.modules()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_hook(lambda _module, _inputs, output: rounding(output)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def converted(module: nn.Module, convert: Rounding) -> nn.Module:

@@ -8,6 +8,7 @@ of the last two the validation has compared what there is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -231,13 +232,10 @@ def _parts_of(published: nn.Module, images: Float32Array) -> tuple[dict[str, tor
 
         return part.register_forward_hook(hook)
 
-    handles = [watch(path, part) for path, part in parts_of(published)]
-    try:
-        with torch.inference_mode():
-            published(torch.from_numpy(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for path, part in parts_of(published):
+            hooks.enter_context(watch(path, part))
+        published(torch.from_numpy(images))
     return inputs, outputs
 
 
