@@ -208,7 +208,7 @@ def _check_common(target: EngineTarget) -> None:
     if target.workspace_bytes is not None and target.workspace_bytes < _SMALLEST_WORKSPACE:
         raise UsageError(
             f"--workspace of {target.workspace_bytes} bytes is too small for any kernel.",
-            "Leave it out, or give 256 MiB or more.",
+            "Leave it out, or give 256M or more.",
         )
 
 

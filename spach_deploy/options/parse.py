@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
-
 from spach_deploy.common.errors import UsageError
+from spach_deploy.common.units import parse_bytes
 from spach_deploy.options.specs import Channels
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _LARGEST_WORKSPACE = 1 << 50
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `512M`, `2G` or a plain number (powers of 1024)."""
-    match = re.fullmatch(r"(\d{1,15})\s*([KMG]?)i?B?", text.strip(), re.IGNORECASE)
-    size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
+    """Bytes, as `spach_deploy.common.units` reads them."""
+    try:
+        size = parse_bytes(text)
+    except ValueError:
+        size = 0
     if not 0 < size <= _LARGEST_WORKSPACE:
         raise UsageError(f"--workspace {text!r} is not a size.", "Give 512M, 2G or a number of bytes.")
     return size
