@@ -16,7 +16,6 @@ from typing import Any
 from spach_deploy.doctor.driver_question import kernel_module_version
 from spach_deploy.doctor.probe import ProbeResult
 from spach_deploy.options.specs import ComputeCapability
-from spach_deploy.runtime.devices import LocalGpu
 
 LEAST_DRIVER = {11: "450", 12: "525", 13: "580"}
 """First branch of the driver that runs programs made with each major version of CUDA."""
@@ -45,11 +44,6 @@ class Gpu:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.capability})"
-
-    @property
-    def local(self) -> LocalGpu:
-        """For the functions of the package that take one."""
-        return LocalGpu(self.name, self.capability)
 
 
 @dataclasses.dataclass(frozen=True)

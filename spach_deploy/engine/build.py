@@ -60,15 +60,10 @@ class EngineResult:
 
 
 def build_engine(
-    onnx_path: Path,
-    target: EngineTarget,
-    flavour: EngineFlavour,
-    *,
-    precision: Precision,
-    on_progress: OnProgress | None = None,
+    onnx_path: Path, target: EngineTarget, flavour: EngineFlavour, *, precision: Precision
 ) -> EngineResult:
     """Build and wait; see `start_build`."""
-    with start_build(onnx_path, target, flavour, precision=precision, on_progress=on_progress) as build:
+    with start_build(onnx_path, target, flavour, precision=precision) as build:
         return build.result()
 
 

@@ -107,10 +107,6 @@ class CpuChoice:
     machine: Mapping[str, Any]
     is_asked: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the manifest's section `cpu`."""
-        return _section(self.chosen, self.forms, self.machine)
-
 
 def check_cpu(options: ExportOptions, asked: Precision | None) -> None:
     """Refuse contradictions before any work."""

@@ -15,7 +15,7 @@ and the last one wins.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -327,8 +327,3 @@ def _gathered(bins: NDArray[np.int64], counts: Float64) -> Float64:
     inside = np.clip(bins, 0, BINS - 1)
     total: Float64 = np.bincount(inside.reshape(-1), counts.reshape(-1), BINS).astype(np.float64)
     return total
-
-
-def per_tensor(statistics: Mapping[str, TensorStatistics]) -> dict[str, float]:
-    """Largest |x| of every tensor."""
-    return {name: float(entry.max_abs.max(initial=0.0)) for name, entry in statistics.items()}

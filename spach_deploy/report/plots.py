@@ -57,7 +57,6 @@ class Limit:
 
     label: str
     value: float
-    colour: str = "bound"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +176,7 @@ def _fill(axes: Any, chart: Chart, width: int) -> None:
     for line in chart.lines:
         _plot(axes, line)
     for limit in chart.limits:
-        axes.axhline(limit.value, color=STAND_INS[limit.colour], linewidth=1.5, dashes=(6, 3))
+        axes.axhline(limit.value, color=STAND_INS["bound"], linewidth=1.5, dashes=(6, 3))
         at = (1.0, limit.value)
         axes.annotate(
             limit.label,
@@ -187,7 +186,7 @@ def _fill(axes: Any, chart: Chart, width: int) -> None:
             textcoords="offset points",
             ha="right",
             va="top",
-            color=STAND_INS[limit.colour],
+            color=STAND_INS["bound"],
         )
     axes.set_xlim(-0.5, len(chart.parts) - 0.5)
     _label_depth(axes, groups_of(chart.parts), width / len(chart.parts))

@@ -246,10 +246,6 @@ class OnnxRuntimeRunner:
         return UsageError(f"{what} does not load in ONNX Runtime: {reason}", "Give an ONNX file such as model.onnx.")
 
 
-def _given(model: Path | bytes) -> contextlib.AbstractContextManager[str | bytes]:
-    return contextlib.nullcontext(model) if isinstance(model, bytes) else utf8_path(model)
-
-
 def _import_onnxruntime() -> Any:
     try:
         return importlib.import_module("onnxruntime")

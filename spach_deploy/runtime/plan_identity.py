@@ -25,7 +25,6 @@ class PlanIdentity:
 
     flavour: Flavour | None
     version: str | None
-    total_bytes: int
     problem: str | None
 
     @property
@@ -40,12 +39,12 @@ def plan_identity(head: bytes | memoryview, total_bytes: int | None = None) -> P
     total = len(head) if total_bytes is None else total_bytes
     flavour = _MAGIC.get(start[:4])
     if flavour is None:
-        return PlanIdentity(None, None, total, _what_else(bytes(head[:512])))
+        return PlanIdentity(None, None, _what_else(bytes(head[:512])))
     if total < HEADER_BYTES:
-        return PlanIdentity(flavour, None, total, f"it ends after {total} bytes")
+        return PlanIdentity(flavour, None, f"it ends after {total} bytes")
     version = None if start[:4] == b"ptrt" else ".".join(str(number) for number in start[24:27])
     problem = _truncation(start, total) if flavour is Flavour.TENSORRT_RTX else None
-    return PlanIdentity(flavour, version, total, problem)
+    return PlanIdentity(flavour, version, problem)
 
 
 def identify_plan_file(path: Path) -> PlanIdentity:

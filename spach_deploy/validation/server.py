@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, Bundle
-from spach_deploy.runtime.triton_runner import DEFAULT_TIMEOUT_S, ServedAt, TritonRunner
+from spach_deploy.runtime.triton_runner import ServedAt, TritonRunner
 from spach_deploy.runtime.truncation import MENDED, REMEDY
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_runner
@@ -23,7 +23,6 @@ class ServerRequest:
 
     served: ServedAt
     bundle: Path
-    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def truncation_hints(bundle: Bundle, evidence: RunResult) -> tuple[str, ...]:
 
 
 def _evidence(request: ServerRequest, trial: EvaluationSet, tolerances: ToleranceSet) -> tuple[RunResult, str]:
-    with TritonRunner(request.served, timeout_s=request.timeout_s) as runner:
+    with TritonRunner(request.served) as runner:
         if runner.platform in _RUNS_THE_PLAN:
             ran = f"plan ({runner.platform})"
             return examine_runner(runner, Level.ENGINE, trial, tolerances.engine, ran), runner.platform

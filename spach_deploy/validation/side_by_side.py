@@ -81,7 +81,6 @@ class SideBySide:
     answers: tuple[ImagePredictions, ...]
     allowed: float | None
     notes: tuple[str, ...]
-    accepts_graph: bool = False
     run: Provenance | None = None
 
     @property
@@ -141,7 +140,7 @@ def compare_bundles(first: ValidationRequest, second: ValidationRequest, say: Sa
     say(f"Validating {bundles[1].path}.")
     validations.append(validate_target(second, say))
     sides = [Side(bundle, validation) for bundle, validation in zip(bundles, validations, strict=True)]
-    return _compared(sides[0], sides[1], is_on_images=first.images is not None, accepts_graph=first.accept_graph)
+    return _compared(sides[0], sides[1], is_on_images=first.images is not None)
 
 
 def _bundle(target: Path) -> Bundle:
@@ -160,7 +159,7 @@ def _check_comparable(first: Bundle, second: Bundle) -> None:
             )
 
 
-def _compared(first: Side, second: Side, *, is_on_images: bool, accepts_graph: bool) -> SideBySide:
+def _compared(first: Side, second: Side, *, is_on_images: bool) -> SideBySide:
     notes: list[str] = []
     is_same = first.bundle.manifest.model["weights_sha256"] == second.bundle.manifest.model["weights_sha256"]
     if not is_same:
@@ -185,7 +184,6 @@ def _compared(first: Side, second: Side, *, is_on_images: bool, accepts_graph: b
         answers=answers,
         allowed=first.bound + second.bound if is_same and direct is not None else None,
         notes=tuple(notes),
-        accepts_graph=accepts_graph,
     )
 
 

@@ -85,10 +85,6 @@ class _Pointed:
     def graph(self) -> Path:
         return self.path if self.kind is TargetKind.GRAPH else self.bundle.path / GRAPH
 
-    @property
-    def plan(self) -> Path:
-        return self.path if self.kind is TargetKind.PLAN else self.bundle.path / PLAN
-
 
 @dataclasses.dataclass(frozen=True)
 class ValidationRequest:

@@ -130,5 +130,9 @@ def test_what_on_progress_raises_ends_the_build_and_comes_out_of_wait(tmp_path: 
         raise ZeroDivisionError(event.phase)
 
     path = tiny_graphs.mlp(tmp_path / "mlp.onnx")
-    with pytest.raises(ZeroDivisionError):
-        build_engine(path, EngineTarget(), TensorRTForRTX(), precision=Precision.FP16, on_progress=complain)
+    target, flavour = EngineTarget(), TensorRTForRTX()
+    with (
+        start_build(path, target, flavour, precision=Precision.FP16, on_progress=complain) as build,
+        pytest.raises(ZeroDivisionError),
+    ):
+        build.result()

@@ -21,7 +21,7 @@ PATIENCE_S = 30
 SCRIPT = """
 import signal, subprocess, sys
 from pathlib import Path
-from spach_deploy.engine.build import build_engine
+from spach_deploy.engine.build import start_build
 from spach_deploy.engine.flavours import TensorRT
 from spach_deploy.runtime.devices import LocalGpu
 from spach_deploy.options.specs import ComputeCapability, EngineTarget, Precision
@@ -35,7 +35,9 @@ def tell(event):
 
 
 try:
-    build_engine(Path(sys.argv[1]), EngineTarget(), here, precision=Precision.FP16, on_progress=tell)
+    graph = Path(sys.argv[1])
+    with start_build(graph, EngineTarget(), here, precision=Precision.FP16, on_progress=tell) as build:
+        build.result()
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """

@@ -19,7 +19,6 @@ from spach_deploy.quantization.statistics import (
     TensorRequest,
     TensorStatistics,
     mixture,
-    per_tensor,
     rows_of,
     wanted_tensors,
 )
@@ -246,8 +245,3 @@ def test_a_tensor_is_measured_by_channel_where_any_site_wants_channels() -> None
     assert by_channel["blocks.0.spatial_func/Reshape"] == -1
     assert by_channel["input"] == 1
     assert by_channel["blocks.0.spatial_func/Softmax"] is None
-
-
-def test_largest_of_every_tensor() -> None:
-    rows = heavy_tailed(100, 3)
-    assert per_tensor({"a": seen(rows, 9)}) == {"a": float(np.abs(rows).max())}

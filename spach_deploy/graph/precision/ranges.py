@@ -44,13 +44,6 @@ class Ranges:
     images: int
     source: str = ""
 
-    def merge(self, other: Ranges) -> Ranges:
-        """Ranges over the images of both."""
-        names = dict.fromkeys((*self.max_abs, *other.max_abs))
-        merged = {name: float(np.maximum(self.max_abs.get(name, 0.0), other.max_abs.get(name, 0.0))) for name in names}
-        sources = dict.fromkeys(source for source in (self.source, other.source) if source)
-        return Ranges(merged, self.images + other.images, " and ".join(sources))
-
     def completed(self, model: ModelProto) -> Ranges:
         """These ranges, with those of `model`'s views of known tensors and of weights, in `model`'s order."""
         known = dict(self.max_abs)

@@ -38,11 +38,6 @@ class Device(str, enum.Enum):
     GPU = "gpu"
     CPU = "cpu"
 
-    @property
-    def kind(self) -> str:
-        """Triton's name of it."""
-        return f"KIND_{self.name}"
-
 
 class EnsembleInput(str, enum.Enum):
     """What a client of the ensemble sends: the bytes of a picture's file, or RGB pixels of the model's own size."""

@@ -13,7 +13,7 @@ import pytest
 
 from spach_deploy.common.errors import ImageError, MissingPackageError
 from spach_deploy.graph.edit import mark_float32
-from spach_deploy.graph.precision.ranges import RangeMeter, Ranges, measurable, measure_ranges
+from spach_deploy.graph.precision.ranges import RangeMeter, measurable, measure_ranges
 from tests.graph.precision.graphs import Array, array, batches, feed, graph, measured, node, target_graph
 from tests.static_models import canonical_bytes
 
@@ -61,22 +61,6 @@ def test_padding_with_a_number_is_measured() -> None:
         value=np.array(50, np.float32),
     )
     assert measured(model, [1, 2, 3, 4]).max_abs["a/Pad"] == 50.0
-
-
-def test_ranges_of_parts_merge_to_the_range_of_all() -> None:
-    model = onnx.load_from_string(canonical_bytes("hybrid"))
-    parts = batches(16)
-    whole = measure_ranges(model, parts, source="all")
-    first, second = (measure_ranges(model, parts[i::2], source=name) for i, name in ((0, "even"), (1, "odd")))
-    merged = first.merge(second)
-    assert merged.max_abs == whole.max_abs
-    assert (merged.images, merged.source) == (16, "even and odd")
-
-
-def test_a_range_that_is_not_finite_stays_so_when_merged() -> None:
-    good, bad = Ranges({"a": 1.0}, 1), Ranges({"a": float("nan")}, 1)
-    assert np.isnan(good.merge(bad).max_abs["a"])
-    assert np.isnan(bad.merge(good).max_abs["a"])
 
 
 def test_images_are_streamed() -> None:
