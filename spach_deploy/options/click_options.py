@@ -10,7 +10,7 @@ import click
 
 from spach_deploy._version import __version__
 from spach_deploy.options.command_line import words_of
-from spach_deploy.options.table import COMMON, GROUPS, INFORMATION, TABLE, Kind, Option, options_of
+from spach_deploy.options.table import GROUPS, INFORMATION, TABLE, Kind, Option, options_of
 from spach_deploy.options.values import default_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,8 +33,9 @@ def click_options(command: str, table: Sequence[Option] = TABLE) -> Callable[[F]
         function = version(function)
         for option in reversed(options_of(command, table)):
             for flags, more in reversed(list(_declared(option))):
-                group = COMMON if option.is_common else option.group
-                function = click.option(*flags, option.key, cls=GroupedOption, group=group, **more)(function)
+                function = click.option(*flags, option.key, cls=GroupedOption, group=option.shown_group, **more)(
+                    function
+                )
         return function
 
     return decorate
@@ -64,7 +65,7 @@ def _declared(option: Option) -> Iterator[tuple[list[str], dict[str, Any]]]:
             yield [f"--{choice}"], {"flag_value": choice, "multiple": True, "help": text}
         return
     flags = [f"{option.flag}/{option.off_flag}"] if option.off_flag else option.flags.split()
-    more = {"help": _help(option), "metavar": option.metavar, "required": option.is_required, **_typed(option)}
+    more = {"help": help_of(option), "metavar": option.metavar, "required": option.is_required, **_typed(option)}
     yield flags, more if option.default is None else {**more, "default": option.default}
 
 
@@ -98,7 +99,8 @@ def _type(option: Option) -> Any:
     return str
 
 
-def _help(option: Option) -> str:
+def help_of(option: Option) -> str:
+    """What help says of it, with the default."""
     shown = option.shown or _default(option)
     return f"{option.help}  [{shown}]" if shown else option.help
 

@@ -131,6 +131,11 @@ class Option:
         return self.flags.split()[-1]
 
     @property
+    def shown_group(self) -> str:
+        """The group of `--help` in which it stands."""
+        return COMMON if self.is_common else self.group
+
+    @property
     def off_flag(self) -> str:
         """The flag that says no; empty where there is none."""
         return f"--no-{self.flag[2:]}" if self.kind is Kind.SWITCH else ""

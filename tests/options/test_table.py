@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +46,7 @@ from spach_deploy.options.table import (
 )
 from spach_deploy.options.values import export_options, filled, value_of, with_value
 from spach_deploy.packaging.triton.options import Backend, Device, EnsembleInput
+from tests.commands import ROOT
 
 MAINS: dict[str, click.Command] = dict(
     zip(COMMANDS, (export, calibrate, validate, benchmark, doctor, triton, cpp, polygraphy, kubernetes), strict=True)
@@ -88,6 +91,13 @@ def test_what_matters_most_comes_first() -> None:
     assert next(iter(groups)) == "Common"
     assert tuple(groups["Common"]) == TEN
     assert {"Model", "Quantization", "Engine", "Inputs and outputs", "Output"} <= set(groups)
+
+
+def test_the_page_of_all_options_is_as_the_table_says() -> None:
+    call = [sys.executable, str(ROOT / "scripts" / "options_page.py")]
+    written = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})
+    page = ROOT / "docs" / "options.md"
+    assert page.read_text(encoding="utf-8") == written.stdout, "python scripts/options_page.py > docs/options.md"
 
 
 def test_the_help_of_the_family_names_its_ways() -> None:
