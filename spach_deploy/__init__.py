@@ -1,4 +1,4 @@
-"""spach-deploy: from a SPACH checkpoint to a verified TensorRT engine.
+"""spach-deploy: from a SPACH checkpoint to a verified TensorRT engine. docs/python.md shows how to use it.
 
 Attributes are loaded on first use, so that importing the package costs nothing.
 """
@@ -14,22 +14,58 @@ TYPE_CHECKING = False  # typing takes milliseconds to load, in which Ctrl-C is a
 if TYPE_CHECKING:
     from typing import Any
 
-    from spach_deploy.bundle.store import Bundle
+    from spach_deploy.api import Bundle, ExportResult, calibrate, export, validate
+    from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
+    from spach_deploy.common.progress import ExportObserver, Silent
     from spach_deploy.models import create_model
+    from spach_deploy.quantization.calibration import Calibration
+    from spach_deploy.validation.validate import Validation
 
 # ONNX Runtime's wheels send usage data to Microsoft unless told otherwise before they are loaded. Models are their
 # owners' business: whoever wants to send it sets ORT_DISABLE_TELEMETRY=0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {
-    "Bundle": "spach_deploy.bundle.store",
+    "Bundle": "spach_deploy.api",
+    "Calibration": "spach_deploy.quantization.calibration",
+    "ExportObserver": "spach_deploy.common.progress",
+    "ExportResult": "spach_deploy.api",
+    "MismatchError": "spach_deploy.common.errors",
+    "Silent": "spach_deploy.common.progress",
+    "SpachError": "spach_deploy.common.errors",
+    "UnavailableError": "spach_deploy.common.errors",
+    "UsageError": "spach_deploy.common.errors",
+    "Validation": "spach_deploy.validation.validate",
+    "calibrate": "spach_deploy.api",
     "create_model": "spach_deploy.models",
+    "export": "spach_deploy.api",
+    "validate": "spach_deploy.api",
 }
 
-__all__ = ["Bundle", "__version__", "create_model"]
+__all__ = [
+    "Bundle",
+    "Calibration",
+    "ExportObserver",
+    "ExportResult",
+    "MismatchError",
+    "Silent",
+    "SpachError",
+    "UnavailableError",
+    "UsageError",
+    "Validation",
+    "__version__",
+    "calibrate",
+    "create_model",
+    "export",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -184,7 +184,8 @@ def test_an_import_from_a_higher_layer_is_named(place: str, statement: str, tmp_
         if (folder / "__init__.py").exists():
             (tmp_path / folder.relative_to(ROOT)).mkdir()
             (tmp_path / folder.relative_to(ROOT) / "__init__.py").touch()
-    (tmp_path / "spach_deploy" / "bundle" / "store.py").touch()
+    for file in ("api.py", "bundle/store.py"):
+        (tmp_path / "spach_deploy" / file).touch()
     assert contract(tmp_path).returncode == 0
     (tmp_path / "spach_deploy" / place).write_text(statement, encoding="utf-8")
     done = contract(tmp_path)

@@ -21,7 +21,6 @@ from spach_deploy.cli.reporting import ReportDestinations, check_report, open_pa
 from spach_deploy.common.errors import SpachError, UsageError
 from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.command_line import validate_command
-from spach_deploy.options.specs import WeightSource
 from spach_deploy.options.table import VALIDATE, options_of
 
 if TYPE_CHECKING:
@@ -148,9 +147,8 @@ def main(target: str, other: Path | None, report: Path | None, is_opened: bool, 
         places = check_options(
             _flags(given, "bundle", "against", "bisect", "ray", "answers"), report, is_opened=is_opened
         )
-        return show_two(
-            validate_two(_request(target, given), other, typed), places, as_json=as_json, is_opened=is_opened
-        )
+        compared = validate_two(_request(target, given), other, typed)
+        return show_two(compared, places, as_json=as_json, is_opened=is_opened)
     bundle, against = given["bundle"], given["against"]
     place = None if is_server(target) or against is not None else Path(target)
     asked = ReportRequest(bundle or against or Path(target), place, report, as_json, is_opened)
@@ -185,22 +183,7 @@ def _flags(given: Mapping[str, Any], *keys: str) -> dict[str, object]:
 def _request(target: str, given: Mapping[str, Any]) -> ValidationRequest:
     from spach_deploy.validation.target import ValidationRequest
 
-    weights = given["weights"]
-    return ValidationRequest(
-        target=Path(target),
-        images=given["images"],
-        checkpoint=given["checkpoint"],
-        weights=None if weights is None else WeightSource(weights),
-        ignore=given["ignore"],
-        max_images=given["max_images"],
-        accept_graph=given["accept"] == "graph",
-        labels=given["labels"],
-        max_drop=given["max_drop"],
-        answers=given["answers"],
-        bisect=given["bisect"],
-        against=given["against"],
-        cluster=ray_cluster(given["ray"]),
-    )
+    return ValidationRequest.of(Path(target), {**given, "ray": ray_cluster(given["ray"])})
 
 
 def _repeatable(validation: Validation, typed: str) -> Validation:

@@ -1,6 +1,6 @@
 """Reference definitions of the SPACH models, their registry, and checkpoint loading.
 
-Attributes are loaded on first use: `configs`, `shapes` and `registry` need no torch, and a command that only
+Attributes are loaded on first use: `published`, `shapes` and `registry` need no torch, and a command that only
 lists models or refuses a name should not wait for it.
 """
 
@@ -20,7 +20,7 @@ _LAZY = {
     "LoadedModel": "checkpoint",
     "ModelInfo": "registry",
     "Spach": "spach",
-    "SpachConfig": "configs",
+    "SpachConfig": "published",
     "create_model": "registry",
     "list_models": "registry",
     "load_demo_weights": "demo",

@@ -12,6 +12,7 @@ Paths are relative to the recipe's own folder.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,15 @@ else:
 _NAMES: Mapping[type, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where plain values stand: how a sentence about one begins, what it points to, what paths are relative to."""
+
+    start: str
+    reference: str
+    folder: Path = Path()
+
+
 def _options(table: Sequence[Option]) -> dict[str, Option]:
     return {option.key: option for option in filling(EXPORT, table) if option.in_recipes}
 
@@ -44,8 +54,8 @@ def read_recipe(path: Path, table: Sequence[Option] = TABLE) -> dict[str, Any]:
         content = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"Recipe {path} is not TOML ({error}).", "See export/README.md for an example.") from None
-    options = _options(table)
-    return {key: _value(path, _known(path, key, options), value) for key, value in content.items()}
+    options, origin = _options(table), Origin(f"Recipe {path}: ", "See export/README.md.", path.parent)
+    return {key: checked_value(_known(path, key, options), value, origin) for key, value in content.items()}
 
 
 def _known(path: Path, key: str, options: Mapping[str, Option]) -> Option:
@@ -56,51 +66,51 @@ def _known(path: Path, key: str, options: Mapping[str, Option]) -> Option:
     return options[key]
 
 
-def _value(path: Path, option: Option, value: Any) -> Any:
-    """What click would give for it."""
+def checked_value(option: Option, value: Any, origin: Origin) -> Any:
+    """What click would give for a plain value, as TOML has them; UsageError for one of the wrong kind."""
     match option.kind:
         case Kind.PATH:
-            return path.parent / _typed(path, option, value, str)
+            return origin.folder / _typed(option, value, str, origin)
         case Kind.LIST | Kind.REPEATED:
-            return _list(path, option, value)
+            return _list(option, value, origin)
         case Kind.CHOICE | Kind.FLAGS:
-            return _choice(path, option, _typed(path, option, value, str))
+            return _choice(option, _typed(option, value, str, origin), origin)
         case Kind.WHOLE:
-            return _number(path, option, value)
+            return _number(option, value, origin)
         case Kind.REAL:
-            return float(value if type(value) is int else _typed(path, option, value, float))
-        case Kind.SWITCH:
-            return _typed(path, option, value, bool)
+            return float(value if type(value) is int else _typed(option, value, float, origin))
+        case Kind.SWITCH | Kind.FLAG:
+            return _typed(option, value, bool, origin)
         case Kind.BATCHES if type(value) is int:
             return str(value)
-    return _typed(path, option, value, str)
+    return _typed(option, value, str, origin)
 
 
-def _typed(path: Path, option: Option, value: Any, kind: type) -> Any:
+def _typed(option: Option, value: Any, kind: type, origin: Origin) -> Any:
     if type(value) is not kind:  # not isinstance: true is no whole number here
-        raise UsageError(f"Recipe {path}: {option.key} = {value!r} is not a {_NAMES[kind]}.", "See export/README.md.")
+        raise UsageError(f"{origin.start}{option.key} = {value!r} is not a {_NAMES[kind]}.", origin.reference)
     if isinstance(value, str) and "\0" in value:
-        raise UsageError(f"Recipe {path}: {option.key} has a NUL character.", "No path and no name can have one.")
+        raise UsageError(f"{origin.start}{option.key} has a NUL character.", "No path and no name can have one.")
     return value
 
 
-def _number(path: Path, option: Option, value: Any) -> int:
-    number: int = _typed(path, option, value, int)
+def _number(option: Option, value: Any, origin: Origin) -> int:
+    number: int = _typed(option, value, int, origin)
     least, most = option.least, option.most
     if (least is not None and number < least) or (most is not None and number > most):
         bounds = f"{least} or more" if most is None else f"{least} to {most}"
-        raise UsageError(f"Recipe {path}: {option.key} = {number} is out of range.", f"Give {bounds}.")
+        raise UsageError(f"{origin.start}{option.key} = {number} is out of range.", f"Give {bounds}.")
     return number
 
 
-def _choice(path: Path, option: Option, value: str) -> str:
+def _choice(option: Option, value: str, origin: Origin) -> str:
     if value not in option.choices:
         known = ", ".join(option.choices)
-        raise UsageError(f"Recipe {path}: {option.key} = {value!r} is unknown.", f"One of {known}.")
+        raise UsageError(f"{origin.start}{option.key} = {value!r} is unknown.", f"One of {known}.")
     return value
 
 
-def _list(path: Path, option: Option, value: Any) -> Any:
+def _list(option: Option, value: Any, origin: Origin) -> Any:
     items = value if isinstance(value, list) else [value]
-    texts = tuple(_typed(path, option, item, str) for item in items)
+    texts = tuple(_typed(option, item, str, origin) for item in items)
     return ",".join(texts) if option.kind is Kind.LIST else texts

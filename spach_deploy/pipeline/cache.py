@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import spach_deploy
 from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.cache import CacheEntry, Store
 from spach_deploy.bundle.store import Bundle
@@ -108,7 +107,7 @@ def _add_file(digest: Any, path: Path) -> None:
 
 def code_digest() -> str:
     """Of this package's own files."""
-    root = Path(spach_deploy.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in _sources(root):
         digest.update(f"{file.relative_to(root)}\0".encode())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, find_bundle
@@ -109,6 +110,26 @@ class ValidationRequest:
     max_drop: float | None = None
     answers: Path | None = None
     cluster: ClusterAddress | None = None
+
+    @classmethod
+    def of(cls, target: Path, given: Mapping[str, Any]) -> ValidationRequest:
+        """From the values of spach-validate's options, by their keys; what is not there is as by default."""
+        weights = given.get("weights")
+        return cls(
+            target=target,
+            images=given.get("images"),
+            checkpoint=given.get("checkpoint"),
+            weights=None if weights is None else WeightSource(weights),
+            ignore=given.get("ignore", ()),
+            max_images=given.get("max_images", DEFAULT_MAX_IMAGES),
+            accept_graph=given.get("accept") == "graph",
+            labels=given.get("labels"),
+            max_drop=given.get("max_drop"),
+            answers=given.get("answers"),
+            bisect=given.get("bisect", False),
+            against=given.get("against"),
+            cluster=given.get("ray"),
+        )
 
 
 def validate_target(request: ValidationRequest, say: Callable[[str], None] = lambda text: None) -> Validation:

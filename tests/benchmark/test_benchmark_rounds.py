@@ -203,7 +203,7 @@ GOLDEN_OF: list[Path] = []
 @contextlib.contextmanager
 def faked(bundle: Path, **changes: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "Worker", type("Worker", (FakeWorker,), changes))
+        patch.setattr(rounds, "RunnerProcess", type("Worker", (FakeWorker,), changes))
         patch.setattr(rounds, "Peaks", FakePeaks)
         GOLDEN_OF[:] = [bundle]
         yield

@@ -40,6 +40,11 @@ def commands(page: Path) -> Iterator[Shown]:
             command, output = line[2:], []
 
 
+def python_blocks(page: Path) -> str:
+    """What stands in fenced blocks of Python, as one program."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+
+
 def section_commands(page: Path, heading: str) -> list[str]:
     """Commands that stand indented below a heading of README.md."""
     section = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)

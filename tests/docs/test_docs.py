@@ -28,7 +28,7 @@ from spach_deploy.benchmark.runners import RunnerSetup
 from spach_deploy.models import published as configs
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
-from tests.docs.pages import Shown, commands, forms, is_within, section_commands
+from tests.docs.pages import Shown, commands, forms, is_within, python_blocks, section_commands
 from tests.test_readme import COMMANDS, command_of, known_options
 
 pytest.importorskip("sklearn")
@@ -84,7 +84,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPACH_CACHE", str(place.parent / "cache"))
     monkeypatch.setitem(configs.CONFIGS, NAME, SMALL)
     monkeypatch.setattr("webbrowser.open", lambda page: True)
-    monkeypatch.setattr(rounds, "Worker", WorkerHere)
+    monkeypatch.setattr(rounds, "RunnerProcess", WorkerHere)
     return place
 
 
@@ -204,6 +204,13 @@ def follow(page: Path, *, slow: bool) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_works_as_it_is_written(page: Path, here: Path) -> None:
     follow(page, slow=False)
+
+
+def test_the_python_page_works_as_it_is_written(here: Path) -> None:
+    """Its blocks, one after the other, as one program."""
+    program = python_blocks(ROOT / "docs" / "python.md")
+    assert program
+    exec(compile(program, "docs/python.md", "exec"), {"__name__": "page"})
 
 
 @pytest.mark.slow
