@@ -155,7 +155,7 @@ def test_no_engine_beside_what_is_of_engines_is_a_contradiction(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_"), [("1", 1), ("512M", 512 << 20), ("2G", 2 << 30), ("2 GiB", 2 << 30), ("3kb", 3 << 10)]
+    ("text", "bytes_"), [("1", 1), ("512M", 512 << 20), ("2G", 2 << 30), ("2 GiB", 2 << 30), ("3kb", 3000)]
 )
 def test_sizes(text: str, bytes_: int) -> None:
     assert parse_size(text) == bytes_
