@@ -24,6 +24,7 @@ from onnx import ModelProto
 from benchmarks.candidates import CANDIDATES
 from benchmarks.kernels import BATCH, facts, formed
 from benchmarks.results import record, table
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.passes import TENSORRT_PASSES
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
@@ -88,7 +89,7 @@ class Stack:
             return None
         with OnnxRuntimeRunner(graph.SerializeToString()) as runner:
             answer = runner.run({next(iter(runner.input_specs)): self.images})["logits"]
-        error = float(np.linalg.norm(answer - self.logits) / np.linalg.norm(self.logits))
+        error = relative_l2(answer, self.logits)
         if error > _NOISE:
             sys.exit(f"{change or 'As it is'}: the graph computes something else: {error:.1e}.")
         return graph

@@ -29,7 +29,7 @@ import onnx
 from benchmarks.fitting import exponent
 from benchmarks.results import record, table
 from spach_deploy.bundle.store import GRAPH
-from spach_deploy.common.progress import Phase, Silent
+from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.graph.export import INPUT
 from spach_deploy.models import published as configs
 from spach_deploy.models.published import SpachConfig
@@ -65,7 +65,7 @@ class Costs:
         return [*seconds, *graph, f"{self.latency_s * 1e3:.1f}"]
 
 
-class Seconds(Silent):
+class Seconds(ExportObserver):
     """Keeps what each phase took."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.results import record, table
-from spach_deploy.common.progress import Phases, Silent
+from spach_deploy.common.progress import ExportObserver, Phases
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
 from spach_deploy.pipeline.steps.images import read_images
@@ -58,7 +58,7 @@ def faults(model: Spach, images: np.ndarray, reference: np.ndarray, precision: P
 def row(name: str, precision: Precision) -> list[str]:
     """One line of the table."""
     options = ExportOptions(model=ModelSpec(name=name), precision=precision)
-    phases = Phases(Silent())
+    phases = Phases(ExportObserver())
     loaded = load(options, phases)
     photographs = read_images(options, loaded.preprocessing, phases)
     reference = reference_logits(loaded.model, photographs.images)

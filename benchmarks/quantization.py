@@ -20,6 +20,7 @@ from onnx import ModelProto
 
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.results import record, table
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
@@ -173,8 +174,7 @@ def row(subject: Subject, variant: Variant, gpu: str) -> list[object]:
     exact.CopyFrom(changed)
     correct_biases(exact, plan)
     logits = logits_of(insert_qdq(exact, plan), subject.images)
-    difference = np.linalg.norm(logits.astype(np.float64) - subject.logits)
-    relative = float(difference / np.linalg.norm(subject.logits.astype(np.float64)))
+    relative = relative_l2(logits, subject.logits)
     typed = deployed(changed, plan, ranges)
     weighted = [site for site in plan.sites if site.kind is not LayerKind.ATTENTION]
     return [variant.name, len(weighted), f"{relative:.4f}", *built(typed, gpu)]

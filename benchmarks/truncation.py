@@ -26,6 +26,7 @@ from onnx import ModelProto, TensorProto
 
 from benchmarks.quantization import Subject, Variant, built, deployed, planned
 from benchmarks.results import record, table
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.edit import initializers, producers
 from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.quantization.formats import INT8
@@ -112,9 +113,9 @@ def _error(graph: Path) -> str:
     file, exact = graph.with_name(f"{graph.name}.npy"), np.load(graph.parent / "exact.npy")
     if not file.exists():
         return "does not load"
-    difference = np.load(file).astype(np.float64) - exact
+    error = relative_l2(np.load(file), exact)
     file.unlink()
-    return f"{np.linalg.norm(difference) / np.linalg.norm(exact):.1e}"
+    return f"{error:.1e}"
 
 
 def ran(name: str, subject: Subject, folders: Sequence[Path]) -> list[list[object]]:

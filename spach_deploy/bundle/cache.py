@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,17 @@ from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.common.files import Destination, blocks_of, is_own, lock_file, private_folder, read_json, sha256_of
+from spach_deploy.common.files import (
+    Destination,
+    blocks_of,
+    draft_name,
+    is_own,
+    lock_file,
+    private_folder,
+    read_json,
+    sha256_of,
+)
+from spach_deploy.common.processes import is_alive
 
 RECORD = "entry.json"
 _KEY = re.compile("[0-9a-f]{64}")
@@ -105,7 +114,7 @@ class Store:
         private_folder(private_folder(self.root) / "entries")
         if _entry(final) is not None:
             return
-        draft = private_folder(private_folder(self.root / "partial") / f"{os.getpid()}-{secrets.token_hex(4)}")
+        draft = private_folder(private_folder(self.root / "partial") / draft_name())
         try:
             files = {
                 file.name: _kept(file, draft / file.name, digests.get(file.name))
@@ -143,7 +152,7 @@ class Store:
 
     def _drop(self, path: Path) -> None:
         """Out of sight in one step, then gone."""
-        grave = private_folder(self.root / "partial") / f"{os.getpid()}-{secrets.token_hex(4)}"
+        grave = private_folder(self.root / "partial") / draft_name()
         with contextlib.suppress(FileNotFoundError):
             path.rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
@@ -162,7 +171,7 @@ class Store:
         """What processes left that are no more, and what is no entry."""
         for draft in (self.root / "partial").iterdir():
             owner = _DRAFT.fullmatch(draft.name)
-            if owner and not Path(f"/proc/{owner[1]}").exists():
+            if owner and not is_alive(int(owner[1])):
                 shutil.rmtree(draft, ignore_errors=True)
         for path in (self.root / "entries").iterdir():
             if _KEY.fullmatch(path.name) and _entry(path) is None:

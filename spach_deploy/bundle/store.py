@@ -20,7 +20,6 @@ import errno
 import json
 import math
 import os
-import secrets
 import shutil
 import socket
 import tempfile
@@ -30,8 +29,9 @@ from types import MappingProxyType
 from typing import Any
 
 from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
-from spach_deploy.common.files import Destination, parse_json, read_json, sha256_of, short_name
+from spach_deploy.common.files import Destination, draft_name, parse_json, read_json, sha256_of, short_name
 from spach_deploy.common.npz import npz_headers
+from spach_deploy.common.processes import is_alive
 from spach_deploy.common.text import json_text, without_surrogates
 
 SCHEMA_VERSION = 1
@@ -486,7 +486,7 @@ def _staging_prefix(target: Path) -> str:
 
 
 def _staging_path(target: Path) -> Path:
-    return target.absolute().parent / f"{_staging_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
+    return target.absolute().parent / f"{_staging_prefix(target)}{draft_name()}"
 
 
 def remove_leftovers(target: Path) -> None:
@@ -495,15 +495,5 @@ def remove_leftovers(target: Path) -> None:
     for sibling in target.absolute().parent.iterdir():
         if sibling.name.startswith(prefix) and sibling.is_dir() and not sibling.is_symlink():
             pid = sibling.name.removeprefix(prefix).split("-")[0]
-            if pid.isdigit() and not _is_alive(int(pid)):
+            if pid.isdigit() and not is_alive(int(pid)):
                 shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from spach_deploy.cli.console import say
 from spach_deploy.cli.outputs import is_colored, width
 from spach_deploy.common.errors import printable
-from spach_deploy.common.progress import Phase
+from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.common.text import escaped, json_text, rendered
 from spach_deploy.models.registry import ModelInfo, list_models
 from spach_deploy.pipeline.estimate import MEASURED_CORES, DryRun
@@ -32,7 +32,7 @@ _LINE_EVERY_S = 10.0
 _PHASES_HEADING = "phase                        seconds  peak GB"
 
 
-class Progress:
+class Progress(ExportObserver):
     """An observer that draws bars on a terminal, and plain lines with `verbose` or where there is no terminal."""
 
     def __init__(self, *, verbose: bool) -> None:

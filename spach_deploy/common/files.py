@@ -77,7 +77,7 @@ class Destination:
         """Write a file in one step: a kill or a full disk leaves what was there. Raises what `put` raises."""
         if os.path.lexists(self.path) and not self.path.is_file() and not self.path.is_dir():
             raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
-        draft = self.path.with_name(f".{short_name(self.path)}.{os.getpid()}-{secrets.token_hex(4)}")
+        draft = self.path.with_name(f".{short_name(self.path)}.{draft_name()}")
         try:
             with open(draft, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
                 write(file)
@@ -127,6 +127,11 @@ def sha256_of(file: Path) -> str:
     for block in blocks_of(file):
         digest.update(block)
     return digest.hexdigest()
+
+
+def draft_name() -> str:
+    """A name that nothing else takes: this process's id, by which others see whether it lives, and 32 random bits."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def short_name(path: Path) -> str:

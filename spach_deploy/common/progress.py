@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -26,8 +26,8 @@ class Phase:
         return {"name": self.name, "seconds": round(self.seconds, 3), "peak_bytes": self.peak_bytes}
 
 
-class ExportObserver(Protocol):
-    """What watches an export. Every method has a harmless default in `Silent`."""
+class ExportObserver:
+    """What watches an export. Every method does nothing until a subclass overrides it."""
 
     def started(self, phase: str) -> None:
         """A phase begins."""
@@ -43,25 +43,6 @@ class ExportObserver(Protocol):
 
     def calibrating(self, progress: Any) -> None:
         """How far calibration is (`spach_deploy.quantization.calibration.CalibrationProgress`), after every image."""
-
-
-class Silent:
-    """Watches and says nothing."""
-
-    def started(self, phase: str) -> None:
-        """Say nothing."""
-
-    def finished(self, phase: Phase) -> None:
-        """Say nothing."""
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
-
-    def building(self, event: Any) -> None:
-        """Say nothing."""
-
-    def calibrating(self, progress: Any) -> None:
-        """Say nothing."""
 
 
 class Phases:

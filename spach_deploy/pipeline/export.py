@@ -13,7 +13,7 @@ from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.files import Destination
-from spach_deploy.common.progress import ExportObserver, Phases, Silent
+from spach_deploy.common.progress import ExportObserver, Phases
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.command_line import export_command
 from spach_deploy.options.specs import ExportOptions
@@ -61,7 +61,7 @@ def export(
 
     Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
     """
-    phases, scheduler, asked = Phases(observer or Silent()), scheduler or Sequential(), options
+    phases, scheduler, asked = Phases(observer or ExportObserver()), scheduler or Sequential(), options
     do, submit = phases.do, scheduler.submit
     check_options(options)
     flavour, options = choose_engine(options)
@@ -137,7 +137,7 @@ def calibrate_to_file(
     A file that is there already is kept where it fits these options and images; UsageError names what differs, unless
     `options.overwrite`. A run that was killed is continued. Raises a SpachError of the kind that fits.
     """
-    phases, scheduler = Phases(observer or Silent()), scheduler or Sequential()
+    phases, scheduler = Phases(observer or ExportObserver()), scheduler or Sequential()
     check_options(options)
     place = file if isinstance(file, Destination) else Destination.of(file)
     cache = dataclasses.replace(options.quantization, cache=place)

@@ -38,7 +38,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_layer(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = bundle(tmp_path / "here")
-    lost, evaluations, measure = add_node(cluster), list[float](), stages_sensitivity._relative_l2
+    lost, evaluations, measure = add_node(cluster), list[float](), stages_sensitivity.relative_l2
 
     def lose(logits: Any, reference: Any) -> float:
         if not evaluations:

@@ -56,9 +56,9 @@ def test_log_and_progress_come_from_the_builder_and_nothing_is_printed(
 ) -> None:
     events: list[ProgressEvent] = []
     path = tiny_graphs.mlp(tmp_path / "mlp.onnx")
-    result = build_engine(
-        path, EngineTarget(batch=BATCH), TensorRTForRTX(), precision=Precision.FP16, on_progress=events.append
-    )
+    target, flavour = EngineTarget(batch=BATCH), TensorRTForRTX()
+    with start_build(path, target, flavour, precision=Precision.FP16, on_progress=events.append) as build:
+        result = build.result()
     assert capfd.readouterr() == ("", "")
     assert "Finished engine building" in result.log_text
     assert "STRONGLY_TYPED" in result.log_text

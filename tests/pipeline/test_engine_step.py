@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from spach_deploy.bundle.store import BUILD_LOG, GRAPH, PLAN
 from spach_deploy.common.errors import MismatchError, PrecisionError
-from spach_deploy.common.progress import Phases, Silent
+from spach_deploy.common.progress import ExportObserver, Phases
 from spach_deploy.engine.build import EngineResult
 from spach_deploy.engine.network_facts import LayerFact, NetworkFacts
 from spach_deploy.graph.certificate import Certificate
@@ -42,7 +42,7 @@ def staging(tmp_path: Path) -> Path:
 
 
 def checked(result: EngineResult | None, staging: Path) -> tuple[BuiltEngine | None, Phases]:
-    phases = Phases(Silent())
+    phases = Phases(ExportObserver())
     certificate = Certificate(20, 10, 1, {}, None, 0)
     typed = TypedGraph(ModelProto(), POLICY, certificate, (), {}, {})
     return check_engine(result, typed, None, staging, phases), phases

@@ -26,7 +26,7 @@ from PIL import Image
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, MismatchError
-from spach_deploy.common.progress import Phase, Silent
+from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.graph.editing import data_of
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import apply_passes
@@ -98,7 +98,7 @@ def test_every_picture_that_was_skipped_is_named_once(tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_came_during_the_export_is_left_alone(tmp_path: Path) -> None:
-    class Other(Silent):
+    class Other(ExportObserver):
         """Another export, which ends first."""
 
         def started(self, phase: str) -> None:
@@ -368,7 +368,7 @@ def old(tmp_path: Path) -> Iterator[Path]:
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-class Vandal(Silent):
+class Vandal(ExportObserver):
     """Changes one weight of the graph that was just written, as a bad disk might."""
 
     def __init__(self, folder: Path) -> None:
