@@ -60,7 +60,7 @@ main()
 MECHANISMS = {
     "repeat": (
         "spach_deploy.graph.block_prototype",
-        "_runs = lambda stage, kind_of: [[index] for index in stage._modules]",
+        "_runs = lambda stage: [[index] for index in stage._modules]",
     ),
     "overlapped": ("spach_deploy.pipeline.scheduler", "available_threads = lambda: 1"),
 }

@@ -9,7 +9,6 @@ graph.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import logging
 import warnings
@@ -26,7 +25,6 @@ from spach_deploy.graph.block_prototype import (
     block_of,
     make_prototype,
     stamp_blocks,
-    structure,
     with_ordinary_weights,
 )
 from spach_deploy.graph.editing import as_proto
@@ -43,36 +41,25 @@ INPUT, LOGITS, BATCH = "input", "logits", "batch"
 _TRACED_BATCH = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class ExportedPrototype:
-    """The graph of a prototype's `structure`, serialized; the weights of its blocks are inputs behind its first."""
-
-    structure: str
-    graph: bytes = dataclasses.field(repr=False)
-
-
-def export_canonical(model: StaticSpach, image_size: int, traced: ExportedPrototype | None = None) -> ir.Model:
+def export_canonical(model: StaticSpach, image_size: int) -> ir.Model:
     """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20. Its weights
     are in the model's memory.
 
-    `traced` is taken where it is of this very structure. Raises CertificateError when the exporter or the simplifier
-    fails.
+    Raises CertificateError when the exporter or the simplifier fails.
     """
     prototype = make_prototype(model)
-    if traced is None or traced.structure != structure(prototype):
-        traced = trace(prototype, image_size)
-    return stamp_blocks(ir.from_proto(ModelProto.FromString(traced.graph)), prototype.repeats, model)
+    return stamp_blocks(_traced(prototype, image_size), prototype.repeats, model)
 
 
-def trace(prototype: Prototype, image_size: int) -> ExportedPrototype:
-    """The prototype's graph: named by modules, simplified. It may be `without_weights`."""
+def _traced(prototype: Prototype, image_size: int) -> ir.Model:
+    """The prototype's graph: named by modules, simplified; the weights of its blocks are inputs behind its first."""
     ordinary = with_ordinary_weights(prototype)
     exported = _exported(ordinary.model, image_size)
     _as_inputs(exported.graph, prototype.repeats)
     name_by_module(exported)
     model = ir.from_proto(simplify(as_proto(exported)))
     restore_block_boundaries(model, is_grid=ordinary.model.grid_stream)
-    return ExportedPrototype(structure(prototype), as_proto(model).SerializeToString())
+    return model
 
 
 def _exported(model: nn.Module, image_size: int) -> ir.Model:

@@ -51,34 +51,17 @@ def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[
     depthwise convolutions. Rewrites that must not meet quantization leave these alone, or the whole model. Raises
     RewriteError when a rewrite changes what a module computes.
     """
-    static = _reshaped(model, disabled, quantized)
-    with torch_threads(1):  # the proofs are of small tensors
-        outcomes = {"static_reshapes": prove_static(model, static), **_apply_all(static, disabled)}
-    return RewriteResult(static, outcomes)
-
-
-def restructure(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] | None = None) -> StaticSpach:
-    """`rewrite`, but that the static form of its modules is not proven: for a model whose structure alone counts."""
-    static = _reshaped(model, disabled, quantized)
-    with torch_threads(1):
-        _apply_all(static, disabled)
-    return static
-
-
-def _reshaped(model: Spach, disabled: Collection[str], quantized: Collection[str] | None) -> StaticSpach:
     static = own(to_static(model))
     static.is_shifted = "shift_depthwise" not in disabled
     static.is_tokens_first = "tokens_first" not in disabled
     static.is_quantized = quantized is not None
     _mark_quantized(static, quantized or ())
-    return static
-
-
-def _apply_all(static: StaticSpach, disabled: Collection[str]) -> dict[str, Outcome]:
-    return {
-        step.name: Outcome(skipped=("turned off with --no-rewrite",)) if step.name in disabled else step.apply(static)
-        for step in REWRITES
-    }
+    off = Outcome(skipped=("turned off with --no-rewrite",))
+    with torch_threads(1):  # the proofs are of small tensors
+        outcomes = {"static_reshapes": prove_static(model, static)}
+        for step in REWRITES:
+            outcomes[step.name] = off if step.name in disabled else step.apply(static)
+    return RewriteResult(static, outcomes)
 
 
 def _mark_quantized(static: StaticSpach, patterns: Collection[str]) -> None:
