@@ -12,7 +12,8 @@ import pytest
 
 import spach_deploy
 from spach_deploy import models
-from spach_deploy.bundle.store import GRAPH, REPORT, sha256_of
+from spach_deploy.bundle.store import GRAPH, REPORT
+from spach_deploy.common.files import sha256_of
 from spach_deploy.options import keywords
 from spach_deploy.options.keywords import Batches, Channels, FilePath, Texts
 from spach_deploy.options.specs import Precision

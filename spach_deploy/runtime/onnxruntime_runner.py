@@ -79,7 +79,7 @@ def message_of(model: ir.Model, inputs: Iterable[ir.Value], initializers: Iterab
 
     graph = model.graph
     view = ir.GraphView(tuple(inputs), graph.outputs, nodes=tuple(graph), initializers=tuple(initializers))
-    message = ModelProto(ir_version=model.ir_version, graph=ir.serde.serialize_graph(view))
+    message = ModelProto(ir_version=model.ir_version, graph=ir.serde.serialize_graph(view))  # type: ignore[arg-type]
     message.graph.ClearField("value_info")
     message.graph.name = graph.name or ""
     for domain, version in graph.opset_imports.items():

@@ -46,7 +46,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_layer(
         evaluations.append(measure(logits, reference))
         return evaluations[-1]
 
-    monkeypatch.setattr(stages_sensitivity, "_relative_l2", lose)
+    monkeypatch.setattr(stages_sensitivity, "relative_l2", lose)
     there = bundle(tmp_path / "there", "--ray", cluster.address)
     assert len(evaluations) > 2
     assert there.file(QUANTIZATION).read_bytes() == here.file(QUANTIZATION).read_bytes()
