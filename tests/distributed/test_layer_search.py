@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from spach_deploy.bundle.store import GRAPH, QUANTIZATION, Bundle
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.pipeline.steps import sensitivity as stages_sensitivity
 from tests import small_bundles
 from tests.commands import export
@@ -38,7 +39,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_layer(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = bundle(tmp_path / "here")
-    lost, evaluations, measure = add_node(cluster), list[float](), stages_sensitivity.relative_l2
+    lost, evaluations, measure = add_node(cluster), list[float](), relative_l2
 
     def lose(logits: Any, reference: Any) -> float:
         if not evaluations:
