@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from spach_deploy.api import Bundle, ExportResult, calibrate, export, validate
     from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
-    from spach_deploy.common.progress import ExportObserver, Silent
+    from spach_deploy.common.progress import ExportObserver
     from spach_deploy.models import create_model
     from spach_deploy.quantization.calibration import Calibration
     from spach_deploy.validation.validate import Validation
@@ -31,7 +31,6 @@ _LAZY = {
     "ExportObserver": "spach_deploy.common.progress",
     "ExportResult": "spach_deploy.api",
     "MismatchError": "spach_deploy.common.errors",
-    "Silent": "spach_deploy.common.progress",
     "SpachError": "spach_deploy.common.errors",
     "UnavailableError": "spach_deploy.common.errors",
     "UsageError": "spach_deploy.common.errors",
@@ -48,7 +47,6 @@ __all__ = [
     "ExportObserver",
     "ExportResult",
     "MismatchError",
-    "Silent",
     "SpachError",
     "UnavailableError",
     "UsageError",

@@ -104,7 +104,7 @@ def validate(
     Writes nothing; what disagrees is in the result's `all_findings`, no error. `observer.note` is told what takes long.
     Raises a SpachError for what cannot be validated.
     """
-    from spach_deploy.common.progress import Silent
+    from spach_deploy.common.progress import ExportObserver
     from spach_deploy.models.registry import check_ignore
     from spach_deploy.options.command_line import validate_command
     from spach_deploy.validation.provenance import Provenance
@@ -112,5 +112,5 @@ def validate(
 
     given: dict[str, Any] = values_of_keywords("validate", VALIDATE, options)
     check_ignore(given.get("checkpoint"), given.get("ignore", ()))
-    found = validate_target(ValidationRequest.of(Path(target), given), (observer or Silent()).note)
+    found = validate_target(ValidationRequest.of(Path(target), given), (observer or ExportObserver()).note)
     return dataclasses.replace(found, run=Provenance.here(validate_command(str(target), None, given)))

@@ -125,7 +125,7 @@ def test_an_unknown_keyword_is_pythons_own_error() -> None:
         spach_deploy.export("ms_conv_xxs", **{"presicion": "fp16"})  # type: ignore[arg-type]
 
 
-class Notes(spach_deploy.Silent):
+class Notes(spach_deploy.ExportObserver):
     """An observer of phases alone."""
 
     def __init__(self) -> None:
