@@ -30,7 +30,7 @@ from spach_deploy.benchmark.worker import RunnerProcess
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.common.files import Destination
-from spach_deploy.common.threads import available_threads
+from spach_deploy.common.machine import available_threads
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
 from spach_deploy.pipeline.cpu_target import RUNNERS, candidates, options_for
 from spach_deploy.pipeline.export import export

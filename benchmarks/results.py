@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from spach_deploy.common.processor import cpu_flags, processor_name
+from spach_deploy.common.machine import cpu_flags, processor_name
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _HEAD = "# Results\n\nWritten by the scripts beside it; each section names its command, the machine and the date.\n"

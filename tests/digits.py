@@ -32,7 +32,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from spach_deploy.common.threads import torch_threads
+from spach_deploy.common.machine import torch_threads
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.common import processor
+from spach_deploy.common import machine as processor
 
 _AVX2 = "fpu vme sse sse2 ht syscall nx avx f16c fma bmi1 avx2 bmi2"
 _AVX512 = f"{_AVX2} avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_bf16"

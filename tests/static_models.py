@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import export_canonical
-from spach_deploy.graph.free_batch import free_batch
+from spach_deploy.graph.export import export_canonical, free_batch
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach

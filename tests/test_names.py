@@ -31,7 +31,7 @@ from spach_deploy.models import published as configs
 from spach_deploy.models.checkpoint_file import read_checkpoint
 from spach_deploy.options.command_line import joined
 from spach_deploy.pipeline.cache import content_digest
-from spach_deploy.report.formats import command as broken_command
+from spach_deploy.report.content import command as broken_command
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import small_bundles, static_models
 

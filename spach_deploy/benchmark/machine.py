@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from spach_deploy.common.processor import cpu_flags, processor_name
-from spach_deploy.common.threads import available_threads, torch_threads
+from spach_deploy.common.machine import available_threads, cpu_flags, processor_name, torch_threads
 from spach_deploy.common.versions import installed, tool_versions
 
 _GPU_QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,memory.used"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from spach_deploy.benchmark.layers import by_module, owners_of
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.files import utf8_path
-from spach_deploy.common.processor import has_bf16, has_vnni
+from spach_deploy.common.machine import has_bf16, has_vnni
 from spach_deploy.common.versions import old_package
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import ComputeCapability, Flavour, WeightSource

@@ -53,7 +53,7 @@ def main(
     from spach_deploy.benchmark.rounds import BenchmarkRequest, measure
     from spach_deploy.benchmark.runners import RunnerSetup
     from spach_deploy.benchmark.table import as_text
-    from spach_deploy.common.threads import available_threads
+    from spach_deploy.common.machine import available_threads
     from spach_deploy.models.registry import check_ignore
 
     place = None if plot is None else check_plot(plot)

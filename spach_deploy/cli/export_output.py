@@ -14,8 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.cli.console import say
-from spach_deploy.cli.outputs import is_colored, width
+from spach_deploy.cli.console import is_colored, say, width
 from spach_deploy.common.errors import printable
 from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.common.text import escaped, json_text, rendered

@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from spach_deploy.cli.console import fail
-from spach_deploy.cli.outputs import outputs_that_may_fail
+from spach_deploy.cli.console import fail, outputs_that_may_fail
 from spach_deploy.options.click_options import version
 
 SUBCOMMANDS = {

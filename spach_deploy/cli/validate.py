@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli.console import ComputingCommand, command, ray_cluster, say, show
-from spach_deploy.cli.outputs import is_colored, width
+from spach_deploy.cli.console import ComputingCommand, command, is_colored, ray_cluster, say, show, width
 from spach_deploy.cli.reporting import ReportDestinations, check_report, open_page
 from spach_deploy.common.errors import SpachError, UsageError
 from spach_deploy.options.click_options import FILE, click_options

@@ -17,8 +17,7 @@ from typing import Any
 
 from spach_deploy.common.errors import SpachError, UnavailableError
 from spach_deploy.common.versions import tool_versions
-from spach_deploy.distributed.cluster import check_address, connected
-from spach_deploy.distributed.executor import RayExecutor, check_code, checked_places, places
+from spach_deploy.distributed.cluster import RayExecutor, check_address, check_code, checked_places, connected, places
 from spach_deploy.pipeline.cache import code_digest
 
 TRIES = 5

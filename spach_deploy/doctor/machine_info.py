@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spach_deploy.common import versions as required
-from spach_deploy.common.resources import FolderCheck, Memory, find_folder, find_memory, temporary_folder
+from spach_deploy.common.machine import FolderCheck, Memory, find_folder, find_memory, temporary_folder
 from spach_deploy.doctor.driver import LEAST_DRIVER, Driver, DriverSurroundings, driver_from
 from spach_deploy.doctor.packages import InstalledOnnxRuntime, Torch, find_onnxruntime, find_torch
 from spach_deploy.doctor.probe import Probe, ProbeResult

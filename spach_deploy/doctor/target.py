@@ -1,23 +1,296 @@
-"""Whether this machine can run a bundle or a plan, and if not why, in the terms of what would have to change."""
+"""Findings about a bundle: its files, its golden data, what a caller has to send, and its plan against this machine.
+
+Findings about a plan's file: its form and size, where it comes from, and what TensorRT says of its header.
+
+Whether this machine can run a bundle or a plan, and if not why, in the terms of what would have to change.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import mmap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, golden_problem, reading
 from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
 from spach_deploy.common.files import sha256_of
-from spach_deploy.doctor.bundle_findings import FILES, about_bundle
+from spach_deploy.common.machine import has_vnni
+from spach_deploy.doctor.capability import RUNS_ON
+from spach_deploy.doctor.commands import exporting, installing
 from spach_deploy.doctor.compatibility import PlanRequirements, compatibility
-from spach_deploy.doctor.finding import Finding, Task, blockers
+from spach_deploy.doctor.finding import Finding, Status, Task, blockers
 from spach_deploy.doctor.machine_info import MachineInfo, ask_tensorrt
 from spach_deploy.doctor.plan_file import PlanFile, find_plan, what_it_is
-from spach_deploy.doctor.plan_findings import AskTensorRT, about_form, about_header, about_origin
+from spach_deploy.doctor.probe import ProbeResult
+from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.command_line import quoted
+from spach_deploy.options.gpus import parse_gpus
+from spach_deploy.options.specs import BatchProfile, ComputeCapability, Flavour
+from spach_deploy.runtime.truncation import REMEDY, fault_of
+
+FILES = "files"
+"""The topic of what says whether a bundle's files are those that were exported."""
+
+_RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
+
+
+def about_bundle(bundle: Bundle, here: MachineInfo, ask: AskTensorRT) -> tuple[Finding, ...]:
+    """Everything about a bundle, whose files are compared with their hashes here. BundleError for a manifest with
+    entries of the wrong kind; OSError as reading its files raises it."""
+    batch, plan = _read(bundle)
+    changed = {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
+    return (
+        *_files(bundle, changed),
+        _golden(bundle, changed),
+        _inputs(bundle, batch),
+        *_engine(bundle, plan, changed, here, ask),
+        _graph(bundle, here),
+    )
+
+
+def _read(bundle: Bundle) -> tuple[BatchProfile, PlanRequirements]:
+    """What the manifest says of batch and plan, and every entry that is used later is looked at once."""
+    content, where = bundle.manifest.content, str(bundle.path / MANIFEST)
+    with reading(where, "batch"):
+        batch = BatchProfile(**content["batch"])
+    with reading(where, "output_options"):
+        _ = content["output_options"].keys()
+    with reading(where, "engine"):
+        engine = bundle.manifest.engine
+        plan = PlanRequirements(
+            Flavour(engine["flavour"]),
+            str(engine["version"]) if engine.get("version") else None,
+            _capabilities(engine.get("gpus")),
+            version_compatible=bool(engine.get("version_compatible")),
+            hardware_compatible=bool(engine.get("hardware_compatible")),
+            rebuild=functools.partial(exporting, bundle),
+        )
+    return batch, plan
+
+
+def _files(bundle: Bundle, changed: dict[str, str]) -> Iterator[Finding]:
+    for name, state in changed.items():
+        means = "It is not what was exported. Export it again, or copy the bundle again."
+        blocks = {PLAN: _RUN, GRAPH: _VERIFY, GOLDEN: _VERIFY}.get(name, ())
+        yield Finding(Status.PROBLEM, FILES, f"{name} {state}", means, exporting(bundle), blocks, bad_target=True)
+    if not changed:
+        names = ", ".join(bundle.manifest.files)
+        yield Finding(Status.OK, FILES, names, "By SHA-256 they are what was exported.", exporting(bundle))
+
+
+def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:
+    validate = _validate(bundle)
+    images = f"{validate} --images DIR --checkpoint FILE"
+    if GOLDEN not in bundle.manifest.files or GOLDEN in changed:
+        what = f"{GOLDEN} {changed.get(GOLDEN, 'is not in the bundle')}"
+        means = "Without it there is nothing to compare with but the reference on other images."
+        return Finding(Status.MISSING, "golden data", what, means, images, _VERIFY)
+    if problem := golden_problem(bundle.path / GOLDEN):
+        means = "So the bundle cannot be compared with it. Export it again, or compare on other images."
+        return Finding(Status.PROBLEM, "golden data", f"{GOLDEN} {problem}", means, images, _VERIFY, bad_target=True)
+    validation = bundle.manifest.content["validation"]
+    count, reference = validation.get("image_count", "some"), validation.get("reference", "the reference")
+    what = f"{count} images, answered by {reference}"
+    level = validation.get("level")
+    if level == "engine":
+        means = "At the export the plan itself ran and agreed."
+    else:
+        means = "At the export the graph agreed; the plan itself did not run there."
+    return Finding(Status.OK, "golden data", what, means, validate)
+
+
+def _validate(bundle: Bundle) -> str:
+    return f"spach-validate {quoted(bundle.path)}"
+
+
+def _inputs(bundle: Bundle, batch: BatchProfile) -> Finding:
+    """What a caller has to send."""
+    tensors = "; ".join(
+        f"{tensor.name}: {tensor.dtype} {' x '.join('N' if size is None else str(size) for size in tensor.shape)}"
+        f"{f' ({tensor.layout})' if tensor.layout else ''}"
+        for tensor in bundle.manifest.inputs
+    )
+    if batch.min == batch.max:
+        means = f"N is {batch.min}, exactly."
+    else:
+        means = f"N is {batch.min} to {batch.max}; it is fastest at {batch.opt}. spach-validate splits larger batches."
+    return Finding(Status.OK, "input profile", tensors, means, exporting(bundle, "--batch", str(batch)))
+
+
+def _engine(
+    bundle: Bundle, plan: PlanRequirements, changed: dict[str, str], here: MachineInfo, ask: AskTensorRT
+) -> Iterator[Finding]:
+    if bundle.plan is None:
+        reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
+        again = exporting(bundle, "--engine", "auto")
+        means = "The bundle was exported without an engine; its graph can be verified."
+        yield Finding(Status.MISSING, PLAN, reason, means, again, _RUN)
+        return
+    found = None
+    if PLAN not in changed:
+        found = find_plan(bundle.plan)
+        yield _header(plan, found, bundle)
+    if plan.flavour in RUNS_ON:
+        yield from compatibility(plan, here)
+    if found is not None:
+        yield from about_header(found, plan, here, ask)
+
+
+def _capabilities(gpus: Any) -> tuple[ComputeCapability, ...] | None:
+    """What the manifest lists; None for anything but a list of GPUs that are known."""
+    try:
+        return parse_gpus(",".join(str(gpu) for gpu in gpus)) if isinstance(gpus, list) else None
+    except UsageError:
+        return None
+
+
+def _header(plan: PlanRequirements, found: PlanFile | None, bundle: Bundle) -> Finding:
+    """The plan's own first bytes against the manifest: a bundle may have been put together by hand."""
+    size = bundle.file(PLAN).stat().st_size
+    what = f"{plan.flavour.value} {plan.version or 'of unknown version'}, {size / 1e6:,.1f} MB"
+    again = exporting(bundle, "--engine", plan.flavour.value, *_gpu_words(plan))
+    if found is None or not found.is_whole or found.flavour is not plan.flavour:
+        means = "By its first bytes it is no whole plan of that flavour, whatever the manifest says."
+        return Finding(Status.PROBLEM, PLAN, what, means, again, _RUN, bad_target=True)
+    return Finding(Status.OK, PLAN, what, "A whole plan of that flavour, by its first bytes.", again)
+
+
+def _gpu_words(plan: PlanRequirements) -> tuple[str, ...]:
+    """TensorRT for RTX builds for the GPUs that are named, TensorRT for the one of the machine."""
+    return ("--gpu", ",".join(map(str, plan.gpus))) if plan.flavour is Flavour.TENSORRT_RTX and plan.gpus else ()
+
+
+def _graph(bundle: Bundle, here: MachineInfo) -> Finding:
+    """The graph stands in for a plan that cannot run, where ONNX Runtime is here."""
+    accept = f"{_validate(bundle)} --accept graph"
+    if GRAPH not in bundle.manifest.files:
+        means = "So only the plan itself can be verified, where it runs."
+        return Finding(Status.MISSING, GRAPH, "not in the bundle", means, exporting(bundle))
+    if lacking := _lacking_data(bundle.path / GRAPH):
+        means = "So the graph cannot be verified. Export it again, or copy the bundle again."
+        return Finding(Status.PROBLEM, GRAPH, lacking, means, exporting(bundle), _VERIFY, bad_target=True)
+    if here.onnxruntime is None or here.onnxruntime.broken:
+        means = "With onnxruntime the graph that the plan was built from can be verified on the CPU."
+        wanted = str(here.requirements.get("onnxruntime"))
+        return Finding(Status.MISSING, GRAPH, "onnxruntime is not here", means, installing(wanted), _VERIFY)
+    if bundle.needs_vnni and not has_vnni():
+        means = "ONNX Runtime's sums of it overflow here. Run it on CPUs with avx512_vnni, avx_vnni or amx_int8."
+        again = exporting(bundle)
+        return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)
+    version = here.onnxruntime.files_version or next(iter(here.onnxruntime.wheels.values()), "")
+    return _in_runtime(bundle, version, accept)
+
+
+def _lacking_data(graph: Path) -> str:
+    """That weights of a graph lie in a file that is not there, or outside of the bundle; empty where all are there.
+
+    ONNX, which takes time to import, is asked only where the file has the word that names such a file in any encoding.
+    """
+    if not graph.is_file() or not graph.stat().st_size:
+        return ""
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"location") < 0:
+            return ""
+    try:
+        from spach_deploy.graph.edit import lacking_data
+    except ImportError:
+        return ""
+    return lacking_data(graph)
+
+
+def _needs(bundle: Bundle) -> GraphNeeds | None:
+    """What the graph asks of a runtime; by its certificate, where that tells, since reading graphs takes time."""
+    certificate = (bundle.manifest.content.get("graph") or {}).get("certificate") or {}
+    opset, ir_version = certificate.get("opset"), certificate.get("ir_version")
+    rest = bundle.manifest.content["precision"].get("rest")
+    if type(opset) is not int or type(ir_version) is not int or "bf16" in (bundle.manifest.precision, rest):
+        return GraphNeeds.of(bundle.path / GRAPH)
+    return GraphNeeds(opset, ir_version, has_fp8=bundle.manifest.precision == "fp8")
+
+
+def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
+    """Whether the ONNX Runtime that is here loads the graph: as it is, or rounded to FP32 by spach-validate."""
+    known, needs = runtimes().onnxruntime(version), _needs(bundle)
+    misfit = known.misfit(needs, on_gpu=False) if known and needs else ""
+    if known is not None and known.truncates_fp16 and bundle.quantizes_fp16:
+        means = f"In it the graph is wrong; spach-validate judges it in FP32 with every half tensor rounded. {REMEDY}"
+        return Finding(Status.PROBLEM, GRAPH, fault_of(version), means, exporting(bundle))
+    if not misfit or known is None or needs is None:
+        means = "Even where the plan cannot run, the graph that it was built from can be verified."
+        return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)
+    if known.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
+        newer = installing("--upgrade", "onnxruntime")
+        return Finding(Status.PROBLEM, GRAPH, misfit, "So the graph cannot be verified here.", newer, _VERIFY)
+    means = "As it is it runs on no CPU; spach-validate runs it in FP32, every bfloat16 tensor rounded."
+    return Finding(Status.OK, GRAPH, misfit, means, accept)
+
+
+AskTensorRT = Callable[[Flavour, bytes], ProbeResult]
+"""What the installed TensorRT says of a plan's first bytes: see `here.ask_tensorrt`."""
+
+_CUDA_ERROR = "CUDA_ERROR"
+
+
+def about_form(path: Path, plan: PlanFile) -> Iterator[Finding]:
+    """Is it a plan and nothing else, and all of it."""
+    name, size = quoted(path), f"{plan.total_bytes - plan.offset:,} bytes"
+    if plan.offset:
+        what = f"{plan.before} stand before the plan"
+        means = "TensorRT takes the plan only, from its first byte."
+        strip = f"tail -c +{plan.offset + 1} {name} > plain.plan"
+        yield Finding(Status.PROBLEM, "form", what, means, strip, _RUN, bad_target=True)
+    if plan.missing_bytes:
+        means = "It is cut off, as by a copy that did not end. Copy or build it again."
+        what = f"{size}, and its header declares {plan.missing_bytes:,} more"
+        yield Finding(Status.PROBLEM, "size", what, means, None, _RUN, bad_target=True)
+    elif plan.surplus_bytes:
+        declared = plan.total_bytes - plan.offset - plan.surplus_bytes
+        means = "Something was appended. What TensorRT makes of that is not known."
+        cut = f"tail -c +{plan.offset + 1} {name} | head -c {declared} > plain.plan"
+        what = f"{size}, {plan.surplus_bytes:,} more than its header declares"
+        yield Finding(Status.PROBLEM, "size", what, means, cut, _RUN, bad_target=True)
+    elif plan.perhaps_cut:
+        means = "Perhaps it is cut off: the number at byte 16, the size in published dumps of such headers, is larger."
+        yield Finding(Status.UNKNOWN, "size", size, means)
+    else:
+        is_told = plan.flavour is Flavour.TENSORRT_RTX
+        yield Finding(
+            Status.OK, "size", size, "As declared in its header." if is_told else "Its header tells no other."
+        )
+
+
+def about_origin() -> Finding:
+    """A plan alone."""
+    means = "So nothing tells what it computes, its input profile or whether it was changed; there is no golden data."
+    export = "spach-export --checkpoint FILE --fp16"
+    return Finding(Status.MISSING, "manifest", "none beside it", means, export, _VERIFY)
+
+
+def about_header(file: PlanFile, plan: PlanRequirements, here: MachineInfo, ask: AskTensorRT) -> Iterator[Finding]:
+    """What TensorRT itself says of the header, where there is a GPU to say it of; it loads nothing."""
+    package = here.tensorrt.get(file.flavour)
+    if file.flavour is not Flavour.TENSORRT_RTX or package is None or package.error or not here.driver.gpus:
+        return
+    said = ask(file.flavour, file.head).content or {}
+    validity, flaws = said.get("validity"), [flaw for flaw in said.get("flaws", ()) if flaw != _CUDA_ERROR]
+    topic, asked = "header", "asked of tensorrt-rtx itself"
+    if validity == "VALID":
+        yield Finding(Status.OK, topic, f"valid, {asked}", "It is likely to load.")
+    elif validity == "SUBOPTIMAL":
+        means = "It is likely to load, but a plan built for this GPU would be faster."
+        yield Finding(Status.OK, topic, f"valid but not the best, {asked}", means)
+    elif validity == "INVALID" and flaws:
+        means = f"It will not load: {', '.join(flaws).lower().replace('_', ' ')}."
+        again = plan.rebuilt("--engine", file.flavour.value, "--gpu", str(here.driver.gpus[0].capability))
+        yield Finding(Status.PROBLEM, topic, f"invalid, {asked}", means, again, _RUN)
+    elif validity == "INVALID":  # seen where CUDA does not work, with no flaw named
+        means = "It will not load, and no flaw is named: tensorrt-rtx could not use the GPU."
+        yield Finding(Status.PROBLEM, topic, f"not to be judged, {asked}", means, "nvidia-smi", _RUN)
+
 
 _PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 _LISTED = 3

@@ -18,11 +18,18 @@ from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_
 from spach_deploy.models.checkpoint_file import find_index, read_checkpoint, read_shards
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.hyperparameters import Setting, resolve_settings, values_of
-from spach_deploy.models.matching import check_fit, image_size_of, infer_model, num_classes_of
+from spach_deploy.models.matching import (
+    check_fit,
+    choose_image_size,
+    compare_classes,
+    compare_model,
+    image_size_of,
+    infer_model,
+    num_classes_of,
+)
 from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import check_spec, create_model, resolve
 from spach_deploy.models.spach import Spach
-from spach_deploy.models.training_args import choose_image_size, compare_classes, compare_model
 from spach_deploy.options.specs import ModelSpec, Preprocessing
 
 DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.files import Destination, try_to_write
-from spach_deploy.common.processor import has_vnni
+from spach_deploy.common.machine import has_vnni
 from spach_deploy.options.command_line import flag_for
 from spach_deploy.options.specs import ExportOptions, Flavour, Precision, QuantizationSpec
 from spach_deploy.options.table import filling

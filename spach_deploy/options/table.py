@@ -16,8 +16,16 @@ from typing import Any
 
 from spach_deploy.common.files import Destination
 from spach_deploy.options.gpus import parse_gpus
-from spach_deploy.options.parse import parse_channels, parse_size
-from spach_deploy.options.specs import ACTIVATIONS, BatchProfile, Flavour, IODtype, Precision, WeightSource
+from spach_deploy.options.specs import (
+    ACTIVATIONS,
+    BatchProfile,
+    Flavour,
+    IODtype,
+    Precision,
+    WeightSource,
+    parse_channels,
+    parse_size,
+)
 
 EXPORT, CALIBRATE, VALIDATE = "spach-export", "spach-calibrate", "spach-validate"
 BENCHMARK, DOCTOR = "spach-benchmark", "spach-doctor"

@@ -20,7 +20,7 @@ from spach_deploy.bundle.cache import CacheEntry, Store
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
 from spach_deploy.common.files import Destination, blocks_of, check_regular
-from spach_deploy.common.processor import all_cpu_flags, processor_name
+from spach_deploy.common.machine import all_cpu_flags, processor_name
 from spach_deploy.common.units import SIZES, parse_bytes
 from spach_deploy.common.versions import tool_versions
 from spach_deploy.models.checkpoint_file import checkpoint_files

@@ -32,10 +32,9 @@ from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.common.processor import has_vnni
+from spach_deploy.common.machine import available_threads, has_vnni
 from spach_deploy.common.progress import ExportObserver
 from spach_deploy.common.text import escaped
-from spach_deploy.common.threads import available_threads
 from spach_deploy.graph.opset import check_opset
 from spach_deploy.models.registry import resolve
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec

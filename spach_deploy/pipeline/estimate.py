@@ -19,8 +19,7 @@ from typing import Any
 from spach_deploy.bundle.store import check_target, default_directory
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.files import Destination
-from spach_deploy.common.resources import find_memory
-from spach_deploy.common.threads import available_threads
+from spach_deploy.common.machine import available_threads, find_memory
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import check_spec, resolve

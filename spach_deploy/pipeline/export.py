@@ -19,13 +19,7 @@ from spach_deploy.options.command_line import export_command
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.scheduler import Scheduler, Sequential
 from spach_deploy.pipeline.steps import manifest as sections
-from spach_deploy.pipeline.steps.engine import (
-    BuiltEngine,
-    check_engine,
-    choose_engine,
-    engine_section,
-    start_engine,
-)
+from spach_deploy.pipeline.steps.engine import BuiltEngine, check_engine, choose_engine, engine_section, start_engine
 from spach_deploy.pipeline.steps.graph import export_graph, give_form, prove_graph, rewrite_model
 from spach_deploy.pipeline.steps.images import read_images
 from spach_deploy.pipeline.steps.model import check_options, hold_to_answers, load, target_directory

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from spach_deploy.common.errors import SpachError
+from spach_deploy.common.machine import available_threads, torch_threads
 from spach_deploy.common.processes import end, start_worker
-from spach_deploy.common.threads import available_threads, torch_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self

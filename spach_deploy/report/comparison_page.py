@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.files import Destination
+from spach_deploy.report.content import general, pictures_of, scientific
 from spach_deploy.report.files import check_ours
-from spach_deploy.report.formats import general, scientific
 from spach_deploy.report.page import fill
-from spach_deploy.report.pictures import pictures_of
 from spach_deploy.validation.report import write_whole
 from spach_deploy.validation.side_by_side import figures
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from spach_deploy.common.errors import BundleError, MissingPackageError, SpachError, UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.report.content import Json, ReportContent
+from spach_deploy.report.content import Json, ReportContent, pictures_of
 from spach_deploy.report.page import environment, is_ours, load_templates, render
-from spach_deploy.report.pictures import pictures_of
 from spach_deploy.report.plots import check_matplotlib
 from spach_deploy.validation.report import write_whole
 

@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING, Any
 from spach_deploy._version import __version__
 from spach_deploy.common.errors import MissingPackageError, printable_lines
 from spach_deploy.common.versions import refuse_old
-from spach_deploy.report.content import ReportContent
-from spach_deploy.report.formats import FILTERS
+from spach_deploy.report import sections as accuracy
+from spach_deploy.report import sections as again
+from spach_deploy.report import sections as answers
+from spach_deploy.report import sections as bisect
+from spach_deploy.report import sections as compared
+from spach_deploy.report import sections as depth
+from spach_deploy.report import sections as graph
+from spach_deploy.report import sections as precision
+from spach_deploy.report import sections as ranges
+from spach_deploy.report import sections as steps
+from spach_deploy.report import sections as verdict
+from spach_deploy.report.content import FILTERS, ReportContent
 from spach_deploy.report.plots import INSTALL
-from spach_deploy.report.sections import (
-    accuracy,
-    again,
-    answers,
-    bisect,
-    compared,
-    depth,
-    graph,
-    precision,
-    ranges,
-    steps,
-    verdict,
-)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -66,16 +63,16 @@ class Section:
 
 
 SECTIONS = (
-    Section("bisect", "Bisection", bisect.view),
-    Section("compared", "What was compared", compared.view),
-    Section("steps", "The pipeline, step by step", steps.view),
-    Section("depth", "Error along the depth", depth.view),
-    Section("answers", "Images", answers.view),
-    Section("accuracy", "Accuracy", accuracy.view),
-    Section("precision", "Precision, layer by layer", precision.view),
-    Section("ranges", "Ranges", ranges.view),
-    Section("graph", "Graph and engine", graph.view),
-    Section("again", "Do it again", again.view),
+    Section("bisect", "Bisection", bisect.bisect),
+    Section("compared", "What was compared", compared.compared),
+    Section("steps", "The pipeline, step by step", steps.steps),
+    Section("depth", "Error along the depth", depth.depth),
+    Section("answers", "Images", answers.answers),
+    Section("accuracy", "Accuracy", accuracy.accuracy),
+    Section("precision", "Precision, layer by layer", precision.precision),
+    Section("ranges", "Ranges", ranges.ranges),
+    Section("graph", "Graph and engine", graph.graph),
+    Section("again", "Do it again", again.again),
 )
 """What a page shows, in order, below its verdict."""
 
@@ -87,7 +84,7 @@ def render(content: ReportContent) -> str:
     return fill(
         "page.html.jinja",
         title=f"{report['model']} {str(report['precision']).upper()}: {verdict.heading_of(report)}",
-        verdict=verdict.view(content),
+        verdict=verdict.verdict(content),
         sections=[{"name": s.name, "title": view.get("title", s.title), "view": view} for s, view in shown],
         report=report,
         manifest=content.manifest,

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Collection
 
-from spach_deploy.common.threads import torch_threads
+from spach_deploy.common.machine import torch_threads
 from spach_deploy.models.spach import Spach
 from spach_deploy.rewrites.absorb_qkv_bias import absorb_qkv_bias
 from spach_deploy.rewrites.base import Outcome, Rewrite, modules_of, own

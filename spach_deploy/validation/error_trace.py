@@ -16,7 +16,7 @@ import numpy.typing as npt
 from spach_deploy.bundle.golden import LOGITS
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.names import owner
-from spach_deploy.validation.activations import ActivationTrace, Outputs
+from spach_deploy.validation.rounding_error import ActivationTrace, Outputs
 from spach_deploy.validation.tolerance import FP32_FACTOR, ROUNDING_FACTOR
 
 if TYPE_CHECKING:

@@ -329,7 +329,7 @@ def _room_for(graph: Path | bytes, profile: BatchProfile) -> int:
     """The largest batch for which there is memory; that of the profile where nothing tells."""
     import onnx
 
-    from spach_deploy.common.resources import find_memory
+    from spach_deploy.common.machine import find_memory
     from spach_deploy.graph.edit import live_elements_at_batch_one
 
     memory = find_memory()

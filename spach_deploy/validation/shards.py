@@ -23,7 +23,7 @@ from spach_deploy.bundle.golden import INPUT, LOGITS
 from spach_deploy.common.batches import chunked, ranges
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.executors import Cluster, Executor
-from spach_deploy.common.threads import torch_threads
+from spach_deploy.common.machine import torch_threads
 from spach_deploy.data import preprocess
 from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, image_digest
 from spach_deploy.data.labels import Labels

@@ -22,7 +22,7 @@ from spach_deploy.common.errors import (
 )
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.files import sha256_of
-from spach_deploy.common.processor import has_vnni
+from spach_deploy.common.machine import has_vnni
 from spach_deploy.graph.edit import missing_data
 from spach_deploy.options.specs import WeightSource
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file

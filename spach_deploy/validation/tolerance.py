@@ -37,8 +37,14 @@ from spach_deploy.common.batches import spread
 from spach_deploy.common.errors import BundleError, PrecisionError
 from spach_deploy.common.metrics import relative_l2_by_image
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
-from spach_deploy.validation.activations import ActivationTrace, Outputs
-from spach_deploy.validation.rounding_error import Float32Array, StorageFormat, evaluate, evaluate_fp64
+from spach_deploy.validation.rounding_error import (
+    ActivationTrace,
+    Float32Array,
+    Outputs,
+    StorageFormat,
+    evaluate,
+    evaluate_fp64,
+)
 from spach_deploy.validation.verdict import Tolerance
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from spach_deploy.benchmark.runners import (
 from spach_deploy.benchmark.table import as_text
 from spach_deploy.benchmark.worker import FirstOutputs, RunnerProcess, TimedRuns
 from spach_deploy.bundle.store import Bundle
-from spach_deploy.common import processor
+from spach_deploy.common import machine as processor
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import BatchProfile, Precision

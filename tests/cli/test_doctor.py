@@ -87,7 +87,7 @@ def test_nothing_heavy_is_imported(what: str, tmp_path: Path) -> None:
 def test_exit_codes_of_a_bundle(
     on: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: MachineInfo, code: int
 ) -> None:
-    monkeypatch.setattr("spach_deploy.doctor.bundle_findings.about_header", lambda *asked: ())
+    monkeypatch.setattr("spach_deploy.doctor.target.about_header", lambda *asked: ())
     path = bundles.write_bundle(tmp_path / "bundle")
     assert on(here, path).exit_code == code
     assert on(here, path / PLAN).exit_code == code

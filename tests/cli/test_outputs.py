@@ -64,7 +64,7 @@ def test_an_error_that_nobody_can_read_keeps_its_exit_code(tmp_path: Path, into:
 
 LEAKS = """
 import os, tempfile
-from spach_deploy.cli.outputs import outputs_that_may_fail
+from spach_deploy.cli.console import outputs_that_may_fail
 with outputs_that_may_fail(), tempfile.TemporaryFile() as file:
     try:
         os.write(1, b"of a library")

@@ -11,7 +11,6 @@ import pytest
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.options.parse import parse_size
 from spach_deploy.options.recipe import KEYS, read_recipe
 from spach_deploy.options.specs import (
     BatchProfile,
@@ -23,6 +22,7 @@ from spach_deploy.options.specs import (
     Precision,
     QuantizationSpec,
     WeightSource,
+    parse_size,
 )
 from spach_deploy.options.values import export_options
 from tests.commands import contents, export, refusal

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.common import processor
+from spach_deploy.common import machine as processor
 from spach_deploy.pipeline.cache import machine
 from tests.processors import CPUINFO, pretend
 

@@ -12,7 +12,7 @@ from spach_deploy.common import versions as required
 from spach_deploy.common.errors import OldPackageError
 from spach_deploy.common.versions import is_older, requirements
 from spach_deploy.doctor.finding import Status
-from spach_deploy.doctor.software import about_reports
+from spach_deploy.doctor.machine import about_reports
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.packages import is_installed

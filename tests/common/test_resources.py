@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.common.resources import Memory, find_folder, find_memory, temporary_folder
+from spach_deploy.common.machine import Memory, find_folder, find_memory, temporary_folder
 
 MEGABYTE = 1 << 20
 

@@ -59,7 +59,7 @@ def test_results_that_exceed_the_object_store_go_to_disk_and_come_back(monkeypat
     sites = find_sites(model)
     measured = wanted_tensors(sites, [site.node for site in sites])
     whole = collect(model, measured, open_images(images), PREPROCESSING, CalibrationSettings(threads=1))
-    monkeypatch.setattr("spach_deploy.distributed.executor._AHEAD", 20)
+    monkeypatch.setattr("spach_deploy.distributed.cluster._AHEAD", 20)
     monkeypatch.setattr("spach_deploy.quantization.shards.MOST_BLOCKS", 1)
     spilled = 0
 

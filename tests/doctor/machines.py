@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.common.resources import FolderCheck, Memory
+from spach_deploy.common.machine import FolderCheck, Memory
 from spach_deploy.common.versions import Requirement, Requirements
 from spach_deploy.doctor.driver import Driver, Gpu
 from spach_deploy.doctor.machine_info import MachineInfo, TensorRTPackage

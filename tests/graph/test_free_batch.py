@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.free_batch import free_batch
+from spach_deploy.graph.export import free_batch
 
 
 def reshaping(shape: list[int]) -> ir.Model:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from spach_deploy.bundle.store import Bundle
-from spach_deploy.common.processor import has_vnni
+from spach_deploy.common.machine import has_vnni
 from spach_deploy.graph.editing import as_proto, mark_quantized
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.graph.precision.ranges import open_session

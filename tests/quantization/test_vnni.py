@@ -13,7 +13,7 @@ from spach_deploy.benchmark import runners as contestants
 from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, OPENVINO, RunnerSetup, why_not
 from spach_deploy.bundle.store import MANIFEST, Bundle
 from spach_deploy.cli.validate import main as validate_command
-from spach_deploy.doctor import bundle_findings
+from spach_deploy.doctor import target as bundle_findings
 from spach_deploy.doctor.finding import Status, Task
 from spach_deploy.doctor.target import examine_target
 from spach_deploy.options.specs import Precision

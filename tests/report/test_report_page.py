@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 
 from spach_deploy.report import plots
+from spach_deploy.report import sections as bisect
+from spach_deploy.report import sections as depth
+from spach_deploy.report import sections as precision
+from spach_deploy.report import sections as ranges
+from spach_deploy.report import sections as steps
+from spach_deploy.report import sections as verdict
 from spach_deploy.report.content import ReportContent
 from spach_deploy.report.page import SECTIONS, render
-from spach_deploy.report.sections import bisect, depth, precision, ranges, steps, verdict
 from tests.report import made_up
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -160,16 +165,16 @@ def test_a_state_has_its_colour() -> None:
 
 
 def test_a_figure_beyond_its_bound_is_marked() -> None:
-    tiles = verdict.view(made_up.content("wrong"))["tiles"]
+    tiles = verdict.verdict(made_up.content("wrong"))["tiles"]
     assert [tile["label"] for tile in tiles if tile.get("is_bad")] == [
         "Relative L2, worst image",
         "Images that change class",
     ]
-    assert not [tile for tile in verdict.view(made_up.content("ties"))["tiles"] if tile.get("is_bad")]
+    assert not [tile for tile in verdict.verdict(made_up.content("ties"))["tiles"] if tile.get("is_bad")]
 
 
 def test_steps_beyond_what_is_allowed_disagree() -> None:
-    view = steps.view(made_up.content("unverified"))
+    view = steps.steps(made_up.content("unverified"))
     assert view is not None
     assert [(row["step"], row["verdict"]) for row in view["rows"]] == [
         ("Reference", ""),
@@ -182,7 +187,7 @@ def test_steps_beyond_what_is_allowed_disagree() -> None:
 
 
 def test_the_first_module_beyond_its_bound_is_named() -> None:
-    view = depth.view(made_up.content("wrong"))
+    view = depth.depth(made_up.content("wrong"))
     assert view is not None
     assert view["first_over"] == "norm"
     drawn = view["plot"]
@@ -192,13 +197,13 @@ def test_the_first_module_beyond_its_bound_is_named() -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    for view in (depth.view, bisect.view, ranges.view, precision.view):
+    for view in (depth.depth, bisect.bisect, ranges.ranges, precision.precision):
         assert view(made_up.content("agrees", {})) is None
-    assert bisect.view(made_up.content("agrees")) is None
+    assert bisect.bisect(made_up.content("agrees")) is None
 
 
 def test_infinite_headroom_is_no_error() -> None:
-    view = ranges.view(made_up.content("agrees"))
+    view = ranges.ranges(made_up.content("agrees"))
     assert view is not None
     assert view["closest"][1]["times"] == float("inf")
 

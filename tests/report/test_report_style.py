@@ -7,7 +7,7 @@ import re
 import pytest
 
 from spach_deploy.report.page import TEMPLATES
-from spach_deploy.report.svg import VARIABLES
+from spach_deploy.report.plots import VARIABLES
 
 STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
 GROUNDS = ("paper", "ground")

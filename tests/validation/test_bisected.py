@@ -21,10 +21,9 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.precision.rounding import rounded_graph
 from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
-from spach_deploy.validation.activations import ActivationTrace
 from spach_deploy.validation.bisect import export_steps as stages
 from spach_deploy.validation.error_trace import ActivationTracer, ErrorTrace, ExpectedActivations
-from spach_deploy.validation.rounding_error import evaluate
+from spach_deploy.validation.rounding_error import ActivationTrace, evaluate
 from spach_deploy.validation.runs import examine_typed
 from spach_deploy.validation.tolerance import derive_tolerances
 from spach_deploy.validation.validate import golden_set

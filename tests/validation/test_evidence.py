@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
-from spach_deploy.common import resources
+from spach_deploy.common import machine as resources
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.graph.edit import live_elements_at_batch_one
 from spach_deploy.graph.precision.typed_graph import type_graph

@@ -24,10 +24,9 @@ from spach_deploy.common.files import sha256_of
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.graph.runtimes import DATA, Runtimes
 from spach_deploy.options.command_line import quoted
-from spach_deploy.packaging.kubernetes.deployment import Deployment, triton_options
+from spach_deploy.packaging.kubernetes.deployment import Deployment, quantity, triton_options
 from spach_deploy.packaging.kubernetes.golden_pack import GoldenPack, golden_pack
 from spach_deploy.packaging.kubernetes.options import KubernetesOptions
-from spach_deploy.packaging.kubernetes.sizes import quantity
 from spach_deploy.packaging.kubernetes.template_context import (
     TEMPLATES,
     TemplateContext,

@@ -19,9 +19,9 @@ from spach_deploy.bundle.store import GOLDEN, TensorInfo
 from spach_deploy.common.errors import BundleError
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import BatchProfile
+from spach_deploy.packaging.triton.config import DATA_TYPES
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.packaging.triton.served_model import ServedModel
-from spach_deploy.packaging.triton.tensors import DATA_TYPES
 from spach_deploy.validation.runs import repeating
 from spach_deploy.validation.tolerance import Bounds
 

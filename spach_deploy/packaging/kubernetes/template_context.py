@@ -12,9 +12,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from spach_deploy.packaging.kubernetes.deployment import Deployment, is_version_compatible, listed
+from spach_deploy.packaging.kubernetes.deployment import (
+    PROBE_SECONDS,
+    Deployment,
+    is_version_compatible,
+    listed,
+    quantity,
+)
 from spach_deploy.packaging.kubernetes.golden_pack import allows_tf32
-from spach_deploy.packaging.kubernetes.sizes import PROBE_SECONDS, quantity
 from spach_deploy.packaging.triton.options import Batching
 
 PILLOW = "11.3.0"

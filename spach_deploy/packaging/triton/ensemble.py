@@ -15,11 +15,10 @@ from typing import Any
 from spach_deploy.bundle.golden import LOGITS
 from spach_deploy.common.errors import UsageError
 from spach_deploy.options.specs import IODtype
-from spach_deploy.packaging.triton.config import LABELS_FILE, instance_group, tensor_fields
+from spach_deploy.packaging.triton.config import DATA_TYPES, LABELS_FILE, instance_group, tensor_fields
 from spach_deploy.packaging.triton.options import Device, Ensemble, EnsembleInput, Instances
 from spach_deploy.packaging.triton.schema import model_config
 from spach_deploy.packaging.triton.served_model import ServedModel
-from spach_deploy.packaging.triton.tensors import DATA_TYPES
 
 IMAGE, PIXELS = "image", "pixels"
 STEP_FILE = "model.py"

@@ -26,13 +26,19 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.options.command_line import quoted
-from spach_deploy.packaging.triton.config import LABELS_FILE, model_configuration
+from spach_deploy.packaging.triton.config import (
+    DATA_TYPES,
+    FOLDER,
+    LABELS_FILE,
+    WarmUp,
+    model_configuration,
+    shown,
+    warm_up,
+)
 from spach_deploy.packaging.triton.ensemble import STEP_FILE, EnsembleStep, ensemble_steps
 from spach_deploy.packaging.triton.options import Backend, TritonOptions
 from spach_deploy.packaging.triton.schema import to_text
 from spach_deploy.packaging.triton.served_model import BundleArgument, ServedModel, resolve_models
-from spach_deploy.packaging.triton.tensors import DATA_TYPES, shown
-from spach_deploy.packaging.triton.warmup import FOLDER, WarmUp, warm_up
 
 CONTENTS = DirectoryKind("triton-model-repository", "a model repository")
 CONFIG = "config.pbtxt"

@@ -16,10 +16,9 @@ from spach_deploy.options.specs import ExportOptions, Flavour
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.rewrites.static_modules import StaticSpach
-from spach_deploy.validation.activations import ActivationTrace
 from spach_deploy.validation.error_trace import ExpectedActivations
 from spach_deploy.validation.exact import ReferenceLogits, prove_equal, rounding_limit
-from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
+from spach_deploy.validation.rounding_error import ActivationTrace, evaluate, evaluate_fp64
 from spach_deploy.validation.tolerance import (
     QUANTIZED_ROUNDING_IMAGES,
     ROUNDING_IMAGES,

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.executors import ClusterAddress, LocalExecutor, Pool
+from spach_deploy.common.machine import torch_threads
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.common.progress import Phases
-from spach_deploy.common.threads import torch_threads
 from spach_deploy.data.labels import ImageLabels, open_labels
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import batches, open_images

@@ -23,7 +23,7 @@ from spach_deploy.common.versions import tool_versions
 from spach_deploy.pipeline.zoo.child import ProcessEnd
 from spach_deploy.pipeline.zoo.folder import KIND
 from spach_deploy.pipeline.zoo.plan import Build
-from spach_deploy.report.formats import plural
+from spach_deploy.report.content import plural
 from spach_deploy.report.page import fill
 
 SCHEMA = 1

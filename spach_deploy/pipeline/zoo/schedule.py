@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
-from spach_deploy.common.resources import find_memory
-from spach_deploy.common.threads import available_threads
+from spach_deploy.common.machine import available_threads, find_memory
 from spach_deploy.pipeline.zoo.child import ProcessEnd, RunningExport
 from spach_deploy.pipeline.zoo.plan import Build
 

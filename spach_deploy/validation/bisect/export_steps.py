@@ -29,7 +29,6 @@ from spach_deploy.options.specs import Precision
 from spach_deploy.rewrites import rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
-from spach_deploy.validation.activations import parts_of
 from spach_deploy.validation.bisect.fault_diagnosis import Fault, diagnose
 from spach_deploy.validation.bisect.locate import Location, Suspicion, locate
 from spach_deploy.validation.bisect.probe_points import Float32Array
@@ -45,7 +44,7 @@ from spach_deploy.validation.bisect.result import (
     Unmatched,
 )
 from spach_deploy.validation.exact import rounding_limit
-from spach_deploy.validation.rounding_error import evaluate
+from spach_deploy.validation.rounding_error import evaluate, parts_of
 from spach_deploy.validation.runs import Level, RunResult
 from spach_deploy.validation.tolerance import measured_fp32_error
 

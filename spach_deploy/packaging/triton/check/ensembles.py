@@ -13,8 +13,8 @@ from spach_deploy.common.files import parse_json
 from spach_deploy.packaging.triton.check.fields import label_file
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding
 from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository
+from spach_deploy.packaging.triton.config import DATA_TYPES, shown
 from spach_deploy.packaging.triton.schema import data_type_name
-from spach_deploy.packaging.triton.tensors import DATA_TYPES, shown
 
 _NEWEST = -1
 

@@ -1,16 +1,96 @@
-"""Memory and disk that an export may take, and the folders that it must write to.
+"""How many threads to compute with.
+
+OpenMP threads wait for each other by spinning: where another process uses a core, or the work is small, two threads
+take several times as long as one. So proofs on small tensors take one thread, and what PyTorch computes beside other
+work leaves that a core.
+
+What this machine's processor can compute: the features that matter for the arithmetic of networks.
+
+Memory and disk that an export may take, and the folders that it must write to.
 
 Source: Linux kernel, "The /proc Filesystem" (meminfo), "Control Group v2" and "Memory Resource Controller" (v1).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def available_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def worker_threads(is_busy: bool) -> int:
+    """All cores, less the one that other work takes while it is under way."""
+    return max(1, available_threads() - is_busy)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch's operators with `count` threads within the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+CPUINFO = Path("/proc/cpuinfo")
+"""Where the system describes its processors."""
+
+_TELLING = (
+    *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "f16c", "fma"),
+    *("asimd", "bf16", "i8mm", "sve"),
+)
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def cpu_flags() -> set[str]:
+    """Features of this processor that matter for its arithmetic; empty where the system does not say."""
+    return {flag for flag in _TELLING if flag in all_cpu_flags().split()}
+
+
+def all_cpu_flags() -> str:
+    """Every feature of this processor, as the system lists them; empty where it does not say."""
+    return _described("flags", "Features")
+
+
+def processor_name() -> str:
+    """As the system names it."""
+    return _described("model name") or platform.machine()
+
+
+def has_bf16() -> bool:
+    """Whether it multiplies bfloat16."""
+    return bool(cpu_flags() & _BF16)
+
+
+def has_vnni() -> bool:
+    """Whether it multiplies unsigned by signed eight-bit integers and sums them in 32 bits."""
+    return bool(cpu_flags() & _VNNI)
+
+
+def _described(*keys: str) -> str:
+    """The first line with one of these keys; empty where there is none."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    found = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys)
+    return next(found, "")
+
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 _ROOT = Path("/")
