@@ -14,17 +14,7 @@ from typing import TYPE_CHECKING, Any
 from spach_deploy._version import __version__
 from spach_deploy.common.errors import MissingPackageError, printable_lines
 from spach_deploy.common.versions import refuse_old
-from spach_deploy.report import sections as accuracy
-from spach_deploy.report import sections as again
-from spach_deploy.report import sections as answers
-from spach_deploy.report import sections as bisect
-from spach_deploy.report import sections as compared
-from spach_deploy.report import sections as depth
-from spach_deploy.report import sections as graph
-from spach_deploy.report import sections as precision
-from spach_deploy.report import sections as ranges
-from spach_deploy.report import sections as steps
-from spach_deploy.report import sections as verdict
+from spach_deploy.report import sections
 from spach_deploy.report.content import FILTERS, ReportContent
 from spach_deploy.report.plots import INSTALL
 
@@ -63,16 +53,16 @@ class Section:
 
 
 SECTIONS = (
-    Section("bisect", "Bisection", bisect.bisect),
-    Section("compared", "What was compared", compared.compared),
-    Section("steps", "The pipeline, step by step", steps.steps),
-    Section("depth", "Error along the depth", depth.depth),
-    Section("answers", "Images", answers.answers),
-    Section("accuracy", "Accuracy", accuracy.accuracy),
-    Section("precision", "Precision, layer by layer", precision.precision),
-    Section("ranges", "Ranges", ranges.ranges),
-    Section("graph", "Graph and engine", graph.graph),
-    Section("again", "Do it again", again.again),
+    Section("bisect", "Bisection", sections.bisect),
+    Section("compared", "What was compared", sections.compared),
+    Section("steps", "The pipeline, step by step", sections.steps),
+    Section("depth", "Error along the depth", sections.depth),
+    Section("answers", "Images", sections.answers),
+    Section("accuracy", "Accuracy", sections.accuracy),
+    Section("precision", "Precision, layer by layer", sections.precision),
+    Section("ranges", "Ranges", sections.ranges),
+    Section("graph", "Graph and engine", sections.graph),
+    Section("again", "Do it again", sections.again),
 )
 """What a page shows, in order, below its verdict."""
 
@@ -83,8 +73,8 @@ def render(content: ReportContent) -> str:
     report = content.report
     return fill(
         "page.html.jinja",
-        title=f"{report['model']} {str(report['precision']).upper()}: {verdict.heading_of(report)}",
-        verdict=verdict.verdict(content),
+        title=f"{report['model']} {str(report['precision']).upper()}: {sections.heading_of(report)}",
+        verdict=sections.verdict(content),
         sections=[{"name": s.name, "title": view.get("title", s.title), "view": view} for s, view in shown],
         report=report,
         manifest=content.manifest,
