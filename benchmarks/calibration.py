@@ -28,16 +28,14 @@ from benchmarks.quantization import prepared
 from benchmarks.results import record, table
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, export_canonical
-from spach_deploy.graph.precision.ranges import open_session
 from spach_deploy.models import load_model
 from spach_deploy.options.specs import ModelSpec, Preprocessing
 from spach_deploy.quantization.formats import INT8, Float32
 from spach_deploy.quantization.plan import Scaling
-from spach_deploy.quantization.quantize import candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.quantization.statistics import Collector
 from spach_deploy.rewrites import rewrite
+from tests.protos import Collector, candidates, open_session, plan_from_statistics
 
 OURS = tuple(method.value for method in Method)
 THEIRS = {"ort-minmax": "MinMax", "ort-entropy": "Entropy", "ort-percentile": "Percentile"}

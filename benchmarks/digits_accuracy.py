@@ -25,18 +25,14 @@ from spach_deploy.graph.export import INPUT
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.graph.precision.formats import half_format
-from spach_deploy.graph.precision.ranges import measure_ranges
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.published import TRANS
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.formats import eight_bits
-from spach_deploy.quantization.outlier_migration import migrate_outliers
 from spach_deploy.quantization.plan import Scaling
-from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
 from tests import digits
-from tests.protos import in_place
+from tests.protos import in_place, measure_ranges, migrate_outliers, quantize_graph, type_graph
 
 
 def ours(model: Spach, calibration: digits.Images, precision: Precision) -> ModelProto:

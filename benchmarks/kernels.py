@@ -30,7 +30,6 @@ from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical, simplify
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import CONFIGS
 from spach_deploy.models.registry import create_model
@@ -38,6 +37,7 @@ from spach_deploy.models.spach import Spach
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import OPSET, EngineTarget, Precision
 from spach_deploy.rewrites import rewrite
+from tests.protos import type_graph
 
 BATCH = 8
 

@@ -33,18 +33,14 @@ from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import read_plan_facts
-from spach_deploy.graph.precision.ranges import open_session
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models import load_model
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import EngineTarget, ModelSpec, Precision, Preprocessing
-from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.quantization.formats import INT8, Float32
 from spach_deploy.quantization.plan import Scaling
-from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.validation.compare import compare_outputs
-from tests.protos import in_place
+from tests.protos import equalize_graph, in_place, mark_sites, open_session, type_graph
 
 OURS = "ours"
 RIGHT = {"FP32": 1e-4, "FP16": 1e-2, "INT8": 1e-1}

@@ -28,22 +28,30 @@ from spach_deploy.engine.plan_facts import read_plan_facts
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.graph.precision.ranges import Ranges, measure_ranges, open_session
-from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.graph.precision.ranges import Ranges
 from spach_deploy.models import load_model
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import EngineTarget, ModelSpec, Precision, Preprocessing
-from spach_deploy.pipeline.steps.quantization import mark_sites
-from spach_deploy.quantization.bias_correction import correct_biases
 from spach_deploy.quantization.formats import FP8, INT8, Float32
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
-from spach_deploy.quantization.qdq import insert_qdq
-from spach_deploy.quantization.quantize import QuantizableSites, candidates, equalize_graph, plan_from_statistics
+from spach_deploy.quantization.quantize import QuantizableSites
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import LayerKind, Selection
-from spach_deploy.quantization.statistics import Collector, TensorStatistics
+from spach_deploy.quantization.statistics import TensorStatistics
 from spach_deploy.rewrites import rewrite
-from tests.protos import in_place
+from tests.protos import (
+    Collector,
+    candidates,
+    correct_biases,
+    equalize_graph,
+    in_place,
+    insert_qdq,
+    mark_sites,
+    measure_ranges,
+    open_session,
+    plan_from_statistics,
+    type_graph,
+)
 
 BATCH = 8
 

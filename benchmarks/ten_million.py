@@ -33,12 +33,12 @@ from spach_deploy.models import load_model
 from spach_deploy.options.specs import ModelSpec, Preprocessing
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import Scaling
-from spach_deploy.quantization.quantize import candidates
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.shards import CalibrationShard, CalibrationWork, collect_part, merge_all, observe_part
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import TensorRequest
 from spach_deploy.rewrites import rewrite
+from tests.protos import candidates
 
 LONGER_SIDE = 500
 PREPROCESSING = Preprocessing()

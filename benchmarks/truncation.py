@@ -27,14 +27,11 @@ from onnx import ModelProto, TensorProto
 from benchmarks.quantization import Subject, Variant, built, deployed, planned
 from benchmarks.results import record, table
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.graph.edit import initializers, producers
-from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import Scaling
-from spach_deploy.quantization.quantize import equalize_graph
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from tests.protos import in_place
+from tests.protos import equalize_graph, in_place, initializers, mark_sites, producers
 
 MODELS = ("trans_xxs", "ms_conv_xxs", "ms_mlp_xxs", "ms_hybrid_s")
 EVERYTHING = Selection(quantize=("*",))

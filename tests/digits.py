@@ -36,13 +36,12 @@ from spach_deploy.common.machine import torch_threads
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
-from spach_deploy.graph.precision.rounding import rounded_graph
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.published import CONV, MLP, TRANS, SpachConfig
 from spach_deploy.models.spach import Attention, MixingBlock, Spach
 from spach_deploy.options.specs import Precision, Preprocessing
 from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from tests.protos import rounded_graph, type_graph
 from tests.shared import alone
 
 IMAGE_SIZE, CLASSES, FOLDS = 16, 10, 5

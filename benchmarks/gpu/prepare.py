@@ -16,23 +16,27 @@ from benchmarks.quantization import prepared
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.graph.precision.ranges import measure_ranges
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.checkpoint import load_model
 from spach_deploy.options.specs import ModelSpec, Precision, Preprocessing
-from spach_deploy.pipeline.steps.quantization import mark_sites
-from spach_deploy.quantization.bias_correction import correct_biases
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
-from spach_deploy.quantization.qdq import insert_qdq
-from spach_deploy.quantization.quantize import candidates, equalize_graph, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.quantization.statistics import Collector
 from spach_deploy.rewrites import rewrite
 from spach_deploy.validation.tolerance import derive_tolerances
-from tests.protos import in_place
+from tests.protos import (
+    Collector,
+    candidates,
+    correct_biases,
+    equalize_graph,
+    in_place,
+    insert_qdq,
+    mark_sites,
+    measure_ranges,
+    plan_from_statistics,
+    type_graph,
+)
 
 IMAGES, CALIBRATION = 8, 16
 ALLOWED, GOLDEN = "allowed.json", "images.npz"

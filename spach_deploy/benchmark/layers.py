@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spach_deploy.graph.names import owner
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    import onnx_ir as ir
 
 
 _SPELT_OUT = re.compile(r"(.+/Conv[^/]*)/(?:pad|slice_\d\d|product_\d\d|sum_\d\d|bias)")
@@ -43,103 +43,85 @@ class Layer:
         return dataclasses.asdict(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class _StoredTensor:
-    shape: tuple[int, ...]
-    itemsize: int
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
-
-
 def layers(graph: Path, batch: int) -> tuple[Layer, ...]:
     """Convolutions and matrix products of an ONNX file at this batch, in order.
 
     A depthwise convolution that was spelt out as a sum of products for TensorRT counts as the one that it was. What is
     dequantized on its way in counts with its eight bits.
     """
-    import onnx
+    return tuple(_layers(_with_shapes(graph, batch)))
 
-    model = onnx.load(graph)
-    for value in model.graph.input:
+
+def _with_shapes(graph: Path, batch: int) -> ir.Graph:
+    """The graph at this batch, with the shapes of all tensors."""
+    import onnx
+    import onnx_ir as ir
+
+    from spach_deploy.graph.editing import without_weights
+
+    model = ir.from_proto(onnx.load(graph))
+    light = without_weights(model)
+    for value in light.graph.input[: len(model.graph.inputs)]:
         value.type.tensor_type.shape.dim[0].dim_value = batch
-    for value in (*model.graph.output, *model.graph.value_info):
-        value.Clear()
-    inferred = onnx.shape_inference.infer_shapes(_without_stale_shapes(model), data_prop=True)
-    tensors = dict(_tensors(inferred))
-    return tuple(_layers(inferred.graph.node, tensors))
+    for value in light.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return ir.from_proto(onnx.shape_inference.infer_shapes(light, data_prop=True)).graph
 
 
-def _without_stale_shapes(model: ModelProto) -> ModelProto:
-    """Shapes that were inferred for a free batch would be kept."""
-    outputs = [node_output for node in model.graph.node for node_output in node.output]
-    wanted = [name for name in ("logits",) if name in outputs]
-    del model.graph.value_info[:]
-    del model.graph.output[:]
-    for name in wanted:
-        model.graph.output.add().name = name
-    return model
-
-
-def _tensors(model: ModelProto) -> Iterator[tuple[str, _StoredTensor]]:
-    import onnx
-
-    for weight in model.graph.initializer:
-        yield weight.name, _StoredTensor(tuple(weight.dims), _itemsize(weight.data_type))
-    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
-        of = value.type.tensor_type
-        if all(dim.HasField("dim_value") for dim in of.shape.dim) and of.elem_type != onnx.TensorProto.UNDEFINED:
-            yield value.name, _StoredTensor(tuple(dim.dim_value for dim in of.shape.dim), _itemsize(of.elem_type))
-
-
-def _itemsize(element_type: int) -> int:
-    import onnx
-
-    return int(onnx.helper.tensor_dtype_to_np_dtype(element_type).itemsize)
-
-
-def _layers(nodes: Sequence[NodeProto], tensors: Mapping[str, _StoredTensor]) -> Iterator[Layer]:
-    stored = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    spelt_out: dict[str, list[NodeProto]] = {}
-    for node in nodes:
-        if match := _SPELT_OUT.fullmatch(node.name):
+def _layers(graph: ir.Graph) -> Iterator[Layer]:
+    spelt_out: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        if match := _SPELT_OUT.fullmatch(node.name or ""):
             spelt_out.setdefault(match[1], []).append(node)
-    for node in nodes:
+    for node in graph:
+        name = node.name or ""
         if node.op_type in ("Conv", "MatMul", "Gemm"):
-            found = _product(node, tensors, stored)
-        elif node.op_type == "Pad" and (parts := spelt_out.get(node.name.removesuffix("/pad"))):
-            found = _depthwise(node.name.removesuffix("/pad"), parts, tensors)
+            found = _product(node)
+        elif node.op_type == "Pad" and (parts := spelt_out.get(name.removesuffix("/pad"))):
+            found = _depthwise(name.removesuffix("/pad"), parts)
         else:
             continue
         if found is not None:
             yield found
 
 
-def _product(node: NodeProto, tensors: Mapping[str, _StoredTensor], stored: Mapping[str, str]) -> Layer | None:
-    output, weight, left = (tensors.get(name) for name in (node.output[0], node.input[1], node.input[0]))
+def _shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """None where it is not known."""
+    known = value is not None and value.dtype is not None and value.shape is not None and value.shape.is_static()
+    return value.shape.numpy() if value is not None and value.shape is not None and known else None
+
+
+def _bytes(value: ir.Value | None) -> int:
+    """0 where it is not known; as they are stored, of what is dequantized."""
+    made = None if value is None else value.producer()
+    source = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else value
+    shape = _shape(source)
+    return (
+        0 if source is None or source.dtype is None or shape is None else math.prod(shape) * int(source.dtype.itemsize)
+    )
+
+
+def _product(node: ir.Node) -> Layer | None:
+    output, weight, left = (_shape(value) for value in (node.outputs[0], node.inputs[1], node.inputs[0]))
     if output is None or weight is None or left is None:
         return None
-    names = (*(stored.get(name, name) for name in node.input), *node.output)
-    inner = math.prod(weight.shape[1:]) if node.op_type == "Conv" else _contracted(node, left)
-    moved = sum(tensors[name].bytes for name in names if name in tensors)
-    return Layer(owner(node.name), node.op_type, math.prod(output.shape) * inner, moved)
+    inner = math.prod(weight[1:]) if node.op_type == "Conv" else _contracted(node, left)
+    moved = sum(map(_bytes, (*node.inputs, *node.outputs)))
+    return Layer(owner(node.name or ""), node.op_type, math.prod(output) * inner, moved)
 
 
-def _depthwise(name: str, parts: Sequence[NodeProto], tensors: Mapping[str, _StoredTensor]) -> Layer | None:
+def _depthwise(name: str, parts: Sequence[ir.Node]) -> Layer | None:
     """Nine shifted products: as in a convolution, what lies between its input and its output is not moved."""
     products = [node for node in parts if node.op_type == "Mul"]
-    ends = [tensors.get(tensor) for tensor in (parts[0].input[0], parts[-1].output[0])]
-    taps = [tensors.get(node.input[1]) for node in products]
-    macs = sum(math.prod(tensors[node.output[0]].shape) for node in products if node.output[0] in tensors)
-    if not products or None in ends or None in taps:
+    moved = [parts[0].inputs[0], parts[-1].outputs[0], *(node.inputs[1] for node in products)]
+    if not products or any(_shape(value) is None for value in moved):
         return None
-    return Layer(owner(name), "Conv", macs, sum(tensor.bytes for tensor in (*ends, *taps) if tensor))
+    macs = sum(math.prod(_shape(node.outputs[0]) or (0,)) for node in products)
+    return Layer(owner(name), "Conv", macs, sum(map(_bytes, moved)))
 
 
-def _contracted(node: NodeProto, left: _StoredTensor) -> int:
-    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-    return left.shape[0] if transposed else left.shape[-1]
+def _contracted(node: ir.Node, left: tuple[int, ...]) -> int:
+    return left[0] if node.attributes.get_int("transA", 0) else left[-1]
 
 
 def totals(found: Iterable[Layer]) -> dict[str, Layer]:

@@ -196,7 +196,7 @@ def _lacking_data(graph: Path) -> str:
         if content.find(b"location") < 0:
             return ""
     try:
-        from spach_deploy.graph.edit import lacking_data
+        from spach_deploy.graph.external_data import lacking_data
     except ImportError:
         return ""
     return lacking_data(graph)

@@ -6,7 +6,8 @@ onnx infers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,34 @@ FLOAT32_KEY = "spach.precision"
 
 QUANTIZED_KEY = "spach.quantized"
 """metadata_props key of a node that passes leave whole, because it is quantized."""
+
+
+def name_of(part: ir.Node | ir.Value | None) -> str:
+    """Name of a node or a tensor, "" where it has none."""
+    return "" if part is None or part.name is None else part.name
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that `node` has."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def made_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The tensors that nodes make, in order."""
+    return (value for node in graph for value in node.outputs if value.name)
+
+
+def tensor_of(value: ir.Value) -> ir.TensorProtocol:
+    """What an initializer holds."""
+    assert value.const_value is not None
+    return value.const_value
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Of all constants together."""
+    return sum(tensor_of(value).nbytes for value in model.graph.initializers.values())
 
 
 class NodeWriter:
@@ -139,7 +168,7 @@ def as_proto(model: ir.Model) -> ModelProto:
 
 def without_weights(model: ir.Model) -> ModelProto:
     """The graph, its constants as inputs but for integers: types and shapes do not depend on weights' values."""
-    constants = model.graph.initializers.values()
+    constants = [value for value in model.graph.initializers.values() if not value.is_graph_input()]
     integers = [value for value in constants if value.dtype == ir.DataType.INT64]
     others = [value for value in constants if value.dtype != ir.DataType.INT64]
     return message_of(model, (*model.graph.inputs, *others), integers)
@@ -155,3 +184,18 @@ def shapes_at_batch_one(model: ir.Model) -> dict[str, tuple[int, ...]]:
     inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     values = (*inferred.input, *inferred.value_info, *inferred.output)
     return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in values}
+
+
+def live_elements_at_batch_one(model: ir.Model) -> int:
+    """Numbers that have to be in memory at once for one image, weights aside, in the order of the nodes."""
+    shapes = shapes_at_batch_one(model)
+    last = {value: index for index, node in enumerate(model.graph) for value in node.inputs}
+    alive: dict[ir.Value | None, int] = {}
+    most = 0
+    for index, node in enumerate(model.graph):
+        alive |= {value: math.prod(shapes[name_of(value)]) for value in node.outputs if value.name in shapes}
+        most = max(most, sum(alive.values()))
+        for value in (*node.inputs, *node.outputs):
+            if last.get(value, index) == index:
+                alive.pop(value, None)
+    return most

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import ModelProto, TensorProto, helper
+from onnx import TensorProto, helper
 from onnx.defs import OpSchema
 
 from spach_deploy.common.errors import UnavailableError, UsageError
@@ -52,15 +52,6 @@ def set_opset(model: ir.Model, opset: int) -> None:
     model.opset_imports[""] = opset
     entries = [helper.make_opsetid(*entry) for entry in model.opset_imports.items()]
     model.ir_version = helper.find_min_ir_version_for(entries, ignore_unknown=True)
-
-
-def raise_opset_of_proto(proto: ModelProto, opset: int) -> None:
-    """`raise_opset` for those who have a message."""
-    model = ir.from_proto(proto)
-    raise_opset(model, opset)
-    proto.ir_version = model.ir_version
-    del proto.opset_import[:]
-    proto.opset_import.extend(helper.make_opsetid(*entry) for entry in model.opset_imports.items())
 
 
 def raise_opset(model: ir.Model, opset: int) -> None:

@@ -35,6 +35,7 @@ class GraphNeeds:
     def of(cls, graph: Path | bytes) -> GraphNeeds | None:
         """Those of an ONNX file or its bytes; weights beside it are not read. None for what is none, or is untyped."""
         import onnx
+        import onnx_ir as ir
         from onnx import TensorProto
 
         from spach_deploy.graph.precision.elements import element_types
@@ -44,7 +45,7 @@ class GraphNeeds:
                 model = onnx.load_from_string(graph)
             else:
                 model = onnx.load(graph, load_external_data=False)
-            types = element_types(model)
+            types = element_types(ir.from_proto(model))
             opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
         except Exception:  # protobuf's and shape inference's own, OSError, PrecisionError, a graph without an opset
             return None

@@ -7,10 +7,10 @@ than any choice of scales: on ms_hybrid_s, not equalized, it brings the logits' 
 from __future__ import annotations
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+import onnx_ir as ir
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.graph.edit import constant, consumers, initializers, remove_unused_initializers
+from spach_deploy.graph.editing import name_of, tensor_of
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
 from spach_deploy.quantization.sites import LayerKind
@@ -21,45 +21,44 @@ def corrected_bias(site: QuantizedSite) -> str:
     return f"{site.module}.bias/corrected"
 
 
-def correct_biases(model: ModelProto, plan: QuantizationPlan) -> int:
-    """Add every site's correction to its bias, in place; how many there were. A layer without a bias gets one."""
-    nodes = {node.name: node for node in model.graph.node}
-    corrected = [site for site in plan.sites if site.correction]
-    for site in corrected:
-        if site.node not in nodes:
-            raise PrecisionError(f"The graph has no node {site.node}, which was to be quantized.")
-        _correct(model.graph, nodes[site.node], site)
-    remove_unused_initializers(model.graph)
-    return len(corrected)
+class CorrectBiases(ir.passes.InPlacePass):
+    """Adds every site's correction to its bias. A layer without a bias gets one.
+
+    Raises PrecisionError for a site that the graph does not have.
+    """
+
+    def __init__(self, plan: QuantizationPlan) -> None:
+        self._corrected = [site for site in plan.sites if site.correction]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the biases of `model`."""
+        nodes = {name_of(node): node for node in model.graph}
+        for site in self._corrected:
+            if site.node not in nodes:
+                raise PrecisionError(f"The graph has no node {site.node}, which was to be quantized.")
+            _correct(model.graph, nodes[site.node], site)
+        return ir.passes.PassResult(model, bool(self._corrected))
 
 
-def _correct(graph: GraphProto, node: NodeProto, site: QuantizedSite) -> None:
+def _correct(graph: ir.Graph, node: ir.Node, site: QuantizedSite) -> None:
     correction: Float32 = np.array(site.correction, np.float32)
-    name = corrected_bias(site)
-    if node.op_type == "MatMul":
-        add, slot = _bias_addition(graph, node, site)
-        column = correction[:, None] if site.kind is LayerKind.TOKEN_LINEAR else correction
-        graph.initializer.append(constant(name, _bias(graph, add.input[slot]) + column))
-        add.input[slot] = name
-        return
-    old = _bias(graph, node.input[2]) if len(node.input) > 2 else np.float32(0.0)
-    graph.initializer.append(constant(name, old + correction))
-    if len(node.input) > 2:
-        node.input[2] = name
-    else:
-        node.input.append(name)
+    if node.op_type != "MatMul" and len(node.inputs) < 3:
+        node.resize_inputs(3)
+    add, slot = _bias_addition(node, site) if node.op_type == "MatMul" else (node, 2)
+    column = correction[:, None] if site.kind is LayerKind.TOKEN_LINEAR else correction
+    old = add.inputs[slot]
+    values = (np.float32(0.0) if old is None else tensor_of(old).numpy()) + column
+    corrected = ir.val(corrected_bias(site), const_value=ir.Tensor(values, name=corrected_bias(site)))
+    graph.register_initializer(corrected)
+    add.replace_input_with(slot, corrected)
+    if old is not None and not old.uses():
+        graph.initializers.pop(name_of(old))
 
 
-def _bias(graph: GraphProto, name: str) -> Float32:
-    array: Float32 = numpy_helper.to_array(initializers(graph)[name])
-    return array
-
-
-def _bias_addition(graph: GraphProto, product: NodeProto, site: QuantizedSite) -> tuple[NodeProto, int]:
+def _bias_addition(product: ir.Node, site: QuantizedSite) -> tuple[ir.Node, int]:
     """The Add behind a product over tokens, and which of its inputs is the bias."""
-    known = initializers(graph)
-    for reader in consumers(graph).get(product.output[0], ()):
-        slots = [slot for slot, name in enumerate(reader.input) if name in known]
+    for reader in product.outputs[0].consumers():
+        slots = [slot for slot, value in enumerate(reader.inputs) if value is not None and value.is_initializer()]
         if reader.op_type == "Add" and slots:
             return reader, slots[0]
     raise PrecisionError(f"{site.module} has no bias to correct.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from onnx import ModelProto
+import onnx_ir as ir
 
 from spach_deploy.common.errors import BundleError, ImageError, UsageError
 from spach_deploy.common.files import Destination, identity, is_own, read_json
@@ -124,7 +124,7 @@ class CalibrationSettings:
 
 
 def collect(
-    model: ModelProto,
+    model: ir.Model,
     wanted: Sequence[TensorRequest],
     source: ImageSource,
     preprocessing: Preprocessing,

@@ -28,9 +28,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, numpy_helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.editing import tensor_of
 from spach_deploy.quantization.formats import INT8, EightBitFormat, Float32, Float64
 from spach_deploy.quantization.scales import expected_error
 from spach_deploy.quantization.sites import LayerKind, Site
@@ -272,23 +272,22 @@ def _divide(parameter: Float64, rows: OutputChannels, factors: Float64) -> None:
     part /= factors.reshape((-1,) + (1,) * (parameter.ndim - 1))
 
 
-def apply_to_graph(model: ModelProto, equalized: Iterable[EqualizedPair]) -> int:
+def apply_to_graph(model: ir.Model, equalized: Iterable[EqualizedPair]) -> int:
     """Give the graph the changed weights, in place; how many changed."""
-    known = initializers(model.graph)
-    floats = {name: tensor for name, tensor in known.items() if tensor.data_type == TensorProto.FLOAT}
-    changed = apply_to_arrays(_Decoded(floats), equalized)
+    constants = model.graph.initializers
+    changed = apply_to_arrays(_Decoded(constants), equalized)
     for name, value in changed.items():
-        floats[name].CopyFrom(numpy_helper.from_array(value, name))
+        constants[name].const_value = ir.Tensor(value, name=name)
     return len(changed)
 
 
 class _Decoded(dict[str, Float32]):
     """Initializers as arrays, decoded when asked for."""
 
-    def __init__(self, tensors: Mapping[str, TensorProto]) -> None:
+    def __init__(self, constants: Mapping[str, ir.Value]) -> None:
         super().__init__()
-        self._tensors = tensors
+        self._constants = constants
 
     def __missing__(self, name: str) -> Float32:
-        self[name] = numpy_helper.to_array(self._tensors[name])
+        self[name] = tensor_of(self._constants[name]).numpy()
         return self[name]

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from spach_deploy.options.specs import Precision
 
@@ -23,7 +23,7 @@ class EightBitFormat:
     """
 
     name: str
-    onnx_type: int
+    dtype: ir.DataType
     limit: float
     step: Callable[[Float64], Float64] = dataclasses.field(repr=False)
 
@@ -54,8 +54,8 @@ def _e4m3_step(magnitude: Float64) -> Float64:
     return step
 
 
-INT8 = EightBitFormat("int8", int(TensorProto.INT8), 127.0, _integer_step)
-FP8 = EightBitFormat("fp8", int(TensorProto.FLOAT8E4M3FN), 448.0, _e4m3_step)
+INT8 = EightBitFormat("int8", ir.DataType.INT8, 127.0, _integer_step)
+FP8 = EightBitFormat("fp8", ir.DataType.FLOAT8E4M3FN, 448.0, _e4m3_step)
 
 
 def eight_bits(precision: Precision) -> EightBitFormat | None:

@@ -8,12 +8,13 @@ weights take the factor. Nothing is measured for it: how large a channel gets fo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-from onnx import ModelProto, TensorProto, numpy_helper
+import onnx_ir as ir
 
-from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.editing import tensor_of
 from spach_deploy.graph.precision.formats import HalfFormat
 from spach_deploy.graph.precision.ranges import Ranges
 from spach_deploy.quantization.equalization import (
@@ -24,26 +25,41 @@ from spach_deploy.quantization.equalization import (
     find_pairs,
 )
 from spach_deploy.quantization.formats import Float32, Float64
-from spach_deploy.quantization.sites import LayerKind, find_sites
+from spach_deploy.quantization.sites import LayerKind, find_sites, is_weight
 
 ORDINARY = 16.0
 """Channels up to this many times the median are left as they are."""
 
 
-def migrate_outliers(model: ModelProto, ranges: Ranges, form: HalfFormat, margin: float) -> tuple[str, ...]:
-    """Equalize the pairs of the FP32 graph whose activation passes `form`'s limit, in place; names of those changed."""
-    known = initializers(model.graph)
-    floats = {name: tensor for name, tensor in known.items() if tensor.data_type == TensorProto.FLOAT}
-    layers = [site for site in find_sites(model) if site.kind is not LayerKind.ATTENTION]
-    loud = [
-        pair
-        for pair in find_pairs(layers, floats)
-        if ranges.max_abs.get(pair.site.activation, 0.0) * margin > form.limit
-    ]
-    tamed = [_migrated(pair, [numpy_helper.to_array(floats[rows.parameter]) for rows in pair.divided]) for pair in loud]
-    changed = [pair for pair in tamed if pair.alpha is not None]
-    apply_to_graph(model, changed)
-    return tuple(pair.name for pair in changed)
+@dataclasses.dataclass
+class MigratedOutliers(ir.passes.PassResult):
+    """The model, whether it was modified, and the names of the pairs that were."""
+
+    pairs: tuple[str, ...]
+
+
+class MigrateOutliers(ir.passes.InPlacePass):
+    """Equalizes the pairs of an FP32 graph whose activation passes `form`'s limit. Gives `MigratedOutliers`."""
+
+    def __init__(self, ranges: Ranges, form: HalfFormat, margin: float) -> None:
+        self._ranges, self._form, self._margin = ranges, form, margin
+
+    def call(self, model: ir.Model) -> MigratedOutliers:
+        """Change the weights of `model`."""
+        constants = model.graph.initializers
+        layers = [site for site in find_sites(model) if site.kind is not LayerKind.ATTENTION]
+        pairs = find_pairs(layers, (name for name, value in constants.items() if is_weight(value)))
+        tamed = [
+            _migrated(pair, [tensor_of(constants[rows.parameter]).numpy() for rows in pair.divided])
+            for pair in pairs
+            if self._is_loud(pair)
+        ]
+        changed = [pair for pair in tamed if pair.alpha is not None]
+        apply_to_graph(model, changed)
+        return MigratedOutliers(model, bool(changed), tuple(pair.name for pair in changed))
+
+    def _is_loud(self, pair: EqualizablePair) -> bool:
+        return self._ranges.max_abs.get(pair.site.activation, 0.0) * self._margin > self._form.limit
 
 
 def _migrated(pair: EqualizablePair, parameters: Iterable[Float32]) -> EqualizedPair:

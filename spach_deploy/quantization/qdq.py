@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.graph.edit import attributes, consumers, initializers, producers
-from spach_deploy.graph.opset import raise_opset_of_proto
-from spach_deploy.graph.precision.elements import element_types
+from spach_deploy.graph.editing import name_of, operand, tensor_of
+from spach_deploy.graph.opset import raise_opset
+from spach_deploy.graph.precision.elements import infer_all_types
 from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.formats import INT8, EightBitFormat, Float32
@@ -51,150 +51,147 @@ class Operand(enum.Enum):
 _OPSET = 21
 """QuantizeLinear takes bfloat16 from this opset on, and most runtimes have FP8 from it on."""
 
+_NEWER_TYPES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN)
+
 
 def quantized_from(rest: Precision, form: EightBitFormat) -> Precision:
     """Precision of the numbers that become eight bits, where those that are not quantized have precision `rest`."""
     return Precision.FP32 if rest is Precision.FP16 and form == INT8 else rest
 
 
-def insert_qdq(typed: ModelProto, plan: QuantizationPlan) -> ModelProto:
-    """`typed` with the pairs of `plan`; `typed` itself is not changed.
+class InsertQdq(ir.passes.InPlacePass):
+    """Gives a typed graph the pairs of `plan`.
 
     Raises PrecisionError for a site whose node is not there or reads other tensors.
     """
-    return _Inserter(typed, plan).run()
+
+    def __init__(self, plan: QuantizationPlan) -> None:
+        self._plan = plan
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change `model`."""
+        infer_all_types(model)
+        graph = model.graph
+        nodes = {name_of(node): node for node in graph}
+        missing = sorted({site.node for site in self._plan.sites} - nodes.keys())
+        if missing:
+            raise PrecisionError(f"The graph has no node {missing[0]}, which was to be quantized.")
+        _Inserter(graph, self._plan).run(nodes)
+        _remove_unread_casts(graph)
+        if any(value.dtype in _NEWER_TYPES for value in graph.initializers.values()):
+            raise_opset(model, _OPSET)
+        return ir.passes.PassResult(model, bool(self._plan.sites))
+
+
+def _remove_unread_casts(graph: ir.Graph) -> None:
+    for node in tuple(graph):
+        made = node.outputs[0]
+        if node.op_type == "Cast" and not made.uses() and not made.is_graph_output():
+            graph.remove(node, safe=True)
 
 
 class _Inserter:
-    def __init__(self, typed: ModelProto, plan: QuantizationPlan) -> None:
-        self._source, self._plan = typed, plan
-        self._types = element_types(typed)
-        self._constants = initializers(typed.graph)
-        self._sites = {site.node: site for site in plan.sites}
-        self._attention = self._attention_inputs(plan.sites)
-        self._inputs = {value.name for value in typed.graph.input}
-        casts = (node for node in typed.graph.node if node.op_type == "Cast")
-        self._wide = {node.output[0]: node.input[0] for node in casts if self._types[node.input[0]] == FLOAT}
-        self._pairs: dict[tuple[str, tuple[float, ...], bool], str] = {}
-        self._nodes: list[NodeProto] = []
-        self._added: list[TensorProto] = []
+    def __init__(self, graph: ir.Graph, plan: QuantizationPlan) -> None:
+        self._graph, self._plan = graph, plan
+        self._pairs: dict[tuple[ir.Value, tuple[float, ...], bool], ir.Value] = {}
 
-    def run(self) -> ModelProto:
-        left = set(self._sites)
-        for node in self._source.graph.node:
-            twin = NodeProto()
-            twin.CopyFrom(node)
-            site = self._sites.get(node.name)
-            if site is not None:
-                left.discard(node.name)
-                self._quantize_inputs(twin, site)
-            for index, name in enumerate(node.input):
-                scale = self._attention.get((node.name, index))
-                if scale is not None:
-                    twin.input[index] = self._pair(name, (scale,), None)
-            self._nodes.append(twin)
-        if left:
-            raise PrecisionError(f"The graph has no node {sorted(left)[0]}, which was to be quantized.")
-        return self._assembled()
+    def run(self, nodes: Mapping[str, ir.Node]) -> None:
+        attention: dict[tuple[ir.Node, int], float] = {}
+        sites: dict[ir.Node, QuantizedSite] = {}
+        for site in self._plan.sites:
+            if site.kind is LayerKind.ATTENTION:
+                attention.update(_attention_inputs(site, nodes[site.node]))
+            else:
+                sites[nodes[site.node]] = site
+        for node in nodes.values():
+            if node in sites:
+                self._quantize_inputs(node, sites[node])
+            for index in range(len(node.inputs)):
+                if (node, index) in attention:
+                    self._quantize(node, index, (attention[node, index],))
 
-    def _quantize_inputs(self, node: NodeProto, site: QuantizedSite) -> None:
-        if site.kind is LayerKind.ATTENTION:
-            return  # its products read the pairs, see _attention_inputs
+    def _quantize_inputs(self, node: ir.Node, site: QuantizedSite) -> None:
         slot = 1 if site.kind is LayerKind.TOKEN_LINEAR else 0
-        weight = 1 - slot
         axis, stem = weight_axis(site, node) if site.per_channel else None, f"{site.module}/weight"
         unsigned = unsigned_operand(site, node, self._plan)
-        scale = (site.tensors[0].scale,)
-        node.input[slot] = self._pair(node.input[slot], scale, None, unsigned=unsigned is Operand.INPUT)
-        unsigned_weights = unsigned is Operand.WEIGHTS
-        node.input[weight] = self._pair(node.input[weight], site.weight_scales, axis, stem, unsigned=unsigned_weights)
+        self._quantize(node, slot, (site.tensors[0].scale,), unsigned=unsigned is Operand.INPUT)
+        self._quantize(node, 1 - slot, site.weight_scales, axis, stem, unsigned=unsigned is Operand.WEIGHTS)
 
-    def _attention_inputs(self, sites: Iterable[QuantizedSite]) -> dict[tuple[str, int], float]:
-        """(product, input) -> scale, for both products of every attention that is quantized."""
-        made = {name: node for node in self._source.graph.node for name in node.output}
-        readers: dict[str, list[NodeProto]] = {}
-        for node in self._source.graph.node:
-            for name in node.input:
-                readers.setdefault(name, []).append(node)
-        found: dict[tuple[str, int], float] = {}
-        for site in sites:
-            if site.kind is LayerKind.ATTENTION:
-                scores, mixed = _products(site, made, readers)
-                q, k, weights, v = (tensor.scale for tensor in site.tensors)
-                found.update({(scores, 0): q, (scores, 1): k, (mixed, 0): weights, (mixed, 1): v})
-        return found
-
-    def _pair(
-        self, name: str, scales: tuple[float, ...], axis: int | None, stem: str = "", *, unsigned: bool = False
-    ) -> str:
-        """Name of the tensor that has been through eight bits; one pair for all that read it with the same scales.
+    def _quantize(
+        self,
+        node: ir.Node,
+        index: int,
+        scales: tuple[float, ...],
+        axis: int | None = None,
+        stem: str = "",
+        *,
+        unsigned: bool = False,
+    ) -> None:
+        """Let an input go through eight bits; one pair for all that read it with the same scales.
 
         `stem` begins the new names; without it, they begin with the tensor's.
         """
-        if (name, scales, unsigned) in self._pairs:
-            return self._pairs[name, scales, unsigned]
-        stem = stem or (f"io/{name}" if name in self._inputs else name)
-        kind = self._types[name]
-        scale = _scale_tensor(stem + SCALE, scales, kind, axis)
-        zero = _middle_tensor if unsigned else _zero_tensor
-        self._added += [scale, zero(stem + ZERO, len(scales), self._plan.form, axis)]
-        stored, back = stem + QUANTIZE, stem + DEQUANTIZE
-        forth_inputs, back_inputs = [name, scale.name, stem + ZERO], [stored, scale.name, stem + ZERO]
-        if kind == FP16.onnx_type and self._plan.form == INT8:
-            forth_inputs[:2] = self._in_fp32(name, scale, stored)
-            del back_inputs[
-                2
-            ]  # 0 goes without saying; with it ONNX Runtime to 1.20 reads both scales as FP32, and ends
-        nodes = (("QuantizeLinear", forth_inputs, stored), ("DequantizeLinear", back_inputs, back))
-        for operator, inputs, target in nodes:
-            node = helper.make_node(operator, inputs, [target], name=target)
-            if axis is not None:
-                node.attribute.append(helper.make_attribute("axis", axis))
-            self._nodes.append(node)
-        self._pairs[name, scales, unsigned] = back
-        return back
+        value = operand(node, index)
+        key = (value, scales, unsigned)
+        if key not in self._pairs:
+            stem = stem or (f"io/{value.name}" if value.is_graph_input() else name_of(value))
+            pair = self._pair(value, scales, axis, stem, unsigned=unsigned)
+            self._graph.insert_before(node, pair)
+            self._pairs[key] = pair[-1].outputs[0]
+        node.replace_input_with(index, self._pairs[key])
 
-    def _in_fp32(self, name: str, scale: TensorProto, stem: str) -> tuple[str, str]:
-        """Names of a tensor and its scale in FP32: what FP16 was cast from, where it was, else the same numbers.
+    def _pair(
+        self, value: ir.Value, scales: tuple[float, ...], axis: int | None, stem: str, *, unsigned: bool
+    ) -> list[ir.Node]:
+        """QuantizeLinear and DequantizeLinear of `value`, behind the cast to FP32 where one is needed."""
+        scale = self._constant(_scale_tensor(stem + SCALE, scales, value.dtype or FLOAT, axis))
+        shape = () if axis is None else (len(scales),)
+        zero = self._constant(
+            _zero_tensor(stem + ZERO, shape, ir.DataType.UINT8 if unsigned else self._plan.form.dtype)
+        )
+        source, numbers, casts, zeros = value, scale, list[ir.Node](), [zero]
+        if value.dtype == FP16.dtype and self._plan.form == INT8:
+            source, casts = _in_fp32(value, f"{stem}{QUANTIZE}/to_fp32")
+            numbers = self._constant(ir.Tensor(decode(tensor_of(scale)), name=f"{scale.name}/fp32"))
+            zeros = []  # 0 goes without saying; with it ONNX Runtime to 1.20 reads both scales as FP32, and ends
+        forth = _node("QuantizeLinear", [source, numbers, zero], stem + QUANTIZE, axis)
+        back = _node("DequantizeLinear", [forth.outputs[0], scale, *zeros], stem + DEQUANTIZE, axis)
+        return [*casts, forth, back]
 
-        (A softmax that is cast to FP16 and back costs TensorRT for RTX 1.7 the fused attention.)
-        """
-        wide = numpy_helper.from_array(decode(scale), f"{scale.name}/fp32")
-        self._added.append(wide)
-        if name in self._wide:
-            return self._wide[name], wide.name
-        cast = f"{stem}/to_fp32"
-        self._nodes.append(helper.make_node("Cast", [name], [cast], name=cast, to=FLOAT))
-        return cast, wide.name
-
-    def _assembled(self) -> ModelProto:
-        model = ModelProto(ir_version=self._source.ir_version, opset_import=self._source.opset_import)
-        graph = model.graph
-        graph.name = self._source.graph.name
-        read = {name for node in self._nodes for name in node.input} | {
-            value.name for value in self._source.graph.output
-        }
-        graph.node.extend(node for node in self._nodes if node.op_type != "Cast" or node.output[0] in read)
-        graph.initializer.extend(self._source.graph.initializer)
-        graph.initializer.extend(self._added)
-        graph.input.extend(self._source.graph.input)
-        graph.output.extend(self._source.graph.output)
-        if any(tensor.data_type in (TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN) for tensor in self._added):
-            raise_opset_of_proto(model, _OPSET)
-        return model
+    def _constant(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.val(tensor.name, const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
 
 
-def weight_axis(site: QuantizedSite, node: NodeProto) -> int:
+def _in_fp32(value: ir.Value, cast: str) -> tuple[ir.Value, list[ir.Node]]:
+    """A tensor in FP32: what FP16 was cast from, where it was, else the same numbers, and the cast that makes them.
+
+    (A softmax that is cast to FP16 and back costs TensorRT for RTX 1.7 the fused attention.)
+    """
+    made = value.producer()
+    if made is not None and made.op_type == "Cast" and operand(made, 0).dtype == FLOAT:
+        return operand(made, 0), []
+    node = ir.node("Cast", [value], {"to": FLOAT}, outputs=[ir.val(cast, FLOAT)], name=cast)
+    return node.outputs[0], [node]
+
+
+def _node(operator: str, inputs: list[ir.Value], name: str, axis: int | None) -> ir.Node:
+    options = None if axis is None else {"axis": axis}
+    return ir.node(operator, inputs, options, outputs=[ir.val(name)], name=name)
+
+
+def weight_axis(site: QuantizedSite, node: ir.Node) -> int:
     """Axis of the output channels in a site's weights: linear layers may stand there transposed, as a MatMul."""
     return 1 if is_for_cpu(site, node) else 0
 
 
-def is_for_cpu(site: QuantizedSite, node: NodeProto) -> bool:
+def is_for_cpu(site: QuantizedSite, node: ir.Node) -> bool:
     """Whether a linear layer has the form that ONNX Runtime computes in eight bits on CPUs."""
     return site.kind is LayerKind.LINEAR and node.op_type == "MatMul"
 
 
-def unsigned_operand(site: QuantizedSite, node: NodeProto, plan: QuantizationPlan) -> Operand | None:
+def unsigned_operand(site: QuantizedSite, node: ir.Node, plan: QuantizationPlan) -> Operand | None:
     """Which operand of a layer is stored as uint8 around 128, which are the same numbers: one of those for CPUs.
 
     Processors with VNNI multiply unsigned inputs by signed weights, and OpenVINO computes nothing else in integers.
@@ -206,39 +203,31 @@ def unsigned_operand(site: QuantizedSite, node: NodeProto, plan: QuantizationPla
     return Operand.INPUT if plan.vnni else Operand.WEIGHTS
 
 
-def _products(site: QuantizedSite, made: dict[str, NodeProto], readers: dict[str, list[NodeProto]]) -> tuple[str, str]:
-    """Names of q k^T and of the product with v; casts to and from FP32 may stand around the softmax."""
-    softmax = next((node for node in made.values() if node.name == site.node), None)
-    if softmax is None:
-        raise PrecisionError(f"The graph has no node {site.node}, which was to be quantized.")
-    before, after = made[softmax.input[0]], readers[softmax.output[0]][0]
-    if before.op_type == "Cast":
-        before = made[before.input[0]]
+def _attention_inputs(site: QuantizedSite, softmax: ir.Node) -> dict[tuple[ir.Node, int], float]:
+    """(product, input) -> scale, for q k^T and the product with v; casts may stand around the softmax."""
+    before, after = operand(softmax, 0).producer(), softmax.outputs[0].consumers()[0]
+    if before is not None and before.op_type == "Cast":
+        before = operand(before, 0).producer()
     if after.op_type == "Cast":
-        after = readers[after.output[0]][0]
-    if before.op_type != "MatMul" or after.op_type != "MatMul":
+        after = after.outputs[0].consumers()[0]
+    if before is None or (before.op_type, after.op_type) != ("MatMul", "MatMul"):
         raise PrecisionError(f"{site.module} is no attention any more, so it cannot be quantized.")
-    return before.name, after.name
+    q, k, weights, v = (tensor.scale for tensor in site.tensors)
+    return {(before, 0): q, (before, 1): k, (after, 0): weights, (after, 1): v}
 
 
-def _scale_tensor(name: str, scales: tuple[float, ...], kind: int, axis: int | None) -> TensorProto:
+def _scale_tensor(name: str, scales: tuple[float, ...], kind: ir.DataType, axis: int | None) -> ir.TensorProtocol:
     values: Float32 = np.array(scales if axis is not None else scales[0], np.float32)
     if kind == FLOAT:
-        return helper.make_tensor(name, FLOAT, values.shape, values.tobytes(), raw=True)
+        return ir.Tensor(values, name=name)
     form = HALF_FORMATS[kind]
     return form.tensor(name, form.encode(np.atleast_1d(values)).reshape(values.shape))
 
 
-def _zero_tensor(name: str, count: int, form: EightBitFormat, axis: int | None) -> TensorProto:
-    dims = [] if axis is None else [count]
-    raw = bytes(count) if axis is not None else bytes(1)
-    return helper.make_tensor(name, form.onnx_type, dims, raw, raw=True)
-
-
-def _middle_tensor(name: str, count: int, form: EightBitFormat, axis: int | None) -> TensorProto:
-    dims = [] if axis is None else [count]
-    raw = bytes([MIDDLE]) * (count if axis is not None else 1)
-    return helper.make_tensor(name, TensorProto.UINT8, dims, raw, raw=True)
+def _zero_tensor(name: str, shape: tuple[int, ...], kind: ir.DataType) -> ir.TensorProtocol:
+    if kind == ir.DataType.UINT8:
+        return ir.Tensor(np.full(shape, MIDDLE, np.uint8), name=name)
+    return ir.Tensor(np.zeros(shape, np.uint8).view(kind.numpy()), kind, name=name)
 
 
 Float = TypeVar("Float", float, NDArray[np.float64])
@@ -257,7 +246,7 @@ _BF16_ROUNDOFF = 2.0**-7
 _HALF_STEP = SMALLEST / 2  # a scale below FP16's normal numbers is off by as much
 
 
-def audit(model: ModelProto, plan: QuantizationPlan) -> tuple[str, ...]:
+def audit(model: ir.Model, plan: QuantizationPlan) -> tuple[str, ...]:
     """What differs between a graph and its record, one sentence each, most telling first; empty where nothing does."""
     auditor = _Auditor(model, plan)
     findings = [finding for site in plan.sites for finding in (*auditor.site(site), *auditor.record(site))]
@@ -267,15 +256,12 @@ def audit(model: ModelProto, plan: QuantizationPlan) -> tuple[str, ...]:
 
 
 class _Auditor:
-    def __init__(self, model: ModelProto, plan: QuantizationPlan) -> None:
+    def __init__(self, model: ir.Model, plan: QuantizationPlan) -> None:
         self._plan = plan
         self._limit = _LARGEST[plan.form.name]
-        self._nodes = {node.name: node for node in model.graph.node}
-        self._pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-        self._made = producers(model.graph)
-        self._readers = consumers(model.graph)
-        self._constants = initializers(model.graph)
-        self._accounted: set[str] = set()
+        self._nodes = {name_of(node): node for node in model.graph}
+        self._pairs = [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        self._accounted: set[ir.Value] = set()
 
     def site(self, site: QuantizedSite) -> Iterator[str]:
         node = self._nodes.get(site.node)
@@ -290,9 +276,9 @@ class _Auditor:
             yield from self._weight_range(site, node, 1 - slot)
             yield from self._bias(site, node)
 
-    def _attention(self, site: QuantizedSite, softmax: NodeProto) -> Iterator[str]:
-        scores = self._through_casts_back(softmax.input[0])
-        mixed = self._through_casts_on(softmax.output[0])
+    def _attention(self, site: QuantizedSite, softmax: ir.Node) -> Iterator[str]:
+        scores = _through_casts_back(operand(softmax, 0))
+        mixed = _through_casts_on(softmax.outputs[0])
         if scores is None or mixed is None:
             yield f"{site.module}: its products are not where they were"
             return
@@ -300,30 +286,15 @@ class _Auditor:
         for (node, slot, what), tensor in zip(places, site.tensors, strict=True):
             yield from self._scales(site, node, slot, (tensor.scale,), what)
 
-    def _through_casts_back(self, name: str) -> NodeProto | None:
-        node = self._made.get(name)
-        return self._made.get(node.input[0]) if node is not None and node.op_type == "Cast" else node
-
-    def _through_casts_on(self, name: str) -> NodeProto | None:
-        """The product with v, behind casts and the pair of the softmax's result."""
-        for _ in range(4):
-            readers = self._readers.get(name, [])
-            if len(readers) != 1:
-                return None
-            if readers[0].op_type == "MatMul":
-                return readers[0]
-            name = readers[0].output[0]
-        return None
-
-    def _bias(self, site: QuantizedSite, node: NodeProto) -> Iterator[str]:
+    def _bias(self, site: QuantizedSite, node: ir.Node) -> Iterator[str]:
         """Whether the layer adds its recorded bias and correction, to the rounding of the type that holds the sum."""
         if not site.correction or site.bias is None:
             return
-        name = self._added(node)
-        if name is None:
+        added = _added(node)
+        if added is None:
             yield f"{site.module}: it has no bias to hold its correction"
             return
-        found = decode(self._constants[name]).astype(np.float64).reshape(-1)
+        found = decode(tensor_of(added)).astype(np.float64).reshape(-1)
         correction = np.array(site.correction)
         bias = np.array(site.bias) if site.bias else np.zeros_like(correction)
         if not found.shape == bias.shape == correction.shape:
@@ -332,25 +303,13 @@ class _Auditor:
                 " corrections"
             )
             return
-        wrong = np.flatnonzero(
-            ~(np.abs(found - (bias + correction)) <= _bias_room(self._constants[name], bias, correction))
-        )
+        wrong = np.flatnonzero(~(np.abs(found - (bias + correction)) <= _bias_room(tensor_of(added), bias, correction)))
         if len(wrong):
             channel = int(wrong[0])
             yield (
                 f"{site.module}: its bias is {found[channel]:.6g} in channel {channel}; the record has"
                 f" {bias[channel]:.6g} and a correction of {correction[channel]:.6g}; {len(wrong)} channels in all"
             )
-
-    def _added(self, node: NodeProto) -> str | None:
-        """The constant that is added to a layer's products: the layer's own third input, or that of an Add behind."""
-        if node.op_type != "MatMul":
-            return next((name for name in node.input[2:] if name in self._constants), None)
-        name = node.output[0]
-        while len(readers := self._readers.get(name, [])) == 1 and readers[0].op_type == "Cast":
-            name = readers[0].output[0]
-        adds = (reader for reader in readers if reader.op_type == "Add")
-        return next((name for add in adds for name in add.input if name in self._constants), None)
 
     def record(self, site: QuantizedSite) -> Iterator[str]:
         """Whether activations' scales hold what calibration saw, by the record's own figures."""
@@ -369,35 +328,36 @@ class _Auditor:
         return roundoff * largest + self._limit * _HALF_STEP
 
     def _scales(
-        self, site: QuantizedSite, node: NodeProto, slot: int, expected: tuple[float, ...], what: str
+        self, site: QuantizedSite, node: ir.Node, slot: int, expected: tuple[float, ...], what: str
     ) -> Iterator[str]:
-        back = self._made.get(node.input[slot])
-        forth = None if back is None else self._made.get(back.input[0])
+        back = operand(node, slot).producer()
+        forth = None if back is None else operand(back, 0).producer()
         if back is None or forth is None or (forth.op_type, back.op_type) != ("QuantizeLinear", "DequantizeLinear"):
             yield f"{site.module}: no pair before its {what}"
             return
-        self._accounted.update((forth.output[0], back.output[0]))
+        self._accounted.update((forth.outputs[0], back.outputs[0]))
         for pair in (forth, back):
             yield from self._compare(site, pair, expected, what)
 
-    def _compare(self, site: QuantizedSite, pair: NodeProto, expected: tuple[float, ...], what: str) -> Iterator[str]:
-        tensor = self._constants.get(pair.input[1])
-        zero = self._constants.get(pair.input[2]) if len(pair.input) > 2 else None
+    def _compare(self, site: QuantizedSite, pair: ir.Node, expected: tuple[float, ...], what: str) -> Iterator[str]:
+        tensor = operand(pair, 1).const_value
+        given = pair.inputs[2] if len(pair.inputs) > 2 else None
+        zero = None if given is None else given.const_value
         if tensor is None:
             yield f"{site.module}: the scale of its {what} is no constant"
             return
-        kind, middle = self._plan.form.onnx_type, 0
+        kind, middle = self._plan.form.dtype, 0
         if what == self._unsigned(site):
-            kind, middle = TensorProto.UINT8, _UNSIGNED_ZERO
+            kind, middle = ir.DataType.UINT8, _UNSIGNED_ZERO
         is_implied = zero is None and middle == 0 and pair.op_type == "DequantizeLinear"  # of the type of what it reads
-        if not is_implied and (zero is None or zero.data_type != kind):
+        if not is_implied and (zero is None or zero.dtype != kind):
             yield f"{site.module}: the pair of its {what} is not {self._plan.form.name}"
-        elif zero is not None and (np.frombuffer(zero.raw_data, np.uint8) != middle).any():
+        elif zero is not None and (zero.numpy().view(np.uint8) != middle).any():
             yield f"{site.module}: the zero point of its {what} is not {middle}"
         found = np.atleast_1d(decode(tensor)).astype(np.float64)
-        limit = _roundoff(tensor.data_type)
+        limit = _roundoff(tensor.dtype)
         yield from _differences(f"{site.module}: {what}", found, np.array(expected), limit)
-        if len(expected) > 1 and attributes(pair).get("axis", 1) != _output_axis(site, self._nodes[site.node]):
+        if len(expected) > 1 and pair.attributes.get_int("axis", 1) != _output_axis(site, self._nodes[site.node]):
             yield f"{site.module}: the scales of its {what} belong to another axis"
 
     def _unsigned(self, site: QuantizedSite) -> str:
@@ -406,13 +366,12 @@ class _Auditor:
             return ""
         return _INPUT if self._plan.vnni else _WEIGHTS
 
-    def _weight_range(self, site: QuantizedSite, node: NodeProto, slot: int) -> Iterator[str]:
+    def _weight_range(self, site: QuantizedSite, node: ir.Node, slot: int) -> Iterator[str]:
         """Scales follow from the weights themselves: the record's own scales are checked by them."""
-        name = self._weight_name(node.input[slot])
-        if name is None:
+        weights = _weights(operand(node, slot))
+        if weights is None:
             return
-        weight = decode(self._constants[name]) if self._constants[name].data_type in HALF_FORMATS else None
-        values = numpy_helper.to_array(self._constants[name]) if weight is None else weight
+        values = decode(tensor_of(weights))
         values = np.moveaxis(values, _output_axis(site, node), 0)
         rows = np.abs(values.reshape(len(values), -1)).max(axis=1).astype(np.float64)
         largest = rows if site.per_channel else rows.max(keepdims=True)
@@ -420,7 +379,7 @@ class _Auditor:
             yield f"{site.module}: {len(largest)} output channels, {len(site.weight_scales)} scales in the record"
             return
         scales = np.array(site.weight_scales)
-        room = self._room(largest, 2 * _roundoff(self._constants[name].data_type))
+        room = self._room(largest, 2 * _roundoff(tensor_of(weights).dtype))
         fits = np.abs(largest - scales * self._limit) <= room
         tiny = (scales > 0) & (scales <= SMALLEST)
         wrong = np.flatnonzero(~fits & (largest > 0) & ~tiny)
@@ -430,39 +389,74 @@ class _Auditor:
                 f"{scales[wrong[0]] * self._limit:.4g}; they reach {largest[wrong[0]]:.4g}"
             )
 
-    def _weight_name(self, name: str) -> str | None:
-        back = self._made.get(name)
-        forth = None if back is None else self._made.get(back.input[0])
-        if forth is None:
-            return None
-        cast = self._made.get(forth.input[0])
-        source = forth.input[0] if cast is None else cast.input[0]
-        return source if source in self._constants else None
-
     def strays(self) -> Iterator[str]:
         """Pairs that no layer of the record has."""
         for node in self._pairs:
-            if node.output[0] not in self._accounted:
-                yield f"{node.name or node.output[0]} belongs to no layer of the record"
+            if node.outputs[0] not in self._accounted:
+                yield f"{node.name or node.outputs[0].name} belongs to no layer of the record"
 
 
-def _output_axis(site: QuantizedSite, node: NodeProto) -> int:
+def _through_casts_back(value: ir.Value) -> ir.Node | None:
+    node = value.producer()
+    return operand(node, 0).producer() if node is not None and node.op_type == "Cast" else node
+
+
+def _through_casts_on(value: ir.Value) -> ir.Node | None:
+    """The product with v, behind casts and the pair of the softmax's result."""
+    for _ in range(4):
+        readers = value.consumers()
+        if len(readers) != 1:
+            return None
+        if readers[0].op_type == "MatMul":
+            return readers[0]
+        value = readers[0].outputs[0]
+    return None
+
+
+def _added(node: ir.Node) -> ir.Value | None:
+    """The constant that is added to a layer's products: the layer's own third input, or that of an Add behind."""
+    if node.op_type != "MatMul":
+        return _first_constant(node.inputs[2:])
+    readers = node.outputs[0].consumers()
+    while len(readers) == 1 and readers[0].op_type == "Cast":
+        readers = readers[0].outputs[0].consumers()
+    return _first_constant([value for reader in readers if reader.op_type == "Add" for value in reader.inputs])
+
+
+def _first_constant(values: Sequence[ir.Value | None]) -> ir.Value | None:
+    return next((value for value in values if value is not None and value.is_initializer()), None)
+
+
+def _weights(value: ir.Value) -> ir.Value | None:
+    """What went through eight bits, and a cast before them, to become `value`; None where that is no constant."""
+    back = value.producer()
+    forth = None if back is None else operand(back, 0).producer()
+    if forth is None:
+        return None
+    cast = operand(forth, 0).producer()
+    source = operand(forth if cast is None else cast, 0)
+    return source if source.is_initializer() else None
+
+
+def _output_axis(site: QuantizedSite, node: ir.Node) -> int:
     """Axis of a layer's output channels in its weights, by what ONNX does with them: x W has them last, W x and W of a
     convolution first, and a Gemm as its transB says.
     """
     if node.op_type == "Gemm":
-        return 0 if attributes(node).get("transB", 0) == 1 else 1
+        return 0 if node.attributes.get_int("transB", 0) == 1 else 1
     return 1 if node.op_type == "MatMul" and site.kind is not LayerKind.TOKEN_LINEAR else 0
 
 
-def _bias_room(tensor: TensorProto, bias: NDArray[np.float64], correction: NDArray[np.float64]) -> NDArray[np.float64]:
+def _bias_room(
+    tensor: ir.TensorProtocol, bias: NDArray[np.float64], correction: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """How far a sum may be from exact: it is made in FP32 and rounded to the tensor's type."""
     in_fp32 = 2.0**-23 * (np.abs(bias) + np.abs(correction))
-    room: NDArray[np.float64] = in_fp32 + _roundoff(tensor.data_type) * np.abs(bias + correction) + _HALF_STEP
-    return in_fp32 if tensor.data_type == TensorProto.FLOAT else room
+    room: NDArray[np.float64] = in_fp32 + _roundoff(tensor.dtype) * np.abs(bias + correction) + _HALF_STEP
+    return in_fp32 if tensor.dtype == ir.DataType.FLOAT else room
 
 
-def _roundoff(kind: int) -> float:
+def _roundoff(kind: ir.DataType) -> float:
     return _BF16_ROUNDOFF if kind in HALF_FORMATS and HALF_FORMATS[kind].name == "bf16" else _ROUNDOFF
 
 

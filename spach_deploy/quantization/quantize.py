@@ -2,7 +2,7 @@
 FP32 graph in memory.
 
     quantized = quantize_graph(graph, batches, Scaling(INT8, Method.MAX))
-    onnx.save(quantized.model, "model.onnx")
+    onnx_ir.save(quantized.model, "model.onnx")
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from onnx import ModelProto, TensorProto, numpy_helper
+import onnx_ir as ir
 
 from spach_deploy.common.errors import ImageError
-from spach_deploy.graph.edit import initializers
+from spach_deploy.graph.editing import tensor_of
 from spach_deploy.graph.export import INPUT
 from spach_deploy.graph.precision.ranges import measure_ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import Precision
-from spach_deploy.quantization.bias_correction import correct_biases
+from spach_deploy.quantization.bias_correction import CorrectBiases
 from spach_deploy.quantization.equalization import EqualizablePair, apply_to_arrays, apply_to_graph, find_pairs, search
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
-from spach_deploy.quantization.qdq import insert_qdq
-from spach_deploy.quantization.sites import Selection, Site, find_sites
+from spach_deploy.quantization.qdq import InsertQdq
+from spach_deploy.quantization.sites import Selection, Site, find_sites, is_weight
 from spach_deploy.quantization.statistics import Collector, TensorRequest, TensorStatistics, wanted_tensors
 
 
@@ -46,14 +46,14 @@ class QuantizableSites:
         return wanted_tensors(chosen, [site.node for site in chosen if site.channel_axis is not None])
 
 
-def candidates(model: ModelProto, selection: Selection, scaling: Scaling) -> QuantizableSites:
+def candidates(model: ir.Model, selection: Selection, scaling: Scaling) -> QuantizableSites:
     """Which layers of the FP32 graph would be quantized. UsageError for patterns that match nothing."""
     sites = find_sites(model)
     return QuantizableSites(sites, selection.chosen(sites, scaling.form))
 
 
 def plan_from_statistics(
-    model: ModelProto,
+    model: ir.Model,
     chosen: QuantizableSites,
     statistics: Mapping[str, TensorStatistics],
     scaling: Scaling,
@@ -62,7 +62,7 @@ def plan_from_statistics(
 ) -> QuantizationPlan:
     """Equalization, scales and corrections for the FP32 graph `model`, which is not changed."""
     weights = _weights(model, chosen.quantized)
-    pairs = find_pairs(chosen.quantized, _parameters(model)) if equalize else ()
+    pairs = find_pairs(chosen.quantized, model.graph.initializers) if equalize else ()
     equalized = search(pairs, statistics, weights, scaling.form)
     changed = apply_to_arrays(_all_floats(model, equalized_names(pairs)), equalized)
     weights |= _all_floats(model, {site.bias for site in chosen.quantized if site.bias})
@@ -79,20 +79,16 @@ def equalized_names(pairs: Sequence[EqualizablePair]) -> set[str]:
     return names
 
 
-def _parameters(model: ModelProto) -> list[str]:
-    return [tensor.name for tensor in model.graph.initializer]
-
-
-def _weights(model: ModelProto, sites: Sequence[Site]) -> dict[str, Float32]:
+def _weights(model: ir.Model, sites: Sequence[Site]) -> dict[str, Float32]:
     return _all_floats(model, {site.weight for site in sites if site.weight})
 
 
-def _all_floats(model: ModelProto, names: set[str]) -> dict[str, Float32]:
-    known = initializers(model.graph)
-    return {name: numpy_helper.to_array(known[name]) for name in names if known[name].data_type == TensorProto.FLOAT}
+def _all_floats(model: ir.Model, names: set[str]) -> dict[str, Float32]:
+    constants = model.graph.initializers
+    return {name: tensor_of(constants[name]).numpy() for name in names if is_weight(constants[name])}
 
 
-def equalize_graph(model: ModelProto, plan: QuantizationPlan) -> int:
+def equalize_graph(model: ir.Model, plan: QuantizationPlan) -> int:
     """Apply the plan's equalization to the FP32 graph, in place: the same function. How many weights changed."""
     return apply_to_graph(model, plan.equalized)
 
@@ -101,12 +97,12 @@ def equalize_graph(model: ModelProto, plan: QuantizationPlan) -> int:
 class QuantizedGraph:
     """A typed graph in eight bits, and why it is as it is."""
 
-    model: ModelProto = dataclasses.field(repr=False)
+    model: ir.Model = dataclasses.field(repr=False)
     plan: QuantizationPlan
 
 
 def quantize_graph(
-    model: ModelProto,
+    model: ir.Model,
     batches: Iterable[Float32],
     scaling: Scaling,
     selection: Selection | None = None,
@@ -128,11 +124,10 @@ def quantize_graph(
     if not collector.images:
         raise ImageError("No images were given to calibrate on.", "Give 64 or more.")
     plan = plan_from_statistics(model, chosen, collector.statistics, scaling, equalize=equalize)
-    changed = ModelProto()
-    changed.CopyFrom(model)
+    changed = model.clone()
     equalize_graph(changed, plan)
     feeds = ({INPUT: batch} for batch in images)
     ranges = measure_ranges(changed, feeds) if rest.is_half else None
-    correct_biases(changed, plan)
+    CorrectBiases(plan)(changed)
     typed = type_graph(changed, rest, ranges).model
-    return QuantizedGraph(insert_qdq(typed, plan), plan)
+    return QuantizedGraph(InsertQdq(plan)(typed).model, plan)

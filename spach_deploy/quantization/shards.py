@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import onnx_ir as ir
 from onnx import ModelProto
 
 from spach_deploy.common.batches import chunked, ranges
@@ -29,6 +30,7 @@ from spach_deploy.data.calibration_set_checks import (
 )
 from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, image_digest
 from spach_deploy.data.preprocess import normalize
+from spach_deploy.graph.editing import weight_bytes
 from spach_deploy.graph.export import INPUT
 from spach_deploy.options.specs import Preprocessing
 from spach_deploy.quantization.calibration import (
@@ -38,6 +40,7 @@ from spach_deploy.quantization.calibration import (
     CollectedStatistics,
 )
 from spach_deploy.quantization.statistics import BLOCK, Collector, TensorRequest, TensorStatistics
+from spach_deploy.runtime.onnxruntime_runner import graph_bytes
 
 OBSERVED = 256
 """Images that one task of the first pass looks at."""
@@ -95,7 +98,7 @@ def observe_part(preprocessing: Preprocessing, entries: Sequence[ImageEntry]) ->
 
 def collect_part(work: CalibrationWork, part: CalibrationShard) -> dict[str, TensorStatistics]:
     """A task of the second pass. Raises UsageError for an image that is another than before."""
-    model = ModelProto.FromString(work.graph)
+    model = ir.from_proto(ModelProto.FromString(work.graph))
     collector = Collector(model, work.wanted, histograms=work.histograms, threads=work.threads, after=part.after)
     for entry, digest in zip(part.entries, part.digests, strict=True):
         image = preprocess.pixels(entry.load(), work.preprocessing)
@@ -120,7 +123,7 @@ class MergedStatistics:
 
 def collect_on_cluster(
     address: ClusterAddress,
-    model: ModelProto,
+    model: ir.Model,
     wanted: Sequence[TensorRequest],
     source: ImageSource,
     preprocessing: Preprocessing,
@@ -132,12 +135,12 @@ def collect_on_cluster(
     """
     run = dataclasses.replace(run, threads=1)
     with address.connected() as cluster:
-        executor = cluster.executor(_BASE_BYTES + _COPIES * model.ByteSize())
+        executor = cluster.executor(_BASE_BYTES + _COPIES * weight_bytes(model))
         return collect_in_parts(model, wanted, source, preprocessing, run, executor)
 
 
 def collect_in_parts(
-    model: ModelProto,
+    model: ir.Model,
     wanted: Sequence[TensorRequest],
     source: ImageSource,
     preprocessing: Preprocessing,
@@ -152,7 +155,7 @@ def collect_in_parts(
     start = time.monotonic()
     readable, digests, survey = _observed(source, preprocessing, executor)
     survey.check()
-    work = CalibrationWork(model.SerializeToString(), tuple(wanted), run.histograms, preprocessing, run.threads)
+    work = CalibrationWork(graph_bytes(model), tuple(wanted), run.histograms, preprocessing, run.threads)
     merged, state = _continued(run, digests, source)
     resumed = merged.images
     blocks = blocks_a_part(len(readable), executor.workers)

@@ -23,12 +23,12 @@ import dataclasses
 import enum
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from onnx import ModelProto, NodeProto, TensorProto
+import onnx_ir as ir
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.edit import attributes, initializers, producers, shapes_at_batch_one
+from spach_deploy.graph.editing import name_of, operand, shapes_at_batch_one
 from spach_deploy.graph.names import owner
 from spach_deploy.quantization.formats import FP8, EightBitFormat
 
@@ -73,80 +73,82 @@ class Site:
         return self.tensors or (self.activation,)
 
 
-def find_sites(model: ModelProto) -> tuple[Site, ...]:
+def find_sites(model: ir.Model) -> tuple[Site, ...]:
     """All sites of an FP32 graph, in its order."""
-    finder = _Finder(model)
-    return tuple(site for node in model.graph.node if (site := finder.site(node)) is not None)
+    finder = _Finder(shapes_at_batch_one(model))
+    return tuple(site for node in model.graph if (site := finder.site(node)) is not None)
 
 
 class _Finder:
-    def __init__(self, model: ModelProto) -> None:
-        self._weights = {
-            name: tensor for name, tensor in initializers(model.graph).items() if tensor.data_type == TensorProto.FLOAT
-        }
-        self._shapes = shapes_at_batch_one(model)
-        self._made = producers(model.graph)
-        self._readers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+    """`shapes`: of every tensor, for one image."""
 
-    def site(self, node: NodeProto) -> Site | None:
-        if node.op_type == "Gemm" and node.input[1] in self._weights:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def site(self, node: ir.Node) -> Site | None:
+        if node.op_type == "Gemm" and is_weight(node.inputs[1]):
             return self._weighted(node, LayerKind.LINEAR, 0, 1, -1)
-        if node.op_type == "Split" and node.input[0] in self._weights:
+        if node.op_type == "Split" and is_weight(node.inputs[0]):
             return self._parted(node)
-        if node.op_type == "Conv" and node.input[1] in self._weights:
-            depthwise = int(str(attributes(node).get("group", 1))) > 1
-            kind = LayerKind.DEPTHWISE if depthwise else LayerKind.CONVOLUTION
+        if node.op_type == "Conv" and is_weight(node.inputs[1]):
+            kind = LayerKind.DEPTHWISE if node.attributes.get_int("group", 1) > 1 else LayerKind.CONVOLUTION
             return self._weighted(node, kind, 0, 1, 1)
-        if node.op_type == "MatMul" and node.input[0] in self._weights:
+        if node.op_type == "MatMul" and is_weight(node.inputs[0]):
             return self._weighted(node, LayerKind.TOKEN_LINEAR, 1, 0, 1)
         if node.op_type == "Softmax":
             return self._attention(node)
         return None
 
-    def _weighted(self, node: NodeProto, kind: LayerKind, slot: int, weight: int, channel_axis: int) -> Site:
-        outputs = math.prod(self._shapes[node.output[0]])
-        per_output = math.prod(self._weights[node.input[weight]].dims[1:])
+    def _shape(self, value: ir.Value) -> tuple[int, ...]:
+        return self._shapes[name_of(value)]
+
+    def _weighted(self, node: ir.Node, kind: LayerKind, slot: int, weight: int, channel_axis: int) -> Site:
+        name, weights = name_of(node), operand(node, weight)
+        outputs, per_output = math.prod(self._shape(node.outputs[0])), math.prod(self._shape(weights)[1:])
         return Site(
-            *(owner(node.name), node.name, kind, node.input[slot], slot, node.input[weight], channel_axis),
+            *(owner(name), name, kind, name_of(node.inputs[slot]), slot, name_of(weights), channel_axis),
             macs=outputs * per_output,
-            bias=self._bias(node),
+            bias=_bias(node),
         )
 
-    def _bias(self, node: NodeProto) -> str:
-        """A layer's own third input, or what the Add behind a product adds."""
-        adds = (reader for reader in self._readers.get(node.output[0], []) if reader.op_type == "Add")
-        behind = [name for add in adds for name in add.input] if node.op_type == "MatMul" else node.input[2:]
-        return next((name for name in behind if name in self._weights), "")
-
-    def _parted(self, split: NodeProto) -> Site | None:
+    def _parted(self, split: ir.Node) -> Site | None:
         """A linear layer in several products of one input, by rows of its weight; known by the first of them."""
-        first = self._readers[split.output[0]][0]
+        first = split.outputs[0].consumers()[0]
         if first.op_type != "Gemm":
             return None
-        weight = split.input[0]
-        rows = self._shapes[first.input[0]][0]
+        weight, source = operand(split, 0), operand(first, 0)
         return Site(
-            *(owner(split.name), first.name, LayerKind.LINEAR, first.input[0], 0, weight, -1),
-            macs=rows * math.prod(self._weights[weight].dims),
+            *(owner(name_of(split)), name_of(first), LayerKind.LINEAR, name_of(source), 0, name_of(weight), -1),
+            macs=self._shape(source)[0] * math.prod(self._shape(weight)),
         )
 
-    def _attention(self, softmax: NodeProto) -> Site | None:
+    def _attention(self, softmax: ir.Node) -> Site | None:
         """softmax(q k^T) v, seen from its middle."""
-        before = self._made.get(softmax.input[0])
-        after = self._readers.get(softmax.output[0], [])
-        if before is None or before.op_type != "MatMul" or len(after) != 1 or after[0].op_type != "MatMul":
+        before, after = operand(softmax, 0).producer(), softmax.outputs[0].consumers()
+        if before is None or before.op_type != "MatMul" or [node.op_type for node in after] != ["MatMul"]:
             return None
-        scores, values = self._shapes[before.output[0]], self._shapes[after[0].input[1]]
-        tensors = (before.input[0], before.input[1], after[0].input[0], after[0].input[1])
+        scores, values = self._shape(before.outputs[0]), self._shape(operand(after[0], 1))
+        tensors = tuple(map(name_of, (*before.inputs, *after[0].inputs)))
         return Site(
-            *(owner(softmax.name), softmax.name, LayerKind.ATTENTION, softmax.output[0], 0, "", None),
+            *(owner(name_of(softmax)), name_of(softmax), LayerKind.ATTENTION, name_of(softmax.outputs[0]), 0, "", None),
             macs=2 * math.prod(scores) * values[-1],
             tensors=tensors,
-            products=(before.name, after[0].name),
+            products=(name_of(before), name_of(after[0])),
         )
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Whether a tensor is a constant in FP32."""
+    return value is not None and value.is_initializer() and value.dtype == ir.DataType.FLOAT
+
+
+def _bias(node: ir.Node) -> str:
+    """A layer's own third input, or what the Add behind a product adds."""
+    behind = node.inputs[2:]
+    if node.op_type == "MatMul":
+        adds = (reader for reader in node.outputs[0].consumers() if reader.op_type == "Add")
+        behind = [value for add in adds for value in add.inputs]
+    return next((name_of(value) for value in behind if is_weight(value)), "")
 
 
 @dataclasses.dataclass(frozen=True)

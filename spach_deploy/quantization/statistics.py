@@ -19,11 +19,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.graph.precision.ranges import Arrays, open_session
+from spach_deploy.graph.editing import name_of
+from spach_deploy.graph.precision.ranges import Arrays, more_outputs, open_session
 from spach_deploy.quantization.formats import Float32, Float64
 from spach_deploy.quantization.sites import Site
 
@@ -253,7 +254,7 @@ class Collector:
 
     def __init__(
         self,
-        model: ModelProto,
+        model: ir.Model,
         wanted: Sequence[TensorRequest],
         *,
         histograms: bool = True,
@@ -263,13 +264,12 @@ class Collector:
         self._wanted = tuple(wanted)
         self._histograms = histograms
         self._after = after
-        self._inputs = [value.name for value in model.graph.input]
+        self._inputs = [name_of(value) for value in model.graph.inputs]
         self.statistics: dict[str, TensorStatistics] = {}
         self.images = 0
-        probes = ModelProto()
         made = [item.tensor for item in self._wanted if item.tensor not in self._inputs]
-        probes.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made)
-        self._outputs = [value.name for value in model.graph.output] + made
+        self._outputs = [name_of(value) for value in model.graph.outputs] + made
+        probes = more_outputs(model, [ir.val(name, ir.DataType.FLOAT) for name in made])
         self._session = open_session(model, probes, threads=threads)
 
     def run(self, feeds: Arrays) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
+import io
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,8 +37,8 @@ _ALIGNMENT = 4096
 
 
 @contextlib.contextmanager
-def saved_graph(*messages: ModelProto | ir.Model) -> Iterator[Path]:
-    """A temporary file that holds `messages` behind each other, which protobuf reads as one merged message.
+def saved_graph(*models: ir.Model) -> Iterator[Path]:
+    """A temporary file that holds `models` behind each other, which protobuf reads as one merged message.
 
     Weights lie beside it, as they are in memory, and are read from there when they are needed. A session that was
     opened from it does not need the files any more.
@@ -46,27 +46,34 @@ def saved_graph(*messages: ModelProto | ir.Model) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with naming_tmpdir():
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spach-"))) / "graph.onnx"
-            _save(messages, path)
+            _save(models, path)
         yield path
 
 
-def _save(messages: tuple[ModelProto | ir.Model, ...], path: Path) -> None:
+def _save(models: tuple[ir.Model, ...], path: Path) -> None:
     with path.open("wb") as light, (path.parent / _WEIGHTS).open("wb") as weights:
-        for message in messages:
-            for part in _parts(message, weights):
+        for model in models:
+            for part in _parts(model, weights):
                 light.write(part.SerializeToString())
 
 
-def save_model(model: ModelProto | ir.Model, path: Path) -> None:
-    """`onnx.save` without a second copy of all weights in memory."""
+def save_model(model: ir.Model, path: Path) -> None:
+    """`onnx_ir.save` without a second copy of all weights in memory."""
     with path.open("wb") as file:
         write_graph(model, file)
 
 
-def write_graph(model: ModelProto | ir.Model, file: IO[bytes]) -> None:
+def write_graph(model: ir.Model, file: IO[bytes]) -> None:
     """Write the message in parts, weights one by one."""
     for part in _parts(model):
         file.write(part.SerializeToString())
+
+
+def graph_bytes(model: ir.Model) -> bytes:
+    """What `save_model` writes."""
+    file = io.BytesIO()
+    write_graph(model, file)
+    return file.getvalue()
 
 
 def message_of(model: ir.Model, inputs: Iterable[ir.Value], initializers: Iterable[ir.Value] = ()) -> ModelProto:
@@ -77,12 +84,14 @@ def message_of(model: ir.Model, inputs: Iterable[ir.Value], initializers: Iterab
     import onnx_ir as ir
     from onnx import ModelProto
 
-    graph = model.graph
-    view = ir.GraphView(tuple(inputs), graph.outputs, nodes=tuple(graph), initializers=tuple(initializers))
-    message = ModelProto(ir_version=model.ir_version, graph=ir.serde.serialize_graph(view))  # type: ignore[arg-type]
-    message.graph.ClearField("value_info")
-    message.graph.name = graph.name or ""
-    for domain, version in graph.opset_imports.items():
+    message = ModelProto(ir_version=model.ir_version)
+    graph = message.graph
+    graph.name = model.graph.name or ""
+    graph.node.extend(map(ir.serde.serialize_node, model.graph))
+    graph.input.extend(map(ir.serde.serialize_value, inputs))
+    graph.output.extend(map(ir.serde.serialize_value, model.graph.outputs))
+    graph.initializer.extend(map(tensor_proto, initializers))
+    for domain, version in model.opset_imports.items():
         message.opset_import.add(domain=domain, version=version)
     message.functions.extend(ir.to_proto(function) for function in model.functions.values())
     return message
@@ -97,41 +106,32 @@ def tensor_proto(initializer: ir.Value) -> TensorProto:
     return ir.serde.serialize_tensor(initializer.const_value)
 
 
-def _parts(model: ModelProto | ir.Model, weights: IO[bytes] | None = None) -> Iterator[ModelProto]:
+def _parts(model: ir.Model, weights: IO[bytes] | None = None) -> Iterator[ModelProto]:
     """Messages that merge into `model`: everything but the weights, then each weight; the data of large ones goes into
     the file `weights`, if there is one.
     """
-    from onnx import GraphProto, ModelProto
+    import onnx_ir as ir
+    from onnx import ModelProto
 
-    tensors: Iterable[TensorProto]
-    if isinstance(model, ModelProto):
-        tensors, graph = model.graph.initializer, model.graph
-        light = GraphProto(
-            name=graph.name, node=graph.node, input=graph.input, output=graph.output, value_info=graph.value_info
-        )
-        versions, functions = model.opset_import, model.functions
-        yield ModelProto(ir_version=model.ir_version, opset_import=versions, functions=functions, graph=light)
-    else:
-        yield message_of(model, model.graph.inputs)
-        tensors = map(tensor_proto, model.graph.initializers.values())
-    for tensor in tensors:
-        yield ModelProto(graph=GraphProto(initializer=[tensor if weights is None else _outside(tensor, weights)]))
+    yield message_of(model, model.graph.inputs)
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        is_large = value.const_value.size >= _LARGE and value.const_value.dtype != ir.DataType.STRING
+        tensor = _outside(value.const_value, weights) if is_large and weights is not None else value.const_value
+        part = ModelProto()
+        ir.serde.serialize_tensor_into(part.graph.initializer.add(), tensor)
+        part.graph.initializer[0].name = value.name or ""
+        yield part
 
 
-def _outside(tensor: TensorProto, weights: IO[bytes]) -> TensorProto:
-    """`tensor` with its data written to `weights`; as it is where there is little."""
-    from onnx import TensorProto
+def _outside(tensor: ir.TensorProtocol, weights: IO[bytes]) -> ir.ExternalTensor:
+    """`tensor`, its data written to `weights`."""
+    import onnx_ir as ir
 
-    if math.prod(tensor.dims) < _LARGE or not tensor.HasField("raw_data"):
-        return tensor
     weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
     start = weights.tell()
-    where = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-    where.data_location = TensorProto.EXTERNAL
-    length = weights.write(tensor.raw_data)
-    for key, value in (("location", _WEIGHTS), ("offset", start), ("length", length)):
-        where.external_data.add(key=key, value=str(value))
-    return where
+    length = weights.write(tensor.tobytes())
+    return ir.ExternalTensor(_WEIGHTS, start, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name="")
 
 
 Optimization = Literal["none", "basic", "extended", "all"]

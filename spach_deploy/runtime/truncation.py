@@ -56,21 +56,15 @@ REMEDY = f"Export it again, which makes INT8 of FP32, or take ONNX Runtime {MEND
 
 
 def _quantized_here(numbers: NDArray[np.float16]) -> NDArray[np.int8]:
+    import onnx_ir as ir
     import onnxruntime
-    from onnx import TensorProto, helper
 
-    node = helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"])
-    graph = helper.make_graph(
-        [node],
-        "nine numbers",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, numbers.shape)],
-        [helper.make_tensor_value_info("q", TensorProto.INT8, numbers.shape)],
-        [
-            helper.make_tensor("scale", TensorProto.FLOAT16, [], [1.0]),
-            helper.make_tensor("zero", TensorProto.INT8, [], [0]),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    x, q = ir.val("x", ir.DataType.FLOAT16, numbers.shape), ir.val("q", ir.DataType.INT8, numbers.shape)
+    constants = {"scale": ir.tensor(1.0, ir.DataType.FLOAT16), "zero": ir.tensor(0, ir.DataType.INT8)}
+    scale, zero = (ir.val(name, const_value=tensor) for name, tensor in constants.items())
+    node = ir.node("QuantizeLinear", [x, scale, zero], outputs=[q])
+    graph = ir.Graph([x], [q], nodes=[node], initializers=[scale, zero], opset_imports={"": 19}, name="nine numbers")
+    model = ir.to_proto(ir.Model(graph, ir_version=9))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.data.preprocess import normalize
@@ -78,7 +79,7 @@ def _by_module(
     )
     if first == GRAPH and remade.graph is not None:
         return bisect_graph(remade.graph, reference)
-    return bisect_graph(onnx.load(what.graph), reference)
+    return bisect_graph(ir.from_proto(onnx.load(what.graph)), reference)
 
 
 def _of_static(sources: Sources, remade: RepeatedSteps) -> Bisection:

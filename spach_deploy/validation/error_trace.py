@@ -20,7 +20,7 @@ from spach_deploy.validation.rounding_error import ActivationTrace, Outputs
 from spach_deploy.validation.tolerance import FP32_FACTOR, ROUNDING_FACTOR
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    import onnx_ir as ir
     from torch import nn
 
     from spach_deploy.validation.runs import RunResult
@@ -89,7 +89,7 @@ class ActivationTracer:
         self._kinds = {path: _kind(path, model) for path in expected.exact}
         self._tensors: dict[str, str] = {}
 
-    def watch(self, graph: ModelProto) -> list[str]:
+    def watch(self, graph: ir.Model) -> list[str]:
         """The tensors of the parts' outputs, in a graph in the form in which it runs (`evidence.Watch`)."""
         blocks = {path for path, kind in self._kinds.items() if kind == "block"}
         self._tensors = _tensors_of_parts(graph, self._expected.exact, blocks)
@@ -127,16 +127,16 @@ def _finite(error: float | None) -> float | None:
     return error if error is not None and math.isfinite(error) else None
 
 
-def _tensors_of_parts(graph: ModelProto, exact: Outputs, blocks: set[str]) -> dict[str, str]:
+def _tensors_of_parts(graph: ir.Model, exact: Outputs, blocks: set[str]) -> dict[str, str]:
     """The last tensor of a part's size that the part makes; a block's is its own sum, not a module's inside it."""
     from spach_deploy.validation.bisect.opened_graph import float_elements
 
     elements = float_elements(graph, batch=1)
     found: dict[str, str] = {}
-    for node in graph.graph.node:
-        module = owner(node.name)
+    for node in graph.graph:
+        module = owner(node.name or "")
         path = next((path for path in exact if module == path or module.startswith(f"{path}.")), "")
-        for tensor in node.output:
+        for tensor in (value.name or "" for value in node.outputs):
             fits = path and elements.get(tensor, -1) in (0, exact[path].size)
             if fits and not (path in blocks and module != path):
                 found[path] = tensor

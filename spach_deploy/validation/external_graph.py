@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+import onnx_ir as ir
 
 from spach_deploy.bundle.golden import INPUT, LOGITS
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import SpachError, UsageError
+from spach_deploy.graph.editing import made_values, name_of
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
 from spach_deploy.runtime.onnxruntime_runner import saved_graph
@@ -39,11 +40,11 @@ from spach_deploy.validation.validate import ReportHeader, Validation
 
 Say = Callable[[str], None]
 
-_PRECISIONS: dict[int, Precision] = {TensorProto.FLOAT16: Precision.FP16, TensorProto.BFLOAT16: Precision.BF16}
-_FLOATS: dict[int, IODtype] = {
-    TensorProto.FLOAT: IODtype.FP32,
-    TensorProto.FLOAT16: IODtype.FP16,
-    TensorProto.UINT8: IODtype.UINT8,
+_PRECISIONS: dict[ir.DataType, Precision] = {ir.DataType.FLOAT16: Precision.FP16, ir.DataType.BFLOAT16: Precision.BF16}
+_FLOATS: dict[ir.DataType, IODtype] = {
+    ir.DataType.FLOAT: IODtype.FP32,
+    ir.DataType.FLOAT16: IODtype.FP16,
+    ir.DataType.UINT8: IODtype.UINT8,
 }
 _BISECTED_IMAGES = 2
 
@@ -52,7 +53,7 @@ _BISECTED_IMAGES = 2
 class MatchedGraph:
     """A user's graph under our names. `notes`: what was taken for what."""
 
-    graph: ModelProto
+    graph: ir.Model
     precision: Precision
     io_dtype: IODtype
     batch: BatchProfile
@@ -67,7 +68,7 @@ def validate_external(
     Without the weights (a bundle from a checkpoint that is not given) as a whole only, by the bundle's bounds, which is
     said. Raises UsageError for a graph whose input or logits cannot be told.
     """
-    graph = onnx.load(subject.target)
+    graph = _read(Path(subject.target))
     _check_quantization(graph, facts)
     mapped = map_interface(graph, int(bundle.manifest.model["num_classes"]), facts.preprocessing.image_size)
     trial = _trial(answered.trial, facts, mapped)
@@ -101,7 +102,14 @@ def _bisected(found: Validation, mapped: MatchedGraph, loaded: LoadedModel, fact
     return dataclasses.replace(found, bisection=dataclasses.replace(bisection, truncated_by=truncating))
 
 
-def _check_quantization(graph: ModelProto, facts: BundleFacts) -> None:
+def _read(path: Path) -> ir.Model:
+    try:
+        return ir.from_proto(onnx.load(path))
+    except ir.serde.SerdeError as error:
+        raise UsageError(f"{path} is not a valid graph ({error.__cause__ or error}).", "Give another graph.") from error
+
+
+def _check_quantization(graph: ir.Model, facts: BundleFacts) -> None:
     """Eight bits can only be held to a bundle that says which: their scales decide what is right."""
     if facts.quantization is None and _is_quantized(graph):
         raise UsageError(
@@ -110,8 +118,8 @@ def _check_quantization(graph: ModelProto, facts: BundleFacts) -> None:
         )
 
 
-def _is_quantized(graph: ModelProto) -> bool:
-    return any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+def _is_quantized(graph: ir.Model) -> bool:
+    return any(node.op_type == "QuantizeLinear" for node in graph.graph)
 
 
 def _evidence(mapped: MatchedGraph, trial: EvaluationSet, bounds: Bounds) -> tuple[RunResult, ...]:
@@ -158,39 +166,40 @@ def _of_logits(bounds: Bounds) -> Bounds:
 # Names and shapes
 
 
-def map_interface(graph: ModelProto, num_classes: int, image_size: int) -> MatchedGraph:
+def map_interface(graph: ir.Model, num_classes: int, image_size: int) -> MatchedGraph:
     """`graph` with its input and its logits under our names. UsageError where they cannot be told.
 
     `num_classes` and `image_size` are the reference's.
     """
-    weights = {tensor.name for tensor in graph.graph.initializer}
-    inputs = [value for value in graph.graph.input if value.name not in weights]
+    model = graph.clone()
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1:
         raise UsageError(f"The graph has {len(inputs)} inputs; a classifier of images has one.", "Give another graph.")
     _check_image(inputs[0], image_size)
-    logits = _logits_of(graph, num_classes)
-    others = [value.name for value in graph.graph.output if value.name != logits.name]
-    renamed = ModelProto()
-    renamed.CopyFrom(graph)
-    _rename(renamed, {inputs[0].name: INPUT, logits.name: LOGITS})
-    del renamed.graph.output[:]
-    renamed.graph.output.append(helper.make_tensor_value_info(LOGITS, _element(logits), None))
-    half = half_type(graph)
+    logits = _logits_of(model, num_classes)
+    names = name_of(inputs[0]), name_of(logits)
+    others = [name_of(value) for value in model.graph.outputs if value is not logits]
+    batch = _batch(inputs[0])
+    _rename(model.graph, {INPUT: inputs[0], LOGITS: logits})
+    model.graph.outputs.clear()
+    model.graph.outputs.append(logits)
+    logits.shape = None
+    half = half_type(model)
     return MatchedGraph(
-        graph=renamed,
+        graph=model,
         precision=_PRECISIONS[half] if half is not None else Precision.FP32,
         io_dtype=_FLOATS[_element(inputs[0])],
-        batch=_batch(inputs[0]),
-        notes=_notes(inputs[0].name, logits.name, others),
+        batch=batch,
+        notes=_notes(*names, others),
     )
 
 
-def _check_image(value: ValueInfoProto, size: int) -> None:
-    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+def _check_image(value: ir.Value, size: int) -> None:
+    dims = _dims(value)
     if _element(value) not in _FLOATS:
         raise UsageError(f"The graph's input {value.name} holds no images: {_type(value)}.", "Give another graph.")
     nhwc = (size, size, 3)
-    wanted = nhwc if _element(value) == TensorProto.UINT8 else (3, size, size)
+    wanted = nhwc if _element(value) == ir.DataType.UINT8 else (3, size, size)
     if len(dims) == 4 and all(have in (0, want) for have, want in zip(dims[1:], wanted, strict=True)):
         return
     raise UsageError(
@@ -200,49 +209,46 @@ def _check_image(value: ValueInfoProto, size: int) -> None:
     )
 
 
-def _logits_of(graph: ModelProto, num_classes: int) -> ValueInfoProto:
+def _logits_of(graph: ir.Model, num_classes: int) -> ir.Value:
     """The float output of so many classes; one named logits first."""
 
-    def fits(value: ValueInfoProto) -> bool:
-        dims = value.type.tensor_type.shape.dim
-        known = dims[-1].dim_value if len(dims) else 0
-        return _element(value) in (TensorProto.FLOAT, TensorProto.FLOAT16) and known in (0, num_classes)
+    def fits(value: ir.Value) -> bool:
+        known = _dims(value)[-1:] or [0]
+        return _element(value) in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and known[0] in (0, num_classes)
 
-    fitting: list[ValueInfoProto] = [value for value in graph.graph.output if fits(value)]
+    fitting = [value for value in graph.graph.outputs if fits(value)]
     if fitting:
         return min(fitting, key=lambda value: value.name != LOGITS)
-    shown = ", ".join(f"{value.name} {_type(value)}" for value in graph.graph.output)
+    shown = ", ".join(f"{value.name} {_type(value)}" for value in graph.graph.outputs)
     raise UsageError(f"No output of the graph holds {num_classes} logits: {shown}.", "Give a graph of this model.")
 
 
-def _element(value: ValueInfoProto) -> int:
-    return int(value.type.tensor_type.elem_type)
+def _element(value: ir.Value) -> ir.DataType:
+    return ir.DataType.UNDEFINED if value.dtype is None else value.dtype
 
 
-def _type(value: ValueInfoProto) -> str:
-    dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
-    kind = TensorProto.DataType.Name(_element(value)).lower()
-    return f"{kind} ({', '.join(map(str, dims))})"
+def _dims(value: ir.Value) -> list[int]:
+    """The extents, 0 where one is not known."""
+    return [dim if isinstance(dim, int) else 0 for dim in value.shape or ()]
 
 
-def _batch(value: ValueInfoProto) -> BatchProfile:
-    fixed = value.type.tensor_type.shape.dim[0].dim_value
+def _type(value: ir.Value) -> str:
+    dims = [str(dim) if isinstance(dim, int) else dim.value or "?" for dim in value.shape or ()]
+    return f"{_element(value).name.lower()} ({', '.join(dims)})"
+
+
+def _batch(value: ir.Value) -> BatchProfile:
+    fixed = _dims(value)[0]
     return BatchProfile(fixed, fixed, fixed) if fixed else BatchProfile()
 
 
-def _rename(graph: ModelProto, names: dict[str, str]) -> None:
+def _rename(graph: ir.Graph, names: dict[str, ir.Value]) -> None:
     """Tensors under other names, in place; a tensor that has one of the new names already gets another."""
-    taken = {name for node in graph.graph.node for name in (*node.input, *node.output)}
-    for new in names.values():
-        if new in taken and new not in names:
-            names = {new: f"{new}/theirs", **names}
-    for node in graph.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
-        value.name = names.get(value.name, value.name)
-    for tensor in graph.graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
+    for value in (*graph.inputs, *graph.initializers.values(), *made_values(graph)):
+        if names.get(name_of(value), value) is not value:
+            value.name = f"{value.name}/theirs"
+    for name, value in names.items():
+        value.name = name
 
 
 def _notes(given: str, logits: str, others: list[str]) -> tuple[str, ...]:

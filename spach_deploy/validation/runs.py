@@ -32,11 +32,11 @@ from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.verdict import Verdict, judge
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
-Watch = Callable[["ModelProto"], Collection[str]]
+Watch = Callable[["ir.Model"], Collection[str]]
 """Chooses tensors of a graph, given in the form in which it will run."""
 
 LARGEST_BATCH = 3
@@ -168,12 +168,13 @@ def truncation_notes(graph: Path | bytes, precision: Precision) -> tuple[str, ..
 
 def _quantizes_fp16(graph: Path | bytes) -> bool:
     import onnx
+    import onnx_ir as ir
 
     from spach_deploy.graph.precision.elements import quantizes_fp16
 
     try:
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else onnx.load_from_string(graph)
-        return quantizes_fp16(model)
+        return quantizes_fp16(ir.from_proto(model))
     except Exception:  # a foreign graph may hold anything; running it says what
         return False
 
@@ -229,19 +230,22 @@ def opened(
 def _as_it_runs(form: CpuExecution, graph: Path | bytes, watch: Watch | None) -> Iterator[tuple[Path, list[str]]]:
     """A file with the graph in a form, and the tensors that it gives because they are watched."""
     import onnx
+    import onnx_ir as ir
 
+    from spach_deploy.graph.editing import made_values, name_of
     from spach_deploy.graph.precision.rounding import check_runtime_rounds, rounded_graph
 
     if form is CpuExecution.ROUNDED:
         check_runtime_rounds()
     try:
-        model = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
+        model = ir.from_proto(onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph))
         model = rounded_graph(model) if form is CpuExecution.ROUNDED else model
     except Exception as error:  # a foreign graph may hold anything
         raise UsageError(f"Its half tensors cannot be rounded one by one: {error}") from error
-    outputs = {value.name for value in model.graph.output}
+    outputs = {value.name for value in model.graph.outputs}
     inner = [] if watch is None else [name for name in watch(model) if name not in outputs]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
+    made = {name_of(value): value for value in made_values(model.graph)}
+    model.graph.outputs.extend(made[name] for name in inner)
     with saved_graph(model) as path:
         del model
         yield path, inner
@@ -328,14 +332,15 @@ class ExtraBatches:
 def _room_for(graph: Path | bytes, profile: BatchProfile) -> int:
     """The largest batch for which there is memory; that of the profile where nothing tells."""
     import onnx
+    import onnx_ir as ir
 
     from spach_deploy.common.machine import find_memory
-    from spach_deploy.graph.edit import live_elements_at_batch_one
+    from spach_deploy.graph.editing import live_elements_at_batch_one
 
     memory = find_memory()
     try:
         model = onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph, load_external_data=False)
-        elements = live_elements_at_batch_one(model)
+        elements = live_elements_at_batch_one(ir.from_proto(model))
     except Exception:  # a graph that no reader understands; ONNX Runtime says what is wrong with it
         return profile.max
     if memory is None or not elements:

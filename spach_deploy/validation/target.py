@@ -23,7 +23,7 @@ from spach_deploy.common.errors import (
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.machine import has_vnni
-from spach_deploy.graph.edit import missing_data
+from spach_deploy.graph.external_data import missing_data
 from spach_deploy.options.specs import WeightSource
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.validation.accuracy import Accuracy, paired
@@ -453,13 +453,14 @@ def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:
 
 def _audited(graph: Path, facts: QuantizationFacts) -> Iterable[str]:
     import onnx
+    import onnx_ir as ir
 
     from spach_deploy.quantization.plan import read_plan
     from spach_deploy.quantization.qdq import audit
 
     plan = read_plan(facts.record)
     try:
-        return audit(onnx.load(graph), plan)
+        return audit(ir.from_proto(onnx.load(graph)), plan)
     except Exception as error:  # a graph that somebody changed may break any reader, in the reader's own exceptions
         return (f"its scales cannot be read ({type(error).__name__}: {error})",)
 

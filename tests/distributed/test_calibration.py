@@ -14,13 +14,12 @@ from click.testing import CliRunner
 from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.data.readers import open_images
 from spach_deploy.distributed.actors import RayAddress
-from spach_deploy.quantization.calibration import CalibrationProgress, CalibrationSettings, collect
-from spach_deploy.quantization.shards import collect_on_cluster
-from spach_deploy.quantization.sites import find_sites
+from spach_deploy.quantization.calibration import CalibrationProgress, CalibrationSettings
 from spach_deploy.quantization.statistics import BLOCK, wanted_tensors
 from tests import small_bundles
 from tests.commands import refusal
 from tests.distributed.small_cluster import add_node, cluster_of, needs_ray
+from tests.protos import collect, collect_on_cluster, find_sites
 from tests.quantization.small_models import canonical
 from tests.quantization.small_quantized import calibration_images
 from tests.quantization.test_shards import KEY, PREPROCESSING, assert_same_bits, wanted

@@ -15,10 +15,10 @@ from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.machine import has_vnni
 from spach_deploy.graph.editing import as_proto, mark_quantized
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
-from spach_deploy.graph.precision.ranges import open_session
 from spach_deploy.quantization.plan import QuantizedSite, read_plan
 from tests import small_bundles
 from tests.commands import export
+from tests.protos import open_session
 from tests.quantization import small_models
 from tests.quantization.small_quantized import calibration_images
 

@@ -18,14 +18,13 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS
 from spach_deploy.graph.opset import check_opset, convert_opset
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.graph.precision.elements import element_types
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
 from spach_deploy.options.values import export_options
 from spach_deploy.pipeline.cache import export_key
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import small_bundles
 from tests.commands import export, refusal
+from tests.protos import element_types, type_graph
 from tests.static_models import canonical_bytes, images, relative_l2
 
 HYBRID = ("--model", "ms_hybrid_s", "--engine", "none")

@@ -16,7 +16,6 @@ from spach_deploy.graph.editing import as_proto, mark_quantized, new_node
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.passes.tokens_first import PARTS, tokens_first
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
@@ -24,6 +23,7 @@ from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Prec
 from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.packages import is_installed
+from tests.protos import type_graph
 from tests.static_models import CLASSES, IMAGE_SIZE, images, logits, relative_l2, small_model
 
 

@@ -7,10 +7,10 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 
-from spach_deploy.validation.bisect import bisect_graph
 from tests.planted.faults import Planned, Planted, planned, plant
 from tests.planted.subjects import FORMS, Subject
 from tests.planted.variants import Variant, variants
+from tests.protos import bisect_graph
 
 
 @dataclasses.dataclass(frozen=True)

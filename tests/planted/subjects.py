@@ -19,9 +19,6 @@ from spach_deploy.data.readers import batches
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.graph.precision.ranges import measure_ranges, open_session
-from spach_deploy.graph.precision.rounding import rounded_graph
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
@@ -30,7 +27,7 @@ from spach_deploy.rewrites import rewrite
 from spach_deploy.validation.bisect import ProbedReference
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 from tests import static_models
-from tests.protos import in_place
+from tests.protos import in_place, measure_ranges, open_session, rounded_graph, type_graph
 
 Logits = NDArray[np.float32]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from spach_deploy.graph.edit import initializers, producers, remove_unused_initializers
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite, QuantizedTensor
+from tests.protos import initializers, producers, remove_unused_initializers
 
 Float64 = NDArray[np.float64]
 

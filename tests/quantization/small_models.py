@@ -16,22 +16,26 @@ from PIL import Image
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
-from spach_deploy.graph.precision.ranges import measure_ranges
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import Precision, Preprocessing
-from spach_deploy.quantization.bias_correction import correct_biases
-from spach_deploy.quantization.equalization import apply_to_graph
 from spach_deploy.quantization.formats import INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
-from spach_deploy.quantization.qdq import insert_qdq
-from spach_deploy.quantization.quantize import candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.quantization.statistics import Collector, TensorStatistics
+from spach_deploy.quantization.statistics import TensorStatistics
 from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import static_models
+from tests.protos import (
+    Collector,
+    apply_to_graph,
+    candidates,
+    correct_biases,
+    insert_qdq,
+    measure_ranges,
+    plan_from_statistics,
+    type_graph,
+)
 from tests.quantization.small_quantized import pictures
 from tests.shared import once
 

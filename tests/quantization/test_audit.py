@@ -11,19 +11,24 @@ import pytest
 from onnx import ModelProto, TensorProto
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.graph.edit import initializers
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.options.specs import Precision
-from spach_deploy.pipeline.steps.quantization import mark_sites, quantize_typed
 from spach_deploy.quantization import qdq as insert
-from spach_deploy.quantization.bias_correction import correct_biases, corrected_bias
-from spach_deploy.quantization.equalization import apply_to_graph
+from spach_deploy.quantization.bias_correction import corrected_bias
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
-from spach_deploy.quantization.qdq import audit, insert_qdq
-from spach_deploy.quantization.quantize import quantize_graph
 from spach_deploy.quantization.scales import Method
-from tests.protos import in_place
+from tests.protos import (
+    apply_to_graph,
+    audit,
+    correct_biases,
+    in_place,
+    initializers,
+    insert_qdq,
+    mark_sites,
+    quantize_graph,
+    quantize_typed,
+)
 from tests.quantization import faults
 from tests.quantization.faults import Float64
 from tests.quantization.small_models import canonical, inputs, plan, quantized

@@ -23,18 +23,17 @@ from spach_deploy.quantization.calibration import (
     CalibrationSettings,
     CollectedStatistics,
     check_activations,
-    collect,
     read_calibration,
     write_calibration,
 )
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import Scaling
-from spach_deploy.quantization.quantize import candidates
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import TensorRequest, TensorStatistics
 from tests import static_models
 from tests.commands import contents
+from tests.protos import candidates, collect
 from tests.quantization.small_models import canonical, plan
 from tests.quantization.small_quantized import calibration_images, pictures
 

@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.graph.edit import consumers, initializers
-from spach_deploy.quantization.bias_correction import correct_biases, corrected_bias
+from spach_deploy.quantization.bias_correction import corrected_bias
 from spach_deploy.quantization.fake_quantization import equalized_model, fake_quantized, quantized_module
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite, Scaling
-from spach_deploy.quantization.quantize import candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import LayerKind, Selection
-from spach_deploy.quantization.statistics import Collector, TensorStatistics
+from spach_deploy.quantization.statistics import TensorStatistics
 from tests import static_models
+from tests.protos import Collector, candidates, consumers, correct_biases, initializers, plan_from_statistics
 from tests.quantization import faults
 from tests.quantization.small_models import canonical, inputs, plan, run, static
 from tests.static_models import relative_l2

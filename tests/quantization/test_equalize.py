@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from spach_deploy.graph.edit import initializers
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
@@ -23,7 +22,6 @@ from spach_deploy.quantization.equalization import (
     EqualizedPair,
     OutputChannels,
     apply_to_arrays,
-    apply_to_graph,
     find_pairs,
     search,
     smoothing_factors,
@@ -32,10 +30,11 @@ from spach_deploy.quantization.fake_quantization import equalized_model
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.scales import Method, store, weight_scales
-from spach_deploy.quantization.sites import LayerKind, Site, find_sites
+from spach_deploy.quantization.sites import LayerKind, Site
 from spach_deploy.quantization.statistics import TensorStatistics
 from spach_deploy.rewrites import rewrite
 from tests import static_models
+from tests.protos import apply_to_graph, find_sites, initializers
 from tests.quantization.small_models import KINDS, canonical, inputs, plan, run, static
 from tests.static_models import relative_l2
 

@@ -28,12 +28,11 @@ from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, read_plan, write_plan
-from spach_deploy.quantization.quantize import candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.quantization.statistics import Collector
 from spach_deploy.rewrites import rewrite
 from tests import small_bundles, static_models
+from tests.protos import Collector, candidates, plan_from_statistics
 from tests.quantization import faults, small_quantized
 from tests.quantization.small_models import inputs
 from tests.quantization.small_quantized import ATTENTION

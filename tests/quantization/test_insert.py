@@ -15,18 +15,24 @@ from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.network_facts import check_achieved_precision
 from spach_deploy.graph.certificate import certify
-from spach_deploy.graph.edit import attributes, consumers, initializers, producers
 from spach_deploy.graph.opset import opset_of
-from spach_deploy.graph.precision.elements import element_types
-from spach_deploy.graph.precision.formats import decode
-from spach_deploy.graph.precision.rounding import rounded_graph
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.quantization.qdq import audit, insert_qdq
 from spach_deploy.quantization.sites import LayerKind
 from spach_deploy.runtime.packages import is_installed
 from tests import static_models
+from tests.protos import (
+    attributes,
+    audit,
+    consumers,
+    decode,
+    element_types,
+    initializers,
+    insert_qdq,
+    producers,
+    rounded_graph,
+)
 from tests.quantization.faults import source_of
 from tests.quantization.small_models import KINDS, inputs, plan, quantized, run, static, typed
 from tests.static_models import relative_l2
@@ -134,7 +140,7 @@ def test_scales_are_planned_ones_of_the_rests_type_and_zero_points_are_zero(
     for node in of_type(model, "QuantizeLinear") + of_type(model, "DequantizeLinear"):
         scale, zero = constants[f"{stem_of(node)}/scale"], constants[f"{stem_of(node)}/zero"]
         assert scale.data_type == TYPES[rest]
-        assert zero.data_type == form.onnx_type
+        assert zero.data_type == form.dtype
         assert list(zero.dims) == list(scale.dims)
         assert not any(zero.raw_data)
         if scale.dims:

@@ -15,8 +15,9 @@ from spach_deploy.common.errors import BundleError
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan, read_plan, write_plan
 from spach_deploy.quantization.scales import Method
-from spach_deploy.quantization.sites import LayerKind, Site, find_sites
+from spach_deploy.quantization.sites import LayerKind, Site
 from spach_deploy.quantization.statistics import TensorStatistics
+from tests.protos import find_sites
 from tests.quantization.small_models import KINDS, canonical, plan, statistics
 
 both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])

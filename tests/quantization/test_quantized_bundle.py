@@ -14,13 +14,12 @@ from spach_deploy.bundle.store import GRAPH, QUANTIZATION
 from spach_deploy.cli.validate import main
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import pixels
-from spach_deploy.graph.edit import attributes
 from spach_deploy.options.specs import Precision, Preprocessing, QuantizationSpec
 from spach_deploy.pipeline.export import export
 from spach_deploy.quantization.plan import read_plan
-from spach_deploy.quantization.qdq import audit
 from spach_deploy.runtime import truncation
 from tests import small_bundles, static_models
+from tests.protos import attributes, audit
 from tests.quantization import faults, small_quantized
 from tests.quantization.small_quantized import ATTENTION, calibration_images, pictures
 from tests.quantization.test_faults import seal

@@ -221,7 +221,7 @@ def stored_by_onnxruntime(values: Float32, scale: Float32, form: EightBitFormat,
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], axis=axis or 0),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], axis=axis or 0),
     ]
-    zero = helper.make_tensor("zero", form.onnx_type, scale.shape, bytes(scale.size), raw=True)
+    zero = helper.make_tensor("zero", form.dtype, scale.shape, bytes(scale.size), raw=True)
     constants = [helper.make_tensor("scale", TensorProto.FLOAT, scale.shape, scale.tobytes(), raw=True), zero]
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, list(values.shape)) for name in "xy")
     model = helper.make_model(

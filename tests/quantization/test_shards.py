@@ -20,13 +20,12 @@ from spach_deploy.quantization.calibration import (
     CalibrationProgress,
     CalibrationSettings,
     CollectedStatistics,
-    collect,
 )
-from spach_deploy.quantization.shards import blocks_a_part, collect_in_parts, merge_all
-from spach_deploy.quantization.sites import find_sites
+from spach_deploy.quantization.shards import blocks_a_part, merge_all
 from spach_deploy.quantization.statistics import BLOCK, TensorRequest, TensorStatistics, wanted_tensors
 from tests import static_models
 from tests.distributed.fakes import Elsewhere
+from tests.protos import collect, collect_in_parts, find_sites
 from tests.quantization.small_models import canonical
 from tests.quantization.small_quantized import calibration_images, pictures
 from tests.quantization.test_statistics import heavy_tailed

@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.edit import initializers
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
-from spach_deploy.quantization.sites import LayerKind, Selection, Site, find_sites
+from spach_deploy.quantization.sites import LayerKind, Selection, Site
 from tests import static_models
+from tests.protos import find_sites, initializers
 from tests.quantization.small_models import KINDS, canonical
 
 both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])

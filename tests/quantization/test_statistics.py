@@ -9,13 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.quantization.sites import find_sites
 from spach_deploy.quantization.statistics import (
     BINS,
     CENTERS,
     EDGES,
     ROWS,
-    Collector,
     TensorRequest,
     TensorStatistics,
     mixture,
@@ -23,6 +21,7 @@ from spach_deploy.quantization.statistics import (
     wanted_tensors,
 )
 from tests.graph.precision.graphs import graph, node
+from tests.protos import Collector, find_sites
 from tests.quantization.small_models import canonical
 from tests.static_models import images
 

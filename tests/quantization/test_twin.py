@@ -97,7 +97,7 @@ def test_the_bug_that_an_attention_hides_its_projection_would_be_seen() -> None:
 
 @pytest.mark.parametrize("rest", [Precision.FP16, Precision.BF16])
 def test_a_twin_of_a_half_graph_is_as_near_as_half_is(rest: Precision) -> None:
-    from spach_deploy.graph.precision.rounding import rounded_graph
+    from tests.protos import rounded_graph
 
     images = inputs(IMAGES, FIRST)
     graph = run(rounded_graph(quantized("trans", INT8, rest=rest)), images)

@@ -15,16 +15,13 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
-from spach_deploy.graph.precision.ranges import measure_ranges
-from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision
 from spach_deploy.rewrites import rewrite
-from spach_deploy.validation.bisect import Bisection, ProbedReference, bisect_graph
+from spach_deploy.validation.bisect import Bisection, ProbedReference
 from spach_deploy.validation.bisect.export_steps import first_wrong_part
-from spach_deploy.validation.bisect.locate import locate
 from tests import static_models
-from tests.protos import in_place
+from tests.protos import bisect_graph, in_place, locate, measure_ranges, type_graph
 from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, plain_export, small_model
 from tests.validation import faults
 

@@ -18,7 +18,6 @@ from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.precision.rounding import rounded_graph
 from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
 from spach_deploy.validation.bisect import export_steps as stages
@@ -28,6 +27,7 @@ from spach_deploy.validation.runs import examine_typed
 from spach_deploy.validation.tolerance import derive_tolerances
 from spach_deploy.validation.validate import golden_set
 from tests import small_bundles
+from tests.protos import rounded_graph
 from tests.static_models import small_model
 from tests.validation import faults
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import ModelProto
 
@@ -15,8 +16,7 @@ from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
 from spach_deploy.common import machine as resources
 from spach_deploy.common.errors import UnavailableError, UsageError
-from spach_deploy.graph.edit import live_elements_at_batch_one
-from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.graph.editing import live_elements_at_batch_one
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.validation import runs as evidence_module
@@ -36,6 +36,7 @@ from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.validate import golden_set
 from spach_deploy.validation.verdict import Tolerance
 from tests import small_bundles
+from tests.protos import type_graph
 from tests.validation import faults
 
 HEADS = "layer3.1.spatial_func/Transpose_3"
@@ -177,7 +178,7 @@ def test_an_engine_that_is_wrong_only_in_larger_batches_is_rejected(monkeypatch:
 
 
 def test_a_batch_for_which_there_is_no_memory_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = live_elements_at_batch_one(onnx.load_from_string(case(Precision.FP32)[0])) * 4 * 4 * 10
+    few = live_elements_at_batch_one(ir.from_proto(onnx.load_from_string(case(Precision.FP32)[0]))) * 4 * 4 * 10
     monkeypatch.setattr(resources, "find_memory", lambda: resources.Memory(few, 1 << 34))
     found = examine(Precision.FP32)
     assert found.passed

@@ -16,8 +16,8 @@ from spach_deploy.cli.validate import main
 from spach_deploy.common.errors import UsageError
 from spach_deploy.models.checkpoint import load_model
 from spach_deploy.options.specs import ModelSpec
-from spach_deploy.validation.external_graph import map_interface
 from tests import small_bundles
+from tests.protos import map_interface
 from tests.small_bundles import CLASSES, NAME, SIZE
 from tests.static_models import plain_export
 from tests.validation import faults

@@ -22,14 +22,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto
+import onnx_ir as ir
 
 from spach_deploy.common.errors import PrecisionError, UsageError
-from spach_deploy.graph.edit import consumers, initializers, is_marked_float32, producers
+from spach_deploy.graph.editing import is_marked_float32, name_of, tensor_of
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.precision.elements import is_view
 from spach_deploy.graph.precision.formats import FLOAT, HalfFormat, decode
@@ -65,47 +65,42 @@ class TypingOptions:
 class Decision:
     """The nodes of an FP32 graph that stay in FP32, by name, in the order of the graph.
 
-    `types` are the element types of `model`, `ranges` those of all its tensors; None decides without them, and then
-    nothing is kept for its range. `weights`: of the same model in the same format, as far as they are encoded. Raises
-    PrecisionError naming a tensor that would become half with no range known for it, UsageError for a pattern that
-    matches no module.
+    The types of all tensors of `model` are known (`elements.infer_types`). `ranges` are those of all its tensors; None
+    decides without them, and then nothing is kept for its range. Raises PrecisionError naming a tensor that would
+    become half with no range known for it, UsageError for a pattern that matches no module.
     """
 
     def __init__(
         self,
-        model: ModelProto,
-        types: Mapping[str, int],
+        model: ir.Model,
         form: HalfFormat,
         ranges: Ranges | None,
         options: TypingOptions,
-        weights: EncodedWeights | None = None,
     ) -> None:
         self.form, self.options = form, options
-        self._constants = initializers(model.graph)
-        self._types = types
-        self._made, self._read = producers(model.graph), consumers(model.graph)
         self._max_abs = None if ranges is None else ranges.max_abs
-        self.views = {node.name for node in model.graph.node if is_view(node, self._constants)}
+        self._views = {node for node in model.graph if is_view(node)}
         self.kept: dict[str, KeptFp32] = {}
-        self.weights = weights or EncodedWeights(form, self._constants)
+        self.weights = EncodedWeights(form, model.graph.initializers)
         self._check_patterns(model)
         self._keep_by_rule(model)
         self._keep_by_number(model)
 
-    def is_fp32(self, node: NodeProto) -> bool:
+    def is_fp32(self, node: ir.Node) -> bool:
         """Whether `node` stays in FP32. A view does where both sides of it do: one cast less, and nothing rounded."""
-        return node.name in self.kept or (node.name in self.views and self._inside_island(node))
+        return node.name in self.kept or (node in self._views and self._inside_island(node))
 
-    def _inside_island(self, view: NodeProto) -> bool:
-        made = self._made.get(view.input[0])
-        readers = [reader for name in view.output for reader in self._read.get(name, ())]
+    def _inside_island(self, view: ir.Node) -> bool:
+        source = view.inputs[0]
+        made = None if source is None else source.producer()
+        readers = view.successors()
         return made is not None and self.is_fp32(made) and bool(readers) and all(map(self._reads_fp32, readers))
 
-    def _reads_fp32(self, reader: NodeProto) -> bool:
+    def _reads_fp32(self, reader: ir.Node) -> bool:
         if reader.name in self.kept:
             return True
-        readers = [after for name in reader.output for after in self._read.get(name, ())]
-        return reader.name in self.views and bool(readers) and all(map(self._reads_fp32, readers))
+        readers = reader.successors()
+        return reader in self._views and bool(readers) and all(map(self._reads_fp32, readers))
 
     def range_of(self, tensor: str) -> float | None:
         """Largest |x| of a tensor, None where ranges are not known."""
@@ -114,11 +109,12 @@ class Decision:
     def _passes(self, value: float) -> bool:
         return value * self.options.margin > self.form.limit
 
-    def _keep(self, node: NodeProto, reason: str, tensor: str | None = None, value: float | None = None) -> None:
-        self.kept[node.name] = KeptFp32(node.name, owner(node.name), reason, tensor, value)
+    def _keep(self, node: ir.Node, reason: str, tensor: str | None = None, value: float | None = None) -> None:
+        name = name_of(node)
+        self.kept[name] = KeptFp32(name, owner(name), reason, tensor, value)
 
-    def _check_patterns(self, model: ModelProto) -> None:
-        modules = {owner(node.name) for node in model.graph.node}
+    def _check_patterns(self, model: ir.Model) -> None:
+        modules = {owner(name_of(node)) for node in model.graph}
         for pattern in self.options.keep:
             if not fnmatch.filter(modules, pattern):
                 raise UsageError(
@@ -126,33 +122,30 @@ class Decision:
                     f"Modules are named like {', '.join(sorted(modules)[:3])}.",
                 )
 
-    def _keep_by_rule(self, model: ModelProto) -> None:
-        for node in model.graph.node:
+    def _keep_by_rule(self, model: ir.Model) -> None:
+        for node in model.graph:
             if is_marked_float32(node):
                 self._keep(node, "marked")
             elif node.op_type in STATISTICS:
                 self._keep(node, "statistics")
             elif node.op_type == "Cast":
                 self._keep(node, "cast")
-            elif any(fnmatch.fnmatchcase(owner(node.name), pattern) for pattern in self.options.keep):
+            elif any(fnmatch.fnmatchcase(owner(name_of(node)), pattern) for pattern in self.options.keep):
                 self._keep(node, "asked")
 
-    def _keep_by_number(self, model: ModelProto) -> None:
-        judged = [node for node in model.graph.node if node.name not in self.kept]
-        self.weights.prepare(name for node in judged for name in self._weights_of(node))
+    def _keep_by_number(self, model: ir.Model) -> None:
+        judged = [node for node in model.graph if node.name not in self.kept]
+        self.weights.prepare(name for node in judged for name in _weights_of(node))
         for node in judged:
-            lost = next((name for name in self._weights_of(node) if not self.weights.fits(node, name)), None)
+            lost = next((name for name in _weights_of(node) if not self.weights.fits(node, name)), None)
             if lost is not None:
                 self._keep(node, "weight", lost, self.weights.report(lost).max_abs)
             else:
                 self._judge_ranges(node)
-        order = {node.name: index for index, node in enumerate(model.graph.node)}
+        order = {node.name: index for index, node in enumerate(model.graph)}
         self.kept = dict(sorted(self.kept.items(), key=lambda item: order[item[0]]))
 
-    def _weights_of(self, node: NodeProto) -> Iterator[str]:
-        return (name for name in node.input if name in self._constants and self._types[name] == FLOAT)
-
-    def _judge_ranges(self, node: NodeProto) -> None:
+    def _judge_ranges(self, node: ir.Node) -> None:
         if self._max_abs is None:
             return
         for name, value in self._numbers(node):
@@ -160,30 +153,37 @@ class Decision:
                 self._keep(node, "range", name, self.range_of(name))
                 return
 
-    def _numbers(self, node: NodeProto) -> Iterator[tuple[str, float]]:
+    def _numbers(self, node: ir.Node) -> Iterator[tuple[str, float]]:
         """(tensor, largest |x|) of all that `node` holds in its own precision, on the way to the tensor included."""
-        for name in node.input:
-            if name not in self._constants and self._types.get(name) == FLOAT:
-                yield name, self._known(name, node) * (2.0 if node.op_type == "Gelu" else 1.0)
-        for name in node.output:
-            if self._types.get(name) == FLOAT:
-                yield name, self._known(name, node) + self._bias(node)
+        for value in node.inputs:
+            if value is not None and not value.is_initializer() and value.dtype == FLOAT:
+                yield name_of(value), self._known(value, node) * (2.0 if node.op_type == "Gelu" else 1.0)
+        for value in node.outputs:
+            if value.dtype == FLOAT:
+                yield name_of(value), self._known(value, node) + _bias(node)
 
-    def _bias(self, node: NodeProto) -> float:
-        """Largest |x| of the bias: before it is added, a result may be larger than after."""
-        index = _BIASES.get(node.op_type)
-        if index is None or len(node.input) <= index or node.input[index] not in self._constants:
-            return 0.0
-        return float(np.abs(decode(self._constants[node.input[index]])).max(initial=0.0))
-
-    def _known(self, tensor: str, node: NodeProto) -> float:
+    def _known(self, value: ir.Value, node: ir.Node) -> float:
         assert self._max_abs is not None
-        if tensor not in self._max_abs:
+        if name_of(value) not in self._max_abs:
             raise PrecisionError(
-                f"No range was measured for {tensor}, which {node.name} would hold in {self.form.name}.",
+                f"No range was measured for {value.name}, which {node.name} would hold in {self.form.name}.",
                 "Measure ranges on this graph.",
             )
-        return self._max_abs[tensor]
+        return self._max_abs[name_of(value)]
+
+
+def _weights_of(node: ir.Node) -> Iterator[str]:
+    constants = (value for value in node.inputs if value is not None and value.is_initializer())
+    return (name_of(value) for value in constants if value.dtype == FLOAT)
+
+
+def _bias(node: ir.Node) -> float:
+    """Largest |x| of the bias: before it is added, a result may be larger than after."""
+    index = _BIASES.get(node.op_type)
+    value = node.inputs[index] if index is not None and index < len(node.inputs) else None
+    if value is None or not value.is_initializer():
+        return 0.0
+    return float(np.abs(decode(tensor_of(value))).max(initial=0.0))
 
 
 _SUMMARY = {"marked": "products and sums in registers", "range": "for their range", "weight": "for their weights"}

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from spach_deploy.options.specs import Precision
 
 Float32 = NDArray[np.float32]
 Bits = NDArray[np.uint16]
 
-FLOAT = int(TensorProto.FLOAT)
+FLOAT = ir.DataType.FLOAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HalfFormat:
     """
 
     name: str
-    onnx_type: int
+    dtype: ir.DataType
     limit: float
     smallest_normal: float
     roundoff: float
@@ -44,9 +44,9 @@ class HalfFormat:
         """`values` as this format holds them, float32."""
         return self.decode(self.encode(values))
 
-    def tensor(self, name: str, bits: Bits) -> TensorProto:
-        """An initializer of this format."""
-        return helper.make_tensor(name, self.onnx_type, bits.shape, bits.tobytes(), raw=True)
+    def tensor(self, name: str, bits: Bits) -> ir.TensorProtocol:
+        """`bits` as the data of an initializer; they are not copied."""
+        return ir.Tensor(bits.view(self.dtype.numpy()), self.dtype, name=name)
 
 
 def _encode_fp16(values: Float32) -> Bits:
@@ -80,11 +80,11 @@ def _decode_bf16(bits: Bits) -> Float32:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-FP16 = HalfFormat("fp16", int(TensorProto.FLOAT16), 65504.0, 2.0**-14, 2.0**-11, _encode_fp16, _decode_fp16)
+FP16 = HalfFormat("fp16", ir.DataType.FLOAT16, 65504.0, 2.0**-14, 2.0**-11, _encode_fp16, _decode_fp16)
 BF16 = HalfFormat(
-    "bf16", int(TensorProto.BFLOAT16), float(2.0**127 * (2 - 2.0**-7)), 2.0**-126, 2.0**-8, _encode_bf16, _decode_bf16
+    "bf16", ir.DataType.BFLOAT16, float(2.0**127 * (2 - 2.0**-7)), 2.0**-126, 2.0**-8, _encode_bf16, _decode_bf16
 )
-HALF_FORMATS = {FP16.onnx_type: FP16, BF16.onnx_type: BF16}
+HALF_FORMATS = {FP16.dtype: FP16, BF16.dtype: BF16}
 
 
 def half_format(precision: Precision) -> HalfFormat | None:
@@ -92,19 +92,18 @@ def half_format(precision: Precision) -> HalfFormat | None:
     return {Precision.FP16: FP16, Precision.BF16: BF16}.get(precision)
 
 
-def type_name(element_type: int) -> str:
+def type_name(dtype: ir.DataType) -> str:
     """fp32, fp16 or bf16."""
-    return "fp32" if element_type == FLOAT else HALF_FORMATS[element_type].name
+    return "fp32" if dtype == FLOAT else HALF_FORMATS[dtype].name
 
 
-def is_float(element_type: int) -> bool:
-    """Whether tensors of this ONNX element type take part in typing."""
-    return element_type == FLOAT or element_type in HALF_FORMATS
+def is_float(dtype: ir.DataType | None) -> bool:
+    """Whether tensors of this element type take part in typing."""
+    return dtype == FLOAT or dtype in HALF_FORMATS
 
 
-def decode(tensor: TensorProto) -> Float32:
+def decode(tensor: ir.TensorProtocol) -> Float32:
     """Values of an initializer of any of the three types, float32."""
-    if tensor.data_type in HALF_FORMATS and tensor.HasField("raw_data"):
-        bits = np.frombuffer(tensor.raw_data, np.uint16).reshape(tuple(tensor.dims))
-        return HALF_FORMATS[tensor.data_type].decode(bits)
-    return numpy_helper.to_array(tensor).astype(np.float32, copy=False)
+    if tensor.dtype in HALF_FORMATS:
+        return HALF_FORMATS[tensor.dtype].decode(tensor.numpy().view(np.uint16))
+    return tensor.numpy().astype(np.float32, copy=False)

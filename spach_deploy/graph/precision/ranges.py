@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.common.errors import ImageError, MissingPackageError
 from spach_deploy.common.files import utf8_path
-from spach_deploy.graph.edit import consumers, initializers, is_marked_float32
-from spach_deploy.graph.precision.elements import element_types, view_sources
+from spach_deploy.graph.editing import is_marked_float32, made_values, name_of, tensor_of
+from spach_deploy.graph.precision.elements import infer_all_types, is_view, shown
 from spach_deploy.graph.precision.formats import FLOAT
 from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED, saved_graph
 
@@ -44,23 +44,16 @@ class Ranges:
     images: int
     source: str = ""
 
-    def completed(self, model: ModelProto) -> Ranges:
+    def completed(self, model: ir.Model) -> Ranges:
         """These ranges, with those of `model`'s views of known tensors and of weights, in `model`'s order."""
         known = dict(self.max_abs)
-        sources = view_sources(model)
-        ordered = {value.name: known[value.name] for value in model.graph.input if value.name in known}
-        constants = initializers(model.graph)
-        for node in model.graph.node:
-            for name in node.output:
-                shown = [source for source in sources.get(name, ()) if source not in constants]
-                if name in sources and not shown and _is_float(constants[sources[name][0]]):
-                    known[name] = max(_largest_weight(constants[source]) for source in sources[name])
-                if node.op_type in BOUNDED:
-                    known[name] = BOUNDED[node.op_type]
-                elif name not in known and shown and all(source in known for source in shown):
-                    known[name] = max(known[source] for source in shown)
-                if name in known:
-                    ordered[name] = known[name]
+        for node in model.graph:
+            for name in map(name_of, node.outputs):
+                value = _bound(node, name, known)
+                if value is not None:
+                    known[name] = value
+        values = (*model.graph.inputs, *made_values(model.graph))
+        ordered = {name: known[name] for name in map(name_of, values) if name in known}
         return dataclasses.replace(self, max_abs=ordered)
 
     @property
@@ -77,10 +70,10 @@ class RangeMeter:
     MissingPackageError without onnxruntime.
     """
 
-    def __init__(self, model: ModelProto, *, tensors: Iterable[str] | None = None, threads: int | None = None) -> None:
+    def __init__(self, model: ir.Model, *, tensors: Iterable[str] | None = None, threads: int | None = None) -> None:
         self._model = model
         self._threads = threads
-        self._outputs = [value.name for value in model.graph.output]
+        self._outputs = [name_of(value) for value in model.graph.outputs]
         self._tensors = tuple(measurable(model) if tensors is None else tensors)
         self._max_abs: dict[str, float] = {}
         self._images = 0
@@ -114,21 +107,28 @@ class RangeMeter:
         return {name: float("nan") for name, total in zip(self._tensors, sums, strict=True) if np.isnan(total)}
 
 
-def _is_float(tensor: TensorProto) -> bool:
-    return tensor.data_type == FLOAT
+def _bound(node: ir.Node, name: str, known: Mapping[str, float]) -> float | None:
+    """The largest |x| of what `node` makes, where that follows from the node; None where it does not."""
+    if node.op_type in BOUNDED:
+        return BOUNDED[node.op_type]
+    sources = shown(node) if is_view(node) else ()
+    moved = [value for value in sources if not value.is_initializer()]
+    if sources and not moved and sources[0].dtype == FLOAT:
+        return max(_largest_weight(value) for value in sources)
+    if name in known or not moved or not all(name_of(value) in known for value in moved):
+        return None
+    return max(known[name_of(value)] for value in moved)
 
 
-def _largest_weight(tensor: TensorProto) -> float:
-    return float(np.abs(numpy_helper.to_array(tensor)).max(initial=0.0))
+def _largest_weight(value: ir.Value) -> float:
+    return float(np.abs(tensor_of(value).numpy()).max(initial=0.0))
 
 
 def _largest(arrays: Arrays) -> dict[str, float]:
     return {name: float(np.abs(value).max()) for name, value in arrays.items() if value.dtype.kind == "f"}
 
 
-def measure_ranges(
-    model: ModelProto, feeds: Iterable[Arrays], *, source: str = "", threads: int | None = None
-) -> Ranges:
+def measure_ranges(model: ir.Model, feeds: Iterable[Arrays], *, source: str = "", threads: int | None = None) -> Ranges:
     """Largest |x| of every tensor of the FP32 graph `model` over `feeds`, each one batch by input name.
 
     Batches of a few images keep memory small. Raises ImageError when `feeds` is empty, MissingPackageError without
@@ -141,34 +141,40 @@ def measure_ranges(
     return meter.ranges(source)
 
 
-def measurable(model: ModelProto) -> Iterator[str]:
+def measurable(model: ir.Model) -> Iterator[str]:
     """FP32 tensors that have to be looked at: made by a computation, and not only read and made in marked nodes."""
-    types, read, views = element_types(model), consumers(model.graph), view_sources(model)
-    for node in model.graph.node:
-        if node.op_type in BOUNDED:
+    infer_all_types(model)
+    for node in model.graph:
+        if node.op_type in BOUNDED or is_view(node):
             continue
-        for name in node.output:
-            inner = is_marked_float32(node) and all(is_marked_float32(reader) for reader in read.get(name, ()))
-            if types.get(name) == FLOAT and name not in views and not (inner and read.get(name)):
-                yield name
+        for value in node.outputs:
+            readers = value.consumers()
+            inner = is_marked_float32(node) and readers and all(map(is_marked_float32, readers))
+            if value.dtype == FLOAT and not inner:
+                yield name_of(value)
 
 
-def open_probed(model: ModelProto, tensors: Iterable[str], operators: tuple[str, ...], threads: int | None) -> Any:
+def open_probed(model: ir.Model, tensors: Iterable[str], operators: tuple[str, ...], threads: int | None) -> Any:
     """An ONNX Runtime session whose outputs are those of `model`, then `operators` of each of `tensors`, as scalars.
 
     Two messages behind each other are one merged message, so the weights are not copied for this.
     """
-    probes = ModelProto()
-    for name in tensors:
-        for operator in operators:
-            probe = f"{name}/{operator}"
-            probes.graph.node.append(helper.make_node(operator, [name], [probe], name=probe, keepdims=0))
-            probes.graph.output.append(helper.make_tensor_value_info(probe, TensorProto.FLOAT, []))
-    return open_session(model, probes, threads=threads)
+    probes = [_probe(name, operator) for name in tensors for operator in operators]
+    return open_session(model, more_outputs(model, [probe.outputs[0] for probe in probes], probes), threads=threads)
 
 
-def open_session(*messages: ModelProto, threads: int | None = None, plain: bool = False) -> Any:
-    """An ONNX Runtime session on the CPU, of one graph or of messages to merge; MissingPackageError without it.
+def _probe(name: str, operator: str) -> ir.Node:
+    result = ir.val(f"{name}/{operator}", FLOAT, [])
+    return ir.node(operator, [ir.val(name)], {"keepdims": 0}, outputs=[result], name=result.name)
+
+
+def more_outputs(model: ir.Model, outputs: Sequence[ir.Value], nodes: Iterable[ir.Node] = ()) -> ir.Model:
+    """What merges into `model` to give it more outputs, made by more nodes."""
+    return ir.Model(ir.Graph([], outputs, nodes=nodes), ir_version=model.ir_version)
+
+
+def open_session(*models: ir.Model, threads: int | None = None, plain: bool = False) -> Any:
+    """An ONNX Runtime session on the CPU, of one graph or of several that merge; MissingPackageError without it.
 
     `plain`: nodes are computed one by one, none fused with another.
     """
@@ -188,5 +194,5 @@ def open_session(*messages: ModelProto, threads: int | None = None, plain: bool 
         options.intra_op_num_threads = threads
     if plain:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    with saved_graph(*messages) as path, utf8_path(path) as name:
+    with saved_graph(*models) as path, utf8_path(path) as name:
         return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])

@@ -13,109 +13,112 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+import onnx_ir as ir
 
 from spach_deploy.common.errors import UnavailableError
-from spach_deploy.graph.precision.elements import element_types, is_view
-from spach_deploy.graph.precision.formats import FLOAT, HALF_FORMATS, decode, type_name
+from spach_deploy.graph.editing import made_values, name_of, tensor_of
+from spach_deploy.graph.precision.elements import infer_all_types, is_view
+from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode, type_name
 from spach_deploy.graph.precision.ranges import open_session
 
 
-def rounded_graph(typed: ModelProto) -> ModelProto:
+def rounded_graph(typed: ir.Model) -> ir.Model:
     """FP32 graph that computes what `typed` computes and rounds what is half there, with the same inputs and outputs.
 
     Tensors keep their names; beyond a half format's limit they are infinite. ONNX Runtime runs it on any CPU, so it is
     also the way to evaluate a bfloat16 graph.
     """
-    return _RoundedGraph(typed).build()
+    twin = typed.clone()
+    infer_all_types(twin)
+    _RoundedGraph(twin.graph).write()
+    return twin
 
 
 _TO_HALF, _EXACT = "/round", "/exact"
 
 
 class _RoundedGraph:
-    def __init__(self, typed: ModelProto) -> None:
-        self._typed = typed
-        self._types = element_types(typed)
-        self._constants = {tensor.name: tensor for tensor in typed.graph.initializer}
-        interface = (*typed.graph.input, *typed.graph.output)
-        self._foreign = {value.name for value in interface if self._types[value.name] in HALF_FORMATS}
-        self._nodes: list[NodeProto] = []
+    """Turns a typed graph into its twin, in place. `_half`: what is half in the typed graph."""
 
-    def build(self) -> ModelProto:
-        graph = self._typed.graph
-        for value in graph.input:
-            if value.name in self._foreign:
-                self._cast(value.name, self._inner(value.name), FLOAT, f"io/{value.name}/twin")
-        for node in graph.node:
-            self._add(node)
-        for value in graph.output:
-            if value.name in self._foreign:
-                kind = self._types[value.name]
-                self._cast(self._inner(value.name), value.name, kind, f"io/{value.name}/twin")
-        return self._assembled()
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        values = (*graph.inputs, *graph.initializers.values(), *made_values(graph))
+        self._half = {value: value.dtype for value in values if value.dtype in HALF_FORMATS}
 
-    def _inner(self, name: str) -> str:
-        """Name of the FP32 tensor that stands for `name`: inputs and outputs keep theirs for the caller's type."""
-        return f"{name}/twin" if name in self._foreign else name
+    def write(self) -> None:
+        nodes = tuple(self._graph)
+        for value in self._graph.initializers.values():
+            if value in self._half:
+                value.const_value = ir.Tensor(decode(tensor_of(value)), name=value.name)
+                value.type = ir.TensorType(FLOAT)
+        self._graph.insert_before(
+            nodes[0], [self._inside(value) for value in self._graph.inputs if value in self._half]
+        )
+        for index, value in enumerate(self._graph.outputs):
+            if value in self._half:
+                self._graph.append(self._outside(index, value))
+        for node in nodes:
+            self._round(node)
 
-    def _add(self, node: NodeProto) -> None:
-        twin = NodeProto()
-        twin.CopyFrom(node)
-        twin.input[:] = [self._inner(name) for name in node.input]
-        rounds = not is_view(node, self._constants)
-        if node.op_type == "Cast" and self._types[node.output[0]] in HALF_FORMATS:
-            twin = helper.make_node("Identity", [twin.input[0]], list(node.output), name=node.name)
-        elif node.op_type == "Cast" and self._types[node.input[0]] in HALF_FORMATS:
-            twin.op_type, rounds = "Identity", False
-            del twin.attribute[:]
-        self._nodes.append(twin)
-        for index, name in enumerate(node.output):
-            inner = self._inner(name)
-            twin.output[index] = inner
-            if rounds and self._types.get(name) in HALF_FORMATS:
-                twin.output[index] = inner + _EXACT
-                self._round(inner, self._types[name])
+    def _inside(self, value: ir.Value) -> ir.Node:
+        """What makes the FP32 tensor that all read instead of an input, which keeps the caller's type."""
+        inner = ir.val(f"{value.name}/twin", FLOAT, value.shape)
+        value.replace_all_uses_with(inner)
+        self._half[inner] = self._half[value]
+        return _cast(value, inner, f"io/{value.name}/twin")
 
-    def _round(self, name: str, kind: int) -> None:
-        half = f"{name}/{type_name(kind)}"
-        self._cast(name + _EXACT, half, kind, name + _TO_HALF)
-        self._cast(half, name, FLOAT, f"{name}/back")
+    def _outside(self, index: int, value: ir.Value) -> ir.Node:
+        """What makes an output in the caller's type of an FP32 tensor."""
+        outer = ir.val(name_of(value), self._half[value], value.shape)
+        value.name = f"{value.name}/twin"
+        self._graph.outputs[index] = outer
+        return _cast(value, outer, f"io/{outer.name}/twin")
 
-    def _cast(self, source: str, target: str, kind: int, name: str) -> None:
-        self._nodes.append(helper.make_node("Cast", [source], [target], name=name, to=kind))
+    def _round(self, node: ir.Node) -> None:
+        rounds = not is_view(node)
+        if node.op_type == "Cast" and (node.inputs[0] in self._half or node.outputs[0] in self._half):
+            rounds = node.outputs[0] in self._half
+            node.op_type = "Identity"
+            node.attributes.clear()
+        roundings = [step for value in node.outputs if value in self._half for step in self._made(value, rounds)]
+        self._graph.insert_after(node, roundings)
 
-    def _assembled(self) -> ModelProto:
-        model = ModelProto(ir_version=self._typed.ir_version)
-        model.opset_import.extend(self._typed.opset_import)
-        graph = model.graph
-        graph.name = self._typed.graph.name
-        graph.node.extend(self._nodes)
-        graph.initializer.extend(map(_as_float, self._typed.graph.initializer))
-        graph.input.extend(self._typed.graph.input)
-        graph.output.extend(self._typed.graph.output)
-        return model
+    def _made(self, value: ir.Value, rounds: bool) -> tuple[ir.Node, ...]:
+        """What rounds a tensor; what only moves rounded numbers needs none."""
+        kind, name = self._half[value], name_of(value)
+        value.type = ir.TensorType(FLOAT)
+        if not rounds:
+            return ()
+        back = ir.val(name, FLOAT, value.shape)
+        half = ir.val(f"{name}/{type_name(kind)}", kind, value.shape)
+        value.replace_all_uses_with(back)
+        value.name = name + _EXACT
+        self._half[back] = kind
+        return _cast(value, half, name + _TO_HALF), _cast(half, back, f"{name}/back")
 
 
-def _as_float(tensor: TensorProto) -> TensorProto:
-    return numpy_helper.from_array(decode(tensor), tensor.name) if tensor.data_type in HALF_FORMATS else tensor
+def _cast(source: ir.Value, target: ir.Value, name: str) -> ir.Node:
+    return ir.node("Cast", [source], {"to": target.dtype or FLOAT}, outputs=[target], name=name)
 
 
 @functools.cache
 def check_runtime_rounds() -> None:
     """UnavailableError when the ONNX Runtime here drops a Cast to half and back: then a twin would prove nothing."""
-    node = helper.make_node("Add", ["x", "x"], ["y"], name="canary/Add")
-    graph = helper.make_graph([node], "canary", [_vector("x")], [_vector("z")])
-    graph.node.append(helper.make_node("Cast", ["y"], ["h"], name="canary/round", to=TensorProto.FLOAT16))
-    graph.node.append(helper.make_node("Cast", ["h"], ["z"], name="canary/back", to=TensorProto.FLOAT))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    x, y, half, z = (
+        ir.val("x", FLOAT, [2]),
+        ir.val("y", FLOAT, [2]),
+        ir.val("h", FP16.dtype, [2]),
+        ir.val("z", FLOAT, [2]),
+    )
+    nodes = [
+        ir.node("Add", [x, x], outputs=[y], name="canary/Add"),
+        _cast(y, half, "canary/round"),
+        _cast(half, z, "canary/back"),
+    ]
+    model = ir.Model(ir.Graph([x], [z], nodes=nodes, opset_imports={"": 20}, name="canary"), ir_version=10)
     result = open_session(model, threads=1).run(None, {"x": np.array([5e4, 1e-9], np.float32)})[0]
     if not (np.isinf(result[0]) and result[1] == 0.0):
         raise UnavailableError(
             "The ONNX Runtime installed here removes roundings, so it cannot prove a half-precision policy.",
             "Install another version of onnxruntime.",
         )
-
-
-def _vector(name: str) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [2])

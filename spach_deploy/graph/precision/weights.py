@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+import onnx_ir as ir
 
 from spach_deploy.common.errors import PrecisionError
+from spach_deploy.graph.editing import name_of, tensor_of
 from spach_deploy.graph.precision.formats import Bits, Float32, HalfFormat, decode
 
 LOST = 1e-2
@@ -93,31 +94,34 @@ def _compare(values: Float32, rounded: Float32, form: HalfFormat, unit: np.float
 class EncodedWeights:
     """Weights in a 16-bit format, each encoded and examined once, when first asked for."""
 
-    def __init__(self, form: HalfFormat, constants: Mapping[str, TensorProto]) -> None:
+    def __init__(self, form: HalfFormat, constants: Mapping[str, ir.Value]) -> None:
         self._form = form
         self._constants = constants
-        self._tensors: dict[str, TensorProto] = {}
+        self._tensors: dict[str, ir.TensorProtocol] = {}
         self.reports: dict[str, WeightReport] = {}
 
     def report(self, name: str) -> WeightReport:
         """How the weights called `name` fit. Raises PrecisionError when they are not finite to begin with."""
         if name not in self.reports:
-            bits, self.reports[name] = encode(name, decode(self._constants[name]), self._form)
+            bits, self.reports[name] = encode(name, decode(tensor_of(self._constants[name])), self._form)
             self._tensors[name] = self._form.tensor(name, bits)
         return self.reports[name]
 
     def prepare(self, names: Iterable[str]) -> None:
         """Encode many at once, on all cores: NumPy works without holding the interpreter's lock."""
+        ordered = tuple(dict.fromkeys(names))
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self.report, dict.fromkeys(names)))
+            list(pool.map(self.report, ordered))
+        self.reports = {name: self.reports[name] for name in (*ordered, *self.reports)}  # not as threads ended
 
-    def fits(self, node: NodeProto, name: str) -> bool:
+    def fits(self, node: ir.Node, name: str) -> bool:
         """Whether `node` may read the weights called `name` in this format."""
         report = self.report(name)
-        added = any(node.input[index] == name for index in _ADDED.get(node.op_type, ()) if index < len(node.input))
+        places = _ADDED.get(node.op_type, ())
+        added = any(name_of(node.inputs[index]) == name for index in places if index < len(node.inputs))
         return report.overflow == 0 and (added or report.error <= LOST)
 
-    def tensor(self, name: str) -> TensorProto:
-        """The weights called `name` as an initializer of this format."""
+    def tensor(self, name: str) -> ir.TensorProtocol:
+        """The weights called `name` in this format."""
         self.report(name)
         return self._tensors[name]

@@ -24,14 +24,14 @@ from spach_deploy.bundle.golden import INPUT, Golden, expected_outputs
 from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, DirectoryKind, check_target, writing
 from spach_deploy.common.errors import MissingPackageError
 from spach_deploy.common.text import json_text
-from spach_deploy.graph.edit import check_is_one_file
+from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds
 from spach_deploy.runtime.onnxruntime_runner import save_model
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.runs import plan_batches
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    import onnx_ir as ir
 
 CONTENTS = DirectoryKind("polygraphy", "Polygraphy's data")
 SCRIPTS = Path(__file__).with_name("scripts")
@@ -82,16 +82,17 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
     return PolygraphyPackage(output, str(opened.manifest.model["name"]), sizes, run)
 
 
-def _rounded(graph: Path) -> ModelProto | None:
+def _rounded(graph: Path) -> ir.Model | None:
     """The graph as a CPU runs it, where it has bfloat16, which ONNX Runtime computes on no CPU; None for others."""
     needs = GraphNeeds.of(graph)
     if needs is None or not needs.bfloat16:
         return None
     import onnx
+    import onnx_ir as ir
 
     from spach_deploy.graph.precision.rounding import rounded_graph
 
-    return rounded_graph(onnx.load(graph))
+    return rounded_graph(ir.from_proto(onnx.load(graph)))
 
 
 def _batches(count: int, facts: BundleFacts) -> list[list[int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spach_deploy.bundle.store import GRAPH, Bundle, TensorInfo
 from spach_deploy.common.errors import BundleError, UsageError
-from spach_deploy.graph.edit import check_is_one_file
+from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import BatchProfile, Flavour
 from spach_deploy.packaging.triton.options import Backend, Device, TritonOptions

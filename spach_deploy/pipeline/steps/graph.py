@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import onnx_ir as ir
-from onnx import ModelProto
 
-from spach_deploy.graph.editing import as_proto, without_weights
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.opset import convert_opset
@@ -28,13 +26,13 @@ from spach_deploy.validation.exact import prove_equal
 
 @dataclasses.dataclass(frozen=True)
 class Fp32Graph:
-    """The FP32 graph; a message once it has its target's form.
+    """The FP32 graph.
 
     `errors`: relative L2 of the exported graph at each batch size, where it was proven by itself and not in its
     target's form alone. `changed`: nodes by the pass that made the form.
     """
 
-    model: ir.Model | ModelProto
+    model: ir.Model
     changed: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     errors: dict[int, float] = dataclasses.field(default_factory=dict)
 
@@ -71,16 +69,13 @@ def give_form(
     The graph's model is changed in place: its weights are there once.
     """
     model = graph.model
-    assert isinstance(model, ir.Model)
     if plan is not None:
-        proto = as_proto(model)
-        equalize_graph(proto, plan)
-        model = ir.from_proto(proto)
+        equalize_graph(model, plan)
         mark_sites(model, plan)
     changed = apply_passes(model, _passes(options), options.disabled_rewrites)
     add_interface(model, options.outputs, images.preprocessing)
-    convert_opset(model, options.graph_opset, element_types(without_weights(model)))
-    return dataclasses.replace(graph, model=as_proto(model), changed=changed)
+    convert_opset(model, options.graph_opset, element_types(model))
+    return dataclasses.replace(graph, changed=changed)
 
 
 def _passes(options: ExportOptions) -> tuple[Pass, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 from typing import Any
 
-from onnx import GraphProto, TensorProto, ValueInfoProto, helper
+import onnx_ir as ir
 
 from spach_deploy.bundle import store as bundles
 from spach_deploy.common.versions import tool_versions
@@ -47,12 +47,12 @@ def preprocessing_section(preprocessing: Preprocessing) -> dict[str, Any]:
     return dataclasses.asdict(preprocessing)
 
 
-def interface_sections(graph: GraphProto, options: ExportOptions) -> dict[str, Any]:
+def interface_sections(graph: ir.Graph, options: ExportOptions) -> dict[str, Any]:
     """Inputs, outputs, batch. Of `graph` only inputs and outputs are read."""
     layout = "NHWC" if options.outputs.io_dtype is IODtype.UINT8 else "NCHW"
     return {
-        "inputs": [_tensor(value, layout) for value in graph.input],
-        "outputs": [_tensor(value, "NC") for value in graph.output],
+        "inputs": [_tensor(value, layout) for value in graph.inputs],
+        "outputs": [_tensor(value, "NC") for value in graph.outputs],
         "output_options": {
             "io_dtype": options.outputs.io_dtype.value,
             "top_k": options.outputs.top_k,
@@ -62,12 +62,10 @@ def interface_sections(graph: GraphProto, options: ExportOptions) -> dict[str, A
     }
 
 
-def _tensor(value: ValueInfoProto, layout: str) -> dict[str, Any]:
-    kind = value.type.tensor_type
-    shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
-    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    name = "bfloat16" if kind.elem_type == TensorProto.BFLOAT16 else dtype.name
-    return {"name": value.name, "dtype": name, "shape": shape, "layout": layout}
+def _tensor(value: ir.Value, layout: str) -> dict[str, Any]:
+    shape = [dim if isinstance(dim, int) else None for dim in value.shape or ()]
+    dtype = "" if value.dtype is None else value.dtype.numpy().name
+    return {"name": value.name, "dtype": dtype, "shape": shape, "layout": layout}
 
 
 def precision_section(typed: TypedGraph) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx import GraphProto, ModelProto
 
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.progress import Phases
@@ -30,8 +29,8 @@ from spach_deploy.pipeline.steps.images import GoldenImages, note_skipped
 from spach_deploy.pipeline.steps.quantization import quantize_typed
 from spach_deploy.pipeline.steps.quantization import summary as quantized_summary
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
-from spach_deploy.quantization.bias_correction import correct_biases
-from spach_deploy.quantization.outlier_migration import migrate_outliers
+from spach_deploy.quantization.bias_correction import CorrectBiases
+from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import save_model
@@ -52,7 +51,7 @@ class TypedGraph:
     it was proven by itself, and of the graph in its target's form, at each batch size.
     """
 
-    model: ModelProto
+    model: ir.Model
     policy: PrecisionPolicy
     certificate: Certificate
     layers: tuple[LayerPrecision, ...]
@@ -62,8 +61,13 @@ class TypedGraph:
     def written(self, path: Path) -> TypedGraph:
         """Itself without its nodes and weights, which are in the file `path` from now on."""
         save_model(self.model, path)
-        interface = GraphProto(input=self.model.graph.input, output=self.model.graph.output)
-        return dataclasses.replace(self, model=ModelProto(graph=interface))
+        graph = self.model.graph
+        inputs, outputs = (
+            [ir.val(value.name, value.dtype, value.shape) for value in values]
+            for values in (graph.inputs, graph.outputs)
+        )
+        interface = ir.Graph(inputs, outputs, nodes=(), opset_imports=dict(graph.opset_imports))
+        return dataclasses.replace(self, model=ir.Model(interface, ir_version=self.model.ir_version))
 
 
 def set_types(
@@ -82,21 +86,19 @@ def set_types(
     MismatchError where the form computes something else than the reference, naming the first step that is wrong.
     """
     model, rest = graph.model, options.rest
-    assert isinstance(model, ModelProto)
     with _first_wrong_step(graph, static, images, reference):
         ranges, errors = _measured(model, images, reference, options, phases)
         if _migrated(model, ranges, rest, phases):
             ranges, errors = _measured(model, images, reference, options, phases)
     if plan is not None:
-        correct_biases(model, plan)
+        CorrectBiases(plan)(model)
     typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
     result, policy = typed.model, typed.policy
     if plan is not None:
         result = quantize_typed(result, plan)
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
-    finished = ir.from_proto(result)
-    check_operators(finished, element_types(result))
-    certificate = certify(finished, [path for path, _ in loaded.model.named_modules(remove_duplicate=False)])
+    check_operators(result, element_types(result))
+    certificate = certify(result, [path for path, _ in loaded.model.named_modules(remove_duplicate=False)])
     by_step = {"exported graph": graph.errors, "graph in its target's form": errors}
     return TypedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step)
 
@@ -117,7 +119,7 @@ def _first_wrong_step(
 
 
 def _measured(
-    model: ModelProto, images: GoldenImages, reference: ReferenceOutputs, options: ExportOptions, phases: Phases
+    model: ir.Model, images: GoldenImages, reference: ReferenceOutputs, options: ExportOptions, phases: Phases
 ) -> tuple[Ranges, dict[int, float]]:
     """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that is more than rounding."""
     is_half = options.rest.is_half
@@ -141,12 +143,12 @@ def _parts(count: int) -> list[tuple[int, int]]:
     return [(0, first), *((start, start + RANGE_BATCH) for start in range(first, count, RANGE_BATCH))]
 
 
-def _migrated(model: ModelProto, ranges: Ranges, rest: Precision, phases: Phases) -> tuple[str, ...]:
+def _migrated(model: ir.Model, ranges: Ranges, rest: Precision, phases: Phases) -> tuple[str, ...]:
     """Outlier channels that a half precision could not hold, exchanged with the weights behind them, in place."""
     form = half_format(rest)
     if form is None:
         return ()
-    migrated = migrate_outliers(model, ranges, form, TypingOptions().margin)
+    migrated = MigrateOutliers(ranges, form, TypingOptions().margin).call(model).pairs
     if migrated:
         names = f"{', '.join(migrated[:2])}{' and more' if len(migrated) > 2 else ''}"
         phases.note(f"Outlier channels that {rest.value} could not hold were equalized, exactly: {names}.")

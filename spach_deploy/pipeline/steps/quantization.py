@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-from onnx import ModelProto
 
 from spach_deploy.common.errors import PrecisionError, UsageError
 from spach_deploy.common.progress import Phases
@@ -35,7 +34,7 @@ from spach_deploy.quantization.calibration import (
 )
 from spach_deploy.quantization.formats import eight_bits
 from spach_deploy.quantization.plan import KeptFloat, QuantizationPlan, QuantizedSite, Scaling
-from spach_deploy.quantization.qdq import audit, insert_qdq
+from spach_deploy.quantization.qdq import InsertQdq, audit
 from spach_deploy.quantization.quantize import QuantizableSites, candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.shards import collect_on_cluster
@@ -66,7 +65,7 @@ def scaling_of(options: ExportOptions) -> Scaling:
 
 
 def calibrate(
-    model: ModelProto, loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, phases: Phases
+    model: ir.Model, loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, phases: Phases
 ) -> CalibrationStep:
     """The plan for the FP32 graph `model`, input (B, 3, S, S) float32, from the user's images or a calibration file.
 
@@ -127,7 +126,7 @@ def _per_tensor(chosen: QuantizableSites, patterns: Sequence[str]) -> frozenset[
 
 
 def _from_images(
-    model: ModelProto,
+    model: ir.Model,
     chosen: QuantizableSites,
     scaling: Scaling,
     key: CalibrationKey,
@@ -160,7 +159,7 @@ def _from_images(
 
 
 def measure(
-    model: ModelProto,
+    model: ir.Model,
     chosen: QuantizableSites,
     scaling: Scaling,
     key: CalibrationKey,
@@ -193,7 +192,7 @@ def calibration_set_notes(seen: CollectedStatistics) -> str:
     return f"the {seen.survey.images} images from {seen.survey.description}"
 
 
-def _usual(model: ModelProto, chosen: QuantizableSites, preprocessing: Preprocessing) -> dict[str, TensorStatistics]:
+def _usual(model: ir.Model, chosen: QuantizableSites, preprocessing: Preprocessing) -> dict[str, TensorStatistics]:
     """Statistics on a few photographs."""
     source = probe_source().limit(_USUAL_IMAGES)
     return collect(model, chosen.wanted, source, preprocessing, CalibrationSettings(histograms=False)).statistics
@@ -252,9 +251,9 @@ def mark_sites(model: ir.Model, plan: QuantizationPlan) -> None:
             mark_quantized(node)
 
 
-def quantize_typed(typed: ModelProto, plan: QuantizationPlan) -> ModelProto:
-    """The typed graph with its pairs, held against the plan before anybody else does."""
-    quantized = insert_qdq(typed, plan)
+def quantize_typed(typed: ir.Model, plan: QuantizationPlan) -> ir.Model:
+    """The typed graph with its pairs, held against the plan before anybody else does; `typed` is changed."""
+    quantized = InsertQdq(plan)(typed).model
     findings = audit(quantized, plan)
     if findings:
         raise PrecisionError(f"The quantized graph is not what was planned: {findings[0]}.", "Report this.")

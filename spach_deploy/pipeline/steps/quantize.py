@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import onnx_ir as ir
-
 from spach_deploy.bundle import store as bundles
 from spach_deploy.common.progress import Phases
-from spach_deploy.graph.editing import as_proto
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.steps.graph import Fp32Graph
@@ -64,8 +61,7 @@ def calibrated(
 ) -> CalibrationStep:
     """Scales from the calibration images, which the golden ones must not be among."""
     with phases.phase("calibrate"):
-        assert isinstance(graph.model, ir.Model)
-        found = calibrate(as_proto(graph.model), loaded, images.preprocessing, options, phases)
+        found = calibrate(graph.model, loaded, images.preprocessing, options, phases)
         refuse_overlap(found, [images.pixels], images.names, options, phases)
     return found
 

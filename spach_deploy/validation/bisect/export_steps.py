@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
-from onnx import ModelProto
 from torch import nn
 
 from spach_deploy.bundle.golden import LOGITS as LOGITS_OUTPUT
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.models.checkpoint import LoadedModel
@@ -49,7 +48,7 @@ from spach_deploy.validation.runs import Level, RunResult
 from spach_deploy.validation.tolerance import measured_fp32_error
 
 
-def bisect_graph(graph: ModelProto, reference: ProbedReference) -> Bisection:
+def bisect_graph(graph: ir.Model, reference: ProbedReference) -> Bisection:
     """Hold every module of `graph` to the reference's. UsageError where the graph cannot be taken apart."""
     location = locate(graph, reference)
     return Bisection(tuple(_suspects(location)), tuple(_modules(location)), tuple(_unmapped(location)))
@@ -123,7 +122,7 @@ class RepeatedSteps:
     limit: float = rounding_limit(0.0)
     results: list[StepResult] = dataclasses.field(default_factory=list)
     static: StaticSpach | None = None
-    graph: ModelProto | None = None
+    graph: ir.Model | None = None
 
 
 def remake(sources: Sources, say: Callable[[str], None]) -> RepeatedSteps:
@@ -171,10 +170,9 @@ def _rewritten(remade: RepeatedSteps, sources: Sources) -> Float32Array:
 
 def _exported(remade: RepeatedSteps, sources: Sources) -> Float32Array:
     assert remade.static is not None
-    graph = export_canonical(remade.static, sources.loaded.image_size)
-    apply_passes(graph, sources.passes, sources.disabled)
-    remade.graph = as_proto(graph)
-    with saved_graph(graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
+    remade.graph = export_canonical(remade.static, sources.loaded.image_size)
+    apply_passes(remade.graph, sources.passes, sources.disabled)
+    with saved_graph(remade.graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
         logits: Float32Array = runner.run({INPUT: sources.images})[LOGITS]
     return logits
 

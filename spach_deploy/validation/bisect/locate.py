@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
 
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.metrics import relative_l2
+from spach_deploy.graph.editing import name_of
 from spach_deploy.graph.names import owner
+from spach_deploy.graph.precision.formats import FLOAT
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import BATCH, ProbedReference, ProbeView
 from spach_deploy.validation.bisect.search import Feeds, TensorSearch
@@ -28,8 +30,8 @@ EIGHT_BIT_FACTOR = 0.75
 steps fall to either side."""
 
 _ARITHMETICS: dict[int, StorageFormat] = {
-    TensorProto.FLOAT16: StorageFormat.FP16,
-    TensorProto.BFLOAT16: StorageFormat.BF16,
+    ir.DataType.FLOAT16: StorageFormat.FP16,
+    ir.DataType.BFLOAT16: StorageFormat.BF16,
 }
 
 
@@ -80,13 +82,13 @@ class Location:
         return tuple(name for name in self.view.places if name not in self.found and name not in suspected)
 
 
-def locate(graph: ModelProto, reference: ProbedReference) -> Location:
+def locate(graph: ir.Model, reference: ProbedReference) -> Location:
     """Hold every place of `graph` to the reference. UsageError where the graph cannot be taken apart."""
     name, dtype, batch = _input(graph)
     opened = OpenedGraph(graph, batch)
     view = reference.view(batch).of_graph(opened.makers)
     feeds = {name: reference.inputs(dtype, batch)}
-    is_quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+    is_quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph)
     arithmetic = _ARITHMETICS[opened.half] if opened.half is not None else StorageFormat.FP32
 
     def rounding(match: Match) -> float:
@@ -103,16 +105,14 @@ def locate(graph: ModelProto, reference: ProbedReference) -> Location:
     return Location(view, found, tuple(_behind(entry, opened, search, feeds, found) for entry in suspicions))
 
 
-def _input(graph: ModelProto) -> tuple[str, str, int]:
+def _input(graph: ir.Model) -> tuple[str, str, int]:
     """Name, dtype and batch of the images."""
-    weights = {tensor.name for tensor in graph.graph.initializer}
-    inputs = [value for value in graph.graph.input if value.name not in weights]
+    inputs = [value for value in graph.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1:
         raise UsageError(f"The graph has {len(inputs)} inputs; a classifier of images has one.", "Give another graph.")
-    tensor = inputs[0].type.tensor_type
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    dims = tensor.shape.dim
-    return inputs[0].name, str(dtype), (dims[0].dim_value if dims else 0) or BATCH
+    (given,) = inputs
+    first = given.shape[0] if given.shape else 0
+    return name_of(given), str((given.dtype or FLOAT).numpy()), first if isinstance(first, int) and first else BATCH
 
 
 def _held(

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from spach_deploy.common.errors import SpachError, UnavailableError, UsageError
-from spach_deploy.graph.precision.elements import without_weights
+from spach_deploy.graph.editing import made_values, name_of, without_weights
 from spach_deploy.graph.precision.formats import FLOAT, HALF_FORMATS
 from spach_deploy.graph.precision.ranges import open_session
 from spach_deploy.graph.precision.rounding import check_runtime_rounds, rounded_graph
@@ -37,15 +37,12 @@ class OpenedGraph:
     `order`: position of what makes each tensor. Raises UsageError for a graph that cannot be taken apart.
     """
 
-    def __init__(self, graph: ModelProto, batch: int) -> None:
+    def __init__(self, graph: ir.Model, batch: int) -> None:
         self.half = half_type(graph)
         self._graph = _twin(graph) if self.half is not None else graph
-        self._nodes = list(self._graph.graph.node)
-        read = {name for node in self._nodes for name in node.input} | {*_outputs(self._graph)}
-        weights = (tensor for tensor in self._graph.graph.initializer if tensor.name in read)
-        self._weights = ModelProto(graph=GraphProto(initializer=weights))
-        self.outputs = _outputs(self._graph)
-        self.makers = {name: node.name for node in self._nodes for name in node.output if name}
+        self._nodes = tuple(self._graph.graph)
+        self.outputs = [name_of(value) for value in self._graph.graph.outputs]
+        self.makers = {name_of(value): name_of(value.producer()) for value in made_values(self._graph.graph)}
         self.order = {name: index for index, name in enumerate(self.makers)}
         self._elements = float_elements(self._graph, batch)
 
@@ -74,10 +71,11 @@ class OpenedGraph:
         Without `inputs`: those that are computed from the images alone.
         """
         wanted = {*inputs}
-        sources: dict[str, frozenset[str]] = {value.name: frozenset() for value in self._graph.graph.input}
+        sources: dict[str, frozenset[str]] = {}
         for node in self._nodes:
-            read = (frozenset((name,)) if name in given else sources.get(name, frozenset()) for name in node.input)
-            sources.update(dict.fromkeys(node.output, frozenset().union(*read)))
+            names = map(name_of, node.inputs)
+            read = (frozenset((name,)) if name in given else sources.get(name, frozenset()) for name in names)
+            sources.update(dict.fromkeys(map(name_of, node.outputs), frozenset().union(*read)))
         chosen = {name for name in among if sources[name] <= wanted and (sources[name] or not wanted)}
         return [name for name in self.order if name in chosen]
 
@@ -86,9 +84,10 @@ class OpenedGraph:
         made: list[tuple[str, str]] = []
         behind = {tensor}
         for node in self._nodes:
-            if node.op_type in _ALTERING and node.input[0] in behind:
-                behind.update(node.output)
-                made.extend((name, node.name) for name in node.output if self._elements.get(name, -1) >= 0)
+            if node.op_type in _ALTERING and name_of(node.inputs[0]) in behind:
+                names = list(map(name_of, node.outputs))
+                behind.update(names)
+                made.extend((name, name_of(node)) for name in names if self._elements.get(name, -1) >= 0)
         return made
 
     def run(self, feeds: Mapping[str, NDArray[np.generic]], names: list[str], given: Arrays) -> Values:
@@ -97,38 +96,35 @@ class OpenedGraph:
         UsageError where the graph does not run.
         """
         try:
-            session = open_session(self._light(names, given), self._weights, plain=True)
+            session = open_session(self._with(names, given), plain=True)
             inputs = {value.name for value in session.get_inputs()}
             inside = {_given(name): value for name, value in given.items() if _given(name) in inputs}
             return dict(zip(names, session.run(names, {**feeds, **inside}), strict=True))
         except Exception as error:  # its exceptions share no base class of their own
             raise _does_not_run(error) from error
 
-    def _light(self, names: list[str], given: Arrays) -> ModelProto:
-        """The graph without weights, with other outputs and more inputs."""
-        light = ModelProto(ir_version=self._graph.ir_version, functions=self._graph.functions)
-        light.opset_import.extend(self._graph.opset_import)
-        light.graph.name = self._graph.graph.name
-        light.graph.input.extend(self._graph.graph.input)
-        light.graph.node.extend(_reading(node, given) for node in self._nodes)
-        light.graph.output.extend(ValueInfoProto(name=name) for name in names)
+    def _with(self, names: list[str], given: Arrays) -> ir.Model:
+        """The graph with other outputs and more inputs."""
+        model = self._graph.clone()
+        graph = model.graph
+        values = {name_of(value): value for value in (*graph.inputs, *made_values(graph))}
+        graph.outputs.clear()
         for name, value in given.items():
-            light.graph.input.append(helper.make_tensor_value_info(_given(name), TensorProto.FLOAT, value.shape))
-        return light
+            replacement = ir.val(_given(name), FLOAT, value.shape)
+            graph.inputs.append(replacement)
+            values[name].replace_all_uses_with(replacement)
+        graph.outputs.extend(values[name] for name in names)
+        return model
 
 
-def _outputs(graph: ModelProto) -> list[str]:
-    return [value.name for value in graph.graph.output]
-
-
-def half_type(graph: ModelProto) -> int | None:
-    """ONNX element type of the half precision in which a graph has weights or casts tensors; None without."""
-    weights = (tensor.data_type for tensor in graph.graph.initializer)
-    casts = (attribute.i for node in graph.graph.node if node.op_type == "Cast" for attribute in node.attribute)
+def half_type(graph: ir.Model) -> ir.DataType | None:
+    """Element type of the half precision in which a graph has weights or casts tensors; None without."""
+    weights = (value.dtype for value in graph.graph.initializers.values())
+    casts = (ir.DataType(node.attributes.get_int("to", 0)) for node in graph.graph if node.op_type == "Cast")
     return next((kind for kind in (*weights, *casts) if kind in HALF_FORMATS), None)
 
 
-def _twin(graph: ModelProto) -> ModelProto:
+def _twin(graph: ir.Model) -> ir.Model:
     check_runtime_rounds()
     try:
         return rounded_graph(graph)
@@ -147,19 +143,10 @@ def _given(name: str) -> str:
     return f"given/{name}"
 
 
-def _reading(node: NodeProto, given: Arrays) -> NodeProto:
-    if not any(name in given for name in node.input):
-        return node
-    changed = NodeProto()
-    changed.CopyFrom(node)
-    changed.input[:] = [_given(name) if name in given else name for name in node.input]
-    return changed
-
-
-def float_elements(graph: ModelProto, batch: int) -> dict[str, int]:
+def float_elements(graph: ir.Model, batch: int) -> dict[str, int]:
     """Elements of every float tensor that nodes make, at `batch`; 0 where they are not known."""
     light = without_weights(graph)
-    weights = {tensor.name for tensor in graph.graph.initializer}
+    weights = graph.graph.initializers
     for value in light.graph.input:
         if value.name not in weights and len(value.type.tensor_type.shape.dim):
             value.type.tensor_type.shape.dim[0].dim_value = batch
@@ -169,9 +156,8 @@ def float_elements(graph: ModelProto, batch: int) -> dict[str, int]:
     types = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.output)}
     return {
         name: _count(types[name]) if name in types else 0
-        for node in graph.graph.node
-        for name in node.output
-        if name and (name not in types or types[name].elem_type == FLOAT)
+        for name in map(name_of, made_values(graph.graph))
+        if (name not in types or types[name].elem_type == FLOAT)
     }
 
 

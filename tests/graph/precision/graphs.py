@@ -11,14 +11,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from spach_deploy.graph.edit import constant, initializers
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes.group_norm import split_group_norm
 from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
 from spach_deploy.graph.precision.decision import KeptFp32
-from spach_deploy.graph.precision.ranges import Ranges, measure_ranges
-from spach_deploy.graph.precision.typed_graph import TypedGraph
-from tests.protos import in_place
+from spach_deploy.graph.precision.ranges import Ranges
+from tests.protos import TypedGraph, constant, in_place, initializers, measure_ranges
 from tests.static_models import canonical_bytes, images
 
 Array = NDArray[Any]

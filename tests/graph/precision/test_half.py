@@ -11,12 +11,10 @@ import pytest
 from onnx import ModelProto, TensorProto
 
 from spach_deploy.common.errors import PrecisionError, UsageError
-from spach_deploy.graph.edit import attributes, consumers, initializers, is_marked_float32, mark_float32
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.precision.decision import STATISTICS, TypingOptions
-from spach_deploy.graph.precision.ranges import Ranges, measure_ranges
-from spach_deploy.graph.precision.typed_graph import type_graph
+from spach_deploy.graph.precision.ranges import Ranges
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision, Preprocessing
 from tests.graph.precision.graphs import (
     KINDS,
@@ -30,7 +28,16 @@ from tests.graph.precision.graphs import (
     target_graph,
     types_of,
 )
-from tests.protos import in_place
+from tests.protos import (
+    attributes,
+    consumers,
+    in_place,
+    initializers,
+    is_marked_float32,
+    mark_float32,
+    measure_ranges,
+    type_graph,
+)
 from tests.static_models import IMAGE_SIZE, small_model
 
 COMPUTING = ("Gemm", "Conv", "MatMul", "LayerNormalization", "Gelu")
@@ -141,28 +148,6 @@ def test_an_island_is_as_small_as_its_outlier() -> None:
     assert {initializers(typed.model.graph)[name].data_type for name in ("scale", "bias", "large")} == {
         TensorProto.FLOAT
     }
-
-
-@pytest.mark.parametrize("precision", [Precision.FP32, *HALVES])
-@pytest.mark.parametrize("io_dtype", [IODtype.FP32, IODtype.FP16])
-def test_a_guess_that_ranges_confirm_is_the_result(precision: Precision, io_dtype: IODtype) -> None:
-    model, options = outlier_graph(), TypingOptions(io_dtype=io_dtype)
-    ranges = measured(model, [1e-3, 1e-3, 1e-3, 1e-3])
-    guess = type_graph(model, precision, None, options)
-    typed, alone = type_graph(model, precision, ranges, options, guess), type_graph(model, precision, ranges, options)
-    assert typed.model is guess.model
-    assert typed.model == alone.model
-    assert typed.policy == alone.policy
-
-
-def test_a_guess_that_ranges_refute_is_not_the_result() -> None:
-    model = outlier_graph()
-    ranges = measured(model, [1, 2, 3, 4])
-    guess = type_graph(model, Precision.FP16)
-    typed, alone = type_graph(model, Precision.FP16, ranges, None, guess), type_graph(model, Precision.FP16, ranges)
-    assert typed.model != guess.model
-    assert typed.model == alone.model
-    assert typed.policy == alone.policy
 
 
 def test_bf16_has_the_range_for_it() -> None:

@@ -5,9 +5,10 @@ from collections import Counter
 import onnx
 from onnx import TensorProto, helper
 
-from spach_deploy.graph.precision.elements import LayerPrecision, weighted_layers
+from spach_deploy.graph.precision.elements import LayerPrecision
 from spach_deploy.options.specs import Precision
 from tests import small_bundles
+from tests.protos import weighted_layers
 
 
 def test_a_typed_graph_states_the_precision_of_every_weighted_layer() -> None:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from spach_deploy.common.errors import ImageError, MissingPackageError
-from spach_deploy.graph.edit import mark_float32
-from spach_deploy.graph.precision.ranges import RangeMeter, measurable, measure_ranges
 from tests.graph.precision.graphs import Array, array, batches, feed, graph, measured, node, target_graph
+from tests.protos import RangeMeter, mark_float32, measurable, measure_ranges
 from tests.static_models import canonical_bytes
 
 
@@ -108,7 +108,7 @@ def test_ranges_of_one_form_of_a_graph_serve_another() -> None:
     """Measured with depthwise convolutions, used with shifted products: what both have is known, views follow."""
     plain = measure_ranges(onnx.load_from_string(canonical_bytes("hybrid")), batches())
     shifted = target_graph("hybrid")
-    known = plain.completed(shifted).max_abs
+    known = plain.completed(ir.from_proto(shifted)).max_abs
     unmarked = set(measurable(shifted))
     assert unmarked <= known.keys()
 

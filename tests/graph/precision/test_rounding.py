@@ -18,11 +18,11 @@ from spach_deploy.graph.names import owner
 from spach_deploy.graph.precision import rounding
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.graph.precision.formats import BF16, FP16
-from spach_deploy.graph.precision.ranges import Ranges, measure_ranges
-from spach_deploy.graph.precision.rounding import check_runtime_rounds, rounded_graph
-from spach_deploy.graph.precision.typed_graph import TypedGraph, type_graph
+from spach_deploy.graph.precision.ranges import Ranges
+from spach_deploy.graph.precision.rounding import check_runtime_rounds
 from spach_deploy.options.specs import IODtype, Precision
 from tests.graph.precision.graphs import KINDS, array, batches, feed, graph, kept_for, node, target_graph, types_of
+from tests.protos import TypedGraph, measure_ranges, rounded_graph, type_graph
 from tests.static_models import images, logits, relative_l2, small_model
 
 STREAM_LIMIT = 2e-3

@@ -10,11 +10,10 @@ import pytest
 from spach_deploy.engine.build import EngineResult, build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.network_facts import check_achieved_precision
-from spach_deploy.graph.precision.ranges import measure_ranges
-from spach_deploy.graph.precision.typed_graph import TypedGraph, type_graph
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.packages import is_installed
 from tests.graph.precision.graphs import batches, target_graph
+from tests.protos import TypedGraph, measure_ranges, type_graph
 
 pytestmark = pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.graph.edit import initializers
-from spach_deploy.graph.precision.formats import BF16, FP16, decode
-from spach_deploy.graph.precision.typed_graph import TypedGraph, type_graph
+from spach_deploy.graph.precision.formats import BF16, FP16
 from spach_deploy.graph.precision.weights import LOST, encode
 from spach_deploy.options.specs import Precision
 from tests.graph.precision.graphs import Array, array, graph, kept_for, measured, node
+from tests.protos import TypedGraph, decode, initializers, type_graph
 
 
 def test_each_misfit_is_counted() -> None:

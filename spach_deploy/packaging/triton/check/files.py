@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spach_deploy.common.errors import printable
 from spach_deploy.common.files import sha256_of
-from spach_deploy.graph.edit import data_outside, missing_data
+from spach_deploy.graph.external_data import data_outside, missing_data
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import Flavour
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
