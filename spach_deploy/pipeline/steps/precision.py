@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.preprocess import to_input
@@ -140,7 +141,7 @@ def _measured(
 def _parts(count: int) -> list[tuple[int, int]]:
     """First and last of the images that are run together: two, then one at a time, so that both sizes are proven."""
     first = min(max(EXACT_BATCHES), count)
-    return [(0, first), *((start, start + RANGE_BATCH) for start in range(first, count, RANGE_BATCH))]
+    return [(0, first), *ranges(count, RANGE_BATCH, first)]
 
 
 def _migrated(model: ir.Model, ranges: Ranges, rest: Precision, phases: Phases) -> tuple[str, ...]:

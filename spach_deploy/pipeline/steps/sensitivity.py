@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.executors import ClusterAddress, LocalExecutor, Pool
 from spach_deploy.common.machine import torch_threads
@@ -165,7 +166,7 @@ def _sentence(choice: LayerSelection, layers: int) -> str:
 
 
 def _logits(model: Any, images: Float32) -> Float32:
-    return np.concatenate([evaluate(model, images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
+    return np.concatenate([evaluate(model, images[start:stop]) for start, stop in ranges(len(images), _BATCH)])
 
 
 def _drop(logits: Float32, held_out: HeldOut) -> float:
