@@ -156,19 +156,25 @@ def test_nothing_imports_what_is_not_installed_with_it() -> None:
 def contract(folder: Path) -> subprocess.CompletedProcess[str]:
     """What import-linter says of the package in a folder."""
     pytest.importorskip("importlinter")
-    call = [
-        str(Path(sys.executable).with_name("lint-imports")),
-        "--no-cache",
-        "--no-logo",
-        str(ROOT / "pyproject.toml"),
-    ]
+    program = Path(sys.executable).with_name("lint-imports")
+    call = [str(program), "--no-cache", "--no-logo", str(ROOT / "pyproject.toml")]
     return subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def empty_package(parent: Path) -> Path:
+    """The package's layers with nothing in them."""
+    for file in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")):
+        empty = parent / file.relative_to(ROOT)
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.touch()
+    (parent / "spach_deploy" / "bundle" / "store.py").touch()
+    return parent / "spach_deploy"
 
 
 def test_imports_point_one_way() -> None:
     done = contract(ROOT)
     assert done.returncode == 0, done.stdout
-    assert "1 kept, 0 broken" in done.stdout
+    assert "2 kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -180,17 +186,21 @@ def test_imports_point_one_way() -> None:
     ],
 )
 def test_an_import_from_a_higher_layer_is_named(place: str, statement: str, tmp_path: Path) -> None:
-    for folder in (PACKAGE, *PACKAGE.iterdir()):
-        if (folder / "__init__.py").exists():
-            (tmp_path / folder.relative_to(ROOT)).mkdir()
-            (tmp_path / folder.relative_to(ROOT) / "__init__.py").touch()
-    for file in ("api.py", "bundle/store.py"):
-        (tmp_path / "spach_deploy" / file).touch()
+    folder = empty_package(tmp_path)
     assert contract(tmp_path).returncode == 0
-    (tmp_path / "spach_deploy" / place).write_text(statement, encoding="utf-8")
+    (folder / place).write_text(statement, encoding="utf-8")
     done = contract(tmp_path)
     assert done.returncode == 1
     assert f"spach_deploy.{place.removesuffix('.py').replace('/', '.')} -> spach_deploy." in done.stdout
+
+
+def test_two_modules_that_need_each_other_are_named(tmp_path: Path) -> None:
+    folder = empty_package(tmp_path)
+    (folder / "bundle" / "store.py").write_text("import spach_deploy.bundle.other", encoding="utf-8")
+    (folder / "bundle" / "other.py").write_text("import spach_deploy.bundle.store", encoding="utf-8")
+    done = contract(tmp_path)
+    assert done.returncode == 1
+    assert ".store -> .other" in done.stdout or ".other -> .store" in done.stdout
 
 
 def required_packages(file: Path) -> set[str]:
