@@ -157,7 +157,7 @@ def by_batch(name: str, batches: Sequence[int], rounds: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         target, engine = Path(folder) / "bundle", EngineTarget(Flavour.NONE)
         model = export(ExportOptions(ModelSpec(name), Precision.FP16, engine=engine, output=target))
-        size = int(model.bundle.manifest.model["image_size"])
+        size = model.bundle.manifest.model.image_size
         found = latencies(target / GRAPH, size, batches, rounds)
     rows: list[list[object]] = [[n, f"{found[n] * 1e3:.1f}", f"{found[n] / n * 1e3:.1f}"] for n in batches]
     power = exponent(batches, [found[n] for n in batches])

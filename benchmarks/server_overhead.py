@@ -150,7 +150,7 @@ def main() -> None:
     head += f" The machine's load was {load:.1f} before it began.\n\n"
     command = f"python -m benchmarks.server_overhead {options.bundle or ''}".rstrip()
     command += f" --seconds {options.seconds:g} --rounds {options.rounds}"
-    title = f"Server overhead, {model['name']} at {model['image_size']} px"
+    title = f"Server overhead, {model.name} at {model.image_size} px"
     record(title, command, head + table(headings, rows), ("onnxruntime", "numpy"))
 
 

@@ -115,8 +115,8 @@ def measure(question: BenchmarkRequest, tell: OnProgress = lambda what, share: N
     peaks = {device: of_device.best for device, of_device in limits.items()}
     return Benchmark(
         str(question.setup.bundle),
-        str(bundle.manifest.model["name"]),
-        bundle.manifest.precision,
+        bundle.manifest.model.name,
+        bundle.manifest.precision.asked.value,
         batches,
         question.rounds,
         tuple(_runner(name, entries, _Least(counted, peaks), modules, question) for name in entries),

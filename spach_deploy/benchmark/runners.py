@@ -25,7 +25,7 @@ from spach_deploy.common.files import utf8_path
 from spach_deploy.common.machine import has_bf16, has_vnni
 from spach_deploy.common.versions import old_package
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
-from spach_deploy.options.specs import ComputeCapability, Flavour, WeightSource
+from spach_deploy.options.specs import ComputeCapability, WeightSource
 from spach_deploy.runtime.devices import local_gpus
 
 Array = npt.NDArray[Any]
@@ -124,7 +124,7 @@ def why_no_openvino(name: str) -> str:
 
 def _why_not_torch(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
     if lacks_weights(setup, bundle):
-        return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model['checkpoint']}"
+        return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model.checkpoint}"
     if name == COMPILE and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
         return "it needs a C++ compiler: apt-get install g++"
     if name == BF16 and not (has_bf16() or _has_bf16_gpu()):
@@ -134,7 +134,7 @@ def _why_not_torch(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
 
 def lacks_weights(setup: RunnerSetup, bundle: Bundle) -> bool:
     """Whether PyTorch's runners need a checkpoint that was not given."""
-    return bundle.manifest.model["origin"] == "checkpoint" and setup.checkpoint is None
+    return bundle.manifest.model.origin == "checkpoint" and setup.checkpoint is None
 
 
 def _has_bf16_gpu() -> bool:
@@ -146,7 +146,7 @@ def _why_no_engine(bundle: Bundle) -> str:
 
     if bundle.plan is None:
         return "the bundle has no engine"
-    return why_engine_cannot_run_here(Flavour(bundle.manifest.engine["flavour"])) or ""
+    return why_engine_cannot_run_here(bundle.manifest.engine.flavour) or ""
 
 
 @contextlib.contextmanager
@@ -265,7 +265,7 @@ def _engine(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 
     assert bundle.plan is not None
-    with TensorRTRunner(bundle.plan.read_bytes(), Flavour(bundle.manifest.engine["flavour"])) as runner:
+    with TensorRTRunner(bundle.plan.read_bytes(), bundle.manifest.engine.flavour) as runner:
         name = next(iter(runner.input_specs))
         yield OpenRunner(
             lambda inputs: runner.run({name: inputs})["logits"],

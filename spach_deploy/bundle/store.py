@@ -17,24 +17,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
-import math
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
-from spach_deploy.common.files import Destination, draft_name, parse_json, read_json, sha256_of, short_name
+import msgspec
+
+from spach_deploy.bundle.schema import FileEntry, Manifest
+from spach_deploy.common.errors import BundleError, ChangedFileError
+from spach_deploy.common.files import Destination, draft_name, read_json, sha256_of, short_name
 from spach_deploy.common.npz import npz_headers
 from spach_deploy.common.processes import is_alive
-from spach_deploy.common.text import json_text, without_surrogates
+from spach_deploy.common.text import json_text
+from spach_deploy.options.specs import Precision
 
-SCHEMA_VERSION = 1
 MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
     "manifest.json",
     "model.onnx",
@@ -55,202 +56,6 @@ GOLDEN_BYTES = {"input": 1 << 30, "logits": 1 << 28, "names": 1 << 24}
 """Of a golden pack's arrays at most: far more than a few images and their answers have."""
 
 SENSITIVITY = "sensitivity.svg"
-_SECTIONS = (
-    "model",
-    "preprocessing",
-    "inputs",
-    "outputs",
-    "batch",
-    "precision",
-    "engine",
-    "validation",
-    "files",
-)
-
-LARGEST_SIDE, MOST_CLASSES, LARGEST_BATCH = 16_384, 1_000_000, 999_999
-"""Of the images in pixels, and of the batch what --batch takes; no SPACH model is near the others."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """A graph input or output. `shape` has None where the batch is free; `layout` names the axes, such as NCHW."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-    layout: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """manifest.json. Sections are plain JSON; what code relies on has an accessor that checks it."""
-
-    content: Mapping[str, Any]
-
-    @classmethod
-    def parse(cls, text: str, where: str) -> Manifest:
-        """Check the shape of a manifest; BundleError says what is wrong with it."""
-        try:
-            return cls._of(without_surrogates(parse_json(text)), where)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is not JSON ({error}).", "Export the bundle again.") from None
-
-    @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """The manifest in a file; BundleError says what is wrong with it."""
-        try:
-            return cls._of(without_surrogates(read_json(path)), str(path))
-        except OSError as error:
-            reason = error.strerror or error
-            raise BundleError(f"{path} cannot be read ({reason}).", "Export the bundle again.") from None
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path} is not JSON ({error}).", "Export the bundle again.") from None
-
-    @classmethod
-    def _of(cls, content: Any, where: str) -> Manifest:
-        if not isinstance(content, dict) or "schema_version" not in content:
-            raise BundleError(f"{where} is not a spach-deploy manifest.", "Give a bundle that spach-export wrote.")
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise BundleError(
-                f"{where} has schema version {content['schema_version']!r}; this is spach-deploy for version"
-                f" {SCHEMA_VERSION}.",
-                "Export the bundle again, or install the spach-deploy that wrote it.",
-            )
-        missing = [name for name in _SECTIONS if name not in content]
-        if missing:
-            raise BundleError(f"{where} lacks {', '.join(missing)}.", "Export the bundle again.")
-        return cls(content)._checked(where)
-
-    def _checked(self, where: str) -> Manifest:
-        """Read every accessor once, so that a manifest of wrong types or absurd sizes fails here and by name."""
-        for name in _SECTIONS:
-            with reading(where, name):
-                _check_kind(self.content[name], list if name in ("inputs", "outputs") else dict)
-        for name, read in _READERS.items():
-            with reading(where, name):
-                read(self)
-        return self
-
-    @property
-    def files(self) -> dict[str, str]:
-        """SHA-256 of each file, by name."""
-        return {str(name): str(entry["sha256"]) for name, entry in self.content["files"].items()}
-
-    @property
-    def inputs(self) -> tuple[TensorInfo, ...]:
-        """Graph inputs."""
-        return tuple(_tensor_info(entry) for entry in self.content["inputs"])
-
-    @property
-    def outputs(self) -> tuple[TensorInfo, ...]:
-        """Graph outputs."""
-        return tuple(_tensor_info(entry) for entry in self.content["outputs"])
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """Name, image size, classes, origin of the weights."""
-        return dict(self.content["model"])
-
-    @property
-    def precision(self) -> str:
-        """fp32, fp16, bf16, int8 or fp8."""
-        return str(self.content["precision"]["asked"])
-
-    @property
-    def engine(self) -> dict[str, Any]:
-        """Flavour, GPUs, plan facts, or the reason why there is no plan."""
-        return dict(self.content["engine"])
-
-
-@contextlib.contextmanager
-def reading(where: str, name: str) -> Iterator[None]:
-    """While an entry `name` of the manifest `where` is read: BundleError that names it where it is not as written."""
-    try:
-        yield
-    except KeyError as error:
-        reason = f"{name} lacks {error}"
-    except UsageError as error:
-        reason = f"{name}: {error.message.rstrip('.')}"
-    except ValueError as error:
-        reason = f"{name}: {error}"
-    except (TypeError, AttributeError, OverflowError):
-        reason = f"{name} is not what spach-export writes"
-    else:
-        return
-    raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again.")
-
-
-def _check_kind(value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"{json.dumps(value)[:40]} is no {'list' if kind is list else 'object'}")
-
-
-def _check_int(section: Mapping[str, Any], name: str, most: int) -> None:
-    """ValueError for an entry that is there, and no whole number from 1 to `most`."""
-    if name in section and not (type(section[name]) is int and 1 <= section[name] <= most):
-        raise ValueError(f"{name} is {str(section[name])[:40]}, not 1 to {most:,}")
-
-
-def _check_model(manifest: Manifest) -> None:
-    _ = manifest.model["name"]
-    _check_int(manifest.model, "image_size", LARGEST_SIDE)
-    _check_int(manifest.model, "num_classes", MOST_CLASSES)
-
-
-def _check_preprocessing(manifest: Manifest) -> None:
-    section, size = manifest.content["preprocessing"], manifest.model.get("image_size")
-    _check_int(section, "resize_size", 2 * LARGEST_SIDE)
-    if section.get("image_size", size) != size:
-        raise ValueError(f"image_size is {str(section['image_size'])[:40]}, and the model's is {size}")
-    for name in {"mean", "std"} & section.keys():
-        values = section[name]
-        is_plain = (
-            isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
-        )
-        if not is_plain or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
-            raise ValueError(f"{name} is {str(values)[:40]}, not three {'positive ' * (name == 'std')}numbers")
-
-
-def _check_batch(manifest: Manifest) -> None:
-    section = manifest.content["batch"]
-    if section.keys() != {"min", "opt", "max"}:
-        raise ValueError("it has not min, opt and max alone")
-    for name in section:
-        _check_int(section, name, LARGEST_BATCH)
-
-
-def _check_inputs(manifest: Manifest) -> None:
-    size = manifest.model.get("image_size")
-    for tensor in manifest.inputs:
-        sides = tensor.shape[1:3] if tensor.layout == "NHWC" else tensor.shape[2:4]
-        if size is not None and not {*sides} <= {size, None}:
-            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's image_size is {size}")
-
-
-def _check_outputs(manifest: Manifest) -> None:
-    classes = manifest.model.get("num_classes")
-    for tensor in manifest.outputs:
-        is_by_class = tensor.name in ("logits", "probabilities") and classes is not None
-        if is_by_class and not {*tensor.shape[1:]} <= {classes, None}:
-            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's num_classes is {classes}")
-
-
-_READERS: Mapping[str, Callable[[Manifest], object]] = {
-    "files": lambda manifest: manifest.files,
-    "model": _check_model,
-    "preprocessing": _check_preprocessing,
-    "inputs": _check_inputs,
-    "outputs": _check_outputs,
-    "batch": _check_batch,
-    "precision": lambda manifest: manifest.precision,
-    "engine": lambda manifest: manifest.engine["flavour"],
-}
-"""Of each section what code relies on, looked at once."""
-
-
-def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
-    shape = tuple(None if size is None else int(size) for size in entry["shape"])
-    return TensorInfo(str(entry["name"]), str(entry["dtype"]), shape, str(entry.get("layout", "")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +83,7 @@ class Bundle:
     def changed_files(self) -> dict[str, str]:
         """Files that are not what the manifest says: name -> "is missing", "was changed" or why else."""
         listed = self.manifest.files
-        states = {name: self._state(name, digest) for name, digest in listed.items()}
+        states = {name: self._state(name, file.sha256) for name, file in listed.items()}
         unlisted = [name for name in HASHED if name not in listed and (self.path / name).exists()]
         states |= dict.fromkeys(unlisted, "is not in the manifest")
         return {name: state for name, state in states.items() if state}
@@ -304,17 +109,17 @@ class Bundle:
     @property
     def needs_vnni(self) -> bool:
         """Whether its graph computes something else on CPUs without VNNI: ONNX Runtime sums in 16 bits there."""
-        section = self.manifest.content.get("quantization")
-        return isinstance(section, dict) and section.get("vnni") is True
+        section = self.manifest.quantization
+        return section is not None and section.vnni
 
     @property
     def quantizes_fp16(self) -> bool:
         """Whether its graph makes integers of FP16, which some ONNX Runtimes truncate (`runtime.truncation`): as INT8
         exports did before manifests said what they quantize."""
-        section = self.manifest.content.get("quantization")
-        if not isinstance(section, dict) or section.get("format") != "int8":
+        section = self.manifest.quantization
+        if section is None or section.format is not Precision.INT8:
             return False
-        return bool(section.get("quantized_from", section.get("rest")) == "fp16")
+        return (section.quantized_from or section.rest) is Precision.FP16
 
     @property
     def plan(self) -> Path | None:
@@ -434,7 +239,7 @@ def writing(place: Destination) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-FileDigests = Mapping[str, Mapping[str, Any]]
+FileDigests = Mapping[str, FileEntry]
 """SHA-256 and size of files by name, as the manifest has them."""
 
 
@@ -447,18 +252,30 @@ def digest_files(staging: Path, known: FileDigests = MappingProxyType({})) -> Fi
     return {file.name: known.get(file.name) or _settled(file) for file in files}
 
 
-def _settled(file: Path) -> dict[str, Any]:
+def _settled(file: Path) -> FileEntry:
     _flush(file)
-    return {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+    return FileEntry(sha256=sha256_of(file), bytes=file.stat().st_size)
 
 
-def seal(staging: Path, sections: Mapping[str, Any], settled: FileDigests = MappingProxyType({})) -> Manifest:
-    """Write manifest.json with the hashes of the files in `staging`, and flush everything to disk.
+def seal(staging: Path, manifest: Manifest, settled: FileDigests = MappingProxyType({})) -> Manifest:
+    """Write `manifest` with the hashes of the files in `staging`, and flush everything to disk.
 
     `settled`: what `settle` said of files that nobody has changed since.
     """
-    files = digest_files(staging, settled)
-    content = {"schema_version": SCHEMA_VERSION, **sections, "files": files}
+    return _sealed(staging, msgspec.structs.replace(manifest, files=dict(digest_files(staging, settled))).content())
+
+
+def seal_again(staging: Path, source: Path, **sections: msgspec.Struct) -> Manifest:
+    """`seal` what was copied from the bundle at `source`, with other sections in the place of its own, or before its
+    files. All else that its manifest says stays, fields that are not known here too.
+    """
+    content = read_json(source / MANIFEST)
+    kept = {name: value for name, value in content.items() if name != "files"}
+    made = {"files": dict(digest_files(staging)), **sections}
+    return _sealed(staging, {**kept, **{name: msgspec.to_builtins(made[name]) for name in (*sections, "files")}})
+
+
+def _sealed(staging: Path, content: Mapping[str, Any]) -> Manifest:
     text = json_text(content) + "\n"
     manifest = Manifest.parse(text, str(staging / MANIFEST))
     (staging / MANIFEST).write_text(text, encoding="utf-8")

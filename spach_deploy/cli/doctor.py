@@ -21,6 +21,7 @@ from spach_deploy.pipeline.cache import NONE, PLACE, SIZE, open_store
 
 if TYPE_CHECKING:
     from spach_deploy.doctor.machine import Machine
+    from spach_deploy.doctor.machine_info import MachineInfo
     from spach_deploy.doctor.target import Target
 
 
@@ -99,12 +100,25 @@ def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool
         return 0
     from spach_deploy.doctor.machine import examine_machine
     from spach_deploy.doctor.machine_info import gather
-    from spach_deploy.doctor.target import examine_target
 
     here = gather()
-    found: Machine | Target = examine_machine(here) if target is None else examine_target(target, here)
+    found: Machine | Target = examine_machine(here) if target is None else _examined(target, here)
     show(_json(found) if as_json else _text(found))
     return found.exit_code
+
+
+def _examined(target: Path, here: MachineInfo) -> Target:
+    """The doctor works where packages are missing, so it says so of the one that reads manifests."""
+    try:
+        from spach_deploy.doctor.target import examine_target
+    except ImportError as error:
+        from spach_deploy.common.errors import MissingPackageError
+        from spach_deploy.doctor.commands import installing
+
+        if error.name != "msgspec":
+            raise
+        raise MissingPackageError("msgspec", "Reading a manifest", installing("msgspec")) from None
+    return examine_target(target, here)
 
 
 def _json(found: Machine | Target) -> str:

@@ -156,15 +156,15 @@ def _of_reused(reused: Reused, *, as_json: bool) -> str:
 
     manifest = reused.bundle.manifest
     if as_json:
-        return json_text(manifest.content)
-    validation = manifest.content["validation"]
+        return json_text(manifest.content())
+    model, precision, validation = manifest.model.name, manifest.precision.asked.value, manifest.validation
     return escaped(
         [
-            f"reused     {manifest.model['name']} {manifest.precision}, exported {reused.exported}: the same weights,",
+            f"reused     {model} {precision}, exported {reused.exported}: the same weights,",
             "           images, options, code, packages and machine (--no-cache does it all again)",
             "checked    the SHA-256 of every file",
-            f"validated  then, on {validation['image_count']} images: agreed with PyTorch in FP32",
-            f"           {validation['level_sentence']}",
+            f"validated  then, on {validation.image_count} images: agreed with PyTorch in FP32",
+            f"           {validation.level_sentence}",
             "",
             f"Bundle: {reused.bundle.path}",
         ]
@@ -206,7 +206,7 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
 
         with Progress(verbose=verbose) as observer:
             choice = export_for_cpu(options, asked, observer)
-        show(json_text(choice.bundle.manifest.content) if as_json else as_table(choice))
+        show(json_text(choice.bundle.manifest.content()) if as_json else as_table(choice))
     return choice.bundle.path / PAGE
 
 

@@ -19,11 +19,13 @@ from spach_deploy.common.errors import printable
 from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.common.text import escaped, json_text, rendered
 from spach_deploy.models.registry import ModelInfo, list_models
+from spach_deploy.options.specs import Flavour
 from spach_deploy.pipeline.estimate import MEASURED_CORES, DryRun
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from spach_deploy.bundle.schema import EngineSection, Manifest
     from spach_deploy.pipeline.export import ExportResult
 
 
@@ -119,43 +121,40 @@ class Progress(ExportObserver):
 
 def summary(result: ExportResult, *, as_json: bool) -> str:
     """The end of an export: what was made, what was proven and where it lies."""
-    content = dict(result.bundle.manifest.content)
-    if as_json:
-        return json_text(content)
-    return escaped(_lines(result, content))
+    manifest = result.bundle.manifest
+    return json_text(manifest.content()) if as_json else escaped(_lines(result, manifest))
 
 
-def _lines(result: ExportResult, content: dict[str, Any]) -> Iterator[str]:
+def _lines(result: ExportResult, manifest: Manifest) -> Iterator[str]:
     from spach_deploy.validation.table import WIDTH, as_text
 
-    yield from _facts(content)
+    yield from _facts(manifest)
     yield ""
     yield as_text(result.validation, width=width(WIDTH), color=is_colored())
     yield ""
     yield f"Bundle: {_shown(result.bundle.path)}"
 
 
-def _facts(content: dict[str, Any]) -> Iterator[str]:
-    model, precision, engine, graph = content["model"], content["precision"], content["engine"], content["graph"]
-    yield f"model      {model['name']}, {model['image_size']} px, {model['num_classes']} classes"
-    certificate = graph["certificate"]
-    yield f"graph      {certificate['nodes']} nodes, opset {certificate['opset']}, {precision['summary']}"
-    if engine["flavour"] == "none":
-        yield f"engine     none: {engine['reason']}"
+def _facts(manifest: Manifest) -> Iterator[str]:
+    model, engine, certificate = manifest.model, manifest.engine, manifest.graph.certificate
+    yield f"model      {model.name}, {model.image_size} px, {model.num_classes} classes"
+    yield f"graph      {certificate.nodes} nodes, opset {certificate.opset}, {manifest.precision.summary}"
+    if engine.flavour is Flavour.NONE:
+        yield f"engine     none: {engine.reason}"
         return
-    yield f"engine     {engine['flavour']} {engine['version']} for {', '.join(engine['gpus'])}, batch {engine['batch']}"
+    yield f"engine     {engine.flavour.value} {engine.version} for {', '.join(engine.gpus)}, batch {engine.batch}"
     yield f"           {_plan_facts(engine)}"
 
 
-def _plan_facts(engine: dict[str, Any]) -> str:
-    size = f"{engine['bytes'] / 1e6:.1f} MB"
-    kernels = engine["kernels"]
+def _plan_facts(engine: EngineSection) -> str:
+    size = f"{(engine.bytes or 0) / 1e6:.1f} MB"
+    kernels = engine.kernels
     if kernels is None:
         return f"{size}; kernels not known"
-    known = f"{size}, {kernels['total']} kernels, {kernels['fused_attentions']} fused attentions"
-    if kernels["bytes_moved"] is None:
+    known = f"{size}, {kernels.total} kernels, {kernels.fused_attentions} fused attentions"
+    if kernels.bytes_moved is None:
         return known
-    return f"{known}, {kernels['bytes_moved'] / 1e6:,.0f} MB moved at batch {kernels['batch']}"
+    return f"{known}, {kernels.bytes_moved / 1e6:,.0f} MB moved at batch {kernels.batch}"
 
 
 def _shown(path: Path) -> str:

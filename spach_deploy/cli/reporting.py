@@ -109,7 +109,7 @@ def _write_page(validation: Validation, asked: ReportRequest, place: Destination
     from spach_deploy.bundle.store import Bundle
     from spach_deploy.report.files import page_problem
 
-    problem = page_problem(validation, Bundle.open(asked.bundle, verify=False).manifest.content, place)
+    problem = page_problem(validation, Bundle.open(asked.bundle, verify=False).manifest, place)
     say(problem or f"Page: {place.path}")
     if asked.is_opened and not problem:
         open_page(place.path)

@@ -7,13 +7,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from spach_deploy.bundle.store import Bundle
 from spach_deploy.options.command_line import joined, quoted
-from spach_deploy.options.specs import BatchProfile
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, WeightSource
+
+if TYPE_CHECKING:
+    from spach_deploy.bundle.schema import ModelSection
+    from spach_deploy.bundle.store import Bundle
 
 _ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 _QUOTED_WORD = re.compile(r"""(?:\$'(?:\\.|[^\\'])*'|'[^']*'|"'"|[A-Za-z0-9_@%+=:,./-])+""")
@@ -67,7 +70,7 @@ def exporting(bundle: Bundle, *changes: str) -> str:
 
 def _recorded(bundle: Bundle) -> list[str]:
     """The call that the manifest has, as words that are quoted for a shell; none where it has no such call alone."""
-    call = str(bundle.manifest.content.get("command", ""))
+    call = bundle.manifest.command
     return [found[0] for found in _QUOTED_WORD.finditer(call)] if _EXPORT_CALL.fullmatch(call) else []
 
 
@@ -83,32 +86,32 @@ def _without(words: Iterable[str], options: Container[str]) -> Iterator[str]:
 
 def _by_sections(bundle: Bundle) -> list[str]:
     """The call as far as a manifest without one tells."""
-    model, options = bundle.manifest.model, bundle.manifest.content.get("output_options", {})
-    words = ["spach-export", "--model", str(model["name"]), *_weights(model), *_sizes(model)]
-    batch = BatchProfile(**bundle.manifest.content["batch"])
-    return list(map(quoted, [*words, f"--{bundle.manifest.precision}", *_outputs(options), *_batch(batch)]))
+    manifest = bundle.manifest
+    words = ["spach-export", "--model", manifest.model.name, *_weights(manifest.model), *_sizes(manifest.model)]
+    words += [f"--{manifest.precision.asked.value}", *_outputs(manifest.output_options), *_batch(manifest.batch)]
+    return list(map(quoted, words))
 
 
-def _weights(model: Mapping[str, Any]) -> list[str]:
+def _weights(model: ModelSection) -> list[str]:
     """The manifest keeps the name only: the user knows where it lies. A byte that is no UTF-8 is escaped there."""
-    if not model.get("checkpoint"):
+    if not model.checkpoint:
         return []
-    chosen = str(model.get("weights", "model"))
-    ignored = [word for pattern in model.get("ignored", ()) for word in ("--ignore", str(pattern))]
-    name = _ESCAPED_BYTE.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), str(model["checkpoint"]))
-    return ["--checkpoint", name, *([] if chosen == "model" else ["--weights", chosen]), *ignored]
+    ignored = [word for pattern in model.ignored for word in ("--ignore", pattern)]
+    name = _ESCAPED_BYTE.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), model.checkpoint)
+    chosen = [] if model.weights is WeightSource.MODEL else ["--weights", model.weights.value]
+    return ["--checkpoint", name, *chosen, *ignored]
 
 
-def _sizes(model: Mapping[str, Any]) -> list[str]:
-    size, classes = model.get("image_size", _USUAL_SIZE), model.get("num_classes", _USUAL_CLASSES)
-    words = [] if size == _USUAL_SIZE else ["--image-size", str(size)]
-    return words if classes == _USUAL_CLASSES or model.get("checkpoint") else [*words, "--num-classes", str(classes)]
+def _sizes(model: ModelSection) -> list[str]:
+    words = [] if model.image_size == _USUAL_SIZE else ["--image-size", str(model.image_size)]
+    is_usual = model.num_classes == _USUAL_CLASSES or model.checkpoint
+    return words if is_usual else [*words, "--num-classes", str(model.num_classes)]
 
 
-def _outputs(options: Mapping[str, Any]) -> list[str]:
-    words = [] if options.get("io_dtype", "fp32") == "fp32" else ["--io-dtype", str(options["io_dtype"])]
-    words += ["--top-k", str(options["top_k"])] if options.get("top_k") else []
-    return [*words, *(["--softmax"] if options.get("softmax") else [])]
+def _outputs(options: OutputSpec) -> list[str]:
+    words = [] if options.io_dtype is IODtype.FP32 else ["--io-dtype", options.io_dtype.value]
+    words += ["--top-k", str(options.top_k)] if options.top_k else []
+    return [*words, *(["--softmax"] if options.softmax else [])]
 
 
 def _batch(batch: BatchProfile) -> list[str]:

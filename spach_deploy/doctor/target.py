@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, golden_problem, reading
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, golden_problem
 from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.machine import has_vnni
@@ -29,7 +29,7 @@ from spach_deploy.doctor.probe import ProbeResult
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.gpus import parse_gpus
-from spach_deploy.options.specs import BatchProfile, ComputeCapability, Flavour
+from spach_deploy.options.specs import ComputeCapability, Flavour, Precision
 from spach_deploy.runtime.truncation import REMEDY, fault_of
 
 FILES = "files"
@@ -41,35 +41,28 @@ _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
 def about_bundle(bundle: Bundle, here: MachineInfo, ask: AskTensorRT) -> tuple[Finding, ...]:
     """Everything about a bundle, whose files are compared with their hashes here. BundleError for a manifest with
     entries of the wrong kind; OSError as reading its files raises it."""
-    batch, plan = _read(bundle)
+    plan = _requirements(bundle)
     changed = {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
     return (
         *_files(bundle, changed),
         _golden(bundle, changed),
-        _inputs(bundle, batch),
+        _inputs(bundle),
         *_engine(bundle, plan, changed, here, ask),
         _graph(bundle, here),
     )
 
 
-def _read(bundle: Bundle) -> tuple[BatchProfile, PlanRequirements]:
-    """What the manifest says of batch and plan, and every entry that is used later is looked at once."""
-    content, where = bundle.manifest.content, str(bundle.path / MANIFEST)
-    with reading(where, "batch"):
-        batch = BatchProfile(**content["batch"])
-    with reading(where, "output_options"):
-        _ = content["output_options"].keys()
-    with reading(where, "engine"):
-        engine = bundle.manifest.engine
-        plan = PlanRequirements(
-            Flavour(engine["flavour"]),
-            str(engine["version"]) if engine.get("version") else None,
-            _capabilities(engine.get("gpus")),
-            version_compatible=bool(engine.get("version_compatible")),
-            hardware_compatible=bool(engine.get("hardware_compatible")),
-            rebuild=functools.partial(exporting, bundle),
-        )
-    return batch, plan
+def _requirements(bundle: Bundle) -> PlanRequirements:
+    """What the manifest says of the plan."""
+    engine = bundle.manifest.engine
+    return PlanRequirements(
+        engine.flavour,
+        engine.version or None,
+        _capabilities(engine.gpus),
+        version_compatible=engine.version_compatible,
+        hardware_compatible=engine.hardware_compatible,
+        rebuild=functools.partial(exporting, bundle),
+    )
 
 
 def _files(bundle: Bundle, changed: dict[str, str]) -> Iterator[Finding]:
@@ -92,11 +85,9 @@ def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:
     if problem := golden_problem(bundle.path / GOLDEN):
         means = "So the bundle cannot be compared with it. Export it again, or compare on other images."
         return Finding(Status.PROBLEM, "golden data", f"{GOLDEN} {problem}", means, images, _VERIFY, bad_target=True)
-    validation = bundle.manifest.content["validation"]
-    count, reference = validation.get("image_count", "some"), validation.get("reference", "the reference")
-    what = f"{count} images, answered by {reference}"
-    level = validation.get("level")
-    if level == "engine":
+    validation = bundle.manifest.validation
+    what = f"{validation.image_count or 'some'} images, answered by {validation.reference}"
+    if validation.level == "engine":
         means = "At the export the plan itself ran and agreed."
     else:
         means = "At the export the graph agreed; the plan itself did not run there."
@@ -107,8 +98,9 @@ def _validate(bundle: Bundle) -> str:
     return f"spach-validate {quoted(bundle.path)}"
 
 
-def _inputs(bundle: Bundle, batch: BatchProfile) -> Finding:
+def _inputs(bundle: Bundle) -> Finding:
     """What a caller has to send."""
+    batch = bundle.manifest.batch
     tensors = "; ".join(
         f"{tensor.name}: {tensor.dtype} {' x '.join('N' if size is None else str(size) for size in tensor.shape)}"
         f"{f' ({tensor.layout})' if tensor.layout else ''}"
@@ -125,7 +117,7 @@ def _engine(
     bundle: Bundle, plan: PlanRequirements, changed: dict[str, str], here: MachineInfo, ask: AskTensorRT
 ) -> Iterator[Finding]:
     if bundle.plan is None:
-        reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
+        reason = bundle.manifest.engine.why_none
         again = exporting(bundle, "--engine", "auto")
         means = "The bundle was exported without an engine; its graph can be verified."
         yield Finding(Status.MISSING, PLAN, reason, means, again, _RUN)
@@ -140,10 +132,10 @@ def _engine(
         yield from about_header(found, plan, here, ask)
 
 
-def _capabilities(gpus: Any) -> tuple[ComputeCapability, ...] | None:
-    """What the manifest lists; None for anything but a list of GPUs that are known."""
+def _capabilities(gpus: tuple[str, ...]) -> tuple[ComputeCapability, ...] | None:
+    """What the manifest lists; None for anything but GPUs that are known."""
     try:
-        return parse_gpus(",".join(str(gpu) for gpu in gpus)) if isinstance(gpus, list) else None
+        return parse_gpus(",".join(gpus)) if gpus else None
     except UsageError:
         return None
 
@@ -204,12 +196,11 @@ def _lacking_data(graph: Path) -> str:
 
 def _needs(bundle: Bundle) -> GraphNeeds | None:
     """What the graph asks of a runtime; by its certificate, where that tells, since reading graphs takes time."""
-    certificate = (bundle.manifest.content.get("graph") or {}).get("certificate") or {}
-    opset, ir_version = certificate.get("opset"), certificate.get("ir_version")
-    rest = bundle.manifest.content["precision"].get("rest")
-    if type(opset) is not int or type(ir_version) is not int or "bf16" in (bundle.manifest.precision, rest):
+    certificate, precision = bundle.manifest.graph.certificate, bundle.manifest.precision
+    has_bf16 = Precision.BF16 in (precision.asked, precision.rest)
+    if certificate.opset is None or certificate.ir_version is None or has_bf16:
         return GraphNeeds.of(bundle.path / GRAPH)
-    return GraphNeeds(opset, ir_version, has_fp8=bundle.manifest.precision == "fp8")
+    return GraphNeeds(certificate.opset, certificate.ir_version, has_fp8=precision.asked is Precision.FP8)
 
 
 def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
@@ -395,7 +386,7 @@ def _bundle_of(path: Path) -> Bundle | None:
     if not (path.parent / MANIFEST).is_file():
         return None
     bundle = Bundle.open(path.parent, verify=False)
-    return bundle if bundle.manifest.files.get(PLAN) == sha256_of(path) else None
+    return bundle if bundle.manifest.sha256(PLAN) == sha256_of(path) else None
 
 
 def _plan(path: Path, plan: PlanFile, here: MachineInfo, ask: AskTensorRT) -> Target:
@@ -412,4 +403,5 @@ def _plan(path: Path, plan: PlanFile, here: MachineInfo, ask: AskTensorRT) -> Ta
 
 def _bundle(path: Path, bundle: Bundle, here: MachineInfo, ask: AskTensorRT) -> Target:
     findings = about_bundle(bundle, here, ask)
-    return Target(str(path), f"{bundle.manifest.model['name']} in {bundle.manifest.precision}, a bundle", findings)
+    name, precision = bundle.manifest.model.name, bundle.manifest.precision.asked.value
+    return Target(str(path), f"{name} in {precision}, a bundle", findings)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from spach_deploy.bundle.schema import SettingEntry
 from spach_deploy.common.errors import CheckpointError, ModelError
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.options.specs import ACTIVATIONS, Hyperparameters, Preprocessing
@@ -141,21 +142,19 @@ def confirmed(settings: Iterable[Setting]) -> tuple[Setting, ...]:
     )
 
 
-def settings_section(settings: Iterable[Setting]) -> dict[str, Any]:
-    """The settings as plain JSON, for a manifest."""
-    return {setting.name: setting.to_dict() for setting in settings}
+def settings_section(settings: Iterable[Setting]) -> dict[str, SettingEntry]:
+    """The settings, for a manifest."""
+    return {setting.name: SettingEntry(value=setting.value, source=setting.source.value) for setting in settings}
 
 
-def read_section(section: Mapping[str, Any] | None) -> tuple[Setting, ...]:
-    """What `settings_section` wrote; nothing for manifests of versions that did not. KeyError, TypeError or ValueError
-    for anything else.
-    """
+def read_section(section: Mapping[str, SettingEntry]) -> tuple[Setting, ...]:
+    """What `settings_section` wrote. TypeError or ValueError for anything else."""
     settings: list[Setting] = []
-    for name, entry in (section or {}).items():
+    for name, entry in section.items():
         if name not in _FIELDS:
             raise ValueError(f"hyperparameter {name!r} is not known")
-        value = None if entry["value"] is None else _parse(name, entry["value"])
-        settings.append(Setting(name, value, Source(entry["source"])))
+        value = None if entry.value is None else _parse(name, entry.value)
+        settings.append(Setting(name, value, Source(entry.source)))
     return tuple(settings)
 
 

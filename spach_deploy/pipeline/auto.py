@@ -9,10 +9,11 @@ candidate is lighter in all that is known; what only a stopwatch on the card can
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.bundle.schema import KernelsEntry
 from spach_deploy.bundle.store import check_target, default_directory
 from spach_deploy.common.errors import MismatchError, SpachError, UsageError
 from spach_deploy.common.files import Destination
@@ -142,15 +143,15 @@ def _figures(precision: Precision, result: ExportResult) -> PrecisionCandidate:
     evidence = result.validation.evidence[-1].comparison
     logits = next(output for output in evidence.outputs if output.name == "logits")
     engine = result.bundle.manifest.engine
-    kernels: Mapping[str, Any] = engine.get("kernels") or {}
+    kernels = engine.kernels or KernelsEntry()
     return PrecisionCandidate(
         precision=precision,
         bundle=result.bundle.path,
         rel_l2=logits.rel_l2,
         top1_agreement=None if logits.scores is None else logits.scores.top1_agreement,
-        kernels=kernels.get("total"),
-        bytes_moved=kernels.get("bytes_moved"),
-        plan_bytes=engine.get("bytes"),
+        kernels=kernels.total,
+        bytes_moved=kernels.bytes_moved,
+        plan_bytes=engine.bytes,
     )
 
 

@@ -205,16 +205,17 @@ class ExportCache:
         except _NotThereError:
             return None
         bundle = Bundle.open(place.path, verify=False)
-        return Reused(bundle, str(bundle.manifest.content.get("created", "")))
+        return Reused(bundle, bundle.manifest.created)
 
     def keep(self, bundle: Bundle) -> str:
         """Keep a finished export; why that was not possible, in a sentence, where it was not."""
         if self.store is None or self.key is None:
             return ""
-        about = {"kind": "export", "model": bundle.manifest.model["name"], "target": str(bundle.path)}
+        about = {"kind": "export", "model": bundle.manifest.model.name, "target": str(bundle.path)}
         try:
-            about |= {"precision": bundle.manifest.precision}
-            self.store.put(self.key, bundle.path, about, bundle.manifest.files)
+            about |= {"precision": bundle.manifest.precision.asked.value}
+            hashes = {name: file.sha256 for name, file in bundle.manifest.files.items()}
+            self.store.put(self.key, bundle.path, about, hashes)
         except OSError as error:
             return f"Not kept in the cache {self.store.root}: {error.strerror or error}."
         return ""
@@ -232,7 +233,7 @@ def _target(options: ExportOptions, entry: CacheEntry) -> Path | None:
         manifest = Bundle.open(entry.path, verify=False).manifest
     except BundleError:
         return None
-    target = bundles.default_directory(str(manifest.model["name"]), options.precision.value)
+    target = bundles.default_directory(manifest.model.name, options.precision.value)
     return target if target.parent == bundles.default_directory("", "").parent else None
 
 
@@ -241,7 +242,7 @@ def _check(options: ExportOptions, folder: Path) -> None:
     manifest = Bundle.open(folder).manifest
     known = {*manifest.files, bundles.MANIFEST, *bundles.REWRITTEN}
     name = options.model.name and resolve(options.model.name)
-    if name not in (None, manifest.model["name"]) or manifest.precision != options.precision.value:
+    if name not in (None, manifest.model.name) or manifest.precision.asked is not options.precision:
         raise BundleError(f"{folder} is a bundle of something else.")
     if not {file.name for file in folder.iterdir()} <= known:
         raise BundleError(f"{folder} has files that its manifest does not name.")

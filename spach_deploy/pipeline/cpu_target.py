@@ -29,6 +29,7 @@ from spach_deploy.benchmark.runners import (
     why_not,
 )
 from spach_deploy.bundle import store as bundles
+from spach_deploy.bundle.schema import CpuFormEntry, CpuSection
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.common.files import Destination
@@ -83,9 +84,9 @@ class CpuCandidate:
             runner.accuracy.is_right,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {**dataclasses.asdict(self), "precision": self.precision.value, "settings": self.settings}
+    def section(self) -> CpuFormEntry:
+        """For the manifest."""
+        return CpuFormEntry(**vars(self), settings=self.settings)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -190,7 +191,7 @@ def measured(result: ExportResult, options: ExportOptions, tell: Callable[[str, 
     setup = RunnerSetup(bundle.path, options.model.checkpoint, options.model.weights, available_threads())
     if options.model.checkpoint is None:
         setup = dataclasses.replace(setup, weights=None)
-    runners = RUNNERS[Precision(bundle.manifest.precision)]
+    runners = RUNNERS[bundle.manifest.precision.asked]
     names = tuple(name for name in runners if not why_not(name, setup, bundle))
     if set(names) <= {EAGER}:
         raise UnavailableError("Nothing here runs a graph on the CPU.", "pip install onnxruntime")
@@ -214,21 +215,20 @@ def best_of(forms: tuple[CpuCandidate, ...]) -> CpuCandidate:
     return max(right, key=lambda form: form.times_eager)
 
 
-def _section(chosen: CpuCandidate, forms: tuple[CpuCandidate, ...], machine: Mapping[str, Any]) -> dict[str, Any]:
-    return {"chosen": chosen.to_dict(), "forms": [form.to_dict() for form in forms], "machine": dict(machine)}
+def _section(chosen: CpuCandidate, forms: tuple[CpuCandidate, ...], machine: Mapping[str, Any]) -> CpuSection:
+    return CpuSection(chosen=chosen.section(), forms=tuple(form.section() for form in forms), machine=dict(machine))
 
 
-def _placed(source: Path, options: ExportOptions, seen: Mapping[Path, Destination], section: dict[str, Any]) -> Bundle:
+def _placed(source: Path, options: ExportOptions, seen: Mapping[Path, Destination], section: CpuSection) -> Bundle:
     """The bundle at its target, with a section `cpu` in its manifest."""
     manifest = Bundle.open(source).manifest
-    target = options.output or bundles.default_directory(str(manifest.model["name"]), manifest.precision)
-    sections = {name: value for name, value in manifest.content.items() if name not in ("schema_version", "files")}
+    target = options.output or bundles.default_directory(manifest.model.name, manifest.precision.asked.value)
     place = bundles.check_target(target, overwrite=options.overwrite)
     with bundles.writing(seen.get(target, place)) as staging:
         for file in source.iterdir():
             if file.name != bundles.MANIFEST:
                 shutil.copy2(file, staging / file.name)
-        bundles.seal(staging, {**sections, "cpu": section})
+        bundles.seal_again(staging, source, cpu=section)
     return Bundle.open(target, verify=False)
 
 

@@ -96,25 +96,22 @@ def export(
         if not validation.passed:
             raise MismatchError(validation.failure(), "Nothing was written.")
         write_report(validation, Destination.of(staging / bundles.REPORT))
-        manifest = bundles.seal(
+        manifest = sections.seal(
             staging,
-            {
-                **sections.tools_section(),
-                "command": export_command(_named(asked, loaded)),
-                "model": sections.model_section(loaded, options),
-                "preprocessing": sections.preprocessing_section(images.preprocessing),
-                **sections.interface_sections(typed.model.graph, options),
-                "precision": sections.precision_section(typed),
-                **sections.quantization_sections(quantized.calibration, quantized.selection, options),
-                "graph": sections.graph_section(static, reference.result(), typed),
-                "engine": engine_section(engine, options),
-                "validation": manifest_section(validation, judged.tolerances),
-                "phases": [phase.to_dict() for phase in phases.done],
-                "notes": phases.notes,
-            },
             {} if engine is None else engine.files,
+            command=export_command(_named(asked, loaded)),
+            model=sections.model_section(loaded, options),
+            preprocessing=sections.preprocessing_section(images.preprocessing),
+            interface=sections.interface_sections(typed.model.graph, options),
+            precision=sections.precision_section(typed),
+            quantization=sections.quantization_sections(quantized.calibration, quantized.selection, options),
+            graph=sections.graph_section(static, reference.result(), typed),
+            engine=engine_section(engine, options),
+            validation=manifest_section(validation, judged.tolerances),
+            phases=phases.done,
+            notes=phases.notes,
         )
-        if problem := page_problem(validation, manifest.content, Destination.of(staging / bundles.PAGE)):
+        if problem := page_problem(validation, manifest, Destination.of(staging / bundles.PAGE)):
             phases.note(problem)
     return ExportResult(Bundle.open(place.path, verify=False), validation, engine)
 

@@ -92,5 +92,4 @@ def _answers(compared: SideBySide) -> list[dict[str, Any]]:
 
 
 def _pictures(side: Side, wanted: list[int]) -> dict[int, str]:
-    preprocessing = side.bundle.manifest.content.get("preprocessing", {})
-    return pictures_of(side.validation.trial.inputs, preprocessing, wanted) if preprocessing else {}
+    return pictures_of(side.validation.trial.inputs, side.bundle.manifest.preprocessing, wanted)

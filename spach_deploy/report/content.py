@@ -1,4 +1,4 @@
-"""What a page is made from, read with care: a manifest may be another version's, or lack a section.
+"""What a page is made from.
 
 Numbers and words as a page shows them; templates have them as filters.
 
@@ -19,27 +19,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.schema import EngineSection, GraphSection, Manifest
+from spach_deploy.options.specs import Flavour, Preprocessing
+
 Json = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportContent:
-    """report.json, the bundle's manifest (empty where there is none), and pictures as data URIs by image index.
+    """report.json, the bundle's manifest where there is one, and pictures as data URIs by image index.
 
     `made`: when the page is made, ISO 8601; a report has no time in it.
     """
 
     report: Json
-    manifest: Json = dataclasses.field(default_factory=dict)
+    manifest: Manifest | None = None
     pictures: Mapping[int, str] = dataclasses.field(default_factory=dict)
     made: str = ""
 
-    def section(self, *names: str) -> Json:
-        """A section of the manifest, such as `section("engine", "kernels")`; empty where it has none."""
-        found: Any = self.manifest
-        for name in names:
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+    @property
+    def engine(self) -> EngineSection:
+        """The manifest's; one without a plan where there is no manifest."""
+        return EngineSection(flavour=Flavour.NONE) if self.manifest is None else self.manifest.engine
+
+    @property
+    def graph(self) -> GraphSection:
+        """The manifest's, or an empty one."""
+        return GraphSection() if self.manifest is None else self.manifest.graph
 
     @property
     def evidence(self) -> list[Json]:
@@ -189,7 +195,7 @@ _QUALITY = 80
 Inputs = Callable[[int, int], npt.NDArray[Any]]
 
 
-def pictures_of(inputs: Inputs, preprocessing: Json, images: Iterable[int]) -> dict[int, str]:
+def pictures_of(inputs: Inputs, preprocessing: Preprocessing, images: Iterable[int]) -> dict[int, str]:
     """Data URIs (JPEG) of images by index.
 
     `inputs(start, stop)`: as the engine's caller sends them, uint8 (n, S, S, 3) or normalized floats (n, 3, S, S) by
@@ -198,11 +204,11 @@ def pictures_of(inputs: Inputs, preprocessing: Json, images: Iterable[int]) -> d
     return {index: _data_uri(pixels_of(inputs(index, index + 1)[0], preprocessing)) for index in images}
 
 
-def pixels_of(image: npt.NDArray[Any], preprocessing: Json) -> npt.NDArray[np.uint8]:
+def pixels_of(image: npt.NDArray[Any], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """uint8 (S, S, 3) of one input."""
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)
-    mean, std = (np.asarray(preprocessing[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     scaled = (image.astype(np.float32) * std + mean) * 255
     return np.ascontiguousarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8).transpose(1, 2, 0))  # CHW -> HWC
 

@@ -7,9 +7,10 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spach_deploy.bundle.schema import Manifest
 from spach_deploy.common.errors import BundleError, MissingPackageError, SpachError, UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.report.content import Json, ReportContent, pictures_of
+from spach_deploy.report.content import ReportContent, pictures_of
 from spach_deploy.report.page import environment, is_ours, load_templates, render
 from spach_deploy.report.plots import check_matplotlib
 from spach_deploy.validation.report import write_whole
@@ -41,29 +42,28 @@ def load_page_modules() -> None:
         load_templates()
 
 
-def content_of(validation: Validation, manifest: Json) -> ReportContent:
+def content_of(validation: Validation, manifest: Manifest | None) -> ReportContent:
     """A validation with the manifest of what it was made of, and the pictures that its page shows."""
     report = validation.to_dict()
     content = ReportContent(report, manifest)
     wanted = [answer["image"] for answer in content.first.get("answers", ())]
-    preprocessing = content.section("preprocessing")
-    pictures = pictures_of(validation.trial.inputs, preprocessing, wanted) if preprocessing else {}
+    pictures = {} if manifest is None else pictures_of(validation.trial.inputs, manifest.preprocessing, wanted)
     made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return ReportContent(report, manifest, pictures, made)
 
 
-def write_page(validation: Validation, manifest: Json, place: Destination) -> None:
+def write_page(validation: Validation, manifest: Manifest | None, place: Destination) -> None:
     """Make the page and write it in one step.
 
     Raises MissingPackageError without jinja2 or matplotlib, UsageError where it cannot be written or another's page is
-    there, BundleError for a manifest with an entry of the wrong kind.
+    there, BundleError for a manifest with numbers that mean nothing.
     """
     check_ours(place.path)
     try:
         text = render(content_of(validation, manifest))
     except SpachError:
         raise
-    except Exception as error:  # a manifest that somebody changed may hold anything, and the work is done
+    except Exception as error:  # a manifest that somebody changed may hold any number, and the work is done
         reason = f"{type(error).__name__}: {error}"
         raise BundleError(
             f"The page {place.path.name} was not made: an entry of the manifest or the report is not of its kind"
@@ -73,7 +73,7 @@ def write_page(validation: Validation, manifest: Json, place: Destination) -> No
     write_whole(place, text)
 
 
-def page_problem(validation: Validation, manifest: Json, place: Destination) -> str:
+def page_problem(validation: Validation, manifest: Manifest | None, place: Destination) -> str:
     """Make the page; why it was not made, in a sentence, where that is so. The report itself is there in any case."""
     try:
         write_page(validation, manifest, place)

@@ -28,7 +28,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from msgspec import convert, structs
+
+from spach_deploy.bundle.schema import (
+    KernelsEntry,
+    Manifest,
+    ModelSection,
+    PeakEntry,
+    PhaseEntry,
+    PrecisionSection,
+    SettingEntry,
+)
 from spach_deploy.models.hyperparameters import lines, read_section
+from spach_deploy.options.specs import Precision
 from spach_deploy.report.content import Json, ReportContent, count, percent, plural, scientific, sentence, size
 from spach_deploy.report.plots import Chart, Limit, Line, draw, groups_of
 from spach_deploy.validation.runs import and_listed
@@ -155,11 +167,12 @@ def _top5(content: ReportContent) -> dict[str, Any] | None:
 
 
 def _engine(content: ReportContent) -> dict[str, Any] | None:
-    engine, kernels = content.section("engine"), content.section("engine", "kernels")
-    if "bytes" not in engine:
+    engine, kernels = content.engine, content.engine.kernels
+    if engine.bytes is None:
         return None
-    known = f"{count(kernels['total'])} kernels" if "total" in kernels else "kernels not known"
-    return {"label": "Engine", "value": size(engine["bytes"]), "note": known}
+    total = None if kernels is None else kernels.total
+    known = "kernels not known" if total is None else f"{count(total)} kernels"
+    return {"label": "Engine", "value": size(engine.bytes), "note": known}
 
 
 Row = tuple[str, str, str, str]
@@ -171,12 +184,12 @@ def compared(content: ReportContent) -> dict[str, Any]:
 
 
 def _facts(content: ReportContent) -> Iterator[tuple[str, str]]:
-    report, model = content.report, content.section("model")
+    report, model = content.report, None if content.manifest is None else content.manifest.model
     yield "Candidate", sentence(str(content.first.get("ran", "nothing ran")))
     yield "Reference", sentence(str(report["reference"]))
     yield "Model", ", ".join(_model(report, model))
     yield "Weights", _weights(report, model)
-    if settings := lines(read_section(report.get("hyperparameters"))):
+    if settings := lines(read_section(convert(report.get("hyperparameters") or {}, dict[str, SettingEntry]))):
         yield "Not in the weights", sentence("; ".join(settings))
     images = report["images"]
     yield "Images", f"{plural(images['count'], 'image')}: {images['description']}."
@@ -188,18 +201,20 @@ def _facts(content: ReportContent) -> Iterator[tuple[str, str]]:
         yield "Tolerance", sentence(str(derivation["sentence"]))
 
 
-def _model(report: Json, model: Json) -> Iterator[str]:
+def _model(report: Json, model: ModelSection | None) -> Iterator[str]:
     yield str(report["model"])
     yield str(report["precision"]).upper()
-    if model:
-        yield f"{model['image_size']} px"
-        yield f"{count(model['num_classes'])} classes"
+    if model is not None:
+        yield f"{model.image_size} px"
+        yield f"{count(model.num_classes)} classes"
 
 
-def _weights(report: Json, model: Json) -> str:
+def _weights(report: Json, model: ModelSection | None) -> str:
     if report.get("is_demo"):
         return "Demo weights, made up and not trained: the comparison is as strict, the answers mean nothing."
-    return f"From {model.get('checkpoint') or 'a checkpoint'} ({model.get('weights', 'model')})."
+    if model is None:
+        return "From a checkpoint (model)."
+    return f"From {model.checkpoint or 'a checkpoint'} ({model.weights.value})."
 
 
 def _run(item: Json) -> dict[str, Any]:
@@ -357,37 +372,37 @@ _GRAPH_SHOWN = 14
 
 def graph(content: ReportContent) -> dict[str, Any] | None:
     """Operators by number, rewrites that were applied, the plan's size and kernels."""
-    certificate, engine = content.section("graph", "certificate"), content.section("engine")
-    if not certificate and not engine:
+    if content.manifest is None:
         return None
-    operators = _bars(certificate.get("operators") or {})
+    certificate, engine = content.graph.certificate, content.engine
+    kernels = engine.kernels or KernelsEntry()
+    operators = _bars(certificate.operators)
     return {
         "certificate": certificate,
         "operators": operators[:_GRAPH_SHOWN],
         "others": operators[_GRAPH_SHOWN:],
         "rewrites": _rewrites(content),
         "engine": engine,
-        "kernels": _bars(content.section("engine", "kernels").get("by_kind") or {}),
-        "facts": content.section("engine", "kernels"),
-        "build_seconds": engine.get("build_seconds"),
+        "kernels": _bars(kernels.by_kind),
+        "facts": kernels,
+        "build_seconds": engine.build_seconds,
     }
 
 
 def _bars(counts: Mapping[str, int]) -> list[dict[str, Any]]:
     """The most frequent first, each with its share of the first."""
-    ordered = sorted(counts.items(), key=lambda entry: -int(entry[1]))
-    return [{"name": name, "count": int(number), "share": number / ordered[0][1]} for name, number in ordered]
+    ordered = sorted(counts.items(), key=lambda entry: -entry[1])
+    return [{"name": name, "count": number, "share": number / ordered[0][1]} for name, number in ordered]
 
 
 def _rewrites(content: ReportContent) -> list[dict[str, Any]]:
     """PyTorch rewrites with the modules that each changed and its error in FP64, then passes over the graph."""
-    rewrites = content.section("graph", "rewrites")
     found = [
-        {"name": name, "changed": entry["modules"], "what": "modules", "error": entry["worst_fp64"]}
-        for name, entry in rewrites.items()
-        if entry["modules"]
+        {"name": name, "changed": entry.modules, "what": "modules", "error": entry.worst_fp64}
+        for name, entry in content.graph.rewrites.items()
+        if entry.modules
     ]
-    passes = content.section("graph", "passes")
+    passes = content.graph.passes
     return found + [{"name": n, "changed": c, "what": "places", "error": None} for n, c in passes.items() if c]
 
 
@@ -404,34 +419,34 @@ _REASONS = {
 
 def precision(content: ReportContent) -> dict[str, Any] | None:
     """A strip of weighted layers in the order of the network, a table of them, and what stays in FP32."""
-    precision = content.section("precision")
-    if not precision:
+    if content.manifest is None:
         return None
-    layers = _layers(content)
+    precision = content.manifest.precision
+    layers = _layers(content.manifest)
     return {
-        "asked": str(precision["asked"]),
-        "rest": str(precision.get("rest", precision["asked"])),
-        "summary": precision["summary"],
+        "asked": precision.asked.value,
+        "rest": (precision.rest or precision.asked).value,
+        "summary": precision.summary,
         "layers": layers,
         "groups": _groups(layers),
         "counts": Counter(layer["dtype"] for layer in layers).most_common(),
         "is_checked": any(layer["achieved"] for layer in layers),
         "differ": [layer for layer in layers if layer["achieved"] and layer["achieved"] != layer["asked"]],
-        "by_engine": content.section("engine", "layers_by_dtype"),
+        "by_engine": content.engine.layers_by_dtype,
         "reasons": _reasons(precision),
-        "nodes": (precision.get("nodes"), precision.get("half_nodes"), precision.get("casts")),
+        "nodes": (precision.nodes, precision.half_nodes, precision.casts),
     }
 
 
-def _layers(content: ReportContent) -> list[dict[str, Any]]:
+def _layers(manifest: Manifest) -> list[dict[str, Any]]:
     """Weighted layers with what was asked of each and what came of it."""
-    achieved = content.section("engine", "layers")
-    why = {entry["node"]: entry["reason"] for entry in content.section("quantization").get("kept_float") or ()}
+    kept = () if manifest.quantization is None else manifest.quantization.kept_float
+    why = {entry.node: entry.reason for entry in kept}
     found = []
-    for layer in content.section("precision").get("layers") or ():
-        dtype = achieved.get(layer["node"])
-        shown = dtype or layer["asked"]
-        found.append({**layer, "achieved": dtype, "dtype": shown, "why": why.get(layer["node"], "")})
+    for layer in manifest.precision.layers:
+        dtype = manifest.engine.layers.get(layer.node)
+        shown = {"achieved": dtype, "dtype": dtype or layer.asked, "why": why.get(layer.node, "")}
+        found.append({**structs.asdict(layer), **shown})
     return found
 
 
@@ -441,13 +456,13 @@ def _groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": stage.name, "layers": layers[stage.start : stage.stop]} for stage in stages]
 
 
-def _reasons(precision: Json) -> list[dict[str, Any]]:
+def _reasons(precision: PrecisionSection) -> list[dict[str, Any]]:
     """How many nodes stay in FP32 for which reason, in how many modules."""
     nodes: Counter[str] = Counter()
     modules: Counter[str] = Counter()
-    for entry in precision.get("kept") or ():
-        nodes[entry["reason"]] += int(entry["nodes"])
-        modules[entry["reason"]] += 1
+    for entry in precision.kept:
+        nodes[entry.reason] += entry.nodes
+        modules[entry.reason] += 1
     return [
         {"reason": _REASONS.get(reason, reason), "nodes": total, "modules": modules[reason]}
         for reason, total in nodes.most_common()
@@ -459,11 +474,11 @@ LARGEST_FP16 = 65_504.0
 
 def ranges(content: ReportContent) -> dict[str, Any] | None:
     """A plot of the largest magnitude by module, the tensors nearest to the limit, and what stays in FP32 for it."""
-    precision = content.section("precision")
+    precision = PrecisionSection(asked=Precision.FP32) if content.manifest is None else content.manifest.precision
     modules = (content.report.get("trace") or {}).get("modules") or []
-    limit = float(precision.get("limit") or LARGEST_FP16)
-    closest = [_tensor(entry, limit) for entry in precision.get("closest") or ()]
-    kept = [entry for entry in precision.get("kept") or () if entry["reason"] in ("range", "weight")]
+    limit = precision.limit or LARGEST_FP16
+    closest = [_tensor(entry, limit) for entry in precision.closest]
+    kept = [entry for entry in precision.kept if entry.reason in ("range", "weight")]
     if not modules and not closest and not kept:
         return None
     peaks = [float(module["peak"]) for module in modules]
@@ -476,9 +491,9 @@ def ranges(content: ReportContent) -> dict[str, Any] | None:
         "asked": str(content.report["precision"]),
         "closest": closest,
         "kept": kept,
-        "source": (precision.get("ranges") or {}).get("source"),
-        "margin": precision.get("margin"),
-        "weights": precision.get("weights") or {},
+        "source": precision.ranges.source,
+        "margin": precision.margin,
+        "weights": precision.weights,
     }
 
 
@@ -489,10 +504,10 @@ def _chart(modules: list[Json]) -> Chart:
     return Chart(parts, (line,), "magnitude", (Limit("largest number of FP16, 65,504", LARGEST_FP16),))
 
 
-def _tensor(entry: Json, limit: float) -> dict[str, Any]:
-    peak = float(entry["max_abs"])
+def _tensor(entry: PeakEntry, limit: float) -> dict[str, Any]:
+    peak = entry.max_abs
     times = limit / peak if peak > 0 else math.inf
-    return {"tensor": entry["tensor"], "max_abs": peak, "times": times, "bits": math.log2(times)}
+    return {"tensor": entry.tensor, "max_abs": peak, "times": times, "bits": math.log2(times)}
 
 
 def bisect(content: ReportContent) -> dict[str, Any] | None:
@@ -568,20 +583,24 @@ _ABOUT = {
 def steps(content: ReportContent) -> dict[str, Any] | None:
     """Rows of the table; phases with their time and memory."""
     rows = [*_exported(content), *_steps_run(content)]
-    phases = [phase for phase in content.manifest.get("phases") or () if phase["seconds"] >= 0.005]
+    phases = [phase for phase in _phases(content) if phase.seconds >= 0.005]
     if not rows and not phases:
         return None
-    longest = max((float(phase["seconds"]) for phase in phases), default=1.0)
+    longest = max((phase.seconds for phase in phases), default=1.0)
     return {
         "rows": rows,
-        "phases": [{**phase, "share": float(phase["seconds"]) / longest} for phase in phases],
-        "total": sum(float(phase["seconds"]) for phase in phases if "alongside" not in phase["name"]),
+        "phases": [{**structs.asdict(phase), "share": phase.seconds / longest} for phase in phases],
+        "total": sum(phase.seconds for phase in phases if "alongside" not in phase.name),
     }
+
+
+def _phases(content: ReportContent) -> tuple[PhaseEntry, ...]:
+    return () if content.manifest is None else content.manifest.phases
 
 
 def _exported(content: ReportContent) -> Iterator[dict[str, Any]]:
     """The steps up to the FP32 graph, as the export proved them."""
-    errors, limit = content.section("graph", "relative_l2"), content.section("graph").get("relative_l2_limit")
+    errors, limit = content.graph.relative_l2, content.graph.relative_l2_limit
     noise = content.first.get("tolerances", {}).get("derivation", {}).get("noise", {})
     if noise.get("images"):
         yield _row(content, "Reference", noise["rel_l2"], None, "")
@@ -589,7 +608,7 @@ def _exported(content: ReportContent) -> Iterator[dict[str, Any]]:
         if name == "Graph in its target's form" and _seconds(content, "Calibration"):
             yield _row(content, "Calibration", None, None, "")
         if by_batch := errors.get(proven):
-            worst = max(map(float, by_batch.values()))
+            worst = max(by_batch.values())
             yield _row(content, name, worst, limit, "agrees" if limit is None or worst <= limit else "disagrees")
         elif name == "Exported graph" and errors:
             yield {**_row(content, name, None, None, ""), "about": "ONNX in FP32, proven in its target's form"}
@@ -626,7 +645,7 @@ def _row(content: ReportContent, step: str, error: Any, allowed: Any, verdict: s
 
 
 def _seconds(content: ReportContent, step: str) -> float | None:
-    known = {phase["name"]: float(phase["seconds"]) for phase in content.manifest.get("phases") or ()}
+    known = {phase.name: phase.seconds for phase in _phases(content)}
     found = [known[name] for name in _PHASES[step] if name in known]
     return sum(found) if found else None
 
@@ -634,28 +653,30 @@ def _seconds(content: ReportContent, step: str) -> float | None:
 def again(content: ReportContent) -> dict[str, Any]:
     """Commands in order, versions at export and at validation, files with their SHA-256."""
     run = content.report.get("run") or {}
-    exported, here = dict(content.section("tools")), dict(run.get("tools") or {})
+    manifest, here = content.manifest, dict(run.get("tools") or {})
+    exported = {} if manifest is None else manifest.tools
+    model = None if manifest is None else manifest.model
     return {
         "commands": list(_commands(content)),
-        "created": content.manifest.get("created"),
+        "created": None if manifest is None else manifest.created,
         "validated": content.made,
         "versions": [
             {"name": name, "export": exported.get(name), "here": here.get(name)}
             for name in dict.fromkeys((*exported, *here))
         ],
         "has_both": bool(exported and here) and exported != here,
-        "files": content.section("files"),
-        "weights": content.section("model").get("weights_sha256"),
-        "checkpoint": content.section("model").get("checkpoint_sha256"),
-        "checkpoint_name": content.section("model").get("checkpoint"),
-        "calibration": content.section("quantization", "calibration"),
-        "preprocessing": content.section("preprocessing"),
+        "files": {} if manifest is None else manifest.files,
+        "weights": None if model is None else model.weights_sha256,
+        "checkpoint": None if model is None else model.checkpoint_sha256,
+        "checkpoint_name": None if model is None else model.checkpoint,
+        "calibration": manifest.quantization.calibration if manifest is not None and manifest.quantization else None,
+        "preprocessing": None if manifest is None else manifest.preprocessing,
     }
 
 
 def _commands(content: ReportContent) -> Iterator[dict[str, str]]:
-    if exported := content.manifest.get("command"):
-        yield {"title": "Export it", "text": str(exported)}
+    if content.manifest is not None and content.manifest.command:
+        yield {"title": "Export it", "text": content.manifest.command}
     run = content.report.get("run") or {}
     if validated := run.get("command"):
         yield {"title": "Validate it", "text": str(validated)}

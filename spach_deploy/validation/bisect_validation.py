@@ -125,10 +125,9 @@ def _pixels(trial: EvaluationSet, chosen: list[int], facts: BundleFacts) -> npt.
 
 def _told(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     """Which rewrites were turned off, and what was quantized against the rules; None where nothing was quantized."""
-    graph = bundle.manifest.content.get("graph", {})
-    passes = [step.name for step in TENSORRT_PASSES if step.name not in graph.get("passes", {})]
+    graph = bundle.manifest.graph
+    passes = [step.name for step in TENSORRT_PASSES if step.name not in graph.passes]
     if facts.quantization is not None:
         return (*facts.quantization.disabled, *passes), facts.quantization.quantize
-    rewrites = graph.get("rewrites", {})
-    off = (name for name, entry in rewrites.items() if any("--no-rewrite" in why for why in entry.get("skipped", ())))
+    off = (name for name, entry in graph.rewrites.items() if any("--no-rewrite" in why for why in entry.skipped))
     return (*off, *passes), None

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.bundle.schema import TraceEntry
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.names import owner
 from spach_deploy.validation.rounding_error import ActivationTrace, Outputs
@@ -56,13 +58,9 @@ class ErrorTrace:
         return {"what": self.what, "images": list(self.images), "modules": parts}
 
     @classmethod
-    def from_dict(cls, content: Any) -> ErrorTrace | None:
-        """What `to_dict` wrote; None for anything else, which an older manifest may hold."""
-        try:
-            parts = tuple(ModuleError(**part) for part in content["modules"])
-            return cls(str(content["what"]), tuple(map(str, content["images"])), parts)
-        except (KeyError, TypeError):
-            return None
+    def of(cls, entry: TraceEntry) -> ErrorTrace:
+        """What a manifest says."""
+        return cls(entry.what, entry.images, tuple(ModuleError(**structs.asdict(part)) for part in entry.modules))
 
 
 @dataclasses.dataclass(frozen=True)

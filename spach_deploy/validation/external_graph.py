@@ -70,7 +70,7 @@ def validate_external(
     """
     graph = _read(Path(subject.target))
     _check_quantization(graph, facts)
-    mapped = map_interface(graph, int(bundle.manifest.model["num_classes"]), facts.preprocessing.image_size)
+    mapped = map_interface(graph, bundle.manifest.model.num_classes, facts.preprocessing.image_size)
     trial = _trial(answered.trial, facts, mapped)
     notes = truncation_notes(Path(subject.target), mapped.precision)
     mapped = dataclasses.replace(mapped, notes=(*mapped.notes, *notes))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.schema import ModelSection
 from spach_deploy.common.errors import CheckpointError, UsageError
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.data import preprocess
@@ -81,38 +82,38 @@ class ImagesReference:
     graph: tuple[RunOutputs, ...] | None = None
 
 
-def rebuild(section: dict[str, Any], weights: Weights) -> LoadedModel:
+def rebuild(section: ModelSection, weights: Weights) -> LoadedModel:
     """The reference model of a bundle whose manifest has the model section `section`.
 
     Raises UsageError when the weights are needed and not given, CheckpointError when they are others.
     """
     from spach_deploy.models import load_model
 
-    if section["origin"] == "checkpoint" and weights.checkpoint is None:
+    if section.origin == "checkpoint" and weights.checkpoint is None:
         raise UsageError(
             "The bundle holds the reference's answers to its golden images only; for others the reference is needed.",
-            f"Give --checkpoint FILE: {section['checkpoint']}, SHA-256 {section['checkpoint_sha256']}.",
+            f"Give --checkpoint FILE: {section.checkpoint}, SHA-256 {section.checkpoint_sha256}.",
         )
-    source = weights.source or WeightSource(section["weights"])
+    source = weights.source or section.weights
     loaded = load_model(
         ModelSpec(
-            name=section["name"],
+            name=section.name,
             checkpoint=weights.checkpoint,
             weights=source if weights.checkpoint is not None else WeightSource.MODEL,
-            image_size=section["image_size"],
-            num_classes=section["num_classes"],
-            ignore=() if weights.checkpoint is None else weights.ignore or tuple(section.get("ignored", ())),
-            hyperparameters=values_of(read_section(section.get("hyperparameters"))),
+            image_size=section.image_size,
+            num_classes=section.num_classes,
+            ignore=() if weights.checkpoint is None else weights.ignore or section.ignored,
+            hyperparameters=values_of(read_section(section.hyperparameters)),
         )
     )
-    if loaded.weights_sha256 != section["weights_sha256"]:
+    if loaded.weights_sha256 != section.weights_sha256:
         raise _other_weights(loaded, section, source)
     return loaded
 
 
-def _other_weights(loaded: LoadedModel, section: dict[str, Any], source: WeightSource) -> CheckpointError:
-    ours, theirs = loaded.weights_sha256[:16], str(section["weights_sha256"])[:16]
-    made_of = f"from {section['checkpoint']}" if section["origin"] == "checkpoint" else "with demo weights"
+def _other_weights(loaded: LoadedModel, section: ModelSection, source: WeightSource) -> CheckpointError:
+    ours, theirs = loaded.weights_sha256[:16], section.weights_sha256[:16]
+    made_of = f"from {section.checkpoint}" if section.origin == "checkpoint" else "with demo weights"
     given = (
         "This version's demo weights"
         if loaded.checkpoint_path is None
@@ -121,19 +122,18 @@ def _other_weights(loaded: LoadedModel, section: dict[str, Any], source: WeightS
     return CheckpointError(
         f"The bundle was made {made_of}, weights {theirs}; {given} has others, weights {ours}.",
         f"Give the checkpoint that the bundle was made from{_with_weights(section, source)}."
-        if section["origin"] == "checkpoint"
+        if section.origin == "checkpoint"
         else "Leave --checkpoint out, or export the bundle again.",
     )
 
 
-def _with_weights(section: dict[str, Any], source: WeightSource) -> str:
+def _with_weights(section: ModelSection, source: WeightSource) -> str:
     """The --weights of the bundle's export, where others were taken now."""
-    recorded = str(section["weights"])
-    return "" if recorded == source.value else f", with --weights {recorded}"
+    return "" if section.weights is source else f", with --weights {section.weights.value}"
 
 
 def rebuilt_on_golden(
-    section: dict[str, Any], facts: BundleFacts, trial: EvaluationSet, weights: Weights, say: Say
+    section: ModelSection, facts: BundleFacts, trial: EvaluationSet, weights: Weights, say: Say
 ) -> EvaluationSet:
     """The golden images answered by the reference rebuilt."""
     say("Rebuilding the reference.")
@@ -143,7 +143,7 @@ def rebuilt_on_golden(
 
 
 def rebuilt_on_images(
-    section: dict[str, Any], facts: BundleFacts, asked: ImagesSpec, weights: Weights, say: Say
+    section: ModelSection, facts: BundleFacts, asked: ImagesSpec, weights: Weights, say: Say
 ) -> ImagesReference:
     """A user's images answered by the reference rebuilt, tolerances derived on them, and their labels.
 
@@ -151,7 +151,7 @@ def rebuilt_on_images(
     do not fit the images or the model, before the reference runs.
     """
     source = open_images(asked.path)
-    labels_of = _labelling(asked, source, section["num_classes"])
+    labels_of = _labelling(asked, source, section.num_classes)
     loaded = rebuild(section, weights)
     limited = source.limit(asked.max_images)
     names, pixels, own = _read(limited, facts.preprocessing, say)
@@ -172,7 +172,7 @@ def rebuilt_on_images(
 
 
 def rebuilt_in_parts(
-    section: dict[str, Any],
+    section: ModelSection,
     facts: BundleFacts,
     asked: ImagesSpec,
     weights: Weights,
@@ -186,7 +186,7 @@ def rebuilt_in_parts(
     read here, and UnavailableError where the cluster has no room.
     """
     source = open_images(asked.path)
-    labels_of = _labelling(asked, source, section["num_classes"])
+    labels_of = _labelling(asked, source, section.num_classes)
     loaded = rebuild(section, weights)
     work = ValidationWork(
         graph=_whole(graph) if graph.is_file() else b"",

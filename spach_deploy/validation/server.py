@@ -47,8 +47,8 @@ def validate_server(request: ServerRequest) -> Validation:
     """
     bundle = Bundle.open(request.bundle)
     facts = BundleFacts.of(bundle)
-    images = str(bundle.manifest.content["validation"].get("images", "the bundle's golden pack"))
-    trial = golden_set(Golden.load(bundle.file(GOLDEN)), images, facts.outputs, facts.batch)
+    golden = Golden.load(bundle.file(GOLDEN))
+    trial = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
     evidence, platform = _evidence(request, trial, facts.tolerances)
     subject = report_header(str(request.served), bundle, facts.precision)
     return ServerValidation(subject, trial, (evidence,), notes=truncation_hints(bundle, evidence), platform=platform)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle.golden import LOGITS, Golden
+from spach_deploy.bundle.schema import KernelsEntry, Manifest
 from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.common.errors import UsageError, printable
 from spach_deploy.common.text import Escaped, rendered
@@ -151,7 +152,7 @@ def _bundle(target: Path) -> Bundle:
 
 def _check_comparable(first: Bundle, second: Bundle) -> None:
     for entry, words in (("num_classes", "classes"), ("image_size", "pixels a side")):
-        theirs = [bundle.manifest.model[entry] for bundle in (first, second)]
+        theirs = [getattr(bundle.manifest.model, entry) for bundle in (first, second)]
         if theirs[0] != theirs[1]:
             raise UsageError(
                 f"{first.path} has {theirs[0]} {words} and {second.path} has {theirs[1]}.",
@@ -161,7 +162,7 @@ def _check_comparable(first: Bundle, second: Bundle) -> None:
 
 def _compared(first: Side, second: Side, *, is_on_images: bool) -> SideBySide:
     notes: list[str] = []
-    is_same = first.bundle.manifest.model["weights_sha256"] == second.bundle.manifest.model["weights_sha256"]
+    is_same = first.bundle.manifest.model.weights_sha256 == second.bundle.manifest.model.weights_sha256
     if not is_same:
         notes.append("Their weights differ, so their answers may too; each is held to its own reference.")
     direct: OutputComparison | None = None
@@ -204,65 +205,63 @@ def _has_same_images(first: Bundle, second: Bundle) -> bool:
 
 def _facts(first: Side, second: Side) -> Iterator[Fact]:
     for name, words in _FACTS.items():
-        values = [words(side.bundle.manifest.content) for side in (first, second)]
+        values = [words(side.bundle.manifest) for side in (first, second)]
         if any(values):
             yield Fact(name, values[0], values[1])
 
 
-def _megabytes(value: Any) -> str:
+def _megabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e6:,.1f} MB"
 
 
-def _kernels(content: Mapping[str, Any], entry: str) -> str:
-    kernels = content["engine"].get("kernels") or {}
-    value = kernels.get(entry)
-    if value is None:
-        return ""
-    return f"{value / 1e6:,.0f} MB" if entry == "bytes_moved" else str(value)
+def _kernels(manifest: Manifest) -> KernelsEntry:
+    return manifest.engine.kernels or KernelsEntry()
 
 
-def _engine(content: Mapping[str, Any]) -> str:
-    engine = content["engine"]
-    return " ".join(str(engine[name]) for name in ("flavour", "version") if engine.get(name))
+def _moved(manifest: Manifest) -> str:
+    moved = _kernels(manifest).bytes_moved
+    return "" if moved is None else f"{moved / 1e6:,.0f} MB"
 
 
-_FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "model": lambda content: str(content["model"]["name"]),
-    "weights": lambda content: f"{content['model']['origin']} {str(content['model']['weights_sha256'])[:12]}",
-    "precision": lambda content: str(content["precision"].get("asked", content["precision"].get("precision", ""))),
-    "rest": lambda content: str(content["precision"].get("rest") or ""),
-    "engine": _engine,
-    "GPUs": lambda content: ", ".join(content["engine"].get("gpus") or ()),
-    "batch": lambda content: ":".join(str(content["batch"][name]) for name in ("min", "opt", "max")),
-    "input and output": lambda content: str(content["output_options"]["io_dtype"]),
-    "plan": lambda content: _megabytes(content["engine"].get("bytes")),
-    "kernels": lambda content: _kernels(content, "total"),
-    "fused attentions": lambda content: _kernels(content, "fused_attentions"),
-    "moved at batch 8": lambda content: _kernels(content, "bytes_moved"),
-    "graph nodes": lambda content: str(content["graph"].get("certificate", {}).get("nodes", "")),
-    "exported": lambda content: str(content.get("created", "")),
-    "by": lambda content: ", ".join(f"{name} {version}" for name, version in _tools(content)),
+_FACTS: dict[str, Callable[[Manifest], str]] = {
+    "model": lambda manifest: manifest.model.name,
+    "weights": lambda manifest: f"{manifest.model.origin} {manifest.model.weights_sha256[:12]}",
+    "precision": lambda manifest: manifest.precision.asked.value,
+    "rest": lambda manifest: _told(manifest.precision.rest and manifest.precision.rest.value),
+    "engine": lambda manifest: f"{manifest.engine.flavour.value} {manifest.engine.version}".strip(),
+    "GPUs": lambda manifest: ", ".join(manifest.engine.gpus),
+    "batch": lambda manifest: str(manifest.batch),
+    "input and output": lambda manifest: manifest.output_options.io_dtype.value,
+    "plan": lambda manifest: _megabytes(manifest.engine.bytes),
+    "kernels": lambda manifest: _told(_kernels(manifest).total),
+    "fused attentions": lambda manifest: _told(_kernels(manifest).fused_attentions),
+    "moved at batch 8": _moved,
+    "graph nodes": lambda manifest: _told(manifest.graph.certificate.nodes),
+    "exported": lambda manifest: manifest.created,
+    "by": lambda manifest: ", ".join(f"{name} {version}" for name, version in _tools(manifest)),
 }
 
 
-def _tools(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    tools = content.get("tools", {})
+def _told(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _tools(manifest: Manifest) -> list[tuple[str, str]]:
     wanted = ("spach-deploy", "spach_deploy", "torch", "onnxruntime", "tensorrt-rtx", "tensorrt")
-    return [(name, str(tools[name])) for name in wanted if tools.get(name)]
+    return [(name, manifest.tools[name]) for name in wanted if manifest.tools.get(name)]
 
 
 def _layers(first: Bundle, second: Bundle) -> Iterator[Fact]:
     """Modules whose weights are of another precision in one of the two."""
-    mine, theirs = (_precisions(bundle.manifest.content) for bundle in (first, second))
+    mine, theirs = (_precisions(bundle.manifest) for bundle in (first, second))
     for module in {**mine, **theirs}:
         fact = Fact(module, mine.get(module, ""), theirs.get(module, ""))
         if fact.differs and fact.first and fact.second:
             yield fact
 
 
-def _precisions(content: Mapping[str, Any]) -> dict[str, str]:
-    layers = content["precision"].get("layers") or ()
-    return {str(layer["module"]): str(layer.get("asked", "")) for layer in layers if isinstance(layer, Mapping)}
+def _precisions(manifest: Manifest) -> dict[str, str]:
+    return {layer.module: layer.asked for layer in manifest.precision.layers}
 
 
 _SHOWN = 6

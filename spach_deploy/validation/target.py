@@ -253,7 +253,8 @@ def _validation(
 
 def _traced(bundle: Bundle) -> ErrorTrace | None:
     """Errors along the depth as the export measured them; they are the unchanged graph's."""
-    return ErrorTrace.from_dict(bundle.manifest.content["validation"].get("trace"))
+    entry = bundle.manifest.validation.trace
+    return None if entry is None else ErrorTrace.of(entry)
 
 
 def _check_options(request: ValidationRequest) -> None:
@@ -316,9 +317,8 @@ def _open(target: Path) -> Bundle:
 
 def _check_has_plan(bundle: Bundle) -> None:
     if bundle.plan is None:
-        reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
         raise BundleError(
-            f"Bundle {bundle.path} has no {PLAN}: {reason}.",
+            f"Bundle {bundle.path} has no {PLAN}: {bundle.manifest.engine.why_none}.",
             f"Validate the bundle or its {GRAPH}, or export it with --engine auto.",
         )
 
@@ -409,8 +409,7 @@ def _answered(
             "Give --images DIR with the --checkpoint FILE that the bundle was made from, or export it again.",
         )
     golden = Golden.load(bundle.file(GOLDEN))
-    images = str(bundle.manifest.content["validation"].get("images", "the bundle's golden pack"))
-    trial = golden_set(golden, images, facts.outputs, facts.batch)
+    trial = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
     if request.checkpoint is not None:
         trial = rebuilt_on_golden(section, facts, trial, weights, say)
     return ImagesReference(trial, facts.tolerances)
@@ -426,15 +425,15 @@ def _file_findings(changed: dict[str, str]) -> tuple[str, ...]:
 
 def _other_graph_findings(kind: TargetKind, bundle: Bundle) -> tuple[str, ...]:
     """By the builder's own word, where it is kept."""
-    graph = bundle.manifest.files.get(GRAPH)
-    if kind is TargetKind.GRAPH or bundle.manifest.engine.get("graph_sha256", graph) == graph:
+    built_from = bundle.manifest.engine.graph_sha256
+    if kind is TargetKind.GRAPH or built_from in (None, bundle.manifest.sha256(GRAPH)):
         return ()
     return (f"By its manifest, {PLAN} was built from another graph than {GRAPH}.",)
 
 
 def _other_plan_findings(target: Path, kind: TargetKind, bundle: Bundle) -> tuple[str, ...]:
     is_other = kind is TargetKind.PLAN and target.resolve() != (bundle.path / PLAN).resolve()
-    if is_other and sha256_of(target) != bundle.manifest.files[PLAN]:
+    if is_other and sha256_of(target) != bundle.manifest.sha256(PLAN):
         return (f"{target.name} is not the plan that was exported: its SHA-256 is not the manifest's.",)
     return ()
 
@@ -444,7 +443,7 @@ def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:
     if pointed.facts.quantization is None or not pointed.graph.is_file():
         return ()
     findings = tuple(f"Quantization: {finding}." for finding in _audited(pointed.graph, pointed.facts.quantization))
-    calibrated, weights = pointed.facts.quantization.weights_sha256, pointed.bundle.manifest.model["weights_sha256"]
+    calibrated, weights = pointed.facts.quantization.weights_sha256, pointed.bundle.manifest.model.weights_sha256
     if calibrated == weights:
         return findings
     other = f"Quantization: its scales are of other weights ({calibrated[:16]}) than the bundle's ({weights[:16]})."
@@ -466,7 +465,7 @@ def _audited(graph: Path, facts: QuantizationFacts) -> Iterable[str]:
 
 
 def _graph_note(target: Path, bundle: Bundle) -> tuple[str, ...]:
-    if sha256_of(target) == bundle.manifest.files.get(GRAPH):
+    if sha256_of(target) == bundle.manifest.sha256(GRAPH):
         return ()
     return (f"{target.name} differs from the graph that was exported; the numbers decide.",)
 
@@ -502,7 +501,7 @@ def _try_file(
     file: Path, bundle: Bundle, facts: BundleFacts, trial: EvaluationSet, tolerances: ToleranceSet
 ) -> RunResult | MissingEngineRun:
     engine = bundle.manifest.engine
-    needs = what_runs_a_plan(facts.flavour.value, str(engine.get("version", "")), list(engine.get("gpus", ())))
+    needs = what_runs_a_plan(facts.flavour.value, engine.version, list(engine.gpus))
     if not file.is_file():
         return MissingEngineRun(f"{file.name} is missing", needs)
     try:

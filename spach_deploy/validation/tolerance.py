@@ -31,10 +31,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs, to_builtins
 
 from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
+from spach_deploy.bundle.schema import BoundsEntry, TolerancesEntry
 from spach_deploy.common.batches import spread
-from spach_deploy.common.errors import BundleError, PrecisionError
+from spach_deploy.common.errors import PrecisionError
 from spach_deploy.common.metrics import relative_l2_by_image
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
 from spach_deploy.validation.rounding_error import (
@@ -182,11 +184,10 @@ class Bounds:
         }
 
     @classmethod
-    def from_dict(cls, content: Any) -> Bounds:
-        """What `to_dict` wrote. Raises KeyError, TypeError or UsageError for anything else."""
-        outputs = {str(name): Tolerance(**entry) for name, entry in content["outputs"].items()}
-        str(content["derivation"]["sentence"])
-        return cls(outputs, dict(content["derivation"]))
+    def of(cls, entry: BoundsEntry) -> Bounds:
+        """What a manifest says. Raises UsageError for numbers with which nothing could fail."""
+        outputs = {name: Tolerance(**structs.asdict(tolerance)) for name, tolerance in entry.outputs.items()}
+        return cls(outputs, to_builtins(entry.derivation))
 
     @property
     def sentence(self) -> str:
@@ -206,12 +207,9 @@ class ToleranceSet:
         return {"graph": self.graph.to_dict(), "engine": self.engine.to_dict()}
 
     @classmethod
-    def from_dict(cls, content: Any, where: str) -> ToleranceSet:
-        """What `to_dict` wrote; BundleError naming `where` for anything else."""
-        try:
-            return cls(Bounds.from_dict(content["graph"]), Bounds.from_dict(content["engine"]))
-        except Exception as error:  # whatever a damaged manifest holds
-            raise BundleError(f"{where} has no usable tolerances ({error}).", "Export the bundle again.") from None
+    def of(cls, entry: TolerancesEntry) -> ToleranceSet:
+        """What a manifest says. Raises UsageError for numbers with which nothing could fail."""
+        return cls(Bounds.of(entry.graph), Bounds.of(entry.engine))
 
 
 def derive_tolerances(

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.schema import AgreementEntry
 from spach_deploy.common.errors import MismatchError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.metrics import worst_relative_l2
@@ -104,12 +105,9 @@ class Agreement:
         return {**dataclasses.asdict(self), "agrees": self.agrees}
 
     @classmethod
-    def from_dict(cls, entry: Any) -> Agreement | None:
-        """What `to_dict` gave; None for anything else."""
-        try:
-            return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)})
-        except (KeyError, TypeError):
-            return None
+    def of(cls, entry: AgreementEntry) -> Agreement:
+        """What a manifest says."""
+        return cls(**{field.name: getattr(entry, field.name) for field in dataclasses.fields(cls)})
 
 
 def read_answers(path: Path) -> GivenAnswers:

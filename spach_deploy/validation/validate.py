@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from msgspec import convert
+
 from spach_deploy._version import __version__
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.schema import AgreementEntry, TolerancesEntry, TraceEntry, ValidationSection
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UnavailableError
-from spach_deploy.models.hyperparameters import Setting, read_section, settings_section
+from spach_deploy.models.hyperparameters import Setting, read_section
 from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision
 from spach_deploy.validation.accuracy import Accuracy
 from spach_deploy.validation.bisect.result import Bisection
@@ -56,7 +59,7 @@ class ReportHeader:
             "model": self.model,
             "precision": self.precision,
             "is_demo": self.is_demo,
-            "hyperparameters": settings_section(self.settings),
+            "hyperparameters": {setting.name: setting.to_dict() for setting in self.settings},
             "answers": None if self.answers is None else self.answers.to_dict(),
             "answers_sentence": self.answers_sentence,
         }
@@ -182,34 +185,34 @@ class Validation:
         }
 
 
-def manifest_section(validation: Validation, tolerances: ToleranceSet) -> dict[str, Any]:
+def manifest_section(validation: Validation, tolerances: ToleranceSet) -> ValidationSection:
     """What a manifest keeps of an export's validation; later validations of the bundle read it."""
-    return {
-        "passed": validation.passed,
-        "level": validation.level.value,
-        "level_sentence": validation.level_sentence(),
-        "images": validation.trial.images,
-        "image_count": len(validation.trial),
-        "batches": sorted({size for item in validation.evidence for size in item.batches}),
-        "batch_left_out": next((item.left_out for item in validation.evidence if item.left_out), ""),
-        "reference": validation.trial.reference,
-        "tolerances": tolerances.to_dict(),
-        "trace": None if validation.trace is None else validation.trace.to_dict(),
-        "answers": None if validation.subject.answers is None else validation.subject.answers.to_dict(),
-    }
+    trace, answers = validation.trace, validation.subject.answers
+    return ValidationSection(
+        passed=validation.passed,
+        level=validation.level.value,
+        level_sentence=validation.level_sentence(),
+        images=validation.trial.images,
+        image_count=len(validation.trial),
+        batches=tuple(sorted({size for item in validation.evidence for size in item.batches})),
+        batch_left_out=next((item.left_out for item in validation.evidence if item.left_out), ""),
+        reference=validation.trial.reference,
+        tolerances=convert(tolerances.to_dict(), TolerancesEntry),
+        trace=None if trace is None else convert(trace.to_dict(), TraceEntry),
+        answers=None if answers is None else convert(answers.to_dict(), AgreementEntry),
+    )
 
 
 def report_header(target: str, bundle: Bundle, precision: Precision) -> ReportHeader:
     """What a bundle's manifest says for the head of a report."""
-    model = bundle.manifest.model
-    answers = bundle.manifest.content["validation"].get("answers")
+    model, answers = bundle.manifest.model, bundle.manifest.validation.answers
     return ReportHeader(
         target=target,
-        model=str(model["name"]),
+        model=model.name,
         precision=precision.value,
-        is_demo=model.get("origin") != "checkpoint",
-        settings=read_section(model.get("hyperparameters")),
-        answers=Agreement.from_dict(answers),
+        is_demo=model.origin != "checkpoint",
+        settings=read_section(model.hyperparameters),
+        answers=None if answers is None else Agreement.of(answers),
     )
 
 

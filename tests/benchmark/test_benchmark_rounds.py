@@ -37,6 +37,7 @@ from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import BatchProfile, Precision
 from spach_deploy.validation.bundle_facts import BundleFacts
+from tests import small_bundles
 from tests.commands import export
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
@@ -357,7 +358,9 @@ def test_a_bfloat16_graph_is_skipped_on_a_cpu_with_the_reason(tmp_path: Path) ->
     assert why_not(ONNX_RUNTIME, RunnerSetup(opened.path), opened).endswith("computes nothing in bfloat16 on a CPU")
 
 
-def test_what_cannot_run_is_skipped_with_the_reason(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_is_skipped_with_the_reason(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = Bundle.open(bundle)
     assert why_not("tensorrt", RunnerSetup(bundle), opened) == "the bundle has no engine"
     monkeypatch.setattr(processor, "cpu_flags", lambda: {"avx2"})
@@ -368,9 +371,11 @@ def test_what_cannot_run_is_skipped_with_the_reason(bundle: Path, monkeypatch: p
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     assert "C++ compiler" in why_not("compile", RunnerSetup(bundle), opened)
-    trained = dict(opened.manifest.model) | {"origin": "checkpoint", "checkpoint": "run7.pth"}
-    monkeypatch.setattr(type(opened.manifest), "model", trained)
-    assert "--checkpoint run7.pth" in why_not(EAGER, RunnerSetup(bundle), opened)
+    manifest = small_bundles.read_manifest(bundle)
+    manifest["model"] |= {"origin": "checkpoint", "checkpoint": "run7.pth"}
+    bundle = small_bundles.copy(bundle, tmp_path / "trained")
+    small_bundles.write_manifest(bundle, manifest)
+    assert "--checkpoint run7.pth" in why_not(EAGER, RunnerSetup(bundle), Bundle.open(bundle))
     with pytest.raises(UsageError, match=r"give --checkpoint run7\.pth"):
         measure(question(bundle, EAGER))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -394,12 +399,12 @@ def test_every_name_can_be_opened_and_has_a_title() -> None:
     assert set(contestants._OPENERS) == set(contestants.TITLES)
 
 
-def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Engine:
         input_specs = ("pixels",)
 
         def __init__(self, plan: bytes, flavour: Any) -> None:
-            assert plan == b"plan"
+            assert plan == small_bundles.plan_bytes()
 
         def __enter__(self) -> Engine:
             return self
@@ -413,11 +418,9 @@ def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, monkeypatch: pytes
         def layer_seconds(self, feeds: dict[str, Any]) -> dict[str, float]:
             return {"blocks.0.channel_func.fc1/Gemm+blocks.0/Add": 0.75, "head/Gemm": 0.25}
 
-    plan = bundle.parent / "engine.plan"
-    plan.write_bytes(b"plan")
+    bundle = small_bundles.copy(bundle, tmp_path / "planned")
+    small_bundles.give_plan(bundle)
     opened = Bundle.open(bundle)
-    monkeypatch.setattr(type(opened), "plan", plan)
-    monkeypatch.setitem(opened.manifest.engine, "flavour", "tensorrt")
     monkeypatch.setattr("spach_deploy.runtime.tensorrt_runner.TensorRTRunner", Engine)
     with contestants._engine(opened, RunnerSetup(bundle)) as runner:
         assert isinstance(runner, OpenRunner)

@@ -14,27 +14,18 @@ from typing import Any
 import pytest
 
 from spach_deploy.bundle import store as bundles
-from spach_deploy.bundle.store import Bundle, Manifest
+from spach_deploy.bundle.schema import Manifest
+from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError
 from spach_deploy.common.files import Destination, sha256_of
-
-SECTIONS: dict[str, Any] = {
-    "model": {"name": "ms_hybrid_s"},
-    "preprocessing": {},
-    "inputs": [{"name": "input", "dtype": "float32", "shape": [None, 3, 224, 224], "layout": "NCHW"}],
-    "outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 1000]}],
-    "batch": {"min": 1, "opt": 8, "max": 32},
-    "precision": {"asked": "fp16"},
-    "engine": {"flavour": "tensorrt-rtx"},
-    "validation": {},
-}
+from tests.manifests import sections
 
 
 def write(target: Path, graph: bytes = b"graph", *, overwrite: bool = False) -> None:
     with bundles.writing(bundles.check_target(target, overwrite=overwrite)) as staging:
         (staging / bundles.GRAPH).write_bytes(graph)
         (staging / bundles.PLAN).write_bytes(b"plan")
-        bundles.seal(staging, SECTIONS)
+        bundles.seal(staging, Manifest.parse(json.dumps(sections()), "here"))
 
 
 def test_a_bundle_is_read_back(tmp_path: Path) -> None:
@@ -55,7 +46,7 @@ def test_what_is_settled_is_not_read_again(tmp_path: Path, monkeypatch: pytest.M
         settled = bundles.digest_files(staging)
         assert list(settled) == [bundles.GRAPH]
         (staging / bundles.PLAN).write_bytes(b"plan")
-        bundles.seal(staging, SECTIONS, settled)
+        bundles.seal(staging, Manifest.parse(json.dumps(sections()), "here"), settled)
     assert read == [bundles.GRAPH, bundles.PLAN]
     assert not Bundle.open(tmp_path / "b").changed_files()
 
@@ -162,13 +153,17 @@ def test_a_target_that_cannot_be_a_directory_is_refused(tmp_path: Path, where: s
         ("{}", "not a spach-deploy manifest"),
         ('{"schema_version": 99}', "schema version 99"),
         ('{"schema_version": 1}', "lacks model"),
-        (json.dumps({"schema_version": 1, **SECTIONS, "files": 7}), "wrong kind"),
-        (json.dumps({"schema_version": 1, **SECTIONS, "files": {}, "inputs": [{"name": 3}]}), "wrong kind"),
+        (json.dumps(sections(files=7)), "wrong kind"),
+        (json.dumps(sections(inputs=[{"name": 3}])), "wrong kind"),
         ("[" * 100_000, "not JSON"),
-        (json.dumps({"schema_version": 1, **SECTIONS, "files": {}})[:-1] + ', "files": {}}', "'files' is in it twice"),
+        (json.dumps(sections())[:-1] + ', "files": {}}', "'files' is in it twice"),
         (
-            json.dumps({"schema_version": 1, **SECTIONS, "files": {}}).replace("224, 224", "224, 1e999"),
+            json.dumps(sections()).replace("224, 224", "224, 1e999"),
             "entry of the wrong kind",
+        ),
+        (
+            json.dumps(sections()).replace("224, 224]", "32, 32]"),
+            "inputs: input has shape .*, and the model's image_size",
         ),
     ],
 )
@@ -183,18 +178,17 @@ def test_a_hostile_manifest_is_one_sentence(text: str, reason: str) -> None:
         ("model", {"num_classes": 10**12}, "model: num_classes is 1000000000000, not 1 to 1,000,000"),
         ("model", {"num_classes": 7}, "outputs: logits has shape (None, 1000), and the model's num_classes is 7"),
         ("model", {"image_size": -1}, "model: image_size is -1, not 1 to 16,384"),
-        ("model", {"image_size": 32}, "inputs: input has shape (None, 3, 224, 224), and the model's image_size is 32"),
+        ("model", {"image_size": 32}, "preprocessing: image_size is 224, and the model's is 32"),
         ("batch", {"max": 10**9}, "batch: max is 1000000000, not 1 to 999,999"),
         ("batch", {"most": 8}, "batch: it has not min, opt and max alone"),
         ("preprocessing", {"std": [0, 0, 0]}, "preprocessing: std is [0, 0, 0], not three positive numbers"),
-        ("preprocessing", {"mean": None}, "preprocessing: mean is None, not three numbers"),
-        ("files", None, "files: null is no object"),
+        ("preprocessing", {"mean": None}, "preprocessing.mean: expected array, got null"),
+        ("files", None, "files: expected object, got null"),
     ],
 )
 def test_a_manifest_of_absurd_sizes_is_refused_when_it_is_read(section: str, changes: Any, reason: str) -> None:
     """Whoever believed them would make a name for each class, or wait for a batch of a thousand million."""
-    content: dict[str, Any] = {"schema_version": 1, **SECTIONS, "files": {}}
-    content["model"] = {"name": "ms_hybrid_s", "image_size": 224, "num_classes": 1000}
+    content = sections()
     Manifest.parse(json.dumps(content), "manifest.json")
     content[section] = changes and {**content[section], **changes}
     with pytest.raises(BundleError, match=re.escape(f"has an entry of the wrong kind ({reason}).")):

@@ -48,5 +48,5 @@ def test_a_recipe_quantizes_the_smallest_of_its_family(recipe: Path, tmp_path: P
     result = export("--recipe", recipe, *arguments, "-o", tmp_path / "bundle")
     assert result.exit_code == 0, result.stderr
     bundle = Bundle.open(tmp_path / "bundle")
-    assert bundle.manifest.precision == "int8"
-    assert bundle.manifest.content["quantization"]["calibration"]["images"] == 16
+    assert bundle.manifest.precision.asked == "int8"
+    assert bundle.manifest.content()["quantization"]["calibration"]["images"] == 16

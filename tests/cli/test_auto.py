@@ -61,7 +61,7 @@ def test_candidates_become_bundles_and_a_table(tmp_path: Path) -> None:
     assert found["recommended"] == "fp16"
     assert found["candidates"][0]["rel_l2"] < found["candidates"][1]["rel_l2"] < found["candidates"][2]["rel_l2"]
     for precision in ("fp16", "int8", "fp8"):
-        assert Bundle.open(tmp_path / precision).manifest.precision == precision
+        assert Bundle.open(tmp_path / precision).manifest.precision.asked == precision
 
 
 @pytest.mark.parametrize(

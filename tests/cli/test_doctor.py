@@ -123,3 +123,16 @@ def test_without_rich_the_error_says_what_to_install(on: Doctor, monkeypatch: py
     assert result.exit_code == 3
     assert "--json" in refusal(result, 3)
     assert on(cpu_machine(), "--json").exit_code == 0
+
+
+def test_without_msgspec_this_machine_is_examined_and_a_bundle_is_refused(tmp_path: Path) -> None:
+    path = bundles.write_bundle(tmp_path / "bundle")
+    code = "import sys; sys.modules['msgspec'] = None; from spach_deploy.cli.doctor import main; main()"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+
+    assert "can" in json.loads(run("--json").stdout)
+    refused = run(str(path))
+    assert refused.returncode == 3
+    assert "Reading a manifest needs msgspec, which is not installed here. Install it: " in refused.stderr

@@ -52,4 +52,4 @@ def test_a_node_that_dies_in_the_middle_changes_no_layer(
     assert len(evaluations) > 2
     assert there.file(QUANTIZATION).read_bytes() == here.file(QUANTIZATION).read_bytes()
     assert there.file(GRAPH).read_bytes() == here.file(GRAPH).read_bytes()
-    assert there.manifest.content["quantization"] == here.manifest.content["quantization"]
+    assert there.manifest.content()["quantization"] == here.manifest.content()["quantization"]

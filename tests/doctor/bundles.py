@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN
+from tests import manifests
 from tests.doctor import plans
 from tests.doctor.machines import A100, L4
 
@@ -61,15 +62,7 @@ def without(directory: Path, name: str) -> Path:
     return directory
 
 
-_MANIFEST: dict[str, Any] = {
-    "schema_version": 1,
-    "model": {"name": "ms_hybrid_s", "image_size": 224, "num_classes": 1000, "origin": "demo", "checkpoint": None},
-    "preprocessing": {},
-    "inputs": [{"name": "input", "dtype": "float32", "shape": [None, 3, 224, 224], "layout": "NCHW"}],
-    "outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 1000], "layout": "NC"}],
-    "output_options": {"io_dtype": "fp32", "top_k": None, "softmax": False},
-    "batch": {"min": 1, "opt": 8, "max": 32},
-    "graph": {"certificate": {"opset": 20, "ir_version": 9}},
-    "precision": {"asked": "fp16"},
-    "validation": {"level": "graph", "passed": True, "image_count": 8, "reference": "PyTorch in FP32"},
-}
+_MANIFEST: dict[str, Any] = manifests.sections(
+    graph={"certificate": {"opset": 20, "ir_version": 9}},
+    validation={**manifests.sections()["validation"], "image_count": 8, "reference": "PyTorch in FP32"},
+)

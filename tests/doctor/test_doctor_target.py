@@ -25,7 +25,7 @@ from spach_deploy.doctor.probe import ProbeResult
 from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision
-from tests import small_bundles
+from tests import manifests, small_bundles
 from tests.doctor import bundles
 from tests.doctor.machines import A100, H100, L4, T4, cpu_machine, gpu_machine
 from tests.doctor.plans import old_plan, ordinary_plan, rtx_plan, with_metadata
@@ -172,7 +172,7 @@ def test_a_bundle_without_a_plan(bundle: Path) -> None:
 def test_int8_of_fp16_where_onnx_runtime_truncates_it(
     bundle: Path, section: dict[str, Any], version: str, is_wrong: bool
 ) -> None:
-    bundles.rewrite(bundle, quantization=section)
+    bundles.rewrite(bundle, quantization=manifests.quantization(**section))
     runtime = InstalledOnnxRuntime({"onnxruntime": version}, "onnxruntime", version, ("cpu",))
     target = examine(bundle, dataclasses.replace(gpu_machine(L4), onnxruntime=runtime))
     found = finding(target, GRAPH)
@@ -219,6 +219,7 @@ def test_the_input_profile(bundle: Path, batch: dict[str, int], says: str) -> No
         {"validation": "passed"},
         {"schema_version": 99},
         {"files": {"engine.plan": 3}},
+        {"engine": {"flavour": "tensorrt-rtx", "gpus": "sm86"}},
     ],
 )
 def test_a_manifest_with_entries_of_the_wrong_kind(bundle: Path, sections: dict[str, Any]) -> None:
@@ -226,16 +227,16 @@ def test_a_manifest_with_entries_of_the_wrong_kind(bundle: Path, sections: dict[
     assert "manifest.json" in refused(bundle)
 
 
-@pytest.mark.parametrize("gpus", [None, 5, "sm86", [{}], ["sm999"]])
-def test_gpus_that_cannot_be_read_are_not_known(bundle: Path, gpus: Any) -> None:
+@pytest.mark.parametrize("gpus", [[], ["sm999"]])
+def test_gpus_that_cannot_be_read_are_not_known(bundle: Path, gpus: list[str]) -> None:
     bundles.rewrite(bundle, engine={**bundles.read(bundle)["engine"], "gpus": gpus})
     assert finding(examine(bundle), "NVIDIA GPU").status is Status.UNKNOWN
 
 
 def test_the_export_that_would_change_it_is_one_that_spach_export_takes(bundle: Path) -> None:
-    model = {"name": "ms_hybrid_s", "checkpoint": "my run.pth", "weights": "ema", "image_size": 256, "num_classes": 9}
+    model = {**manifests.model("ms_hybrid_s", 256, 9), "checkpoint": "my run.pth", "weights": "ema"}
     options = {"io_dtype": "uint8", "top_k": 5, "softmax": True}
-    tensors: dict[str, Any] = {"inputs": [], "outputs": [], "preprocessing": {}}
+    tensors: dict[str, Any] = {"inputs": [], "outputs": [], "preprocessing": manifests.preprocessing(256)}
     bundles.rewrite(bundle, model=model, output_options=options, batch={"min": 2, "opt": 4, "max": 8}, **tensors)
     command = finding(examine(bundle, gpu_machine(T4)), "NVIDIA GPU").command
     assert command is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from spach_deploy.bundle.schema import EngineSection
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.options.specs import Flavour
 from spach_deploy.options.values import export_options
@@ -50,11 +51,11 @@ def exported(recipe: Path, folder: Path, *more: str) -> Bundle:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_makes_a_bundle(recipe: Path, tmp_path: Path) -> None:
     bundle = exported(recipe, tmp_path)
-    assert (bundle.plan is None) == (bundle.manifest.engine["flavour"] == "none")
+    assert (bundle.plan is None) == (bundle.manifest.engine.flavour == "none")
 
 
 def test_the_cheapest_recipe_makes_a_bundle(tmp_path: Path) -> None:
     bundle = exported(CHEAPEST, tmp_path, "--image-size", "64")
-    assert bundle.manifest.model["name"] == "ms_conv_xxs"
+    assert bundle.manifest.model.name == "ms_conv_xxs"
     assert bundle.plan is None
-    assert bundle.manifest.engine == {"flavour": "none", "reason": "--engine none was asked for"}
+    assert bundle.manifest.engine == EngineSection(flavour=Flavour.NONE, reason="--engine none was asked for")

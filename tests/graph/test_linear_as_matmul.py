@@ -65,7 +65,7 @@ def test_a_graph_for_a_cpu_multiplies_integers_there(tmp_path: Path, activation:
     onnxruntime.InferenceSession(bundle.file("model.onnx"), options, providers=["CPUExecutionProvider"])
     operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert operators["MatMulIntegerToFloat"] == len(linear_layers(bundle)) > 0
-    assert bundle.manifest.content["quantization"]["vnni"] is False
+    assert bundle.manifest.content()["quantization"]["vnni"] is False
 
 
 @needs_vnni
@@ -75,8 +75,8 @@ def test_a_graph_for_vnni_multiplies_integers_in_openvino_too(tmp_path: Path) ->
     model = openvino.Core().compile_model(bundle.file("model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = [str(node.get_rt_info()["primitiveType"].astype(str)) for node in model.get_runtime_model().get_ops()]
     assert sum(kind.endswith("_I8") for kind in kinds) == len(linear_layers(bundle)) > 0
-    assert bundle.manifest.content["quantization"]["vnni"] is True
-    assert "--vnni" in bundle.manifest.content["command"]
+    assert bundle.manifest.content()["quantization"]["vnni"] is True
+    assert "--vnni" in bundle.manifest.content()["command"]
 
 
 @needs_vnni

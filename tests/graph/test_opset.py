@@ -124,14 +124,14 @@ def test_the_default_is_what_most_runtimes_know(precision: Precision, opset: int
 
 @pytest.mark.usefixtures("small_model_registered")
 def test_a_bundle_has_the_header_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Bundle.open(small_bundles.bundle(Precision.FP32)).manifest.content["graph"]["certificate"]
+    plain = Bundle.open(small_bundles.bundle(Precision.FP32)).manifest.content()["graph"]["certificate"]
     assert (plain["opset"], plain["ir_version"]) == (20, 9)
     monkeypatch.chdir(tmp_path)
     size = ("--image-size", small_bundles.SIZE, "--num-classes", small_bundles.CLASSES)
     result = export("--model", small_bundles.NAME, *size, "--fp16", "--engine", "none", "--opset", 17, "-o", "x")
     assert result.exit_code == 0, result.output
     assert "opset 17, fp16" in result.stdout
-    manifest = Bundle.open(Path("x")).manifest.content
+    manifest = Bundle.open(Path("x")).manifest.content()
     certificate = manifest["graph"]["certificate"]
     assert (certificate["opset"], certificate["ir_version"]) == (17, 8)
     assert " --opset 17 " in manifest["command"]

@@ -36,7 +36,7 @@ class Stopwatch:
     def __call__(self, question: BenchmarkRequest, tell: Any) -> Benchmark:
         self.asked.append(question)
         bundle = Bundle.open(question.setup.bundle)
-        times, is_right = self.speeds[bundle.manifest.precision]
+        times, is_right = self.speeds[bundle.manifest.precision.asked.value]
         batch = question.batches[0]
 
         def runner(name: str, speed: float, error: float) -> RunnerResult:
@@ -108,8 +108,8 @@ def test_the_fastest_right_form_becomes_the_bundle(
     result, _ = run(monkeypatch, tmp_path / "b", "--calibration", calibration_images(), **speeds)
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "b")  # its hashes are checked
-    assert bundle.manifest.precision == chosen
-    section = bundle.manifest.content["cpu"]
+    assert bundle.manifest.precision.asked == chosen
+    section = bundle.manifest.content()["cpu"]
     assert section["chosen"]["precision"] == chosen
     assert {form["precision"] for form in section["forms"]} == {"int8", "fp32"}
     assert section["machine"] == {"processor": "a clock"}
@@ -136,8 +136,8 @@ def test_bf16_is_tried_in_openvino_where_the_cpu_has_it(tmp_path: Path, monkeypa
     asked = [question.names for question in watch.asked]
     assert asked == [(EAGER, OPENVINO_BF16), (EAGER, ONNX_RUNTIME, OPENVINO)]
     manifest = Bundle.open(tmp_path / "b").manifest
-    assert manifest.precision == "bf16"
-    assert manifest.content["cpu"]["chosen"]["settings"] == {"INFERENCE_PRECISION_HINT": "bf16"}
+    assert manifest.precision.asked == "bf16"
+    assert manifest.content()["cpu"]["chosen"]["settings"] == {"INFERENCE_PRECISION_HINT": "bf16"}
     assert 'compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})' in result.stdout
     assert "With --calibration DIR, INT8 is tried too." in result.stdout
 
@@ -210,7 +210,7 @@ def test_a_real_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     size = ("--image-size", "32", "--num-classes", "11", "--batch", "1:2:4")
     result = export("--model", "conv_xxs", *size, "--target", "cpu", "-o", tmp_path / "b")
     assert result.exit_code == 0, result.output
-    chosen = Bundle.open(tmp_path / "b").manifest.content["cpu"]["chosen"]
+    chosen = Bundle.open(tmp_path / "b").manifest.content()["cpu"]["chosen"]
     assert (chosen["runner"], chosen["batch"], chosen["is_right"]) == ("onnxruntime", 2, True)
     assert chosen["images_per_second"] > 0
 

@@ -24,6 +24,7 @@ from click.testing import Result
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
+from spach_deploy.bundle.schema import FileEntry
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, MismatchError
 from spach_deploy.common.progress import ExportObserver, Phase
@@ -38,6 +39,7 @@ from spach_deploy.pipeline.export import export as export_bundle
 from spach_deploy.pipeline.steps import graph as stages
 from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.validation.live_reference import Weights, rebuild
+from spach_deploy.validation.tolerance import FP32_FACTOR
 from tests import small_bundles
 from tests.commands import contents, export, refusal
 
@@ -109,7 +111,7 @@ def test_a_bundle_that_came_during_the_export_is_left_alone(tmp_path: Path) -> N
     options = ExportOptions(model, engine=EngineTarget(Flavour.NONE), output=tmp_path / "b")
     with small_bundles.registered(), pytest.raises(BundleError, match="written there since this command began"):
         export_bundle(options, Other())
-    assert Bundle.open(tmp_path / "b").manifest.precision == "fp16"
+    assert Bundle.open(tmp_path / "b").manifest.precision.asked == "fp16"
     assert os.listdir(tmp_path) == ["b"]
 
 
@@ -129,11 +131,11 @@ def test_the_bundle_holds_what_it_should_and_its_hashes_are_right(real: Export) 
     folder = real.bundle.path
     files = {"build.log", "engine.plan", "golden.npz", "manifest.json", "model.onnx", "report.html", "report.json"}
     assert {path.name for path in folder.iterdir()} == files
-    listed = real.bundle.manifest.content["files"]
+    listed = real.bundle.manifest.files
     assert set(listed) == files - {"manifest.json", "report.html", "report.json"}
     for name, entry in listed.items():
         content = (folder / name).read_bytes()
-        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        assert entry == FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
     assert os.listdir(folder.parent) == ["bundle"]
 
 
@@ -141,13 +143,14 @@ def test_the_plan_is_a_plan_of_tensorrt_for_rtx(real: Export) -> None:
     plan = real.bundle.file("engine.plan").read_bytes()
     engine = real.bundle.manifest.engine
     assert plan[:4] == b"vtrt"
-    assert int.from_bytes(plan[16:24], "little") == len(plan) == engine["bytes"]
-    assert engine["flavour"] == "tensorrt-rtx"
-    assert engine["gpus"] == ["sm86", "sm89"]
-    assert engine["batch"] == "1:2:4"
-    assert engine["layers_by_dtype"]["fp16"] > 20
-    assert "fp32" not in engine["layers_by_dtype"]
-    assert engine["kernels"]["total"] > 50
+    assert int.from_bytes(plan[16:24], "little") == len(plan) == engine.bytes
+    assert engine.flavour == "tensorrt-rtx"
+    assert engine.gpus == ("sm86", "sm89")
+    assert engine.batch == "1:2:4"
+    assert engine.layers_by_dtype["fp16"] > 20
+    assert "fp32" not in engine.layers_by_dtype
+    assert engine.kernels is not None
+    assert (engine.kernels.total or 0) > 50
 
 
 def test_the_manifest_agrees_with_graph_and_golden_pack(real: Export) -> None:
@@ -163,13 +166,12 @@ def test_the_manifest_agrees_with_graph_and_golden_pack(real: Export) -> None:
         assert tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims) == tensor.shape
     shapes = {name: array.shape for name, array in golden.items() if array.dtype == np.float32}
     assert sorted(shapes.values()) == [(8, 3, 64, 64), (8, 1000)]
-    assert manifest.content["batch"] == {"min": 1, "opt": 2, "max": 4}
-    assert manifest.content["preprocessing"]["image_size"] == 64
-    assert manifest.content["preprocessing"]["resize_size"] == 73
+    assert manifest.batch == BatchProfile(1, 2, 4)
+    assert (manifest.preprocessing.image_size, manifest.preprocessing.resize_size) == (64, 73)
 
 
 def test_the_graph_is_in_half_and_computes_what_pytorch_does(real: Export) -> None:
-    assert real.bundle.manifest.precision == "fp16"
+    assert real.bundle.manifest.precision.asked == "fp16"
     graph = graph_of(real.bundle)
     kinds = {tensor.data_type for tensor in graph.graph.initializer if len(tensor.dims) >= 2}
     assert TensorProto.FLOAT16 in kinds
@@ -187,14 +189,14 @@ def test_the_report_passed_and_says_that_weights_are_demo_weights(real: Export) 
     assert report["is_demo"] is True
     assert report["level"] in ("graph", "engine")  # the second where there is a GPU
     model = real.bundle.manifest.model
-    assert (model["name"], model["origin"], model["checkpoint"]) == ("ms_trans_xxs", "demo", None)
-    assert real.bundle.manifest.content["validation"]["passed"] is True
-    assert any("not trained" in note for note in real.bundle.manifest.content["notes"])
+    assert (model.name, model.origin, model.checkpoint) == ("ms_trans_xxs", "demo", None)
+    assert real.bundle.manifest.validation.passed
+    assert any("not trained" in note for note in real.bundle.manifest.notes)
     assert "DEMO WEIGHTS, not trained" in real.result.stdout
 
 
 def test_stdout_is_the_summary_and_stderr_the_progress(real: Export) -> None:
-    phases = [phase["name"] for phase in real.bundle.manifest.content["phases"]]
+    phases = [phase.name for phase in real.bundle.manifest.phases]
     assert len(phases) > 8
     shown = [line for line in real.result.stderr.splitlines() if line.split("  ")[0] in phases]
     assert len(shown) == len(phases)  # --verbose: a line each
@@ -232,16 +234,16 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 
 def test_json_is_the_manifest_and_nothing_else(pickled: Export) -> None:
-    assert json.loads(pickled.result.stdout) == pickled.bundle.manifest.content
+    assert json.loads(pickled.result.stdout) == pickled.bundle.manifest.content()
 
 
 def test_a_checkpoint_is_named_by_its_hash_and_what_was_unwrapped(pickled: Export) -> None:
     model = pickled.bundle.manifest.model
-    assert (model["name"], model["num_classes"]) == (small_bundles.NAME, small_bundles.CLASSES)
-    assert (model["origin"], model["checkpoint"]) == ("checkpoint", "run7.pth")
+    assert (model.name, model.num_classes) == (small_bundles.NAME, small_bundles.CLASSES)
+    assert (model.origin, model.checkpoint) == ("checkpoint", "run7.pth")
     content = (pickled.bundle.path.parent / "run7.pth").read_bytes()
-    assert model["checkpoint_sha256"] == hashlib.sha256(content).hexdigest()
-    notes = " ".join(model["notes"])
+    assert model.checkpoint_sha256 == hashlib.sha256(content).hexdigest()
+    notes = " ".join(model.notes)
     assert "unwrapped model" in notes
     assert "removed `module.`" in notes
     assert "inferred" in notes
@@ -251,9 +253,9 @@ def test_a_checkpoint_is_named_by_its_hash_and_what_was_unwrapped(pickled: Expor
 def test_what_was_ignored_is_recorded_and_ignored_again(pickled: Export, tmp_path: Path) -> None:
     """By every command that takes the checkpoint later; a file without these tensors is the same."""
     model = pickled.bundle.manifest.model
-    assert model["ignored"] == ["head_dist.*"]
-    assert "--ignore 'head_dist.*' dropped module.head_dist.bias" in model["notes"]
-    assert "--ignore 'head_dist.*'" in pickled.bundle.manifest.content["command"]
+    assert model.ignored == ("head_dist.*",)
+    assert "--ignore 'head_dist.*' dropped module.head_dist.bias" in model.notes
+    assert "--ignore 'head_dist.*'" in pickled.bundle.manifest.command
     torch.save(trained() | {"aux.bias": torch.zeros(3)}, tmp_path / "other.pth")
     safetensors.torch.save_file(trained(), tmp_path / "clean.safetensors")
     with small_bundles.registered():
@@ -262,7 +264,7 @@ def test_what_was_ignored_is_recorded_and_ignored_again(pickled: Export, tmp_pat
             Weights(tmp_path / "clean.safetensors"),
             Weights(tmp_path / "other.pth", ignore=("aux.*",)),
         ):
-            assert rebuild(model, weights).weights_sha256 == model["weights_sha256"]
+            assert rebuild(model, weights).weights_sha256 == model.weights_sha256
 
 
 def test_pixels_go_in_and_classes_come_out(pickled: Export) -> None:
@@ -300,8 +302,8 @@ def test_a_rewrite_that_is_left_out_leaves_its_form(real: Export, tmp_path: Path
     kept = exported(tmp_path / "kept", *SMALL, *flags).bundle
     assert depthwise(real.bundle) == 0
     assert depthwise(kept) > 0
-    assert real.bundle.manifest.content["graph"]["passes"]["shift_depthwise"] > 0
-    assert "shift_depthwise" not in {k for k, v in kept.manifest.content["graph"]["passes"].items() if v}
+    assert real.bundle.manifest.graph.passes["shift_depthwise"] > 0
+    assert "shift_depthwise" not in {k for k, v in kept.manifest.graph.passes.items() if v}
 
 
 def test_without_an_engine_depthwise_convolutions_stay(pickled: Export) -> None:
@@ -336,15 +338,15 @@ def test_a_bundle_is_replaced_only_with_overwrite(pickled: Export, tmp_path: Pat
     assert contents(tmp_path) == before
     assert Bundle.open(tmp_path / "b").plan is not None
     second = exported(tmp_path / "b", *flags, "--overwrite").bundle
-    assert second.manifest.precision == "fp32"
+    assert second.manifest.precision.asked == "fp32"
     assert second.plan is None
     assert sorted(os.listdir(tmp_path / "b")) == [
         *("golden.npz", "manifest.json", "model.onnx", "report.html", "report.json")
     ]
     assert sorted(os.listdir(tmp_path)) == ["b", "run7.safetensors"]
     first, model = pickled.bundle.manifest.model, second.manifest.model
-    assert model["weights_sha256"] == first["weights_sha256"]
-    assert model["checkpoint_sha256"] != first["checkpoint_sha256"]
+    assert model.weights_sha256 == first.weights_sha256
+    assert model.checkpoint_sha256 != first.checkpoint_sha256
 
 
 # What is wrong is never written
@@ -442,3 +444,22 @@ def test_the_first_stage_that_computes_something_else_is_named(
         export_bundle(dataclasses.replace(OPTIONS, output=old, overwrite=True))
     assert caught.value.exit_code == 1
     assert contents(old) == before
+
+
+def test_logits_that_half_cannot_hold_are_exit_1_with_the_next_step(old: Path) -> None:
+    weights = trained()
+    torch.save(weights | {"head.weight": weights["head.weight"] * 1e6}, old.parent / "loud.pth")
+    with small_bundles.registered():
+        flags = ("--fp16", "--io-dtype", "fp16", *NO_ENGINE, "-o", old, "--overwrite")
+        sentence = refusal(export("--checkpoint", old.parent / "loud.pth", *SMALL, *flags), 1)
+    assert "logits reaches" in sentence
+    assert "Use --io-dtype fp32." in sentence
+
+
+def test_a_graph_that_no_tensorrt_builds_has_its_group_norms_in_levels_too_and_bounds_from_measured_noise() -> None:
+    manifest = Bundle.open(small_bundles.bundle(Precision.FP32)).manifest
+    noise = manifest.validation.tolerances.graph.derivation.noise.rel_l2
+    assert manifest.graph.passes == {"split_group_norm": 2}
+    assert manifest.graph.relative_l2_limit == pytest.approx(FP32_FACTOR * noise)
+    assert manifest.validation.batches == (1, 3, 8, 32)
+    assert manifest.validation.batch_left_out == ""

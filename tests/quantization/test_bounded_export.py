@@ -26,7 +26,7 @@ def test_the_bound_is_kept_by_measurement_and_the_cost_of_each_layer_is_told(tmp
         result = export(*SMALL, *INT8, calibration_images(), "--max-rel-l2", 0.006, "-o", tmp_path / "bound")
     assert result.exit_code == 0, result.stderr
     bundle = Bundle.open(tmp_path / "bound")
-    told = bundle.manifest.content["quantization"]["sensitivity"]
+    told = bundle.manifest.content()["quantization"]["sensitivity"]
     assert told["measured"] <= told["bound"] == 0.006 < told["all_quantized"]
     kept = {layer["module"] for layer in told["layers"] if layer["kept_float"]}
     plan = read_plan(bundle.file("quantization.json"))
@@ -62,7 +62,7 @@ def test_a_bound_on_the_drop_is_kept(tmp_path: Path) -> None:
             *("--max-drop", 0, "-o", tmp_path / "bundle"),
         )
     assert result.exit_code == 0, result.stderr
-    told = Bundle.open(tmp_path / "bundle").manifest.content["quantization"]["sensitivity"]
+    told = Bundle.open(tmp_path / "bundle").manifest.content()["quantization"]["sensitivity"]
     assert told["measure"] == "points of top-1"
     assert told["measured"] <= 0
 

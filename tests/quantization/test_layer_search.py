@@ -38,7 +38,7 @@ def bounded(tmp_path: Path, spec: QuantizationSpec, images: Path | None = None) 
         bundle = export(dataclasses.replace(options, images=images)).bundle
     return {
         "layers": json.loads(bundle.file("quantization.json").read_text()),
-        "search": bundle.manifest.content["quantization"],
+        "search": bundle.manifest.content()["quantization"],
     }
 
 

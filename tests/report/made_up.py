@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
 
+from spach_deploy.bundle.schema import Manifest
 from spach_deploy.report.content import ReportContent
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.changed_classes import notable_predictions
@@ -16,6 +18,7 @@ from spach_deploy.validation.runs import EvaluationSet, Level, RunResult
 from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.validate import MissingEngineRun, ReportHeader, Validation
 from spach_deploy.validation.verdict import Tolerance, judge
+from tests import manifests
 
 NAMES = ("a.jpg", "b.jpg")
 REFERENCE = np.array([[3.0, 2.99, 0.0, 1.0, 0.5, 0.2, 0.1], [0.0, 4.0, 0.0, 1.0, 0.5, 0.2, 0.1]], np.float32)
@@ -87,7 +90,7 @@ def report(*items: RunResult, missing: bool = False, max_drop: float | None = No
     return {**validation(*items, missing=missing, max_drop=max_drop).to_dict(), **copy.deepcopy(changes)}
 
 
-MANIFEST: dict[str, Any] = {
+_MANIFEST: dict[str, Any] = {
     "created": "2026-01-02T03:04:05+00:00",
     "command": "spach-export --model ms_hybrid_s --fp16",
     "tools": {"spach-deploy": "0.1.0", "torch": "2.13.0"},
@@ -108,6 +111,8 @@ MANIFEST: dict[str, Any] = {
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
     },
+    "inputs": [],
+    "outputs": [],
     "precision": {
         "asked": "int8",
         "rest": "fp16",
@@ -130,8 +135,16 @@ MANIFEST: dict[str, Any] = {
         ],
     },
     "quantization": {
-        "calibration": {"images": 64, "images_sha256": "cd" * 32, "method": "max"},
-        "kept_float": [{"module": "stem.proj", "node": "stem.proj/Conv", "reason": "rule: a convolution"}],
+        **manifests.quantization(),
+        "calibration": {
+            **{"images": 64, "images_sha256": "cd" * 32, "method": "max", "weights_sha256": "ab" * 32},
+        },
+        "kept_float": [
+            {
+                **{"module": "stem.proj", "node": "stem.proj/Conv", "kind": "convolution", "macs": 9},
+                "reason": "rule: a convolution",
+            },
+        ],
     },
     "graph": {
         "certificate": {"opset": 20, "nodes": 12, "operators": {"Add": 7, "Gemm": 5}, "symbolic": "batch"},
@@ -161,14 +174,22 @@ MANIFEST: dict[str, Any] = {
         "build_seconds": 11.2,
     },
     "phases": [
-        {"name": "load the model", "seconds": 1.5, "peak_bytes": 5e8},
-        {"name": "calibrate", "seconds": 65.0, "peak_bytes": 9e8},
-        {"name": "engine build (alongside)", "seconds": 12.0, "peak_bytes": 9e8},
-        {"name": "something new", "seconds": 0.2, "peak_bytes": 9e8},
+        {"name": "load the model", "seconds": 1.5, "peak_bytes": 500_000_000},
+        {"name": "calibrate", "seconds": 65.0, "peak_bytes": 900_000_000},
+        {"name": "engine build (alongside)", "seconds": 12.0, "peak_bytes": 900_000_000},
+        {"name": "something new", "seconds": 0.2, "peak_bytes": 900_000_000},
     ],
     "files": {"model.onnx": {"sha256": "ef" * 32, "bytes": 126_471_864}},
 }
-"""A manifest of an INT8 export in which everything there is to show is there."""
+
+
+def manifest(**changed: Any) -> Manifest:
+    """Of an INT8 export in which everything there is to show is there; `changed` are whole sections."""
+    return Manifest.parse(json.dumps(manifests.sections(**{**_MANIFEST, **changed})), "manifest.json")
+
+
+MANIFEST = manifest()
+
 
 STATES = {
     "agrees": report(evidence(CLOSE)),
@@ -183,9 +204,7 @@ STATES = {
 """A report in every state, by name."""
 
 
-def content(state: str = "agrees", manifest: dict[str, Any] | None = None, **changes: Any) -> ReportContent:
+def content(state: str = "agrees", manifest: Manifest | None = MANIFEST, **changes: Any) -> ReportContent:
     """What a page of that state is made from."""
     found = {**copy.deepcopy(STATES[state]), **copy.deepcopy(changes)}
-    return ReportContent(
-        found, copy.deepcopy(MANIFEST if manifest is None else manifest), {0: "data:image/jpeg;base64,AA=="}
-    )
+    return ReportContent(found, manifest, {0: "data:image/jpeg;base64,AA=="})

@@ -6,10 +6,10 @@ import html
 import re
 from collections import Counter
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 
+from spach_deploy.bundle.schema import Manifest
 from spach_deploy.report import plots, sections
 from spach_deploy.report.content import ReportContent
 from spach_deploy.report.page import SECTIONS, render
@@ -77,9 +77,9 @@ def test_the_top_says_what_came_out_and_why(state: str, heading: str, reason: st
     assert f"Level of evidence: {level}" in top
 
 
-@pytest.mark.parametrize("manifest", [made_up.MANIFEST, {}], ids=["manifest", "no manifest"])
+@pytest.mark.parametrize("manifest", [made_up.MANIFEST, None], ids=["manifest", "no manifest"])
 @pytest.mark.parametrize("state", made_up.STATES)
-def test_a_page_is_well_formed_and_loads_nothing(state: str, manifest: dict[str, Any]) -> None:
+def test_a_page_is_well_formed_and_loads_nothing(state: str, manifest: Manifest | None) -> None:
     text = render(made_up.content(state, manifest))
     page = Page(text)
     assert page.wrong == []
@@ -192,7 +192,7 @@ def test_the_first_module_beyond_its_bound_is_named() -> None:
 
 def test_what_was_not_measured_is_left_out() -> None:
     for view in (sections.depth, sections.bisect, sections.ranges, sections.precision):
-        assert view(made_up.content("agrees", {})) is None
+        assert view(made_up.content("agrees", None)) is None
     assert sections.bisect(made_up.content("agrees")) is None
 
 

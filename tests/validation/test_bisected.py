@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -173,13 +174,13 @@ def test_an_error_leaves_its_bound_where_it_begins() -> None:
 
 
 def test_an_exports_trace_stays_with_its_graph(spoiled: Path) -> None:
-    def traced(target: Path) -> object:
+    def traced(target: Path) -> Any:
         result = CliRunner().invoke(main, [str(target), "--accept", "graph", "--json"])
         return json.loads(result.stdout)["trace"]
 
     exported = traced(spoiled)
     assert exported is not None
-    assert ErrorTrace.from_dict(exported) is not None
+    assert exported["modules"]
     other = spoiled / "other.onnx"
     shutil.copy(spoiled / GRAPH, other)
     assert traced(other) == exported

@@ -142,7 +142,7 @@ def _manifest(model: PackagedModel) -> str:
         "spach_deploy": __version__,
         "bundle": model.bundle.path.name,
         "model": model.name,
-        "plan_sha256": model.bundle.manifest.files[PLAN],
+        "plan_sha256": model.bundle.manifest.files[PLAN].sha256,
     }
     return json_text(content) + "\n"
 

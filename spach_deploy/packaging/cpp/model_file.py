@@ -6,11 +6,11 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import PIL
 
-from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle, TensorInfo
+from spach_deploy.bundle.schema import EngineSection, TensorInfo
+from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.options.specs import Preprocessing
@@ -40,7 +40,7 @@ class PackagedModel:
 
     bundle: Bundle
     facts: BundleFacts
-    engine: dict[str, Any]
+    engine: EngineSection
     plan: Path
 
     @classmethod
@@ -48,9 +48,8 @@ class PackagedModel:
         """The bundle at `path`. BundleError for what is none, was changed, or has no plan that C++ could run."""
         bundle = Bundle.open(path)
         if bundle.plan is None:
-            reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
             raise BundleError(
-                f"Bundle {bundle.path} has no {PLAN}: {reason}.",
+                f"Bundle {bundle.path} has no {PLAN}: {bundle.manifest.engine.why_none}.",
                 "Export it with --engine tensorrt-rtx, which needs no GPU, or --engine tensorrt.",
             )
         model = cls(bundle, BundleFacts.of(bundle), bundle.manifest.engine, bundle.file(PLAN))
@@ -76,12 +75,12 @@ class PackagedModel:
     @property
     def name(self) -> str:
         """The model's name."""
-        return str(self.bundle.manifest.model["name"])
+        return self.bundle.manifest.model.name
 
     @property
     def classes(self) -> int:
         """How many classes it tells apart."""
-        return int(self.bundle.manifest.model["num_classes"])
+        return self.bundle.manifest.model.num_classes
 
     @property
     def input(self) -> TensorInfo:
@@ -101,19 +100,18 @@ class PackagedModel:
     @property
     def gpus(self) -> tuple[str, ...]:
         """The GPUs it was built for, such as sm89."""
-        return tuple(str(gpu) for gpu in self.engine.get("gpus", ()))
+        return self.engine.gpus
 
     @property
     def version(self) -> str:
         """Version of the TensorRT that built the plan."""
-        return str(self.engine.get("version", ""))
+        return self.engine.version
 
     @property
     def pillow(self) -> int:
         """Major version of the Pillow that the bundle was made with: 13 changed the order of a resize's two passes."""
-        tools = self.bundle.manifest.content.get("tools")
-        recorded = tools.get("pillow") if isinstance(tools, dict) else None
-        major = re.match(r"\d{1,4}", str(recorded)) or re.match(r"\d{1,4}", PIL.__version__)
+        recorded = self.bundle.manifest.tools.get("pillow", "")
+        major = re.match(r"\d{1,4}", recorded) or re.match(r"\d{1,4}", PIL.__version__)
         return int(major.group()) if major else 0
 
 
@@ -132,7 +130,7 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
     yield "precision", facts.precision.value
     yield "flavour", facts.flavour.value
     yield "version", _word(model.version)
-    yield "version-compatible", str(int(bool(model.engine.get("version_compatible", False))))
+    yield "version-compatible", str(int(model.engine.version_compatible))
     yield "gpus", " ".join(_capability(gpu) for gpu in model.gpus)
     yield "batch", f"{facts.batch.min} {facts.batch.opt} {facts.batch.max}"
     yield "input", _tensor(model.input)

@@ -133,8 +133,7 @@ def misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
     """Why `image` cannot load `model`, without a full stop; empty where it can."""
     if model.backend is not Backend.TENSORRT:
         return known.misfit(image, model.needs, on_gpu=True)
-    engine = model.bundle.manifest.engine
-    built = str(engine.get("version", ""))
+    built = model.bundle.manifest.engine.version
     if model.facts.flavour is Flavour.TENSORRT_RTX:
         return f"the engine is TensorRT for RTX {built}, and {RTX_REASON}"
     if image.tensorrt is None:
@@ -146,8 +145,7 @@ def misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
 
 def is_version_compatible(model: ServedModel) -> bool:
     """Whether its plan was exported for newer versions of TensorRT too."""
-    engine = model.bundle.manifest.engine
-    return model.backend is Backend.TENSORRT and bool(engine.get("version_compatible", False))
+    return model.backend is Backend.TENSORRT and model.bundle.manifest.engine.version_compatible
 
 
 def _loads(built: str, carried: str, *, is_compatible: bool) -> bool:
@@ -197,7 +195,7 @@ class Deployment:
         Raises BundleError for what is no bundle, was changed, or has no file for the backend; UsageError where no
         Triton image that is known loads it, or not the one that was asked for.
         """
-        title = str(Bundle.open(path, verify=False).manifest.model["name"])
+        title = Bundle.open(path, verify=False).manifest.model.name
         argument = BundleArgument(path, triton_name(title))
         (model,) = resolve_models([argument], triton_options(options))
         steps: tuple[EnsembleStep, ...] = ensemble_steps(model, Ensemble()) if options.ensemble else ()
@@ -225,7 +223,7 @@ class Deployment:
     def serves(self) -> str:
         """What runs, in a few words."""
         if self.is_plan:
-            return f"TensorRT {self.plain('version')} plan"
+            return f"TensorRT {self.version} plan"
         return f"ONNX graph in ONNX Runtime {self.image.onnxruntime}"
 
     @property
@@ -246,13 +244,14 @@ class Deployment:
     @property
     def gpus(self) -> tuple[str, ...]:
         """GPUs that a plan was built for, such as sm90; none where any will do."""
-        given = self.model.bundle.manifest.engine.get("gpus", ()) if self.is_plan else ()
-        return tuple(str(gpu) for gpu in given if re.fullmatch(r"sm\d{2,4}", str(gpu)))
+        given = self.model.bundle.manifest.engine.gpus if self.is_plan else ()
+        return tuple(gpu for gpu in given if re.fullmatch(r"sm\d{2,4}", gpu))
 
-    def plain(self, entry: str) -> str:
-        """An entry of the engine's section that may stand in a text file."""
-        text = str(self.model.bundle.manifest.engine.get(entry, ""))
-        return text if _PLAIN.fullmatch(text) else "unknown"
+    @property
+    def version(self) -> str:
+        """Of the TensorRT that built the plan, as it may stand in a text file."""
+        built = self.model.bundle.manifest.engine.version
+        return built if _PLAIN.fullmatch(built) else "unknown"
 
 
 def triton_options(options: KubernetesOptions) -> TritonOptions:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.bundle.golden import LOGITS, TOP_INDICES, TOP_VALUES, Golden, expected_outputs
-from spach_deploy.bundle.store import GOLDEN, TensorInfo
+from spach_deploy.bundle.schema import TensorInfo
+from spach_deploy.bundle.store import GOLDEN
 from spach_deploy.common.errors import BundleError
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import BatchProfile

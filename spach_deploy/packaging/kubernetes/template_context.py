@@ -79,7 +79,7 @@ def _model_words(deployed: Deployment) -> dict[str, str]:
         "SERVES": deployed.serves,
         "DESCRIPTION": f"{deployed.title} in {model.facts.precision.value}: {deployed.serves}, in Triton "
         f"{deployed.image.release}",
-        "ARTIFACT_SHA256": version.bundle.manifest.files[version.artifact.name],
+        "ARTIFACT_SHA256": version.bundle.manifest.files[version.artifact.name].sha256,
         "MIN_REPLICAS": str(deployed.options.replicas.min),
         "MAX_REPLICAS": str(deployed.options.replicas.max),
     }
@@ -132,7 +132,7 @@ def _conditional(deployed: Deployment) -> dict[str, str]:
 
 
 def _is_hardware_compatible(deployed: Deployment) -> bool:
-    return bool(deployed.model.bundle.manifest.engine.get("hardware_compatible", False))
+    return deployed.model.bundle.manifest.engine.hardware_compatible
 
 
 def gpu_affinity(gpus: tuple[str, ...], *, any_newer: bool) -> str:

@@ -79,7 +79,7 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
         (staging / "README.md").write_text(_readme(opened, facts, run), encoding="utf-8")
         (staging / MANIFEST).write_text(_manifest(opened), encoding="utf-8")
     sizes = tuple(len(batch) for batch in batches)
-    return PolygraphyPackage(output, str(opened.manifest.model["name"]), sizes, run)
+    return PolygraphyPackage(output, opened.manifest.model.name, sizes, run)
 
 
 def _rounded(graph: Path) -> ir.Model | None:
@@ -136,8 +136,8 @@ def _manifest(bundle: Bundle) -> str:
         "kind": CONTENTS.kind,
         "spach_deploy": __version__,
         "bundle": bundle.path.name,
-        "model": bundle.manifest.model["name"],
-        "graph_sha256": bundle.manifest.files[GRAPH],
+        "model": bundle.manifest.model.name,
+        "graph_sha256": bundle.manifest.files[GRAPH].sha256,
     }
     return json_text(content) + "\n"
 
@@ -151,7 +151,7 @@ def commands(graph: str, *, has_plan: bool) -> tuple[str, ...]:
 
 
 def _readme(bundle: Bundle, facts: BundleFacts, run: tuple[str, ...]) -> str:
-    model = f"{bundle.manifest.model['name']}, {facts.precision.value}"
+    model = f"{bundle.manifest.model.name}, {facts.precision.value}"
     lines = "\n".join(f"    {command}" for command in run)
     rounded = (
         f"`{ROUNDED}` is `{GRAPH}` in FP32 with every bfloat16 tensor rounded, as spach-validate runs it: ONNX Runtime"

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, Golden
-from spach_deploy.bundle.store import GOLDEN, TensorInfo
+from spach_deploy.bundle.schema import TensorInfo
+from spach_deploy.bundle.store import GOLDEN
 from spach_deploy.packaging.triton.options import (
     KIND_AUTO,
     KIND_CPU,

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from spach_deploy.bundle.store import GRAPH, Bundle, TensorInfo
+from spach_deploy.bundle.schema import TensorInfo
+from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
@@ -90,7 +91,7 @@ class ServedModel:
     @property
     def classes(self) -> int:
         """How many classes the model tells apart."""
-        return int(self.bundle.manifest.model["num_classes"])
+        return self.bundle.manifest.model.num_classes
 
     @property
     def batches(self) -> BatchingForm:
@@ -130,7 +131,7 @@ def resolve_models(arguments: Sequence[BundleArgument], options: TritonOptions) 
     named: dict[str, list[Bundle]] = {}
     for argument in arguments:
         bundle = Bundle.open(argument.path)
-        name = argument.name or str(bundle.manifest.model["name"])
+        name = argument.name or bundle.manifest.model.name
         check_name(name)
         named.setdefault(name, []).append(bundle)
     return tuple(_served(name, bundles, options) for name, bundles in named.items())
@@ -183,7 +184,7 @@ def _choose(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choi
 
 def _plan(bundle: Bundle, *, is_rtx: bool) -> _Choice:
     if bundle.plan is None:
-        reason = str(bundle.manifest.engine.get("reason", "none was built")).rstrip(".")
+        reason = bundle.manifest.engine.why_none
         raise BundleError(
             f"Bundle {bundle.path} has no engine for --backend tensorrt: {reason}.", instead_of_plan(bundle)
         )
@@ -263,7 +264,7 @@ def _check_alike(name: str, bundles: list[Bundle], backends: list[Backend]) -> N
                 f"Give --backend onnxruntime. {advice}",
             )
         for what in ("inputs", "outputs", "preprocessing"):
-            if bundle.manifest.content[what] != first.manifest.content[what]:
+            if getattr(bundle.manifest, what) != getattr(first.manifest, what):
                 raise UsageError(f"{first.path} and {bundle.path}, versions of {name}, differ in {what}.", advice)
 
 

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from spach_deploy.bundle import store as bundles
+from spach_deploy.bundle.schema import EngineSection
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.progress import Phases
 from spach_deploy.engine.build import EngineResult, start_build
@@ -77,7 +77,7 @@ def check_engine(
     if result is None:
         return None
     digests = bundles.digest_files(staging)
-    _check_built_from(digests[bundles.GRAPH]["sha256"], result)
+    _check_built_from(digests[bundles.GRAPH].sha256, result)
     quantized = () if plan is None else plan.product_nodes
     kept = [entry.node for entry in typed.policy.kept]
     achieved = check_achieved_precision(result.network, typed.policy.precision, kept, quantized)
@@ -100,7 +100,7 @@ def _check_built_from(graph_sha256: str, result: EngineResult) -> None:
         )
 
 
-def engine_section(engine: BuiltEngine | None, options: ExportOptions) -> dict[str, Any]:
+def engine_section(engine: BuiltEngine | None, options: ExportOptions) -> EngineSection:
     """The manifest's engine section."""
     if engine is None:
         return sections.no_engine_section("--engine none was asked for")

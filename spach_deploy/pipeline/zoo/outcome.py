@@ -105,19 +105,19 @@ def kept_row(row: Row, target: Path) -> Row:
 def finished_row(row: Row, target: Path) -> Row:
     """`row` with what the bundle says of itself."""
     try:
-        content = Bundle.open(target, verify=False).manifest.content
+        manifest = Bundle.open(target, verify=False).manifest
     except BundleError as error:
         return dataclasses.replace(row, verdict=BuildStatus.FAILED, problem=str(error))
-    engine, validation = content["engine"], content["validation"]
+    engine, validation = manifest.engine, manifest.validation
     return dataclasses.replace(
         row,
-        verdict=BuildStatus.AGREED if validation.get("passed") else BuildStatus.DISAGREED,
-        gpus=tuple(engine.get("gpus") or row.gpus),
-        level=validation.get("level"),
+        verdict=BuildStatus.AGREED if validation.passed else BuildStatus.DISAGREED,
+        gpus=engine.gpus or row.gpus,
+        level=validation.level,
         rel_l2=_rel_l2(target / REPORT),
         bundle_bytes=sum(file.stat().st_size for file in target.iterdir()),
-        plan_bytes=engine.get("bytes"),
-        kernels=(engine.get("kernels") or {}).get("total"),
+        plan_bytes=engine.bytes,
+        kernels=None if engine.kernels is None else engine.kernels.total,
         report=f"{target.name}/{PAGE}" if (target / PAGE).is_file() else None,
     )
 

@@ -13,21 +13,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
+from msgspec import convert, to_builtins
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.bundle.golden import INPUT, LOGITS, Golden
+from spach_deploy.bundle.schema import Manifest
 from spach_deploy.bundle.store import GOLDEN, GRAPH, PLAN, seal
 from spach_deploy.common.files import sha256_of
 from spach_deploy.graph.interface import PROBABILITIES, TOP_INDICES, TOP_VALUES
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
-from tests import small_bundles
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
+from tests import manifests, small_bundles
 
 SIZE = 8
 CLASSES = 7
 RESIZE = 9
 
 _DTYPES = {IODtype.FP32: TensorProto.FLOAT, IODtype.FP16: TensorProto.FLOAT16, IODtype.UINT8: TensorProto.UINT8}
-_TOLERANCE = {"rel_l2": 1e-3, "max_abs": 1e-2, "cosine_min": 0.999, "flip_margin": 1e-2, "origin": "a test"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def write(folder: Path, tiny: Tiny | None = None) -> Path:
     _golden(tiny).save(folder / GOLDEN)
     if tiny.engine != "none":
         (folder / PLAN).write_bytes(plan_bytes(tiny.engine))
-    seal(folder, _sections(tiny, graph))
+    seal(folder, _manifest(tiny, ir.from_proto(model).graph))
     return folder
 
 
@@ -86,9 +88,7 @@ def with_weights_in(bundle: Path, location: str) -> Path:
 def of_int8(bundle: Path, **section: str) -> Path:
     """The bundle as one of INT8 with the rest in FP16; `section` says more, as `quantized_from`."""
     manifest = small_bundles.read_manifest(bundle)
-    record = {"scales": "quantization.json", "rewrites": {"disabled": [], "quantize": []}}
-    calibration = {"calibration": {"weights_sha256": ""}}
-    manifest["quantization"] = {"format": "int8", "rest": "fp16", **record, **calibration, **section}
+    manifest["quantization"] = manifests.quantization(**section)
     small_bundles.write_manifest(bundle, manifest)
     return bundle
 
@@ -177,22 +177,19 @@ def _constants(tiny: Tiny) -> list[TensorProto]:
     return [*half, numpy_helper.from_array(np.zeros(8, np.int64), "none")]
 
 
-def _sections(tiny: Tiny, graph: GraphProto) -> dict[str, Any]:
+def _manifest(tiny: Tiny, graph: ir.Graph) -> Manifest:
     from spach_deploy.options.specs import EngineTarget, ExportOptions
     from spach_deploy.pipeline.steps.manifest import interface_sections
 
     options = ExportOptions(outputs=tiny.outputs, engine=EngineTarget(batch=tiny.batch))
     engine = {"flavour": tiny.engine, "version": "10.8", "gpus": ["sm89"], "tf32": True}
-    names = [tensor.name for tensor in graph.output if tensor.name != TOP_INDICES]
-    bounds = {"outputs": dict.fromkeys(names, _TOLERANCE), "derivation": {"sentence": "given"}}
-    return {
-        "model": {
-            **{"name": tiny.name, "image_size": SIZE, "num_classes": tiny.classes, "origin": "demo"},
-            **{"checkpoint": None, "checkpoint_sha256": None, "weights": "model", "weights_sha256": "0" * 64},
-        },
-        "preprocessing": dataclasses.asdict(Preprocessing(SIZE, RESIZE)),
-        **interface_sections(graph, options),
-        "precision": {"asked": tiny.precision.value},
-        "engine": {"flavour": "none", "reason": "--engine none was asked for"} if tiny.engine == "none" else engine,
-        "validation": {"passed": True, "tolerances": {"graph": bounds, "engine": bounds}},
-    }
+    bounded = [str(tensor.name) for tensor in graph.outputs if tensor.name != TOP_INDICES]
+    content = manifests.sections(
+        asked=tiny.precision.value,
+        model=manifests.model(tiny.name, SIZE, tiny.classes),
+        preprocessing={**manifests.preprocessing(SIZE), "resize_size": RESIZE},
+        **to_builtins(vars(interface_sections(graph, options))),
+        engine={"flavour": "none", "reason": "--engine none was asked for"} if tiny.engine == "none" else engine,
+        validation={"passed": True, "level": "graph", "tolerances": manifests.tolerances(*bounded)},
+    )
+    return convert(content, Manifest)

@@ -14,23 +14,17 @@ import time
 from pathlib import Path
 
 from spach_deploy.bundle import store as bundles
+from spach_deploy.bundle.schema import Manifest
 from spach_deploy.common.errors import BundleError
+from tests import manifests
 
 COMMAND = (sys.executable, str(Path(__file__).resolve()))
 
 
-def sections(model: str, precision: str) -> dict[str, object]:
-    return {
-        "model": {"name": model},
-        "preprocessing": {},
-        "inputs": [{"name": "input", "dtype": "float32", "shape": [None, 3, 224, 224], "layout": "NCHW"}],
-        "outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 1000]}],
-        "batch": {"min": 1, "opt": 8, "max": 32},
-        "precision": {"asked": precision},
-        "engine": {"flavour": "tensorrt-rtx", "gpus": ["sm89"], "bytes": 4, "kernels": {"total": 7}},
-        "validation": {"passed": True, "level": "graph"},
-        "made": time.time_ns(),
-    }
+def manifest(model: str, precision: str) -> Manifest:
+    engine = {"flavour": "tensorrt-rtx", "gpus": ["sm89"], "bytes": 4, "kernels": {"total": 7}}
+    made = manifests.sections(model, precision, engine=engine, created=str(time.time_ns()))
+    return Manifest.parse(json.dumps(made), "the stub")
 
 
 def behave(how: str) -> None:
@@ -67,7 +61,7 @@ def main() -> None:
         (staging / bundles.REPORT).write_text(json.dumps(report))
         (staging / bundles.PAGE).write_text("<p>a report</p>")
         precision = next(word[2:] for word in words if word in ("--fp32", "--fp16", "--bf16"))
-        bundles.seal(staging, sections(model, precision))
+        bundles.seal(staging, manifest(model, precision))
 
 
 if __name__ == "__main__":

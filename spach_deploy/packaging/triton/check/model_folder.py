@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.bundle.store import GRAPH, PLAN, Manifest, TensorInfo
-from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.bundle.schema import Manifest, TensorInfo
+from spach_deploy.bundle.store import GRAPH, PLAN
+from spach_deploy.common.errors import BundleError
 from spach_deploy.options.specs import BatchProfile
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
 from spach_deploy.packaging.triton.options import Backend
@@ -45,8 +46,8 @@ def artifact_facts(version: Path, file_name: str, backend: str) -> Facts | None:
         return None if graph is None else Facts(f"{version.name}/{file_name}", *graph)
     inputs, outputs = graph or (_by_name(manifest.inputs), _by_name(manifest.outputs))
     source = f"{version.name}/{file_name if graph else FACTS}"
-    digest = manifest.files.get(GRAPH if backend == "onnxruntime" else PLAN)
-    return Facts(source, inputs, outputs, _profile(manifest), digest)
+    digest = manifest.sha256(GRAPH if backend == "onnxruntime" else PLAN)
+    return Facts(source, inputs, outputs, manifest.batch, digest)
 
 
 def bundle_manifest(version: Path) -> Manifest | None:
@@ -79,18 +80,11 @@ def _tensor(value: object) -> TensorInfo:
     is_bfloat = kind.elem_type == TensorProto.BFLOAT16
     dtype = "bfloat16" if is_bfloat else str(helper.tensor_dtype_to_np_dtype(kind.elem_type))
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
-    return TensorInfo(value.name, dtype, shape)
+    return TensorInfo(name=value.name, dtype=dtype, shape=shape)
 
 
 def _by_name(tensors: list[TensorInfo] | tuple[TensorInfo, ...]) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for tensor in tensors}
-
-
-def _profile(manifest: Manifest) -> BatchProfile | None:
-    try:
-        return BatchProfile(**manifest.content["batch"])
-    except (TypeError, UsageError):
-        return None
 
 
 CONFIG = "config.pbtxt"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from spach_deploy.bundle.store import TensorInfo
+from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.options.specs import BatchProfile
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
 from spach_deploy.packaging.triton.check.model_folder import Facts, ModelFolder, Repository

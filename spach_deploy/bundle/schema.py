@@ -1,0 +1,662 @@
+"""manifest.json as typed objects: read once, written once. docs/manifest.schema.json is made from these classes.
+
+    manifest = Manifest.read(path)          # BundleError names the file and the field that is not as written
+    manifest.engine.kernels, manifest.batch.opt, manifest.files["model.onnx"].sha256
+    manifest.text()                         # the file again, byte for byte
+
+What code decides by is required; what is only told has a default, which stands for "not said". Fields that are not
+known here, of a later version, are passed over: `bundle.seal_again` keeps them where a manifest is written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.files import parse_json, read_json
+from spach_deploy.common.text import json_text, without_surrogates
+from spach_deploy.options.specs import (
+    BatchProfile,
+    Channels,
+    Flavour,
+    OutputSpec,
+    Precision,
+    Preprocessing,
+    WeightSource,
+)
+
+SCHEMA_VERSION = 1
+LARGEST_SIDE, MOST_CLASSES, LARGEST_BATCH = 16_384, 1_000_000, 999_999
+"""Of the images in pixels, and of the batch what --batch takes; no SPACH model is near the others."""
+
+
+# The model and its interface
+
+
+class SettingEntry(Struct, frozen=True, kw_only=True):
+    """What no tensor shows: a value and where it comes from."""
+
+    value: int | float | str | Channels | None
+    source: str
+
+
+class ModelSection(Struct, frozen=True, kw_only=True):
+    """Which model, with which weights. `checkpoint`: the file's name alone; `origin`: checkpoint or demo."""
+
+    name: str
+    image_size: int
+    num_classes: int
+    origin: str
+    checkpoint: str | None
+    checkpoint_sha256: str | None
+    weights: WeightSource
+    ignored: tuple[str, ...] = ()
+    weights_sha256: str
+    hyperparameters: dict[str, SettingEntry] = {}
+    notes: tuple[str, ...] = ()
+
+
+class TensorInfo(Struct, frozen=True, kw_only=True):
+    """A graph input or output. `shape` has null where the batch is free; `layout` names the axes, such as NCHW."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    layout: str = ""
+
+
+# Precision
+
+
+class RangesEntry(Struct, frozen=True, kw_only=True):
+    """What ranges were measured on."""
+
+    source: str | None = None
+    images: int = 0
+
+
+class KeptEntry(Struct, frozen=True, kw_only=True):
+    """Nodes of a module that stay in FP32 for one reason, with the tensor to blame and its largest magnitude."""
+
+    module: str
+    reason: str
+    tensor: str | None
+    max_abs: float | None
+    nodes: int
+
+
+class WeightsEntry(Struct, frozen=True, kw_only=True):
+    """How one tensor of weights fits the half format. `error`: relative L2 of rounding it, null for an overflow."""
+
+    tensor: str
+    count: int
+    overflow: int
+    underflow: int
+    subnormal: int
+    max_abs: float
+    error: float | None
+
+
+class WeightCountsEntry(Struct, frozen=True, kw_only=True):
+    """How many weights were judged and how many do not fit; `notable` are tensors to see by name."""
+
+    count: int = 0
+    overflow: int = 0
+    underflow: int = 0
+    subnormal: int = 0
+    notable: tuple[WeightsEntry, ...] = ()
+
+
+class PeakEntry(Struct, frozen=True, kw_only=True):
+    """A tensor and its largest magnitude."""
+
+    tensor: str
+    max_abs: float
+
+
+class LayerEntry(Struct, frozen=True, kw_only=True):
+    """A weighted layer: its node, and the precision that the graph asks of it; empty where it cannot be told."""
+
+    node: str
+    module: str
+    kind: str
+    asked: str
+
+
+class PrecisionSection(Struct, frozen=True, kw_only=True):
+    """The policy: `asked` of weighted layers, `rest` of all else. `limit`: largest finite number of the half format."""
+
+    asked: Precision
+    rest: Precision | None = None
+    summary: str = ""
+    io_dtype: str = ""
+    nodes: int = 0
+    half_nodes: int = 0
+    casts: int = 0
+    margin: float | None = None
+    limit: float | None = None
+    ranges: RangesEntry = RangesEntry()
+    kept: tuple[KeptEntry, ...] = ()
+    weights: WeightCountsEntry = WeightCountsEntry()
+    closest: tuple[PeakEntry, ...] = ()
+    layers: tuple[LayerEntry, ...] = ()
+
+
+# Quantization
+
+
+class CalibrationEntry(Struct, frozen=True, kw_only=True):
+    """Where the scales come from. `survey`: what was seen of the images, open to whatever is counted."""
+
+    source: str = ""
+    images: int = 0
+    images_sha256: str = ""
+    method: str = ""
+    weights_sha256: str
+    survey: dict[str, Any] = {}
+
+
+class EqualizationEntry(Struct, frozen=True, kw_only=True):
+    """What was done to one pair of layers; `alpha` null: it was left alone."""
+
+    name: str
+    site: str
+    alpha: float | None
+    error_before: float
+    error_after: float
+    range_before: float
+    range_after: float
+
+
+class KeptFloatEntry(Struct, frozen=True, kw_only=True):
+    """A layer that could be quantized and is not."""
+
+    module: str
+    node: str
+    kind: str
+    macs: int
+    reason: str
+
+
+class LayerCostEntry(Struct, frozen=True, kw_only=True):
+    """Relative L2 of the logits with this layer alone quantized, and whether it stayed in float."""
+
+    module: str
+    rel_l2: float
+    macs: int
+    kept_float: bool
+
+
+class SensitivityEntry(Struct, frozen=True, kw_only=True):
+    """The bound that was asked for, what the chosen set of layers measures, and what each layer costs."""
+
+    measure: str
+    bound: float
+    measured: float
+    all_quantized: float
+    evaluations: int
+    layers: tuple[LayerCostEntry, ...]
+
+
+class RewritesEntry(Struct, frozen=True, kw_only=True):
+    """What the model's rewrites were told, so that it can be made again."""
+
+    disabled: tuple[str, ...]
+    quantize: tuple[str, ...]
+
+
+class QuantizationSection(Struct, frozen=True, kw_only=True):
+    """How it was calibrated, and which layers stayed in float and why. `scales`: the file that holds them."""
+
+    format: Precision
+    rest: Precision
+    quantized_from: Precision | None = None
+    vnni: bool = False
+    layers: int = 0
+    macs_share: float = 0.0
+    per_tensor_layers: int = 0
+    calibration: CalibrationEntry
+    equalization: tuple[EqualizationEntry, ...] = ()
+    scales: str
+    kept_float: tuple[KeptFloatEntry, ...] = ()
+    sensitivity: SensitivityEntry | None = None
+    rewrites: RewritesEntry
+
+
+# The graph
+
+
+class CertificateEntry(Struct, frozen=True, kw_only=True):
+    """Facts of the typed graph."""
+
+    opset: int | None = None
+    ir_version: int | None = None
+    nodes: int | None = None
+    operators: dict[str, int] = {}
+    symbolic: str | None = None
+    modules_named: int | None = None
+
+
+class RewriteEntry(Struct, frozen=True, kw_only=True):
+    """What one rewrite did: modules changed, the worst relative L2 in FP64, and why it did nothing elsewhere."""
+
+    modules: int
+    worst_fp64: float
+    skipped: tuple[str, ...]
+
+
+class GraphSection(Struct, frozen=True, kw_only=True):
+    """What was rewritten, what it cost in FP32 by step and batch, and what the graph promises."""
+
+    certificate: CertificateEntry = CertificateEntry()
+    rewrites: dict[str, RewriteEntry] = {}
+    passes: dict[str, int] = {}
+    relative_l2_limit: float | None = None
+    relative_l2: dict[str, dict[str, float]] = {}
+
+
+# The engine
+
+
+class KernelsEntry(Struct, frozen=True, kw_only=True):
+    """The plan's schedule in numbers; bytes are those moved in one inference of `batch` images."""
+
+    total: int | None = None
+    by_kind: dict[str, int] = {}
+    fused_attentions: int | None = None
+    products_by_dtype: dict[str, int] = {}
+    batch: int | None = None
+    bytes_moved: int | None = None
+
+
+class WarningEntry(Struct, frozen=True, kw_only=True):
+    """What the builder warned of, and how often."""
+
+    text: str
+    count: int
+
+
+class EngineSection(Struct, frozen=True, kw_only=True):
+    """The plan: who built it, for what, and what it holds; or, with flavour `none`, the reason why there is none.
+
+    `gpus`: compute capabilities such as sm89. `kernels` null: the plan's text could not be read.
+    """
+
+    flavour: Flavour
+    reason: str = ""
+    version: str = ""
+    gpus: tuple[str, ...] = ()
+    batch: str = ""
+    bytes: int | None = None
+    graph_sha256: str | None = None
+    tf32: bool = False
+    opt_level: int | None = None
+    workspace_bytes: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    layers_by_dtype: dict[str, int] = {}
+    layers: dict[str, str] = {}
+    kernels: KernelsEntry | None = None
+    warnings: tuple[WarningEntry, ...] = ()
+    parse_seconds: float | None = None
+    build_seconds: float | None = None
+
+    @property
+    def why_none(self) -> str:
+        """The reason why there is no plan, as a clause."""
+        return (self.reason or "none was built").rstrip(".")
+
+
+# Validation
+
+
+class ToleranceEntry(Struct, frozen=True, kw_only=True):
+    """What may differ in one output (`validation.verdict.Tolerance`)."""
+
+    rel_l2: float
+    max_abs: float | None = None
+    cosine_min: float | None = None
+    flip_margin: float = 0.0
+    origin: str = ""
+
+
+class MeasuredEntry(Struct, frozen=True, kw_only=True):
+    """An error as bounds use it: mean plus two standard deviations over images."""
+
+    images: int
+    rel_l2: float
+    max_abs: float
+    margin: float
+
+
+class DerivationEntry(Struct, frozen=True, kw_only=True):
+    """Where bounds come from: FP32's error against FP64 (`noise`), what PyTorch loses in that arithmetic (`loss`)."""
+
+    arithmetic: str
+    noise: MeasuredEntry
+    noise_factor: float
+    loss: MeasuredEntry
+    loss_factor: float
+    sentence: str
+
+
+class BoundsEntry(Struct, frozen=True, kw_only=True):
+    """One tolerance for each output, and their derivation."""
+
+    outputs: dict[str, ToleranceEntry]
+    derivation: DerivationEntry
+
+
+class TolerancesEntry(Struct, frozen=True, kw_only=True):
+    """Bounds for the graph in ONNX Runtime and for the engine."""
+
+    graph: BoundsEntry
+    engine: BoundsEntry
+
+
+class TracePartEntry(Struct, frozen=True, kw_only=True):
+    """One part of the network; all but `peak` are relative L2 of its output against PyTorch in FP32."""
+
+    module: str
+    kind: str
+    error: float | None
+    noise: float
+    allowed: float
+    peak: float
+
+
+class TraceEntry(Struct, frozen=True, kw_only=True):
+    """Errors along the depth of the network, and what ran."""
+
+    what: str
+    images: tuple[str, ...]
+    modules: tuple[TracePartEntry, ...]
+
+
+class AgreementEntry(Struct, frozen=True, kw_only=True):
+    """How the reference agrees with what the user's own code answered."""
+
+    file: str
+    sha256: str
+    images: int
+    rel_l2: float
+    allowed: float
+    noise: float
+    agrees: bool = True
+
+
+class ValidationSection(Struct, frozen=True, kw_only=True):
+    """What the export's validation found, and the tolerances that later ones hold the bundle to."""
+
+    passed: bool
+    level: str
+    level_sentence: str = ""
+    images: str = "the bundle's golden pack"
+    image_count: int | None = None
+    batches: tuple[int, ...] = ()
+    batch_left_out: str = ""
+    reference: str = "the reference"
+    tolerances: TolerancesEntry
+    trace: TraceEntry | None = None
+    answers: AgreementEntry | None = None
+
+
+# The rest
+
+
+class CpuFormEntry(Struct, frozen=True, kw_only=True):
+    """A precision in a runner at `batch`. `ratio`: to PyTorch eager, null where the rounds cannot tell it.
+
+    `settings`: what the runner has to be told to compute so.
+    """
+
+    precision: Precision
+    runner: str
+    batch: int
+    images_per_second: float
+    times_eager: float
+    ratio: float | None
+    rel_l2: float
+    is_right: bool
+    settings: dict[str, str]
+
+
+class CpuSection(Struct, frozen=True, kw_only=True):
+    """`--target cpu`: what was measured on which machine, and which form the bundle is of."""
+
+    chosen: CpuFormEntry
+    forms: tuple[CpuFormEntry, ...]
+    machine: dict[str, Any]
+
+
+class PhaseEntry(Struct, frozen=True, kw_only=True):
+    """A phase of the export. `peak_bytes`: the process's largest resident size up to its end."""
+
+    name: str
+    seconds: float
+    peak_bytes: int | None = None
+
+
+class FileEntry(Struct, frozen=True, kw_only=True):
+    """A file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """manifest.json of a bundle: what, from what, with what, how well, and the SHA-256 of every other file."""
+
+    schema_version: int = SCHEMA_VERSION
+    created: str = ""
+    tools: dict[str, str] = {}
+    command: str = ""
+    model: ModelSection
+    preprocessing: Preprocessing
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    output_options: OutputSpec
+    batch: BatchProfile
+    precision: PrecisionSection
+    quantization: QuantizationSection | None = None
+    graph: GraphSection = GraphSection()
+    engine: EngineSection
+    validation: ValidationSection
+    phases: tuple[PhaseEntry, ...] = ()
+    notes: tuple[str, ...] = ()
+    cpu: CpuSection | None = None
+    files: dict[str, FileEntry] = {}
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Manifest:
+        """The manifest in `text`; BundleError says what is wrong with it, by `where`."""
+        try:
+            return _checked(without_surrogates(parse_json(text)), where)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON ({error}).", "Export the bundle again.") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """The manifest in a file; BundleError says what is wrong with it."""
+        try:
+            return _checked(without_surrogates(read_json(path)), str(path))
+        except OSError as error:
+            reason = error.strerror or error
+            raise BundleError(f"{path} cannot be read ({reason}).", "Export the bundle again.") from None
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path} is not JSON ({error}).", "Export the bundle again.") from None
+
+    def content(self) -> dict[str, Any]:
+        """Plain JSON, as it is written: a section that is not there is left out, any other value is null then."""
+        content: dict[str, Any] = without_surrogates(msgspec.to_builtins(self))
+        engine = content["engine"]
+        has_plan = self.engine.flavour is not Flavour.NONE
+        content["engine"] = {
+            name: value for name, value in engine.items() if name == "flavour" or (name == "reason") is not has_plan
+        }
+        absent = {name for name in ("quantization", "cpu") if content[name] is None}
+        return {name: value for name, value in content.items() if name not in absent}
+
+    def text(self) -> str:
+        """The file."""
+        return json_text(self.content()) + "\n"
+
+    def sha256(self, name: str) -> str | None:
+        """Of a file of the bundle; None for one that it does not name."""
+        return self.files[name].sha256 if name in self.files else None
+
+
+# Reading
+
+
+_WHOLE: Mapping[str, type] = {"preprocessing": Preprocessing, "output_options": OutputSpec, "batch": BatchProfile}
+"""Sections whose classes have defaults for the command line: a manifest says every field of them."""
+
+
+def _checked(content: Any, where: str) -> Manifest:
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise BundleError(f"{where} is not a spach-deploy manifest.", "Give a bundle that spach-export wrote.")
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} has schema version {content['schema_version']!r}; this is spach-deploy for version"
+            f" {SCHEMA_VERSION}.",
+            "Export the bundle again, or install the spach-deploy that wrote it.",
+        )
+    fields = msgspec.structs.fields(Manifest)
+    required = [field.name for field in fields if field.required or field.name == "files"]
+    if missing := [name for name in required if name not in content]:
+        raise BundleError(f"{where} lacks {', '.join(missing)}.", "Export the bundle again.")
+    _check_whole(content, where)
+    manifest = _typed(content, where)
+    for name, check in _CHECKS.items():
+        with reading(where, name):
+            check(manifest)
+    return manifest
+
+
+def _check_whole(content: Mapping[str, Any], where: str) -> None:
+    for name, kind in _WHOLE.items():
+        section, fields = content[name], [field.name for field in dataclasses.fields(kind)]
+        with reading(where, name):
+            if isinstance(section, dict) and (lacking := [field for field in fields if field not in section]):
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+            if isinstance(section, dict) and name == "batch" and len(section) > len(fields):
+                raise ValueError("it has not min, opt and max alone")
+
+
+def _typed(content: Any, where: str) -> Manifest:
+    """BundleError names `where`, and the field in it that is not of its kind."""
+    try:
+        return msgspec.convert(content, Manifest)
+    except msgspec.ValidationError as error:
+        reason = _reason(str(error))
+    except UsageError as error:  # of the objects that are made: they say which they are
+        reason = error.message.rstrip(".")
+    raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again.")
+
+
+_PATH = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_LACKS = re.compile(r"Object missing required field `(\w+)`")
+
+
+def _reason(message: str) -> str:
+    """msgspec's message in our words: the field first."""
+    found = _PATH.match(message)
+    assert found is not None
+    what, path = found["what"], found["path"] or "it"
+    if lacks := _LACKS.fullmatch(what):
+        return f"{path} lacks {lacks[1]}"
+    return f"{path}: {what[:1].lower()}{what[1:120]}".replace("`", "")
+
+
+@contextlib.contextmanager
+def reading(where: str, name: str) -> Iterator[None]:
+    """While an entry `name` of the manifest `where` is read: BundleError that names it where it is not as written."""
+    try:
+        yield
+    except UsageError as error:
+        reason = error.message.rstrip(".")
+    except (ValueError, TypeError) as error:
+        reason = str(error)
+    else:
+        return
+    raise BundleError(f"{where} has an entry of the wrong kind ({name}: {reason}).", "Export the bundle again.")
+
+
+def _check_range(name: str, value: int, most: int) -> None:
+    """ValueError for a number that is not from 1 to `most`."""
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} is {str(value)[:40]}, not 1 to {most:,}")
+
+
+def _check_model(manifest: Manifest) -> None:
+    _check_range("image_size", manifest.model.image_size, LARGEST_SIDE)
+    _check_range("num_classes", manifest.model.num_classes, MOST_CLASSES)
+
+
+def _check_preprocessing(manifest: Manifest) -> None:
+    section, size = manifest.preprocessing, manifest.model.image_size
+    _check_range("resize_size", section.resize_size, 2 * LARGEST_SIDE)
+    if section.image_size != size:
+        raise ValueError(f"image_size is {str(section.image_size)[:40]}, and the model's is {size}")
+    for name, values in (("mean", section.mean), ("std", section.std)):
+        if not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+            shown = ", ".join(f"{value:g}" for value in values)
+            raise ValueError(f"{name} is [{shown}], not three {'positive ' * (name == 'std')}numbers")
+
+
+def _check_batch(manifest: Manifest) -> None:
+    for name in ("min", "opt", "max"):
+        _check_range(name, getattr(manifest.batch, name), LARGEST_BATCH)
+
+
+def _check_inputs(manifest: Manifest) -> None:
+    size = manifest.model.image_size
+    for tensor in manifest.inputs:
+        sides = tensor.shape[1:3] if tensor.layout == "NHWC" else tensor.shape[2:4]
+        if not {*sides} <= {size, None}:
+            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's image_size is {size}")
+
+
+def _check_outputs(manifest: Manifest) -> None:
+    classes = manifest.model.num_classes
+    for tensor in manifest.outputs:
+        is_by_class = tensor.name in ("logits", "probabilities")
+        if is_by_class and not {*tensor.shape[1:]} <= {classes, None}:
+            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's num_classes is {classes}")
+
+
+def _check_output_options(manifest: Manifest) -> None:
+    if (top_k := manifest.output_options.top_k) is not None:
+        _check_range("top_k", top_k, manifest.model.num_classes)
+
+
+_CHECKS: Mapping[str, Callable[[Manifest], None]] = {
+    "model": _check_model,
+    "preprocessing": _check_preprocessing,
+    "inputs": _check_inputs,
+    "outputs": _check_outputs,
+    "output_options": _check_output_options,
+    "batch": _check_batch,
+}
+"""What types do not say: absurd sizes, and entries that contradict each other."""
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of manifest.json, as scripts/manifest_schema.py publishes it (docs/manifest.schema.json)."""
+    schema = msgspec.json.schema(Manifest)
+    for kind in _WHOLE.values():
+        entry = schema["$defs"][kind.__name__]
+        entry["required"] = list(entry["properties"])
+    manifest = schema["$defs"]["Manifest"]
+    manifest["required"] = ["schema_version", *manifest["required"], "files"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "spach-deploy manifest", **schema}
