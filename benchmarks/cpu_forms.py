@@ -75,7 +75,7 @@ def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]
         images = golden.input[np.arange(batch) % len(golden.input)]
         for form, worker in running.items():
             bounds = BundleFacts.of(made[form[0]]).tolerances.graph
-            errors[form] = accuracy(worker.answers(golden.input, batch).logits, golden.logits, bounds)
+            errors[form] = accuracy(worker.first_outputs(golden.input, batch).logits, golden.logits, bounds)
         chance = random.Random(0)
         for number in range(rounds):
             print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ def rows(name: str, batch: int, times: dict[Form, list[float]], errors: dict[For
 
 
 def _words(found: Ratio | None) -> str:
-    if found is None or not found.is_told:
+    if found is None or not found.is_conclusive:
         return "too noisy to tell"
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
@@ -117,7 +117,7 @@ def verdict(times: dict[Form, list[float]], errors: dict[Form, LogitsError]) -> 
 def _best(forms: Iterable[list[float]], base: list[float]) -> float | None:
     """The largest ratio that the rounds can tell; None where they tell none."""
     found = [ratio(seconds, base) for seconds in forms]
-    return max((one.value for one in found if one is not None and one.is_told), default=None)
+    return max((one.value for one in found if one is not None and one.is_conclusive), default=None)
 
 
 def _judged(found: float | None, goal: float) -> str:

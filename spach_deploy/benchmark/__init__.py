@@ -1,1 +1,1 @@
-"""How fast a bundle's model is on this machine, in everything here that can run it, and how right."""
+"""Benchmarks of a bundle's model on this machine: latency and numerical error of every runtime that can run it."""

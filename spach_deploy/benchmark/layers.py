@@ -1,9 +1,10 @@
-"""Multiplications and bytes of each convolution and linear layer of a graph, and the least time that they take.
+"""Work and time of a graph's layers: FLOPs and bytes of convolutions and matrix products, and measured seconds by
+module.
 
-Times of a runtime's own layers, told by the PyTorch modules that they compute.
-
-Nodes of a bundle's graph are called after their modules, `layer3.5.spatial_func.qkv/Gemm`, and runtimes call what they
-make of them after the nodes: `InsertedPrecisionFreeCast_stem.proj/Conv_nchwc`, `layer1.0.norm2/Mul+layer1.0.fc1/Gemm`.
+`layers` counts from an ONNX graph what a roofline needs. `by_module` sums a runtime's own profile by PyTorch module. It
+works by names: nodes of a bundle's graph are named after their modules (`layer3.5.spatial_func.qkv/Gemm`), and runtimes
+name their layers after the nodes (`InsertedPrecisionFreeCast_stem.proj/Conv_nchwc`,
+`layer1.0.norm2/Mul+layer1.0.fc1/Gemm`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ _SPELT_OUT = re.compile(r"(.+/Conv[^/]*)/(?:pad|slice_\d\d|product_\d\d|sum_\d\d
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What multiplies. `bytes`: what it reads and writes once, weights included, as they are stored. At one batch."""
+    """A convolution or matrix product at one batch size.
+
+    `bytes`: its inputs, weights and outputs, each counted once, in their stored types.
+    """
 
     module: str
     op: str
@@ -35,7 +39,7 @@ class Layer:
     bytes: int
 
     def least_seconds(self, flops: float, bandwidth: float) -> float:
-        """At these peaks (FLOP/s, bytes/s): the longer of computing and moving."""
+        """Roofline time at these peaks (FLOP/s, bytes/s): the longer of computing and moving."""
         return max(2 * self.macs / flops, self.bytes / bandwidth)
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,10 +48,10 @@ class Layer:
 
 
 def layers(graph: Path, batch: int) -> tuple[Layer, ...]:
-    """Convolutions and matrix products of an ONNX file at this batch, in order.
+    """Convolutions and matrix products of an ONNX file at this batch, in the order of the graph.
 
-    A depthwise convolution that was spelt out as a sum of products for TensorRT counts as the one that it was. What is
-    dequantized on its way in counts with its eight bits.
+    A depthwise convolution that the export rewrote as a sum of products for TensorRT counts as one convolution. Tensors
+    that come from DequantizeLinear count with their eight bits.
     """
     return tuple(_layers(_with_shapes(graph, batch)))
 
@@ -92,7 +96,9 @@ def _shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 def _bytes(value: ir.Value | None) -> int:
-    """0 where it is not known; as they are stored, of what is dequantized."""
+    """Bytes of a tensor in its stored type (before DequantizeLinear where there is one); 0 where its shape is not
+    known.
+    """
     made = None if value is None else value.producer()
     source = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else value
     shape = _shape(source)
@@ -111,7 +117,7 @@ def _product(node: ir.Node) -> Layer | None:
 
 
 def _depthwise(name: str, parts: Sequence[ir.Node]) -> Layer | None:
-    """Nine shifted products: as in a convolution, what lies between its input and its output is not moved."""
+    """A depthwise convolution from its shifted products; intermediate tensors do not count as moved."""
     products = [node for node in parts if node.op_type == "Mul"]
     moved = [parts[0].inputs[0], parts[-1].outputs[0], *(node.inputs[1] for node in products)]
     if not products or any(_shape(value) is None for value in moved):
@@ -125,7 +131,7 @@ def _contracted(node: ir.Node, left: tuple[int, ...]) -> int:
 
 
 def totals(found: Iterable[Layer]) -> dict[str, Layer]:
-    """One entry a module: the sums of its layers."""
+    """Sums of layers by module."""
     sums: dict[str, Layer] = {}
     for layer in found:
         before = sums.get(layer.module, Layer(layer.module, layer.op, 0, 0))
@@ -140,7 +146,7 @@ _BEFORE_SLASH = re.compile(r"([\w.]+)/")
 
 
 def owners_of(graph: Path) -> frozenset[str]:
-    """Modules that an ONNX file's nodes are called after."""
+    """Names of the modules that an ONNX file's nodes are named after."""
     import onnx
 
     names = (node.name for node in onnx.load(graph, load_external_data=False).graph.node)
@@ -148,25 +154,29 @@ def owners_of(graph: Path) -> frozenset[str]:
 
 
 def module_of(layer: str, owners: Iterable[str]) -> str | None:
-    """The module that a layer computes: of several, the one that they all are in. None where the name tells nothing."""
-    told = {found for words in _BEFORE_SLASH.findall(layer) if (found := _longest(words, owners))}
-    if not told:
+    """The module that a runtime's layer computes, read from its name.
+
+    For a layer that fuses several modules: the innermost module that contains them all. None where the name has no
+    module.
+    """
+    modules = {found for words in _BEFORE_SLASH.findall(layer) if (found := _longest(words, owners))}
+    if not modules:
         return None
-    if len(told) == 1:
-        return told.pop()
-    paths = [name.split(".") for name in sorted(told)]
+    if len(modules) == 1:
+        return modules.pop()
+    paths = [name.split(".") for name in sorted(modules)]
     shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(min(paths)))
     return ".".join(paths[0][:shared]) or "model"
 
 
 def _longest(words: str, owners: Iterable[str]) -> str:
-    """The owner that `words` end with; something may be put before a name, such as `fused_`."""
+    """The longest of `owners` that `words` end with; runtimes put prefixes such as `fused_` before a name."""
     fitting = (name for name in owners if words == name or re.search(rf"(?<![.a-z0-9]){re.escape(name)}$", words))
     return max(fitting, key=len, default="")
 
 
 def by_module(layers: Mapping[str, float], owners: frozenset[str]) -> dict[str, float]:
-    """Sums of seconds by module, the longest first; what no module is behind is one entry, `ADDED`."""
+    """Seconds by module, the longest first. Layers that belong to no module are summed under `ADDED`."""
     sums: dict[str, float] = {}
     for layer, seconds in layers.items():
         module = module_of(layer, owners) or ADDED

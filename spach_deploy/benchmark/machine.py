@@ -1,4 +1,6 @@
-"""What ran: processor, threads, versions, load and GPU; and what the processor can do at best, measured now."""
+"""The machine of a benchmark: processor, threads, versions, load and GPUs, and its measured peak FLOP/s and
+bandwidth.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ _GEMM, _COPY_BYTES, _PEAK_S = 1024, 256 << 20, 0.15
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
-    """Plain JSON: what a figure from this machine depends on."""
+    """Everything about this machine that latencies depend on, before the benchmark. Plain JSON."""
     return {
         "processor": processor_name(),
         "flags": sorted(cpu_flags()),
@@ -30,17 +32,17 @@ def machine_facts(threads: int) -> dict[str, Any]:
 
 
 def facts_after() -> dict[str, Any]:
-    """Plain JSON: load, and clocks and memory of GPUs that have just worked, while the runners are still there."""
+    """The load after the benchmark, and clocks and memory of the GPUs while the runners are still open. Plain JSON."""
     return {"load_after": load(), "gpus_after": gpus()}
 
 
 def load() -> float:
-    """Processes that wanted a core in the last minute, on average."""
+    """The load average of the last minute: processes that wanted a core."""
     return round(os.getloadavg()[0], 2)
 
 
 def gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU, clocks included; empty where it is not there or does not answer."""
+    """What nvidia-smi reports of each GPU, clocks included; empty without nvidia-smi, or where it does not answer."""
     if not (program := shutil.which("nvidia-smi")):
         return []
     command = [program, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader"]
@@ -54,10 +56,11 @@ def gpus() -> list[dict[str, str]]:
 
 
 class Peaks:
-    """What a device does at best: FP32 matrix products (FLOP/s) and copies in its memory (bytes/s, read and written).
+    """Peak performance of a device: FP32 matrix products (FLOP/s) and copies in its memory (bytes/s, read plus
+    written).
 
-    Measured again between the rounds, since the machine may be busy at any one time; the best counts. A GPU that
-    PyTorch here cannot use has none.
+    Measured again between the rounds, because the machine may be busy at any one time; the best result counts. Empty
+    for a GPU that the installed PyTorch cannot use.
     """
 
     def __init__(self, threads: int, device: str = "cpu") -> None:
@@ -67,7 +70,9 @@ class Peaks:
         self._work: dict[str, tuple[float, Callable[[], Any]]] = {}
 
     def measure(self) -> None:
-        """Some tenths of a second; the first time torch is loaded and half a gigabyte taken, until `release`."""
+        """Measure once, which takes some tenths of a second. The first call imports torch and allocates half a
+        gigabyte.
+        """
         import torch
 
         if self._device != "cpu" and not torch.cuda.is_available():
@@ -78,11 +83,11 @@ class Peaks:
                 self.best[name] = max(self.best.get(name, 0.0), amount / _shortest(work, self._device))
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory that `measure` allocated."""
         self._work = {}
 
     def _prepared(self) -> dict[str, tuple[float, Callable[[], Any]]]:
-        """By name, operations or bytes of a piece of work, and the work."""
+        """For each peak: how many operations or bytes its piece of work has, and the work."""
         import torch
 
         size = _GEMM if self._device == "cpu" else 4 * _GEMM
@@ -96,7 +101,7 @@ class Peaks:
 
 
 def _shortest(work: Callable[[], Any], device: str) -> float:
-    """Seconds of the shortest of three runs and more; a GPU's are waited for."""
+    """Seconds of the shortest of at least three runs; on a GPU each run is synchronized."""
     import torch
 
     wait: Callable[[], Any] = (lambda: None) if device == "cpu" else torch.cuda.synchronize

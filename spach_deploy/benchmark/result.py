@@ -1,7 +1,4 @@
-"""Latencies and ratios, and whether a ratio can be told from these rounds.
-
-What a benchmark found.
-"""
+"""Results of a benchmark: latencies, speed ratios with confidence intervals, errors, and the whole as plain JSON."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18,
 
 _T_BEYOND = 2.09
 WIDEST = 1.3
-"""Upper over lower end of the interval of a ratio that is still told: about +-14 %."""
+"""A ratio is conclusive while its interval's upper end is at most this many times the lower one: about +-14 %."""
 
 SAME = 1.1
-"""The same of an interval with 1 in it: about +-5 %, so that neither is faster by more than some percent."""
+"""The same for an interval that includes 1: about +-5 %. Then neither runner is faster by more than some percent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """Seconds of one batch. `p90` and `p99` are None where there are too few runs (10, 100) to speak of them."""
+    """Seconds for one batch. `p90` and `p99` are None with fewer than 10 and 100 runs."""
 
     runs: int
     median: float
@@ -36,7 +33,7 @@ class Latency:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Latency:
-        """Of the runs of all rounds."""
+        """From the seconds of all runs in all rounds."""
         ordered = sorted(samples)
         return cls(len(ordered), statistics.median(ordered), _quantile(ordered, 90), _quantile(ordered, 99))
 
@@ -53,32 +50,34 @@ def _quantile(ordered: Sequence[float], percent: int) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as fast, with the 95 % interval over the rounds."""
+    """A speed ratio, with its 95 % confidence interval over the rounds."""
 
     value: float
     low: float
     high: float
 
     @property
-    def is_told(self) -> bool:
-        """Whether the rounds agree well enough to print it: a wider interval with 1 in it cannot even tell which."""
+    def is_conclusive(self) -> bool:
+        """Whether the interval is narrow enough to print the ratio: `WIDEST`, or `SAME` where it includes 1."""
         return self.high / self.low <= (SAME if self.includes_one else WIDEST)
 
     @property
     def includes_one(self) -> bool:
-        """Whether neither is known to be the faster."""
+        """Whether the interval includes 1: neither runner is known to be faster."""
         return self.low <= 1 <= self.high
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; without the value where it cannot be told."""
-        told = {"value": self.value if self.is_told else None, "low": self.low, "high": self.high}
-        return {**told, "told": self.is_told, "same": self.is_told and self.includes_one}
+        """Plain JSON; `value` is null where the ratio is not conclusive."""
+        content = {"value": self.value if self.is_conclusive else None, "low": self.low, "high": self.high}
+        return {**content, "told": self.is_conclusive, "same": self.is_conclusive and self.includes_one}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio | None:
-    """How many times as fast as `theirs` `ours` is, from the medians of the same rounds; None with fewer than two.
+    """How many times as fast `ours` is as `theirs`, from the medians of the same rounds; None with fewer than two
+    rounds.
 
-    The mean of the logarithms of the ratios round by round, with Student's interval: what slows a whole round cancels.
+    The mean of the logarithms of the ratios round by round, with Student's t interval: what slows a whole round
+    cancels.
     """
     logs = [math.log(other / own) for own, other in zip(ours, theirs, strict=True)]
     if len(logs) < 2:
@@ -94,9 +93,9 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class LogitsError:
-    """Worst relative L2 of an image's logits against the golden answers, and what the bundle's tolerances allow.
+    """The largest relative L2 of an image's logits against the golden logits, and what the bundle's tolerances allow.
 
-    Of a runner: the worst of all batches and turns.
+    For a runner: the worst of all batch sizes and rounds.
     """
 
     rel_l2: float
@@ -104,7 +103,7 @@ class LogitsError:
 
     @property
     def is_right(self) -> bool:
-        """False also for what is not a number."""
+        """Whether the error is allowed; False for NaN."""
         return self.rel_l2 <= self.allowed
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,16 +112,17 @@ class LogitsError:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
+    """None for inf and NaN, which JSON has not."""
     return value if value is not None and math.isfinite(value) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One runner at one batch. `ratio`: times as fast as PyTorch eager. `roofline`: the least time over the median.
+    """One runner at one batch size.
 
-    `first_s`: seconds of its very first run of this batch, in which some compile. `rel_l2`: worst error at this batch.
-    `medians`: seconds, of each round.
+    `ratio`: times as fast as PyTorch eager. `roofline`: the roofline time over the median latency. `first_s`: seconds
+    of the very first run at this batch size, in which some runtimes compile. `rel_l2`: worst error at this batch size.
+    `medians`: seconds, one for each round.
     """
 
     batch: int
@@ -136,7 +136,7 @@ class Timing:
 
     @property
     def images_per_second(self) -> float:
-        """From the median."""
+        """Throughput at the median latency."""
         return self.batch / self.latency.median
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,9 +156,10 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class RunnerResult:
-    """One runner: how right it is, its timings by batch, seconds of one run by module where it can tell them.
+    """One runner: its error, its timings by batch size, and seconds of one run by module where it has a profiler.
 
-    `must_be_right`: false for an experiment that nobody asked for by name, such as bf16 autocast of an FP32 bundle.
+    `must_be_right`: False for a runner in another precision that was not asked for by name, such as bf16 autocast of an
+    FP32 bundle.
     """
 
     name: str
@@ -171,11 +172,11 @@ class RunnerResult:
 
     @property
     def title(self) -> str:
-        """Its name in words, with the device where that is not the processor."""
+        """Its display name, with the device where that is not the CPU."""
         return TITLES[self.name] if self.device == CPU else f"{TITLES[self.name]} (GPU)"
 
     def at(self, batch: int) -> Timing | None:
-        """Its timing at a batch, where it got that far."""
+        """The timing at a batch size; None where the runner stopped before."""
         return next((timing for timing in self.timings if timing.batch == batch), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,9 +194,10 @@ class RunnerResult:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """All of it. `skipped`: runners that did not run, with the reason. `peaks`: FLOP/s and bytes/s of this machine.
+    """A whole benchmark.
 
-    `layers` are those of the largest batch. `gpu_peaks`: the same of the GPU, empty where it was not used.
+    `skipped`: runners that did not run, with the reason. `peaks`: FLOP/s and bytes/s of the CPU; `gpu_peaks`: of the
+    GPU, empty where it was not used. `layers`: the graph's, at the largest batch size.
     """
 
     bundle: str
@@ -212,16 +214,16 @@ class Benchmark:
 
     @property
     def wrong(self) -> tuple[RunnerResult, ...]:
-        """Runners whose numbers are outside the bundle's tolerances."""
+        """Runners whose error is beyond the bundle's tolerances."""
         return tuple(runner for runner in self.runners if not runner.accuracy.is_right)
 
     @property
     def exit_code(self) -> int:
-        """1 where a runner that must be right computes something else than the bundle may."""
+        """1 where a runner that must be right is wrong, else 0."""
         return 1 if any(runner.must_be_right for runner in self.wrong) else 0
 
     def ranked(self, batch: int) -> list[tuple[RunnerResult, Timing]]:
-        """The runners that compute the right numbers, the fastest first."""
+        """Runners with the right numbers, the fastest first."""
         right = [(runner, runner.at(batch)) for runner in self.runners if runner.accuracy.is_right]
         measured = [(runner, timing) for runner, timing in right if timing is not None]
         return sorted(measured, key=lambda entry: entry[1].latency.median)

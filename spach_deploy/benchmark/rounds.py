@@ -1,4 +1,7 @@
-"""Runners in turn, round after round: what the machine does besides meets all of them alike."""
+"""The benchmark itself: all runners are timed in every round, in random order, so that other load slows them all alike.
+
+Each runner has a process of its own, which stays open for all rounds.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.benchmark import runners as contestants
 from spach_deploy.benchmark.layers import Layer, layers
 from spach_deploy.benchmark.machine import Peaks, facts_after, machine_facts
 from spach_deploy.benchmark.result import Benchmark, Latency, LogitsError, RunnerResult, Timing, ratio
-from spach_deploy.benchmark.runners import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, RunnerSetup, lacks_weights
+from spach_deploy.benchmark.runners import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, RunnerSetup, lacks_weights, why_not
 from spach_deploy.benchmark.worker import RunnerProcess
 from spach_deploy.bundle.golden import LOGITS, Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
@@ -27,14 +29,15 @@ from spach_deploy.validation.tolerance import Bounds, ToleranceSet
 
 Array = npt.NDArray[Any]
 OnProgress = Callable[[str, float], None]
-"""What is under way, and the share that is done."""
+"""Called with what is under way, and the share of the benchmark that is done."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkRequest:
-    """What to measure. `batches` and `names` empty: those of the profile that suit a CPU, and all that can run here.
+    """What to measure.
 
-    `seconds`: of each runner's turn in each of `rounds`, for each batch.
+    `batches` empty: the smallest and the usual batch of the profile. `names` empty: every runner that can run here.
+    `seconds`: how long a runner is timed in each round at each batch size.
     """
 
     setup: RunnerSetup
@@ -45,8 +48,11 @@ class BenchmarkRequest:
 
 
 @dataclasses.dataclass
-class _Entry:
-    """A runner's worker, and what it did so far, by batch: medians of its turns, all its runs, peak memory, errors."""
+class _RunnerRecord:
+    """A runner's process and its measurements by batch size.
+
+    `medians`: one for each round; `runs`: seconds of every run; `problem`: why it stopped, if it did.
+    """
 
     worker: RunnerProcess
     bounds: Bounds
@@ -57,17 +63,19 @@ class _Entry:
     errors: dict[int, LogitsError] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
-    def answer(self, golden: Golden, batch: int) -> None:
-        """All golden images in such batches, before the first turn: whether it is right, and what it has to compile."""
-        with self._failing_at(batch):
-            answers = self.worker.answers(golden.input, batch)
-            self.first_s[batch] = answers.first_s
-            self._compare(batch, answers.logits, golden.logits)
+    def run_golden(self, golden: Golden, batch: int) -> None:
+        """Run all golden images in batches of this size before timing: measures the error, and the first run, which may
+        compile.
+        """
+        with self._recording_failure(batch):
+            outputs = self.worker.first_outputs(golden.input, batch)
+            self.first_s[batch] = outputs.first_s
+            self._compare(batch, outputs.logits, golden.logits)
 
     def take_turn(self, golden: Golden, batch: int, seconds: float) -> None:
-        """One turn at this batch, its last answer held against the golden one too."""
+        """Time the runner for one round at this batch size, and check its last output too."""
         chosen = np.arange(batch) % len(golden.input)
-        with self._failing_at(batch):
+        with self._recording_failure(batch):
             turn = self.worker.turn(golden.input[chosen], seconds)
             self.medians.setdefault(batch, []).append(float(np.median(turn.seconds)))
             self.runs.setdefault(batch, []).extend(turn.seconds)
@@ -76,50 +84,50 @@ class _Entry:
 
     @property
     def accuracy(self) -> LogitsError:
-        """The worst of all batches."""
+        """The worst error of all batch sizes."""
         return max(self.errors.values(), key=lambda error: error.rel_l2)
 
-    def _compare(self, batch: int, answers: Array, exact: Array) -> None:
-        found = [*([self.errors[batch]] if batch in self.errors else []), accuracy(answers, exact, self.bounds)]
-        self.errors[batch] = max(found, key=lambda error: error.rel_l2)
+    def _compare(self, batch: int, logits: Array, exact: Array) -> None:
+        errors = [*([self.errors[batch]] if batch in self.errors else []), accuracy(logits, exact, self.bounds)]
+        self.errors[batch] = max(errors, key=lambda error: error.rel_l2)
 
     @contextlib.contextmanager
-    def _failing_at(self, batch: int) -> Iterator[None]:
-        """A runner that fails is out from here on."""
+    def _recording_failure(self, batch: int) -> Iterator[None]:
+        """Record a failure as `problem`; the runner takes no further part."""
         try:
             yield
         except UnavailableError as error:
             self.problem = f"stopped at batch {batch}: {error}"
 
 
-def measure(question: BenchmarkRequest, tell: OnProgress = lambda what, share: None) -> Benchmark:
+def measure(request: BenchmarkRequest, report: OnProgress = lambda what, share: None) -> Benchmark:
     """Run the benchmark.
 
-    Raises BundleError and UsageError for what cannot be measured, UnavailableError when a runner that was asked for by
-    name, or every one, cannot run here.
+    `report` is called with what is under way and the share done. Raises BundleError and UsageError for what cannot be
+    measured, UnavailableError when a runner that was asked for by name, or every one, cannot run here.
     """
-    bundle = Bundle.open(question.setup.bundle)
+    bundle = Bundle.open(request.setup.bundle)
     facts, golden = BundleFacts.of(bundle), Golden.load(bundle.file(GOLDEN))
-    batches = chosen_batches(question.batches, facts.batch)
-    skipped = _skipped(question, bundle)
-    machine = machine_facts(question.setup.threads)
+    batches = chosen_batches(request.batches, facts.batch)
+    skipped = _skipped(request, bundle)
+    machine = machine_facts(request.setup.threads)
     with contextlib.ExitStack() as stack:
-        entries = _opened(stack, question, facts.tolerances, skipped, tell)
-        limits = {device: Peaks(question.setup.threads, device) for device in _devices(entries)}
-        _take_turns(entries, golden, batches, question, _Watched(tell, limits.values()))
+        records = _open_runners(stack, request, facts.tolerances, skipped, report)
+        limits = {device: Peaks(request.setup.threads, device) for device in _devices_of(records)}
+        _take_turns(records, golden, batches, request, _Progress(report, limits.values()))
         machine |= facts_after()
-        _set_aside(entries, question, skipped)
-        tell("time by module", 1.0)
-        modules = _profiled(entries, golden, batches)
+        _drop_unmeasured(records, request, skipped)
+        report("time by module", 1.0)
+        modules = _profiled(records, golden, batches)
     counted = {batch: layers(bundle.file(GRAPH), batch) for batch in batches}
     peaks = {device: of_device.best for device, of_device in limits.items()}
     return Benchmark(
-        str(question.setup.bundle),
+        str(request.setup.bundle),
         bundle.manifest.model.name,
         bundle.manifest.precision.asked.value,
         batches,
-        question.rounds,
-        tuple(_runner(name, entries, _Least(counted, peaks), modules, question) for name in entries),
+        request.rounds,
+        tuple(_runner(name, records, _LeastTimes(counted, peaks), modules, request) for name in records),
         skipped,
         counted[batches[-1]],
         peaks[CPU],
@@ -128,47 +136,51 @@ def measure(question: BenchmarkRequest, tell: OnProgress = lambda what, share: N
     )
 
 
-def _devices(entries: Mapping[str, _Entry]) -> list[str]:
-    return sorted({CPU, *(entry.worker.device for entry in entries.values())})
+def _devices_of(records: Mapping[str, _RunnerRecord]) -> list[str]:
+    return sorted({CPU, *(record.worker.device for record in records.values())})
 
 
-def _opened(
+def _open_runners(
     stack: contextlib.ExitStack,
-    question: BenchmarkRequest,
+    request: BenchmarkRequest,
     allowed: ToleranceSet,
     skipped: dict[str, str],
-    tell: OnProgress,
-) -> dict[str, _Entry]:
-    """A worker for each runner; one that does not open joins `skipped`, or is an error where it was asked for."""
-    entries: dict[str, _Entry] = {}
-    for name in _wanted(question, skipped):
-        tell(f"open {TITLES[name]}", 0.0)
-        worker = RunnerProcess(name, question.setup)
+    report: OnProgress,
+) -> dict[str, _RunnerRecord]:
+    """A process for each runner. One that does not open joins `skipped`; UnavailableError where it was asked for by
+    name.
+    """
+    records: dict[str, _RunnerRecord] = {}
+    for name in _runnable(request, skipped):
+        report(f"open {TITLES[name]}", 0.0)
+        worker = RunnerProcess(name, request.setup)
         try:
             stack.enter_context(worker)
-            entries[name] = _Entry(worker, allowed.engine if worker.device == GPU else allowed.graph)
+            records[name] = _RunnerRecord(worker, allowed.engine if worker.device == GPU else allowed.graph)
         except UnavailableError as error:
-            _skip(name, str(error), question, skipped)
-    return entries
+            _skip_or_raise(name, str(error), request, skipped)
+    return records
 
 
-def _skip(name: str, reason: str, question: BenchmarkRequest, skipped: dict[str, str]) -> None:
-    if name in question.names:
+def _skip_or_raise(name: str, reason: str, request: BenchmarkRequest, skipped: dict[str, str]) -> None:
+    if name in request.names:
         raise UnavailableError(f"{TITLES[name]} cannot run here: {reason}.")
     skipped[name] = reason
 
 
-def _set_aside(entries: dict[str, _Entry], question: BenchmarkRequest, skipped: dict[str, str]) -> None:
-    """What did not finish one turn was not measured; UnavailableError where that is everything, or was asked for."""
-    for name in [name for name, entry in entries.items() if not entry.runs]:
-        _skip(name, entries.pop(name).problem, question, skipped)
-    if not entries:
+def _drop_unmeasured(records: dict[str, _RunnerRecord], request: BenchmarkRequest, skipped: dict[str, str]) -> None:
+    """Drop runners that finished no round. UnavailableError where that is all of them, or one that was asked for by
+    name.
+    """
+    for name in [name for name, record in records.items() if not record.runs]:
+        _skip_or_raise(name, records.pop(name).problem, request, skipped)
+    if not records:
         reasons = "; ".join(f"{TITLES[name]}: {reason}" for name, reason in skipped.items())
         raise UnavailableError(f"Nothing here can run this bundle. {reasons}.", "See spach-doctor.")
 
 
 def chosen_batches(asked: Sequence[int], profile: BatchProfile) -> tuple[int, ...]:
-    """Those asked for, or the smallest and the usual one; UsageError for one that the engine would refuse."""
+    """The batch sizes asked for, or the smallest and the usual one. UsageError for one that the engine would refuse."""
     batches = tuple(sorted({*asked})) or tuple(sorted({profile.min, profile.opt}))
     for batch in batches:
         if not profile.min <= batch <= profile.max:
@@ -179,82 +191,89 @@ def chosen_batches(asked: Sequence[int], profile: BatchProfile) -> tuple[int, ..
     return batches
 
 
-def _skipped(question: BenchmarkRequest, bundle: Bundle) -> dict[str, str]:
-    """What cannot run here, with the reason; for what was asked for by name UnavailableError, or UsageError where the
-    user has to give more.
+def _skipped(request: BenchmarkRequest, bundle: Bundle) -> dict[str, str]:
+    """Runners that cannot run here, with the reason.
+
+    For one that was asked for by name: UsageError where it lacks a checkpoint, else UnavailableError.
     """
-    reasons = {name: contestants.why_not(name, question.setup, bundle) for name in question.names or TITLES}
+    reasons = {name: why_not(name, request.setup, bundle) for name in request.names or TITLES}
     skipped = {name: reason for name, reason in reasons.items() if reason}
-    for name in question.names:
+    for name in request.names:
         if name in skipped:
-            kind = UsageError if name in TORCH and lacks_weights(question.setup, bundle) else UnavailableError
+            kind = UsageError if name in TORCH and lacks_weights(request.setup, bundle) else UnavailableError
             raise kind(f"{TITLES[name]} cannot run here: {skipped[name]}.")
     return skipped
 
 
-def _wanted(question: BenchmarkRequest, skipped: dict[str, str]) -> Iterable[str]:
-    return [name for name in question.names or TITLES if name not in skipped]
+def _runnable(request: BenchmarkRequest, skipped: dict[str, str]) -> Iterable[str]:
+    return [name for name in request.names or TITLES if name not in skipped]
 
 
-def accuracy(answers: Array, exact: Array, bounds: Bounds) -> LogitsError:
-    """Against the golden logits (N, classes), image by image."""
+def accuracy(logits: Array, exact: Array, bounds: Bounds) -> LogitsError:
+    """The error of `logits` (N, classes) against the golden logits `exact`, image by image."""
     allowed = bounds.outputs[LOGITS].rel_l2
-    if answers.shape != exact.shape or not np.isfinite(answers).all():
+    if logits.shape != exact.shape or not np.isfinite(logits).all():
         return LogitsError(float("inf"), allowed)
-    return LogitsError(worst_relative_l2(answers, exact), allowed)
+    return LogitsError(worst_relative_l2(logits, exact), allowed)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Watched:
-    """Who is told of the progress, and the peaks to measure between the rounds."""
+class _Progress:
+    """Reports progress, and measures the machine's peaks between the rounds."""
 
-    tell: OnProgress
+    report: OnProgress
     peaks: Collection[Peaks]
 
     def between_rounds(self, share: float) -> None:
         for peaks in self.peaks:
-            self.tell("this machine's peaks", share)
+            self.report("this machine's peaks", share)
             peaks.measure()
 
 
 def _take_turns(
-    entries: dict[str, _Entry], golden: Golden, batches: Sequence[int], question: BenchmarkRequest, watched: _Watched
+    records: dict[str, _RunnerRecord],
+    golden: Golden,
+    batches: Sequence[int],
+    request: BenchmarkRequest,
+    progress: _Progress,
 ) -> None:
-    """Every batch, in every round every runner, in an order of chance."""
-    chance = random.Random(0)
-    steps = len(batches) * (1 + question.rounds)
+    """For each batch size: all runners on the golden images, then round after round in random order."""
+    shuffler = random.Random(0)
+    steps = len(batches) * (1 + request.rounds)
     for index, batch in enumerate(batches):
-        for number in range(1 + question.rounds):
-            what = f"round {number} of {question.rounds}" if number else "answers"
-            share = (index * (1 + question.rounds) + number) / steps
-            watched.between_rounds(share)
-            for name in chance.sample(list(entries), len(entries)):
-                watched.tell(f"batch {batch}, {what}: {TITLES[name]}", share)
-                entry = entries[name]
-                if entry.problem:
+        for number in range(1 + request.rounds):
+            what = f"round {number} of {request.rounds}" if number else "answers"
+            share = (index * (1 + request.rounds) + number) / steps
+            progress.between_rounds(share)
+            for name in shuffler.sample(list(records), len(records)):
+                progress.report(f"batch {batch}, {what}: {TITLES[name]}", share)
+                record = records[name]
+                if record.problem:
                     continue
                 if number:
-                    entry.take_turn(golden, batch, question.seconds)
+                    record.take_turn(golden, batch, request.seconds)
                 else:
-                    entry.answer(golden, batch)
-    for peaks in watched.peaks:
+                    record.run_golden(golden, batch)
+    for peaks in progress.peaks:
         peaks.release()
 
 
-def _profiled(entries: dict[str, _Entry], golden: Golden, batches: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Seconds by module, of those that can tell, at the largest batch; nothing where that fails, which is no fault."""
+def _profiled(records: dict[str, _RunnerRecord], golden: Golden, batches: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Seconds by module at the largest batch size, for runners with a profiler; one whose profiler fails is left
+    out.
+    """
     inputs = golden.input[np.arange(batches[-1]) % len(golden.input)]
-    found: dict[str, dict[str, float]] = {}
-    for name, entry in entries.items():
-        if not entry.problem:
+    seconds: dict[str, dict[str, float]] = {}
+    for name, record in records.items():
+        if not record.problem:
             with contextlib.suppress(UnavailableError):
-                found[name] = entry.worker.profile(inputs)
-    return found
+                seconds[name] = record.worker.profile(inputs)
+    return seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class _Least:
-    """The least seconds that the products take, by batch and device."""
+class _LeastTimes:
+    """Roofline times of the graph's products, by batch size and device."""
 
     layers: Mapping[int, Sequence[Layer]]
     limits: Mapping[str, Mapping[str, float]]
@@ -268,24 +287,24 @@ class _Least:
 
 def _runner(
     name: str,
-    entries: dict[str, _Entry],
-    least: _Least,
+    records: dict[str, _RunnerRecord],
+    least: _LeastTimes,
     modules: dict[str, dict[str, float]],
-    question: BenchmarkRequest,
+    request: BenchmarkRequest,
 ) -> RunnerResult:
-    entry = entries[name]
-    timings = tuple(_timing(entry, entries.get(EAGER), batch, least) for batch in entry.runs)
-    must_be_right = name not in IN_BF16 or name in question.names
+    record = records[name]
+    timings = tuple(_timing(record, records.get(EAGER), batch, least) for batch in record.runs)
+    must_be_right = name not in IN_BF16 or name in request.names
     seconds = modules.get(name, {})
-    return RunnerResult(name, entry.accuracy, timings, seconds, entry.problem, entry.worker.device, must_be_right)
+    return RunnerResult(name, record.accuracy, timings, seconds, record.problem, record.worker.device, must_be_right)
 
 
-def _timing(entry: _Entry, eager: _Entry | None, batch: int, least: _Least) -> Timing:
-    latency, compared = Latency.of(entry.runs[batch]), None
-    if eager is not None and eager is not entry and len(eager.medians.get(batch, ())) == len(entry.medians[batch]):
-        compared = ratio(entry.medians[batch], eager.medians[batch])
-    seconds = least.seconds(batch, entry.worker.device)
+def _timing(record: _RunnerRecord, eager: _RunnerRecord | None, batch: int, least: _LeastTimes) -> Timing:
+    latency, compared = Latency.of(record.runs[batch]), None
+    if eager is not None and eager is not record and len(eager.medians.get(batch, ())) == len(record.medians[batch]):
+        compared = ratio(record.medians[batch], eager.medians[batch])
+    seconds = least.seconds(batch, record.worker.device)
     share = None if seconds is None else seconds / latency.median
-    error = entry.errors[batch].rel_l2
-    medians = tuple(entry.medians[batch])
-    return Timing(batch, latency, entry.peak_bytes[batch], entry.first_s[batch], compared, share, error, medians)
+    error = record.errors[batch].rel_l2
+    medians = tuple(record.medians[batch])
+    return Timing(batch, latency, record.peak_bytes[batch], record.first_s[batch], compared, share, error, medians)

@@ -1,4 +1,4 @@
-"""What can run a bundle's model here: one name each, why one cannot run, and how it is opened in a worker."""
+"""The runners of a benchmark: their names, why one cannot run here, and how each is opened."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _NO_BF16 = "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
 
 @dataclasses.dataclass(frozen=True)
 class RunnerSetup:
-    """What is run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads."""
+    """What to run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads."""
 
     bundle: Path
     checkpoint: Path | None = None
@@ -78,10 +78,11 @@ class RunnerSetup:
 
 @dataclasses.dataclass(frozen=True)
 class OpenRunner:
-    """A runner, ready. `prepare` makes of engine inputs (N, ...) what it is fed; `run` gives logits (N, classes).
+    """A runner that is ready to run.
 
-    Both ends are in the host's memory: copies to a GPU and back are part of `run`. `device` is cpu or cuda. `profile`
-    gives the seconds of each PyTorch module in one run, where the runner can tell them.
+    `prepare` converts engine inputs (N, ...) into what `run` takes; `run` returns logits (N, classes). Both work with
+    host memory, so copies to a GPU and back are part of `run`. `device` is cpu or cuda. `profile` returns seconds of
+    one run by PyTorch module; None for a runner without a profiler.
     """
 
     run: Callable[[Any], Array]
@@ -114,7 +115,7 @@ def _why_not_onnxruntime(bundle: Bundle) -> str:
 
 
 def why_no_openvino(name: str) -> str:
-    """Why OpenVINO, in that arithmetic, cannot run here; empty where it can."""
+    """Why OpenVINO cannot run here in the precision that `name` stands for; empty where it can."""
     if importlib.util.find_spec("openvino") is None:
         return "not installed: pip install openvino"
     if old := old_package("openvino"):
@@ -151,7 +152,7 @@ def _why_no_engine(bundle: Bundle) -> str:
 
 @contextlib.contextmanager
 def opened(name: str, setup: RunnerSetup) -> Iterator[OpenRunner]:
-    """The runner, for as long as the block lasts. Raises what its library or the bundle raises."""
+    """The runner, open within the block. Raises what its library or the bundle raises."""
     bundle = Bundle.open(setup.bundle, verify=False)
     with _OPENERS[name](bundle, setup) as runner:
         yield runner
@@ -161,7 +162,7 @@ def opened(name: str, setup: RunnerSetup) -> Iterator[OpenRunner]:
 def _torch(
     bundle: Bundle, setup: RunnerSetup, change: Callable[[Any], Callable[[Any], Any]] = lambda model: model
 ) -> Iterator[OpenRunner]:
-    """The reference model, or what `change` makes of it; on the GPU where PyTorch has one."""
+    """The reference model, or what `change` returns for it; on the GPU where PyTorch has one."""
     import torch
 
     from spach_deploy.validation.bundle_facts import BundleFacts
@@ -228,7 +229,7 @@ def _session(graph: Path, threads: int, profile: str = "") -> Any:
 
 
 def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
-    """Seconds of one run in each node, from ONNX Runtime's profile of `runs` runs; the first one warms up."""
+    """Seconds of one run by node, from ONNX Runtime's profile of `runs` runs without the first, which warms up."""
     times: dict[str, list[float]] = {}
     for event in json.loads(profile.read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
@@ -238,7 +239,7 @@ def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _openvino(name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
-    """Compiled for each shape that it is given: a batch that is known makes it up to a fifth faster."""
+    """OpenVINO, compiled anew for each input shape: a fixed batch size makes it up to a fifth faster."""
     import openvino
 
     core = openvino.Core()

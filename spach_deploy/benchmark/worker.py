@@ -1,4 +1,6 @@
-"""One runner in a process of its own: its memory is its own, and its end is not the end of the others."""
+"""A benchmark's runner in a process of its own: its memory is measured apart, and its crash does not end the
+benchmark.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,18 @@ if TYPE_CHECKING:
 
 _WARM_RUNS, _WARM_S, _LEAST_RUNS = 1, 0.1, 2
 _PATIENCE_S = 5.0
-"""For a worker to end by itself."""
+"""Seconds in which a worker may end by itself."""
 
 _WORKER = "import sys; from spach_deploy.benchmark.worker import main; main(int(sys.argv[1]))"
 _NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "bad allocation")
-"""How libraries without an exception of their own for it say that memory ran out."""
+"""Parts of error messages for exhausted memory, of libraries that raise no exception of their own for it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TimedRuns:
-    """Seconds of each run, after warm ones that are not counted; the last one's logits (N, classes) in float32.
+    """Seconds of each timed run, and the last run's logits (N, classes) in float32.
 
-    `peak_bytes`: of the process's memory so far, what it took to load included.
+    `peak_bytes`: the process's peak memory so far, loading included.
     """
 
     seconds: tuple[float, ...]
@@ -44,7 +46,9 @@ class TimedRuns:
 
 @dataclasses.dataclass(frozen=True)
 class FirstOutputs:
-    """Logits (N, classes) in float32, and the seconds of the very first run of such a batch, in which some compile."""
+    """Logits (N, classes) in float32, and seconds of the first run at this batch size, in which some runtimes
+    compile.
+    """
 
     logits: npt.NDArray[np.float32]
     first_s: float
@@ -63,7 +67,7 @@ class RunnerProcess:
     def __enter__(self) -> Self:
         self._connection, self._process = processes.start_worker(_WORKER, threads=self._setup.threads)
         try:
-            self.device = str(self._answer_to((self.name, self._setup)))
+            self.device = str(self._request((self.name, self._setup)))
         except UnavailableError:
             self._end()
             raise
@@ -76,33 +80,33 @@ class RunnerProcess:
 
     @property
     def pid(self) -> int:
-        """Of its process."""
+        """The process id."""
         assert self._process is not None, "outside the worker's context"
         return self._process.pid
 
-    def answers(self, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
-        """Answers to engine inputs (N, ...) in batches of exactly `batch`, the last filled up from the front."""
-        found: FirstOutputs = self._answer_to(("answers", (inputs, batch)))
-        return found
+    def first_outputs(self, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
+        """Run engine inputs (N, ...) in batches of exactly `batch`; the last one is filled up with the first images."""
+        outputs: FirstOutputs = self._request(("first_outputs", (inputs, batch)))
+        return outputs
 
     def turn(self, inputs: npt.NDArray[Any], seconds: float) -> TimedRuns:
-        """Run this batch for so many seconds."""
-        turn: TimedRuns = self._answer_to(("turn", (inputs, seconds)))
+        """Run this batch again and again for so many seconds, after a warm-up."""
+        turn: TimedRuns = self._request(("turn", (inputs, seconds)))
         return turn
 
     def profile(self, inputs: npt.NDArray[Any]) -> dict[str, float]:
-        """Seconds of each module in one run; empty where the runner cannot tell."""
-        times: dict[str, float] = self._answer_to(("profile", inputs))
+        """Seconds of one run by module; empty for a runner without a profiler."""
+        times: dict[str, float] = self._request(("profile", inputs))
         return times
 
-    def _answer_to(self, message: Any) -> Any:
+    def _request(self, message: Any) -> Any:
         assert self._connection is not None, "outside the worker's context"
         try:
             self._connection.send(message)
-            well, content = self._connection.recv()
+            succeeded, content = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
-        if not well:
+        if not succeeded:
             raise UnavailableError(content)
         return content
 
@@ -122,23 +126,23 @@ class RunnerProcess:
 
 
 def main(connection_fd: int) -> None:
-    """In the worker: open the runner, then answer until the other end closes."""
+    """The worker's main function: open the runner, then serve requests until the other end closes."""
     connection = Connection(connection_fd)
     try:
         with opened(*connection.recv()) as runner:
             connection.send((True, runner.device))
             while True:
                 what, argument = connection.recv()
-                connection.send((True, _answer(runner, what, argument)))
+                connection.send((True, _reply(runner, what, argument)))
     except EOFError:
         return
     except Exception as error:  # of any library; it crosses to the other process as a sentence
         connection.send((False, _sentence(error)))
 
 
-def _answer(runner: OpenRunner, what: str, argument: Any) -> Any:
-    if what == "answers":
-        return _answers(runner, *argument)
+def _reply(runner: OpenRunner, what: str, argument: Any) -> Any:
+    if what == "first_outputs":
+        return _first_outputs(runner, *argument)
     if what == "profile":
         return {} if runner.profile is None else runner.profile(runner.prepare(argument))
     inputs, seconds = argument
@@ -148,7 +152,7 @@ def _answer(runner: OpenRunner, what: str, argument: Any) -> Any:
     return TimedRuns(times, np.asarray(last, np.float32), _peak_bytes())
 
 
-def _answers(runner: OpenRunner, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
+def _first_outputs(runner: OpenRunner, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
     times, parts = [], []
     for start in range(0, len(inputs), batch):
         fed = runner.prepare(inputs[np.arange(start, start + batch) % len(inputs)])
@@ -159,13 +163,13 @@ def _answers(runner: OpenRunner, inputs: npt.NDArray[Any], batch: int) -> FirstO
 
 
 def _peak_bytes() -> int:
-    """Of this program alone: getrusage also counts what the process was before it became a worker."""
+    """This program's peak resident memory. getrusage would also count the process before it became a worker."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def _timed(runner: OpenRunner, fed: Any, seconds: float, least: int) -> tuple[tuple[float, ...], Any]:
-    """Seconds of each run, and what the last one gave."""
+    """Seconds of each run, and the last output."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:

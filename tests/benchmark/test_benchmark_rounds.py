@@ -168,7 +168,7 @@ class FakeWorker:
     def __exit__(self, *_: object) -> None:
         return
 
-    def answers(self, inputs: np.ndarray[Any, Any], batch: int) -> FirstOutputs:
+    def first_outputs(self, inputs: np.ndarray[Any, Any], batch: int) -> FirstOutputs:
         if self.name == self.other and batch == self.dies_at:
             raise UnavailableError("its process ended with -9 (out of memory? Give a smaller --batch)")
         return FirstOutputs(self._logits(inputs, self.off), 0.1)

@@ -21,20 +21,20 @@ def test_what_slows_a_whole_round_cancels() -> None:
     assert found is not None
     assert found.value == pytest.approx(3)
     assert found.high / found.low == pytest.approx(1)
-    assert found.is_told
+    assert found.is_conclusive
 
 
 def test_rounds_that_disagree_are_not_told() -> None:
     found = ratio([1.0, 1.0, 1.0], [2.0, 3.0, 1.2])
     assert found is not None
-    assert not found.is_told
+    assert not found.is_conclusive
     assert found.to_dict()["value"] is None
     assert found.low < math.prod([2.0, 3.0, 1.2]) ** (1 / 3) < found.high
 
 
 def test_a_wide_interval_around_one_cannot_tell_which_is_faster() -> None:
-    assert not Ratio(1.08, 0.97, 1.2).is_told
-    assert Ratio(1.08, 1.01, 1.2).is_told
+    assert not Ratio(1.08, 0.97, 1.2).is_conclusive
+    assert Ratio(1.08, 1.01, 1.2).is_conclusive
     assert Ratio(1.0, 0.97, 1.04).to_dict() == {"value": 1.0, "low": 0.97, "high": 1.04, "told": True, "same": True}
 
 
