@@ -1,4 +1,4 @@
-"""Commands as a user can paste them: for this interpreter, quoted for a shell."""
+"""Shell commands for the user to paste: they name this Python interpreter, and are quoted for a shell."""
 
 from __future__ import annotations
 
@@ -21,30 +21,34 @@ if TYPE_CHECKING:
 _ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 _QUOTED_WORD = re.compile(r"""(?:\$'(?:\\.|[^\\'])*'|'[^']*'|"'"|[A-Za-z0-9_@%+=:,./-])+""")
 _EXPORT_CALL = re.compile(rf"spach-export(?: {_QUOTED_WORD.pattern})+")
-"""Words as `command_line.quoted` writes them: a shell runs nothing else that a manifest may say."""
+"""A recorded export whose words are all quoted as `command_line.quoted` does. A manifest from elsewhere may say
+anything: only such a call is shown, because a shell runs nothing else in it.
+"""
 
 _FLAGS = ("--overwrite",)
 _USUAL_SIZE, _USUAL_CLASSES = 224, 1000
 
 
 def installing(*requirements: str) -> str:
-    """The command that installs into the environment of this process."""
+    """The command that installs `requirements` into this process's environment."""
     return joined([*_pip("install"), *requirements])
 
 
 def reinstalling(remove: Iterable[str], requirement: str) -> str:
-    """One line that takes `remove` away and installs `requirement` anew."""
+    """One command line that uninstalls `remove` and installs `requirement`."""
     agree = ["-y"] if _has_pip() else []
     return f"{joined([*_pip('uninstall'), *agree, *remove])} && {installing(requirement)}"
 
 
 def installing_torch(backend: str, requirement: str) -> str:
-    """uv knows where PyTorch keeps its builds: `backend` is cpu, or auto for the CUDA of this machine."""
+    """The command that installs PyTorch with uv, which knows PyTorch's indexes. `backend`: cpu, or auto for this
+    machine's CUDA.
+    """
     return joined(["uv", "pip", "install", "--python", _python(), "--torch-backend", backend, requirement])
 
 
 def _pip(verb: str) -> list[str]:
-    """pip of this interpreter, or uv where the environment was made without pip."""
+    """The words of pip for this interpreter; of uv where the environment has no pip."""
     return [_python(), "-m", "pip", verb] if _has_pip() else ["uv", "pip", verb, "--python", _python()]
 
 
@@ -53,7 +57,7 @@ def _has_pip() -> bool:
 
 
 def _python() -> str:
-    """`python` where the shell's is this one, else the path of this one."""
+    """`python` where the shell's is this interpreter, else this interpreter's path."""
     found = shutil.which("python")
     if found is not None and os.path.realpath(Path(found).parent) == os.path.realpath(Path(sys.executable).parent):
         return "python"
@@ -61,21 +65,24 @@ def _python() -> str:
 
 
 def exporting(bundle: Bundle, *changes: str) -> str:
-    """The export that made `bundle`, into the same place; each option among `changes` (words) takes the place of what
-    was asked for then."""
+    """The command that exports `bundle` again, into the same folder. Options in `changes` replace those of the first
+    export.
+    """
     dropped = {"--output", "-o", "--overwrite", *changes, *(("--gpu",) if "--engine" in changes else ())}
     words = list(_without(_recorded(bundle) or _by_sections(bundle), dropped))
     return " ".join([*words, joined([*changes, "--overwrite", "-o", str(bundle.path)])])
 
 
 def _recorded(bundle: Bundle) -> list[str]:
-    """The call that the manifest has, as words that are quoted for a shell; none where it has no such call alone."""
+    """The words of the command in the manifest, still quoted; empty where it holds anything but one spach-export
+    call.
+    """
     call = bundle.manifest.command
     return [found[0] for found in _QUOTED_WORD.finditer(call)] if _EXPORT_CALL.fullmatch(call) else []
 
 
 def _without(words: Iterable[str], options: Container[str]) -> Iterator[str]:
-    """Words without these options and their values."""
+    """`words` without these options and their values."""
     left = iter(words)
     for word in left:
         if word not in options:
@@ -85,7 +92,7 @@ def _without(words: Iterable[str], options: Container[str]) -> Iterator[str]:
 
 
 def _by_sections(bundle: Bundle) -> list[str]:
-    """The call as far as a manifest without one tells."""
+    """The export command, from the manifest's other sections: for manifests without a usable command."""
     manifest = bundle.manifest
     words = ["spach-export", "--model", manifest.model.name, *_weights(manifest.model), *_sizes(manifest.model)]
     words += [f"--{manifest.precision.asked.value}", *_outputs(manifest.output_options), *_batch(manifest.batch)]
@@ -93,7 +100,7 @@ def _by_sections(bundle: Bundle) -> list[str]:
 
 
 def _weights(model: ModelSection) -> list[str]:
-    """The manifest keeps the name only: the user knows where it lies. A byte that is no UTF-8 is escaped there."""
+    """The manifest has only the checkpoint's file name, in which bytes that are not UTF-8 are escaped."""
     if not model.checkpoint:
         return []
     ignored = [word for pattern in model.ignored for word in ("--ignore", pattern)]

@@ -1,8 +1,8 @@
-"""Whether a plan can run on this machine: its flavour, version and GPUs against what is here.
+"""Which engines this machine's TensorRT packages can build and run, and whether a given plan can run here.
 
-Sources: NVIDIA TensorRT, "Engine Compatibility" (all four numbers of the version must match unless the plan is version
-compatible, and then a newer runtime will do; without hardware compatibility a plan is bound to its architecture);
-TensorRT for RTX, "Engine Compatibility" (no plan runs with another release).
+Sources: NVIDIA TensorRT, "Engine Compatibility" (all four numbers of the version must match, unless the plan is version
+compatible and the runtime is newer; without hardware compatibility a plan is bound to its GPU architecture); TensorRT
+for RTX, "Engine Compatibility" (no plan runs with another release).
 """
 
 from __future__ import annotations
@@ -11,24 +11,70 @@ import dataclasses
 from collections.abc import Callable
 
 from spach_deploy.common.versions import is_older, release
-from spach_deploy.doctor.capability import RUNS_ON
 from spach_deploy.doctor.commands import installing
 from spach_deploy.doctor.driver import LEAST_DRIVER, Gpu
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine_info import MachineInfo
-from spach_deploy.options.gpus import format_gpus
+from spach_deploy.options.gpus import SUPPORTED, format_gpus
 from spach_deploy.options.specs import ComputeCapability, Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
+
+RUNS_ON = {Flavour.TENSORRT: SUPPORTED, Flavour.TENSORRT_RTX: RTX_CAPABILITIES}
+"""Compute capabilities that each flavour compiles for and runs on."""
 
 _AMPERE = ComputeCapability(8, 0)
 _RUN = (Task.RUN,)
 
 
+# What this machine's TensorRT packages can do
+
+
+def works(info: MachineInfo, flavour: Flavour) -> bool:
+    """Whether that TensorRT is installed, imports, and is new enough."""
+    package = info.tensorrt.get(flavour)
+    if package is None or package.error:
+        return False
+    return not package.version or info.requirements.get(flavour.value).is_met_by(package.version)
+
+
+def builders(info: MachineInfo) -> tuple[Flavour, ...]:
+    """Flavours that can build engines here: tensorrt-rtx wherever it imports, tensorrt only for this machine's GPU."""
+    return tuple(
+        flavour
+        for flavour in RUNS_ON
+        if works(info, flavour) and (flavour is Flavour.TENSORRT_RTX or flavour in runners(info))
+    )
+
+
+def runners(info: MachineInfo) -> tuple[Flavour, ...]:
+    """Flavours whose engines run here, on the first GPU."""
+    return tuple(
+        flavour
+        for flavour in RUNS_ON
+        if works(info, flavour) and runs_on_gpu(info, flavour) and driver_runs(info, flavour)
+    )
+
+
+def runs_on_gpu(info: MachineInfo, flavour: Flavour) -> bool:
+    """Whether that TensorRT supports the first GPU."""
+    return bool(info.driver.gpus) and info.driver.gpus[0].capability in RUNS_ON[flavour]
+
+
+def driver_runs(info: MachineInfo, flavour: Flavour) -> bool:
+    """Whether the driver supports the package's CUDA version; True where either is unknown."""
+    package = info.tensorrt.get(flavour)
+    return package is None or package.cuda is None or info.driver.runs_cuda(package.cuda)
+
+
+# Whether a plan can run
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanRequirements:
-    """What a plan was built with and for, from its manifest or its bytes; None where neither tells.
+    """What a plan was built with and for, from its manifest or its bytes; None where neither says.
 
-    `rebuild` is the command that makes it anew with some words added, or None where nobody knows how it was made.
+    `newer_gpus`: it also runs on GPUs that are newer than `gpus`. `rebuild` returns the command that builds it again,
+    with words added; None where its export is unknown.
     """
 
     flavour: Flavour
@@ -44,19 +90,19 @@ class PlanRequirements:
         return None if self.rebuild is None else self.rebuild(*words)
 
 
-def compatibility(plan: PlanRequirements, here: MachineInfo) -> tuple[Finding, ...]:
-    """Package, GPU and driver, each with what would have to change."""
-    return (_package(plan, here), _gpu(plan, here), *_driver(plan, here))
+def compatibility(plan: PlanRequirements, info: MachineInfo) -> tuple[Finding, ...]:
+    """Findings about package, GPU and driver, each with what would have to change."""
+    return (_package(plan, info), _gpu(plan, info), *_driver(plan, info))
 
 
 # The package
 
 
-def _package(plan: PlanRequirements, here: MachineInfo) -> Finding:
-    name, package = plan.flavour.value, here.tensorrt.get(plan.flavour)
+def _package(plan: PlanRequirements, info: MachineInfo) -> Finding:
+    name, package = plan.flavour.value, info.tensorrt.get(plan.flavour)
     install = installing(_exactly(plan)) if _can_be_installed(plan) else plan.rebuilt("--engine", "auto")
     if package is None:
-        others = " and ".join(flavour.value for flavour in here.tensorrt)
+        others = " and ".join(flavour.value for flavour in info.tensorrt)
         means = f"{others} is here, and cannot load it: the two take no plans of one another." if others else ""
         return Finding(Status.MISSING, name, "not installed here", means, install, _RUN)
     if package.error:
@@ -67,7 +113,7 @@ def _package(plan: PlanRequirements, here: MachineInfo) -> Finding:
 
 
 def _exactly(plan: PlanRequirements) -> str:
-    """`tensorrt-rtx==1.7.1.116`; `==1.7.1.*` where the build number is not known."""
+    """The exact requirement: `tensorrt-rtx==1.7.1.116`, or `==1.7.1.*` where the build number is unknown."""
     numbers = release(plan.version or "")
     if len(numbers) < 3:
         return plan.flavour.value
@@ -76,32 +122,32 @@ def _exactly(plan: PlanRequirements) -> str:
 
 
 def _can_be_installed(plan: PlanRequirements) -> bool:
-    """TensorRT before 10 has no wheels for the Pythons of today."""
+    """False for TensorRT before 10, which has no wheels for the supported Pythons."""
     numbers = release(plan.version or "")
     return plan.flavour is Flavour.TENSORRT_RTX or not numbers or numbers[0] >= 10
 
 
 def _version(plan: PlanRequirements, has: str, install: str | None) -> Finding:
-    """Compares as many numbers as both have."""
-    built, here = release(plan.version or ""), release(has)
+    """Compare the plan's version with the installed one `has`, in as many numbers as both have."""
+    built, installed = release(plan.version or ""), release(has)
     name, what = plan.flavour.value, f"{has} here, built with {plan.version or 'an unknown version'}"
-    if not built or not here:
+    if not built or not installed:
         means = "Its bytes do not tell the version that built it; plans take that same version."
         return Finding(Status.UNKNOWN, name, what, means)
-    length = min(len(built), len(here))
-    if built[:length] == here[:length]:
+    length = min(len(built), len(installed))
+    if built[:length] == installed[:length]:
         return Finding(Status.OK, name, what, "The same version, as plans take it.", install)
-    if built[:3] == here[:3]:
+    if built[:3] == installed[:3]:
         means = "The same release in another build. Documented is that all numbers must match; TensorRT decides."
         return Finding(Status.UNKNOWN, name, what, means, install)
     if plan.version_compatible and is_older(plan.version or "", has):
         return Finding(Status.OK, name, what, "It was built for later versions too.", install)
-    return Finding(Status.PROBLEM, name, what, _why_not(plan, built, here), install, _RUN)
+    return Finding(Status.PROBLEM, name, what, _why_not(plan, built, installed), install, _RUN)
 
 
-def _why_not(plan: PlanRequirements, built: tuple[int, ...], here: tuple[int, ...]) -> str:
-    if built[0] != here[0]:
-        return f"Another major version: a plan of {built[0]}.x is not loaded by {here[0]}.x. Build it again here."
+def _why_not(plan: PlanRequirements, built: tuple[int, ...], installed: tuple[int, ...]) -> str:
+    if built[0] != installed[0]:
+        return f"Another major version: a plan of {built[0]}.x is not loaded by {installed[0]}.x. Build it again here."
     if plan.version_compatible:
         return "It was built for later versions too, not for earlier ones."
     return "A plan takes the version that built it. Install that one, or build the plan again with this one."
@@ -110,20 +156,20 @@ def _why_not(plan: PlanRequirements, built: tuple[int, ...], here: tuple[int, ..
 # The GPU
 
 
-def _gpu(plan: PlanRequirements, here: MachineInfo) -> Finding:
+def _gpu(plan: PlanRequirements, info: MachineInfo) -> Finding:
     built_for = _built_for(plan)
-    if not here.driver.gpus:
+    if not info.driver.gpus:
         means = f"To run it takes {built_for}."
-        status = Status.PROBLEM if here.driver.is_broken else Status.MISSING
-        return Finding(status, "NVIDIA GPU", here.driver.problem, means, here.driver.remedy, _RUN)
-    first = here.driver.gpus[0]
+        status = Status.PROBLEM if info.driver.is_broken else Status.MISSING
+        return Finding(status, "NVIDIA GPU", info.driver.problem, means, info.driver.remedy, _RUN)
+    first = info.driver.gpus[0]
     fits = _runs_on(plan, first.capability)
     if fits is None:
         means = "Its bytes do not tell the GPU that it was built for; plans of tensorrt take that same architecture."
         return Finding(Status.UNKNOWN, "NVIDIA GPU", str(first), means)
     if fits:
         return Finding(Status.OK, "NVIDIA GPU", str(first), f"It was built for {built_for}.", _build_for(plan, first))
-    return _wrong_gpu(plan, here, first, built_for)
+    return _wrong_gpu(plan, info, first, built_for)
 
 
 def _built_for(plan: PlanRequirements) -> str:
@@ -146,17 +192,19 @@ def _runs_on(plan: PlanRequirements, gpu: ComputeCapability) -> bool | None:
 
 
 def _build_for(plan: PlanRequirements, gpu: Gpu) -> str | None:
-    """The command that makes it a plan for `gpu`: RTX names its GPUs, TensorRT builds for the one of the machine."""
+    """The command that builds the plan for `gpu`: tensorrt-rtx takes a GPU by name, tensorrt builds for this
+    machine's.
+    """
     if gpu.capability in RUNS_ON[Flavour.TENSORRT_RTX] and plan.flavour is Flavour.TENSORRT_RTX:
         return plan.rebuilt("--engine", plan.flavour.value, "--gpu", str(gpu.capability))
     return plan.rebuilt("--engine", Flavour.TENSORRT.value)
 
 
-def _wrong_gpu(plan: PlanRequirements, here: MachineInfo, first: Gpu, built_for: str) -> Finding:
+def _wrong_gpu(plan: PlanRequirements, info: MachineInfo, first: Gpu, built_for: str) -> Finding:
     what = f"{first}, and it was built for {built_for.removeprefix('an NVIDIA GPU of ')}"
-    fitting = [ordinal for ordinal, gpu in enumerate(here.driver.gpus) if _runs_on(plan, gpu.capability)]
+    fitting = [ordinal for ordinal, gpu in enumerate(info.driver.gpus) if _runs_on(plan, gpu.capability)]
     if fitting:
-        means = f"Engines run on the first GPU. The one that fits is GPU {fitting[0]}, {here.driver.gpus[fitting[0]]}."
+        means = f"Engines run on the first GPU. The one that fits is GPU {fitting[0]}, {info.driver.gpus[fitting[0]]}."
         choose = f"export CUDA_VISIBLE_DEVICES={fitting[0]}"
         return Finding(Status.PROBLEM, "NVIDIA GPU", what, means, choose, _RUN)
     if plan.flavour is Flavour.TENSORRT_RTX and first.capability not in RTX_CAPABILITIES:
@@ -169,9 +217,9 @@ def _wrong_gpu(plan: PlanRequirements, here: MachineInfo, first: Gpu, built_for:
 # The driver
 
 
-def _driver(plan: PlanRequirements, here: MachineInfo) -> tuple[Finding, ...]:
-    """Only where there is one, and it is too old for what the installed package was made with."""
-    package, driver = here.tensorrt.get(plan.flavour), here.driver
+def _driver(plan: PlanRequirements, info: MachineInfo) -> tuple[Finding, ...]:
+    """A finding only where the driver is too old for the installed package's CUDA."""
+    package, driver = info.tensorrt.get(plan.flavour), info.driver
     if not driver.gpus or package is None or package.cuda is None or driver.runs_cuda(package.cuda):
         return ()
     cuda = ".".join(str(number) for number in driver.cuda or ())

@@ -1,7 +1,7 @@
-"""The NVIDIA driver and its GPUs; where there is none that works, why, and the command that would change that.
+"""The NVIDIA driver and its GPUs; where none works, why, and the command that would change that.
 
-Sources: CUDA Driver API, "CUresult"; NVIDIA, "CUDA Compatibility", "Minor Version Compatibility" (least driver of each
-major version of CUDA).
+Sources: CUDA Driver API, "CUresult"; NVIDIA, "CUDA Compatibility", "Minor Version Compatibility" (minimum driver of
+each major version of CUDA).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from spach_deploy.doctor.probe import ProbeResult
 from spach_deploy.options.specs import ComputeCapability
 
 LEAST_DRIVER = {11: "450", 12: "525", 13: "580"}
-"""First branch of the driver that runs programs made with each major version of CUDA."""
+"""Minimum driver branch of each major version of CUDA."""
 
 _NO_DEVICE = 100
 _ERRORS = {
@@ -28,7 +28,7 @@ _ERRORS = {
     804: ("a cuda-compat library stands in for the driver, and this GPU does not allow it (804)", None),
     999: ("it failed for a reason that it does not tell (999)", "sudo reboot"),
 }
-"""Results of cuInit that have a known remedy."""
+"""Results of cuInit with a known remedy: code -> (problem, command)."""
 
 _IN_CONTAINER = "docker run --gpus all IMAGE"
 _UNHIDE = "unset CUDA_VISIBLE_DEVICES"
@@ -36,7 +36,7 @@ _UNHIDE = "unset CUDA_VISIBLE_DEVICES"
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU, as the driver names it."""
+    """One GPU, as the driver reports it."""
 
     name: str
     capability: ComputeCapability
@@ -48,10 +48,11 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Driver:
-    """GPUs in the driver's order. Without any, `problem` says why in a clause and `remedy` is a command, if any is.
+    """The driver and its GPUs, in the driver's order.
 
-    `is_broken`: there is something to repair, rather than no GPU. `cuda` is the newest CUDA that the driver runs;
-    `upgrade` the command that installs a newer driver, where this system has one that is known.
+    Without GPUs: `problem` says why, as a clause; `remedy` is a command, or None; `is_broken` means that something
+    needs repair, rather than that there is no GPU. `cuda`: newest CUDA version that the driver supports. `upgrade`: the
+    command that installs a newer driver, where this system has a known one.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -63,13 +64,13 @@ class Driver:
     upgrade: str | None = None
 
     def runs_cuda(self, major: int) -> bool:
-        """Whether programs made with that major version of CUDA run; True where the driver did not tell."""
+        """Whether the driver supports this major version of CUDA; True where its own version is unknown."""
         return self.cuda is None or self.cuda[0] >= major
 
 
 @dataclasses.dataclass(frozen=True)
 class DriverSurroundings:
-    """What stands around a driver that does not answer. `has_card`: an NVIDIA GPU is plugged in or passed through."""
+    """Facts that explain why a driver does not work. `has_card`: the machine has an NVIDIA GPU on its PCI bus."""
 
     has_card: bool
     has_kernel_module: bool
@@ -79,7 +80,7 @@ class DriverSurroundings:
 
     @classmethod
     def here(cls) -> DriverSurroundings:
-        """Of this machine."""
+        """The facts of this machine."""
         return cls(
             has_card=_has_card(Path("/sys/bus/pci/devices")) or Path("/dev/nvidia0").exists(),
             has_kernel_module=kernel_module_version() is not None or Path("/dev/nvidiactl").exists(),
@@ -90,7 +91,7 @@ class DriverSurroundings:
 
 
 def _has_card(pci: Path) -> bool:
-    """A display or 3D controller (class 03) of NVIDIA's (vendor 10de) on the PCI bus."""
+    """Whether the PCI bus has a display or 3D controller (class 03) of NVIDIA (vendor 10de)."""
     try:
         devices = [(_word(device / "vendor"), _word(device / "class")) for device in pci.iterdir()]
     except OSError:
@@ -111,17 +112,17 @@ def _driver_install() -> str | None:
     return "sudo apt install nvidia-driver" if shutil.which("apt") else None
 
 
-def driver_from(answer: ProbeResult, around: DriverSurroundings) -> Driver:
-    """What the child found, put in words."""
+def driver_from(answer: ProbeResult, surroundings: DriverSurroundings) -> Driver:
+    """The driver, from what `driver_question` reported."""
     if answer.content is None:
-        problem = f"the NVIDIA driver does not answer: {answer.silence}"
+        problem = f"the NVIDIA driver does not answer: {answer.failure}"
         return Driver(problem=problem, remedy="sudo reboot", is_broken=True)
     found = answer.content
-    driver = Driver(_gpus(found), found.get("driver"), _cuda(found), upgrade=around.install)
+    driver = Driver(_gpus(found), found.get("driver"), _cuda(found), upgrade=surroundings.install)
     if driver.gpus:
         return driver
     code = found.get("init")
-    absent = _no_library(around) if code is None else _no_gpu(int(code), around)
+    absent = _no_library(surroundings) if code is None else _no_gpu(int(code), surroundings)
     return dataclasses.replace(absent, version=driver.version, cuda=driver.cuda)
 
 
@@ -136,25 +137,27 @@ def _cuda(found: Mapping[str, Any]) -> tuple[int, int] | None:
     return None if not number else (number // 1000, number % 1000 // 10)
 
 
-def _no_library(around: DriverSurroundings) -> Driver:
-    if around.has_kernel_module:
+def _no_library(surroundings: DriverSurroundings) -> Driver:
+    if surroundings.has_kernel_module:
         problem = "the driver's kernel module is loaded, but its library libcuda.so.1 is not here"
-        return Driver(problem=problem, remedy=_IN_CONTAINER if around.in_container else around.install, is_broken=True)
-    if around.has_card:
+        return Driver(
+            problem=problem, remedy=_IN_CONTAINER if surroundings.in_container else surroundings.install, is_broken=True
+        )
+    if surroundings.has_card:
         problem = "an NVIDIA GPU is here, but no driver"
-        return Driver(problem=problem, remedy=around.install, is_broken=True)
-    if around.in_container:
+        return Driver(problem=problem, remedy=surroundings.install, is_broken=True)
+    if surroundings.in_container:
         return Driver(problem="no NVIDIA GPU is in this container", remedy=_IN_CONTAINER)
     return Driver(problem="no NVIDIA GPU is here")
 
 
-def _no_gpu(code: int, around: DriverSurroundings) -> Driver:
-    """The library is there; cuInit returned `code`, or counted no GPU."""
+def _no_gpu(code: int, surroundings: DriverSurroundings) -> Driver:
+    """The library exists, but cuInit returned `code`, or there are no GPUs."""
     if code in (0, _NO_DEVICE):
-        if around.visible_devices is not None:
-            shown = around.visible_devices
+        if surroundings.visible_devices is not None:
+            shown = surroundings.visible_devices
             return Driver(problem=f"CUDA_VISIBLE_DEVICES={shown!r} hides every GPU", remedy=_UNHIDE, is_broken=True)
-        remedy = _IN_CONTAINER if around.in_container else None
+        remedy = _IN_CONTAINER if surroundings.in_container else None
         return Driver(problem="the NVIDIA driver is here, but sees no GPU", remedy=remedy)
     reason, remedy = _ERRORS.get(code, (f"it does not start (CUDA error {code})", "sudo reboot"))
     return Driver(problem=f"the NVIDIA driver does not work: {reason}", remedy=remedy, is_broken=True)

@@ -1,6 +1,6 @@
-"""Asked in a child: what the NVIDIA driver says of itself and of its GPUs.
+"""What the NVIDIA driver reports of itself and its GPUs. Runs in a child process (`probe`), because a driver may hang.
 
-Source: CUDA Driver API, "Initialization", "Version Management", "Device Management"; NVML API, "System Queries".
+Sources: CUDA Driver API, "Initialization", "Version Management", "Device Management"; NVML API, "System Queries".
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ Open = Callable[[str], Any]
 
 
 def answer() -> dict[str, Any]:
-    """For `python -c`: what this machine's driver says."""
+    """The child process's entry point: what this machine's driver reports."""
     return ask()
 
 
 def ask(open_library: Open = ctypes.CDLL) -> dict[str, Any]:
-    """`init` is cuInit's result, None where there is no driver library; `cuda` is 13010 for CUDA 13.1."""
+    """`init`: cuInit's result, None without a driver library; `cuda`: 13010 for CUDA 13.1; `driver`: its version;
+    `gpus`.
+    """
     version = _driver_version(open_library)
     try:
         driver = open_library(_CUDA)
@@ -58,7 +60,7 @@ def _memory_bytes(driver: Any, ordinal: int) -> int | None:
 
 
 def _driver_version(open_library: Open) -> str | None:
-    """Such as 580.65.06: asked of the management library, else read from the kernel module."""
+    """The driver's version, such as 580.65.06: from NVML, else from the kernel module."""
     text = ctypes.create_string_buffer(_TEXT_BYTES)
     try:
         library = open_library(_NVML)
@@ -70,7 +72,7 @@ def _driver_version(open_library: Open) -> str | None:
 
 
 def kernel_module_version(file: Path = _KERNEL_MODULE) -> str | None:
-    """Version of the kernel module that is loaded; None where none is."""
+    """Version of the loaded kernel module; None without one."""
     try:
         match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", file.read_text(encoding="utf-8", errors="replace"))
     except OSError:

@@ -1,4 +1,4 @@
-"""A finding: one fact, what it means, the command that would change it, and which tasks it stands in the way of."""
+"""A finding of the doctor: a fact, what it means, the command that would change it, and the tasks that it blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Status(str, enum.Enum):
-    """How it stands. `unknown`: neither this machine nor the file tells."""
+    """How serious a finding is. `unknown`: neither this machine nor the file says."""
 
     OK = "ok"
     MISSING = "missing"
@@ -18,7 +18,7 @@ class Status(str, enum.Enum):
 
 
 class Task(str, enum.Enum):
-    """What one comes for. `run`: engines. `verify`: graphs, by comparing them with the reference."""
+    """What a user wants to do. `run`: run engines. `verify`: compare graphs with the reference."""
 
     EXPORT = "export"
     BUILD = "build"
@@ -27,15 +27,16 @@ class Task(str, enum.Enum):
 
 
 EVERYTHING = tuple(Task)
-"""What a broken installation stands in the way of."""
+"""All tasks: what a broken installation blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
+    """One finding.
 
-    `what` is there, `means` says in a sentence what follows, `command` would change it (None where no command would).
-    `blocks` are the tasks that cannot be done because of it. `bad_target`: the file that was asked about is at fault.
+    `what` was found, `means` says in a sentence what follows, `command` would change it (None where no command would).
+    `blocks`: tasks that cannot be done because of it. `bad_target`: the file that was asked about is at fault, not this
+    machine.
     """
 
     status: Status
@@ -54,7 +55,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class TaskStatus:
-    """Whether a task can be done here. `how` or why not, in a clause."""
+    """Whether a task can be done here; `how` says how, or why not, as a clause."""
 
     task: Task
     possible: bool
@@ -66,15 +67,15 @@ class TaskStatus:
 
 
 def reasons(findings: Iterable[Finding]) -> str:
-    """What they found, as one clause."""
+    """The findings as one clause."""
     return "; ".join(_clause(finding) for finding in findings)
 
 
 def _clause(finding: Finding) -> str:
-    """The topic is said once: `no NVIDIA GPU is here` has it already."""
+    """Topic and fact, without the topic where the fact contains it (`no NVIDIA GPU is here`)."""
     return finding.what if finding.topic in finding.what else f"{finding.topic}: {finding.what}"
 
 
 def blockers(findings: Iterable[Finding], task: Task) -> tuple[Finding, ...]:
-    """Findings that stand in the way of `task`."""
+    """Findings that block `task`."""
     return tuple(finding for finding in findings if task in finding.blocks)

@@ -1,8 +1,6 @@
-"""Findings about driver, GPUs, memory and folders.
+"""The doctor's report on this machine: findings about software and hardware, and for each task whether it is possible.
 
-Findings about Python and its packages.
-
-What this machine can do, derived from what is here: a finding a line, and for each task whether it is possible.
+Every `about_*` function turns one topic of `MachineInfo` into findings; `examine_machine` collects them.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ from typing import Any
 from spach_deploy._version import __version__
 from spach_deploy.common.machine import FolderCheck
 from spach_deploy.common.versions import Requirement, is_older, release
-from spach_deploy.doctor.capability import RUNS_ON, builders, driver_runs, runners, runs_on_gpu, works
 from spach_deploy.doctor.commands import installing, installing_torch, reinstalling
+from spach_deploy.doctor.compatibility import RUNS_ON, builders, driver_runs, runners, runs_on_gpu, works
 from spach_deploy.doctor.driver import LEAST_DRIVER
 from spach_deploy.doctor.finding import EVERYTHING, Finding, Status, Task, TaskStatus, blockers, reasons
 from spach_deploy.doctor.machine_info import MachineInfo
@@ -26,44 +24,44 @@ from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES
 
 LEAST_MEMORY_BYTES = 3 * 10**9
-"""An export of ms_hybrid_s takes 2.9 GB, all processes together (benchmarks/RESULTS.md)."""
+"""An export of ms_hybrid_s takes 2.9 GB, all its processes together (benchmarks/RESULTS.md)."""
 
 LEAST_DISK_BYTES = 10**9
-"""A bundle of ms_hybrid_s takes 0.3 GB, and its graphs are written several times on the way."""
+"""A bundle of ms_hybrid_s takes 0.3 GB, and an export writes its graphs several times."""
 
 _ELSEWHERE = "/path/with/space"
 _ON_ANOTHER = "spach-validate build/ms_hybrid_s-fp16  # on a machine with an NVIDIA GPU"
 
 
-def about_driver(here: MachineInfo) -> Iterator[Finding]:
-    """Every GPU, and whether the driver is new enough; or why there is none."""
-    driver = here.driver
+def about_driver(info: MachineInfo) -> Iterator[Finding]:
+    """Each GPU, and whether the driver is new enough; or why there is no GPU."""
+    driver = info.driver
     if not driver.gpus:
         status = Status.PROBLEM if driver.is_broken else Status.MISSING
         means = "Engines are built and graphs verified without one; to run an engine takes one."
         yield Finding(status, "NVIDIA GPU", driver.problem, means, driver.remedy or _ON_ANOTHER, (Task.RUN,))
         return
-    yield _driver(here)
+    yield _driver(info)
     for ordinal in range(len(driver.gpus)):
-        yield _gpu(here, ordinal)
+        yield _gpu(info, ordinal)
 
 
-def _driver(here: MachineInfo) -> Finding:
-    driver, topic = here.driver, "NVIDIA driver"
+def _driver(info: MachineInfo) -> Finding:
+    driver, topic = info.driver, "NVIDIA driver"
     runs = f"runs CUDA {driver.cuda[0]}.{driver.cuda[1]} and older" if driver.cuda else "CUDA version not known"
     what = f"{driver.version or 'version not known'}, {runs}"
-    lacking = [flavour for flavour in here.tensorrt if not driver_runs(here, flavour)]
+    lacking = [flavour for flavour in info.tensorrt if not driver_runs(info, flavour)]
     if not lacking:
         return Finding(Status.OK, topic, what, "New enough for what is installed here.", driver.upgrade)
-    newest = max(here.tensorrt[flavour].cuda or 0 for flavour in lacking)
+    newest = max(info.tensorrt[flavour].cuda or 0 for flavour in lacking)
     names = " and ".join(flavour.value for flavour in lacking)
     means = f"Too old: {names} was made with CUDA {newest}, which takes driver {LEAST_DRIVER[newest]} or newer."
-    return Finding(Status.PROBLEM, topic, what, means, driver.upgrade, () if runners(here) else (Task.RUN,))
+    return Finding(Status.PROBLEM, topic, what, means, driver.upgrade, () if runners(info) else (Task.RUN,))
 
 
-def _gpu(here: MachineInfo, ordinal: int) -> Finding:
-    gpu = here.driver.gpus[ordinal]
-    topic = "NVIDIA GPU" if len(here.driver.gpus) == 1 else f"NVIDIA GPU {ordinal}"
+def _gpu(info: MachineInfo, ordinal: int) -> Finding:
+    gpu = info.driver.gpus[ordinal]
+    topic = "NVIDIA GPU" if len(info.driver.gpus) == 1 else f"NVIDIA GPU {ordinal}"
     what = f"{gpu}, {gigabytes(gpu.memory_bytes)}" if gpu.memory_bytes else str(gpu)
     flavours = [flavour.value for flavour, runs_on in RUNS_ON.items() if gpu.capability in runs_on]
     choose = f"export CUDA_VISIBLE_DEVICES={ordinal}"
@@ -75,9 +73,9 @@ def _gpu(here: MachineInfo, ordinal: int) -> Finding:
     return Finding(Status.OK, topic, what, f"For engines of {' and '.join(flavours)}{but}.{first}", choose)
 
 
-def about_memory(here: MachineInfo) -> Iterator[Finding]:
-    """Does an export fit."""
-    memory, takes = here.memory, f"An export of ms_hybrid_s takes {gigabytes(LEAST_MEMORY_BYTES)}."
+def about_memory(info: MachineInfo) -> Iterator[Finding]:
+    """Whether an export fits into memory."""
+    memory, takes = info.memory, f"An export of ms_hybrid_s takes {gigabytes(LEAST_MEMORY_BYTES)}."
     if memory is None:
         yield Finding(Status.UNKNOWN, "memory", "this system does not tell", takes)
         return
@@ -91,10 +89,10 @@ def about_memory(here: MachineInfo) -> Iterator[Finding]:
         yield Finding(Status.OK, "memory", what, takes, raise_it)
 
 
-def about_disk(here: MachineInfo) -> Iterator[Finding]:
-    """Can bundles and temporary files be written."""
-    yield _folder(here.output, "bundles", f"spach-export --model ms_hybrid_s --fp16 -o {_ELSEWHERE}/bundle")
-    yield _folder(here.temporary, "temporary files", f"export TMPDIR={_ELSEWHERE}")
+def about_disk(info: MachineInfo) -> Iterator[Finding]:
+    """Whether bundles and temporary files can be written."""
+    yield _folder(info.output, "bundles", f"spach-export --model ms_hybrid_s --fp16 -o {_ELSEWHERE}/bundle")
+    yield _folder(info.temporary, "temporary files", f"export TMPDIR={_ELSEWHERE}")
 
 
 def _folder(folder: FolderCheck, topic: str, command: str) -> Finding:
@@ -109,7 +107,7 @@ def _folder(folder: FolderCheck, topic: str, command: str) -> Finding:
 
 
 def gigabytes(count: int) -> str:
-    """`2.9 GB`."""
+    """Bytes as `2.9 GB`."""
     return f"{count / 1e9:,.1f} GB"
 
 
@@ -125,10 +123,10 @@ _NOT_ON_AN_INDEX = (
 )
 
 
-def about_python(here: MachineInfo) -> Iterator[Finding]:
-    """Is it new enough."""
-    version = ".".join(str(number) for number in here.python)
-    least = ".".join(str(number) for number in release(here.requirements.python)) or _LEAST_PYTHON
+def about_python(info: MachineInfo) -> Iterator[Finding]:
+    """Whether Python is new enough."""
+    version = ".".join(str(number) for number in info.python)
+    least = ".".join(str(number) for number in release(info.requirements.python)) or _LEAST_PYTHON
     if is_older(version, least):
         means = f"spach-deploy needs Python {least} or newer."
         yield Finding(Status.PROBLEM, "Python", version, means, _OTHER_PYTHON, EVERYTHING)
@@ -136,21 +134,21 @@ def about_python(here: MachineInfo) -> Iterator[Finding]:
         yield Finding(Status.OK, "Python", f"{version} in {sys.prefix}", f"{least} or newer is needed.", _OTHER_PYTHON)
 
 
-def about_core(here: MachineInfo) -> Iterator[Finding]:
-    """Every required package but torch: all there, and new enough."""
-    core = [package for package in here.requirements.of() if package.holds_for(here.python) and package.name != "torch"]
-    missing = [package for package in core if here.packages.get(package.name) is None]
-    old = [package for package in core if (has := here.packages.get(package.name)) and not package.is_met_by(has)]
+def about_core(info: MachineInfo) -> Iterator[Finding]:
+    """Whether the required packages other than torch are installed and new enough."""
+    core = [package for package in info.requirements.of() if package.holds_for(info.python) and package.name != "torch"]
+    missing = [package for package in core if info.packages.get(package.name) is None]
+    old = [package for package in core if (has := info.packages.get(package.name)) and not package.is_met_by(has)]
     if missing:
         what, means = f"{len(missing)} of {len(core)} are missing", f"Nothing here works without {_names(missing)}."
         yield Finding(Status.MISSING, "core packages", what, means, _install(missing), EVERYTHING)
     elif old:
         what = f"{len(old)} of {len(core)} are too old"
-        means = "; ".join(f"{package.name} {here.packages[package.name]}, {package} is needed" for package in old) + "."
+        means = "; ".join(f"{package.name} {info.packages[package.name]}, {package} is needed" for package in old) + "."
         yield Finding(Status.PROBLEM, "core packages", what, means, _install(old), EVERYTHING)
     else:
-        shown = ", ".join(f"{name} {here.packages[name]}" for name in _SHOWN_CORE if here.packages.get(name))
-        yield Finding(Status.OK, "core packages", f"all {len(core)}", f"Among them {shown}.", _set_up(here))
+        shown = ", ".join(f"{name} {info.packages[name]}" for name in _SHOWN_CORE if info.packages.get(name))
+        yield Finding(Status.OK, "core packages", f"all {len(core)}", f"Among them {shown}.", _set_up(info))
 
 
 def _names(packages: list[Requirement]) -> str:
@@ -161,24 +159,24 @@ def _install(packages: list[Requirement]) -> str:
     return installing(*(str(package) for package in packages))
 
 
-def _set_up(here: MachineInfo) -> str:
-    """A checkout has pins, and a script that installs them."""
-    return _SETUP if here.pins else installing("--upgrade", _UPGRADE)
+def _set_up(info: MachineInfo) -> str:
+    """The command that installs everything: a checkout has a script for it, with pinned versions."""
+    return _SETUP if info.pins else installing("--upgrade", _UPGRADE)
 
 
-def about_torch(here: MachineInfo) -> Iterator[Finding]:
-    """Which build it is: a CPU build does, a CUDA build does as well."""
-    wanted = here.requirements.get("torch")
+def about_torch(info: MachineInfo) -> Iterator[Finding]:
+    """Whether torch is installed, and which build; a CPU build suffices."""
+    wanted = info.requirements.get("torch")
     cpu = installing_torch("cpu", str(wanted))
-    if here.torch is None:
+    if info.torch is None:
         means = "It reads checkpoints, and is the reference that everything is compared with. A CPU build will do."
         yield Finding(Status.MISSING, "torch", "not installed", means, cpu, EVERYTHING)
         return
-    build = f"a {here.torch.build} build" if here.torch.build else "build not known"
-    what = f"{here.torch.version}, {build}"
-    if not wanted.is_met_by(here.torch.version):
+    build = f"a {info.torch.build} build" if info.torch.build else "build not known"
+    what = f"{info.torch.version}, {build}"
+    if not wanted.is_met_by(info.torch.version):
         yield Finding(Status.PROBLEM, "torch", what, f"{wanted} is needed.", cpu, EVERYTHING)
-    elif here.torch.build == "CPU":
+    elif info.torch.build == "CPU":
         means = "All that it takes: the reference runs on the CPU."
         yield Finding(Status.OK, "torch", what, means, installing_torch("auto", str(wanted)))
     else:
@@ -186,18 +184,18 @@ def about_torch(here: MachineInfo) -> Iterator[Finding]:
         yield Finding(Status.OK, "torch", what, means, cpu)
 
 
-def about_onnxruntime(here: MachineInfo) -> Iterator[Finding]:
-    """Is it there and whole, and is it one wheel's."""
-    wanted, found = here.requirements.get("onnxruntime"), here.onnxruntime
+def about_onnxruntime(info: MachineInfo) -> Iterator[Finding]:
+    """Whether onnxruntime is installed and complete, and from one wheel only."""
+    wanted, found = info.requirements.get("onnxruntime"), info.onnxruntime
     if found is None:
         means, needs_it = "Graphs run in it, to be measured and verified.", (Task.EXPORT, Task.VERIFY)
         yield Finding(Status.MISSING, "onnxruntime", "not installed", means, installing(str(wanted)), needs_it)
     else:
-        yield _installed_onnxruntime(here, found, wanted)
+        yield _installed_onnxruntime(info, found, wanted)
 
 
-def _installed_onnxruntime(here: MachineInfo, found: InstalledOnnxRuntime, wanted: Requirement) -> Finding:
-    keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found.wheels and here.driver.gpus else "onnxruntime"
+def _installed_onnxruntime(info: MachineInfo, found: InstalledOnnxRuntime, wanted: Requirement) -> Finding:
+    keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found.wheels and info.driver.gpus else "onnxruntime"
     mend = reinstalling(found.wheels or ("onnxruntime",), str(Requirement(keep, wanted.minimum)))
     version = found.files_version or next(iter(found.wheels.values()), "")
     what = " and ".join(f"{name} {number}" for name, number in found.wheels.items()) or f"{version}, of no wheel"
@@ -224,31 +222,31 @@ def _words(providers: tuple[str, ...]) -> str:
     return ", ".join(_PROVIDERS.get(name, name) for name in providers) or "nothing that is known"
 
 
-def about_tensorrt_rtx(here: MachineInfo) -> Iterator[Finding]:
-    """The compiler that needs no GPU."""
+def about_tensorrt_rtx(info: MachineInfo) -> Iterator[Finding]:
+    """TensorRT for RTX, which builds without a GPU."""
     flavour = Flavour.TENSORRT_RTX
-    if here.tensorrt.get(flavour) is None and not here.is_x86_linux:
-        what = f"not made for {here.system} on {here.machine}"
+    if info.tensorrt.get(flavour) is None and not info.is_x86_linux:
+        what = f"not made for {info.system} on {info.machine}"
         means = "Build engines on x86-64 Linux, or with tensorrt on a machine that has a GPU."
-        yield Finding(Status.MISSING, flavour.value, what, means, None, _in_the_way_of(here, flavour))
+        yield Finding(Status.MISSING, flavour.value, what, means, None, _blocked_tasks(info, flavour))
         return
     good = f"Builds engines on the CPU, for {format_gpus(RTX_CAPABILITIES)}."
-    yield _tensorrt(here, flavour, good, "Builds engines without a GPU, for every RTX GPU.")
+    yield _tensorrt(info, flavour, good, "Builds engines without a GPU, for every RTX GPU.")
 
 
-def about_tensorrt(here: MachineInfo) -> Iterator[Finding]:
-    """The compiler that builds for the GPU of the machine."""
-    if here.driver.gpus:
-        good = f"Builds engines on and for {here.driver.gpus[0]}."
-        yield _tensorrt(here, Flavour.TENSORRT, good, f"{good} {_NOT_ON_AN_INDEX}")
+def about_tensorrt(info: MachineInfo) -> Iterator[Finding]:
+    """TensorRT, which builds for this machine's GPU."""
+    if info.driver.gpus:
+        good = f"Builds engines on and for {info.driver.gpus[0]}."
+        yield _tensorrt(info, Flavour.TENSORRT, good, f"{good} {_NOT_ON_AN_INDEX}")
     else:
         good = "It builds and runs engines where there is a GPU, so not here."
-        yield _tensorrt(here, Flavour.TENSORRT, good, "Of no use without a GPU.")
+        yield _tensorrt(info, Flavour.TENSORRT, good, "Of no use without a GPU.")
 
 
-def _tensorrt(here: MachineInfo, flavour: Flavour, good: str, absent: str) -> Finding:
-    package, wanted = here.tensorrt.get(flavour), here.requirements.get(flavour.value)
-    topic, blocks = flavour.value, _in_the_way_of(here, flavour)
+def _tensorrt(info: MachineInfo, flavour: Flavour, good: str, absent: str) -> Finding:
+    package, wanted = info.tensorrt.get(flavour), info.requirements.get(flavour.value)
+    topic, blocks = flavour.value, _blocked_tasks(info, flavour)
     if package is None:
         return Finding(Status.MISSING, topic, "not installed", absent, installing(str(wanted)), blocks)
     if package.error:
@@ -256,38 +254,40 @@ def _tensorrt(here: MachineInfo, flavour: Flavour, good: str, absent: str) -> Fi
         again = installing("--force-reinstall", str(wanted))
         return Finding(Status.PROBLEM, topic, package.version or "installed", means, again, blocks)
     upgrade = installing("--upgrade", str(wanted))
-    if not works(here, flavour):
+    if not works(info, flavour):
         return Finding(Status.PROBLEM, topic, package.version, f"{wanted} is needed.", upgrade, blocks)
     made_with = f", made with CUDA {package.cuda}" if package.cuda else ""
     return Finding(Status.OK, topic, f"{package.version or 'installed'}{made_with}", good, upgrade)
 
 
-def _in_the_way_of(here: MachineInfo, flavour: Flavour) -> tuple[Task, ...]:
-    """A TensorRT that is absent or broken is in the way of what no TensorRT does here, and it would."""
-    builds = not builders(here) and (flavour is Flavour.TENSORRT_RTX or runs_on_gpu(here, flavour))
-    runs = not runners(here) and runs_on_gpu(here, flavour)
+def _blocked_tasks(info: MachineInfo, flavour: Flavour) -> tuple[Task, ...]:
+    """Tasks that a missing or broken TensorRT blocks: those that it would do, and no other TensorRT does here."""
+    builds = not builders(info) and (flavour is Flavour.TENSORRT_RTX or runs_on_gpu(info, flavour))
+    runs = not runners(info) and runs_on_gpu(info, flavour)
     return (*([Task.BUILD] if builds else []), *([Task.RUN] if runs else []))
 
 
-def about_reports(here: MachineInfo) -> Iterator[Finding]:
-    """What pages with plots take."""
-    wanted = list(here.requirements.of("report"))
-    missing = [package for package in wanted if here.packages.get(package.name) is None]
+def about_reports(info: MachineInfo) -> Iterator[Finding]:
+    """Whether the packages for HTML reports are installed."""
+    wanted = list(info.requirements.of("report"))
+    missing = [package for package in wanted if info.packages.get(package.name) is None]
     if missing:
         means = "Reports as pages with plots take it; tables and JSON do not."
         yield Finding(Status.MISSING, "reports", _names(missing), means, _install(missing))
-    elif old := [package for package in wanted if not package.is_met_by(str(here.packages[package.name]))]:
-        what = ", ".join(f"{package.name} {here.packages[package.name]}" for package in old)
+    elif old := [package for package in wanted if not package.is_met_by(str(info.packages[package.name]))]:
+        what = ", ".join(f"{package.name} {info.packages[package.name]}" for package in old)
         yield Finding(Status.PROBLEM, "reports", what, f"{' and '.join(map(str, old))} is needed.", _install(old))
     elif wanted:
-        what = ", ".join(f"{package.name} {here.packages[package.name]}" for package in wanted)
+        what = ", ".join(f"{package.name} {info.packages[package.name]}" for package in wanted)
         yield Finding(Status.OK, "reports", what, "Reports can be written as pages with plots.", _install(wanted))
 
 
-def about_pins(here: MachineInfo) -> Iterator[Finding]:
-    """Are these the versions that the tests run with. Nothing where there is no checkout to say which those are."""
-    versions = {**here.packages, "torch": here.torch.version if here.torch else None}
-    pinned = {name: pin for name, pin in here.pins.items() if versions.get(name) and name not in _TEST_TOOLS}
+def about_pins(info: MachineInfo) -> Iterator[Finding]:
+    """Whether the installed versions are those that the tests run with. Nothing outside a checkout, which has the
+    pins.
+    """
+    versions = {**info.packages, "torch": info.torch.version if info.torch else None}
+    pinned = {name: pin for name, pin in info.pins.items() if versions.get(name) and name not in _TEST_TOOLS}
     other = [name for name, pin in pinned.items() if release(str(versions[name])) != release(pin)]
     if other:
         listed = ", ".join(f"{name} {versions[name]} ({pinned[name]})" for name in other)
@@ -300,13 +300,13 @@ def about_pins(here: MachineInfo) -> Iterator[Finding]:
 
 
 CORE_FLOW = (Task.EXPORT, Task.BUILD, Task.VERIFY)
-"""What `spach-export --model ms_hybrid_s --fp16` does; it needs no GPU."""
+"""Tasks of `spach-export --model ms_hybrid_s --fp16`; it needs no GPU."""
 
 TOPICS: tuple[Callable[[MachineInfo], Iterator[Finding]], ...] = (
     *(about_python, about_core, about_torch, about_onnxruntime, about_tensorrt_rtx, about_tensorrt),
     *(about_driver, about_memory, about_disk, about_reports, about_pins),
 )
-"""What is looked at, in the order in which one would mend it."""
+"""Topics in the order of the report, which is the order in which to fix them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +318,7 @@ class Machine:
 
     @property
     def exit_code(self) -> int:
-        """0 when the core flow can be done here, 3 when it cannot."""
+        """0 when the tasks of `CORE_FLOW` are possible here, else 3."""
         return 0 if all(ability.possible for ability in self.abilities if ability.task in CORE_FLOW) else 3
 
     def to_dict(self) -> dict[str, Any]:
@@ -331,41 +331,41 @@ class Machine:
         }
 
 
-def examine_machine(here: MachineInfo) -> Machine:
-    """Every finding, in the order in which one would mend them, and what they allow."""
-    findings = tuple(finding for topic in TOPICS for finding in topic(here))
-    return Machine(findings, tuple(_ability(task, findings, here) for task in Task))
+def examine_machine(info: MachineInfo) -> Machine:
+    """All findings in the order of `TOPICS`, and the tasks that they allow."""
+    findings = tuple(finding for topic in TOPICS for finding in topic(info))
+    return Machine(findings, tuple(_ability(task, findings, info) for task in Task))
 
 
 # Abilities
 
 
-def _ability(task: Task, findings: tuple[Finding, ...], here: MachineInfo) -> TaskStatus:
-    in_the_way = blockers(findings, task)
-    if in_the_way:
-        return TaskStatus(task, False, reasons(in_the_way))
-    return TaskStatus(task, True, _HOW[task](here))
+def _ability(task: Task, findings: tuple[Finding, ...], info: MachineInfo) -> TaskStatus:
+    blocking = blockers(findings, task)
+    if blocking:
+        return TaskStatus(task, False, reasons(blocking))
+    return TaskStatus(task, True, _HOW[task](info))
 
 
-def _how_export(here: MachineInfo) -> str:
-    return f"checkpoints to graphs, with torch {here.torch.version if here.torch else ''}"
+def _how_export(info: MachineInfo) -> str:
+    return f"checkpoints to graphs, with torch {info.torch.version if info.torch else ''}"
 
 
-def _how_build(here: MachineInfo) -> str:
+def _how_build(info: MachineInfo) -> str:
     where = {
         Flavour.TENSORRT_RTX: f"on the CPU, for {format_gpus(RTX_CAPABILITIES)}",
         Flavour.TENSORRT: "for the GPU here",
     }
-    return "engines with " + "; ".join(f"{flavour.value} {where[flavour]}" for flavour in builders(here))
+    return "engines with " + "; ".join(f"{flavour.value} {where[flavour]}" for flavour in builders(info))
 
 
-def _how_run(here: MachineInfo) -> str:
-    return f"engines of {' and '.join(flavour.value for flavour in runners(here))} on {here.driver.gpus[0]}"
+def _how_run(info: MachineInfo) -> str:
+    return f"engines of {' and '.join(flavour.value for flavour in runners(info))} on {info.driver.gpus[0]}"
 
 
-def _how_verify(here: MachineInfo) -> str:
-    version = here.onnxruntime.files_version if here.onnxruntime else ""
-    engines = ", and engines by running them" if runners(here) else "; an engine's graph stands in for it"
+def _how_verify(info: MachineInfo) -> str:
+    version = info.onnxruntime.files_version if info.onnxruntime else ""
+    engines = ", and engines by running them" if runners(info) else "; an engine's graph stands in for it"
     return f"graphs in ONNX Runtime {version}{engines}"
 
 

@@ -1,4 +1,4 @@
-"""Everything the doctor knows of this machine, gathered at once."""
+"""All facts that the doctor knows about this machine, gathered at once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.packages import MODULE_NAMES, is_installed
 
 LIMIT_S = 3.0
-"""How long a child process may take to answer; the whole doctor stays under five seconds."""
+"""Seconds that a child process may take to answer; the whole doctor stays under five seconds."""
 
-_QUESTIONS = "spach_deploy.doctor"
+_PACKAGE = "spach_deploy.doctor"
 _OUTPUT = Path("build")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTPackage:
-    """An installed TensorRT. `error`: why it does not import. `cuda`: major version of CUDA that it was made with."""
+    """An installed TensorRT. `error`: why its import fails. `cuda`: major version of CUDA that it was built with."""
 
     version: str
     error: str = ""
@@ -35,7 +35,7 @@ class TensorRTPackage:
 
 @dataclasses.dataclass(frozen=True)
 class MachineInfo:
-    """This machine. `packages` holds versions of everything that is required, installed or not."""
+    """Facts about this machine. `packages`: version of each required package, None where it is not installed."""
 
     python: tuple[int, int, int]
     system: str
@@ -53,17 +53,17 @@ class MachineInfo:
 
     @property
     def is_x86_linux(self) -> bool:
-        """Where wheels of tensorrt-rtx exist, as far as this package uses them."""
+        """Whether this is the platform that tensorrt-rtx is used on."""
         return self.system == "Linux" and self.machine in ("x86_64", "AMD64")
 
 
 def gather(limit_s: float = LIMIT_S) -> MachineInfo:
-    """Gather everything. Children work while this process reads files."""
+    """Gather all facts. Child processes work while this process reads files."""
     wanted = required.requirements()
     with contextlib.ExitStack() as stack:
-        driver = stack.enter_context(Probe(f"{_QUESTIONS}.driver_question"))
+        driver = stack.enter_context(Probe(f"{_PACKAGE}.driver_question"))
         importing = {
-            flavour: stack.enter_context(Probe(f"{_QUESTIONS}.tensorrt_question", module))
+            flavour: stack.enter_context(Probe(f"{_PACKAGE}.tensorrt_question", module))
             for flavour, module in MODULE_NAMES.items()
             if is_installed(flavour)
         }
@@ -85,21 +85,23 @@ def gather(limit_s: float = LIMIT_S) -> MachineInfo:
 
 
 def _tensorrt(flavour: Flavour, answer: ProbeResult) -> TensorRTPackage:
-    """A child that gave no answer in time proves nothing against the package: a cold disk is slow."""
+    """A child that timed out proves no fault of the package: a cold disk is slow."""
     said = answer.content or {}
     version = said.get("version") or required.installed(flavour.value) or ""
-    crashed = "" if answer.content is not None or answer.timed_out else answer.silence
+    crashed = "" if answer.content is not None or answer.timed_out else answer.failure
     return TensorRTPackage(str(version), str(said.get("error", "")) or crashed, _cuda_of(flavour))
 
 
 def _cuda_of(flavour: Flavour) -> int | None:
-    """Major version of CUDA: tensorrt-rtx 1.7 brings tensorrt_rtx_cu13. None where several are left of upgrades."""
+    """The package's major version of CUDA: tensorrt-rtx 1.7 installs tensorrt_rtx_cu13. None where upgrades left
+    several.
+    """
     names = {major: f"{MODULE_NAMES[flavour]}_cu{major}" for major in LEAST_DRIVER}
     found = [major for major, name in names.items() if required.installed(name) is not None]
     return found[0] if len(found) == 1 else None
 
 
 def ask_tensorrt(flavour: Flavour, header: bytes, limit_s: float = LIMIT_S / 2) -> ProbeResult:
-    """What the flavour's own library says of a plan's first bytes."""
-    with Probe(f"{_QUESTIONS}.tensorrt_question", MODULE_NAMES[flavour], header.hex()) as question:
+    """What this TensorRT says of a plan's first bytes."""
+    with Probe(f"{_PACKAGE}.tensorrt_question", MODULE_NAMES[flavour], header.hex()) as question:
         return question.answer(limit_s)

@@ -1,9 +1,9 @@
-"""What the packages are, learned from files: is torch a CPU build, which onnxruntime's files won.
+"""Which builds of torch and onnxruntime are installed, learned from their files without importing them.
 
-Importing torch takes seconds; its version.py says the same. The wheels onnxruntime and onnxruntime-gpu write into one
-folder: the one installed last wins where both have a file, libraries of providers stay of either, and uninstalling one
-takes what both share. `build_and_package_info.py` in that folder tells whose the shared files are (all seen with 1.31
-and 1.32).
+Importing torch takes seconds; its version.py has the same facts. The wheels onnxruntime and onnxruntime-gpu install
+into one folder: files that both have are those of the wheel installed last, provider libraries of either remain, and
+uninstalling one removes the shared files. `build_and_package_info.py` in that folder names the wheel that the shared
+files come from (all seen with 1.31 and 1.32).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ONNXRUNTIME_WHEELS = (
     "ort-nightly",
     "ort-nightly-gpu",
 )
-"""Every wheel that brings a package named onnxruntime."""
+"""All wheels that install a package named onnxruntime."""
 
 _PROVIDER = re.compile(r"libonnxruntime_providers_(?!shared)(\w+)\.so")
 
 
 @dataclasses.dataclass(frozen=True)
 class Torch:
-    """`build` is "CPU", "CUDA 13.0", "ROCm 6.2", or "" where it cannot be told."""
+    """The installed torch. `build`: "CPU", "CUDA 13.0", "ROCm 6.2", or "" where it is unknown."""
 
     version: str
     build: str
@@ -42,7 +42,11 @@ class Torch:
 
 @dataclasses.dataclass(frozen=True)
 class InstalledOnnxRuntime:
-    """Installed wheels by name, whose files are there, and what they offer. `broken` says which file is missing."""
+    """The installed onnxruntime.
+
+    `wheels`: version by wheel. `files_of`: the wheel that the shared files come from. `broken`: the missing file, ""
+    where the package is complete.
+    """
 
     wheels: dict[str, str]
     files_of: str | None = None
@@ -52,7 +56,7 @@ class InstalledOnnxRuntime:
 
 
 def find_torch() -> Torch | None:
-    """The torch that would be imported; None where there is none."""
+    """The torch that would be imported, or None."""
     text = _read(_folder("torch"), "version.py")
     version = _assigned(text, "__version__") or installed("torch")
     return None if version is None else Torch(version, _torch_build(text, version))
@@ -67,7 +71,7 @@ def _torch_build(text: str, version: str) -> str:
 
 
 def find_onnxruntime() -> InstalledOnnxRuntime | None:
-    """The onnxruntime that would be imported, with every wheel that claims to be it; None where there is none."""
+    """The onnxruntime that would be imported, with all installed wheels of it, or None."""
     wheels = {name: version for name in ONNXRUNTIME_WHEELS if (version := installed(name)) is not None}
     folder = _folder("onnxruntime")
     if folder is None:
@@ -91,7 +95,7 @@ def _providers(capi: Path) -> tuple[str, ...]:
 
 
 def _folder(package: str) -> Path | None:
-    """Where a package would be imported from; finding it runs nothing of it."""
+    """The folder that a package would be imported from; runs none of its code."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -108,6 +112,6 @@ def _read(folder: Path | None, name: str) -> str:
 
 
 def _assigned(text: str, name: str) -> str | None:
-    """The string that a line of Python assigns to `name`; None for None or no such line."""
+    """The string that a line of Python assigns to `name`; None for None, or without such a line."""
     match = re.search(rf"""^{name}\s*(?::[^=\n]*)?=\s*['"]([^'"\n]*)['"]""", text, re.MULTILINE)
     return match[1] if match else None

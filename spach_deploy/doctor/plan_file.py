@@ -1,20 +1,18 @@
-"""A plan from anywhere, as far as its bytes tell: who built it, for which GPUs, what stands before it, is it whole.
+"""What a file contains, by its bytes: a TensorRT plan (flavour, version, GPUs, completeness), or some other known kind.
 
-The headers are not documented as a whole. What is read, and where that is known from:
+The plan header is not fully documented. What is read, and the source:
 
-- `ftrt`, TensorRT from 8.6 on: a serialization version at byte 4, and where it is 0 the four numbers of the product's
-  version at bytes 24 to 27 (NVIDIA/TensorRT, samples/common/sampleEngines.cpp, which prints them for
-  `trtexec --getPlanVersionOnly`). At byte 16 stands what in a published dump is the size in bytes, which is taken for
-  a hint only. For which GPU it was built stands in no known place.
+- `ftrt`, TensorRT from 8.6 on: a serialization version at byte 4; where that is 0, the four numbers of the product's
+  version at bytes 24 to 27 (NVIDIA/TensorRT, samples/common/sampleEngines.cpp, which prints them for `trtexec
+  --getPlanVersionOnly`). A published dump has the size in bytes at byte 16; it is used as a hint only. No known field
+  has the GPU.
 - `ptrt`, TensorRT up to 8.5: a serialization version at byte 8; three are known (NVIDIA/TensorRT issue 3073).
-- `vtrt`, TensorRT for RTX: size at byte 16, version at 24 to 27, and after a second `vtrt` at byte 28 a bit for each
-  compute capability that it was built for (seen by building for each with 1.7.1).
-- Before a plan may stand metadata: four bytes of length and JSON (Ultralytics), or anything else (NVIDIA/TensorRT issue
-  1751 invites to do so). A plan is looked for in the first megabyte.
+- `vtrt`, TensorRT for RTX: size at byte 16, version at 24 to 27; after a second `vtrt` at byte 28, one bit for each
+  compute capability that it was built for (found by building for each with 1.7.1).
+- Metadata may precede a plan: four bytes of length and JSON (Ultralytics), or anything else (NVIDIA/TensorRT issue 1751
+  suggests it). A plan is searched for in the first megabyte.
 
-So all of this explains; whether a plan loads is decided by TensorRT.
-
-What a file is that is no plan: recognised by its first bytes, with what to do with it.
+All this serves explanations only: TensorRT decides whether a plan loads.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from spach_deploy.runtime.devices import RTX_CAPABILITIES
 from spach_deploy.runtime.plan_identity import HEADER_BYTES, PlanIdentity, plan_identity
 
 SEARCHED_BYTES = 1 << 20
-"""How far into a file a plan is looked for."""
+"""How far into a file to search for a plan."""
 
 _RTX, _ORDINARY, _OLD = b"vtrt", b"ftrt", b"ptrt"
 _OLD_VERSIONS = {205: "8.2", 213: "8.4", 232: "8.5"}
@@ -41,11 +39,12 @@ _LONGEST_JSON = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class PlanFile:
-    """What a file with a plan in it tells.
+    """A plan in a file, as far as its bytes tell.
 
-    `offset`: where the plan begins; `before` says in words what stands there. `version` has four numbers where the
-    header has them. `gpus` is None where the bytes do not tell; `newer_gpus`: it also carries code that later ones can
-    compile. `missing_bytes` and `surplus_bytes` are against the size in the header; `perhaps_cut` where that is a hint.
+    `offset`: where the plan begins; `before`: in words, what precedes it. `version`: four numbers where the header has
+    them. `gpus`: None where the bytes do not tell. `newer_gpus`: it also carries code that newer GPUs can compile.
+    `missing_bytes`, `surplus_bytes`: against the size in the header; `perhaps_cut`: the same where that size is only a
+    hint.
     """
 
     flavour: Flavour
@@ -62,12 +61,12 @@ class PlanFile:
 
     @property
     def is_whole(self) -> bool:
-        """Whether TensorRT can be given the file as it is."""
+        """Whether TensorRT can load the file as it is."""
         return not (self.offset or self.missing_bytes or self.surplus_bytes)
 
 
 def find_plan(path: Path) -> PlanFile | None:
-    """The plan in a file; None where there is none within reach. Raises OSError where the file cannot be read."""
+    """The plan in a file; None where none is found. Raises OSError where the file cannot be read."""
     total = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(SEARCHED_BYTES)
@@ -80,7 +79,7 @@ def find_plan(path: Path) -> PlanFile | None:
 
 
 def _locate(start: bytes, total: int) -> tuple[int | None, str]:
-    """Where the plan begins, and what stands before it."""
+    """Offset of the plan (None without one), and in words what precedes it."""
     if start[:4] in (_RTX, _ORDINARY, _OLD):
         return 0, ""
     length = json_prefix(start)
@@ -93,7 +92,7 @@ def _locate(start: bytes, total: int) -> tuple[int | None, str]:
 
 
 def json_prefix(start: bytes) -> int | None:
-    """Bytes of JSON that follow a 4-byte length at the start of a file; None where there are none."""
+    """Length of the JSON that follows a 4-byte length at the start of a file; None without one."""
     length = int.from_bytes(start[:4], "little")
     if not 2 <= length <= min(_LONGEST_JSON, len(start) - 4) or start[4:5] != b"{":
         return None
@@ -105,7 +104,7 @@ def json_prefix(start: bytes) -> int | None:
 
 
 def _candidates(start: bytes) -> list[int]:
-    """Where a magic number stands, in the order of the file."""
+    """Offsets of the magic numbers, ascending."""
     found = []
     for magic in (_RTX, _ORDINARY):
         offset = start.find(magic)
@@ -116,7 +115,7 @@ def _candidates(start: bytes) -> list[int]:
 
 
 def _is_plausible(head: bytes, total: int) -> bool:
-    """Whether what follows a magic number in the middle of a file reads like a header: any bytes may spell it."""
+    """Whether a header follows a magic number in the middle of a file, where any bytes may happen to spell one."""
     if len(head) < HEADER_BYTES or int.from_bytes(head[4:8], "little"):
         return False
     if head[:4] == _RTX:
@@ -150,7 +149,7 @@ def _version(head: bytes, identity: PlanIdentity) -> str | None:
 
 
 def _rtx_gpus(head: bytes) -> tuple[tuple[ComputeCapability, ...] | None, bool]:
-    """The GPUs whose bits are set, and whether the bit beyond them, for later ones, is set."""
+    """The GPUs whose bits are set, and whether the next bit, for newer GPUs, is set."""
     bits = int.from_bytes(head[32:36], "little")
     beyond = len(RTX_CAPABILITIES)
     if head[28:32] != _RTX or not bits or bits >> (beyond + 1):
@@ -166,24 +165,26 @@ _GIVE = "Give a bundle or the engine.plan that spach-export wrote."
 
 @dataclasses.dataclass(frozen=True)
 class OtherFile:
-    """`kind` completes "It is ..."; `advice` is a sentence with the next step. `is_container`: a plan may be inside."""
+    """A file that holds no plan. `kind` completes "It is ..."; `advice`: the next step. `is_container`: a plan may be
+    inside.
+    """
 
     kind: str
     advice: str = _GIVE
     is_container: bool = False
 
 
-def what_it_is(path: Path) -> OtherFile:
-    """The kind of a file that holds no plan. Raises OSError where it cannot be read."""
+def identify_other_file(path: Path) -> OtherFile:
+    """What a file without a plan is. Raises OSError where it cannot be read."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    for recognise in (_nothing, _pointer, _archive, _metadata_only, _tensors, _graph, _well_known, _text):
-        if (found := recognise(head, path)) is not None:
+    for detect in _DETECTORS:
+        if (found := detect(head, path)) is not None:
             return found
     return OtherFile("not a TensorRT plan: it does not begin as one, and no other kind is recognised")
 
 
-def _nothing(head: bytes, path: Path) -> OtherFile | None:
+def _detect_empty(head: bytes, path: Path) -> OtherFile | None:
     if not head:
         return OtherFile("empty", "Export it again, or copy it again: the disk may have been full.")
     if not head.strip(b"\0"):
@@ -191,14 +192,14 @@ def _nothing(head: bytes, path: Path) -> OtherFile | None:
     return None
 
 
-def _pointer(head: bytes, path: Path) -> OtherFile | None:
-    """What git checks out in place of a large file where git-lfs is not installed."""
+def _detect_lfs_pointer(head: bytes, path: Path) -> OtherFile | None:
+    """The text that git checks out for a large file where git-lfs is not installed."""
     if head.startswith(b"version https://git-lfs"):
         return OtherFile("a Git LFS pointer, not the file itself", f"Fetch it: git lfs pull --include {path.name}.")
     return None
 
 
-def _archive(head: bytes, path: Path) -> OtherFile | None:
+def _detect_archive(head: bytes, path: Path) -> OtherFile | None:
     if head[:2] == b"PK":
         return _zip(path)
     if head[257:262] == b"ustar":
@@ -209,7 +210,7 @@ def _archive(head: bytes, path: Path) -> OtherFile | None:
 
 
 def _zip(path: Path) -> OtherFile:
-    """Only the list of names is read."""
+    """What a zip archive is, by the names in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -222,7 +223,7 @@ def _zip(path: Path) -> OtherFile:
     return OtherFile("a zip archive", "Unpack it, and give the bundle or plan that is in it.", is_container=True)
 
 
-def _tensors(head: bytes, path: Path) -> OtherFile | None:
+def _detect_tensors(head: bytes, path: Path) -> OtherFile | None:
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and 2 <= length <= path.stat().st_size - 8:
         return OtherFile("a checkpoint of safetensors", _EXPORT.format(path=path), is_container=True)
@@ -234,7 +235,7 @@ def _tensors(head: bytes, path: Path) -> OtherFile | None:
     return None
 
 
-def _graph(head: bytes, path: Path) -> OtherFile | None:
+def _detect_graph(head: bytes, path: Path) -> OtherFile | None:
     """ONNX is a protobuf without a magic number: field 1, the IR version, then one of the fields that can follow it."""
     follows = {0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72}
     if head[:1] != b"\x08" or len(head) < 3 or not 1 <= head[1] < 32 or head[2] not in follows:
@@ -243,8 +244,8 @@ def _graph(head: bytes, path: Path) -> OtherFile | None:
     return OtherFile("an ONNX graph, not a plan", advice, is_container=True)
 
 
-def _metadata_only(head: bytes, path: Path) -> OtherFile | None:
-    """Such a prefix with nothing of a plan behind it."""
+def _detect_metadata_only(head: bytes, path: Path) -> OtherFile | None:
+    """Ultralytics' JSON metadata without a plan after it."""
     if head[4:5] != b"{" or (length := json_prefix(_start(path, 1 << 20))) is None:
         return None
     behind = path.stat().st_size - 4 - length
@@ -257,7 +258,7 @@ def _start(path: Path, count: int) -> bytes:
         return file.read(count)
 
 
-def _well_known(head: bytes, path: Path) -> OtherFile | None:
+def _detect_well_known(head: bytes, path: Path) -> OtherFile | None:
     kinds = {
         b"\x7fELF": "a compiled program or library",
         b"\x89HDF": "an HDF5 file",
@@ -272,7 +273,7 @@ def _well_known(head: bytes, path: Path) -> OtherFile | None:
     return OtherFile(found) if found else None
 
 
-def _text(head: bytes, path: Path) -> OtherFile | None:
+def _detect_text(head: bytes, path: Path) -> OtherFile | None:
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the end may be in the middle of a character
     except UnicodeDecodeError:
@@ -284,3 +285,15 @@ def _text(head: bytes, path: Path) -> OtherFile | None:
     if b'"weight_map"' in head or path.name.endswith(".index.json"):
         return OtherFile("the index of a checkpoint in several files", _EXPORT.format(path=path))
     return OtherFile("a text file")
+
+
+_DETECTORS = (
+    _detect_empty,
+    _detect_lfs_pointer,
+    _detect_archive,
+    _detect_metadata_only,
+    _detect_tensors,
+    _detect_graph,
+    _detect_well_known,
+    _detect_text,
+)

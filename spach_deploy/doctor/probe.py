@@ -1,8 +1,8 @@
-"""Questions asked in a child process that has a few seconds to answer: a driver may hang, a library may crash.
+"""Probes: questions asked in a child process with a time limit, because a driver may hang and a library may crash.
 
-A question is a module of this package with `answer(*arguments)`, which returns plain JSON. A child that hangs is
-killed and not waited for: one that a driver holds in the kernel cannot be killed either, and would be waited for
-without end.
+A question is a module of this package with a function `answer(*arguments)` that returns plain JSON. A child that hangs
+is killed and not waited for: one that hangs inside the driver's kernel code cannot be killed, and waiting for it would
+never end.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _CHILD = (
 
 @dataclasses.dataclass(frozen=True)
 class ProbeResult:
-    """What a child said, or why it said nothing. `timed_out`: it may have been slow only."""
+    """A child's answer; `failure` says why there is none. `timed_out`: the child may only have been slow."""
 
     content: dict[str, Any] | None
-    silence: str = ""
+    failure: str = ""
     timed_out: bool = False
 
 
 class Probe:
-    """A child that is finding out something. Started at once, so that several work side by side."""
+    """A child process that answers one question. It starts at once, so that several run in parallel."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         self._started = time.monotonic()
@@ -56,7 +56,7 @@ class Probe:
         self._end()
 
     def answer(self, limit_s: float) -> ProbeResult:
-        """The answer, when it comes within `limit_s` seconds of the start."""
+        """The answer, if it comes within `limit_s` seconds of the start."""
         if self._process is None:
             return ProbeResult(None, "no process could be started")
         try:
@@ -74,7 +74,7 @@ class Probe:
 
 
 def _parse(output: bytes, returncode: int) -> ProbeResult:
-    """The last line; libraries may print others before it."""
+    """The last line of the output; libraries may print others before it."""
     if returncode < 0:
         return ProbeResult(None, f"it crashed ({signal_name(-returncode)})")
     try:

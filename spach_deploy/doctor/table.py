@@ -1,4 +1,4 @@
-"""Findings as text: a line of what there is, what it means, and the command that would change it."""
+"""The doctor's findings as text for the terminal: each fact, what it means, and the command that would change it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIRST = "spach-export --model ms_hybrid_s --fp16"
 
 
 def as_text(found: Machine | Target, *, width: int = WIDTH, color: bool = False) -> Escaped:
-    """Findings, and what follows from them: what the machine can do, or whether the target can run here."""
+    """The findings, and the conclusion: what the machine can do, or whether it can run the target."""
     lines = _machine(found, width) if isinstance(found, Machine) else _target(found, width)
     return rendered(lines, color=color)  # commands are never broken over lines: they are there to be copied
 
@@ -90,7 +90,7 @@ def _verdict(target: Target) -> tuple[str, str]:
 
 
 def _in_the_way(target: Target) -> tuple[Finding, ...]:
-    """What is wrong with the target comes first: on no machine would it run."""
+    """Findings against the target; faults of the target itself come first, because no machine would run it."""
     at_fault = tuple(finding for finding in target.findings if finding.bad_target)
     return at_fault or blockers(target.findings, Task.RUN)
 

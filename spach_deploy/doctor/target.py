@@ -1,8 +1,7 @@
-"""Findings about a bundle: its files, its golden data, what a caller has to send, and its plan against this machine.
+"""The doctor's report on a bundle or a plan: whether this machine can run it, and what would have to change if not.
 
-Findings about a plan's file: its form and size, where it comes from, and what TensorRT says of its header.
-
-Whether this machine can run a bundle or a plan, and if not why, in the terms of what would have to change.
+`about_bundle` looks at a bundle's files, golden data, inputs, plan and graph. `about_form` and `about_header` look at
+the bytes of a plan.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, 
 from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.machine import has_vnni
-from spach_deploy.doctor.capability import RUNS_ON
 from spach_deploy.doctor.commands import exporting, installing
-from spach_deploy.doctor.compatibility import PlanRequirements, compatibility
+from spach_deploy.doctor.compatibility import RUNS_ON, PlanRequirements, compatibility
 from spach_deploy.doctor.finding import Finding, Status, Task, blockers
 from spach_deploy.doctor.machine_info import MachineInfo, ask_tensorrt
-from spach_deploy.doctor.plan_file import PlanFile, find_plan, what_it_is
+from spach_deploy.doctor.plan_file import PlanFile, find_plan, identify_other_file
 from spach_deploy.doctor.probe import ProbeResult
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.command_line import quoted
@@ -33,22 +31,24 @@ from spach_deploy.options.specs import ComputeCapability, Flavour, Precision
 from spach_deploy.runtime.truncation import REMEDY, fault_of
 
 FILES = "files"
-"""The topic of what says whether a bundle's files are those that were exported."""
+"""Topic of the findings about changed files."""
 
 _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
 
 
-def about_bundle(bundle: Bundle, here: MachineInfo, ask: AskTensorRT) -> tuple[Finding, ...]:
-    """Everything about a bundle, whose files are compared with their hashes here. BundleError for a manifest with
-    entries of the wrong kind; OSError as reading its files raises it."""
+def about_bundle(bundle: Bundle, info: MachineInfo, ask: AskTensorRT) -> tuple[Finding, ...]:
+    """All findings about a bundle; compares its files with their hashes.
+
+    Raises BundleError for a manifest with entries of the wrong kind, OSError where a file cannot be read.
+    """
     plan = _requirements(bundle)
     changed = {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
     return (
         *_files(bundle, changed),
         _golden(bundle, changed),
         _inputs(bundle),
-        *_engine(bundle, plan, changed, here, ask),
-        _graph(bundle, here),
+        *_engine(bundle, plan, changed, info, ask),
+        _graph(bundle, info),
     )
 
 
@@ -114,7 +114,7 @@ def _inputs(bundle: Bundle) -> Finding:
 
 
 def _engine(
-    bundle: Bundle, plan: PlanRequirements, changed: dict[str, str], here: MachineInfo, ask: AskTensorRT
+    bundle: Bundle, plan: PlanRequirements, changed: dict[str, str], info: MachineInfo, ask: AskTensorRT
 ) -> Iterator[Finding]:
     if bundle.plan is None:
         reason = bundle.manifest.engine.why_none
@@ -127,13 +127,13 @@ def _engine(
         found = find_plan(bundle.plan)
         yield _header(plan, found, bundle)
     if plan.flavour in RUNS_ON:
-        yield from compatibility(plan, here)
+        yield from compatibility(plan, info)
     if found is not None:
-        yield from about_header(found, plan, here, ask)
+        yield from about_header(found, plan, info, ask)
 
 
 def _capabilities(gpus: tuple[str, ...]) -> tuple[ComputeCapability, ...] | None:
-    """What the manifest lists; None for anything but GPUs that are known."""
+    """The manifest's GPUs; None for anything but known GPUs."""
     try:
         return parse_gpus(",".join(gpus)) if gpus else None
     except UsageError:
@@ -141,7 +141,7 @@ def _capabilities(gpus: tuple[str, ...]) -> tuple[ComputeCapability, ...] | None
 
 
 def _header(plan: PlanRequirements, found: PlanFile | None, bundle: Bundle) -> Finding:
-    """The plan's own first bytes against the manifest: a bundle may have been put together by hand."""
+    """Compare the plan's first bytes with the manifest: somebody may have put the bundle together by hand."""
     size = bundle.file(PLAN).stat().st_size
     what = f"{plan.flavour.value} {plan.version or 'of unknown version'}, {size / 1e6:,.1f} MB"
     again = exporting(bundle, "--engine", plan.flavour.value, *_gpu_words(plan))
@@ -152,12 +152,12 @@ def _header(plan: PlanRequirements, found: PlanFile | None, bundle: Bundle) -> F
 
 
 def _gpu_words(plan: PlanRequirements) -> tuple[str, ...]:
-    """TensorRT for RTX builds for the GPUs that are named, TensorRT for the one of the machine."""
+    """The --gpu option: tensorrt-rtx builds for the GPUs that are named, tensorrt for this machine's."""
     return ("--gpu", ",".join(map(str, plan.gpus))) if plan.flavour is Flavour.TENSORRT_RTX and plan.gpus else ()
 
 
-def _graph(bundle: Bundle, here: MachineInfo) -> Finding:
-    """The graph stands in for a plan that cannot run, where ONNX Runtime is here."""
+def _graph(bundle: Bundle, info: MachineInfo) -> Finding:
+    """Whether ONNX Runtime can verify the graph here, which stands in for a plan that cannot run."""
     accept = f"{_validate(bundle)} --accept graph"
     if GRAPH not in bundle.manifest.files:
         means = "So only the plan itself can be verified, where it runs."
@@ -165,22 +165,22 @@ def _graph(bundle: Bundle, here: MachineInfo) -> Finding:
     if lacking := _lacking_data(bundle.path / GRAPH):
         means = "So the graph cannot be verified. Export it again, or copy the bundle again."
         return Finding(Status.PROBLEM, GRAPH, lacking, means, exporting(bundle), _VERIFY, bad_target=True)
-    if here.onnxruntime is None or here.onnxruntime.broken:
+    if info.onnxruntime is None or info.onnxruntime.broken:
         means = "With onnxruntime the graph that the plan was built from can be verified on the CPU."
-        wanted = str(here.requirements.get("onnxruntime"))
+        wanted = str(info.requirements.get("onnxruntime"))
         return Finding(Status.MISSING, GRAPH, "onnxruntime is not here", means, installing(wanted), _VERIFY)
     if bundle.needs_vnni and not has_vnni():
         means = "ONNX Runtime's sums of it overflow here. Run it on CPUs with avx512_vnni, avx_vnni or amx_int8."
         again = exporting(bundle)
         return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)
-    version = here.onnxruntime.files_version or next(iter(here.onnxruntime.wheels.values()), "")
+    version = info.onnxruntime.files_version or next(iter(info.onnxruntime.wheels.values()), "")
     return _in_runtime(bundle, version, accept)
 
 
 def _lacking_data(graph: Path) -> str:
-    """That weights of a graph lie in a file that is not there, or outside of the bundle; empty where all are there.
+    """Which external data file of the graph is missing or outside the bundle, as a sentence; empty where none is.
 
-    ONNX, which takes time to import, is asked only where the file has the word that names such a file in any encoding.
+    Importing onnx takes time, so it is asked only where the file contains the field name `location`.
     """
     if not graph.is_file() or not graph.stat().st_size:
         return ""
@@ -195,7 +195,9 @@ def _lacking_data(graph: Path) -> str:
 
 
 def _needs(bundle: Bundle) -> GraphNeeds | None:
-    """What the graph asks of a runtime; by its certificate, where that tells, since reading graphs takes time."""
+    """What the graph requires of a runtime: from its certificate where that says so, since reading the graph takes
+    time.
+    """
     certificate, precision = bundle.manifest.graph.certificate, bundle.manifest.precision
     has_bf16 = Precision.BF16 in (precision.asked, precision.rest)
     if certificate.opset is None or certificate.ir_version is None or has_bf16:
@@ -204,7 +206,7 @@ def _needs(bundle: Bundle) -> GraphNeeds | None:
 
 
 def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
-    """Whether the ONNX Runtime that is here loads the graph: as it is, or rounded to FP32 by spach-validate."""
+    """Whether the installed ONNX Runtime loads the graph: as it is, or rounded to FP32 by spach-validate."""
     known, needs = runtimes().onnxruntime(version), _needs(bundle)
     misfit = known.misfit(needs, on_gpu=False) if known and needs else ""
     if known is not None and known.truncates_fp16 and bundle.quantizes_fp16:
@@ -221,13 +223,13 @@ def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
 
 
 AskTensorRT = Callable[[Flavour, bytes], ProbeResult]
-"""What the installed TensorRT says of a plan's first bytes: see `here.ask_tensorrt`."""
+"""Asks the installed TensorRT about a plan's first bytes: `machine_info.ask_tensorrt`, or a fake in tests."""
 
 _CUDA_ERROR = "CUDA_ERROR"
 
 
 def about_form(path: Path, plan: PlanFile) -> Iterator[Finding]:
-    """Is it a plan and nothing else, and all of it."""
+    """Whether the file is a plan, whole, and nothing else."""
     name, size = quoted(path), f"{plan.total_bytes - plan.offset:,} bytes"
     if plan.offset:
         what = f"{plan.before} stand before the plan"
@@ -255,16 +257,16 @@ def about_form(path: Path, plan: PlanFile) -> Iterator[Finding]:
 
 
 def about_origin() -> Finding:
-    """A plan alone."""
+    """A plan without a manifest."""
     means = "So nothing tells what it computes, its input profile or whether it was changed; there is no golden data."
     export = "spach-export --checkpoint FILE --fp16"
     return Finding(Status.MISSING, "manifest", "none beside it", means, export, _VERIFY)
 
 
-def about_header(file: PlanFile, plan: PlanRequirements, here: MachineInfo, ask: AskTensorRT) -> Iterator[Finding]:
-    """What TensorRT itself says of the header, where there is a GPU to say it of; it loads nothing."""
-    package = here.tensorrt.get(file.flavour)
-    if file.flavour is not Flavour.TENSORRT_RTX or package is None or package.error or not here.driver.gpus:
+def about_header(file: PlanFile, plan: PlanRequirements, info: MachineInfo, ask: AskTensorRT) -> Iterator[Finding]:
+    """What TensorRT says of the header, without loading the plan; only where there is a GPU."""
+    package = info.tensorrt.get(file.flavour)
+    if file.flavour is not Flavour.TENSORRT_RTX or package is None or package.error or not info.driver.gpus:
         return
     said = ask(file.flavour, file.head).content or {}
     validity, flaws = said.get("validity"), [flaw for flaw in said.get("flaws", ()) if flaw != _CUDA_ERROR]
@@ -276,7 +278,7 @@ def about_header(file: PlanFile, plan: PlanRequirements, here: MachineInfo, ask:
         yield Finding(Status.OK, topic, f"valid but not the best, {asked}", means)
     elif validity == "INVALID" and flaws:
         means = f"It will not load: {', '.join(flaws).lower().replace('_', ' ')}."
-        again = plan.rebuilt("--engine", file.flavour.value, "--gpu", str(here.driver.gpus[0].capability))
+        again = plan.rebuilt("--engine", file.flavour.value, "--gpu", str(info.driver.gpus[0].capability))
         yield Finding(Status.PROBLEM, topic, f"invalid, {asked}", means, again, _RUN)
     elif validity == "INVALID":  # seen where CUDA does not work, with no flaw named
         means = "It will not load, and no flaw is named: tensorrt-rtx could not use the GPU."
@@ -289,7 +291,7 @@ _LISTED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What was found about a target. `name` says in words what it is."""
+    """The findings about a target. `name` says in words what it is."""
 
     path: str
     name: str
@@ -297,17 +299,19 @@ class Target:
 
     @property
     def can_run(self) -> bool:
-        """Whether nothing found stands in the way; TensorRT has the last word."""
+        """Whether no finding blocks running it; TensorRT has the last word."""
         return not blockers(self.findings, Task.RUN)
 
     @property
     def is_bad(self) -> bool:
-        """Whether the target itself is at fault, wherever it would run."""
+        """Whether the target itself is at fault, on any machine."""
         return any(finding.bad_target for finding in self.findings)
 
     @property
     def exit_code(self) -> int:
-        """0 it can run here, 3 it cannot, 2 the target itself is at fault, 1 its files are not what was exported."""
+        """0 it can run here; 3 it cannot; 2 the target itself is at fault; 1 its files are not those that were
+        exported.
+        """
         if any(finding.bad_target and finding.topic == FILES for finding in self.findings):
             return ChangedFileError.exit_code
         return 2 if self.is_bad else 0 if self.can_run else 3
@@ -324,19 +328,19 @@ class Target:
         }
 
 
-def examine_target(path: Path, here: MachineInfo, ask: AskTensorRT = ask_tensorrt) -> Target:
-    """What a bundle, a file of a bundle, or a plan from anywhere needs, against what is here.
+def examine_target(path: Path, info: MachineInfo, ask: AskTensorRT = ask_tensorrt) -> Target:
+    """Findings about a bundle, a file of a bundle, or a plan from anywhere.
 
-    `ask` is what the installed TensorRT says of a plan's header. Raises UsageError for what is neither a bundle nor a
-    plan, with what it is.
+    `ask` asks the installed TensorRT about a plan's header. Raises UsageError for a file that is neither, saying what
+    it is.
     """
     try:
         if path.is_dir():
-            return _directory(path, here, ask)
+            return _directory(path, info, ask)
         if path.name == PLAN and not path.exists() and (path.parent / MANIFEST).is_file():
-            return _bundle(path, Bundle.open(path.parent, verify=False), here, ask)
+            return _bundle(path, Bundle.open(path.parent, verify=False), info, ask)
         _check_is_file(path)
-        return _file(path, here, ask)
+        return _file(path, info, ask)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}).", "Check its permissions.") from None
 
@@ -348,9 +352,9 @@ def _check_is_file(path: Path) -> None:
         raise UsageError(f"{path} is neither a file nor a directory.", "Give a bundle directory or an engine.plan.")
 
 
-def _directory(path: Path, here: MachineInfo, ask: AskTensorRT) -> Target:
+def _directory(path: Path, info: MachineInfo, ask: AskTensorRT) -> Target:
     if (path / MANIFEST).is_file():
-        return _bundle(path, Bundle.open(path, verify=False), here, ask)
+        return _bundle(path, Bundle.open(path, verify=False), info, ask)
     inside = sorted(found for suffix in _PLAN_SUFFIXES for found in _within(path, suffix))
     if not inside:
         raise BundleError(f"{path} is a directory without {MANIFEST}, so it is no bundle.", "Give a bundle or a plan.")
@@ -361,47 +365,47 @@ def _directory(path: Path, here: MachineInfo, ask: AskTensorRT) -> Target:
 
 
 def _within(path: Path, suffix: str) -> Iterator[Path]:
-    """Three levels down, as Triton's model repositories have them."""
+    """Files in `path` down to three levels, the depth of Triton's model repositories."""
     for depth in ("", "*/", "*/*/"):
         yield from path.glob(f"{depth}*{suffix}")
 
 
-def _file(path: Path, here: MachineInfo, ask: AskTensorRT) -> Target:
+def _file(path: Path, info: MachineInfo, ask: AskTensorRT) -> Target:
     directory = path.parent
     if path.name in (MANIFEST, PLAN) and (directory / MANIFEST).is_file():
-        return _bundle(path, Bundle.open(directory, verify=False), here, ask)
+        return _bundle(path, Bundle.open(directory, verify=False), info, ask)
     plan = find_plan(path)
-    other = what_it_is(path) if plan is None or plan.offset else None
+    other = identify_other_file(path) if plan is None or plan.offset else None
     if plan is None or (other is not None and other.is_container):
         assert other is not None
         inside = f", with a plan inside it from byte {plan.offset} on" if plan is not None else ""
         raise UsageError(f"{path} is {other.kind}{inside}.", other.advice)
     if (bundle := _bundle_of(path)) is not None:
-        return _bundle(directory, bundle, here, ask)
-    return _plan(path, plan, here, ask)
+        return _bundle(directory, bundle, info, ask)
+    return _plan(path, plan, info, ask)
 
 
 def _bundle_of(path: Path) -> Bundle | None:
-    """The bundle beside a plan of another name, if it is that bundle's plan."""
+    """The bundle in the same folder, if a plan of another name is that bundle's plan."""
     if not (path.parent / MANIFEST).is_file():
         return None
     bundle = Bundle.open(path.parent, verify=False)
     return bundle if bundle.manifest.sha256(PLAN) == sha256_of(path) else None
 
 
-def _plan(path: Path, plan: PlanFile, here: MachineInfo, ask: AskTensorRT) -> Target:
+def _plan(path: Path, plan: PlanFile, info: MachineInfo, ask: AskTensorRT) -> Target:
     name = f"a plan of {plan.flavour.value}, version {plan.version or 'not known'}"
     known = PlanRequirements(plan.flavour, plan.version, plan.gpus, plan.newer_gpus)
     findings = (
         *about_form(path, plan),
         about_origin(),
-        *compatibility(known, here),
-        *about_header(plan, known, here, ask),
+        *compatibility(known, info),
+        *about_header(plan, known, info, ask),
     )
     return Target(str(path), name, findings)
 
 
-def _bundle(path: Path, bundle: Bundle, here: MachineInfo, ask: AskTensorRT) -> Target:
-    findings = about_bundle(bundle, here, ask)
+def _bundle(path: Path, bundle: Bundle, info: MachineInfo, ask: AskTensorRT) -> Target:
+    findings = about_bundle(bundle, info, ask)
     name, precision = bundle.manifest.model.name, bundle.manifest.precision.asked.value
     return Target(str(path), f"{name} in {precision}, a bundle", findings)

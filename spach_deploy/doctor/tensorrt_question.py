@@ -1,8 +1,7 @@
-"""Asked in a child: does a TensorRT's package import, libraries and all; and what it says of a plan's header.
+"""Whether a TensorRT package imports, and what it says of a plan's header. Runs in a child process (`probe`).
 
-TensorRT for RTX can judge a plan by its header alone (`Runtime.get_engine_validity`), without loading it; loading a
-plan from elsewhere would mean running its code. Source: TensorRT for RTX, "Engine Compatibility", "Compatibility
-Checks".
+TensorRT for RTX can judge a plan by its header alone (`Runtime.get_engine_validity`). Loading a plan from elsewhere
+would mean running its code. Source: TensorRT for RTX, "Engine Compatibility", "Compatibility Checks".
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 
 def answer(module: str, header: str = "") -> dict[str, Any]:
-    """Version and, with a plan's first bytes in hex, `validity` and the `flaws` found; or `error`."""
+    """The package's version, or `error`; with a plan's first bytes in hex also `validity` and `flaws`."""
     try:
         trt = importlib.import_module(module)
         found: dict[str, Any] = {"version": str(getattr(trt, "__version__", ""))}
@@ -22,7 +21,9 @@ def answer(module: str, header: str = "") -> dict[str, Any]:
 
 
 def judge(trt: Any, header: bytes) -> dict[str, Any]:
-    """`validity` (VALID, SUBOPTIMAL, INVALID) and `flaws`, the names of its diagnostics; {} where it cannot tell."""
+    """`validity` (VALID, SUBOPTIMAL, INVALID) and `flaws`, the names of its diagnostics; {} where this TensorRT cannot
+    tell.
+    """
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     if not hasattr(runtime, "get_engine_validity") or len(header) < runtime.engine_header_size:
         return {}

@@ -14,7 +14,7 @@ from click import Command
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.machine import FolderCheck, Memory
-from spach_deploy.doctor.capability import builders, runners
+from spach_deploy.doctor.compatibility import builders, runners
 from spach_deploy.doctor.driver import Driver
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine import Machine, examine_machine

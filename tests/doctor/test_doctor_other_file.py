@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spach_deploy.doctor.plan_file import what_it_is
+from spach_deploy.doctor.plan_file import identify_other_file
 from tests.doctor.plans import with_metadata
 
 
@@ -67,7 +67,7 @@ def test_kinds(kind: str, tmp_path: Path) -> None:
     content, says = KINDS[kind]
     file = tmp_path / "engine.plan"
     file.write_bytes(content)
-    other = what_it_is(file)
+    other = identify_other_file(file)
     assert says in other.kind
     assert other.advice.endswith(".")
 
@@ -80,7 +80,7 @@ def test_real_onnx_files(tmp_path: Path) -> None:
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [value], [value])
     for fields in ({}, {"producer_name": "pytorch"}, {"doc_string": "text"}):
         onnx.save(helper.make_model(graph, **fields), tmp_path / "model.onnx")
-        assert "ONNX" in what_it_is(tmp_path / "model.onnx").kind
+        assert "ONNX" in identify_other_file(tmp_path / "model.onnx").kind
 
 
 def test_nothing_in_a_pickle_is_executed(tmp_path: Path) -> None:
@@ -89,5 +89,5 @@ def test_nothing_in_a_pickle_is_executed(tmp_path: Path) -> None:
             return Path.mkdir, (Path(tmp_path / "harm"),)  # type: ignore[return-value]
 
     (tmp_path / "engine.plan").write_bytes(pickle.dumps(Harm()))
-    assert "pickle" in what_it_is(tmp_path / "engine.plan").kind
+    assert "pickle" in identify_other_file(tmp_path / "engine.plan").kind
     assert not (tmp_path / "harm").exists()

@@ -49,7 +49,7 @@ def test_one_that_hangs_is_left(asked: Any) -> None:
     """It ignores every signal that can be ignored, as one held by a driver would ignore all."""
     found = asked("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", 0.5)
     assert (found.content, found.timed_out) == (None, True)
-    assert found.silence == "nothing within 0.5 s"
+    assert found.failure == "nothing within 0.5 s"
 
 
 def test_one_that_crashes(asked: Any) -> None:
@@ -61,14 +61,14 @@ def test_one_that_crashes(asked: Any) -> None:
 def test_one_that_says_nothing_of_use(asked: Any, body: str) -> None:
     found = asked(body)
     assert found.content is None
-    assert found.silence
+    assert found.failure
     assert not found.timed_out
 
 
 def test_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/no/such/python")
     with Probe("some_question") as question:
-        assert question.answer(LONG_S).silence == "no process could be started"
+        assert question.answer(LONG_S).failure == "no process could be started"
 
 
 def test_the_current_directory_is_not_imported_from(
