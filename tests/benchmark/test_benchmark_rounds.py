@@ -336,7 +336,7 @@ def test_answers_come_in_whole_batches_of_all_images() -> None:
         seen.append(fed.tolist())
         return fed[:, None] * 10.0
 
-    answers = worker._answers(OpenRunner(run), np.arange(5), 3)
+    answers = worker._first_outputs(OpenRunner(run), np.arange(5), 3)
     assert seen == [[0, 1, 2], [3, 4, 0]]
     assert answers.logits.ravel().tolist() == [0, 10, 20, 30, 40]
 

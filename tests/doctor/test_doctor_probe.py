@@ -235,7 +235,7 @@ def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Non
     package.mkdir()
     for name in ("driver_question", "tensorrt_question"):
         (package / f"{name}.py").write_text(f"import os, time\ndef answer(*arguments):\n    {body}\n")
-    monkeypatch.setattr(here_module, "_QUESTIONS", "other_questions")
+    monkeypatch.setattr(here_module, "_PACKAGE", "other_questions")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
