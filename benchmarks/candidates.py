@@ -13,13 +13,15 @@ import onnx_ir as ir
 from spach_deploy.graph.editing import (
     NodeWriter,
     constant,
-    data_of,
     is_read,
     is_transpose,
     mark_float32,
+    name_of,
     new_node,
+    operand,
     replace_nodes,
     shapes_at_batch_one,
+    tensor_of,
 )
 from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
@@ -37,7 +39,7 @@ def _spelt_out(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
     axis = constant(graph, "layer_norm.axis", [-1])
     epsilon = np.array([node.attributes.get_float("epsilon", 1e-5)], np.float32)
     x, weight, bias = node.inputs
-    writer = NodeWriter(node.name or "")
+    writer = NodeWriter(name_of(node))
     add = writer.add
     centred = add("Sub", "centred", x, add("ReduceMean", "mean", x, axis, keepdims=1))
     squares = add("Mul", "squares", centred, centred)
@@ -52,9 +54,9 @@ def _spelt_out(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
 def take_squares_in_one_pass(model: ir.Model) -> int:
     """GroupNorm's statistics of a token from its values and their squares, so that neither waits for the other."""
     by_name = {node.name: node for node in model.graph}
-    found = [node for node in model.graph if (node.name or "").endswith("/token_squares")]
+    found = [node for node in model.graph if name_of(node).endswith("/token_squares")]
     for node in found:
-        path = (node.name or "").rpartition("/")[0]
+        path = name_of(node).rpartition("/")[0]
         for slot in (0, 1):
             node.replace_input_with(slot, by_name[f"{path}/rows"].outputs[0])
         power = by_name[f"{path}/token_power"]  # variance + mean^2 is the mean of the squares
@@ -80,7 +82,7 @@ def _patches_as_gemm(model: ir.Model, is_wanted: Callable[[ir.Node | None], bool
     for node in [node for node in graph if _is_of_patches(node)]:
         image, follower = node.inputs[0], node.outputs[0].consumers()[0]
         if image is not None and is_wanted(image.producer()) and is_transpose(follower, TO_CHANNELS_LAST):
-            replace_nodes([node, follower], _gemm(graph, node, image, shapes[image.name or ""]))
+            replace_nodes([node, follower], _gemm(graph, node, image, shapes[name_of(image)]))
             changed += 1
     _remove_unused(graph)
     return changed
@@ -97,9 +99,8 @@ def _is_of_patches(node: ir.Node) -> bool:
 
 def _gemm(graph: ir.Graph, node: ir.Node, image: ir.Value, shape: tuple[int, ...]) -> list[ir.Node]:
     """Nodes from the image, (B, C, H, W) or (B, H, W, C) where a transpose made the former of it, to (B, H, W, C)."""
-    name, source = node.name or "", image.producer()
-    assert node.inputs[1] is not None
-    weight = data_of(node.inputs[1])
+    name, source = name_of(node), image.producer()
+    weight = tensor_of(operand(node, 1)).numpy()
     out, channels, height, width = weight.shape
     rows, columns = shape[2] // height, shape[3] // width
     if source is not None and is_transpose(source, TO_CHANNELS_FIRST):

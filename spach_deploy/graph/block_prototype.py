@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from spach_deploy.common.errors import CertificateError
+from spach_deploy.graph.editing import name_of
 from spach_deploy.rewrites.base import own
 from spach_deploy.rewrites.static_modules import StaticBlock, StaticSpach
 
@@ -95,7 +96,7 @@ def stamp_blocks(model: ir.Model, repeats: Mapping[str, tuple[str, ...]], weight
     stamped = _StampedGraph(source, repeats, Parameters(weights))
     blocks = _nodes_by_block(source, repeats)
     for node in source:
-        block = block_of(node.name or "", repeats)
+        block = block_of(name_of(node), repeats)
         if block is None:
             stamped.copy(node)
         elif node is blocks[block][0]:
@@ -147,8 +148,8 @@ class _StampedGraph:
     def copy(self, node: ir.Node, block: str = "", copy: str = "") -> None:
         """Append a node of the source, of `block` as one of its `copy`."""
         inputs = [None if value is None else self._read(value, block, copy) for value in node.inputs]
-        outputs = [ir.val(_moved(value.name or "", block, copy)) for value in node.outputs]
-        name, attributes = _moved(node.name or "", block, copy), tuple(node.attributes.values())
+        outputs = [ir.val(_moved(name_of(value), block, copy)) for value in node.outputs]
+        name, attributes = _moved(name_of(node), block, copy), tuple(node.attributes.values())
         props = dict(node.metadata_props)
         self._nodes.append(
             ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name, metadata_props=props)
@@ -158,7 +159,7 @@ class _StampedGraph:
     def _read(self, value: ir.Value, block: str, copy: str) -> ir.Value:
         if value in self.values:
             return self.values[value]
-        name = self._parameters.canonical(_moved(value.name or "", block, copy))
+        name = self._parameters.canonical(_moved(name_of(value), block, copy))
         if name not in self._constants:
             self._constants[name] = ir.val(name, const_value=self._tensor(name))
         return self._constants[name]
@@ -190,7 +191,7 @@ class _StampedGraph:
 def _nodes_by_block(graph: ir.Graph, repeats: Mapping[str, tuple[str, ...]]) -> dict[str, list[ir.Node]]:
     blocks: dict[str, list[ir.Node]] = {block: [] for block in repeats}
     for node in graph:
-        block = block_of(node.name or "", repeats)
+        block = block_of(name_of(node), repeats)
         if block is not None:
             blocks[block].append(node)
     return blocks
@@ -220,7 +221,7 @@ def _stamp_run(
 def _check_constants(source: ir.Graph, nodes: list[ir.Node], block: str) -> None:
     """Float tensors in a block are its own parameters, under their own names; anything else could not be exchanged."""
     read = {value for node in nodes for value in node.inputs if value is not None and not _is_made(source, value)}
-    floats = {value.name or "" for value in read if value.dtype == ir.DataType.FLOAT and value.shape}
+    floats = {name_of(value) for value in read if value.dtype == ir.DataType.FLOAT and value.shape}
     foreign = sorted(name for name in floats if not name.startswith(f"{block}."))
     if foreign:
         raise CertificateError(f"Block {block} reads {foreign}, which are not parameters of its own.")
@@ -236,7 +237,7 @@ def _incoming(source: ir.Graph, nodes: list[ir.Node], block: str) -> ir.Value:
     read = {value for node in nodes for value in node.inputs if value is not None and value not in inside}
     found = {value for value in read if _is_made(source, value)}
     if len(found) != 1:
-        names = sorted(value.name or "" for value in found)
+        names = sorted(name_of(value) for value in found)
         raise CertificateError(f"Block {block} reads {names}; a block reads one tensor, the stream.")
     return found.pop()
 
@@ -245,7 +246,7 @@ def _outgoing(nodes: list[ir.Node], block: str) -> ir.Value:
     inside = set(nodes)
     found = [value for node in nodes for value in node.outputs if not inside.issuperset(value.consumers())]
     if len(found) != 1:
-        names = sorted(value.name or "" for value in found)
+        names = sorted(name_of(value) for value in found)
         raise CertificateError(f"Block {block} hands out {names}; a block makes one tensor, the stream.")
     return found[0]
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx import ModelProto, TypeProto
 
 from spach_deploy.common.errors import CertificateError
-from spach_deploy.graph.editing import without_weights
+from spach_deploy.graph.editing import name_of, without_weights
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.opset import opset_of
 from spach_deploy.runtime.onnxruntime_runner import tensor_proto
@@ -70,7 +70,7 @@ def certify(model: ir.Model, modules: Collection[str]) -> Certificate:
     if problems:
         raise CertificateError(f"The exported graph cannot be certified: {'; '.join(problems)}.")
     operators = dict(Counter(node.op_type for node in model.graph).most_common())
-    named = len({owner(node.name or "") for node in model.graph})
+    named = len({owner(name_of(node)) for node in model.graph})
     return Certificate(
         opset_of(model), model.ir_version, len(model.graph), operators, next(iter(symbolic), None), named
     )
@@ -126,5 +126,5 @@ def _unused(model: ir.Model) -> list[str]:
 
 def _unnamed(model: ir.Model, modules: Collection[str]) -> list[str]:
     allowed = {*modules, "model", "io"}
-    strange = [node.name or "" for node in model.graph if owner(node.name or "") not in allowed]
+    strange = [name_of(node) for node in model.graph if owner(name_of(node)) not in allowed]
     return [f"nodes without a module path: {', '.join(strange[:5])}"] if strange else []

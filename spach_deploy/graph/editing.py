@@ -104,12 +104,6 @@ def array_of(value: ir.Value | None) -> NDArray[Any] | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def data_of(value: ir.Value) -> NDArray[Any]:
-    """What an initializer holds."""
-    assert value.const_value is not None
-    return value.const_value.numpy()
-
-
 def set_ints(node: ir.Node, attribute: str, values: Sequence[int]) -> None:
     """Give a node an attribute of integers, in the place of the one of that name."""
     node.attributes[attribute] = ir.AttrInt64s(attribute, values)

@@ -28,7 +28,7 @@ from onnx import ModelProto
 
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph.block_prototype import Prototype, block_of, make_prototype, stamp_blocks, with_ordinary_weights
-from spach_deploy.graph.editing import array_of, as_proto
+from spach_deploy.graph.editing import array_of, as_proto, name_of
 from spach_deploy.graph.names import name_by_module
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.options.specs import OPSET
@@ -36,6 +36,10 @@ from spach_deploy.rewrites.static_modules import StaticSpach
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+INPUT, LOGITS, BATCH = "input", "logits", "batch"
+_TRACED_BATCH = 3
 
 
 def free_batch(model: ir.Model, traced: int, name: str) -> None:
@@ -52,7 +56,7 @@ def free_batch(model: ir.Model, traced: int, name: str) -> None:
         shape = node.inputs[1] if node.op_type == "Reshape" else None
         extents = array_of(shape)
         if shape is not None and extents is not None and extents[0] > 0:
-            freed = np.array(_freed(extents.tolist(), traced, node.name or ""), np.int64)
+            freed = np.array(_freed(extents.tolist(), traced, name_of(node)), np.int64)
             shape.const_value = ir.Tensor(freed, name=shape.name)
 
 
@@ -60,10 +64,6 @@ def _freed(shape: list[int], traced: int, node: str) -> list[int]:
     if shape[0] % traced or -1 in shape:
         raise CertificateError(f"{node} reshapes to {shape}, from which the batch cannot be told.")
     return [-1, *shape[1:]]
-
-
-INPUT, LOGITS, BATCH = "input", "logits", "batch"
-_TRACED_BATCH = 3
 
 
 def export_canonical(model: StaticSpach, image_size: int) -> ir.Model:

@@ -28,6 +28,7 @@ from spach_deploy.graph.editing import (
     array_of,
     constant,
     mark_float32,
+    name_of,
     remove_unused_initializers,
     replace_nodes,
 )
@@ -113,7 +114,7 @@ def _types_fit(schema: OpSchema, node: ir.Node, types: Mapping[str, int]) -> Ite
     for index, value in enumerate(node.inputs):
         if value is not None:
             formal = schema.inputs[min(index, len(schema.inputs) - 1)]
-            yield _spelt(types.get(value.name or "", TensorProto.FLOAT)) in formal.types
+            yield _spelt(types.get(name_of(value), TensorProto.FLOAT)) in formal.types
 
 
 def _spelt(kind: int) -> str:
@@ -191,7 +192,7 @@ def _gelu(graph: ir.Graph, node: ir.Node) -> None:
     scale, one, half = (
         constant(graph, f"gelu.{label}", np.array([value], np.float32)) for label, value in values.items()
     )
-    x, writer = node.inputs[0], NodeWriter(node.name or "")
+    x, writer = node.inputs[0], NodeWriter(name_of(node))
     erf = writer.add("Erf", "erf", writer.add("Mul", "scaled", x, scale))
     doubled = writer.add("Mul", "doubled", x, writer.add("Add", "shifted", erf, one))
     writer.add("Mul", "halved", doubled, half)

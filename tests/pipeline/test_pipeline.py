@@ -28,7 +28,7 @@ from spach_deploy.bundle.schema import FileEntry
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, MismatchError
 from spach_deploy.common.progress import ExportObserver, Phase
-from spach_deploy.graph.editing import data_of
+from spach_deploy.graph.editing import tensor_of
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import apply_passes
 from spach_deploy.models.demo import load_demo_weights
@@ -402,7 +402,7 @@ def test_a_graph_that_computes_something_else_is_exit_1_and_not_written(old: Pat
 
 def spoilt(model: ir.Model) -> None:
     """The largest weight, 1 % larger."""
-    weights = {name: data_of(value) for name, value in model.graph.initializers.items()}
+    weights = {name: tensor_of(value).numpy() for name, value in model.graph.initializers.items()}
     name, weight = max(weights.items(), key=lambda item: item[1].size)
     model.graph.initializers[name].const_value = ir.Tensor(weight * np.float32(1.01), name=name)
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from spach_deploy.common.errors import CertificateError
-from spach_deploy.graph.editing import constant, is_transpose, new_node, permutation, shapes_at_batch_one
+from spach_deploy.graph.editing import (
+    constant,
+    is_transpose,
+    name_of,
+    new_node,
+    operand,
+    permutation,
+    shapes_at_batch_one,
+)
 from spach_deploy.graph.names import owner
 
 TO_CHANNELS_FIRST, TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
@@ -25,23 +33,23 @@ def restore_block_boundaries(model: ir.Model, *, is_grid: bool) -> tuple[str, ..
     _drop_idle_transposes(graph)
     shapes = {} if is_grid else shapes_at_batch_one(model)
     changed: list[str] = []
-    for conv in [node for node in graph if (node.name or "").endswith(".cpe_net.net.1/Conv")]:
-        block, source = owner(conv.name or "").removesuffix(".cpe_net.net.1"), conv.inputs[0]
-        maker = None if source is None else source.producer()
-        if source is None or maker is None or owner(maker.name or "").startswith(f"{block}."):
+    for conv in [node for node in graph if name_of(node).endswith(".cpe_net.net.1/Conv")]:
+        block, source = owner(name_of(conv)).removesuffix(".cpe_net.net.1"), operand(conv, 0)
+        maker = source.producer()
+        if maker is None or owner(name_of(maker)).startswith(f"{block}."):
             continue
-        shape = shapes.get(source.name or "")
+        shape = shapes.get(name_of(source))
         _enter(graph, conv, _leave(graph, maker, shape), block, shape)
-        changed.append(conv.name or "")
+        changed.append(name_of(conv))
     return tuple(changed)
 
 
 def _drop_idle_transposes(graph: ir.Graph) -> None:
     """Take out what moves nothing: two moves that cancel each other, as onnxsim before 0.8 joins them."""
     for node in list(graph):
-        order, source = permutation(node), node.inputs[0] if node.inputs else None
-        if source is not None and order and is_transpose(node, range(len(order))):
-            node.outputs[0].replace_all_uses_with(source)
+        order = permutation(node)
+        if order and is_transpose(node, range(len(order))):
+            node.outputs[0].replace_all_uses_with(operand(node, 0))
             graph.remove(node, safe=True)
 
 
@@ -50,7 +58,7 @@ def _leave(graph: ir.Graph, source: ir.Node, shape: tuple[int, ...] | None) -> i
 
     Raises CertificateError where one reads something else.
     """
-    readers, layer = source.outputs[0].consumers(), _layer(source.name or "")
+    readers, layer = source.outputs[0].consumers(), _layer(name_of(source))
     nodes = [_transpose(source.outputs[0], f"{layer}/channels_last", TO_CHANNELS_LAST)]
     if shape is not None:
         _, channels, height, width = shape

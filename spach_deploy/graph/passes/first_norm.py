@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, replace_nodes, shapes_at_batch_one
+from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, name_of, replace_nodes, shapes_at_batch_one
 
 NAME = "spell_first_norm"
 _NODE = "norm1/LayerNormalization"
@@ -23,9 +23,9 @@ _NODE = "norm1/LayerNormalization"
 def spell_first_norm(model: ir.Model) -> tuple[str, ...]:
     """Spell out the norm behind the stem, in place; its name, or nothing where tokens travel as a grid."""
     norm = next((node for node in model.graph if node.name == _NODE), None)
-    if norm is None or norm.inputs[0] is None:
+    if norm is None:
         return ()
-    shape = shapes_at_batch_one(model)[norm.inputs[0].name or ""]
+    shape = shapes_at_batch_one(model)[name_of(norm.inputs[0])]
     if len(shape) != 3:
         return ()
     replace_nodes([norm], _spelt_out(model.graph, norm, *shape[1:]))

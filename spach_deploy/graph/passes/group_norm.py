@@ -37,6 +37,8 @@ from spach_deploy.graph.editing import (
     constant,
     is_transpose,
     mark_float32,
+    name_of,
+    operand,
     remove_unused_initializers,
     replace_nodes,
     shapes_at_batch_one,
@@ -64,9 +66,8 @@ def _split(model: ir.Model, *, for_cpu: bool) -> tuple[str, ...]:
     for norm in [node for node in graph if node.op_type == "InstanceNormalization"]:
         before, chain = _before(norm), _chain(norm)
         if is_transpose(chain[-1], TO_CHANNELS_LAST):
-            source, name = before.inputs[0], owner(norm.name or "")
-            assert source is not None
-            _, channels, height, width = shapes[source.name or ""]
+            source, name = operand(before, 0), owner(name_of(norm))
+            _, channels, height, width = shapes[name_of(source)]
             rows = [-1, height, width, channels] if for_cpu else [-1, height * width, 1, channels]
             stored = _constants(graph, norm, chain, rows)
             new = _two_level(name, source, stored, _row_by_row if for_cpu else _one_reduction)
@@ -78,7 +79,7 @@ def _split(model: ir.Model, *, for_cpu: bool) -> tuple[str, ...]:
 
 def _before(norm: ir.Node) -> ir.Node:
     """The Reshape in front of the normalization."""
-    node = None if norm.inputs[0] is None else norm.inputs[0].producer()
+    node = operand(norm, 0).producer()
     if node is None:
         raise LookupError(f"nothing makes the input of {norm.name}")
     return node
@@ -100,7 +101,7 @@ def _constant_input(node: ir.Node) -> ir.Value | None:
 
 def _constants(graph: ir.Graph, norm: ir.Node, chain: list[ir.Node], rows: list[int]) -> dict[str, ir.Value]:
     """Shape of the view, scale, shift and epsilon of one GroupNorm, and the axes that all share."""
-    name = owner(norm.name or "")
+    name = owner(name_of(norm))
     stored = {"view": constant(graph, f"{name}.rows", rows)}
     for label, op_type, neutral in (("scale", "Mul", np.ones), ("shift", "Add", np.zeros)):
         found = (array_of(_constant_input(node)) for node in chain if node.op_type == op_type)

@@ -14,11 +14,13 @@ import onnx_ir as ir
 from spach_deploy.graph.editing import (
     array_of,
     constant,
-    data_of,
     is_marked_quantized,
+    name_of,
     new_node,
+    operand,
     remove_unused_initializers,
     replace_nodes,
+    tensor_of,
 )
 
 NAME = "linear_as_matmul"
@@ -33,7 +35,7 @@ def linear_as_matmul(model: ir.Model) -> tuple[str, ...]:
     for node in chosen:
         replace_nodes([node], _product(graph, node))
     remove_unused_initializers(graph)
-    return tuple(node.name or "" for node in chosen)
+    return tuple(name_of(node) for node in chosen)
 
 
 def _is_candidate(node: ir.Node) -> bool:
@@ -57,7 +59,7 @@ def _rows(node: ir.Node) -> ir.Node | None:
 
 def _maker(node: ir.Node) -> ir.Node | None:
     """Of its first input."""
-    return None if node.inputs[0] is None else node.inputs[0].producer()
+    return operand(node, 0).producer()
 
 
 def _add_axis(graph: ir.Graph, node: ir.Node) -> None:
@@ -71,15 +73,14 @@ def _add_axis(graph: ir.Graph, node: ir.Node) -> None:
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     name = f"{weight.name}/transposed"
     found = graph.initializers.get(name)
-    return constant(graph, name, data_of(weight).T) if found is None else found
+    return constant(graph, name, tensor_of(weight).numpy().T) if found is None else found
 
 
 def _product(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
     """The product keeps the node's name."""
-    x, weight, *bias = node.inputs
-    assert weight is not None
-    inputs = [x, _transposed(graph, weight)]
+    x, _, *bias = node.inputs
+    inputs = [x, _transposed(graph, operand(node, 1))]
     if not bias:
-        return [new_node("MatMul", inputs, node.name or "")]
-    product = new_node("MatMul", inputs, node.name or "", [f"{node.name}/product"])
+        return [new_node("MatMul", inputs, name_of(node))]
+    product = new_node("MatMul", inputs, name_of(node), [f"{node.name}/product"])
     return [product, new_node("Add", [product.outputs[0], *bias], f"{node.name}/bias")]

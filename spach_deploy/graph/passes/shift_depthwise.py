@@ -17,13 +17,15 @@ import onnx_ir as ir
 from spach_deploy.graph.editing import (
     NodeWriter,
     constant,
-    data_of,
     is_marked_quantized,
     is_read,
     is_transpose,
     mark_float32,
+    name_of,
+    operand,
     remove_unused_initializers,
     replace_nodes,
+    tensor_of,
 )
 from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
@@ -36,7 +38,7 @@ def shift_depthwise(model: ir.Model) -> tuple[str, ...]:
     for conv in changed:
         _take_apart(model.graph, conv)
     remove_unused_initializers(model.graph)
-    return tuple(conv.name or "" for conv in changed)
+    return tuple(name_of(conv) for conv in changed)
 
 
 def _is_candidate(node: ir.Node) -> bool:
@@ -63,9 +65,8 @@ def is_depthwise_3x3(node: ir.Node) -> bool:
 
 def _take_apart(graph: ir.Graph, conv: ir.Node) -> None:
     (after,) = conv.outputs[0].consumers()
-    source = conv.inputs[0]
-    assert source is not None
-    before, writer = source.producer(), NodeWriter(conv.name or "")
+    source = operand(conv, 0)
+    before, writer = source.producer(), NodeWriter(name_of(conv))
     if before is not None and is_transpose(before, TO_CHANNELS_FIRST):
         x = before.inputs[0]
     else:
@@ -78,9 +79,8 @@ def _take_apart(graph: ir.Graph, conv: ir.Node) -> None:
 
 def _add_products(graph: ir.Graph, conv: ir.Node, x: ir.Value | None, writer: NodeWriter) -> list[ir.Node]:
     """Products of `x` (B, H, W, C) and their sum, the convolution (B, H, W, C); those of them that read no padding."""
-    weight, add = conv.inputs[1], writer.add
-    assert weight is not None
-    stem, kernel = (weight.name or "").removesuffix(".weight"), data_of(weight)[:, 0]  # (C, 3, 3)
+    weight, add = operand(conv, 1), writer.add
+    stem, kernel = name_of(weight).removesuffix(".weight"), tensor_of(weight).numpy()[:, 0]  # (C, 3, 3)
     shared = _shared_constants(graph)
     padded, total = add("Pad", "pad", x, shared["pads"]), None
     first = len(writer.nodes)

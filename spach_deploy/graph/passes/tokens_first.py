@@ -23,7 +23,9 @@ from spach_deploy.graph.editing import (
     array_of,
     constant,
     is_marked_quantized,
+    name_of,
     new_node,
+    operand,
     remove_unused_initializers,
     replace_nodes,
     set_ints,
@@ -91,8 +93,8 @@ def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Atte
             _behind(node, reader)
     except LookupError:
         return None
-    _, triple, tokens, head_dim = shapes[swap.outputs[0].name or ""]
-    path = (softmax.name or "").rpartition("/")[0]
+    _, triple, tokens, head_dim = shapes[name_of(swap.outputs[0])]
+    path = name_of(softmax).rpartition("/")[0]
     return _Attention(path, norm, qkv, unpack, swap, split, key, merge, back, tokens, triple // 3, head_dim)
 
 
@@ -123,10 +125,9 @@ def _has_no_bias(qkv: ir.Node) -> bool:
 def _enter(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """From the stream, (B, N, C) or (B, H, W, C), to (N, B, C)."""
     norm = attention.norm
-    source, path = norm.inputs[0], (norm.name or "").rpartition("/")[0]
-    assert source is not None
+    source, path = operand(norm, 0), name_of(norm).rpartition("/")[0]
     nodes: list[ir.Node] = []
-    if len(shapes[source.name or ""]) != 3:
+    if len(shapes[name_of(source)]) != 3:
         nodes.append(_reshape(graph, source, f"{path}/tokens", -1, attention.tokens, attention.dim))
         source = nodes[-1].outputs[0]
     nodes.append(_transpose(source, f"{path}/tokens_first"))
@@ -139,7 +140,7 @@ def _leave(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[in
     path, back = attention.path, attention.back
     rows = _reshape(graph, back.inputs[0], f"{path}/rows_by_token", attention.tokens, -1, attention.dim)
     swapped = _transpose(rows.outputs[0], f"{path}/tokens_second")
-    if len(shapes[back.outputs[0].name or ""]) == 3:
+    if len(shapes[name_of(back.outputs[0])]) == 3:
         replace_nodes([back], [rows, swapped])
     else:
         back.prepend([rows, swapped])
@@ -149,12 +150,12 @@ def _leave(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[in
 def _pack(graph: ir.Graph, attention: _Attention) -> None:
     """One product for q, k and v, their heads with the batch: (B*h, N, d)."""
     unpack, split, (tokens, dim) = attention.unpack, attention.split, (attention.tokens, attention.head_dim)
-    name = unpack.outputs[0].name or ""
+    name = name_of(unpack.outputs[0])
     replace_nodes([unpack], [_reshape(graph, unpack.inputs[0], name, tokens, -1, 3 * attention.heads, dim)])
     set_ints(attention.swap, "perm", [1, 2, 0, 3])
     merged = []
     for part, heads in zip(PARTS, split.outputs, strict=True):
-        readers, name = heads.uses(), heads.name or ""
+        readers, name = heads.uses(), name_of(heads)
         heads.name = f"{attention.path}/{part}_heads"
         merged.append(_reshape(graph, heads, name, -1, tokens, dim))
         for reader, slot in readers:
@@ -166,14 +167,14 @@ def _separate(graph: ir.Graph, attention: _Attention) -> None:
     """A product each for q, k and v."""
     qkv, split = attention.qkv, attention.split
     rows, weight = qkv.inputs[:2]
-    path = (qkv.name or "").rpartition("/")[0]
+    path = name_of(qkv).rpartition("/")[0]
     weights = [f"{path}.weight/{part}" for part in PARTS]
     nodes = [new_node("Split", [weight], f"{path}/split", weights, axis=0, num_outputs=3)]
     made = []
     for part, own, old in zip(PARTS, nodes[0].outputs, split.outputs, strict=True):
         product = new_node("Gemm", [rows, own], f"{path}/{part}", transB=1)
         heads = _reshape(graph, product.outputs[0], f"{path}/{part}_heads", attention.tokens, -1, attention.head_dim)
-        swapped = _transpose(heads.outputs[0], old.name or "")
+        swapped = _transpose(heads.outputs[0], name_of(old))
         nodes.extend((product, heads, swapped))
         made.append(swapped.outputs[0])
     gone = [qkv, attention.unpack, attention.swap, split]
