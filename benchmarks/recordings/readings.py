@@ -32,12 +32,14 @@ _FIGURES = (
     (re.compile(r"(?<=\S) {2,}|(?<=\S) +(?=#)"), "  "),
 )
 _EXACT_FIGURES = ("model/hyperparameters", "preprocessing", "precision/margin", "precision/limit", "hyperparameters")
-_SIZES = re.compile(r"(^|_)bytes$|^pid$|^load$")
+_MEASURED = re.compile(r"(^|_)bytes$|^worst_image$|^image$")
+_PROGRESS = re.compile(r"^.* left\.\n", re.MULTILINE)
 _LONGEST_TEXT = 8_000
 
 
 def plain(text: str, places: Mapping[str, str], *, figures: bool) -> str:
-    """Text without times, versions and these folders; without measured figures where `figures` says so."""
+    """Text without progress, times, versions and these folders; without measured figures where `figures` says so."""
+    text = _PROGRESS.sub("", text)
     for place, name in places.items():
         text = text.replace(place, name)
     for pattern, name in (*_ALWAYS, *(_FIGURES if figures else ())):
@@ -66,7 +68,7 @@ def _value(path: str, value: object, places: Mapping[str, str]) -> Value:
     name = path.rpartition("/")[2]
     if isinstance(value, float) and (path.startswith(_EXACT_FIGURES) or name.endswith("_factor")):
         return repr(value)
-    if isinstance(value, float) or _SIZES.search(name):
+    if isinstance(value, float) or _MEASURED.search(name):
         return value if name == "bytes_moved" and isinstance(value, int) else FIGURE
     if name == "sha256" and not path.endswith("model.onnx/sha256"):
         return FIGURE  # of a file with figures in it

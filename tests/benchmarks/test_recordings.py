@@ -103,6 +103,7 @@ def test_measured_figures_times_and_versions_are_left_out() -> None:
     wanted = "built in HERE at TIME by torch VERSION: # MB, # of 7 kernels, batch 1:8:32"
     assert " ".join(plain(text, {"/a/b": "HERE"}, figures=True).split()) == wanted
     assert "15.8 MB" in plain(text, {}, figures=False)
+    assert plain("a\nCalibrating: image 3 of 16, 4 s left.\nb\n", {}, figures=False) == "a\nb\n"
 
 
 def test_a_recording_is_a_folder_or_a_file(tmp_path: Path) -> None:
