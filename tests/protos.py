@@ -20,7 +20,6 @@ from spach_deploy.graph.precision import elements, ranges, rounding, typed_graph
 from spach_deploy.graph.precision.decision import PrecisionPolicy
 from spach_deploy.graph.precision.formats import decode as _decode
 from spach_deploy.options.specs import Precision
-from spach_deploy.pipeline.steps import quantization as steps
 from spach_deploy.quantization import calibration, equalization, qdq, quantize, shards, sites, statistics
 from spach_deploy.quantization.bias_correction import CorrectBiases
 from spach_deploy.quantization.outlier_migration import MigrateOutliers
@@ -138,7 +137,7 @@ bisect_graph = _read(export_steps.bisect_graph)
 locate = _read(locating.locate)
 apply_to_graph = functools.partial(in_place, equalization.apply_to_graph)
 equalize_graph = functools.partial(in_place, quantize.equalize_graph)
-mark_sites = functools.partial(in_place, steps.mark_sites)
+mark_sites = functools.partial(in_place, quantize.mark_sites)
 
 
 def is_marked_float32(node: onnx.NodeProto) -> bool:
@@ -168,7 +167,7 @@ def insert_qdq(typed: ModelProto, plan: Any) -> ModelProto:
 
 def quantize_typed(typed: ModelProto, plan: Any) -> ModelProto:
     """The same, audited."""
-    return message(steps.quantize_typed(ir.from_proto(typed), plan))
+    return message(quantize.quantize_typed(ir.from_proto(typed), plan))
 
 
 @dataclasses.dataclass(frozen=True)

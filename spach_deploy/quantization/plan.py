@@ -329,3 +329,22 @@ def read_plan(path: Path) -> QuantizationPlan:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read ({error}).", "Export the bundle again.") from None
     return QuantizationPlan.from_dict(content, str(path))
+
+
+def summary(plan: QuantizationPlan) -> str:
+    """One line for people: how many layers, how much of the arithmetic."""
+    weighted = [site for site in plan.sites if site.kind is not LayerKind.ATTENTION]
+    kept = [entry for entry in plan.kept if entry.kind not in (LayerKind.ATTENTION, LayerKind.DEPTHWISE)]
+    total = len(weighted) + len(kept)
+    return f"{len(weighted)} of {total} layers in {plan.form.name} ({plan.macs_share:.1%} of multiplications)"
+
+
+def without(plan: QuantizationPlan, modules: frozenset[str], reason: str) -> QuantizationPlan:
+    """`plan` with some of its layers left in float."""
+    kept = [_kept(site, reason) for site in plan.sites if site.module in modules]
+    sites = tuple(site for site in plan.sites if site.module not in modules)
+    return dataclasses.replace(plan, sites=sites, kept=(*plan.kept, *kept))
+
+
+def _kept(site: QuantizedSite, reason: str) -> KeptFloat:
+    return KeptFloat(site.module, site.node, site.kind, site.macs, reason)

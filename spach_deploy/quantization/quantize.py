@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from spach_deploy.common.errors import ImageError
-from spach_deploy.graph.editing import tensor_of
+from spach_deploy.common.errors import ImageError, PrecisionError
+from spach_deploy.graph.editing import mark_quantized, tensor_of
 from spach_deploy.graph.export import INPUT
 from spach_deploy.graph.precision.ranges import measure_ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
@@ -22,7 +22,7 @@ from spach_deploy.quantization.bias_correction import CorrectBiases
 from spach_deploy.quantization.equalization import EqualizablePair, apply_to_arrays, apply_to_graph, find_pairs, search
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
-from spach_deploy.quantization.qdq import InsertQdq
+from spach_deploy.quantization.qdq import InsertQdq, audit
 from spach_deploy.quantization.sites import Selection, Site, find_sites, is_weight
 from spach_deploy.quantization.statistics import Collector, TensorRequest, TensorStatistics, wanted_tensors
 
@@ -131,3 +131,20 @@ def quantize_graph(
     CorrectBiases(plan)(changed)
     typed = type_graph(changed, rest, ranges).model
     return QuantizedGraph(InsertQdq(plan)(typed).model, plan)
+
+
+def mark_sites(model: ir.Model, plan: QuantizationPlan) -> None:
+    """Tell the passes which layers will be quantized."""
+    nodes = set(plan.product_nodes)
+    for node in model.graph:
+        if node.name in nodes:
+            mark_quantized(node)
+
+
+def quantize_typed(typed: ir.Model, plan: QuantizationPlan) -> ir.Model:
+    """The typed graph with its pairs, held against the plan before anybody else does; `typed` is changed."""
+    quantized = InsertQdq(plan)(typed).model
+    findings = audit(quantized, plan)
+    if findings:
+        raise PrecisionError(f"The quantized graph is not what was planned: {findings[0]}.", "Report this.")
+    return quantized

@@ -14,10 +14,9 @@ from spach_deploy.graph.precision.elements import element_types
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions, Flavour, Precision
 from spach_deploy.pipeline.steps.images import GoldenImages
-from spach_deploy.pipeline.steps.quantization import mark_sites
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.quantization.quantize import equalize_graph
+from spach_deploy.quantization.quantize import equalize_graph, mark_sites
 from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph

@@ -49,8 +49,8 @@ from spach_deploy.options.specs import (
     Precision,
     Preprocessing,
 )
+from spach_deploy.pipeline.steps.calibration import CalibrationStep
 from spach_deploy.pipeline.steps.precision import TypedGraph
-from spach_deploy.pipeline.steps.quantization import CalibrationStep
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.quantization.qdq import quantized_from
 from spach_deploy.quantization.sensitivity import LayerSelection

@@ -27,12 +27,12 @@ from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions, IODtype, Precision
 from spach_deploy.pipeline.steps.graph import Fp32Graph, export_graph, prove_graph
 from spach_deploy.pipeline.steps.images import GoldenImages, note_skipped
-from spach_deploy.pipeline.steps.quantization import quantize_typed
-from spach_deploy.pipeline.steps.quantization import summary as quantized_summary
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
 from spach_deploy.quantization.bias_correction import CorrectBiases
 from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.quantization.plan import summary as quantized_summary
+from spach_deploy.quantization.quantize import quantize_typed
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import save_model
 from spach_deploy.validation.exact import check_equal

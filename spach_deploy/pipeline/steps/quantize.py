@@ -9,9 +9,9 @@ from spach_deploy.bundle import store as bundles
 from spach_deploy.common.progress import Phases
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions
+from spach_deploy.pipeline.steps.calibration import CalibrationStep, calibrate, refuse_overlap
 from spach_deploy.pipeline.steps.graph import Fp32Graph
 from spach_deploy.pipeline.steps.images import GoldenImages
-from spach_deploy.pipeline.steps.quantization import CalibrationStep, calibrate, refuse_overlap
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.pipeline.steps.sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
 from spach_deploy.quantization.plan import QuantizationPlan, write_plan

@@ -22,9 +22,9 @@ from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import batches, open_images
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions, Preprocessing, QuantizationSpec
-from spach_deploy.pipeline.steps.quantization import CalibrationStep, without
+from spach_deploy.pipeline.steps.calibration import CalibrationStep
 from spach_deploy.quantization.fake_quantization import fake_quantized
-from spach_deploy.quantization.plan import QuantizationPlan
+from spach_deploy.quantization.plan import QuantizationPlan, without
 from spach_deploy.quantization.sensitivity import LayerSelection, LayerWatch, Squares, largest_set, summed_costs
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.validation.accuracy import paired

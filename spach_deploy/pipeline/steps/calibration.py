@@ -1,4 +1,4 @@
-"""The stages that a quantized export has more than another: calibrate, and put eight bits into the typed graph."""
+"""Calibrate: which layers take eight bits, and with which scales, from the user's images or a calibration file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from spach_deploy.common.errors import PrecisionError, UsageError
+from spach_deploy.common.errors import UsageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.calibration_set_checks import check_overlap
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import UInt8Array
 from spach_deploy.data.readers import open_images
-from spach_deploy.graph.editing import mark_quantized
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.hyperparameters import published
 from spach_deploy.models.published import CONFIGS
@@ -33,8 +32,7 @@ from spach_deploy.quantization.calibration import (
     write_calibration,
 )
 from spach_deploy.quantization.formats import eight_bits
-from spach_deploy.quantization.plan import KeptFloat, QuantizationPlan, QuantizedSite, Scaling
-from spach_deploy.quantization.qdq import InsertQdq, audit
+from spach_deploy.quantization.plan import QuantizationPlan, Scaling
 from spach_deploy.quantization.quantize import QuantizableSites, candidates, plan_from_statistics
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.shards import collect_on_cluster
@@ -241,39 +239,3 @@ def refuse_overlap(
     )
     for note in notes:
         phases.note(note)
-
-
-def mark_sites(model: ir.Model, plan: QuantizationPlan) -> None:
-    """Tell the passes which layers will be quantized."""
-    nodes = set(plan.product_nodes)
-    for node in model.graph:
-        if node.name in nodes:
-            mark_quantized(node)
-
-
-def quantize_typed(typed: ir.Model, plan: QuantizationPlan) -> ir.Model:
-    """The typed graph with its pairs, held against the plan before anybody else does; `typed` is changed."""
-    quantized = InsertQdq(plan)(typed).model
-    findings = audit(quantized, plan)
-    if findings:
-        raise PrecisionError(f"The quantized graph is not what was planned: {findings[0]}.", "Report this.")
-    return quantized
-
-
-def summary(plan: QuantizationPlan) -> str:
-    """One line for people: how many layers, how much of the arithmetic."""
-    weighted = [site for site in plan.sites if site.kind is not LayerKind.ATTENTION]
-    kept = [entry for entry in plan.kept if entry.kind not in (LayerKind.ATTENTION, LayerKind.DEPTHWISE)]
-    total = len(weighted) + len(kept)
-    return f"{len(weighted)} of {total} layers in {plan.form.name} ({plan.macs_share:.1%} of multiplications)"
-
-
-def without(plan: QuantizationPlan, modules: frozenset[str], reason: str) -> QuantizationPlan:
-    """`plan` with some of its layers left in float."""
-    kept = [_kept(site, reason) for site in plan.sites if site.module in modules]
-    sites = tuple(site for site in plan.sites if site.module not in modules)
-    return dataclasses.replace(plan, sites=sites, kept=(*plan.kept, *kept))
-
-
-def _kept(site: QuantizedSite, reason: str) -> KeptFloat:
-    return KeptFloat(site.module, site.node, site.kind, site.macs, reason)
