@@ -57,7 +57,7 @@ EXPORTED: dict[str, Path] = {}
 def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each precision of the small model is exported for real once, and copied from then on."""
 
-    def exported(options: ExportOptions, observer: Any, *, place: Destination) -> ExportResult:
+    def exported(options: ExportOptions, observer: Any, *, place: Destination, scheduler: Any = None) -> ExportResult:
         if options.model.name != small_bundles.NAME:
             return pipeline.export(options, observer, place=place)
         name = options.precision.value

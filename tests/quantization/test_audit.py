@@ -298,7 +298,7 @@ def for_cpu() -> tuple[ModelProto, QuantizationPlan]:
     """A graph in its form for CPUs, and its record."""
     model, made = canonical("trans"), plan("trans", INT8, half=False)
     apply_to_graph(model, made.equalized)
-    in_place(mark_sites, model, made)
+    mark_sites(model, made)
     assert in_place(linear_as_matmul, model)
     correct_biases(model, made)
     return insert_qdq(model, made), made

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
-from onnx import ModelProto
 from PIL import Image
 
 from spach_deploy.cli.calibrate import main as calibrate_command
@@ -38,8 +38,8 @@ NO_ENGINE = ("--engine", "none")
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A tiny model by name, whose graph is exported once: every command compares it with PyTorch all the same."""
 
-    def exported(*arguments: Any) -> ModelProto:
-        return canonical("conv")
+    def exported(*arguments: Any) -> ir.Model:
+        return ir.from_proto(canonical("conv"))
 
     monkeypatch.setitem(configs.CONFIGS, NAME, static_models.CONFIGS["conv"])
     monkeypatch.setattr(stages, "export_canonical", exported)
