@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from spach_deploy.graph.editing import FLOAT32_KEY
+from spach_deploy.graph.editing import FLOAT32_KEY, made_values, name_of
 from spach_deploy.graph.editing import as_proto as message
 from spach_deploy.graph.precision import elements, ranges, rounding, typed_graph
 from spach_deploy.graph.precision.decision import PrecisionPolicy
@@ -123,7 +123,6 @@ measure_ranges = _read(ranges.measure_ranges)
 RangeMeter = _read(ranges.RangeMeter)
 measurable = _read(ranges.measurable)
 open_session = _read(ranges.open_session)
-element_types = _read(elements.element_types)
 weighted_layers = _read(elements.weighted_layers)
 find_sites = _read(sites.find_sites)
 candidates = _read(quantize.candidates)
@@ -148,6 +147,15 @@ def is_marked_float32(node: onnx.NodeProto) -> bool:
 def rounded_graph(typed: ModelProto) -> ModelProto:
     """`rounding.rounded_graph`."""
     return message(rounding.rounded_graph(ir.from_proto(typed)))
+
+
+def element_types(model: ModelProto) -> dict[str, int]:
+    """Of every tensor, as ONNX numbers them."""
+    known = ir.from_proto(model)
+    elements.infer_all_types(known)
+    graph = known.graph
+    values = (*graph.inputs, *graph.initializers.values(), *made_values(graph))
+    return {name_of(value): value.dtype for value in values if value.dtype is not None}
 
 
 def correct_biases(model: ModelProto, plan: Any) -> bool:

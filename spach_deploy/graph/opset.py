@@ -14,7 +14,7 @@ is proven like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -64,8 +64,8 @@ def raise_opset(model: ir.Model, opset: int) -> None:
     set_opset(model, max(before, opset))
 
 
-def convert_opset(model: ir.Model, opset: int, types: Mapping[str, int]) -> None:
-    """Write `model` in another opset, in place. `types`: the element type of every tensor, as ONNX numbers them.
+def convert_opset(model: ir.Model, opset: int) -> None:
+    """Write `model`, whose types are known (`elements.infer_all_types`), in another opset, in place.
 
     Raises UsageError that names an operator which that opset does not have.
     """
@@ -76,30 +76,30 @@ def convert_opset(model: ir.Model, opset: int, types: Mapping[str, int]) -> None
         rules[node.op_type](model.graph, node)
     remove_unused_initializers(model.graph)
     set_opset(model, opset)
-    check_operators(model, types)
+    check_operators(model)
 
 
-def check_operators(model: ir.Model, types: Mapping[str, int]) -> None:
+def check_operators(model: ir.Model) -> None:
     """UsageError that names the first operator which the graph's opset does not have, or not with such types.
 
-    Tensors that `types` does not know are float.
+    Tensors whose type is not known count as float.
     """
     opset = opset_of(model)
     for node in model.graph:
-        if not _is_in(opset, node, types):
-            raise _refusal(node, types, opset)
+        if not _is_in(opset, node):
+            raise _refusal(node, opset)
 
 
-def _refusal(node: ir.Node, types: Mapping[str, int], opset: int) -> UsageError:
+def _refusal(node: ir.Node, opset: int) -> UsageError:
     later = range(opset + 1, onnx.defs.onnx_opset_version() + 1)
-    needed = next((version for version in later if _is_in(version, node, types)), None)
+    needed = next((version for version in later if _is_in(version, node)), None)
     said = f"{node.op_type} ({node.name}) is not in opset {opset} as this graph has it"
     if needed is None:
         return UsageError(f"{said}.", "Leave --opset out.")
     return UsageError(f"{said}: it needs opset {needed}.", f"Give --opset {needed} or more, or leave it out.")
 
 
-def _is_in(opset: int, node: ir.Node, types: Mapping[str, int]) -> bool:
+def _is_in(opset: int, node: ir.Node) -> bool:
     """Whether the operator of that opset takes the node's attributes, and its inputs with their types."""
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
@@ -107,14 +107,14 @@ def _is_in(opset: int, node: ir.Node, types: Mapping[str, int]) -> bool:
         return False
     known = all(name in schema.attributes for name in node.attributes)
     counted = schema.min_input <= len(node.inputs) <= schema.max_input
-    return known and counted and not schema.deprecated and all(_types_fit(schema, node, types))
+    return known and counted and not schema.deprecated and all(_types_fit(schema, node))
 
 
-def _types_fit(schema: OpSchema, node: ir.Node, types: Mapping[str, int]) -> Iterator[bool]:
+def _types_fit(schema: OpSchema, node: ir.Node) -> Iterator[bool]:
     for index, value in enumerate(node.inputs):
         if value is not None:
             formal = schema.inputs[min(index, len(schema.inputs) - 1)]
-            yield _spelt(types.get(name_of(value), TensorProto.FLOAT)) in formal.types
+            yield _spelt(value.dtype or ir.DataType.FLOAT) in formal.types
 
 
 def _spelt(kind: int) -> str:

@@ -36,25 +36,21 @@ class GraphNeeds:
         """Those of an ONNX file or its bytes; weights beside it are not read. None for what is none, or is untyped."""
         import onnx
         import onnx_ir as ir
-        from onnx import TensorProto
 
-        from spach_deploy.graph.precision.elements import element_types
+        from spach_deploy.graph.precision.elements import infer_all_types
 
         try:
-            if isinstance(graph, bytes):
-                model = onnx.load_from_string(graph)
-            else:
-                model = onnx.load(graph, load_external_data=False)
-            types = element_types(ir.from_proto(model))
-            opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+            loaded = (
+                onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph, load_external_data=False)
+            )
+            model = ir.from_proto(loaded)
+            infer_all_types(model)
+            opset = next(version for domain, version in model.opset_imports.items() if domain in ("", "ai.onnx"))
         except Exception:  # protobuf's and shape inference's own, OSError, PrecisionError, a graph without an opset
             return None
-        bfloat16 = {
-            node.op_type
-            for node in model.graph.node
-            if any(types.get(name) == TensorProto.BFLOAT16 for name in (*node.input, *node.output))
-        }
-        has_fp8 = TensorProto.FLOAT8E4M3FN in types.values()
+        types = {node: {v.dtype for v in (*node.inputs, *node.outputs) if v is not None} for node in model.graph}
+        bfloat16 = {node.op_type for node, kinds in types.items() if ir.DataType.BFLOAT16 in kinds}
+        has_fp8 = any(ir.DataType.FLOAT8E4M3FN in kinds for kinds in types.values())
         return cls(int(opset), int(model.ir_version), frozenset(bfloat16), has_fp8)
 
 

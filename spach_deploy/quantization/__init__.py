@@ -3,9 +3,9 @@
 sites.py        the layers that can be quantized, found in the FP32 graph
 statistics.py   what their inputs look like, streamed over images: one pass, memory that does not grow
 scales.py       from histograms and weights to scales: max, percentile, entropy, mse
-equalize.py     exact exchange of ranges between neighbouring weights, before scales are set
+equalization.py exact exchange of ranges between neighbouring weights, before scales are set
 plan.py         which sites, with which scales: the record that the bundle keeps
-insert.py       QuantizeLinear and DequantizeLinear in the typed graph
-twin.py         the same in PyTorch, by which tolerances are derived
+bias_correction.py, qdq.py, outlier_migration.py   passes over graphs, each with a result (model, modified)
+fake_quantization.py   the same in PyTorch, by which tolerances are derived
 sensitivity.py  what each layer costs, and the largest set that stays within a bound
 """

@@ -1,6 +1,6 @@
 """Which layers are quantized, with which scales, and why the others are not: the record that a bundle keeps.
 
-`quantization.json` in a bundle is a `QuantizationPlan`. `insert.py` writes it into a graph, `audit.py` reads a graph
+`quantization.json` in a bundle is a `QuantizationPlan`. `qdq.py` writes it into a graph, and reads a graph
 and says where it differs, `twin.py` computes it in PyTorch.
 """
 
@@ -100,7 +100,7 @@ class KeptFloat:
 class QuantizationPlan:
     """All of it: the format, how scales were set, the layers in eight bits and the others, what was equalized.
 
-    `vnni`: linear layers for CPUs are stored as processors with VNNI multiply them, see `insert.py`.
+    `vnni`: linear layers for CPUs are stored as processors with VNNI multiply them, see `qdq.py`.
     """
 
     form: EightBitFormat

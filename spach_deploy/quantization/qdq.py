@@ -11,7 +11,7 @@ A graph held against its record: every pair, every scale, every bias, every laye
 A scale that is off by two, two channels' scales exchanged or a pair that is missing on one tensor of an attention may
 hide in the noise of eight bits when only logits are compared. Here they cannot: what the graph holds is compared with
 what the record says it should, number by number. The formats' own numbers and where a layer's channels lie are stated
-here once more on purpose: what writes the graph (`insert.py`, `correct.py`) and this share none of them.
+here once more on purpose: what writes the graph (`InsertQdq`, `bias_correction.py`) and `audit` share none of them.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS
 from spach_deploy.graph.opset import check_opset, convert_opset
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.precision.elements import infer_all_types
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
 from spach_deploy.options.values import export_options
 from spach_deploy.pipeline.cache import export_key
@@ -39,7 +40,8 @@ def target_graph() -> ir.Model:
 
 def converted(opset: int) -> ir.Model:
     model = target_graph()
-    convert_opset(model, opset, element_types(as_proto(model)))
+    infer_all_types(model)
+    convert_opset(model, opset)
     return model
 
 
@@ -74,7 +76,7 @@ def test_a_changed_meaning_is_refused() -> None:
     made = helper.make_graph([node], "g", [value, weight], [helper.make_tensor_value_info("y", 1, [1, 2, 4])])
     model = ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]))
     with pytest.raises(UsageError, match="GroupNormalization"):
-        convert_opset(model, 21, {})
+        convert_opset(model, 21)
 
 
 @pytest.mark.parametrize(

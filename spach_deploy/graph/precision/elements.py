@@ -42,17 +42,6 @@ def infer_all_types(model: ir.Model) -> None:
         raise PrecisionError(f"The element type of {unknown[0]} cannot be told, so the graph cannot be typed.")
 
 
-def element_types(model: ir.Model) -> dict[str, int]:
-    """Element type of every tensor: inputs, constants and what nodes make, which is set in place.
-
-    Raises PrecisionError for a tensor whose type cannot be told.
-    """
-    infer_all_types(model)
-    graph = model.graph
-    values = (*graph.inputs, *graph.initializers.values(), *made_values(graph))
-    return {name_of(value): value.dtype for value in values if value.dtype is not None}
-
-
 def quantizes_fp16(model: ir.Model) -> bool:
     """Whether integers are made of FP16 in `model`, which some ONNX Runtimes truncate (`runtime.truncation`).
 

@@ -10,7 +10,7 @@ from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.opset import convert_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
-from spach_deploy.graph.precision.elements import element_types
+from spach_deploy.graph.precision.elements import infer_all_types
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions, Flavour, Precision
 from spach_deploy.pipeline.steps.images import GoldenImages
@@ -73,7 +73,8 @@ def give_form(
         mark_sites(model, plan)
     changed = apply_passes(model, _passes(options), options.disabled_rewrites)
     add_interface(model, options.outputs, images.preprocessing)
-    convert_opset(model, options.graph_opset, element_types(model))
+    infer_all_types(model)
+    convert_opset(model, options.graph_opset)
     return dataclasses.replace(graph, changed=changed)
 
 

@@ -19,7 +19,7 @@ from spach_deploy.graph.certificate import Certificate, certify
 from spach_deploy.graph.export import INPUT, LOGITS
 from spach_deploy.graph.opset import check_operators
 from spach_deploy.graph.precision.decision import PrecisionPolicy, TypingOptions
-from spach_deploy.graph.precision.elements import LayerPrecision, element_types, weighted_layers
+from spach_deploy.graph.precision.elements import LayerPrecision, infer_all_types, weighted_layers
 from spach_deploy.graph.precision.formats import half_format
 from spach_deploy.graph.precision.ranges import RangeMeter, Ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
@@ -98,7 +98,8 @@ def set_types(
     if plan is not None:
         result = quantize_typed(result, plan)
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
-    check_operators(result, element_types(result))
+    infer_all_types(result)
+    check_operators(result)
     certificate = certify(result, [path for path, _ in loaded.model.named_modules(remove_duplicate=False)])
     by_step = {"exported graph": graph.errors, "graph in its target's form": errors}
     return TypedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step)
