@@ -40,7 +40,7 @@ from spach_deploy.quantization.formats import INT8, Float32
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.scales import Method
 from spach_deploy.validation.compare import compare_outputs
-from tests.protos import equalize_graph, in_place, mark_sites, open_session, type_graph
+from tests.protos import equalize_graph, mark_sites, open_session, type_graph
 
 OURS = "ours"
 RIGHT = {"FP32": 1e-4, "FP16": 1e-2, "INT8": 1e-1}
@@ -223,7 +223,7 @@ def quantized(name: str, images: int) -> ModelProto:
     model, _, plan = planned(subject, Variant("INT8", Scaling(INT8, Method.MAX)))
     equalize_graph(model, plan)
     ranges = subject.ranges(model)
-    in_place(mark_sites, model, plan)
+    mark_sites(model, plan)
     return deployed(model, plan, ranges)
 
 

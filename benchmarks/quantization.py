@@ -177,7 +177,7 @@ def row(subject: Subject, variant: Variant, gpu: str) -> list[object]:
     changed.CopyFrom(model)
     equalize_graph(changed, plan)
     ranges = subject.ranges(changed)
-    in_place(mark_sites, changed, plan)
+    mark_sites(changed, plan)
     exact = ModelProto()
     exact.CopyFrom(changed)
     correct_biases(exact, plan)

@@ -31,7 +31,7 @@ from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from tests.protos import equalize_graph, in_place, initializers, mark_sites, producers
+from tests.protos import equalize_graph, initializers, mark_sites, producers
 
 MODELS = ("trans_xxs", "ms_conv_xxs", "ms_mlp_xxs", "ms_hybrid_s")
 EVERYTHING = Selection(quantize=("*",))
@@ -62,7 +62,7 @@ def quantized(subject: Subject, selection: Selection) -> ModelProto:
     changed.CopyFrom(model)
     equalize_graph(changed, plan)
     ranges = subject.ranges(changed)
-    in_place(mark_sites, changed, plan)
+    mark_sites(changed, plan)
     return deployed(changed, plan, ranges)
 
 

@@ -90,7 +90,7 @@ def _eight_bits(canonical: ModelProto, plan: QuantizationPlan, calibration: np.n
     changed.CopyFrom(canonical)
     equalize_graph(changed, plan)
     ranges = measure_ranges(changed, ({INPUT: image[None]} for image in calibration[:4]))
-    in_place(mark_sites, changed, plan)
+    mark_sites(changed, plan)
     in_place(apply_passes, changed, TENSORRT_PASSES)
     correct_biases(changed, plan)
     return insert_qdq(type_graph(changed, Precision.FP16, ranges).model, plan)
