@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spach_deploy.common.progress import ExportObserver
     from spach_deploy.models import create_model
     from spach_deploy.quantization.calibration import Calibration
+    from spach_deploy.runtime.session import ClassScore, Prediction, Session
     from spach_deploy.validation.validate import Validation
 
 # ONNX Runtime's wheels send usage data to Microsoft unless told otherwise before they are loaded. Models are their
@@ -28,9 +29,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _LAZY = {
     "Bundle": "spach_deploy.api",
     "Calibration": "spach_deploy.quantization.calibration",
+    "ClassScore": "spach_deploy.runtime.session",
     "ExportObserver": "spach_deploy.common.progress",
     "ExportResult": "spach_deploy.api",
     "MismatchError": "spach_deploy.common.errors",
+    "Prediction": "spach_deploy.runtime.session",
+    "Session": "spach_deploy.runtime.session",
     "SpachError": "spach_deploy.common.errors",
     "UnavailableError": "spach_deploy.common.errors",
     "UsageError": "spach_deploy.common.errors",
@@ -44,9 +48,12 @@ _LAZY = {
 __all__ = [
     "Bundle",
     "Calibration",
+    "ClassScore",
     "ExportObserver",
     "ExportResult",
     "MismatchError",
+    "Prediction",
+    "Session",
     "SpachError",
     "UnavailableError",
     "UsageError",

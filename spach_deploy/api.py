@@ -8,6 +8,7 @@ keywords (`options.table`), raise the errors of `common.errors`, whose sentences
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spach_deploy.common.progress import ExportObserver
     from spach_deploy.options.keywords import CalibrateKeywords, ExportKeywords, ValidateKeywords
     from spach_deploy.quantization.calibration import Calibration
+    from spach_deploy.runtime.session import Runtime, Session
     from spach_deploy.validation.validate import Validation
 
 
@@ -32,6 +34,23 @@ class Bundle(store.Bundle):
 
     reads it and compares the SHA-256 of every file (`verify=False` does not).
     """
+
+    def session(
+        self,
+        *,
+        runtime: Runtime = "auto",
+        labels: FilePath | Sequence[str] | None = None,
+        batch: int | None = None,
+        threads: int | None = None,
+    ) -> Session:
+        """A `Session`, which runs the bundle within its `with` block.
+
+        with bundle.session() as session:
+            session.predict("photo.jpg", top_k=5)
+        """
+        from spach_deploy.runtime.session import Session
+
+        return Session(self, runtime=runtime, labels=labels, batch=batch, threads=threads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cli.doctor import main as doctor_command
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.package import main as package_group
+from spach_deploy.cli.predict import main as predict_command
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.options.recipe import KEYS
 
@@ -21,6 +22,7 @@ COMMANDS: dict[str, click.Command] = {
     "spach-calibrate": calibrate_command,
     "spach-doctor": doctor_command,
     "spach-export": export_command,
+    "spach-predict": predict_command,
     "spach-validate": validate_command,
 }
 PAGES = [
@@ -48,7 +50,8 @@ def calls(page: Path) -> list[list[str]]:
     found = []
     for line in page.read_text(encoding="utf-8").splitlines():
         for match in re.finditer(
-            r"(?<![\w./-])(?:\.venv/bin/)?(?=spach-(?:benchmark|calibrate|doctor|export|package|validate) )", line
+            r"(?<![\w./-])(?:\.venv/bin/)?(?=spach-(?:benchmark|calibrate|doctor|export|package|predict|validate) )",
+            line,
         ):
             words = shlex.split(re.split(r"[`|;#]", line[match.end() :])[0].replace("'", '"'))
             found.append(words)

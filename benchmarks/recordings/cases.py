@@ -41,7 +41,7 @@ GRAPH, ENGINE, INT8 = "ms_conv_xxs-fp16-graph", "ms_conv_xxs-fp16-engine", "ms_c
 QUICK = ("help-*", "wrong-*", "list*", "small")
 """Cases of which a test has a recording that is the same on every machine."""
 
-COMMANDS = ("export", "calibrate", "validate", "package", "benchmark", "doctor")
+COMMANDS = ("export", "calibrate", "validate", "predict", "package", "benchmark", "doctor")
 PACKAGES = ("triton", "cpp", "kubernetes", "polygraphy")
 
 
@@ -195,6 +195,8 @@ spach-package triton missing -o models
 spach-package kubernetes missing -o folder
 spach-package cpp notes.txt -o folder
 spach-package polygraphy missing -o folder
+spach-predict missing photo.jpg
+spach-predict notes.txt
 spach-benchmark missing
 spach-benchmark notes.txt --runner nothing
 spach-doctor missing

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -35,6 +35,9 @@ from spach_deploy.common.npz import npz_headers
 from spach_deploy.common.processes import is_alive
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import Precision
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
     "manifest.json",
@@ -66,7 +69,7 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
+    def open(cls, path: Path | str, *, verify: bool = True) -> Self:
         """The bundle at `path`, a directory or a file in it.
 
         With `verify` every file's SHA-256 is compared with the manifest. Raises BundleError for what is no bundle, and

@@ -10,14 +10,16 @@ Only bytes are read: nothing is unpacked to disk, no link in an archive is follo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import itertools
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +42,16 @@ from spach_deploy.data.images import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ImageBatch", "ImageItem", "ImageSource", "Skipped", "batches", "content_hash", "open_images"]
+__all__ = [
+    "ImageBatch",
+    "ImageItem",
+    "ImageSource",
+    "Skipped",
+    "batches",
+    "content_hash",
+    "open_images",
+    "open_pictures",
+]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """File name endings taken for pictures in folders and tars, in any case. Everything else is left alone."""
@@ -63,6 +74,9 @@ _NAME_RECORDS = (
 _MOST_LABELS = 100_000_000
 _LARGE_BYTES, _MOST_EXPANSION = 1 << 30, 100
 """Photographs hardly become smaller when they are compressed; what is made to fill memories does, a thousand times."""
+
+Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+Pictures = Picture | Sequence[Picture]
 
 _WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
 _NAMED = 2  # files of other kinds that a folder's description spells out
@@ -93,6 +107,62 @@ def open_images(path: Path) -> ImageSource:
         return _file(path)
     except OSError as error:
         raise ImageError(f"{path} cannot be read ({error.strerror or error}).", _WANTED) from error
+
+
+def open_pictures(given: Pictures) -> ImageSource:
+    """The pictures in one or many of: a path, as `open_images` takes it; a Pillow image; uint8 RGB pixels (H, W, 3) or
+    (N, H, W, 3).
+
+    Pictures from a path are named by it, such as `photos/a.jpg`, those in memory by their place, such as `image 0`. A
+    file that is named as a picture is decoded when its turn comes, and skipped where it cannot be. Raises ImageError
+    as `open_images` does, and for other arrays.
+    """
+    items = [cast("Picture", item) for item in (given if isinstance(given, (list, tuple)) else [given])]
+    if not items:
+        raise ImageError("There is no image in an empty list.", _WANTED)
+    sources = [_pictures(item, number) for number, item in enumerate(items)]
+    counts = [source.count for source in sources]
+    described = sources[0].description if len(sources) == 1 else f"the {len(sources)} inputs"
+
+    def choose(_: int | None) -> Iterator[ImageEntry]:
+        return itertools.chain.from_iterable(source.entries() for source in sources)
+
+    return ImageSource(described, choose, count=None if None in counts else sum(filter(None, counts)))
+
+
+def _pictures(item: Picture, number: int) -> ImageSource:
+    if isinstance(item, np.ndarray):
+        return _in_memory(_images_of(item), number)
+    if isinstance(item, Image.Image):
+        return _in_memory([item], number)
+    path = Path(item)
+    if path.is_file() and _is_picture(path.name):
+        entry = _folder_entry(path.parent, Path(path.name), None)
+        source = ImageSource(f"picture {path}", lambda _: iter([entry]), count=1)
+    else:
+        source = open_images(path)
+    is_file, shown, last = path.is_file(), printable(str(path)), printable(path.name)
+
+    def choose(_: int | None) -> Iterator[ImageEntry]:
+        for entry in source.entries():
+            is_all = is_file and entry.name == last
+            yield dataclasses.replace(entry, name=shown if is_all else f"{shown}/{entry.name}")
+
+    return ImageSource(source.description, choose, count=source.count)
+
+
+def _images_of(pixels: npt.NDArray[np.uint8]) -> list[Image.Image]:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or not pixels.size:
+        raise ImageError(
+            f"Pixels are uint8 RGB (H, W, 3) or (N, H, W, 3), not {pixels.dtype} {pixels.shape}.",
+            "Give pictures as they are: they are resized, cropped and normalized here.",
+        )
+    return [Image.fromarray(image) for image in (pixels if pixels.ndim == 4 else pixels[None])]
+
+
+def _in_memory(images: list[Image.Image], first: int) -> ImageSource:
+    entries = [ImageEntry(f"image {first + i}", partial(preprocess.to_rgb, image)) for i, image in enumerate(images)]
+    return ImageSource(f"{len(images)} images in memory", lambda _: iter(entries), count=len(entries))
 
 
 def _file(path: Path) -> ImageSource:

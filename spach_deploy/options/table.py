@@ -28,10 +28,10 @@ from spach_deploy.options.specs import (
 )
 
 EXPORT, CALIBRATE, VALIDATE = "spach-export", "spach-calibrate", "spach-validate"
-BENCHMARK, DOCTOR = "spach-benchmark", "spach-doctor"
+PREDICT, BENCHMARK, DOCTOR = "spach-predict", "spach-benchmark", "spach-doctor"
 TRITON, CPP = "spach-package triton", "spach-package cpp"
 POLYGRAPHY, KUBERNETES = "spach-package polygraphy", "spach-package kubernetes"
-COMMANDS = (EXPORT, CALIBRATE, VALIDATE, BENCHMARK, DOCTOR, TRITON, CPP, POLYGRAPHY, KUBERNETES)
+COMMANDS = (EXPORT, CALIBRATE, VALIDATE, PREDICT, BENCHMARK, DOCTOR, TRITON, CPP, POLYGRAPHY, KUBERNETES)
 
 COMMON = "Common"
 MODEL = "Model"
@@ -42,6 +42,7 @@ IMAGES = "Images"
 INTERFACE = "Inputs and outputs"
 GRAPH = "Graph"
 ENGINE = "Engine"
+RUNNING = "Running"
 MEASUREMENT = "Measurement"
 SERVING = "Serving"
 ENSEMBLE = "Ensemble"
@@ -49,8 +50,8 @@ MANY = "Many models, many machines"
 OUTPUT = "Output"
 INFORMATION = "Information"
 GROUPS = (
-    *(COMMON, MODEL, HYPERPARAMETERS, PRECISION, QUANTIZATION, IMAGES, INTERFACE, GRAPH, ENGINE, MEASUREMENT, SERVING),
-    *(ENSEMBLE, MANY, OUTPUT, INFORMATION),
+    *(COMMON, MODEL, HYPERPARAMETERS, PRECISION, QUANTIZATION, IMAGES, INTERFACE, GRAPH, ENGINE, RUNNING, MEASUREMENT),
+    *(SERVING, ENSEMBLE, MANY, OUTPUT, INFORMATION),
 )
 """Of `--help`, in its order."""
 
@@ -379,6 +380,18 @@ TABLE: tuple[Option, ...] = (
                "Answer to --images on a Ray cluster; without an address, on this machine as one.", metavar="[ADDRESS]",
                is_recorded=False),
     ),
+    *_of(INTERFACE, (PREDICT,),
+        Option("--labels", Kind.PATH, "Names of the classes, one a line.", metavar="FILE", is_common=True),
+        Option("--top-k", Kind.WHOLE, "How many classes of each picture.", metavar="K", least=1,
+               shown="5, or all if fewer", is_common=True),
+    ),
+    *_of(RUNNING, (PREDICT,),
+        Option("--runtime", Kind.CHOICE, "What runs the bundle.",
+               choices=("auto", "engine", "onnxruntime", "openvino"), default="auto",
+               shown="auto: the engine where it can run, else its graph", is_common=True),
+        Option("--batch", Kind.WHOLE, "Pictures at once.", metavar="N", least=1, shown="the profile's usual batch"),
+        Option("--threads", Kind.WHOLE, "CPU threads.", least=1, shown="all cores"),
+    ),
     *_of(MODEL, (BENCHMARK,),
         Option("--weights", Kind.CHOICE, "Which weights of it.", choices=_choices(WeightSource)),
     ),
@@ -488,6 +501,10 @@ TABLE: tuple[Option, ...] = (
     *_of(OUTPUT, (VALIDATE,),
         Option("--json", Kind.FLAG, "Print the report as JSON instead of table and file.", key="as_json",
                is_recorded=False),
+    ),
+    *_of(OUTPUT, (PREDICT,),
+        Option("--json", Kind.FLAG, "Print a line of JSON for each picture.", key="as_json", is_recorded=False,
+               is_common=True),
     ),
     *_of(OUTPUT, (BENCHMARK,),
         Option("--json", Kind.FLAG, "Print JSON instead of tables.", key="as_json", is_recorded=False),

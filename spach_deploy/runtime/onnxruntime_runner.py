@@ -1,6 +1,6 @@
-"""Graphs handed to ONNX Runtime through files: from bytes in memory it would make two more copies of all weights.
+"""ONNX graphs in ONNX Runtime, on the CPU or on a GPU.
 
-ONNX graphs in ONNX Runtime, on the CPU.
+Graphs are handed over through files: from bytes in memory it would make two more copies of all weights.
 """
 
 from __future__ import annotations
@@ -143,6 +143,8 @@ _LEVELS: dict[Optimization, str] = {
 }
 _DTYPES = {"float": "float32", "double": "float64"}
 NAME = "ONNX Runtime (CPU)"
+CPU, CUDA = "cpu", "cuda"
+_CUDA_PROVIDER = "CUDAExecutionProvider"
 
 NOT_SPINNING = ("session.intra_op.allow_spinning", "0")
 """Threads that have nothing to do sleep. With two cores free that costs nothing; where something else takes one, two
@@ -161,8 +163,9 @@ class OnnxRuntimeRunner:
     """Runs an ONNX graph, given as a path (also with external weights) or as bytes.
 
     `threads` None lets ONNX Runtime choose. `optimization` "none" runs the nodes as they stand. `is_brief`: it runs an
-    image or a few at a time, and is to begin soon. `max_batch` bounds memory. `inner`: outputs that are tensors from
-    inside the model; `run` does not give them, but `seen` keeps their values (1, ...) for the first image that runs.
+    image or a few at a time, and is to begin soon. `max_batch` bounds memory. `on_gpu`: on an NVIDIA GPU where this
+    ONNX Runtime can use one; `device`, once entered, says whether it does: cuda or cpu. `inner`: outputs that are
+    tensors from inside the model; `run` does not give them, but `seen` keeps their values (1, ...) for the first image.
     Entering raises MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and UnavailableError
     where the CPU has no kernel for a node (bfloat16, for most).
     """
@@ -175,6 +178,7 @@ class OnnxRuntimeRunner:
         optimization: Optimization = "all",
         is_brief: bool = False,
         max_batch: int = 32,
+        on_gpu: bool = False,
         inner: Collection[str] = (),
     ) -> None:
         self._model = model
@@ -182,6 +186,8 @@ class OnnxRuntimeRunner:
         self._optimization = optimization
         self._is_brief = is_brief
         self._max_batch = max_batch
+        self._on_gpu = on_gpu
+        self.device = CPU
         self._inner = tuple(inner)
         self.seen: dict[str, NDArray[Any]] = {}
         self._session: Any = None
@@ -191,10 +197,11 @@ class OnnxRuntimeRunner:
     @property
     def name(self) -> str:
         """What it is."""
-        return NAME
+        return NAME if self.device == CPU else "ONNX Runtime (CUDA)"
 
     def __enter__(self) -> Self:
         self._session = self._open(_import_onnxruntime())
+        self.device = CUDA if self._on_gpu and self._session.get_providers()[0] == _CUDA_PROVIDER else CPU
         self.input_specs = _specs(self._session.get_inputs())
         self.output_specs = _specs(info for info in self._session.get_outputs() if info.name not in self._inner)
         return self
@@ -234,9 +241,13 @@ class OnnxRuntimeRunner:
                 if isinstance(self._model, bytes)
                 else utf8_path(self._model) as model
             ):
-                return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+                return ort.InferenceSession(model, options, providers=self._providers(ort))
         except Exception as error:  # its exceptions share no base class of their own
             raise self._explain(error) from error
+
+    def _providers(self, ort: Any) -> list[str]:
+        wanted = (*([_CUDA_PROVIDER] if self._on_gpu else []), "CPUExecutionProvider")
+        return [name for name in wanted if name in ort.get_available_providers()]
 
     def _explain(self, error: Exception) -> Exception:
         what = "The given graph" if isinstance(self._model, bytes) else f"{self._model}"

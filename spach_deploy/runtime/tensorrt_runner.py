@@ -42,6 +42,8 @@ class TensorRTRunner:
     GPU, the other flavour, another version or GPU than it was built for. `gpus` stands in for what the driver reports.
     """
 
+    device = "cuda"
+
     def __init__(self, plan: bytes, flavour: Flavour, *, gpus: tuple[LocalGpu, ...] | None = None) -> None:
         self._plan = plan
         self._gpus = gpus

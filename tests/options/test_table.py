@@ -26,6 +26,7 @@ from spach_deploy.cli.package_cpp import main as cpp
 from spach_deploy.cli.package_kubernetes import main as kubernetes
 from spach_deploy.cli.package_polygraphy import main as polygraphy
 from spach_deploy.cli.package_triton import main as triton
+from spach_deploy.cli.predict import main as predict
 from spach_deploy.cli.validate import main as validate
 from spach_deploy.common.errors import UsageError
 from spach_deploy.options.click_options import click_options
@@ -49,7 +50,11 @@ from spach_deploy.packaging.triton.options import Backend, Device, EnsembleInput
 from tests.commands import ROOT
 
 MAINS: dict[str, click.Command] = dict(
-    zip(COMMANDS, (export, calibrate, validate, benchmark, doctor, triton, cpp, polygraphy, kubernetes), strict=True)
+    zip(
+        COMMANDS,
+        (export, calibrate, validate, predict, benchmark, doctor, triton, cpp, polygraphy, kubernetes),
+        strict=True,
+    )
 )
 TEN = (
     *("--recipe", "--model", "--checkpoint", "--fp32", "--fp16", "--bf16", "--int8", "--fp8", "--images"),

@@ -17,10 +17,13 @@ from benchmarks.robustness.seeds import MODEL, npz_bytes, seeds
 
 
 def reading_images(box: Box, chance: Random, path: str) -> tuple[str, ...]:
-    """Export and validation on them, or calibration with them."""
+    """Export, validation and prediction on them, or calibration with them."""
     way = chance.random()
     if way < 0.35:
         return export(box, chance, "--images", path)
+    if way < 0.5:
+        box.bring(seeds().path("fp32"), "bundle")
+        return ("spach-predict", "bundle", path)
     if way < 0.8:
         box.bring(seeds().path("fp32"), "bundle")
         box.bring(seeds().path("weights.pth"), "weights.pth")

@@ -1,0 +1,102 @@
+"""spach-predict: what a bundle's model says of pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spach_deploy.cli.console import Command, command, say, show
+from spach_deploy.cli.interrupts import ending_on_interrupt
+from spach_deploy.common.text import escaped, json_text
+from spach_deploy.options.click_options import FILE, click_options
+from spach_deploy.options.table import PREDICT
+
+if TYPE_CHECKING:
+    from spach_deploy.data.images import ImageSource
+    from spach_deploy.runtime.session import Prediction, Session
+
+
+@click.command("spach-predict", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=FILE)
+@click.argument("images", type=FILE, nargs=-1, required=True, metavar="IMAGE...")
+@click_options(PREDICT)
+@command
+def main(bundle: Path, images: tuple[Path, ...], top_k: int | None, as_json: bool, **given: Any) -> int:
+    """Say what BUNDLE's model sees in pictures: files, and folders, tars or npz files of them.
+
+    \b
+    spach-predict build/ms_hybrid_s-fp16 photo.jpg
+    spach-predict build/ms_hybrid_s-fp16 photos/ --labels imagenet.txt
+    spach-predict build/ms_hybrid_s-fp16 photos.tar --json > answers.jsonl
+
+    The engine runs where it can, else the graph in ONNX Runtime or OpenVINO. With --json each picture is a line:
+    {"image": NAME, "classes": [{"index": 7, "probability": 0.9, "label": NAME}, ...]}; "label" only with --labels.
+
+    Exit codes: 0 done, pictures that cannot be read are named and skipped; 1 a file is not the one that was exported;
+    2 bad usage or input, or no picture can be read; 3 nothing here can run it, or not the runtime that was asked for.
+    """
+    from spach_deploy.bundle.store import Bundle
+    from spach_deploy.data.readers import open_pictures
+    from spach_deploy.runtime.session import Session
+
+    session = Session(Bundle.open(bundle), **given)
+    source = open_pictures(images)
+    with session:
+        say(f"Runs in {session.name}.")
+        for note in session.notes:
+            say(note)
+        _predict(session, source, top_k, as_json=as_json)
+    return 0
+
+
+def _predict(session: Session, source: ImageSource, top_k: int | None, *, as_json: bool) -> None:
+    """Print as they come, then what was skipped and how fast it went."""
+    done, start = 0, time.perf_counter()
+    with ending_on_interrupt(lambda: f"{done} pictures were answered."), _progress(source.count) as tell:
+        for prediction in session.predictions(source, top_k):
+            show(_line(prediction) if as_json else _block(prediction))
+            done += 1
+            tell(done)
+    seconds = time.perf_counter() - start
+    for skipped in source.skipped:
+        say(f"Skipped {skipped}")
+    pictures = "1 picture" if done == 1 else f"{done:,} pictures"
+    say(f"{pictures} in {seconds:.1f} s with reading, {done / seconds:,.1f} images/s in {session.name}.")
+
+
+def _line(prediction: Prediction) -> str:
+    classes = [
+        {"index": best.index, "probability": best.probability, **({} if best.label is None else {"label": best.label})}
+        for best in prediction.classes
+    ]
+    return json_text({"image": prediction.name, "classes": classes}, indent=None)
+
+
+def _block(prediction: Prediction) -> str:
+    best = (f"  {best.probability:7.2%}  {best.index:>5}  {best.label or ''}".rstrip() for best in prediction.classes)
+    return escaped([prediction.name, *best])
+
+
+@contextlib.contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where somebody watches it, and results do not scroll by."""
+    if not sys.stderr.isatty() or sys.stdout.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""A bundle that runs: in TensorRT where its engine can run here, else its graph in ONNX Runtime or OpenVINO.
+
+with Session(bundle) as session:
+    session.predict("photo.jpg", top_k=5)
+    session.run(array)["logits"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from spach_deploy.bundle.schema import TensorInfo
+from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
+from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
+from spach_deploy.common.machine import available_threads, has_vnni
+from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Preprocessing
+from spach_deploy.runtime import Runner
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from spach_deploy.data.images import ImageSource
+    from spach_deploy.data.readers import Pictures
+
+Runtime = Literal["auto", "engine", "onnxruntime", "openvino"]
+AUTO, ENGINE, ONNX_RUNTIME, OPENVINO = "auto", "engine", "onnxruntime", "openvino"
+TITLES: Mapping[str, str] = {ENGINE: "the engine", ONNX_RUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
+_USUAL_TOP_K = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScore:
+    """A class: its index in the model's outputs, its probability, and its name where labels were given."""
+
+    index: int
+    probability: float
+    label: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of a picture: its best classes, the most probable first."""
+
+    name: str
+    classes: tuple[ClassScore, ...]
+
+
+class LocalRunner(Runner, Protocol):
+    """A runner on this machine."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cuda or cpu. Known inside its context."""
+
+
+class Session:
+    """Runs a bundle within its `with` block, in one thread at a time.
+
+    `runtime`: auto, or the only one that will do. `labels`: names of the classes, as a file with one a line or as a
+    sequence. `batch`: how many pictures `predict` runs at once, as many as the bundle's profile is tuned for if not
+    given. `threads`: of a CPU, all cores if not given.
+
+    In the block `runtime` says what runs (engine, onnxruntime or openvino), `device` where (cuda or cpu), `name` both
+    in words, and `notes` what is to be known: why the engine does not run, what makes the graph slow or wrong here.
+
+    Entering raises UnavailableError, with the reasons, where nothing here can run it, or not what was asked for.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        runtime: Runtime = "auto",
+        labels: str | os.PathLike[str] | Sequence[str] | None = None,
+        batch: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if runtime not in (AUTO, *TITLES):
+            raise UsageError(f"{runtime!r} is no runtime.", f"Give one of {', '.join((AUTO, *TITLES))}.")
+        self.bundle = bundle
+        self.runtime: str = runtime
+        self.device = ""
+        self.notes: tuple[str, ...] = ()
+        self._asked = runtime
+        self._facts = _Facts.of(bundle)
+        self._labels = _labels(labels, self._facts.classes)
+        self._batch = self._facts.checked_batch(batch)
+        self._threads = threads or available_threads()
+        self._exit = contextlib.ExitStack()
+        self._runner: LocalRunner | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.runtime, self._runner, reasons = self._open(stack)
+            self.device = self._runner.device
+            self.notes = tuple(self._remarks(reasons))
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner = None
+        self._exit.close()
+
+    @property
+    def name(self) -> str:
+        """What runs, in words."""
+        return self._running().name
+
+    def run(self, array: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Outputs by name of preprocessed images, of any number: more than the bundle's profile has are split.
+
+        `array` is what the engine takes: normalized float32 or float16 (N, 3, S, S), or with --io-dtype uint8 pixels
+        (N, S, S, 3). UsageError for another dtype or shape: nothing is converted.
+        """
+        import numpy as np
+
+        runner, wanted = self._running(), self._facts.input
+        given = np.asarray(array)
+        fits = given.ndim == len(wanted.shape) and given.shape[1:] == wanted.shape[1:] and len(given) > 0
+        if str(given.dtype) != wanted.dtype or not fits:
+            shape = ", ".join("N" if extent is None else str(extent) for extent in wanted.shape)
+            raise UsageError(
+                f"This bundle takes {wanted.dtype} ({shape}), {self._facts.meaning}, not {given.dtype} {given.shape}.",
+                "Convert it, or give pictures as they are to predict.",
+            )
+        return runner.run({wanted.name: np.ascontiguousarray(given)})
+
+    def predict(self, images: Pictures, top_k: int | None = None) -> list[Prediction]:
+        """The best classes of each picture, in order; `top_k` of them, five or all if fewer by default.
+
+        `images`: a path of a picture, a folder, a tar or an npz; a Pillow image; uint8 RGB pixels (H, W, 3) or
+        (N, H, W, 3); or a list of these. They are resized, cropped and normalized as the bundle's manifest says.
+        Pictures of folders and archives that cannot be read are skipped with a warning; ImageError where none can.
+        """
+        return list(self.predictions(images, top_k))
+
+    def predictions(self, images: Pictures | ImageSource, top_k: int | None = None) -> Iterator[Prediction]:
+        """`predict`, one by one in bounded memory. Whoever gives an `ImageSource` finds in it what was skipped."""
+        from spach_deploy.data.images import ImageSource
+        from spach_deploy.data.readers import open_pictures
+
+        count = self._facts.checked_top_k(top_k)
+        if isinstance(images, ImageSource):
+            return self._predictions(images, count)
+        return self._and_warn(open_pictures(images), count)
+
+    def _and_warn(self, source: ImageSource, count: int) -> Iterator[Prediction]:
+        yield from self._predictions(source, count)
+        if source.skipped:
+            warnings.warn(f"Skipped {'; '.join(map(str, source.skipped))}", stacklevel=3)
+
+    def _predictions(self, source: ImageSource, count: int) -> Iterator[Prediction]:
+        from spach_deploy.data.images import batches
+        from spach_deploy.data.preprocess import to_input
+
+        for batch in batches(source, self._facts.preprocessing, self._batch):
+            inputs = to_input(batch.pixels, self._facts.preprocessing, self._facts.io_dtype)
+            for name, row in zip(batch.names, probabilities(self.run(inputs)), strict=True):
+                if not row[0] >= 0:  # NaN, which the softmax of anything not finite is
+                    raise MismatchError(
+                        f"{name}: what {self.name} answers is not finite.",
+                        f"spach-validate {self.bundle.path} --images PATH says where that begins.",
+                    )
+                yield Prediction(name, tuple(self._best(row, count)))
+
+    def _best(self, row: NDArray[np.float64], count: int) -> Iterator[ClassScore]:
+        for index in (-row).argsort(kind="stable")[:count].tolist():
+            yield ClassScore(index, float(row[index]), None if self._labels is None else self._labels[index])
+
+    def _running(self) -> LocalRunner:
+        if self._runner is None:
+            raise UsageError("The session is not open.", "Use it within `with bundle.session() as session:`.")
+        return self._runner
+
+    def _open(self, stack: contextlib.ExitStack) -> tuple[str, LocalRunner, dict[str, str]]:
+        """What runs, and why that which comes before it does not."""
+        names = self._facts.order if self._asked == AUTO else (self._asked,)
+        reasons: dict[str, str] = {}
+        for name in names:
+            try:
+                return name, stack.enter_context(_OPENERS[name](self.bundle, self._threads, self._batch)), reasons
+            except SpachError as error:
+                if self._asked != AUTO:
+                    raise
+                reasons[name] = error.message.removeprefix("The engine cannot run here: ").rstrip(".")
+        told = "; ".join(f"{TITLES[name]}: {reason}" for name, reason in reasons.items())
+        raise UnavailableError(f"Nothing here can run {self.bundle.path}. {told}.", "pip install 'spach-deploy[cpu]'")
+
+    def _remarks(self, reasons: Mapping[str, str]) -> Iterator[str]:
+        if self.bundle.plan is not None and ENGINE in reasons:
+            yield f"The engine does not run here: {reasons[ENGINE]}."
+        if self.runtime != ENGINE and self._facts.flavour is not Flavour.NONE:
+            yield (
+                f"The graph has the form for TensorRT's compiler and is slower in {TITLES[self.runtime]} than one that"
+                " is exported with --engine none."
+            )
+        if self.runtime == ONNX_RUNTIME and self.device == "cpu" and self.bundle.quantizes_fp16:
+            from spach_deploy.runtime.truncation import REMEDY, fault_of, truncating_runtime
+
+            if (version := truncating_runtime()) is not None:
+                yield f"{fault_of(version)}, so that its answers are wrong. {REMEDY}"
+
+
+def probabilities(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """(N, classes): those that the graph gives, else the softmax of its logits."""
+    import numpy as np
+
+    if "probabilities" in outputs:
+        return outputs["probabilities"].astype(np.float64)
+    logits = outputs["logits"].astype(np.float64)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    found: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    return found
+
+
+def _labels(given: str | os.PathLike[str] | Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
+    """UsageError for another number of names than classes."""
+    from spach_deploy.data.labels import read_labels
+
+    if given is None:
+        return None
+    if isinstance(given, (str, os.PathLike)):
+        return read_labels(Path(given), classes)
+    if len(given) != classes:
+        raise UsageError(f"There are {len(given)} labels for {classes} classes.", "Give one for each, in their order.")
+    return tuple(given)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What a manifest says of how the bundle is fed, and in which order runtimes are tried."""
+
+    input: TensorInfo
+    io_dtype: IODtype
+    preprocessing: Preprocessing
+    profile: BatchProfile
+    classes: int
+    flavour: Flavour
+    order: tuple[str, ...]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> _Facts:
+        manifest = bundle.manifest
+        is_for_openvino = manifest.cpu is not None and manifest.cpu.chosen.runner.startswith(OPENVINO)
+        on_cpu = (OPENVINO, ONNX_RUNTIME) if is_for_openvino else (ONNX_RUNTIME, OPENVINO)
+        return cls(
+            manifest.inputs[0],
+            manifest.output_options.io_dtype,
+            manifest.preprocessing,
+            manifest.batch,
+            manifest.model.num_classes,
+            manifest.engine.flavour,
+            (ENGINE, *on_cpu),
+        )
+
+    @property
+    def meaning(self) -> str:
+        """What the values of the input are."""
+        return "RGB pixels from 0 to 255" if self.io_dtype is IODtype.UINT8 else "normalized"
+
+    def checked_batch(self, batch: int | None) -> int:
+        """How many pictures run at once; UsageError for more than the profile has."""
+        if batch is not None and not 1 <= batch <= self.profile.max:
+            raise UsageError(f"A batch of {batch} is not in the bundle's profile.", f"Give 1 to {self.profile.max}.")
+        return batch or self.profile.opt
+
+    def checked_top_k(self, top_k: int | None) -> int:
+        """How many classes are told; UsageError for more than there are."""
+        if top_k is not None and not 1 <= top_k <= self.classes:
+            raise UsageError(f"The model has {self.classes} classes, not {top_k}.", f"Give 1 to {self.classes}.")
+        return top_k or min(_USUAL_TOP_K, self.classes)
+
+
+def _engine(bundle: Bundle, threads: int, batch: int) -> LocalRunner:
+    from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
+
+    if bundle.plan is None:
+        reason = bundle.manifest.engine.why_none
+        raise UnavailableError(f"Bundle {bundle.path} has no engine: {reason}.", "Let another runtime run its graph.")
+    return TensorRTRunner(bundle.file(PLAN).read_bytes(), bundle.manifest.engine.flavour)
+
+
+def _onnx_runtime(bundle: Bundle, threads: int, batch: int) -> LocalRunner:
+    from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+
+    _check_processor(bundle)
+    return OnnxRuntimeRunner(bundle.file(GRAPH), threads=threads, max_batch=batch, on_gpu=True)
+
+
+def _openvino(bundle: Bundle, threads: int, batch: int) -> LocalRunner:
+    from spach_deploy.runtime.openvino_runner import OpenVinoRunner
+
+    _check_processor(bundle)
+    cpu = bundle.manifest.cpu
+    hint = "f32" if cpu is None else cpu.chosen.settings.get("INFERENCE_PRECISION_HINT", "f32")
+    return OpenVinoRunner(bundle.file(GRAPH), threads=threads, precision_hint=hint, max_batch=batch)
+
+
+def _check_processor(bundle: Bundle) -> None:
+    if bundle.needs_vnni and not has_vnni():
+        raise UnavailableError("Its INT8 graph is for CPUs with VNNI, and this one has none.", "Export without --vnni.")
+
+
+_OPENERS: Mapping[str, Callable[[Bundle, int, int], LocalRunner]] = {
+    ENGINE: _engine,
+    ONNX_RUNTIME: _onnx_runtime,
+    OPENVINO: _openvino,
+}
