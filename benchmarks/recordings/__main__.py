@@ -58,7 +58,8 @@ def recorded(scripts: Path, patterns: Iterable[str]) -> Iterator[tuple[str, Reco
 def main() -> int:
     arguments = _arguments()
     if not arguments.compare:
-        for name, recording in recorded(arguments.scripts.absolute(), QUICK if arguments.quick else arguments.only):
+        patterns = arguments.only or (QUICK if arguments.quick else ["*"])
+        for name, recording in recorded(arguments.scripts.absolute(), patterns):
             save(name, portable(recording) if arguments.quick else recording, arguments.place)
             print(f"{name:30} exit {recording['exit code']} {recording['seconds']:6.1f} s", flush=True)
     if arguments.against is None:
@@ -76,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("place", type=Path, help="where the recording goes: a folder, or one file.json")
     parser.add_argument("--scripts", type=Path, default=Path(sys.executable).parent, help="the folder of the commands")
     parser.add_argument("--against", type=Path, metavar="PLACE", help="an earlier recording; say what differs from it")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases, and those that they need")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cases, and those that they need")
     parser.add_argument("--quick", action="store_true", help="the few seconds of it that are the same everywhere")
     parser.add_argument("--compare", action="store_true", help="run nothing; compare what is in the two folders")
     return parser.parse_args()
