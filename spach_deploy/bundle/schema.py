@@ -537,6 +537,8 @@ def _checked(content: Any, where: str) -> Manifest:
         raise BundleError(f"{where} lacks {', '.join(missing)}.", "Export the bundle again.")
     _check_whole(content, where)
     manifest = _typed(content, where)
+    for path, number in _not_finite(content):
+        raise BundleError(f"{where} has an entry of the wrong kind ({path} is {number}).", "Export the bundle again.")
     for name, check in _CHECKS.items():
         with reading(where, name):
             check(manifest)
@@ -590,6 +592,15 @@ def reading(where: str, name: str) -> Iterator[None]:
     else:
         return
     raise BundleError(f"{where} has an entry of the wrong kind ({name}: {reason}).", "Export the bundle again.")
+
+
+def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers that no JSON holds, though Python reads and writes them, with the path to each."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(entry, f"{path}.{name}".lstrip("."))
 
 
 def _check_range(name: str, value: int, most: int) -> None:

@@ -270,7 +270,9 @@ def _parse(name: str, value: Any) -> Any:
             raise ValueError(name)
         return int(value)
     if name == "activation":
-        return _ACTIVATION_NAMES[_folded(value)]
+        if (folded := _folded(value)) not in _ACTIVATION_NAMES:
+            raise ValueError(f"activation {folded[:40]} is not known")
+        return _ACTIVATION_NAMES[folded]
     if name in ("mean", "std"):
         return _channels(value)
     return float(value)

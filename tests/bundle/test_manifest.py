@@ -97,6 +97,7 @@ def test_what_a_later_version_adds_is_not_lost_where_a_manifest_is_written_again
         ("output_options.top_k", 0, "output_options: top_k is 0, not 1 to 1,000"),
         ("validation.tolerances", {}, "validation.tolerances lacks graph"),
         ("precision.closest", [{"tensor": "x"}], "precision.closest[0] lacks max_abs"),
+        ("engine.build_seconds", float("inf"), "engine.build_seconds is inf"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_named(path: str, value: object, reason: str) -> None:
