@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Collection
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -46,10 +45,6 @@ class Certificate:
     operators: dict[str, int]
     symbolic: str | None
     modules_named: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON for the manifest."""
-        return dataclasses.asdict(self)
 
 
 def certify(model: ir.Model, modules: Collection[str]) -> Certificate:

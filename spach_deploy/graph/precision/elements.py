@@ -6,7 +6,6 @@ The precision of every weighted layer, as a typed graph states it: what a compil
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -94,10 +93,6 @@ class LayerPrecision:
     module: str
     kind: str
     asked: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return dataclasses.asdict(self)
 
 
 def weighted_layers(model: ir.Model) -> tuple[LayerPrecision, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -60,9 +60,9 @@ from spach_deploy.rewrites.base import Outcome
 _Entry = TypeVar("_Entry")
 
 
-def entry(content: Mapping[str, object], kind: type[_Entry]) -> _Entry:
-    """What a step says of itself in plain JSON, as a typed part of the manifest."""
-    return msgspec.convert(content, kind)
+def entry(content: object, kind: type[_Entry]) -> _Entry:
+    """What a step says of itself, an object or plain JSON, as a typed part of the manifest."""
+    return msgspec.convert(content, kind, from_attributes=True)
 
 
 def model_section(loaded: LoadedModel, options: ExportOptions) -> ModelSection:
@@ -116,15 +116,14 @@ def _tensor(value: ir.Value, layout: str) -> TensorInfo:
 
 def precision_section(typed: TypedGraph) -> PrecisionSection:
     """The policy, and what the graph asks of every weighted layer."""
-    layers = [layer.to_dict() for layer in typed.layers]
-    return entry({**typed.policy.to_dict(), "layers": layers}, PrecisionSection)
+    return entry({**typed.policy.to_dict(), "layers": typed.layers}, PrecisionSection)
 
 
 def graph_section(static: RewriteResult, answers: ReferenceOutputs, typed: TypedGraph) -> GraphSection:
     """What was rewritten, what it cost in FP32, and what the graph promises."""
     errors = {"static model": answers.static_errors, **typed.errors}
     return GraphSection(
-        certificate=entry(typed.certificate.to_dict(), CertificateEntry),
+        certificate=entry(typed.certificate, CertificateEntry),
         rewrites={name: _outcome(outcome) for name, outcome in static.outcomes.items()},
         passes={name: len(changed) for name, changed in typed.passes.items()},
         relative_l2_limit=answers.reference.limit,
