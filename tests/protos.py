@@ -25,7 +25,6 @@ from spach_deploy.quantization.bias_correction import CorrectBiases
 from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation import external_graph
-from spach_deploy.validation.bisect import export_steps
 from spach_deploy.validation.bisect import locate as locating
 
 R = TypeVar("R")
@@ -132,7 +131,7 @@ audit = _read(qdq.audit)
 collect = _read(calibration.collect)
 collect_in_parts = _read(shards.collect_in_parts)
 collect_on_cluster = _read(shards.collect_on_cluster)
-bisect_graph = _read(export_steps.bisect_graph)
+bisect_graph = _read(locating.bisect_graph)
 locate = _read(locating.locate)
 apply_to_graph = functools.partial(in_place, equalization.apply_to_graph)
 equalize_graph = functools.partial(in_place, quantize.equalize_graph)

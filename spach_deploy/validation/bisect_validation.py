@@ -1,4 +1,4 @@
-"""A validation bisected: which stage introduced a disagreement, the first wrong module, and the kind of error."""
+"""Bisect a validation (`--bisect`): the first wrong export step, the first wrong module, and the kind of fault."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from spach_deploy.validation.bisect.export_steps import (
     GRAPH,
     RepeatedSteps,
     Sources,
-    bisect_graph,
+    compared_steps,
     first_wrong_part,
-    judged,
-    remake,
+    repeat_steps,
 )
+from spach_deploy.validation.bisect.locate import bisect_graph
 from spach_deploy.validation.bisect.reference import ProbedReference
 from spach_deploy.validation.bisect.result import Bisection, StepResult, Suspect
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
@@ -34,12 +34,12 @@ from spach_deploy.validation.validate import Validation
 Say = Callable[[str], None]
 
 IMAGES = 4
-"""Images on which stages are compared again, the worst of the validation first; modules look at fewer."""
+"""Images on which steps are repeated, those with the largest errors first; modules are compared on fewer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BisectRequest:
-    """What is bisected: a file with a graph, of a bundle, and who has its weights."""
+    """What to bisect: a graph file, its bundle, and where its weights are."""
 
     graph: Path
     bundle: Bundle
@@ -47,61 +47,61 @@ class BisectRequest:
     weights: Weights
 
 
-def bisected(validation: Validation, what: BisectRequest, say: Say) -> Validation:
-    """`validation` with its bisection. Raises UsageError when the weights are needed and not given."""
+def bisected(validation: Validation, request: BisectRequest, say: Say) -> Validation:
+    """`validation` with its bisection. UsageError where the weights are needed and not given."""
     say("Rebuilding the reference.")
     chosen = _worst_first(validation)
-    sources = _sources(validation.trial, chosen, what)
-    remade = remake(sources, say)
+    sources = _sources(validation.trial, chosen, request)
+    repeated = repeat_steps(sources, say)
     missing = validation.missing_engine_run
-    later = judged(validation.evidence, None if missing is None else missing.reason)
-    stages = (*remade.results, *later)
+    later = compared_steps(validation.evidence, None if missing is None else missing.reason)
+    stages = (*repeated.results, *later)
     say("Bisecting by module.")
-    bisection = _by_module(what, sources, remade, stages, _pixels(validation.trial, chosen, what.facts))
-    truncating = truncated_by(what.graph, what.facts.rest)
+    bisection = _by_module(request, sources, repeated, stages, _pixels(validation.trial, chosen, request.facts))
+    truncating = truncated_by(request.graph, request.facts.rest)
     bisection = dataclasses.replace(bisection, stages=stages, truncated_by=truncating)
     return dataclasses.replace(validation, bisection=bisection)
 
 
 def _by_module(
-    what: BisectRequest,
+    request: BisectRequest,
     sources: Sources,
-    remade: RepeatedSteps,
+    repeated: RepeatedSteps,
     stages: tuple[StepResult, ...],
     pixels: npt.NDArray[np.uint8] | None,
 ) -> Bisection:
-    """The graph of the first stage that disagrees, module by module; the typed graph where none of ours does."""
+    """Bisect by module the graph of the first step that disagrees; the given graph where no repeated step does."""
     first = next((stage.stage for stage in stages if stage.disagrees), None)
-    if remade.static is None or (remade.graph is None and first != GRAPH):
-        return _of_static(sources, remade)
+    if repeated.static is None or (repeated.graph is None and first != GRAPH):
+        return _bisect_static(sources, repeated)
     reference = ProbedReference(
-        sources.loaded.model, sources.images, static=remade.static, plan=read_record(what.facts), pixels=pixels
+        sources.loaded.model, sources.images, static=repeated.static, plan=read_record(request.facts), pixels=pixels
     )
-    if first == GRAPH and remade.graph is not None:
-        return bisect_graph(remade.graph, reference)
-    return bisect_graph(ir.from_proto(onnx.load(what.graph)), reference)
+    if first == GRAPH and repeated.graph is not None:
+        return bisect_graph(repeated.graph, reference)
+    return bisect_graph(ir.from_proto(onnx.load(request.graph)), reference)
 
 
-def _of_static(sources: Sources, remade: RepeatedSteps) -> Bisection:
-    """Where the static model itself is wrong, or could not be made: its first wrong part."""
-    if remade.static is None:
+def _bisect_static(sources: Sources, repeated: RepeatedSteps) -> Bisection:
+    """The first wrong part of the static model, where that is wrong; nothing where it could not be made."""
+    if repeated.static is None:
         return Bisection((), (), ())
-    path, error = first_wrong_part(sources.loaded.model, remade.static, sources.images, remade.limit)
+    path, error = first_wrong_part(sources.loaded.model, repeated.static, sources.images, repeated.limit)
     suspects = (Suspect(path, "wrong rewrite", error, 0.0, "Its static form computes something else."),) if path else ()
     return Bisection(suspects, (), ())
 
 
 def _worst_first(validation: Validation) -> list[int]:
-    """The images to look at: that with the largest error first."""
+    """Indices of the images to run, those with the largest errors first."""
     worst = [output.worst_image for item in validation.evidence for output in item.comparison.outputs]
     count = len(validation.trial)
     return list(dict.fromkeys([*(index for index in worst if index < count), *range(count)]))[:IMAGES]
 
 
-def _sources(trial: EvaluationSet, chosen: list[int], what: BisectRequest) -> Sources:
-    facts, bundle = what.facts, what.bundle
-    loaded = rebuild(bundle.manifest.model, what.weights)
-    disabled, quantize = _told(bundle, facts)
+def _sources(trial: EvaluationSet, chosen: list[int], request: BisectRequest) -> Sources:
+    facts, bundle = request.facts, request.bundle
+    loaded = rebuild(bundle.manifest.model, request.weights)
+    disabled, quantize = _rewrite_options(bundle, facts)
     inputs = _inputs(trial, chosen)
     is_uint8 = facts.outputs.io_dtype is IODtype.UINT8
     images = normalize(inputs.astype(np.uint8), facts.preprocessing) if is_uint8 else inputs.astype(np.float32)
@@ -109,7 +109,9 @@ def _sources(trial: EvaluationSet, chosen: list[int], what: BisectRequest) -> So
 
 
 def _passes(facts: BundleFacts) -> tuple[Pass, ...]:
-    """What gives the FP32 graph its form; none where it is compared before eight bits."""
+    """The passes that gave the FP32 graph its form; none for a quantized bundle, whose graph is compared without
+    them.
+    """
     if facts.quantization is not None:
         return ()
     return CPU_PASSES if facts.flavour is Flavour.NONE else TENSORRT_PASSES
@@ -123,8 +125,8 @@ def _pixels(trial: EvaluationSet, chosen: list[int], facts: BundleFacts) -> npt.
     return _inputs(trial, chosen).astype(np.uint8) if facts.outputs.io_dtype is IODtype.UINT8 else None
 
 
-def _told(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Which rewrites were turned off, and what was quantized against the rules; None where nothing was quantized."""
+def _rewrite_options(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Rewrites and passes that were turned off, and modules quantized against the rules (None without quantization)."""
     graph = bundle.manifest.graph
     passes = [step.name for step in TENSORRT_PASSES if step.name not in graph.passes]
     if facts.quantization is not None:

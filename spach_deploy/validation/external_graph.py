@@ -22,7 +22,7 @@ from spach_deploy.graph.editing import made_values, name_of
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
 from spach_deploy.runtime.onnxruntime_runner import saved_graph
-from spach_deploy.validation.bisect.export_steps import bisect_graph
+from spach_deploy.validation.bisect.locate import bisect_graph
 from spach_deploy.validation.bisect.opened_graph import half_type
 from spach_deploy.validation.bisect.reference import ProbedReference
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record

@@ -14,11 +14,11 @@ from spach_deploy.validation.bisect.probe_points import (
     ProbeKind,
     ProbePoint,
     ProbeRecord,
-    only_made,
+    points_of_graph,
 )
 from spach_deploy.validation.bisect.tensor_matching import (
     EQUALIZED,
-    FIRM_EIGHT_BITS,
+    MATCH_LIMIT_EIGHT_BITS,
     STATIC,
     Layout,
     Matcher,
@@ -50,7 +50,7 @@ def off_by(error: float) -> NDArray[np.float32]:
 def test_a_tensor_is_found_in_every_order_that_is_looked_for(order: Order) -> None:
     lies = Layout(tuple(SHAPE[axis] for axis in order.value), order).from_rows(VALUE)
     matcher = Matcher({"a": (candidate(STATIC, VALUE),)}, {"t": 0}, orders=tuple(Order))
-    matcher.see("t", lies)
+    matcher.add("t", lies)
     (match,) = matcher.matches(matcher.forms()).values()
     assert match.layout.order is order
     np.testing.assert_array_equal(match.layout.to_rows(lies, SHAPE), VALUE)
@@ -58,13 +58,13 @@ def test_a_tensor_is_found_in_every_order_that_is_looked_for(order: Order) -> No
 
 def test_rows_of_tokens_before_images_are_found() -> None:
     matcher = Matcher({"a": (candidate(STATIC, VALUE),)}, {"t": 0}, orders=tuple(Order))
-    matcher.see("t", VALUE.transpose(1, 0, 2).reshape(-1, 7))
+    matcher.add("t", VALUE.transpose(1, 0, 2).reshape(-1, 7))
     assert matcher.matches(matcher.forms())["a"].layout.order is Order.TOKENS_FIRST
 
 
 def test_an_order_that_no_node_makes_is_not_looked_for() -> None:
     matcher = Matcher({"a": (candidate(STATIC, VALUE),)}, {"t": 0})
-    matcher.see("t", VALUE.transpose(1, 0, 2))
+    matcher.add("t", VALUE.transpose(1, 0, 2))
     assert not matcher.matches(matcher.forms())
 
 
@@ -83,10 +83,10 @@ def test_orders_that_are_the_same_in_memory_are_one(shape: tuple[int, ...], orde
 
 def test_in_eight_bits_a_value_that_lacks_its_bias_is_not_taken_for_the_value() -> None:
     """Both have what eight bits cost before; the one without its bias comes first in the graph."""
-    matcher = Matcher({"a": (candidate(STATIC, VALUE),)}, {"bare": 0, "biased": 1, "moved": 2}, FIRM_EIGHT_BITS)
+    matcher = Matcher({"a": (candidate(STATIC, VALUE),)}, {"bare": 0, "biased": 1, "moved": 2}, MATCH_LIMIT_EIGHT_BITS)
     biased = off_by(0.021)
     for tensor, value in (("bare", off_by(0.041)), ("biased", biased), ("moved", biased.reshape(10, 7))):
-        matcher.see(tensor, value)
+        matcher.add(tensor, value)
     assert matcher.matches(matcher.forms())["a"].tensor == "biased"
 
 
@@ -94,8 +94,8 @@ def test_in_eight_bits_a_graph_follows_the_form_that_it_is_nearest_to() -> None:
     """Another form may be within what eight bits may cost too."""
     exchanged = off_by(0.1)
     forms = (candidate(EQUALIZED, VALUE), candidate(STATIC, exchanged))
-    matcher = Matcher({"blocks.0.norm1": forms}, {"t": 0}, FIRM_EIGHT_BITS)
-    matcher.see("t", off_by(0.01))
+    matcher = Matcher({"blocks.0.norm1": forms}, {"t": 0}, MATCH_LIMIT_EIGHT_BITS)
+    matcher.add("t", off_by(0.01))
     assert matcher.forms().follows("blocks.0.norm1", EQUALIZED)
     assert not matcher.forms().follows("blocks.0.norm1", STATIC)
 
@@ -105,9 +105,9 @@ def test_query_key_and_value_are_places_where_a_graph_makes_them() -> None:
     parts = [qkv + end for end in QKV_PARTS]
     places = {name: ProbePoint(name, qkv, ProbeKind.LEAF, ("blocks.0.norm1",)) for name in (qkv, *parts)}
     places[core] = ProbePoint(core, "blocks.0.spatial_func", ProbeKind.CORE, (qkv,))
-    packed, parted = only_made(places, {qkv, core}), only_made(places, {*parts, core})
+    packed, parted = points_of_graph(places, {qkv, core}), points_of_graph(places, {*parts, core})
     assert list(packed) == [qkv, core]
     assert packed[core].parents == (qkv,)
     assert list(parted) == [*parts, core]
     assert parted[core].parents == tuple(parts)
-    assert list(only_made(places, parts[:2])) == [qkv, core]
+    assert list(points_of_graph(places, parts[:2])) == [qkv, core]

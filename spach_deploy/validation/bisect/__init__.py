@@ -1,6 +1,12 @@
-"""Where a disagreement begins: which stage, which module, and what kind of error it is."""
+"""Bisection: the first export step whose output is wrong, the first module that is wrong given right inputs, and the
+kind of fault.
 
-from spach_deploy.validation.bisect.export_steps import bisect_graph
+`export_steps` repeats the steps of an export and compares each with the reference. `locate` does the same for the
+modules of one graph: `probe_points` and `reference` record the reference's intermediate tensors, `tensor_matching` and
+`search` find the graph's tensors for them, `fault_diagnosis` names the fault.
+"""
+
+from spach_deploy.validation.bisect.locate import bisect_graph
 from spach_deploy.validation.bisect.reference import ProbedReference
 from spach_deploy.validation.bisect.result import Bisection, ModuleResult, StepResult, Suspect
 

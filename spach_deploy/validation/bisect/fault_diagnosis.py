@@ -1,7 +1,8 @@
-"""What kind of error it is: the reference is given one fault after another, and that which explains the graph wins.
+"""Diagnose a wrong tensor: of the faults that it could have, the one that explains it best.
 
-Each hypothesis is the place computed once more by PyTorch from the very inputs it had, with one thing wrong. What the
-graph made of the same inputs is then nearer to one of these than to the right value, or to none: a wrong weight.
+A hypothesis is the probe point's value with one fault, recomputed by PyTorch from the inputs that the reference had.
+The graph computed its value from the same inputs. The fault is that of the nearest hypothesis; where none is near
+enough, a wrong weight.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.rewrites.static_modules import TokenLinear
-from spach_deploy.validation.bisect.error_metrics import evaluate
 from spach_deploy.validation.bisect.probe_points import (
     AttentionCore,
     Computation,
@@ -27,12 +27,13 @@ from spach_deploy.validation.bisect.probe_points import (
     ProbePoint,
     ProbeRecord,
     Rounding,
+    recompute,
 )
 
 Array = NDArray[np.floating]
 
 EXPLAINS = 0.5
-"""A hypothesis explains an error where at most this share of it is left."""
+"""A hypothesis explains an error if at most this share of the error remains."""
 
 
 class Fault(str, enum.Enum):
@@ -51,7 +52,7 @@ class Fault(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A fault, in words, and the value (B, N, C) that the place has with it."""
+    """A fault, in words, and the probe point's value (B, N, C) with it."""
 
     fault: Fault
     words: str
@@ -60,7 +61,9 @@ class Hypothesis:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """The kind of an error, and why. `left`: relative L2 to the value that the fault explains; 0 where none does."""
+    """The most likely fault, and why. `left`: relative L2 to the value with that fault; 0 where no hypothesis explains
+    it.
+    """
 
     fault: Fault
     why: str
@@ -68,7 +71,7 @@ class Diagnosis:
 
 
 def diagnose(recorded: ProbeRecord, value: Array) -> Diagnosis:
-    """What is wrong with `value` (B, N, C), which a graph made of the inputs that made `recorded`."""
+    """The fault of `value` (B, N, C), which a graph computed from the inputs of `recorded`."""
     if (seen := _overflow(recorded.value, value)) is not None:
         return seen
     error = relative_l2(value, recorded.value)
@@ -81,11 +84,11 @@ def diagnose(recorded: ProbeRecord, value: Array) -> Diagnosis:
 
 
 def hypotheses(recorded: ProbeRecord, value: Array) -> Iterator[Hypothesis]:
-    """Everything that could be wrong at this place; some is fitted to `value`."""
+    """All faults that are possible at this probe point. Some are fitted to `value`."""
     computation, exact = recorded.computation, recorded.value
     module = computation.module
     if getattr(module, "bias", None) is not None:
-        yield Hypothesis(Fault.BIAS, "Its bias is missing.", _again(computation, _without_bias))
+        yield Hypothesis(Fault.BIAS, "Its bias is missing.", _with_changed_module(computation, _without_bias))
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
         yield from _epsilons(computation, exact, value)
     if isinstance(module, AttentionCore):
@@ -95,8 +98,8 @@ def hypotheses(recorded: ProbeRecord, value: Array) -> Iterator[Hypothesis]:
         yield from _activations(computation, module)
     yield from _weight_layouts(computation)
     yield from _grid_layouts(exact)
-    yield from _channel_orders(exact, value, has_heads=_has_heads(recorded.place))
-    if recorded.place.kind is ProbeKind.SUM:
+    yield from _channel_orders(exact, value, has_heads=_has_heads(recorded.point))
+    if recorded.point.kind is ProbeKind.SUM:
         yield from _missing_parts(computation)
     yield from _roundings(computation, exact)
 
@@ -105,6 +108,7 @@ def hypotheses(recorded: ProbeRecord, value: Array) -> Iterator[Hypothesis]:
 
 
 def _overflow(exact: Array, value: Array) -> Diagnosis | None:
+    """Numbers that are not finite, or that are clipped."""
     bad = int(np.size(value) - np.isfinite(value).sum())
     if bad:
         return Diagnosis(Fault.OVERFLOW, f"{bad:,} of its {value.size:,} numbers are not finite.")
@@ -119,17 +123,13 @@ def _overflow(exact: Array, value: Array) -> Diagnosis | None:
 # One thing wrong
 
 
-def _again(computation: Computation, change: Callable[[nn.Module], None]) -> Array:
-    """The place with its module changed."""
+def _with_changed_module(computation: Computation, change: Callable[[nn.Module], None]) -> Array:
+    """The probe point's value after `change` was applied to a copy of its module."""
     assert computation.module is not None
     module = copy.deepcopy(computation.module)
     with torch.inference_mode():
         change(module)
-    return evaluate(dataclasses.replace(computation, module=module), _same, _same)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return recompute(dataclasses.replace(computation, module=module))
 
 
 def _without_bias(module: nn.Module) -> None:
@@ -138,12 +138,14 @@ def _without_bias(module: nn.Module) -> None:
 
 
 def _epsilons(computation: Computation, exact: Array, value: Array) -> Iterator[Hypothesis]:
-    """The epsilon that explains by how much every token is too small, or too large."""
+    """Other epsilons: usual ones, and the one that explains the ratio of `value` to the right output, token by
+    token.
+    """
     module = computation.module
     assert isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))
     if isinstance(module, nn.BatchNorm2d):
         return
-    without = _again(computation, _without_bias)
+    without = _with_changed_module(computation, _without_bias)
     bias = (exact - without).reshape(-1, exact.shape[-1]).mean(axis=0)
     axes = (1, 2) if isinstance(module, nn.GroupNorm) else (2,)
     shrunk = np.sum((value - bias) * without, axis=axes) / np.maximum(np.sum(without**2, axis=axes), 1e-30)
@@ -155,15 +157,15 @@ def _epsilons(computation: Computation, exact: Array, value: Array) -> Iterator[
         if epsilon < 0 or abs(epsilon - module.eps) < 1e-3 * module.eps:
             continue
 
-        def change(twin: nn.Module, epsilon: float = epsilon) -> None:
-            twin.eps = epsilon  # type: ignore[assignment]
+        def change(changed: nn.Module, epsilon: float = epsilon) -> None:
+            changed.eps = epsilon  # type: ignore[assignment]
 
         words = f"Its epsilon is {epsilon:.1e} instead of {module.eps:.1e}."
-        yield Hypothesis(Fault.EPSILON, words, _again(computation, change))
+        yield Hypothesis(Fault.EPSILON, words, _with_changed_module(computation, change))
 
 
 def _head_orders(computation: Computation, core: AttentionCore) -> Iterator[Hypothesis]:
-    """Attention that reads the packed tensor, or writes its heads, in another order."""
+    """Attention that reads the packed qkv, or writes its heads, in another order."""
     packed = computation.inputs[0]
     batch, tokens, width = packed.shape
     heads, depth = core.heads, width // (3 * core.heads)
@@ -179,9 +181,9 @@ def _head_orders(computation: Computation, core: AttentionCore) -> Iterator[Hypo
     }
     for words, reading in readings.items():
         inputs = (reading.reshape(batch, tokens, width),)
-        value = evaluate(dataclasses.replace(computation, inputs=inputs), _same, _same)
+        value = recompute(dataclasses.replace(computation, inputs=inputs))
         yield Hypothesis(Fault.HEADS, f"It {words}.", value)
-    right = evaluate(computation, _same, _same).reshape(batch, tokens, heads, depth)
+    right = recompute(computation).reshape(batch, tokens, heads, depth)
     shape = (batch, tokens, heads * depth)
     inner = right.transpose(0, 1, 3, 2).reshape(shape)
     yield Hypothesis(Fault.HEADS, "It writes heads innermost: (d h).", inner)
@@ -190,16 +192,16 @@ def _head_orders(computation: Computation, core: AttentionCore) -> Iterator[Hypo
 
 
 def _scales(computation: Computation, core: AttentionCore) -> Iterator[Hypothesis]:
-    """Attention whose scale is left out, or applied once more than it should be."""
+    """Attention without its scale, or with the scale applied twice."""
     usual = (computation.inputs[0].shape[-1] / (3 * core.heads)) ** -0.5
     for words, factor in (("lacks its scale", 1.0 / usual), ("applies its scale twice", usual)):
-        twin = AttentionCore(core.heads, core.scale * factor)
-        value = evaluate(dataclasses.replace(computation, module=twin), _same, _same)
+        other = AttentionCore(core.heads, core.scale * factor)
+        value = recompute(dataclasses.replace(computation, module=other))
         yield Hypothesis(Fault.FUNCTION, f"It {words}.", value)
 
 
 def _activations(computation: Computation, own: nn.Module) -> Iterator[Hypothesis]:
-    """Another activation."""
+    """Other activations."""
     others: dict[str, nn.Module] = {
         "It is the tanh form of GELU, an approximation.": nn.GELU(approximate="tanh"),
         "It is the exact GELU.": nn.GELU(),
@@ -210,12 +212,12 @@ def _activations(computation: Computation, own: nn.Module) -> Iterator[Hypothesi
     for words, module in others.items():
         if repr(module) == repr(own):
             continue
-        value = evaluate(dataclasses.replace(computation, module=module), _same, _same)
+        value = recompute(dataclasses.replace(computation, module=module))
         yield Hypothesis(Fault.FUNCTION, words, value)
 
 
 def _weight_layouts(computation: Computation) -> Iterator[Hypothesis]:
-    """Weights that lie otherwise: transposed, kernels turned or mirrored."""
+    """Weights in another layout: transposed, or with flipped kernels."""
     module = computation.module
     turns: dict[str, Callable[[Tensor], Tensor]] = {}
     if isinstance(module, nn.Conv2d):
@@ -234,16 +236,18 @@ def _weight_layouts(computation: Computation) -> Iterator[Hypothesis]:
         turns["Its weight lies in memory as its transpose would."] = lambda w: w.T.reshape(w.shape)
         turns["Its weight's columns are in reverse order."] = lambda w: w.flip(1)
     for words, turn in turns.items():
-        yield Hypothesis(Fault.LAYOUT, words, _again(computation, functools.partial(_turn, turn=turn)))
+        yield Hypothesis(
+            Fault.LAYOUT, words, _with_changed_module(computation, functools.partial(_set_weight, turn=turn))
+        )
 
 
-def _turn(module: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
+def _set_weight(module: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
     assert isinstance(module.weight, nn.Parameter)
     module.weight = nn.Parameter(turn(module.weight).contiguous(), requires_grad=False)
 
 
 def _grid_layouts(exact: Array) -> Iterator[Hypothesis]:
-    """Tokens that lie otherwise: the grid transposed, mirrored, or mixed up with channels."""
+    """Tokens in another layout: a transposed or flipped grid, or channels and tokens exchanged."""
     batch, tokens, channels = exact.shape
     side = round(tokens**0.5)
     if side * side == tokens and side > 1:
@@ -260,12 +264,12 @@ def _grid_layouts(exact: Array) -> Iterator[Hypothesis]:
         yield Hypothesis(Fault.LAYOUT, "Its channels and tokens are transposed in memory.", mixed)
 
 
-def _has_heads(place: ProbePoint) -> bool:
-    return place.kind is ProbeKind.CORE or place.module.endswith(".qkv")
+def _has_heads(point: ProbePoint) -> bool:
+    return point.kind is ProbeKind.CORE or point.module.endswith(".qkv")
 
 
 def _channel_orders(exact: Array, value: Array, *, has_heads: bool) -> Iterator[Hypothesis]:
-    """Right channels in a wrong order, found by which of them are alike; whole heads where these moved together."""
+    """Right channels in a wrong order, found by correlation; heads where whole blocks of channels moved."""
     channels = exact.shape[-1]
     if channels < 2 or exact.shape[1] < 2:
         return
@@ -297,7 +301,7 @@ def _missing_parts(computation: Computation) -> Iterator[Hypothesis]:
     for index, name in enumerate(names):
         rest = (*computation.inputs[:index], *computation.inputs[index + 1 :])
         if rest:
-            value = evaluate(dataclasses.replace(computation, inputs=rest), _same, _same)
+            value = recompute(dataclasses.replace(computation, inputs=rest))
             yield Hypothesis(Fault.RESIDUAL, f"It lacks {name}, the {_ordinal(index)}.", value)
 
 
@@ -309,17 +313,17 @@ def _ordinal(index: int) -> str:
 
 
 def _roundings(computation: Computation, exact: Array) -> Iterator[Hypothesis]:
-    """Weights, inputs or outputs in a narrower format."""
+    """Weights, inputs or outputs rounded to a narrower format."""
     for name, rounding in _FORMATS.items():
         rounded = rounding(torch.from_numpy(exact)).numpy()
         yield Hypothesis(Fault.PRECISION, f"Its output is rounded to {name}.", rounded)
         inputs = tuple(rounding(tensor) for tensor in computation.inputs)
-        value = evaluate(dataclasses.replace(computation, inputs=inputs), _same, _same)
+        value = recompute(dataclasses.replace(computation, inputs=inputs))
         yield Hypothesis(Fault.PRECISION, f"Its input is rounded to {name}.", value)
         if getattr(computation.module, "weight", None) is not None:
-            weights = _again(computation, functools.partial(_turn, turn=rounding))
+            weights = _with_changed_module(computation, functools.partial(_set_weight, turn=rounding))
             yield Hypothesis(Fault.PRECISION, f"Its weight is rounded to {name}.", weights)
-            both = evaluate(computation, rounding, rounding)
+            both = recompute(computation, rounding, rounding)
             yield Hypothesis(Fault.PRECISION, f"It is computed in {name}.", both)
 
 
@@ -354,7 +358,7 @@ _FORMATS: dict[str, Rounding] = {
 
 
 def _where(exact: Array, value: Array) -> str:
-    """Which channels are wrong, where it is few of them."""
+    """Which channels are wrong, where they are few."""
     channels = exact.shape[-1]
     difference = (value - exact).reshape(-1, channels)
     error = np.linalg.norm(difference, axis=0)

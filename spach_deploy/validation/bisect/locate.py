@@ -1,8 +1,8 @@
-"""Which modules of a graph are wrong given right inputs.
+"""Find the modules of a graph that are wrong given right inputs.
 
-Once every place has its tensor (`search`), the graph runs twice more: as it is, which gives inherited errors, and with
-every tensor's readers given the reference's value, so that each module computes from right inputs and an error is its
-own.
+First `search` finds the graph's tensor for every probe point. Then the graph runs twice more. As it is, it gives
+inherited errors. With the reference's value given to all readers of every matched tensor, each module computes from
+right inputs, so its error is its own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.editing import name_of
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.precision.formats import FLOAT
+from spach_deploy.validation.bisect.fault_diagnosis import Fault, diagnose
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import BATCH, ProbedReference, ProbeView
+from spach_deploy.validation.bisect.result import Bisection, ModuleResult, Suspect, Unmatched
 from spach_deploy.validation.bisect.search import Feeds, TensorSearch
 from spach_deploy.validation.bisect.tensor_matching import Match
 from spach_deploy.validation.rounding_error import StorageFormat
 
 EIGHT_BIT_FACTOR = 0.75
-"""Share of what eight bits cost that a layer may differ from the same layer in PyTorch: values that lie between two
-steps fall to either side."""
+"""A quantized layer may differ from the same layer quantized in PyTorch by this share of the eight-bit rounding error:
+values between two steps may be rounded either way.
+"""
 
 _ARITHMETICS: dict[int, StorageFormat] = {
     ir.DataType.FLOAT16: StorageFormat.FP16,
@@ -37,9 +40,10 @@ _ARITHMETICS: dict[int, StorageFormat] = {
 
 @dataclasses.dataclass(frozen=True)
 class ProbeErrors:
-    """A place in a graph. `local`: relative L2 given right inputs; `inherited`: in the graph as it is.
+    """Errors at a probe point of a graph, relative L2.
 
-    `value` float32 (B, N, C) is what the graph makes of right inputs. `allowed`: rounding.
+    `local`: given right inputs; `inherited`: in the graph as it is; `allowed`: what rounding explains. `value` float32
+    (B, N, C): what the graph computes from right inputs.
     """
 
     match: Match
@@ -50,18 +54,19 @@ class ProbeErrors:
 
     @property
     def is_right(self) -> bool:
-        """Whether it is rounding alone."""
+        """Whether rounding explains the local error."""
         return self.local <= self.allowed
 
 
 @dataclasses.dataclass(frozen=True)
 class Suspicion:
-    """A place whose error is its own. `found` None: no tensor stands for it, and `seen_at` is wrong.
+    """A probe point with an error of its own.
 
-    `value` (B, N, C): what is made of the place's output before others read it, where that is what is wrong.
+    `found`: None where the graph has no tensor for it; then the point `seen_at`, which follows it, is wrong. `value`
+    (B, N, C): set where the point's output is right, but is altered before others read it; the altered value.
     """
 
-    place: str
+    point: str
     found: ProbeErrors | None
     seen_at: str
     value: NDArray[np.floating] | None = dataclasses.field(default=None, repr=False)
@@ -69,21 +74,27 @@ class Suspicion:
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """What a graph does at each place; suspicions in the order of the model. `view`: the reference it was held to."""
+    """A graph's errors at all probe points, and the suspicions in the order of the model. `view`: the reference."""
 
     view: ProbeView
     found: dict[str, ProbeErrors]
     suspicions: tuple[Suspicion, ...]
 
     @property
-    def unmapped(self) -> tuple[str, ...]:
-        """Places that have no tensor and that nothing speaks against."""
-        suspected = {suspicion.place for suspicion in self.suspicions}
-        return tuple(name for name in self.view.places if name not in self.found and name not in suspected)
+    def unmatched(self) -> tuple[str, ...]:
+        """Probe points without a tensor that nothing casts suspicion on."""
+        suspected = {suspicion.point for suspicion in self.suspicions}
+        return tuple(name for name in self.view.points if name not in self.found and name not in suspected)
+
+
+def bisect_graph(graph: ir.Model, reference: ProbedReference) -> Bisection:
+    """Compare every module of `graph` with the reference's. UsageError where the graph's tensors cannot be read."""
+    location = locate(graph, reference)
+    return Bisection(tuple(_suspects(location)), tuple(_modules(location)), tuple(_unmatched(location)))
 
 
 def locate(graph: ir.Model, reference: ProbedReference) -> Location:
-    """Hold every place of `graph` to the reference. UsageError where the graph cannot be taken apart."""
+    """Compare every probe point of `graph` with the reference. UsageError where the graph's tensors cannot be read."""
     name, dtype, batch = _input(graph)
     opened = OpenedGraph(graph, batch)
     view = reference.view(batch).of_graph(opened.makers)
@@ -92,51 +103,54 @@ def locate(graph: ir.Model, reference: ProbedReference) -> Location:
     arithmetic = _ARITHMETICS[opened.half] if opened.half is not None else StorageFormat.FP32
 
     def rounding(match: Match) -> float:
-        return reference.loss(match.place, match.candidate, arithmetic).allowed
+        return reference.rounding_errors(match.point, match.candidate, arithmetic).allowed
 
     search = TensorSearch(opened, view, feeds, rounding, is_quantized=is_quantized)
     while True:
-        held = dict(_held(opened, search, feeds, reference, arithmetic))
-        found = {place: held[place] for place in view.places if place in held}
+        errors = dict(_errors_by_point(opened, search, feeds, reference, arithmetic))
+        found = {point: errors[point] for point in view.points if point in errors}
         suspicions = tuple(_suspicions(view, search, found))
-        hidden = (entry.place for entry in suspicions if entry.found is None)
-        if not any(search.settle_wrong(place) for place in hidden):
+        absent = (entry.point for entry in suspicions if entry.found is None)
+        if not any(search.match_wrong(point) for point in absent):
             break
-    return Location(view, found, tuple(_behind(entry, opened, search, feeds, found) for entry in suspicions))
+    return Location(
+        view, found, tuple(_blame_altered_input(entry, opened, search, feeds, found) for entry in suspicions)
+    )
 
 
 def _input(graph: ir.Model) -> tuple[str, str, int]:
-    """Name, dtype and batch of the images."""
+    """Name, dtype and batch size of the images."""
     inputs = [value for value in graph.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1:
         raise UsageError(f"The graph has {len(inputs)} inputs; a classifier of images has one.", "Give another graph.")
-    (given,) = inputs
-    first = given.shape[0] if given.shape else 0
-    return name_of(given), str((given.dtype or FLOAT).numpy()), first if isinstance(first, int) and first else BATCH
+    (images,) = inputs
+    first = images.shape[0] if images.shape else 0
+    batch = first if isinstance(first, int) and first else BATCH
+    return name_of(images), str((images.dtype or FLOAT).numpy()), batch
 
 
-def _held(
+def _errors_by_point(
     opened: OpenedGraph, search: TensorSearch, feeds: Feeds, reference: ProbedReference, arithmetic: StorageFormat
 ) -> Iterator[tuple[str, ProbeErrors]]:
-    """Each place computed from right inputs, and as it is, and compared."""
-    places = {match.tensor: place for place, match in search.settled.items()}
-    given: Arrays = search.given
-    alone = _alone(opened, search, feeds)
-    for names in opened.passes(places):
-        for tensor, value in opened.run(feeds, names, given).items():
-            match = search.settled[places[tensor]]
-            yield match.place, _found(match, alone[match.place], value, search, reference, arithmetic)
+    """For each matched probe point, its errors from right inputs and in the graph as it is."""
+    points = {match.tensor: point for point, match in search.matched.items()}
+    overrides: Arrays = search.overrides
+    inherited = _inherited_errors(opened, search, feeds)
+    for names in opened.groups(points):
+        for tensor, value in opened.run(feeds, names, overrides).items():
+            match = search.matched[points[tensor]]
+            yield match.point, _found(match, inherited[match.point], value, search, reference, arithmetic)
 
 
-def _alone(opened: OpenedGraph, search: TensorSearch, feeds: Feeds) -> dict[str, float]:
-    """Errors in the graph as it is; those of tensors that were found later are measured now."""
+def _inherited_errors(opened: OpenedGraph, search: TensorSearch, feeds: Feeds) -> dict[str, float]:
+    """Errors in the graph as it is, by probe point. The first search has measured most of them."""
     errors = dict(search.inherited)
-    later = {match.tensor: match for place, match in search.settled.items() if place not in errors}
-    for names in opened.passes(later):
+    later = {match.tensor: match for point, match in search.matched.items() if point not in errors}
+    for names in opened.groups(later):
         for tensor, value in opened.run(feeds, names, {}).items():
             match = later[tensor]
             exact = match.candidate.recorded.value
-            errors[match.place] = relative_l2(match.layout.to_rows(value, exact.shape), exact)
+            errors[match.point] = relative_l2(match.layout.to_rows(value, exact.shape), exact)
     return errors
 
 
@@ -150,53 +164,98 @@ def _found(
 ) -> ProbeErrors:
     exact = match.candidate.recorded.value
     rows = match.layout.to_rows(value, exact.shape)
-    local, eight_bits = reference.local_error(match.place, match.candidate, rows)
-    allowed = reference.loss(match.place, match.candidate, arithmetic).allowed + EIGHT_BIT_FACTOR * eight_bits
-    for name in search.between(match.place):  # what is folded into it rounds too
-        allowed += reference.loss(name, reference.form_of(name, match.candidate.form), arithmetic).allowed
+    local, eight_bits = reference.local_error(match.point, match.candidate, rows)
+    allowed = (
+        reference.rounding_errors(match.point, match.candidate, arithmetic).allowed + EIGHT_BIT_FACTOR * eight_bits
+    )
+    for name in search.unmatched_inputs(match.point):  # what is folded into it rounds too
+        allowed += reference.rounding_errors(name, reference.form_of(name, match.candidate.form), arithmetic).allowed
     return ProbeErrors(match, inherited, local, allowed, rows)
 
 
 def _suspicions(view: ProbeView, search: TensorSearch, found: dict[str, ProbeErrors]) -> Iterator[Suspicion]:
-    """Places whose error is their own. What has no tensor is blamed where what follows it is wrong."""
+    """Probe points with an error of their own. A point without a tensor is suspected where the next one is wrong."""
     blamed: set[str] = set()
-    for name in view.places:
+    for name in view.points:
         entry = found.get(name)
         if entry is None or entry.is_right:
             continue
-        hidden = [place for place in search.between(name) if view.is_expected(place)]
-        place = hidden[0] if hidden else name
-        if place not in blamed:
-            blamed.add(place)
-            yield Suspicion(place, found.get(place), name)
+        absent = [point for point in search.unmatched_inputs(name) if view.is_expected(point)]
+        point = absent[0] if absent else name
+        if point not in blamed:
+            blamed.add(point)
+            yield Suspicion(point, found.get(point), name)
 
 
-def _behind(
+def _blame_altered_input(
     suspicion: Suspicion, opened: OpenedGraph, search: TensorSearch, feeds: Feeds, found: dict[str, ProbeErrors]
 ) -> Suspicion:
-    """The suspicion, or the place before it whose output is right and then cut off or rounded on its way.
+    """The suspicion; or, where the input is right but is clipped or rounded before the module reads it, the input's
+    point.
 
-    A node that has the name of the suspected module is that module's own.
+    A node that is named after the suspected module belongs to that module.
     """
-    places = search.before(suspicion.place) if suspicion.found is not None else []
-    for place in places:
-        match, limit = found[place].match, found[place].allowed
-        made = [entry for entry in opened.altered(match.tensor) if entry[0] not in search.given]
-        if not made or not found[place].is_right:
+    points = search.matched_inputs(suspicion.point) if suspicion.found is not None else []
+    for point in points:
+        match, limit = found[point].match, found[point].allowed
+        made = [entry for entry in opened.altered(match.tensor) if entry[0] not in search.overrides]
+        if not made or not found[point].is_right:
             continue
-        values = opened.run(feeds, [tensor for tensor, _ in made], search.given)
+        values = opened.run(feeds, [tensor for tensor, _ in made], search.overrides)
         for tensor, node in made:
             if values[tensor].size != match.candidate.recorded.value.size or values[tensor].ndim < 2:
                 continue
             rows = match.layout.to_rows(values[tensor], match.candidate.recorded.value.shape)
             if relative_l2(rows, match.candidate.recorded.value) <= limit:
                 continue
-            if owner(node) != suspicion.place and not _is_moved(rows, match, limit):
-                return Suspicion(place, found[place], suspicion.seen_at, rows)
+            if owner(node) != suspicion.point and not _is_moved(rows, match, limit):
+                return Suspicion(point, found[point], suspicion.seen_at, rows)
     return suspicion
 
 
 def _is_moved(rows: NDArray[np.floating], match: Match, limit: float) -> bool:
-    """Whether it is the value in another layout: the same numbers, but for rounding."""
+    """Whether `rows` is the value in another layout: the same numbers but for rounding."""
     exact = match.candidate.recorded.value
     return relative_l2(np.sort(rows, axis=None), np.sort(exact, axis=None)) <= limit
+
+
+# The result
+
+
+def _suspects(location: Location) -> Iterator[Suspect]:
+    named: set[str] = set()
+    for suspicion in location.suspicions:
+        module = location.view.points[suspicion.point].module
+        if module in named:
+            continue
+        named.add(module)
+        found = suspicion.found
+        if found is not None:
+            recorded = found.match.candidate.recorded
+            value = found.value if suspicion.value is None else suspicion.value
+            error = relative_l2(value, recorded.value) if suspicion.value is not None else found.local
+            diagnosis = diagnose(recorded, value)
+            yield Suspect(module, diagnosis.fault.value, _finite(error), found.allowed, diagnosis.why)
+        else:
+            yield _suspect_without_tensor(location, suspicion, module)
+
+
+def _finite(error: float) -> float:
+    return error if error == error else float("inf")
+
+
+def _suspect_without_tensor(location: Location, suspicion: Suspicion, module: str) -> Suspect:
+    """A module without a tensor in the graph: the error shows at the next probe point."""
+    seen = location.found[suspicion.seen_at]
+    why = f"No tensor of the graph stands for its output, and {suspicion.seen_at}, which follows, is wrong."
+    return Suspect(module, Fault.WEIGHT.value, seen.local, seen.allowed, why)
+
+
+def _modules(location: Location) -> Iterator[ModuleResult]:
+    for point, found in location.found.items():
+        yield ModuleResult(point, found.inherited, found.local, found.allowed, found.match.tensor)
+
+
+def _unmatched(location: Location) -> Iterator[Unmatched]:
+    for point in location.unmatched:
+        yield Unmatched(point, "The graph has it folded into its neighbours; what follows it is right.")

@@ -1,7 +1,7 @@
-"""A graph opened at its tensors: any of them can be read, and any of them replaced by a value given from outside.
+"""Run a graph so that any of its tensors can be read, and any replaced by a given value.
 
-A graph in half precision is opened as its twin in FP32 that rounds every half tensor (`precision.rounding`), so that
-tensors can be given in FP32 and overflow shows.
+A graph in half precision runs as an FP32 graph that rounds every half tensor (`precision.rounding`). So tensors can be
+given in FP32, and overflow shows.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ _ALTERING = frozenset(
 )
 
 MEMORY_BYTES = 1_000_000_000
-"""Of tensors read in one pass; what does not fit is read in another."""
+"""Bytes of tensors that are read in one run; the rest is read in further runs."""
 
 
 class OpenedGraph:
-    """`graph`, run on `batch` images at once.
+    """A graph whose tensors can be read and replaced, run at a batch size of `batch`.
 
-    `order`: position of what makes each tensor. Raises UsageError for a graph that cannot be taken apart.
+    `makers`: for each tensor the name of its node's output; `order`: position of each tensor in the graph. Raises
+    UsageError where its tensors cannot be read.
     """
 
     def __init__(self, graph: ir.Model, batch: int) -> None:
         self.half = half_type(graph)
-        self._graph = _twin(graph) if self.half is not None else graph
+        self._graph = _rounded_graph(graph) if self.half is not None else graph
         self._nodes = tuple(self._graph.graph)
         self.outputs = [name_of(value) for value in self._graph.graph.outputs]
         self.makers = {name_of(value): name_of(value.producer()) for value in made_values(self._graph.graph)}
@@ -47,26 +48,26 @@ class OpenedGraph:
         self._elements = float_elements(self._graph, batch)
 
     def tensors(self, sizes: Iterable[int]) -> list[str]:
-        """Tensors that hold floats and have one of `sizes` elements, in order; those of unknown size too."""
+        """Float tensors that have one of `sizes` elements, or an unknown number, in the order of the graph."""
         wanted = {0, *sizes}
         return [name for name in self.order if self._elements.get(name, -1) in wanted]
 
-    def passes(self, names: Iterable[str]) -> Iterator[list[str]]:
-        """`names` in groups that fit in memory."""
+    def groups(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """`names` in groups of at most `MEMORY_BYTES`."""
         group: list[str] = []
-        held = 0
+        held_bytes = 0
         for name in names:
             size = 4 * self._elements[name]
-            if group and held + size > MEMORY_BYTES:
+            if group and held_bytes + size > MEMORY_BYTES:
                 yield group
-                group, held = [], 0
+                group, held_bytes = [], 0
             group.append(name)
-            held += size
+            held_bytes += size
         if group:
             yield group
 
-    def computed_from(self, inputs: Iterable[str], given: Arrays, among: Iterable[str]) -> list[str]:
-        """Those of `among` that are computed from tensors of `inputs` and no other given ones, in order.
+    def computed_from(self, inputs: Iterable[str], overrides: Arrays, among: Iterable[str]) -> list[str]:
+        """Tensors of `among` that are computed from `inputs` and no other overridden tensor, in the order of the graph.
 
         Without `inputs`: those that are computed from the images alone.
         """
@@ -74,13 +75,13 @@ class OpenedGraph:
         sources: dict[str, frozenset[str]] = {}
         for node in self._nodes:
             names = map(name_of, node.inputs)
-            read = (frozenset((name,)) if name in given else sources.get(name, frozenset()) for name in names)
+            read = (frozenset((name,)) if name in overrides else sources.get(name, frozenset()) for name in names)
             sources.update(dict.fromkeys(map(name_of, node.outputs), frozenset().union(*read)))
         chosen = {name for name in among if sources[name] <= wanted and (sources[name] or not wanted)}
         return [name for name in self.order if name in chosen]
 
     def altered(self, tensor: str) -> list[tuple[str, str]]:
-        """What nodes that only round, limit or move a tensor make of it: (tensor, node's name), in order."""
+        """Tensors that nodes which only round, clip or move data make of `tensor`: (tensor, node's name), in order."""
         made: list[tuple[str, str]] = []
         behind = {tensor}
         for node in self._nodes:
@@ -90,27 +91,29 @@ class OpenedGraph:
                 made.extend((name, name_of(node)) for name in names if self._elements.get(name, -1) >= 0)
         return made
 
-    def run(self, feeds: Mapping[str, NDArray[np.generic]], names: list[str], given: Arrays) -> Values:
-        """Values of the tensors `names`; whatever reads a tensor of `given` gets that value instead.
+    def run(self, feeds: Mapping[str, NDArray[np.generic]], names: list[str], overrides: Arrays) -> Values:
+        """Run the graph; returns the tensors `names`. Readers of a tensor in `overrides` get that value instead.
 
         UsageError where the graph does not run.
         """
         try:
-            session = open_session(self._with(names, given), plain=True)
+            session = open_session(self._with(names, overrides), plain=True)
             inputs = {value.name for value in session.get_inputs()}
-            inside = {_given(name): value for name, value in given.items() if _given(name) in inputs}
+            inside = {
+                _override_name(name): value for name, value in overrides.items() if _override_name(name) in inputs
+            }
             return dict(zip(names, session.run(names, {**feeds, **inside}), strict=True))
         except Exception as error:  # its exceptions share no base class of their own
             raise _does_not_run(error) from error
 
-    def _with(self, names: list[str], given: Arrays) -> ir.Model:
-        """The graph with other outputs and more inputs."""
+    def _with(self, names: list[str], overrides: Arrays) -> ir.Model:
+        """The graph with `names` as outputs and an input for each override."""
         model = self._graph.clone()
         graph = model.graph
         values = {name_of(value): value for value in (*graph.inputs, *made_values(graph))}
         graph.outputs.clear()
-        for name, value in given.items():
-            replacement = ir.val(_given(name), FLOAT, value.shape)
+        for name, value in overrides.items():
+            replacement = ir.val(_override_name(name), FLOAT, value.shape)
             graph.inputs.append(replacement)
             values[name].replace_all_uses_with(replacement)
         graph.outputs.extend(values[name] for name in names)
@@ -118,13 +121,13 @@ class OpenedGraph:
 
 
 def half_type(graph: ir.Model) -> ir.DataType | None:
-    """Element type of the half precision in which a graph has weights or casts tensors; None without."""
+    """The half precision element type of the graph's weights or casts; None without."""
     weights = (value.dtype for value in graph.graph.initializers.values())
     casts = (ir.DataType(node.attributes.get_int("to", 0)) for node in graph.graph if node.op_type == "Cast")
     return next((kind for kind in (*weights, *casts) if kind in HALF_FORMATS), None)
 
 
-def _twin(graph: ir.Model) -> ir.Model:
+def _rounded_graph(graph: ir.Model) -> ir.Model:
     check_runtime_rounds()
     try:
         return rounded_graph(graph)
@@ -139,12 +142,12 @@ def _does_not_run(error: Exception) -> SpachError:
     return UsageError(f"The graph cannot be taken apart at its tensors: {reason}", "Validate it without --bisect.")
 
 
-def _given(name: str) -> str:
+def _override_name(name: str) -> str:
     return f"given/{name}"
 
 
 def float_elements(graph: ir.Model, batch: int) -> dict[str, int]:
-    """Elements of every float tensor that nodes make, at `batch`; 0 where they are not known."""
+    """Number of elements of every float tensor that nodes make, at this batch size; 0 where it is unknown."""
     light = without_weights(graph)
     weights = graph.graph.initializers
     for value in light.graph.input:

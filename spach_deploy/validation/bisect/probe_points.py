@@ -1,9 +1,11 @@
-"""Places of a model: where the reference's intermediate tensors are taken, and which module makes each.
+"""Probe points of a model: tensors of the reference that bisection compares, each with the module that makes it.
 
-A place is the output of a leaf module (a convolution, a linear layer, a norm, an activation), of an attention's core,
-of LayerScale, of a block's two sums, or of the mean over tokens. A packed qkv is one place and three: graphs may make
-query, key and value each by itself, and `only_made` leaves those that a graph has. Values are (B, N, C): tokens by
-channels, whatever layout a module works in, so that they can be found in graphs of any layout.
+A probe point is the output of a leaf module (convolution, linear layer, norm, activation), of attention between qkv and
+proj, of LayerScale, of either sum of a block, or of the mean over tokens. A packed qkv is one point, and query, key and
+value are three more, because a graph may compute them apart; `points_of_graph` keeps those that a graph has. Values are
+(B, N, C), tokens by channels, whatever layout the module works in, so that they can be found in a graph of any layout.
+
+`measure_rounding` gives the error at a point that rounding alone explains.
 """
 
 from __future__ import annotations
@@ -17,25 +19,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.passes.tokens_first import PARTS
 from spach_deploy.models.spach import Attention, MixingBlock, Spach, SpatialMLP
 from spach_deploy.rewrites.static_modules import StaticAttention, StaticBlock, StaticSpach, TokenLinear
+from spach_deploy.validation.rounding_error import StorageFormat, converted, rounding_of
+from spach_deploy.validation.tolerance import ROUNDING_FACTOR
 
 Float32Array = NDArray[np.float32]
 Model = Spach | StaticSpach
 Rounding = Callable[[Tensor], Tensor]
 
 CORE, SCALE, MIDDLE, MEAN = "/core", "/gamma_1", "/middle", "mean"
-"""Ends of the names of places that are no leaf module's output; a block's own path names its second sum."""
+"""Suffixes of points that are no leaf module's output. A block's second sum has the block's own path as its name."""
 
 QKV_PARTS = tuple(f"/{part}" for part in PARTS)
-"""Ends of the names of query, key and value, as places of their own."""
+"""Suffixes of the points of query, key and value."""
 
 _LEAVES = (nn.Conv2d, nn.Linear, TokenLinear, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.SiLU)
 
 
 class ProbeKind(enum.Enum):
-    """What is computed at a place."""
+    """What is computed at a probe point."""
 
     LEAF = "module"
     CORE = "attention between qkv and proj"
@@ -46,7 +51,9 @@ class ProbeKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class ProbePoint:
-    """One place. `module`: the PyTorch path to blame; `parents`: the places that it is computed from."""
+    """One probe point. `module`: path of the PyTorch module to blame; `parents`: the points that it is computed
+    from.
+    """
 
     name: str
     module: str
@@ -56,29 +63,34 @@ class ProbePoint:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelLayout:
-    """Between a module's layout and (B, N, C). `channels`: "last", "first" of (B, C, H, W), "transposed" (B, C, N)."""
+    """Converts between a module's layout and (B, N, C).
+
+    `channels`: "last" (B, N, C), "first" (B, C, H, W), "transposed" (B, C, N).
+    """
 
     batch: int
     channels: str = "last"
 
     def of(self, tensor: Tensor) -> Tensor:
-        """As (B, N, C)."""
+        """`tensor` as (B, N, C)."""
         if self.channels == "first":
             tensor = tensor.permute(0, 2, 3, 1)
         elif self.channels == "transposed":
             tensor = tensor.transpose(1, 2)
         return tensor.reshape(self.batch, -1, tensor.shape[-1])
 
-    def back(self, rows: Tensor, like: Tensor) -> Tensor:
-        """(B, N, C) in the layout and shape of `like`."""
+    def back(self, rows: Tensor, shaped_as: Tensor) -> Tensor:
+        """(B, N, C) in the layout and shape of `shaped_as`."""
         if self.channels != "last":
             rows = rows.transpose(1, 2)
-        return rows.reshape(like.shape)
+        return rows.reshape(shaped_as.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """How a place's value came about: a module (None for sums), its inputs in the layout they had, and the rest."""
+    """How a point's value is computed: the module (None for sums), its inputs in their own layout, and a function of
+    both.
+    """
 
     module: nn.Module | None
     inputs: tuple[Tensor, ...]
@@ -88,39 +100,43 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeRecord:
-    """A model's value at a place: float32 (B, N, C), and how to compute it again."""
+    """A model's value at a probe point: float32 (B, N, C), and how to compute it again."""
 
-    place: ProbePoint
+    point: ProbePoint
     value: Float32Array
     computation: Computation
 
 
 SAME = 1e-4
-"""Relative L2 up to which two forms of the model have one value at a place: rounding, inherited from all before it."""
+"""Relative L2 up to which two forms of the model have the same value at a point; rounding accumulates along the
+network.
+"""
 
 
-def record(model: Model, images: Float32Array, like: Mapping[str, ProbeRecord] | None = None) -> dict[str, ProbeRecord]:
-    """Run `model` on `images` (B, 3, S, S); its values at every place, in the order in which they are computed.
+def record(
+    model: Model, images: Float32Array, other_form: Mapping[str, ProbeRecord] | None = None
+) -> dict[str, ProbeRecord]:
+    """Run `model` on `images` float32 (B, 3, S, S) and record all probe points, in the order of computation.
 
-    `like`: another form of the same model. Where it has the same value but for rounding, its value is taken and goes
-    on through `model`, so that no rounding of earlier places stands between the two.
+    `other_form`: records of another form of the same model. Where both have the same value but for rounding, the
+    other's value replaces this one's in the run, so that rounding does not accumulate between the two.
     """
-    recorder = _Recorder(model, len(images), like or {})
+    recorder = _Recorder(model, len(images), other_form or {})
     with torch.inference_mode():
-        recorder.watch()
+        recorder.attach()
         try:
             model(torch.from_numpy(images))
         finally:
-            recorder.leave()
+            recorder.detach()
         return recorder.recorded
 
 
 class _Recorder:
-    """Hooks on all leaves and blocks of a model; a shared leaf is known by the block that it is called from."""
+    """Forward hooks on all leaf modules and blocks. A shared module is told apart by the block that calls it."""
 
-    def __init__(self, model: Model, batch: int, like: Mapping[str, ProbeRecord]) -> None:
+    def __init__(self, model: Model, batch: int, other_form: Mapping[str, ProbeRecord]) -> None:
         self.recorded: dict[str, ProbeRecord] = {}
-        self._like = like
+        self._other_form = other_form
         self._model = model
         self._batch = batch
         self._block: tuple[str, MixingBlock | StaticBlock] | None = None
@@ -128,49 +144,51 @@ class _Recorder:
         self._stream = ""
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def watch(self) -> None:
+    def attach(self) -> None:
         paths: dict[nn.Module, list[str]] = {}
         for path, module in self._model.named_modules(remove_duplicate=False):
             paths.setdefault(module, []).append(path)
         for module, names in paths.items():
             if isinstance(module, (MixingBlock, StaticBlock)):
-                self._handles.append(module.register_forward_pre_hook(self._enters(names[0])))
-                self._handles.append(module.register_forward_hook(self._left))
+                self._handles.append(module.register_forward_pre_hook(self._on_block_entry(names[0])))
+                self._handles.append(module.register_forward_hook(self._on_block_exit))
             elif isinstance(module, _LEAVES):
-                self._handles.append(module.register_forward_hook(self._called(names)))
+                self._handles.append(module.register_forward_hook(self._on_leaf_call(names)))
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _enters(self, path: str) -> Callable[..., None]:
+    def _on_block_entry(self, path: str) -> Callable[..., None]:
         def hook(block: MixingBlock | StaticBlock, _inputs: object) -> None:
             self._block, self._calls = (path, block), {}
 
         return hook
 
-    def _called(self, paths: list[str]) -> Callable[..., Tensor]:
+    def _on_leaf_call(self, paths: list[str]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             if self._block is not None:
                 inside = self._block[0] + "."
                 path = next(path for path in paths if path.startswith(inside))
                 transposed = isinstance(self._block[1].spatial_func, SpatialMLP) if ".spatial_func." in path else False
-                output = self._settled(path, output, self._rows_of(module, transposed=transposed))
+                output = self._substituted(path, output, self._rows_of(module, transposed=transposed))
                 self._calls[path.removeprefix(inside)] = (module, inputs[0], output)
                 return output
             if paths[0] == "head":
                 self._mean(inputs[0])
             folded = self._stream if isinstance(module, nn.BatchNorm2d) else paths[0]
-            output = self._settled(paths[0] if paths[0] in self._like else folded, output, self._rows_of(module))
+            output = self._substituted(
+                paths[0] if paths[0] in self._other_form else folded, output, self._rows_of(module)
+            )
             self._add_leaf(paths[0], (self._stream,), module, inputs[0], output, transposed=False)
             self._stream = paths[0]
             return output
 
         return hook
 
-    def _settled(self, name: str, output: Tensor, rows: ChannelLayout) -> Tensor:
-        """The other form's value where it is the same, in this one's layout."""
-        other = self._like.get(name)
+    def _substituted(self, name: str, output: Tensor, rows: ChannelLayout) -> Tensor:
+        """The other form's value, in this form's layout, where both are the same; else `output`."""
+        other = self._other_form.get(name)
         if other is None:
             return output
         value, theirs = rows.of(output), torch.from_numpy(other.value)
@@ -180,12 +198,12 @@ class _Recorder:
 
     def _mean(self, pooled: Tensor) -> None:
         tokens = torch.from_numpy(self.recorded[self._stream].value)
-        place = ProbePoint(MEAN, "", ProbeKind.MEAN, (self._stream,))
-        self._add(place, pooled, Computation(None, (tokens,), _mean, ChannelLayout(self._batch)))
+        point = ProbePoint(MEAN, "", ProbeKind.MEAN, (self._stream,))
+        self._add(point, pooled, Computation(None, (tokens,), _mean, ChannelLayout(self._batch)))
         self._stream = MEAN
 
-    def _left(self, block: MixingBlock | StaticBlock, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """Places of a whole block, from the calls of its leaves."""
+    def _on_block_exit(self, block: MixingBlock | StaticBlock, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Record the points of a whole block, from the calls of its leaf modules."""
         assert self._block is not None
         path = self._block[0]
         self._block = None
@@ -204,13 +222,13 @@ class _Recorder:
         for name in ("norm2", "channel_func.fc1", "channel_func.act", "channel_func.fc2"):
             last = self._leaf_of(path, name, last)
         values = (torch.from_numpy(self.recorded[middle].value), torch.from_numpy(self.recorded[last].value))
-        output = self._settled(path, output, ChannelLayout(self._batch))
+        output = self._substituted(path, output, ChannelLayout(self._batch))
         self._add_sum(ProbePoint(path, path, ProbeKind.SUM, (last, middle)), output, values)
         self._stream = path
         return output
 
     def _spatial(self, path: str, block: MixingBlock | StaticBlock, x: str) -> str:
-        """Places of norm1, the spatial function and LayerScale; the last one's name."""
+        """Record norm1, the spatial function and LayerScale; returns the name of the last point."""
         last = self._leaf_of(path, "norm1", x)
         mixer = block.spatial_func
         if isinstance(mixer, (Attention, StaticAttention)):
@@ -225,28 +243,28 @@ class _Recorder:
             return last
         branch = torch.from_numpy(self.recorded[last].value)
         scaled = gamma.reshape(1, 1, -1) * branch
-        place = ProbePoint(path + SCALE, path, ProbeKind.SCALE, (last,))
-        self._add(place, scaled, Computation(_Scale(gamma), (branch,), _call, ChannelLayout(self._batch)))
-        return place.name
+        point = ProbePoint(path + SCALE, path, ProbeKind.SCALE, (last,))
+        self._add(point, scaled, Computation(_Scale(gamma), (branch,), _call, ChannelLayout(self._batch)))
+        return point.name
 
     def _core(self, path: str, mixer: Attention | StaticAttention, qkv: str) -> str:
         packed = torch.from_numpy(self.recorded[qkv].value)
         self._add_parts(qkv, packed)
         core = AttentionCore(mixer.num_heads, mixer.scale)
-        place = ProbePoint(f"{path}.spatial_func{CORE}", f"{path}.spatial_func", ProbeKind.CORE, (qkv,))
+        point = ProbePoint(f"{path}.spatial_func{CORE}", f"{path}.spatial_func", ProbeKind.CORE, (qkv,))
         self._add(
-            place, self._calls["spatial_func.proj"][1], Computation(core, (packed,), _core, ChannelLayout(self._batch))
+            point, self._calls["spatial_func.proj"][1], Computation(core, (packed,), _core, ChannelLayout(self._batch))
         )
-        return place.name
+        return point.name
 
     def _add_parts(self, qkv: str, packed: Tensor) -> None:
-        """Query, key and value, each as the output of its rows of the packed layer."""
+        """Record query, key and value, each as the output of its rows of the packed layer."""
         whole = self.recorded[qkv]
         linear, inputs = whole.computation.module, whole.computation.inputs
         assert isinstance(linear, nn.Linear)
         for end, rows, value in zip(QKV_PARTS, _thirds(linear), packed.chunk(3, dim=-1), strict=True):
-            place = ProbePoint(qkv + end, qkv, ProbeKind.LEAF, whole.place.parents)
-            self._add(place, value, Computation(rows, inputs, _call, ChannelLayout(self._batch)))
+            point = ProbePoint(qkv + end, qkv, ProbeKind.LEAF, whole.point.parents)
+            self._add(point, value, Computation(rows, inputs, _call, ChannelLayout(self._batch)))
 
     def _leaf_of(self, path: str, name: str, parent: str, *, transposed: bool = False) -> str:
         module, x, y = self._calls[name]
@@ -257,44 +275,46 @@ class _Recorder:
         self, path: str, parents: tuple[str, ...], module: nn.Module, x: Tensor, y: Tensor, *, transposed: bool
     ) -> None:
         rows = self._rows_of(module, transposed=transposed)
-        place = ProbePoint(path, path, ProbeKind.LEAF, tuple(parent for parent in parents if parent))
-        self._add(place, y, Computation(module, (x,), _call, rows))
+        point = ProbePoint(path, path, ProbeKind.LEAF, tuple(parent for parent in parents if parent))
+        self._add(point, y, Computation(module, (x,), _call, rows))
 
-    def _add_sum(self, place: ProbePoint, value: Tensor, parts: tuple[Tensor, ...]) -> None:
-        self._add(place, value, Computation(None, parts, _sum, ChannelLayout(self._batch)))
+    def _add_sum(self, point: ProbePoint, value: Tensor, parts: tuple[Tensor, ...]) -> None:
+        self._add(point, value, Computation(None, parts, _sum, ChannelLayout(self._batch)))
 
-    def _add(self, place: ProbePoint, value: Tensor, computation: Computation) -> None:
-        """Where the value is another form's, the array is that form's too."""
+    def _add(self, point: ProbePoint, value: Tensor, computation: Computation) -> None:
+        """Record a point. Where the value equals the other form's, both share one array."""
         array = computation.rows.of(value).contiguous().numpy()
-        other = self._like.get(place.name)
+        other = self._other_form.get(point.name)
         if other is not None and other.value.shape == array.shape and np.array_equal(other.value, array):
             array = other.value
-        self.recorded[place.name] = ProbeRecord(place, array, computation)
+        self.recorded[point.name] = ProbeRecord(point, array, computation)
 
     def _rows_of(self, module: nn.Module, *, transposed: bool = False) -> ChannelLayout:
         first = isinstance(module, (nn.Conv2d, nn.GroupNorm, nn.BatchNorm2d, nn.ReLU))
         return ChannelLayout(self._batch, "first" if first else "transposed" if transposed else "last")
 
 
-def only_made(places: Mapping[str, ProbePoint], tensors: Collection[str]) -> dict[str, ProbePoint]:
-    """Of a packed qkv and its parts those that a graph of these `tensors` makes: the parts, where it names them."""
-    parts = {name: tuple(name + end for end in QKV_PARTS) for name in places if name + QKV_PARTS[0] in places}
+def points_of_graph(points: Mapping[str, ProbePoint], tensors: Collection[str]) -> dict[str, ProbePoint]:
+    """The points that a graph with these `tensors` has: query, key and value where it names them, else the packed
+    qkv.
+    """
+    parts = {name: tuple(name + end for end in QKV_PARTS) for name in points if name + QKV_PARTS[0] in points}
     parted = {name: own for name, own in parts.items() if all(part in tensors for part in own)}
     gone = {*parted, *(part for name, own in parts.items() if name not in parted for part in own)}
     return {
-        name: dataclasses.replace(place, parents=tuple(_each(place.parents, parted)))
-        for name, place in places.items()
+        name: dataclasses.replace(point, parents=tuple(_expanded(point.parents, parted)))
+        for name, point in points.items()
         if name not in gone
     }
 
 
-def _each(parents: tuple[str, ...], parted: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+def _expanded(parents: tuple[str, ...], parted: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     for name in parents:
         yield from parted.get(name, (name,))
 
 
 def _thirds(linear: nn.Linear) -> list[nn.Linear]:
-    """The layer's rows for query, key and value."""
+    """The packed layer as three layers, for query, key and value."""
     thirds = []
     for weight, bias in zip(linear.weight.chunk(3), linear.bias.chunk(3), strict=True):
         third = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
@@ -313,7 +333,7 @@ class _Scale(nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """Attention from packed q, k, v (B, N, 3 * h * d) to what the projection gets (B, N, h * d)."""
+    """Attention between qkv and proj: packed q, k, v (B, N, 3 * h * d) -> (B, N, h * d)."""
 
     def __init__(self, heads: int, scale: float) -> None:
         super().__init__()
@@ -321,7 +341,7 @@ class AttentionCore(nn.Module):
         self.scale = scale
 
     def compute(self, packed: Tensor, rounding: Rounding) -> Tensor:
-        """Scores and probabilities pass through `rounding`."""
+        """Compute it; scores and probabilities pass through `rounding`."""
         batch, tokens, width = packed.shape
         parts = packed.reshape(batch, tokens, 3, self.heads, width // (3 * self.heads))
         q, k, v = parts.permute(2, 0, 3, 1, 4)
@@ -348,3 +368,58 @@ def _call(module: nn.Module | None, inputs: tuple[Tensor, ...], _rounding: Round
 def _core(module: nn.Module | None, inputs: tuple[Tensor, ...], rounding: Rounding) -> Tensor:
     assert isinstance(module, AttentionCore)
     return module.compute(inputs[0], rounding)
+
+
+# Errors of rounding
+
+
+MODULE_FP32_FACTOR = 4.0
+"""Allowed multiple of FP32's error for one module: other kernels and orders of summation than PyTorch's. It is smaller
+than `validation.tolerance` allows a whole network, along which errors add up.
+"""
+
+_LEAST_FP32_ERROR = 1e-7
+"""Lower bound of FP32's error, somewhat above the unit roundoff of 6e-8."""
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """Neither converts nor rounds."""
+    return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingErrors:
+    """Rounding errors at one point, relative L2: of FP32 against FP64, and of the graph's precision against FP32."""
+
+    fp32_error: float
+    rounding_error: float
+
+    @property
+    def allowed(self) -> float:
+        """The error that rounding explains, given right inputs."""
+        return MODULE_FP32_FACTOR * self.fp32_error + ROUNDING_FACTOR * self.rounding_error
+
+
+def measure_rounding(recorded: ProbeRecord, arithmetic: StorageFormat) -> RoundingErrors:
+    """Measure both rounding errors at a point, by computing it again from the recorded inputs."""
+    exact = recompute(recorded.computation, lambda tensor: tensor.double())
+    fp32_error = relative_l2(recorded.value, exact)
+    rounding_error = 0.0
+    if arithmetic is not StorageFormat.FP32:
+        rounding = rounding_of(arithmetic)
+        rounding_error = relative_l2(recompute(recorded.computation, rounding, rounding), recorded.value)
+    return RoundingErrors(max(fp32_error, _LEAST_FP32_ERROR), rounding_error)
+
+
+def recompute(
+    computation: Computation, convert: Rounding = identity, rounding: Rounding = identity
+) -> NDArray[np.floating]:
+    """The point's value (B, N, C), computed again: weights and inputs pass through `convert`, results through
+    `rounding`.
+    """
+    with torch.inference_mode():
+        module = None if computation.module is None else converted(computation.module, convert)
+        inputs = tuple(convert(tensor) for tensor in computation.inputs)
+        value = rounding(computation.apply(module, inputs, rounding))
+        result: NDArray[np.floating] = computation.rows.of(value).numpy()
+    return result

@@ -1,4 +1,4 @@
-"""What a bisection found, in words and in figures."""
+"""The result of a bisection: wrong steps and modules, as data for report.json and as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from spach_deploy.runtime.truncation import fault_of
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """One stage's logits against the reference's: relative L2, None where it did not run, and what is allowed."""
+    """One export step, compared with the reference.
+
+    `error`: relative L2 of its logits, None where it did not run; `allowed`: its limit.
+    """
 
     stage: str
     error: float | None
@@ -22,7 +25,7 @@ class StepResult:
 
     @property
     def disagrees(self) -> bool:
-        """Whether it ran and is wrong."""
+        """Whether the step ran and is wrong."""
         return self.verdict == DISAGREES
 
 
@@ -31,7 +34,9 @@ AGREES, DISAGREES, NOT_RUN = "agrees", "disagrees", "not run"
 
 @dataclasses.dataclass(frozen=True)
 class Suspect:
-    """A module whose output is wrong given right inputs. `error` is infinite where no tensor resembles its output."""
+    """A module whose output is wrong given right inputs. `error`: relative L2, infinite where no tensor resembles its
+    output.
+    """
 
     module: str
     kind: str
@@ -42,7 +47,7 @@ class Suspect:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleResult:
-    """A place: `inherited` relative L2 in the graph as it is, `local` given the reference's own inputs."""
+    """One probe point: relative L2 in the graph as it is (`inherited`), and from the reference's inputs (`local`)."""
 
     module: str
     inherited: float
@@ -54,7 +59,7 @@ class ModuleResult:
 
 @dataclasses.dataclass(frozen=True)
 class Unmatched:
-    """A place that is no tensor of the graph, and why nothing is made of it."""
+    """A probe point without a tensor in the graph, and why that is no fault."""
 
     module: str
     why: str
@@ -62,9 +67,10 @@ class Unmatched:
 
 @dataclasses.dataclass(frozen=True)
 class Bisection:
-    """A graph held to the reference, module by module. `suspects` in the order of the model.
+    """The result of a bisection. `suspects`: in the order of the model.
 
-    `truncated_by`: version of the ONNX Runtime here where it computes the graph wrongly (`runtime.truncation`).
+    `truncated_by`: version of the installed ONNX Runtime, where that computes this graph wrongly
+    (`runtime.truncation`).
     """
 
     suspects: tuple[Suspect, ...]
@@ -75,30 +81,30 @@ class Bisection:
 
     @property
     def passed(self) -> bool:
-        """Whether every module computes what it should from right inputs, and no stage disagrees."""
+        """Whether no step disagrees, and every module is right given right inputs."""
         return not self.suspects and not any(stage.disagrees for stage in self.stages)
 
     @property
     def first_stage(self) -> str | None:
-        """The stage that introduced the disagreement."""
+        """The step that introduced the disagreement."""
         return next((stage.stage for stage in self.stages if stage.disagrees), None)
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What is wrong, for a report: a sentence per module."""
+        """A sentence for each wrong module."""
         return tuple(
             f"{suspect.module or 'The model itself'} is wrong given right inputs: {suspect.kind}. {suspect.why}"
             for suspect in self.suspects
         )
 
     def lines(self) -> tuple[str, ...]:
-        """What a terminal shows: six lines at most."""
+        """At most six lines for the terminal."""
         version = self.truncated_by
         fault = [] if version is None else [f"The runtime's fault, not the graph's: {fault_of(version)}."]
         return (*_lines(self), *fault)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; what is not finite is null."""
+        """Plain JSON; inf and NaN become null."""
         return {
             "passed": self.passed,
             "lines": list(self.lines()),

@@ -1,9 +1,12 @@
-"""The search for the tensors of all places in a graph, wrong ones too.
+"""Search a graph for the tensors of all probe points, including those with wrong values.
 
-What a graph makes of the images is compared with the reference's places, and whatever agrees is settled: its readers
-get the reference's value from then on. So each round computes more of the graph from right inputs, and finds more.
-Where a round finds nothing new, the first place whose inputs are all settled, and which nothing right is computed from,
-is wrong: the tensor that stands where its own should is settled as its, and the search goes on behind it.
+1. Run the graph on the images. Match every tensor that agrees with a probe point. From then on its readers get the
+reference's value.
+
+2. Repeat. Each round computes more of the graph from right inputs, and so matches more.
+
+3. Where a round matches nothing new, one point is wrong: the first one whose inputs are all matched, and which no right
+point is computed from. Match it with the tensor that is most likely its, and go on with 1.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from spach_deploy.validation.bisect.fault_diagnosis import diagnose
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.reference import ProbeView
 from spach_deploy.validation.bisect.tensor_matching import (
-    FIRM,
-    FIRM_EIGHT_BITS,
+    MATCH_LIMIT,
+    MATCH_LIMIT_EIGHT_BITS,
     GraphForms,
     Layout,
     Match,
@@ -32,20 +35,22 @@ from spach_deploy.validation.bisect.tensor_matching import (
 )
 
 WRONG_PROBE_POINTS = 12
-"""After so many wrong places the rest is not looked for: the graph is another model's."""
+"""The search stops after so many wrong points: the graph is of another model."""
 
 _NEAR, _EXPLAINED, _EXPLAINS = 0.5, 12, 0.2
 
-_EVIDENCE = 3.0
-"""A place that is off by so many times its rounding may be right, with others' rounding folded into it."""
+_RIGHT_FACTOR = 3.0
+"""A point within this multiple of its rounding error counts as right: others' rounding may be folded into it."""
 
 Feeds = dict[str, NDArray[np.generic]]
 
 
 class TensorSearch:
-    """`settled`: each place's tensor; `wrong`: places that had to be settled by where they stand, in order.
+    """The search, done by the constructor.
 
-    `inherited`: errors in the graph as it is, of the places that were found in it at once.
+    `matched`: the tensor of each probe point. `wrong`: points that were matched by their position rather than by their
+    values, in order. `absent`: points that have no tensor. `inherited`: relative L2 in the graph as it is, of the
+    points that the first round matched.
     """
 
     def __init__(
@@ -57,133 +62,137 @@ class TensorSearch:
         *,
         is_quantized: bool,
     ) -> None:
-        self.settled: dict[str, Match] = {}
+        self.matched: dict[str, Match] = {}
         self.inherited: dict[str, float] = {}
         self.wrong: list[str] = []
-        self.hidden: set[str] = set()
+        self.absent: set[str] = set()
         self._opened = opened
         self._view = view
         self._feeds = feeds
-        self._limit = FIRM_EIGHT_BITS if is_quantized else FIRM
+        self._limit = MATCH_LIMIT_EIGHT_BITS if is_quantized else MATCH_LIMIT
         self._rounding = rounding
         self._is_quantized = is_quantized
         self._forms: GraphForms | None = None
-        self._answers = self._answer_tensors()
+        self._output_tensors = self._find_output_tensors()
         self._orders = _orders(opened)
-        self._find()
+        self._match_all()
 
-    def _answer_tensors(self) -> dict[str, list[str]]:
-        """The last place is what the graph gives out, whatever happens to it on its way."""
-        last = list(self._view.places)[-1]
+    def _find_output_tensors(self) -> dict[str, list[str]]:
+        """For the last point only the graph's outputs are candidates, whatever the graph does before them."""
+        last = list(self._view.points)[-1]
         sizes = {candidate.recorded.value.size for candidate in self._view.candidates[last]}
         fitting = {*self._opened.tensors(sizes)} & {*self._opened.outputs}
         return {last: sorted(fitting)} if fitting else {}
 
     @property
-    def given(self) -> Arrays:
-        """The reference's values of the settled tensors."""
-        return {match.tensor: match.layout.from_rows(match.candidate.recorded.value) for match in self.settled.values()}
+    def overrides(self) -> Arrays:
+        """The reference's value for each matched tensor."""
+        return {match.tensor: match.layout.from_rows(match.candidate.recorded.value) for match in self.matched.values()}
 
-    def settle_wrong(self, place: str) -> bool:
-        """Settle a place that what follows it shows to be wrong, and what is found then; whether it has a tensor."""
-        match = None if place in self.hidden else self._standing_for(place)
+    def match_wrong(self, point: str) -> bool:
+        """Match a point that the next one shows to be wrong, and continue the search. False where it has no tensor."""
+        match = None if point in self.absent else self._best_candidate(point)
         if match is None:
-            self.hidden.add(place)
+            self.absent.add(point)
             return False
-        self.wrong.append(place)
-        self.settled[place] = match
-        self._find()
+        self.wrong.append(point)
+        self.matched[point] = match
+        self._match_all()
         return True
 
-    def before(self, place: str) -> list[str]:
-        """Settled places that `place` is computed from, through places that have no tensor."""
-        return [name for name in self._back(place) if name in self.settled]
+    def matched_inputs(self, point: str) -> list[str]:
+        """The nearest matched points that `point` is computed from."""
+        return [name for name in self._ancestors(point) if name in self.matched]
 
-    def between(self, place: str) -> list[str]:
-        """Places without a tensor that stand between `place` and the settled ones before it, in order."""
-        return [name for name in self._back(place) if name not in self.settled]
+    def unmatched_inputs(self, point: str) -> list[str]:
+        """Unmatched points between `point` and its matched inputs, in order."""
+        return [name for name in self._ancestors(point) if name not in self.matched]
 
-    def _back(self, place: str) -> list[str]:
+    def _ancestors(self, point: str) -> list[str]:
+        """Points that `point` is computed from, back to the nearest matched ones, in order."""
         seen: set[str] = set()
-        waiting = list(self._view.places[place].parents)
+        waiting = list(self._view.points[point].parents)
         while waiting:
             name = waiting.pop()
             if name not in seen:
                 seen.add(name)
-                waiting.extend(() if name in self.settled else self._view.places[name].parents)
-        return [name for name in self._view.places if name in seen]
+                waiting.extend(() if name in self.matched else self._view.points[name].parents)
+        return [name for name in self._view.points if name in seen]
 
     # The rounds
 
-    def _find(self) -> None:
-        while self._has_open():
-            more = self._look()
-            if not self.settled:
-                self.inherited = {place: match.error for place, match in more.items()}
-            self.settled |= more
-            if not more and not self._settle_next():
+    def _match_all(self) -> None:
+        while self._has_unmatched():
+            more = self._match_once()
+            if not self.matched:
+                self.inherited = {point: match.error for point, match in more.items()}
+            self.matched |= more
+            if not more and not self._match_next_wrong():
                 return
 
-    def _has_open(self) -> bool:
-        """Whether an expected place has no tensor yet; others are found in the first round or never."""
-        open_places = (place for place in self._view.places if place not in self.settled and place not in self.hidden)
-        return any(self._view.is_expected(place) for place in open_places)
+    def _has_unmatched(self) -> bool:
+        """Whether an expected point is still unmatched; others are found in the first round or never."""
+        unmatched = (point for point in self._view.points if point not in self.matched and point not in self.absent)
+        return any(self._view.is_expected(point) for point in unmatched)
 
-    def _look(self) -> dict[str, Match]:
-        """Places that the graph computes rightly from what is settled."""
-        unsettled = {name: entries for name, entries in self._view.candidates.items() if name not in self.settled}
-        matcher = Matcher(unsettled, self._opened.order, self._limit, self._answers, self._orders)
-        given = self.given
-        for names in self._opened.passes(self._opened.tensors(matcher.sizes)):
-            for tensor, value in self._opened.run(self._feeds, names, given).items():
-                matcher.see(tensor, value)
+    def _match_once(self) -> dict[str, Match]:
+        """Match the points whose values the graph computes rightly from what is matched so far."""
+        unmatched = {name: entries for name, entries in self._view.candidates.items() if name not in self.matched}
+        matcher = Matcher(unmatched, self._opened.order, self._limit, self._output_tensors, self._orders)
+        overrides = self.overrides
+        for names in self._opened.groups(self._opened.tensors(matcher.sizes)):
+            for tensor, value in self._opened.run(self._feeds, names, overrides).items():
+                matcher.add(tensor, value)
         self._forms = self._forms or matcher.forms()
-        return matcher.matches(self._forms, self.settled.values())
+        return matcher.matches(self._forms, self.matched.values())
 
-    def _settle_next(self) -> bool:
-        """Settle the first wrong place, or say that it has no tensor; False where there is none."""
+    def _match_next_wrong(self) -> bool:
+        """Match the first wrong point, or record that it has no tensor; False where there is none."""
         if len(self.wrong) >= WRONG_PROBE_POINTS:
             return False
-        for place in self._view.places:
-            if place in self.settled or place in self.hidden or not self._is_next(place):
+        for point in self._view.points:
+            if point in self.matched or point in self.absent or not self._is_next(point):
                 continue
-            match = self._standing_for(place)
+            match = self._best_candidate(point)
             if match is None:
-                self.hidden.add(place)
+                self.absent.add(point)
                 continue
-            self.wrong.append(place)
-            self.settled[place] = match
+            self.wrong.append(point)
+            self.matched[point] = match
             return True
         return False
 
-    def _is_next(self, place: str) -> bool:
-        """Whether all before it is settled or has no tensor, and nothing right is computed from it."""
-        if not self._view.is_expected(place) or any(name not in self.hidden for name in self._open_before(place)):
+    def _is_next(self, point: str) -> bool:
+        """Whether all inputs of a point are matched or absent, and no right point is computed from it."""
+        if not self._view.is_expected(point) or any(name not in self.absent for name in self._missing_inputs(point)):
             return False
-        return not any(place in self.between(later) for later, match in self.settled.items() if self._is_right(match))
+        return not any(
+            point in self.unmatched_inputs(later) for later, match in self.matched.items() if self._is_right(match)
+        )
 
     def _is_right(self, match: Match) -> bool:
-        """Whether a settled place is right to within rounding, so that what it is computed from is too."""
-        evidence = self._limit if self._is_quantized else _EVIDENCE * self._rounding(match)
-        return match.place not in self.wrong and match.error <= evidence
+        """Whether a matched point is right to within rounding, so that its inputs are right too."""
+        limit = self._limit if self._is_quantized else _RIGHT_FACTOR * self._rounding(match)
+        return match.point not in self.wrong and match.error <= limit
 
-    def _open_before(self, place: str) -> list[str]:
-        return [name for name in self.between(place) if self._view.is_expected(name)]
+    def _missing_inputs(self, point: str) -> list[str]:
+        return [name for name in self.unmatched_inputs(point) if self._view.is_expected(name)]
 
     # The tensor of a wrong place
 
-    def _standing_for(self, place: str) -> Match | None:
-        """The tensor that is computed from a place's inputs alone and has its size: the nearest, if it is near.
+    def _best_candidate(self, point: str) -> Match | None:
+        """The most likely tensor of a wrong point, of those with its size that are computed from its inputs alone.
 
-        Else that which a fault explains; where none does, the last that is named after the module, or the nearest.
+        Tensors that are named after its module come before others. Of these the nearest, if it is near; else the one
+        that a fault explains best; else the last that is named after the module; else the nearest.
         """
-        every = list(self._standing(place))
-        named = [entry for entry in every if self._is_named(entry[0])]
-        found = named or [entry for entry in every if not self._is_anothers(entry[0])]
+        every = list(self._candidate_matches(point))
+        named = [entry for entry in every if self._has_own_name(entry[0])]
+        found = named or [entry for entry in every if not self._has_other_name(entry[0])]
         nearest = min((match for match, _ in found), key=lambda match: _rank(match.error), default=None)
         if nearest is None or nearest.error < _NEAR:
             return nearest
-        explained = [(self._left(*entry), entry[0]) for entry in found[-_EXPLAINED:]]
+        explained = [(self._unexplained_share(*entry), entry[0]) for entry in found[-_EXPLAINED:]]
         left, best = min(explained, key=lambda entry: entry[0], default=(np.inf, None))
         if best is not None and left < _EXPLAINS:
             return best
@@ -191,45 +200,48 @@ class TensorSearch:
             return max((match for match, _ in named), key=lambda match: self._opened.order[match.tensor])
         return nearest
 
-    def _left(self, match: Match, rows: NDArray[np.floating]) -> float:
-        """Share of the error that is left when the likeliest fault is assumed."""
+    def _unexplained_share(self, match: Match, rows: NDArray[np.floating]) -> float:
+        """The share of the error that the most likely fault leaves unexplained."""
         diagnosis = diagnose(match.candidate.recorded, rows)
         return diagnosis.left / match.error if diagnosis.left and match.error > 0 else np.inf
 
-    def _is_named(self, match: Match) -> bool:
-        module = self._view.places[match.place].module
+    def _has_own_name(self, match: Match) -> bool:
+        module = self._view.points[match.point].module
         return bool(module) and module in self._names(match)
 
-    def _is_anothers(self, match: Match) -> bool:
-        """Whether it has the name of another module: in graphs that are not ours, names mean nothing."""
-        return any(place.module in self._names(match) for place in self._view.places.values() if place.module)
+    def _has_other_name(self, match: Match) -> bool:
+        """Whether the tensor is named after another module. Only in exported graphs do names mean this."""
+        return any(point.module in self._names(match) for point in self._view.points.values() if point.module)
 
     def _names(self, match: Match) -> tuple[str, str]:
         return owner(match.tensor), owner(self._opened.makers[match.tensor])
 
-    def _standing(self, place: str) -> Iterator[tuple[Match, NDArray[np.floating]]]:
-        given = self.given
-        inputs = [self.settled[name].tensor for name in self.before(place)]
-        candidate = self._view.candidates[place][0]
-        sizes = [entry.recorded.value.size for entry in self._view.candidates[place]]
-        names = self._opened.computed_from(inputs, given, self._opened.tensors(sizes))
-        taken = {match.tensor for match in self.settled.values()}
-        names = [name for name in names if name not in taken and name in self._answers.get(place, (name,))]
+    def _candidate_matches(self, point: str) -> Iterator[tuple[Match, NDArray[np.floating]]]:
+        """Tensors that could be a wrong point's, with their values (B, N, C)."""
+        overrides = self.overrides
+        inputs = [self.matched[name].tensor for name in self.matched_inputs(point)]
+        candidate = self._view.candidates[point][0]
+        sizes = [entry.recorded.value.size for entry in self._view.candidates[point]]
+        names = self._opened.computed_from(inputs, overrides, self._opened.tensors(sizes))
+        taken = {match.tensor for match in self.matched.values()}
+        names = [name for name in names if name not in taken and name in self._output_tensors.get(point, (name,))]
         if not names:
             return
-        for tensor, value in self._opened.run(self._feeds, names, given).items():
+        for tensor, value in self._opened.run(self._feeds, names, overrides).items():
             if value.size == candidate.recorded.value.size:
-                yield from self._as_place(place, tensor, value, inputs)
+                yield from self._matches_of_tensor(point, tensor, value, inputs)
 
-    def _as_place(
-        self, place: str, tensor: str, value: NDArray[np.floating], inputs: list[str]
+    def _matches_of_tensor(
+        self, point: str, tensor: str, value: NDArray[np.floating], inputs: list[str]
     ) -> Iterator[tuple[Match, NDArray[np.floating]]]:
-        """The tensor taken for the place's in each form and layout, unless it is an input, moved by somebody else."""
-        for candidate in self._candidates(place):
+        """The tensor as the point's value, in each form and layout, unless it is one of the point's inputs in another
+        layout.
+        """
+        for candidate in self._forms_of_point(point):
             for layout in self._layouts(value, candidate):
                 rows = layout.to_rows(value, candidate.recorded.value.shape)
-                match = Match(place, candidate, tensor, layout, relative_l2(rows, candidate.recorded.value))
-                if self._is_named(match) or not self._is_input(rows, inputs):
+                match = Match(point, candidate, tensor, layout, relative_l2(rows, candidate.recorded.value))
+                if self._has_own_name(match) or not self._is_input(rows, inputs):
                     yield match, rows
 
     def _layouts(self, value: NDArray[np.floating], candidate: ReferenceTensor) -> Iterator[Layout]:
@@ -237,15 +249,15 @@ class TensorSearch:
             if order is not Order.CHANNELS_FIRST or value.ndim >= 3:
                 yield Layout(value.shape, order)
 
-    def _candidates(self, place: str) -> tuple[ReferenceTensor, ...]:
-        """The place's value in the form that the graph follows, or in each where that is not known."""
-        every = self._view.candidates[place]
-        own = tuple(entry for entry in every if self._forms is not None and self._forms.follows(place, entry.form))
+    def _forms_of_point(self, point: str) -> tuple[ReferenceTensor, ...]:
+        """The point's value in the form that the graph follows; in every form where that is unknown."""
+        every = self._view.candidates[point]
+        own = tuple(entry for entry in every if self._forms is not None and self._forms.follows(point, entry.form))
         return own or every
 
     def _is_input(self, rows: NDArray[np.floating], inputs: list[str]) -> bool:
-        """Whether it is one of the place's inputs, moved or rounded."""
-        for match in self.settled.values():
+        """Whether `rows` is one of the point's inputs, moved or rounded."""
+        for match in self.matched.values():
             value = match.candidate.recorded.value
             is_input = match.tensor in inputs and value.shape == rows.shape
             if is_input and relative_l2(rows, value) <= self._rounding(match):
@@ -254,7 +266,7 @@ class TensorSearch:
 
 
 def _orders(opened: OpenedGraph) -> tuple[Order, ...]:
-    """Orders that the graph may have tensors in: images behind tokens only where a node says that it makes that."""
+    """Axis orders to look for: tokens before images only where a node of the graph makes that order."""
     usual = (Order.ROWS, Order.CHANNELS_FIRST)
     swaps = any(name.rpartition("/")[2] == TOKENS_FIRST for name in opened.makers.values())
     return (*usual, Order.TOKENS_FIRST) if swaps else usual
