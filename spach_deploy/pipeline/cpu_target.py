@@ -72,7 +72,7 @@ class CpuCandidate:
     def of(cls, precision: Precision, runner: RunnerResult, eager: RunnerResult) -> CpuCandidate:
         """From a benchmark of one batch."""
         timing, base = runner.timings[0], eager.timings[0]
-        told = timing.ratio.value if timing.ratio is not None and timing.ratio.is_told else None
+        told = timing.ratio.value if timing.ratio is not None and timing.ratio.is_conclusive else None
         return cls(
             precision,
             runner.name,

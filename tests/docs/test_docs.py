@@ -97,14 +97,14 @@ class WorkerHere(contextlib.ExitStack):
         super().__init__()
         self.runner = self.enter_context(contestants.opened(name, setup))
 
-    def answers(self, *asked: Any) -> Any:
-        return worker._answer(self.runner, "answers", asked)
+    def first_outputs(self, *asked: Any) -> Any:
+        return worker._reply(self.runner, "first_outputs", asked)
 
     def turn(self, inputs: Any, seconds: float) -> Any:
-        return worker._answer(self.runner, "turn", (inputs, seconds / 50))
+        return worker._reply(self.runner, "turn", (inputs, seconds / 50))
 
     def profile(self, inputs: Any) -> Any:
-        return worker._answer(self.runner, "profile", inputs)
+        return worker._reply(self.runner, "profile", inputs)
 
 
 def model() -> Spach:
