@@ -167,26 +167,25 @@ def _of_logits(bounds: Bounds) -> Bounds:
 
 
 def map_interface(graph: ir.Model, num_classes: int, image_size: int) -> MatchedGraph:
-    """`graph` with its input and its logits under our names. UsageError where they cannot be told.
+    """`graph`, in place, with its input and its logits under our names. UsageError where they cannot be told.
 
     `num_classes` and `image_size` are the reference's.
     """
-    model = graph.clone()
-    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    inputs = [value for value in graph.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1:
         raise UsageError(f"The graph has {len(inputs)} inputs; a classifier of images has one.", "Give another graph.")
     _check_image(inputs[0], image_size)
-    logits = _logits_of(model, num_classes)
+    logits = _logits_of(graph, num_classes)
     names = name_of(inputs[0]), name_of(logits)
-    others = [name_of(value) for value in model.graph.outputs if value is not logits]
+    others = [name_of(value) for value in graph.graph.outputs if value is not logits]
     batch = _batch(inputs[0])
-    _rename(model.graph, {INPUT: inputs[0], LOGITS: logits})
-    model.graph.outputs.clear()
-    model.graph.outputs.append(logits)
+    _rename(graph.graph, {INPUT: inputs[0], LOGITS: logits})
+    graph.graph.outputs.clear()
+    graph.graph.outputs.append(logits)
     logits.shape = None
-    half = half_type(model)
+    half = half_type(graph)
     return MatchedGraph(
-        graph=model,
+        graph=graph,
         precision=_PRECISIONS[half] if half is not None else Precision.FP32,
         io_dtype=_FLOATS[_element(inputs[0])],
         batch=batch,
