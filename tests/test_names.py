@@ -25,6 +25,7 @@ from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PAGE, REPORT
 from spach_deploy.cli.doctor import main as doctor
 from spach_deploy.cli.export import main as export
 from spach_deploy.cli.package import main as package
+from spach_deploy.cli.predict import main as predict
 from spach_deploy.cli.validate import main as validate
 from spach_deploy.common.files import sha256_of
 from spach_deploy.models import published as configs
@@ -129,6 +130,7 @@ def test_other_commands_read_and_write_them(folder: Path, tmp_path: Path) -> Non
     for arguments in (
         (validate, folder / "bundle", "--json", "--checkpoint", folder / f"{CAF}.pth"),
         (validate, folder / "bundle" / GRAPH, "--report", folder / f"{CAF}.json"),
+        (predict, folder / "bundle", folder / f"{CAF}.tar"),
         (package, "polygraphy", folder / "bundle", "-o", tmp_path / CAF),
         (package, "triton", folder / "bundle", "-o", tmp_path / f"{CAF}2", "--json"),
         (package, "triton", "--check", tmp_path / f"{CAF}2"),
@@ -187,6 +189,8 @@ def test_nothing_that_a_bundle_says_speaks_to_a_terminal(folder: Path, tmp_path:
         (validate, evil),
         (validate, evil, "--json"),
         (validate, evil, evil),
+        (predict, evil, folder / f"{CAF}.tar", "--json"),
+        (predict, evil, folder / f"{CAF}.tar", "--runtime", "engine"),
         (doctor, evil),
         (doctor, evil, "--json"),
         (package, "polygraphy", evil, "-o", tmp_path / "p"),

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from PIL import Image
 import spach_deploy
 from spach_deploy.cli.predict import main
 from tests import small_bundles
-from tests.commands import refusal
+from tests.commands import console_script, refusal
 
 pytest.importorskip("onnxruntime")
 
@@ -94,3 +97,17 @@ def test_a_bundle_that_was_changed_is_exit_code_1(photos: Path, tmp_path: Path) 
         file.write(b"\0")
     assert "model.onnx was changed" in refusal(predict(bundle, photos), 1)
     assert "so it is no bundle" in refusal(predict(photos, photos), 2)
+
+
+def test_ctrl_c_says_how_many_were_answered(tmp_path: Path) -> None:
+    np.savez(tmp_path / "many.npz", images=np.zeros((20_000, 32, 32, 3), np.uint8))
+    script = console_script("spach-predict", tmp_path)
+    call = [script, small_bundles.bundle(), tmp_path / "many.npz", "--json"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["image"].endswith("many.npz/image 0")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.fullmatch(r"Interrupted\. \d+ pictures were answered\.", said.splitlines()[-1])
+    assert "Traceback" not in said
