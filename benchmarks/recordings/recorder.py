@@ -40,6 +40,8 @@ class Scripts:
     folder: Path
 
     def __call__(self, command: Sequence[str], folder: Path) -> Done:
+        if not (self.folder / command[0]).exists():
+            return Done(127, "", "This version has no such command.\n")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "SPACH"))}
         environment |= {"SPACH_CACHE": "none", **TERMINAL}
         done = subprocess.run(
