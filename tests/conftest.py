@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from spach_deploy.pipeline import scheduler
 from tests.not_run import (
     pytest_deselected,
     pytest_runtest_makereport,
@@ -44,6 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ[VARIABLE], ignore_errors=True))
         # xdist would begin with the files that have the most tests; those that take longest have few.
         config.option.loadscopereorder = False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _steps_one_after_another() -> Iterator[None]:
+    """Commands that run in the tests' own process start no worker, which would load PyTorch each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "scheduler_here", lambda: contextlib.nullcontext(scheduler.Sequential()))
+        yield
 
 
 @pytest.fixture

@@ -177,9 +177,10 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
     with ending_on_interrupt(lambda: "Bundles that were finished are kept."):
         from spach_deploy.cli.export_output import Progress
         from spach_deploy.pipeline.auto import as_table, recommend
+        from spach_deploy.pipeline.scheduler import scheduler_here
 
-        with Progress(verbose=verbose) as progress:
-            found = recommend(options, progress)
+        with scheduler_here() as scheduler, Progress(verbose=verbose) as progress:
+            found = recommend(options, progress, scheduler)
         show(json_text(found.to_dict()) if as_json else as_table(found))
     return found
 
@@ -203,9 +204,10 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
     with ending_on_interrupt(lambda: "Nothing was written."):
         from spach_deploy.cli.export_output import Progress
         from spach_deploy.pipeline.cpu_target import as_table, export_for_cpu
+        from spach_deploy.pipeline.scheduler import scheduler_here
 
-        with Progress(verbose=verbose) as observer:
-            choice = export_for_cpu(options, asked, observer)
+        with scheduler_here() as scheduler, Progress(verbose=verbose) as observer:
+            choice = export_for_cpu(options, asked, observer, scheduler=scheduler)
         show(json_text(choice.bundle.manifest.content()) if as_json else as_table(choice))
     return choice.bundle.path / PAGE
 
