@@ -102,7 +102,7 @@ def test_a_bundle_that_was_changed_is_exit_code_1(photos: Path, tmp_path: Path) 
 def test_ctrl_c_says_how_many_were_answered(tmp_path: Path) -> None:
     np.savez(tmp_path / "many.npz", images=np.zeros((20_000, 32, 32, 3), np.uint8))
     script = console_script("spach-predict", tmp_path)
-    call = [script, small_bundles.bundle(), tmp_path / "many.npz", "--json"]
+    call = [str(script), str(small_bundles.bundle()), str(tmp_path / "many.npz"), "--json"]
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["image"].endswith("many.npz/image 0")
