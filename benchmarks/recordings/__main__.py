@@ -7,7 +7,7 @@
     python -m benchmarks.recordings tests/recordings/quick.json --quick     # what a test compares
 
 Commands run one after the other in an empty folder, each in a process of its own, without the cache of exports: about
-100 exports, half an hour on two cores. Left out of what is compared: times, versions, folders, measured figures.
+70 exports. Left out of what is compared: times, versions, folders, measured figures.
 Exit codes: 0 recorded, and equal; 1 something differs.
 """
 
