@@ -1,1 +1,1 @@
-"""The ONNX graph: export, passes, what a caller sends and gets, and the certificate."""
+"""The ONNX graph: export from PyTorch, passes, input and output nodes, precision, opset, certificate."""

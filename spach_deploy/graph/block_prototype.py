@@ -1,10 +1,11 @@
-"""The part of a model whose graph has to be traced: one block of each kind.
+"""Export time: trace one block of each kind (the prototype), then repeat its nodes with the other blocks' weights.
 
-The exporter's time grows with the number of blocks, and blocks of one shape differ in nothing but their weights.
+torch.onnx's time grows with the number of blocks, and the blocks of one network stage differ only in their weights.
+`make_prototype` makes the small model that is traced, and `stamp_blocks` makes the whole model's graph of its graph.
 
-The prototype's graph becomes the model's by repeating each block's nodes with other weights. The nodes of a block are
-those whose names begin with its module path. They have one input from outside, the stream, and one output that others
-read. A copy takes the same nodes under the other block's path, and that block's tensors.
+The nodes of a block are those whose names begin with its module path. They read one tensor from outside, the residual
+stream, and make one tensor that nodes outside read. A copy has the same nodes, named by the other block's path, and
+that block's tensors.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from spach_deploy.rewrites.static_modules import StaticBlock, StaticSpach
 
 @dataclasses.dataclass(frozen=True)
 class Prototype:
-    """A model with one block of each kind, and for each the blocks it stands for (itself first)."""
+    """A model with one block of each kind. `repeats`: by that block's path, the paths of all blocks like it, its own
+    first.
+    """
 
     model: StaticSpach
     repeats: dict[str, tuple[str, ...]]
 
 
 def make_prototype(model: StaticSpach) -> Prototype:
-    """Keep the first of every run of blocks that differ in weights alone; it shares the model's tensors."""
+    """The prototype of `model`, whose tensors it shares: the first of every run of blocks that differ only
+    in weights.
+    """
     result = StaticSpach(model.stem, model.norm1, model.norm2, model.head)
     repeats: dict[str, tuple[str, ...]] = {}
     for stage in model.stage_names:
@@ -47,10 +52,10 @@ def make_prototype(model: StaticSpach) -> Prototype:
 
 
 def with_ordinary_weights(prototype: Prototype) -> Prototype:
-    """The prototype, its blocks' tensors with values of which nothing special is true.
+    """A copy of the prototype with random weights between 0.5 and 1.5 in its blocks.
 
-    Real weights may be zeros, ones or equal to each other, and optimizers act on that: what is true of one block's
-    weights would be stamped on all.
+    Exporter and simplifier remove additions of zeros, products by ones and equal tensors. What is true of one block's
+    real weights may be false of the others', so those optimizations must not happen.
     """
     generator = torch.Generator().manual_seed(0)
     model = own(prototype.model)
@@ -64,7 +69,7 @@ def with_ordinary_weights(prototype: Prototype) -> Prototype:
 
 
 def block_kind(layer: nn.Module) -> str:
-    """What a static block's graph depends on beside its weights; "" for a layer that is no block."""
+    """A key of everything but the weights on which a static block's graph depends; "" for a layer that is no block."""
     if not isinstance(layer, StaticBlock):
         return ""
     mixer = "conv" if layer.spatial_func is None else type(layer.spatial_func).__name__
@@ -74,7 +79,9 @@ def block_kind(layer: nn.Module) -> str:
 
 
 def _runs(stage: nn.Sequential) -> list[list[str]]:
-    """Indices of layers in a row that are blocks of one kind; a layer that is no block stands alone."""
+    """Names of the layers of a network stage, grouped: consecutive blocks of one kind together, any other
+    layer alone.
+    """
     runs: list[list[str]] = []
     previous = ""
     for index, layer in stage._modules.items():
@@ -89,8 +96,10 @@ def _runs(stage: nn.Sequential) -> list[list[str]]:
 
 
 def stamp_blocks(model: ir.Model, repeats: Mapping[str, tuple[str, ...]], weights: StaticSpach) -> ir.Model:
-    """`model` with every block of `repeats` and the parameters of `weights`, whose memory it shares; nodes stay in
-    execution order.
+    """The whole model's graph from the prototype's graph `model`: every block of `repeats`, nodes in execution order.
+
+    Parameters are those of `weights`, whose memory they share. Raises CertificateError for a block that reads or makes
+    more than the stream, or that holds constants which are not its own parameters.
     """
     source = model.graph
     stamped = _StampedGraph(source, repeats, Parameters(weights))
@@ -132,7 +141,9 @@ class Parameters:
 
 
 class _StampedGraph:
-    """Copies of `source`'s nodes, in their order, and the constants that they read, in the order in which they do."""
+    """The graph being made: copies of `source`'s nodes, and the constants that these read, in the order of
+    first use.
+    """
 
     def __init__(self, source: ir.Graph, repeats: Mapping[str, tuple[str, ...]], parameters: Parameters) -> None:
         self._source = source
@@ -143,10 +154,12 @@ class _StampedGraph:
         (given,) = source.inputs[:1]
         self._inputs = [ir.Value(name=given.name, type=given.type, shape=given.shape)]
         self.values: dict[ir.Value, ir.Value] = {given: self._inputs[0]}
-        """By value of the source, the one that stands for it now."""
+        """By a value of `source`: the value that the next copied node reads in its place."""
 
     def copy(self, node: ir.Node, block: str = "", copy: str = "") -> None:
-        """Append a node of the source, of `block` as one of its `copy`."""
+        """Append a copy of a node of `source`. A node of `block` gets the path and the parameters of the
+        block `copy`.
+        """
         inputs = [None if value is None else self._read(value, block, copy) for value in node.inputs]
         outputs = [ir.val(_moved(name_of(value), block, copy)) for value in node.outputs]
         name, attributes = _moved(name_of(node), block, copy), tuple(node.attributes.values())
@@ -165,7 +178,9 @@ class _StampedGraph:
         return self._constants[name]
 
     def _tensor(self, name: str) -> ir.TensorProtocol:
-        """Blocks get the model's parameters; all else keeps its tensors, where the simplifier may have put others."""
+        """The model's parameter for a name inside a block; elsewhere the tensor of `source`, which the simplifier may
+        have changed.
+        """
         kept, parameter = self._source.initializers.get(name), self._parameters.get(name)
         if parameter is not None and (kept is None or block_of(name, self._blocks) is not None):
             return parameter
@@ -174,7 +189,7 @@ class _StampedGraph:
         return kept.const_value
 
     def finished(self) -> ir.Graph:
-        """The graph; its outputs keep their types."""
+        """The finished graph; its outputs have the types and shapes of those of `source`."""
         outputs = [self.values[value] for value in self._source.outputs]
         for value, old in zip(outputs, self._source.outputs, strict=True):
             value.type, value.shape = old.type, old.shape
@@ -207,7 +222,7 @@ def block_of(name: str, blocks: Collection[str]) -> str | None:
 def _stamp_run(
     stamped: _StampedGraph, source: ir.Graph, nodes: list[ir.Node], block: str, copies: tuple[str, ...]
 ) -> None:
-    """All copies of one block, each fed by the one before."""
+    """Append all copies of one block; each reads the output of the copy before it."""
     _check_constants(source, nodes, block)
     incoming, outgoing = _incoming(source, nodes, block), _outgoing(nodes, block)
     stream = stamped.values[incoming]
@@ -219,7 +234,9 @@ def _stamp_run(
 
 
 def _check_constants(source: ir.Graph, nodes: list[ir.Node], block: str) -> None:
-    """Float tensors in a block are its own parameters, under their own names; anything else could not be exchanged."""
+    """CertificateError for a float tensor that a block reads and that is not its own parameter under its own name: no
+    other block's parameter could take its place.
+    """
     read = {value for node in nodes for value in node.inputs if value is not None and not _is_made(source, value)}
     floats = {name_of(value) for value in read if value.dtype == ir.DataType.FLOAT and value.shape}
     foreign = sorted(name for name in floats if not name.startswith(f"{block}."))
@@ -228,7 +245,7 @@ def _check_constants(source: ir.Graph, nodes: list[ir.Node], block: str) -> None
 
 
 def _is_made(source: ir.Graph, value: ir.Value) -> bool:
-    """By a node, or by the caller; all else are weights and constants."""
+    """Whether a node makes `value`, or it is the graph's input; otherwise it is a weight or a constant."""
     return value.producer() is not None or value is source.inputs[0]
 
 

@@ -1,7 +1,10 @@
-"""What every exported graph promises, checked and stored.
+"""The certificate: properties that every exported graph has, checked here and stored in the manifest.
 
-No shape arithmetic (so every shape but the batch is known when the engine is built), one symbolic dimension, every
-tensor's shape known, nothing unused, and node names that begin with a PyTorch module path.
+- The graph is valid ONNX.
+- It has no shape arithmetic, so every shape but the batch is known when the engine is built.
+- At most one dimension is symbolic, the batch, and every other extent of every tensor is known.
+- No initializer is unused.
+- Every node's name begins with the path of a PyTorch module, or with `model` or `io`.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ FORBIDDEN = (
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """Facts of a graph that keeps the promises."""
+    """Facts of a graph that passed all checks. `operators`: nodes by operator. `symbolic`: name of the symbolic
+    dimension. `modules_named`: how many module paths its nodes' names begin with.
+    """
 
     opset: int
     ir_version: int
@@ -48,9 +53,9 @@ class Certificate:
 
 
 def certify(model: ir.Model, modules: Collection[str]) -> Certificate:
-    """Check `model`; `modules` are the paths that node names may begin with.
+    """Check `model`; `modules` are the module paths that node names may begin with.
 
-    Raises CertificateError that lists every broken promise with the nodes concerned.
+    Raises CertificateError that lists every failed check with the first nodes concerned.
     """
     light = without_weights(model)
     _check_form(model, light)
@@ -72,7 +77,7 @@ def certify(model: ir.Model, modules: Collection[str]) -> Certificate:
 
 
 def _check_form(model: ir.Model, light: ModelProto) -> None:
-    """onnx.checker on the graph and on each tensor; never on both at once, which would copy all weights."""
+    """Run onnx.checker on the graph without weights and on each weight: on both at once it would copy all weights."""
     try:
         onnx.checker.check_model(light)
         for value in model.graph.initializers.values():
@@ -82,7 +87,9 @@ def _check_form(model: ir.Model, light: ModelProto) -> None:
 
 
 def infer_shapes(light: ModelProto) -> ModelProto:
-    """A graph with every tensor's shape; weights may be inputs, shapes do not depend on their values."""
+    """`light` with the shape of every tensor that onnx can infer. Weights may be inputs instead of initializers: shapes
+    do not depend on their values. Raises CertificateError where shapes contradict each other.
+    """
     try:
         return onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
@@ -107,7 +114,7 @@ def _unknown_shapes(inferred: ModelProto) -> list[str]:
 
 
 def _is_known(value: TypeProto) -> bool:
-    """Every dimension has a number, but for the one that grows with the batch."""
+    """Whether every dimension but one, the batch, has a number."""
     if not value.tensor_type.HasField("shape"):
         return False
     dims = list(value.tensor_type.shape.dim)

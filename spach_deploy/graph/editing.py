@@ -1,7 +1,7 @@
-"""What the passes over `onnx_ir` graphs share: new nodes, constants, marks, and the way to onnx's own functions.
+"""Helpers for passes over `onnx_ir` graphs: make and replace nodes, add constants, mark nodes, infer shapes.
 
-Values know the node that makes them and the nodes that read them, so nothing is looked up by name but shapes, which
-onnx infers.
+Throughout: a value's *maker* is the node whose output it is, its *readers* are the nodes whose input it is. Both are
+known to `onnx_ir`. Only shapes are looked up by name, because onnx infers them on a protobuf.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOAT32_KEY = "spach.precision"
 """metadata_props key of a node that half precision leaves in FP32 (value "fp32")."""
 
 QUANTIZED_KEY = "spach.quantized"
-"""metadata_props key of a node that passes leave whole, because it is quantized."""
+"""metadata_props key of a node that will be quantized; passes do not take it apart."""
 
 
 def name_of(part: ir.Node | ir.Value | None) -> str:
@@ -31,44 +31,44 @@ def name_of(part: ir.Node | ir.Value | None) -> str:
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
-    """An input that `node` has."""
+    """Input `index` of `node`, which must have it."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 def made_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """The tensors that nodes make, in order."""
+    """All outputs of all nodes, in order; not the graph's inputs and initializers."""
     return (value for node in graph for value in node.outputs if value.name)
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol:
-    """What an initializer holds."""
+    """The data of an initializer, which `value` must be."""
     assert value.const_value is not None
     return value.const_value
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Of all constants together."""
+    """Size of all initializers together, in bytes."""
     return sum(tensor_of(value).nbytes for value in model.graph.initializers.values())
 
 
 class NodeWriter:
-    """New nodes of one module in their order, named `path/label`, as is what they make."""
+    """Collects new nodes of one module, in order. A node and its output are named `path/label`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.nodes: list[ir.Node] = []
 
     def add(self, op_type: str, label: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """The output of a new node."""
+        """Append a node with one output, which is returned. `attributes` are the node's."""
         (output,) = self.add_parts(op_type, label, (label,), *inputs, **attributes)
         return output
 
     def add_parts(
         self, op_type: str, label: str, parts: Sequence[str], *inputs: ir.Value | None, **attributes: Any
     ) -> Sequence[ir.Value]:
-        """The outputs of a new node, each named `path/part`."""
+        """Append a node with several outputs, named `path/part` for each of `parts`, and return them."""
         outputs = [f"{self.path}/{part}" for part in parts]
         self.nodes.append(new_node(op_type, inputs, f"{self.path}/{label}", outputs, **attributes))
         return self.nodes[-1].outputs
@@ -77,14 +77,15 @@ class NodeWriter:
 def new_node(
     op_type: str, inputs: Sequence[ir.Value | None], name: str, outputs: Sequence[str] = (), **attributes: Any
 ) -> ir.Node:
-    """A node that is in no graph yet; its only output has its name where `outputs` says nothing else."""
+    """A node that is in no graph yet. Without names in `outputs` it has one output, called `name`."""
     values = [ir.val(output) for output in outputs or (name,)]
     return ir.node(op_type, inputs, dict(sorted(attributes.items())), outputs=values, name=name)
 
 
 def replace_nodes(old: Sequence[ir.Node], new: Sequence[ir.Node]) -> None:
-    """Put `new` in the place of the first of `old`. What the last of `new` makes takes the name and the readers of what
-    the last of `old` makes.
+    """Replace the nodes `old` by the nodes `new`, which go where the first of `old` was.
+
+    The output of the last new node takes the name and the readers of the output of the last old node.
     """
     graph = old[0].graph
     assert graph is not None
@@ -92,7 +93,7 @@ def replace_nodes(old: Sequence[ir.Node], new: Sequence[ir.Node]) -> None:
 
 
 def constant(graph: ir.Graph, name: str, value: NDArray[np.generic] | Sequence[int]) -> ir.Value:
-    """The initializer of that name; made of `value` (integers as int64) where there is none yet."""
+    """The initializer called `name`, added with `value` (a list of integers as int64) where the graph has none yet."""
     if name not in graph.initializers:
         array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else np.array(value, np.int64))
         graph.register_initializer(ir.val(name, const_value=ir.Tensor(array, name=name)))
@@ -100,12 +101,12 @@ def constant(graph: ir.Graph, name: str, value: NDArray[np.generic] | Sequence[i
 
 
 def array_of(value: ir.Value | None) -> NDArray[Any] | None:
-    """What an initializer holds; None for what a node makes or the caller sends."""
+    """The data of an initializer; None for a node's output, a graph input and no value."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def set_ints(node: ir.Node, attribute: str, values: Sequence[int]) -> None:
-    """Give a node an attribute of integers, in the place of the one of that name."""
+    """Set an attribute of integers on `node`."""
     node.attributes[attribute] = ir.AttrInt64s(attribute, values)
 
 
@@ -115,45 +116,45 @@ def is_transpose(node: ir.Node | None, perm: Sequence[int]) -> bool:
 
 
 def permutation(node: ir.Node) -> Sequence[int]:
-    """That of a Transpose; empty where it is not written out."""
+    """The `perm` of a Transpose; empty where the attribute is missing."""
     return node.attributes.get_ints("perm", ())
 
 
 def is_read(value: ir.Value) -> bool:
-    """Whether a node or the caller reads `value`."""
+    """Whether a node reads `value`, or it is an output of the graph."""
     return bool(value.uses()) or value.is_graph_output()
 
 
 def remove_unused_initializers(graph: ir.Graph) -> None:
-    """Drop constants that nothing reads."""
+    """Remove initializers that nothing reads, in place."""
     for name, value in list(graph.initializers.items()):
         if not is_read(value):
             del graph.initializers[name]
 
 
 def mark_float32(*nodes: ir.Node) -> None:
-    """Ask the precision step to leave these nodes in FP32."""
+    """Mark nodes, in place, that half precision leaves in FP32."""
     for node in nodes:
         node.metadata_props[FLOAT32_KEY] = "fp32"
 
 
 def is_marked_float32(node: ir.Node) -> bool:
-    """Whether `mark_float32` was asked for this node."""
+    """Whether `mark_float32` has marked this node."""
     return node.metadata_props.get(FLOAT32_KEY) == "fp32"
 
 
 def mark_quantized(node: ir.Node) -> None:
-    """Keep passes from taking this node apart: its inputs will go through eight bits."""
+    """Mark a node, in place, whose inputs will be quantized to eight bits, so that passes do not take it apart."""
     node.metadata_props[QUANTIZED_KEY] = "yes"
 
 
 def is_marked_quantized(node: ir.Node) -> bool:
-    """Whether `mark_quantized` was asked for this node."""
+    """Whether `mark_quantized` has marked this node."""
     return QUANTIZED_KEY in node.metadata_props
 
 
 def as_proto(model: ir.Model) -> ModelProto:
-    """`model` as model.onnx holds it: with a copy of all weights, without shapes between the nodes."""
+    """`model` as protobuf, as model.onnx holds it: with a copy of all weights, without shapes of inner tensors."""
     proto = message_of(model, model.graph.inputs)
     for value in model.graph.initializers.values():
         proto.graph.initializer.append(tensor_proto(value))
@@ -161,7 +162,10 @@ def as_proto(model: ir.Model) -> ModelProto:
 
 
 def without_weights(model: ir.Model) -> ModelProto:
-    """The graph, its constants as inputs but for integers: types and shapes do not depend on weights' values."""
+    """`model` as protobuf with inputs in the place of all initializers but integers.
+
+    Enough to infer types and shapes, which do not depend on weights' values but do on integers (axes, extents).
+    """
     constants = [value for value in model.graph.initializers.values() if not value.is_graph_input()]
     integers = [value for value in constants if value.dtype == ir.DataType.INT64]
     others = [value for value in constants if value.dtype != ir.DataType.INT64]
@@ -169,7 +173,7 @@ def without_weights(model: ir.Model) -> ModelProto:
 
 
 def shapes_at_batch_one(model: ir.Model) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor for one image, as far as ONNX can tell, by name."""
+    """Shape of every tensor at batch 1, by name, as far as onnx infers it (0 for an extent that it does not)."""
     light = without_weights(model)
     for value in (*light.graph.input, *light.graph.output):
         dims = value.type.tensor_type.shape.dim
@@ -181,7 +185,9 @@ def shapes_at_batch_one(model: ir.Model) -> dict[str, tuple[int, ...]]:
 
 
 def live_elements_at_batch_one(model: ir.Model) -> int:
-    """Numbers that have to be in memory at once for one image, weights aside, in the order of the nodes."""
+    """Peak number of elements of activations in memory at batch 1, if nodes run in order and each tensor is freed after
+    its last reader.
+    """
     shapes = shapes_at_batch_one(model)
     last = {value: index for index, node in enumerate(model.graph) for value in node.inputs}
     alive: dict[ir.Value | None, int] = {}

@@ -1,15 +1,13 @@
-"""Make the batch of a graph symbolic that was traced with a fixed one.
+"""Static PyTorch model -> FP32 ONNX graph: torch.onnx.export, onnxsim, node names by module, symbolic batch.
 
-Tracing with a symbolic batch costs twice the time, all of it spent reasoning about one dimension. The static model has
-that dimension first everywhere and names it in reshapes only, so it is traced at a fixed batch and set free here; that
-the result is right at other batches is proven by running it at several.
+Two things save time, and neither changes the graph:
 
-Static model -> canonical FP32 ONNX: torch.onnx, onnxsim, names of modules, certificate.
+- Only one block of each kind is traced and simplified; its nodes are repeated with the other blocks' weights
+  (`block_prototype.py`).
+- The batch is traced as a fixed number and made symbolic afterwards (`free_batch`), because torch.onnx takes twice the
+  time with a symbolic one. The static model has the batch first in every tensor and states it in reshapes only.
 
-The exporter's time grows with the number of blocks, and blocks of one shape differ in nothing but their weights. So one
-block of each kind is exported (the prototype), simplified, and stamped once per block with that block's own weights
-(`block_prototype.py`). What comes out is what a whole export would give, and it is compared with PyTorch like any other
-graph.
+The result is compared with PyTorch at several batch sizes, like any other graph.
 """
 
 from __future__ import annotations
@@ -43,10 +41,11 @@ _TRACED_BATCH = 3
 
 
 def free_batch(model: ir.Model, traced: int, name: str) -> None:
-    """In place: first input, outputs and reshapes whose first extent is `traced` or a multiple get the batch `name`
-    instead.
+    """Make the batch of a graph symbolic, in place, that was traced with the fixed batch `traced`.
 
-    Raises CertificateError for a reshape that cannot be set free.
+    The first input and the outputs get the symbolic dimension `name` first; reshapes to (traced * n, ...) become
+    reshapes to (-1, ...). Raises CertificateError for a reshape whose first extent is no multiple of `traced`, or that
+    has a -1 already.
     """
     graph = model.graph
     for value in (*graph.inputs[:1], *graph.outputs):
@@ -67,17 +66,18 @@ def _freed(shape: list[int], traced: int, node: str) -> list[int]:
 
 
 def export_canonical(model: StaticSpach, image_size: int) -> ir.Model:
-    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20. Its weights
-    are in the model's memory.
+    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20.
 
-    Raises CertificateError when the exporter or the simplifier fails.
+    S is `image_size` in pixels, and the batch is symbolic. The initializers share the memory of the model's parameters.
+    Raises CertificateError for a graph whose batch cannot be made symbolic, whose blocks cannot be repeated, or that
+    onnxsim computes differently.
     """
     prototype = make_prototype(model)
     return stamp_blocks(_traced(prototype, image_size), prototype.repeats, model)
 
 
 def _traced(prototype: Prototype, image_size: int) -> ir.Model:
-    """The prototype's graph: named by modules, simplified; the weights of its blocks are inputs behind its first."""
+    """The prototype's graph, named by modules and simplified. Its blocks' weights are graph inputs, after the first."""
     ordinary = with_ordinary_weights(prototype)
     exported = _exported(ordinary.model, image_size)
     _as_inputs(exported.graph, prototype.repeats)
@@ -88,7 +88,7 @@ def _traced(prototype: Prototype, image_size: int) -> ir.Model:
 
 
 def _exported(model: nn.Module, image_size: int) -> ir.Model:
-    """The exporter's graph, its batch symbolic."""
+    """The graph that torch.onnx makes of `model`, with a symbolic batch."""
     example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -106,9 +106,10 @@ def _exported(model: nn.Module, image_size: int) -> ir.Model:
 
 
 def _as_inputs(graph: ir.Graph, blocks: Collection[str]) -> None:
-    """Let `graph` read the weights of `blocks` instead of holding them, in place.
+    """Turn the float weights of `blocks` from initializers into graph inputs, in place.
 
-    They are most of it, nothing is to be made of them, and the simplifier would copy them from hand to hand.
+    They are most of the bytes, and the simplifier would copy them several times. Nothing may be folded into them
+    either.
     """
     for name, value in list(graph.initializers.items()):
         if value.dtype == ir.DataType.FLOAT and value.shape and block_of(name, blocks) is not None:
@@ -118,7 +119,9 @@ def _as_inputs(graph: ir.Graph, blocks: Collection[str]) -> None:
 
 
 def simplify(model: ModelProto) -> ModelProto:
-    """onnxsim's constant folding and fusions; CertificateError when its own check fails."""
+    """`model` after onnxsim's constant folding and fusions. Raises CertificateError when onnxsim reports a
+    difference.
+    """
     import onnxsim
 
     simplified, equal = onnxsim.simplify(model, check_n=0)
@@ -130,7 +133,7 @@ def simplify(model: ModelProto) -> ModelProto:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter prints its progress and warns about packages we do not need; errors still come through."""
+    """Silence torch.onnx's progress and its warnings about packages that are not needed; errors still show."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

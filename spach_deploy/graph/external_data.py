@@ -1,4 +1,4 @@
-"""Weights that a graph keeps in other files: which, whether they are there, and whether they are beside it."""
+"""External data of an ONNX file: which other files hold its weights, and whether they exist in its folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from spach_deploy.common.errors import UsageError, printable
 
 
 def external_files(model: ModelProto) -> tuple[str, ...]:
-    """The files, beside a graph's own, that its tensors are to be read from, as it names them."""
+    """Paths of the files that hold external data of `model`, relative to the ONNX file, as its tensors name them."""
     entries = (entry for tensor in _tensors(model.graph) for entry in tensor.external_data)
     return tuple(dict.fromkeys(entry.value for entry in entries if entry.key == "location"))
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Those of a graph and of the graphs in it."""
+    """All tensors of a graph, and of the subgraphs in its nodes' attributes."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -30,12 +30,15 @@ def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def missing_data(model: ModelProto, folder: Path) -> str:
-    """The first file that holds weights of a graph from `folder` and is not there; empty where all are."""
+    """The first file with external data that does not exist in `folder`, the ONNX file's; empty where all exist."""
     return next((name for name in external_files(model) if not (folder / name).is_file()), "")
 
 
 def data_outside(model: ModelProto, folder: Path) -> str:
-    """The first file of a graph's weights whose path leads out of `folder`, where no runtime reads it; or empty."""
+    """The first file with external data whose path leads out of `folder`, the ONNX file's; empty where none does.
+
+    No runtime reads such a file.
+    """
     return next((name for name in external_files(model) if _is_outside(name, folder)), "")
 
 
@@ -44,7 +47,7 @@ def _is_outside(name: str, folder: Path) -> bool:
 
 
 def lacking_data(file: Path) -> str:
-    """Which weights of a graph are not to be had, as a clause; empty where all are, and for what is no graph."""
+    """Why external data of an ONNX file cannot be read, as a clause; empty where all can be, and for other files."""
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception:  # protobuf's own
@@ -56,7 +59,10 @@ def lacking_data(file: Path) -> str:
 
 
 def check_is_one_file(file: Path) -> None:
-    """UsageError for a graph that keeps weights in other files, which a copy of it would not find. Others pass."""
+    """UsageError for an ONNX file with external data, which a copy of the file would not find.
+
+    A file that is no ONNX graph passes.
+    """
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception:  # protobuf's own; what is no graph is refused by who reads it

@@ -1,4 +1,4 @@
-"""What a caller sends and gets: pixels in, probabilities and top-k out, as graph nodes around the model.
+"""Nodes for a graph's inputs and outputs: pixels become normalized floats, logits become probabilities and top-k.
 
 --io-dtype uint8   input (B, H, W, 3) uint8 RGB pixels; scale, mean and standard deviation are in the graph
 --softmax          output `probabilities` (B, classes) float32
@@ -19,7 +19,11 @@ PROBABILITIES, TOP_VALUES, TOP_INDICES = "probabilities", "top_values", "top_ind
 
 
 def add_interface(model: ir.Model, outputs: OutputSpec, preprocessing: Preprocessing) -> None:
-    """Add what `outputs` asks for to the canonical FP32 graph, in place."""
+    """Add to the FP32 graph, in place, the nodes that `outputs` asks for.
+
+    `preprocessing` gives mean, standard deviation (of pixels in 0..1) and image size for uint8 pixels. Raises
+    UsageError for a top-k that the number of classes does not allow.
+    """
     if outputs.io_dtype is IODtype.UINT8:
         _take_pixels(model, preprocessing)
     classes = _classes(model)
@@ -37,14 +41,17 @@ def _classes(model: ir.Model) -> int:
 
 
 def check_outputs(outputs: OutputSpec, classes: int) -> None:
-    """UsageError for more best classes than there are."""
+    """UsageError for a top-k below 1 or above the number of classes."""
     k = outputs.top_k
     if k is not None and not 1 <= k <= classes:
         raise UsageError(f"--top-k {k} of {classes} classes does not exist.", f"Give a number from 1 to {classes}.")
 
 
 def _take_pixels(model: ir.Model, preprocessing: Preprocessing) -> None:
-    """uint8 (B, H, W, 3) -> (x - 255 mean) / (255 std) -> (B, 3, H, W), in FP32: pixels are not exact in half."""
+    """Replace the graph's input by uint8 pixels: (B, H, W, 3) -> (x - 255 mean) / (255 std) -> (B, 3, H, W).
+
+    The arithmetic is marked FP32, because half precision would round the normalized pixels.
+    """
     graph, size = model.graph, preprocessing.image_size
     mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
     offset = constant(graph, "io.offset", (255.0 * mean).astype(np.float32))
@@ -73,7 +80,7 @@ def _add_top_k(model: ir.Model, k: int) -> None:
 
 
 def _add_output_node(graph: ir.Graph, node: ir.Node, outputs: list[tuple[ir.DataType, int]]) -> None:
-    """A node in FP32 whose outputs, of these types and widths, are the graph's too."""
+    """Append `node`, marked FP32; its outputs, (B, width) of the given types, become outputs of the graph."""
     mark_float32(node)
     graph.append(node)
     for value, (kind, width) in zip(node.outputs, outputs, strict=True):

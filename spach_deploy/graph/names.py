@@ -1,8 +1,7 @@
-"""Node and tensor names that begin with the PyTorch module path.
+"""Node and tensor names that begin with the PyTorch module path, such as `layer3.5.spatial_func.qkv/Gemm`.
 
-The exporter writes the module stack into each node's metadata; here it becomes the node's name,
-`layer3.5.spatial_func.qkv/Gemm`, and the name of its output. TensorRT's layer names come from node names, so a profile
-or an error of the engine speaks in module names.
+torch.onnx writes the stack of modules into each node's metadata, from which the node and its output get their name.
+TensorRT makes layer names of node names, so profiles and errors of an engine name modules.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def module_path(node: ir.Node) -> str | None:
-    """Path of the module that `node` came from, from exporter metadata: "" for the model itself, None if unknown."""
+    """Path of the module that `node` came from, read from torch.onnx's metadata: "" for the model, None if unknown."""
     entry = node.metadata_props.get(_SCOPES)
     if entry is None:
         return None
@@ -31,7 +30,7 @@ def name_by_module(model: ir.Model) -> None:
     path_of: dict[ir.Value | None, str] = {}
     for node in model.graph:
         path = module_path(node)
-        if path is None:  # made by a decomposition: it belongs where its input was made
+        if path is None:  # made by a decomposition: it gets the module of the node that makes its input
             path = next((path_of[value] for value in node.inputs if value in path_of), "")
         path_of.update(dict.fromkeys(node.outputs, path))
         node.name = _unique(f"{path or 'model'}/{node.op_type}", seen)
@@ -47,5 +46,5 @@ def _unique(name: str, seen: Counter[str]) -> str:
 
 
 def owner(node_name: str) -> str:
-    """Module path in a node or tensor name made here: everything before the first slash."""
+    """Module path in a name that `name_by_module` gave: everything before the first slash."""
     return node_name.split("/", 1)[0]

@@ -1,15 +1,15 @@
-"""Opset and IR version of a graph: what its operators need, and no more.
+"""Opset and IR version of a graph: set, raised, or lowered by converting operators (`--opset`).
 
-A runtime refuses a file whose IR version or opset is newer than it knows, whatever the file holds. So a graph gets the
-lowest IR version that its opset has. Another opset than the export's (`--opset`) is written by exact conversions:
+A runtime refuses a file whose IR version or opset is newer than it knows, whichever operators the file holds. So a
+graph gets the lowest IR version that its opset has. Three operators are converted for an older opset, exactly:
 
     operator     below   becomes
     Gelu         20      0.5 x (1 + Erf(x / sqrt 2)), marked to stay in FP32
     ReduceMean   18      the same, its axes as an attribute
-    Split        18      the same, without the number of its parts, which its outputs tell
+    Split        18      the same, without `num_outputs`
 
-All else stays as it is, where the other opset's own schema takes it: inputs, attributes and types. The converted graph
-is proven like any other.
+All other nodes stay, if the schema of the older opset takes their inputs, attributes and types. The converted graph is
+compared with the reference like any other.
 """
 
 from __future__ import annotations
@@ -37,26 +37,29 @@ from spach_deploy.options.specs import ExportOptions, Precision
 Convert = Callable[[ir.Graph, ir.Node], None]
 
 FP8_OPSET = 21
-"""ONNX Runtime has FP8 from 1.20 on at this opset, at 20 from 1.32 on."""
+"""Opset of graphs with FP8: ONNX Runtime 1.20 and later load FP8 at opset 21, only 1.32 and later at opset 20."""
 
 _OTHER_MEANINGS = {"GroupNormalization": 21}
-"""Operators whose meaning changed with an opset, their form staying: scale and bias by channel, which were by group."""
+"""Operators that compute something else from an opset on, with the same inputs and attributes.
+
+GroupNormalization: scale and bias were one a group before opset 21, and are one a channel since.
+"""
 
 
 def opset_of(model: ir.Model) -> int:
-    """Version of ONNX's own operators."""
+    """The opset of ONNX's default domain."""
     return model.opset_imports[""]
 
 
 def set_opset(model: ir.Model, opset: int) -> None:
-    """Write the header for `opset`, in place, with the lowest IR version that it has; nodes stay as they are."""
+    """Set the opset, and the lowest IR version that has it, in place; nodes stay as they are."""
     model.opset_imports[""] = opset
     entries = [helper.make_opsetid(*entry) for entry in model.opset_imports.items()]
     model.ir_version = helper.find_min_ir_version_for(entries, ignore_unknown=True)
 
 
 def raise_opset(model: ir.Model, opset: int) -> None:
-    """`opset` at least. Raises UsageError for an operator that means something else from there on."""
+    """Set the opset to at least `opset`, in place. Raises UsageError for an operator that would change its meaning."""
     before = opset_of(model)
     for node in model.graph:
         if before < _OTHER_MEANINGS.get(node.op_type, 0) <= opset:
@@ -65,9 +68,9 @@ def raise_opset(model: ir.Model, opset: int) -> None:
 
 
 def convert_opset(model: ir.Model, opset: int) -> None:
-    """Write `model`, whose types are known (`elements.infer_all_types`), in another opset, in place.
+    """Convert `model` to another opset, in place. Its tensors' types must be known (`elements.infer_all_types`).
 
-    Raises UsageError that names an operator which that opset does not have.
+    Raises UsageError that names a node which cannot be written in that opset.
     """
     if opset > opset_of(model):
         raise_opset(model, opset)
@@ -80,9 +83,9 @@ def convert_opset(model: ir.Model, opset: int) -> None:
 
 
 def check_operators(model: ir.Model) -> None:
-    """UsageError that names the first operator which the graph's opset does not have, or not with such types.
+    """UsageError for the first node whose operator, attributes or input types the graph's opset does not have.
 
-    Tensors whose type is not known count as float.
+    Tensors whose type is not known count as float32.
     """
     opset = opset_of(model)
     for node in model.graph:
@@ -100,7 +103,7 @@ def _refusal(node: ir.Node, opset: int) -> UsageError:
 
 
 def _is_in(opset: int, node: ir.Node) -> bool:
-    """Whether the operator of that opset takes the node's attributes, and its inputs with their types."""
+    """Whether the operator's schema in `opset` takes the node's attributes, and its inputs with their types."""
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
@@ -118,15 +121,15 @@ def _types_fit(schema: OpSchema, node: ir.Node) -> Iterator[bool]:
 
 
 def _spelt(kind: int) -> str:
-    """As schemas name types: `tensor(float16)`."""
+    """Name of an element type in an operator's schema: `tensor(float16)`."""
     return f"tensor({TensorProto.DataType.Name(kind).lower()})"
 
 
 def check_opset(options: ExportOptions) -> None:
-    """Refuse, before any work, an opset in which no such graph can be written, or verified here.
+    """Check `--opset` before any work is done.
 
-    Raises UsageError with the operator that needs a newer one, UnavailableError for one that ONNX Runtime here does not
-    know.
+    Raises UsageError for an opset that is too low for the precision, or that the installed onnx does not know;
+    UnavailableError for one that the installed ONNX Runtime does not load, so that no graph could be verified.
     """
     if options.opset is None:
         return
@@ -140,7 +143,7 @@ def check_opset(options: ExportOptions) -> None:
 
 
 def _lowest(options: ExportOptions) -> tuple[int, str]:
-    """The lowest opset for such options, and what needs it."""
+    """The lowest opset in which an export with these options can be written, and a clause that says why."""
     found = [(_since("LayerNormalization"), "LayerNormalization")]
     if Precision.BF16 in (options.precision, options.rest):
         found.append((_since("Conv", "tensor(bfloat16)"), "Conv in bfloat16"))
@@ -153,7 +156,7 @@ def _lowest(options: ExportOptions) -> tuple[int, str]:
 
 
 def _since(operator: str, kind: str = "tensor(float)") -> int:
-    """The first opset whose operator reads tensors of that type."""
+    """The first opset in which the operator's first input may have the type `kind`."""
     for opset in range(1, onnx.defs.onnx_opset_version() + 1):
         try:
             schema = onnx.defs.get_schema(operator, opset)
@@ -165,7 +168,7 @@ def _since(operator: str, kind: str = "tensor(float)") -> int:
 
 
 def _check_runtime(opset: int) -> None:
-    """Whether ONNX Runtime here takes graphs of that opset: it says so by loading one."""
+    """UnavailableError unless the installed ONNX Runtime loads a graph of this opset; one node is tried."""
     import onnxruntime
 
     from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -185,7 +188,9 @@ def _check_runtime(opset: int) -> None:
 
 
 def _gelu(graph: ir.Graph, node: ir.Node) -> None:
-    """0.5 x (1 + Erf(x / sqrt 2)): Gelu's own definition. Gelu by tanh stays, and is refused."""
+    """Write Gelu as 0.5 x (1 + Erf(x / sqrt 2)), its definition. Gelu by tanh stays, and `check_operators`
+    refuses it.
+    """
     if node.attributes.get_string("approximate", "none") != "none":
         return
     values = {"scale": np.sqrt(0.5), "one": 1.0, "half": 0.5}
@@ -201,7 +206,7 @@ def _gelu(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _reduce_mean(_graph: ir.Graph, node: ir.Node) -> None:
-    """Without constant axes it stays, and is refused."""
+    """Turn constant axes into an attribute. Axes that are not constant stay, and `check_operators` refuses them."""
     axes = array_of(node.inputs[1]) if len(node.inputs) == 2 else None
     if axes is not None:
         node.resize_inputs(1)
@@ -214,4 +219,4 @@ def _split(_graph: ir.Graph, node: ir.Node) -> None:
 
 
 _RULES: dict[str, tuple[int, Convert]] = {"Gelu": (20, _gelu), "ReduceMean": (18, _reduce_mean), "Split": (18, _split)}
-"""By operator: the opset below which it is converted, and how."""
+"""By operator: the opset below which it is converted, and the function that does so."""

@@ -1,7 +1,7 @@
-"""Which ONNX Runtime loads which graph, and which Triton image carries which versions (runtimes.json, with sources).
+"""Which ONNX Runtime runs which graph, and which versions each Triton image carries: the table `runtimes.json`.
 
-Everything that advises where a graph can run reads this one table: Triton's repositories and their check, Kubernetes'
-manifests, the doctor, Polygraphy's folder.
+All advice on where a graph can run is read from this table: `spach-serve-check`, Triton repositories, Kubernetes
+manifests, the doctor, Polygraphy's folder. `sources` in it says where its rows are from.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from spach_deploy.common.errors import UsageError
 REPOSITORY = "nvcr.io/nvidia/tritonserver"
 
 DATA = Path(__file__).with_name("runtimes.json")
-"""The table; `sources` in it explains where its rows are from."""
+"""File of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphNeeds:
-    """What an ONNX graph asks of a runtime: its opset, its IR version, the operators that read or make bfloat16, and
-    whether it holds FP8."""
+    """What an ONNX graph requires of a runtime. `ir`: its IR version. `bfloat16`: operators that read or make
+    bfloat16.
+    """
 
     opset: int
     ir: int
@@ -33,7 +34,10 @@ class GraphNeeds:
 
     @classmethod
     def of(cls, graph: Path | bytes) -> GraphNeeds | None:
-        """Those of an ONNX file or its bytes; weights beside it are not read. None for what is none, or is untyped."""
+        """The requirements of an ONNX file or its bytes; external data is not read.
+
+        None for what is no ONNX graph, or has a tensor whose type cannot be inferred.
+        """
         import onnx
         import onnx_ir as ir
 
@@ -56,11 +60,12 @@ class GraphNeeds:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxRuntimeRelease:
-    """A release of ONNX Runtime: the newest opset and the newest version of ONNX's own format (IR) that it loads.
+    """A release of ONNX Runtime and the graphs that it runs.
 
-    `fp8_opset`: the oldest opset of which it loads graphs with FP8. `cuda_bfloat16`: operators for which its CUDA
-    provider has a kernel in bfloat16; its CPU provider has none that computes.
-    `truncates_fp16`: on a CPU it drops the fraction where FP16 is quantized (`runtime.truncation`).
+    `opset`, `ir`: the newest opset and IR version that it loads. `fp8_opset`: the oldest opset in which it loads graphs
+    with FP8. `cuda_bfloat16`: operators for which its CUDA provider has a kernel in bfloat16 (its CPU provider has none
+    that computes). `truncates_fp16`: on a CPU, its QuantizeLinear of FP16 truncates instead of rounding
+    (`runtime.truncation`). `seen`: keys of the table's `sources`.
     """
 
     version: str
@@ -72,7 +77,7 @@ class OnnxRuntimeRelease:
     cuda_bfloat16: frozenset[str] = dataclasses.field(repr=False)
 
     def misfit(self, needs: GraphNeeds, *, on_gpu: bool) -> str:
-        """Why it cannot run a graph, as a clause; empty where nothing known stands in the way."""
+        """Why this release cannot run a graph, as a clause; empty where no reason is known."""
         if needs.opset > self.opset:
             return f"ONNX Runtime {self.version} loads opset {self.opset}, and the graph has opset {needs.opset}"
         if needs.has_fp8 and needs.opset < self.fp8_opset:
@@ -90,7 +95,10 @@ class OnnxRuntimeRelease:
 
 @dataclasses.dataclass(frozen=True)
 class TritonImage:
-    """NVIDIA's image of a release, and what it carries. `tensorrt` None: not known. `seen`: where each is from."""
+    """NVIDIA's Triton image of a release (YY.MM), and the versions in it. `tensorrt` None: not known.
+
+    `seen`: by field, keys of the table's `sources`.
+    """
 
     release: str
     tensorrt: str | None
@@ -100,19 +108,22 @@ class TritonImage:
 
     @property
     def reference(self) -> str:
-        """What a Dockerfile calls it."""
+        """The image's name with its tag, as a Dockerfile has it."""
         return f"{REPOSITORY}:{self.release}-py3"
 
     @property
     def notes(self) -> str:
-        """The address of its release notes."""
+        """URL of the release notes."""
         page = f"rel-{self.release.replace('.', '-')}.html"
         return f"https://docs.nvidia.com/deeplearning/triton-inference-server/release-notes/{page}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtimes:
-    """All that are known, oldest first. `sources`: what the words of `seen` stand for."""
+    """The table: all releases and images that are known, oldest first.
+
+    `read`: the date of the table. `sources`: by a key that `seen` uses, where the fact is from.
+    """
 
     onnxruntimes: tuple[OnnxRuntimeRelease, ...]
     images: tuple[TritonImage, ...]
@@ -121,7 +132,7 @@ class Runtimes:
 
     @classmethod
     def parse(cls, content: Any) -> Runtimes:
-        """What runtimes.json says."""
+        """The table from the JSON of `runtimes.json`."""
         since = content["cuda_bfloat16"]
         runtimes = [
             OnnxRuntimeRelease(
@@ -138,7 +149,7 @@ class Runtimes:
         )
 
     def image(self, release: str) -> TritonImage:
-        """The image of a release. UsageError for one that is not known."""
+        """The image of a release (YY.MM). UsageError for one that is not in the table."""
         found = next((image for image in self.images if image.release == release), None)
         if found is None:
             raise UsageError(
@@ -148,12 +159,12 @@ class Runtimes:
         return found
 
     def fitting(self, needs: Iterable[GraphNeeds], *, on_gpu: bool) -> tuple[TritonImage, ...]:
-        """Images whose ONNX Runtime runs every one of some graphs, oldest first."""
+        """Images whose ONNX Runtime runs all graphs with these needs, oldest first."""
         asked = tuple(needs)
         return tuple(image for image in self.images if not self.misfit(image, asked, on_gpu=on_gpu))
 
     def misfit(self, image: TritonImage, needs: Iterable[GraphNeeds], *, on_gpu: bool) -> str:
-        """Why an image's ONNX Runtime cannot run some graphs, as a clause; empty where it can."""
+        """Why an image's ONNX Runtime cannot run all graphs with these needs, as a clause; empty where it can."""
         runtime = self.onnxruntime(image.onnxruntime)
         if runtime is None:
             return f"what ONNX Runtime {image.onnxruntime} loads is not known"
@@ -161,14 +172,14 @@ class Runtimes:
         return next((clause for clause in clauses if clause), "")
 
     def truncates_fp16(self, version: str) -> bool:
-        """Whether ONNX Runtime of a version is known to truncate where FP16 is quantized on a CPU."""
+        """Whether this version of ONNX Runtime is known to truncate where FP16 is quantized on a CPU."""
         runtime = self.onnxruntime(version)
         return runtime is not None and runtime.truncates_fp16
 
     def onnxruntime(self, version: str) -> OnnxRuntimeRelease | None:
-        """What is known of a version: its own row, or that of the newest older one; None for one before all of them.
+        """The row of a version, or of the newest older one: newer versions load what older ones load.
 
-        ONNX Runtime goes on loading what it once loaded.
+        None for a version older than all rows.
         """
         asked = version_numbers(version)
         older = [runtime for runtime in self.onnxruntimes if version_numbers(runtime.version) <= asked]
@@ -180,14 +191,14 @@ def _fp8_opset(version: str, content: Any) -> int:
 
 
 def _by(version: str, since: Mapping[str, str]) -> frozenset[str]:
-    """Those that a version has of what others brought."""
+    """The operators of `since` whose first version is not newer than `version`."""
     numbers = version_numbers(version)
     return frozenset(name for name, first in since.items() if version_numbers(first) <= numbers)
 
 
 @functools.cache
 def runtimes() -> Runtimes:
-    """The table that is shipped."""
+    """The table that comes with this package."""
     return Runtimes.parse(json.loads(DATA.read_text(encoding="utf-8")))
 
 

@@ -1,7 +1,8 @@
-"""ONNX -> ONNX passes that give the graph its target's form: one per file, in this order.
+"""Passes, ONNX -> ONNX, that spell the FP32 graph as one runtime fuses it best (TensorRT, CPU, CPU in eight bits).
 
-Each is a function that works in place and returns the names of what it changed; a `Pass` makes an `onnx_ir` pass of it.
-The graph is run before and after them.
+Each is one file with one function, which changes the graph in place and returns the names of the nodes or modules that
+it changed. `Pass` wraps it as an `onnx_ir` pass. The tuples below give their order. No pass changes the function that
+the graph computes: it is compared with the reference.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from spach_deploy.graph.passes.tokens_first import tokens_first
 
 @dataclasses.dataclass
 class PassResult(ir.passes.PassResult):
-    """The model, whether it was modified, and the names of what changed."""
+    """The model, whether it was modified, and in `changed` the names of changed nodes or modules."""
 
     changed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass(ir.passes.InPlacePass):
-    """A named pass."""
+    """A pass with its name (for `--no-rewrite`), one line for `--list-rewrites`, and the function that it applies."""
 
     name: str
     summary: str
     apply: Callable[[ir.Model], tuple[str, ...]]
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite `model` in place. Raises CertificateError that names the pass and chains what went wrong in it."""
+        """Change `model` in place. Any exception becomes a CertificateError that names the pass."""
         try:
             changed = self.apply(model)
         except Exception as error:
@@ -54,17 +55,17 @@ TENSORRT_PASSES: tuple[Pass, ...] = (
 CPU_PASSES: tuple[Pass, ...] = (
     Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm_for_cpu),
 )
-"""For graphs that no TensorRT builds: ONNX Runtime's own GroupNorm loses digits on large images."""
+"""For graphs that run in ONNX Runtime alone: its GroupNorm loses digits on large images."""
 
 CPU_INT8_PASSES: tuple[Pass, ...] = (
     *CPU_PASSES,
     Pass("linear_as_matmul", "linear layers as MatMul and Add, for eight bits on a CPU", linear_as_matmul),
 )
-"""For graphs that are to run in eight bits in ONNX Runtime on a CPU."""
+"""For graphs that run quantized to eight bits in ONNX Runtime on a CPU."""
 
 
 def apply_passes(
     model: ir.Model, passes: tuple[Pass, ...], disabled: Collection[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-    """Run the passes that are not `disabled` on `model`, in place; what each changed."""
+    """Run the passes whose names are not in `disabled` on `model`, in place. By pass: the names of what it changed."""
     return {step.name: step.call(model).changed for step in passes if step.name not in disabled}

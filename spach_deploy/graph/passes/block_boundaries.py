@@ -1,8 +1,9 @@
-"""Every block reads and hands out the stream in one layout: (B, H, W, C), or (B, N, C) without `grid_stream`.
+"""Give every block the same layout at its input and output: (B, H, W, C), or (B, N, C) without `grid_stream`.
 
-The exporter cancels what ends a downsampling against what begins the block behind it. That saves nothing (the compiler
-does the same), but then the first block of a stage differs from the others and has two inputs, or another input than
-its output. This pass puts the layout back, so that blocks of one kind are alike.
+Where a downsampling ends with a transpose and the block after it begins with the inverse, torch.onnx removes both. That
+saves nothing, because TensorRT does the same, and it makes the first block of a network stage differ from the others:
+it then reads two tensors, or reads another layout than it makes. This pass restores the transposes, so that one block's
+nodes can be repeated for all blocks of its kind (`block_prototype.py`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ TO_CHANNELS_FIRST, TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 
 
 def restore_block_boundaries(model: ir.Model, *, is_grid: bool) -> tuple[str, ...]:
-    """Make convolutions that read another module's channels-first tensor take it from the stream, in place.
+    """Restore the transposes before blocks' first convolutions, in place; returns the names of these convolutions.
 
-    `is_grid`: the stream is (B, H, W, C).
+    `is_grid`: the residual stream is (B, H, W, C), else (B, N, C). Raises CertificateError where another node that
+    reads the stream needs the other layout.
     """
     graph = model.graph
     _drop_idle_transposes(graph)
@@ -45,7 +47,7 @@ def restore_block_boundaries(model: ir.Model, *, is_grid: bool) -> tuple[str, ..
 
 
 def _drop_idle_transposes(graph: ir.Graph) -> None:
-    """Take out what moves nothing: two moves that cancel each other, as onnxsim before 0.8 joins them."""
+    """Remove transposes that change no order. onnxsim before 0.8 makes them of two that cancel each other."""
     for node in list(graph):
         order = permutation(node)
         if order and is_transpose(node, range(len(order))):
@@ -54,9 +56,10 @@ def _drop_idle_transposes(graph: ir.Graph) -> None:
 
 
 def _leave(graph: ir.Graph, source: ir.Node, shape: tuple[int, ...] | None) -> ir.Value:
-    """The stream that `source` makes, channels first; as tokens for a `shape` (1, C, H, W). All readers get it.
+    """Add nodes that make the stream of the channels-first output of `source`, and let its other readers read that.
 
-    Raises CertificateError where one reads something else.
+    With a `shape` (1, C, H, W) the stream is tokens (B, N, C), with None a grid (B, H, W, C). Raises CertificateError
+    for a reader that needs the other layout.
     """
     readers, layer = source.outputs[0].consumers(), _layer(name_of(source))
     nodes = [_transpose(source.outputs[0], f"{layer}/channels_last", TO_CHANNELS_LAST)]
@@ -71,7 +74,7 @@ def _leave(graph: ir.Graph, source: ir.Node, shape: tuple[int, ...] | None) -> i
 
 
 def _redirect(graph: ir.Graph, transpose: ir.Node, stream: ir.Value, *, as_tokens: bool) -> None:
-    """Let who reads the channels-last tensor, or the tokens made of it, read the stream."""
+    """Remove `transpose` (and the reshapes to tokens after it) and let their readers read `stream`."""
     behind = transpose.outputs[0].consumers() if as_tokens else ()
     if any(node.op_type != "Reshape" for node in behind):
         raise CertificateError(f"What reads {transpose.name} takes a grid where the stream is tokens.")
@@ -81,7 +84,7 @@ def _redirect(graph: ir.Graph, transpose: ir.Node, stream: ir.Value, *, as_token
 
 
 def _enter(graph: ir.Graph, conv: ir.Node, stream: ir.Value, block: str, shape: tuple[int, ...] | None) -> None:
-    """From the stream to a block's convolution."""
+    """Add nodes that turn the stream into the channels-first tensor that a block's first convolution reads."""
     nodes: list[ir.Node] = []
     if shape is not None:
         _, channels, height, width = shape
@@ -93,7 +96,7 @@ def _enter(graph: ir.Graph, conv: ir.Node, stream: ir.Value, block: str, shape: 
 
 
 def _reshape(graph: ir.Graph, source: ir.Value, name: str, shape: tuple[int, ...]) -> ir.Node:
-    """To (B, *shape)."""
+    """A Reshape to (B, *shape)."""
     stored = constant(graph, f"grid.{'x'.join(map(str, shape))}", [-1, *shape])
     return new_node("Reshape", [source, stored], name)
 

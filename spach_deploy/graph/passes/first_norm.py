@@ -1,12 +1,12 @@
-"""The LayerNorm behind the stem, spelt out, so that two kernels share its work with half the memory between them.
+"""Write the LayerNorm after the stem as single operators, so that TensorRT moves half the bytes between two kernels.
 
-What follows it are a block's depthwise products, which read a token's neighbours: no kernel can make the norm and them
-at once. Of a LayerNormalization the compiler makes the first half in one kernel and hands the centred tensor, in FP32,
-to the next. Spelt out, with statistics from a view of the tensor (see `group_norm`), two numbers a token are handed on
-and the tensor is read again as it was, in half. All of it is marked to stay in FP32: LayerNormalization keeps its
-statistics there too.
+Shifted depthwise products follow it. They read a token's neighbours, so TensorRT needs two kernels in any case. For a
+LayerNormalization the first kernel stores the whole centred tensor in FP32 for the second. Written as single operators,
+with statistics of a reshaped view (for the reason in `group_norm.py`), the first kernel stores two numbers a token, and
+the second reads the norm's input again, in half precision. The operators are marked to stay in FP32, as the statistics
+of LayerNormalization are.
 
-On a grid stream, in models of MLP blocks, the compiler needs a kernel more for this form, so there the norm stays.
+Where the stream is a grid (models with MLP blocks), this form costs one kernel more, so the norm stays as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _NODE = "norm1/LayerNormalization"
 
 
 def spell_first_norm(model: ir.Model) -> tuple[str, ...]:
-    """Spell out the norm behind the stem, in place; its name, or nothing where tokens travel as a grid."""
+    """Write the LayerNorm after the stem as single operators, in place.
+
+    Returns its name; nothing where there is no such norm or the stream is a grid (B, H, W, C).
+    """
     norm = next((node for node in model.graph if node.name == _NODE), None)
     if norm is None:
         return ()
@@ -33,7 +36,7 @@ def spell_first_norm(model: ir.Model) -> tuple[str, ...]:
 
 
 def _spelt_out(graph: ir.Graph, norm: ir.Node, tokens: int, channels: int) -> list[ir.Node]:
-    """Nodes from the norm's input, (B, N, C), to its output."""
+    """Nodes that compute the norm's output, (B, N, C), from its input."""
     x, weight, bias = norm.inputs
     view = constant(graph, "norm1.view", [-1, tokens, 1, channels])
     statistics = constant(graph, "norm1.statistics", [-1, tokens, 1])

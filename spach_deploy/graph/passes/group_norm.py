@@ -1,27 +1,26 @@
-"""GroupNorm of one group in a form that compiles to two passes over memory, and keeps its digits on large images.
+"""GroupNorm with one group as two levels of means: over a token's channels, then over tokens.
 
-Statistics over (H, W, C) in one step make the compiler clear an accumulator, reduce with atomics, and do so twice.
-Taken in two levels, each token over its channels and then the tokens, the first level is a row reduction like
-LayerNorm's and the second works on one number a token:
+Why for TensorRT: statistics over (H, W, C) at once make it clear an accumulator and reduce with atomic additions, both
+twice. In two levels the first is a reduction over rows, like LayerNorm's, and the second reads one number a token; the
+whole takes two passes over memory. Why for a CPU: ONNX Runtime's GroupNorm adds up all of (C, H, W) one after the
+other, which costs ms_conv_xxs a relative L2 of 1e-5 at 768 pixels. In two levels the error is FP32's rounding, in the
+same time.
 
     m_t = mean_c x,  v_t = mean_c (x - m_t)^2        a token's own mean and variance
     m = mean_t m_t,  v = mean_t (v_t + m_t^2) - m^2  law of total variance
     y = (x - m) / sqrt(v + eps) * weight + bias
 
-For TensorRT both means over tokens stand side by side in one tensor, so one reduction makes them: with (m_t - m)^2 in
-place of m_t^2 nothing would cancel, but m would be needed first and that costs a kernel. What cancels is the mean of
-all channels and tokens alone, which a convolution without bias keeps small; the proof of the graph sees it where it is
-not. On a CPU a reduction of one number a token costs nothing: there v = mean_t (v_t + (m_t - m)^2), and each mean over
-tokens is one over rows and then one over columns, for ONNX Runtime adds one number after the other.
+For TensorRT, m_t and v_t + m_t^2 are concatenated, so that one reduction makes both means over tokens. The subtraction
+of m^2 cancels digits where m is large; m is the mean over all channels and tokens, which a convolution without bias
+keeps small, and the comparison with the reference fails where it does not. The form without cancellation,
+v = mean_t (v_t + (m_t - m)^2), needs m first, which costs TensorRT a kernel. On a CPU it costs nothing, so there it is
+used, and each mean over tokens is a mean over a row's tokens and then over rows, to keep sums short.
 
-Statistics are taken from a view of the tensor, (B, N, 1, C): of one tensor with two readers the compiler would store
-the FP32 numbers that the first kernel has computed, of a view and its tensor it stores the half ones that were there.
+Statistics are taken from a reshaped view, (B, N, 1, C). Of one tensor with two readers TensorRT would store the FP32
+values; of a tensor and its view it stores the half-precision ones.
 
-Its own GroupNorm so adds all of (C, H, W), which costs ms_conv_xxs a relative L2 of 1e-5 at 768 pixels. In levels it is
-FP32's noise, and takes as long.
-
-The normalization then fuses with what follows (the shifted depthwise products). All of it is marked to stay in FP32: a
-decomposed normalization keeps no FP32 statistics of its own.
+The normalization then fuses with the shifted depthwise products after it. All nodes are marked to stay in FP32, because
+TensorRT keeps FP32 statistics only for a whole LayerNormalization.
 """
 
 from __future__ import annotations
@@ -48,15 +47,16 @@ from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_LAST
 
 
 def split_group_norm(model: ir.Model) -> tuple[str, ...]:
-    """Rewrite every GroupNorm(1) that a transpose to channels-last follows, in place; modules that changed.
+    """For TensorRT: rewrite every GroupNorm with one group that a transpose to channels-last follows, in place.
 
-    The exporter writes GroupNorm as Reshape, InstanceNormalization, Reshape, Mul, Add.
+    Returns the paths of the changed modules. torch.onnx writes GroupNorm as Reshape, InstanceNormalization, Reshape,
+    Mul, Add.
     """
     return _split(model, for_cpu=False)
 
 
 def split_group_norm_for_cpu(model: ir.Model) -> tuple[str, ...]:
-    """The same with nothing that cancels, and with few numbers in each sum."""
+    """`split_group_norm` for a CPU: with the variance that cancels no digits, and short sums."""
     return _split(model, for_cpu=True)
 
 
@@ -86,7 +86,7 @@ def _before(norm: ir.Node) -> ir.Node:
 
 
 def _chain(norm: ir.Node) -> list[ir.Node]:
-    """What follows the normalization: Reshape, Mul and Add where weight and bias are not 1 and 0, then its reader."""
+    """The nodes after the normalization: Reshape, Mul (if the weight is not 1), Add (if the bias is not 0), reader."""
     chain = [norm.outputs[0].consumers()[0]]
     while len(following := chain[-1].outputs[0].consumers()) == 1:
         chain.append(following[0])
@@ -100,7 +100,7 @@ def _constant_input(node: ir.Node) -> ir.Value | None:
 
 
 def _constants(graph: ir.Graph, norm: ir.Node, chain: list[ir.Node], rows: list[int]) -> dict[str, ir.Value]:
-    """Shape of the view, scale, shift and epsilon of one GroupNorm, and the axes that all share."""
+    """Initializers by label: shape of the view, scale, shift and epsilon of one GroupNorm, and the shared axes."""
     name = owner(name_of(norm))
     stored = {"view": constant(graph, f"{name}.rows", rows)}
     for label, op_type, neutral in (("scale", "Mul", np.ones), ("shift", "Add", np.zeros)):
@@ -117,7 +117,9 @@ def _constants(graph: ir.Graph, norm: ir.Node, chain: list[ir.Node], rows: list[
 
 Stored = Mapping[str, ir.Value]
 OverTokens = Callable[[NodeWriter, Stored, ir.Value, ir.Value], tuple[ir.Value, ir.Value]]
-"""Adds the second level: from tokens' means and variances (B, N, 1, 1) or (B, H, W, 1) to the image's, (B, 1, 1, 1)."""
+"""Adds the second level: from tokens' means and variances, (B, N, 1, 1) or (B, H, W, 1), to an
+image's, (B, 1, 1, 1).
+"""
 
 
 def _one_reduction(
@@ -145,7 +147,7 @@ def _row_by_row(
 
 
 def _two_level(name: str, source: ir.Value, stored: Stored, over_tokens: OverTokens) -> list[ir.Node]:
-    """Nodes from the convolution's (B, C, H, W) to the normalized (B, H, W, C)."""
+    """Nodes that make the normalized (B, H, W, C) of the convolution's (B, C, H, W)."""
     writer = NodeWriter(name)
     add = writer.add
     x = add("Transpose", "channels_last", source, perm=TO_CHANNELS_LAST)

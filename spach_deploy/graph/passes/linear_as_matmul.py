@@ -1,10 +1,10 @@
-"""Quantized linear layers as MatMul and Add, which ONNX Runtime computes in eight bits on CPUs.
+"""Write quantized linear layers (Gemm) as MatMul and Add, which ONNX Runtime computes in eight bits on CPUs.
 
     Gemm(x, W, b, transB=1), x (B*N, C)   =>   MatMul(x, W^T) + b, x (1, B*N, C)
 
-A pair in front of a MatMul becomes one integer product that hands out floats; in front of a Gemm with a floating-point
-bias the product stays FP32. ONNX Runtime makes a Gemm of MatMul and Add on rows, so these get a leading axis of one. To
-TensorRT the Gemm is the better form.
+ONNX Runtime fuses Q/DQ pairs and the MatMul after them into one integer product with float output; before a Gemm with a
+float bias it does not. It also fuses MatMul and Add of two-dimensional rows back into a Gemm, so rows get a leading
+axis of one. For TensorRT the Gemm is the better form, so this pass is for CPUs only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = "linear_as_matmul"
 
 
 def linear_as_matmul(model: ir.Model) -> tuple[str, ...]:
-    """Rewrite every Gemm that is marked as quantized, in place; names of the changed nodes, which stay."""
+    """Rewrite every Gemm that is marked as quantized, in place; returns their names, which the MatMuls keep."""
     graph = model.graph
     chosen = [node for node in graph if _is_candidate(node)]
     for node in chosen:
@@ -39,7 +39,7 @@ def linear_as_matmul(model: ir.Model) -> tuple[str, ...]:
 
 
 def _is_candidate(node: ir.Node) -> bool:
-    """A marked Gemm of a constant, transposed weight whose rows come from a reshape, at most through pointwise work."""
+    """Whether `node` is a marked Gemm with a constant, transposed weight, whose rows a Reshape makes (see `_rows`)."""
     if node.op_type != "Gemm" or not is_marked_quantized(node):
         return False
     options = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
@@ -50,7 +50,7 @@ def _is_candidate(node: ir.Node) -> bool:
 
 
 def _rows(node: ir.Node) -> ir.Node | None:
-    """The Reshape that made a Gemm's rows (B*N, C); an activation and the Gemm before it may stand between."""
+    """The Reshape that made a Gemm's rows (B*N, C); activations and other Gemms may be between. None without one."""
     source = _maker(node)
     while source is not None and source.op_type in ("Gelu", "Relu", "Sigmoid", "Mul", "Gemm"):  # SiLU is x * Sigmoid(x)
         source = _maker(source)
@@ -58,12 +58,12 @@ def _rows(node: ir.Node) -> ir.Node | None:
 
 
 def _maker(node: ir.Node) -> ir.Node | None:
-    """Of its first input."""
+    """The node that makes the first input of `node`."""
     return operand(node, 0).producer()
 
 
 def _add_axis(graph: ir.Graph, node: ir.Node) -> None:
-    """(-1, C) -> (1, -1, C), once."""
+    """Change the Reshape that makes the rows of `node` from (-1, C) to (1, -1, C), unless that is done already."""
     reshape = _rows(node)
     shape = None if reshape is None else array_of(reshape.inputs[1])
     if reshape is not None and shape is not None and len(shape) == 2:
@@ -77,7 +77,7 @@ def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
 
 
 def _product(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
-    """The product keeps the node's name."""
+    """MatMul, and Add where there is a bias, for a Gemm; the MatMul has the Gemm's name."""
     x, _, *bias = node.inputs
     inputs = [x, _transposed(graph, operand(node, 1))]
     if not bias:

@@ -1,12 +1,11 @@
-"""Depthwise 3x3 convolutions as nine shifted products over (B, H, W, C).
+"""Write depthwise 3x3 convolutions as sums of nine shifted products over (B, H, W, C), for TensorRT.
 
     conv(x)[h, w] = bias + sum over i, j in 0..2 of weight[:, i, j] * pad(x)[h + i, w + j]
 
-To a TensorRT compiler Pad, Slice, Mul and Add are pointwise work: the residual add before them, the whole depthwise
-convolution and the LayerNorm behind it become one kernel, where a convolution is a kernel of its own between two layout
-changes. Slices, products and sums are marked to stay in FP32: that is registers, while the padded tensor is memory.
-The transposes around the convolution disappear. On a CPU a convolution is faster, so this pass is for TensorRT
-targets only.
+TensorRT fuses Pad, Slice, Mul and Add as pointwise operators: the residual addition before the convolution, the
+convolution and the LayerNorm after it become one kernel. A Conv is a kernel of its own between two changes of layout;
+its transposes disappear here. Slices, products and sums are marked to stay in FP32, which costs nothing because they
+are kept in registers; the padded tensor is stored, so it is not marked. On a CPU a Conv is faster.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ NAME = "shift_depthwise"
 
 
 def shift_depthwise(model: ir.Model) -> tuple[str, ...]:
-    """Rewrite every depthwise Conv behind which channels go last, in place; names of the changed nodes."""
+    """Rewrite every depthwise Conv that a transpose to channels-last follows, in place; names of the changed nodes."""
     changed = [node for node in model.graph if _is_candidate(node)]
     for conv in changed:
         _take_apart(model.graph, conv)
@@ -42,7 +41,7 @@ def shift_depthwise(model: ir.Model) -> tuple[str, ...]:
 
 
 def _is_candidate(node: ir.Node) -> bool:
-    """A depthwise convolution whose only reader puts channels last; a quantized one has to stay one."""
+    """Whether `node` is a depthwise convolution whose only reader transposes to channels-last, and is not quantized."""
     if not is_depthwise_3x3(node) or is_marked_quantized(node):
         return False
     return [is_transpose(reader, TO_CHANNELS_LAST) for reader in node.outputs[0].consumers()] == [True]
@@ -78,7 +77,7 @@ def _take_apart(graph: ir.Graph, conv: ir.Node) -> None:
 
 
 def _add_products(graph: ir.Graph, conv: ir.Node, x: ir.Value | None, writer: NodeWriter) -> list[ir.Node]:
-    """Products of `x` (B, H, W, C) and their sum, the convolution (B, H, W, C); those of them that read no padding."""
+    """Write the convolution of `x`, both (B, H, W, C), with `writer`; returns the new nodes but the Pad."""
     weight, add = operand(conv, 1), writer.add
     stem, kernel = name_of(weight).removesuffix(".weight"), tensor_of(weight).numpy()[:, 0]  # (C, 3, 3)
     shared = _shared_constants(graph)
@@ -95,11 +94,14 @@ def _add_products(graph: ir.Graph, conv: ir.Node, x: ir.Value | None, writer: No
 
 
 TAPS = tuple((i, j) for i in range(3) for j in range(3))
-"""Of a kernel, rows first."""
+"""(row, column) of a 3x3 kernel's weights, row by row."""
 
 
 def _shared_constants(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Pads, slice bounds and axes, once for all convolutions. Ends are relative, so every grid shares them."""
+    """Initializers by label that all convolutions share: pads, bounds of slices, axes.
+
+    Ends of slices count from the end of the axis, so they fit every image size.
+    """
     values = {"pads": [0, 1, 1, 0, 0, 1, 1, 0], "axes": [1, 2]}
     last = {0: -2, 1: -1, 2: np.iinfo(np.int64).max}
     for i, j in TAPS:

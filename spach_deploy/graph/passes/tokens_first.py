@@ -1,15 +1,15 @@
-"""Attention over rows that run through tokens first and images second: (N, B, C) instead of (B, N, C).
+"""Attention with tokens as the first dimension, (N, B, C) instead of (B, N, C), so that TensorRT copies no q, k and v.
 
-The compiler's attention kernel takes batch and heads as one dimension of one stride. Of (B, N, h, d) that has to be
-made by moving q, k and v; of (N, B, h, d) it is a view, and the kernel writes its result in that order anyway. So
-norm1 gets its tokens transposed, which costs nothing in front of a row reduction, and the tokens go back where the
-residual is added. Heads and images are one dimension, B*h, all along.
+TensorRT's attention kernel reads batch and heads as one dimension with one stride. Of (B, N, h, d), q, k and v must be
+copied into that order; of (N, B, h, d) it is a view, B*h, and the kernel writes its result in that order anyway. So the
+input of norm1 is transposed, which fuses with the norm, and transposed back before the residual addition.
 
-Where qkv has no bias (`absorb_qkv_bias`) and is not quantized, its rows for query, key and value become three products.
-The compiler makes one batched product of the three and no kernel at all of what was a move; a Split behind one product
-would be a copy each. With a bias or in eight bits one product stays, and what scales or biases it moves it too.
+Where qkv has no bias (`absorb_qkv_bias`) and is not quantized, the Gemm becomes three, with the rows of the weight for
+query, key and value. TensorRT joins them into one batched product and needs no kernel to take the parts apart; a Split
+after one product would copy each part. With a bias or in eight bits one product stays: there is a kernel after it
+anyway, for the bias or the scale, which also moves the parts.
 
-The weight stays one tensor under its published name, split in the graph, where every compiler folds it.
+The weight stays one initializer under its published name; the graph splits it, and every compiler folds that Split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ _SWAPPED = [1, 0, 2]
 
 @dataclasses.dataclass(frozen=True)
 class _Attention:
-    """The nodes of one attention as the exporter writes it; `norm` and `back` stand before and behind it."""
+    """The nodes of one attention as torch.onnx writes it, in order; B batch, N tokens, h heads, d `head_dim`.
+
+    `norm`: the LayerNormalization before it. `qkv`: its Gemm. `unpack`: the Reshape to (B, N, 3h, d). `swap`: the
+    Transpose to (B, 3h, N, d). `split`: the Split into q, k, v. `key`: the Transpose of k. `merge`: the Transpose of
+    the result to (B, N, h, d). `back`: the Reshape after the projection.
+    """
 
     path: str
     norm: ir.Node
@@ -60,7 +65,7 @@ class _Attention:
 
 
 def tokens_first(model: ir.Model) -> tuple[str, ...]:
-    """Give every attention this form, in place; paths of those that changed."""
+    """Rewrite every attention, in place; returns the paths of those that changed."""
     graph, shapes = model.graph, shapes_at_batch_one(model)
     softmaxes = [node for node in graph if node.op_type == "Softmax"]
     found = [attention for node in softmaxes if (attention := _attention(node, shapes)) is not None]
@@ -75,7 +80,7 @@ def tokens_first(model: ir.Model) -> tuple[str, ...]:
 
 
 def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Attention | None:
-    """The attention around a softmax; None where it is written otherwise."""
+    """The attention whose Softmax is `softmax`; None where its nodes are others than torch.onnx's."""
     try:
         scores, mixed = _before(softmax, 0, "MatMul"), _behind(softmax, "MatMul")
         key = _before(scores, 1, "Transpose")
@@ -99,7 +104,7 @@ def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Atte
 
 
 def _before(node: ir.Node, slot: int, op_type: str) -> ir.Node:
-    """The node that makes an input; LookupError where it is another operator."""
+    """The node that makes input `slot` of `node`; LookupError where that is no `op_type`."""
     value = node.inputs[slot]
     source = None if value is None else value.producer()
     if source is None or source.op_type != op_type:
@@ -108,7 +113,7 @@ def _before(node: ir.Node, slot: int, op_type: str) -> ir.Node:
 
 
 def _behind(node: ir.Node, op_type: str) -> ir.Node:
-    """The only reader; LookupError where there are others, or it is another operator."""
+    """The only reader of `node`; LookupError where there are several, or it is no `op_type`."""
     readers = node.outputs[0].consumers()
     if [reader.op_type for reader in readers] != [op_type]:
         raise LookupError
@@ -123,7 +128,7 @@ def _has_no_bias(qkv: ir.Node) -> bool:
 
 
 def _enter(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """From the stream, (B, N, C) or (B, H, W, C), to (N, B, C)."""
+    """Transpose the input of the norm from the stream, (B, N, C) or (B, H, W, C), to (N, B, C)."""
     norm = attention.norm
     source, path = operand(norm, 0), name_of(norm).rpartition("/")[0]
     nodes: list[ir.Node] = []
@@ -136,7 +141,7 @@ def _enter(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[in
 
 
 def _leave(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """From the projection's rows to the stream."""
+    """Transpose the projection's rows, (N*B, C), back to the stream."""
     path, back = attention.path, attention.back
     rows = _reshape(graph, back.inputs[0], f"{path}/rows_by_token", attention.tokens, -1, attention.dim)
     swapped = _transpose(rows.outputs[0], f"{path}/tokens_second")
@@ -148,7 +153,7 @@ def _leave(graph: ir.Graph, attention: _Attention, shapes: Mapping[str, tuple[in
 
 
 def _pack(graph: ir.Graph, attention: _Attention) -> None:
-    """One product for q, k and v, their heads with the batch: (B*h, N, d)."""
+    """Keep one product for q, k and v, and reshape each to (B*h, N, d)."""
     unpack, split, (tokens, dim) = attention.unpack, attention.split, (attention.tokens, attention.head_dim)
     name = name_of(unpack.outputs[0])
     replace_nodes([unpack], [_reshape(graph, unpack.inputs[0], name, tokens, -1, 3 * attention.heads, dim)])
@@ -164,7 +169,7 @@ def _pack(graph: ir.Graph, attention: _Attention) -> None:
 
 
 def _separate(graph: ir.Graph, attention: _Attention) -> None:
-    """A product each for q, k and v."""
+    """Replace the product for q, k and v by three, each (B*h, N, d) after a view and a transpose."""
     qkv, split = attention.qkv, attention.split
     rows, weight = qkv.inputs[:2]
     path = name_of(qkv).rpartition("/")[0]

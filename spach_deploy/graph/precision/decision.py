@@ -1,20 +1,19 @@
-"""Which nodes stay in FP32, and why: the decision, apart from the graph surgery that carries it out.
+"""Decide which nodes of a graph stay in FP32 and why (`Decision`), and the record of it (`PrecisionPolicy`).
 
-A node is computed in half unless one of these holds:
+`typed_graph.py` carries the decision out. A node is computed in half precision unless one of these reasons holds:
 
-- *marked*: an earlier pass asked for FP32 (sums of shifted products, explicit statistics, the graph's interface).
-- *statistics*: it sums over many numbers, or ranks them, and no compiler keeps such sums in FP32 by itself. TensorRT
-  does for LayerNormalization, which therefore is no such node.
-- *cast*: it converts between number formats already, such as pixels to numbers.
-- *asked*: its module matches a pattern that the caller gave.
-- *weight*: its weights do not fit the format: they overflow, or so much of them underflows that they are other numbers.
-- *range*: a number that it makes or reads, times the margin, passes the format's limit. Some numbers show in no tensor:
-  compilers add a bias to a result that is half already, and GELU passes through 2 x (seen in TensorRT RTX 1.7's plans).
+- *marked*: an earlier pass marked it (sums of shifted products, explicit statistics, nodes for inputs and outputs).
+- *statistics*: it sums over many numbers, or ranks them, and compilers keep no FP32 sums for it. LayerNormalization is
+  no such node: TensorRT keeps its statistics in FP32.
+- *cast*: it converts between number formats already, such as uint8 pixels to float.
+- *asked*: its module matches a pattern of the caller's.
+- *weight*: its weights overflow in the format, or rounding changes them by more than `weights.LOST`.
+- *range*: a number that it reads or makes, times the margin, is beyond the format's limit. Some numbers are in no
+  tensor: compilers add a bias to a result that is half already, and GELU computes 2 x (seen in TensorRT RTX 1.7's
+  plans).
 
-A tensor beyond the limit is never cast to half, so everything that reads it stays in FP32 too; what those nodes make is
-cast to half again as soon as it fits.
-
-What was decided about precision, as the manifest and the report tell it.
+A tensor beyond the limit is never cast to half, so all its readers stay in FP32. Their outputs are cast to half as soon
+as they fit.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ STATISTICS = frozenset(
      "InstanceNormalization", "GroupNormalization", "BatchNormalization", "LpNormalization", "CumSum", "TopK",
      "Softmax", "LogSoftmax")
 )  # fmt: skip
-"""Operators that are computed in FP32 whatever their ranges."""
+"""Operators that are computed in FP32 whatever the ranges of their tensors."""
 
 _BIASES = {"Gemm": 2, "Conv": 2, "LayerNormalization": 2}
 
@@ -51,10 +50,11 @@ _BIASES = {"Gemm": 2, "Conv": 2, "LayerNormalization": 2}
 class TypingOptions:
     """How to type a graph.
 
-    `margin`: how much larger than measured numbers may get. Over all 1,797 digits, tensors of a small trained model
-    reached up to 3.4 times what eight of them showed (1.9 times what 64 showed); black, white, striped and noise images
-    up to 1.8 times what eight photographs showed in ms_hybrid_s. `keep`: patterns of module paths (`layer4.*`) that
-    stay in FP32. `io_dtype` FP16: float inputs and outputs are fp16; else they stay as they are.
+    `margin`: by which factor numbers may exceed the measured ones. Over all 1,797 digits (a data set), tensors of a
+    small trained model reached up to 3.4 times their maximum over eight of them (1.9 times that over 64). In
+    ms_hybrid_s, black, white, striped and noise images reached up to 1.8 times the maximum over eight photographs.
+    `keep`: patterns of module paths (`layer4.*`) that stay in FP32. `io_dtype` FP16: float inputs and outputs are fp16;
+    else they stay as they are.
     """
 
     margin: float = 8.0
@@ -65,9 +65,9 @@ class TypingOptions:
 class Decision:
     """The nodes of an FP32 graph that stay in FP32, by name, in the order of the graph.
 
-    The types of all tensors of `model` are known (`elements.infer_types`). `ranges` are those of all its tensors; None
-    decides without them, and then nothing is kept for its range. Raises PrecisionError naming a tensor that would
-    become half with no range known for it, UsageError for a pattern that matches no module.
+    The types of all tensors of `model` must be known (`elements.infer_types`). `ranges` are those of all its tensors;
+    with None no node is kept for its range. Raises PrecisionError for a tensor that would become half and has no range,
+    UsageError for a pattern that matches no module.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Decision:
         self._keep_by_number(model)
 
     def is_fp32(self, node: ir.Node) -> bool:
-        """Whether `node` stays in FP32. A view does where both sides of it do: one cast less, and nothing rounded."""
+        """Whether `node` stays in FP32. A view does if its maker and all its readers do, which saves casts."""
         return node.name in self.kept or (node in self._views and self._inside_island(node))
 
     def _inside_island(self, view: ir.Node) -> bool:
@@ -103,7 +103,7 @@ class Decision:
         return reader in self._views and bool(readers) and all(map(self._reads_fp32, readers))
 
     def range_of(self, tensor: str) -> float | None:
-        """Largest |x| of a tensor, None where ranges are not known."""
+        """Largest |x| measured of a tensor; None without a measurement."""
         return None if self._max_abs is None else self._max_abs.get(tensor)
 
     def _passes(self, value: float) -> bool:
@@ -134,18 +134,18 @@ class Decision:
                 self._keep(node, "asked")
 
     def _keep_by_number(self, model: ir.Model) -> None:
-        judged = [node for node in model.graph if node.name not in self.kept]
-        self.weights.prepare(name for node in judged for name in _weights_of(node))
-        for node in judged:
-            lost = next((name for name in _weights_of(node) if not self.weights.fits(node, name)), None)
-            if lost is not None:
-                self._keep(node, "weight", lost, self.weights.report(lost).max_abs)
+        remaining = [node for node in model.graph if node.name not in self.kept]
+        self.weights.prepare(name for node in remaining for name in _weights_of(node))
+        for node in remaining:
+            unfit = next((name for name in _weights_of(node) if not self.weights.fits(node, name)), None)
+            if unfit is not None:
+                self._keep(node, "weight", unfit, self.weights.report(unfit).max_abs)
             else:
-                self._judge_ranges(node)
+                self._keep_by_range(node)
         order = {node.name: index for index, node in enumerate(model.graph)}
         self.kept = dict(sorted(self.kept.items(), key=lambda item: order[item[0]]))
 
-    def _judge_ranges(self, node: ir.Node) -> None:
+    def _keep_by_range(self, node: ir.Node) -> None:
         if self._max_abs is None:
             return
         for name, value in self._numbers(node):
@@ -154,7 +154,7 @@ class Decision:
                 return
 
     def _numbers(self, node: ir.Node) -> Iterator[tuple[str, float]]:
-        """(tensor, largest |x|) of all that `node` holds in its own precision, on the way to the tensor included."""
+        """(tensor, largest |x|) of the inputs and outputs of `node`, and of what it computes on the way to them."""
         for value in node.inputs:
             if value is not None and not value.is_initializer() and value.dtype == FLOAT:
                 yield name_of(value), self._known(value, node) * (2.0 if node.op_type == "Gelu" else 1.0)
@@ -178,7 +178,7 @@ def _weights_of(node: ir.Node) -> Iterator[str]:
 
 
 def _bias(node: ir.Node) -> float:
-    """Largest |x| of the bias: before it is added, a result may be larger than after."""
+    """Largest |x| of the bias of `node`, by which the result may be larger before the bias is added; 0 without one."""
     index = _BIASES.get(node.op_type)
     value = node.inputs[index] if index is not None and index < len(node.inputs) else None
     if value is None or not value.is_initializer():
@@ -187,14 +187,15 @@ def _bias(node: ir.Node) -> float:
 
 
 _SUMMARY = {"marked": "products and sums in registers", "range": "for their range", "weight": "for their weights"}
-"""How the summary words some reasons."""
+"""Wording of some reasons in the summary."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptFp32:
     """A node that stays in FP32.
 
-    `reason`: marked, statistics, cast, asked, weight or range. `tensor` and its largest |x| where one is to blame.
+    `reason`: marked, statistics, cast, asked, weight or range. `tensor`, `max_abs`: the tensor that is the reason, and
+    its largest |x|, for weight and range.
     """
 
     node: str
@@ -214,7 +215,10 @@ class KeptFp32:
 
 @dataclasses.dataclass(frozen=True)
 class WeightCounts:
-    """Weights of the nodes that were judged: how many, and how many do not fit."""
+    """Counts over the weights of all nodes that no rule keeps in FP32: how many there are, and how many do not fit.
+
+    `notable`: reports of tensors that overflow, or of which more than 1 % underflow or become subnormal.
+    """
 
     count: int = 0
     overflow: int = 0
@@ -224,7 +228,7 @@ class WeightCounts:
 
     @classmethod
     def of(cls, reports: tuple[WeightReport, ...]) -> WeightCounts:
-        """Sums over `reports`; those that a reader should see by name stay whole."""
+        """Sums over `reports`; the notable ones are kept whole."""
         return cls(
             count=sum(report.count for report in reports),
             overflow=sum(report.overflow for report in reports),
@@ -240,12 +244,13 @@ class WeightCounts:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionPolicy:
-    """Which precision was asked for, and what came of it.
+    """The record of a typed graph's precision, for manifest and report.
 
-    `limit`: largest finite number of the half format, None with FP32. `nodes`: those that compute or move
-    floating-point numbers, casts not counted; `half_nodes`: of these in half. `closest`: the tensors in half that come
-    closest to the limit, with their largest |x|. `quantized`: INT8 or FP8 for the layers that `quantized_summary`
-    counts in words; `precision` is then that of all the rest.
+    `precision`: of all that is not quantized. `quantized`: INT8, FP8 or None; `quantized_summary`: which layers, in
+    words. `limit`: largest finite number of the half format, None with FP32. `nodes`: how many compute or move
+    floating-point numbers, casts not counted; `half_nodes`: how many of these in half. `margin`, `ranges_source`,
+    `images`: how ranges were used and on which images measured. `closest`: the tensors in half that are closest to the
+    limit, with their largest |x|.
     """
 
     precision: Precision
@@ -278,7 +283,7 @@ class PrecisionPolicy:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON for manifest and report; nodes that were kept are grouped by module, reason and tensor."""
+        """Plain JSON for manifest and report; nodes in FP32 are grouped by module, reason and tensor."""
         return {
             "asked": (self.quantized or self.precision).value,
             "rest": self.precision.value,

@@ -1,7 +1,4 @@
-"""What the typing of a graph asks of its nodes and tensors: element types, and which operators only move numbers.
-
-The precision of every weighted layer, as a typed graph states it: what a compiler is asked for.
-"""
+"""Facts of nodes and tensors: element types, which operators only move numbers, which precision a layer asks for."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ from spach_deploy.graph.precision.formats import FP16, decode
 VIEWS = frozenset(
     ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Concat", "Pad")
 )
-"""Operators that move numbers and compute none: what they make lies within the range of what they read."""
+"""Operators that move numbers and compute none: their outputs lie within the range of their inputs."""
 
 _INTEGERS = frozenset((ir.DataType.INT8, ir.DataType.UINT8))
 
 
 def infer_types(model: ir.Model) -> tuple[str, ...]:
-    """Set the element type of every tensor that a node makes, in place; names of those whose type cannot be told."""
+    """Set the element type of every node's outputs, in place; returns the names of those that onnx cannot infer."""
     inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     values = (*inferred.value_info, *inferred.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -35,25 +32,25 @@ def infer_types(model: ir.Model) -> tuple[str, ...]:
 
 
 def infer_all_types(model: ir.Model) -> None:
-    """The same, where every type has to be told. Raises PrecisionError for a tensor whose type cannot be."""
+    """Set the element type of every node's outputs, in place. Raises PrecisionError for one that cannot be inferred."""
     unknown = infer_types(model)
     if unknown:
         raise PrecisionError(f"The element type of {unknown[0]} cannot be told, so the graph cannot be typed.")
 
 
 def quantizes_fp16(model: ir.Model) -> bool:
-    """Whether integers are made of FP16 in `model`, which some ONNX Runtimes truncate (`runtime.truncation`).
+    """Whether `model` quantizes FP16 to integers, which some ONNX Runtimes do by truncation (`runtime.truncation`).
 
-    What ONNX cannot tell the type of counts as something else.
+    A tensor whose type onnx cannot infer does not count as FP16.
     """
-    forth = [node for node in model.graph if node.op_type == "QuantizeLinear"]
-    if forth:
+    quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    if quantizers:
         infer_types(model)
-    return any(operand(node, 0).dtype == FP16.dtype and node.outputs[0].dtype in _INTEGERS for node in forth)
+    return any(operand(node, 0).dtype == FP16.dtype and node.outputs[0].dtype in _INTEGERS for node in quantizers)
 
 
 def is_view(node: ir.Node) -> bool:
-    """Whether `node` only moves numbers. Padding counts when what it adds is zero."""
+    """Whether `node` only moves numbers. A Pad does if it pads with zeros."""
     added = node.inputs[2] if node.op_type == "Pad" and len(node.inputs) > 2 else None
     if added is None:
         return node.op_type in VIEWS
@@ -61,7 +58,7 @@ def is_view(node: ir.Node) -> bool:
 
 
 def shown(view: ir.Node) -> tuple[ir.Value, ...]:
-    """The tensors whose numbers a view moves."""
+    """The inputs of a view whose numbers it moves: all of a Concat, the first of any other."""
     inputs = view.inputs if view.op_type == "Concat" else view.inputs[:1]
     return tuple(value for value in inputs if value is not None)
 
@@ -73,7 +70,7 @@ KINDS = {
     "Conv": "convolution",
     "ConvTranspose": "convolution",
 }
-"""Operators that carry the arithmetic, in words."""
+"""By operator that multiplies: what a report calls such a layer."""
 
 _NAMES = {
     ir.DataType.FLOAT: "fp32",
@@ -87,7 +84,10 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class LayerPrecision:
-    """One matrix product or convolution. `asked`: fp32, fp16, bf16, int8 or fp8; empty where it cannot be told."""
+    """One matrix product or convolution, and the precision that the graph states for its inputs.
+
+    `asked`: fp32, fp16, bf16, int8 or fp8; empty where it cannot be inferred.
+    """
 
     node: str
     module: str
@@ -96,7 +96,10 @@ class LayerPrecision:
 
 
 def weighted_layers(model: ir.Model) -> tuple[LayerPrecision, ...]:
-    """All of them in the order of the graph. Inputs that come out of eight bits make a layer one of eight bits."""
+    """All matrix products and convolutions, in the order of the graph.
+
+    One whose first input a DequantizeLinear makes counts as int8 or fp8.
+    """
     infer_types(model)
     return tuple(
         LayerPrecision(name_of(node), owner(name_of(node)), KINDS[node.op_type], _precision(operand(node, 0)))

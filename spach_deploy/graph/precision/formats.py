@@ -1,8 +1,8 @@
-"""The 16-bit number formats: rounding, limits, storage. NumPy does it all, and PyTorch, where somebody has loaded it,
-converts FP16 faster, to the same bits.
+"""The 16-bit number formats FP16 and bfloat16: rounding, limits, storage.
 
 FP16 is IEEE 754 binary16. bfloat16 is the upper half of binary32. Both are rounded to nearest, ties to even, and what
-lies beyond the largest finite number becomes infinite, as on a GPU.
+is beyond the largest finite number becomes infinite, as on a GPU. NumPy converts; if PyTorch is loaded already, it
+converts FP16, to the same bits in less time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FLOAT = ir.DataType.FLOAT
 class HalfFormat:
     """A 16-bit format.
 
-    `limit`: largest finite number. `roundoff`: largest relative error of rounding a normal number. `encode` takes
-    float32 values to the format's bits, uint16; `decode` takes them back.
+    `limit`: largest finite number. `roundoff`: largest relative error of rounding a normal number. `encode`: float32
+    values to the format's bits, uint16. `decode`: bits to float32.
     """
 
     name: str
@@ -41,11 +41,11 @@ class HalfFormat:
     decode: Callable[[Bits], Float32] = dataclasses.field(repr=False)
 
     def round(self, values: Float32) -> Float32:
-        """`values` as this format holds them, float32."""
+        """`values` rounded to this format, as float32."""
         return self.decode(self.encode(values))
 
     def tensor(self, name: str, bits: Bits) -> ir.TensorProtocol:
-        """`bits` as the data of an initializer; they are not copied."""
+        """`bits` as the data of an initializer, without a copy."""
         return ir.Tensor(bits.view(self.dtype.numpy()), self.dtype, name=name)
 
 
@@ -65,7 +65,10 @@ def _decode_fp16(bits: Bits) -> Float32:
 
 
 def _torch_for(array: NDArray[Any]) -> Any:
-    """PyTorch, where it is loaded and can read `array` as it lies there; it warns of what nobody may write."""
+    """The torch module if it is loaded and can share the memory of `array`, else None.
+
+    An array that is not writeable gives None: PyTorch would warn.
+    """
     return sys.modules.get("torch") if array.flags.writeable and array.flags.c_contiguous else None
 
 
@@ -88,22 +91,22 @@ HALF_FORMATS = {FP16.dtype: FP16, BF16.dtype: BF16}
 
 
 def half_format(precision: Precision) -> HalfFormat | None:
-    """Format of a half precision, None for FP32."""
+    """The format of FP16 or BF16, None for other precisions."""
     return {Precision.FP16: FP16, Precision.BF16: BF16}.get(precision)
 
 
 def type_name(dtype: ir.DataType) -> str:
-    """fp32, fp16 or bf16."""
+    """`fp32`, `fp16` or `bf16`."""
     return "fp32" if dtype == FLOAT else HALF_FORMATS[dtype].name
 
 
 def is_float(dtype: ir.DataType | None) -> bool:
-    """Whether tensors of this element type take part in typing."""
+    """Whether this is FP32, FP16 or bfloat16, whose tensors typing may give another type."""
     return dtype == FLOAT or dtype in HALF_FORMATS
 
 
 def decode(tensor: ir.TensorProtocol) -> Float32:
-    """Values of an initializer of any of the three types, float32."""
+    """Values of an initializer in FP32, FP16 or bfloat16, as float32."""
     if tensor.dtype in HALF_FORMATS:
         return HALF_FORMATS[tensor.dtype].decode(tensor.numpy().view(np.uint16))
     return tensor.numpy().astype(np.float32, copy=False)

@@ -1,8 +1,8 @@
-"""How large every tensor of an FP32 graph gets, measured in ONNX Runtime.
+"""The largest |x| of every tensor of an FP32 graph over given images, measured in ONNX Runtime.
 
-A minimum and a maximum of each tensor are computed inside the graph, so only scalars leave it and memory does not grow
-with the number of images. What a view shows needs no measuring, nor does a softmax. NaN is no maximum of anything, so a
-batch whose outputs are not finite is run once more with sums, which NaN does not escape.
+Each tensor's minimum and maximum are computed by nodes added to the graph, so only scalars leave it and memory does not
+grow with the number of images. Outputs of views and softmax are not measured; their ranges follow. ReduceMax and
+ReduceMin may skip NaN, so a batch whose outputs are not finite runs again with ReduceSum, which does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED, save
 Arrays = Mapping[str, NDArray[Any]]
 
 BOUNDED = {"Softmax": 1.0}
-"""Operators whose results have a known bound."""
+"""By operator: the largest |x| that its results can have."""
 
 _EXTREMES = ("ReduceMax", "ReduceMin")
 _SUM = ("ReduceSum",)
@@ -35,9 +35,10 @@ _ERRORS_ONLY = 3  # ONNX Runtime's severity
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-    """Largest |x| of tensors, in the order of the graph; inf or NaN where one was not finite.
+    """Largest |x| by tensor, in the order of the graph; inf or NaN where a tensor was not finite.
 
-    `images`: how many were looked at. `source`: which, in words for the report, such as "the 8 built-in photographs".
+    `images`: on how many it was measured. `source`: on which, in words for the report, such as "the 8 built-in
+    photographs".
     """
 
     max_abs: Mapping[str, float]
@@ -45,7 +46,7 @@ class Ranges:
     source: str = ""
 
     def completed(self, model: ir.Model) -> Ranges:
-        """These ranges, with those of `model`'s views of known tensors and of weights, in `model`'s order."""
+        """These ranges and those that follow from them: of views and of bounded operators; in the order of `model`."""
         known = dict(self.max_abs)
         for node in model.graph:
             for name in map(name_of, node.outputs):
@@ -63,10 +64,10 @@ class Ranges:
 
 
 class RangeMeter:
-    """Runs a graph and keeps the largest |x| of its tensors.
+    """Runs a graph batch by batch and keeps the largest |x| of its tensors.
 
-    `tensors` None measures every FP32 tensor that typing may ask about: all but the inner ones of nodes marked to stay
-    in FP32. Inputs and outputs are looked at in any case. `threads` None lets ONNX Runtime choose. Raises
+    `tensors` None measures every FP32 tensor whose range typing needs: all but those that only nodes marked FP32 make
+    and read. The graph's inputs and outputs are measured in any case. `threads` None lets ONNX Runtime choose. Raises
     MissingPackageError without onnxruntime.
     """
 
@@ -80,24 +81,24 @@ class RangeMeter:
         self._session = open_probed(model, self._tensors, _EXTREMES, threads)
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """The graph's own outputs for one batch, after looking at every tensor."""
-        # Copies: a result of ONNX Runtime keeps the whole memory pool of its session alive.
+        """Run one batch, by input name, and add its ranges; returns the graph's own outputs by name."""
+        # Copied, because a result of ONNX Runtime keeps the whole memory pool of its session alive.
         results = [np.array(result) for result in self._session.run(None, dict(feeds))]
         outputs = dict(zip(self._outputs, results, strict=False))
-        self._see(_largest(feeds))
-        self._see(_largest(outputs))
+        self._add(_largest(feeds))
+        self._add(_largest(outputs))
         scalars = np.abs(np.array(results[len(self._outputs) :], np.float64)).reshape(-1, len(_EXTREMES))
-        self._see(dict(zip(self._tensors, scalars.max(axis=1).tolist(), strict=True)))
+        self._add(dict(zip(self._tensors, scalars.max(axis=1).tolist(), strict=True)))
         if not all(np.isfinite(value).all() for value in outputs.values()):
-            self._see(self._find_nan(feeds))
+            self._add(self._find_nan(feeds))
         self._images += len(next(iter(feeds.values())))
         return outputs
 
     def ranges(self, source: str = "") -> Ranges:
-        """What was seen so far, views included."""
+        """The ranges over all batches so far, those of views included."""
         return Ranges(dict(self._max_abs), self._images, source).completed(self._model)
 
-    def _see(self, values: Mapping[str, float]) -> None:
+    def _add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._max_abs[name] = float(np.maximum(self._max_abs.get(name, 0.0), value))
 
@@ -108,7 +109,7 @@ class RangeMeter:
 
 
 def _bound(node: ir.Node, name: str, known: Mapping[str, float]) -> float | None:
-    """The largest |x| of what `node` makes, where that follows from the node; None where it does not."""
+    """The largest |x| of an output of `node` that follows from its operator or inputs; None where none follows."""
     if node.op_type in BOUNDED:
         return BOUNDED[node.op_type]
     sources = shown(node) if is_view(node) else ()
@@ -132,7 +133,7 @@ def measure_ranges(model: ir.Model, feeds: Iterable[Arrays], *, source: str = ""
     """Largest |x| of every tensor of the FP32 graph `model` over `feeds`, each one batch by input name.
 
     Batches of a few images keep memory small. Raises ImageError when `feeds` is empty, MissingPackageError without
-    onnxruntime. A tensor that is not finite is recorded, not raised: `type_graph` refuses it by name.
+    onnxruntime. A tensor that is not finite is recorded here; `type_graph` raises PrecisionError for it.
     """
     meter = RangeMeter(model, threads=threads)
     count = sum(1 for batch in feeds if meter.run(batch))
@@ -142,7 +143,10 @@ def measure_ranges(model: ir.Model, feeds: Iterable[Arrays], *, source: str = ""
 
 
 def measurable(model: ir.Model) -> Iterator[str]:
-    """FP32 tensors that have to be looked at: made by a computation, and not only read and made in marked nodes."""
+    """Names of the FP32 tensors that must be measured.
+
+    Not outputs of views and of bounded operators, nor tensors that only nodes marked FP32 make and read.
+    """
     infer_all_types(model)
     for node in model.graph:
         if node.op_type in BOUNDED or is_view(node):
@@ -155,9 +159,10 @@ def measurable(model: ir.Model) -> Iterator[str]:
 
 
 def open_probed(model: ir.Model, tensors: Iterable[str], operators: tuple[str, ...], threads: int | None) -> Any:
-    """An ONNX Runtime session whose outputs are those of `model`, then `operators` of each of `tensors`, as scalars.
+    """An ONNX Runtime session with the outputs of `model`, and after them each of `operators` of each of `tensors`.
 
-    Two messages behind each other are one merged message, so the weights are not copied for this.
+    The operators are reductions, and their results scalars. `model` is not copied: the additional nodes are a second
+    protobuf, written after the first into one file, which a parser reads as one merged message.
     """
     probes = [_probe(name, operator) for name in tensors for operator in operators]
     return open_session(model, more_outputs(model, [probe.outputs[0] for probe in probes], probes), threads=threads)
@@ -169,14 +174,14 @@ def _probe(name: str, operator: str) -> ir.Node:
 
 
 def more_outputs(model: ir.Model, outputs: Sequence[ir.Value], nodes: Iterable[ir.Node] = ()) -> ir.Model:
-    """What merges into `model` to give it more outputs, made by more nodes."""
+    """A graph that, merged into `model` as protobuf, adds `outputs` to it, and the `nodes` that make them."""
     return ir.Model(ir.Graph([], outputs, nodes=nodes), ir_version=model.ir_version)
 
 
 def open_session(*models: ir.Model, threads: int | None = None, plain: bool = False) -> Any:
-    """An ONNX Runtime session on the CPU, of one graph or of several that merge; MissingPackageError without it.
+    """An ONNX Runtime session on the CPU, of one graph or of several to be merged as protobuf.
 
-    `plain`: nodes are computed one by one, none fused with another.
+    `plain`: fuse no nodes. `threads` None lets ONNX Runtime choose. Raises MissingPackageError without onnxruntime.
     """
     try:
         ort = importlib.import_module("onnxruntime")
@@ -188,7 +193,7 @@ def open_session(*models: ir.Model, threads: int | None = None, plain: bool = Fa
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(*NOT_SPINNING)
     options.add_session_config_entry(*UNPACKED)
-    # Probes run as soon as they can; in the default order they come last and keep every tensor alive until then.
+    # Reductions run as soon as they can. In the default order they run last, and all tensors stay in memory until then.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if threads is not None:
         options.intra_op_num_threads = threads

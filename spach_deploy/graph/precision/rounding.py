@@ -1,11 +1,13 @@
-"""A typed graph's numbers on any CPU: FP32 arithmetic, every half tensor rounded to its half type.
+"""The rounded graph: an FP32 graph that computes on any CPU what a typed graph computes on a GPU.
 
-ONNX Runtime's CPU has half kernels for some operators only. For the others it inserts casts and drops the pairs between
-neighbours, so what overflows on a GPU survives there; of bfloat16 it knows moves and LayerNormalization only (1.32) and
-refuses the graph. The twin made here is an FP32 graph in which everything that would be half is cast there and back,
-and weights are rounded already. Casts that a graph holds are not dropped (seen in 1.20 and 1.32;
-`check_runtime_rounds` asks). So it runs anywhere, overflows where the typed graph overflows, and takes and gives what
-the typed graph does. Sums inside one operator are FP32, as tensor cores' are.
+Every tensor that is half in the typed graph is cast to half and back to FP32; weights are rounded beforehand. So the
+graph overflows where the typed graph overflows. Its inputs and outputs are the typed graph's. Sums inside one operator
+are FP32, as those of tensor cores are.
+
+The typed graph itself does not show this in ONNX Runtime's CPU provider. That has half kernels for some operators only;
+for others it inserts casts and then removes pairs of them, so numbers that overflow on a GPU do not overflow there. For
+bfloat16 it has only moves and LayerNormalization (1.32) and refuses the graph. Casts that the graph itself holds are
+not removed (seen in 1.20 and 1.32; `check_runtime_rounds` tests it).
 """
 
 from __future__ import annotations
@@ -23,22 +25,22 @@ from spach_deploy.graph.precision.ranges import open_session
 
 
 def rounded_graph(typed: ir.Model) -> ir.Model:
-    """FP32 graph that computes what `typed` computes and rounds what is half there, with the same inputs and outputs.
+    """An FP32 copy of `typed` that rounds every tensor that is half there, with the same inputs and outputs.
 
-    Tensors keep their names; beyond a half format's limit they are infinite. ONNX Runtime runs it on any CPU, so it is
-    also the way to evaluate a bfloat16 graph.
+    Tensors keep their names, and are infinite beyond the half format's limit. ONNX Runtime runs it on any CPU, also
+    where `typed` is bfloat16. Raises PrecisionError for a tensor whose type cannot be inferred.
     """
-    twin = typed.clone()
-    infer_all_types(twin)
-    _RoundedGraph(twin.graph).write()
-    return twin
+    rounded = typed.clone()
+    infer_all_types(rounded)
+    _RoundedGraph(rounded.graph).write()
+    return rounded
 
 
 _TO_HALF, _EXACT = "/round", "/exact"
 
 
 class _RoundedGraph:
-    """Turns a typed graph into its twin, in place. `_half`: what is half in the typed graph."""
+    """Turns a typed graph into its rounded graph, in place. `_half`: by tensor, its half type in the typed graph."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
@@ -61,14 +63,14 @@ class _RoundedGraph:
             self._round(node)
 
     def _inside(self, value: ir.Value) -> ir.Node:
-        """What makes the FP32 tensor that all read instead of an input, which keeps the caller's type."""
+        """A Cast of a half input to FP32, which all readers of the input read instead."""
         inner = ir.val(f"{value.name}/twin", FLOAT, value.shape)
         value.replace_all_uses_with(inner)
         self._half[inner] = self._half[value]
         return _cast(value, inner, f"io/{value.name}/twin")
 
     def _outside(self, index: int, value: ir.Value) -> ir.Node:
-        """What makes an output in the caller's type of an FP32 tensor."""
+        """A Cast of an FP32 tensor to half, which becomes output `index` of the graph."""
         outer = ir.val(name_of(value), self._half[value], value.shape)
         value.name = f"{value.name}/twin"
         self._graph.outputs[index] = outer
@@ -84,7 +86,7 @@ class _RoundedGraph:
         self._graph.insert_after(node, roundings)
 
     def _made(self, value: ir.Value, rounds: bool) -> tuple[ir.Node, ...]:
-        """What rounds a tensor; what only moves rounded numbers needs none."""
+        """The two Casts that round a tensor; none where its maker only moves rounded numbers."""
         kind, name = self._half[value], name_of(value)
         value.type = ir.TensorType(FLOAT)
         if not rounds:
@@ -103,7 +105,7 @@ def _cast(source: ir.Value, target: ir.Value, name: str) -> ir.Node:
 
 @functools.cache
 def check_runtime_rounds() -> None:
-    """UnavailableError when the ONNX Runtime here drops a Cast to half and back: then a twin would prove nothing."""
+    """UnavailableError when the installed ONNX Runtime removes a Cast to half and back: then nothing is rounded."""
     x, y, half, z = (
         ir.val("x", FLOAT, [2]),
         ir.val("y", FLOAT, [2]),

@@ -1,8 +1,8 @@
-"""FP32 graph -> strongly typed graph: every tensor has the type that the policy gives it.
+"""FP32 graph -> typed graph: every tensor gets the type that `decision.py` decided, with casts between types.
 
-TensorRT 10 and later, and TensorRT for RTX, take types from the graph, and ONNX Runtime runs the same file. Where a
-tensor is needed in another type than it is made in, one Cast stands, named after the tensor: `layer3.0/Add/to_fp16`.
-Weights are stored in the type in which they are read; in both, where both are read.
+"Strongly typed" networks of TensorRT 10 and later, and of TensorRT for RTX, take their types from the graph; ONNX
+Runtime runs the same file. A tensor that is read in another type than it is made in gets one Cast, named after it:
+`layer3.0/Add/to_fp16`. Weights are stored in the type in which they are read; in both types, where both are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BF16_OPSET = 22
 
 @dataclasses.dataclass(frozen=True)
 class TypedGraph:
-    """A strongly typed graph, and why its types are what they are."""
+    """A typed graph, and the record of its types with their reasons."""
 
     model: ir.Model = dataclasses.field(repr=False)
     policy: PrecisionPolicy
@@ -39,9 +39,10 @@ def type_graph(
 ) -> TypedGraph:
     """Type the FP32 graph `model` for `precision`; `model` itself is not changed.
 
-    `ranges` None: nothing is kept for its range, which FP16 may not survive. FP32 with FP32 inputs and outputs gives
-    `model` itself back. Raises PrecisionError, naming the tensor, for what is not finite in FP32, for damaged weights,
-    and for inputs or outputs that fp16 cannot hold; UsageError for a pattern in `options.keep` that matches nothing.
+    `ranges` None: no node is kept in FP32 for its range, so FP16 may overflow. For FP32 with FP32 inputs and outputs
+    the result holds `model` itself. Raises PrecisionError, naming the tensor, for what is not finite in FP32, for
+    damaged weights, and for inputs or outputs that fp16 cannot hold; UsageError for a pattern in `options.keep` that
+    matches nothing.
     """
     options = options or TypingOptions()
     form = half_format(precision)
@@ -83,7 +84,9 @@ def _closest(half: list[ir.Node], ranges: Ranges | None) -> tuple[tuple[str, flo
 
 
 def _checked(model: ir.Model, ranges: Ranges, options: TypingOptions) -> Ranges:
-    """Ranges of all of `model`'s tensors, refused where no typing can help."""
+    """Ranges of all tensors of `model`. Raises PrecisionError for one that is not finite, or an input or output that
+    fp16 cannot hold.
+    """
     completed = ranges.completed(model)
     bad = completed.first_non_finite
     if bad is not None:
@@ -108,9 +111,9 @@ def _check_interface(model: ir.Model, ranges: Ranges, margin: float) -> None:
 
 
 class SetTypes(ir.passes.FunctionalPass):
-    """Types an FP32 graph as decided: what `decision` does not keep is computed in half.
+    """Types an FP32 graph: nodes that `decision` does not keep in FP32 are computed in half.
 
-    Without a decision all of it stays in FP32. `io_dtype` FP16: inputs and outputs of floats are fp16.
+    Without a decision all nodes stay in FP32. `io_dtype` FP16: float inputs and outputs are fp16.
     """
 
     def __init__(self, decision: Decision | None, io_dtype: IODtype) -> None:
@@ -118,7 +121,7 @@ class SetTypes(ir.passes.FunctionalPass):
         self._io_type = FP16.dtype if io_dtype is IODtype.FP16 else FLOAT
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """A typed copy of `model`, which shares what stays FP32."""
+        """A typed copy of `model`; weights that stay FP32 are shared."""
         typed = model.clone()
         kinds = [self._type_of(node) for node in model.graph]
         _Typing(typed.graph, dict(zip(typed.graph, kinds, strict=True)), self._io_type, self._weights()).write()
@@ -127,7 +130,7 @@ class SetTypes(ir.passes.FunctionalPass):
         return ir.passes.PassResult(typed, modified=True)
 
     def _type_of(self, node: ir.Node) -> ir.DataType:
-        """Element type in which `node` computes."""
+        """The element type in which `node` computes."""
         if self._decision is None or self._decision.is_fp32(node):
             return FLOAT
         return self._decision.form.dtype
@@ -137,7 +140,7 @@ class SetTypes(ir.passes.FunctionalPass):
 
 
 class _Typing:
-    """Types a graph in place, node by node: casts stand before their first reader. `kinds`: the type of each node."""
+    """Types a graph in place, node by node; a Cast is put before its first reader. `kinds`: the type of each node."""
 
     def __init__(
         self,
@@ -165,13 +168,13 @@ class _Typing:
         self._keep_constants_that_are_read()
 
     def _make(self, value: ir.Value, kind: ir.DataType) -> None:
-        """An output of the graph leaves its name to the type that the caller sees."""
+        """Set the type of a node's output. An output of the graph that needs a Cast leaves its name to the Cast."""
         if is_float(value.dtype) and value in self._outer and kind != self._io_type:
             value.name = f"{value.name}/{type_name(kind)}"
         _set_type(value, kind)
 
     def _as_read(self, value: ir.Value, kind: ir.DataType, reader: ir.Node | None = None) -> ir.Value:
-        """The tensor `value` as `kind`; a Cast is written before `reader`, or at the end, when there is none yet."""
+        """`value` in the type `kind`; a Cast that does not exist yet is added before `reader`, or at the end."""
         if not is_float(value.dtype):
             kind = ir.DataType.UNDEFINED
         if (value, kind) not in self._read:
@@ -196,13 +199,13 @@ class _Typing:
         return result
 
     def _cast_prefix(self, value: ir.Value) -> str:
-        """Tensors are named after their nodes, but for the graph's inputs and outputs."""
+        """The name that a Cast's name begins with: the tensor's, or its maker's for an output of the graph."""
         if value.is_graph_input():
             return f"io/{value.name}"
         return name_of(value.producer()) if value in self._outer else name_of(value)
 
     def _constant(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
-        """Weights are stored in the type in which they are read; in both, where both are read."""
+        """An initializer in the type `kind`. One that is read in both types gets a second, FP32 one, `NAME/fp32`."""
         if value.dtype == FLOAT == kind and value in self._in_half:
             return ir.val(f"{value.name}/fp32", const_value=tensor_of(value))
         if value.dtype != FLOAT or kind == FLOAT:
@@ -211,7 +214,7 @@ class _Typing:
         return ir.val(name_of(value), const_value=self._weights.tensor(name_of(value)))
 
     def _keep_constants_that_are_read(self) -> None:
-        """In the order in which they are read."""
+        """Register the initializers that nodes read, in the order of first use."""
         self._graph.initializers.clear()
         for value in self._read.values():
             if value.producer() is None and value.const_value is not None:

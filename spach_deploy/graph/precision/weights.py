@@ -1,8 +1,8 @@
-"""What becomes of weights in a 16-bit format: counted, and judged.
+"""Round weights to a 16-bit format, count what does not fit, and say whether a tensor may be stored so.
 
 A weight beyond the limit becomes infinite, one below the smallest number becomes zero, one below the smallest normal
-number loses digits. A few small weights among large ones do not matter; a tensor that consists of them becomes another
-tensor, which is what the relative L2 of rounding says.
+number loses digits. A few small weights among large ones do not matter. A tensor that consists of small weights loses
+its values, which the relative L2 of rounding shows.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from spach_deploy.graph.editing import name_of, tensor_of
 from spach_deploy.graph.precision.formats import Bits, Float32, HalfFormat, decode
 
 LOST = 1e-2
-"""Relative L2 of rounding a tensor from which its weights count as lost. Plain rounding: 2e-4 in FP16, 2e-3 in BF16."""
+"""Relative L2 of rounding above which a tensor stays in FP32. Weights that fit have 2e-4 in FP16, 2e-3 in BF16."""
 
 NOTABLE_SHARE = 1e-2
-"""Share of a tensor's weights that may underflow or become subnormal without being mentioned."""
+"""Share of a tensor's weights that may underflow or become subnormal before a report names the tensor."""
 
 _PIECE = 1 << 15
-"""Elements that are encoded at a time: what lies in a core's caches, and what PyTorch does in one thread."""
+"""Elements that are encoded at a time: they fit a core's caches, and PyTorch converts them in one thread."""
 
 _ADDED = {"Add": (0, 1), "Sub": (0, 1), "Gemm": (2,), "Conv": (2,), "LayerNormalization": (2,)}
-"""Inputs that are added: there an underflow loses next to nothing, whatever its share."""
+"""By operator: the inputs that are added, where an underflow changes next to nothing, whatever its share."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightReport:
-    """How one tensor of weights fits a format. `error`: relative L2 of rounding it; inf when one overflows."""
+    """How one tensor of weights fits a format: counts of weights that do not.
+
+    `error`: relative L2 of rounding the tensor; inf when a weight overflows.
+    """
 
     tensor: str
     count: int
@@ -55,9 +58,9 @@ class WeightReport:
 
 
 def encode(name: str, values: Float32, form: HalfFormat) -> tuple[Bits, WeightReport]:
-    """`values`, float32, as the bits of `form`, and what that did to them.
+    """`values`, float32, as bits of `form` (uint16, same shape), and the report on them.
 
-    Works piece by piece, each small enough for the processor's caches. PrecisionError when `values` are not finite.
+    Works in pieces that fit the processor's caches. Raises PrecisionError when `values` are not finite.
     """
     flat = np.ascontiguousarray(values).reshape(-1)
     largest = max(float(flat.max(initial=0.0)), -float(flat.min(initial=0.0)))
@@ -67,7 +70,7 @@ def encode(name: str, values: Float32, form: HalfFormat) -> tuple[Bits, WeightRe
     bits = np.empty(flat.size, np.uint16)
     sums = np.zeros(5)
     for start in range(0, flat.size, _PIECE):
-        piece = flat[start : start + _PIECE].copy()  # nobody may write what is read from a graph
+        piece = flat[start : start + _PIECE].copy()  # a graph's arrays are read-only, and PyTorch wants writeable ones
         rounded = form.encode(piece)
         bits[start : start + _PIECE] = rounded
         sums += _compare(piece, form.decode(rounded), form, unit)
@@ -87,12 +90,12 @@ def _compare(values: Float32, rounded: Float32, form: HalfFormat, unit: np.float
     scaled = values * unit
     difference = scaled - rounded * unit
     counts = (float(overflow), float(underflow), float(subnormal))
-    # Not by BLAS, whose threads would wait for more by spinning.
+    # Not by BLAS (np.dot), whose threads spin after it.
     return *counts, float(np.square(difference).sum()), float(np.square(scaled).sum())
 
 
 class EncodedWeights:
-    """Weights in a 16-bit format, each encoded and examined once, when first asked for."""
+    """Weights in a 16-bit format; each tensor is encoded once, on first use."""
 
     def __init__(self, form: HalfFormat, constants: Mapping[str, ir.Value]) -> None:
         self._form = form
@@ -101,21 +104,22 @@ class EncodedWeights:
         self.reports: dict[str, WeightReport] = {}
 
     def report(self, name: str) -> WeightReport:
-        """How the weights called `name` fit. Raises PrecisionError when they are not finite to begin with."""
+        """How the weights called `name` fit the format. Raises PrecisionError when they are not finite in FP32."""
         if name not in self.reports:
             bits, self.reports[name] = encode(name, decode(tensor_of(self._constants[name])), self._form)
             self._tensors[name] = self._form.tensor(name, bits)
         return self.reports[name]
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Encode many at once, on all cores: NumPy works without holding the interpreter's lock."""
+        """Encode many tensors on all cores, in threads: NumPy releases the interpreter's lock."""
         ordered = tuple(dict.fromkeys(names))
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.report, ordered))
-        self.reports = {name: self.reports[name] for name in (*ordered, *self.reports)}  # not as threads ended
+        # In the order of `names`, not in that in which threads ended.
+        self.reports = {name: self.reports[name] for name in (*ordered, *self.reports)}
 
     def fits(self, node: ir.Node, name: str) -> bool:
-        """Whether `node` may read the weights called `name` in this format."""
+        """Whether `node` may read the weights called `name` in this format: none overflows, and `error` is small."""
         report = self.report(name)
         places = _ADDED.get(node.op_type, ())
         added = any(name_of(node.inputs[index]) == name for index in places if index < len(node.inputs))
