@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spach_deploy.models import create_model
     from spach_deploy.quantization.calibration import Calibration
     from spach_deploy.runtime.session import ClassScore, Prediction, Session
-    from spach_deploy.validation.validate import Validation
+    from spach_deploy.validation.result import Validation
 
 # ONNX Runtime's wheels send usage data to Microsoft unless told otherwise before they are loaded. Models are their
 # owners' business: whoever wants to send it sets ORT_DISABLE_TELEMETRY=0.
@@ -38,7 +38,7 @@ _LAZY = {
     "SpachError": "spach_deploy.common.errors",
     "UnavailableError": "spach_deploy.common.errors",
     "UsageError": "spach_deploy.common.errors",
-    "Validation": "spach_deploy.validation.validate",
+    "Validation": "spach_deploy.validation.result",
     "calibrate": "spach_deploy.api",
     "create_model": "spach_deploy.models",
     "export": "spach_deploy.api",

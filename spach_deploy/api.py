@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spach_deploy.options.keywords import CalibrateKeywords, ExportKeywords, ValidateKeywords
     from spach_deploy.quantization.calibration import Calibration
     from spach_deploy.runtime.session import Runtime, Session
-    from spach_deploy.validation.validate import Validation
+    from spach_deploy.validation.result import Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def validate(
     from spach_deploy.common.progress import ExportObserver
     from spach_deploy.models.registry import check_ignore
     from spach_deploy.options.command_line import validate_command
-    from spach_deploy.validation.provenance import Provenance
+    from spach_deploy.validation.result import Provenance
     from spach_deploy.validation.target import ValidationRequest, validate_target
 
     given: dict[str, Any] = values_of_keywords("validate", VALIDATE, options)

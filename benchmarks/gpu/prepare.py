@@ -66,7 +66,9 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
     plan = _plan(canonical, calibration)
     onnx.save(_eight_bits(canonical, plan, calibration), folder / "ours-int8.onnx")
     allowed = {
-        precision: derive_tolerances(loaded.model, images, logits, half, twin=twin).engine.outputs["logits"].rel_l2
+        precision: derive_tolerances(loaded.model, images, logits, half, fake_quantized=twin)
+        .engine.outputs["logits"]
+        .rel_l2
         for precision, half, twin in (
             ("fp32", Precision.FP32, None),
             ("fp16", Precision.FP16, None),

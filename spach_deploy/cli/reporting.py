@@ -13,7 +13,7 @@ from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import Destination, try_to_write
 
 if TYPE_CHECKING:
-    from spach_deploy.validation.validate import Validation
+    from spach_deploy.validation.result import Validation
 
 _PARTS = (GRAPH, PLAN, MANIFEST)
 
@@ -90,7 +90,7 @@ def check_can_open() -> None:
 
 def write_reports(validation: Validation, asked: ReportRequest, places: ReportDestinations) -> None:
     """The report and its page. Where the user named no place, being unable to write into the bundle is no error."""
-    from spach_deploy.validation.report import write_report
+    from spach_deploy.validation.result import write_report
 
     try:
         write_report(validation, places.report)

@@ -24,9 +24,9 @@ from spach_deploy.options.table import VALIDATE, options_of
 
 if TYPE_CHECKING:
     from spach_deploy.common.files import Destination
+    from spach_deploy.validation.result import Validation
     from spach_deploy.validation.side_by_side import SideBySide
     from spach_deploy.validation.target import ValidationRequest
-    from spach_deploy.validation.validate import Validation
 
 
 def is_server(target: str) -> bool:
@@ -75,7 +75,7 @@ def check_options(
 
 def validate_two(first: ValidationRequest, second: Path, command: str) -> SideBySide:
     """Both bundles validated with the same options, and compared."""
-    from spach_deploy.validation.provenance import Provenance
+    from spach_deploy.validation.result import Provenance
     from spach_deploy.validation.side_by_side import compare_bundles
 
     compared = compare_bundles(first, dataclasses.replace(first, target=second), say)
@@ -84,7 +84,7 @@ def validate_two(first: ValidationRequest, second: Path, command: str) -> SideBy
 
 def show_two(compared: SideBySide, places: ReportDestinations | None, *, as_json: bool, is_opened: bool) -> int:
     """Print the table or the JSON, write what was asked for; the exit code."""
-    from spach_deploy.validation.report import dumped, write_whole
+    from spach_deploy.validation.result import dumped, write_whole
     from spach_deploy.validation.side_by_side import as_text
     from spach_deploy.validation.table import WIDTH
 
@@ -189,13 +189,13 @@ def _repeatable(validation: Validation, typed: str) -> Validation:
     """With what was typed, and with which versions. Where it ran is left out: it changes no figure."""
     import dataclasses
 
-    from spach_deploy.validation.provenance import Provenance
+    from spach_deploy.validation.result import Provenance
 
     return dataclasses.replace(validation, run=Provenance.here(typed))
 
 
 def _show(validation: Validation, *, as_json: bool) -> None:
-    from spach_deploy.validation.report import as_json as report_text
+    from spach_deploy.validation.result import as_json as report_text
     from spach_deploy.validation.table import WIDTH, as_text
 
     if as_json:

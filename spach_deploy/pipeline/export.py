@@ -29,8 +29,7 @@ from spach_deploy.pipeline.steps.reference import derive_tolerances, reference_o
 from spach_deploy.pipeline.steps.validation import judge_engine, judge_graph
 from spach_deploy.quantization.calibration import Calibration
 from spach_deploy.report.files import page_problem
-from spach_deploy.validation.report import write_report
-from spach_deploy.validation.validate import Validation, manifest_section
+from spach_deploy.validation.result import Validation, manifest_section, write_report
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from spach_deploy.common.files import Destination
 from spach_deploy.report.content import general, pictures_of, scientific
 from spach_deploy.report.files import check_ours
 from spach_deploy.report.page import fill
-from spach_deploy.validation.report import write_whole
+from spach_deploy.validation.result import write_whole
 from spach_deploy.validation.side_by_side import figures
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def page_of_two(compared: SideBySide) -> str:
         state=_state(compared),
         heading=_heading(compared),
         reason=_reason(compared),
-        is_demo=any(side.validation.subject.is_demo for side in compared.sides),
+        is_demo=any(side.validation.header.is_demo for side in compared.sides),
         findings=compared.findings,
         notes=compared.notes,
         facts=[{"name": f.name, "values": (f.first, f.second), "differs": f.differs} for f in compared.facts],
@@ -92,4 +92,4 @@ def _answers(compared: SideBySide) -> list[dict[str, Any]]:
 
 
 def _pictures(side: Side, wanted: list[int]) -> dict[int, str]:
-    return pictures_of(side.validation.trial.inputs, side.bundle.manifest.preprocessing, wanted)
+    return pictures_of(side.validation.eval_set.inputs, side.bundle.manifest.preprocessing, wanted)

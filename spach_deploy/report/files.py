@@ -13,10 +13,10 @@ from spach_deploy.common.files import Destination
 from spach_deploy.report.content import ReportContent, pictures_of
 from spach_deploy.report.page import environment, is_ours, load_templates, render
 from spach_deploy.report.plots import check_matplotlib
-from spach_deploy.validation.report import write_whole
+from spach_deploy.validation.result import write_whole
 
 if TYPE_CHECKING:
-    from spach_deploy.validation.validate import Validation
+    from spach_deploy.validation.result import Validation
 
 _SUFFIX = ".html"
 
@@ -47,7 +47,7 @@ def content_of(validation: Validation, manifest: Manifest | None) -> ReportConte
     report = validation.to_dict()
     content = ReportContent(report, manifest)
     wanted = [answer["image"] for answer in content.first.get("answers", ())]
-    pictures = {} if manifest is None else pictures_of(validation.trial.inputs, manifest.preprocessing, wanted)
+    pictures = {} if manifest is None else pictures_of(validation.eval_set.inputs, manifest.preprocessing, wanted)
     made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return ReportContent(report, manifest, pictures, made)
 

@@ -1,14 +1,16 @@
-"""Accuracy of the reference and of what was exported, on the same labelled images, and what their difference proves.
+"""Accuracy of the reference and of the exported model on the same labelled images, and whether their difference is
+chance.
 
     measured = paired(reference_logits, candidate_logits, labels)
     measured.sentence()
 
-Both answer the same images, so only images that one gets right and the other wrong tell them apart. From these come
+Both models see the same images, so only images that one classifies right and the other wrong tell them apart. From
+these follow
 
-- the 95 % confidence interval of the drop: Tango's score interval for the difference of two paired proportions
-  (T. Tango, Statistics in Medicine 17, 1998, 891-908), which keeps its level with few such images, even none;
-- McNemar's exact test: with no difference between the two, each such image is a toss of a coin (Q. McNemar,
-  Psychometrika 12, 1947, 153-157, with binomial tails in place of the chi-squared approximation).
+- the 95 % confidence interval of the drop: Tango's score interval for the difference of two paired proportions (T.
+  Tango, Statistics in Medicine 17, 1998, 891-908), which keeps its level with few such images, even with none;
+- McNemar's exact test: without a difference between the two, each such image is a fair coin (Q. McNemar, Psychometrika
+  12, 1947, 153-157, with binomial tails instead of the chi-squared approximation).
 
 NumPy only.
 """
@@ -33,7 +35,7 @@ Bools = npt.NDArray[np.bool_]
 LEVEL = 0.95
 METHODS = "Tango's score interval for paired proportions (1998); McNemar's exact test, two-sided"
 ASKED_POINTS = 1.0
-"""The drop that images must be able to show where nobody says which (`--max-drop`)."""
+"""The drop, in points, that the images should be able to show where `--max-drop` does not say another."""
 
 TOP = 5
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
@@ -48,12 +50,12 @@ _CHUNK = 4096  # images that are ranked at a time
 
 @dataclasses.dataclass(frozen=True)
 class PairedAccuracy:
-    """Accuracy of two sets of answers to the same `images`.
+    """Accuracy of two models on the same `images`.
 
     `top1_*`, `top5_*`: shares of images whose class is the best, or among the best five (None with five classes or
     fewer). `drop_points`: top-1 of the reference minus that of the candidate, in percentage points, so that a loss is
-    positive; `interval` its 95 % confidence interval. `only_reference_right`, `only_candidate_right`: images of which
-    only one has the class right (top-1). `p_value`: McNemar's exact test of these, two-sided.
+    positive; `interval`: its 95 % confidence interval. `only_reference_right`, `only_candidate_right`: images that only
+    one classifies right (top-1). `p_value`: McNemar's exact test of these, two-sided.
     """
 
     images: int
@@ -84,11 +86,13 @@ class PairedAccuracy:
 
     @property
     def visible_points(self) -> float:
-        """The smallest drop, in points, that so many images show: half the interval's width."""
+        """The smallest drop, in points, that this many images can show: half the interval's width."""
         return (self.interval[1] - self.interval[0]) / 2
 
     def images_for(self, points: float) -> int:
-        """How many images show a drop of `points`, if they differ as often as these do; rounded up to two digits."""
+        """How many images would show a drop of `points`, if the models differ as often as here; rounded up to two
+        digits.
+        """
         share_lost, share_gained = (n / self.images for n in (self.only_reference_right, self.only_candidate_right))
 
         def is_enough(images: int) -> bool:
@@ -101,7 +105,7 @@ class PairedAccuracy:
         return _rounded_up(_first(is_enough, enough // 2, enough))
 
     def too_few(self, points: float = ASKED_POINTS) -> str:
-        """A sentence where so many images cannot tell a drop of `points` from none, else nothing."""
+        """A sentence where these images cannot tell a drop of `points` from none; else empty."""
         low, high = self.interval
         if self.visible_points <= points or low > points or high <= points:
             return ""
@@ -112,7 +116,9 @@ class PairedAccuracy:
 
     @property
     def is_guessing(self) -> bool:
-        """Whether the reference is right no more often than by naming a class blindly: labels of something else?"""
+        """Whether the reference is right no more often than a constant answer. Then the labels are probably of
+        something else.
+        """
         right = round(self.top1_reference * self.images)
         return upper_tail(right, self.images, 1 / self.classes) > _CHANCE
 
@@ -124,12 +130,12 @@ class PairedAccuracy:
 def paired(reference_logits: Array, candidate_logits: Array, labels: npt.ArrayLike) -> PairedAccuracy:
     """Compare the accuracy of two sets of logits (N, classes), of any float dtype; `labels` (N) are class indices.
 
-    Among equal scores the lower index comes first, as in argmax; an answer that is not finite is never right. Raises
+    Among equal scores the lower index ranks first, as in argmax. Logits that are not finite are never right. Raises
     UsageError for other shapes, no image, and labels that are no class indices.
     """
     classes = np.asarray(labels)
     _check_arrays(reference_logits, candidate_logits, classes)
-    reference, candidate = (_places(logits, classes) for logits in (reference_logits, candidate_logits))
+    reference, candidate = (_ranks(logits, classes) for logits in (reference_logits, candidate_logits))
     count = reference_logits.shape[1]
     first = _Pairs.of(reference < 1, candidate < 1)
     five = _Pairs.of(reference < TOP, candidate < TOP) if count > TOP else None
@@ -160,24 +166,26 @@ def _check_arrays(reference: Array, candidate: Array, labels: Array) -> None:
         raise UsageError("Labels are not class indices.", f"Give integers from 0 to {reference.shape[1] - 1}.")
 
 
-def _places(logits: Array, labels: Array) -> npt.NDArray[np.int64]:
-    """The place (N) of each image's class among its scores, 0 for the best; the last where one is not finite."""
+def _ranks(logits: Array, labels: Array) -> npt.NDArray[np.int64]:
+    """The rank (N) of each image's class among its scores, 0 for the best; the last rank where a score is not
+    finite.
+    """
     parts = ranges(len(logits), _CHUNK)
-    return np.concatenate([_places_of_some(logits[start:stop], labels[start:stop]) for start, stop in parts])
+    return np.concatenate([_ranks_of_some(logits[start:stop], labels[start:stop]) for start, stop in parts])
 
 
-def _places_of_some(logits: Array, labels: Array) -> npt.NDArray[np.int64]:
+def _ranks_of_some(logits: Array, labels: Array) -> npt.NDArray[np.int64]:
     scores: Array = logits.astype(np.float32 if logits.dtype.itemsize <= 4 else np.float64)
     own: Array = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)  # (n, 1)
     before = np.arange(scores.shape[1]) < labels[:, None]
-    place = ((scores > own) | ((scores == own) & before)).sum(axis=1)
+    rank = ((scores > own) | ((scores == own) & before)).sum(axis=1)
     answered = np.isfinite(scores).all(axis=1)
-    return np.asarray(np.where(answered, place, scores.shape[1]), np.int64)
+    return np.asarray(np.where(answered, rank, scores.shape[1]), np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pairs:
-    """Images that both, one or the other have right, as shares and counts."""
+    """How often both, one or the other are right, as shares and counts."""
 
     images: int
     reference: float
@@ -204,7 +212,9 @@ class _Pairs:
 
 
 def mcnemar_exact(one: int, other: int) -> float:
-    """Two-sided p-value of as uneven a split of `one + other` fair coins, exact in integers. 1 where there is none."""
+    """Two-sided p-value of a split of `one + other` fair coins as uneven as this, exact in integers. 1 without
+    coins.
+    """
     tosses, fewer = one + other, min(one, other)
     if one == other:
         return 1.0
@@ -216,10 +226,10 @@ def mcnemar_exact(one: int, other: int) -> float:
 
 
 def tango_interval(lost: float, gained: float, images: float, level: float = LEVEL) -> tuple[float, float]:
-    """Confidence interval of (lost - gained) / images, shares of `images` pairs that differ one way and the other.
+    """Confidence interval of (lost - gained) / images; `lost` and `gained` are pairs that differ one way and the other.
 
-    All drops that the score test does not reject: those where the estimate is within z of them, in standard errors
-    that are taken with that drop for true. Counts need not be whole, for planning.
+    All drops that the score test does not reject: those within z standard errors of the estimate, where the standard
+    error assumes that drop. Counts need not be whole, for planning.
     """
     z = _Z if level == LEVEL else NormalDist().inv_cdf(0.5 + level / 2)
     estimate = (lost - gained) / images
@@ -232,7 +242,7 @@ def tango_interval(lost: float, gained: float, images: float, level: float = LEV
 
 
 def _gained_given(drop: float, lost: float, gained: float, images: float) -> float:
-    """The likeliest share of gained pairs where the true drop is `drop`: root of Tango's quadratic, equation 8."""
+    """The most likely share of gained pairs if the true drop is `drop`: the root of Tango's quadratic, equation 8."""
     a, c = 2 * images, -gained * drop * (1 - drop)
     b = (2 * images - lost + gained) * drop - lost - gained
     root = math.sqrt(max(b * b - 4 * a * c, 0.0))
@@ -240,7 +250,7 @@ def _gained_given(drop: float, lost: float, gained: float, images: float) -> flo
 
 
 def _edge(within: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Where `within` ends between `inside` and `outside`, by bisection."""
+    """Where `within` becomes false between `inside` and `outside`, by bisection."""
     if within(outside):
         return outside
     for _ in range(_STEPS):
@@ -250,7 +260,7 @@ def _edge(within: Callable[[float], bool], inside: float, outside: float) -> flo
 
 
 def _first(holds: Callable[[int], bool], below: int, above: int) -> int:
-    """The least integer in (below, above] for which `holds`, which it does from there on."""
+    """The least integer in (below, above] for which `holds` is true; it stays true from there on."""
     while above - below > 1:
         middle = (below + above) // 2
         below, above = (below, middle) if holds(middle) else (middle, above)
@@ -258,7 +268,7 @@ def _first(holds: Callable[[int], bool], below: int, above: int) -> int:
 
 
 def upper_tail(successes: int, trials: int, chance: float) -> float:
-    """Probability of at least `successes` in `trials` of that `chance`."""
+    """Probability of at least `successes` in `trials`, each with probability `chance`."""
     if successes <= 0:
         return 1.0
     if chance >= 1:
@@ -284,7 +294,7 @@ def _move(points: float) -> str:
 
 
 def interval_in_words(interval: tuple[float, float]) -> str:
-    """Of a drop."""
+    """The confidence interval of a drop, for sentences."""
     low, high = interval
     return f"95 % interval of the drop {low:.2f} to {high:.2f} points"
 
@@ -295,7 +305,9 @@ def _images(count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Part of a validation. `ran`: what answered, in words; `labels`: where these come from; `max_drop`: in points."""
+    """The accuracy section of a validation. `ran`: what was measured; `labels`: where they come from; `max_drop`: in
+    points.
+    """
 
     measured: PairedAccuracy
     ran: str
@@ -305,7 +317,7 @@ class Accuracy:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """A drop that is larger than allowed, by the estimate."""
+        """The drop, where the estimate exceeds the allowed one."""
         drop = self.measured.drop_points
         if self.max_drop is None or drop <= self.max_drop:
             return ()
@@ -316,7 +328,7 @@ class Accuracy:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What the figures say, and what they cannot."""
+        """What the figures show, and what they cannot."""
         return tuple(filter(None, (self.measured.sentence(), self._too_few(), self._guessing(), *self.notes)))
 
     def _too_few(self) -> str:

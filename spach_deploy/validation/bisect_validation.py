@@ -28,8 +28,8 @@ from spach_deploy.validation.bisect.reference import ProbedReference
 from spach_deploy.validation.bisect.result import Bisection, StepResult, Suspect
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
 from spach_deploy.validation.live_reference import Weights, rebuild
+from spach_deploy.validation.result import Validation
 from spach_deploy.validation.runs import EvaluationSet, truncated_by
-from spach_deploy.validation.validate import Validation
 
 Say = Callable[[str], None]
 
@@ -51,13 +51,13 @@ def bisected(validation: Validation, request: BisectRequest, say: Say) -> Valida
     """`validation` with its bisection. UsageError where the weights are needed and not given."""
     say("Rebuilding the reference.")
     chosen = _worst_first(validation)
-    sources = _sources(validation.trial, chosen, request)
+    sources = _sources(validation.eval_set, chosen, request)
     repeated = repeat_steps(sources, say)
     missing = validation.missing_engine_run
     later = compared_steps(validation.evidence, None if missing is None else missing.reason)
     stages = (*repeated.results, *later)
     say("Bisecting by module.")
-    bisection = _by_module(request, sources, repeated, stages, _pixels(validation.trial, chosen, request.facts))
+    bisection = _by_module(request, sources, repeated, stages, _pixels(validation.eval_set, chosen, request.facts))
     truncating = truncated_by(request.graph, request.facts.rest)
     bisection = dataclasses.replace(bisection, stages=stages, truncated_by=truncating)
     return dataclasses.replace(validation, bisection=bisection)
@@ -94,18 +94,18 @@ def _bisect_static(sources: Sources, repeated: RepeatedSteps) -> Bisection:
 def _worst_first(validation: Validation) -> list[int]:
     """Indices of the images to run, those with the largest errors first."""
     worst = [output.worst_image for item in validation.evidence for output in item.comparison.outputs]
-    count = len(validation.trial)
+    count = len(validation.eval_set)
     return list(dict.fromkeys([*(index for index in worst if index < count), *range(count)]))[:IMAGES]
 
 
-def _sources(trial: EvaluationSet, chosen: list[int], request: BisectRequest) -> Sources:
+def _sources(eval_set: EvaluationSet, chosen: list[int], request: BisectRequest) -> Sources:
     facts, bundle = request.facts, request.bundle
     loaded = rebuild(bundle.manifest.model, request.weights)
     disabled, quantize = _rewrite_options(bundle, facts)
-    inputs = _inputs(trial, chosen)
+    inputs = _inputs(eval_set, chosen)
     is_uint8 = facts.outputs.io_dtype is IODtype.UINT8
     images = normalize(inputs.astype(np.uint8), facts.preprocessing) if is_uint8 else inputs.astype(np.float32)
-    return Sources(loaded, images, trial.logits[chosen], disabled, quantize, _passes(facts))
+    return Sources(loaded, images, eval_set.logits[chosen], disabled, quantize, _passes(facts))
 
 
 def _passes(facts: BundleFacts) -> tuple[Pass, ...]:
@@ -117,12 +117,12 @@ def _passes(facts: BundleFacts) -> tuple[Pass, ...]:
     return CPU_PASSES if facts.flavour is Flavour.NONE else TENSORRT_PASSES
 
 
-def _inputs(trial: EvaluationSet, chosen: list[int]) -> npt.NDArray[np.generic]:
-    return np.concatenate([trial.inputs(index, index + 1) for index in chosen])
+def _inputs(eval_set: EvaluationSet, chosen: list[int]) -> npt.NDArray[np.generic]:
+    return np.concatenate([eval_set.inputs(index, index + 1) for index in chosen])
 
 
-def _pixels(trial: EvaluationSet, chosen: list[int], facts: BundleFacts) -> npt.NDArray[np.uint8] | None:
-    return _inputs(trial, chosen).astype(np.uint8) if facts.outputs.io_dtype is IODtype.UINT8 else None
+def _pixels(eval_set: EvaluationSet, chosen: list[int], facts: BundleFacts) -> npt.NDArray[np.uint8] | None:
+    return _inputs(eval_set, chosen).astype(np.uint8) if facts.outputs.io_dtype is IODtype.UINT8 else None
 
 
 def _rewrite_options(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:

@@ -1,4 +1,4 @@
-"""What a manifest says, as the objects that a validation works with."""
+"""A bundle's manifest as the specs and tolerances that a validation works with."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationFacts:
-    """Where a bundle's record of quantization lies, and what its model's rewrites were told.
+    """What a quantized bundle was made with.
 
-    `weights_sha256`: of the weights that were calibrated.
+    `record`: the file of its quantization plan. `weights_sha256`: of the calibrated weights. `disabled`, `quantize`:
+    the options --no-rewrite and --quantize.
     """
 
     record: Path
@@ -31,7 +32,9 @@ class QuantizationFacts:
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """A manifest, read. `rest`: precision of what is not quantized. `tf32`: the engine may use TF32."""
+    """A manifest's specs. `rest`: precision of layers that are not quantized. `tf32`: whether the engine may use
+    TF32.
+    """
 
     precision: Precision
     rest: Precision
@@ -45,7 +48,7 @@ class BundleFacts:
 
     @classmethod
     def of(cls, bundle: Bundle) -> BundleFacts:
-        """BundleError when the manifest has an entry of the wrong kind."""
+        """Read the manifest. BundleError where an entry is of the wrong kind."""
         manifest, where = bundle.manifest, str(bundle.path / MANIFEST)
         with reading(where, "model"):
             read_section(manifest.model.hyperparameters)
@@ -65,7 +68,7 @@ class BundleFacts:
 
 
 def read_record(facts: BundleFacts) -> QuantizationPlan | None:
-    """A quantized bundle's record of quantization; None for other precisions."""
+    """The quantization plan of a quantized bundle; None for others."""
     if facts.quantization is None:
         return None
     from spach_deploy.quantization.plan import read_plan

@@ -1,6 +1,6 @@
-"""The images whose answers a reader wants to see: those that change class, or those that come closest to it.
+"""The images to show in a report: those whose best class changed; without any, those that came closest to it.
 
-A picture with both sets of best classes says more of a flip than its figures do.
+A picture with both models' best classes says more about a flip than its figures do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class Ranked(Record):
-    """A class among an image's best: its score, and its probability after a softmax over all classes."""
+    """One of an image's best classes: its score, and its softmax probability over all classes."""
 
     index: int
     score: float
@@ -30,10 +30,10 @@ class Ranked(Record):
 
 @dataclasses.dataclass(frozen=True)
 class ImagePredictions(Record):
-    """An image's best classes by both, best first, and how clearly each prefers its own.
+    """An image's best classes in both models, best first, with margins in units of the scores.
 
-    The margins of a flip are `compare.Flip`'s: between both best classes. Of others they are those between each one's
-    best class and its next. In units of the scores.
+    For a flip, the margins are those of `compare.Flip`, between the two models' best classes. For other images they are
+    between each model's best and second class.
     """
 
     image: int
@@ -48,7 +48,7 @@ class ImagePredictions(Record):
 def notable_predictions(
     reference: Array, candidate: Array | None, names: Sequence[str]
 ) -> tuple[ImagePredictions, ...]:
-    """The flips, the surest first; where there is none, the images that came closest to one, the closest first.
+    """The flips, largest margin first; without any, the images that came closest to one, closest first.
 
     `reference`, `candidate`: class scores (N, classes) of any float dtype. Empty where they cannot be ranked: no
     candidate, other shapes, fewer than two classes, numbers that are not finite.
@@ -57,11 +57,11 @@ def notable_predictions(
         return ()
     if not (np.isfinite(reference).all() and np.isfinite(candidate.astype(np.float64)).all()):
         return ()
-    answers = [_answer(i, reference, candidate, names) for i in _telling(reference, candidate)]
+    answers = [_predictions_of(i, reference, candidate, names) for i in _notable_images(reference, candidate)]
     return tuple(sorted(answers, key=lambda answer: (-1 if answer.flipped else 1) * answer.reference_margin))
 
 
-def _telling(reference: Array, candidate: Array) -> list[int]:
+def _notable_images(reference: Array, candidate: Array) -> list[int]:
     own = reference.argmax(axis=1)
     other = candidate.argmax(axis=1)
     rows = np.arange(len(reference))
@@ -69,16 +69,16 @@ def _telling(reference: Array, candidate: Array) -> list[int]:
     flips = np.flatnonzero(margins > 0)  # classes that the reference scores alike are no flip
     if len(flips):
         return [int(i) for i in flips[np.argsort(-margins[flips], kind="stable")][:MOST_FLIPS]]
-    return [int(i) for i in np.argsort(_leads(reference), kind="stable")[:MOST_CLOSE]]
+    return [int(i) for i in np.argsort(_margins(reference), kind="stable")[:MOST_CLOSE]]
 
 
-def _leads(scores: Array) -> Float64:
-    """By how much each image's best class (N, classes) is ahead of the next (N)."""
+def _margins(scores: Array) -> Float64:
+    """The margin (N) between each image's best and second class, from scores (N, classes)."""
     best = np.partition(scores.astype(np.float64), -2, axis=1)[:, -2:]
     return np.asarray(best[:, 1] - best[:, 0], np.float64)
 
 
-def _answer(image: int, reference: Array, candidate: Array, names: Sequence[str]) -> ImagePredictions:
+def _predictions_of(image: int, reference: Array, candidate: Array, names: Sequence[str]) -> ImagePredictions:
     ours, theirs = reference[image].astype(np.float64), candidate[image].astype(np.float64)
     best, chosen = int(ours.argmax()), int(theirs.argmax())
     flipped = bool(ours[best] > ours[chosen])
@@ -88,8 +88,8 @@ def _answer(image: int, reference: Array, candidate: Array, names: Sequence[str]
         flipped=flipped,
         reference=_ranked(ours),
         candidate=_ranked(theirs),
-        reference_margin=float(ours[best] - ours[chosen]) if flipped else float(_leads(ours[None])[0]),
-        candidate_margin=float(theirs[chosen] - theirs[best]) if flipped else float(_leads(theirs[None])[0]),
+        reference_margin=float(ours[best] - ours[chosen]) if flipped else float(_margins(ours[None])[0]),
+        candidate_margin=float(theirs[chosen] - theirs[best]) if flipped else float(_margins(theirs[None])[0]),
     )
 
 

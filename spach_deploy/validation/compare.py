@@ -1,20 +1,19 @@
-"""Compare the outputs of two forms of one model. NumPy only, all sums in float64.
+"""Compare the outputs of two forms of one model. NumPy only; all sums are in float64.
 
     comparison = compare_outputs({"logits": reference}, {"logits": candidate}, image_names=names)
 
-The first axis of every output is the image. Names, dtypes and shapes come before values: whatever does not
-match there, is not finite, or could not have shown a fault (nothing compared, a reference of zeros or one
-that ignores its image) is a *problem*, and a comparison with a problem never passes. Differences of value
-are only measured here; `verdict.judge` holds them against tolerances.
+The first axis of every output is the image. Names, dtypes and shapes are compared before values. Whatever does not
+match there, is not finite, or could not have shown a fault (nothing compared, a reference of zeros, a reference that
+ignores its image) is a *problem*, and a comparison with a problem never passes. Differences of values are only measured
+here; `verdict.judge` compares them with tolerances.
 
-Class scores are outputs (N, classes) of floats. For them a *flip* is an image whose best class differs. The
-reference margin of a flip is the reference's score of its own class minus its score of the candidate's
-class; the candidate margin is the same of the candidate's scores, the other way around. A reference that
-scores both classes alike is no flip.
+Class scores are float outputs (N, classes). A *flip* is an image whose best class differs. Its reference margin is the
+reference's score of its own best class minus its score of the candidate's; the candidate margin is the same in the
+candidate's scores, the other way around. Where the reference scores both classes alike, it is no flip.
 
-Integer outputs are ranked class indices, such as top-k. Where the reference also has the class scores that
-they rank, an index at the wrong rank carries the gap between the two classes' reference scores, and a gap
-within `Tolerance.flip_margin` is a tie. Without such scores integers must be equal.
+Integer outputs are ranked class indices, such as top-k. Where the reference also has the scores that they rank, an
+index at a wrong rank carries the gap between the two classes' reference scores, and a gap within
+`Tolerance.flip_margin` is a tie. Without such scores, integers must be equal.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _CLOSER = 0.1  # ... and is taken for it at a tenth of that distance
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Turns into plain JSON types; what JSON cannot say (inf, nan) becomes a string."""
+    """Converts itself to plain JSON types; inf and NaN, which JSON has not, become strings."""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as str, int, float, bool, None, list and dict."""
@@ -52,7 +51,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Flip(Record):
-    """An image whose best class differs. Margins are in units of the scores, see the module's text."""
+    """An image whose best class differs. Margins are in units of the scores; see the module's docstring."""
 
     image: int
     name: str
@@ -64,12 +63,11 @@ class Flip(Record):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreComparison(Record):
-    """What a classifier's user sees of a difference.
+    """What changes for a classifier's user.
 
-    `top1_agreement`: share of images without a flip. `top5_agreement`: mean share of the reference's best
-    five classes among the candidate's best five, in any order; None with five classes or fewer. `kl_mean`,
-    `kl_worst`: Kullback-Leibler divergence of the candidate's class probabilities from the reference's, in
-    nats, over images.
+    `top1_agreement`: share of images without a flip. `top5_agreement`: mean share of the reference's best five classes
+    among the candidate's best five, in any order; None with five classes or fewer. `kl_mean`, `kl_worst`:
+    Kullback-Leibler divergence of the candidate's class probabilities from the reference's, in nats, over images.
     """
 
     classes: int
@@ -84,11 +82,10 @@ class ScoreComparison(Record):
 class OutputComparison(Record):
     """How far one float output is from its reference.
 
-    `rel_l2`: norm of the difference over norm of the reference, over all images; `rel_l2_worst`: of the
-    image where it is largest, `worst_image`. `cosine`, `cosine_worst`: likewise, between candidate and
-    reference. `snr_db`: signal-to-noise ratio in decibels, infinite where equal. `resembles`: another
-    reference output to which the candidate is far closer, a sign of swapped outputs. `scores` for class
-    scores only.
+    `rel_l2`: norm of the difference over norm of the reference, over all images; `rel_l2_worst`: of the worst image,
+    `worst_image`. `cosine`, `cosine_worst`: likewise, between candidate and reference. `snr_db`: signal-to-noise ratio
+    in decibels, infinite where equal. `resembles`: another reference output to which the candidate is far closer, a
+    sign of swapped outputs. `scores`: for class scores only.
     """
 
     name: str
@@ -109,7 +106,7 @@ class OutputComparison(Record):
 
 @dataclasses.dataclass(frozen=True)
 class IndexDifference(Record):
-    """A rank with another index. `gap`: difference of both classes' reference scores; None: not known."""
+    """A rank with another index. `gap`: difference of both classes' reference scores, None where it is unknown."""
 
     image: int
     name: str
@@ -121,7 +118,9 @@ class IndexDifference(Record):
 
 @dataclasses.dataclass(frozen=True)
 class IndexComparison(Record):
-    """How one integer output agrees. `agreement`: share of equal values. `ranks`: the scores it ranks."""
+    """How far one integer output agrees. `agreement`: share of equal values. `ranks`: name of the scores that it
+    ranks.
+    """
 
     name: str
     dtype: str
@@ -133,7 +132,7 @@ class IndexComparison(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Record):
-    """All that was compared: number of images, one result per output, and problems, one sentence each."""
+    """A whole comparison: number of images, one result for each output, and problems, one sentence each."""
 
     images: int
     outputs: tuple[OutputComparison, ...]
@@ -148,11 +147,10 @@ def compare_outputs(
     image_names: Sequence[str] = (),
     dtypes: Mapping[str, npt.DTypeLike] | None = None,
 ) -> Comparison:
-    """Measure how far `candidate` is from `reference`; never raises for what they hold.
+    """Measure how far `candidate` is from `reference`. Never raises for their contents.
 
-    `image_names` names images in the result (else their number stands alone). `dtypes` gives the dtype that
-    the candidate promises for an output, where that is not the reference's own: float16 logits of a float16
-    engine.
+    `image_names`: names of the images in the result; without them their numbers are used. `dtypes`: dtypes that the
+    candidate promises, where they are not the reference's: float16 logits of a float16 engine.
     """
     comparable, problems = _checked(reference, candidate, dtypes or {}, image_names)
     floats = [name for name in comparable if _is_float(reference[name])]
@@ -172,7 +170,7 @@ def _checked(
     dtypes: Mapping[str, npt.DTypeLike],
     image_names: Sequence[str],
 ) -> tuple[list[str], list[str]]:
-    """Names of the outputs whose values can be compared, in the reference's order; problems of all others."""
+    """Names of outputs whose values can be compared, in the reference's order, and the problems of all others."""
     problems = [*_set_faults(reference, candidate, image_names)]
     comparable = []
     images = _image_count(reference)
@@ -200,7 +198,7 @@ def _set_faults(reference: Outputs, candidate: Outputs, image_names: Sequence[st
 
 
 def _renamed(wanted: Array, unexpected: Outputs) -> str:
-    """Which unexpected output might be the missing one: of its shape, closest in value."""
+    """An unexpected output that may be the missing one: the same shape, and the closest in value."""
     alike = [n for n, array in unexpected.items() if array.shape == wanted.shape and _is_number(array)]
     if not alike or not _is_number(wanted):
         return ""
@@ -225,7 +223,9 @@ def _form_faults(name: str, reference: Array, candidate: Array, promised: np.dty
 
 
 def _value_faults(name: str, reference: Array, candidate: Array, image_names: Sequence[str]) -> Iterator[str]:
-    """Zeros and repetition are legitimate in class indices, so only floats are asked to show something."""
+    """Faults in the values themselves. Zeros and repetition are legitimate in class indices, so only floats are checked
+    for them.
+    """
     if not _is_float(reference):
         return
     for whose, array in (("reference", reference), ("candidate", candidate)):
@@ -290,7 +290,7 @@ def _compare_float(
 
 @dataclasses.dataclass(frozen=True)
 class _ImageSums:
-    """Per image (N): largest and summed absolute difference; sums of squares and products."""
+    """Sums for each image (N): largest and total absolute difference, squares, and products."""
 
     max_abs: Float64
     abs_difference: Float64
@@ -305,7 +305,7 @@ class _ImageSums:
         return cls(*np.concatenate(parts, axis=1))
 
     def total(self) -> _ImageSums:
-        """The same of all images together, as of one (1)."""
+        """The same over all images together, as if of one (1)."""
         fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return _ImageSums(self.max_abs.max(keepdims=True), *(values.sum(keepdims=True) for values in fields[1:]))
 
@@ -313,7 +313,7 @@ class _ImageSums:
         return relative_norm(self.difference, self.reference)
 
     def cosine(self) -> Float64:
-        """1 where both are zero, 0 where one is."""
+        """Cosine similarity; 1 where both are zero, 0 where one is."""
         norms = np.sqrt(self.reference) * np.sqrt(self.candidate)
         both_zero = (self.reference == 0) & (self.candidate == 0)
         cosine = np.divide(self.product, norms, out=both_zero.astype(np.float64), where=norms > 0)
@@ -339,7 +339,7 @@ def _snr_db(signal: float, noise: float) -> float:
 
 
 def _distance(candidate: Array, reference: Array) -> float:
-    """Relative L2 over everything, infinite where it is not a number."""
+    """Relative L2 over everything; infinite instead of NaN."""
     if candidate.size == 0:
         return math.inf
     with np.errstate(invalid="ignore", over="ignore"):
@@ -391,7 +391,7 @@ def _flips(reference: Float64, candidate: Float64, start: int, image_names: Sequ
 
 
 def _top_overlap(reference: Float64, candidate: Float64) -> Float64:
-    """Share of the reference's best TOP classes that are among the candidate's, per image (n)."""
+    """Share of the reference's best TOP classes that are among the candidate's, for each image (n)."""
     ours, theirs = (np.argsort(-scores, axis=1, kind="stable")[:, :TOP] for scores in (reference, candidate))
     shared = (ours[:, :, None] == theirs[:, None, :]).any(axis=2)  # (n, 5, 5) -> (n, 5)
     return np.asarray(shared.mean(axis=1), np.float64)
@@ -417,7 +417,7 @@ def _log_probabilities(scores: Float64, normalized: bool) -> Float64:
 
 
 def _ranked_by(name: str, reference: Outputs, floats: list[str]) -> str | None:
-    """The class scores (N, classes) whose ranking the integer output `name` is."""
+    """The class scores (N, classes) that the integer output `name` ranks."""
     indices = reference[name].reshape(len(reference[name]), -1)
     return next((other for other in floats if _is_ranking(indices, reference[other])), None)
 
@@ -432,7 +432,7 @@ def _is_ranking(indices: Array, scores: Array) -> bool:
 
 
 def _top_k_values(reference: Outputs, floats: list[str], ranked: Mapping[str, str | None]) -> set[str]:
-    """Float outputs that are sorted scores beside their indices: their columns are ranks, not classes."""
+    """Float outputs that are sorted scores for top-k indices: their columns are ranks, not classes."""
     shapes = {reference[name].shape for name in ranked}
     candidates = [name for name in floats if reference[name].ndim == 2 and reference[name].shape in shapes]
     return {name for name in candidates if (reference[name][:, :-1] >= reference[name][:, 1:]).all()}
@@ -457,7 +457,7 @@ def _compare_integer(
 
 
 def _gap(scores: Array | None, ours: Array, theirs: Array, image: int, rank: int) -> float | None:
-    """Difference of both classes' reference scores; None where no tie could excuse the difference."""
+    """Difference of both classes' reference scores; None where a tie cannot explain the difference."""
     index = int(theirs[image, rank])
     is_repeated = np.count_nonzero(theirs[image] == index) > 1
     if scores is None or is_repeated or not 0 <= index < scores.shape[1]:
@@ -469,7 +469,7 @@ def _gap(scores: Array | None, ours: Array, theirs: Array, image: int, rank: int
 
 
 def label(image: int, name: str) -> str:
-    """An image in words: its number and, where it has one, its name."""
+    """An image's number and, where it has one, its name."""
     return f"image {image} ({name})" if name else f"image {image}"
 
 
@@ -478,13 +478,13 @@ def _name(image: int, image_names: Sequence[str]) -> str:
 
 
 def listed(items: list[str]) -> str:
-    """The first of a list's items, and how many more there are."""
+    """The first items of a list, and how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return "; ".join(items[:_SHOWN]) + more
 
 
 def _float64_chunks(reference: Array, candidate: Array) -> Iterator[tuple[Float64, Float64]]:
-    """The same images of both, as float64 (n, values), a bounded number of values at a time."""
+    """Chunks of the same images of both, as float64 (n, values), of bounded size."""
     ours, theirs = (array.reshape(len(array), -1) for array in (reference, candidate))
     step = max(1, _CHUNK_VALUES // ours.shape[1])
     for start, stop in ranges(len(ours), step):

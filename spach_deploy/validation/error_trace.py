@@ -1,6 +1,7 @@
-"""Errors along the depth of a network: of every part's output, with the reference's own noise and what is allowed.
+"""The error trace: relative L2 of every network part's output, from stem to head, with the FP32 error and what is
+allowed.
 
-A part's error is that of all before it too: where a curve leaves its bound is where to look.
+A part's error includes the errors of all parts before it. The fault is where the curve first exceeds what is allowed.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleError:
-    """One part of the network. All but `peak` are relative L2 of its output against PyTorch in FP32.
+    """One part of the network. All figures but `peak` are relative L2 of its output against PyTorch in FP32.
 
-    `error`: of the graph, None where it has no tensor for it. `noise`: of FP32, against FP64. `allowed`: what the noise
-    and the loss of PyTorch in the graph's precision allow here. `peak`: the output's largest magnitude in FP32.
+    `error`: of the graph, None where it has no tensor for this output. `noise`: of FP32 itself, against FP64.
+    `allowed`: the bound that FP32 error and rounding error give here. `peak`: the output's largest magnitude in FP32.
     """
 
     module: str
@@ -46,7 +47,7 @@ class ModuleError:
 
 @dataclasses.dataclass(frozen=True)
 class ErrorTrace:
-    """A network's parts in order. `what` ran, in words; `images` by name."""
+    """The parts of a network, in order. `what` ran, in words; `images`: names."""
 
     what: str
     images: tuple[str, ...]
@@ -59,14 +60,16 @@ class ErrorTrace:
 
     @classmethod
     def of(cls, entry: TraceEntry) -> ErrorTrace:
-        """What a manifest says."""
+        """From a manifest's entry."""
         return cls(entry.what, entry.images, tuple(ModuleError(**structs.asdict(part)) for part in entry.modules))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedActivations:
-    """Of every part of the reference: its output for the first image in FP32 (`exact`), how far that is from FP64
-    (`noise`), and how far the part is from it when it is rounded (`loss`; empty where nothing is rounded).
+    """The reference's output of every part, for the first image.
+
+    `exact`: outputs in FP32. `noise`: their relative L2 against FP64. `loss`: relative L2 of the rounded model against
+    FP32; empty where nothing is rounded.
     """
 
     exact: Outputs
@@ -74,13 +77,17 @@ class ExpectedActivations:
     loss: Mapping[str, float]
 
     @classmethod
-    def of(cls, depth: ActivationTrace) -> ExpectedActivations:
-        """From the outputs themselves; rounded are those of the twin in eight bits, where there is one."""
-        return cls(depth.exact, _errors(depth.double, depth.exact), _errors(depth.rounded, depth.exact))
+    def of(cls, activations: ActivationTrace) -> ExpectedActivations:
+        """From a trace; its rounded outputs are those of the fake-quantized model, where there is one."""
+        return cls(
+            activations.exact,
+            _errors(activations.double, activations.exact),
+            _errors(activations.rounded, activations.exact),
+        )
 
 
 class ActivationTracer:
-    """Follows a graph along the depth of `model`: what to watch in it, and then the errors of what was seen."""
+    """Traces a graph's errors: chooses the tensors to read, then compares them with the outputs of `model`."""
 
     def __init__(self, model: nn.Module, expected: ExpectedActivations) -> None:
         self._expected = expected
@@ -88,16 +95,16 @@ class ActivationTracer:
         self._tensors: dict[str, str] = {}
 
     def watch(self, graph: ir.Model) -> list[str]:
-        """The tensors of the parts' outputs, in a graph in the form in which it runs (`evidence.Watch`)."""
+        """Names of the tensors that are the parts' outputs, in the graph as it will run (a `runs.Watch`)."""
         blocks = {path for path, kind in self._kinds.items() if kind == "block"}
         self._tensors = _tensors_of_parts(graph, self._expected.exact, blocks)
         return list(self._tensors.values())
 
     def trace(self, evidence: RunResult, image: str) -> ErrorTrace | None:
-        """The errors of what was watched, on the image of that name. None for a graph that did not run."""
+        """The error trace of a run, on the image of this name. None where the graph did not run."""
         if evidence.logits is None:
             return None
-        exact, values = self._expected.exact, {LOGITS: evidence.logits[:1], **evidence.inside}
+        exact, values = self._expected.exact, {LOGITS: evidence.logits[:1], **evidence.activations}
         seen = {path: values[tensor] for path, tensor in self._tensors.items() if tensor in values}
         ours = _errors(seen, exact)
         parts = tuple(
@@ -126,7 +133,7 @@ def _finite(error: float | None) -> float | None:
 
 
 def _tensors_of_parts(graph: ir.Model, exact: Outputs, blocks: set[str]) -> dict[str, str]:
-    """The last tensor of a part's size that the part makes; a block's is its own sum, not a module's inside it."""
+    """For each part the last tensor of its size that its nodes make; for a block, that of its own sum only."""
     from spach_deploy.validation.bisect.opened_graph import float_elements
 
     elements = float_elements(graph, batch=1)
@@ -146,7 +153,7 @@ def _errors(outputs: Mapping[str, npt.NDArray[Any]], exact: Outputs) -> dict[str
 
 
 def _error(value: npt.NDArray[np.floating], exact: npt.NDArray[np.floating]) -> float:
-    """Relative L2, tokens first or last."""
+    """Relative L2, where the value may have its tokens first or last."""
     errors = [relative_l2(value.reshape(exact.shape), exact)]
     if exact.ndim == 3:  # (B, N, C), which may come as (B, C, N)
         batch, tokens, channels = exact.shape

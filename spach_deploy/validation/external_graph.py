@@ -1,7 +1,8 @@
-"""A graph of the user's own, from another exporter or edited by hand, held to what a bundle was made from.
+"""Validate a graph that did not come from an export (another exporter's, or edited) against what a bundle was made
+from.
 
-Its input and its logits are found by shape, since names may be any, and its tensors by value (`bisect`). What is mapped
-to what is said, and so is what is not.
+Names may be any: input and logits are found by shape, inner tensors by value (`bisect`). The report says which tensor
+was taken for which, and what was not compared.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from spach_deploy.validation.bisect.opened_graph import half_type
 from spach_deploy.validation.bisect.reference import ProbedReference
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
 from spach_deploy.validation.live_reference import ImagesReference, Weights, as_images, rebuild
+from spach_deploy.validation.result import ReportHeader, Validation
 from spach_deploy.validation.runs import (
     EvaluationSet,
     RunResult,
@@ -36,7 +38,6 @@ from spach_deploy.validation.runs import (
     truncation_notes,
 )
 from spach_deploy.validation.tolerance import Bounds, derive_tolerances
-from spach_deploy.validation.validate import ReportHeader, Validation
 
 Say = Callable[[str], None]
 
@@ -51,7 +52,7 @@ _BISECTED_IMAGES = 2
 
 @dataclasses.dataclass(frozen=True)
 class MatchedGraph:
-    """A user's graph under our names. `notes`: what was taken for what."""
+    """An external graph with its input and logits renamed to ours. `notes`: which names were taken for which."""
 
     graph: ir.Model
     precision: Precision
@@ -61,45 +62,45 @@ class MatchedGraph:
 
 
 def validate_external(
-    subject: ReportHeader, bundle: Bundle, facts: BundleFacts, answered: ImagesReference, weights: Weights, say: Say
+    header: ReportHeader, bundle: Bundle, facts: BundleFacts, reference: ImagesReference, weights: Weights, say: Say
 ) -> Validation:
-    """Compare the graph at `subject.target` with PyTorch, as a whole and module by module.
+    """Compare the graph at `header.target` with PyTorch, as a whole and module by module.
 
-    Without the weights (a bundle from a checkpoint that is not given) as a whole only, by the bundle's bounds, which is
-    said. Raises UsageError for a graph whose input or logits cannot be told.
+    Without the weights (the bundle is from a checkpoint that was not given) only as a whole, by the bundle's
+    tolerances; a note says so. Raises UsageError where the graph's input or logits cannot be found.
     """
-    graph = _read(Path(subject.target))
+    graph = _read(Path(header.target))
     _check_quantization(graph, facts)
-    mapped = map_interface(graph, bundle.manifest.model.num_classes, facts.preprocessing.image_size)
-    trial = _trial(answered.trial, facts, mapped)
-    notes = truncation_notes(Path(subject.target), mapped.precision)
-    mapped = dataclasses.replace(mapped, notes=(*mapped.notes, *notes))
-    subject = dataclasses.replace(subject, precision=mapped.precision.value)
+    matched = map_interface(graph, bundle.manifest.model.num_classes, facts.preprocessing.image_size)
+    eval_set = _graph_inputs(reference.eval_set, facts, matched)
+    notes = truncation_notes(Path(header.target), matched.precision)
+    matched = dataclasses.replace(matched, notes=(*matched.notes, *notes))
+    header = dataclasses.replace(header, precision=matched.precision.value)
     try:
         say("Rebuilding the reference.")
         loaded = rebuild(bundle.manifest.model, weights)
     except UsageError as error:
         note = f"Not bisected by module: {error.message} {error.hint}"
-        bounds = _of_logits(answered.tolerances.graph)
-        return Validation(subject, trial, _evidence(mapped, trial, bounds), notes=(*mapped.notes, note))
-    bounds = _bounds(loaded, trial, facts, answered, mapped)
-    found = Validation(subject, trial, _evidence(mapped, trial, bounds), notes=mapped.notes)
+        bounds = _of_logits(reference.tolerances.graph)
+        return Validation(header, eval_set, _evidence(matched, eval_set, bounds), notes=(*matched.notes, note))
+    bounds = _bounds(loaded, eval_set, facts, reference, matched)
+    validation = Validation(header, eval_set, _evidence(matched, eval_set, bounds), notes=matched.notes)
     say("Bisecting by module.")
-    return _bisected(found, mapped, loaded, facts)
+    return _bisected(validation, matched, loaded, facts)
 
 
-def _bisected(found: Validation, mapped: MatchedGraph, loaded: LoadedModel, facts: BundleFacts) -> Validation:
-    inputs = found.trial.inputs(0, _BISECTED_IMAGES)
-    pixels = inputs.astype(np.uint8) if mapped.io_dtype is IODtype.UINT8 else None
-    images = as_images(inputs, dataclasses.replace(facts, outputs=found.trial.outputs))
+def _bisected(validation: Validation, matched: MatchedGraph, loaded: LoadedModel, facts: BundleFacts) -> Validation:
+    inputs = validation.eval_set.inputs(0, _BISECTED_IMAGES)
+    pixels = inputs.astype(np.uint8) if matched.io_dtype is IODtype.UINT8 else None
+    images = as_images(inputs, dataclasses.replace(facts, outputs=validation.eval_set.outputs))
     try:
         reference = ProbedReference(loaded.model, images, plan=read_record(facts), pixels=pixels)
-        bisection = bisect_graph(mapped.graph, reference)
+        bisection = bisect_graph(matched.graph, reference)
     except SpachError as error:
         note = f"Not bisected by module: {error.message}"
-        return dataclasses.replace(found, notes=(*found.notes, note))
-    truncating = truncated_by(Path(found.subject.target), mapped.precision)
-    return dataclasses.replace(found, bisection=dataclasses.replace(bisection, truncated_by=truncating))
+        return dataclasses.replace(validation, notes=(*validation.notes, note))
+    truncating = truncated_by(Path(validation.header.target), matched.precision)
+    return dataclasses.replace(validation, bisection=dataclasses.replace(bisection, truncated_by=truncating))
 
 
 def _read(path: Path) -> ir.Model:
@@ -110,7 +111,7 @@ def _read(path: Path) -> ir.Model:
 
 
 def _check_quantization(graph: ir.Model, facts: BundleFacts) -> None:
-    """Eight bits can only be held to a bundle that says which: their scales decide what is right."""
+    """A quantized graph needs a quantized bundle: its scales decide what is right."""
     if facts.quantization is None and _is_quantized(graph):
         raise UsageError(
             "The graph is quantized, and the bundle is not: what eight bits may cost is not known.",
@@ -122,24 +123,24 @@ def _is_quantized(graph: ir.Model) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in graph.graph)
 
 
-def _evidence(mapped: MatchedGraph, trial: EvaluationSet, bounds: Bounds) -> tuple[RunResult, ...]:
-    with saved_graph(mapped.graph) as path:
-        if mapped.precision is Precision.FP32:
-            return (examine_graph(path, trial, bounds, ran="graph"),)
-        return examine_typed(path, mapped.precision, trial, bounds)
+def _evidence(matched: MatchedGraph, eval_set: EvaluationSet, bounds: Bounds) -> tuple[RunResult, ...]:
+    with saved_graph(matched.graph) as path:
+        if matched.precision is Precision.FP32:
+            return (examine_graph(path, eval_set, bounds, what="graph"),)
+        return examine_typed(path, matched.precision, eval_set, bounds)
 
 
-def _trial(trial: EvaluationSet, facts: BundleFacts, mapped: MatchedGraph) -> EvaluationSet:
-    """The images as the graph takes them; its logits alone are compared."""
-    if facts.outputs.io_dtype is IODtype.UINT8 or mapped.io_dtype is not IODtype.UINT8:
-        outputs = OutputSpec(io_dtype=mapped.io_dtype)
-        dtype = np.float16 if mapped.io_dtype is IODtype.FP16 else np.float32
+def _graph_inputs(eval_set: EvaluationSet, facts: BundleFacts, matched: MatchedGraph) -> EvaluationSet:
+    """The images in the graph's input dtype; only its logits are compared."""
+    if facts.outputs.io_dtype is IODtype.UINT8 or matched.io_dtype is not IODtype.UINT8:
+        outputs = OutputSpec(io_dtype=matched.io_dtype)
+        dtype = np.float16 if matched.io_dtype is IODtype.FP16 else np.float32
 
         def inputs(start: int, stop: int) -> npt.NDArray[np.generic]:
-            given = trial.inputs(start, stop)
-            return given if mapped.io_dtype is IODtype.UINT8 else as_images(given, facts).astype(dtype)
+            given = eval_set.inputs(start, stop)
+            return given if matched.io_dtype is IODtype.UINT8 else as_images(given, facts).astype(dtype)
 
-        return dataclasses.replace(trial, inputs=inputs, outputs=outputs, batch=mapped.batch)
+        return dataclasses.replace(eval_set, inputs=inputs, outputs=outputs, batch=matched.batch)
     raise UsageError(
         "The graph takes uint8 pixels, and the bundle's golden images are normalized already.",
         "Give a bundle exported with --io-dtype uint8.",
@@ -147,16 +148,16 @@ def _trial(trial: EvaluationSet, facts: BundleFacts, mapped: MatchedGraph) -> Ev
 
 
 def _bounds(
-    loaded: LoadedModel, trial: EvaluationSet, facts: BundleFacts, answered: ImagesReference, mapped: MatchedGraph
+    loaded: LoadedModel, eval_set: EvaluationSet, facts: BundleFacts, reference: ImagesReference, matched: MatchedGraph
 ) -> Bounds:
-    """The bundle's where its precision is the graph's, else derived for the graph's."""
-    if facts.quantization is not None and _is_quantized(mapped.graph):
-        return _of_logits(answered.tolerances.graph)
-    if facts.precision is mapped.precision and facts.outputs.io_dtype is mapped.io_dtype:
-        return _of_logits(answered.tolerances.graph)
-    count = len(trial)
-    images = as_images(trial.inputs(0, count), dataclasses.replace(facts, outputs=trial.outputs))
-    return derive_tolerances(loaded.model, images, trial.logits, mapped.precision, trial.outputs).graph
+    """The bundle's bounds where it has the graph's precision, else bounds derived for that precision."""
+    if facts.quantization is not None and _is_quantized(matched.graph):
+        return _of_logits(reference.tolerances.graph)
+    if facts.precision is matched.precision and facts.outputs.io_dtype is matched.io_dtype:
+        return _of_logits(reference.tolerances.graph)
+    count = len(eval_set)
+    images = as_images(eval_set.inputs(0, count), dataclasses.replace(facts, outputs=eval_set.outputs))
+    return derive_tolerances(loaded.model, images, eval_set.logits, matched.precision, eval_set.outputs).graph
 
 
 def _of_logits(bounds: Bounds) -> Bounds:
@@ -167,7 +168,7 @@ def _of_logits(bounds: Bounds) -> Bounds:
 
 
 def map_interface(graph: ir.Model, num_classes: int, image_size: int) -> MatchedGraph:
-    """`graph`, in place, with its input and its logits under our names. UsageError where they cannot be told.
+    """Rename the input and the logits of `graph`, in place, to ours. UsageError where they cannot be found.
 
     `num_classes` and `image_size` are the reference's.
     """
@@ -209,7 +210,7 @@ def _check_image(value: ir.Value, size: int) -> None:
 
 
 def _logits_of(graph: ir.Model, num_classes: int) -> ir.Value:
-    """The float output of so many classes; one named logits first."""
+    """The float output with this number of classes; one named logits is preferred."""
 
     def fits(value: ir.Value) -> bool:
         known = _dims(value)[-1:] or [0]
@@ -227,7 +228,7 @@ def _element(value: ir.Value) -> ir.DataType:
 
 
 def _dims(value: ir.Value) -> list[int]:
-    """The extents, 0 where one is not known."""
+    """Extents of a shape, 0 where unknown."""
     return [dim if isinstance(dim, int) else 0 for dim in value.shape or ()]
 
 
@@ -242,7 +243,7 @@ def _batch(value: ir.Value) -> BatchProfile:
 
 
 def _rename(graph: ir.Graph, names: dict[str, ir.Value]) -> None:
-    """Tensors under other names, in place; a tensor that has one of the new names already gets another."""
+    """Rename tensors in place; a tensor that already has one of the new names gets another."""
     for value in (*graph.inputs, *graph.initializers.values(), *made_values(graph)):
         if names.get(name_of(value), value) is not value:
             value.name = f"{value.name}/theirs"

@@ -1,4 +1,4 @@
-"""The reference rebuilt: PyTorch in FP32 with the very weights that a bundle was made from."""
+"""Rebuild the reference (PyTorch in FP32 with the bundle's own weights) and run it on images."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ from spach_deploy.validation.shards import (
     readable_images,
     run_in_shards,
 )
-from spach_deploy.validation.tolerance import ImageArray as SomeImages
-from spach_deploy.validation.tolerance import ToleranceSet, derive_tolerances, evaluated_images
+from spach_deploy.validation.tolerance import ImageArray, ToleranceSet, derive_tolerances, evaluated_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,14 +43,14 @@ Say = Callable[[str], None]
 Float32Array = npt.NDArray[np.float32]
 LabelsOf = Callable[[tuple[str, ...], Labels | None], tuple[ImageLabels | None, tuple[str, ...]]]
 
-_LOSS_IMAGES = 8  # more than in an export, which has less time
+_ROUNDING_IMAGES = 8  # more than in an export, which has less time
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Where the user says the bundle's weights are: a checkpoint, which of its weights, and what to ignore in it.
+    """Where the user's copy of the bundle's weights is: a checkpoint, which of its weights, and keys to ignore in it.
 
-    None and () for what these were when the bundle was made.
+    None and () mean what the export used.
     """
 
     checkpoint: Path | None = None
@@ -61,7 +60,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class ImagesSpec:
-    """A user's images: where they are, how many to take at most, and where their labels are."""
+    """The user's images: where they are, how many to use at most, and where their labels are."""
 
     path: Path
     max_images: int
@@ -70,12 +69,12 @@ class ImagesSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ImagesReference:
-    """A user's images answered, bounds that hold for them, their labels where there are any, and remarks.
+    """Images with the reference's logits, the tolerances that hold for them, their labels if any, and notes.
 
-    `graph`: what the graph gave in each of its forms, where it was run beside the reference; else None.
+    `graph`: the graph's outputs in each CPU execution, where it ran together with the reference; else None.
     """
 
-    trial: EvaluationSet
+    eval_set: EvaluationSet
     tolerances: ToleranceSet
     labels: ImageLabels | None = None
     notes: tuple[str, ...] = ()
@@ -83,9 +82,10 @@ class ImagesReference:
 
 
 def rebuild(section: ModelSection, weights: Weights) -> LoadedModel:
-    """The reference model of a bundle whose manifest has the model section `section`.
+    """The reference of the bundle whose manifest has this model section.
 
-    Raises UsageError when the weights are needed and not given, CheckpointError when they are others.
+    Raises UsageError where a checkpoint is needed and not given, CheckpointError where its weights are not the
+    bundle's.
     """
     from spach_deploy.models import load_model
 
@@ -128,38 +128,38 @@ def _other_weights(loaded: LoadedModel, section: ModelSection, source: WeightSou
 
 
 def _with_weights(section: ModelSection, source: WeightSource) -> str:
-    """The --weights of the bundle's export, where others were taken now."""
+    """The --weights option of the export, where it is not the one used now."""
     return "" if section.weights is source else f", with --weights {section.weights.value}"
 
 
 def rebuilt_on_golden(
-    section: ModelSection, facts: BundleFacts, trial: EvaluationSet, weights: Weights, say: Say
+    section: ModelSection, facts: BundleFacts, eval_set: EvaluationSet, weights: Weights, say: Say
 ) -> EvaluationSet:
-    """The golden images answered by the reference rebuilt."""
+    """The golden images with logits of the rebuilt reference."""
     say("Rebuilding the reference.")
     loaded = rebuild(section, weights)
-    images = as_images(trial.inputs(0, len(trial)), facts)
-    return dataclasses.replace(trial, logits=_answers(loaded, images), reference=_described(loaded))
+    images = as_images(eval_set.inputs(0, len(eval_set)), facts)
+    return dataclasses.replace(eval_set, logits=_reference_logits(loaded, images), reference=_described(loaded))
 
 
 def rebuilt_on_images(
-    section: ModelSection, facts: BundleFacts, asked: ImagesSpec, weights: Weights, say: Say
+    section: ModelSection, facts: BundleFacts, spec: ImagesSpec, weights: Weights, say: Say
 ) -> ImagesReference:
-    """A user's images answered by the reference rebuilt, tolerances derived on them, and their labels.
+    """The user's images with logits of the rebuilt reference, tolerances derived on them, and labels.
 
-    At most `max_images`, spread evenly over the set. Raises ImageError when there is none, UsageError for labels that
-    do not fit the images or the model, before the reference runs.
+    Uses at most `max_images`, spread evenly over the set. Raises ImageError without a readable image; UsageError,
+    before the reference runs, for labels that do not fit the images or the model.
     """
-    source = open_images(asked.path)
-    labels_of = _labelling(asked, source, section.num_classes)
+    source = open_images(spec.path)
+    labels_of = _label_finder(spec, source, section.num_classes)
     loaded = rebuild(section, weights)
-    limited = source.limit(asked.max_images)
+    limited = source.limit(spec.max_images)
     names, pixels, own = _read(limited, facts.preprocessing, say)
     labels, notes = labels_of(names, own)
     say(f"Running the reference on {len(names)} images.")
     images = _Normalized(pixels, facts.preprocessing)
-    logits = _answers(loaded, images)
-    trial = EvaluationSet(
+    logits = _reference_logits(loaded, images)
+    eval_set = EvaluationSet(
         inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.outputs.io_dtype),
         logits=logits,
         names=names,
@@ -168,67 +168,67 @@ def rebuilt_on_images(
         outputs=facts.outputs,
         batch=facts.batch,
     )
-    return ImagesReference(trial, _tolerances(loaded, facts, images, logits, say), labels, notes)
+    return ImagesReference(eval_set, _tolerances(loaded, facts, images, logits, say), labels, notes)
 
 
-def rebuilt_in_parts(
+def rebuilt_on_cluster(
     section: ModelSection,
     facts: BundleFacts,
-    asked: ImagesSpec,
+    spec: ImagesSpec,
     weights: Weights,
     graph: Path,
     cluster_address: ClusterAddress,
     say: Say,
 ) -> ImagesReference:
-    """What `rebuilt_on_images` gives, and what `graph` answers to the same images, both from a cluster.
+    """What `rebuilt_on_images` returns, and the outputs of `graph` on the same images, all computed on a cluster.
 
-    Pixels are not kept here. Raises what `rebuilt_on_images` raises, UsageError where a node cannot read what can be
-    read here, and UnavailableError where the cluster has no room.
+    This process keeps no pixels. Raises what `rebuilt_on_images` raises, UsageError where a node cannot read an image
+    that can be read here, UnavailableError where the cluster has no room.
     """
-    source = open_images(asked.path)
-    labels_of = _labelling(asked, source, section.num_classes)
+    source = open_images(spec.path)
+    labels_of = _label_finder(spec, source, section.num_classes)
     loaded = rebuild(section, weights)
     work = ValidationWork(
-        graph=_whole(graph) if graph.is_file() else b"",
-        forms=executions_here(graph, facts.rest) if graph.is_file() else (),
+        graph=_graph_bytes(graph) if graph.is_file() else b"",
+        executions=executions_here(graph, facts.rest) if graph.is_file() else (),
         model=loaded.model,
         preprocessing=facts.preprocessing,
         io_dtype=facts.outputs.io_dtype,
         threads=1,  # a worker has one core
     )
-    limited = source.limit(asked.max_images)
+    limited = source.limit(spec.max_images)
     with cluster_address.connected() as cluster:
-        readable = readable_images(limited, asked.max_images, facts.preprocessing, cluster.executor(DECODING_BYTES))
+        readable = readable_images(limited, spec.max_images, facts.preprocessing, cluster.executor(DECODING_BYTES))
         for skipped in readable.skipped:
             say(f"Skipped {skipped}")
         labels, notes = labels_of(readable.names, readable.labels)
-        kept = evaluated_images(len(readable), facts.rest, _LOSS_IMAGES)
-        answered = run_in_shards(ShardedRunRequest(work, graph, limited, readable, facts.batch, kept), cluster, say)
-    trial = EvaluationSet(
+        kept = evaluated_images(len(readable), facts.rest, _ROUNDING_IMAGES)
+        outputs = run_in_shards(ShardedRunRequest(work, graph, limited, readable, facts.batch, kept), cluster, say)
+    eval_set = EvaluationSet(
         inputs=lambda start, stop: _read_again(limited, readable, facts, start, stop),
-        logits=answered.logits,
+        logits=outputs.logits,
         names=readable.names,
         images=_counted(limited, len(readable)),
         reference=_described(loaded),
         outputs=facts.outputs,
         batch=facts.batch,
     )
-    few = {number: normalize(pixels[None], facts.preprocessing)[0] for number, pixels in answered.pixels.items()}
-    bounds = _tolerances(loaded, facts, FewImages(len(readable), few), answered.logits, say)
-    return ImagesReference(trial, bounds, labels, notes, answered.graph)
+    few = {number: normalize(pixels[None], facts.preprocessing)[0] for number, pixels in outputs.pixels.items()}
+    bounds = _tolerances(loaded, facts, FewImages(len(readable), few), outputs.logits, say)
+    return ImagesReference(eval_set, bounds, labels, notes, outputs.graph)
 
 
 def _read_again(
     source: ImageSource, readable: ReadableImages, facts: BundleFacts, start: int, stop: int
 ) -> npt.NDArray[Any]:
-    """Some of the images, as the engine's caller sends them."""
+    """Some of the images, in the engine's input dtype."""
     chosen = itertools.islice(readable.entries(source), start, stop)
     pixels = np.stack([preprocess.pixels(entry.load(), facts.preprocessing) for entry in chosen])
     return to_input(pixels, facts.preprocessing, facts.outputs.io_dtype)
 
 
-def _whole(graph: Path) -> bytes:
-    """A graph with its weights, also where these lie in other files."""
+def _graph_bytes(graph: Path) -> bytes:
+    """A graph file's content, with weights from external files inside."""
     import onnx
 
     light = onnx.load(graph, load_external_data=False).graph
@@ -238,9 +238,9 @@ def _whole(graph: Path) -> bytes:
 
 
 def _tolerances(
-    loaded: LoadedModel, facts: BundleFacts, images: SomeImages, logits: Float32Array, say: Say
+    loaded: LoadedModel, facts: BundleFacts, images: ImageArray, logits: Float32Array, say: Say
 ) -> ToleranceSet:
-    """Bounds derived on the images (N, 3, S, S) that have the reference's `logits` (N, classes)."""
+    """Tolerances derived on `images` (N, 3, S, S) with the reference's `logits` (N, classes)."""
     say("Deriving tolerances on these images.")
     return derive_tolerances(
         loaded.model,
@@ -249,13 +249,13 @@ def _tolerances(
         facts.rest,
         facts.outputs,
         tf32=facts.tf32,
-        loss_images=_LOSS_IMAGES,
-        twin=_quantized(loaded, facts),
+        rounding_images=_ROUNDING_IMAGES,
+        fake_quantized=_quantized(loaded, facts),
     )
 
 
 def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:
-    """The reference with its layers in eight bits, as the bundle's record has it; None for other precisions."""
+    """The fake-quantized reference, by the bundle's quantization plan; None for bundles that are not quantized."""
     if facts.quantization is None:
         return None
     from spach_deploy.quantization.fake_quantization import fake_quantized
@@ -270,7 +270,7 @@ def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:
 def _read(
     source: ImageSource, preprocessing: Preprocessing, say: Say
 ) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], Labels | None]:
-    """Names, pixels (N, S, S, 3), and labels (N) where all images came with one."""
+    """Names, pixels (N, S, S, 3), and labels (N) where every image has one."""
     parts = list(batches(source, preprocessing, LARGEST_BATCH))
     for skipped in source.skipped:
         say(f"Skipped {skipped}")
@@ -280,20 +280,20 @@ def _read(
     return names, np.concatenate([part.pixels for part in parts]), labels
 
 
-def _labelling(asked: ImagesSpec, source: ImageSource, num_classes: int) -> LabelsOf:
-    """What finds the labels of images once they are read; a labels file is read and checked now."""
-    if asked.labels is not None:
-        labelling = open_labels(asked.labels, asked.path, source.classes, num_classes)
+def _label_finder(spec: ImagesSpec, source: ImageSource, num_classes: int) -> LabelsOf:
+    """A function that finds the labels once the images are read. Reads and checks a labels file at once."""
+    if spec.labels is not None:
+        labelling = open_labels(spec.labels, spec.path, source.classes, num_classes)
         return lambda names, own: (labelling.of(names, own), ())
     if source.classes:  # folders are the model's classes only where the user says so
         return lambda names, own: (None, ())
-    return lambda names, own: _labels_of_npz(OwnLabels(asked.path, num_classes), names, own)
+    return lambda names, own: _labels_of_npz(OwnLabels(spec.path, num_classes), names, own)
 
 
 def _labels_of_npz(
     labelling: OwnLabels, names: tuple[str, ...], own: Labels | None
 ) -> tuple[ImageLabels | None, tuple[str, ...]]:
-    """Labels in an npz need no option; those of other classes are no error then, but said."""
+    """Labels in the npz, which need no option. Unusable ones are no error, but a note."""
     if own is None:
         return None, ()
     try:
@@ -307,7 +307,7 @@ def _counted(source: ImageSource, used: int) -> str:
 
 
 def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
-    """What an engine's caller sends, as float32 (N, 3, S, S)."""
+    """Engine inputs as float32 (N, 3, S, S)."""
     if facts.outputs.io_dtype is IODtype.UINT8:
         return normalize(inputs, facts.preprocessing)
     return inputs.astype(np.float32)
@@ -315,7 +315,7 @@ def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Normalized:
-    """Images float32 (N, 3, S, S), normalized when they are taken: their pixels are a quarter of that."""
+    """Images float32 (N, 3, S, S) that are normalized when they are read: the pixels take a quarter of the memory."""
 
     pixels: npt.NDArray[np.uint8]
     preprocessing: Preprocessing
@@ -327,7 +327,7 @@ class _Normalized:
         return normalize(self.pixels[chosen], self.preprocessing)
 
 
-def _answers(loaded: LoadedModel, images: SomeImages) -> Float32Array:
+def _reference_logits(loaded: LoadedModel, images: ImageArray) -> Float32Array:
     every = range(len(images))
     starts = every[::LARGEST_BATCH]
     return np.concatenate([evaluate(loaded.model, images[[*every[start : start + LARGEST_BATCH]]]) for start in starts])

@@ -1,12 +1,11 @@
-"""What every part of a network answers, kept while the whole is evaluated.
+"""Evaluate a model with its tensors rounded to another format: the rounding error of a precision, in PyTorch itself.
 
-A part is the stem, a norm, a block, a downsampling or the head.
+The model runs in FP32 with its input, every weight and every module's output rounded to the format. Sums inside a
+module stay in FP32, as on a GPU's tensor cores, which multiply 16-bit numbers and accumulate in FP32. So no engine of
+that precision can avoid this error. It costs about as much time as one FP32 evaluation.
 
-What PyTorch itself loses when a model's numbers are stored in another format.
-
-The model is evaluated in FP32 with its input, every weight and every module's output rounded to the format. Sums inside
-a module stay FP32, which is what a GPU's tensor cores do: they multiply 16-bit numbers and accumulate in FP32. So this
-is the loss that no engine of that precision can avoid, and it costs about as much as one FP32 evaluation.
+`recording_activations` keeps the output of every part of the model (stem, norm, block, downsampling or head) during an
+evaluation.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
 
 
 Outputs = dict[str, npt.NDArray[np.floating]]
-"""By the part's name, in the order in which they are computed."""
+"""Outputs by the part's name, in the order of computation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationTrace:
-    """Outputs for one image: in FP32, in FP64, and with every module's output rounded (empty where nothing is rounded).
+    """Outputs of all parts for one image: in FP32, in FP64, and with rounded tensors (empty where nothing is rounded).
 
-    The latter two are filled by `tolerance.derive_tolerances`, which evaluates both anyway.
+    `tolerance.derive_tolerances` fills the latter two, because it runs both anyway.
     """
 
     exact: Outputs = dataclasses.field(default_factory=dict)
@@ -44,7 +43,7 @@ class ActivationTrace:
 
 
 def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's children, stages taken apart into blocks."""
+    """The model's children, with network stages split into blocks."""
     from torch import nn
 
     for name, part in model.named_children():
@@ -56,7 +55,7 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def recording_activations(model: nn.Module, outputs: Outputs | None) -> Iterator[None]:
-    """What the parts of `model` answer to the first image within the block, put into `outputs`, if any."""
+    """Within the block, put the outputs of the model's parts for the first image into `outputs`, if given."""
 
     def keeper(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -81,7 +80,7 @@ _TF32_DROPPED_BITS = 13  # of FP32's 23: TF32 keeps 10
 
 
 class StorageFormat(str, enum.Enum):
-    """Format in which tensors are stored or, for TF32, enter a matrix product."""
+    """The format in which tensors are stored or, for TF32, enter a matrix product."""
 
     FP32 = "fp32"
     TF32 = "tf32"
@@ -90,7 +89,7 @@ class StorageFormat(str, enum.Enum):
 
     @classmethod
     def of(cls, precision: Precision, *, tf32: bool = False) -> StorageFormat:
-        """That of an engine of `precision`; TF32 only concerns FP32 engines on a GPU."""
+        """The format of an engine of this precision. `tf32` concerns FP32 engines on a GPU only."""
         return cls.TF32 if tf32 and precision is Precision.FP32 else cls(precision.value)
 
 
@@ -100,9 +99,9 @@ def evaluate(
     arithmetic: StorageFormat = StorageFormat.FP32,
     parts: Outputs | None = None,
 ) -> Float32Array:
-    """Answer of `model` (float32, evaluation mode) to `images` (N, 3, S, S), as `arithmetic` stores its tensors.
+    """Logits of `model` (float32, evaluation mode) for `images` (N, 3, S, S), with tensors rounded to `arithmetic`.
 
-    What its parts answer to the first image is put into `parts`.
+    `parts`: receives the outputs of the model's parts for the first image.
     """
     import torch
 
@@ -117,12 +116,12 @@ def evaluate(
         rounding_outputs(model, rounding),
         recording_activations(model, parts),
     ):
-        answer: Float32Array = model(rounding(torch.from_numpy(images))).numpy()
-    return answer
+        logits: Float32Array = model(rounding(torch.from_numpy(images))).numpy()
+    return logits
 
 
 def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None = None) -> npt.NDArray[np.float64]:
-    """The same with every weight and every operation in FP64; `model` itself stays as it is."""
+    """The same with all weights and operations in FP64; `model` itself is left unchanged."""
     import torch
 
     with (
@@ -130,15 +129,15 @@ def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None 
         converting(model, lambda tensor: tensor.double()),
         recording_activations(model, parts),
     ):
-        answer: npt.NDArray[np.float64] = model(torch.from_numpy(images).double()).numpy()
-    return answer
+        logits: npt.NDArray[np.float64] = model(torch.from_numpy(images).double()).numpy()
+    return logits
 
 
 @contextlib.contextmanager
 def converting(model: nn.Module, convert: Rounding) -> Iterator[None]:
-    """While a module of `model` computes, its own floating tensors are converted; then they are as they were.
+    """Within the block, a module's floating tensors are converted while the module computes, and restored afterwards.
 
-    So the weights of one layer are there twice, not those of all.
+    So only one layer's weights are in memory twice.
     """
     before: dict[nn.Module, tuple[Tensors, Tensors]] = {}
 
@@ -169,7 +168,7 @@ def _converted(tensors: Tensors, convert: Rounding) -> Tensors:
 
 @contextlib.contextmanager
 def rounding_outputs(model: nn.Module, rounding: Rounding) -> Iterator[None]:
-    """Every module's output is rounded."""
+    """Within the block, every module's output is rounded."""
     with contextlib.ExitStack() as hooks:
         for module in model.modules():
             hooks.enter_context(module.register_forward_hook(lambda _module, _inputs, output: rounding(output)))
@@ -177,13 +176,13 @@ def rounding_outputs(model: nn.Module, rounding: Rounding) -> Iterator[None]:
 
 
 def converted(module: nn.Module, convert: Rounding) -> nn.Module:
-    """A copy of `module` with each floating tensor converted; modules and tensors that are shared stay shared."""
+    """A copy of `module` with every floating tensor converted; shared modules and tensors stay shared."""
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     return copy.deepcopy(module, {id(tensor): convert(tensor) for tensor in tensors})
 
 
 def _to_fp16(tensor: Tensor) -> Tensor:
-    """Rounded to FP16; what FP16 cannot hold stays, since the precision policy keeps such tensors in FP32."""
+    """Round to FP16. Numbers beyond FP16's range stay, because the precision policy keeps such tensors in FP32."""
     rounded = tensor.half().float()
     lowest, highest = rounded.aminmax()
     fits = bool(lowest >= -_FP16_LIMIT) and bool(highest <= _FP16_LIMIT)
@@ -205,7 +204,7 @@ def _to_tf32(tensor: Tensor) -> Tensor:
 
 
 def rounding_of(arithmetic: StorageFormat) -> Rounding:
-    """What rounds a float32 tensor to `arithmetic`; for FP32 it stays as it is."""
+    """The function that rounds a float32 tensor to `arithmetic`; the identity for FP32."""
     return _ROUNDINGS.get(arithmetic, lambda tensor: tensor)
 
 

@@ -1,8 +1,8 @@
-"""Run what was exported on images, and compare it with the reference: one piece of evidence per run.
+"""Run a graph (ONNX Runtime) or a plan (TensorRT) on images, and compare its outputs with the reference's logits.
 
-A graph runs in ONNX Runtime, a plan in TensorRT. The images go through in batches of different sizes, because a graph
-can be right at one and wrong at another: the smallest, the usual and the largest of the batch profile. Where there are
-fewer images, they come again, each time from another one on: what mixes up images of a batch is seen.
+A graph can be right at one batch size and wrong at another. So the images go through in several sizes: the smallest,
+the usual and the largest batch of the profile. Where there are too few images they are repeated in another order, which
+shows an engine that mixes up images of a batch.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 Watch = Callable[["ir.Model"], Collection[str]]
-"""Chooses tensors of a graph, given in the form in which it will run."""
+"""Chooses tensors of a graph, as it will run, whose values are wanted."""
 
 LARGEST_BATCH = 3
-"""On a CPU, where the batch does not matter: beyond it a few cores gain nothing, and memory grows."""
+"""Batch size on a CPU where the size does not matter. Larger ones gain nothing on a few cores and take memory."""
 
 _REPEATED = 8
-"""Images that fill the profile's other batches."""
+"""Number of images that fill the profile's other batches."""
 
 _MEMORY_SHARE = 0.5
-"""Of the free memory, at most so much is taken by the largest batch on a CPU."""
+"""Share of the free memory that the largest batch on a CPU may take."""
 
 _MOST_AT_ONCE = 512
-"""Images in a batch on a CPU: the smallest model takes half a minute for them, and memory alone would allow hours."""
+"""Largest batch on a CPU: the smallest model takes half a minute for it. By memory alone it could take hours."""
 
 _RUNTIME_OVERHEAD = 2.0
-"""A CPU's memory for a batch, over the tensors that have to be there at once (ms_hybrid_s in FP16: 1.6)."""
+"""A CPU's memory for a batch, over that of the tensors that are live at once (measured 1.6: ms_hybrid_s in FP16)."""
 
 
 class Level(str, enum.Enum):
-    """What a run proves: `engine`, the plan itself; `graph`, the typed graph that it was built from."""
+    """The level of evidence: `engine`, the plan itself ran; `graph`, the typed graph that it was built from."""
 
     ENGINE = "engine"
     GRAPH = "graph"
@@ -64,9 +64,10 @@ class Level(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    """Images and the reference's answers. `inputs(start, stop)` gives inputs as the engine's caller sends them.
+    """Images with the reference's logits.
 
-    `logits` float32 (N, classes). `images` and `reference` say in words what the images are and who answered.
+    `inputs(start, stop)`: engine inputs of some images. `logits` float32 (N, classes). `images`, `reference`: in words,
+    what the images are and what computed the logits.
     """
 
     inputs: Callable[[int, int], Array] = dataclasses.field(repr=False)
@@ -83,11 +84,11 @@ class EvaluationSet:
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """One run, compared and judged. `ran` says in words what ran; `batches` are the batch sizes it was fed, `left_out`
-    a sentence about one of the profile's that it was not fed.
+    """One run, compared with the reference.
 
-    `answers`: the images that changed class, or came closest to it. `logits` (N, classes): what it answered, None where
-    it gave none. `inside`: tensors (1, ...) of the graph for the first image, where some were watched.
+    `ran`: what ran, in words. `batches`: the batch sizes that ran; `left_out`: a sentence about one that did not.
+    `answers`: images whose class changed, or nearly. `logits` (N, classes): None where the run gave none.
+    `activations`: tensors (1, ...) for the first image that a `Watch` chose.
     """
 
     level: Level
@@ -99,11 +100,11 @@ class RunResult:
     answers: tuple[ImagePredictions, ...] = ()
     left_out: str = ""
     logits: Array | None = dataclasses.field(default=None, repr=False, compare=False)
-    inside: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    activations: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
-        """Whether everything agreed."""
+        """Whether everything agrees."""
         return self.verdict.passed
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class RunResult:
 class CpuExecution(str, enum.Enum):
     """How a CPU runs a typed graph: as it is, or in FP32 with every half tensor rounded to its type.
 
-    Rounded, what overflows on a GPU overflows here. It is how a bfloat16 graph runs on a CPU at all.
+    Rounded, what overflows on a GPU overflows here too. A bfloat16 graph runs on a CPU only in this way.
     """
 
     PLAIN = "typed graph"
@@ -132,33 +133,35 @@ class CpuExecution(str, enum.Enum):
 
 
 def executions_of(precision: Precision) -> tuple[CpuExecution, ...]:
-    """Those that a graph of `precision` runs in on a CPU.
+    """The executions that a graph of this precision needs on a CPU.
 
-    ONNX Runtime computes FP16 mostly in FP32 and hides overflow, so FP16 is run once more with every half tensor
-    rounded. bfloat16 only runs that way.
+    ONNX Runtime computes FP16 mostly in FP32, which hides overflow. So FP16 graphs run a second time with every half
+    tensor rounded. BF16 graphs run only that way.
     """
     plain = () if precision is Precision.BF16 else (CpuExecution.PLAIN,)
     return plain if precision is Precision.FP32 else (*plain, CpuExecution.ROUNDED)
 
 
 def executions_here(graph: Path | bytes, precision: Precision) -> tuple[CpuExecution, ...]:
-    """`forms_of` that graph of `precision`, without the plain one where the ONNX Runtime here computes it wrongly."""
-    forms = executions_of(precision)
+    """`executions_of` this precision, without the plain one where the installed ONNX Runtime computes the graph
+    wrongly.
+    """
+    executions = executions_of(precision)
     return (
-        forms
+        executions
         if truncated_by(graph, precision) is None
-        else tuple(form for form in forms if form is not CpuExecution.PLAIN)
+        else tuple(execution for execution in executions if execution is not CpuExecution.PLAIN)
     )
 
 
 def truncated_by(graph: Path | bytes, precision: Precision) -> str | None:
-    """Version of the ONNX Runtime here where it truncates in a graph of `precision` what it should round, else None."""
+    """Version of the installed ONNX Runtime, where it truncates in this graph what it should round; else None."""
     version = truncation.truncating_runtime() if precision is Precision.FP16 else None
     return version if version is not None and _quantizes_fp16(graph) else None
 
 
 def truncation_notes(graph: Path | bytes, precision: Precision) -> tuple[str, ...]:
-    """What a report says of a graph that is wrong in the ONNX Runtime here; nothing of others."""
+    """Notes for a report about a graph that the installed ONNX Runtime computes wrongly; else empty."""
     version = truncated_by(graph, precision)
     if version is None:
         return ()
@@ -181,10 +184,11 @@ def _quantizes_fp16(graph: Path | bytes) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RunOutputs:
-    """What a run gave: `outputs` of all images by name, or the problem for which there are none, in a sentence.
+    """What a run returned.
 
-    `again`: of images that came once more, by their numbers `repeated`, to fill other batches. `left_out`: a sentence
-    about a batch of the profile that did not run.
+    `outputs` of all images by name; or `problem`, a sentence that says why there are none. `again`: outputs of the
+    images with the numbers `repeated`, which filled other batches. `left_out`: a sentence about a batch of the profile
+    that did not run.
     """
 
     what: str
@@ -197,49 +201,51 @@ class RunOutputs:
 
 
 def examine_graph(
-    graph: Path | bytes, trial: EvaluationSet, bounds: Bounds, *, ran: str = CpuExecution.PLAIN.value
+    graph: Path | bytes, eval_set: EvaluationSet, bounds: Bounds, *, what: str = CpuExecution.PLAIN.value
 ) -> RunResult:
-    """Run an ONNX graph in ONNX Runtime.
+    """Run an ONNX graph in ONNX Runtime and compare it.
 
-    A graph that does not load, or takes other inputs, or fails while it runs is evidence that did not pass. Raises
+    A graph that does not load, takes other inputs, or fails during the run gives a result that did not pass. Raises
     UnavailableError where ONNX Runtime is missing or has no kernel for a node.
     """
-    return _examine(CpuExecution.PLAIN, graph, trial, bounds, ran, in_others=True)
+    return _examine(CpuExecution.PLAIN, graph, eval_set, bounds, what, in_others=True)
 
 
 @contextlib.contextmanager
 def opened(
-    form: CpuExecution,
+    execution: CpuExecution,
     graph: Path | bytes,
     threads: int | None,
     watch: Watch | None = None,
     max_batch: int = LARGEST_BATCH,
 ) -> Iterator[OnnxRuntimeRunner]:
-    """The graph in ONNX Runtime, entered. UsageError where it does not load or cannot be rounded."""
+    """The graph open in ONNX Runtime. UsageError where it does not load or cannot be rounded."""
     open_in = functools.partial(OnnxRuntimeRunner, threads=threads, is_brief=True, max_batch=max_batch)
     with contextlib.ExitStack() as stack:
-        if form is CpuExecution.PLAIN and watch is None:
+        if execution is CpuExecution.PLAIN and watch is None:
             yield stack.enter_context(open_in(graph))
             return
-        with _as_it_runs(form, graph, watch) as (path, inner):
+        with _saved_execution(execution, graph, watch) as (path, inner):
             runner = stack.enter_context(open_in(path, inner=inner))
         yield runner
 
 
 @contextlib.contextmanager
-def _as_it_runs(form: CpuExecution, graph: Path | bytes, watch: Watch | None) -> Iterator[tuple[Path, list[str]]]:
-    """A file with the graph in a form, and the tensors that it gives because they are watched."""
+def _saved_execution(
+    execution: CpuExecution, graph: Path | bytes, watch: Watch | None
+) -> Iterator[tuple[Path, list[str]]]:
+    """A file with the graph as it will run, and the extra outputs that `watch` chose."""
     import onnx
     import onnx_ir as ir
 
     from spach_deploy.graph.editing import made_values, name_of
     from spach_deploy.graph.precision.rounding import check_runtime_rounds, rounded_graph
 
-    if form is CpuExecution.ROUNDED:
+    if execution is CpuExecution.ROUNDED:
         check_runtime_rounds()
     try:
         model = ir.from_proto(onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph))
-        model = rounded_graph(model) if form is CpuExecution.ROUNDED else model
+        model = rounded_graph(model) if execution is CpuExecution.ROUNDED else model
     except Exception as error:  # a foreign graph may hold anything
         raise UsageError(f"Its half tensors cannot be rounded one by one: {error}") from error
     outputs = {value.name for value in model.graph.outputs}
@@ -254,29 +260,39 @@ def _as_it_runs(form: CpuExecution, graph: Path | bytes, watch: Watch | None) ->
 def examine_typed(
     graph: Path | bytes,
     precision: Precision,
-    trial: EvaluationSet,
+    eval_set: EvaluationSet,
     bounds: Bounds,
     *,
     watch: Watch | None = None,
 ) -> tuple[RunResult, ...]:
-    """What a CPU can tell of a typed graph, in each of its forms that the ONNX Runtime here computes rightly.
+    """Run a typed graph in every execution that the installed ONNX Runtime computes rightly, and compare each.
 
-    The first one is fed the profile's other batches too; whether images are mixed up does not depend on rounding. The
-    last one, of the most roundings, has the tensors that `watch` chooses in `Evidence.inside`.
+    Only the first also runs the profile's other batches: whether images are mixed up does not depend on rounding. The
+    last one, with the most roundings, has the tensors that `watch` chose in `RunResult.activations`.
     """
-    forms = executions_here(graph, precision)
-    watched = {forms[-1]: watch}
+    executions = executions_here(graph, precision)
+    watched = {executions[-1]: watch}
     return tuple(
-        _examine(form, graph, trial, bounds, form.value, watched.get(form), in_others=form is forms[0])
-        for form in forms
+        _examine(
+            execution,
+            graph,
+            eval_set,
+            bounds,
+            execution.value,
+            watched.get(execution),
+            in_others=execution is executions[0],
+        )
+        for execution in executions
     )
 
 
-def examine_engine(plan: bytes, flavour: Flavour, trial: EvaluationSet, bounds: Bounds) -> RunResult:
-    """Run a plan through TensorRT. Raises UnavailableError where it cannot run here, UsageError when it is no plan."""
+def examine_engine(plan: bytes, flavour: Flavour, eval_set: EvaluationSet, bounds: Bounds) -> RunResult:
+    """Run a plan in TensorRT and compare it. Raises UnavailableError where it cannot run here, UsageError for no
+    plan.
+    """
     runner = TensorRTRunner(plan, flavour)
     with runner:
-        return _run_and_judge(runner, Level.ENGINE, trial, bounds, "engine.plan")
+        return _run_and_judge(runner, Level.ENGINE, eval_set, bounds, "engine.plan")
 
 
 def runs_here(plan: bytes, flavour: Flavour) -> bool:
@@ -288,39 +304,39 @@ def runs_here(plan: bytes, flavour: Flavour) -> bool:
         return False
 
 
-def examine_runner(runner: Runner, level: Level, trial: EvaluationSet, bounds: Bounds, ran: str) -> RunResult:
-    """Run what is entered already, such as a model on a server; `level` says what it proves, `ran` what it is."""
-    return _run_and_judge(runner, level, trial, bounds, ran)
+def examine_runner(runner: Runner, level: Level, eval_set: EvaluationSet, bounds: Bounds, what: str) -> RunResult:
+    """Run an open runner, such as a model on a server, and compare it. `level`: what it proves; `what` it is, in
+    words.
+    """
+    return _run_and_judge(runner, level, eval_set, bounds, what)
 
 
 def profile_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
-    """Sizes in which `count` images go through an engine: the smallest of its profile, the usual one, the largest, and
-    more of the largest until they are all through; images come again to fill the last one.
+    """Batch sizes in which `count` images run on an engine: smallest, usual and largest of the profile, then the
+    largest until all are through. Images are repeated to fill the last one.
     """
     sizes = tuple(sorted({profile.min, profile.opt, profile.max}))
     return (*sizes, *[profile.max] * -(-max(0, count - sum(sizes)) // profile.max))
 
 
-def repeating(count: int, places: int) -> tuple[int, ...]:
-    """Number of the image in each of so many places: all `count` in order, then all again from the second one on, and
-    so on, so that no two batches have their images in the same order.
+def repeated_images(count: int, count_: int) -> tuple[int, ...]:
+    """Image numbers for `places` inputs: all `count` in order, then again starting at the second one, and so on, so
+    that no two batches have the same order.
     """
-    return tuple((place + place // count) % count for place in range(places))
+    return tuple((place + place // count) % count for place in range(count_))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExtraBatches:
-    """The smallest, the usual and the largest batch of a profile, as far as a CPU is not fed them anyway and its memory
-    allows.
-    """
+    """Smallest, usual and largest batch of a profile, as far as a CPU does not run them anyway, and memory allows."""
 
     sizes: tuple[int, ...]
     left_out: str = ""
 
     @classmethod
-    def of(cls, graph: Path | bytes, trial: EvaluationSet) -> ExtraBatches:
-        """What this machine has memory for, and a CPU the time."""
-        profile, fed = trial.batch, graph_batches(len(trial), trial.batch)
+    def of(cls, graph: Path | bytes, eval_set: EvaluationSet) -> ExtraBatches:
+        """The batches that this machine has memory for, and a CPU has time for."""
+        profile, fed = eval_set.batch, graph_batches(len(eval_set), eval_set.batch)
         room = _room_for(graph, profile)
         most = min(profile.max, max(LARGEST_BATCH, min(room, _MOST_AT_ONCE)))
         sizes = {min(size, most) for size in (profile.min, profile.opt, profile.max)}.difference(fed)
@@ -330,7 +346,7 @@ class ExtraBatches:
 
 
 def _room_for(graph: Path | bytes, profile: BatchProfile) -> int:
-    """The largest batch for which there is memory; that of the profile where nothing tells."""
+    """The largest batch that memory has room for; the profile's largest where that is unknown."""
     import onnx
     import onnx_ir as ir
 
@@ -348,17 +364,19 @@ def _room_for(graph: Path | bytes, profile: BatchProfile) -> int:
     return int(_MEMORY_SHARE * memory.available_bytes / (_RUNTIME_OVERHEAD * 4 * elements))
 
 
-def in_other_batches(form: CpuExecution, graph: Path | bytes, ran: RunOutputs, trial: EvaluationSet) -> RunOutputs:
-    """A graph that ran in small batches, run in the profile's others too, on a few of the images."""
-    others = ExtraBatches.of(graph, trial)
-    if ran.problem or not others.sizes:
-        return _in_other(None, others, ran, trial)
-    with opened(form, graph, None, max_batch=max(others.sizes)) as runner:
-        return _in_other(runner, others, ran, trial)
+def in_other_batches(
+    execution: CpuExecution, graph: Path | bytes, run: RunOutputs, eval_set: EvaluationSet
+) -> RunOutputs:
+    """Run a graph, which ran in small batches, in the profile's other batches too, on a few of the images."""
+    others = ExtraBatches.of(graph, eval_set)
+    if run.problem or not others.sizes:
+        return _run_other_batches(None, others, run, eval_set)
+    with opened(execution, graph, None, max_batch=max(others.sizes)) as runner:
+        return _run_other_batches(runner, others, run, eval_set)
 
 
 def plan_batches(count: int, profile: BatchProfile, largest: int | None = None) -> tuple[int, ...]:
-    """Sizes in which `count` images go through: the smallest allowed first, then the largest, at most `largest`."""
+    """Batch sizes for `count` images: the profile's smallest first, then its largest, which `largest` limits."""
     largest = max(profile.min, min(profile.max, profile.max if largest is None else largest))
     first = min(profile.min, count)
     rest = count - first
@@ -367,17 +385,17 @@ def plan_batches(count: int, profile: BatchProfile, largest: int | None = None) 
 
 
 def graph_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
-    """Sizes in which `count` images go through a graph on a CPU."""
+    """Batch sizes for `count` images that run through a graph on a CPU."""
     return plan_batches(count, profile, LARGEST_BATCH)
 
 
-def problem_before(form: CpuExecution, graph: Path | bytes, example: Array) -> str:
-    """Why a graph cannot be run on inputs like `example`, in a sentence; empty where it can.
+def problem_before(execution: CpuExecution, graph: Path | bytes, example: Array) -> str:
+    """Why a graph cannot run on inputs like `example`, in a sentence; empty where it can.
 
     Raises UnavailableError where this machine cannot tell.
     """
     try:
-        with opened(form, graph, None) as runner:
+        with opened(execution, graph, None) as runner:
             return _input_problem(runner.input_specs, example)
     except UsageError as error:
         _check_runtime(graph)
@@ -385,7 +403,7 @@ def problem_before(form: CpuExecution, graph: Path | bytes, example: Array) -> s
 
 
 def problem_of(error: Exception) -> str:
-    """Why a run ended, in a sentence. Raises the error itself where it is not the graph's fault."""
+    """Why a run failed, in a sentence. Raises `error` itself where the graph is not at fault."""
     if isinstance(error, (UnavailableError, UsageError)):
         raise error
     if isinstance(error, MismatchError):
@@ -394,86 +412,86 @@ def problem_of(error: Exception) -> str:
     return f"It failed while it ran: {reason}"
 
 
-def run_result(level: Level, ran: RunOutputs, trial: EvaluationSet, bounds: Bounds) -> RunResult:
-    """What a run gave, held against the reference. A run with a problem is evidence that did not pass."""
-    if ran.problem:
-        comparison = Comparison(len(trial), (), (), (ran.problem,))
+def run_result(level: Level, run: RunOutputs, eval_set: EvaluationSet, bounds: Bounds) -> RunResult:
+    """A run's outputs compared with the reference. A run with a problem gives a result that did not pass."""
+    if run.problem:
+        comparison = Comparison(len(eval_set), (), (), (run.problem,))
         verdict = judge(comparison, bounds.outputs)
-        return RunResult(level, ran.what, (), comparison, bounds, verdict, left_out=ran.left_out)
-    comparison = _compared(ran.outputs, trial, range(len(trial)))
-    logits = ran.outputs.get(LOGITS)
-    answers = notable_predictions(trial.logits, logits, trial.names)
+        return RunResult(level, run.what, (), comparison, bounds, verdict, left_out=run.left_out)
+    comparison = _compared(run.outputs, eval_set, range(len(eval_set)))
+    logits = run.outputs.get(LOGITS)
+    answers = notable_predictions(eval_set.logits, logits, eval_set.names)
     verdict = judge(comparison, bounds.outputs)
-    if verdict.passed and ran.repeated:
-        again = judge(_compared(ran.again, trial, ran.repeated), bounds.outputs)
-        sizes = and_listed(sorted(set(ran.batches)))
+    if verdict.passed and run.repeated:
+        again = judge(_compared(run.again, eval_set, run.repeated), bounds.outputs)
+        sizes = and_listed(sorted(set(run.batches)))
         findings = tuple(f"Wrong in some of the batches of {sizes} only: {text}" for text in again.findings)
         verdict = Verdict(again.passed, findings)
-    return RunResult(level, ran.what, ran.batches, comparison, bounds, verdict, answers, ran.left_out, logits)
+    return RunResult(level, run.what, run.batches, comparison, bounds, verdict, answers, run.left_out, logits)
 
 
-def _compared(outputs: Mapping[str, Array], trial: EvaluationSet, images: Sequence[int]) -> Comparison:
+def _compared(outputs: Mapping[str, Array], eval_set: EvaluationSet, images: Sequence[int]) -> Comparison:
     chosen = list(images)
-    expected, dtypes = expected_outputs(trial.logits[chosen], trial.outputs), promised_dtypes(trial.outputs)
-    names = tuple(trial.names[index] for index in chosen)
+    expected, dtypes = expected_outputs(eval_set.logits[chosen], eval_set.outputs), promised_dtypes(eval_set.outputs)
+    names = tuple(eval_set.names[index] for index in chosen)
     return compare_outputs(expected, outputs, image_names=names, dtypes=dtypes)
 
 
 def and_listed(sizes: Sequence[int]) -> str:
-    """Sizes as a sentence has them: 1, 8 and 32."""
+    """Sizes as in a sentence: 1, 8 and 32."""
     *others, last = map(str, sizes)
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def in_runtime(ran: str) -> str:
-    """Where a graph runs on a CPU, in words."""
-    return f"{ran} in {NAME}"
+def in_runtime(what: str) -> str:
+    """What ran on a CPU, and where, in words."""
+    return f"{what} in {NAME}"
 
 
 def _examine(
-    form: CpuExecution,
+    execution: CpuExecution,
     graph: Path | bytes,
-    trial: EvaluationSet,
+    eval_set: EvaluationSet,
     bounds: Bounds,
-    ran: str,
+    what: str,
     watch: Watch | None = None,
     *,
     in_others: bool,
 ) -> RunResult:
-    others = ExtraBatches.of(graph, trial) if in_others else ExtraBatches(())
+    others = ExtraBatches.of(graph, eval_set) if in_others else ExtraBatches(())
     try:
-        with opened(form, graph, None, watch, max(trial.batch.min, LARGEST_BATCH, *others.sizes)) as runner:
-            found = _run(runner, trial, graph_batches(len(trial), trial.batch), in_runtime(ran))
-            found = _in_other(runner, others, found, trial)
-            return dataclasses.replace(run_result(Level.GRAPH, found, trial, bounds), inside=runner.seen)
+        with opened(execution, graph, None, watch, max(eval_set.batch.min, LARGEST_BATCH, *others.sizes)) as runner:
+            found = _run(runner, eval_set, graph_batches(len(eval_set), eval_set.batch), in_runtime(what))
+            found = _run_other_batches(runner, others, found, eval_set)
+            return dataclasses.replace(run_result(Level.GRAPH, found, eval_set, bounds), activations=runner.seen)
     except UsageError as error:  # onnxruntime refused the graph
         _check_runtime(graph)
-        return run_result(Level.GRAPH, RunOutputs(in_runtime(ran), problem=error.message), trial, bounds)
+        return run_result(Level.GRAPH, RunOutputs(in_runtime(what), problem=error.message), eval_set, bounds)
 
 
 def _check_runtime(graph: Path | bytes) -> None:
-    """UnavailableError where a graph is not at fault: this ONNX Runtime is older than its opset or its IR version."""
+    """UnavailableError where the installed ONNX Runtime is too old for the graph's opset or IR version."""
     import onnxruntime
 
-    needs, here = GraphNeeds.of(graph), runtimes().onnxruntime(onnxruntime.__version__)
-    if needs is None or here is None:
+    needs, known = GraphNeeds.of(graph), runtimes().onnxruntime(onnxruntime.__version__)
+    if needs is None or known is None:
         return
-    if misfit := here.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
+    if misfit := known.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
         raise UnavailableError(f"{misfit}.", "pip install --upgrade onnxruntime")
 
 
-def _run_and_judge(runner: Runner, level: Level, trial: EvaluationSet, bounds: Bounds, ran: str) -> RunResult:
-    """In every batch of the profile."""
-    sizes = profile_batches(len(trial), trial.batch)
-    return run_result(level, _run(runner, trial, sizes, f"{ran} in {runner.name}"), trial, bounds)
+def _run_and_judge(runner: Runner, level: Level, eval_set: EvaluationSet, bounds: Bounds, what: str) -> RunResult:
+    """Run all batches of the profile and compare."""
+    sizes = profile_batches(len(eval_set), eval_set.batch)
+    return run_result(level, _run(runner, eval_set, sizes, f"{what} in {runner.name}"), eval_set, bounds)
 
 
-def _run(runner: Runner, trial: EvaluationSet, sizes: tuple[int, ...], what: str) -> RunOutputs:
-    if problem := _input_problem(runner.input_specs, trial.inputs(0, 1)):
+def _run(runner: Runner, eval_set: EvaluationSet, sizes: tuple[int, ...], what: str) -> RunOutputs:
+    if problem := _input_problem(runner.input_specs, eval_set.inputs(0, 1)):
         return RunOutputs(what, problem=problem)
-    count = len(trial)
-    images = repeating(count, sum(sizes))
-    outputs = _outputs(runner, trial, images, sizes)
+    count = len(eval_set)
+    images = repeated_images(count, sum(sizes))
+    outputs = _outputs(runner, eval_set, images, sizes)
     if isinstance(outputs, str):
         return RunOutputs(what, problem=outputs)
     first, again = (
@@ -482,25 +500,27 @@ def _run(runner: Runner, trial: EvaluationSet, sizes: tuple[int, ...], what: str
     return RunOutputs(what, sizes, first, repeated=images[count:], again=again)
 
 
-def _in_other(runner: Runner | None, others: ExtraBatches, ran: RunOutputs, trial: EvaluationSet) -> RunOutputs:
-    if ran.problem or runner is None or not others.sizes:
-        return ran if ran.problem else dataclasses.replace(ran, left_out=others.left_out)
-    images = repeating(min(len(trial), _REPEATED), sum(others.sizes))
-    again = _outputs(runner, trial, images, others.sizes)
+def _run_other_batches(
+    runner: Runner | None, others: ExtraBatches, run: RunOutputs, eval_set: EvaluationSet
+) -> RunOutputs:
+    if run.problem or runner is None or not others.sizes:
+        return run if run.problem else dataclasses.replace(run, left_out=others.left_out)
+    images = repeated_images(min(len(eval_set), _REPEATED), sum(others.sizes))
+    again = _outputs(runner, eval_set, images, others.sizes)
     if isinstance(again, str):
-        return RunOutputs(ran.what, problem=again)
-    return RunOutputs(ran.what, (*ran.batches, *others.sizes), ran.outputs, "", images, again, others.left_out)
+        return RunOutputs(run.what, problem=again)
+    return RunOutputs(run.what, (*run.batches, *others.sizes), run.outputs, "", images, again, others.left_out)
 
 
 def _outputs(
-    runner: Runner, trial: EvaluationSet, images: tuple[int, ...], sizes: tuple[int, ...]
+    runner: Runner, eval_set: EvaluationSet, images: tuple[int, ...], sizes: tuple[int, ...]
 ) -> dict[str, Array] | str:
-    """Outputs of the images in batches of these sizes, or why there are none, in a sentence."""
+    """Outputs of `images` in batches of these sizes; or a sentence that says why there are none."""
     parts: list[Mapping[str, Array]] = []
     rest = iter(images)
     for size in sizes:
         try:
-            parts.append(runner.run({INPUT: _inputs(trial, tuple(itertools.islice(rest, size)))}))
+            parts.append(runner.run({INPUT: _inputs(eval_set, tuple(itertools.islice(rest, size)))}))
         except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
             return problem_of(error)
         if problem := _row_problem(parts[-1], size):
@@ -508,15 +528,15 @@ def _outputs(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _inputs(trial: EvaluationSet, chosen: tuple[int, ...]) -> Array:
-    """Inputs of some images; neighbours are taken together."""
+def _inputs(eval_set: EvaluationSet, chosen: tuple[int, ...]) -> Array:
+    """Inputs of some images; consecutive numbers are read together."""
     starts = [place for place, index in enumerate(chosen) if place == 0 or index != chosen[place - 1] + 1]
     runs = [chosen[start:stop] for start, stop in itertools.zip_longest(starts, starts[1:])]
-    return np.ascontiguousarray(np.concatenate([trial.inputs(run[0], run[-1] + 1) for run in runs]))
+    return np.ascontiguousarray(np.concatenate([eval_set.inputs(run[0], run[-1] + 1) for run in runs]))
 
 
 def _row_problem(outputs: Mapping[str, Array], size: int) -> str:
-    """Which output has not one row an image, in a sentence; empty where each has."""
+    """An output that has not one row for each image, in a sentence; empty without one."""
     wrong = (
         f"Output '{name}' has shape {value.shape}" for name, value in outputs.items() if value.shape[:1] != (size,)
     )
@@ -525,7 +545,7 @@ def _row_problem(outputs: Mapping[str, Array], size: int) -> str:
 
 
 def _input_problem(specs: Mapping[str, TensorSpec], example: Array) -> str:
-    """Why it cannot be fed, in a sentence; empty where it can."""
+    """Why the graph cannot take inputs like `example`, in a sentence; empty where it can."""
     wanted = f"{INPUT} {example.dtype} {_shown((None, *example.shape[1:]))}"
     spec = specs.get(INPUT)
     fits = (

@@ -1,4 +1,6 @@
-"""Validate what a Triton server answers: a bundle's golden pack, sent to a running model."""
+"""Validate a model that a Triton server runs: send a bundle's golden images and compare the responses with the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.runtime.triton_runner import ServedAt, TritonRunner
 from spach_deploy.runtime.truncation import MENDED, REMEDY
 from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.result import Validation, golden_set, report_header
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_runner
 from spach_deploy.validation.tolerance import ToleranceSet
-from spach_deploy.validation.validate import Validation, golden_set, report_header
 
 _RUNS_THE_PLAN = ("tensorrt_plan", "tensorrt")
 
@@ -27,44 +29,45 @@ class ServerRequest:
 
 @dataclasses.dataclass(frozen=True)
 class ServerValidation(Validation):
-    """A validation of a served model. `platform`: Triton's name of what ran."""
+    """The validation of a served model. `platform`: Triton's name of its backend."""
 
     platform: str = ""
 
     def level_sentence(self) -> str:
-        """How far the evidence reaches, in one plain line."""
+        """The level of evidence, in one line."""
         what = "The plan itself ran" if self.level is Level.ENGINE else "The graph ran"
         return f"Level of evidence: {self.level.value}. {what}, on the server ({self.platform})."
 
 
 def validate_server(request: ServerRequest) -> Validation:
-    """Send the bundle's golden pack to the server, and compare its answers with PyTorch in FP32.
+    """Send the bundle's golden images to the server, and compare its responses with PyTorch in FP32.
 
-    Raises BundleError for what is no bundle, ChangedFileError for one whose files were changed, UnavailableError where
-    the server does not answer or the model is not
-    ready, UsageError where it has no such model, MissingPackageError without tritonclient. Answers that differ, and
-    requests that are refused, are findings.
+    Responses that differ, and requests that are refused, are findings. Raises BundleError for a folder that is no
+    bundle, ChangedFileError for a bundle whose files were changed, UnavailableError where the server does not respond
+    or the model is not ready, UsageError where it has no such model, MissingPackageError without tritonclient.
     """
     bundle = Bundle.open(request.bundle)
     facts = BundleFacts.of(bundle)
     golden = Golden.load(bundle.file(GOLDEN))
-    trial = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
-    evidence, platform = _evidence(request, trial, facts.tolerances)
-    subject = report_header(str(request.served), bundle, facts.precision)
-    return ServerValidation(subject, trial, (evidence,), notes=truncation_hints(bundle, evidence), platform=platform)
+    eval_set = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
+    evidence, platform = _evidence(request, eval_set, facts.tolerances)
+    header = report_header(str(request.served), bundle, facts.precision)
+    return ServerValidation(header, eval_set, (evidence,), notes=truncation_hints(bundle, evidence), platform=platform)
 
 
 def truncation_hints(bundle: Bundle, evidence: RunResult) -> tuple[str, ...]:
-    """What may explain that a server's graph disagrees; nothing where it agrees, or its INT8 is not made of FP16."""
+    """A hint where ONNX Runtime's truncation may explain that a server's FP16-based INT8 graph disagrees; else
+    empty.
+    """
     if evidence.passed or evidence.level is Level.ENGINE or not bundle.quantizes_fp16:
         return ()
     return (f"This graph makes INT8 of FP16, which ONNX Runtime before {MENDED} truncates on a CPU. {REMEDY}",)
 
 
-def _evidence(request: ServerRequest, trial: EvaluationSet, tolerances: ToleranceSet) -> tuple[RunResult, str]:
+def _evidence(request: ServerRequest, eval_set: EvaluationSet, tolerances: ToleranceSet) -> tuple[RunResult, str]:
     with TritonRunner(request.served) as runner:
         if runner.platform in _RUNS_THE_PLAN:
             ran = f"plan ({runner.platform})"
-            return examine_runner(runner, Level.ENGINE, trial, tolerances.engine, ran), runner.platform
+            return examine_runner(runner, Level.ENGINE, eval_set, tolerances.engine, ran), runner.platform
         ran = f"graph ({runner.platform})"
-        return examine_runner(runner, Level.GRAPH, trial, tolerances.graph, ran), runner.platform
+        return examine_runner(runner, Level.GRAPH, eval_set, tolerances.graph, ran), runner.platform

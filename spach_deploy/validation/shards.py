@@ -1,9 +1,10 @@
-"""Validation in parts: what the reference and a graph answer to images that are looked at in many places.
+"""Validate on many images over a cluster: each task runs the reference and the graph on one shard of the images.
 
-Two passes. The first decodes every image, so that what cannot be read is known and moves no batch. The second runs the
-reference and the graph in the very batches in which one process would run them, each batch whole in one part, so that
-the answers are the same bits where both compute the same bits: on processors of one kind, with one number of threads.
-Answers alone come back; of pixels only those are kept here on which tolerances are derived.
+There are two phases. The first decodes every image, so that unreadable ones are known and the batches after them do not
+shift. The second runs reference and graph in the same batches that one process would use, each batch whole in one
+shard. So the outputs have the same bits wherever the hardware computes the same bits: on processors of one kind, with
+one number of threads. Only outputs come back. This process keeps the pixels of the few images that tolerances are
+derived on.
 """
 
 from __future__ import annotations
@@ -48,22 +49,24 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Say = Callable[[str], None]
 
-DECODED = 64
-"""Images that one task of the first pass decodes."""
+DECODED_PER_TASK = 64
+"""Images that one task of the first phase decodes."""
 
 MOST_BATCHES = 16
-"""Batches of the reference in one part, at most: what is lost and done again when a node dies."""
+"""Most reference batches in a shard: what is lost, and done again, when a node dies."""
 
 _SAID_EVERY_S = 30.0
 
 DECODING_BYTES = 700e6
-"""Memory of a task of the first pass: Python, and a large picture."""
+"""Memory of a task of the first phase: Python, and a large picture."""
 
-_BENCH_BYTES = 1.0e9
-"""Memory of a worker of the second pass beside weights: Python, PyTorch, ONNX Runtime, activations of a batch."""
+_WORKER_BYTES = 1.0e9
+"""Memory of a worker of the second phase without weights: Python, PyTorch, ONNX Runtime, a batch's activations."""
 
 _REFERENCE_COPIES, _GRAPH_COPIES = 2, 2
-"""Of weights in such a worker: of the reference, and of the graph for each form, rounded ones in FP32."""
+"""Copies of the weights in such a worker: of the reference, and of the graph for each execution (rounded ones are
+FP32).
+"""
 
 
 # The first pass
@@ -71,9 +74,10 @@ _REFERENCE_COPIES, _GRAPH_COPIES = 2, 2
 
 @dataclasses.dataclass(frozen=True)
 class ReadableImages:
-    """Images that can be read, in order, at most so many as were asked for.
+    """The readable images in order, at most as many as were asked for.
 
-    `labels` int64 (N) where all come with one. `left_out`: places of the others among `ImageSource.candidates`.
+    `labels` int64 (N), where every image has one. `left_out`: positions of the other images in
+    `ImageSource.candidates`.
     """
 
     names: tuple[str, ...]
@@ -86,7 +90,7 @@ class ReadableImages:
         return len(self.names)
 
     def entries(self, source: ImageSource) -> Iterator[ImageEntry]:
-        """They, afresh. UsageError where there are fewer than before."""
+        """The images again, in order. UsageError where there are fewer than before."""
         kept = (entry for place, entry in enumerate(source.candidates()) if place not in self.left_out)
         count = 0
         for entry in itertools.islice(kept, len(self)):
@@ -96,8 +100,8 @@ class ReadableImages:
             raise UsageError(f"{source.description} was changed while it was validated on.", "Run again.")
 
 
-def decode_part(preprocessing: Preprocessing, entries: Sequence[ImageEntry]) -> list[bytes | Skipped]:
-    """A task of the first pass: each image's digest, or why it cannot be read."""
+def decode_shard(preprocessing: Preprocessing, entries: Sequence[ImageEntry]) -> list[bytes | Skipped]:
+    """A task of the first phase: each image's digest, or why it cannot be read."""
     return [_digest(entry, preprocessing) for entry in entries]
 
 
@@ -111,16 +115,16 @@ def _digest(entry: ImageEntry, preprocessing: Preprocessing) -> bytes | Skipped:
 def readable_images(
     source: ImageSource, limit: int, preprocessing: Preprocessing, executor: Executor
 ) -> ReadableImages:
-    """The first `limit` readable images of `source`, which is limited to as many.
+    """The first `limit` readable images of `source`.
 
-    Raises ImageError where there is none, UsageError where a task cannot read what can be read here.
+    Raises ImageError without any, UsageError where a task cannot read an image that can be read here.
     """
     reading = _Reading()
     candidates = source.candidates()
     while (wanted := limit - len(reading.names)) > 0 and (entry := next(candidates, None)) is not None:
         chosen = itertools.chain([entry], itertools.islice(candidates, wanted - 1))
-        chunks, again = itertools.tee(chunked(chosen, DECODED))
-        for chunk, found in zip(again, executor.map(decode_part, preprocessing, chunks), strict=True):
+        chunks, again = itertools.tee(chunked(chosen, DECODED_PER_TASK))
+        for chunk, found in zip(again, executor.map(decode_shard, preprocessing, chunks), strict=True):
             reading.add(chunk, found)
     if not reading.names:
         list(source)  # raises, and names what is wrong
@@ -128,7 +132,7 @@ def readable_images(
 
 
 class _Reading:
-    """What is known of the candidates so far."""
+    """The images decoded so far."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -160,10 +164,10 @@ class _Reading:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationWork:
-    """What workers of the second pass share: a graph, the forms that it runs in, and the reference in FP32."""
+    """What all workers of the second phase share: a graph, its executions, and the reference in FP32."""
 
     graph: bytes = dataclasses.field(repr=False)
-    forms: tuple[CpuExecution, ...]
+    executions: tuple[CpuExecution, ...]
     model: nn.Module = dataclasses.field(repr=False)
     preprocessing: Preprocessing
     io_dtype: IODtype
@@ -171,79 +175,84 @@ class ValidationWork:
 
     @property
     def memory_bytes(self) -> float:
-        """What a worker needs, about."""
+        """About how much memory a worker needs."""
         weights = sum(int(tensor.nbytes) for tensor in self.model.state_dict().values())
-        graphs = len(self.forms) * _GRAPH_COPIES * len(self.graph)
-        return _BENCH_BYTES + _REFERENCE_COPIES * weights + graphs
+        graphs = len(self.executions) * _GRAPH_COPIES * len(self.graph)
+        return _WORKER_BYTES + _REFERENCE_COPIES * weights + graphs
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchRange:
-    """Batches of one part, as (start, stop) of images numbered over all; the graph's may reach beyond."""
+    """The batches of one shard, as (start, stop) over all images. Those of the graph may end after those of the
+    reference.
+    """
 
     reference: tuple[tuple[int, int], ...]
     graph: tuple[tuple[int, int], ...]
 
     @property
     def start(self) -> int:
-        """Number of the first image."""
+        """The first image."""
         return self.reference[0][0]
 
     @property
     def stop(self) -> int:
-        """Number behind the last image."""
+        """One past the last image."""
         return max(stop for _, stop in (*self.reference, *self.graph))
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationShard:
-    """A cut with its images and the digests that they had."""
+    """A shard's batches, its images, and the digests that they had in the first phase."""
 
-    cut: BatchRange
+    batches: BatchRange
     entries: tuple[ImageEntry, ...]
     digests: tuple[bytes, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardOutputs:
-    """To one part: the reference's logits (n, classes), and for each form outputs by name, or its problem."""
+    """The outputs of one shard: the reference's logits (n, classes), and for each execution outputs by name or a
+    problem.
+    """
 
     reference: Float32Array
     graph: tuple[Mapping[str, Array] | str, ...]
 
 
 class LoadedRunners:
-    """The reference and the graph, ready to run, in a worker that keeps them until it ends."""
+    """The reference and the graph, loaded in a worker until it ends."""
 
     def __init__(self, work: ValidationWork) -> None:
         self.work = dataclasses.replace(work, graph=b"")  # the sessions have it
         self._stack = contextlib.ExitStack()
         self.runners: list[Runner] = [
-            self._stack.enter_context(opened(form, work.graph, work.threads)) for form in work.forms
+            self._stack.enter_context(opened(execution, work.graph, work.threads)) for execution in work.executions
         ]
 
-    def answer(self, images: Float32Array) -> Float32Array:
-        """The reference's logits of normalized images (n, 3, S, S)."""
+    def reference_logits(self, images: Float32Array) -> Float32Array:
+        """The reference's logits for normalized images (n, 3, S, S)."""
         with torch_threads(self.work.threads) if self.work.threads else contextlib.nullcontext():
             return evaluate(self.work.model, images)
 
 
-def run_shard(bench: LoadedRunners, part: ValidationShard) -> ShardOutputs:
-    """A task of the second pass. Raises UsageError for an image that is another than before."""
-    work, first = bench.work, part.cut.start
-    pixels = np.stack([_unchanged(*pair, work.preprocessing) for pair in zip(part.entries, part.digests, strict=True)])
+def run_shard(loaded: LoadedRunners, shard: ValidationShard) -> ShardOutputs:
+    """A task of the second phase. UsageError for an image that is no longer the one of the first phase."""
+    work, first = loaded.work, shard.batches.start
+    pairs = zip(shard.entries, shard.digests, strict=True)
+    pixels = np.stack([_load_unchanged(*pair, work.preprocessing) for pair in pairs])
     logits = [
-        bench.answer(normalize(pixels[start - first : stop - first], work.preprocessing))
-        for start, stop in part.cut.reference
+        loaded.reference_logits(normalize(pixels[start - first : stop - first], work.preprocessing))
+        for start, stop in shard.batches.reference
     ]
     feeds = [
         np.ascontiguousarray(to_input(pixels[start - first : stop - first], work.preprocessing, work.io_dtype))
-        for start, stop in part.cut.graph
+        for start, stop in shard.batches.graph
     ]
-    return ShardOutputs(np.concatenate(logits), tuple(_outputs(runner, feeds) for runner in bench.runners))
+    return ShardOutputs(np.concatenate(logits), tuple(_outputs(runner, feeds) for runner in loaded.runners))
 
 
-def _unchanged(entry: ImageEntry, digest: bytes, preprocessing: Preprocessing) -> UInt8Array:
+def _load_unchanged(entry: ImageEntry, digest: bytes, preprocessing: Preprocessing) -> UInt8Array:
     image = preprocess.pixels(entry.load(), preprocessing)
     if image_digest(image) != digest:
         raise UsageError(f"{entry.name} was changed while it was validated on.", "Run again.")
@@ -251,7 +260,7 @@ def _unchanged(entry: ImageEntry, digest: bytes, preprocessing: Preprocessing) -
 
 
 def _outputs(runner: Runner, feeds: Sequence[Array]) -> Mapping[str, Array] | str:
-    """Outputs of all batches, or why one of them failed; nothing for no batch."""
+    """Outputs of all batches, or why one failed; empty without batches."""
     try:
         parts = [runner.run({INPUT: feed}) for feed in feeds]
     except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
@@ -263,8 +272,10 @@ def _outputs(runner: Runner, feeds: Sequence[Array]) -> Mapping[str, Array] | st
 
 
 @dataclasses.dataclass(frozen=True)
-class RunsOutputs:
-    """The reference's logits (N, classes), what the graph gave in each form, and pixels of a few images by number."""
+class ShardedRunOutputs:
+    """The reference's logits (N, classes), the graph's outputs in each execution, and the pixels that were kept, by
+    image.
+    """
 
     logits: Float32Array
     graph: tuple[RunOutputs, ...]
@@ -273,9 +284,9 @@ class RunsOutputs:
 
 @dataclasses.dataclass(frozen=True)
 class ShardedRunRequest:
-    """What is run on which images, in batches of `profile`; `kept`: numbers of images whose pixels are wanted.
+    """What to run on which images.
 
-    `file`: the graph's, for what is said of it.
+    `profile`: the batches. `kept`: numbers of the images whose pixels are wanted. `file`: the graph's, for messages.
     """
 
     work: ValidationWork
@@ -286,42 +297,45 @@ class ShardedRunRequest:
     kept: frozenset[int]
 
 
-def run_in_shards(asked: ShardedRunRequest, cluster: Cluster, say: Say) -> RunsOutputs:
-    """Run the reference and the graph on all readable images, in parts.
+def run_in_shards(request: ShardedRunRequest, cluster: Cluster, say: Say) -> ShardedRunOutputs:
+    """Run the reference and the graph on all readable images, in shards.
 
-    A form that the graph cannot be run in at all is told from here, and not tried elsewhere. Raises UsageError for
-    images that were changed, UnavailableError where a graph cannot be run on this kind of machine.
+    An execution that is impossible for the graph is found out here, before any task. Raises UsageError for images that
+    were changed, UnavailableError where a graph cannot run on this kind of machine.
     """
-    count, problems = len(asked.readable), _problems(asked)
-    work = dataclasses.replace(asked.work, forms=tuple(form for form in asked.work.forms if not problems[form]))
-    gathered = _Gathered(count, work.forms)
+    count, problems = len(request.readable), _problems(request)
+    possible = tuple(execution for execution in request.work.executions if not problems[execution])
+    work = dataclasses.replace(request.work, executions=possible)
+    collector = _ShardCollector(count, work.executions)
     pixels: dict[int, UInt8Array] = {}
     with cluster.pool(LoadedRunners, work, work.memory_bytes) as pool:
-        cuts = cut_batches(count, asked.profile, batches_a_part(count, pool.workers))
-        ahead, again = itertools.tee(cuts)
+        ranges_of_batches = split_batches(count, request.profile, batches_per_shard(count, pool.workers))
+        ahead, again = itertools.tee(ranges_of_batches)
         progress = _Progress(count, pool.workers, say)
-        for cut, answers in zip(again, pool.map(run_shard, _parts(asked, ahead, pixels)), strict=True):
-            gathered.add(cut, answers)
-            progress.at(cut.reference[-1][1])
-    batches = graph_batches(count, asked.profile)
-    ran = tuple(gathered.ran(form, batches, problems[form]) for form in asked.work.forms)
-    return RunsOutputs(gathered.logits, ran, pixels)
+        for batches, answers in zip(again, pool.map(run_shard, _shards(request, ahead, pixels)), strict=True):
+            collector.add(batches, answers)
+            progress.at(batches.reference[-1][1])
+    sizes = graph_batches(count, request.profile)
+    runs = tuple(collector.run_outputs(execution, sizes, problems[execution]) for execution in request.work.executions)
+    return ShardedRunOutputs(collector.logits, runs, pixels)
 
 
-def _problems(asked: ShardedRunRequest) -> dict[CpuExecution, str]:
-    """What is wrong with each form before any image, in a sentence; empty where nothing is."""
-    work, size = asked.work, asked.work.preprocessing.image_size
+def _problems(request: ShardedRunRequest) -> dict[CpuExecution, str]:
+    """For each execution why it is impossible, in a sentence; empty where it is possible."""
+    work, size = request.work, request.work.preprocessing.image_size
     example = to_input(np.zeros((1, size, size, 3), np.uint8), work.preprocessing, work.io_dtype)
-    return {form: problem_before(form, asked.file, example) for form in work.forms}
+    return {execution: problem_before(execution, request.file, example) for execution in work.executions}
 
 
-def batches_a_part(images: int, workers: int) -> int:
-    """So that each worker has several parts, and a part that is lost is not much."""
+def batches_per_shard(images: int, workers: int) -> int:
+    """Reference batches in a shard: few enough that each worker gets several shards and a lost one costs little."""
     return int(np.clip(images // LARGEST_BATCH // (4 * workers), 1, MOST_BATCHES))
 
 
-def cut_batches(count: int, profile: BatchProfile, batches: int) -> Iterator[BatchRange]:
-    """All batches of `count` images: so many of the reference in each cut, and the graph's that begin among them."""
+def split_batches(count: int, profile: BatchProfile, batches: int) -> Iterator[BatchRange]:
+    """All batches of `count` images in shards of this many reference batches, with the graph's batches that begin in
+    each.
+    """
     graph = _ranges(graph_batches(count, profile))
     following = next(graph, None)
     for first, end in ranges(count, batches * LARGEST_BATCH):
@@ -333,50 +347,52 @@ def cut_batches(count: int, profile: BatchProfile, batches: int) -> Iterator[Bat
 
 
 def _ranges(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Sizes of batches as (start, stop)."""
+    """Batch sizes as (start, stop)."""
     stop = 0
     for size in sizes:
         yield stop, stop + size
         stop += size
 
 
-def _parts(
-    asked: ShardedRunRequest, cuts: Iterable[BatchRange], pixels: dict[int, UInt8Array]
+def _shards(
+    request: ShardedRunRequest, ranges_of_batches: Iterable[BatchRange], pixels: dict[int, UInt8Array]
 ) -> Iterator[ValidationShard]:
-    """Cuts with their images; `pixels` gets those that are wanted here."""
-    entries, held, begin = asked.readable.entries(asked.source), list[ImageEntry](), 0
-    for cut in cuts:
-        del held[: cut.start - begin]
-        begin = cut.start
+    """The shards with their images. `pixels` receives those that are kept."""
+    entries, held, begin = request.readable.entries(request.source), list[ImageEntry](), 0
+    for batches in ranges_of_batches:
+        del held[: batches.start - begin]
+        begin = batches.start
         known = begin + len(held)
-        held += itertools.islice(entries, cut.stop - known)
-        for number in asked.kept.intersection(range(known, cut.stop)):
-            digest = asked.readable.digests[number]
-            pixels[number] = _unchanged(held[number - begin], digest, asked.work.preprocessing)
-        yield ValidationShard(cut, tuple(held[: cut.stop - begin]), asked.readable.digests[begin : cut.stop])
+        held += itertools.islice(entries, batches.stop - known)
+        for number in request.kept.intersection(range(known, batches.stop)):
+            digest = request.readable.digests[number]
+            pixels[number] = _load_unchanged(held[number - begin], digest, request.work.preprocessing)
+        yield ValidationShard(
+            batches, tuple(held[: batches.stop - begin]), request.readable.digests[begin : batches.stop]
+        )
 
 
-class _Gathered:
-    """Answers of all parts, put where they belong."""
+class _ShardCollector:
+    """Puts the outputs of all shards together."""
 
-    def __init__(self, count: int, forms: Sequence[CpuExecution]) -> None:
-        self._count, self._forms = count, tuple(forms)
+    def __init__(self, count: int, executions: Sequence[CpuExecution]) -> None:
+        self._count, self._executions = count, tuple(executions)
         self._reference: dict[str, Array] = {}
-        self._outputs: dict[CpuExecution, dict[str, Array]] = {form: {} for form in forms}
-        self._problems: dict[CpuExecution, str] = dict.fromkeys(forms, "")
+        self._outputs: dict[CpuExecution, dict[str, Array]] = {execution: {} for execution in executions}
+        self._problems: dict[CpuExecution, str] = dict.fromkeys(executions, "")
 
     @property
     def logits(self) -> Float32Array:
         return self._reference[LOGITS]
 
-    def add(self, cut: BatchRange, answers: ShardOutputs) -> None:
-        """The part that comes next: of a graph that fails, the first problem counts."""
-        self._put(self._reference, {LOGITS: answers.reference}, cut.start)
-        for form, found in zip(self._forms, answers.graph, strict=True):
+    def add(self, batches: BatchRange, answers: ShardOutputs) -> None:
+        """Add the next shard. Of a graph that fails, the first problem counts."""
+        self._put(self._reference, {LOGITS: answers.reference}, batches.start)
+        for execution, found in zip(self._executions, answers.graph, strict=True):
             if isinstance(found, str):
-                self._problems[form] = self._problems[form] or found
-            elif not self._problems[form]:
-                self._put(self._outputs[form], found, cut.graph[0][0] if cut.graph else 0)
+                self._problems[execution] = self._problems[execution] or found
+            elif not self._problems[execution]:
+                self._put(self._outputs[execution], found, batches.graph[0][0] if batches.graph else 0)
 
     def _put(self, whole: dict[str, Array], part: Mapping[str, Array], start: int) -> None:
         for name, array in part.items():
@@ -384,16 +400,16 @@ class _Gathered:
                 whole[name] = np.empty((self._count, *array.shape[1:]), array.dtype)
             whole[name][start : start + len(array)] = array
 
-    def ran(self, form: CpuExecution, batches: tuple[int, ...], before: str) -> RunOutputs:
-        """What the graph gave in one form; `before`: why it was not tried."""
-        what = in_runtime(form.value)
-        if problem := before or self._problems[form]:
+    def run_outputs(self, execution: CpuExecution, batches: tuple[int, ...], before: str) -> RunOutputs:
+        """The graph's outputs in one execution; `before`: why it was impossible."""
+        what = in_runtime(execution.value)
+        if problem := before or self._problems[execution]:
             return RunOutputs(what, problem=problem)
-        return RunOutputs(what, batches, self._outputs[form])
+        return RunOutputs(what, batches, self._outputs[execution])
 
 
 class _Progress:
-    """Says how far it is, from time to time."""
+    """Reports progress from time to time."""
 
     def __init__(self, total: int, workers: int, say: Say) -> None:
         self._total, self._say = total, say
@@ -408,7 +424,7 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class FewImages:
-    """As an array of N images of which only some are there: normalized float32 (3, S, S) by number."""
+    """Behaves as an array of N images, of which only some exist: normalized float32 (3, S, S) by number."""
 
     count: int
     known: Mapping[int, Float32Array]

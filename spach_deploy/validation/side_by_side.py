@@ -1,6 +1,6 @@
-"""Two bundles side by side: each against PyTorch by its own bounds, one against the other, and what differs in them.
+"""Compare two bundles: each with PyTorch by its own tolerances, both with each other, and what differs between them.
 
-Two bundles side by side as a table that a person can read, at 80 columns.
+`as_text` gives the comparison as a table for the terminal.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from spach_deploy.common.errors import UsageError, printable
 from spach_deploy.common.text import Escaped, rendered
 from spach_deploy.validation.changed_classes import ImagePredictions, notable_predictions
 from spach_deploy.validation.compare import OutputComparison, compare_outputs
-from spach_deploy.validation.provenance import Provenance
+from spach_deploy.validation.result import REPORT_VERSION, Provenance, Validation
 from spach_deploy.validation.table import DEMO_WARNING, WIDTH
 from spach_deploy.validation.target import ValidationRequest, validate_target
-from spach_deploy.validation.validate import REPORT_VERSION, Validation
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,7 +35,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something both bundles have, in words; "" where one has it not."""
+    """A fact about both bundles, in words; "" where one has none."""
 
     name: str
     first: str
@@ -44,34 +43,35 @@ class Fact:
 
     @property
     def differs(self) -> bool:
-        """Whether it is not the same in both."""
+        """Whether the bundles differ in it."""
         return self.first != self.second
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of the two: its bundle, and its validation against PyTorch."""
+    """One of the two bundles, and its validation against PyTorch."""
 
     bundle: Bundle
     validation: Validation
 
     @property
     def logits(self) -> np.ndarray[Any, Any] | None:
-        """What ran first answered."""
+        """The logits of its first run."""
         return self.validation.evidence[0].logits if self.validation.evidence else None
 
     @property
     def bound(self) -> float:
-        """How far its logits may be from PyTorch's, relative L2."""
+        """The relative L2 that its logits may have against PyTorch."""
         return self.validation.evidence[0].bounds.outputs[LOGITS].rel_l2
 
 
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
-    """Two bundles compared. `direct`: the second's logits against the first's, None where no images are common.
+    """Two bundles compared.
 
-    `answers`: images on which they differ, or nearly do. `layers`: modules whose precision differs. `allowed`: relative
-    L2 that both bounds together allow between them, None where their weights differ.
+    `direct`: the second's logits against the first's, None without common images. `answers`: images on which they
+    differ, or nearly. `layers`: modules whose precision differs. `allowed`: relative L2 between them that both bounds
+    together allow, None where their weights differ.
     """
 
     first: Side
@@ -95,17 +95,17 @@ class SideBySide:
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        """Both."""
+        """Both sides."""
         return self.first, self.second
 
     @property
     def passed(self) -> bool:
-        """Whether both agree with PyTorch, and with each other as far as that follows."""
+        """Whether both agree with PyTorch and, as far as that implies it, with each other."""
         return not self.findings and all(side.validation.passed for side in self.sides)
 
     @property
     def exit_code(self) -> int:
-        """0 both agreed, 1 one did not, 3 they agreed as far as this machine can tell."""
+        """0 both agree; 1 one does not; 3 they agree as far as this machine can tell."""
         return max(side.validation.exit_code for side in self.sides) if self.passed else 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class SideBySide:
 
 
 def compare_bundles(first: ValidationRequest, second: ValidationRequest, say: Say) -> SideBySide:
-    """Validate both, and compare them. Both requests differ in their targets alone.
+    """Validate both bundles and compare them. The requests differ only in their targets.
 
     Raises UsageError where they cannot be compared: no bundles, other classes, other image sizes.
     """
@@ -172,7 +172,7 @@ def _compared(first: Side, second: Side, *, is_on_images: bool) -> SideBySide:
     elif first.logits is None or second.logits is None or first.logits.shape != second.logits.shape:
         notes.append("There are no two sets of logits to compare with each other.")
     else:
-        names = first.validation.trial.names
+        names = first.validation.eval_set.names
         compared = compare_outputs({LOGITS: first.logits}, {LOGITS: second.logits}, image_names=names)
         direct = next(iter(compared.outputs), None)
         answers = notable_predictions(first.logits, second.logits, names)
@@ -189,7 +189,7 @@ def _compared(first: Side, second: Side, *, is_on_images: bool) -> SideBySide:
 
 
 def _has_same_images(first: Bundle, second: Bundle) -> bool:
-    """Whether both golden packs are of the same pictures: by names, and by pixels where these compare."""
+    """Whether both golden packs have the same images: by name, and by pixels where these can be compared."""
     packs = [Golden.load(bundle.path / GOLDEN) for bundle in (first, second)]
     if packs[0].names != packs[1].names:
         return False
@@ -252,7 +252,7 @@ def _tools(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _layers(first: Bundle, second: Bundle) -> Iterator[Fact]:
-    """Modules whose weights are of another precision in one of the two."""
+    """Modules whose weights have another precision in one of the two."""
     mine, theirs = (_precisions(bundle.manifest) for bundle in (first, second))
     for module in {**mine, **theirs}:
         fact = Fact(module, mine.get(module, ""), theirs.get(module, ""))
@@ -276,7 +276,7 @@ def as_text(compared: SideBySide, *, width: int = WIDTH, color: bool = False) ->
 def _parts(compared: SideBySide, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    if any(side.validation.subject.is_demo for side in compared.sides):
+    if any(side.validation.header.is_demo for side in compared.sides):
         yield Text(DEMO_WARNING, style="bold yellow")
         yield ""
     yield _table("", [_row(fact.name, fact.first, fact.second) for fact in compared.facts], compared)
@@ -320,7 +320,7 @@ def _table(title: str, rows: list[Row], compared: SideBySide) -> Table:
 
 
 def figures(compared: SideBySide) -> Iterator[Row]:
-    """Each one's figures against PyTorch."""
+    """The figures of each bundle against PyTorch."""
     columns = [_figures(side) for side in compared.sides]
     for name in columns[0]:
         yield name, columns[0][name], columns[1].get(name, "")
@@ -340,7 +340,7 @@ def _figures(side: Side) -> dict[str, str]:
     }
     if output is not None and output.scores is not None:
         found["top-1 agreement"] = f"{output.scores.top1_agreement:.2%}"
-        found["images that flip"] = f"{len(output.scores.flips)} of {len(validation.trial)}"
+        found["images that flip"] = f"{len(output.scores.flips)} of {len(validation.eval_set)}"
     if validation.accuracy is not None:
         measured = validation.accuracy.measured
         found["top-1 accuracy"] = f"{measured.top1_candidate:.2%} ({measured.top1_reference:.2%} in PyTorch)"
@@ -348,7 +348,7 @@ def _figures(side: Side) -> dict[str, str]:
 
 
 def _direct(compared: SideBySide) -> Iterator[str]:
-    """One against the other, and where their layers differ."""
+    """The two bundles against each other, and the layers in which they differ."""
     direct = compared.direct
     if direct is not None:
         allowed = "" if compared.allowed is None else f" of {compared.allowed:.2e} that both bounds allow"

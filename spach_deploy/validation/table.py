@@ -1,4 +1,4 @@
-"""A validation as a table that a person can read, at 80 columns."""
+"""A validation as a table for the terminal, 80 columns wide."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from spach_deploy.common.text import Escaped, rendered
 from spach_deploy.models.hyperparameters import lines
 from spach_deploy.validation.accuracy import Accuracy, PairedAccuracy
 from spach_deploy.validation.compare import IndexComparison, OutputComparison, ScoreComparison
+from spach_deploy.validation.result import Validation
 from spach_deploy.validation.runs import RunResult, and_listed
-from spach_deploy.validation.validate import Validation
 from spach_deploy.validation.verdict import Tolerance
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def as_text(validation: Validation, *, width: int = WIDTH, color: bool = False) 
 def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    if validation.subject.is_demo:
+    if validation.header.is_demo:
         yield Text(DEMO_WARNING, style="bold yellow")
         yield ""
     yield from _head(validation, width)
@@ -59,12 +59,14 @@ def _parts(validation: Validation, width: int) -> Iterator[RenderableType]:
         yield ""
     yield _verdict(validation)
     yield Text(_wrapped(validation.level_sentence(), width, 0))
-    if sentence := validation.subject.answers_sentence:
+    if sentence := validation.header.answers_sentence:
         yield Text(_wrapped(sentence, width, 0))
 
 
 def _findings(validation: Validation) -> tuple[str, ...]:
-    """Without those of later runs where the first has some: they say the same in other figures. The report has all."""
+    """Findings to show: of later runs only where the first has none, since they repeat it with other figures. The
+    report has all.
+    """
     if not validation.evidence or validation.evidence[0].passed:
         return validation.all_findings
     dropped = validation.accuracy.findings if validation.accuracy else ()
@@ -81,28 +83,28 @@ def _verdict(validation: Validation) -> Text:
         return Text("DID NOT AGREE with PyTorch in FP32.", style="bold red")
     if not validation.passed:
         return Text("AGREED with PyTorch in FP32, but LOST MORE ACCURACY than --max-drop allows.", style="bold red")
-    yours = " and with your answers" if validation.subject.answers is not None else ""
+    yours = " and with your answers" if validation.header.answers is not None else ""
     return Text(f"AGREED with PyTorch in FP32{yours}.", style="bold green")
 
 
 def _head(validation: Validation, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    subject, trial = validation.subject, validation.trial
-    unseen = [] if subject.is_demo else lines(subject.settings) or [_NOT_RECORDED]
+    header, eval_set = validation.header, validation.eval_set
+    unseen = [] if header.is_demo else lines(header.settings) or [_NOT_RECORDED]
     facts = [
-        ("target", subject.target),
-        ("model", f"{subject.model}, {subject.precision}"),
+        ("target", header.target),
+        ("model", f"{header.model}, {header.precision}"),
         *(("", line) for line in unseen),
-        ("images", f"{len(trial)}: {trial.images}"),
-        ("reference", trial.reference),
+        ("images", f"{len(eval_set)}: {eval_set.images}"),
+        ("reference", eval_set.reference),
     ]
     for name, value in facts:
         yield Text(_wrapped(f"{name:<11}{value}", width, 11))
 
 
 def _evidence(item: RunResult, width: int, *, in_full: bool) -> Iterator[RenderableType]:
-    """A table per output; for a second run that tells nothing new, a line per output."""
+    """A run's figures: a table for each output, or only a line for each where a second run tells nothing new."""
     from rich.text import Text
 
     yield ""
@@ -137,7 +139,7 @@ def _shape(extents: tuple[int, ...]) -> str:
 
 
 def _table(title: str, rows: Iterable[Row], width: int) -> Table:
-    """Where there is no room for the last column, its text stands below the row."""
+    """A table; where the last column has no room, its text stands below the row."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -195,7 +197,7 @@ def _index_rows(index: IndexComparison) -> Iterator[Row]:
 
 
 def _accuracy(accuracy: Accuracy, width: int) -> Iterator[RenderableType]:
-    """Top-1 and top-5 of both, and below them what follows."""
+    """Top-1 and top-5 of both models, and the conclusions."""
     from rich.text import Text
 
     measured = accuracy.measured

@@ -1,4 +1,8 @@
-"""Validate what a user points at: a bundle, its engine.plan, its model.onnx, or another graph beside its manifest."""
+"""Validate what the user names: a bundle, its engine.plan or model.onnx, or another graph in the bundle's folder.
+
+`validate_target` checks the options and the files, gets images with the reference's logits, runs the plan or the graph,
+and adds what was asked for: accuracy, the user's answers, bisection.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +38,18 @@ from spach_deploy.validation.live_reference import (
     ImagesSpec,
     Weights,
     rebuild,
-    rebuilt_in_parts,
+    rebuilt_on_cluster,
     rebuilt_on_golden,
     rebuilt_on_images,
+)
+from spach_deploy.validation.result import (
+    EnginePlan,
+    MissingEngineRun,
+    Validation,
+    golden_set,
+    report_header,
+    try_plan,
+    what_runs_a_plan,
 )
 from spach_deploy.validation.runs import (
     EvaluationSet,
@@ -50,15 +63,6 @@ from spach_deploy.validation.runs import (
     truncation_notes,
 )
 from spach_deploy.validation.tolerance import ToleranceSet
-from spach_deploy.validation.validate import (
-    EnginePlan,
-    MissingEngineRun,
-    Validation,
-    golden_set,
-    report_header,
-    try_plan,
-    what_runs_a_plan,
-)
 
 DEFAULT_MAX_IMAGES = 256
 _EXPORT_AGAIN = "Export the bundle again."
@@ -66,7 +70,7 @@ _PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 
 
 class TargetKind(enum.Enum):
-    """What was pointed at."""
+    """What the user named."""
 
     BUNDLE = "bundle"
     PLAN = "plan"
@@ -74,8 +78,8 @@ class TargetKind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pointed:
-    """What was pointed at, and the bundle that it belongs to."""
+class _Target:
+    """What the user named, and the bundle that it belongs to."""
 
     path: Path
     kind: TargetKind
@@ -89,12 +93,11 @@ class _Pointed:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationRequest:
-    """What `spach-validate` was asked. `weights` None, `ignore` empty: as when the bundle was made.
+    """The options of `spach-validate`. `weights` None, `ignore` empty: as the export had them.
 
-    `against`: the bundle that a graph of the user's own is held to; `bisect`: by module too.
-    `labels`: of `images`, a file or the same folder. `max_drop`: of top-1, in points, beyond which it does not pass.
-    `answers`: an npz of what the user's own code answered, which the reference is held to.
-    `cluster`: the cluster that answers to `images`; None for this process.
+    `against`: the bundle to compare an external graph with. `bisect`: also find the wrong step and module. `labels`: of
+    `images`, a file or the same folder. `max_drop`: allowed drop of top-1, in points. `answers`: an npz of the user's
+    own inputs and logits, to compare the reference with. `cluster`: where to run the images; None for this process.
     """
 
     target: Path
@@ -113,7 +116,7 @@ class ValidationRequest:
 
     @classmethod
     def of(cls, target: Path, given: Mapping[str, Any]) -> ValidationRequest:
-        """From the values of spach-validate's options, by their keys; what is not there is as by default."""
+        """From the values of spach-validate's options by key; missing ones have their defaults."""
         weights = given.get("weights")
         return cls(
             target=target,
@@ -135,50 +138,53 @@ class ValidationRequest:
 def validate_target(request: ValidationRequest, say: Callable[[str], None] = lambda text: None) -> Validation:
     """Compare what `request.target` computes with PyTorch in FP32.
 
-    `say` gets a sentence for what takes long. Raises UsageError for what cannot be validated (no bundle, no reference
-    that can be trusted, files that are no plan and no graph), UnavailableError when nothing can be run here.
+    `say` receives a sentence before each part that takes long. Raises UsageError for what cannot be validated (no
+    bundle, no reference to trust, a file that is neither plan nor graph), UnavailableError where nothing can run here.
     """
     _check_options(request)
     if request.against is not None:
-        return _foreign(request, request.against, say)
+        return _validate_external(request, request.against, say)
     bundle = _open(request.target)
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
     changed = _changed_files(bundle)
     _check_form(request.target, kind, changed)
     _check_processor(bundle)
-    pointed = _Pointed(request.target, kind, bundle, facts)
-    _check_cluster(request, pointed)
-    answered = _answered(bundle, facts, request, changed, say, pointed.graph)
-    found = _validation(request, pointed, answered, changed)
-    found = _with_accuracy(found, request, answered)
+    target = _Target(request.target, kind, bundle, facts)
+    _check_cluster(request, target)
+    reference = _images_reference(bundle, facts, request, changed, say, target.graph)
+    validation = _validation(request, target, reference, changed)
+    validation = _with_accuracy(validation, request, reference)
     if request.answers is not None:
-        found = _held_to_answers(
-            found, request.answers, bundle, Weights(request.checkpoint, request.weights, request.ignore), say
+        validation = _with_user_answers(
+            validation, request.answers, bundle, Weights(request.checkpoint, request.weights, request.ignore), say
         )
-    return _bisected(found, request, pointed, say) if request.bisect else found
+    return _bisected(validation, request, target, say) if request.bisect else validation
 
 
 def _changed_files(bundle: Bundle) -> dict[str, str]:
     return {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
 
 
-def _held_to_answers(
-    found: Validation, answers: Path, bundle: Bundle, weights: Weights, say: Callable[[str], None]
+def _with_user_answers(
+    validation: Validation, answers: Path, bundle: Bundle, weights: Weights, say: Callable[[str], None]
 ) -> Validation:
-    """The validation with how the bundle's reference agrees with the user's answers; where it does not, a finding."""
+    """The validation, with the agreement of the bundle's reference with the user's answers; a finding where they
+    disagree.
+    """
     from spach_deploy.validation.user_answers import compared, hold_to_answers, read_answers
 
     given = read_answers(answers)
     say("Comparing the reference with your answers.")
     loaded = rebuild(bundle.manifest.model, weights)
-    loaded = dataclasses.replace(loaded, settings=found.subject.settings or loaded.settings)
+    loaded = dataclasses.replace(loaded, settings=validation.header.settings or loaded.settings)
     other = ""
     try:
-        _, agreement = hold_to_answers(loaded, given, say, is_settled=True)
+        _, agreement = hold_to_answers(loaded, given, say, is_fixed=True)
     except MismatchError as error:
         agreement, other = compared(loaded, given), f"{error.message} {error.hint}"
-    return dataclasses.replace(found, other_model=other, subject=dataclasses.replace(found.subject, answers=agreement))
+    header = dataclasses.replace(validation.header, answers=agreement)
+    return dataclasses.replace(validation, other_model=other, header=header)
 
 
 def _check_processor(bundle: Bundle) -> None:
@@ -189,8 +195,8 @@ def _check_processor(bundle: Bundle) -> None:
         )
 
 
-def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], None]) -> Validation:
-    """A graph of the user's own, held to what a bundle was made from."""
+def _validate_external(request: ValidationRequest, against: Path, say: Callable[[str], None]) -> Validation:
+    """Validate a graph that did not come from an export, against the bundle of `--against`."""
     from spach_deploy.validation.external_graph import validate_external
 
     if not against.is_dir():
@@ -201,65 +207,65 @@ def _foreign(request: ValidationRequest, against: Path, say: Callable[[str], Non
     bundle = Bundle.open(against, verify=False)
     facts = BundleFacts.of(bundle)
     changed = _changed_files(bundle)
-    answered = _answered(bundle, facts, request, changed, say)
-    subject = report_header(str(request.target), bundle, facts.precision)
+    reference = _images_reference(bundle, facts, request, changed, say)
+    header = report_header(str(request.target), bundle, facts.precision)
     weights = Weights(request.checkpoint, request.weights, request.ignore)
-    found = validate_external(subject, bundle, facts, answered, weights, say)
-    return dataclasses.replace(found, findings=(*_file_findings(changed), *found.findings))
+    validation = validate_external(header, bundle, facts, reference, weights, say)
+    return dataclasses.replace(validation, findings=(*_file_findings(changed), *validation.findings))
 
 
 def _bisected(
-    found: Validation, request: ValidationRequest, pointed: _Pointed, say: Callable[[str], None]
+    validation: Validation, request: ValidationRequest, target: _Target, say: Callable[[str], None]
 ) -> Validation:
     from spach_deploy.validation.bisect_validation import BisectRequest, bisected
 
     weights = Weights(request.checkpoint, request.weights, request.ignore)
-    return bisected(found, BisectRequest(pointed.graph, pointed.bundle, pointed.facts, weights), say)
+    return bisected(validation, BisectRequest(target.graph, target.bundle, target.facts, weights), say)
 
 
 def _validation(
-    request: ValidationRequest, pointed: _Pointed, answered: ImagesReference, changed: dict[str, str]
+    request: ValidationRequest, target: _Target, reference: ImagesReference, changed: dict[str, str]
 ) -> Validation:
-    kind, bundle, facts = pointed.kind, pointed.bundle, pointed.facts
-    trial, notes = answered.trial, answered.notes
-    subject = report_header(str(request.target), bundle, facts.precision)
+    kind, bundle, facts = target.kind, target.bundle, target.facts
+    eval_set, notes = reference.eval_set, reference.notes
+    header = report_header(str(request.target), bundle, facts.precision)
     if kind is TargetKind.GRAPH:
         note = _graph_note(request.target, bundle)
         notes = (*notes, *truncation_notes(request.target, facts.rest))
-        evidence = _graph_evidence(request.target, facts, answered)
-        along = None if note else _traced(bundle)
+        evidence = _graph_evidence(request.target, facts, reference)
+        trace = None if note else _stored_trace(bundle)
         others = {name: state for name, state in changed.items() if name != request.target.name}
-        findings = (*_file_findings(others), *_quantization_findings(pointed))
-        return Validation(subject, trial, evidence, findings, notes=(*notes, *note), trace=along)
+        findings = (*_file_findings(others), *_quantization_findings(target))
+        return Validation(header, eval_set, evidence, findings, notes=(*notes, *note), trace=trace)
     other = (*_other_plan_findings(request.target, kind, bundle), *_other_graph_findings(kind, bundle))
-    findings = (*_file_findings(changed), *other, *_quantization_findings(pointed))
-    evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, answered)
+    findings = (*_file_findings(changed), *other, *_quantization_findings(target))
+    evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, reference)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
     if any(item.level is Level.GRAPH for item in evidence):
         notes = (*notes, *truncation_notes(bundle.path / GRAPH, facts.rest))
-    along = None if GRAPH in changed else _traced(bundle)
+    trace = None if GRAPH in changed else _stored_trace(bundle)
     return Validation(
-        subject,
-        trial,
+        header,
+        eval_set,
         evidence,
         findings,
         notes,
         missing_engine_run=missing,
         graph_suffices=request.accept_graph,
-        trace=along,
+        trace=trace,
     )
 
 
-def _traced(bundle: Bundle) -> ErrorTrace | None:
-    """Errors along the depth as the export measured them; they are the unchanged graph's."""
+def _stored_trace(bundle: Bundle) -> ErrorTrace | None:
+    """The error trace that the export measured; it holds for the unchanged graph."""
     entry = bundle.manifest.validation.trace
     return None if entry is None else ErrorTrace.of(entry)
 
 
 def _check_options(request: ValidationRequest) -> None:
-    """Refuse labels without images, and a bound on the drop that is none or has nothing to be measured on."""
-    _check_spread(request)
+    """Refuse --labels without --images, and a --max-drop that is no number of points or has no labels."""
+    _check_cluster_options(request)
     if request.labels is not None and request.images is None:
         raise UsageError("--labels needs --images: the bundle's golden images are too few.", "Give --images PATH too.")
     if request.max_drop is None:
@@ -271,8 +277,8 @@ def _check_options(request: ValidationRequest) -> None:
         raise UsageError("--max-drop needs labels.", "Give --images PATH and --labels FILE.")
 
 
-def _check_spread(request: ValidationRequest) -> None:
-    """Refuse what a cluster does not do."""
+def _check_cluster_options(request: ValidationRequest) -> None:
+    """Refuse options that a cluster does not support."""
     if request.cluster is None:
         return
     for option, is_given in (
@@ -291,15 +297,15 @@ def _check_spread(request: ValidationRequest) -> None:
         )
 
 
-def _check_cluster(request: ValidationRequest, pointed: _Pointed) -> None:
-    """Refuse to run a plan: a cluster runs graphs. A plan that does not run here is told with the evidence."""
+def _check_cluster(request: ValidationRequest, target: _Target) -> None:
+    """Refuse to run a plan: a cluster runs graphs. Why a plan does not run here is part of the result instead."""
     if request.cluster is None:
         return
-    hint = f"Give {pointed.bundle.path / GRAPH}, or leave --ray out."
-    if pointed.kind is TargetKind.PLAN:
+    hint = f"Give {target.bundle.path / GRAPH}, or leave --ray out."
+    if target.kind is TargetKind.PLAN:
         raise UsageError("--ray runs graphs in ONNX Runtime, and no plans.", hint)
-    plan = pointed.bundle.plan if pointed.kind is TargetKind.BUNDLE else None
-    if plan is not None and plan.is_file() and runs_here(plan.read_bytes(), pointed.facts.flavour):
+    plan = target.bundle.plan if target.kind is TargetKind.BUNDLE else None
+    if plan is not None and plan.is_file() and runs_here(plan.read_bytes(), target.facts.flavour):
         raise UsageError("--ray runs graphs in ONNX Runtime, and this machine can run the plan itself.", hint)
 
 
@@ -307,7 +313,7 @@ def _check_cluster(request: ValidationRequest, pointed: _Pointed) -> None:
 
 
 def _open(target: Path) -> Bundle:
-    """The bundle that the target belongs to, its files not yet verified."""
+    """The target's bundle, its files not yet verified."""
     if not target.exists() and target.name == PLAN and (target.parent / MANIFEST).is_file():
         bundle = Bundle.open(target.parent, verify=False)
         _check_has_plan(bundle)
@@ -339,7 +345,7 @@ def _kind(target: Path, bundle: Bundle) -> TargetKind:
 
 
 def _check_form(target: Path, kind: TargetKind, changed: dict[str, str]) -> None:
-    """Refuse a file that is not what its name says, before any work: ChangedFileError where an export wrote it."""
+    """Refuse a file that is not what its name says, before any work. ChangedFileError where an export wrote it."""
     try:
         if kind is TargetKind.PLAN and not (identity := _identify(target)).is_plan:
             raise UsageError(f"{target} is not a whole TensorRT plan: {identity.problem}.", _EXPORT_AGAIN)
@@ -381,7 +387,7 @@ def _check_is_onnx(target: Path) -> None:
 # Images and reference
 
 
-def _answered(
+def _images_reference(
     bundle: Bundle,
     facts: BundleFacts,
     request: ValidationRequest,
@@ -389,42 +395,42 @@ def _answered(
     say: Callable[[str], None],
     graph: Path | None = None,
 ) -> ImagesReference:
-    """The images with the reference's answers, the bounds that hold for them, and remarks.
+    """The images with the reference's logits, the tolerances that hold for them, and notes.
 
-    With --ray also with what `graph` answers.
+    With --ray also the outputs of `graph`.
     """
     section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights, request.ignore)
     if request.images is not None:
-        asked = ImagesSpec(request.images, request.max_images, request.labels)
+        spec = ImagesSpec(request.images, request.max_images, request.labels)
         if request.cluster is not None and graph is not None:
             request.cluster.check()
-            answered = rebuilt_in_parts(section, facts, asked, weights, graph, request.cluster, say)
+            reference = rebuilt_on_cluster(section, facts, spec, weights, graph, request.cluster, say)
         else:
-            answered = rebuilt_on_images(section, facts, asked, weights, say)
+            reference = rebuilt_on_images(section, facts, spec, weights, say)
         notes = (f"{GOLDEN} {changed[GOLDEN]}; it was not used.",) if GOLDEN in changed else ()
-        return dataclasses.replace(answered, notes=(*notes, *answered.notes))
+        return dataclasses.replace(reference, notes=(*notes, *reference.notes))
     if GOLDEN in changed:
         raise ChangedFileError(
             f"{bundle.path / GOLDEN} {changed[GOLDEN]} since the export, so there is no reference to trust.",
             "Give --images DIR with the --checkpoint FILE that the bundle was made from, or export it again.",
         )
     golden = Golden.load(bundle.file(GOLDEN))
-    trial = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
+    eval_set = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
     if request.checkpoint is not None:
-        trial = rebuilt_on_golden(section, facts, trial, weights, say)
-    return ImagesReference(trial, facts.tolerances)
+        eval_set = rebuilt_on_golden(section, facts, eval_set, weights, say)
+    return ImagesReference(eval_set, facts.tolerances)
 
 
 # Evidence
 
 
 def _file_findings(changed: dict[str, str]) -> tuple[str, ...]:
-    """A golden pack that was changed is no finding: it is not used then."""
+    """Files that were changed. A changed golden pack is no finding, because it is not used then."""
     return tuple(f"{name} {state} since the bundle was exported." for name, state in changed.items() if name != GOLDEN)
 
 
 def _other_graph_findings(kind: TargetKind, bundle: Bundle) -> tuple[str, ...]:
-    """By the builder's own word, where it is kept."""
+    """A finding where the plan was built from another graph, if the manifest has the hash that the builder reported."""
     built_from = bundle.manifest.engine.graph_sha256
     if kind is TargetKind.GRAPH or built_from in (None, bundle.manifest.sha256(GRAPH)):
         return ()
@@ -438,12 +444,12 @@ def _other_plan_findings(target: Path, kind: TargetKind, bundle: Bundle) -> tupl
     return ()
 
 
-def _quantization_findings(pointed: _Pointed) -> tuple[str, ...]:
-    """Where the graph's scales and pairs are not what the bundle's record of quantization says."""
-    if pointed.facts.quantization is None or not pointed.graph.is_file():
+def _quantization_findings(target: _Target) -> tuple[str, ...]:
+    """Where the graph's scales and Q/DQ pairs differ from the bundle's quantization plan."""
+    if target.facts.quantization is None or not target.graph.is_file():
         return ()
-    findings = tuple(f"Quantization: {finding}." for finding in _audited(pointed.graph, pointed.facts.quantization))
-    calibrated, weights = pointed.facts.quantization.weights_sha256, pointed.bundle.manifest.model.weights_sha256
+    findings = tuple(f"Quantization: {finding}." for finding in _audited(target.graph, target.facts.quantization))
+    calibrated, weights = target.facts.quantization.weights_sha256, target.bundle.manifest.model.weights_sha256
     if calibrated == weights:
         return findings
     other = f"Quantization: its scales are of other weights ({calibrated[:16]}) than the bundle's ({weights[:16]})."
@@ -471,41 +477,41 @@ def _graph_note(target: Path, bundle: Bundle) -> tuple[str, ...]:
 
 
 def _plan_or_graph(
-    target: Path, kind: TargetKind, bundle: Bundle, facts: BundleFacts, answered: ImagesReference
+    target: Path, kind: TargetKind, bundle: Bundle, facts: BundleFacts, reference: ImagesReference
 ) -> tuple[tuple[RunResult, ...], MissingEngineRun | None]:
-    """Evidence of the plan where it runs here, else of the graph, and why the plan did not run."""
+    """The plan's run where it runs here; else the graph's runs, and why the plan did not run."""
     missing: MissingEngineRun | None = None
     if bundle.plan is not None:
         plan_file = target if kind is TargetKind.PLAN else bundle.plan
-        tried = _try_file(plan_file, bundle, facts, answered.trial, answered.tolerances)
+        tried = _try_plan_file(plan_file, bundle, facts, reference.eval_set, reference.tolerances)
         if isinstance(tried, RunResult):
             return (tried,), None
         missing = tried
     graph = bundle.path / GRAPH
     if not graph.is_file():
         return (), missing
-    return _graph_evidence(graph, facts, answered), missing
+    return _graph_evidence(graph, facts, reference), missing
 
 
-def _graph_evidence(graph: Path, facts: BundleFacts, answered: ImagesReference) -> tuple[RunResult, ...]:
-    """What the graph gave beside the reference, judged; where it was not run yet, it runs now."""
-    trial, bounds = answered.trial, answered.tolerances.graph
-    if answered.graph is None:
-        return examine_typed(graph, facts.rest, trial, bounds)
-    first, *others = answered.graph
-    whole = in_other_batches(executions_here(graph, facts.rest)[0], graph, first, trial)
-    return tuple(run_result(Level.GRAPH, ran, trial, bounds) for ran in (whole, *others))
+def _graph_evidence(graph: Path, facts: BundleFacts, reference: ImagesReference) -> tuple[RunResult, ...]:
+    """The graph's runs, compared. Where it did not run together with the reference, it runs now."""
+    eval_set, bounds = reference.eval_set, reference.tolerances.graph
+    if reference.graph is None:
+        return examine_typed(graph, facts.rest, eval_set, bounds)
+    first, *others = reference.graph
+    whole = in_other_batches(executions_here(graph, facts.rest)[0], graph, first, eval_set)
+    return tuple(run_result(Level.GRAPH, ran, eval_set, bounds) for ran in (whole, *others))
 
 
-def _try_file(
-    file: Path, bundle: Bundle, facts: BundleFacts, trial: EvaluationSet, tolerances: ToleranceSet
+def _try_plan_file(
+    file: Path, bundle: Bundle, facts: BundleFacts, eval_set: EvaluationSet, tolerances: ToleranceSet
 ) -> RunResult | MissingEngineRun:
     engine = bundle.manifest.engine
     needs = what_runs_a_plan(facts.flavour.value, engine.version, list(engine.gpus))
     if not file.is_file():
         return MissingEngineRun(f"{file.name} is missing", needs)
     try:
-        return try_plan(EnginePlan(file.read_bytes(), facts.flavour, needs), trial, tolerances.engine)
+        return try_plan(EnginePlan(file.read_bytes(), facts.flavour, needs), eval_set, tolerances.engine)
     except SpachError as error:  # a damaged plan in a bundle; that it was changed is a finding already
         return MissingEngineRun(error.message.rstrip("."), needs)
 
@@ -513,26 +519,27 @@ def _try_file(
 # Accuracy
 
 
-def _with_accuracy(found: Validation, request: ValidationRequest, answered: ImagesReference) -> Validation:
-    """With the accuracy of what ran first, where the images have labels."""
-    labels = answered.labels
+def _with_accuracy(validation: Validation, request: ValidationRequest, reference: ImagesReference) -> Validation:
+    """The validation, with the accuracy of the first run where the images have labels."""
+    labels = reference.labels
     if labels is None:
-        _check_not_bounded(request, answered)
-        return found
-    ran = found.evidence[0] if found.evidence else None
+        _check_max_drop_unused(request, reference)
+        return validation
+    ran = validation.evidence[0] if validation.evidence else None
     logits = None if ran is None else ran.logits
-    if ran is None or logits is None or logits.shape != found.trial.logits.shape:
-        return _without_accuracy(found)
-    measured = paired(found.trial.logits, logits, labels.classes)
+    if ran is None or logits is None or logits.shape != validation.eval_set.logits.shape:
+        return _without_accuracy(validation)
+    measured = paired(validation.eval_set.logits, logits, labels.classes)
     accuracy = Accuracy(measured, ran.ran, labels.origin, request.max_drop, labels.notes)
-    return dataclasses.replace(found, accuracy=accuracy)
+    return dataclasses.replace(validation, accuracy=accuracy)
 
 
-def _check_not_bounded(request: ValidationRequest, answered: ImagesReference) -> None:
+def _check_max_drop_unused(request: ValidationRequest, reference: ImagesReference) -> None:
     if request.max_drop is not None:
-        reason = answered.notes[-1] if answered.notes else f"{request.images} has no array 'labels'."
+        reason = reference.notes[-1] if reference.notes else f"{request.images} has no array 'labels'."
         raise UsageError(f"--max-drop needs labels. {reason}", "Give --labels FILE.")
 
 
-def _without_accuracy(found: Validation) -> Validation:
-    return dataclasses.replace(found, notes=(*found.notes, "Accuracy was not measured: there are no logits to rank."))
+def _without_accuracy(validation: Validation) -> Validation:
+    note = "Accuracy was not measured: there are no logits to rank."
+    return dataclasses.replace(validation, notes=(*validation.notes, note))

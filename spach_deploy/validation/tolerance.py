@@ -1,32 +1,36 @@
-"""How far an exported model may be from PyTorch in FP32: bounds derived from two measurements, not guessed.
+"""How far an exported model may be from PyTorch in FP32: tolerances derived from two measurements, not guessed.
 
-    noise   FP32's own noise: the reference in FP32 against the same in FP64
-    loss    what PyTorch loses in the engine's precision on the same images (`precision_loss`); none for FP32
+    FP32 error      the reference in FP32 against the reference in FP64
+    rounding error  what PyTorch itself loses in the engine's precision on the same images (`rounding_error`);
+                    none for FP32
 
-    bound = FP32_FACTOR * noise + ROUNDING_FACTOR * loss
+    tolerance = FP32_FACTOR * FP32 error + ROUNDING_FACTOR * rounding error
 
-Both are taken per image, as the mean plus two standard deviations over the images measured, so that a set whose images
-differ gets room for those that were not. What the factors stand for:
+Both are measured for each image, and taken as the mean plus two standard deviations over the images, so that images
+which were not measured have room. The factors:
 
 ROUNDING_FACTOR. Engines round at other places than PyTorch's modules do: folded weights are rounded after folding,
-products of attention are rounded between, sums run in another order. The same models, rewritten for export and rounded
-behind every operation, lose at most 1.5 times the loss measured here in the worst of their images (fourteen models of
-all families, FP16 and BF16, demo weights); the typed graphs that are exported keep sums in FP32 and lose less. Fused
+products of attention in between, and sums run in another order. The same models, rewritten for export and rounded after
+every operation, have at most 1.5 times the rounding error measured here, in the worst of their images (fourteen models
+of all families, FP16 and BF16, demo weights). The typed graphs that are exported keep sums in FP32 and lose less; fused
 kernels round less often still. So 2.
 
-FP32_FACTOR. Two correct FP32 evaluations, with other orders of summation and other kernels for exp and erf, are one to
-three times as far apart as FP32 is from FP64. There is nothing between that and real faults, so 20.
+FP32_FACTOR. Two correct FP32 evaluations, with other orders of summation and other kernels for exp and erf, differ by
+one to three times FP32's error against FP64. There is nothing between that and real faults, so 20.
 
-Bounds of probabilities and of top-k values follow from the logits' bound e on the absolute error. With every logit
-moved by at most e, a probability changes by a factor within exp(+-2e) and by at most tanh(e/2); sorted values move by
-at most e.
+The tolerances of probabilities and of top-k values follow from the tolerance e on the logits' absolute error. If every
+logit moves by at most e, a probability changes by a factor within exp(+-2e) and by at most tanh(e/2), and sorted values
+move by at most e.
+
+Steps from the reference to the FP32 graph change no precision, so `prove_equal` allows them FP32_FACTOR * FP32 error
+alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -36,8 +40,8 @@ from msgspec import structs, to_builtins
 from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
 from spach_deploy.bundle.schema import BoundsEntry, TolerancesEntry
 from spach_deploy.common.batches import spread
-from spach_deploy.common.errors import PrecisionError
-from spach_deploy.common.metrics import relative_l2_by_image
+from spach_deploy.common.errors import MismatchError, PrecisionError
+from spach_deploy.common.metrics import relative_l2, relative_l2_by_image
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
 from spach_deploy.validation.rounding_error import (
     ActivationTrace,
@@ -60,35 +64,37 @@ SPREAD = 2.0
 """Standard deviations over images that are added to the mean."""
 
 PEAK = 5.0
-"""Standard deviations within which all errors of some hundred images' logits lie, or the difference of two of them."""
+"""Standard deviations that include all errors of some hundred images' logits, or of differences of two logits."""
 
 ROUNDING_IMAGES = 4
 QUANTIZED_ROUNDING_IMAGES = 8
-"""Eight bits cost some images several times what they cost others, so more are looked at."""
+"""More images than for 16 bits: in eight bits some images have several times the rounding error of others."""
 
 _NOISE_IMAGES = {Precision.FP32: 2, Precision.FP16: 1, Precision.BF16: 1}  # beside a loss, noise hardly counts
 _HALF_ROUNDOFF = 2.0**-11
 
 
 class ImageArray(Protocol):
-    """Images float32 (N, 3, S, S), of which some are taken by their numbers: an array, or those that are looked at."""
+    """Images float32 (N, 3, S, S) that can be indexed by lists of numbers: an array, or one that has only the images in
+    use.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, chosen: list[int], /) -> Float32Array: ...
 
 
-def evaluated_images(count: int, precision: Precision, loss_images: int) -> frozenset[int]:
-    """Numbers of those of `count` images on which `derive_tolerances` runs the model."""
-    return frozenset((*spread(count, _NOISE_IMAGES[precision]), *spread(count, loss_images)))
+def evaluated_images(count: int, precision: Precision, rounding_images: int) -> frozenset[int]:
+    """Numbers of the images, of `count`, on which `derive_tolerances` runs the model."""
+    return frozenset((*spread(count, _NOISE_IMAGES[precision]), *spread(count, rounding_images)))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredError:
-    """An error as bounds use it: mean plus two standard deviations over images.
+    """An error of logits: the mean plus two standard deviations over images.
 
-    `rel_l2` is relative; `max_abs` (largest of an image's errors) and `margin` (by how much the difference of two
-    scores moves) are in units of the logits.
+    `rel_l2` is relative. `max_abs` (an image's largest error) and `margin` (by how much the difference of two scores
+    moves) are in units of the logits.
     """
 
     images: int
@@ -98,7 +104,7 @@ class MeasuredError:
 
     @classmethod
     def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any]) -> MeasuredError:
-        """Error of logits `value` (N, classes) against `exact`, both of any float dtype."""
+        """The error of logits `value` (N, classes) against `exact`, both of any float dtype."""
         error = value.astype(np.float64) - exact
         root_mean_square = np.sqrt(np.mean(np.square(error), axis=1))
         return cls(
@@ -125,14 +131,14 @@ NOTHING = MeasuredError(0, 0.0, 0.0, 0.0)
 
 @dataclasses.dataclass(frozen=True)
 class Derivation:
-    """Where the bounds of one arithmetic come from."""
+    """What the tolerances of one storage format are derived from. `noise`: FP32 error; `loss`: rounding error."""
 
     arithmetic: str
     noise: MeasuredError
     loss: MeasuredError
 
     def bound(self, figure: str) -> float:
-        """The bound on one of `Measured`'s figures."""
+        """The tolerance of one of `MeasuredError`'s figures."""
         return FP32_FACTOR * float(getattr(self.noise, figure)) + ROUNDING_FACTOR * float(getattr(self.loss, figure))
 
     @property
@@ -171,7 +177,7 @@ def _images(count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """One tolerance per output, and their derivation."""
+    """A tolerance for each output, and its derivation."""
 
     outputs: Mapping[str, Tolerance]
     derivation: Mapping[str, Any]
@@ -191,13 +197,13 @@ class Bounds:
 
     @property
     def sentence(self) -> str:
-        """Where they come from."""
+        """What the tolerances are derived from."""
         return str(self.derivation["sentence"])
 
 
 @dataclasses.dataclass(frozen=True)
 class ToleranceSet:
-    """Bounds for the graph in ONNX Runtime and for the engine; these differ only where a GPU may use TF32."""
+    """Tolerances of the graph in ONNX Runtime and of the engine. They differ only where a GPU may use TF32."""
 
     graph: Bounds
     engine: Bounds
@@ -220,42 +226,41 @@ def derive_tolerances(
     outputs: OutputSpec | None = None,
     *,
     tf32: bool = False,
-    loss_images: int = ROUNDING_IMAGES,
-    twin: nn.Module | None = None,
-    depth: ActivationTrace | None = None,
+    rounding_images: int = ROUNDING_IMAGES,
+    fake_quantized: nn.Module | None = None,
+    activations: ActivationTrace | None = None,
     noise: MeasuredError | None = None,
 ) -> ToleranceSet:
-    """Bounds for an export of `model` in `precision`.
+    """Derive the tolerances of an export of `model` in `precision`.
 
-    `twin`: for quantized exports, the same model with its quantized layers rounded as planned; `precision` is then that
-    of the rest, and the loss is what both lose together.
-
-    `model` is the reference in FP32, `images` float32 (N, 3, S, S), `reference` its logits of them (N, classes), all of
-    which bounds of probabilities and top-k look at; the model runs on at most `loss_images` of them, spread evenly, and
-    on one or two in FP64. `tf32`: the engine may use TF32 in FP32 products. `depth` takes what the parts answered to
-    the first image. `noise`: FP32's, where it was measured already. Raises PrecisionError for logits that are not
-    finite, in FP32 or in that precision.
+    `model`: the reference in FP32. `images` float32 (N, 3, S, S). `reference`: its logits for them (N, classes); the
+    tolerances of probabilities and top-k use all of them. The model runs on at most `rounding_images` images, spread
+    evenly, and in FP64 on one or two. `tf32`: the engine may use TF32 in FP32 products. `fake_quantized`: for quantized
+    exports; `precision` is then that of the layers that are not quantized, and the rounding error is that of both.
+    `activations`: receives the outputs of the model's parts for the first image. `noise`: the FP32 error, where it was
+    measured already. Raises PrecisionError for logits that are not finite, in FP32 or in `precision`.
     """
     outputs = outputs or OutputSpec()
     if not np.isfinite(reference).all():
         raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
-    double, rounded = (None, None) if depth is None else (depth.double, depth.rounded)
+    double, rounded = (None, None) if activations is None else (activations.double, activations.rounded)
     noise = noise or measured_fp32_error(model, images, reference, precision, double)
-    lossy = RoundedModel(model if twin is None else twin, StorageFormat.of(precision), is_quantized=twin is not None)
-    graph = _bounds(lossy, images, reference, outputs, noise, loss_images, rounded)
+    storage, is_quantized = StorageFormat.of(precision), fake_quantized is not None
+    rounded_model = RoundedModel(fake_quantized or model, storage, is_quantized)
+    graph = _bounds(rounded_model, images, reference, outputs, noise, rounding_images, rounded)
     on_gpu = StorageFormat.of(precision, tf32=tf32)
-    if on_gpu is lossy.arithmetic:
+    if on_gpu is rounded_model.arithmetic:
         return ToleranceSet(graph, graph)
-    lossy = dataclasses.replace(lossy, arithmetic=on_gpu)
-    return ToleranceSet(graph, _bounds(lossy, images, reference, outputs, noise, loss_images))
+    rounded_model = dataclasses.replace(rounded_model, arithmetic=on_gpu)
+    return ToleranceSet(graph, _bounds(rounded_model, images, reference, outputs, noise, rounding_images))
 
 
 def measured_fp32_error(
     model: nn.Module, images: ImageArray, reference: Float32Array, precision: Precision, parts: Outputs | None = None
 ) -> MeasuredError:
-    """FP32's own noise: logits `reference` (N, classes) of `model` in FP32 against FP64, on one or two of its `images`.
+    """FP32's error: `model`'s logits `reference` (N, classes) in FP32 against FP64, on one or two of the `images`.
 
-    `parts` takes what the parts answer to the first image in FP64.
+    `parts`: receives the outputs of the model's parts for the first image in FP64.
     """
     chosen = spread(len(images), _NOISE_IMAGES[precision])
     return MeasuredError.of(reference[chosen], evaluate_fp64(model, images[chosen], parts))
@@ -263,7 +268,7 @@ def measured_fp32_error(
 
 @dataclasses.dataclass(frozen=True)
 class RoundedModel:
-    """What loses: a model, and the arithmetic in which it is evaluated."""
+    """A model and the storage format that its tensors are rounded to."""
 
     model: nn.Module
     arithmetic: StorageFormat
@@ -271,11 +276,11 @@ class RoundedModel:
 
     @property
     def words(self) -> str:
-        """For reports."""
+        """The format, for reports."""
         return f"eight bits and {self.arithmetic.value}" if self.is_quantized else self.arithmetic.value
 
     def logits(self, images: Float32Array, io_dtype: IODtype, parts: Outputs | None = None) -> Float32Array | None:
-        """As the arithmetic and the caller's dtype give them; None where nothing is rounded."""
+        """Logits with rounded tensors and the caller's input dtype; None where nothing is rounded."""
         if io_dtype is IODtype.FP16:
             rounded = evaluate(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic, parts)
             return rounded.astype(np.float16).astype(np.float32)
@@ -285,21 +290,22 @@ class RoundedModel:
 
 
 def _bounds(
-    lossy: RoundedModel,
+    rounded_model: RoundedModel,
     images: ImageArray,
     reference: Float32Array,
     outputs: OutputSpec,
     noise: MeasuredError,
-    loss_images: int,
+    rounding_images: int,
     parts: Outputs | None = None,
 ) -> Bounds:
-    chosen = spread(len(images), loss_images)
+    chosen = spread(len(images), rounding_images)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
-        logits = lossy.logits(images[chosen], outputs.io_dtype, parts)
+        logits = rounded_model.logits(images[chosen], outputs.io_dtype, parts)
         loss = NOTHING if logits is None else MeasuredError.of(logits, reference[chosen])
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
-        raise PrecisionError(f"The reference's logits are not finite when its tensors are rounded to {lossy.words}.")
-    derivation = Derivation(lossy.words, noise, loss)
+        words = rounded_model.words
+        raise PrecisionError(f"The reference's logits are not finite when its tensors are rounded to {words}.")
+    derivation = Derivation(rounded_model.words, noise, loss)
     return Bounds(_tolerances(derivation, reference, outputs), derivation.to_dict())
 
 
@@ -326,5 +332,65 @@ def _tolerances(derivation: Derivation, reference: Float32Array, outputs: Output
 
 
 def _cosine(rel_l2: float) -> float:
-    """The least cosine that an error of `rel_l2` allows."""
+    """The least cosine similarity that a relative L2 of `rel_l2` allows."""
     return math.sqrt(max(0.0, 1.0 - rel_l2**2))
+
+
+# FP32 against FP32
+
+
+_LEAST_NOISE = 2.0**-23
+"""Lower bound of FP32's error: one rounding."""
+
+Logits = npt.NDArray[np.float32]
+
+
+def rounding_limit(noise: float) -> float:
+    """The relative L2 that FP32 rounding explains, for a measured FP32 error `noise` (relative L2 against FP64)."""
+    return FP32_FACTOR * max(noise, _LEAST_NOISE)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceLogits:
+    """The reference's `logits` (N, classes) in FP32, and the relative L2 that rounding explains."""
+
+    logits: Logits = dataclasses.field(repr=False)
+    limit: float
+
+    def of(self, chosen: slice | list[int]) -> ReferenceLogits:
+        """The same for some of the images."""
+        return ReferenceLogits(self.logits[chosen], self.limit)
+
+
+def prove_equal(
+    what: str,
+    run: Callable[[npt.NDArray[np.float32]], Logits],
+    images: npt.NDArray[np.float32],
+    reference: ReferenceLogits,
+    batches: Sequence[int],
+) -> dict[int, float]:
+    """Relative L2 of `run` at each batch size, each on other images. MismatchError where one is more than FP32
+    rounding.
+
+    `images` float32 (N, 3, S, S), `reference` their logits. `run` returns the logits of a batch.
+    """
+    errors: dict[int, float] = {}
+    start = 0
+    for batch in batches:
+        chosen = [index % len(images) for index in range(start, start + batch)]
+        start += batch
+        errors[batch] = check_equal(what, run(np.ascontiguousarray(images[chosen])), reference.of(chosen))
+    return errors
+
+
+def check_equal(what: str, logits: Logits, reference: ReferenceLogits) -> float:
+    """Relative L2 of `logits`. MismatchError where it is NaN, or more than FP32 rounding."""
+    expected = reference.logits.astype(np.float64)
+    error = relative_l2(logits, expected)
+    if not error <= reference.limit:
+        raise MismatchError(
+            f"The {what} differs from the reference model at batch {len(expected)}: relative L2 {error:.1e}, at most"
+            f" {reference.limit:.1e} is rounding ({FP32_FACTOR:g} x FP32's noise against FP64).",
+            "Turn rewrites off one by one with --no-rewrite NAME to find the one to blame, and report it.",
+        )
+    return error

@@ -1,12 +1,14 @@
-"""What the user's own code answered, in an npz: the only evidence about what tensors do not show.
+"""Compare the reference with outputs of the user's own code (`--answers`): the only evidence about what tensors do not
+show.
 
     np.savez("answers.npz", input=images.numpy(), logits=model(images).numpy())
 
 `input`: float32 or float64 (N, 3, S, S), as the model's forward got it. `logits`: float32 or float64 (N, classes), of
 the same images, computed in FP32 (no autocast, no TF32). Other arrays in the file are not read.
 
-The reference in FP64 is the yardstick: two right evaluations in FP32 are both about FP32's noise away from it. Where
-the answers are further away, what tensors do not show is searched for the values that agree.
+Both are compared with the reference in FP64: a correct FP32 evaluation is about FP32's own error away from it. Where
+the user's logits are further away, `search` tries other hyperparameters (heads, qk scale, activation, epsilon) until
+they agree.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ if TYPE_CHECKING:
     from spach_deploy.models.checkpoint import LoadedModel
 
 FP32_FACTOR = 4.0
-"""Answers may be this many times as far from FP64 as our own FP32 is: other orders of summation make one to three."""
+"""Allowed multiple of our own FP32 error against FP64: other orders of summation make one to three."""
 
 MOST_IMAGES = 32
-"""At most so many answers are compared, the first in the file."""
+"""Number of images that are compared at most, the first in the file."""
 
 SEARCH_SECONDS = 120.0
-"""A search of what agrees ends then, whatever it has found."""
+"""Time limit of the search, whatever it has found."""
 
 _SAY_EVERY_S = 10.0
 _TRIFLE = 1e-4  # what heads, scales and activations change is more
@@ -61,7 +63,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class GivenAnswers:
-    """Inputs float32 (N, 3, S, S) and logits float64 (N, classes) from a file."""
+    """The user's inputs float32 (N, 3, S, S) and logits float64 (N, classes), from a file."""
 
     path: Path
     sha256: str
@@ -74,9 +76,10 @@ class GivenAnswers:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """The reference agrees with the user's answers: a level of evidence of its own.
+    """How far the reference agrees with the user's logits.
 
-    `rel_l2`: the worst image's, against the reference in FP64; `allowed` follows from `noise`, FP32's against FP64.
+    `rel_l2`: the worst image's, against the reference in FP64. `allowed`: the bound, from `noise`, FP32's error against
+    FP64.
     """
 
     file: str
@@ -93,7 +96,7 @@ class Agreement:
 
     @property
     def sentence(self) -> str:
-        """For a reader of a verdict."""
+        """For the report."""
         return (
             f"The reference {'agrees' if self.agrees else 'does not agree'} with your answers: {self.images} images of"
             f" {self.file}, relative L2 {self.rel_l2:.1e} of {self.allowed:.1e} allowed ({FP32_FACTOR:g} x FP32's"
@@ -111,7 +114,7 @@ class Agreement:
 
 
 def read_answers(path: Path) -> GivenAnswers:
-    """The answers in an npz. UsageError for a file that holds none, with what it lacks."""
+    """Read the npz. UsageError, which says what is wrong, for a file without usable arrays."""
     try:
         arrays = read_npz(path, {"input": _MOST_BYTES, "logits": _MOST_BYTES})
     except ValueError as error:
@@ -150,13 +153,13 @@ def _problem(inputs: Array, logits: Array) -> str:
 
 
 def hold_to_answers(
-    loaded: LoadedModel, given: GivenAnswers, say: Say, *, is_settled: bool = False
+    loaded: LoadedModel, given: GivenAnswers, say: Say, *, is_fixed: bool = False
 ) -> tuple[LoadedModel, Agreement]:
-    """The model, which agrees with the answers, and how well.
+    """The model that agrees with the user's logits, and how far it does.
 
-    Where values were assumed and others agree, the model with these, unless it `is_settled`, such as a finished
-    bundle's. MismatchError where a value would have to be another than was said, or where none that is searched agrees;
-    UsageError for answers of another kind of model.
+    Where assumed hyperparameters disagree and others agree, it is the model with these; not where `is_fixed`, as for a
+    finished bundle. MismatchError where a hyperparameter would have to differ from what was given, or no searched value
+    agrees. UsageError for logits of another kind of model.
     """
     _check_fits(loaded, given)
     agreement = compared(loaded, given)
@@ -170,13 +173,13 @@ def hold_to_answers(
     said, changed = [old for old, _ in pairs], [new for _, new in pairs]
     if not changed or not found.agrees:
         raise _nothing_agrees(given, agreement, found, changed)
-    if is_settled or any(setting.source is not Source.ASSUMED for setting in said):
+    if is_fixed or any(setting.source is not Source.ASSUMED for setting in said):
         options = " ".join(map(_option, changed))
         raise MismatchError(
             f"The model does not agree with {given.path}: relative L2 {agreement.rel_l2:.1e} of"
             f" {agreement.allowed:.1e} allowed. With {_words(changed)} instead of {_words(said)}"
             f" ({said[0].source.sentence}) it does ({found.rel_l2:.1e}).",
-            f"Export it again with {options}." if is_settled else f"Give {options}, or correct what says otherwise.",
+            f"Export it again with {options}." if is_fixed else f"Give {options}, or correct what says otherwise.",
         )
     for old, new in pairs:
         say(f"{new} ({new.source.sentence}; {old} was assumed).")
@@ -184,7 +187,7 @@ def hold_to_answers(
 
 
 def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
-    """How far the answers are from the model, whatever that is."""
+    """How far the model agrees with the user's logits."""
     exact = evaluate_fp64(loaded.model, given.input)
     noise = max(worst_relative_l2(evaluate(loaded.model, given.input), exact), _LEAST_NOISE)
     error = worst_relative_l2(given.logits, exact)
@@ -192,31 +195,32 @@ def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
 
 
 def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
-    """The model with the values that come nearest to the first answer, of those that tensors do not show.
+    """The model with the hyperparameters that come nearest to the first image's logits, of those that tensors do not
+    show.
 
-    Each value by itself first, then heads, qk scale and activation in every combination, then any qk scale with these;
-    behind each, epsilon with the best so far. It ends where the rest is noise, and after `SEARCH_SECONDS`.
+    Tries each by itself; then heads, qk scale and activation in all combinations; then any qk scale with these; after
+    each of these, epsilon with the best so far. Ends where only FP32 error is left, and after `SEARCH_SECONDS`.
     """
-    trial = _Search(loaded, given, say)
+    candidates = _Search(loaded, given, say)
     heads = heads_that_fit(CONFIGS[loaded.name])
     attention: Choices = {"heads": heads, "qk_scale": _SCALES} if heads else {}
     activation: Choices = {"activation": ACTIVATIONS}
     epsilon: Choices = {"norm_eps": _EPSILONS}
     for choices in (attention, activation, {**attention, **activation}):
-        trial.improve(choices)
-        trial.improve(epsilon, trial.values)
+        candidates.improve(choices)
+        candidates.improve(epsilon, candidates.values)
     if heads:
         for others in ({}, activation):
-            trial.improve_scale({"heads": heads, **others})
-            trial.improve(epsilon, trial.values)
-    return trial.model()
+            candidates.improve_scale({"heads": heads, **others})
+            candidates.improve(epsilon, candidates.values)
+    return candidates.model()
 
 
 Choices = dict[str, Sequence[Any]]
 
 
 class _Search:
-    """The best values so far, and their error on the first answer."""
+    """The best hyperparameters so far, and their error on the first image."""
 
     def __init__(self, loaded: LoadedModel, given: GivenAnswers, say: Say) -> None:
         self._loaded = loaded
@@ -232,7 +236,9 @@ class _Search:
         self._noise = 2 * first.noise  # of two evaluations in FP32
 
     def improve(self, choices: Choices, others: dict[str, Any] | None = None) -> None:
-        """Take the best of all combinations with other values, those that the search began with if none are given."""
+        """Try all combinations of `choices`, with `others` for the rest (by default the initial values), and keep the
+        best.
+        """
         before = dict(others or self._begun)
         for combination in itertools.product(*choices.values()):
             if self._is_over():
@@ -240,8 +246,10 @@ class _Search:
             self._try({**before, **dict(zip(choices, combination, strict=True))})
 
     def improve_scale(self, choices: Choices) -> None:
-        """Any qk scale with all combinations: the best on a logarithmic grid, then golden sections between its
-        neighbours, then fewer digits where they do as well.
+        """Try any qk scale, with all combinations of `choices`.
+
+        First a logarithmic grid, then golden-section search around its best point, then fewer digits where they do as
+        well.
         """
         if self._is_over() or self.error < _TRIFLE:
             return
@@ -249,9 +257,9 @@ class _Search:
         step = (high - low) / (_SCALE_STEPS - 1)
         grid = [low + step * index for index in range(_SCALE_STEPS)]
         others = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
-        pairs = ((place, other) for other in others for place in grid)
+        pairs = ((log_scale, other) for other in others for log_scale in grid)
         best, other = min(pairs, key=lambda pair: math.inf if self._is_late() else self._error(self._scaled(*pair)))
-        error = functools.cache(lambda place: self._error(self._scaled(place, other)))
+        error = functools.cache(lambda log_scale: self._error(self._scaled(log_scale, other)))
         left, right, ratio = best - step, best + step, (math.sqrt(5) - 1) / 2
         while right - left > _SCALE_TOLERANCE and not self._is_late():
             inner, outer = right - ratio * (right - left), left + ratio * (right - left)
@@ -260,9 +268,9 @@ class _Search:
         for digits in (1, 2, 3, 4, 9):
             self._try({**self._scaled(exact, other), "qk_scale": float(f"{math.exp(exact):.{digits}g}")})
 
-    def _scaled(self, place: float, other: dict[str, Any]) -> dict[str, Any]:
-        """The values that the search began with, but for the scale exp(`place`) and others."""
-        return {**self._begun, **other, "qk_scale": math.exp(place)}
+    def _scaled(self, log_scale: float, other: dict[str, Any]) -> dict[str, Any]:
+        """The initial values with the qk scale exp(`log_scale`) and `other` values."""
+        return {**self._begun, **other, "qk_scale": math.exp(log_scale)}
 
     def _is_over(self) -> bool:
         return self.error <= self._noise or self._is_late()
@@ -297,7 +305,7 @@ class _Search:
 
 
 def _check_fits(loaded: LoadedModel, given: GivenAnswers) -> None:
-    """UsageError where the answers are of other shapes than the model's."""
+    """UsageError where the user's arrays have other shapes than the model's."""
     wanted = (3, loaded.image_size, loaded.image_size)
     if given.input.shape[1:] != wanted:
         hint = f"Give --image-size {given.input.shape[-1]}, or answers to images of {loaded.image_size} pixels."
@@ -310,7 +318,7 @@ def _check_fits(loaded: LoadedModel, given: GivenAnswers) -> None:
 
 
 def _check_order(loaded: LoadedModel, given: GivenAnswers, allowed: float) -> None:
-    """UsageError where the answers are right, but of other inputs than those beside them."""
+    """UsageError where the logits are right, but in another order than the inputs."""
     exact = evaluate_fp64(loaded.model, given.input)
     nearest = [int(np.linalg.norm(given.logits - row, axis=1).argmin()) for row in exact]
     if len(given) > 1 and worst_relative_l2(given.logits[nearest], exact) <= allowed:

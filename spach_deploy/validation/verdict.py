@@ -1,4 +1,4 @@
-"""The verdict on a comparison: each figure held against a tolerance, each problem named.
+"""Judge a comparison: each figure against a tolerance, and each problem a finding.
 
 verdict = judge(comparison, {"logits": Tolerance(rel_l2=2e-3, flip_margin=0.05, origin="measured")})
 """
@@ -15,12 +15,11 @@ from spach_deploy.validation.compare import Comparison, Flip, IndexComparison, O
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance(Record):
-    """What may differ in one output, and where that comes from.
+    """How far one output may differ.
 
-    `rel_l2` holds for every image by itself. `max_abs` and `flip_margin` are in units of the output; an
-    image may flip when its reference margin is at most `flip_margin`. `cosine_min` holds for every image.
-    `origin` says in words how the numbers were derived. Raises UsageError for numbers with which nothing
-    could fail.
+    `rel_l2` and `cosine_min` hold for every single image. `max_abs` and `flip_margin` are in units of the output; an
+    image may flip where its reference margin is at most `flip_margin`. `origin`: in words, how the numbers were
+    derived. Raises UsageError for numbers with which nothing could fail.
     """
 
     rel_l2: float
@@ -40,18 +39,17 @@ class Tolerance(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict(Record):
-    """Whether a comparison passed; `findings` says in one sentence each why not, and is empty when it did."""
+    """Whether a comparison passed. `findings`: why not, one sentence each."""
 
     passed: bool
     findings: tuple[str, ...]
 
 
 def judge(comparison: Comparison, tolerances: Mapping[str, Tolerance]) -> Verdict:
-    """Hold `comparison` against one tolerance per output.
+    """Judge `comparison` by one tolerance for each output.
 
-    Every problem is a finding. So is an output without a tolerance, a tolerance without its output, and any
-    figure beyond its tolerance. An integer output needs no tolerance of its own where it ranks an output
-    that has one.
+    Findings are: every problem, an output without a tolerance, a tolerance without its output, and every figure beyond
+    its tolerance. An integer output needs no tolerance of its own where it ranks an output that has one.
     """
     findings = list(comparison.problems)
     for output in comparison.outputs:
@@ -76,7 +74,7 @@ def _judge_output(output: OutputComparison, tolerance: Tolerance | None) -> list
 
 
 def _judge_figures(output: OutputComparison, tolerance: Tolerance) -> Iterator[str]:
-    """`not a <= b` rather than `a > b`: a NaN must not pass."""
+    """Compares by `not a <= b` rather than `a > b`, so that NaN does not pass."""
     origin = f" ({tolerance.origin})" if tolerance.origin else ""
     if not output.rel_l2_worst <= tolerance.rel_l2:
         yield (

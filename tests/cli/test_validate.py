@@ -415,11 +415,11 @@ def right_answers(fp16: Path, classed: Path, tmp_path_factory: pytest.TempPathFa
     asked = live_reference.ImagesSpec(classed, 256)
     with small_bundles.registered():
         section, facts = bundle.manifest.model, BundleFacts.of(bundle)
-        trial = live_reference.rebuilt_on_images(
+        eval_set = live_reference.rebuilt_on_images(
             section, facts, asked, live_reference.Weights(), say=lambda _: None
-        ).trial
+        ).eval_set
     path = tmp_path_factory.mktemp("labels") / "labels.json"
-    path.write_text(json.dumps(dict(zip(trial.names, trial.logits.argmax(axis=1).tolist(), strict=True))))
+    path.write_text(json.dumps(dict(zip(eval_set.names, eval_set.logits.argmax(axis=1).tolist(), strict=True))))
     return path
 
 

@@ -12,9 +12,9 @@ from spach_deploy.bundle.golden import LOGITS, Golden
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.cli.validate import main
 from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.result import golden_set
 from spach_deploy.validation.runs import Level, RunOutputs, run_result
 from spach_deploy.validation.server import truncation_hints
-from spach_deploy.validation.validate import golden_set
 from tests.commands import refusal
 from tests.packaging.kubernetes.served import serving
 from tests.packaging.triton import tiny_bundles
@@ -87,8 +87,8 @@ def test_a_served_graph_that_disagrees_may_be_truncated(
 ) -> None:
     opened = Bundle.open(tiny_bundles.of_int8(bundle, **section))
     golden, facts = Golden.load(opened.file("golden.npz")), BundleFacts.of(opened)
-    trial = golden_set(golden, "", facts.outputs, facts.batch)
-    ran = RunOutputs("graph", (len(trial),), {LOGITS: golden.logits}, problem)
-    hints = truncation_hints(opened, run_result(level, ran, trial, facts.tolerances.graph))
+    eval_set = golden_set(golden, "", facts.outputs, facts.batch)
+    ran = RunOutputs("graph", (len(eval_set),), {LOGITS: golden.logits}, problem)
+    hints = truncation_hints(opened, run_result(level, ran, eval_set, facts.tolerances.graph))
     assert bool(hints) == is_told
     assert all("ONNX Runtime before 1.30 truncates on a CPU" in hint for hint in hints)

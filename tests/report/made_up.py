@@ -14,9 +14,9 @@ from spach_deploy.report.content import ReportContent
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.changed_classes import notable_predictions
 from spach_deploy.validation.compare import compare_outputs
+from spach_deploy.validation.result import MissingEngineRun, ReportHeader, Validation
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult
 from spach_deploy.validation.tolerance import Bounds
-from spach_deploy.validation.validate import MissingEngineRun, ReportHeader, Validation
 from spach_deploy.validation.verdict import Tolerance, judge
 from tests import manifests
 
@@ -76,9 +76,11 @@ def evidence(
 def validation(*items: RunResult, missing: bool = False, max_drop: float | None = None) -> Validation:
     """A validation with a trial that can be pictured; `max_drop` measures accuracy too."""
     pictures = np.zeros((2, 3, 8, 8), np.float32)
-    trial = EvaluationSet(lambda start, stop: pictures[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32")
+    eval_set = EvaluationSet(
+        lambda start, stop: pictures[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32"
+    )
     why = MissingEngineRun("no NVIDIA GPU here", "an NVIDIA GPU with tensorrt 10.16") if missing else None
-    found = Validation(ReportHeader("bundle", "ms_hybrid_s", "fp16", True), trial, items, missing_engine_run=why)
+    found = Validation(ReportHeader("bundle", "ms_hybrid_s", "fp16", True), eval_set, items, missing_engine_run=why)
     if max_drop is None:
         return found
     measured = paired(REFERENCE, TIED, [0, 1])

@@ -23,10 +23,10 @@ from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
 from spach_deploy.validation.bisect import export_steps as stages
 from spach_deploy.validation.error_trace import ActivationTracer, ErrorTrace, ExpectedActivations
+from spach_deploy.validation.result import golden_set
 from spach_deploy.validation.rounding_error import ActivationTrace, evaluate
 from spach_deploy.validation.runs import examine_typed
 from spach_deploy.validation.tolerance import derive_tolerances
-from spach_deploy.validation.validate import golden_set
 from tests import small_bundles
 from tests.protos import rounded_graph
 from tests.static_models import small_model
@@ -143,12 +143,12 @@ def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: p
 def along(model: ModelProto) -> ErrorTrace:
     golden = Golden.load(small_bundles.bundle() / GOLDEN)
     reference, depth = small_model("hybrid"), ActivationTrace()
-    derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, depth=depth)
+    derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, activations=depth)
     evaluate(reference, golden.input[:1], parts=depth.exact)
     follower = ActivationTracer(reference, ExpectedActivations.of(depth))
-    trial = golden_set(golden, "golden", OutputSpec(), BatchProfile())
+    eval_set = golden_set(golden, "golden", OutputSpec(), BatchProfile())
     bounds = derive_tolerances(reference, golden.input, golden.logits, Precision.FP16).graph
-    rounded = examine_typed(model.SerializeToString(), Precision.FP16, trial, bounds, watch=follower.watch)[-1]
+    rounded = examine_typed(model.SerializeToString(), Precision.FP16, eval_set, bounds, watch=follower.watch)[-1]
     found = follower.trace(rounded, "a.jpg")
     assert found is not None
     return found

@@ -21,6 +21,7 @@ from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.validation import runs as evidence_module
 from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.result import golden_set
 from spach_deploy.validation.runs import (
     EvaluationSet,
     Level,
@@ -33,7 +34,6 @@ from spach_deploy.validation.runs import (
     repeating,
 )
 from spach_deploy.validation.tolerance import Bounds
-from spach_deploy.validation.validate import golden_set
 from spach_deploy.validation.verdict import Tolerance
 from tests import small_bundles
 from tests.protos import type_graph
@@ -50,15 +50,15 @@ def case(precision: Precision) -> tuple[bytes, EvaluationSet, Bounds]:
     """A bundle's graph, its golden pack as a trial, and its bounds."""
     bundle = Bundle.open(small_bundles.bundle(precision))
     facts = BundleFacts.of(bundle)
-    trial = golden_set(Golden.load(bundle.file(GOLDEN)), "photographs", facts.outputs, facts.batch)
-    return bundle.file(GRAPH).read_bytes(), trial, facts.tolerances.graph
+    eval_set = golden_set(Golden.load(bundle.file(GOLDEN)), "photographs", facts.outputs, facts.batch)
+    return bundle.file(GRAPH).read_bytes(), eval_set, facts.tolerances.graph
 
 
 def examine(precision: Precision, change: Callable[[ModelProto], None] = lambda model: None) -> RunResult:
-    graph, trial, bounds = case(precision)
+    graph, eval_set, bounds = case(precision)
     model = onnx.load_from_string(graph)
     change(model)
-    return examine_graph(model.SerializeToString(), trial, bounds)
+    return examine_graph(model.SerializeToString(), eval_set, bounds)
 
 
 def test_a_graph_that_this_onnx_runtime_is_too_old_for_is_not_called_wrong() -> None:
@@ -170,11 +170,11 @@ def test_a_graph_that_drops_images_of_larger_batches_is_rejected() -> None:
 
 
 def test_an_engine_that_is_wrong_only_in_larger_batches_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, trial, bounds = case(Precision.FP32)
+    graph, eval_set, bounds = case(Precision.FP32)
     model = onnx.load_from_string(graph)
     faults.mix_up_images(model, 8)
     monkeypatch.setattr(evidence_module, "TensorRTRunner", FakeEngine)
-    assert "Wrong in some" in findings(examine_engine(model.SerializeToString(), Flavour.TENSORRT, trial, bounds))
+    assert "Wrong in some" in findings(examine_engine(model.SerializeToString(), Flavour.TENSORRT, eval_set, bounds))
 
 
 def test_a_batch_for_which_there_is_no_memory_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,17 +193,19 @@ def test_a_batch_for_which_there_is_no_memory_is_left_out_and_said(monkeypatch: 
 def test_a_batch_that_would_take_a_cpu_hours_is_left_out_and_said(
     profile: BatchProfile, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph, trial, _ = case(Precision.FP32)
+    graph, eval_set, _ = case(Precision.FP32)
     monkeypatch.setattr(resources, "find_memory", lambda: resources.Memory(1 << 50, 1 << 50))
-    others = evidence_module.ExtraBatches.of(graph, dataclasses.replace(trial, batch=profile))
+    others = evidence_module.ExtraBatches.of(graph, dataclasses.replace(eval_set, batch=profile))
     assert others.sizes == sizes
     assert others.left_out == "A batch of 100000 did not run: on a CPU 512 is the most."
 
 
 def test_a_fixed_batch_runs_whole_where_there_are_fewer_images() -> None:
-    graph, trial, bounds = case(Precision.FP32)
-    trial = dataclasses.replace(trial, logits=trial.logits[:5], names=trial.names[:5], batch=BatchProfile(7, 7, 7))
-    assert 7 in examine_graph(graph, trial, bounds).batches
+    graph, eval_set, bounds = case(Precision.FP32)
+    eval_set = dataclasses.replace(
+        eval_set, logits=eval_set.logits[:5], names=eval_set.names[:5], batch=BatchProfile(7, 7, 7)
+    )
+    assert 7 in examine_graph(graph, eval_set, bounds).batches
 
 
 @pytest.mark.parametrize(
@@ -227,26 +229,26 @@ def test_images_that_come_again_come_in_another_order() -> None:
 
 def test_rounding_every_half_tensor_shows_overflow_that_the_cpu_hides() -> None:
     """A stream of 1e6 in FP16: ONNX Runtime's inserted casts may keep it alive, the rounded run does not."""
-    graph, trial, bounds = case(Precision.FP16)
+    graph, eval_set, bounds = case(Precision.FP16)
     model = onnx.load_from_string(graph)
     for name in ("stem.proj.weight", "stem.proj.bias"):
         faults.set_value(model, name, np.clip(faults.value(model, name).astype(np.float64) * 1e6, -6e4, 6e4))
-    found = examine_typed(model.SerializeToString(), Precision.FP16, trial, bounds)[-1]
+    found = examine_typed(model.SerializeToString(), Precision.FP16, eval_set, bounds)[-1]
     assert not found.passed
 
 
 def test_bfloat16_runs_with_its_tensors_rounded() -> None:
-    graph, trial, bounds = case(Precision.FP32)
+    graph, eval_set, bounds = case(Precision.FP32)
     bounds = Bounds({"logits": Tolerance(rel_l2=5e-2)}, bounds.derivation)
     typed = type_graph(onnx.load_from_string(graph), Precision.BF16).model.SerializeToString()
-    (found,) = examine_typed(typed, Precision.BF16, trial, bounds)
+    (found,) = examine_typed(typed, Precision.BF16, eval_set, bounds)
     assert found.passed
     assert "rounded" in found.ran
 
 
 def test_fp16_runs_as_it_is_and_with_its_tensors_rounded() -> None:
-    graph, trial, bounds = case(Precision.FP16)
-    plain, rounded = examine_typed(graph, Precision.FP16, trial, bounds)
+    graph, eval_set, bounds = case(Precision.FP16)
+    plain, rounded = examine_typed(graph, Precision.FP16, eval_set, bounds)
     assert plain.passed
     assert rounded.passed
     assert (plain.batches, rounded.batches) == ((1, 3, 3, 1, 8, 32), (1, 3, 3, 1))
@@ -286,29 +288,29 @@ class FakeEngine(OnnxRuntimeRunner):
 
 
 def test_an_engine_that_runs_is_evidence_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, trial, bounds = case(Precision.FP16)
+    graph, eval_set, bounds = case(Precision.FP16)
     monkeypatch.setattr(evidence_module, "TensorRTRunner", FakeEngine)
-    found = examine_engine(graph, Flavour.TENSORRT, trial, bounds)
+    found = examine_engine(graph, Flavour.TENSORRT, eval_set, bounds)
     assert found.passed
     assert found.level is Level.ENGINE
     assert found.batches == (1, 8, 32)
 
 
 def test_a_wrong_engine_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, trial, bounds = case(Precision.FP16)
+    graph, eval_set, bounds = case(Precision.FP16)
     model = onnx.load_from_string(graph)
     faults.perturb(model, HEAD)
     monkeypatch.setattr(evidence_module, "TensorRTRunner", FakeEngine)
-    found = examine_engine(model.SerializeToString(), Flavour.TENSORRT, trial, bounds)
+    found = examine_engine(model.SerializeToString(), Flavour.TENSORRT, eval_set, bounds)
     assert "relative L2" in findings(found)
 
 
 def test_an_engine_without_a_gpu_says_why() -> None:
-    _, trial, bounds = case(Precision.FP16)
+    _, eval_set, bounds = case(Precision.FP16)
     with pytest.raises(UnavailableError, match="cannot run here"):
-        examine_engine(small_bundles.plan_bytes(), Flavour.TENSORRT_RTX, trial, bounds)
+        examine_engine(small_bundles.plan_bytes(), Flavour.TENSORRT_RTX, eval_set, bounds)
     with pytest.raises(UsageError, match="not a whole TensorRT plan"):
-        examine_engine(b"hello", Flavour.TENSORRT_RTX, trial, bounds)
+        examine_engine(b"hello", Flavour.TENSORRT_RTX, eval_set, bounds)
 
 
 def test_outputs_beside_logits_are_compared_too() -> None:

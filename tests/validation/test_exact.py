@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spach_deploy.common.errors import MismatchError
-from spach_deploy.validation.exact import ReferenceLogits, check_equal, prove_equal, rounding_limit
+from spach_deploy.validation.tolerance import ReferenceLogits, check_equal, prove_equal, rounding_limit
 
 IMAGES = np.random.default_rng(0).standard_normal((3, 3, 4, 4)).astype(np.float32)
 LOGITS = IMAGES.reshape(3, -1)[:, :10].copy()

@@ -16,11 +16,10 @@ from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import OutputSpec
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.compare import compare_outputs
-from spach_deploy.validation.report import write_report
+from spach_deploy.validation.result import MissingEngineRun, ReportHeader, Validation, write_report
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult
 from spach_deploy.validation.table import as_text
 from spach_deploy.validation.tolerance import Bounds
-from spach_deploy.validation.validate import MissingEngineRun, ReportHeader, Validation
 from spach_deploy.validation.verdict import Tolerance, judge
 
 NAMES = ("a.jpg", "an exceedingly long name of a photograph taken in the summer of last year.jpg")
@@ -46,10 +45,12 @@ def accuracy(candidate: np.ndarray, max_drop: float | None = None) -> Accuracy:
 
 
 def validation(*items: RunResult, is_demo: bool = False, missing: bool = False) -> Validation:
-    trial = EvaluationSet(lambda start, stop: REFERENCE[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32")
+    eval_set = EvaluationSet(
+        lambda start, stop: REFERENCE[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32"
+    )
     why = MissingEngineRun("no NVIDIA GPU here", "an NVIDIA GPU with tensorrt 10.16") if missing else None
     subject = ReportHeader("bundle/model.onnx", "ms_hybrid_s", "fp16", is_demo)
-    return Validation(subject, trial, items, missing_engine_run=why)
+    return Validation(subject, eval_set, items, missing_engine_run=why)
 
 
 FLIPPED = REFERENCE + np.array([[-0.01, 0.01] + [0.0] * 5, [0.0] * 7], np.float32)

@@ -24,7 +24,7 @@ from spach_deploy.options.specs import BatchProfile, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.validation import shards
 from spach_deploy.validation.runs import graph_batches
-from spach_deploy.validation.shards import batches_a_part, cut_batches
+from spach_deploy.validation.shards import batches_per_shard, split_batches
 from tests import small_bundles
 from tests.commands import refusal
 from tests.distributed.fakes import FakeCluster
@@ -95,7 +95,7 @@ def same_report(*arguments: object, code: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize("batches", [1, 4])
 def test_every_batch_is_whole_in_one_cut(profile: BatchProfile, count: int, batches: int) -> None:
-    cuts = list(cut_batches(count, profile, batches))
+    cuts = list(split_batches(count, profile, batches))
     reference = [batch for cut in cuts for batch in cut.reference]
     graph = [batch for cut in cuts for batch in cut.graph]
     assert reference == [(start, min(start + 3, count)) for start in range(0, count, 3)]
@@ -106,9 +106,9 @@ def test_every_batch_is_whole_in_one_cut(profile: BatchProfile, count: int, batc
 
 
 def test_parts_are_small_enough_for_all_workers_and_bounded() -> None:
-    assert batches_a_part(10, 8) == 1
-    assert batches_a_part(3 * 32, 2) == 4
-    assert batches_a_part(10_000_000, 100) == 16
+    assert batches_per_shard(10, 8) == 1
+    assert batches_per_shard(3 * 32, 2) == 4
+    assert batches_per_shard(10_000_000, 100) == 16
 
 
 # The same report
@@ -214,7 +214,7 @@ def test_pictures_that_change_between_the_passes_are_an_error(
 ) -> None:
     for number, picture in enumerate(pictures(6)):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    original = shards.batches_a_part
+    original = shards.batches_per_shard
 
     def meanwhile(change: Callable[[], object]) -> str:
         def batches(images: int, workers: int) -> int:

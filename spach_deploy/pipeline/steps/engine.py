@@ -19,7 +19,7 @@ from spach_deploy.options.specs import EngineTarget, ExportOptions
 from spach_deploy.pipeline.steps import manifest as sections
 from spach_deploy.pipeline.steps.precision import TypedGraph
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.validation.validate import EnginePlan, what_runs_a_plan
+from spach_deploy.validation.result import EnginePlan, what_runs_a_plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from spach_deploy.quantization.quantize import equalize_graph, mark_sites
 from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
-from spach_deploy.validation.exact import prove_equal
+from spach_deploy.validation.tolerance import prove_equal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from spach_deploy.quantization.plan import summary as quantized_summary
 from spach_deploy.quantization.quantize import quantize_typed
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import save_model
-from spach_deploy.validation.exact import check_equal
+from spach_deploy.validation.tolerance import check_equal
 
 RANGE_IMAGES = 256
 """At most this many of a user's images are looked at for ranges, spread evenly over the set."""

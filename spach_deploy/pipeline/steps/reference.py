@@ -17,14 +17,16 @@ from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.validation.error_trace import ExpectedActivations
-from spach_deploy.validation.exact import ReferenceLogits, prove_equal, rounding_limit
 from spach_deploy.validation.rounding_error import ActivationTrace, evaluate, evaluate_fp64
 from spach_deploy.validation.tolerance import (
     QUANTIZED_ROUNDING_IMAGES,
     ROUNDING_IMAGES,
     MeasuredError,
+    ReferenceLogits,
     ToleranceSet,
     measured_fp32_error,
+    prove_equal,
+    rounding_limit,
 )
 from spach_deploy.validation.tolerance import derive_tolerances as derived
 
@@ -106,9 +108,9 @@ def derive_tolerances(
         options.rest,
         options.outputs,
         tf32=options.engine.tf32 and options.engine.flavour is not Flavour.NONE,
-        loss_images=ROUNDING_IMAGES if plan is None else QUANTIZED_ROUNDING_IMAGES,
-        twin=None if plan is None else fake_quantized(static, plan),
-        depth=trace,
+        rounding_images=ROUNDING_IMAGES if plan is None else QUANTIZED_ROUNDING_IMAGES,
+        fake_quantized=None if plan is None else fake_quantized(static, plan),
+        activations=trace,
         noise=outputs.noise,
     )
     return DerivedTolerances(tolerances, ExpectedActivations.of(trace))

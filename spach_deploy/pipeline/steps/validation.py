@@ -12,11 +12,10 @@ from spach_deploy.pipeline.steps.engine import BuiltEngine
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import DerivedTolerances, ReferenceOutputs
 from spach_deploy.validation.error_trace import ActivationTracer, ErrorTrace
-from spach_deploy.validation.provenance import Provenance
+from spach_deploy.validation.result import Provenance, ReportHeader, Validation, golden_set, validate_export
 from spach_deploy.validation.runs import EvaluationSet, RunResult, examine_typed
 from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.user_answers import Agreement
-from spach_deploy.validation.validate import ReportHeader, Validation, golden_set, validate_export
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,10 +33,9 @@ from spach_deploy.validation.bisect.result import (
     NOT_RUN,
     StepResult,
 )
-from spach_deploy.validation.exact import rounding_limit
 from spach_deploy.validation.rounding_error import evaluate, parts_of
 from spach_deploy.validation.runs import Level, RunResult
-from spach_deploy.validation.tolerance import measured_fp32_error
+from spach_deploy.validation.tolerance import measured_fp32_error, rounding_limit
 
 REFERENCE, STATIC, GRAPH, TYPED, ENGINE = "reference", "static model", "FP32 graph", "typed graph", "engine"
 

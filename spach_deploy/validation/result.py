@@ -1,7 +1,7 @@
-"""What a validation found: the evidence, how far it reaches, and the exit code that follows.
+"""The result of a validation: what ran, what is wrong, the level of evidence, the exit code, and report.json.
 
-Two levels are never confused. *engine*: the plan itself ran here. *graph*: the typed graph that the plan was built from
-ran in ONNX Runtime, and the plan is, by its hash, the one that was built from it.
+Level *engine*: the plan itself ran here. Level *graph*: the typed graph ran in ONNX Runtime, and by its hash the plan
+was built from it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from spach_deploy._version import __version__
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.schema import AgreementEntry, TolerancesEntry, TraceEntry, ValidationSection
 from spach_deploy.bundle.store import Bundle
-from spach_deploy.common.errors import UnavailableError
+from spach_deploy.common.errors import UnavailableError, UsageError
+from spach_deploy.common.files import Destination
+from spach_deploy.common.text import json_text
+from spach_deploy.common.versions import tool_versions
 from spach_deploy.models.hyperparameters import Setting, read_section
 from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision
 from spach_deploy.validation.accuracy import Accuracy
 from spach_deploy.validation.bisect.result import Bisection
 from spach_deploy.validation.error_trace import ErrorTrace
-from spach_deploy.validation.provenance import Provenance
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_engine
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
 from spach_deploy.validation.user_answers import Agreement
@@ -31,9 +33,10 @@ REPORT_VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class ReportHeader:
-    """What was validated: a bundle's facts for the head of a report.
+    """The head of a report: what was validated.
 
-    `settings`: what tensors do not show, with its source. `answers`: how the reference agrees with the user's own.
+    `settings`: hyperparameters that tensors do not show, each with its source. `answers`: how far the reference agrees
+    with the user's answers.
     """
 
     target: str
@@ -45,7 +48,7 @@ class ReportHeader:
 
     @property
     def answers_sentence(self) -> str:
-        """Whether the reference is the user's model by the user's own answers; empty for demo weights."""
+        """Whether the reference agrees with the user's answers; empty for demo weights."""
         if self.answers is not None:
             return self.answers.sentence
         if self.is_demo:
@@ -67,7 +70,7 @@ class ReportHeader:
 
 @dataclasses.dataclass(frozen=True)
 class MissingEngineRun:
-    """Why a plan did not run here, as one clause, and what machine would run it."""
+    """Why a plan did not run here, as a clause, and which machine would run it."""
 
     reason: str
     needs: str
@@ -79,7 +82,7 @@ class MissingEngineRun:
 
 @dataclasses.dataclass(frozen=True)
 class EnginePlan:
-    """A plan, who built it, and which machine runs it, in words."""
+    """A plan's bytes, its TensorRT flavour, and in words which machine runs it."""
 
     content: bytes = dataclasses.field(repr=False)
     flavour: Flavour
@@ -87,19 +90,37 @@ class EnginePlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What repeats the validation: its command line, and versions by package. No time, so that equal runs give equal
+    reports.
+    """
+
+    command: str
+    tools: dict[str, str]
+
+    @classmethod
+    def here(cls, command: str) -> Provenance:
+        """A command line with the versions installed here."""
+        return cls(command, tool_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Validation:
     """A finished validation.
 
-    `findings` are faults that no comparison shows, such as a changed file; `notes` are facts that are no faults.
-    `other_model`: why the reference is not the user's model, by the user's own answers.
-    `missing_engine_run` is set where there is a plan and it did not run. `graph_suffices`: the caller takes evidence of
-    the graph for enough, so that such a validation ends with 0. `accuracy` is set where the images have labels.
-    `bisection` is set where one was asked for, `trace` where the errors along the network's depth were measured.
-    `run` is how a command came to it.
+    `findings`: faults that no comparison shows, such as a changed file. `notes`: facts that are no faults.
+    `other_model`: why the reference is not the user's model, by the user's answers. `missing_engine_run`: set where
+    there is a plan and it did not run. `graph_suffices`: the caller accepts evidence of level graph, so that the exit
+    code is 0. `accuracy`: set where the images have labels. `bisection`: set where one was asked for. `trace`: set
+    where the error trace was measured. `run`: the command that made it.
     """
 
-    subject: ReportHeader
-    trial: EvaluationSet
+    header: ReportHeader
+    eval_set: EvaluationSet
     evidence: tuple[RunResult, ...]
     findings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -113,12 +134,12 @@ class Validation:
 
     @property
     def level(self) -> Level:
-        """The highest level that was reached."""
+        """The highest level reached."""
         return Level.ENGINE if any(item.level is Level.ENGINE for item in self.evidence) else Level.GRAPH
 
     @property
     def all_findings(self) -> tuple[str, ...]:
-        """Everything that is wrong, once each."""
+        """Everything that is wrong, each finding once."""
         compared = (finding for item in self.evidence for finding in item.verdict.findings)
         dropped = self.accuracy.findings if self.accuracy else ()
         bisected = () if self.bisection is None else self.bisection.findings
@@ -127,17 +148,17 @@ class Validation:
 
     @property
     def agreed(self) -> bool:
-        """Whether the numbers agreed, whatever the accuracy."""
+        """Whether the numbers agree, whatever the accuracy."""
         return dataclasses.replace(self, accuracy=None).passed
 
     @property
     def passed(self) -> bool:
-        """Whether there was evidence and nothing was wrong."""
+        """Whether something ran and nothing is wrong."""
         return bool(self.evidence) and not self.all_findings
 
     @property
     def exit_code(self) -> int:
-        """0 agreed, 1 did not, 3 agreed as far as this machine can tell."""
+        """0 it agrees, 1 it does not, 3 it agrees as far as this machine can tell."""
         if not self.passed:
             return 1
         return 3 if self.missing_engine_run and not self.graph_suffices else 0
@@ -146,10 +167,10 @@ class Validation:
         """What is wrong, in one sentence; for a validation that did not pass."""
         findings = self.all_findings or ("Nothing was compared.",)
         more = f" (and {len(findings) - 1} more findings)" if len(findings) > 1 else ""
-        return f"{self.subject.target} does not agree with PyTorch: {findings[0].rstrip('.')}{more}."
+        return f"{self.header.target} does not agree with PyTorch: {findings[0].rstrip('.')}{more}."
 
     def level_sentence(self) -> str:
-        """How far the evidence reaches, in one plain line."""
+        """The level of evidence, in one line."""
         if self.level is Level.ENGINE:
             return "Level of evidence: engine. The plan itself ran here."
         if self.missing_engine_run is None:
@@ -161,12 +182,12 @@ class Validation:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report: plain JSON, the same for the same inputs."""
+        """The content of report.json: plain JSON, the same for the same inputs."""
         missing = self.missing_engine_run
         return {
             "report_version": REPORT_VERSION,
             "spach_deploy": __version__,
-            **self.subject.to_dict(),
+            **self.header.to_dict(),
             "passed": self.passed,
             "agreed": self.agreed,
             "exit_code": self.exit_code,
@@ -176,8 +197,12 @@ class Validation:
             "findings": list(self.all_findings),
             "notes": list(self.notes),
             "run": None if self.run is None else self.run.to_dict(),
-            "images": {"description": self.trial.images, "count": len(self.trial), "names": list(self.trial.names)},
-            "reference": self.trial.reference,
+            "images": {
+                "description": self.eval_set.images,
+                "count": len(self.eval_set),
+                "names": list(self.eval_set.names),
+            },
+            "reference": self.eval_set.reference,
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "evidence": [item.to_dict() for item in self.evidence],
             "trace": None if self.trace is None else self.trace.to_dict(),
@@ -186,17 +211,17 @@ class Validation:
 
 
 def manifest_section(validation: Validation, tolerances: ToleranceSet) -> ValidationSection:
-    """What a manifest keeps of an export's validation; later validations of the bundle read it."""
-    trace, answers = validation.trace, validation.subject.answers
+    """The manifest's section about an export's validation; later validations of the bundle read it."""
+    trace, answers = validation.trace, validation.header.answers
     return ValidationSection(
         passed=validation.passed,
         level=validation.level.value,
         level_sentence=validation.level_sentence(),
-        images=validation.trial.images,
-        image_count=len(validation.trial),
+        images=validation.eval_set.images,
+        image_count=len(validation.eval_set),
         batches=tuple(sorted({size for item in validation.evidence for size in item.batches})),
         batch_left_out=next((item.left_out for item in validation.evidence if item.left_out), ""),
-        reference=validation.trial.reference,
+        reference=validation.eval_set.reference,
         tolerances=convert(tolerances.to_dict(), TolerancesEntry),
         trace=None if trace is None else convert(trace.to_dict(), TraceEntry),
         answers=None if answers is None else convert(answers.to_dict(), AgreementEntry),
@@ -204,7 +229,7 @@ def manifest_section(validation: Validation, tolerances: ToleranceSet) -> Valida
 
 
 def report_header(target: str, bundle: Bundle, precision: Precision) -> ReportHeader:
-    """What a bundle's manifest says for the head of a report."""
+    """The head of a report, from a bundle's manifest."""
     model, answers = bundle.manifest.model, bundle.manifest.validation.answers
     return ReportHeader(
         target=target,
@@ -217,7 +242,7 @@ def report_header(target: str, bundle: Bundle, precision: Precision) -> ReportHe
 
 
 def golden_set(golden: Golden, images: str, outputs: OutputSpec, batch: BatchProfile) -> EvaluationSet:
-    """A golden pack as a trial; `images` says in words what its images are."""
+    """A golden pack as an evaluation set. `images`: in words, what its images are."""
     return EvaluationSet(
         inputs=lambda start, stop: golden.input[start:stop],
         logits=golden.logits,
@@ -234,25 +259,55 @@ def what_runs_a_plan(flavour: str, version: str, gpus: list[str]) -> str:
     return f"an NVIDIA GPU ({', '.join(gpus)}) with {flavour} {version}".replace("()", "").replace("  ", " ").strip()
 
 
-def try_plan(plan: EnginePlan, trial: EvaluationSet, bounds: Bounds) -> RunResult | MissingEngineRun:
-    """Run a plan, or say why it does not run here. UsageError when it is no plan."""
+def try_plan(plan: EnginePlan, eval_set: EvaluationSet, bounds: Bounds) -> RunResult | MissingEngineRun:
+    """Run a plan, or say why it does not run here. UsageError for bytes that are no plan."""
     try:
-        return examine_engine(plan.content, plan.flavour, trial, bounds)
+        return examine_engine(plan.content, plan.flavour, eval_set, bounds)
     except UnavailableError as error:
         reason = error.message.removeprefix("The engine cannot run here: ").rstrip(".")
         return MissingEngineRun(reason, plan.needs)
 
 
 def validate_export(
-    subject: ReportHeader, trial: EvaluationSet, graph: tuple[RunResult, ...], plan: EnginePlan | None, bounds: Bounds
+    header: ReportHeader, eval_set: EvaluationSet, graph: tuple[RunResult, ...], plan: EnginePlan | None, bounds: Bounds
 ) -> Validation:
-    """An export's validation: the evidence of its graph and, where there is a plan and it runs here, of the plan.
+    """The validation of an export: its graph's runs and, where there is a plan and it runs here, the plan's.
 
-    `bounds` are the engine's. Evidence of the graph suffices: an export is done when all that could be checked agreed.
+    `bounds` are the engine's. Evidence of level graph suffices: an export is done when everything that could run
+    agrees.
     """
     if plan is None:
-        return Validation(subject, trial, graph)
-    tried = try_plan(plan, trial, bounds)
+        return Validation(header, eval_set, graph)
+    tried = try_plan(plan, eval_set, bounds)
     if isinstance(tried, RunResult):
-        return Validation(subject, trial, (tried, *graph))
-    return Validation(subject, trial, graph, missing_engine_run=tried, graph_suffices=True)
+        return Validation(header, eval_set, (tried, *graph))
+    return Validation(header, eval_set, graph, missing_engine_run=tried, graph_suffices=True)
+
+
+# report.json
+
+
+def as_json(validation: Validation) -> str:
+    """The report as text."""
+    return dumped(validation.to_dict())
+
+
+def dumped(content: dict[str, Any]) -> str:
+    """A report's content as text."""
+    return json_text(content) + "\n"
+
+
+def write_report(validation: Validation, destination: Destination) -> None:
+    """Write report.json in one step. UsageError where it cannot be written."""
+    write_whole(destination, as_json(validation))
+
+
+def write_whole(destination: Destination, text: str) -> None:
+    """Write a report or its page in one step: a killed run leaves the old file. UsageError where that fails."""
+    try:
+        destination.write_text(text)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(
+            f"The report {destination.path} cannot be written ({reason}).", "Choose another --report FILE."
+        ) from None
