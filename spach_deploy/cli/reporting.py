@@ -28,7 +28,7 @@ class ReportDestinations:
     @classmethod
     def of(cls, report: Path) -> ReportDestinations:
         """Those of `report`. UsageError where the page would be the report itself."""
-        from spach_deploy.report.files import page_beside
+        from spach_deploy.report.page import page_beside
 
         return cls(Destination.of(report), Destination.of(page_beside(report)))
 
@@ -83,7 +83,7 @@ def check_report(file: Path) -> None:
 
 def check_can_open() -> None:
     """MissingPackageError where no page could be made."""
-    from spach_deploy.report.files import check_can_make_pages
+    from spach_deploy.report.page import check_can_make_pages
 
     check_can_make_pages()
 
@@ -107,7 +107,7 @@ def write_reports(validation: Validation, asked: ReportRequest, places: ReportDe
 def _write_page(validation: Validation, asked: ReportRequest, place: Destination) -> None:
     """The page; without it the report is still there, so that a sentence is enough."""
     from spach_deploy.bundle.store import Bundle
-    from spach_deploy.report.files import page_problem
+    from spach_deploy.report.page import page_problem
 
     problem = page_problem(validation, Bundle.open(asked.bundle, verify=False).manifest, place)
     say(problem or f"Page: {place.path}")

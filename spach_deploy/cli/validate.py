@@ -65,7 +65,7 @@ def check_options(
         check_report(report)
     places = None if report is None else ReportDestinations.of(report)
     if is_opened:
-        from spach_deploy.report.files import check_can_make_pages
+        from spach_deploy.report.page import check_can_make_pages
 
         check_can_make_pages()
         if places is None:

@@ -28,7 +28,7 @@ from spach_deploy.pipeline.steps.quantize import Quantized, calibrated, quantize
 from spach_deploy.pipeline.steps.reference import derive_tolerances, reference_outputs
 from spach_deploy.pipeline.steps.validation import judge_engine, judge_graph
 from spach_deploy.quantization.calibration import Calibration
-from spach_deploy.report.files import page_problem
+from spach_deploy.report.page import page_problem
 from spach_deploy.validation.result import Validation, manifest_section, write_report
 
 

@@ -1,4 +1,4 @@
-"""The page of two bundles side by side."""
+"""The page that compares two bundles."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.files import Destination
 from spach_deploy.report.content import general, pictures_of, scientific
-from spach_deploy.report.files import check_ours
-from spach_deploy.report.page import fill
+from spach_deploy.report.page import check_own_page, fill
 from spach_deploy.validation.result import write_whole
 from spach_deploy.validation.side_by_side import figures
 
@@ -15,13 +14,13 @@ if TYPE_CHECKING:
     from spach_deploy.validation.side_by_side import Side, SideBySide
 
 
-def write_page_of_two(compared: SideBySide, place: Destination) -> None:
+def write_page_of_two(compared: SideBySide, destination: Destination) -> None:
     """Make the page and write it in one step.
 
     Raises MissingPackageError without jinja2, UsageError where it cannot be written or another's page is there.
     """
-    check_ours(place.path)
-    write_whole(place, page_of_two(compared))
+    check_own_page(destination.path)
+    write_whole(destination, page_of_two(compared))
 
 
 def page_of_two(compared: SideBySide) -> str:
@@ -74,7 +73,7 @@ def _reason(compared: SideBySide) -> str:
 
 
 def _answers(compared: SideBySide) -> list[dict[str, Any]]:
-    """The images on which they differ, or nearly do, with both sets of best classes."""
+    """Images on which the bundles differ, or nearly, with both sets of best classes."""
     pictures = _pictures(compared.first, [answer.image for answer in compared.answers])
     return [
         {

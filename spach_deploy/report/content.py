@@ -1,8 +1,7 @@
-"""What a page is made from.
+"""What a page is made from (report, manifest, pictures), and how numbers and words are shown.
 
-Numbers and words as a page shows them; templates have them as filters.
-
-Pictures of what the model saw, small enough to stand in a page.
+A report may be another version's or lack a section, so every read has a fallback. Templates have the functions in
+`FILTERS` as filters. `pictures_of` makes small JPEGs of the images that the model saw.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ Json = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ReportContent:
-    """report.json, the bundle's manifest where there is one, and pictures as data URIs by image index.
+    """report.json, the bundle's manifest, and pictures as data URIs by image number.
 
-    `made`: when the page is made, ISO 8601; a report has no time in it.
+    `made`: when the page is made, ISO 8601; a report itself has no time in it.
     """
 
     report: Json
@@ -49,7 +48,7 @@ class ReportContent:
 
     @property
     def evidence(self) -> list[Json]:
-        """All runs, the most telling first."""
+        """All runs, the most conclusive first."""
         return list(self.report.get("evidence") or ())
 
     @property
@@ -59,13 +58,13 @@ class ReportContent:
 
     @property
     def logits(self) -> Json:
-        """How the first run's logits compare; empty where they could not be compared."""
+        """The comparison of the first run's logits; empty where there is none."""
         outputs = self.first.get("comparison", {}).get("outputs", ())
         return next((output for output in outputs if output["name"] == "logits"), {})
 
     @property
     def bounds(self) -> Json:
-        """What the first run's logits may differ by."""
+        """The tolerances of the first run's logits."""
         outputs: Json = self.first.get("tolerances", {}).get("outputs", {})
         found: Json = outputs.get("logits", {})
         return found
@@ -82,7 +81,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def scientific(value: Any) -> str:
-    """1.13e-03, as terminals show it; report.json writes what is not finite as text."""
+    """1.13e-03, as in the terminal. report.json has inf and NaN as text."""
     if value is None:
         return ABSENT
     number = float(value)
@@ -132,7 +131,7 @@ def seconds(value: Any) -> str:
 
 
 def moment(value: Any) -> str:
-    """2026-11-25 07:48 UTC, of an ISO 8601 time."""
+    """An ISO 8601 time as 2026-11-25 07:48 UTC."""
     try:
         when = datetime.datetime.fromisoformat(str(value))
     except ValueError:
@@ -141,13 +140,13 @@ def moment(value: Any) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital at its start and a full stop at its end."""
+    """Capitalized, with a full stop at its end."""
     text = text.strip()
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?', '!')) else '.'}"
 
 
 def command(text: str) -> str:
-    """A command line; a long one in several lines, as a shell takes it, broken before options."""
+    """A command line; a long one over several lines as a shell takes it, broken before options."""
     lines = [""]
     for piece in _pieces(_WORD.findall(text)):
         if lines[-1] and len(lines[-1]) + len(piece) > _LONGEST_LINE:
@@ -157,7 +156,7 @@ def command(text: str) -> str:
 
 
 def _pieces(words: list[str]) -> list[str]:
-    """An option with its values is one piece."""
+    """The words in pieces: an option with its values is one piece."""
     pieces: list[str] = []
     for word in words:
         if pieces and not word.startswith("-"):
@@ -196,16 +195,15 @@ Inputs = Callable[[int, int], npt.NDArray[Any]]
 
 
 def pictures_of(inputs: Inputs, preprocessing: Preprocessing, images: Iterable[int]) -> dict[int, str]:
-    """Data URIs (JPEG) of images by index.
+    """Images by number as data URIs (JPEG).
 
-    `inputs(start, stop)`: as the engine's caller sends them, uint8 (n, S, S, 3) or normalized floats (n, 3, S, S) by
-    the `mean` and `std` of `preprocessing`.
+    `inputs(start, stop)`: engine inputs, uint8 (n, S, S, 3) or floats (n, 3, S, S) normalized by `preprocessing`.
     """
     return {index: _data_uri(pixels_of(inputs(index, index + 1)[0], preprocessing)) for index in images}
 
 
 def pixels_of(image: npt.NDArray[Any], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """uint8 (S, S, 3) of one input."""
+    """One input as uint8 (S, S, 3)."""
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)
     mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))

@@ -1,39 +1,50 @@
-"""The page: its sections in order, and the environment in which templates are filled.
+"""Make report.html: its sections in order, filled into templates, and written to its file.
 
-text = render(Content(report, manifest, pictures))
+    write_page(validation, manifest, destination)
+    text = render(ReportContent(report, manifest, pictures))
+
+`SECTIONS` lists the sections. `render` and `fill` make a page's text; the functions below them write it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy._version import __version__
-from spach_deploy.common.errors import MissingPackageError, printable_lines
+from spach_deploy.bundle.schema import Manifest
+from spach_deploy.common.errors import BundleError, MissingPackageError, SpachError, UsageError, printable_lines
+from spach_deploy.common.files import Destination
 from spach_deploy.common.versions import refuse_old
-from spach_deploy.report import sections
-from spach_deploy.report.content import FILTERS, ReportContent
-from spach_deploy.report.plots import INSTALL
+from spach_deploy.report import bundle_sections, validation_sections
+from spach_deploy.report.content import FILTERS, ReportContent, pictures_of
+from spach_deploy.report.plots import INSTALL, check_matplotlib
+from spach_deploy.validation.result import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+    from spach_deploy.validation.result import Validation
+
 TEMPLATES = Path(__file__).with_name("templates")
 GENERATOR = "spach-deploy"
-"""What a page of ours says made it."""
+"""The generator that our pages name in their head."""
 
-_OURS = f'<meta name="generator" content="{GENERATOR}'
+_OWN_TAG = f'<meta name="generator" content="{GENERATOR}'
 _HEAD_BYTES = 2048
+_SUFFIX = ".html"
 
 
-def is_ours(page: Path) -> bool:
-    """Whether a page of spach-deploy lies there, or nothing: another's is left alone."""
+def is_own_page(page: Path) -> bool:
+    """Whether the file is a page of spach-deploy, or does not exist. Others are never overwritten."""
     try:
         with page.open("rb") as stream:
-            return _OURS.encode() in stream.read(_HEAD_BYTES)
+            return _OWN_TAG.encode() in stream.read(_HEAD_BYTES)
     except FileNotFoundError:
         return True
     except OSError:
@@ -42,9 +53,9 @@ def is_ours(page: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section: its anchor and template, its heading, and what picks its contents (None leaves it out).
+    """A section: its anchor and template, its heading, and the function that selects its content (None leaves it out).
 
-    A `title` among the contents is a heading that says more.
+    A `title` in the content replaces the heading.
     """
 
     name: str
@@ -53,18 +64,18 @@ class Section:
 
 
 SECTIONS = (
-    Section("bisect", "Bisection", sections.bisect),
-    Section("compared", "What was compared", sections.compared),
-    Section("steps", "The pipeline, step by step", sections.steps),
-    Section("depth", "Error along the depth", sections.depth),
-    Section("answers", "Images", sections.answers),
-    Section("accuracy", "Accuracy", sections.accuracy),
-    Section("precision", "Precision, layer by layer", sections.precision),
-    Section("ranges", "Ranges", sections.ranges),
-    Section("graph", "Graph and engine", sections.graph),
-    Section("again", "Do it again", sections.again),
+    Section("bisect", "Bisection", validation_sections.bisect),
+    Section("compared", "What was compared", validation_sections.compared),
+    Section("steps", "The pipeline, step by step", bundle_sections.steps),
+    Section("depth", "Error along the depth", validation_sections.depth),
+    Section("answers", "Images", validation_sections.answers),
+    Section("accuracy", "Accuracy", validation_sections.accuracy),
+    Section("precision", "Precision, layer by layer", bundle_sections.precision),
+    Section("ranges", "Ranges", bundle_sections.ranges),
+    Section("graph", "Graph and engine", bundle_sections.graph),
+    Section("again", "Do it again", bundle_sections.again),
 )
-"""What a page shows, in order, below its verdict."""
+"""The sections of a page in order, below the verdict."""
 
 
 def render(content: ReportContent) -> str:
@@ -73,8 +84,8 @@ def render(content: ReportContent) -> str:
     report = content.report
     return fill(
         "page.html.jinja",
-        title=f"{report['model']} {str(report['precision']).upper()}: {sections.heading_of(report)}",
-        verdict=sections.verdict(content),
+        title=f"{report['model']} {str(report['precision']).upper()}: {validation_sections.heading_of(report)}",
+        verdict=validation_sections.verdict(content),
         sections=[{"name": s.name, "title": view.get("title", s.title), "view": view} for s, view in shown],
         report=report,
         manifest=content.manifest,
@@ -82,14 +93,14 @@ def render(content: ReportContent) -> str:
 
 
 def fill(template: str, **values: Any) -> str:
-    """A template filled: `base.html.jinja` is the frame of every page, and needs `title`."""
+    """Fill a template. `base.html.jinja` is the frame of every page and needs `title`."""
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     page = environment().get_template(template)
     return printable_lines(page.render(generator=f"{GENERATOR} {__version__}", style=style, **values))
 
 
 def load_templates() -> None:
-    """Those that most pages are made of, compiled before they are needed. MissingPackageError without jinja2."""
+    """Compile the templates of most pages in advance. MissingPackageError without jinja2."""
     made = environment()
     for name in ("base.html.jinja", "page.html.jinja", "parts.jinja", *(f"sections/{s.name}.jinja" for s in SECTIONS)):
         made.get_template(name)
@@ -97,7 +108,7 @@ def load_templates() -> None:
 
 @functools.cache
 def environment() -> Environment:
-    """Everything is escaped, and a name that is not there is an error.
+    """The jinja2 environment: everything is escaped, and an unknown name is an error.
 
     Raises MissingPackageError without jinja2, OldPackageError where it is too old.
     """
@@ -112,3 +123,73 @@ def environment() -> Environment:
     )
     made.filters.update(FILTERS)
     return made
+
+
+# Files
+
+
+def page_beside(report: Path) -> Path:
+    """The page's file for a report: the same name, ending in .html. UsageError where that is the report itself."""
+    page = report.with_suffix(_SUFFIX)
+    if page == report:
+        raise UsageError(f"--report {report} is where the page goes.", f"Give {report.with_suffix('.json').name}.")
+    return page
+
+
+def check_can_make_pages() -> None:
+    """Raises MissingPackageError without jinja2 or matplotlib."""
+    environment()
+    check_matplotlib()
+
+
+def load_page_modules() -> None:
+    """Import in advance what a page needs, if it is installed."""
+    with contextlib.suppress(MissingPackageError):
+        check_can_make_pages()
+        load_templates()
+
+
+def content_of(validation: Validation, manifest: Manifest | None) -> ReportContent:
+    """A validation and its bundle's manifest as a page's content, with the pictures that the page shows."""
+    report = validation.to_dict()
+    content = ReportContent(report, manifest)
+    wanted = [answer["image"] for answer in content.first.get("answers", ())]
+    pictures = {} if manifest is None else pictures_of(validation.eval_set.inputs, manifest.preprocessing, wanted)
+    made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return ReportContent(report, manifest, pictures, made)
+
+
+def write_page(validation: Validation, manifest: Manifest | None, destination: Destination) -> None:
+    """Make the page and write it in one step.
+
+    Raises MissingPackageError without jinja2 or matplotlib, UsageError where it cannot be written or another's page is
+    there, BundleError for a manifest with numbers that mean nothing.
+    """
+    check_own_page(destination.path)
+    try:
+        text = render(content_of(validation, manifest))
+    except SpachError:
+        raise
+    except Exception as error:  # a manifest that somebody changed may hold any number, and the work is done
+        reason = f"{type(error).__name__}: {error}"
+        raise BundleError(
+            f"The page {destination.path.name} was not made: an entry of the manifest or the report is not of its kind"
+            f" ({reason}).",
+            "The report itself is complete; export the bundle again for a page.",
+        ) from error
+    write_whole(destination, text)
+
+
+def page_problem(validation: Validation, manifest: Manifest | None, destination: Destination) -> str:
+    """Make the page; returns in a sentence why it was not made, or "". The report is written in either case."""
+    try:
+        write_page(validation, manifest, destination)
+    except SpachError as error:
+        return str(error)
+    return ""
+
+
+def check_own_page(page: Path) -> None:
+    """UsageError where the file is somebody else's page, which is never overwritten."""
+    if not is_own_page(page):
+        raise UsageError(f"{page} is no page of spach-deploy and is left alone.", "Give another --report FILE.json.")

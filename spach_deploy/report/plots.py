@@ -1,14 +1,11 @@
-"""matplotlib's SVG made fit for a page: colours that follow the page's, its font, ids that are nobody else's.
-
-A figure is drawn in stand-in colours (`STAND_INS`), one for each CSS variable of the style sheet, and those are
-exchanged here, so that a plot is dark where the page is and prints as the page does.
-
-Plots along the depth of a network, on a logarithmic axis: drawn by matplotlib, once wide and once narrow.
+"""Plots over the parts of a network with a logarithmic axis, drawn by matplotlib as SVG, once wide and once narrow.
 
     chart = Chart(("stem", "layer1.0"), (Line("this engine", (1e-4, 2e-4), "ours"),), "relative L2")
     drawn = draw(chart, "depth")     # drawn.wide, drawn.narrow: `<svg>` elements
 
-The style sheet shows the one that fits. A legend is the page's own matter: `drawn.legend`.
+The style sheet shows the form that fits. The page shows `drawn.legend` itself. A figure is drawn in stand-in colours
+(`STAND_INS`), one for each CSS variable of the style sheet, which are replaced by these variables afterwards. So a plot
+is dark where the page is dark, and prints as the page does.
 """
 
 from __future__ import annotations
@@ -28,10 +25,10 @@ from spach_deploy.common.versions import refuse_old
 from spach_deploy.report.content import scientific
 
 VARIABLES = ("ink", "muted", "line", "ours", "bound", "noise", "other", "bad")
-"""Names of the style sheet's colours that a plot may use."""
+"""CSS colour variables that a plot may use."""
 
 STAND_INS = {name: f"#0{index}0{index}0{index}" for index, name in enumerate(VARIABLES, start=1)}
-"""Colour to draw in, by variable."""
+"""The colour that stands in for each variable."""
 
 _HEAD = re.compile(r"^.*?<svg[^>]*>", re.DOTALL)
 _LEFT_OUT = re.compile(r"\s*<(metadata|style)\b.*?</\1>|<defs>\s*</defs>", re.DOTALL)
@@ -41,7 +38,7 @@ _SPACES = re.compile(r"[ \t]*\n\s*")
 
 
 def for_page(text: str, width: int, height: int, prefix: str) -> str:
-    """An `<svg>` element to put into a page; `prefix` is this plot's own."""
+    """An `<svg>` element for a page. `prefix` makes its ids unique in the page."""
     text = _LEFT_OUT.sub("", _HEAD.sub("", text, count=1))
     text = _ID.sub(lambda found: f"{found[1]}{prefix}-{found[2]}", _FONT.sub("", text))
     for name, colour in STAND_INS.items():
@@ -51,7 +48,7 @@ def for_page(text: str, width: int, height: int, prefix: str) -> str:
 
 
 def with_hints(svg: str, spots: Sequence[tuple[float, float, float, float]], texts: Sequence[str]) -> str:
-    """With an invisible area (x, y, width, height) for each text, which a browser shows when pointed at."""
+    """The plot with an invisible area (x, y, width, height) for each text, which a browser shows as a tooltip."""
     hints = "".join(
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"><title>{escape(text)}</title></rect>'
         for (x, y, width, height), text in zip(spots, texts, strict=True)
@@ -77,8 +74,8 @@ INSTALL = "pip install 'spach-deploy[report]'"
 class Line:
     """A curve: a value for each part of the network, None where there is none.
 
-    `colour` is one of `svg.VARIABLES`. `dash`: solid, dashed or dotted. `dots`: mark each value, where there is room.
-    `marked`: indices of values that are beyond what is allowed.
+    `colour`: one of `VARIABLES`. `dash`: solid, dashed or dotted. `dots`: mark every value where there is room.
+    `marked`: indices of values beyond the limit.
     """
 
     label: str
@@ -91,7 +88,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """A level that holds for all parts, written into the plot."""
+    """A horizontal limit, labelled in the plot."""
 
     label: str
     value: float
@@ -99,7 +96,7 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What a plot along the depth shows. `parts`: names of the network's parts, in order."""
+    """A plot over the network. `parts`: names of the network's parts, in order."""
 
     parts: tuple[str, ...]
     lines: tuple[Line, ...]
@@ -109,7 +106,7 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A chart as two SVG elements, what it counts in, and the lines of its legend."""
+    """A chart as two SVG elements, the label of its axis, and its legend."""
 
     wide: str
     narrow: str
@@ -120,7 +117,7 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Neighbouring parts that share the first word of their names: a stage of the network."""
+    """Consecutive parts whose names begin with the same word: a network stage."""
 
     name: str
     start: int
@@ -138,7 +135,7 @@ def groups_of(parts: Sequence[str]) -> list[Group]:
 
 
 def draw(chart: Chart, prefix: str) -> Drawn | None:
-    """Both forms; None for a chart without a positive number. `prefix` makes ids in the page unique.
+    """Both forms of a chart; None where it has no positive number. `prefix` makes ids in the page unique.
 
     Raises MissingPackageError without matplotlib.
     """
@@ -169,12 +166,12 @@ def _svg(chart: Chart, size: tuple[int, int], prefix: str) -> str:
 
 
 def check_matplotlib() -> None:
-    """MissingPackageError without it, OldPackageError where it is too old."""
+    """Raises MissingPackageError without matplotlib, OldPackageError where it is too old."""
     _matplotlib()
 
 
 def _matplotlib() -> Any:
-    """matplotlib without what it says of fonts and folders."""
+    """matplotlib, without its messages about fonts and folders."""
     try:
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         import matplotlib
@@ -187,7 +184,7 @@ def _matplotlib() -> Any:
 
 
 def _style() -> dict[str, Any]:
-    """Text stays text; the same numbers give the same bytes."""
+    """Style: text stays text, and the same numbers give the same bytes."""
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": "spach-deploy",
@@ -241,7 +238,7 @@ def _plot(axes: Any, line: Line) -> None:
 
 
 def _label_depth(axes: Any, groups: list[Group], pixels_per_part: float) -> None:
-    """The stages' names below, lines between them."""
+    """Network stages below the axis, with lines between them."""
     shown = [group for group in groups if (group.stop - group.start) * pixels_per_part >= _FEWEST_PIXELS]
     shown = shown or groups[:: max(1, len(groups) // 4)]
     axes.set_xticks([(group.start + group.stop - 1) / 2 for group in shown], [group.name for group in shown])
@@ -250,7 +247,7 @@ def _label_depth(axes: Any, groups: list[Group], pixels_per_part: float) -> None
 
 
 def _label_decades(axes: Any, chart: Chart) -> None:
-    """Whole decades that hold all values, every one a line, seven at most with a number."""
+    """Decades that cover all values: a grid line for each, at most seven with a label."""
     values = [*_positive(chart), *(limit.value for limit in chart.limits)]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     high = max(high, low + 1)

@@ -178,7 +178,7 @@ def _quantizes_fp16(graph: Path | bytes) -> bool:
     try:
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else onnx.load_from_string(graph)
         return quantizes_fp16(ir.from_proto(model))
-    except Exception:  # a foreign graph may hold anything; running it says what
+    except Exception:  # an external graph may hold anything; running it says what
         return False
 
 
@@ -246,7 +246,7 @@ def _saved_execution(
     try:
         model = ir.from_proto(onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph))
         model = rounded_graph(model) if execution is CpuExecution.ROUNDED else model
-    except Exception as error:  # a foreign graph may hold anything
+    except Exception as error:  # an external graph may hold anything
         raise UsageError(f"Its half tensors cannot be rounded one by one: {error}") from error
     outputs = {value.name for value in model.graph.outputs}
     inner = [] if watch is None else [name for name in watch(model) if name not in outputs]

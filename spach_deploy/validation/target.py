@@ -309,7 +309,7 @@ def _check_cluster(request: ValidationRequest, target: _Target) -> None:
         raise UsageError("--ray runs graphs in ONNX Runtime, and this machine can run the plan itself.", hint)
 
 
-# What it is
+# The target
 
 
 def _open(target: Path) -> Bundle:
@@ -421,7 +421,7 @@ def _images_reference(
     return ImagesReference(eval_set, facts.tolerances)
 
 
-# Evidence
+# Runs and findings
 
 
 def _file_findings(changed: dict[str, str]) -> tuple[str, ...]:

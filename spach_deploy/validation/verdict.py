@@ -1,6 +1,8 @@
 """Judge a comparison: each figure against a tolerance, and each problem a finding.
 
-verdict = judge(comparison, {"logits": Tolerance(rel_l2=2e-3, flip_margin=0.05, origin="measured")})
+    verdict = judge(comparison, {"logits": Tolerance(rel_l2=2e-3, flip_margin=0.05, origin="measured")})
+
+`compare` measures; this module alone decides what passes.
 """
 
 from __future__ import annotations

@@ -23,8 +23,15 @@ from spach_deploy.data.preprocess import normalize, to_input
 from spach_deploy.options.specs import IODtype, Precision, Preprocessing
 from spach_deploy.pipeline.auto import PrecisionCandidate, Recommendation
 from spach_deploy.report.content import ReportContent, pictures_of, pixels_of
-from spach_deploy.report.files import check_can_make_pages, content_of, page_beside, page_problem, write_page
-from spach_deploy.report.page import TEMPLATES, environment
+from spach_deploy.report.page import (
+    TEMPLATES,
+    check_can_make_pages,
+    content_of,
+    environment,
+    page_beside,
+    page_problem,
+    write_page,
+)
 from tests import small_bundles
 from tests.commands import ROOT, contents
 from tests.report import made_up

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from spach_deploy.bundle.schema import Manifest
-from spach_deploy.report import plots, sections
+from spach_deploy.report import bundle_sections, plots, validation_sections
 from spach_deploy.report.content import ReportContent
 from spach_deploy.report.page import SECTIONS, render
 from tests.report import made_up
@@ -150,7 +150,7 @@ def test_every_figure_that_the_issue_asks_for_is_there() -> None:
 
 
 def test_a_state_has_its_colour() -> None:
-    states = {name: sections.state_of(report) for name, report in made_up.STATES.items()}
+    states = {name: validation_sections.state_of(report) for name, report in made_up.STATES.items()}
     assert states == {
         **dict.fromkeys(("agrees", "engine", "ties"), "good"),
         "unverified": "partial",
@@ -159,16 +159,16 @@ def test_a_state_has_its_colour() -> None:
 
 
 def test_a_figure_beyond_its_bound_is_marked() -> None:
-    tiles = sections.verdict(made_up.content("wrong"))["tiles"]
+    tiles = validation_sections.verdict(made_up.content("wrong"))["tiles"]
     assert [tile["label"] for tile in tiles if tile.get("is_bad")] == [
         "Relative L2, worst image",
         "Images that change class",
     ]
-    assert not [tile for tile in sections.verdict(made_up.content("ties"))["tiles"] if tile.get("is_bad")]
+    assert not [tile for tile in validation_sections.verdict(made_up.content("ties"))["tiles"] if tile.get("is_bad")]
 
 
 def test_steps_beyond_what_is_allowed_disagree() -> None:
-    view = sections.steps(made_up.content("unverified"))
+    view = bundle_sections.steps(made_up.content("unverified"))
     assert view is not None
     assert [(row["step"], row["verdict"]) for row in view["rows"]] == [
         ("Reference", ""),
@@ -181,7 +181,7 @@ def test_steps_beyond_what_is_allowed_disagree() -> None:
 
 
 def test_the_first_module_beyond_its_bound_is_named() -> None:
-    view = sections.depth(made_up.content("wrong"))
+    view = validation_sections.depth(made_up.content("wrong"))
     assert view is not None
     assert view["first_over"] == "norm"
     drawn = view["plot"]
@@ -191,13 +191,18 @@ def test_the_first_module_beyond_its_bound_is_named() -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    for view in (sections.depth, sections.bisect, sections.ranges, sections.precision):
+    for view in (
+        validation_sections.depth,
+        validation_sections.bisect,
+        bundle_sections.ranges,
+        bundle_sections.precision,
+    ):
         assert view(made_up.content("agrees", None)) is None
-    assert sections.bisect(made_up.content("agrees")) is None
+    assert validation_sections.bisect(made_up.content("agrees")) is None
 
 
 def test_infinite_headroom_is_no_error() -> None:
-    view = sections.ranges(made_up.content("agrees"))
+    view = bundle_sections.ranges(made_up.content("agrees"))
     assert view is not None
     assert view["closest"][1]["times"] == float("inf")
 

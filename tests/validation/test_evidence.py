@@ -31,7 +31,7 @@ from spach_deploy.validation.runs import (
     examine_typed,
     plan_batches,
     profile_batches,
-    repeating,
+    repeated_images,
 )
 from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.verdict import Tolerance
@@ -224,7 +224,7 @@ def test_an_engine_gets_the_smallest_the_usual_and_the_largest_batch(
 
 
 def test_images_that_come_again_come_in_another_order() -> None:
-    assert repeating(3, 9) == (0, 1, 2, 1, 2, 0, 2, 0, 1)
+    assert repeated_images(3, 9) == (0, 1, 2, 1, 2, 0, 2, 0, 1)
 
 
 def test_rounding_every_half_tensor_shows_overflow_that_the_cpu_hides() -> None:

@@ -23,7 +23,7 @@ from spach_deploy.options.specs import BatchProfile
 from spach_deploy.packaging.triton.config import DATA_TYPES
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.packaging.triton.served_model import ServedModel
-from spach_deploy.validation.runs import repeating
+from spach_deploy.validation.runs import repeated_images
 from spach_deploy.validation.tolerance import Bounds
 
 DESCRIPTION = "golden.json"
@@ -88,7 +88,7 @@ def batches(images: int, profile: BatchProfile) -> tuple[tuple[int, ...], ...]:
 
 
 def _take(start: int, size: int, images: int) -> tuple[int, ...]:
-    return repeating(images, start + size)[start:]
+    return repeated_images(images, start + size)[start:]
 
 
 def _bytes(output: TensorInfo, expected: npt.NDArray[Any]) -> bytes:

@@ -23,7 +23,7 @@ from spach_deploy.common.files import Destination, lock_file, read_json, sha256_
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.cache import content_digest, export_key, input_files, without_inputs
 from spach_deploy.pipeline.zoo.plan import Build
-from spach_deploy.report.page import is_ours
+from spach_deploy.report.page import is_own_page
 
 SUMMARY, PAGE = "summary.json", "summary.html"
 KIND = "spach-deploy zoo"
@@ -79,7 +79,7 @@ class ZooFolder:
         file = self.root / SUMMARY
         if file.exists() and _read(file).get("kind") != KIND:
             raise UsageError(f"{file} is no summary of spach-deploy and is left alone.", "Choose another --output.")
-        if not is_ours(self.root / PAGE):
+        if not is_own_page(self.root / PAGE):
             raise UsageError(
                 f"{self.root / PAGE} is no page of spach-deploy and is left alone.", "Choose another --output."
             )

@@ -131,7 +131,7 @@ def _rounded_graph(graph: ir.Model) -> ir.Model:
     check_runtime_rounds()
     try:
         return rounded_graph(graph)
-    except Exception as error:  # a foreign graph may hold anything
+    except Exception as error:  # an external graph may hold anything
         raise _does_not_run(error) from error
 
 
