@@ -337,7 +337,7 @@ def examine_machine(info: MachineInfo) -> Machine:
     return Machine(findings, tuple(_ability(task, findings, info) for task in Task))
 
 
-# Abilities
+# Tasks
 
 
 def _ability(task: Task, findings: tuple[Finding, ...], info: MachineInfo) -> TaskStatus:

@@ -36,8 +36,8 @@ Outputs = Mapping[str, Array]
 TOP = 5
 _CHUNK_VALUES = 1 << 22  # converted to float64 at a time, so that large comparisons take little memory
 _SHOWN = 5  # images that a finding spells out
-_SUSPICIOUS = 0.05  # relative L2 from which an output may be another one ...
-_CLOSER = 0.1  # ... and is taken for it at a tenth of that distance
+_SUSPICIOUS = 0.05  # above this relative L2 an output may have been swapped with another ...
+_CLOSER = 0.1  # ... if its distance to that one is at most this share of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -465,7 +465,7 @@ def _gap(scores: Array | None, ours: Array, theirs: Array, image: int, rank: int
     return abs(float(scores[image, int(ours[image, rank])]) - float(scores[image, index]))
 
 
-# Words and chunks
+# Helpers
 
 
 def label(image: int, name: str) -> str:

@@ -188,14 +188,7 @@ def rebuilt_on_cluster(
     source = open_images(spec.path)
     labels_of = _label_finder(spec, source, section.num_classes)
     loaded = rebuild(section, weights)
-    work = ValidationWork(
-        graph=_graph_bytes(graph) if graph.is_file() else b"",
-        executions=executions_here(graph, facts.rest) if graph.is_file() else (),
-        model=loaded.model,
-        preprocessing=facts.preprocessing,
-        io_dtype=facts.outputs.io_dtype,
-        threads=1,  # a worker has one core
-    )
+    work = _cluster_work(loaded, facts, graph)
     limited = source.limit(spec.max_images)
     with cluster_address.connected() as cluster:
         readable = readable_images(limited, spec.max_images, facts.preprocessing, cluster.executor(DECODING_BYTES))
@@ -216,6 +209,17 @@ def rebuilt_on_cluster(
     few = {number: normalize(pixels[None], facts.preprocessing)[0] for number, pixels in outputs.pixels.items()}
     bounds = _tolerances(loaded, facts, FewImages(len(readable), few), outputs.logits, say)
     return ImagesReference(eval_set, bounds, labels, notes, outputs.graph)
+
+
+def _cluster_work(loaded: LoadedModel, facts: BundleFacts, graph: Path) -> ValidationWork:
+    return ValidationWork(
+        graph=_graph_bytes(graph) if graph.is_file() else b"",
+        executions=executions_here(graph, facts.rest) if graph.is_file() else (),
+        model=loaded.model,
+        preprocessing=facts.preprocessing,
+        io_dtype=facts.outputs.io_dtype,
+        threads=1,  # a worker has one core
+    )
 
 
 def _read_again(

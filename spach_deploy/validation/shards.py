@@ -69,7 +69,7 @@ FP32).
 """
 
 
-# The first pass
+# The first phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Reading:
         return ReadableImages(tuple(self.names), tuple(self._digests), labels, left_out, skipped)
 
 
-# The second pass, where it is worked on
+# The second phase: in workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +224,7 @@ class LoadedRunners:
     """The reference and the graph, loaded in a worker until it ends."""
 
     def __init__(self, work: ValidationWork) -> None:
-        self.work = dataclasses.replace(work, graph=b"")  # the sessions have it
+        self.work = dataclasses.replace(work, graph=b"")  # the sessions hold the graph
         self._stack = contextlib.ExitStack()
         self.runners: list[Runner] = [
             self._stack.enter_context(opened(execution, work.graph, work.threads)) for execution in work.executions
@@ -268,7 +268,7 @@ def _outputs(runner: Runner, feeds: Sequence[Array]) -> Mapping[str, Array] | st
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-# The second pass, where its parts come together
+# The second phase: in this process
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,7 @@ from spach_deploy.validation.live_reference import (
 from spach_deploy.validation.result import (
     EnginePlan,
     MissingEngineRun,
+    ReportHeader,
     Validation,
     golden_set,
     report_header,
@@ -226,35 +227,43 @@ def _bisected(
 def _validation(
     request: ValidationRequest, target: _Target, reference: ImagesReference, changed: dict[str, str]
 ) -> Validation:
-    kind, bundle, facts = target.kind, target.bundle, target.facts
-    eval_set, notes = reference.eval_set, reference.notes
-    header = report_header(str(request.target), bundle, facts.precision)
-    if kind is TargetKind.GRAPH:
-        note = _graph_note(request.target, bundle)
-        notes = (*notes, *truncation_notes(request.target, facts.rest))
-        evidence = _graph_evidence(request.target, facts, reference)
-        trace = None if note else _stored_trace(bundle)
-        others = {name: state for name, state in changed.items() if name != request.target.name}
-        findings = (*_file_findings(others), *_quantization_findings(target))
-        return Validation(header, eval_set, evidence, findings, notes=(*notes, *note), trace=trace)
-    other = (*_other_plan_findings(request.target, kind, bundle), *_other_graph_findings(kind, bundle))
+    header = report_header(str(request.target), target.bundle, target.facts.precision)
+    if target.kind is TargetKind.GRAPH:
+        return _graph_validation(header, target, reference, changed)
+    validation = _plan_validation(header, target, reference, changed)
+    return dataclasses.replace(validation, graph_suffices=request.accept_graph)
+
+
+def _graph_validation(
+    header: ReportHeader, target: _Target, reference: ImagesReference, changed: dict[str, str]
+) -> Validation:
+    """The validation of a graph file, which may differ from the bundle's."""
+    note = _graph_note(target.path, target.bundle)
+    others = {name: state for name, state in changed.items() if name != target.path.name}
+    return Validation(
+        header,
+        reference.eval_set,
+        _graph_evidence(target.path, target.facts, reference),
+        (*_file_findings(others), *_quantization_findings(target)),
+        (*reference.notes, *truncation_notes(target.path, target.facts.rest), *note),
+        trace=None if note else _stored_trace(target.bundle),
+    )
+
+
+def _plan_validation(
+    header: ReportHeader, target: _Target, reference: ImagesReference, changed: dict[str, str]
+) -> Validation:
+    """The validation of a plan or a bundle; of its graph where the plan does not run here."""
+    path, kind, bundle, facts, notes = target.path, target.kind, target.bundle, target.facts, reference.notes
+    other = (*_other_plan_findings(path, kind, bundle), *_other_graph_findings(kind, bundle))
     findings = (*_file_findings(changed), *other, *_quantization_findings(target))
-    evidence, missing = _plan_or_graph(request.target, kind, bundle, facts, reference)
+    evidence, missing = _plan_or_graph(path, kind, bundle, facts, reference)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
     if any(item.level is Level.GRAPH for item in evidence):
         notes = (*notes, *truncation_notes(bundle.path / GRAPH, facts.rest))
     trace = None if GRAPH in changed else _stored_trace(bundle)
-    return Validation(
-        header,
-        eval_set,
-        evidence,
-        findings,
-        notes,
-        missing_engine_run=missing,
-        graph_suffices=request.accept_graph,
-        trace=trace,
-    )
+    return Validation(header, reference.eval_set, evidence, findings, notes, missing, trace=trace)
 
 
 def _stored_trace(bundle: Bundle) -> ErrorTrace | None:

@@ -49,7 +49,7 @@ SEARCH_SECONDS = 120.0
 """Time limit of the search, whatever it has found."""
 
 _SAY_EVERY_S = 10.0
-_TRIFLE = 1e-4  # what heads, scales and activations change is more
+_TRIFLE = 1e-4  # wrong heads, scales and activations give larger errors
 _MOST_BYTES = 2 * 10**9
 _LEAST_NOISE = 2.0**-24
 _EPSILONS = (1e-6, 1e-5, 1e-3, 1e-8, 1e-12)

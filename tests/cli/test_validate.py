@@ -35,7 +35,7 @@ from spach_deploy.validation.accuracy import paired
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests import small_bundles
 from tests.validation import faults
-from tests.validation.test_evidence import FakeEngine
+from tests.validation.test_runs import FakeEngine
 
 pytestmark = pytest.mark.usefixtures("small_model_registered")
 

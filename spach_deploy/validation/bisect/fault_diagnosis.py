@@ -120,7 +120,7 @@ def _overflow(exact: Array, value: Array) -> Diagnosis | None:
     return None
 
 
-# One thing wrong
+# Hypotheses
 
 
 def _with_changed_module(computation: Computation, change: Callable[[nn.Module], None]) -> Array:
@@ -354,7 +354,7 @@ _FORMATS: dict[str, Rounding] = {
 }
 
 
-# Where
+# Where the error is
 
 
 def _where(exact: Array, value: Array) -> str:
