@@ -319,11 +319,11 @@ def profile_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
     return (*sizes, *[profile.max] * -(-max(0, count - sum(sizes)) // profile.max))
 
 
-def repeated_images(count: int, count_: int) -> tuple[int, ...]:
-    """Image numbers for `places` inputs: all `count` in order, then again starting at the second one, and so on, so
+def repeated_images(count: int, inputs: int) -> tuple[int, ...]:
+    """Image numbers for this many inputs: all `count` in order, then again starting at the second one, and so on, so
     that no two batches have the same order.
     """
-    return tuple((place + place // count) % count for place in range(count_))
+    return tuple((index + index // count) % count for index in range(inputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -530,7 +530,7 @@ def _outputs(
 
 def _inputs(eval_set: EvaluationSet, chosen: tuple[int, ...]) -> Array:
     """Inputs of some images; consecutive numbers are read together."""
-    starts = [place for place, index in enumerate(chosen) if place == 0 or index != chosen[place - 1] + 1]
+    starts = [position for position, index in enumerate(chosen) if position == 0 or index != chosen[position - 1] + 1]
     runs = [chosen[start:stop] for start, stop in itertools.zip_longest(starts, starts[1:])]
     return np.ascontiguousarray(np.concatenate([eval_set.inputs(run[0], run[-1] + 1) for run in runs]))
 

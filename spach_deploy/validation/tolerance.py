@@ -70,11 +70,7 @@ ROUNDING_IMAGES = 4
 QUANTIZED_ROUNDING_IMAGES = 8
 """More images than for 16 bits: in eight bits some images have several times the rounding error of others."""
 
-_NOISE_IMAGES = {
-    Precision.FP32: 2,
-    Precision.FP16: 1,
-    Precision.BF16: 1,
-}
+_NOISE_IMAGES = {Precision.FP32: 2, Precision.FP16: 1, Precision.BF16: 1}
 """Images that run in FP64; fewer in 16 bits, where the rounding error outweighs the FP32 error."""
 
 _HALF_ROUNDOFF = 2.0**-11

@@ -38,7 +38,7 @@ MODULES: list[dict[str, Any]] = [
 TRACE: dict[str, Any] = {"what": "typed graph in ONNX Runtime (CPU)", "images": ["a.jpg"], "modules": MODULES}
 BISECT: dict[str, Any] = {
     "passed": False,
-    "lines": ["Stage: typed graph disagrees.", "First wrong module: layer1.0.qkv."],
+    "lines": ["Step: typed graph disagrees.", "First wrong module: layer1.0.qkv."],
     "first_stage": "typed graph",
     "stages": [
         {"stage": "reference", "error": 0.0, "allowed": 1e-5, "verdict": "agrees", "why": "", "seconds": 1.2},

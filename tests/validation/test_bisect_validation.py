@@ -67,7 +67,7 @@ def test_a_wrong_typed_graph_is_told_from_the_stages_before_it(spoiled: Path) ->
     assert [suspect["module"] for suspect in found["suspects"]] == [FC1]  # type: ignore[attr-defined]
     lines = found["lines"]
     assert isinstance(lines, list)
-    assert lines[0].startswith("Stage: typed graph disagrees")
+    assert lines[0].startswith("Step: typed graph disagrees")
     assert "FP32 graph still agrees" in lines[0]
 
 

@@ -128,7 +128,7 @@ def _finite(value: Any) -> Any:
 def _lines(bisection: Bisection) -> list[str]:
     lines = []
     if bisection.stages:
-        lines.append(_stage_line(bisection))
+        lines.append(_step_line(bisection))
     if not bisection.suspects:
         worst = max(bisection.modules, key=lambda module: module.local / module.allowed, default=None)
         lines.append(
@@ -148,17 +148,17 @@ def _lines(bisection: Bisection) -> list[str]:
     if others:
         lines.append(f"Wrong too: {', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}.")
     right = len(bisection.modules) - sum(module.local > module.allowed for module in bisection.modules)
-    lines.append(f"The other {right} places compute what they should.")
+    lines.append(f"The other {right} probe points compute what they should.")
     return lines
 
 
-def _stage_line(bisection: Bisection) -> str:
+def _step_line(bisection: Bisection) -> str:
     names = {stage.stage: stage for stage in bisection.stages}
     first = bisection.first_stage
     if first is None:
         ran = [stage.stage for stage in bisection.stages if stage.verdict == AGREES]
-        return f"Stages: all that ran agree ({' → '.join(ran)})."
+        return f"Steps: all that ran agree ({' → '.join(ran)})."
     stage = names[first]
     before = [other.stage for other in bisection.stages if other.verdict == AGREES]
     error = "" if stage.error is None else f", relative L2 {stage.error:.1e} of {stage.allowed:.1e} allowed"
-    return f"Stage: {first} disagrees{error}{f'; {before[-1]} still agrees' if before else ''}."
+    return f"Step: {first} disagrees{error}{f'; {before[-1]} still agrees' if before else ''}."
