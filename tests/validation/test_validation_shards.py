@@ -221,7 +221,7 @@ def test_pictures_that_change_between_the_passes_are_an_error(
             change()
             return original(images, workers)
 
-        monkeypatch.setattr(shards, "batches_a_part", batches)
+        monkeypatch.setattr(shards, "batches_per_shard", batches)
         return refusal(validate(small_bundles.bundle(Precision.FP32) / GRAPH, "--images", tmp_path, "--ray"))
 
     other = Image.fromarray(pictures(1, 9)[0])
