@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _SPELT_OUT = re.compile(r"(.+/Conv[^/]*)/(?:pad|slice_\d\d|product_\d\d|sum_\d\d|bias)")
-"""Nodes of a convolution that `onnx_graph.passes.shift_depthwise` took apart."""
+"""Names of the nodes that `graph.passes.shift_depthwise` makes of one convolution."""
 
 
 @dataclasses.dataclass(frozen=True)
