@@ -1,9 +1,9 @@
 """Which commands are recorded, in their order: later ones read what earlier ones wrote.
 
 One model of each kind of network: isotropic with attention, and multi-stage with convolutions, with spatial MLPs, and
-with convolutions and attention. Two have their published 224 pixels: of a spatial MLP on fewer tokens TensorRT makes no
-products in eight bits. The others have 64, which leaves every stage at least two tokens a side: layers, rewrites and
-passes are those of 224 pixels, and an export takes seconds.
+with convolutions and attention. Two have their published 224 pixels, as the sizes of a spatial MLP depend on the image.
+The others have 64, which leaves every stage at least two tokens a side: layers, rewrites and passes are those of 224
+pixels, and an export takes seconds.
 """
 
 from __future__ import annotations
