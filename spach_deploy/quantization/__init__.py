@@ -1,4 +1,4 @@
-"""Eight-bit quantization, placed by rules that know the blocks, calibrated on images, explained layer by layer.
+"""Quantization to INT8 and FP8: which layers, with which scales from calibration images, and the Q/DQ nodes for them.
 
 sites.py        the layers that can be quantized, found in the FP32 graph
 statistics.py   what their inputs look like, streamed over images: one pass, memory that does not grow

@@ -1,7 +1,8 @@
-"""Calibration: statistics over a user's images, streamed, continued after a kill, and the file that keeps the result.
+"""Calibration: collect statistics of activations over a user's images, and store the resulting plan in a file.
 
-A calibration file is JSON: the key (everything that the result depends on), the survey of the images, and the plan made
-from them. It is reused only when every entry of the key is the same; what differs is named.
+Images are streamed one by one. An interrupted calibration is saved and continued (`CalibrationState`). The calibration
+file is JSON: the key (everything but the images that the result depends on), a summary of the images, and the
+quantization plan. It is reused only if every entry of the key is the same; else the error names the first difference.
 """
 
 from __future__ import annotations
@@ -31,20 +32,22 @@ from spach_deploy.quantization.statistics import Collector, TensorRequest, Tenso
 
 SCHEMA = 1
 GRAPH_FORM = 1
-"""Raised whenever sites, statistics or the way from them to scales change, so that older files are stale."""
+"""Version of the method. Raise it when sites, statistics or scales are found differently: older
+files are then refused.
+"""
 
 _MOST_BYTES = 1 << 30
-"""Of a calibration file: that of ten million images has 200 MB."""
+"""Largest calibration file that is read, in bytes. That of ten million images has 200 MB."""
 
 _STATE_EVERY_S = 10.0
 _BATCH = 1
 _FAR = 4.0
-"""How many times larger or smaller than on photographs the activations of a set may typically be."""
+"""By which factor the median activation of a set may differ from that of photographs, either way."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationKey:
-    """What a calibration depends on, beside the images."""
+    """Everything that a calibration depends on, but for the images. `half`: scales are FP16 numbers."""
 
     weights_sha256: str
     model: str
@@ -58,7 +61,7 @@ class CalibrationKey:
 
     @classmethod
     def of(cls, sites: Sequence[str], preprocessing: Preprocessing, **entries: Any) -> CalibrationKey:
-        """With the names of the quantized nodes and the preprocessing as hashes."""
+        """A key with hashes of the quantized nodes' names (`sites`) and of the preprocessing."""
         return cls(
             sites=_short_hash("\n".join(sites)),
             preprocessing=_short_hash(json.dumps(dataclasses.asdict(preprocessing), sort_keys=True)),
@@ -66,7 +69,7 @@ class CalibrationKey:
         )
 
     def difference(self, other: Mapping[str, Any]) -> str:
-        """In words, the first entry that differs; empty where none does."""
+        """The first entry in which `other`, the key of a file, differs, as a clause; empty where none does."""
         for name, value in dataclasses.asdict(self).items():
             if other.get(name) != value:
                 return f"{_WORDS.get(name, name)}: {_shown(other.get(name))} there, {_shown(value)} now"
@@ -95,7 +98,7 @@ def _shown(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationProgress:
-    """How far a calibration is. `seconds_left` is None until the first image is done."""
+    """Images done and in total (None: not known). `seconds_left` is None until the first image is done."""
 
     done: int
     total: int | None
@@ -104,7 +107,10 @@ class CalibrationProgress:
 
 @dataclasses.dataclass(frozen=True)
 class CollectedStatistics:
-    """Statistics and what the images were. `resumed`: images that an interrupted run had done already."""
+    """Statistics by tensor, and the summary of the images. `resumed`: images that an interrupted run had done already.
+
+    `seconds`: time that this run took.
+    """
 
     statistics: dict[str, TensorStatistics]
     survey: CalibrationSetSummary
@@ -114,7 +120,9 @@ class CollectedStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationSettings:
-    """How to run. `state`: file that keeps an unfinished calibration; `threads` None lets ONNX Runtime choose."""
+    """How to calibrate. `histograms`: whether the method needs more than the largest |x|. `state`: file for an
+    unfinished calibration, which belongs to `key`. `threads` None lets ONNX Runtime choose.
+    """
 
     histograms: bool = True
     state: Path | None = None
@@ -132,16 +140,17 @@ def collect(
 ) -> CollectedStatistics:
     """Statistics of the FP32 graph `model`, float32 input (B, 3, S, S), over all images of `source`.
 
-    One image at a time: memory is that of one inference and the statistics. Raises ImageError for a set that is unfit.
+    One image at a time, so memory is that of one inference and the statistics. Raises ImageError for an unfit set,
+    UsageError when an unfinished calibration is of other images, PrecisionError for an activation that is not finite.
     """
     collector = Collector(model, wanted, histograms=run.histograms, threads=run.threads)
-    taker = CalibrationSetCollector(source, preprocessing)
+    checks = CalibrationSetCollector(source, preprocessing)
     state = CalibrationState(run, collector)
     skip = state.restored_images()
     start = time.monotonic()
     seen = hashlib.sha256()
     for done, batch in enumerate(batches(source, preprocessing, _BATCH), 1):
-        taker.see(batch)
+        checks.see(batch)
         seen.update(content_hash([batch.pixels]).encode())
         if done < skip:
             continue
@@ -152,7 +161,7 @@ def collect(
         if state.is_due:
             state.save(done, seen.hexdigest())
         run.on_progress(_progress(done, skip, source.count, time.monotonic() - start))
-    survey = taker.survey()
+    survey = checks.survey()
     if survey.images < skip:
         state.refuse(source)
     state.remove()
@@ -167,16 +176,16 @@ def _progress(done: int, skipped: int, total: int | None, seconds: float) -> Cal
 
 
 class Collected(Protocol):
-    """What has been seen: statistics by tensor, and of how many images."""
+    """Anything with statistics by tensor and the number of images that they are of."""
 
     statistics: dict[str, TensorStatistics]
     images: int
 
 
 class CalibrationState:
-    """An unfinished calibration in a file: statistics, how many images they are of, and a hash of these images.
+    """File of an unfinished calibration: statistics, the number of images that they are of, and a hash of these images.
 
-    Nobody can see where statistics come from, so that a file that others may have written is not continued.
+    Statistics do not show where they come from, so a file that another user could have written is ignored.
     """
 
     def __init__(self, run: CalibrationSettings, collected: Collected) -> None:
@@ -187,11 +196,11 @@ class CalibrationState:
 
     @property
     def is_due(self) -> bool:
-        """Whether it should be saved again."""
+        """Whether it is time to save again."""
         return self._run.state is not None and time.monotonic() - self._saved > _STATE_EVERY_S
 
     def restored_images(self) -> int:
-        """How many images are done already, their statistics taken over; 0 where there is nothing to continue."""
+        """Load the statistics of an unfinished run; returns how many images are done, 0 where nothing can be loaded."""
         if self._place is None or not is_own(self._place.path):
             return 0
         try:
@@ -200,7 +209,7 @@ class CalibrationState:
                 if self._run.key is None or self._run.key.difference(head["key"]):
                     return 0
                 statistics = {name: _restored(arrays, index) for index, name in enumerate(head["tensors"])}
-        except Exception:  # a damaged state is as good as none
+        except Exception:  # a damaged file counts as none
             return 0
         self._collected.statistics = statistics
         self._collected.images = int(head["images"])
@@ -208,19 +217,19 @@ class CalibrationState:
         return int(head["images"])
 
     def check(self, digest: str, source: ImageSource) -> None:
-        """UsageError when the images that were done are others than those that are there now."""
+        """UsageError unless `digest`, of the images read so far, is that of the unfinished run's images."""
         if digest != self._digest:
             self.refuse(source)
 
     def refuse(self, source: ImageSource) -> NoReturn:
-        """UsageError: the state is of other images."""
+        """Raise UsageError: the unfinished run is of other images."""
         raise UsageError(
             f"{self._run.state} continues a calibration on other images than {source.description} holds now.",
             f"Delete {self._run.state} to begin again.",
         )
 
     def save(self, images: int, digest: str) -> None:
-        """Write the state in one step."""
+        """Write the file atomically. `digest`: hash of the `images` images done."""
         key = self._run.key
         if self._place is None or key is None:
             return
@@ -233,7 +242,7 @@ class CalibrationState:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        """The calibration is whole."""
+        """Delete the file: the calibration is finished."""
         if self._place is not None and identity(self._place.path) == self._place.before:
             self._place.path.unlink(missing_ok=True)
 
@@ -251,7 +260,7 @@ def _restored(arrays: Any, index: int) -> TensorStatistics:
 
 
 def _written(place: Destination, write: Callable[[Any], object], *, mode: int = 0o666) -> Destination:
-    """Write a file so that a kill leaves the old one or the new one. UsageError where it cannot be written."""
+    """Write a file atomically: a kill leaves the old one or the new one. UsageError where it cannot be written."""
     try:
         return place.write(write, mode=mode)
     except OSError as error:
@@ -260,10 +269,10 @@ def _written(place: Destination, write: Callable[[Any], object], *, mode: int = 
 
 
 def check_activations(seen: Mapping[str, TensorStatistics], usual: Mapping[str, TensorStatistics], what: str) -> None:
-    """ImageError for images that drive the model far outside what photographs do.
+    """ImageError for images whose activations are far larger or smaller than those of photographs.
 
-    `seen`, `usual`: statistics of the same tensors on the calibration images and on photographs. The typical tensor is
-    looked at, the median over all of them, because single ones may differ with what is on the pictures.
+    `seen`, `usual`: statistics of the same tensors on the calibration images and on photographs. The ratio is the
+    median over all tensors, because single ones depend on what is on the pictures. `what` names the images.
     """
     ratios = []
     for name, entry in seen.items():
@@ -281,7 +290,10 @@ def check_activations(seen: Mapping[str, TensorStatistics], usual: Mapping[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """A finished calibration. `images_sha256` is a hash of the decoded images, in any order."""
+    """A finished calibration. `images_sha256`: hash of the decoded images, whatever their order.
+
+    `source`: the images, in words. `survey`: summary of the images, as JSON. `digests`: hash of each image.
+    """
 
     key: CalibrationKey
     source: str
@@ -307,7 +319,7 @@ class Calibration:
         }
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest: where the scales come from."""
+        """The manifest's entry: on which images, with which method the scales were set."""
         return {
             "source": self.source,
             "images": self.images,
@@ -319,14 +331,14 @@ class Calibration:
 
 
 def write_calibration(calibration: Calibration, place: Destination) -> None:
-    """Write a calibration file in one step. UsageError where it cannot be written."""
+    """Write a calibration file atomically. UsageError where it cannot be written."""
     text = json_text(calibration.to_dict(), indent=None, separators=(",", ": "))
     lines = text.replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"') + "\n"
     _written(place, lambda file: file.write(lines.encode("utf-8")))
 
 
 def read_calibration(path: Path, key: CalibrationKey) -> Calibration:
-    """A calibration file that was made for `key`. UsageError, naming the difference, for any other."""
+    """Read the calibration file at `path`. UsageError, naming the difference, for one that was not made for `key`."""
     try:
         content = read_json(path, _MOST_BYTES)
         found, schema = dict(content["key"]), content["schema"]

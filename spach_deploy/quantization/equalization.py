@@ -1,8 +1,8 @@
-"""Exchange of ranges between neighbouring weights, exact in FP32, before any scale is set.
+"""Equalization: exchange ranges between neighbouring weights before scales are set. Exact but for FP32's rounding.
 
-SmoothQuant (Xiao et al., arXiv 2211.10438): where something that is scaled channel by channel precedes a
-linear layer, dividing channel c by s_c and multiplying the layer's column c by s_c changes nothing but the ranges. A
-channel that alone fills a tensor's range thereby leaves most of the eight bits to the others.
+The method is SmoothQuant (Xiao et al., arXiv 2211.10438). Where weights that scale an activation channel by channel
+precede a linear layer, dividing channel c by s_c and multiplying the layer's column c by s_c changes only ranges.
+Without it, one channel with large numbers sets the scale, and the others use few of the 256 steps.
 
 Pairs of this family that are exact:
 
@@ -11,14 +11,14 @@ Pairs of this family that are exact:
   whose scale would have to follow);
 - of the convolutional stem, a convolution's output channels -> the next one's inputs (ReLU is homogeneous).
 
-GELU is not homogeneous, so fc1 -> fc2 is no pair; and a spatial MLP's inputs are tokens, but LayerNorm scales channels.
+GELU is not homogeneous, so fc1 -> fc2 is no pair. A spatial MLP's inputs are tokens, and LayerNorm scales channels.
 
-With x_c the activations and w_c the weights of column c, s_c = max|x_c|^alpha / max|w_c|^(1 - alpha). Alpha is searched
-for every pair, "off" included, by the expected squared error of the layer's output: rounding errors of activations and
-of weights are independent, so it follows from histograms and weights without running anything. Errors of weights count
-COHERENCE times: an activation's rounding differs from token to token and averages out in attention and in the final
-mean; a weight's is the same for all tokens and does not. (What it does on average is corrected in the bias, so it is
-the variance of the activations that it meets.)
+With x_c the activations and w_c the weights of column c, s_c = max|x_c|^alpha / max|w_c|^(1 - alpha). For every pair
+alpha, or no exchange, is chosen by the expected squared error of the layer's output. Rounding errors of activations and
+of weights are independent, so that error follows from histograms and weights without running the model. Errors of
+weights count COHERENCE times: an activation's rounding error differs from token to token and averages out in attention
+and in the final mean, a weight's is the same for all tokens. (Its mean is removed by bias correction, so it is
+multiplied by the activations' variance, not by their mean square.)
 """
 
 from __future__ import annotations
@@ -38,22 +38,26 @@ from spach_deploy.quantization.statistics import CENTERS, TensorStatistics, mixt
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
 COHERENCE = 16.0
-"""How many tokens' worth of independent errors one error that all tokens share is. Found by experiment: the relative L2
-of ms_hybrid_s's logits is 0.018 at 4, 0.016 at 8 and 0.015 at 16; small models trained on digits hardly care."""
+"""Weight of an error that all tokens share, against one that differs from token to token.
+
+Found by experiment: the relative L2 of ms_hybrid_s's logits is 0.018 at 4, 0.016 at 8 and 0.015 at 16; small models
+trained on digits hardly change.
+"""
 
 WORTH = {"int8": 0.99, "fp8": 0.75}
-"""A pair is left alone unless its expected error falls to this share. FP8's rounding error grows with the number, so
-evening out ranges gains it nothing until numbers underflow, and expected gains of a few percent were losses: 0.068 for
-ms_hybrid_s's logits instead of 0.048.
+"""A pair is equalized only if its expected error falls to this share or less.
+
+FP8's rounding error is relative to the number, so equal ranges gain nothing until numbers underflow. Expected gains of
+a few percent made results worse there: relative L2 of ms_hybrid_s's logits 0.068 instead of 0.048.
 """
 
 _LARGEST_FACTOR = 2.0**12
-"""Factors stay within this of their geometric mean: beyond it FP16 would lose the small ones."""
+"""Largest ratio of a factor to the geometric mean of all, either way; FP16 cannot hold weights beyond it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputChannels:
-    """The output channels of a parameter that factors divide: all of them, or with `values` the last third, of qkv."""
+    """The output channels of a parameter that are divided by factors: all, or with `values` the value rows of qkv."""
 
     parameter: str
     values: bool = False
@@ -61,7 +65,9 @@ class OutputChannels:
 
 @dataclasses.dataclass(frozen=True)
 class EqualizablePair:
-    """What is divided by the factors, channel by channel, and the site whose weights' inputs are multiplied."""
+    """Neighbouring weights: `divided` is divided by factors, channel by channel, and the columns of `site`'s weights
+    are multiplied by them.
+    """
 
     name: str
     divided: tuple[OutputChannels, ...]
@@ -70,10 +76,10 @@ class EqualizablePair:
 
 @dataclasses.dataclass(frozen=True)
 class EqualizedPair:
-    """What was done to one pair. `alpha` None: it was left alone, and there are no `factors`.
+    """Record of one pair. `alpha` None: it was not equalized, and there are no `factors`.
 
-    Errors are expected squared errors of the layer's output, relative to the output's own square, as the search counts
-    them; `range_before`, `range_after`: largest |x| of the activation over its root mean square.
+    `error_before`, `error_after`: expected squared error of the layer's output, relative to the output's mean square,
+    with COHERENCE. `range_before`, `range_after`: largest |x| of the activation over its root mean square.
     """
 
     name: str
@@ -93,14 +99,14 @@ class EqualizedPair:
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> EqualizedPair:
-        """What `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read what `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         divided = tuple(OutputChannels(**rows) for rows in entry["divided"])
         alpha = None if entry["alpha"] is None else float(entry["alpha"])
         return cls(**{**entry, "divided": divided, "alpha": alpha, "factors": tuple(map(float, entry["factors"]))})
 
 
 def _short(number: float) -> float:
-    """Factors are kept to six digits: exactness does not depend on their value, only on using the same ones twice."""
+    """`number` to six digits. Equalization is exact with any factors, if division and multiplication use the same."""
     return float(f"{number:.6g}")
 
 
@@ -136,7 +142,7 @@ def _divided(site: Site, known: set[str]) -> tuple[OutputChannels, ...]:
 
 
 def _stem_pair(site: Site, known: set[str]) -> tuple[OutputChannels, ...]:
-    """Convolution, (BatchNorm,) ReLU, convolution: three apart, as the published stem numbers them."""
+    """The convolution whose outputs a stem convolution reads through (BatchNorm and) ReLU: its index is three less."""
     prefix, _, index = site.module.rpartition(".")
     if not index.isdigit() or not prefix.startswith("stem"):
         return ()
@@ -152,7 +158,7 @@ def search(
     weights: Mapping[str, Float32],
     form: EightBitFormat,
 ) -> tuple[EqualizedPair, ...]:
-    """The best alpha of every pair. `weights`: the sites' weights by name, (outputs, inputs, ...) float32."""
+    """Choose alpha for every pair. `weights`: the sites' weights by name, (outputs, inputs, ...) float32."""
     return tuple(_search_one(pair, statistics[pair.site.activation], weights[pair.site.weight], form) for pair in pairs)
 
 
@@ -160,13 +166,13 @@ def _search_one(
     pair: EqualizablePair, statistics: TensorStatistics, weight: Float32, form: EightBitFormat
 ) -> EqualizedPair:
     columns = _by_column(weight)
-    judge = _Judge(statistics, columns, form)
+    expected = _ExpectedError(statistics, columns, form)
     unchanged = np.ones(len(statistics.max_abs))
-    before = judge.error(unchanged)
+    before = expected.relative(unchanged)
     best, alpha, least = unchanged, None, before * WORTH[form.name]
     for candidate in ALPHAS:
         factors = smoothing_factors(statistics.max_abs, np.abs(columns).max(axis=(0, 2)), candidate)
-        error = judge.error(factors)
+        error = expected.relative(factors)
         if error < least:
             best, alpha, least = factors, candidate, error
     after = before if alpha is None else least
@@ -185,12 +191,15 @@ def _search_one(
 
 
 def _by_column(weight: Float32) -> Float32:
-    """(outputs, inputs, rest)."""
+    """`weight` as (outputs, inputs, kernel positions)."""
     return weight.reshape(weight.shape[0], weight.shape[1], -1)
 
 
 def smoothing_factors(activation: Float64, weight: Float32, alpha: float) -> Float64:
-    """s_c = max|x_c|^alpha / max|w_c|^(1 - alpha), their geometric mean 1, none further from it than FP16 bears."""
+    """s_c = max|x_c|^alpha / max|w_c|^(1 - alpha), divided by their geometric mean, clipped to `_LARGEST_FACTOR`.
+
+    `activation`: max|x_c|, float64 (C). `weight`: max|w_c|, float32 (C). A channel of zeros gets 1.
+    """
     alive = (activation > 0) & (weight > 0)
     factors = np.ones(len(activation))
     if not alive.any():
@@ -202,10 +211,10 @@ def smoothing_factors(activation: Float64, weight: Float32, alpha: float) -> Flo
     return factors
 
 
-class _Judge:
-    """Expected squared error of a layer's output for given factors, relative to the output's square.
+class _ExpectedError:
+    """Expected squared error of a layer's output for given factors, relative to the output's mean square.
 
-    Nothing is taken to be clipped, whichever method will set the scales: that is as good an order of the alphas.
+    Computed as if no activation were clipped, whichever method sets the scales later: it only ranks alphas.
     """
 
     def __init__(self, statistics: TensorStatistics, columns: Float32, form: EightBitFormat) -> None:
@@ -216,7 +225,7 @@ class _Judge:
         self._rest = columns.shape[2]
         self._output = float(self._energy @ statistics.mean_square) or 1.0
 
-    def error(self, factors: Float64) -> float:
+    def relative(self, factors: Float64) -> float:
         return (self._activation_error(factors) + COHERENCE * self._weight_error(factors)) / self._output
 
     def _activation_error(self, factors: Float64) -> float:
@@ -227,7 +236,7 @@ class _Judge:
         if self._statistics.histogram is None:
             scale = self._form.scale_of(largest)
             root = np.sqrt(self._statistics.mean_square) / factors
-            return float(energy @ self._form.noise(root / scale)) * scale**2
+            return float(energy @ self._form.squared_error(root / scale)) * scale**2
         histogram = mixture(self._statistics, factors, energy)
         scale = self._form.scale_of(largest)
         used = np.flatnonzero(histogram)
@@ -235,7 +244,7 @@ class _Judge:
 
     def _weight_error(self, factors: Float64) -> float:
         power = self._statistics.variance / factors**2 * self._rest
-        if self._form != INT8:  # a relative error, whatever the factors
+        if self._form != INT8:  # FP8's error is relative, so factors do not matter
             return float(self._energy @ self._statistics.variance) * 2.0**-8 / 12
         scales = (self._peaks * factors).max(axis=1) / self._form.limit
         return float(np.sum(scales**2) / 12 * power.sum())
@@ -247,7 +256,7 @@ def _peak(statistics: TensorStatistics, factors: Float64) -> float:
 
 
 def apply_to_arrays(arrays: Mapping[str, Float32], equalized: Iterable[EqualizedPair]) -> dict[str, Float32]:
-    """The parameters that change, by name, float32; computed in FP64 and rounded once."""
+    """The changed parameters by name, float32; computed in FP64 and rounded once."""
     changed: dict[str, Float64] = {}
 
     def current(name: str) -> Float64:
@@ -273,7 +282,7 @@ def _divide(parameter: Float64, rows: OutputChannels, factors: Float64) -> None:
 
 
 def apply_to_graph(model: ir.Model, equalized: Iterable[EqualizedPair]) -> int:
-    """Give the graph the changed weights, in place; how many changed."""
+    """Equalize the weights of an FP32 graph, in place; returns how many changed."""
     constants = model.graph.initializers
     changed = apply_to_arrays(_Decoded(constants), equalized)
     for name, value in changed.items():
@@ -282,7 +291,7 @@ def apply_to_graph(model: ir.Model, equalized: Iterable[EqualizedPair]) -> int:
 
 
 class _Decoded(dict[str, Float32]):
-    """Initializers as arrays, decoded when asked for."""
+    """Initializers as float32 arrays, decoded on first use."""
 
     def __init__(self, constants: Mapping[str, ir.Value]) -> None:
         super().__init__()

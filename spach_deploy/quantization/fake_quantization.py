@@ -1,7 +1,7 @@
-"""A plan in PyTorch: the static model whose quantized layers compute as the engine's will.
+"""Fake quantization: the static PyTorch model with its layers rounded as a quantization plan says.
 
-By it tolerances are derived: it is what eight bits cost on given images, measured without any of the exported files.
-Weights are rounded once; activations are rounded at each layer's input, biases are corrected, sums are FP32.
+It gives the rounding error of eight bits on given images without the exported files, and tolerances are derived from
+that. Weights are rounded once, activations at each layer's input; biases are corrected, and sums are FP32.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 def fake_quantized(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
-    """A copy of `static` that computes what `plan` says; BundleError where the plan is another model's."""
-    twin = own(static)
-    _equalize(twin, plan)
-    modules = dict(twin.named_modules(remove_duplicate=False))
+    """A copy of `static` that is equalized and rounded as `plan` says. BundleError where the plan
+    is another model's.
+    """
+    rounded = own(static)
+    _equalize(rounded, plan)
+    modules = dict(rounded.named_modules(remove_duplicate=False))
     for site in plan.sites:
         if site.module not in modules:
             raise BundleError(f"The record of quantization names {site.module}, which this model does not have.")
         quantized = quantized_module(modules[site.module], site, plan.form)
         parent, _, name = site.module.rpartition(".")
-        (modules[parent] if parent else twin)._modules[name] = quantized
-        modules[site.module] = quantized  # the parent of what follows: an attention's projection
-    return twin.eval()
+        (modules[parent] if parent else rounded)._modules[name] = quantized
+        modules[site.module] = quantized  # an attention is the parent of its projection, which follows
+    return rounded.eval()
 
 
 def equalized_model(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
-    """A copy of `static` with the plan's equalization alone: the same function, other weights."""
-    twin = own(static)
-    _equalize(twin, plan)
-    return twin
+    """A copy of `static` with the plan's equalization only: the same function with other weights."""
+    equalized = own(static)
+    _equalize(equalized, plan)
+    return equalized
 
 
 def _equalize(model: StaticSpach, plan: QuantizationPlan) -> None:
@@ -59,14 +61,14 @@ def _equalize(model: StaticSpach, plan: QuantizationPlan) -> None:
 
 
 def rounding(scale: float, form: EightBitFormat) -> Rounding:
-    """Round to eight bits and back."""
+    """The function that rounds a tensor to `form` at `scale` and gives floats again."""
     if form == INT8:
         return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
     return lambda x: (x / scale).clamp(-form.limit, form.limit).to(torch.float8_e4m3fn).float() * scale
 
 
 def quantized_module(module: nn.Module, site: QuantizedSite, form: EightBitFormat) -> nn.Module:
-    """What stands for `module`, of an equalized model, in eight bits; BundleError where the record is of another."""
+    """The rounded form of `module`, of an equalized model. BundleError where `site` does not fit the module."""
     if site.kind is LayerKind.ATTENTION and isinstance(module, StaticAttention):
         return QuantizedAttention(module, [rounding(tensor.scale, form) for tensor in site.tensors])
     if site.kind is not LayerKind.ATTENTION and isinstance(module, (nn.Linear, nn.Conv2d, TokenLinear)):
@@ -77,9 +79,9 @@ def quantized_module(module: nn.Module, site: QuantizedSite, form: EightBitForma
 
 
 class QuantizedLayer(nn.Module):
-    """A Linear, Conv2d or TokenLinear whose weights are rounded and whose inputs are rounded as they come.
+    """A Linear, Conv2d or TokenLinear with rounded weights, which rounds its inputs in `forward`.
 
-    `weight` and `bias` are kept for what reads their shapes.
+    `weight` and `bias` exist for code that reads their shapes.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d | TokenLinear, site: QuantizedSite, form: EightBitFormat) -> None:
@@ -118,7 +120,7 @@ def _corrected(layer: nn.Linear | nn.Conv2d | TokenLinear, site: QuantizedSite) 
 
 
 class QuantizedAttention(nn.Module):
-    """Attention whose q, k, v and softmax are rounded. `qkv` and `proj` are those of the original."""
+    """Attention that rounds q, k, v and the softmax's result. `qkv` and `proj` are the original's."""
 
     def __init__(self, attention: StaticAttention, roundings: list[Rounding]) -> None:
         super().__init__()
@@ -127,14 +129,14 @@ class QuantizedAttention(nn.Module):
         self.roundings = roundings
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix tokens by content, (..., C) -> (B*N, C)."""
+        """Attention, (..., C) -> (B*N, C)."""
         dim = self.qkv.in_features
         packed = self.qkv(x.reshape(-1, dim)).reshape(-1, self.num_tokens, 3 * dim)
         y: Tensor = self.proj(self.mixed(packed).reshape(-1, dim))
         return y
 
     def mixed(self, packed: Tensor) -> Tensor:
-        """From packed q, k, v (B, N, 3C) to what the projection gets, (B, N, C)."""
+        """From packed q, k, v (B, N, 3C) to the input of the projection, (B, N, C)."""
         batch, tokens, width = packed.shape
         parts = packed.reshape(batch, tokens, 3 * self.num_heads, -1).transpose(1, 2)  # (B, 3h, N, d)
         q, k, v = parts.chunk(3, dim=1)

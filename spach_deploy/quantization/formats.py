@@ -1,4 +1,4 @@
-"""The two eight-bit formats: INT8, and FP8 in the E4M3 form without infinities (arXiv 2209.05433)."""
+"""The eight-bit number formats: INT8, and FP8 as E4M3 without infinities (arXiv 2209.05433)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Float64 = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class EightBitFormat:
-    """A symmetric format: x is stored as round(x / scale), and what lies beyond `limit` becomes `limit`.
+    """A symmetric format: x is stored as round(x / scale), clipped to `limit`.
 
-    `step` gives the distance between neighbours at |x| / scale, for magnitudes below `limit`.
+    `step`: distance between neighbouring numbers at the magnitude |x| / scale, below `limit`.
     """
 
     name: str
@@ -28,19 +28,19 @@ class EightBitFormat:
     step: Callable[[Float64], Float64] = dataclasses.field(repr=False)
 
     def scale_of(self, largest: float) -> float:
-        """The scale at which `largest` is the last number that is not clipped."""
+        """The scale at which numbers up to `largest` are not clipped."""
         return largest / self.limit
 
-    def noise(self, magnitude: Float64) -> Float64:
-        """Expected squared error of storing numbers of `magnitude`, in units of the scale.
+    def squared_error(self, magnitude: Float64) -> Float64:
+        """Expected squared error of storing numbers of `magnitude`; both in units of the scale.
 
-        Rounding errors are taken as uniform within a step, as they are where a histogram's bin spans several; what is
-        below half a step becomes zero, and what is beyond the limit becomes the limit.
+        Rounding errors are assumed uniform within a step: step^2 / 12. Numbers below half a step become zero, and
+        numbers beyond the limit become the limit.
         """
         step = self.step(magnitude)
         rounded = np.where(magnitude < step / 2, magnitude**2, step**2 / 12)
-        noise: Float64 = np.where(magnitude > self.limit, (magnitude - self.limit) ** 2, rounded)
-        return noise
+        error: Float64 = np.where(magnitude > self.limit, (magnitude - self.limit) ** 2, rounded)
+        return error
 
 
 def _integer_step(magnitude: Float64) -> Float64:
@@ -59,5 +59,5 @@ FP8 = EightBitFormat("fp8", ir.DataType.FLOAT8E4M3FN, 448.0, _e4m3_step)
 
 
 def eight_bits(precision: Precision) -> EightBitFormat | None:
-    """The format of a quantized precision, None for the others."""
+    """The format of INT8 or FP8, None for other precisions."""
     return {Precision.INT8: INT8, Precision.FP8: FP8}.get(precision)

@@ -1,9 +1,9 @@
-"""Outliers that FP16 cannot hold, taken out of LayerNorm and value channels before a graph is typed.
+"""Outlier migration: divide channels that FP16 cannot hold, and multiply the next layer's weights (pass, FP32 graph).
 
-A channel whose LayerNorm weight is thousands of times the others' makes numbers beyond FP16's limit, and with them the
-whole layer would have to stay in FP32. Where such a channel is followed by a linear layer, the same exact exchange that
-comes before eight bits (`equalize.py`) helps: the channel is divided until it is as large as the others, and the next
-weights take the factor. Nothing is measured for it: how large a channel gets follows from the weights in front of it.
+A channel whose LayerNorm weight is thousands of times the others' makes numbers beyond FP16's limit, and the whole
+layer would have to stay in FP32. If a linear layer follows, equalization (`equalization.py`) avoids that: the channel
+is divided until it is as large as the others, and the layer's column is multiplied. The factor follows from the weights
+that scale the channel; no images are needed. It runs before the graph is typed.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from spach_deploy.quantization.formats import Float32, Float64
 from spach_deploy.quantization.sites import LayerKind, find_sites, is_weight
 
 ORDINARY = 16.0
-"""Channels up to this many times the median are left as they are."""
+"""Channels up to this many times the median are not changed."""
 
 
 @dataclasses.dataclass
 class MigratedOutliers(ir.passes.PassResult):
-    """The model, whether it was modified, and the names of the pairs that were."""
+    """The model, whether it was modified, and the names of the changed pairs."""
 
     pairs: tuple[str, ...]
 
 
 class MigrateOutliers(ir.passes.InPlacePass):
-    """Equalizes the pairs of an FP32 graph whose activation passes `form`'s limit. Gives `MigratedOutliers`."""
+    """Migrates outliers in every pair whose activation, by `ranges` times `margin`, is beyond the limit of `form`."""
 
     def __init__(self, ranges: Ranges, form: HalfFormat, margin: float) -> None:
         self._ranges, self._form, self._margin = ranges, form, margin
 
     def call(self, model: ir.Model) -> MigratedOutliers:
-        """Change the weights of `model`."""
+        """Change the weights of the FP32 graph `model`, in place."""
         constants = model.graph.initializers
         layers = [site for site in find_sites(model) if site.kind is not LayerKind.ATTENTION]
         pairs = find_pairs(layers, (name for name, value in constants.items() if is_weight(value)))
-        tamed = [
+        migrated = [
             _migrated(pair, [tensor_of(constants[rows.parameter]).numpy() for rows in pair.divided])
             for pair in pairs
-            if self._is_loud(pair)
+            if self._exceeds_limit(pair)
         ]
-        changed = [pair for pair in tamed if pair.alpha is not None]
+        changed = [pair for pair in migrated if pair.alpha is not None]
         apply_to_graph(model, changed)
         return MigratedOutliers(model, bool(changed), tuple(pair.name for pair in changed))
 
-    def _is_loud(self, pair: EqualizablePair) -> bool:
+    def _exceeds_limit(self, pair: EqualizablePair) -> bool:
         return self._ranges.max_abs.get(pair.site.activation, 0.0) * self._margin > self._form.limit
 
 
@@ -82,7 +82,7 @@ def _migrated(pair: EqualizablePair, parameters: Iterable[Float32]) -> Equalized
 
 
 def _channel_sizes(divided: tuple[OutputChannels, ...], parameters: list[Float32]) -> Float64:
-    """How large each channel may get, up to a common factor: the norm of its weights, and its bias."""
+    """How large each channel may get, up to a common factor: the L2 norm of its weights and bias."""
     channels = len(parameters[0]) // 3 if divided[0].values else len(parameters[0])
     squares = np.zeros(channels)
     for rows, parameter in zip(divided, parameters, strict=True):

@@ -1,7 +1,7 @@
-"""Which layers are quantized, with which scales, and why the others are not: the record that a bundle keeps.
+"""The quantization plan: which layers are quantized, with which scales, and why the others are not.
 
-`quantization.json` in a bundle is a `QuantizationPlan`. `qdq.py` writes it into a graph, and reads a graph
-and says where it differs, `twin.py` computes it in PyTorch.
+A bundle keeps it as `quantization.json`. `qdq.py` writes it into a graph, and checks a graph against it.
+`fake_quantization.py` computes it in PyTorch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMATS = {form.name: form for form in (INT8, FP8)}
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """An activation's scale. `largest`: the largest |x| that calibration saw; `clip`: the largest that is held."""
+    """An activation's scale. `largest`: largest |x| in calibration. `clip`: largest |x| that is not clipped."""
 
     tensor: str
     scale: float
@@ -42,11 +42,12 @@ class QuantizedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedSite:
-    """A layer in eight bits. `weight_scales`: one for each output channel, or a single one; none for an attention.
+    """A quantized layer.
 
-    `correction`: what the bias gains (one number an output channel), so that the layer's mean output stays what it was.
-    `bias`: what it gains it to, () where the layer has none, None in records of versions that did not keep it.
-    `products`: nodes of an attention that multiply; `node` is its softmax.
+    `tensors`: its activations. `weight_scales`: one for each output channel, or one for all; none for an attention.
+    `correction`: what bias correction adds to the bias, one number for each output channel. `bias`: the bias before
+    that, () where the layer has none, None in plans of versions that did not keep it. `products`: of an attention, the
+    nodes that multiply; its `node` is the softmax. `macs`: multiplications for one image.
     """
 
     module: str
@@ -83,7 +84,7 @@ class QuantizedSite:
 
 @dataclasses.dataclass(frozen=True)
 class KeptFloat:
-    """A layer that could be quantized and is not."""
+    """A layer that could be quantized and stays in float, and why."""
 
     module: str
     node: str
@@ -98,9 +99,9 @@ class KeptFloat:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPlan:
-    """All of it: the format, how scales were set, the layers in eight bits and the others, what was equalized.
+    """Format, method of the scales, quantized layers (`sites`), layers in float (`kept`), and equalized pairs.
 
-    `vnni`: linear layers for CPUs are stored as processors with VNNI multiply them, see `qdq.py`.
+    `vnni`: linear layers for CPUs have unsigned inputs, for processors with VNNI (`qdq.unsigned_operand`).
     """
 
     form: EightBitFormat
@@ -112,13 +113,13 @@ class QuantizationPlan:
 
     @property
     def macs_share(self) -> float:
-        """Share of all multiplications that are done in eight bits."""
+        """Share of the multiplications of all sites that are done in eight bits, 0..1."""
         done = sum(site.macs for site in self.sites)
         return done / max(done + sum(kept.macs for kept in self.kept), 1)
 
     @property
     def product_nodes(self) -> tuple[str, ...]:
-        """Nodes that multiply in eight bits: one of each layer, two of an attention."""
+        """Nodes that multiply in eight bits: one for each layer, two for an attention."""
         return tuple(node for site in self.sites for node in site.products or (site.node,))
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class QuantizationPlan:
 
     @classmethod
     def from_dict(cls, content: Any, where: str) -> QuantizationPlan:
-        """What `to_dict` wrote; BundleError naming `where` for anything else."""
+        """Read what `to_dict` wrote. BundleError, which names the file `where`, for anything else."""
         try:
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
@@ -147,7 +148,7 @@ class QuantizationPlan:
                 tuple(map(EqualizedPair.from_dict, content["equalization"])),
                 _truth(content.get("vnni", False)),
             )
-        except Exception as error:  # whatever a damaged file holds
+        except Exception as error:  # a damaged file may hold anything
             raise BundleError(
                 f"{where} is no record of a quantization ({error}).", "Export the bundle again."
             ) from None
@@ -195,7 +196,7 @@ def _text(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """How scales are set. `per_tensor`: modules whose weights have one scale; `half`: scales must be FP16 numbers."""
+    """How scales are set. `per_tensor`: modules whose weights get one scale. `half`: scales must be FP16 numbers."""
 
     form: EightBitFormat
     method: Method
@@ -211,10 +212,11 @@ def make_plan(
     equalized: Sequence[EqualizedPair],
     scaling: Scaling,
 ) -> QuantizationPlan:
-    """Scales for every site without a reason (by node) against it.
+    """Set the scales of every site that may be quantized.
 
-    `statistics` are those of the model before equalization, `weights` the sites' weights and biases after it, by name.
-    A layer whose scales no FP16 number can hold stays in float, with that as the reason.
+    `reasons`: by node, why a site stays in float; "" or missing where it is quantized. `statistics`: by tensor, of the
+    model before equalization. `weights`: by name, the sites' weights and biases after it, float32. A layer with a scale
+    that FP16 cannot hold stays in float, with that as the reason.
     """
     factors = {entry.site: np.array(entry.factors) for entry in equalized if entry.alpha is not None}
     quantized: list[QuantizedSite] = []
@@ -269,10 +271,10 @@ def mean_shift(
     weight_scales: Sequence[float],
     form: EightBitFormat,
 ) -> Float64:
-    """By how much eight bits move the mean of each output channel (outputs,).
+    """By how much quantization changes the mean of each output channel, float64 (outputs,).
 
-    Of the weights' errors the exact mean of the inputs is needed, of the activations' a sample of rows. (Nagel et al.,
-    arXiv 1906.04721, correct biases so from BatchNorm's statistics; here they are measured.)
+    Errors of weights are multiplied by the inputs' exact mean; errors of activations are taken from a sample of rows.
+    Nagel et al., arXiv 1906.04721, do the same with the statistics of BatchNorm, where this measures them.
     """
     scales = np.array(weight_scales, np.float32).reshape((-1,) + (1,) * (weight.ndim - 1))
     stored = store(weight, scales, form).astype(np.float64)
@@ -298,7 +300,7 @@ def _tensor(
 
 
 def _energy(weight: Float32 | None, channels: int) -> Float64 | None:
-    """Sum of squares of the weights that each input channel meets; None where the tensor was measured as a whole."""
+    """Sum of squares of the weights of each input channel; None where the tensor was measured as a whole."""
     if weight is None or channels == 1 or weight.shape[1] != channels:
         return None
     columns = weight.reshape(weight.shape[0], channels, -1)
@@ -307,23 +309,23 @@ def _energy(weight: Float32 | None, channels: int) -> Float64 | None:
 
 
 def _representable(scale: float, *, half: bool) -> float:
-    """The number that the graph will hold."""
+    """`scale` as the graph will store it, in FP16 with `half`."""
     return float(np.float16(scale)) if half else float(np.float32(scale))
 
 
 def _short(number: float) -> float:
-    """The same FP32 number in as few digits as tell it from others."""
+    """The FP32 number `number` in as few decimal digits as identify it."""
     return float(str(np.float32(number)))
 
 
 def write_plan(plan: QuantizationPlan, path: Path) -> None:
-    """Write quantization.json, a layer a line."""
+    """Write quantization.json, one layer a line."""
     text = json_text(plan.to_dict(), indent=None)
     path.write_text(text.replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"') + "\n", encoding="utf-8")
 
 
 def read_plan(path: Path) -> QuantizationPlan:
-    """A bundle's quantization.json; BundleError for anything else."""
+    """Read a bundle's quantization.json. BundleError for anything else."""
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
@@ -332,7 +334,7 @@ def read_plan(path: Path) -> QuantizationPlan:
 
 
 def summary(plan: QuantizationPlan) -> str:
-    """One line for people: how many layers, how much of the arithmetic."""
+    """One line of text: how many layers, and which share of the multiplications."""
     weighted = [site for site in plan.sites if site.kind is not LayerKind.ATTENTION]
     kept = [entry for entry in plan.kept if entry.kind not in (LayerKind.ATTENTION, LayerKind.DEPTHWISE)]
     total = len(weighted) + len(kept)
@@ -340,7 +342,7 @@ def summary(plan: QuantizationPlan) -> str:
 
 
 def without(plan: QuantizationPlan, modules: frozenset[str], reason: str) -> QuantizationPlan:
-    """`plan` with some of its layers left in float."""
+    """`plan` with the layers in `modules` left in float, for `reason`."""
     kept = [_kept(site, reason) for site in plan.sites if site.module in modules]
     sites = tuple(site for site in plan.sites if site.module not in modules)
     return dataclasses.replace(plan, sites=sites, kept=(*plan.kept, *kept))

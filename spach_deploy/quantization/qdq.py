@@ -1,17 +1,19 @@
-"""QuantizeLinear and DequantizeLinear in a typed graph: activations with one scale, weights with one a channel or one.
+"""Q/DQ: insert QuantizeLinear and DequantizeLinear into a typed graph (`InsertQdq`), and check a graph's (`audit`).
 
-Weights stay floating-point numbers in front of their own pair, because TensorRT falls back to half where a packed qkv
-comes as integers already. Scales have the type of what they scale, but INT8 is made of FP32, also where that is FP16
-cast to it: ONNX Runtime before 1.30 truncates FP16 on a CPU (`runtime.truncation`), and TensorRT folds the cast
-(`benchmarks/truncation.py`). Names begin with the tensor's, `layer3.0.channel_func/Reshape/quantize`, or the layer's,
-`layer3.0.channel_func.fc1/weight/quantize`.
+A *pair* is a QuantizeLinear and the DequantizeLinear after it. Activations have one scale, weights one for each output
+channel or one for all.
 
-A graph held against its record: every pair, every scale, every bias, every layer.
+Weights stay floating-point numbers before their own pair, because TensorRT falls back to half precision where a packed
+qkv is stored as integers. Scales have the type of what they scale. INT8 is always quantized from FP32, also where FP16
+must be cast to it first: ONNX Runtime before 1.30 truncates FP16 on a CPU (`runtime.truncation`), and TensorRT folds
+the cast (`benchmarks/truncation.py`). Names begin with the tensor's, `layer3.0.channel_func/Reshape/quantize`, or the
+layer's, `layer3.0.channel_func.fc1/weight/quantize`.
 
-A scale that is off by two, two channels' scales exchanged or a pair that is missing on one tensor of an attention may
-hide in the noise of eight bits when only logits are compared. Here they cannot: what the graph holds is compared with
-what the record says it should, number by number. The formats' own numbers and where a layer's channels lie are stated
-here once more on purpose: what writes the graph (`InsertQdq`, `bias_correction.py`) and `audit` share none of them.
+`audit` compares every pair, scale and bias of a graph with its quantization plan, number by number. When only logits
+are compared, a scale that is wrong by a factor of two, two channels' scales exchanged, or a pair missing on one tensor
+of an attention may be smaller than the rounding error of eight bits. The limits of the formats and the axes of channels
+are written twice in this file on purpose: `audit` shares none of them with what it checks (`InsertQdq`,
+`bias_correction.py`).
 """
 
 from __future__ import annotations
@@ -38,38 +40,38 @@ from spach_deploy.quantization.sites import LayerKind
 
 QUANTIZE, DEQUANTIZE, SCALE, ZERO = "/quantize", "/dequantize", "/scale", "/zero"
 MIDDLE = 128
-"""Zero point of unsigned numbers."""
+"""Zero point of activations and weights that are stored as uint8."""
 
 
 class Operand(enum.Enum):
-    """What a linear layer multiplies."""
+    """The two operands of a linear layer's product."""
 
     INPUT = "input"
     WEIGHTS = "weights"
 
 
 _OPSET = 21
-"""QuantizeLinear takes bfloat16 from this opset on, and most runtimes have FP8 from it on."""
+"""Opset of quantized graphs at least: QuantizeLinear takes bfloat16 from it on, and most runtimes load FP8 at it."""
 
 _NEWER_TYPES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN)
 
 
 def quantized_from(rest: Precision, form: EightBitFormat) -> Precision:
-    """Precision of the numbers that become eight bits, where those that are not quantized have precision `rest`."""
+    """Precision of the tensors that QuantizeLinear reads, in a graph whose other tensors have precision `rest`."""
     return Precision.FP32 if rest is Precision.FP16 and form == INT8 else rest
 
 
 class InsertQdq(ir.passes.InPlacePass):
-    """Gives a typed graph the pairs of `plan`.
+    """Inserts the pairs of `plan` into a typed graph.
 
-    Raises PrecisionError for a site whose node is not there or reads other tensors.
+    Raises PrecisionError for a site whose node is missing or reads other tensors.
     """
 
     def __init__(self, plan: QuantizationPlan) -> None:
         self._plan = plan
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change `model`."""
+        """Insert the pairs into `model`, in place."""
         infer_all_types(model)
         graph = model.graph
         nodes = {name_of(node): node for node in graph}
@@ -127,9 +129,9 @@ class _Inserter:
         *,
         unsigned: bool = False,
     ) -> None:
-        """Let an input go through eight bits; one pair for all that read it with the same scales.
+        """Put a pair before input `index` of `node`; all readers with the same scales share one pair.
 
-        `stem` begins the new names; without it, they begin with the tensor's.
+        New names begin with `stem`, or with the tensor's name without it.
         """
         value = operand(node, index)
         key = (value, scales, unsigned)
@@ -143,7 +145,7 @@ class _Inserter:
     def _pair(
         self, value: ir.Value, scales: tuple[float, ...], axis: int | None, stem: str, *, unsigned: bool
     ) -> list[ir.Node]:
-        """QuantizeLinear and DequantizeLinear of `value`, behind the cast to FP32 where one is needed."""
+        """QuantizeLinear and DequantizeLinear of `value`, after a cast to FP32 where one is needed."""
         scale = self._constant(_scale_tensor(stem + SCALE, scales, value.dtype or FLOAT, axis))
         shape = () if axis is None else (len(scales),)
         zero = self._constant(
@@ -153,10 +155,10 @@ class _Inserter:
         if value.dtype == FP16.dtype and self._plan.form == INT8:
             source, casts = _in_fp32(value, f"{stem}{QUANTIZE}/to_fp32")
             numbers = self._constant(ir.Tensor(decode(tensor_of(scale)), name=f"{scale.name}/fp32"))
-            zeros = []  # 0 goes without saying; with it ONNX Runtime to 1.20 reads both scales as FP32, and ends
-        forth = _node("QuantizeLinear", [source, numbers, zero], stem + QUANTIZE, axis)
-        back = _node("DequantizeLinear", [forth.outputs[0], scale, *zeros], stem + DEQUANTIZE, axis)
-        return [*casts, forth, back]
+            zeros = []  # 0 is the default; with it given, ONNX Runtime up to 1.20 reads both scales as FP32 and crashes
+        quantize = _node("QuantizeLinear", [source, numbers, zero], stem + QUANTIZE, axis)
+        dequantize = _node("DequantizeLinear", [quantize.outputs[0], scale, *zeros], stem + DEQUANTIZE, axis)
+        return [*casts, quantize, dequantize]
 
     def _constant(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.val(tensor.name, const_value=tensor)
@@ -165,9 +167,9 @@ class _Inserter:
 
 
 def _in_fp32(value: ir.Value, cast: str) -> tuple[ir.Value, list[ir.Node]]:
-    """A tensor in FP32: what FP16 was cast from, where it was, else the same numbers, and the cast that makes them.
+    """`value` in FP32, and the new nodes that make it: none where it was cast from FP32, else a Cast called `cast`.
 
-    (A softmax that is cast to FP16 and back costs TensorRT for RTX 1.7 the fused attention.)
+    With a softmax that is cast to FP16 and back, TensorRT for RTX 1.7 does not fuse the attention.
     """
     made = value.producer()
     if made is not None and made.op_type == "Cast" and operand(made, 0).dtype == FLOAT:
@@ -182,7 +184,7 @@ def _node(operator: str, inputs: list[ir.Value], name: str, axis: int | None) ->
 
 
 def weight_axis(site: QuantizedSite, node: ir.Node) -> int:
-    """Axis of the output channels in a site's weights: linear layers may stand there transposed, as a MatMul."""
+    """Axis of the output channels in a site's weights: 0, or 1 for the transposed weight of a MatMul."""
     return 1 if is_for_cpu(site, node) else 0
 
 
@@ -192,11 +194,11 @@ def is_for_cpu(site: QuantizedSite, node: ir.Node) -> bool:
 
 
 def unsigned_operand(site: QuantizedSite, node: ir.Node, plan: QuantizationPlan) -> Operand | None:
-    """Which operand of a layer is stored as uint8 around 128, which are the same numbers: one of those for CPUs.
+    """The operand that is stored as uint8 with zero point 128; None for a layer that is not for CPUs.
 
-    Processors with VNNI multiply unsigned inputs by signed weights, and OpenVINO computes nothing else in integers.
-    Without VNNI those products are added in pairs in 16 bits, which overflow (on ms_hybrid_s relative L2 0.053 instead
-    of 0.015), so weights are the unsigned ones unless the plan says that there is VNNI.
+    Processors with VNNI multiply unsigned inputs by signed weights, and OpenVINO computes only that in integers.
+    Without VNNI those products are added in pairs in 16 bits and overflow (on ms_hybrid_s relative L2 0.053 instead of
+    0.015), so weights are the unsigned operand unless `plan.vnni` is set.
     """
     if not is_for_cpu(site, node):
         return None
@@ -204,7 +206,7 @@ def unsigned_operand(site: QuantizedSite, node: ir.Node, plan: QuantizationPlan)
 
 
 def _attention_inputs(site: QuantizedSite, softmax: ir.Node) -> dict[tuple[ir.Node, int], float]:
-    """(product, input) -> scale, for q k^T and the product with v; casts may stand around the softmax."""
+    """(node, input index) -> scale, for q k^T and the product with v; there may be casts around the softmax."""
     before, after = operand(softmax, 0).producer(), softmax.outputs[0].consumers()[0]
     if before is not None and before.op_type == "Cast":
         before = operand(before, 0).producer()
@@ -235,22 +237,25 @@ Float = TypeVar("Float", float, NDArray[np.float64])
 _SHOWN = 5
 _LARGEST = {"int8": float(np.iinfo(np.int8).max), "fp8": 448.0}
 _UNSIGNED_ZERO = -int(np.iinfo(np.int8).min)
-"""uint8 x stands for the int8 x - 128."""
+"""Zero point of uint8: x means what int8 x - 128 means."""
 
 SMALLEST = 2.0**-24
 """FP16's smallest number."""
 
 _INPUT, _WEIGHTS = "input", "weights"
-_ROUNDOFF = 2.0**-10  # scales are rounded to the type of what they scale; bfloat16 to eight bits of mantissa
+_ROUNDOFF = 2.0**-10  # relative rounding of scales in FP32 and FP16; in bfloat16 the next
 _BF16_ROUNDOFF = 2.0**-7
-_HALF_STEP = SMALLEST / 2  # a scale below FP16's normal numbers is off by as much
+_HALF_STEP = SMALLEST / 2  # absolute rounding of scales below FP16's normal numbers
 
 
 def audit(model: ir.Model, plan: QuantizationPlan) -> tuple[str, ...]:
-    """What differs between a graph and its record, one sentence each, most telling first; empty where nothing does."""
+    """Differences between a quantized graph and its plan, one sentence each; empty where there are none.
+
+    At most `_SHOWN` sentences, and one that counts the others.
+    """
     auditor = _Auditor(model, plan)
     findings = [finding for site in plan.sites for finding in (*auditor.site(site), *auditor.record(site))]
-    findings = list(dict.fromkeys((*findings, *auditor.strays())))  # both nodes of a pair read the same scale
+    findings = list(dict.fromkeys((*findings, *auditor.strays())))  # both nodes of a pair report the same scale
     more = len(findings) - _SHOWN
     return (*findings[:_SHOWN], *([f"and {more} more differences"] if more > 0 else []))
 
@@ -287,7 +292,7 @@ class _Auditor:
             yield from self._scales(site, node, slot, (tensor.scale,), what)
 
     def _bias(self, site: QuantizedSite, node: ir.Node) -> Iterator[str]:
-        """Whether the layer adds its recorded bias and correction, to the rounding of the type that holds the sum."""
+        """Compare the bias that the layer adds with bias plus correction of the plan, within rounding."""
         if not site.correction or site.bias is None:
             return
         added = _added(node)
@@ -312,7 +317,7 @@ class _Auditor:
             )
 
     def record(self, site: QuantizedSite) -> Iterator[str]:
-        """Whether activations' scales hold what calibration saw, by the record's own figures."""
+        """Check the plan by its own figures: scales of activations must fit `clip`, and `clip` must fit `largest`."""
         for tensor in site.tensors:
             held, seen = tensor.scale * self._limit, tensor.largest
             if seen == 0 or 0 < tensor.scale <= SMALLEST:
@@ -324,19 +329,20 @@ class _Auditor:
                 yield f"{site.module}: its record clips at {held:.4g} what was seen up to {seen:.4g}"
 
     def _room(self, largest: Float, roundoff: float) -> Float:
-        """How far what a scale holds may be from what it was made for: scales are rounded, and so are weights."""
+        """How far `limit` times a scale may be from the number that it was made for: scales and weights are rounded."""
         return roundoff * largest + self._limit * _HALF_STEP
 
     def _scales(
         self, site: QuantizedSite, node: ir.Node, slot: int, expected: tuple[float, ...], what: str
     ) -> Iterator[str]:
-        back = operand(node, slot).producer()
-        forth = None if back is None else operand(back, 0).producer()
-        if back is None or forth is None or (forth.op_type, back.op_type) != ("QuantizeLinear", "DequantizeLinear"):
+        dequantize = operand(node, slot).producer()
+        quantize = None if dequantize is None else operand(dequantize, 0).producer()
+        operators = [None if part is None else part.op_type for part in (quantize, dequantize)]
+        if dequantize is None or quantize is None or operators != ["QuantizeLinear", "DequantizeLinear"]:
             yield f"{site.module}: no pair before its {what}"
             return
-        self._accounted.update((forth.outputs[0], back.outputs[0]))
-        for pair in (forth, back):
+        self._accounted.update((quantize.outputs[0], dequantize.outputs[0]))
+        for pair in (quantize, dequantize):
             yield from self._compare(site, pair, expected, what)
 
     def _compare(self, site: QuantizedSite, pair: ir.Node, expected: tuple[float, ...], what: str) -> Iterator[str]:
@@ -349,7 +355,8 @@ class _Auditor:
         kind, middle = self._plan.form.dtype, 0
         if what == self._unsigned(site):
             kind, middle = ir.DataType.UINT8, _UNSIGNED_ZERO
-        is_implied = zero is None and middle == 0 and pair.op_type == "DequantizeLinear"  # of the type of what it reads
+        # DequantizeLinear without a zero point takes 0, of the type that it reads.
+        is_implied = zero is None and middle == 0 and pair.op_type == "DequantizeLinear"
         if not is_implied and (zero is None or zero.dtype != kind):
             yield f"{site.module}: the pair of its {what} is not {self._plan.form.name}"
         elif zero is not None and (zero.numpy().view(np.uint8) != middle).any():
@@ -361,13 +368,15 @@ class _Auditor:
             yield f"{site.module}: the scales of its {what} belong to another axis"
 
     def _unsigned(self, site: QuantizedSite) -> str:
-        """The operand that is uint8: for CPUs a linear layer's weights, or its input where there is VNNI."""
+        """Name of the operand that is uint8: weights of a linear layer for CPUs, or its input with
+        VNNI; "" for none.
+        """
         if site.kind is not LayerKind.LINEAR or self._nodes[site.node].op_type != "MatMul":
             return ""
         return _INPUT if self._plan.vnni else _WEIGHTS
 
     def _weight_range(self, site: QuantizedSite, node: ir.Node, slot: int) -> Iterator[str]:
-        """Scales follow from the weights themselves: the record's own scales are checked by them."""
+        """Compare weights' scales with those that follow from the weights: also a wrong scale in the plan is found."""
         weights = _weights(operand(node, slot))
         if weights is None:
             return
@@ -390,7 +399,7 @@ class _Auditor:
             )
 
     def strays(self) -> Iterator[str]:
-        """Pairs that no layer of the record has."""
+        """Pairs in the graph that belong to no layer of the plan."""
         for node in self._pairs:
             if node.outputs[0] not in self._accounted:
                 yield f"{node.name or node.outputs[0].name} belongs to no layer of the record"
@@ -402,7 +411,7 @@ def _through_casts_back(value: ir.Value) -> ir.Node | None:
 
 
 def _through_casts_on(value: ir.Value) -> ir.Node | None:
-    """The product with v, behind casts and the pair of the softmax's result."""
+    """The node that reads `value` after casts and Q/DQ nodes: the product with v."""
     for _ in range(4):
         readers = value.consumers()
         if len(readers) != 1:
@@ -414,7 +423,7 @@ def _through_casts_on(value: ir.Value) -> ir.Node | None:
 
 
 def _added(node: ir.Node) -> ir.Value | None:
-    """The constant that is added to a layer's products: the layer's own third input, or that of an Add behind."""
+    """The constant that is added to a layer's products: the layer's third input, or the constant of an Add after it."""
     if node.op_type != "MatMul":
         return _first_constant(node.inputs[2:])
     readers = node.outputs[0].consumers()
@@ -428,19 +437,19 @@ def _first_constant(values: Sequence[ir.Value | None]) -> ir.Value | None:
 
 
 def _weights(value: ir.Value) -> ir.Value | None:
-    """What went through eight bits, and a cast before them, to become `value`; None where that is no constant."""
-    back = value.producer()
-    forth = None if back is None else operand(back, 0).producer()
-    if forth is None:
+    """The initializer that a pair, and a Cast before it, turn into `value`; None where there is none."""
+    dequantize = value.producer()
+    quantize = None if dequantize is None else operand(dequantize, 0).producer()
+    if quantize is None:
         return None
-    cast = operand(forth, 0).producer()
-    source = operand(forth if cast is None else cast, 0)
+    cast = operand(quantize, 0).producer()
+    source = operand(quantize if cast is None else cast, 0)
     return source if source.is_initializer() else None
 
 
 def _output_axis(site: QuantizedSite, node: ir.Node) -> int:
-    """Axis of a layer's output channels in its weights, by what ONNX does with them: x W has them last, W x and W of a
-    convolution first, and a Gemm as its transB says.
+    """Axis of the output channels in a layer's weights, by ONNX's definition of the operator: last for x W, first for
+    W x and for a convolution, by transB for a Gemm.
     """
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) == 1 else 1
@@ -450,7 +459,7 @@ def _output_axis(site: QuantizedSite, node: ir.Node) -> int:
 def _bias_room(
     tensor: ir.TensorProtocol, bias: NDArray[np.float64], correction: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """How far a sum may be from exact: it is made in FP32 and rounded to the tensor's type."""
+    """How far `tensor` may be from bias + correction: the sum is made in FP32 and rounded to the tensor's type."""
     in_fp32 = 2.0**-23 * (np.abs(bias) + np.abs(correction))
     room: NDArray[np.float64] = in_fp32 + _roundoff(tensor.dtype) * np.abs(bias + correction) + _HALF_STEP
     return in_fp32 if tensor.dtype == ir.DataType.FLOAT else room

@@ -1,5 +1,6 @@
-"""From a calibrated set to a plan, and from a plan to a changed graph: the steps that exports share with whoever has an
-FP32 graph in memory.
+"""Quantize an FP32 graph in memory: statistics -> quantization plan -> changed graph.
+
+The pipeline calls the single functions; `quantize_graph` does all in one call:
 
     quantized = quantize_graph(graph, batches, Scaling(INT8, Method.MAX))
     onnx_ir.save(quantized.model, "model.onnx")
@@ -29,7 +30,7 @@ from spach_deploy.quantization.statistics import Collector, TensorRequest, Tenso
 
 @dataclasses.dataclass(frozen=True)
 class QuantizableSites:
-    """All sites of a graph, and why some of them stay in float (by node; "" where they do not)."""
+    """All sites of a graph. `reasons`: by node, why it stays in float; "" where it will be quantized."""
 
     sites: tuple[Site, ...]
     reasons: Mapping[str, str]
@@ -41,13 +42,15 @@ class QuantizableSites:
 
     @property
     def wanted(self) -> tuple[TensorRequest, ...]:
-        """The tensors to be measured, by channel wherever a site has channels."""
+        """The tensors that calibration measures, by channel wherever a site has channels."""
         chosen = self.quantized
         return wanted_tensors(chosen, [site.node for site in chosen if site.channel_axis is not None])
 
 
 def candidates(model: ir.Model, selection: Selection, scaling: Scaling) -> QuantizableSites:
-    """Which layers of the FP32 graph would be quantized. UsageError for patterns that match nothing."""
+    """Find the layers of the FP32 graph that can be, and that will be quantized. UsageError for patterns that match
+    nothing.
+    """
     sites = find_sites(model)
     return QuantizableSites(sites, selection.chosen(sites, scaling.form))
 
@@ -60,7 +63,10 @@ def plan_from_statistics(
     *,
     equalize: bool = True,
 ) -> QuantizationPlan:
-    """Equalization, scales and corrections for the FP32 graph `model`, which is not changed."""
+    """The plan for the FP32 graph `model`, which is not changed: equalization, scales, bias corrections.
+
+    `statistics`: by tensor, of the tensors that `chosen.wanted` names.
+    """
     weights = _weights(model, chosen.quantized)
     pairs = find_pairs(chosen.quantized, model.graph.initializers) if equalize else ()
     equalized = search(pairs, statistics, weights, scaling.form)
@@ -71,7 +77,7 @@ def plan_from_statistics(
 
 
 def equalized_names(pairs: Sequence[EqualizablePair]) -> set[str]:
-    """Parameters that the pairs may change."""
+    """Names of the parameters that equalizing the pairs may change."""
     names: set[str] = set()
     for pair in pairs:
         names.update(rows.parameter for rows in pair.divided)
@@ -89,13 +95,13 @@ def _all_floats(model: ir.Model, names: set[str]) -> dict[str, Float32]:
 
 
 def equalize_graph(model: ir.Model, plan: QuantizationPlan) -> int:
-    """Apply the plan's equalization to the FP32 graph, in place: the same function. How many weights changed."""
+    """Apply the plan's equalization to the FP32 graph, in place; returns how many weights changed."""
     return apply_to_graph(model, plan.equalized)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedGraph:
-    """A typed graph in eight bits, and why it is as it is."""
+    """A typed graph with Q/DQ, and its plan."""
 
     model: ir.Model = dataclasses.field(repr=False)
     plan: QuantizationPlan
@@ -134,7 +140,7 @@ def quantize_graph(
 
 
 def mark_sites(model: ir.Model, plan: QuantizationPlan) -> None:
-    """Tell the passes which layers will be quantized."""
+    """Mark the nodes that will be quantized, in place, so that passes leave them whole."""
     nodes = set(plan.product_nodes)
     for node in model.graph:
         if node.name in nodes:
@@ -142,7 +148,7 @@ def mark_sites(model: ir.Model, plan: QuantizationPlan) -> None:
 
 
 def quantize_typed(typed: ir.Model, plan: QuantizationPlan) -> ir.Model:
-    """The typed graph with its pairs, held against the plan before anybody else does; `typed` is changed."""
+    """Insert Q/DQ into the typed graph, in place, and compare it with the plan. PrecisionError where they differ."""
     quantized = InsertQdq(plan)(typed).model
     findings = audit(quantized, plan)
     if findings:

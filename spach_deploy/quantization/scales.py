@@ -1,16 +1,16 @@
-"""From distributions to scales.
+"""Scales of activations, from histograms by one of four methods, and of weights.
 
-Activations have one scale a tensor, found from the histogram of |x|:
+An activation has one scale for the whole tensor, from the histogram of |x|:
 
-- `max`: nothing that was seen is clipped;
-- `percentile`: all but one number in ten thousand (the largest, whichever channel they are in) are not clipped;
+- `max`: nothing of the calibration images is clipped;
+- `percentile`: the largest one in ten thousand numbers are clipped, whichever channel they are in;
 - `entropy`: least Kullback-Leibler divergence between the distribution and its eight-bit form (as TensorRT's entropy
   calibrator: Migacz, "8-bit Inference with TensorRT", GTC 2017);
-- `mse`: least expected squared error, every input channel counted by the weights it meets, so that what is minimal is
-  the error of the layer's output.
+- `mse`: least expected squared error of the layer's output: each input channel is weighted by the squares of its
+  weights.
 
-Weights have one scale for each output channel, or one for all: their largest |w|. (Clipping that where it lowers the
-squared error was tried: it moved the logits' relative L2 by less than a hundredth of itself.)
+Weights have one scale for each output channel, or one for all, from their largest |w|. (Clipping weights where that
+lowers the squared error was tried: it changed the logits' relative L2 by less than a hundredth of itself.)
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from spach_deploy.quantization.formats import INT8, EightBitFormat, Float32, Flo
 from spach_deploy.quantization.statistics import BINS, CENTERS, EDGES
 
 SMALLEST = 2.0**-24
-"""Least scale that is written: FP16's smallest number. A channel of zeros gets 1."""
+"""Smallest scale that is written: FP16's smallest number. A channel of zeros gets the scale 1."""
 
 _PERCENTILE = 1 - 1e-4
 _ENTROPY_BINS, _ENTROPY_LEVELS = 2048, 128
-_CLIPS = np.exp2(-np.arange(0, 49) / 12)  # down to a sixteenth
+_CLIPS = np.exp2(-np.arange(0, 49) / 12)  # of the largest |x|, down to a sixteenth
 
 
 class Method(str, enum.Enum):
-    """How an activation's largest number that is not clipped is chosen."""
+    """How the number above which an activation is clipped is chosen."""
 
     MAX = "max"
     PERCENTILE = "percentile"
@@ -41,12 +41,15 @@ class Method(str, enum.Enum):
 
     @property
     def needs_histograms(self) -> bool:
-        """Whether extremes alone are not enough."""
+        """Whether the method needs a histogram, not only the largest |x|."""
         return self is not Method.MAX
 
 
 def clipped_at(method: Method, histogram: Float64 | None, largest: float, form: EightBitFormat) -> float:
-    """The largest |x| that `form` shall hold, at most `largest`. `histogram`: counts (BINS), None with `max`."""
+    """The |x| above which an activation is clipped, at most `largest`.
+
+    `histogram`: counts, float64 (BINS), None with the method `max`. `largest`: largest |x| in calibration.
+    """
     if method is Method.MAX or histogram is None or largest <= 0 or not histogram.any():
         return largest
     choose: dict[Method, Callable[[Float64, float, EightBitFormat], float]] = {
@@ -72,8 +75,8 @@ def _least_error(histogram: Float64, largest: float, form: EightBitFormat) -> fl
 
 
 def expected_error(counts: Float64, values: Float64, scale: float, form: EightBitFormat) -> float:
-    """Sum over a histogram of the squared error of storing `values` at `scale`."""
-    return float(counts @ form.noise(values / scale)) * scale**2
+    """Expected squared error of storing `values` at `scale`, summed with `counts`."""
+    return float(counts @ form.squared_error(values / scale)) * scale**2
 
 
 def _entropy(histogram: Float64, largest: float, form: EightBitFormat) -> float:
@@ -85,7 +88,7 @@ def _entropy(histogram: Float64, largest: float, form: EightBitFormat) -> float:
 
 
 def _linear(histogram: Float64, largest: float) -> Float64:
-    """The histogram over bins of one width from 0 to `largest`, numbers spread evenly within each old bin."""
+    """The histogram in bins of equal width from 0 to `largest`; counts of an old bin are spread evenly over it."""
     total = np.concatenate([[0.0], np.cumsum(histogram)])
     edges = np.concatenate([[0.0], EDGES[1:]])
     edges[-1] = max(edges[-1], largest)
@@ -97,7 +100,9 @@ def _linear(histogram: Float64, largest: float) -> Float64:
 
 
 def _divergence(linear: Float64, size: int) -> float:
-    """KL divergence between the first `size` bins, all beyond gathered in the last, and their form in 128 levels."""
+    """KL divergence of clipping after `size` bins: the first `size` bins, with all beyond added to the last, against
+    the same in 128 levels.
+    """
     reference = linear[:size].copy()
     reference[-1] += linear[size:].sum()
     groups = np.minimum(np.arange(size) * _ENTROPY_LEVELS // size, _ENTROPY_LEVELS - 1)
@@ -113,7 +118,7 @@ def _divergence(linear: Float64, size: int) -> float:
 
 
 def weight_scales(weights: Float32, form: EightBitFormat, *, per_channel: bool = True) -> Float64:
-    """Scales of `weights` (outputs, ...): (outputs,), or (1,) for the whole tensor."""
+    """Scales of `weights`, (outputs, ...) float32: float64 (outputs,), or (1,) for the whole tensor."""
     rows = weights.reshape(len(weights), -1) if per_channel else weights.reshape(1, -1)
     scales: Float64 = np.abs(rows).max(axis=1).astype(np.float64) / form.limit
     scales[scales == 0] = 1.0
@@ -122,9 +127,9 @@ def weight_scales(weights: Float32, form: EightBitFormat, *, per_channel: bool =
 
 
 def store(values: Float32, scale: Float32 | float, form: EightBitFormat) -> Float32:
-    """What `values` become in `form` at `scale`, float32: rounded to nearest, ties to even, and clipped.
+    """`values` quantized to `form` at `scale` and dequantized, float32: rounded to nearest, ties to even, and clipped.
 
-    INT8 has one number more on the negative side, and ONNX and TensorRT use it.
+    INT8 is clipped to -128..127, as ONNX and TensorRT do.
     """
     scaled: Float32 = np.divide(values, np.asarray(scale, np.float32), dtype=np.float32)
     np.clip(scaled, -form.limit - (form == INT8), form.limit, out=scaled)

@@ -1,12 +1,14 @@
-"""What each quantized layer costs, and the largest set of layers that stays within a bound.
+"""Sensitivity: how much error each quantized layer adds, and the most layers that can be quantized within a bound.
 
-Cheaper than one evaluation a layer, by two tricks. Locally, a layer's error d on the right input is known from running
-that one layer twice. What becomes of it in the logits is, to first order, J d, with the Jacobian J of all that stands
-behind the layer; and for a random normal vector u, the mean of (u^T J d)^2 is |J d|^2 (Hutchinson, 1990). Now u^T J is
-what one backward pass from u^T logits leaves at the layer, and the same pass leaves it at every layer. So `PROBES`
-backward passes an image give the cost of all layers at once, however many there are. Errors of different layers are
-independent, so their squares add up; the choice made from them is then measured, all layers together, and only that
-decides.
+The costs of all layers are estimated at once, by `PROBES` backward passes for each image:
+
+1. A layer's own error d, for the right input, is its rounded output minus its output.
+2. To first order it changes the logits by J d, with the Jacobian J of everything after the layer. For a random normal
+   vector u, the mean of (u^T J d)^2 is |J d|^2 (Hutchinson, 1990).
+3. u^T J is the gradient of u^T logits at the layer's output, and one backward pass gives it for every layer.
+
+Errors of different layers are independent, so their squares add up. That gives an order of the layers. The error of the
+chosen set is then measured, with all its layers quantized, and only the measured error must be within the bound.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.rewrites.static_modules import StaticSpach
 
 PROBES = 2
-"""Backward passes an image. With eight images a layer's squared cost is known to a third, enough for an order."""
+"""Backward passes for each image. With eight images a layer's squared cost is known within a third: enough to rank."""
 
 _SEED = 1990
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """What one layer adds. `rel_l2`: expected relative L2 of the logits with it alone quantized; `macs`: its size."""
+    """Cost of one layer. `rel_l2`: estimated relative L2 of the logits with only this layer quantized. `macs`: its
+    multiplications for one image.
+    """
 
     module: str
     rel_l2: float
@@ -40,7 +44,9 @@ class LayerCost:
 
     @property
     def per_mac(self) -> float:
-        """Squared relative L2 for a multiplication saved, by which layers are given up."""
+        """Squared relative L2 for each multiplication that is quantized. Layers with the highest
+        stay in float first.
+        """
         return self.rel_l2**2 / max(self.macs, 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,11 +55,11 @@ class LayerCost:
 
 
 Squares = tuple[tuple[str, float], ...]
-"""What one image says of modules: squared relative errors in the order in which they were found."""
+"""(module, squared relative error of the logits) of one image, one entry for each layer and probe."""
 
 
 def summed_costs(plan: QuantizationPlan, found: Iterable[Squares]) -> tuple[LayerCost, ...]:
-    """Costs from what `LayerWatch.see` gave for each image, added up in the images' order."""
+    """Costs of all layers of `plan` from the results of `LayerWatch.see`, one for each image, in the images' order."""
     squares = {site.module: 0.0 for site in plan.sites}
     images = 0
     for entries in found:
@@ -67,7 +73,7 @@ def summed_costs(plan: QuantizationPlan, found: Iterable[Squares]) -> tuple[Laye
 
 
 class LayerWatch:
-    """Hooks on every quantized layer: its own error on the way forward, what the logits feel on the way back."""
+    """The model with hooks on every layer of `plan`: forward they compute its error d, backward u^T J d."""
 
     def __init__(self, static: StaticSpach, plan: QuantizationPlan) -> None:
         self._model = equalized_model(static, plan)
@@ -79,7 +85,10 @@ class LayerWatch:
             layer.register_forward_hook(self._hook(site.module, quantized_module(layer, site, plan.form)))
 
     def see(self, number: int, image: Float32) -> Squares:
-        """The image (3, S, S) with this number; its random vectors are its own, whoever sees the others."""
+        """Squared relative errors for one image, float32 (3, S, S).
+
+        The random vectors depend on `number`, the image's index, alone, so processes may share the images.
+        """
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         self._squares = []
@@ -106,7 +115,11 @@ class LayerWatch:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSelection:
-    """Which layers stay in float so that the bound holds. `measured` is of the chosen set, by what was bounded."""
+    """Which layers stay in float so that the measured error is within the bound.
+
+    `measured`: error with `kept_float` in float; `everything`: error with all layers quantized; `measure`: which error
+    that is, in words; `evaluations`: how often it was measured.
+    """
 
     costs: tuple[LayerCost, ...]
     kept_float: tuple[str, ...]
@@ -118,11 +131,11 @@ class LayerSelection:
 
     @property
     def holds(self) -> bool:
-        """Whether the bound holds."""
+        """Whether the measured error is within the bound."""
         return self.measured <= self.bound
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON for the manifest: the layers from the dearest on."""
+        """Plain JSON for the manifest; layers in descending order of cost."""
         kept = set(self.kept_float)
         ordered = sorted(self.costs, key=lambda cost: -cost.rel_l2)
         return {
@@ -138,10 +151,11 @@ class LayerSelection:
 def largest_set(
     costs: Sequence[LayerCost], bound: float, measure: Callable[[frozenset[str]], float], what: str
 ) -> LayerSelection:
-    """The fewest layers left in float, dearest for their size first, with which `measure` is at most `bound`.
+    """Leave as few layers in float as keep `measure` at most `bound`; those with the highest cost per MAC first.
 
-    `measure` takes the modules left in float. More of them in float is taken to measure less, so the number is found by
-    bisection: log2(layers) evaluations. With all of them in float and the bound still broken, the choice says so.
+    `measure` gets the modules that stay in float and returns the error; `what` names it. More layers in float are
+    assumed to lower the error, so their number is found by bisection, in log2(layers) evaluations. If the error is
+    above the bound with all layers in float, `holds` of the result is False.
     """
     order = [cost.module for cost in sorted(costs, key=lambda cost: -cost.per_mac)]
     seen: dict[int, float] = {}
@@ -164,7 +178,7 @@ def largest_set(
 
 
 def _predicted(costs: Sequence[LayerCost], order: Sequence[str], bound: float, everything: float) -> int:
-    """Where the bound should be reached if squares add up: a good place to begin."""
+    """The number of layers in float at which the bound is reached if squared costs add up: where bisection begins."""
     squares = {cost.module: cost.rel_l2**2 for cost in costs}
     left = total = sum(squares.values())
     for count, module in enumerate(order, 1):

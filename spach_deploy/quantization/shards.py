@@ -1,9 +1,11 @@
-"""Calibration in parts: what `calibrate.collect` gives, bit for bit, from images that are looked at in many places.
+"""Calibration by many processes: each collects statistics of some images, and merged they are those of one process.
 
-Two passes. The first decodes every image and observes it for the survey, so that an unfit set is refused before the
-expensive work, and what cannot be read is known. The second runs the graph over the readable images, in parts that
-begin at the borders of `statistics.BLOCK`, and the parts are merged in the images' order. Results are the same bits
-where the graph computes the same bits: on processors of one kind, with one number of threads.
+There are two passes over the images. The first decodes every image for the checks of the calibration set, so an unfit
+set is refused before the expensive work, and images that cannot be read are known. The second runs the graph over the
+readable images, in shards that begin at multiples of `statistics.BLOCK`; shards are merged in the images' order.
+
+The result is bit for bit that of `calibration.collect`, if the graph computes the same bits: on processors of one kind,
+with one number of threads.
 """
 
 from __future__ import annotations
@@ -43,21 +45,23 @@ from spach_deploy.quantization.statistics import BLOCK, Collector, TensorRequest
 from spach_deploy.runtime.onnxruntime_runner import graph_bytes
 
 OBSERVED = 256
-"""Images that one task of the first pass looks at."""
+"""Images in one task of the first pass."""
 
 MOST_BLOCKS = 16
-"""Blocks of one task of the second pass, at most: what is lost and done again when a node dies."""
+"""Most blocks in one task of the second pass: these are computed again when a node dies."""
 
 _BASE_BYTES = 700e6
-"""Memory of a task beside its graph: Python, ONNX Runtime, one image's activations, statistics."""
+"""Memory of a task but for its graph, in bytes: Python, ONNX Runtime, one image's activations, statistics."""
 
 _COPIES = 3
-"""Of the graph in a task: as it came, read, and in ONNX Runtime."""
+"""Copies of the graph in a task's memory: as received, as parsed, and in ONNX Runtime."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadableEntries:
-    """Of a task's entries: those that could be read, by their place among them, and why others could not."""
+    """Result of a task of the first pass: by index in the task, summaries of readable images, and why others were
+    skipped.
+    """
 
     seen: tuple[tuple[int, ImageSummary], ...]
     skipped: tuple[tuple[int, Skipped], ...]
@@ -65,7 +69,7 @@ class ReadableEntries:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationWork:
-    """What tasks of the second pass share: the FP32 graph as bytes, and what is measured in it."""
+    """What all tasks of the second pass share: the FP32 graph as bytes, and the tensors to measure in it."""
 
     graph: bytes
     wanted: tuple[TensorRequest, ...]
@@ -76,7 +80,7 @@ class CalibrationWork:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationShard:
-    """Readable images with the digests that they had, and how many come before them."""
+    """Images of one task of the second pass, with their digests from the first. `after`: how many come before them."""
 
     after: int
     entries: tuple[ImageEntry, ...]
@@ -84,7 +88,7 @@ class CalibrationShard:
 
 
 def observe_part(preprocessing: Preprocessing, entries: Sequence[ImageEntry]) -> ReadableEntries:
-    """A task of the first pass."""
+    """One task of the first pass: decode and summarize images."""
     seen, skipped = [], []
     for place, entry in enumerate(entries):
         try:
@@ -97,7 +101,7 @@ def observe_part(preprocessing: Preprocessing, entries: Sequence[ImageEntry]) ->
 
 
 def collect_part(work: CalibrationWork, part: CalibrationShard) -> dict[str, TensorStatistics]:
-    """A task of the second pass. Raises UsageError for an image that is another than before."""
+    """One task of the second pass: statistics by tensor. UsageError for an image that changed since the first pass."""
     model = ir.from_proto(ModelProto.FromString(work.graph))
     collector = Collector(model, work.wanted, histograms=work.histograms, threads=work.threads, after=part.after)
     for entry, digest in zip(part.entries, part.digests, strict=True):
@@ -110,13 +114,13 @@ def collect_part(work: CalibrationWork, part: CalibrationShard) -> dict[str, Ten
 
 @dataclasses.dataclass
 class MergedStatistics:
-    """What has been merged, and how many images that is: whole blocks, but for the last part."""
+    """Statistics merged so far, and of how many images: a multiple of BLOCK, until the last shard is merged."""
 
     statistics: dict[str, TensorStatistics] = dataclasses.field(default_factory=dict)
     images: int = 0
 
     def add(self, found: dict[str, TensorStatistics], images: int) -> None:
-        """The part that comes next."""
+        """Merge the statistics of the next `images` images."""
         merge_all(self.statistics, found)
         self.images += images
 
@@ -129,7 +133,7 @@ def collect_on_cluster(
     preprocessing: Preprocessing,
     run: CalibrationSettings,
 ) -> CollectedStatistics:
-    """What `calibrate.collect` gives, from a cluster's tasks of one core.
+    """`calibration.collect` by the tasks of a cluster, each on one core.
 
     Raises what `ClusterAddress.connected`, `Cluster.executor` and `collect_in_parts` raise.
     """
@@ -147,10 +151,10 @@ def collect_in_parts(
     run: CalibrationSettings,
     executor: Executor,
 ) -> CollectedStatistics:
-    """What `calibrate.collect` gives, from tasks. An unfinished run goes on behind the last part that was kept.
+    """`calibration.collect` by the tasks of an executor. An unfinished run is continued after its last saved shard.
 
-    What one process kept between two blocks is not continued. Raises what `collect` raises, and UsageError where a task
-    cannot read what can be read here.
+    An unfinished run of `calibration.collect` is continued only if it ended with a block. Raises what `collect` raises,
+    and UsageError where a task cannot read an image that this process can read.
     """
     start = time.monotonic()
     readable, digests, survey = _observed(source, preprocessing, executor)
@@ -174,7 +178,7 @@ def collect_in_parts(
 def _continued(
     run: CalibrationSettings, digests: Sequence[bytes], source: ImageSource
 ) -> tuple[MergedStatistics, CalibrationState]:
-    """What an unfinished run kept, where it ends with a block. UsageError where that is of other images."""
+    """Statistics of an unfinished run, if it ended with a block, and its file. UsageError if it is of other images."""
     merged = MergedStatistics()
     state = CalibrationState(run, merged)
     done = state.restored_images()
@@ -187,7 +191,7 @@ def _continued(
 
 
 def _seen(digests: Sequence[bytes]) -> str:
-    """The hash that `calibrate.collect` keeps of images with these digests."""
+    """The hash that `calibration.collect` saves for images with these digests."""
     seen = hashlib.sha256()
     for digest in digests:
         seen.update(hashlib.sha256(digest).hexdigest().encode())  # `content_hash` of one image
@@ -195,15 +199,15 @@ def _seen(digests: Sequence[bytes]) -> str:
 
 
 def blocks_a_part(images: int, workers: int) -> int:
-    """So that each worker has several parts, and a part that is lost is not much."""
+    """Blocks in a shard: few enough that each worker gets several shards, and that little is lost with one."""
     return int(np.clip(images // BLOCK // (4 * workers), 1, MOST_BLOCKS))
 
 
 def _observed(
     source: ImageSource, preprocessing: Preprocessing, executor: Executor
 ) -> tuple[list[ImageEntry], list[bytes], CalibrationSetSummary]:
-    """The readable entries, their digests, and what they are."""
-    taker, skipped = CalibrationSetCollector(source, preprocessing), []
+    """First pass: the readable entries, their digests, and the summary of the set."""
+    checks, skipped = CalibrationSetCollector(source, preprocessing), []
     readable: list[ImageEntry] = []
     digests: list[bytes] = []
     chunks, again = itertools.tee(chunked(source.entries(), OBSERVED))
@@ -212,12 +216,12 @@ def _observed(
             check_unreadable(chunk[place], problem)
             skipped.append(problem)
         for place, seen in found.seen:
-            taker.take(seen)
+            checks.take(seen)
             readable.append(chunk[place])
             digests.append(seen.digest)
     if not readable:
-        list(source)  # raises, and names what is wrong
-    return readable, digests, taker.survey(tuple(skipped))
+        list(source)  # raises, and says what is wrong
+    return readable, digests, checks.survey(tuple(skipped))
 
 
 def _parts(
@@ -228,7 +232,7 @@ def _parts(
 
 
 def merge_all(whole: dict[str, TensorStatistics], part: dict[str, TensorStatistics]) -> None:
-    """Add the next part's statistics, tensor by tensor."""
+    """Merge the statistics of the next images, `part`, into `whole`, in place."""
     for name, entry in part.items():
         if name not in whole:
             whole[name] = TensorStatistics.empty(len(entry.max_abs), histogram=entry.histogram is not None)

@@ -1,20 +1,20 @@
-"""The layers that can be computed in eight bits, found in the FP32 graph by what they are in the model.
+"""Sites: the layers of an FP32 graph that can be quantized, and the rules which of them are quantized by default.
 
-A site is a product of an activation with constant weights. Which of them are quantized without being asked for:
+A site is a product of an activation with constant weights, or an attention's two products. The rules by kind:
 
-- *linear* (qkv, proj, fc1, fc2) and *token linear* (the spatial MLP's): they carry nearly all arithmetic;
-- the *head* not: it is 0.01 % of the multiplications, and nothing averages its error (without it ms_hybrid_s has a
-  relative L2 of 0.015 instead of 0.018);
-- *convolution* (stem, downsampling): never by default. They are 1.6 % of the multiplications; a downsampling's input is
-  the residual stream itself (on ms_hybrid_s relative L2 0.018 becomes 0.021), and the stem in eight bits costs a kernel
-  and 16 MB at batch 8 instead of saving any. TensorRT runs FP8 convolutions in half anyway;
-- *depthwise*: never by default. It has nine multiplications a number and is bound by memory, its shifted form fuses
-  with its neighbours, and an identity folded into its kernel would be rounded to eight bits with it;
-- *attention* (the two products of a block: q, k, v and the softmax's result): never by default. With all four tensors
-  in eight bits TensorRT for RTX 1.7 finds no fused kernel (ms_hybrid_s: 239 kernels instead of 177), and the logits
-  lose more. All four or none in any case.
+- *linear* (qkv, proj, fc1, fc2) and *token linear* (of spatial MLPs): quantized. They are nearly all arithmetic.
+- *head*: in float. It is 0.01 % of the multiplications, and its error is not averaged out (ms_hybrid_s has a relative
+  L2 of 0.018 with the head quantized and 0.015 without).
+- *convolution* (stem, downsampling): in float. They are 1.6 % of the multiplications. A downsampling reads the residual
+  stream itself (with it, ms_hybrid_s's relative L2 rises from 0.018 to 0.021); the stem in eight bits costs one kernel
+  and 16 MB more at batch 8. TensorRT runs FP8 convolutions in half anyway.
+- *depthwise*: in float. It has nine multiplications for each number and is bound by memory, its shifted form fuses with
+  its neighbours, and a residual folded into its kernel would be rounded to eight bits.
+- *attention* (q, k, v and the softmax's result): in float. With these four tensors in eight bits TensorRT for RTX 1.7
+  has no fused kernel (ms_hybrid_s: 239 kernels instead of 177), and the logits' error grows. Either all four tensors
+  are quantized or none.
 
-Inputs of residual additions and of LayerNorm are no sites: quantizing them costs accuracy and buys nothing.
+Inputs of residual additions and of LayerNorm are no sites: quantizing them costs accuracy and saves nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HEAD = "head"
 
 
 class LayerKind(str, enum.Enum):
-    """What a site is in the model."""
+    """What a site is in the model; see the module's docstring."""
 
     LINEAR = "linear"
     TOKEN_LINEAR = "token linear"
@@ -47,12 +47,12 @@ class LayerKind(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A weighted layer. `activation` is the tensor that input `slot` of `node` reads; weights are channel by axis 0.
+    """A layer that can be quantized.
 
-    `channel_axis`: the activation's axis that meets the weights' inputs, axis 1 of the weight; None for an attention.
-    `macs`: multiplications for one image. `bias`: the constant that is added to the products, "" where there is none.
-    An attention has no weights: its tensors are in `tensors`, and in `products` the nodes that multiply, `node` being
-    the softmax between them.
+    `activation`: the tensor that input `slot` of `node` reads. `weight`: (outputs, inputs, ...). `channel_axis`: the
+    axis of the activation that is summed over, with axis 1 of the weight; None for an attention. `macs`:
+    multiplications for one image. `bias`: the constant that is added to the products, "" without one. An attention has
+    no weights: `tensors` are its activations, `products` the nodes that multiply, and `node` is the softmax.
     """
 
     module: str
@@ -69,18 +69,18 @@ class Site:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The tensors whose ranges calibration has to learn."""
+        """The tensors that calibration has to measure."""
         return self.tensors or (self.activation,)
 
 
 def find_sites(model: ir.Model) -> tuple[Site, ...]:
-    """All sites of an FP32 graph, in its order."""
+    """All sites of an FP32 graph, in the order of its nodes."""
     finder = _Finder(shapes_at_batch_one(model))
     return tuple(site for node in model.graph if (site := finder.site(node)) is not None)
 
 
 class _Finder:
-    """`shapes`: of every tensor, for one image."""
+    """Makes sites of nodes. `shapes`: of every tensor at batch 1, by name."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -112,7 +112,10 @@ class _Finder:
         )
 
     def _parted(self, split: ir.Node) -> Site | None:
-        """A linear layer in several products of one input, by rows of its weight; known by the first of them."""
+        """The linear layer whose weight `split` splits by rows, for several products of one input (`tokens_first`).
+
+        The site's node is the first of the products.
+        """
         first = split.outputs[0].consumers()[0]
         if first.op_type != "Gemm":
             return None
@@ -123,7 +126,7 @@ class _Finder:
         )
 
     def _attention(self, softmax: ir.Node) -> Site | None:
-        """softmax(q k^T) v, seen from its middle."""
+        """The attention softmax(q k^T) v around a Softmax; None where its nodes are others."""
         before, after = operand(softmax, 0).producer(), softmax.outputs[0].consumers()
         if before is None or before.op_type != "MatMul" or [node.op_type for node in after] != ["MatMul"]:
             return None
@@ -138,12 +141,12 @@ class _Finder:
 
 
 def is_weight(value: ir.Value | None) -> bool:
-    """Whether a tensor is a constant in FP32."""
+    """Whether a tensor is an FP32 initializer."""
     return value is not None and value.is_initializer() and value.dtype == ir.DataType.FLOAT
 
 
 def _bias(node: ir.Node) -> str:
-    """A layer's own third input, or what the Add behind a product adds."""
+    """Name of the third input of `node`, or of the constant that the Add after it adds; "" without either."""
     behind = node.inputs[2:]
     if node.op_type == "MatMul":
         adds = (reader for reader in node.outputs[0].consumers() if reader.op_type == "Add")
@@ -153,16 +156,16 @@ def _bias(node: ir.Node) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What the user asked for: patterns of module names (`layer3.*.spatial_func.proj`), as fnmatch reads them."""
+    """The user's choice of layers: patterns of module paths (`layer3.*.spatial_func.proj`), as fnmatch reads them."""
 
     keep_float: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
 
     def chosen(self, sites: Sequence[Site], form: EightBitFormat) -> dict[str, str]:
-        """Site by node name -> "" where it is quantized, else the reason why not.
+        """By node name of a site: "" where it will be quantized, else the reason why not.
 
-        `keep_float` wins over `quantize`, and both over the rules. UsageError for a pattern that matches no site, and
-        for one that asks of FP8 what TensorRT would run in half.
+        `keep_float` has priority over `quantize`, and both over the rules. UsageError for a pattern that matches no
+        site, and for one that asks for FP8 in a layer that TensorRT would run in half.
         """
         self._check(sites)
         return {site.node: self._reason(site, form) for site in sites}

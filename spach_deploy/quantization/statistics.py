@@ -1,15 +1,15 @@
-"""What the inputs of quantized layers look like, streamed: memory does not grow with the number of images.
+"""Statistics of the activations that quantized layers read, in one pass over the images and constant memory.
 
-For every input channel of every site: the largest |x|, sums of x and of its squares, some rows as they were, and a
-histogram of |x|. Its bins are the top bits of the number itself, the exponent and four bits of mantissa: sixteen bins
-an octave, found by one shift. Bins that widen with the magnitude serve every range alike, so nothing has to be known of
-it beforehand and one pass over the images is enough. Dividing a channel by a factor moves its histogram along, so what
-equalization would do to a tensor's distribution is known without looking at the images again.
+Each input channel of each site has: the largest |x|, the sums of x and x^2, a sample of rows, and a histogram of |x|.
 
-Statistics of parts of a set can be merged, and are then those of the whole, bit for bit (`TensorStatistics.merge`).
-Counts and extremes do not mind the order. Sums of floats do, so they are taken in blocks of a fixed number of images,
-and blocks are added in the images' order. What a row of the sample is replaced by depends on the image's number alone,
-and the last one wins.
+A histogram's bin is given by the top bits of the float32 number, its exponent and four bits of mantissa: sixteen bins
+for each power of two, found by one shift. Such bins fit any range, so no first pass is needed to find it. Dividing a
+channel by a factor shifts its histogram, so the distribution after equalization follows without a second pass.
+
+Statistics of parts of a set can be merged; the result is bit for bit that of the whole (`TensorStatistics.merge`).
+Counts and maxima do not depend on the order. Sums of floats do, so they are taken over blocks of a fixed number of
+images, and blocks are added in the images' order. Which rows of the sample a batch replaces depends on the batch's
+number alone, and the latest batch wins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spach_deploy.quantization.sites import Site
 
 _MANTISSA_BITS = 4
 PER_OCTAVE = 1 << _MANTISSA_BITS
-"""Bins from one power of two to the next."""
+"""Bins between a power of two and the next."""
 
 _LOWEST, _HIGHEST = -20, 20
 BINS = (_HIGHEST - _LOWEST) * PER_OCTAVE
@@ -39,18 +39,18 @@ _FIRST = (127 + _LOWEST) << _MANTISSA_BITS
 _CHUNK = 1 << 16
 
 ROWS = 512
-"""Rows of a tensor that are kept as a sample."""
+"""Most rows of a tensor that are kept as a sample."""
 
 _ROWS_A_BATCH = 8
 _FULL = ROWS // _ROWS_A_BATCH
 """Batches until the sample is full."""
 
 BLOCK = 64
-"""Batches whose sums are taken together before they are added to the whole."""
+"""Batches in a block, whose sums are added up before they are added to the total."""
 
 _UINT32 = 2**32 - 1
 _SQUARES_FIT = 2.0**40
-"""Sums of squares are taken in float32, which is fast, where they are far from its largest number."""
+"""Largest sum of squares that is taken in float32, which is fast and far from overflow there."""
 
 EDGES: Float64 = np.concatenate(
     [2.0 ** (_LOWEST + octave) * (1 + np.arange(PER_OCTAVE) / PER_OCTAVE) for octave in range(_HIGHEST - _LOWEST)]
@@ -63,13 +63,13 @@ CENTERS: Float64 = (EDGES[1:] + EDGES[:-1]) / 2
 
 @dataclasses.dataclass
 class TensorStatistics:
-    """What was seen of one tensor, for each of its channels (C), one where channels do not matter.
+    """Statistics of one tensor, for each of its C channels (C = 1 for a tensor that is measured as a whole).
 
-    `max_abs` float64 (C): largest |x|; `count`: numbers seen in each channel; `batches`: the number of the last batch;
-    `closed_*`, `block_*` float64 (C): sums of x and x^2 over whole blocks, and over the block under way; `sample`
-    float32 (ROWS, C): rows as they were, each as likely as any other batch by batch, where `stamps` (ROWS), the numbers
-    of their batches, are not 0; `histogram` int64 (C, BINS) or None where only extremes are kept. `blocks`: sums of
-    each whole block, of a part that will be merged; None where they are added up at once.
+    `max_abs` float64 (C): largest |x|. `count`: numbers in each channel. `batches`: number of the last batch.
+    `closed_sums`, `closed_squares` float64 (C): sums of x and x^2 over finished blocks; `block_sums`, `block_squares`:
+    over the current block. `sample` float32 (ROWS, C): rows chosen at random; `stamps` (ROWS): the number of the batch
+    that each row is from, 0 for an empty row. `histogram` int64 (C, BINS), or None where only maxima are kept.
+    `blocks`: sums of every finished block, in statistics of a part that will be merged; else None.
     """
 
     max_abs: Float64
@@ -86,7 +86,9 @@ class TensorStatistics:
 
     @classmethod
     def empty(cls, channels: int, *, histogram: bool, after: int | None = None) -> TensorStatistics:
-        """Nothing seen yet. `after`: of a part to be merged, how many batches come before it, a multiple of BLOCK."""
+        """Statistics of nothing. `after`: for a part that will be merged, the number of batches before it, a multiple
+        of BLOCK.
+        """
         counts = np.zeros((channels, BINS), np.int64) if histogram else None
         return cls(
             max_abs=np.zeros(channels),
@@ -103,7 +105,7 @@ class TensorStatistics:
         )
 
     def see(self, rows: Float32) -> None:
-        """Add numbers (n, C). Raises FloatingPointError when one is not finite."""
+        """Add one batch, float32 (n, C). Raises FloatingPointError when a number is not finite."""
         bits = rows.view(np.uint32) & np.uint32(0x7FFFFFFF)
         extremes = bits.max(axis=0)
         if (extremes >= np.uint32(0x7F800000)).any():
@@ -122,7 +124,7 @@ class TensorStatistics:
             self._close()
 
     def _close(self) -> None:
-        """The block under way is whole."""
+        """Finish the current block."""
         if self.blocks is not None:
             self.blocks.append((self.block_sums, self.block_squares))
         else:
@@ -131,7 +133,7 @@ class TensorStatistics:
         self.block_sums, self.block_squares = np.zeros_like(self.block_sums), np.zeros_like(self.block_squares)
 
     def merge(self, part: TensorStatistics) -> None:
-        """Add the part that comes next. ValueError for one that begins elsewhere, or has no blocks of its own."""
+        """Add the statistics of the next batches. ValueError if `part` begins at another batch, or has no `blocks`."""
         whole = self.batches // BLOCK
         if part.blocks is None or self.batches % BLOCK or part.batches // BLOCK - len(part.blocks) != whole:
             raise ValueError("this is not the part that comes next")
@@ -148,7 +150,7 @@ class TensorStatistics:
             self.histogram += part.histogram
 
     def packed(self) -> TensorStatistics:
-        """The same, in less memory, to be sent and merged: only rows that were taken, and counts in half the bytes."""
+        """A smaller copy to be sent and merged: without empty rows, and with counts in half the bytes."""
         small = self.histogram if self.histogram is None or self.count > _UINT32 else self.histogram.astype(np.uint32)
         return dataclasses.replace(self, sample=self.rows, histogram=small)
 
@@ -166,7 +168,9 @@ class TensorStatistics:
             flat += np.bincount(index.reshape(-1), minlength=flat.size)
 
     def _sample(self, rows: Float32) -> None:
-        """A few rows of every batch; once the sample is full, later batches replace rows of it ever more rarely."""
+        """Put some rows of this batch into the sample. When it is full, later batches replace fewer and fewer rows, so
+        that rows of all batches are equally likely.
+        """
         generator = np.random.default_rng(self.batches)
         taken = rows[generator.integers(0, len(rows), _ROWS_A_BATCH)]
         if self.batches <= _FULL:
@@ -226,14 +230,14 @@ def rows_of(tensor: Float32, axis: int | None) -> Float32:
 
 @dataclasses.dataclass(frozen=True)
 class TensorRequest:
-    """A tensor to be measured: which axis has channels of their own, None for the tensor as a whole."""
+    """A tensor to be measured, for each channel of `axis`, or as a whole where that is None."""
 
     tensor: str
     axis: int | None
 
 
 def wanted_tensors(sites: Iterable[Site], per_channel: Iterable[str]) -> tuple[TensorRequest, ...]:
-    """The tensors of `sites`, each once; those of the nodes in `per_channel` by channel."""
+    """The tensors of `sites`, each once; tensors of the nodes named in `per_channel` are measured by channel."""
     nodes = set(per_channel)
     wanted: dict[str, TensorRequest] = {}
     for site in sites:
@@ -245,10 +249,10 @@ def wanted_tensors(sites: Iterable[Site], per_channel: Iterable[str]) -> tuple[T
 
 
 class Collector:
-    """Runs the FP32 graph and keeps `TensorStatistics` of the wanted tensors.
+    """Runs the FP32 graph batch by batch and keeps `TensorStatistics` of the `wanted` tensors.
 
-    `histograms` False keeps extremes alone, which is all that the method `max` needs. `threads` None lets ONNX Runtime
-    choose. `after`: of a part of a set, how many images come before it. Raises MissingPackageError without
+    `histograms` False: keep maxima only, which is all that the method `max` needs. `threads` None lets ONNX Runtime
+    choose. `after`: for a part of a set, how many images come before it. Raises MissingPackageError without
     onnxruntime.
     """
 
@@ -273,7 +277,7 @@ class Collector:
         self._session = open_session(model, probes, threads=threads)
 
     def run(self, feeds: Arrays) -> None:
-        """Look at one batch. PrecisionError naming a tensor that is not finite."""
+        """Run one batch, by input name, and add it. PrecisionError for a tensor that is not finite."""
         values = dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
         for item in self._wanted:
             self._see(item, feeds[item.tensor] if item.tensor in feeds else values.pop(item.tensor))
@@ -294,9 +298,9 @@ class Collector:
 
 
 def mixture(statistics: TensorStatistics, factors: Float64, weights: Float64 | None = None) -> Float64:
-    """Histogram (BINS) of a tensor whose channel c is divided by factors[c], channels counted `weights[c]` times.
+    """Histogram, float64 (BINS), of a tensor whose channel c is divided by factors[c] and counted weights[c] times.
 
-    Between bins, counts are shared by the distance of their centers.
+    A bin's center that falls between two centers shares its count between them, by distance.
     """
     assert statistics.histogram is not None
     used = np.flatnonzero(statistics.histogram.any(axis=0))
@@ -307,23 +311,23 @@ def mixture(statistics: TensorStatistics, factors: Float64, weights: Float64 | N
     if weights is not None:
         counts *= weights[:, None]
     octave, place = np.divmod(np.arange(low, high), PER_OCTAVE)
-    position = octave * PER_OCTAVE + _divided_places(factors)[:, place]
+    position = octave * PER_OCTAVE + _divided_positions(factors)[:, place]
     whole = np.floor(position)
     part = position - whole
     bins = whole.astype(np.int64)
     return _gathered(bins, counts * (1 - part)) + _gathered(bins + 1, counts * part)
 
 
-def _divided_places(factors: Float64) -> Float64:
-    """Where the centers of an octave's bins go when divided: in bins, (channels, PER_OCTAVE)."""
+def _divided_positions(factors: Float64) -> Float64:
+    """Positions of one octave's centers after division by `factors`, in bins from its first, (channels, PER_OCTAVE)."""
     mantissa, exponent = np.frexp(CENTERS[-PER_OCTAVE:] / factors[:, None])  # 2 m is in 1..2
     moved = exponent - np.frexp(CENTERS[-1])[1]
-    places: Float64 = PER_OCTAVE * (moved + 2 * mantissa - 1) - 0.5
-    return places
+    positions: Float64 = PER_OCTAVE * (moved + 2 * mantissa - 1) - 0.5
+    return positions
 
 
 def _gathered(bins: NDArray[np.int64], counts: Float64) -> Float64:
-    """Counts by bin; what falls off either end gathers in the last bin there."""
+    """Counts by bin; counts beyond the first or last bin are added to that bin."""
     inside = np.clip(bins, 0, BINS - 1)
     total: Float64 = np.bincount(inside.reshape(-1), counts.reshape(-1), BINS).astype(np.float64)
     return total

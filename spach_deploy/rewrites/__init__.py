@@ -1,7 +1,8 @@
-"""Exact rewrites from the reference model to the static one: PyTorch -> PyTorch, one per file, in this order.
+"""Exact rewrites of the reference model into the static model: PyTorch -> PyTorch, one per file, in this order.
 
-Each is proven where it acts, module by module in FP64, and the whole once more in FP32 on real images (`prove_whole`).
-`--no-rewrite NAME` leaves one out, so that a user can find the one to blame.
+Each compares every module that it changes with the original, in FP64 (in FP32 where only the layout changes). The
+pipeline compares the whole static model with the reference once more, in FP32 on real images. `--no-rewrite NAME`
+leaves one out, so that a user can find a faulty one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ REWRITES: tuple[Rewrite, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class RewriteResult:
-    """The static model, and what each rewrite did ("static_reshapes" first)."""
+    """The static model, and by rewrite what it changed ("static_reshapes" first)."""
 
     model: StaticSpach
     outcomes: dict[str, Outcome]
@@ -45,11 +46,12 @@ class RewriteResult:
 def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] | None = None) -> RewriteResult:
     """Static form of `model` with every rewrite that is not `disabled`; `model` itself is not changed.
 
-    `disabled` may name passes of the graph as well, whose form another one suits.
+    `disabled` may also name graph passes: some rewrites prepare for a pass and do something else without it.
 
-    `quantized`: None where nothing will be quantized; else patterns of modules that will be against the rules, such as
-    depthwise convolutions. Rewrites that must not meet quantization leave these alone, or the whole model. Raises
-    RewriteError when a rewrite changes what a module computes.
+    `quantized`: None if nothing will be quantized; else patterns of modules that will be quantized although the default
+    rules (`quantization/sites.py`) leave them in float, such as depthwise convolutions. Rewrites that would cost
+    quantization accuracy skip these modules, or the whole model. Raises RewriteError when a rewrite changes what a
+    module computes.
     """
     static = own(to_static(model))
     static.is_shifted = "shift_depthwise" not in disabled
@@ -57,7 +59,7 @@ def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[
     static.is_quantized = quantized is not None
     _mark_quantized(static, quantized or ())
     off = Outcome(skipped=("turned off with --no-rewrite",))
-    with torch_threads(1):  # the proofs are of small tensors
+    with torch_threads(1):  # tensors that are compared are small
         outcomes = {"static_reshapes": prove_static(model, static)}
         for step in REWRITES:
             outcomes[step.name] = off if step.name in disabled else step.apply(static)

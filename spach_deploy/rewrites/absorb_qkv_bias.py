@@ -1,7 +1,7 @@
-"""qkv's bias into its weight, by way of the one channel that LayerNorm leaves free.
+"""Move the bias of qkv into its weight, with the one combination of LayerNorm's channels that is constant.
 
-LayerNorm hands out y = w z + b, channel by channel, with mean(z) = 0. So one combination of its channels is the same
-for every token:
+LayerNorm's output is y = w z + b, channel by channel, with mean(z) = 0. So one linear combination of its channels is
+the same for every token, and a constant is all that a bias needs:
 
     n . y = beta,  n_c = 1 / w_c,  beta = sum_c b_c / w_c      =>      W y + c = (W + c n^T / beta) y
 
@@ -10,9 +10,9 @@ constant t W w, and c gives that back:
 
     b' = b + t w,  beta' = beta + t C,  W' = W + (c - t W w) n^T / beta'
 
-Query, key and value come out as before, to the last bit of FP64; behind it the product has no bias, which
-`tokens_first` turns into an attention without moves. Rounding of y, which n . y inherits, must not cost more than
-rounding c itself would, or the bias stays; and eight bits want numbers around zero, so theirs stays too.
+Query, key and value are the same but for FP64's rounding. Without a bias, `tokens_first` makes an attention that copies
+no q, k and v. The bias stays where the rounding of y in n . y would cost more than rounding c itself, and in models
+that are quantized, because eight bits need numbers around zero.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SHIFT = 4.0
 """t times sqrt(C). With w = 1 and b = 0: y grows by 3 % at C = 256, and n . y is known 4 times better than needed."""
 
 _GROWTH = 4.0
-"""Times that the largest weight may grow: else a channel that the norm nearly switches off would carry the bias."""
+"""By which factor the largest weight may grow. It grows more where LayerNorm's weight of a channel is close to zero."""
 
 
 def absorb_qkv_bias(model: nn.Module) -> Outcome:
-    """Do it in every attention block."""
+    """Move the bias of every qkv, in place; blocks where that costs accuracy are skipped with the reason."""
     assert isinstance(model, StaticSpach)
     if not model.is_tokens_first or model.is_quantized:
         return Outcome(skipped=("it serves attention with tokens first, in floating point",))
@@ -51,27 +51,29 @@ def absorb_qkv_bias(model: nn.Module) -> Outcome:
 
 
 def _absorb(path: str, block: StaticBlock, changes: list[Change]) -> str:
-    """Change the block and append its proof, or say why not."""
+    """Change the block, compare it with the original and append the result to `changes`; or return
+    why it is skipped.
+    """
     norm, attention = block.norm1, block.spatial_func
     assert norm is not None
     assert isinstance(attention, StaticAttention)
     if not attention.qkv.bias.any():
         return "qkv has no bias"
     old_norm, old_attention = double(norm), on_few_tokens(attention)
-    new_norm, twin = own(old_norm), own(old_attention)
-    reason = _move(new_norm, twin.qkv)
+    new_norm, new_attention = own(old_norm), own(old_attention)
+    reason = _move(new_norm, new_attention.qkv)
     if reason:
         return reason
-    old, new = nn.Sequential(old_norm, old_attention), nn.Sequential(new_norm, twin)
+    old, new = nn.Sequential(old_norm, old_attention), nn.Sequential(new_norm, new_attention)
     changes.append(prove(NAME, path, old, new, probe(2, FEW_TOKENS, block.dim)))
     set_parameter(norm, "bias", new_norm.bias)
-    set_parameter(attention.qkv, "weight", twin.qkv.weight)
-    set_parameter(attention.qkv, "bias", twin.qkv.bias)
+    set_parameter(attention.qkv, "weight", new_attention.qkv.weight)
+    set_parameter(attention.qkv, "bias", new_attention.qkv.bias)
     return ""
 
 
 def _move(norm: nn.LayerNorm, qkv: nn.Linear) -> str:
-    """Change both in place, in FP64; or say why not."""
+    """Change both modules, which are FP64, in place; or return why that is not possible."""
     w, b, weight, bias = (tensor.data for tensor in (norm.weight, norm.bias, qkv.weight, qkv.bias))
     if not w.all():
         return "norm1 has a weight of zero"

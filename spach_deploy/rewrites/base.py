@@ -1,7 +1,7 @@
-"""What a rewrite is, and how it is proven.
+"""Base of all rewrites: their record (`Rewrite`, `Outcome`) and the comparison of old and new module (`prove`).
 
-A rewrite is a function that changes a model in place and returns an `Outcome`: what it changed, how far each changed
-module is from the one it replaced (in FP64, on random tokens), and why it left the others alone.
+A rewrite is a function that changes a model in place and returns an `Outcome`: which modules it changed, how far each
+is from the one it replaced (in FP64, on random tokens), and why it skipped others.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from spach_deploy.common.errors import RewriteError
 from spach_deploy.common.metrics import relative_l2
 
 FP64_LIMIT = 1e-12
-"""Relative L2 that exact algebra keeps in FP64: some thousand roundings of 1.1e-16."""
+"""Largest relative L2 in FP64 of an exact rewrite: some thousand roundings of 1.1e-16."""
 
 FP32_LIMIT = 1e-6
-"""The same for a change of layout, which is no arithmetic and is proven in FP32, where convolutions are fast."""
+"""Largest relative L2 in FP32 of a rewrite that only changes layout, compared in FP32 because convolutions are fast."""
 
 _PROBE_SEED = 20_210_831
 
@@ -40,7 +40,7 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one rewrite did."""
+    """What one rewrite did. `skipped`: a sentence for each module, or for the model, that it left as it was."""
 
     changes: tuple[Change, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """A named rewrite. `apply` changes the model in place."""
+    """A rewrite with its name (for `--no-rewrite`) and one line for `--list-rewrites`. `apply` works in place."""
 
     name: str
     summary: str
@@ -61,7 +61,7 @@ class Rewrite:
 
 
 def modules_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every module of a kind; a shared module is met at each of its paths."""
+    """(path, module) of every module of a class; a shared module comes once for each of its paths."""
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, kind):
             yield path, module
@@ -69,19 +69,19 @@ def modules_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, n
 
 @functools.lru_cache(maxsize=4)
 def probe(*shape: int) -> Tensor:
-    """Random normal tokens, float64, the same ones every time; not to be changed."""
+    """Random normal numbers of this shape, float64, the same ones every time. Cached: do not change them in place."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(_PROBE_SEED), dtype=torch.float64)
 
 
 def prove_layout(
     rewrite: str, path: str, old: Callable[[Tensor], Tensor], new: Callable[[Tensor], Tensor], x: Tensor
 ) -> Change:
-    """`prove` for modules that differ in layout alone: on the modules themselves, in FP32."""
+    """`prove` in FP32, for modules that differ in layout alone, within `FP32_LIMIT`."""
     return prove(rewrite, path, old, new, x.float(), FP32_LIMIT)
 
 
 def double(module: StaticT) -> StaticT:
-    """A copy of `module` in FP64: weights are folded there and rounded to FP32 once."""
+    """A copy of `module` in FP64, in which weights are folded before they are rounded to FP32 once."""
     made: dict[int, Tensor] = {id(buffer): buffer.double() for buffer in module.buffers() if buffer.is_floating_point()}
     for parameter in module.parameters():
         made[id(parameter)] = nn.Parameter(parameter.detach().double(), requires_grad=False)
@@ -89,12 +89,12 @@ def double(module: StaticT) -> StaticT:
 
 
 def with_parameters(module: StaticT, values: Mapping[str, Tensor]) -> StaticT:
-    """A copy of `module` with these parameters, by path; it shares the others."""
-    twin = own(module)
+    """A copy of `module` with other parameters `values`, by path; it shares the tensors of all others."""
+    copied = own(module)
     for path, value in values.items():
         where, _, name = path.rpartition(".")
-        twin.get_submodule(where)._parameters[name] = nn.Parameter(value, requires_grad=False)
-    return twin
+        copied.get_submodule(where)._parameters[name] = nn.Parameter(value, requires_grad=False)
+    return copied
 
 
 def prove(
@@ -105,7 +105,10 @@ def prove(
     x: Tensor,
     limit: float = FP64_LIMIT,
 ) -> Change:
-    """Compare old and new on `x`, in FP64 as it is; RewriteError when they differ by more than rounding."""
+    """Compare old and new on `x`, in the precision of `x`. RewriteError when their relative L2 is above `limit`.
+
+    `rewrite` and `path` (of the module) are for the message and the returned `Change`.
+    """
     with torch.no_grad():
         expected = old(x)
         error = relative_l2(new(x).numpy(), expected.numpy())
@@ -119,21 +122,23 @@ def prove(
 
 
 def set_parameter(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Give `owner` a new float32 parameter of its own; the old one, which others may share, stays as it is."""
+    """Set a new parameter, `value` as float32, on `owner`. The old one is not changed: other modules may share it."""
     setattr(owner, name, nn.Parameter(value.detach().float().contiguous(), requires_grad=False))
 
 
 def own(module: StaticT) -> StaticT:
-    """A copy of `module` with modules of its own and the same parameter tensors; shared modules stay shared."""
+    """A copy of `module` and its submodules that shares the parameter tensors; shared submodules stay shared."""
     return _own(module, {})  # type: ignore[return-value]
 
 
 def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in done:
-        twin = copy.copy(module)
-        twin._parameters = dict(module._parameters)
-        twin._buffers = dict(module._buffers)
-        twin._forward_hooks = OrderedDict(module._forward_hooks)
-        done[id(module)] = twin
-        twin._modules = {name: None if child is None else _own(child, done) for name, child in module._modules.items()}
+        copied = copy.copy(module)
+        copied._parameters = dict(module._parameters)
+        copied._buffers = dict(module._buffers)
+        copied._forward_hooks = OrderedDict(module._forward_hooks)
+        done[id(module)] = copied
+        copied._modules = {
+            name: None if child is None else _own(child, done) for name, child in module._modules.items()
+        }
     return done[id(module)]

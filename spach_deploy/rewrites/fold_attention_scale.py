@@ -1,4 +1,4 @@
-"""Attention's scale -> the query rows of qkv.
+"""Fold the scale of attention scores into the query rows of qkv.
 
 (s q) k^T with q = W_q x + b_q   =>   W_q' = s W_q, b_q' = s b_q
 """
@@ -15,7 +15,7 @@ NAME = "fold_attention_scale"
 
 
 def fold_attention_scale(model: nn.Module) -> Outcome:
-    """Fold the scale of every attention."""
+    """Fold the scale of every attention, in place."""
     changes: list[Change] = []
     for path, attention in modules_of(model, StaticAttention):
         assert isinstance(attention, StaticAttention)

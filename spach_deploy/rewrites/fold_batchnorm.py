@@ -1,4 +1,4 @@
-"""BatchNorm of the convolutional stem -> weights and bias of the convolution before it.
+"""Fold each BatchNorm of the convolutional stem into weights and bias of the convolution before it.
 
 bn(conv(x)) = s * (W x - mean) + beta, s = weight / sqrt(var + eps)   =>   W' = s W, b' = beta - s * mean
 """
@@ -17,7 +17,7 @@ NAME = "fold_batchnorm"
 
 
 def fold_batchnorm(model: nn.Module) -> Outcome:
-    """Fold every Conv2d, BatchNorm2d pair of the stem."""
+    """Fold every pair of Conv2d and BatchNorm2d in the stem, in place."""
     assert isinstance(model, StaticSpach)
     proj = model.stem.proj
     if not isinstance(proj, nn.Sequential):

@@ -1,4 +1,4 @@
-"""LayerScale (gamma_1) -> the projection behind attention.
+"""Fold LayerScale (gamma_1) into the projection after attention.
 
     gamma * (W y + b)   =>   W' = diag(gamma) W, b' = gamma * b
 
@@ -16,7 +16,7 @@ NAME = "fold_layer_scale"
 
 
 def fold_layer_scale(model: nn.Module) -> Outcome:
-    """Fold gamma_1 of every attention block."""
+    """Fold gamma_1 of every attention block, in place."""
     changes: list[Change] = []
     skipped: list[str] = []
     for path, block in modules_of(model, StaticBlock):

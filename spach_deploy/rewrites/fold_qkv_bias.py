@@ -1,11 +1,11 @@
-"""Biases of key and value out of qkv.
+"""Remove the biases of key and value from qkv; the value's goes into the bias of the projection.
 
-Key: a bias adds q . b_k to every score of a row alike, and softmax does not see it. Value: the rows of the attention
-weights sum to 1, so b_v arrives unchanged at the projection:
+Key: its bias adds q . b_k to all scores of a row, and softmax ignores what is common to a row. Value: the rows of the
+attention weights sum to 1, so b_v reaches the projection unchanged:
 
     softmax(q (k + b_k)^T) (v + b_v) = softmax(q k^T) v + b_v   =>   b' = W_proj b_v + b
 
-Both become zeros in the packed bias, which stays for the query's sake.
+The packed bias stays, with zeros for key and value, because the query needs its part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME = "fold_qkv_bias"
 
 
 def fold_qkv_bias(model: nn.Module) -> Outcome:
-    """Zero the key and value biases of every attention."""
+    """Remove the key and value biases of every attention, in place."""
     changes: list[Change] = []
     for path, attention in modules_of(model, StaticAttention):
         assert isinstance(attention, StaticAttention)

@@ -1,8 +1,8 @@
-"""x + depthwise(x) -> the kernel's centre tap.
+"""Fold the residual addition around a depthwise convolution into the centre weight of its kernel.
 
     x + W * x   =>   W'[:, 0, 1, 1] = W[:, 0, 1, 1] + 1
 
-Never together with a quantized depthwise convolution: the identity would be rounded to eight bits with the kernel.
+Quantized depthwise convolutions are skipped: the 1 would be rounded to eight bits with the kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "fold_residual"
 
 
 def fold_residual(model: nn.Module) -> Outcome:
-    """Fold the residual around every position encoding."""
+    """Fold the residual addition around every position encoding, in place."""
     changes: list[Change] = []
     skipped: list[str] = []
     for path, encoding in modules_of(model, StaticPositionEncoding):

@@ -1,9 +1,11 @@
-"""The static forms of SPACH's modules: reshapes with known sizes, only the batch symbolic.
+"""Modules of the static model: those of SPACH with reshapes to known sizes in the place of einops.
 
-They compute what the einops modules of `spach_deploy.models.spach` compute and keep their attribute names, so that
-state-dict keys, and the node names that come from them, stay the published ones. `grid_stream` says how tokens travel
-between modules: False, (B, N, C) as in the reference; True, (B, H, W, C), the layout that convolutions and the
-compiler's pointwise fusions want. Linear layers work on (B*N, C) rows: one Gemm each, bias and GELU in its epilogue.
+They compute what the modules of `spach_deploy.models.spach` compute and keep their attribute names, so state-dict keys
+and the ONNX node names made of them are the published ones. Only the batch size is unknown.
+
+`grid_stream` is the layout of the residual stream between modules: False, (B, N, C) as in the reference; True,
+(B, H, W, C), which convolutions and TensorRT's pointwise fusions need. Linear layers read rows, (B*N, C), and become
+one Gemm each, with bias and GELU in the same kernel.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 from spach_deploy.rewrites.base import double
 
 FEW_TOKENS = 16
-"""Tokens that a proof of weight algebra needs: what is folded does not depend on their number."""
+"""Tokens on which rewrites of weights are compared: what is folded does not depend on their number."""
 
 
 class StaticStem(nn.Module):
-    """(B, 3, S, S) -> tokens. `proj` is the reference stem's projection."""
+    """Patch embedding, (B, 3, S, S) -> the stream, (B, N, C) or (B, H, W, C). `proj`: the reference's projection."""
 
     def __init__(self, proj: nn.Module, grid: tuple[int, int], dim: int) -> None:
         super().__init__()
@@ -28,14 +30,17 @@ class StaticStem(nn.Module):
         self.grid_stream = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed patches as tokens."""
+        """(B, 3, S, S) -> (B, N, C) or (B, H, W, C)."""
         x = self.proj(x)
         x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         return x if self.grid_stream else x.reshape(-1, self.grid[0] * self.grid[1], self.dim)
 
 
 class _GridNet(nn.Module):
-    """A channels-first `net` on the stream: `grid` and `dim` of its input, `out_tokens` and `out_dim` of its output."""
+    """Applies a channels-first `net` to the stream.
+
+    Its input has `grid` (H, W) tokens of `dim` channels, its output `out_tokens` tokens of `out_dim` channels.
+    """
 
     def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int, out_tokens: int, out_dim: int) -> None:
         super().__init__()
@@ -56,9 +61,10 @@ class _GridNet(nn.Module):
 
 
 class StaticPositionEncoding(_GridNet):
-    """Depthwise convolution over the grid; with `includes_residual` its centre tap also carries the input.
+    """Depthwise convolution over the grid.
 
-    `is_quantized`: its kernel will be rounded to eight bits, which no identity folded into it would survive.
+    `includes_residual`: the residual addition is folded into the kernel (`fold_residual`). `is_quantized`: the kernel
+    will be rounded to eight bits, so the residual must not be folded into it.
     """
 
     def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int) -> None:
@@ -90,9 +96,9 @@ class StaticChannelMLP(nn.Module):
 
 
 class TokenLinear(nn.Module):
-    """A linear layer over tokens as one product from the left, bias a column: (B, N, C) -> (B, M, C).
+    """A linear layer over tokens, W x + b with b a column: (B, N, C) -> (B, M, C).
 
-    W x needs no transpose of the tokens, where the usual x^T W^T needs one before and one behind.
+    W x needs no transpose of tokens and channels; nn.Linear needs one before and one after it.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -147,16 +153,16 @@ class StaticAttention(nn.Module):
 
 
 def on_few_tokens(attention: StaticAttention) -> StaticAttention:
-    """A copy in FP64 for `FEW_TOKENS` tokens."""
-    twin = double(attention)
-    twin.num_tokens = FEW_TOKENS
-    return twin
+    """A copy of `attention` in FP64 for `FEW_TOKENS` tokens."""
+    copied = double(attention)
+    copied.num_tokens = FEW_TOKENS
+    return copied
 
 
 class StaticBlock(nn.Module):
     """A mixing block; see `spach_deploy.models.spach.MixingBlock` for what it computes.
 
-    `spatial_func` None: a convolution block. `gamma_1` None: LayerScale stands in the spatial function's weights.
+    `spatial_func` None: a convolution block. `gamma_1` None: LayerScale is folded into the spatial function's weights.
     """
 
     def __init__(
@@ -195,7 +201,7 @@ class StaticBlock(nn.Module):
         )
 
     def spatial_branch(self, x: Tensor) -> Tensor:
-        """gamma_1 * spatial(norm1(x)), shaped as the stream."""
+        """gamma_1 * spatial(norm1(x)), in the layout of the stream."""
         assert self.norm1 is not None
         assert self.spatial_func is not None
         y = self._stream(self.spatial_func(self.norm1(x)))
@@ -212,10 +218,10 @@ class StaticBlock(nn.Module):
 
 
 class StaticSpach(nn.Module):
-    """The whole model of static modules: images (B, 3, S, S) -> logits (B, classes).
+    """The static model: images (B, 3, S, S) -> logits (B, classes).
 
-    `is_shifted`: its depthwise convolutions will become shifted products in the graph. `is_tokens_first`: its
-    attentions will get their tokens first. `is_quantized`: some of its layers will compute in eight bits.
+    Three facts for rewrites: `is_shifted`, the pass `shift_depthwise` will run; `is_tokens_first`, the pass
+    `tokens_first` will run; `is_quantized`, some layers will be quantized to eight bits.
     """
 
     def __init__(self, stem: StaticStem, norm1: nn.LayerNorm, norm2: nn.LayerNorm, head: nn.Linear) -> None:
@@ -230,17 +236,17 @@ class StaticSpach(nn.Module):
         self.is_quantized = False
 
     def add_stage(self, name: str, stage: nn.Sequential) -> None:
-        """Append a stage under the reference's attribute name."""
+        """Append a network stage under the reference's attribute name."""
         setattr(self, name, stage)
         self.stage_names.append(name)
 
     @property
     def grid_stream(self) -> bool:
-        """Whether tokens travel as (B, H, W, C)."""
+        """Whether the stream is (B, H, W, C) instead of (B, N, C)."""
         return self.stem.grid_stream
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify."""
+        """(B, 3, S, S) -> logits (B, classes)."""
         x = self.norm1(self.stem(x))
         for name in self.stage_names:
             x = getattr(self, name)(x)

@@ -1,8 +1,8 @@
-"""einops -> reshapes of known size, only the batch symbolic.
+"""Make the static model from the reference: einops becomes reshapes of known size; only the batch size is unknown.
 
 `rearrange(qkv(x), "b n (three h d) -> three b h n d")` becomes one transpose of (B, N, 3h, d) and a split over heads:
-the same numbers in the same order, and one move of memory where the compiler would make three. Linear layers see
-(B*N, C) rows, and those over tokens are products from the left. Nothing is computed differently.
+the same numbers in the same order, with one copy in memory where TensorRT would make three. Linear layers read rows,
+(B*N, C), and those over tokens are products W x. No arithmetic changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = "static_reshapes"
 
 
 def to_static(model: Spach) -> static.StaticSpach:
-    """The static form of `model`; it shares the parameters."""
+    """The static model of `model`, whose parameters it shares."""
     grids = [(side, side) for side in model.config.grids(model.image_size)]
     dim = model.config.dim
     result = static.StaticSpach(static.StaticStem(model.stem.proj, grids[0], dim), model.norm1, model.norm2, model.head)
@@ -34,7 +34,7 @@ def to_static(model: Spach) -> static.StaticSpach:
 
 
 def static_module(layer: nn.Module) -> nn.Module:
-    """Static form of one element of a stage."""
+    """Static form of one layer of a network stage, a block or a downsampling."""
     if isinstance(layer, layers.Downsampling):
         return static.StaticDownsampling(_without_rearrange(layer.net), _grid(layer), _channels(layer))
     if isinstance(layer, layers.MixingBlock):
@@ -61,7 +61,9 @@ def _spatial(
 
 
 def _without_rearrange(net: nn.Sequential) -> nn.Sequential:
-    """The convolution keeps its place, 1, so that its keys stay the published ones."""
+    """`net` without its einops layers. The convolution keeps its index, 1, so state-dict keys stay
+    the published ones.
+    """
     return nn.Sequential(nn.Identity(), net[1], nn.Identity())
 
 
@@ -78,7 +80,10 @@ def _channels(layer: layers.Downsampling) -> int:
 
 
 def prove_static(model: Spach, rewritten: static.StaticSpach) -> Outcome:
-    """Every replaced module against its static form in FP64, each kind and shape once."""
+    """Compare modules of `model` with their static forms, one of each kind and shape, in FP64 (layout: FP32).
+
+    Raises RewriteError when one computes something else.
+    """
     changes: list[Change] = []
     for name in model.stage_names:
         seen: set[str] = set()
@@ -107,8 +112,8 @@ def _prove_layer(path: str, old: nn.Module, new: nn.Module) -> list[Change]:
         prove(NAME, f"{path}.channel_func", double(old.channel_func), double(new.channel_func), few),
     ]
     if isinstance(new.spatial_func, static.StaticAttention):
-        twin = static.on_few_tokens(new.spatial_func)
-        changes.append(prove(NAME, f"{path}.spatial_func", double(old.spatial_func), twin, few))
+        few_tokens = static.on_few_tokens(new.spatial_func)
+        changes.append(prove(NAME, f"{path}.spatial_func", double(old.spatial_func), few_tokens, few))
     elif new.spatial_func is not None:
         changes.append(prove(NAME, f"{path}.spatial_func", double(old.spatial_func), double(new.spatial_func), x))
     return changes
