@@ -1,1 +1,1 @@
-"""Engines: TensorRT in two flavours behind one interface, and what can be said of a built plan."""
+"""Engines: build plans with TensorRT or TensorRT for RTX, and read facts of the network and of the built plan."""

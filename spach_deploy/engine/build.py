@@ -1,9 +1,15 @@
-"""Engines from ONNX graphs: each is built in a process of its own, by Polygraphy.
+"""Build an engine plan from an ONNX graph in a worker process, with Polygraphy.
 
-Why another process: the compiler holds its thread for seconds at a time, so Ctrl-C would wait for it, or be swallowed
-in one of its callbacks; it can crash (an ONNX Attention in FP32 ends TensorRT for RTX 1.7 with a segmentation fault);
-Polygraphy drives one flavour per process; and the memory it took is given back at once. Here Ctrl-C ends the build
-within milliseconds, a crash is an error, and validation can run beside the build:
+Why a worker process:
+
+- The compiler blocks its thread for seconds, so Ctrl-C would be delayed, or lost in one of its callbacks. A worker ends
+  within milliseconds.
+- The compiler can crash: an ONNX Attention in FP32 ends TensorRT for RTX 1.7 with a segmentation fault. With a worker
+  that is an error with a message.
+- Polygraphy binds one flavour of TensorRT per process.
+- The compiler's memory is free at once when the worker ends.
+
+The caller can validate the graph during the build:
 
     with start_build(path, target, flavour, precision=precision) as build:
         ...  # validate the graph meanwhile
@@ -36,8 +42,8 @@ _WORKER = "import sys; from spach_deploy.engine.worker import main; main(int(sys
 
 @dataclasses.dataclass(frozen=True)
 class EngineResult:
-    """A built engine. `graph_sha256` is of the bytes that the compiler parsed, `warnings` are the log's, each kind once
-    with its count. Seconds are of the wall clock.
+    """A built engine. `plan`: the bytes of engine.plan. `graph_sha256`: of the bytes that the compiler parsed.
+    `warnings`: of the log, each kind once with its count. Seconds are wall-clock time.
     """
 
     plan: bytes = dataclasses.field(repr=False)
@@ -55,14 +61,14 @@ class EngineResult:
 
     @property
     def log_text(self) -> str:
-        """The builder's log as text, one message a line."""
+        """The builder's log as text, one message per line."""
         return "".join(f"{line}\n" for line in self.log)
 
 
 def build_engine(
     onnx_path: Path, target: EngineTarget, flavour: EngineFlavour, *, precision: Precision
 ) -> EngineResult:
-    """Build and wait; see `start_build`."""
+    """`start_build`, and wait for the result."""
     with start_build(onnx_path, target, flavour, precision=precision) as build:
         return build.result()
 
@@ -75,14 +81,14 @@ def start_build(
     precision: Precision,
     on_progress: OnProgress | None = None,
 ) -> contextlib.AbstractContextManager[Future[EngineResult]]:
-    """Start building the plan of a strongly typed graph and return at once. Leaving the context ends the build.
+    """Start building the plan of a typed graph and return at once. Leaving the context ends the build.
 
-    The future's `result()` raises BuildError with the compiler's reason, also when its process crashed, and UsageError
-    for options that the compiler refuses.
+    Inputs are (batch, ...). Their shapes are read from the graph, the batch profile from `target`. `precision` is the
+    graph's; GPUs that cannot compute in it are refused. `on_progress` is called from another thread.
 
-    Inputs are (batch, ...); their shapes are read from the graph, the batch profile from `target`. `precision` is the
-    graph's, by which targets are checked. `on_progress` is called from another thread. Raises what
-    `EngineFlavour.resolve` raises, and UsageError when there is no such file.
+    Raises what `EngineFlavour.resolve` raises, and UsageError when there is no such file. The future's `result()`
+    raises BuildError with the compiler's reason, also when the worker crashed, and UsageError for options that the
+    compiler refuses.
     """
     resolved = flavour.resolve(target, precision)
     if not onnx_path.is_file():
@@ -91,11 +97,11 @@ def start_build(
 
 
 def _ignore(event: ProgressEvent) -> None:
-    """Progress that nobody watches."""
+    """Does nothing; for builds whose progress is not wanted."""
 
 
 class _BuildProcess:
-    """A process that builds one engine, and the future of that. Leaving its context ends it, whatever it does."""
+    """A worker process that builds one engine, and the future of its result. Leaving the context kills the worker."""
 
     def __init__(self, onnx_path: Path, target: EngineTarget, on_progress: OnProgress) -> None:
         self.future: Future[EngineResult] = Future()
@@ -110,7 +116,7 @@ class _BuildProcess:
             )
             stack.callback(self._connection.close)
             self._stack = stack.pop_all()
-        with contextlib.suppress(OSError):  # one that has ended says why to whoever waits
+        with contextlib.suppress(OSError):  # if the worker has ended already, `_read` sets the error on the future
             self._connection.send(Request(onnx_path.resolve(), target, self._plan_fd))
         self._reader = threading.Thread(target=self._read, args=(on_progress,), daemon=True)
         self._reader.start()
@@ -126,18 +132,18 @@ class _BuildProcess:
         self._stack.close()
 
     def _read(self, on_progress: OnProgress) -> None:
-        """Pass on progress until the outcome comes, or the process is gone."""
+        """Pass progress on until the worker sends its outcome or ends, and set that on the future."""
         try:
             while isinstance(message := self._connection.recv(), ProgressEvent):
                 on_progress(message)
-            self._process.kill()  # it has said all, and giving its memory back takes time
+            self._process.kill()  # nothing more comes, and an orderly exit takes time to free memory
             if isinstance(message, Built):
                 self.future.set_result(self._result(message))
             else:
                 self.future.set_exception(message)
         except (EOFError, OSError):
             self.future.set_exception(self._crash())
-        except BaseException as error:  # of on_progress
+        except BaseException as error:  # raised by on_progress
             self._process.kill()
             self.future.set_exception(error)
 
@@ -171,7 +177,7 @@ class _BuildProcess:
 
 
 def _memory_file(stack: contextlib.ExitStack, name: str) -> int:
-    """An open file that lives in memory: plans never touch a disk that may be full."""
+    """An open file in memory (memfd), because a disk may be full. `stack` closes it."""
     descriptor = os.memfd_create(f"spach-deploy-{name}")
     stack.callback(os.close, descriptor)
     return descriptor

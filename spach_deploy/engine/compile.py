@@ -1,6 +1,6 @@
-"""Build a plan in this process with Polygraphy: parse, look at what was parsed, configure, build.
+"""Build a plan in this process with Polygraphy: parse, read facts of the network, configure, build.
 
-`spach_deploy.engine.build` runs this in a process of its own and is what the rest of the program calls.
+All other code calls `spach_deploy.engine.build`, which runs this in a worker process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DYNAMIC = -1
 
 @dataclasses.dataclass(frozen=True)
 class ProgressEvent:
-    """One word of the builder about a phase of its work; phases nest, `parent` names the one around this."""
+    """One progress message of the builder: `step` of `steps` of a phase. Phases nest; `parent` is the enclosing one."""
 
     phase: str
     parent: str | None
@@ -41,10 +41,7 @@ OnProgress = Callable[[ProgressEvent], None]
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a build in this process gave: the plan in TensorRT's own memory, and what is known of it.
-
-    `graph_sha256` is of the bytes that were parsed.
-    """
+    """Result of a build in this process. `plan` is in TensorRT's memory; `graph_sha256` is of the parsed bytes."""
 
     plan: memoryview = dataclasses.field(repr=False)
     graph_sha256: str
@@ -56,10 +53,10 @@ class Compiled:
 
 
 def compile_plan(onnx_path: Path, target: EngineTarget, flavour: EngineFlavour, on_progress: OnProgress) -> Compiled:
-    """Build the plan of a graph for a resolved target.
+    """Build the plan of a graph for a target that `EngineFlavour.resolve` returned.
 
-    MissingPackageError when the flavour's package does not import, UsageError when the graph's batch is not the
-    profile's, BuildError with the compiler's reason when the graph cannot be parsed or built.
+    Raises MissingPackageError when the flavour's package does not import, UsageError when the graph's fixed batch is
+    not the profile's, BuildError with the compiler's reason when the graph cannot be parsed or built.
     """
     try:
         trt = use_tensorrt(flavour.flavour)
@@ -88,7 +85,7 @@ def _compile(
 
 
 def _parsed(onnx_path: Path) -> tuple[str, Any]:
-    """SHA-256 of the very bytes that are parsed, and what Polygraphy makes of them."""
+    """SHA-256 of the bytes that are parsed, and Polygraphy's builder, network and parser."""
     from polygraphy.backend.trt import NetworkFromOnnxBytes
 
     with contextlib.ExitStack() as stack:
@@ -99,10 +96,12 @@ def _parsed(onnx_path: Path) -> tuple[str, Any]:
 
 
 def _explained(step: Callable[[], Any], log: list[LogLine], what: str, advice: str) -> Any:
-    """`step()`, its failures told with the compiler's reason out of the log."""
+    """Call `step`; an exception becomes a BuildError with `what` failed, the compiler's reason from
+    the log, `advice`.
+    """
     try:
         return step()
-    except Exception as error:  # Polygraphy's own, and what bindings raise for options they do not take
+    except Exception as error:  # Polygraphy's, and TensorRT's for options that it does not take
         reason = reason_of_failure(log) or _words(error) or "it gave no reason"
         raise BuildError(f"{what}: {reason.rstrip('.')}.", advice if "workspace" in reason else "") from error
 
@@ -120,8 +119,8 @@ def _advice(target: EngineTarget) -> str:
 def batch_profile(inputs: tuple[TensorFact, ...], batch: BatchProfile, onnx_path: Path) -> Profile:
     """The optimization profile of a graph whose inputs are (batch, ...), with the batch symbolic or fixed.
 
-    BuildError for a graph without inputs, which is what the parser makes of a file that is no ONNX graph, and for
-    other dynamic extents; UsageError when the graph's fixed batch is not `batch`.
+    Raises BuildError for a graph without inputs (the parser makes one of a file that is no ONNX graph) and for other
+    dynamic extents; UsageError when the graph's fixed batch is not `batch`.
     """
     if not inputs:
         raise BuildError(f"{onnx_path.name} is not an ONNX graph with inputs.", "Give the graph that was exported.")
@@ -142,7 +141,7 @@ def _shapes(
 
 
 def progress_monitor(trt: Any, on_progress: OnProgress) -> Any:
-    """A progress monitor of the builder that passes on its phases, and of their steps some twenty a second."""
+    """TensorRT's IProgressMonitor that passes every phase, and about twenty steps a second, to `on_progress`."""
     phases: dict[str, tuple[str | None, int]] = {}
     last_step = 0.0
 
@@ -161,7 +160,7 @@ def progress_monitor(trt: Any, on_progress: OnProgress) -> Any:
                 last_step = now
                 parent, steps = phases.get(phase_name, (None, step + 1))
                 on_progress(ProgressEvent(phase_name, parent, step + 1, steps))
-            return True  # to cancel a build, its process is ended: steps may be many seconds apart
+            return True  # never cancels: steps may be many seconds apart, so builds are cancelled by ending the process
 
         def phase_finish(self, phase_name: str) -> None:
             parent, steps = phases.get(phase_name, (None, 1))

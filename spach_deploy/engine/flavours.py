@@ -1,7 +1,7 @@
-"""The two TensorRTs behind one interface: what each can honour, and what Polygraphy is asked for on its behalf.
+"""TensorRT and TensorRT for RTX behind one interface (`EngineFlavour`): check options, configure the builder.
 
-`resolve` answers a user's options at once, on any machine: it returns the target as it will be built, or an error
-that says what cannot be honoured and what to do instead. `create_config` runs where the engine is built.
+`resolve` checks a user's options without building, on any machine: it returns the target as it will be built, or raises
+an error that says what is not possible and what to do instead. `create_config` runs in the worker that builds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spach_deploy.runtime.packages import is_installed, missing_package
 
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = Mapping[str, tuple[Shape, Shape, Shape]]
-"""Smallest, usual and largest shape of each input."""
+"""By input: smallest, optimal and largest shape."""
 
 TURING = ComputeCapability(7, 5)
 AMPERE = ComputeCapability(8, 0)
@@ -30,27 +30,33 @@ _SMALLEST_WORKSPACE = 1 << 20
 
 
 class EngineFlavour(Protocol):
-    """One TensorRT."""
+    """One of the two TensorRTs."""
 
     @property
     def flavour(self) -> Flavour:
         """Its name."""
 
     def why_not_here(self) -> SpachError | None:
-        """The error that says why it cannot build on this machine, or None when it can."""
+        """Why it cannot build on this machine, as an error to raise; None when it can."""
 
     def resolve(self, target: EngineTarget, precision: Precision) -> EngineTarget:
-        """`target` with its GPUs filled in; UsageError or UnavailableError for what cannot be honoured."""
+        """`target` with its GPUs filled in. UsageError or UnavailableError for options that it cannot follow.
+
+        `precision` is the graph's.
+        """
 
     def create_config(self, trt: Any, target: EngineTarget, profile: Profile, monitor: Any) -> Any:
-        """Polygraphy's loader of the builder configuration for a resolved target, in the process that builds."""
+        """Polygraphy's loader of the builder configuration for a resolved target; called in the worker that builds.
+
+        `trt` is the flavour's module, `monitor` the IProgressMonitor.
+        """
 
     def timing_cache(self, target: EngineTarget) -> str | None:
-        """Where Polygraphy keeps tactic timings, if anywhere."""
+        """File in which Polygraphy keeps tactic timings; None without one."""
 
 
 def _package_lacking(flavour: Flavour) -> SpachError | None:
-    """The error where the flavour's package is absent or too old."""
+    """The error for a flavour whose package is absent or too old; None where it is neither."""
     if not is_installed(flavour):
         return missing_package(flavour, f"Building with --engine {flavour.value}")
     return old_package(flavour.value)
@@ -64,7 +70,7 @@ class TensorRT:
     flavour = Flavour.TENSORRT
 
     def why_not_here(self) -> SpachError | None:
-        """It needs its package and a GPU."""
+        """An error without its package or without a GPU."""
         if lacking := _package_lacking(self.flavour):
             return lacking
         if not self._present():
@@ -75,7 +81,7 @@ class TensorRT:
         return None
 
     def resolve(self, target: EngineTarget, precision: Precision) -> EngineTarget:
-        """The GPU present is the only one it builds for."""
+        """`target` for the GPU of this machine, the only one that it can build for."""
         _check_common(target)
         _check_timing_cache(target)
         present = self._present()
@@ -92,7 +98,7 @@ class TensorRT:
         return dataclasses.replace(target, flavour=self.flavour, gpus=gpus)
 
     def create_config(self, trt: Any, target: EngineTarget, profile: Profile, monitor: Any) -> Any:
-        """Everything by name: enum values differ between 10.x and 11.x."""
+        """Sets options by name, because the values of TensorRT's enumerations differ between 10.x and 11.x."""
         from polygraphy.backend.trt import CreateConfig
 
         level = trt.HardwareCompatibilityLevel.AMPERE_PLUS if target.hardware_compatible else None
@@ -114,16 +120,16 @@ class TensorRT:
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTForRTX:
-    """TensorRT for RTX: builds anywhere on x86-64 Linux, for the GPUs named; one plan may serve several."""
+    """TensorRT for RTX: builds on any x86-64 Linux, without a GPU, one plan for one or several GPUs."""
 
     flavour = Flavour.TENSORRT_RTX
 
     def why_not_here(self) -> SpachError | None:
-        """It needs its package only."""
+        """An error without its package; no GPU is needed."""
         return _package_lacking(self.flavour)
 
     def resolve(self, target: EngineTarget, precision: Precision) -> EngineTarget:
-        """By default every capability from Ampere on (with FP8, from Ada on), in one plan: that costs nothing."""
+        """`target` for the GPUs named, by default all from Ampere on (FP8: Ada on) in one plan, which costs nothing."""
         _check_common(target)
         _refuse_what_rtx_lacks(target)
         least = ADA if precision is Precision.FP8 else AMPERE
@@ -135,14 +141,14 @@ class TensorRTForRTX:
         return dataclasses.replace(target, flavour=self.flavour, gpus=gpus)
 
     def create_config(self, trt: Any, target: EngineTarget, profile: Profile, monitor: Any) -> Any:
-        """TF32 is on by default and has no keyword here, so it is cleared afterwards where it is not wanted."""
+        """Clears TF32 after the other options where it is not wanted: it is on by default, and has no keyword."""
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
         from polygraphy.backend.trt import PostprocessConfig
 
         config = CreateConfigRTX(
             compute_capabilities=[(gpu.major, gpu.minor) for gpu in target.gpus],
             version_compatible=target.version_compatible,
-            exclude_lean_runtime=target.version_compatible,  # the package brings no lean runtime to include
+            exclude_lean_runtime=target.version_compatible,  # the package has no lean runtime to include
             **_common_options(trt, target, profile, monitor),
         )
 
@@ -152,7 +158,7 @@ class TensorRTForRTX:
         return config if target.tf32 else PostprocessConfig(config, clear_tf32)
 
     def timing_cache(self, target: EngineTarget) -> str | None:
-        """It times nothing while building."""
+        """None: it times no tactics while building."""
         return None
 
 
@@ -163,8 +169,8 @@ FLAVOURS: dict[Flavour, EngineFlavour] = {Flavour.TENSORRT: TensorRT(), Flavour.
 def choose_flavour(requested: Flavour, flavours: Mapping[Flavour, EngineFlavour] = FLAVOURS) -> EngineFlavour | None:
     """The flavour to build with; None for `none`.
 
-    `auto` takes the first of `flavours` that can build here. UnavailableError (MissingPackageError for an absent
-    package) when the one asked for, or with `auto` every one, cannot.
+    `auto` takes the first of `flavours` that can build on this machine. Raises UnavailableError (MissingPackageError
+    for an absent package) when the requested one cannot, or with `auto` none can.
     """
     if requested is Flavour.NONE:
         return None

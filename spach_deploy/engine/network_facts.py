@@ -1,7 +1,7 @@
-"""What the parser made of the graph: every layer with its data types, and whether they are what was asked for.
+"""Facts of the network that TensorRT parsed: layers with their data types, compared with the requested precision.
 
-A strongly typed network is a contract: the compiler must compute each layer in the types that the network states. So
-the precision that was achieved is read here, from the parsed network, and compared with the precision that was asked.
+In a strongly typed network TensorRT must compute each layer in the types that the network states. So the precision of
+the engine is known from the parsed network, before the plan is built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spach_deploy.options.specs import Precision
 WEIGHTED_KINDS = frozenset(
     {"MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ATTENTION_INPUT", "ATTENTION_OUTPUT"}
 )
-"""Layers that carry the arithmetic, by TensorRT's names: matrix products, convolutions, attention."""
+"""TensorRT's names of the layer types that multiply: matrix products, convolutions, attention."""
 
 _DTYPE_NAMES = {"FLOAT": "fp32", "HALF": "fp16"}
 _ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
@@ -29,7 +29,7 @@ _SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class TensorFact:
-    """An input or output of the network: fp32, fp16, bf16, int8, ... and its shape, with -1 where it is dynamic."""
+    """An input or output of the network. `dtype`: fp32, fp16, bf16, int8, ...; `shape`: -1 for a dynamic extent."""
 
     name: str
     dtype: str
@@ -38,9 +38,9 @@ class TensorFact:
 
 @dataclasses.dataclass(frozen=True)
 class LayerFact:
-    """One layer: TensorRT's name and kind of it, the ONNX node it came from, the types of its inputs and outputs.
+    """One layer: TensorRT's name and type of it, its ONNX node, the data types of its inputs and outputs.
 
-    `eight_bits`: int8 or fp8 where its first two inputs come out of such numbers, so that it multiplies in them.
+    `eight_bits`: int8 or fp8 where both operands are dequantized from it, so that it multiplies in eight bits; else "".
     """
 
     name: str
@@ -52,7 +52,7 @@ class LayerFact:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """All types it touches, each once."""
+        """The data types of its inputs and outputs, each once."""
         return tuple(dict.fromkeys((*self.input_dtypes, *self.output_dtypes)))
 
 
@@ -72,9 +72,10 @@ class NetworkFacts:
 
 @dataclasses.dataclass(frozen=True)
 class AchievedPrecision:
-    """How many weighted layers compute in which types, such as {"int8": 73, "fp16": 30}; `asked`: of the rest.
+    """In which types the weighted layers compute.
 
-    `layers`: the type of each, by its ONNX node.
+    `asked`: the precision that was requested for all that is not quantized. `layers_by_dtype`: counts, such as
+    {"int8": 73, "fp16": 30}. `kept`: layers in FP32 on purpose. `layers`: by ONNX node, the type of its layer.
     """
 
     asked: Precision
@@ -84,7 +85,7 @@ class AchievedPrecision:
 
 
 def read_network_facts(network: Any) -> NetworkFacts:
-    """Facts of a TensorRT INetworkDefinition, of any flavour and version."""
+    """Read an INetworkDefinition of either flavour of TensorRT, in any version."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     kinds = [_name(layer.type) for layer in layers]
     stored = _dequantized(layers, kinds)
@@ -96,7 +97,7 @@ def read_network_facts(network: Any) -> NetworkFacts:
 
 
 def _dequantized(layers: list[Any], kinds: list[str]) -> dict[str, str]:
-    """Tensors that DEQUANTIZE layers make -> the type of what these read."""
+    """By output tensor of a DEQUANTIZE layer: the data type of its input."""
     pairs = zip(layers, kinds, strict=True)
     return {layer.get_output(0).name: _dtype(layer.get_input(0)) for layer, kind in pairs if kind == "DEQUANTIZE"}
 
@@ -136,7 +137,7 @@ def _dtype(tensor: Any) -> str:
 
 @functools.cache
 def _name(value: Any) -> str:
-    """Of a value of TensorRT's enumerations, which take microseconds to tell it."""
+    """Name of a value of a TensorRT enumeration, cached because `.name` takes microseconds."""
     name: str = value.name
     return name
 
@@ -144,12 +145,11 @@ def _name(value: Any) -> str:
 def check_achieved_precision(
     facts: NetworkFacts, asked: Precision, kept_float: Collection[str] = (), quantized: Collection[str] = ()
 ) -> AchievedPrecision:
-    """Compare the types of all weighted layers with the precision that was asked for.
+    """Compare the types of all weighted layers with the requested precision.
 
-    `kept_float` names ONNX nodes (or patterns of them, as fnmatch reads them) that were deliberately kept in FP32;
-    those must then be in FP32. PrecisionError names every other layer that does not compute in `asked`, every kept one
-    that does not compute in FP32, and a network without any weighted layer, about which nothing could be said.
-    `quantized` names ONNX nodes that must multiply in eight bits, and no others may; `asked` is then that of the rest.
+    `asked`: the precision of all that is not quantized. `kept_float`: names of ONNX nodes (or patterns, as fnmatch
+    reads them) that must compute in FP32. `quantized`: names of ONNX nodes that must multiply in eight bits; no other
+    may. Raises PrecisionError that names the layers with other types, or for a network without weighted layers.
     """
     layers = facts.weighted_layers
     if not layers:

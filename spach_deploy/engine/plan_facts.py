@@ -1,18 +1,21 @@
-r"""What a plan's schedule says: kernels, what each is made of, the bytes they move. Undocumented: facts, no verdicts.
+r"""Read the kernels of an engine plan, the ONNX nodes in each and the bytes that they move, from its schedule.
 
-A plan of TensorRT for RTX 1.7 carries its compiler's schedule as text. After the bytes `NLYM`, four more and the text's
-length come the sections `header { }`, `descriptors { }` (tensors), `main { }` (one statement for each kernel, in order)
-and `shape_main { }` (how extents follow from the batch). A statement reads
+The format is not documented and any version may change it. So nothing depends on these facts: they are shown to people,
+and anything unexpected makes the result None, "not known".
+
+A plan of TensorRT for RTX 1.7 contains its compiler's schedule as text. After the bytes `NLYM`, four more and the
+text's length come the sections `header { }`, `descriptors { }` (tensors), `main { }` (one statement for each kernel, in
+order) and `shape_main { }` (how extents follow from the batch). A statement looks like
 
     runtime_fusion={ name=__myl_FcAdd input_args={ "a" "b" } output_args={ "y" } layers="[ONNX Layer: head]" ... }
 
-Kernels are the statements of `main` that work on the GPU. `shape_call`, and whatever makes nothing but tensors in host
-memory (a region called `hmem`), compute extents and addresses; `signal` and `wait` order streams. What is left:
-`function` (pointwise, reductions, moves, and fused attention, whose name holds `mha`), `runtime_fusion` (a matrix
-product with what follows it), `corrltn` (a convolution) and `fully_connected` (a bare matrix product). Bytes moved are,
-over all kernels, the bytes of every tensor that it reads or writes, weights included: what caches may spare is not
-known. None of this is in NVIDIA's documentation and any version may change it, so everything unexpected makes the
-answer None, "not known", and nothing is ever decided by it.
+A kernel is a statement of `main` that runs on the GPU: `function` (pointwise, reductions, moves, and fused attention,
+whose name contains `mha`), `runtime_fusion` (a matrix product with what follows it), `corrltn` (a convolution) or
+`fully_connected` (a bare matrix product). No kernels are `shape_call` and statements that make only tensors in host
+memory (a region called `hmem`), which compute extents and addresses, and `signal` and `wait`, which order streams.
+
+Bytes moved are the bytes of all tensors that a kernel reads or writes, weights included, summed over kernels. Caches
+may save some of them; how many is not known.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from collections.abc import Iterator, Mapping
 
 _MAGIC = b"NLYM"
 _LENGTH_OFFSET, _TEXT_OFFSET = 8, 16
-_FUSION_CONSTANTS = "runtime-fusion-consts"  # schedules of the inside of one kernel
+_FUSION_CONSTANTS = "runtime-fusion-consts"  # in schedules of the inside of one kernel, which are skipped
 _NO_KERNEL = frozenset({"shape_call", "signal", "wait"})
 _HOST_MEMORY = "hmem"
 _MOVES = frozenset({"Move", "Tran", "Resh", "Slic", "Conc", "Repl", "Cast"})
@@ -45,12 +48,14 @@ _PIECE = re.compile(r"[A-Z][a-z0-9]*")
 
 
 class _UnexpectedTextError(Exception):
-    """The schedule is not what this module knows."""
+    """The schedule has a form that this module does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelFact:
-    """One kernel: `kind` is gemm, convolution, attention, move or pointwise; `layers` the ONNX nodes it computes."""
+    """One kernel. `kind`: gemm, convolution, attention, move or pointwise. `layers`: the ONNX nodes that it computes.
+    `operands`: names of the tensors that it reads and writes.
+    """
 
     kind: str
     name: str
@@ -71,7 +76,7 @@ class _PlanTensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Extents:
-    """Symbolic extents: integers, the batch, and what `shape_main` computes from it."""
+    """Values of extents: integers, the batch, and names that `shape_main` (`program`) computes from it."""
 
     batch_names: frozenset[str]
     program: Mapping[str, tuple[str, tuple[str, ...]]]
@@ -99,17 +104,20 @@ class PlanFacts:
 
     @property
     def kernels_by_kind(self) -> dict[str, int]:
-        """Number of kernels of each kind, most first."""
+        """Number of kernels by kind, largest first."""
         return dict(Counter(kernel.kind for kernel in self.kernels).most_common())
 
     @property
     def fused_attentions(self) -> int:
-        """Attentions whose products and softmax are one kernel."""
+        """Number of attentions whose products and softmax are one kernel."""
         return self.kernels_by_kind.get("attention", 0)
 
     @property
     def products_by_dtype(self) -> dict[str, int]:
-        """Matrix products and convolutions by the type that two of their operands share, the narrowest: int8, half."""
+        """Number of matrix products and convolutions by data type (TensorRT's name: int8, half).
+
+        The type is the narrowest that two of the kernel's operands share.
+        """
         return dict(Counter(self._product_dtype(kernel) for kernel in self.kernels if kernel.kind in _PRODUCTS))
 
     def _product_dtype(self, kernel: KernelFact) -> str:
@@ -118,7 +126,7 @@ class PlanFacts:
         return min(shared, key=_BYTES.__getitem__, default="unknown")
 
     def bytes_moved(self, batch: int) -> int | None:
-        """Bytes that all kernels read and write in one inference of `batch` samples; None when not known."""
+        """Bytes that all kernels read and write in one inference of `batch` images; None when not known."""
         try:
             return sum(self._operand_bytes(name, batch) for kernel in self.kernels for name in kernel.operands)
         except _UnexpectedTextError:
@@ -129,7 +137,7 @@ class PlanFacts:
             raise _UnexpectedTextError(f"operand {name}")
         tensor = self._tensors[name]
         if not tensor.extents:
-            return 0  # a scalar, such as an extent handed to a kernel
+            return 0  # a scalar, such as an extent that a kernel reads
         return tensor.itemsize * math.prod(self._extents.value(extent, batch) for extent in tensor.extents)
 
 
@@ -153,7 +161,7 @@ def _compute(operator: str, values: list[int]) -> int:
 
 
 def read_plan_facts(plan: bytes | memoryview) -> PlanFacts | None:
-    """Facts of a serialized plan, or None when its schedule is not there or not as expected."""
+    """Facts of a serialized plan; None when it has no schedule, or one of unexpected form."""
     try:
         parts = [_read_schedule(text) for text in _schedules(bytes(plan))]
     except (_UnexpectedTextError, UnicodeDecodeError):
@@ -162,7 +170,7 @@ def read_plan_facts(plan: bytes | memoryview) -> PlanFacts | None:
 
 
 def _joined(parts: list[PlanFacts]) -> PlanFacts:
-    """One answer for a plan of several parts, whose names do not clash because every part numbers its own."""
+    """PlanFacts of a plan of several parts. Their names do not clash, because TensorRT numbers every part's own."""
     return PlanFacts(
         tuple(kernel for part in parts for kernel in part.kernels),
         {name: tensor for part in parts for name, tensor in part._tensors.items()},
@@ -217,7 +225,10 @@ def _read_extents(sections: Mapping[str, str]) -> _Extents:
 
 
 def _statements(text: str) -> Iterator[tuple[str, str]]:
-    """`name { body }` and `name={ body }` at the outermost level of `text`; braces inside strings do not count."""
+    """(name, body) of every `name { body }` and `name={ body }` at the outermost level of `text`.
+
+    Braces inside strings do not count.
+    """
     depth = start = opened = 0
     name = ""
     for match in _STRING_OR_BRACE.finditer(text):

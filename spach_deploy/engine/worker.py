@@ -1,7 +1,7 @@
-"""The process that builds one engine: loads the compiler, reads a request from a connection, writes progress and the
-outcome to it.
+"""The worker process that builds one engine. `spach_deploy.engine.build` starts it.
 
-Started by `spach_deploy.engine.build`, never by hand.
+It loads the compiler, reads one `Request` from a connection, and writes progress and the outcome (`Built` or an error)
+to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spach_deploy.runtime.polygraphy_session import LogLine, use_tensorrt
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to build. The plan is written to the open file `plan_fd`."""
+    """What to build. `plan_fd`: descriptor of the open file to which the plan is written."""
 
     onnx_path: Path
     target: EngineTarget
@@ -33,7 +33,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """The build succeeded; all but the plan."""
+    """The outcome of a successful build, without the plan, which is in the request's file."""
 
     graph_sha256: str
     version: str
@@ -44,7 +44,7 @@ class Built:
 
 
 def main(connection_fd: int, flavour: str) -> None:
-    """Serve the one request that comes over the connection with this file descriptor; end where none comes."""
+    """Build for the one request on the connection `connection_fd`; return if the connection closes without one."""
     connection = Connection(connection_fd)
     with contextlib.suppress(Exception):  # ignored here; compile_plan raises it again
         use_tensorrt(Flavour(flavour))
@@ -78,7 +78,7 @@ def _write_plan(compiled: Compiled, plan_fd: int) -> None:
 
 
 def _exit_with_parent(connection: Connection) -> None:
-    """End this process when the other end closes, as it does when the parent cancels or dies."""
+    """Start a thread that ends this process when the parent closes the connection, cancels the build or dies."""
 
     def watch() -> None:
         try:

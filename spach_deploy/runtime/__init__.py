@@ -1,7 +1,7 @@
-"""Runners: one way to feed a PyTorch model, an ONNX graph or a TensorRT plan and get its outputs.
+"""Runners: one interface to run an ONNX graph, a TensorRT plan or a served model, and `Session`, which runs a bundle.
 
-A runner is a context manager; inside it, `run` takes arrays by input name and returns arrays by output name. Inputs
-larger than the runner's batch are split along axis 0 and the outputs concatenated. Nothing is compared here.
+A runner is a context manager. Inside it, `run` takes arrays by input name and returns arrays by output name. Inputs
+larger than the runner's batch are split along axis 0, and the outputs concatenated. `validation/` compares outputs.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: NumPy's name of its dtype, and its shape with None where an extent is symbolic."""
+    """An input or output. `dtype`: NumPy's name. `shape`: None for a symbolic extent."""
 
     dtype: str
     shape: tuple[int | None, ...]
 
 
 class Runner(Protocol):
-    """Something that computes outputs from inputs. Specs are known, and `run` works, inside its context only."""
+    """Computes outputs from inputs. `input_specs`, `output_specs` and `run` may be used inside its context only."""
 
     @property
     def name(self) -> str:
-        """What it is, for tables and messages."""
+        """The runner's name in tables and messages."""
 
     @property
     def input_specs(self) -> Mapping[str, TensorSpec]:
@@ -46,4 +46,4 @@ class Runner(Protocol):
     ) -> None: ...
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """Outputs of `feeds`, of any batch size. MismatchError when names, dtypes or shapes are not the inputs'."""
+        """Outputs by name for `feeds`, of any batch size. MismatchError for other names, dtypes or shapes."""

@@ -1,4 +1,4 @@
-"""Feeding a batch of any size to something that accepts some sizes only."""
+"""Split a batch of any size into pieces that a runner accepts, and check a runner's inputs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class BatchLimits:
 
     @classmethod
     def of_shape(cls, leading: int | None, max_batch: int) -> BatchLimits:
-        """Limits of an input whose leading extent is `leading`: exactly that, or anything up to `max_batch`."""
+        """Limits of an input whose first extent is `leading`: exactly that, or with None anything up to `max_batch`."""
         return cls(1, max_batch) if leading is None else cls(leading, leading)
 
 
 def run_in_batches(run: Callable[[Arrays], Arrays], feeds: Feeds, limits: BatchLimits) -> Arrays:
-    """Call `run` on pieces of `feeds` within `limits`, and concatenate what it returns along axis 0.
+    """Call `run` on pieces of `feeds` within `limits`, and concatenate the outputs along axis 0.
 
-    A last piece that is too small is filled up with copies of its last sample, whose outputs are dropped.
+    A last piece that is too small is padded with copies of its last image, whose outputs are dropped.
     """
     pieces = [_run_piece(run, piece, limits.min) for piece in _pieces(feeds, limits.max)]
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -67,7 +67,7 @@ def check_feeds(runner: str, specs: Mapping[str, TensorSpec], feeds: Feeds) -> N
 
 
 def _check_one(runner: str, name: str, spec: TensorSpec, array: np.ndarray[Any, Any]) -> None:
-    # Axis 0 is the batch, which `run_in_batches` fits to what is accepted.
+    # Axis 0 is the batch: `run_in_batches` splits or pads it.
     fits = array.ndim == len(spec.shape) and all(
         want in (None, have) for want, have in zip(spec.shape[1:], array.shape[1:], strict=True)
     )

@@ -1,7 +1,6 @@
-"""NVIDIA GPUs of this machine, asked of the driver.
+"""NVIDIA GPUs of this machine: names and compute capabilities, from the driver's library.
 
-Neither torch nor a CUDA runtime is imported: the driver's own library is opened, if there is one, and asked for names
-and compute capabilities. That costs microseconds on a machine without a driver, and honours CUDA_VISIBLE_DEVICES.
+Neither torch nor a CUDA runtime is imported. Without a driver it takes microseconds. CUDA_VISIBLE_DEVICES is respected.
 Source: CUDA Driver API, "Initialization" and "Device Management" (cuInit, cuDeviceGet*).
 """
 
@@ -19,12 +18,12 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MIN
 _NAME_BYTES = 256
 
 RTX_CAPABILITIES = tuple(ComputeCapability(*pair) for pair in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)))
-"""What TensorRT for RTX compiles for and runs on."""
+"""Compute capabilities that TensorRT for RTX compiles for and runs on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalGpu:
-    """One GPU here, as the driver names it."""
+    """One GPU of this machine, with the driver's name of it."""
 
     name: str
     capability: ComputeCapability

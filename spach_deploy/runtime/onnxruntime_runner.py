@@ -1,6 +1,6 @@
-"""ONNX graphs in ONNX Runtime, on the CPU or on a GPU.
+"""Run ONNX graphs in ONNX Runtime, on the CPU or a GPU, and write graphs to files for it.
 
-Graphs are handed over through files: from bytes in memory it would make two more copies of all weights.
+Sessions are opened from files, because ONNX Runtime makes two more copies of all weights from bytes in memory.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "weights"
 _LARGE = 1024
-"""Elements of a tensor that is not stored in the graph itself."""
+"""Elements from which a tensor is stored as external data in temporary files."""
 
 _ALIGNMENT = 4096
-"""Of weights in their file: that of pages, as they are mapped."""
+"""Alignment of external data in its file, in bytes: that of memory pages, because it is mapped."""
 
 
 @contextlib.contextmanager
 def saved_graph(*models: ir.Model) -> Iterator[Path]:
-    """A temporary file that holds `models` behind each other, which protobuf reads as one merged message.
+    """A temporary ONNX file with `models` one after the other, which protobuf reads as one merged message.
 
-    Weights lie beside it, as they are in memory, and are read from there when they are needed. A session that was
-    opened from it does not need the files any more.
+    Large weights are external data in the same temporary folder. The files are deleted on exit; a session that was
+    opened from them does not need them any more.
     """
     with contextlib.ExitStack() as stack:
         with naming_tmpdir():
@@ -58,28 +58,28 @@ def _save(models: tuple[ir.Model, ...], path: Path) -> None:
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """`onnx_ir.save` without a second copy of all weights in memory."""
+    """Write `model` to `path`, as `onnx_ir.save` does, but without a second copy of all weights in memory."""
     with path.open("wb") as file:
         write_graph(model, file)
 
 
 def write_graph(model: ir.Model, file: IO[bytes]) -> None:
-    """Write the message in parts, weights one by one."""
+    """Write `model` as protobuf in parts, weights one by one, to keep memory small."""
     for part in _parts(model):
         file.write(part.SerializeToString())
 
 
 def graph_bytes(model: ir.Model) -> bytes:
-    """What `save_model` writes."""
+    """The bytes that `save_model` writes."""
     file = io.BytesIO()
     write_graph(model, file)
     return file.getvalue()
 
 
 def message_of(model: ir.Model, inputs: Iterable[ir.Value], initializers: Iterable[ir.Value] = ()) -> ModelProto:
-    """A message with the nodes and outputs of `model`, and these inputs and initializers.
+    """A protobuf with the nodes and outputs of `model`, and these inputs and initializers.
 
-    Types and shapes of inner tensors are left out: they follow from the nodes.
+    Types and shapes of inner tensors are left out, because they follow from the nodes.
     """
     import onnx_ir as ir
     from onnx import ModelProto
@@ -98,7 +98,7 @@ def message_of(model: ir.Model, inputs: Iterable[ir.Value], initializers: Iterab
 
 
 def tensor_proto(initializer: ir.Value) -> TensorProto:
-    """An initializer with a copy of its data."""
+    """An initializer as protobuf, with a copy of its data."""
     import onnx_ir as ir
 
     assert initializer.const_value is not None
@@ -107,8 +107,9 @@ def tensor_proto(initializer: ir.Value) -> TensorProto:
 
 
 def _parts(model: ir.Model, weights: IO[bytes] | None = None) -> Iterator[ModelProto]:
-    """Messages that merge into `model`: everything but the weights, then each weight; the data of large ones goes into
-    the file `weights`, if there is one.
+    """Protobufs that written one after the other are `model`: all but the weights, then each weight.
+
+    Data of large weights goes to the file `weights` as external data, if one is given.
     """
     import onnx_ir as ir
     from onnx import ModelProto
@@ -125,7 +126,7 @@ def _parts(model: ir.Model, weights: IO[bytes] | None = None) -> Iterator[ModelP
 
 
 def _outside(tensor: ir.TensorProtocol, weights: IO[bytes]) -> ir.ExternalTensor:
-    """`tensor`, its data written to `weights`."""
+    """`tensor` as external data, which is written to `weights`."""
     import onnx_ir as ir
 
     weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
@@ -147,25 +148,30 @@ CPU, CUDA = "cpu", "cuda"
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 
 NOT_SPINNING = ("session.intra_op.allow_spinning", "0")
-"""Threads that have nothing to do sleep. With two cores free that costs nothing; where something else takes one, two
-threads are then as fast as one, and with spinning slower.
+"""Session setting: idle threads sleep instead of spinning.
+
+With two free cores that costs nothing. With one of them busy, two sleeping threads are as fast as one thread, and two
+spinning ones are slower.
 """
 
 UNPACKED = ("session.disable_prepacking", "1")
-"""Weights stay as they are instead of being laid out for products once more, which takes time and memory to begin with
-and gains next to nothing at each run of one image or a few.
+"""Session setting: do not copy weights into another layout for matrix products.
+
+The copy takes time and memory when a session opens, and saves next to nothing in runs of a few images.
 """
 
-_FATAL_ONLY = 4  # ONNX Runtime's severity: it also prints what it raises, in colours
+_FATAL_ONLY = 4  # ONNX Runtime's log severity: below it, it prints the errors that it also raises
 
 
 class OnnxRuntimeRunner:
-    """Runs an ONNX graph, given as a path (also with external weights) or as bytes.
+    """Runs an ONNX graph, given as a path (also with external data) or as bytes.
 
-    `threads` None lets ONNX Runtime choose. `optimization` "none" runs the nodes as they stand. `is_brief`: it runs an
-    image or a few at a time, and is to begin soon. `max_batch` bounds memory. `on_gpu`: on an NVIDIA GPU where this
-    ONNX Runtime can use one; `device`, once entered, says whether it does: cuda or cpu. `inner`: outputs that are
-    tensors from inside the model; `run` does not give them, but `seen` keeps their values (1, ...) for the first image.
+    `threads` None lets ONNX Runtime choose. `optimization` "none" fuses and removes no nodes. `is_brief`: for runs of a
+    few images; opening is faster. `max_batch`: larger batches are split, to bound memory. `on_gpu`: use an NVIDIA GPU
+    if the installed ONNX Runtime can; `device`, inside the context, says where it runs: cuda or cpu. `inner`: graph
+    outputs that are inner tensors of the model; `run` leaves them out, and `seen` keeps their values (1, ...) for the
+    first image.
+
     Entering raises MissingPackageError without onnxruntime, UsageError for what is no ONNX graph, and UnavailableError
     where the CPU has no kernel for a node (bfloat16, for most).
     """
@@ -196,7 +202,7 @@ class OnnxRuntimeRunner:
 
     @property
     def name(self) -> str:
-        """What it is."""
+        """Name in tables and messages."""
         return NAME if self.device == CPU else "ONNX Runtime (CUDA)"
 
     def __enter__(self) -> Self:
@@ -222,7 +228,7 @@ class OnnxRuntimeRunner:
         results = dict(
             zip((*self.output_specs, *inner), self._session.run([*self.output_specs, *inner], feeds), strict=True)
         )
-        # Copies: a result of ONNX Runtime keeps the whole memory pool of its session alive.
+        # Copied, because a result of ONNX Runtime keeps the whole memory pool of its session alive.
         self.seen.update({name: np.array(results[name][:1]) for name in inner})
         return {name: np.array(results[name]) for name in self.output_specs}
 
@@ -242,7 +248,7 @@ class OnnxRuntimeRunner:
                 else utf8_path(self._model) as model
             ):
                 return ort.InferenceSession(model, options, providers=self._providers(ort))
-        except Exception as error:  # its exceptions share no base class of their own
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise self._explain(error) from error
 
     def _providers(self, ort: Any) -> list[str]:

@@ -1,4 +1,7 @@
-"""ONNX graphs in OpenVINO, on the CPU; compiled for each shape, as a known batch makes it up to a fifth faster."""
+"""Run ONNX graphs in OpenVINO on the CPU.
+
+The graph is compiled for each input shape that comes: with a fixed batch it runs up to a fifth faster.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ if TYPE_CHECKING:
 
 
 class OpenVinoRunner:
-    """Runs an ONNX graph. `threads` None lets OpenVINO choose; `max_batch` bounds memory, None does not.
+    """Runs an ONNX graph. `threads` None lets OpenVINO choose. `max_batch`: larger batches are split; None never
+    splits.
 
-    `precision_hint`: OpenVINO's INFERENCE_PRECISION_HINT, f32 or bf16; without one it takes bfloat16 where the CPU has
-    it. Entering raises MissingPackageError without openvino, and UsageError for what it does not read.
+    `precision_hint`: OpenVINO's INFERENCE_PRECISION_HINT, f32 or bf16; OpenVINO's own default is bfloat16 where the CPU
+    has it. Entering raises MissingPackageError without openvino, and UsageError for a graph that OpenVINO cannot read.
     """
 
     name, device = "OpenVINO (CPU)", "cpu"
@@ -58,7 +62,7 @@ class OpenVinoRunner:
         self._core = None
 
     def run(self, feeds: Feeds) -> Arrays:
-        """Outputs of `feeds`; larger batches are split into equal ones, so that one shape is compiled for them."""
+        """Outputs of `feeds`; larger batches are split into equal ones, so that only one shape is compiled."""
         check_feeds(self.name, self.input_specs, feeds)
         leading, count = next(iter(self.input_specs.values())).shape[0], len(next(iter(feeds.values())))
         size = leading or min(count, self._max_batch or count)
@@ -105,6 +109,6 @@ def _spec(port: Any) -> TensorSpec:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Its last line of words; those before say where in its source it was raised."""
+    """The last line of OpenVINO's message that has words; those before say where in its source it was raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return printable(lines[-1].rstrip(".")) if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The Python packages behind the flavours of TensorRT: their names, whether they are here, how they are installed."""
+"""The Python packages of both flavours of TensorRT: import names, installed versions, how to install them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spach_deploy.common.errors import MissingPackageError
 from spach_deploy.options.specs import Flavour
 
 MODULE_NAMES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
-"""What each flavour's package is imported as."""
+"""By flavour: the name under which its package is imported."""
 
 _INSTALL = {
     Flavour.TENSORRT: "pip install 'spach-deploy[gpu]'",
@@ -22,7 +22,7 @@ _TENSORRT_ADVICE = (
 
 
 def is_installed(flavour: Flavour) -> bool:
-    """Whether the package is there; its libraries may still fail to load."""
+    """Whether the package is installed; its libraries may still fail to load."""
     return importlib.util.find_spec(MODULE_NAMES[flavour]) is not None
 
 
@@ -35,7 +35,10 @@ def installed_version(flavour: Flavour) -> str | None:
 
 
 def missing_package(flavour: Flavour, purpose: str, reason: str = "") -> MissingPackageError:
-    """The error for a package that is absent or, with `reason`, there without libraries that load."""
+    """The error for a package that is absent or, with `reason`, installed but does not load.
+
+    `purpose`: what needs it, for the message.
+    """
     package = f"a working {flavour.value} (importing it failed: {reason})" if reason else flavour.value
     advice = _TENSORRT_ADVICE if flavour is Flavour.TENSORRT else "."
     return MissingPackageError(package, purpose, _INSTALL[flavour] + advice)

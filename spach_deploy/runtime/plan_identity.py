@@ -1,9 +1,9 @@
-"""What the first bytes of a TensorRT plan tell: the flavour and version that wrote it, and whether it is whole.
+"""Identify a TensorRT plan by its header: the flavour and version that wrote it, and whether the file is complete.
 
-The header is not documented. What is read here was seen in plans of TensorRT for RTX 1.7 (magic `vtrt`, serialization
-version at byte 8, total size at 16, product version at 24) and, for ordinary TensorRT (magic `ftrt`), is what
-NVIDIA/TensorRT issue 3073 reports: the version at byte 24. So this is used to refuse a file that is no plan, and to
-explain a plan that does not load; whether a plan loads is decided by TensorRT alone.
+The header is not documented. These fields were seen in plans of TensorRT for RTX 1.7: magic `vtrt`, serialization
+version at byte 8, total size at 16, product version at 24. For ordinary TensorRT (magic `ftrt`), NVIDIA/TensorRT issue
+3073 reports the version at byte 24. So this only refuses files that are no plan, and explains plans that do not load;
+whether a plan loads is TensorRT's decision.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from spach_deploy.options.specs import Flavour
 
 HEADER_BYTES = 64
-"""How many leading bytes `plan_identity` looks at."""
+"""How many leading bytes `plan_identity` reads."""
 
 _MAGIC = {b"vtrt": Flavour.TENSORRT_RTX, b"ftrt": Flavour.TENSORRT, b"ptrt": Flavour.TENSORRT}
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanIdentity:
-    """What a plan's header tells; None where it tells nothing. `problem` says in words why it is no usable plan."""
+    """Fields of a plan's header; None where unknown. `problem`: why this is no complete plan, as a clause, or None."""
 
     flavour: Flavour | None
     version: str | None
@@ -29,7 +29,7 @@ class PlanIdentity:
 
     @property
     def is_plan(self) -> bool:
-        """Whether it looks like a whole TensorRT plan."""
+        """Whether this is a complete TensorRT plan, by its header."""
         return self.problem is None
 
 

@@ -1,8 +1,8 @@
-"""The two things about Polygraphy that hold for a whole process: which TensorRT it drives, and where its log goes.
+"""Polygraphy's settings for a whole process: the flavour of TensorRT that it uses, and where its log goes.
 
-Polygraphy binds `tensorrt` or `tensorrt_rtx` when its TensorRT loaders are first imported and keeps that choice. So one
-function here makes the choice, and asking for the other one later is an error instead of a strange failure. Engines are
-built in processes of their own (`spach_deploy.engine.build`), so this binds a process only where a plan is run.
+Polygraphy binds `tensorrt` or `tensorrt_rtx` when its TensorRT loaders are first imported, and keeps it. `use_tensorrt`
+makes that choice, and raises an error if the other flavour is wanted later. Engines are built in worker processes
+(`spach_deploy.engine.build`), so only running a plan binds the main process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _lock = threading.Lock()
 def use_tensorrt(flavour: Flavour) -> Any:
     """Bind Polygraphy in this process to `flavour`, and return that flavour's module.
 
-    UnavailableError when Polygraphy already drives the other one here. ImportError as Python raises it when the
-    module is absent or its libraries do not load.
+    Raises UnavailableError when Polygraphy is bound to the other one already, ImportError when the module is absent or
+    its libraries do not load.
     """
     wants_rtx = flavour is Flavour.TENSORRT_RTX
     with _lock:
@@ -41,7 +41,7 @@ def use_tensorrt(flavour: Flavour) -> Any:
                 f"Use {flavour.value} in a process of its own.",
             )
         config.USE_TENSORRT_RTX = wants_rtx
-        config.AUTOINSTALL_DEPS = False  # nothing is ever installed behind a user's back
+        config.AUTOINSTALL_DEPS = False  # Polygraphy must not install packages
         module = importlib.import_module(MODULE_NAMES[flavour])
         if _LOADERS not in sys.modules:
             importlib.import_module(_LOADERS)
@@ -50,8 +50,10 @@ def use_tensorrt(flavour: Flavour) -> Any:
 
 
 def _leave_out_verbose(trt: Any) -> None:
-    """Let Polygraphy hear what the compiler says, but for its verbose messages, which nobody keeps: tens of thousands,
-    each of which Polygraphy looks at for microseconds while the compiler waits.
+    """Pass TensorRT's messages to Polygraphy without the verbose ones.
+
+    There are tens of thousands of those; nobody keeps them, and Polygraphy takes microseconds for each while the
+    compiler waits.
     """
     util: Any = importlib.import_module(f"{_LOADERS}.util")
     told = util.get_trt_logger()
@@ -119,7 +121,7 @@ def captured_log() -> Iterator[list[LogLine]]:
     propagate, level = python_logger.propagate, python_logger.level
     logger.use_python_logging_system, logger.colors, logger.letter = True, False, False
     logger.module_severity = logger.VERBOSE
-    logger.once_logged.clear()  # or a second build's warnings would be missing from its log
+    logger.once_logged.clear()  # else the log of a second build would lack warnings that the first had
     python_logger.addHandler(handler)
     python_logger.setLevel(1)
     python_logger.propagate = False
@@ -134,7 +136,7 @@ def captured_log() -> Iterator[list[LogLine]]:
 
 
 def summarize_warnings(lines: list[LogLine] | tuple[LogLine, ...]) -> tuple[tuple[str, int], ...]:
-    """Warnings of a log, each kind once with how often it came; messages that differ in numbers only are one kind."""
+    """Warnings of a log as (message, count); messages that differ only in numbers count as one."""
     kinds: dict[str, tuple[str, int]] = {}
     for line in lines:
         if line.severity == "warning":
@@ -152,9 +154,9 @@ _ECHO = re.compile(r"ModelImporter\.cpp|checkMacros\.cpp|^IRuntime.*ScopedCudaSt
 
 
 def reason_of_failure(lines: list[LogLine] | tuple[LogLine, ...]) -> str:
-    """Why it failed, in the compiler's or parser's own words; empty where the log has no reason.
+    """The compiler's or parser's reason for a failure, from its log; empty where the log has none.
 
-    A parser error names its node and operator. Lines that only repeat another one are left out.
+    A parser error names its node and operator. Lines that only repeat another are left out.
     """
     errors = [line.text.strip() for line in lines if line.is_error and not _EMPTY_WORDS.match(line.text)]
     if nodes := [_node_reason(match) for text in errors if (match := _NODE_ERROR.match(text))]:
@@ -166,13 +168,13 @@ def reason_of_failure(lines: list[LogLine] | tuple[LogLine, ...]) -> str:
 def _node_reason(match: re.Match[str]) -> str:
     name, operator, reason = match.groups()
     words = _plain(reason)
-    if words == "false" or "Plugin not found" in words:  # how the parser says that it knows no such operator
+    if words == "false" or "Plugin not found" in words:  # the parser's messages for an operator that it does not know
         words = f"operator {operator} is not supported"
     return f"node {name!r} ({operator}): {words}"
 
 
 def _plain(text: str) -> str:
-    """`text` without the source locations and error codes around it, on one line."""
+    """`text` on one line, without source locations and error codes."""
     told = [line for line in text.splitlines() if not _ECHO.search(line)] or [text]
     matches = [match[1] for line in told if (match := _API_ERROR.search(line))]
     return " ".join(_SOURCE.sub("", matches[0] if matches else " ".join(told)).split())

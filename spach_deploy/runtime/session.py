@@ -1,4 +1,4 @@
-"""A bundle that runs: in TensorRT where its engine can run here, else its graph in ONNX Runtime or OpenVINO.
+"""Session: run a bundle from Python, in TensorRT if its engine runs on this machine, else in ONNX Runtime or OpenVINO.
 
 with Session(bundle) as session:
     session.predict("photo.jpg", top_k=5)
@@ -48,7 +48,7 @@ class ClassScore:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of a picture: its best classes, the most probable first."""
+    """Result for one image: its name, and its best classes, the most probable first."""
 
     name: str
     classes: tuple[ClassScore, ...]
@@ -59,20 +59,20 @@ class LocalRunner(Runner, Protocol):
 
     @property
     def device(self) -> str:
-        """Where it runs: cuda or cpu. Known inside its context."""
+        """`cuda` or `cpu`. May be used inside its context only."""
 
 
 class Session:
-    """Runs a bundle within its `with` block, in one thread at a time.
+    """Runs a bundle inside a `with` block, in one thread at a time.
 
-    `runtime`: auto, or the only one that will do. `labels`: names of the classes, as a file with one a line or as a
-    sequence. `batch`: how many pictures `predict` runs at once, as many as the bundle's profile is tuned for if not
-    given. `threads`: of a CPU, all cores if not given.
+    `runtime`: auto, or the only one to use. `labels`: names of the classes, a file with one per line or a sequence.
+    `batch`: how many images `predict` runs at once; by default the batch that the bundle's profile is tuned for.
+    `threads`: CPU threads, by default all cores.
 
-    In the block `runtime` says what runs (engine, onnxruntime or openvino), `device` where (cuda or cpu), `name` both
-    in words, and `notes` what is to be known: why the engine does not run, what makes the graph slow or wrong here.
-
-    Entering raises UnavailableError, with the reasons, where nothing here can run it, or not what was asked for.
+    Inside the block, `runtime` is what runs (engine, onnxruntime or openvino), `device` where (cuda or cpu), `name`
+    both in words, and `notes` are sentences for the user: why the engine does not run, what makes the graph slow or
+    wrong on this machine. Entering raises UnavailableError, with the reasons, where this machine cannot run the bundle,
+    or not in the given runtime.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class Session:
 
     @property
     def name(self) -> str:
-        """What runs, in words."""
+        """Runtime and device, in words."""
         return self._running().name
 
     def run(self, array: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Outputs by name of preprocessed images, of any number: more than the bundle's profile has are split.
+        """Outputs by name for preprocessed images; more than the profile's largest batch are split.
 
-        `array` is what the engine takes: normalized float32 or float16 (N, 3, S, S), or with --io-dtype uint8 pixels
-        (N, S, S, 3). UsageError for another dtype or shape: nothing is converted.
+        `array`: the engine's input, normalized float32 or float16 (N, 3, S, S), or with --io-dtype uint8 pixels
+        (N, S, S, 3). Nothing is converted: UsageError for another dtype or shape.
         """
         import numpy as np
 
@@ -146,7 +146,9 @@ class Session:
         return list(self.predictions(images, top_k))
 
     def predictions(self, images: Pictures | ImageSource, top_k: int | None = None) -> Iterator[Prediction]:
-        """`predict`, one by one in bounded memory. Whoever gives an `ImageSource` finds in it what was skipped."""
+        """`predict` as an iterator, in bounded memory. With an `ImageSource`, `skipped` of it has the unreadable
+        images.
+        """
         from spach_deploy.data.images import ImageSource
         from spach_deploy.data.readers import open_pictures
 
@@ -167,7 +169,7 @@ class Session:
         for batch in batches(source, self._facts.preprocessing, self._batch):
             inputs = to_input(batch.pixels, self._facts.preprocessing, self._facts.io_dtype)
             for name, row in zip(batch.names, probabilities(self.run(inputs)), strict=True):
-                if not row[0] >= 0:  # NaN, which the softmax of anything not finite is
+                if not row[0] >= 0:  # NaN: the softmax of logits that are not finite
                     raise MismatchError(
                         f"{name}: what {self.name} answers is not finite.",
                         f"spach-validate {self.bundle.path} --images PATH says where that begins.",
@@ -184,7 +186,7 @@ class Session:
         return self._runner
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[str, LocalRunner, dict[str, str]]:
-        """What runs, and why that which comes before it does not."""
+        """Open the first runtime that works: its name, its runner, and by name why those before it do not work."""
         names = self._facts.order if self._asked == AUTO else (self._asked,)
         reasons: dict[str, str] = {}
         for name in names:
@@ -213,7 +215,7 @@ class Session:
 
 
 def probabilities(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-    """(N, classes): those that the graph gives, else the softmax of its logits."""
+    """Probabilities, float64 (N, classes): the graph's own output if it has one, else the softmax of its logits."""
     import numpy as np
 
     if "probabilities" in outputs:
@@ -225,7 +227,7 @@ def probabilities(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
 
 
 def _labels(given: str | os.PathLike[str] | Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
-    """UsageError for another number of names than classes."""
+    """Names of the classes, from a file or a sequence; UsageError if their number is not `classes`."""
     from spach_deploy.data.labels import read_labels
 
     if given is None:
@@ -239,7 +241,7 @@ def _labels(given: str | os.PathLike[str] | Sequence[str] | None, classes: int) 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What a manifest says of how the bundle is fed, and in which order runtimes are tried."""
+    """Facts of a manifest: the bundle's input, preprocessing and batch profile, and the order of runtimes to try."""
 
     input: TensorInfo
     io_dtype: IODtype
@@ -266,17 +268,17 @@ class _Facts:
 
     @property
     def meaning(self) -> str:
-        """What the values of the input are."""
+        """The input's values, in words."""
         return "RGB pixels from 0 to 255" if self.io_dtype is IODtype.UINT8 else "normalized"
 
     def checked_batch(self, batch: int | None) -> int:
-        """How many pictures run at once; UsageError for more than the profile has."""
+        """How many images run at once; UsageError for more than the profile's largest batch."""
         if batch is not None and not 1 <= batch <= self.profile.max:
             raise UsageError(f"A batch of {batch} is not in the bundle's profile.", f"Give 1 to {self.profile.max}.")
         return batch or self.profile.opt
 
     def checked_top_k(self, top_k: int | None) -> int:
-        """How many classes are told; UsageError for more than there are."""
+        """How many classes a prediction has; UsageError for more than the model has."""
         if top_k is not None and not 1 <= top_k <= self.classes:
             raise UsageError(f"The model has {self.classes} classes, not {top_k}.", f"Give 1 to {self.classes}.")
         return top_k or min(_USUAL_TOP_K, self.classes)

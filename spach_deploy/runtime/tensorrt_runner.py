@@ -1,4 +1,4 @@
-"""TensorRT plans of both flavours, run by Polygraphy's TrtRunner on the first GPU of this process."""
+"""Run engine plans of both flavours of TensorRT, with Polygraphy's TrtRunner, on the first GPU of this process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def why_engine_cannot_run_here(flavour: Flavour, gpus: tuple[LocalGpu, ...] | None = None) -> str | None:
-    """Why no plan of `flavour` can run on this machine, in one clause; None when one may.
+    """Why no plan of `flavour` can run on this machine, as a clause; None when one may run.
 
-    Costs an attempt to open the driver's library. A plan can still be refused: for another GPU, or another version.
+    Takes only an attempt to open the driver's library. A plan for another GPU or version can still be refused.
     """
     present = local_gpus() if gpus is None else gpus
     if not present:
@@ -38,8 +38,9 @@ def why_engine_cannot_run_here(flavour: Flavour, gpus: tuple[LocalGpu, ...] | No
 class TensorRTRunner:
     """Runs a serialized plan; batches are split to fit its optimization profile.
 
-    Entering raises UsageError when `plan` is no plan, and UnavailableError with the reason when it cannot run here: no
-    GPU, the other flavour, another version or GPU than it was built for. `gpus` stands in for what the driver reports.
+    Entering raises UsageError when `plan` is no plan, and UnavailableError with the reason when it cannot run on this
+    machine: no GPU, the other flavour, another version or GPU than it was built for. `gpus` replaces those that the
+    driver reports.
     """
 
     device = "cuda"
@@ -56,7 +57,7 @@ class TensorRTRunner:
 
     @property
     def name(self) -> str:
-        """What it is."""
+        """Name in tables and messages."""
         return f"TensorRT engine ({self._flavour.value})"
 
     def __enter__(self) -> Self:
@@ -82,9 +83,9 @@ class TensorRTRunner:
         return run_in_batches(self._run_once, feeds, self._limits)
 
     def layer_seconds(self, feeds: Feeds, runs: int = 3) -> dict[str, float]:
-        """Seconds of each of the engine's layers in one run, by TensorRT's own profiler, after a run that warms up.
+        """Seconds of each layer of the engine, the mean over `runs` runs after a warm-up, by TensorRT's own profiler.
 
-        Source: TensorRT Python API, "IProfiler". Layers run one after the other while it watches.
+        While the profiler is attached, layers run one after the other. Source: TensorRT Python API, "IProfiler".
         """
         check_feeds(self.name, self.input_specs, feeds)
         profiler = _profiler(use_tensorrt(self._flavour))
@@ -100,7 +101,7 @@ class TensorRTRunner:
 
     def _run_once(self, feeds: Arrays) -> Arrays:
         outputs = self._runner.infer(feeds, check_inputs=False)
-        return {name: _owned(array) for name, array in outputs.items()}  # its buffers are used again
+        return {name: _owned(array) for name, array in outputs.items()}  # copied: Polygraphy reuses its buffers
 
     def _check_plan(self) -> None:
         identity = plan_identity(self._plan)
@@ -151,7 +152,7 @@ class TensorRTRunner:
 
 
 def _profiler(tensorrt: Any) -> Any:
-    """What TensorRT tells the time of each layer; the sums are in `milliseconds`."""
+    """An IProfiler that sums the time of each layer in `milliseconds`."""
 
     class Profiler(tensorrt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,14 +1,13 @@
-"""Triton's HTTP side, with the standard library alone.
-
-A request has a deadline for the whole of it, however slowly a server sends, and its answer a largest size. Tensors
-travel in Triton's binary form: JSON, whose length is a header's, and the bytes behind it.
-
-Models that a Triton server serves, over HTTP or gRPC.
+"""Run a model on a Triton inference server, over HTTP or gRPC.
 
     http://localhost:8000/ms_hybrid_s        grpc://localhost:8001/ms_hybrid_s/2
 
-HTTP is spoken with the standard library. tritonclient is imported when a server is talked to by gRPC; it is no
-dependency of this package.
+HTTP uses the standard library (`HttpClient`). gRPC needs tritonclient, which is no dependency of this package and is
+imported on use.
+
+A request over HTTP has one deadline for all of it, however slowly the server sends, and its response a largest size.
+Tensors are sent in the binary form of KServe's protocol v2 as Triton extends it: JSON, whose length is in a header, and
+after it the bytes of all tensors.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ DTYPES = {
     **{"FP16": "float16", "FP32": "float32", "FP64": "float64"},
     **{f"{sign}INT{bits}": f"{sign.lower()}int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)},
 }
-"""NumPy's names of Triton's."""
+"""By Triton's name of a data type: NumPy's name."""
 
 MOST_BYTES = 1 << 28
-"""Of an answer whose size is not known before."""
+"""Largest response in bytes, where its size does not follow from the request."""
 
 _JSON_BYTES = 1 << 20
-"""Of the JSON in front of the tensors."""
+"""Largest JSON before the tensors of a response, in bytes."""
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _WIDEST = 8
@@ -59,13 +58,14 @@ Array = npt.NDArray[Any]
 
 
 class RefusedError(Exception):
-    """The server refused the request, or its answer cannot be read."""
+    """The server refused the request, or its response cannot be read."""
 
 
 class HttpClient:
-    """Requests to the server at `host` and `port`, each within `timeout_s`.
+    """Sends requests to the server at `host` and `port`, each within `timeout_s` seconds.
 
-    OSError and http.client.HTTPException where no answer comes, RefusedError where it is a refusal or cannot be read.
+    Methods raise OSError or http.client.HTTPException without a response, RefusedError for a refusal or a response that
+    cannot be read.
     """
 
     def __init__(self, host: str, port: int, *, is_secure: bool, timeout_s: float) -> None:
@@ -73,32 +73,32 @@ class HttpClient:
         self._host, self._port, self._timeout_s = host, port, timeout_s
 
     def close(self) -> None:
-        """Nothing is open between requests."""
+        """Does nothing: every request has its own connection."""
 
     def is_server_live(self) -> bool:
-        """Whether the server answers."""
+        """Whether the server is live."""
         return self._request("GET", "/v2/health/live").status == 200
 
     def is_model_ready(self, model: str, version: str) -> bool:
-        """Whether it serves the model."""
+        """Whether the server serves the model."""
         return self._request("GET", f"{_path(model, version)}/ready").status == 200
 
     def metadata(self, model: str, version: str) -> Any:
-        """Inputs and outputs of the model."""
+        """Inputs and outputs of the model, as JSON."""
         return self._json("GET", _path(model, version))
 
     def config(self, model: str, version: str) -> Any:
-        """The model's configuration."""
+        """The model's configuration, as JSON."""
         return self._json("GET", f"{_path(model, version)}/config")
 
     def repository_index(self) -> Any:
-        """All models."""
+        """All models in the server's repository, as JSON."""
         return self._json("POST", "/v2/repository/index")
 
     def infer(
         self, model: str, version: str, feeds: Mapping[str, Array], outputs: Mapping[str, TensorSpec]
     ) -> dict[str, Array]:
-        """The outputs of `feeds`."""
+        """Outputs by name for `feeds`."""
         body, length = _body(feeds, list(outputs))
         headers = {_HEADER_LENGTH: str(length), "Content-Type": "application/octet-stream"}
         most = _answer_bytes(outputs, len(next(iter(feeds.values()))))
@@ -127,14 +127,14 @@ class HttpClient:
 
 
 class HttpResponse:
-    """What came back."""
+    """A response: status, length of the JSON (None without tensors), and the body."""
 
     def __init__(self, status: int, header_length: str | None, content: bytes) -> None:
         self.status, self._content = status, content
         self._header_length = header_length
 
     def accepted(self) -> HttpResponse:
-        """This, where the server did what was asked. RefusedError with its reason otherwise."""
+        """This response if its status is a success; else RefusedError with the server's reason."""
         if self.status == 200:
             return self
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -142,14 +142,14 @@ class HttpResponse:
         raise RefusedError(f"status {self.status}")
 
     def json(self) -> Any:
-        """All of it as JSON."""
+        """The body as JSON."""
         try:
             return parse_json(self._content.decode())
         except ValueError as error:
             raise RefusedError(f"its answer is no JSON: {error}") from None
 
     def tensors(self, wanted: Mapping[str, TensorSpec]) -> dict[str, Array]:
-        """The tensors that follow the JSON, in its order."""
+        """The tensors after the JSON, by name."""
         try:
             start = int(self._header_length or "")
             found, at = {}, start
@@ -166,7 +166,7 @@ class HttpResponse:
 
 @contextlib.contextmanager
 def _deadline(connection: http.client.HTTPConnection, seconds: float) -> Iterator[None]:
-    """Connect, and end the connection when the time is over: a socket's own limit begins anew with every byte."""
+    """Connect, and close the connection after `seconds`: a socket's own timeout starts again with every byte."""
     is_late = threading.Event()
 
     def end() -> None:
@@ -189,7 +189,7 @@ def _deadline(connection: http.client.HTTPConnection, seconds: float) -> Iterato
         raise
     finally:
         timer.cancel()
-    if is_late.is_set():  # what was read may end where the connection was ended
+    if is_late.is_set():  # the response may have been cut off by the deadline
         raise TimeoutError(f"not whole within {seconds:g} s")
 
 
@@ -198,7 +198,7 @@ def _path(model: str, version: str) -> str:
 
 
 def _body(feeds: Mapping[str, Array], outputs: Sequence[str]) -> tuple[bytes, int]:
-    """A request in Triton's binary form, and the length of the JSON in front."""
+    """The body of an inference request, JSON and then the tensors' bytes, and the length of the JSON."""
     tensors = {name: np.ascontiguousarray(array).tobytes() for name, array in feeds.items()}
     inputs = [
         {
@@ -215,7 +215,7 @@ def _body(feeds: Mapping[str, Array], outputs: Sequence[str]) -> tuple[bytes, in
 
 
 def _answer_bytes(outputs: Mapping[str, TensorSpec], batch: int) -> int:
-    """The most that an answer to `batch` images may have."""
+    """Largest response for `batch` images, in bytes."""
     if any(None in spec.shape[1:] for spec in outputs.values()):
         return MOST_BYTES
     rows = sum(math.prod(size or 1 for size in spec.shape[1:]) for spec in outputs.values())
@@ -241,7 +241,7 @@ _WANTED = "Give http://HOST:PORT/MODEL or grpc://HOST:PORT/MODEL, with /VERSION 
 
 @dataclasses.dataclass(frozen=True)
 class ServedAt:
-    """A model on a server. `version` empty: the newest one that is served."""
+    """Address of a model on a Triton server. `version` empty: the newest that is served."""
 
     protocol: str
     host: str
@@ -251,7 +251,7 @@ class ServedAt:
 
     @classmethod
     def parse(cls, url: str) -> ServedAt:
-        """`http://host:port/model[/version]`, the same with grpc, https or grpcs. UsageError for anything else."""
+        """Read `http://host:port/model[/version]`, also with https, grpc or grpcs. UsageError for anything else."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -265,7 +265,7 @@ class ServedAt:
 
     @property
     def is_grpc(self) -> bool:
-        """Whether it is spoken to by gRPC."""
+        """Whether the protocol is gRPC."""
         return self.protocol.startswith("grpc")
 
     @property
@@ -278,11 +278,11 @@ class ServedAt:
 
 
 class TritonRunner:
-    """Runs a model on a Triton server. `timeout_s` bounds each request.
+    """Runs a model on a Triton server. `timeout_s`: seconds for each request.
 
-    Entering raises MissingPackageError for gRPC without tritonclient, MismatchError for a server that does not describe
-    its model as Triton does, UnavailableError where no server answers or the model is
-    not ready, UsageError where the server has no such model.
+    Entering raises MissingPackageError for gRPC without tritonclient, UnavailableError where no server responds or the
+    model is not ready, UsageError where the server has no such model, MismatchError where the description of the model
+    is not Triton's.
     """
 
     def __init__(self, served: ServedAt, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -296,7 +296,7 @@ class TritonRunner:
 
     @property
     def name(self) -> str:
-        """What it is."""
+        """Name in tables and messages."""
         return f"Triton at {self._served.address}"
 
     def __enter__(self) -> Self:
@@ -317,7 +317,7 @@ class TritonRunner:
     def run(self, feeds: Feeds) -> Arrays:
         """Outputs of `feeds`; larger batches are split.
 
-        MismatchError where the server refuses a request, UnavailableError where it does not answer.
+        Raises MismatchError where the server refuses a request, UnavailableError where it does not respond.
         """
         check_feeds(self.name, self.input_specs, feeds)
         leading = next(iter(self.input_specs.values())).shape[0]
@@ -334,7 +334,7 @@ class TritonRunner:
         return HttpClient(served.host, served.port, is_secure=served.protocol == "https", timeout_s=self._timeout_s)
 
     def _ask(self) -> None:
-        """Learn what the model takes and gives."""
+        """Read inputs, outputs and largest batch of the model from the server."""
         model, version = self._served.model, self._served.version
         if not self._call("is_server_live"):
             raise UnavailableError(f"The server at {self._served.address} is not live.", "Look at its log.")
@@ -342,7 +342,7 @@ class TritonRunner:
             raise self._not_ready()
         metadata, config = self._call("metadata", model, version), self._call("config", model, version)
         try:
-            config = config.get("config", config)  # gRPC wraps it
+            config = config.get("config", config)  # over gRPC it is inside another message
             self._max_batch = int(config.get("max_batch_size") or 0)
             self.platform = str(config.get("platform") or config.get("backend") or "")
             self.input_specs = _specs(metadata["inputs"])
@@ -369,10 +369,10 @@ class TritonRunner:
         )
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """A call of the client, its errors as ours."""
+        """Call a method of the client; its exceptions become errors of this package."""
         try:
             return getattr(self._client, method)(*arguments, **options)
-        except Exception as error:  # sockets', gevent's, gRPC's and Triton's own
+        except Exception as error:  # of sockets, gevent, gRPC or tritonclient
             raise self._explained(error) from error
 
     def _explained(self, error: Exception) -> Exception:
@@ -387,7 +387,7 @@ class TritonRunner:
 
 
 class _GrpcClient:
-    """tritonclient with the same questions as `HttpClient`, each with a deadline and a largest answer."""
+    """tritonclient with the methods of `HttpClient`, each with a deadline and a largest response."""
 
     def __init__(self, served: ServedAt, timeout_s: float) -> None:
         self._module = _import_client()
@@ -438,7 +438,7 @@ def _import_client() -> Any:
 
 
 def _plain(answer: Any) -> Any:
-    """A message as HTTP has it, in JSON."""
+    """A protobuf of gRPC as the JSON that HTTP gives."""
     json_format = importlib.import_module("google.protobuf.json_format")
     return json_format.MessageToDict(answer, preserving_proto_field_name=True)
 

@@ -1,9 +1,9 @@
-"""ONNX Runtimes that truncate where FP16 is quantized to integers: on a CPU, QuantizeLinear drops the fraction there.
+"""Detect ONNX Runtimes whose QuantizeLinear truncates FP16 on a CPU, where ONNX rounds to nearest, ties to even.
 
-ONNX rounds to nearest, ties to even. ONNX Runtime does so with FP16 from 1.30 on (microsoft/onnxruntime 18576, 22741;
-mended by 32452), and with FP32 in every version. The one that is here is asked, by a graph of nine numbers; which
-others truncate stands in onnx_graph/runtimes.json. Wrong in them are graphs that `precision.elements.quantizes_fp16`
-finds: INT8 exports of earlier versions with the rest in FP16, and other tools'.
+ONNX Runtime rounds FP16 from 1.30 on (microsoft/onnxruntime issues 18576 and 22741, fixed by 32452), and FP32 in every
+version. The installed one is tested with a graph of nine numbers; graph/runtimes.json lists which others truncate.
+Graphs that such a runtime computes wrongly are found by `graph.precision.elements.quantizes_fp16`: INT8 exports of
+earlier versions of this package with the rest in FP16, and graphs of other tools.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 NUMBERS = (0.5, -0.5, 1.5, -1.5, 2.5, 1.75, -1.75, 2.25, -0.75)
 ROUNDED = (0, 0, 2, -2, 2, 2, -2, 2, -1)
-"""What `NUMBERS` are as INT8, at a scale of 1."""
+"""`NUMBERS` rounded to INT8 at a scale of 1."""
 
 MENDED = "1.30"
-"""ONNX Runtime rounds from this version on."""
+"""First version of ONNX Runtime that rounds FP16."""
 
 Quantize = Callable[["NDArray[np.float16]"], "NDArray[np.int8]"]
 
 
 @functools.cache
 def truncating_runtime() -> str | None:
-    """Version of the ONNX Runtime that is installed, if it truncates; None where it rounds, or cannot be asked."""
+    """Version of the installed ONNX Runtime, if it truncates; None if it rounds, is absent or cannot quantize FP16."""
     try:
         import onnxruntime
 
         return str(onnxruntime.__version__) if truncates(_quantized_here) else None
-    except Exception:  # not installed, or it does not quantize FP16 at all: then nothing is wrong unnoticed
+    except Exception:  # not installed, or it does not quantize FP16 at all, so nothing goes wrong unnoticed
         return None
 
 
 def truncates(quantize: Quantize) -> bool:
-    """Whether what quantizes FP16 at a scale of 1 gives other integers than ONNX says."""
+    """Whether `quantize`, from FP16 at a scale of 1, gives other integers than ONNX defines."""
     import numpy as np
 
     return not np.array_equal(quantize(np.array(NUMBERS, np.float16)), ROUNDED)
 
 
 def fault_of(version: str) -> str:
-    """What an ONNX Runtime that truncates does, as a clause."""
+    """The fault of an ONNX Runtime that truncates, as a clause for messages."""
     return (
         f"ONNX Runtime {version}'s QuantizeLinear truncates FP16 on a CPU instead of rounding it"
         f" (microsoft/onnxruntime#22741, mended in {MENDED})"
@@ -66,7 +66,7 @@ def _quantized_here(numbers: NDArray[np.float16]) -> NDArray[np.int8]:
     graph = ir.Graph([x], [q], nodes=[node], initializers=[scale, zero], opset_imports={"": 19}, name="nine numbers")
     model = ir.to_proto(ir.Model(graph, ir_version=9))
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised
+    options.log_severity_level = 4  # do not print errors, they are raised
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found: NDArray[np.int8] = session.run(None, {"x": numbers})[0]
     return found
