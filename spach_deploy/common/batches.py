@@ -24,3 +24,8 @@ def chunked(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
 def spread(count: int, limit: int | None) -> list[int]:
     """`limit` of `count` indices, evenly spread; all where there are no more, or `limit` is None."""
     return list(range(count)) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
+
+
+def spread_with_ends(count: int, limit: int) -> list[int]:
+    """`limit` of `count` indices, evenly spread, the first and the last among them; all where there are no more."""
+    return list(range(count)) if limit >= count else [round(i * (count - 1) / max(1, limit - 1)) for i in range(limit)]

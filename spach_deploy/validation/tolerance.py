@@ -39,7 +39,7 @@ from msgspec import structs, to_builtins
 
 from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
 from spach_deploy.bundle.schema import BoundsEntry, TolerancesEntry
-from spach_deploy.common.batches import spread
+from spach_deploy.common.batches import spread_with_ends
 from spach_deploy.common.errors import MismatchError, PrecisionError
 from spach_deploy.common.metrics import relative_l2, relative_l2_by_image
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
@@ -88,7 +88,7 @@ class ImageArray(Protocol):
 
 def evaluated_images(count: int, precision: Precision, rounding_images: int) -> frozenset[int]:
     """Numbers of the images, of `count`, on which `derive_tolerances` runs the model."""
-    return frozenset((*spread(count, _NOISE_IMAGES[precision]), *spread(count, rounding_images)))
+    return frozenset((*spread_with_ends(count, _NOISE_IMAGES[precision]), *spread_with_ends(count, rounding_images)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +264,7 @@ def measured_fp32_error(
 
     `parts`: receives the outputs of the model's parts for the first image in FP64.
     """
-    chosen = spread(len(images), _NOISE_IMAGES[precision])
+    chosen = spread_with_ends(len(images), _NOISE_IMAGES[precision])
     return MeasuredError.of(reference[chosen], evaluate_fp64(model, images[chosen], parts))
 
 
@@ -300,7 +300,7 @@ def _bounds(
     rounding_images: int,
     parts: Outputs | None = None,
 ) -> Bounds:
-    chosen = spread(len(images), rounding_images)
+    chosen = spread_with_ends(len(images), rounding_images)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
         logits = rounded_model.logits(images[chosen], outputs.io_dtype, parts)
         loss = NOTHING if logits is None else MeasuredError.of(logits, reference[chosen])

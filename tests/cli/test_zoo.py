@@ -359,7 +359,7 @@ def test_a_full_disk_costs_the_bundle_that_does_not_fit() -> None:
 
 
 def test_a_disk_too_full_for_the_summary_does_not_cost_the_bundles() -> None:
-    process = start(limit_bytes=2000)
+    process = start(limit_bytes=12_000)  # between a manifest and summary.html
     said = process.communicate(timeout=PATIENCE_S)[1]
     assert "The summary in zoo could not be written (File too large)." in said
     assert process.returncode == 0

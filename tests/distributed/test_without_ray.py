@@ -36,8 +36,9 @@ def test_a_bundle_is_packed_and_unpacked_and_a_spoiled_one_is_refused(tmp_path: 
     assert Bundle.open(tmp_path / "b").manifest.files == Bundle.open(tmp_path / "a").manifest.files
     with pytest.raises(BundleError, match="since this command began"):
         unpack(packed, place)
+    before, found, after = packed.rpartition(b"graph")  # model.onnx's content; the manifest has the word before
     with pytest.raises(BundleError, match="not as it was exported"):
-        unpack(packed.replace(b"graph", b"grapH", 1), Destination.of(tmp_path / "c"))
+        unpack(before + found.upper() + after, Destination.of(tmp_path / "c"))
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
