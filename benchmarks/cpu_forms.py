@@ -50,7 +50,10 @@ def bundles(name: str, folder: Path) -> Iterator[tuple[Precision, Bundle]]:
     asked = ExportOptions(ModelSpec(name), images=held_out, quantization=QuantizationSpec(calibration))
     for precision in candidates(asked):
         print(f"{name}: export {precision.value}", file=sys.stderr, flush=True)
-        yield precision, export(options_for(asked, precision), place=Destination.of(folder / precision.value)).bundle
+        yield (
+            precision,
+            export(options_for(asked, precision), destination=Destination.of(folder / precision.value)).bundle,
+        )
 
 
 def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle]) -> dict[Form, RunnerProcess]:

@@ -10,7 +10,7 @@ import os
 
 from spach_deploy._version import __version__
 
-TYPE_CHECKING = False  # typing takes milliseconds to load, in which Ctrl-C is a traceback yet (cli/interrupts.py)
+TYPE_CHECKING = False  # importing typing takes milliseconds in which Ctrl-C still shows a traceback (cli/interrupts.py)
 if TYPE_CHECKING:
     from typing import Any
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from spach_deploy.runtime.session import ClassScore, Prediction, Session
     from spach_deploy.validation.result import Validation
 
-# ONNX Runtime's wheels send usage data to Microsoft unless told otherwise before they are loaded. Models are their
-# owners' business: whoever wants to send it sets ORT_DISABLE_TELEMETRY=0.
+# ONNX Runtime's wheels send usage data to Microsoft unless this variable is set before they are loaded. To send it, set
+# ORT_DISABLE_TELEMETRY=0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {

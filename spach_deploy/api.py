@@ -1,8 +1,9 @@
-"""The public interface: what `import spach_deploy` offers, beside `Session` and `create_model`. See docs/python.md.
+"""The public Python interface: `export`, `calibrate`, `validate` and `Bundle`. docs/python.md shows how to use it.
 
-Everything else is private by convention: it may change without a word. Functions take the options of the commands as
-keywords (`options.table`), raise the errors of `common.errors`, whose sentences name options of the command line
-(`--heads` is the keyword `heads`), and print nothing.
+`import spach_deploy` offers these, `Session`, `create_model`, and the types that they return; everything else is
+private and may change without notice. The functions take the options of the commands as keywords (`options.table`),
+raise the errors of `common.errors`, and print nothing. Error messages name options as the command line does: `--heads`
+is the keyword `heads`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle(store.Bundle):
-    """A bundle on disk: `path` is its directory, `manifest` what manifest.json says.
+    """A bundle on disk: `path` is its directory, `manifest` its manifest.json as a typed object.
 
         bundle = Bundle.open("build/ms_hybrid_s-fp16")
 
-    reads it and compares the SHA-256 of every file (`verify=False` does not).
+    reads the manifest and compares the SHA-256 of every file, unless `verify=False`.
     """
 
     def session(
@@ -43,7 +44,7 @@ class Bundle(store.Bundle):
         batch: int | None = None,
         threads: int | None = None,
     ) -> Session:
-        """A `Session`, which runs the bundle within its `with` block.
+        """A `Session` that runs the bundle within a `with` block.
 
         with bundle.session() as session:
             session.predict("photo.jpg", top_k=5)
@@ -55,7 +56,7 @@ class Bundle(store.Bundle):
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """A finished export: the bundle, and how it was validated."""
+    """A finished export: the bundle, and its validation."""
 
     bundle: Bundle
     validation: Validation
@@ -69,21 +70,21 @@ def export(
     observer: ExportObserver | None = None,
     **options: Unpack[ExportKeywords],
 ) -> ExportResult:
-    """Export a model: graph, engine, validation, bundle; as spach-export does, in this process.
+    """Export a model to a bundle with graph, engine and validation, as spach-export does, in this process.
 
         result = spach_deploy.export("ms_hybrid_s", precision="fp16", gpu=["sm86", "sm89"])
 
-    `recipe`: a TOML file of the same options; keywords win over it. `observer`: told of phases and notes while it
-    works. Nothing comes from the cache of finished exports. Raises a SpachError of the kind that fits; then nothing
-    was written. A validation that does not pass is a MismatchError.
+    `recipe`: a TOML file of the same options; keywords win over it. `observer`: called with phases and notes as they
+    come. The cache of finished exports is not used. Raises a subclass of SpachError, and then has written nothing; a
+    validation that does not pass is a MismatchError.
     """
     from spach_deploy.options.values import export_options
     from spach_deploy.pipeline import export as pipeline
     from spach_deploy.pipeline.estimate import refuse_early
 
     values = values_of_keywords("export", EXPORT, {"model": model, **options})
-    asked = export_options(values, None if recipe is None else Path(recipe))
-    done = pipeline.export(asked, observer, place=refuse_early(asked))
+    parsed = export_options(values, None if recipe is None else Path(recipe))
+    done = pipeline.export(parsed, observer, destination=refuse_early(parsed))
     return ExportResult(Bundle(done.bundle.path, done.bundle.manifest), done.validation)
 
 
@@ -95,21 +96,22 @@ def calibrate(
     observer: ExportObserver | None = None,
     **options: Unpack[CalibrateKeywords],
 ) -> Calibration:
-    """Calibrate once and keep the scales in `output`, FILE.json, for later exports; as spach-calibrate does.
+    """Calibrate, and write the scales to `output`, FILE.json, for later exports, as spach-calibrate does.
 
         spach_deploy.calibrate("ms_hybrid_s", calibration="photos/", output="scales.json")
 
-    A file that fits is kept, and a run that was killed is continued. Raises a SpachError of the kind that fits.
+    A file that fits these options and images is kept, and a run that was killed is continued. Raises a subclass of
+    SpachError.
     """
     from spach_deploy.models.registry import check_spec
     from spach_deploy.options.quantization import check_calibration_file, check_quantization
     from spach_deploy.options.values import calibrate_options
     from spach_deploy.pipeline.export import calibrate_to_file
 
-    asked = calibrate_options(values_of_keywords("calibrate", CALIBRATE, {"model": model, **options}))
-    check_spec(asked.model)
-    check_quantization(asked)
-    return calibrate_to_file(asked, check_calibration_file(Path(output)), observer)
+    parsed = calibrate_options(values_of_keywords("calibrate", CALIBRATE, {"model": model, **options}))
+    check_spec(parsed.model)
+    check_quantization(parsed)
+    return calibrate_to_file(parsed, check_calibration_file(Path(output)), observer)
 
 
 @with_keywords(VALIDATE)
@@ -120,8 +122,8 @@ def validate(
 
         assert spach_deploy.validate("build/ms_hybrid_s-fp16", images="val/").passed
 
-    Writes nothing; what disagrees is in the result's `all_findings`, no error. `observer.note` is told what takes long.
-    Raises a SpachError for what cannot be validated.
+    Writes nothing. Disagreement is not an error: it is in the result's `all_findings`. `observer.note` is called before
+    steps that take long. Raises a subclass of SpachError for what cannot be validated.
     """
     from spach_deploy.common.progress import ExportObserver
     from spach_deploy.models.registry import check_ignore
@@ -131,5 +133,5 @@ def validate(
 
     given: dict[str, Any] = values_of_keywords("validate", VALIDATE, options)
     check_ignore(given.get("checkpoint"), given.get("ignore", ()))
-    found = validate_target(ValidationRequest.of(Path(target), given), (observer or ExportObserver()).note)
-    return dataclasses.replace(found, run=Provenance.here(validate_command(str(target), None, given)))
+    validation = validate_target(ValidationRequest.of(Path(target), given), (observer or ExportObserver()).note)
+    return dataclasses.replace(validation, run=Provenance.here(validate_command(str(target), None, given)))

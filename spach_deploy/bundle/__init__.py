@@ -1,1 +1,1 @@
-"""The bundle on disk: manifest, golden pack, files and their digests, and the cache of finished exports."""
+"""The bundle on disk: its manifest, golden pack and files, and the store in which finished bundles are cached."""

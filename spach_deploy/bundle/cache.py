@@ -1,10 +1,11 @@
-"""A directory of entries by key, safe with several processes at once and after a kill at any moment.
+"""An on-disk store of files by key, limited in size: the storage behind the cache of finished exports.
 
-ROOT/entries/KEY/        files, and entry.json with their SHA-256: renamed into place when it is whole
-ROOT/partial/            being written; what a dead process left there is removed by the next
+ROOT/entries/KEY/        the files, and entry.json with their SHA-256; renamed here when complete
+ROOT/partial/            entries that are being written; those of dead processes are removed
 ROOT/lock                held while entries are added or removed
 
-All of it is this user's alone: nothing is taken from, or kept in, a directory that others may write in.
+Several processes may use it at once, and it stays consistent after a kill at any moment. It belongs to this user: a
+directory that others may write in is neither read nor written. `pipeline.cache` decides what is stored, by which key.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ RECORD = "entry.json"
 _KEY = re.compile("[0-9a-f]{64}")
 _DRAFT = re.compile(r"(\d+)-[0-9a-f]{8}")
 _MOST_BYTES = 1 << 20
-"""Of a record; one has some hundreds."""
+"""Largest size of a record; usual ones have a few hundred bytes."""
 
 _LATEST = 1e11
-"""Seconds since 1970 that a date can be made of."""
+"""Latest time that is accepted, in seconds since 1970: `datetime` can represent it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheEntry:
-    """An entry: its size, when it was made and last used (seconds since 1970), and what it says of itself.
+    """An entry: its size, and when it was made and last used (seconds since 1970).
 
-    `files`: SHA-256 of each, by name.
+    `about`: description for listings, such as model and precision. `files`: SHA-256 of each file, by name.
     """
 
     key: str
@@ -63,9 +64,9 @@ class CacheEntry:
 
 
 class Store:
-    """Entries under `root`, at most `limit_bytes` of them; the least recently used go first.
+    """Entries under `root`, at most `limit_bytes` in all; the least recently used are evicted first.
 
-    OSError where the disk says no: a cache is never worth a failure, so callers let it be.
+    Methods raise OSError where the disk fails. A cache is no reason to fail, so callers then go on without it.
     """
 
     def __init__(self, root: Path, limit_bytes: int) -> None:
@@ -73,20 +74,20 @@ class Store:
         self.limit_bytes = limit_bytes
 
     def entries(self) -> list[CacheEntry]:
-        """Those that are there and may be read, the last used first."""
+        """All readable entries, the last used first."""
         folder = self.root / "entries"
         try:
             paths = list(folder.iterdir()) if is_own(self.root) and is_own(folder) else []
         except OSError:
             paths = []
-        found = [entry for path in paths if (entry := _entry(path)) is not None]
-        return sorted(found, key=lambda entry: -entry.used)
+        entries = [entry for path in paths if (entry := _entry(path)) is not None]
+        return sorted(entries, key=lambda entry: -entry.used)
 
     def take(self, entry: CacheEntry, target: Path, check: Callable[[Path], object] = lambda folder: None) -> bool:
-        """Copy an entry's files into the directory `target`; whether that was possible.
+        """Copy an entry's files into the directory `target`, and return whether that succeeded.
 
-        Every file's SHA-256 is checked as it is copied, and `check` looks at them all: it raises UsageError for what
-        they should not be. A damaged entry is removed, and `target` is left empty.
+        Every file's SHA-256 is checked as it is copied; then `check(target)` may refuse the files with a UsageError. A
+        damaged or refused entry is removed, and `target` is left empty.
         """
         try:
             for name, digest in entry.files.items():
@@ -98,17 +99,17 @@ class Store:
                 file.unlink()
             self.remove(entry.key)
             return False
-        with contextlib.suppress(OSError):  # evicted in this moment, by another
+        with contextlib.suppress(OSError):  # evicted by another process at this moment
             os.utime(entry.path / RECORD)
         return True
 
     def put(
         self, key: str, source: Path, about: dict[str, str], digests: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """Keep the files of the directory `source`; nothing happens where the key is there already.
+        """Store the files of the directory `source` under `key`, unless the key exists.
 
-        On the same file system a file is not copied: the entry gives it one more name. Whoever changes it where it lies
-        changes the entry too, which `take` finds out. `digests`: SHA-256 of files that are known already.
+        On the same file system files are hard-linked, not copied. A later change of the original changes the entry too,
+        which `take` detects. `digests`: SHA-256 of files for which it is known already.
         """
         final = self.root / "entries" / key
         private_folder(private_folder(self.root) / "entries")
@@ -117,7 +118,7 @@ class Store:
         draft = private_folder(private_folder(self.root / "partial") / draft_name())
         try:
             files = {
-                file.name: _kept(file, draft / file.name, digests.get(file.name))
+                file.name: _linked(file, draft / file.name, digests.get(file.name))
                 for file in sorted(source.iterdir())
                 if file.is_file()
             }
@@ -133,12 +134,12 @@ class Store:
             shutil.rmtree(draft, ignore_errors=True)
 
     def remove(self, key: str) -> None:
-        """Forget an entry."""
+        """Remove an entry."""
         with self._locked():
             self._drop(self.root / "entries" / key)
 
     def clear(self) -> int:
-        """Forget all; how many there were."""
+        """Remove all entries, and return how many there were."""
         entries = self.entries()
         for entry in entries:
             self.remove(entry.key)
@@ -151,7 +152,7 @@ class Store:
             yield
 
     def _drop(self, path: Path) -> None:
-        """Out of sight in one step, then gone."""
+        """Rename an entry away in one step, then delete it."""
         grave = private_folder(self.root / "partial") / draft_name()
         with contextlib.suppress(FileNotFoundError):
             path.rename(grave)
@@ -168,7 +169,7 @@ class Store:
                 total -= entry.size_bytes
 
     def _clean(self) -> None:
-        """What processes left that are no more, and what is no entry."""
+        """Delete what dead processes left, and directories that are not whole entries."""
         for draft in (self.root / "partial").iterdir():
             owner = _DRAFT.fullmatch(draft.name)
             if owner and not is_alive(int(owner[1])):
@@ -179,7 +180,7 @@ class Store:
 
 
 def _entry(path: Path) -> CacheEntry | None:
-    """The entry at a path; None where there is none, or none that this user wrote whole."""
+    """The entry at a path; None where there is none, or it is incomplete or not this user's."""
     try:
         if not is_own(path) or not is_own(path / RECORD):
             return None
@@ -194,14 +195,14 @@ def _entry(path: Path) -> CacheEntry | None:
 
 
 def _texts(content: Any) -> dict[str, str]:
-    """Texts by name. TypeError for anything else."""
+    """`content` if it is a dictionary of texts. TypeError for anything else."""
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
         raise TypeError(f"{type(content).__name__} of other things than text")
     return content
 
 
-def _kept(source: Path, target: Path, digest: str | None) -> str:
-    """Another name for a file, or a copy where there can be none; its SHA-256."""
+def _linked(source: Path, target: Path, digest: str | None) -> str:
+    """Hard-link a file, or copy it where that is impossible; returns its SHA-256."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -210,7 +211,7 @@ def _kept(source: Path, target: Path, digest: str | None) -> str:
 
 
 def _copied(source: Path, target: Path) -> str:
-    """Copy a file; its SHA-256."""
+    """Copy a file; returns its SHA-256."""
     digest = hashlib.sha256()
     with target.open("wb") as writing:
         for block in blocks_of(source):

@@ -1,4 +1,4 @@
-"""What PyTorch in FP32 answers: the golden pack of a bundle, and a bundle's outputs from logits."""
+"""The golden pack of a bundle: a few inputs with the FP32 reference logits, and the expected outputs that follow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXPORT_AGAIN = "Export the bundle again."
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """A few inputs as the engine's caller sends them, the reference's logits (N, classes) of them, and their names."""
+    """N inputs in the engine's input format, the reference logits (N, classes) for them, and the images' names."""
 
     input: Array
     logits: Float32Array
@@ -49,10 +49,10 @@ class Golden:
 
 
 def expected_outputs(logits: Float32Array, outputs: OutputSpec) -> dict[str, Array]:
-    """The outputs that `outputs` asks for, from the reference's logits (N, classes).
+    """The expected value of every output that `outputs` names, from the reference logits (N, classes).
 
-    logits and probabilities (N, classes) and top_values (N, K) float32, top_indices (N, K) int64; among equal logits
-    the lower index comes first, as in ONNX's TopK.
+    logits, probabilities: float32 (N, classes); top_values: float32 (N, K); top_indices: int64 (N, K). Among equal
+    logits the lower index comes first, as in ONNX's TopK.
     """
     expected: dict[str, Array] = {LOGITS: logits}
     if outputs.softmax:
@@ -66,7 +66,7 @@ def expected_outputs(logits: Float32Array, outputs: OutputSpec) -> dict[str, Arr
 
 
 def promised_dtypes(outputs: OutputSpec) -> dict[str, str]:
-    """NumPy's name of each output's dtype as the engine gives it."""
+    """The dtype of each output of the engine, as NumPy names it."""
     floats = "float16" if outputs.io_dtype is IODtype.FP16 else "float32"
     names = [LOGITS, *([PROBABILITIES] if outputs.softmax else []), *([TOP_VALUES] if outputs.top_k else [])]
     return dict.fromkeys(names, floats) | ({TOP_INDICES: "int64"} if outputs.top_k else {})

@@ -1,11 +1,11 @@
-"""manifest.json as typed objects: read once, written once. docs/manifest.schema.json is made from these classes.
+"""manifest.json as typed objects. docs/manifest.schema.json is generated from these classes.
 
-    manifest = Manifest.read(path)          # BundleError names the file and the field that is not as written
+    manifest = Manifest.read(path)          # BundleError names the file and the wrong field
     manifest.engine.kernels, manifest.batch.opt, manifest.files["model.onnx"].sha256
     manifest.text()                         # the file again, byte for byte
 
-What code decides by is required; what is only told has a default, which stands for "not said". Fields that are not
-known here, of a later version, are passed over: `bundle.seal_again` keeps them where a manifest is written again.
+Fields that code depends on are required. Fields that are only shown have a default, which means "not recorded". Unknown
+fields, of a later version, are ignored here; `store.seal_again` keeps them when it rewrites a manifest.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from spach_deploy.options.specs import (
 
 SCHEMA_VERSION = 1
 LARGEST_SIDE, MOST_CLASSES, LARGEST_BATCH = 16_384, 1_000_000, 999_999
-"""Of the images in pixels, and of the batch what --batch takes; no SPACH model is near the others."""
+"""Upper bounds that only a damaged manifest exceeds: image side in pixels, classes, and batch (as for --batch)."""
 
 
 # The model and its interface
 
 
 class SettingEntry(Struct, frozen=True, kw_only=True):
-    """What no tensor shows: a value and where it comes from."""
+    """A setting that cannot be inferred from a checkpoint's tensors: its value, and where the value comes from."""
 
     value: int | float | str | Channels | None
     source: str
 
 
 class ModelSection(Struct, frozen=True, kw_only=True):
-    """Which model, with which weights. `checkpoint`: the file's name alone; `origin`: checkpoint or demo."""
+    """Which model, with which weights. `checkpoint`: the file's name without folders; `origin`: checkpoint or demo."""
 
     name: str
     image_size: int
@@ -78,14 +78,14 @@ class TensorInfo(Struct, frozen=True, kw_only=True):
 
 
 class RangesEntry(Struct, frozen=True, kw_only=True):
-    """What ranges were measured on."""
+    """The images on which activation ranges were measured."""
 
     source: str | None = None
     images: int = 0
 
 
 class KeptEntry(Struct, frozen=True, kw_only=True):
-    """Nodes of a module that stay in FP32 for one reason, with the tensor to blame and its largest magnitude."""
+    """Nodes of a module that stay in FP32, the reason, and the tensor that causes it with its largest magnitude."""
 
     module: str
     reason: str
@@ -95,7 +95,7 @@ class KeptEntry(Struct, frozen=True, kw_only=True):
 
 
 class WeightsEntry(Struct, frozen=True, kw_only=True):
-    """How one tensor of weights fits the half format. `error`: relative L2 of rounding it, null for an overflow."""
+    """How one weight tensor fits the half format. `error`: relative L2 of rounding it, null for an overflow."""
 
     tensor: str
     count: int
@@ -107,7 +107,7 @@ class WeightsEntry(Struct, frozen=True, kw_only=True):
 
 
 class WeightCountsEntry(Struct, frozen=True, kw_only=True):
-    """How many weights were judged and how many do not fit; `notable` are tensors to see by name."""
+    """How many weights were examined and how many do not fit. `notable`: the tensors worth naming."""
 
     count: int = 0
     overflow: int = 0
@@ -124,7 +124,7 @@ class PeakEntry(Struct, frozen=True, kw_only=True):
 
 
 class LayerEntry(Struct, frozen=True, kw_only=True):
-    """A weighted layer: its node, and the precision that the graph asks of it; empty where it cannot be told."""
+    """A weighted layer. `asked`: the precision in which the graph computes it; empty where it cannot be told."""
 
     node: str
     module: str
@@ -133,7 +133,8 @@ class LayerEntry(Struct, frozen=True, kw_only=True):
 
 
 class PrecisionSection(Struct, frozen=True, kw_only=True):
-    """The policy: `asked` of weighted layers, `rest` of all else. `limit`: largest finite number of the half format."""
+    """The precision policy. `asked`: precision of weighted layers; `rest`: of all else; `limit`: largest finite number
+    of the half format."""
 
     asked: Precision
     rest: Precision | None = None
@@ -155,7 +156,7 @@ class PrecisionSection(Struct, frozen=True, kw_only=True):
 
 
 class CalibrationEntry(Struct, frozen=True, kw_only=True):
-    """Where the scales come from. `survey`: what was seen of the images, open to whatever is counted."""
+    """Where the scales come from. `survey`: statistics of the calibration images, with no fixed set of names."""
 
     source: str = ""
     images: int = 0
@@ -166,7 +167,7 @@ class CalibrationEntry(Struct, frozen=True, kw_only=True):
 
 
 class EqualizationEntry(Struct, frozen=True, kw_only=True):
-    """What was done to one pair of layers; `alpha` null: it was left alone."""
+    """Equalization of one pair of layers. `alpha` null: the pair was left as it is."""
 
     name: str
     site: str
@@ -178,7 +179,7 @@ class EqualizationEntry(Struct, frozen=True, kw_only=True):
 
 
 class KeptFloatEntry(Struct, frozen=True, kw_only=True):
-    """A layer that could be quantized and is not."""
+    """A layer that could be quantized but stays in float, and why."""
 
     module: str
     node: str
@@ -197,7 +198,7 @@ class LayerCostEntry(Struct, frozen=True, kw_only=True):
 
 
 class SensitivityEntry(Struct, frozen=True, kw_only=True):
-    """The bound that was asked for, what the chosen set of layers measures, and what each layer costs."""
+    """The requested bound, the measured error of the chosen set of layers, and the cost of each layer."""
 
     measure: str
     bound: float
@@ -208,14 +209,14 @@ class SensitivityEntry(Struct, frozen=True, kw_only=True):
 
 
 class RewritesEntry(Struct, frozen=True, kw_only=True):
-    """What the model's rewrites were told, so that it can be made again."""
+    """The options of the model's rewrites, from which the static model can be made again."""
 
     disabled: tuple[str, ...]
     quantize: tuple[str, ...]
 
 
 class QuantizationSection(Struct, frozen=True, kw_only=True):
-    """How it was calibrated, and which layers stayed in float and why. `scales`: the file that holds them."""
+    """How the model was calibrated, and which layers stay in float and why. `scales`: the file with the scales."""
 
     format: Precision
     rest: Precision
@@ -236,7 +237,7 @@ class QuantizationSection(Struct, frozen=True, kw_only=True):
 
 
 class CertificateEntry(Struct, frozen=True, kw_only=True):
-    """Facts of the typed graph."""
+    """Facts of the typed graph that its certificate checks."""
 
     opset: int | None = None
     ir_version: int | None = None
@@ -247,7 +248,7 @@ class CertificateEntry(Struct, frozen=True, kw_only=True):
 
 
 class RewriteEntry(Struct, frozen=True, kw_only=True):
-    """What one rewrite did: modules changed, the worst relative L2 in FP64, and why it did nothing elsewhere."""
+    """One rewrite: number of changed modules, the worst relative L2 in FP64, and the reasons where it was skipped."""
 
     modules: int
     worst_fp64: float
@@ -255,7 +256,7 @@ class RewriteEntry(Struct, frozen=True, kw_only=True):
 
 
 class GraphSection(Struct, frozen=True, kw_only=True):
-    """What was rewritten, what it cost in FP32 by step and batch, and what the graph promises."""
+    """Rewrites, passes, relative L2 in FP32 by export step and batch, and the certificate."""
 
     certificate: CertificateEntry = CertificateEntry()
     rewrites: dict[str, RewriteEntry] = {}
@@ -268,7 +269,7 @@ class GraphSection(Struct, frozen=True, kw_only=True):
 
 
 class KernelsEntry(Struct, frozen=True, kw_only=True):
-    """The plan's schedule in numbers; bytes are those moved in one inference of `batch` images."""
+    """Kernels of the engine plan. `bytes_moved`: memory traffic of one inference of `batch` images."""
 
     total: int | None = None
     by_kind: dict[str, int] = {}
@@ -279,14 +280,14 @@ class KernelsEntry(Struct, frozen=True, kw_only=True):
 
 
 class WarningEntry(Struct, frozen=True, kw_only=True):
-    """What the builder warned of, and how often."""
+    """A warning of the engine builder, and how often it came."""
 
     text: str
     count: int
 
 
 class EngineSection(Struct, frozen=True, kw_only=True):
-    """The plan: who built it, for what, and what it holds; or, with flavour `none`, the reason why there is none.
+    """The engine plan: its builder, its targets and its layers; with flavour `none`, the reason why there is no plan.
 
     `gpus`: compute capabilities such as sm89. `kernels` null: the plan's text could not be read.
     """
@@ -312,7 +313,7 @@ class EngineSection(Struct, frozen=True, kw_only=True):
 
     @property
     def why_none(self) -> str:
-        """The reason why there is no plan, as a clause."""
+        """Why there is no plan, as a clause."""
         return (self.reason or "none was built").rstrip(".")
 
 
@@ -320,7 +321,7 @@ class EngineSection(Struct, frozen=True, kw_only=True):
 
 
 class ToleranceEntry(Struct, frozen=True, kw_only=True):
-    """What may differ in one output (`validation.verdict.Tolerance`)."""
+    """Tolerance of one output (`validation.verdict.Tolerance`)."""
 
     rel_l2: float
     max_abs: float | None = None
@@ -330,7 +331,7 @@ class ToleranceEntry(Struct, frozen=True, kw_only=True):
 
 
 class MeasuredEntry(Struct, frozen=True, kw_only=True):
-    """An error as bounds use it: mean plus two standard deviations over images."""
+    """A measured error: mean plus two standard deviations over the images."""
 
     images: int
     rel_l2: float
@@ -339,7 +340,8 @@ class MeasuredEntry(Struct, frozen=True, kw_only=True):
 
 
 class DerivationEntry(Struct, frozen=True, kw_only=True):
-    """Where bounds come from: FP32's error against FP64 (`noise`), what PyTorch loses in that arithmetic (`loss`)."""
+    """How tolerances were derived: `noise` is the FP32 error against FP64, `loss` PyTorch's rounding error in that
+    arithmetic."""
 
     arithmetic: str
     noise: MeasuredEntry
@@ -350,21 +352,22 @@ class DerivationEntry(Struct, frozen=True, kw_only=True):
 
 
 class BoundsEntry(Struct, frozen=True, kw_only=True):
-    """One tolerance for each output, and their derivation."""
+    """The tolerance of each output, and how they were derived."""
 
     outputs: dict[str, ToleranceEntry]
     derivation: DerivationEntry
 
 
 class TolerancesEntry(Struct, frozen=True, kw_only=True):
-    """Bounds for the graph in ONNX Runtime and for the engine."""
+    """Tolerances for the graph in ONNX Runtime, and for the engine."""
 
     graph: BoundsEntry
     engine: BoundsEntry
 
 
 class TracePartEntry(Struct, frozen=True, kw_only=True):
-    """One part of the network; all but `peak` are relative L2 of its output against PyTorch in FP32."""
+    """One module. `error`, `noise` and `allowed` are relative L2 of its output against PyTorch in FP32; `peak` is its
+    largest magnitude."""
 
     module: str
     kind: str
@@ -375,7 +378,7 @@ class TracePartEntry(Struct, frozen=True, kw_only=True):
 
 
 class TraceEntry(Struct, frozen=True, kw_only=True):
-    """Errors along the depth of the network, and what ran."""
+    """The error after each module of the network. `what`: the graph or engine that ran."""
 
     what: str
     images: tuple[str, ...]
@@ -383,7 +386,7 @@ class TraceEntry(Struct, frozen=True, kw_only=True):
 
 
 class AgreementEntry(Struct, frozen=True, kw_only=True):
-    """How the reference agrees with what the user's own code answered."""
+    """Comparison of the reference with the outputs of the user's own code (--answers)."""
 
     file: str
     sha256: str
@@ -395,7 +398,7 @@ class AgreementEntry(Struct, frozen=True, kw_only=True):
 
 
 class ValidationSection(Struct, frozen=True, kw_only=True):
-    """What the export's validation found, and the tolerances that later ones hold the bundle to."""
+    """Result of the export's validation, and the tolerances that later validations of the bundle use."""
 
     passed: bool
     level: str
@@ -414,9 +417,9 @@ class ValidationSection(Struct, frozen=True, kw_only=True):
 
 
 class CpuFormEntry(Struct, frozen=True, kw_only=True):
-    """A precision in a runner at `batch`. `ratio`: to PyTorch eager, null where the rounds cannot tell it.
+    """A precision measured in a runner at `batch`. `ratio`: speed relative to PyTorch eager, null where too noisy.
 
-    `settings`: what the runner has to be told to compute so.
+    `settings`: settings of the runner that this result needs.
     """
 
     precision: Precision
@@ -431,7 +434,7 @@ class CpuFormEntry(Struct, frozen=True, kw_only=True):
 
 
 class CpuSection(Struct, frozen=True, kw_only=True):
-    """`--target cpu`: what was measured on which machine, and which form the bundle is of."""
+    """`--target cpu`: all measured candidates, the one in this bundle, and the machine."""
 
     chosen: CpuFormEntry
     forms: tuple[CpuFormEntry, ...]
@@ -447,14 +450,14 @@ class PhaseEntry(Struct, frozen=True, kw_only=True):
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
-    """A file of the bundle."""
+    """SHA-256 and size of a file of the bundle."""
 
     sha256: str
     bytes: int
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """manifest.json of a bundle: what, from what, with what, how well, and the SHA-256 of every other file."""
+    """manifest.json of a bundle: options, sources, tools and results of the export, and the SHA-256 of its files."""
 
     schema_version: int = SCHEMA_VERSION
     created: str = ""
@@ -478,7 +481,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def parse(cls, text: str, where: str) -> Manifest:
-        """The manifest in `text`; BundleError says what is wrong with it, by `where`."""
+        """Parse the manifest in `text`. BundleError says what is wrong in it; `where` names the file."""
         try:
             return _checked(without_surrogates(parse_json(text)), where)
         except (ValueError, RecursionError) as error:
@@ -486,7 +489,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """The manifest in a file; BundleError says what is wrong with it."""
+        """Read the manifest in a file. BundleError says what is wrong in it."""
         try:
             return _checked(without_surrogates(read_json(path)), str(path))
         except OSError as error:
@@ -496,7 +499,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
             raise BundleError(f"{path} is not JSON ({error}).", "Export the bundle again.") from None
 
     def content(self) -> dict[str, Any]:
-        """Plain JSON, as it is written: a section that is not there is left out, any other value is null then."""
+        """The manifest as plain JSON. Absent sections are left out; other absent values are null."""
         content: dict[str, Any] = without_surrogates(msgspec.to_builtins(self))
         engine = content["engine"]
         has_plan = self.engine.flavour is not Flavour.NONE
@@ -507,11 +510,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return {name: value for name, value in content.items() if name not in absent}
 
     def text(self) -> str:
-        """The file."""
+        """The text of manifest.json."""
         return json_text(self.content()) + "\n"
 
     def sha256(self, name: str) -> str | None:
-        """Of a file of the bundle; None for one that it does not name."""
+        """SHA-256 of a file of the bundle; None for a file that the manifest does not list."""
         return self.files[name].sha256 if name in self.files else None
 
 
@@ -519,7 +522,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
 
 _WHOLE: Mapping[str, type] = {"preprocessing": Preprocessing, "output_options": OutputSpec, "batch": BatchProfile}
-"""Sections whose classes have defaults for the command line: a manifest says every field of them."""
+"""Sections whose classes have defaults for the command line; a manifest must have every field of them."""
 
 
 def _checked(content: Any, where: str) -> Manifest:
@@ -556,12 +559,12 @@ def _check_whole(content: Mapping[str, Any], where: str) -> None:
 
 
 def _typed(content: Any, where: str) -> Manifest:
-    """BundleError names `where`, and the field in it that is not of its kind."""
+    """`content` as a Manifest. BundleError names `where`, and the field of the wrong kind."""
     try:
         return msgspec.convert(content, Manifest)
     except msgspec.ValidationError as error:
         reason = _reason(str(error))
-    except UsageError as error:  # of the objects that are made: they say which they are
+    except UsageError as error:  # raised by the constructors of option objects, whose messages name them
         reason = error.message.rstrip(".")
     raise BundleError(f"{where} has an entry of the wrong kind ({reason}).", "Export the bundle again.")
 
@@ -571,10 +574,10 @@ _LACKS = re.compile(r"Object missing required field `(\w+)`")
 
 
 def _reason(message: str) -> str:
-    """msgspec's message in our words: the field first."""
-    found = _PATH.match(message)
-    assert found is not None
-    what, path = found["what"], found["path"] or "it"
+    """msgspec's message with the field first."""
+    match = _PATH.match(message)
+    assert match is not None
+    what, path = match["what"], match["path"] or "it"
     if lacks := _LACKS.fullmatch(what):
         return f"{path} lacks {lacks[1]}"
     return f"{path}: {what[:1].lower()}{what[1:120]}".replace("`", "")
@@ -582,7 +585,7 @@ def _reason(message: str) -> str:
 
 @contextlib.contextmanager
 def reading(where: str, name: str) -> Iterator[None]:
-    """While an entry `name` of the manifest `where` is read: BundleError that names it where it is not as written."""
+    """Turn errors in the block into a BundleError that names the entry `name` of the manifest `where`."""
     try:
         yield
     except UsageError as error:
@@ -595,7 +598,7 @@ def reading(where: str, name: str) -> Iterator[None]:
 
 
 def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers that no JSON holds, though Python reads and writes them, with the path to each."""
+    """NaN and infinite numbers with their paths: Python reads them, but they are not JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         yield path, value
     elif isinstance(value, dict | list):
@@ -659,7 +662,7 @@ _CHECKS: Mapping[str, Callable[[Manifest], None]] = {
     "output_options": _check_output_options,
     "batch": _check_batch,
 }
-"""What types do not say: absurd sizes, and entries that contradict each other."""
+"""Checks beyond types: absurd sizes, and entries that contradict each other."""
 
 
 def json_schema() -> dict[str, Any]:

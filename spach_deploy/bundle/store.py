@@ -1,15 +1,16 @@
-"""The bundle: one directory with the engine, the graph it was built from, and the evidence. Read, write, verify.
+"""Reading, writing and verifying bundles. A bundle is the directory that an export writes:
 
-    manifest.json    what, from what, with what, how well, and the SHA-256 of every other file
+    manifest.json    options, sources, tools and results of the export, and the SHA-256 of every other file
     model.onnx       the typed graph the engine was built from
     engine.plan      plain TensorRT plan, or absent with the reason in the manifest
     golden.npz       a few preprocessed inputs with the reference logits
     report.json      the validation in full
     report.html      the same as a page to read
-    build.log        what the engine's builder said
+    build.log        messages of the engine's builder
 
-It is written into a hidden sibling directory and moved into place in one step, so that a killed export leaves the old
-bundle or none, never half of one.
+`check_target` refuses a target before the work begins. `writing` gives a hidden sibling directory to fill, which
+`seal` completes with the manifest; it is then moved into place in one step, so that a killed export leaves the old
+bundle or none, never half of one. `Bundle.open` reads a bundle and compares its files with the manifest.
 """
 
 from __future__ import annotations
@@ -49,31 +50,31 @@ MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
 )
 BUILD_LOG = "build.log"
 REWRITTEN = (REPORT, PAGE)
-"""What validating a bundle writes again; no part of what is hashed."""
+"""Files that spach-validate rewrites, and that are therefore not hashed."""
 
 QUANTIZATION = "quantization.json"
 HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION)
-"""What is read from a bundle and must be what was exported."""
+"""Files that later commands read, and that must be exactly those of the export."""
 
 GOLDEN_BYTES = {"input": 1 << 30, "logits": 1 << 28, "names": 1 << 24}
-"""Of a golden pack's arrays at most: far more than a few images and their answers have."""
+"""Largest size of each array of a golden pack, in bytes: far more than a few images and their logits take."""
 
 SENSITIVITY = "sensitivity.svg"
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk."""
+    """A bundle on disk: its directory and its manifest."""
 
     path: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> Self:
-        """The bundle at `path`, a directory or a file in it.
+        """Open the bundle at `path`, its directory or a file in it.
 
-        With `verify` every file's SHA-256 is compared with the manifest. Raises BundleError for what is no bundle, and
-        ChangedFileError that names what is missing or changed.
+        With `verify` every file's SHA-256 is compared with the manifest. Raises BundleError where there is no bundle,
+        and ChangedFileError with the names of missing and changed files.
         """
         directory = find_bundle(Path(path))
         bundle = cls(directory, Manifest.read(directory / MANIFEST))
@@ -84,7 +85,7 @@ class Bundle:
         return bundle
 
     def changed_files(self) -> dict[str, str]:
-        """Files that are not what the manifest says: name -> "is missing", "was changed" or why else."""
+        """Files that differ from the manifest, by name: "is missing", "was changed" or another reason."""
         listed = self.manifest.files
         states = {name: self._state(name, file.sha256) for name, file in listed.items()}
         unlisted = [name for name in HASHED if name not in listed and (self.path / name).exists()]
@@ -103,7 +104,7 @@ class Bundle:
             return f"cannot be read ({error.strerror})"
 
     def file(self, name: str) -> Path:
-        """Path of one of the bundle's files; BundleError when it is not there."""
+        """Path of one of the bundle's files. BundleError where it is missing."""
         file = self.path / name
         if not file.is_file():
             raise BundleError(f"Bundle {self.path} has no {name}.", "Export it again.")
@@ -111,14 +112,14 @@ class Bundle:
 
     @property
     def needs_vnni(self) -> bool:
-        """Whether its graph computes something else on CPUs without VNNI: ONNX Runtime sums in 16 bits there."""
+        """Whether its graph computes wrong results on CPUs without VNNI, where ONNX Runtime accumulates in 16 bits."""
         section = self.manifest.quantization
         return section is not None and section.vnni
 
     @property
     def quantizes_fp16(self) -> bool:
-        """Whether its graph makes integers of FP16, which some ONNX Runtimes truncate (`runtime.truncation`): as INT8
-        exports did before manifests said what they quantize."""
+        """Whether its graph quantizes FP16 tensors, where some versions of ONNX Runtime truncate instead of rounding
+        (`runtime.truncation`). Manifests without `quantized_from` are of exports that did so."""
         section = self.manifest.quantization
         if section is None or section.format is not Precision.INT8:
             return False
@@ -126,12 +127,12 @@ class Bundle:
 
     @property
     def plan(self) -> Path | None:
-        """The engine's plan, or None where the bundle was made without one."""
+        """Path of the engine plan, or None where the bundle has none."""
         return self.path / PLAN if PLAN in self.manifest.files else None
 
 
 def find_bundle(path: Path) -> Path:
-    """The bundle's directory, for the directory itself or a file in it; BundleError otherwise."""
+    """The bundle's directory, given the directory or a file in it. BundleError otherwise."""
     if not path.exists():
         raise BundleError(f"{path} does not exist.", "Give a bundle directory, its engine.plan or its model.onnx.")
     directory = path if path.is_dir() else path.parent
@@ -142,33 +143,33 @@ def find_bundle(path: Path) -> Path:
 
 
 def golden_problem(file: Path) -> str:
-    """Why a file is no golden pack, as a clause, by its directory and headers; empty where it is one."""
+    """Why a file is not a golden pack, as a clause, judged by the npz headers alone; empty where it is one."""
     try:
-        found = npz_headers(file, GOLDEN_BYTES)
+        headers = npz_headers(file, GOLDEN_BYTES)
     except ValueError as error:
         return f"cannot be read as a golden pack ({error})"
-    images, logits, names = (found[name].shape for name in ("input", "logits", "names"))
-    if len(logits) != 2 or found["logits"].dtype != "float32" or not logits[0]:
-        return f"is no golden pack: its logits are {found['logits'].dtype} {logits}"
+    images, logits, names = (headers[name].shape for name in ("input", "logits", "names"))
+    if len(logits) != 2 or headers["logits"].dtype != "float32" or not logits[0]:
+        return f"is no golden pack: its logits are {headers['logits'].dtype} {logits}"
     if len(images) != 4 or not images[0] == logits[0] == (names or (1,))[0]:
         return f"is no golden pack: {images[:1]} inputs, {logits[0]} answers and {(names or (1,))[0]} names"
     return ""
 
 
 def default_directory(model: str, precision: str) -> Path:
-    """Where a bundle goes that was given no place."""
+    """Where a bundle goes without --output: `build/MODEL-PRECISION`."""
     return Path("build") / f"{model}-{precision}"
 
 
 @dataclasses.dataclass(frozen=True)
 class DirectoryKind:
-    """What a directory of ours holds, as its manifest says (`kind`; none in a bundle's) and in words."""
+    """A kind of directory that this package writes: `kind` in its manifest (None in a bundle), and a name."""
 
     kind: str | None
     what: str
 
     def lie_in(self, path: Path) -> bool:
-        """Whether the manifest in `path` is of this kind: other programs call theirs by the same name."""
+        """Whether `path` has a manifest of this kind; manifest.json is a common name, so its content is checked."""
         try:
             content = read_json(path / MANIFEST)
         except (OSError, ValueError):
@@ -184,9 +185,9 @@ BUNDLE = DirectoryKind(None, "a bundle")
 def check_target(target: Path, *, overwrite: bool, contents: DirectoryKind = BUNDLE) -> Destination:
     """Refuse a target that holds anything but `contents`, or could not be written, before the work begins.
 
-    What is given back is for `writing`, which replaces nothing else than what lies there now.
+    Returns the destination for `writing`, which replaces only what is at `target` now. BundleError where refused.
     """
-    place = Destination.of(target)
+    destination = Destination.of(target)
     if os.path.ismount(target) or target.absolute() == Path.cwd():
         what = "a mount point" if os.path.ismount(target) else "the directory you are in"
         raise BundleError(f"{target} is {what}, which cannot be replaced.", "Give an --output inside it.")
@@ -200,11 +201,11 @@ def check_target(target: Path, *, overwrite: bool, contents: DirectoryKind = BUN
         if not overwrite:
             raise BundleError(f"{target} holds {contents.what} already.", "Give --overwrite, or another --output.")
     parent = _existing_parent(target)
-    try:  # permissions do not tell: root may write everywhere, except where the file system says no
+    try:  # permission bits are not enough: root passes them on read-only file systems
         os.rmdir(tempfile.mkdtemp(prefix=f"{_staging_prefix(target)}{os.getpid()}-", dir=parent))
     except OSError as error:
         raise BundleError(f"{parent} is not writable ({error.strerror}).", "Choose another --output.") from error
-    return place
+    return destination
 
 
 def _existing_parent(target: Path) -> Path:
@@ -217,15 +218,15 @@ def _existing_parent(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def writing(place: Destination) -> Iterator[Path]:
-    """A hidden sibling directory to fill; it goes to its place when the block ends well, and disappears otherwise.
+def writing(destination: Destination) -> Iterator[Path]:
+    """A hidden sibling directory to fill. It is moved to `destination` when the block succeeds, and deleted otherwise.
 
-    `place` comes from `check_target`, and `seal` must have been called in the block. Raises BundleError for a full
-    disk, and for a target that cannot be written or holds something that was not there when it was checked.
+    `destination` comes from `check_target`, and the block must call `seal`. Raises BundleError for a full disk, and for
+    a target that cannot be written or that has changed since it was checked.
     """
-    target = place.path
+    target = destination.path
     try:
-        place.check()
+        destination.check()
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         staging = _staging_path(target)
@@ -234,7 +235,7 @@ def writing(place: Destination) -> Iterator[Path]:
         raise _write_error(target, error) from error
     try:
         yield staging
-        place.put(staging)
+        destination.put(staging)
         _flush(target.absolute().parent)
     except OSError as error:
         raise _write_error(target, error) from error
@@ -243,34 +244,35 @@ def writing(place: Destination) -> Iterator[Path]:
 
 
 FileDigests = Mapping[str, FileEntry]
-"""SHA-256 and size of files by name, as the manifest has them."""
+"""SHA-256 and size of files by name, as in the manifest."""
 
 
 def digest_files(staging: Path, known: FileDigests = MappingProxyType({})) -> FileDigests:
-    """Flush the files in `staging` to disk and hash them; those in `known` are as they were then.
+    """Flush the files in `staging` to disk and hash them. Digests in `known` are taken over without reading the file.
 
-    The report and its page are no part of what is hashed: validating again may write them again.
+    The report and its page are not hashed, because spach-validate rewrites them.
     """
     files = [file for file in sorted(staging.iterdir()) if file.name not in (MANIFEST, *REWRITTEN)]
-    return {file.name: known.get(file.name) or _settled(file) for file in files}
+    return {file.name: known.get(file.name) or _file_entry(file) for file in files}
 
 
-def _settled(file: Path) -> FileEntry:
+def _file_entry(file: Path) -> FileEntry:
     _flush(file)
     return FileEntry(sha256=sha256_of(file), bytes=file.stat().st_size)
 
 
-def seal(staging: Path, manifest: Manifest, settled: FileDigests = MappingProxyType({})) -> Manifest:
+def seal(staging: Path, manifest: Manifest, known: FileDigests = MappingProxyType({})) -> Manifest:
     """Write `manifest` with the hashes of the files in `staging`, and flush everything to disk.
 
-    `settled`: what `settle` said of files that nobody has changed since.
+    `known`: an earlier result of `digest_files` for files that have not changed since.
     """
-    return _sealed(staging, msgspec.structs.replace(manifest, files=dict(digest_files(staging, settled))).content())
+    return _sealed(staging, msgspec.structs.replace(manifest, files=dict(digest_files(staging, known))).content())
 
 
 def seal_again(staging: Path, source: Path, **sections: msgspec.Struct) -> Manifest:
-    """`seal` what was copied from the bundle at `source`, with other sections in the place of its own, or before its
-    files. All else that its manifest says stays, fields that are not known here too.
+    """`seal` a copy of the bundle at `source`, with `sections` replaced in or added to its manifest.
+
+    All other fields of that manifest are kept, those of later versions too.
     """
     content = read_json(source / MANIFEST)
     kept = {name: value for name, value in content.items() if name != "files"}
@@ -310,7 +312,7 @@ def _staging_path(target: Path) -> Path:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Delete what killed exports to the same target left on this host."""
+    """Delete staging directories that killed exports to the same target left on this host."""
     prefix = _staging_prefix(target)
     for sibling in target.absolute().parent.iterdir():
         if sibling.name.startswith(prefix) and sibling.is_dir() and not sibling.is_symlink():

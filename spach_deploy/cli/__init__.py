@@ -1,5 +1,5 @@
-"""Commands: options.py defines each option once, one file per command."""
+"""The commands, one file each. Their options are entries of `spach_deploy.options.table`."""
 
-from spach_deploy.cli.interrupts import quiet_until_a_command_begins
+from spach_deploy.cli.interrupts import install_early_interrupt_handler
 
-quiet_until_a_command_begins()
+install_early_interrupt_handler()

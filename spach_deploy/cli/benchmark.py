@@ -56,18 +56,18 @@ def main(
     from spach_deploy.common.machine import available_threads
     from spach_deploy.models.registry import check_ignore
 
-    place = None if plot is None else check_plot(plot)
+    destination = None if plot is None else check_plot(plot)
     check_ignore(checkpoint, ignore)
     source = None if weights is None else WeightSource(weights)
     setup = RunnerSetup(bundle, checkpoint, source, threads or available_threads(), ignore)
-    question = BenchmarkRequest(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
+    request = BenchmarkRequest(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
-        found = measure(question, tell)
-    show(json_text(found.to_dict()) if as_json else as_text(found))
-    if place is not None:
-        draw(found, place)
+        result = measure(request, tell)
+    show(json_text(result.to_dict()) if as_json else as_text(result))
+    if destination is not None:
+        draw(result, destination)
         say(f"Plot: {plot}")
-    return found.exit_code
+    return result.exit_code
 
 
 def _batches(text: str | None) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ def _batches(text: str | None) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr where somebody watches."""
+    """A progress bar on stderr, if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda what, share: None
         return

@@ -8,24 +8,27 @@ from typing import Any
 from spach_deploy.bundle.cache import CacheEntry, Store
 from spach_deploy.common.files import is_own
 from spach_deploy.common.text import escaped, json_text
-from spach_deploy.pipeline.cache import NONE, PLACE, SIZE, open_store
+from spach_deploy.pipeline.cache import FOLDER_VARIABLE, NONE, SIZE_VARIABLE, open_store
 
-_NO_CACHE = f"There is no cache: {PLACE}={NONE}, or this user has no home directory. Give a directory with {PLACE}=DIR."
+_NO_CACHE = (
+    f"There is no cache: {FOLDER_VARIABLE}={NONE}, or this user has no home directory."
+    f" Give a directory with {FOLDER_VARIABLE}=DIR."
+)
 
 
 def shown(*, as_json: bool) -> str:
-    """Place, size, limit and entries, the last used first."""
+    """The cache as text or JSON: folder, size, limit and entries, the last used first."""
     store = open_store()
     if store is None:
         return "null" if as_json else _NO_CACHE
     entries = store.entries()
     total = sum(entry.size_bytes for entry in entries)
     if as_json:
-        place = {"place": str(store.root), "bytes": total, "limit_bytes": store.limit_bytes}
-        return json_text({**place, "entries": [_plain(entry) for entry in entries]})
+        facts = {"place": str(store.root), "bytes": total, "limit_bytes": store.limit_bytes}
+        return json_text({**facts, "entries": [_plain(entry) for entry in entries]})
     lines = [
-        f"place      {store.root}  ({PLACE})",
-        f"size       {total / 1e6:,.0f} MB of {store.limit_bytes / 1e6:,.0f} MB  ({SIZE})",
+        f"place      {store.root}  ({FOLDER_VARIABLE})",
+        f"size       {total / 1e6:,.0f} MB of {store.limit_bytes / 1e6:,.0f} MB  ({SIZE_VARIABLE})",
         f"exports    {len(entries)}{', the last used first:' if entries else ''}{_why_none(store)}",
         *(f"  {_line(entry)}" for entry in entries),
     ]
@@ -33,14 +36,14 @@ def shown(*, as_json: bool) -> str:
 
 
 def _why_none(store: Store) -> str:
-    """That nothing is taken from a directory in which others may write."""
+    """Why entries of a directory in which others may write are not used; empty otherwise."""
     if not store.root.exists() or is_own(store.root):
         return ""
     return f": nothing is taken from where others may write (chmod -R go-w {store.root})"
 
 
 def cleared() -> str:
-    """Remove all; how many there were."""
+    """Empty the cache. Returns a sentence with the number of removed exports."""
     store = open_store()
     count = 0 if store is None else store.clear()
     return f"{count} finished {'export was' if count == 1 else 'exports were'} removed from the cache."

@@ -41,24 +41,23 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     options = calibrate_options({**given, "ray": ray_cluster(given["ray"])})
     check_spec(options.model)
     check_quantization(options)
-    place = check_calibration_file(output)
+    destination = check_calibration_file(output)
     with ending_on_interrupt(lambda: "What was done is kept; the same command goes on from there."):
-        _calibrate(options, place, verbose=verbose, as_json=as_json)
+        _calibrate(options, destination, verbose=verbose, as_json=as_json)
     return 0
 
 
-def _calibrate(options: Any, place: Destination, *, verbose: bool, as_json: bool) -> None:
-
+def _calibrate(options: Any, destination: Destination, *, verbose: bool, as_json: bool) -> None:
     from spach_deploy.cli.export_output import Progress
     from spach_deploy.pipeline.export import calibrate_to_file
     from spach_deploy.pipeline.scheduler import scheduler_here
 
     with scheduler_here() as scheduler, Progress(verbose=verbose) as progress:
-        calibration = calibrate_to_file(options, place, progress, scheduler=scheduler)
+        calibration = calibrate_to_file(options, destination, progress, scheduler=scheduler)
     if as_json:
         show(json_text(calibration.summary()))
     else:
-        show(escaped(_lines(calibration, place.path)))
+        show(escaped(_lines(calibration, destination.path)))
 
 
 def _lines(calibration: Calibration, output: Path) -> Iterator[str]:

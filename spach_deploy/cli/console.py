@@ -1,9 +1,8 @@
-"""stdout and stderr of a command, which may be closed, full, piped into something that ended, or of few characters.
+"""What all commands share: output streams, error messages, exit codes, and the click classes that use them.
 
-How commands speak and end: results on stdout, everything else on stderr, errors as one sentence, exit codes.
-
-0 done and verified, 1 the numbers disagree, 2 bad usage or bad input, 3 this machine cannot do or verify it,
-130 interrupted with Ctrl-C.
+Results go to stdout, everything else to stderr, and an error is one sentence. Exit codes: 0 done and verified, 1 the
+numbers disagree, 2 bad usage or bad input, 3 this machine cannot do or verify it, 130 interrupted with Ctrl-C.
+Output never makes a command fail: streams may be closed, full, a broken pipe, or of an encoding with few characters.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ if TYPE_CHECKING:
 
 
 NARROWEST, WIDEST = 60, 100
-"""Columns that text is broken at, on a terminal."""
+"""Limits of the width, in columns, at which text is wrapped on a terminal."""
 
 
 _PLAIN = "spach_deploy.plain"
-_SIGNS = {"─": "-", "–": "-", "…": "...", "×": "x"}
+_REPLACEMENTS = {"─": "-", "–": "-", "…": "...", "×": "x"}
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Instead of characters that a stream's encoding lacks: lines and dashes of tables in ASCII, others escaped."""
+    """Codec error handler: lines and dashes of tables become ASCII, other characters the encoding lacks are escaped."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end]
-    return "".join(_SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
+    return "".join(_REPLACEMENTS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
 
 
 codecs.register_error(_PLAIN, _plain)
@@ -52,9 +51,9 @@ codecs.register_error(_PLAIN, _plain)
 
 @contextlib.contextmanager
 def outputs_that_may_fail() -> Iterator[None]:
-    """A command goes on and ends with the same exit code though nobody can read it.
+    """Let a command go on and end with the same exit code where stdout or stderr cannot be written.
 
-    For stdout one sentence on stderr says so. A character that the stream's encoding lacks is escaped.
+    For stdout, one sentence on stderr says so. Characters that the stream's encoding lacks are escaped.
     """
     _open_closed_ones()
     with _replaced("stderr", 2, ""), _replaced("stdout", 1, "Warning: standard output cannot be written ({}).\n"):
@@ -62,7 +61,7 @@ def outputs_that_may_fail() -> Iterator[None]:
 
 
 def _open_closed_ones() -> None:
-    """A file that is opened later must not become stdout because that number is free; children inherit it too."""
+    """Open closed standard descriptors on /dev/null, so that a file opened later does not become stdout."""
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -72,7 +71,7 @@ def _open_closed_ones() -> None:
 
 @contextlib.contextmanager
 def _replaced(name: str, number: int, complaint: str) -> Iterator[None]:
-    """Another stream on the same descriptor; nothing where a caller has put one of its own there."""
+    """Replace the stream by a tolerant one on the same descriptor, unless a caller has replaced it already."""
     before: TextIO | None = getattr(sys, name)
     if before is not getattr(sys, f"__{name}__"):
         yield
@@ -91,14 +90,14 @@ def _replaced(name: str, number: int, complaint: str) -> Iterator[None]:
 
 
 class _Descriptor(io.FileIO):
-    """Drops what cannot be written; the first time it says so."""
+    """A file that drops what cannot be written, and writes `complaint` to stderr the first time."""
 
     def __init__(self, number: int, complaint: str) -> None:
         super().__init__(number, "w", closefd=False)
         self._complaint = complaint
 
     def write(self, data: Any, /) -> int:
-        """As a file does; all of it where it fails."""
+        """Write as a file does; report all bytes as written where that fails."""
         try:
             return super().write(data)
         except OSError as error:
@@ -109,7 +108,7 @@ class _Descriptor(io.FileIO):
 
 
 def is_colored() -> bool:
-    """Whether stdout gets colours: a terminal that has them, or anything with FORCE_COLOR; nothing with NO_COLOR."""
+    """Whether stdout gets colours: on a terminal that has them, or with FORCE_COLOR; never with NO_COLOR."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
@@ -118,7 +117,7 @@ def is_colored() -> bool:
 
 
 def width(usual: int) -> int:
-    """Columns to break text at: the terminal's or COLUMNS, within reason; `usual` where stdout is no terminal."""
+    """The width to wrap text at: that of the terminal or COLUMNS, 60 to 100; `usual` where stdout is no terminal."""
     columns = shutil.get_terminal_size((usual, 24)).columns if sys.stdout.isatty() else usual
     return min(max(columns, NARROWEST), WIDEST)
 
@@ -126,28 +125,28 @@ def width(usual: int) -> int:
 BAD_INPUT, UNAVAILABLE = 2, 3
 
 ARGUMENTS = "spach_deploy.arguments"
-"""Where a command's context keeps its words as they were typed."""
+"""Key in a command's context for its words as they were typed."""
 
 
 class Command(click.Command):
-    """A click command whose own errors (an unknown option, a number out of range) are one sentence too.
+    """A click command whose usage errors (an unknown option, a number out of range) are one sentence.
 
-    Its help shows the options in the groups of the table.
+    `--help` shows the options in the groups of the table.
     """
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options in --help."""
+        """Write the options of --help."""
         write_groups(self, ctx, formatter)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
-        """Run, whatever its outputs are."""
+        """Run, with streams that may fail."""
         with outputs_that_may_fail() if args is None else contextlib.nullcontext():
             return super().main(args, *more, **extra)
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Parse; exit code 2 for what cannot be parsed."""
+        """Parse the arguments. Exit code 2 where they cannot be parsed."""
         given = tuple(args)
         try:
             context = super().make_context(info_name, args, parent, **extra)
@@ -160,12 +159,12 @@ class Command(click.Command):
 
 
 class ComputingCommand(Command):
-    """A command that computes for seconds and more. It begins by looking at the versions of packages: old ones fail
-    later, and blame something else.
+    """A command that computes for seconds or more. It checks versions of packages first, because old ones fail later
+    with misleading errors.
     """
 
     def invoke(self, context: click.Context) -> Any:
-        """Run; exit code 3 where a package is missing or too old."""
+        """Run. Exit code 3 where a package is missing or too old."""
         try:
             refuse_unfit_packages()
         except SpachError as error:
@@ -175,10 +174,10 @@ class ComputingCommand(Command):
 
 
 def command(body: Callable[..., int | None]) -> Callable[..., None]:
-    """Wrap a command body: errors become one sentence and an exit code; `--debug` shows the traceback.
+    """Decorator of a command body: errors become one sentence and an exit code; `--debug` shows the traceback.
 
-    The body returns its exit code, None meaning 0. It is called with click's parameters, `debug` taken out. A
-    KeyboardInterrupt that it raises may carry a sentence on what was kept.
+    The body returns its exit code, None for 0. It is called with click's parameters except `debug`. A KeyboardInterrupt
+    that it raises may carry a sentence on what was kept.
     """
 
     @functools.wraps(body)
@@ -198,10 +197,12 @@ def command(body: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    """A sentence with the next step, and the exit code."""
+    """The message for an error, with the next step, and the exit code."""
     if isinstance(error, SpachError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch and onnxruntime have no class for it
+    if isinstance(error, MemoryError) or "allocate memory" in str(
+        error
+    ):  # torch and onnxruntime have no exception class for it
         return "Out of memory. Close other programs, or choose a smaller model, image size or batch.", UNAVAILABLE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "No space left on the disk or in the folder for temporary files. Free some, or set TMPDIR.", BAD_INPUT
@@ -212,24 +213,24 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 
 def show(text: str) -> None:
-    """Results, on stdout, escaped unless `text.rendered` or `text.escaped` did that: those know names from lines."""
+    """Print results to stdout. Text is escaped line by line, unless it is `Escaped`, as from `common.text`."""
     click.echo(text if isinstance(text, Escaped) else printable_lines(text), color=True)
 
 
 def say(text: str) -> None:
-    """Everything else, on stderr, a line at a time: a newline in it is that of a name, and is escaped."""
+    """Print one line to stderr. Newlines in it, as from a name, are escaped."""
     click.echo(printable(text), err=True)
 
 
 def fail(error: Exception, sentence: str, *, debug: bool) -> None:
-    """`Error: sentence` on stderr, after the traceback with `debug`."""
+    """Print `Error: sentence` to stderr, with `debug` after the traceback."""
     if debug:
         click.echo(printable_lines("".join(traceback.format_exception(error)).rstrip()), err=True)
     say(f"Error: {sentence}")
 
 
 def ray_cluster(address: str | None) -> ClusterAddress | None:
-    """The Ray cluster at the address that --ray was given; None without one."""
+    """The Ray cluster at the address given with --ray; None without one."""
     if address is None:
         return None
     from spach_deploy.distributed.actors import RayAddress

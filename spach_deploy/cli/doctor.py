@@ -1,4 +1,7 @@
-"""spach-doctor: what this machine can build and run, and whether it can run a given bundle or plan."""
+"""spach-doctor: what this machine can build and run, and whether it can run a given bundle or plan.
+
+`--cache` lists the cache of finished exports, `--clear-cache` empties it.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +48,14 @@ def main(target: Path | None, show_cache: bool, clear_cache: bool, as_json: bool
     from spach_deploy.doctor.machine import examine_machine
     from spach_deploy.doctor.machine_info import gather
 
-    here = gather()
-    found: Machine | Target = examine_machine(here) if target is None else _examined(target, here)
-    show(_json(found) if as_json else _text(found))
-    return found.exit_code
+    machine = gather()
+    result: Machine | Target = examine_machine(machine) if target is None else _examined(target, machine)
+    show(json_text(result.to_dict()) if as_json else _text(result))
+    return result.exit_code
 
 
-def _examined(target: Path, here: MachineInfo) -> Target:
-    """The doctor works where packages are missing, so it says so of the one that reads manifests."""
+def _examined(target: Path, machine: MachineInfo) -> Target:
+    """Examine a bundle or plan. MissingPackageError without msgspec, which may be missing here."""
     try:
         from spach_deploy.doctor.target import examine_target
     except ImportError as error:
@@ -62,16 +65,11 @@ def _examined(target: Path, here: MachineInfo) -> Target:
         if error.name != "msgspec":
             raise
         raise MissingPackageError("msgspec", "Reading a manifest", installing("msgspec")) from None
-    return examine_target(target, here)
-
-
-def _json(found: Machine | Target) -> str:
-
-    return json_text(found.to_dict())
+    return examine_target(target, machine)
 
 
 def _text(found: Machine | Target) -> str:
-    """The doctor works where packages are missing, so it says so of the one that it needs to be read."""
+    """The findings as text. UnavailableError without rich: the doctor also runs where packages are missing."""
     from spach_deploy.common.errors import UnavailableError
     from spach_deploy.doctor.commands import installing
     from spach_deploy.doctor.table import WIDTH, as_text

@@ -66,8 +66,8 @@ def main(
         from spach_deploy.cli.zoo import ZooRequest, zoo
 
         many = {"ray": given["ray"], "jobs": given["jobs"]}
-        asked = ZooRequest(auto=auto, dry_run=dry_run, no_cache=no_cache, as_json=as_json, **many)
-        code, page = zoo(given, recipe, asked)
+        request = ZooRequest(auto=auto, dry_run=dry_run, no_cache=no_cache, as_json=as_json, **many)
+        code, page = zoo(given, recipe, request)
         if is_opened and page.is_file():
             open_page(page)
         return code
@@ -83,26 +83,26 @@ def main(
     if auto:
         if dry_run:
             raise UsageError("--dry-run is for one export, and --auto makes several.", "Ask for one of them: --fp16.")
-        found = _recommend(given, recipe, verbose=verbose, as_json=as_json)
-        if is_opened and found.chosen is not None and found.chosen.bundle is not None:
-            open_page(found.chosen.bundle / PAGE)
-        return found.exit_code
+        recommendation = _recommend(given, recipe, verbose=verbose, as_json=as_json)
+        if is_opened and recommendation.chosen is not None and recommendation.chosen.bundle is not None:
+            open_page(recommendation.chosen.bundle / PAGE)
+        return recommendation.exit_code
     from spach_deploy.pipeline.estimate import refuse_early
 
     options = export_options({**given, "ray": ray_cluster(given["ray"])}, recipe)
     if dry_run:
         return _dry_run(options, is_cached=not no_cache, as_json=as_json)
-    place = refuse_early(options)
+    destination = refuse_early(options)
     if options.quantization.cluster is not None:
         options.quantization.cluster.check()
-    page = _export(options, place, is_cached=not no_cache, verbose=verbose, as_json=as_json)
+    page = _export(options, destination, is_cached=not no_cache, verbose=verbose, as_json=as_json)
     if is_opened:
         open_page(page)
     return 0
 
 
 def _is_zoo(given: Mapping[str, Any]) -> bool:
-    """Whether many exports are asked for. UsageError for an option that means something only then."""
+    """Whether --zoo was given. UsageError for an option that needs --zoo."""
     if given["zoo"] is not None:
         return True
     if given["precision_list"] is not None:
@@ -113,18 +113,18 @@ def _is_zoo(given: Mapping[str, Any]) -> bool:
 
 
 def _export(
-    options: ExportOptions, place: Destination | None, *, is_cached: bool, verbose: bool, as_json: bool
+    options: ExportOptions, destination: Destination | None, *, is_cached: bool, verbose: bool, as_json: bool
 ) -> Path:
-    """Export and print; the bundle's page. Ctrl-C says what was kept, from before torch is loaded to the last line.
+    """Export, or take the same export from the cache, and print the result. Returns the path of the bundle's page.
 
-    The same export that was done before comes from the cache, before torch is loaded.
+    torch is imported only if there is something to export. Ctrl-C at any time says what was kept.
     """
     from spach_deploy.pipeline.cache import ExportCache
     from spach_deploy.pipeline.estimate import target_directory
 
     with ending_on_interrupt(what_is_kept(target_directory(options))):
         cache = ExportCache.of(options, is_used=is_cached)
-        if (reused := cache.take(options, place)) is not None:
+        if (reused := cache.take(options, destination)) is not None:
             show(_of_reused(reused, as_json=as_json))
             return reused.bundle.path / PAGE
         from spach_deploy.pipeline.scheduler import scheduler_here
@@ -134,7 +134,7 @@ def _export(
             from spach_deploy.pipeline.export import export
 
             with Progress(verbose=verbose) as progress:
-                result = export(options, progress, place=place, scheduler=scheduler)
+                result = export(options, progress, destination=destination, scheduler=scheduler)
         show(summary(result, as_json=as_json))
         if problem := cache.keep(result.bundle):
             say(problem)
@@ -142,18 +142,17 @@ def _export(
 
 
 def _dry_run(options: ExportOptions, *, is_cached: bool, as_json: bool) -> int:
-    """Print the plan of work; the exit code that the export would begin with."""
+    """Print what an export would do. Returns the exit code of the first refusal, or 0."""
     from spach_deploy.cli.export_output import as_text
     from spach_deploy.pipeline.estimate import dry_run
 
-    found = dry_run(options, is_cached=is_cached)
-    show(as_text(found, as_json=as_json))
-    return found.exit_code
+    plan = dry_run(options, is_cached=is_cached)
+    show(as_text(plan, as_json=as_json))
+    return plan.exit_code
 
 
 def _of_reused(reused: Reused, *, as_json: bool) -> str:
-    """What is said of a bundle that was not made again."""
-
+    """The summary of a bundle that came from the cache."""
     manifest = reused.bundle.manifest
     if as_json:
         return json_text(manifest.content())
@@ -172,7 +171,7 @@ def _of_reused(reused: Reused, *, as_json: bool) -> str:
 
 
 def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Recommendation:
-    """Every candidate exported, one table, one recommendation."""
+    """Export every candidate of --auto, and print a table and a recommendation."""
     options = _auto_options(given, recipe)
     with ending_on_interrupt(lambda: "Bundles that were finished are kept."):
         from spach_deploy.cli.export_output import Progress
@@ -186,7 +185,7 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
 
 
 def _auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOptions:
-    """Options that every candidate shares. UsageError beside a precision, which --auto is to find."""
+    """Options that all candidates of --auto share. UsageError where a precision is given too."""
     if (precision := one_precision(given["precision"])) is not None:
         raise UsageError(f"--auto chooses the precision, and --{precision} does too.", "Give one of them.")
     options = export_options({**given, "precision": "int8"}, recipe)
@@ -199,27 +198,27 @@ def _auto_options(given: Mapping[str, Any], recipe: Path | None) -> ExportOption
 
 
 def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_json: bool) -> Path:
-    """Candidates measured, the best written; its page."""
-    options, asked = _cpu_options(given, recipe)
+    """Measure the candidates of --target cpu and write the best. Returns the path of the bundle's page."""
+    options, requested = _cpu_options(given, recipe)
     with ending_on_interrupt(lambda: "Nothing was written."):
         from spach_deploy.cli.export_output import Progress
         from spach_deploy.pipeline.cpu_target import as_table, export_for_cpu
         from spach_deploy.pipeline.scheduler import scheduler_here
 
         with scheduler_here() as scheduler, Progress(verbose=verbose) as observer:
-            choice = export_for_cpu(options, asked, observer, scheduler=scheduler)
+            choice = export_for_cpu(options, requested, observer, scheduler=scheduler)
         show(json_text(choice.bundle.manifest.content()) if as_json else as_table(choice))
     return choice.bundle.path / PAGE
 
 
 def _cpu_options(given: Mapping[str, Any], recipe: Path | None) -> tuple[ExportOptions, Precision | None]:
-    """Options that the candidates share, and the only precision that was asked for."""
+    """Options that all candidates of --target cpu share, and the requested precision, None for all candidates."""
     from spach_deploy.pipeline.cpu_target import check_cpu
 
-    asked = one_precision(given["precision"])
-    shared = asked or ("int8" if given["calibration"] is not None else "fp32")
+    requested = one_precision(given["precision"])
+    shared = requested or ("int8" if given["calibration"] is not None else "fp32")
     options = export_options({**given, "precision": shared}, recipe)
-    precision = None if asked is None else Precision(asked)
+    precision = None if requested is None else Precision(requested)
     check_cpu(options, precision)
     return options, precision
 

@@ -1,9 +1,4 @@
-"""What spach-export shows: progress on stderr while it works, a summary on stdout when it is done.
-
-What `spach-export --list` and `--list-rewrites` print.
-
-spach-export --dry-run: the plan of work as text or JSON.
-"""
+"""Output of spach-export: progress on stderr, and on stdout the summary, --list, --list-rewrites and --dry-run."""
 
 from __future__ import annotations
 
@@ -34,7 +29,7 @@ _PHASES_HEADING = "phase                        seconds  peak GB"
 
 
 class Progress(ExportObserver):
-    """An observer that draws bars on a terminal, and plain lines with `verbose` or where there is no terminal."""
+    """An observer that draws bars on a terminal; elsewhere, and with `verbose`, it prints lines."""
 
     def __init__(self, *, verbose: bool) -> None:
         from rich.console import Console
@@ -66,12 +61,12 @@ class Progress(ExportObserver):
         self._bars.stop()
 
     def started(self, phase: str) -> None:
-        """Show the phase as under way."""
+        """Show a bar for the phase."""
         self._said = time.monotonic()
         self._task = self._bars.add_task(phase, total=None)
 
     def finished(self, phase: Phase) -> None:
-        """Take the bar away; with `verbose`, a line of the table of phases."""
+        """Remove the bar; with `verbose`, print a line of the table of phases."""
         if self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
@@ -82,11 +77,11 @@ class Progress(ExportObserver):
             say(f"{phase.name:<28} {phase.seconds:7.2f}  {phase.peak_bytes / 1e9:7.2f}")
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
         say(text)
 
     def building(self, event: Any) -> None:
-        """One bar for each of the builder's outermost phases."""
+        """Show a bar for each outermost phase of the engine builder."""
         if event.parent is not None:
             return
         if event.finished:
@@ -101,7 +96,7 @@ class Progress(ExportObserver):
         self._bars.update(self._build[event.phase], completed=event.step)
 
     def calibrating(self, progress: Any) -> None:
-        """The phase's bar, and what is left of it."""
+        """Update the phase's bar with the image's number and the seconds left."""
         if not self._console.is_terminal:
             self._calibrating_line(progress)
         if self._task is None:
@@ -111,7 +106,7 @@ class Progress(ExportObserver):
         self._bars.update(self._task, description=text, total=progress.total, completed=progress.done)
 
     def _calibrating_line(self, progress: Any) -> None:
-        """A line now and then, where there are no bars."""
+        """Print a line every ten seconds, where there are no bars."""
         now = time.monotonic()
         if now - self._said < _LINE_EVERY_S or progress.seconds_left is None:
             return
@@ -120,7 +115,7 @@ class Progress(ExportObserver):
 
 
 def summary(result: ExportResult, *, as_json: bool) -> str:
-    """The end of an export: what was made, what was proven and where it lies."""
+    """The summary of an export: model, graph, engine, validation, and the bundle's path; or the manifest as JSON."""
     manifest = result.bundle.manifest
     return json_text(manifest.content()) if as_json else escaped(_lines(result, manifest))
 
@@ -168,7 +163,7 @@ _NUMBERS = ("params", "MACs", "top-1")
 
 
 def models_as_table() -> str:
-    """One line a model: parameters and MACs at 224 pixels, blocks of each stage, published accuracy."""
+    """A line for each model: parameters, MACs at 224 pixels, blocks of each network stage, published accuracy."""
     rows = [
         (
             info.name,
@@ -192,7 +187,7 @@ def _short(stages: str) -> str:
 
 
 def models_as_json() -> str:
-    """The same facts as JSON."""
+    """The table of models as JSON."""
     return json_text([_model_facts(info) for info in list_models()])
 
 
@@ -209,11 +204,11 @@ def _model_facts(info: ModelInfo) -> dict[str, Any]:
 
 
 def rewrites_as_table() -> str:
-    """Names that --no-rewrite takes."""
-    return _table(("rewrite", "what it does"), _steps())
+    """The rewrites and passes that --no-rewrite can turn off."""
+    return _table(("rewrite", "what it does"), _rewrites())
 
 
-def _steps() -> list[tuple[str, str]]:
+def _rewrites() -> list[tuple[str, str]]:
     from spach_deploy.graph.passes import TENSORRT_PASSES
     from spach_deploy.rewrites import REWRITES
 
@@ -233,7 +228,7 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def as_text(found: DryRun, *, as_json: bool) -> str:
-    """What would be done, what it would cost, and what would be refused."""
+    """The result of --dry-run as text or JSON: steps, time, memory, disk, and refusals."""
     if as_json:
         return json_text(found.to_dict())
     lines = [f"{name:<12}{value}" for name, value in found.facts]

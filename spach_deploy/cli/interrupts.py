@@ -1,12 +1,12 @@
-"""Ctrl-C ends a command, wherever it strikes.
+"""Handling of Ctrl-C: a command ends with exit code 130 and one sentence, whatever it is doing.
 
-Python raises KeyboardInterrupt at whatever the main thread happens to do. In a callback of the import system or of the
+Python raises KeyboardInterrupt wherever the main thread happens to be. In a callback of the import system or of the
 garbage collector it is swallowed, and the import lock may stay locked, so that other threads wait for ever; in a class
-body it becomes a RuntimeError. All three were seen while torch was loading. So the signal is remembered: what ends the
-block after it counts as the interruption, and what does not end in time is ended.
+body it becomes a RuntimeError. All three were seen while torch was loading. So `ending_on_interrupt` records the
+signal: however its block ends afterwards, it raises KeyboardInterrupt, and a block that does not end in time is killed.
 
-Until `quiet_until_a_command_begins` has run, Ctrl-C is a traceback: this module imports nothing but what Python has
-loaded by then.
+Until `install_early_interrupt_handler` has run, Ctrl-C shows a traceback. So this module imports only what Python has
+loaded already.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ INTERRUPTED = 130
 NOTHING = "Nothing was written."
 _SHOW_CURSOR = "\x1b[?25h"
 GRACE_S = 5.0
-"""Seconds to stop a build and remove what was begun; counted from when the main thread is back in Python."""
+"""Seconds to stop a build and clean up, counted from the moment at which the main thread runs Python code again."""
 
 
-def quiet_until_a_command_begins() -> None:
-    """In one of our scripts, Ctrl-C while modules load, and after the command, is no traceback of Python's."""
+def install_early_interrupt_handler() -> None:
+    """In a command of this package, end without a traceback on Ctrl-C before and after the command's own handling."""
     if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: _exit_now("Interrupted.\n"))
 
 
 def _is_our_script() -> bool:
-    """Whether this process is one of the commands that pip installs, or `python -m` with a command's module."""
+    """Whether this process is a command that pip installed, or `python -m` with a command's module."""
     words = sys.orig_argv
     is_module = len(words) > len(sys.argv) and words[-len(sys.argv) - 1] == "-m"
     module = words[-len(sys.argv)] if is_module else ""
@@ -48,14 +48,14 @@ def _is_our_script() -> bool:
 
 
 def sentence(kept: str) -> str:
-    """What the command says at its end."""
+    """The message of an interrupted command."""
     return f"Interrupted. {kept}"
 
 
 def what_is_kept(target: Path | None) -> Callable[[], str]:
-    """What says of the bundle `target`, at any time from now on, whether it is the earlier one, a new one or none.
+    """A function that says, when called, whether the bundle `target` is the one of now, a new one, or absent.
 
-    A bundle moves into place in one step, so that another directory is a whole new one.
+    Bundles are moved into place in one step, so a directory with another inode is a complete new bundle.
     """
     before = _inode(target)
 
@@ -78,8 +78,8 @@ def _inode(path: Path | None) -> int | None:
 def ending_on_interrupt(kept: Callable[[], str], *, grace_s: float = GRACE_S) -> AbstractContextManager[None]:
     """Raise KeyboardInterrupt(kept()) at the end of the block if Ctrl-C was pressed in it, however the block ended.
 
-    `kept` says what is there now. If the process lives `grace_s` longer, or at a second Ctrl-C, it exits with 130.
-    Does nothing where Ctrl-C is ignored (a shell's background job) or in another thread than the main one.
+    `kept` returns a sentence on what is on disk. After `grace_s` seconds, or at a second Ctrl-C, the process exits with
+    130. Does nothing where Ctrl-C is ignored (a shell's background job), or outside the main thread.
     """
     return _Block(_Interrupt(kept, grace_s))
 
@@ -89,16 +89,16 @@ class _Block:
         self._interrupt = interrupt
         self._previous: Any = None
         self._hook: Any = None
-        self._is_deaf = False
+        self._is_inactive = False
 
     def __enter__(self) -> None:
         import atexit
         import threading
 
         self._previous = signal.getsignal(signal.SIGINT)
-        self._is_deaf = self._previous in (signal.SIG_IGN, None)
-        self._is_deaf |= threading.current_thread() is not threading.main_thread()
-        if self._is_deaf:
+        self._is_inactive = self._previous in (signal.SIG_IGN, None)
+        self._is_inactive |= threading.current_thread() is not threading.main_thread()
+        if self._is_inactive:
             return
         atexit.unregister(_leave_before_the_alarm)
         atexit.register(_leave_before_the_alarm)  # before the heavy imports, so that it runs after what they register
@@ -109,17 +109,17 @@ class _Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_deaf:
+        if self._is_inactive:
             return
         sys.unraisablehook = self._hook
         signal.signal(signal.SIGINT, self._previous)
         if self._interrupt.happened:
-            self._interrupt.told = True  # by whoever catches this
+            self._interrupt.told = True  # by the code that catches this
             raise KeyboardInterrupt(self._interrupt.kept()) from None
 
 
 class _Interrupt:
-    """A handler of SIGINT that remembers."""
+    """A handler of SIGINT that records the signal, starts the time limit and raises KeyboardInterrupt."""
 
     def __init__(self, kept: Callable[[], str], grace_s: float) -> None:
         from spach_deploy.common.errors import printable
@@ -139,7 +139,7 @@ class _Interrupt:
         raise KeyboardInterrupt
 
     def _end_now(self, *_: Any) -> NoReturn:
-        """Without unwinding: what is left of this export is removed by the next one."""
+        """Exit without unwinding. The next export removes what this one leaves."""
         cursor = _SHOW_CURSOR if os.isatty(2) else ""
         _exit_now("" if self.told else f"{cursor}{self._printable(sentence(self.kept()))}\n")
 
@@ -147,13 +147,13 @@ class _Interrupt:
 def _exit_now(text: str) -> NoReturn:
     try:  # noqa: SIM105  (contextlib would have to be imported)
         os.write(2, text.encode())
-    except OSError:  # nobody reads it
+    except OSError:  # stderr is closed
         pass
     os._exit(INTERRUPTED)
 
 
 def _leave_before_the_alarm() -> None:
-    """Python's own end forgets handlers first and may take long: the alarm would kill it, with another exit code."""
+    """At exit, leave at once if the time limit runs: Python's shutdown removes handlers, so SIGALRM would kill it."""
     if signal.getitimer(signal.ITIMER_REAL)[0] > 0:
         for stream in (sys.stdout, sys.stderr):
             try:  # noqa: SIM105

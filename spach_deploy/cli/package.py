@@ -1,4 +1,4 @@
-"""spach-package: what a bundle becomes to serve, one subcommand a way, each loaded when it is called."""
+"""spach-package: a group of subcommands, one for each way to serve a bundle, imported only when called."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SUBCOMMANDS = {
     "polygraphy": ("spach_deploy.cli.package_polygraphy", "The golden data for polygraphy run."),
     "kubernetes": ("spach_deploy.cli.package_kubernetes", "A container image and manifests for a cluster."),
 }
-"""Module, whose `main` it is, and help line of each subcommand. One whose module is not there is not offered."""
+"""Module and help line of each subcommand, which is the module's `main`. Subcommands of absent modules are hidden."""
 
 
 class LazyGroup(click.Group):
-    """A group that imports a subcommand when it is called, and speaks as the other commands do."""
+    """A click group that imports a subcommand when it is called, with the errors and streams of the other commands."""
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
-        """Run, whatever its outputs are."""
+        """Run, with streams that may fail."""
         with outputs_that_may_fail() if args is None else contextlib.nullcontext():
             return super().main(args, *more, **extra)
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """Names, in the order of `SUBCOMMANDS`."""
+        """Names of subcommands, in the order of `SUBCOMMANDS`."""
         return [name for name, (module, _) in SUBCOMMANDS.items() if importlib.util.find_spec(module)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
@@ -44,14 +44,14 @@ class LazyGroup(click.Group):
         return main
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list in --help, from the table instead of from the subcommands."""
+        """Write the list of --help from `SUBCOMMANDS`, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, SUBCOMMANDS[name][1]) for name in self.list_commands(context)])
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Parse; one sentence and exit code 2 for what cannot be parsed."""
+        """Parse the arguments. One sentence and exit code 2 where they cannot be parsed."""
         try:
             return super().make_context(info_name, args, parent, **extra)
         except click.exceptions.NoArgsIsHelpError:
@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The subcommand; one sentence and exit code 2 for one that there is not."""
+        """The subcommand. One sentence and exit code 2 where there is no such one."""
         try:
             return super().resolve_command(context, args)
         except click.UsageError as error:

@@ -53,21 +53,19 @@ def _write(given: dict[str, Any]) -> int:
     if not given["bundles"] or given["output"] is None:
         raise UsageError("Nothing to do.", "Give a BUNDLE and --output REPO, or --check REPO.")
     options = _options(given)
-    from spach_deploy.packaging.triton.repository import repository_json as as_json
-    from spach_deploy.packaging.triton.repository import repository_text as as_text
-    from spach_deploy.packaging.triton.repository import write_repository
+    from spach_deploy.packaging.triton.repository import repository_json, repository_text, write_repository
     from spach_deploy.packaging.triton.served_model import BundleArgument
 
     bundles = [BundleArgument.parse(text) for text in given["bundles"]]
     written: TritonRepository = write_repository(bundles, given["output"], options, overwrite=given["overwrite"])
     for warning in written.warnings:
         say(f"Warning: {warning}")
-    show(as_json(written) if given["as_json"] else as_text(written))
+    show(repository_json(written) if given["as_json"] else repository_text(written))
     return 0
 
 
 def _options(given: dict[str, Any]) -> TritonOptions:
-    """What was asked for. UsageError for options that contradict each other."""
+    """The options as objects. UsageError for options that contradict each other."""
     policy = given["version_policy"]
     device = given["device"]
     return TritonOptions(

@@ -1,4 +1,4 @@
-"""spach-predict: what a bundle's model says of pictures."""
+"""spach-predict: run a bundle's model on images, and print the best classes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def main(bundle: Path, images: tuple[Path, ...], top_k: int | None, as_json: boo
 
 
 def _predict(session: Session, source: ImageSource, top_k: int | None, *, as_json: bool) -> None:
-    """Print as they come, then what was skipped and how fast it went."""
+    """Print predictions as they come, then the skipped images and the throughput."""
     done, start = 0, time.perf_counter()
     with ending_on_interrupt(lambda: f"{done} pictures were answered."), _progress(source.count) as tell:
         for prediction in session.predictions(source, top_k):
@@ -85,7 +85,7 @@ def _block(prediction: Prediction) -> str:
 
 @contextlib.contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where somebody watches it, and results do not scroll by."""
+    """A progress bar on stderr, if that is a terminal and stdout is not."""
     if not sys.stderr.isatty() or sys.stdout.isatty():
         yield lambda done: None
         return

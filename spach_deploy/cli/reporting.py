@@ -1,4 +1,4 @@
-"""What commands do with a report: write it and its page, and open the page."""
+"""Reports of commands: where report.json and its HTML page are written, writing them, and opening the page."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PARTS = (GRAPH, PLAN, MANIFEST)
 
 @dataclasses.dataclass(frozen=True)
 class ReportDestinations:
-    """Where a report and its page go."""
+    """Destinations of a report and its page."""
 
     report: Destination
     page: Destination
 
     @classmethod
     def of(cls, report: Path) -> ReportDestinations:
-        """Those of `report`. UsageError where the page would be the report itself."""
+        """The destinations for a report at `report`. UsageError where the page would overwrite the report."""
         from spach_deploy.report.page import page_beside
 
         return cls(Destination.of(report), Destination.of(page_beside(report)))
@@ -35,10 +35,10 @@ class ReportDestinations:
 
 @dataclasses.dataclass(frozen=True)
 class ReportRequest:
-    """Where a report goes and whether its page is to be opened.
+    """Where a report is to be written, and whether its page is to be opened.
 
-    `bundle`: whose manifest the page tells of. `target`: a file or directory that may have a place of its own for the
-    report; None for a target outside any bundle. `report`: the user's own place.
+    `bundle`: the bundle whose manifest the page shows. `target`: what is validated, if its report may go into its
+    bundle; None for targets outside any bundle. `report`: the path that the user gave. `is_opened`: open the page.
     """
 
     bundle: Path
@@ -48,22 +48,22 @@ class ReportRequest:
     is_opened: bool
 
     def check(self) -> ReportDestinations | None:
-        """Where the report goes, None where none is to be written.
+        """The report's destinations, None where none is to be written.
 
-        Refuses what could not be honoured at the end, before the work begins.
+        UsageError or MissingPackageError, before the work begins, for what could not be written or opened at its end.
         """
         if self.report is not None:
             check_report(self.report)
         report = self.report or self._default_report()
-        places = None if report is None else ReportDestinations.of(report)
+        destinations = None if report is None else ReportDestinations.of(report)
         if self.is_opened:
             check_can_open()
-            if places is None and (self.target is None or self.as_json or self.target.exists()):
+            if destinations is None and (self.target is None or self.as_json or self.target.exists()):
                 raise UsageError("--open needs a page, and none would be written.", "Give --report FILE.json too.")
-        return places
+        return destinations
 
     def _default_report(self) -> Path | None:
-        """Where a report goes that nobody asked a place for: into the bundle, when the target is a part of it."""
+        """The report in the target's bundle, where the target is a bundle or one of its files; else None."""
         if self.as_json or self.target is None or not (self.target.is_dir() or self.target.name in _PARTS):
             return None
         try:
@@ -73,7 +73,7 @@ class ReportRequest:
 
 
 def check_report(file: Path) -> None:
-    """UsageError where a report that the user asked for could not be written."""
+    """UsageError where the report could not be written to `file`."""
     try:
         try_to_write(file)
     except OSError as error:
@@ -82,41 +82,41 @@ def check_report(file: Path) -> None:
 
 
 def check_can_open() -> None:
-    """MissingPackageError where no page could be made."""
+    """MissingPackageError where pages cannot be made, and so not be opened."""
     from spach_deploy.report.page import check_can_make_pages
 
     check_can_make_pages()
 
 
-def write_reports(validation: Validation, asked: ReportRequest, places: ReportDestinations) -> None:
-    """The report and its page. Where the user named no place, being unable to write into the bundle is no error."""
+def write_reports(validation: Validation, request: ReportRequest, destinations: ReportDestinations) -> None:
+    """Write the report and its page. Where the user gave no path, failing to write into the bundle is no error."""
     from spach_deploy.validation.result import write_report
 
     try:
-        write_report(validation, places.report)
+        write_report(validation, destinations.report)
     except UsageError as error:
-        if asked.report is not None:
+        if request.report is not None:
             raise
         say(error.message)
         return
-    if asked.report is None:
-        say(f"Report: {places.report.path}")
-    _write_page(validation, asked, places.page)
+    if request.report is None:
+        say(f"Report: {destinations.report.path}")
+    _write_page(validation, request, destinations.page)
 
 
-def _write_page(validation: Validation, asked: ReportRequest, place: Destination) -> None:
-    """The page; without it the report is still there, so that a sentence is enough."""
+def _write_page(validation: Validation, request: ReportRequest, destination: Destination) -> None:
+    """Write and open the page. Where that fails, a sentence says so: the report is there all the same."""
     from spach_deploy.bundle.store import Bundle
     from spach_deploy.report.page import page_problem
 
-    problem = page_problem(validation, Bundle.open(asked.bundle, verify=False).manifest, place)
-    say(problem or f"Page: {place.path}")
-    if asked.is_opened and not problem:
-        open_page(place.path)
+    problem = page_problem(validation, Bundle.open(request.bundle, verify=False).manifest, destination)
+    say(problem or f"Page: {destination.path}")
+    if request.is_opened and not problem:
+        open_page(destination.path)
 
 
 def open_page(page: Path) -> None:
-    """Show a page in the user's browser; a sentence where there is none."""
+    """Open a page in the user's browser; say so where there is no browser."""
     import webbrowser
 
     opened = False

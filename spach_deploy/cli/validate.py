@@ -1,8 +1,7 @@
-"""spach-validate http://… and grpc://…: which options belong to a model on a server, and its validation.
+"""spach-validate: compare a bundle's engine or graph with PyTorch in FP32.
 
-spach-validate A B: which options belong to two bundles, what is printed and written.
-
-spach-validate: what a bundle's engine or graph computes, held against PyTorch in FP32.
+The target may also be two bundles, which are compared with each other too, or a model on a Triton server (http://,
+grpc://). Each kind of target refuses the options that it cannot use.
 """
 
 from __future__ import annotations
@@ -30,18 +29,19 @@ if TYPE_CHECKING:
 
 
 def is_server(target: str) -> bool:
-    """Whether the target is meant as a model on a server, not as a file."""
+    """Whether the target is the URL of a model on a server."""
     return re.match(r"(https?|grpcs?)://", target) is not None
 
 
 def check_bundle(bundle: Path | None) -> None:
-    """UsageError for a --bundle with a target that has its own."""
+    """UsageError for --bundle with a target that is not on a server."""
     if bundle is not None:
         raise UsageError("--bundle is for models on a server.", "Give http://HOST:PORT/MODEL, or leave it out.")
 
 
 def validate_on_server(url: str, bundle: Path | None, misplaced: Mapping[str, object]) -> Validation:
-    """The validation of the model at `url`. UsageError where the bundle is missing or an option of files is given."""
+    """Validate the model at `url` with the golden pack of `bundle`. UsageError without --bundle, or for an option in
+    `misplaced`, by flag, that has a value: servers have no such option."""
     given = [option for option, value in misplaced.items() if value is not None]
     if given:
         raise UsageError(f"{given[0]} is not for models on a server.", "They are sent the bundle's golden pack.")
@@ -53,28 +53,26 @@ def validate_on_server(url: str, bundle: Path | None, misplaced: Mapping[str, ob
     return validate_server(ServerRequest(ServedAt.parse(url), bundle))
 
 
-def check_options(
-    misplaced: Mapping[str, object], report: Path | None, *, is_opened: bool
-) -> ReportDestinations | None:
-    """Where the report goes. UsageError for options that are of one target, MissingPackageError where a page is asked
-    for and cannot be."""
+def check_two(misplaced: Mapping[str, object], report: Path | None, *, is_opened: bool) -> ReportDestinations | None:
+    """Check the options of a comparison of two bundles, and return the report's destinations. UsageError for options
+    that need a single target, MissingPackageError where a page is to be opened and cannot be made."""
     given = [option for option, value in misplaced.items() if value]
     if given:
         raise UsageError(f"{given[0]} is for one target.", "Leave it out, or give one bundle.")
     if report is not None:
         check_report(report)
-    places = None if report is None else ReportDestinations.of(report)
+    destinations = None if report is None else ReportDestinations.of(report)
     if is_opened:
         from spach_deploy.report.page import check_can_make_pages
 
         check_can_make_pages()
-        if places is None:
+        if destinations is None:
             raise UsageError("--open needs a page, and none would be written.", "Give --report FILE.json too.")
-    return places
+    return destinations
 
 
 def validate_two(first: ValidationRequest, second: Path, command: str) -> SideBySide:
-    """Both bundles validated with the same options, and compared."""
+    """Validate both bundles with the same options, and compare them with each other."""
     from spach_deploy.validation.result import Provenance
     from spach_deploy.validation.side_by_side import compare_bundles
 
@@ -82,30 +80,31 @@ def validate_two(first: ValidationRequest, second: Path, command: str) -> SideBy
     return dataclasses.replace(compared, run=Provenance.here(command))
 
 
-def show_two(compared: SideBySide, places: ReportDestinations | None, *, as_json: bool, is_opened: bool) -> int:
-    """Print the table or the JSON, write what was asked for; the exit code."""
+def show_two(compared: SideBySide, destinations: ReportDestinations | None, *, as_json: bool, is_opened: bool) -> int:
+    """Print the comparison as a table or JSON, and write report and page if requested. Returns the exit code."""
     from spach_deploy.validation.result import dumped, write_whole
     from spach_deploy.validation.side_by_side import as_text
     from spach_deploy.validation.table import WIDTH
 
     show(dumped(compared.to_dict()).rstrip() if as_json else as_text(compared, width=width(WIDTH), color=is_colored()))
-    if places is not None:
-        write_whole(places.report, dumped(compared.to_dict()))
-        _write_page(compared, places.page, is_opened=is_opened)
+    if destinations is not None:
+        write_whole(destinations.report, dumped(compared.to_dict()))
+        _write_page(compared, destinations.page, is_opened=is_opened)
     return compared.exit_code
 
 
-def _write_page(compared: SideBySide, place: Destination, *, is_opened: bool) -> None:
+def _write_page(compared: SideBySide, destination: Destination, *, is_opened: bool) -> None:
+    """Write and open the page; where that fails, a sentence says so."""
     from spach_deploy.report.comparison_page import write_page_of_two
 
     try:
-        write_page_of_two(compared, place)
+        write_page_of_two(compared, destination)
     except SpachError as error:
         say(str(error))
         return
-    say(f"Page: {place.path}")
+    say(f"Page: {destination.path}")
     if is_opened:
-        open_page(place.path)
+        open_page(destination.path)
 
 
 @click.command("spach-validate", cls=ComputingCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -143,15 +142,15 @@ def main(target: str, other: Path | None, report: Path | None, is_opened: bool, 
     check_ignore(given["checkpoint"], given["ignore"])
     typed = validate_command(target, other, _recorded(given))
     if other is not None:
-        places = check_options(
+        destinations = check_two(
             _flags(given, "bundle", "against", "bisect", "ray", "answers"), report, is_opened=is_opened
         )
         compared = validate_two(_request(target, given), other, typed)
-        return show_two(compared, places, as_json=as_json, is_opened=is_opened)
+        return show_two(compared, destinations, as_json=as_json, is_opened=is_opened)
     bundle, against = given["bundle"], given["against"]
-    place = None if is_server(target) or against is not None else Path(target)
-    asked = ReportRequest(bundle or against or Path(target), place, report, as_json, is_opened)
-    places = asked.check()
+    own = None if is_server(target) or against is not None else Path(target)
+    request = ReportRequest(bundle or against or Path(target), own, report, as_json, is_opened)
+    destinations = request.check()
     if is_server(target):
         of_files = ("ray", "against", "bisect", "images", "labels", "checkpoint", "answers", "accept")
         validation = validate_on_server(target, bundle, _flags(given, *of_files))
@@ -160,20 +159,20 @@ def main(target: str, other: Path | None, report: Path | None, is_opened: bool, 
 
         check_bundle(bundle)
         validation = validate_target(_request(target, given), say)
-    validation = _repeatable(validation, typed)
+    validation = _with_provenance(validation, typed)
     _show(validation, as_json=as_json)
-    if places is not None:
-        write_reports(validation, asked, places)
+    if destinations is not None:
+        write_reports(validation, request, destinations)
     return validation.exit_code
 
 
 def _recorded(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options that a report names: how many images at most only where there are others than the golden pack's."""
+    """The options that a report records. --max-images means nothing without --images, and is then left out."""
     return given if given["images"] is not None else {**given, "max_images": None}
 
 
 def _flags(given: Mapping[str, Any], *keys: str) -> dict[str, object]:
-    """What was given for some options, by their flags; None for what was not."""
+    """Values of some options by their flags; None for options that were not given."""
     return {
         option.flag: given[option.key] or None for key in keys for option in options_of(VALIDATE) if option.key == key
     }
@@ -185,10 +184,8 @@ def _request(target: str, given: Mapping[str, Any]) -> ValidationRequest:
     return ValidationRequest.of(Path(target), {**given, "ray": ray_cluster(given["ray"])})
 
 
-def _repeatable(validation: Validation, typed: str) -> Validation:
-    """With what was typed, and with which versions. Where it ran is left out: it changes no figure."""
-    import dataclasses
-
+def _with_provenance(validation: Validation, typed: str) -> Validation:
+    """The validation with its command and versions. --ray is not in the command: it changes no figure."""
     from spach_deploy.validation.result import Provenance
 
     return dataclasses.replace(validation, run=Provenance.here(typed))

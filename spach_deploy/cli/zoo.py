@@ -1,4 +1,4 @@
-"""spach-export --zoo: many bundles, one summary."""
+"""spach-export --zoo: many exports by one command, with one summary."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 COMMAND = (sys.executable, "-c", "from spach_deploy.cli.export import main; main(prog_name='spach-export')")
-"""spach-export as a process of its own, whatever the scripts of this environment are called."""
+"""The command line of spach-export as a child process, independent of installed scripts."""
 
 DEFAULT_FOLDER = Path("build/zoo")
 _GRACE_S = 20.0
-"""The exports that run have this long to end after Ctrl-C."""
+"""Seconds that running exports have to end after Ctrl-C."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ZooRequest:
-    """Switches of spach-export that mean something here, or are refused."""
+    """Options of spach-export that a zoo uses itself, or refuses."""
 
     auto: bool = False
     dry_run: bool = False
@@ -51,43 +51,43 @@ class ZooRequest:
     jobs: int | None = None
 
 
-def zoo(given: Mapping[str, Any], recipe: Path | None, asked: ZooRequest) -> tuple[int, Path]:
-    """Make the zoo that was asked for and print its summary; the exit code, and the summary's page.
+def zoo(given: Mapping[str, Any], recipe: Path | None, request: ZooRequest) -> tuple[int, Path]:
+    """Make a zoo and print its summary. Returns the exit code and the path of the summary's page.
 
-    Raises SpachError for what can be refused before the first export begins.
+    Raises a SpachError, before the first export begins, for what any of them would refuse early.
     """
-    _refuse_contradictions(given, asked)
+    _refuse_contradictions(given, request)
     folder = ZooFolder(given.get("output") or DEFAULT_FOLDER)
     folder.check()
-    builds = planned(given, recipe, folder, reads_checkpoints=asked.dry_run)
+    builds = planned(given, recipe, folder, reads_checkpoints=request.dry_run)
     overwrite = bool(given.get("overwrite"))
-    limits = Limits.here(asked.jobs, len(builds))
-    if asked.dry_run:
-        work = work_of(builds, folder, is_kept=not asked.no_cache, overwrite=overwrite)
-        show(_as_plan(work, limits, as_json=asked.as_json))
+    limits = Limits.here(request.jobs, len(builds))
+    if request.dry_run:
+        work = work_of(builds, folder, is_kept=not request.no_cache, overwrite=overwrite)
+        show(_as_plan(work, limits, as_json=request.as_json))
         return 0, folder.root / PAGE
-    if asked.ray is not None:
+    if request.ray is not None:
         from spach_deploy.distributed.cluster import check_address
 
-        check_address(asked.ray)
+        check_address(request.ray)
     with folder.locked():
-        work = work_of(builds, folder, is_kept=not asked.no_cache, overwrite=overwrite)
-        summary = _made(work, folder, limits, asked)
-    show(_as_text(summary, folder, as_json=asked.as_json))
+        work = work_of(builds, folder, is_kept=not request.no_cache, overwrite=overwrite)
+        summary = _made(work, folder, limits, request)
+    show(_as_text(summary, folder, as_json=request.as_json))
     return summary.exit_code, folder.root / PAGE
 
 
-def _refuse_contradictions(given: Mapping[str, Any], asked: ZooRequest) -> None:
+def _refuse_contradictions(given: Mapping[str, Any], request: ZooRequest) -> None:
     if given.get("model") is not None:
         raise UsageError("--zoo names models, and --model does too.", "Give one of them.")
-    if asked.auto:
+    if request.auto:
         raise UsageError("--auto is for one model, and --zoo makes many.", "Give --zoo with --precision fp16,int8,fp8.")
 
 
 def planned(
     given: Mapping[str, Any], recipe: Path | None, folder: ZooFolder, *, reads_checkpoints: bool = False
 ) -> tuple[Build, ...]:
-    """All exports. Raises SpachError for what one of them would refuse."""
+    """The exports of the zoo, checked as by --dry-run. Raises the SpachError of the first that is refused."""
     chosen = choices(given["zoo"], _precisions(given), given.get("gpu"))
     is_mixed = any(choice.precision.is_quantized for choice in chosen)
     is_alone = len({choice.model for choice in chosen}) == 1
@@ -101,7 +101,7 @@ def planned(
             "precision": choice.precision.value,
             "gpu": choice.gpus,
             "output": folder.root / choice.name,
-            "overwrite": False,  # whether a bundle may be replaced is told for each
+            "overwrite": False,  # decided for each bundle once its target was looked at
             "checkpoint": checkpoint_of(choice.model, given.get("checkpoint"), is_alone=is_alone),
         }
         return export_options(values, recipe)
@@ -110,19 +110,19 @@ def planned(
 
 
 def _precisions(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those of --precision and of the flags; fp32 without any, as for one export."""
+    """The precisions of --precision and of the flags; without any fp32, as for one export."""
     listed = [part.strip() for part in (given.get("precision_list") or "").split(",") if part.strip()]
     return (*given.get("precision", ()), *listed) or ("fp32",)
 
 
-def _made(work: ZooWork, folder: ZooFolder, limits: Limits, asked: ZooRequest) -> Summary:
+def _made(work: ZooWork, folder: ZooFolder, limits: Limits, request: ZooRequest) -> Summary:
     typed = click.get_current_context().meta[ARGUMENTS]
-    more = ["--no-cache"] if asked.no_cache else []
+    more = ["--no-cache"] if request.no_cache else []
     progress = Progress(len(work.all))
     making = Zoo(work, folder, progress, joined(["spach-export", *typed]))
     with (
         ending_on_interrupt(lambda: _kept_sentence(making.summary), grace_s=_GRACE_S),
-        _runner(folder, more, limits, asked) as run,
+        _runner(folder, more, limits, request) as run,
         terminated_as_interrupted(),
         progress,
     ):
@@ -131,16 +131,16 @@ def _made(work: ZooWork, folder: ZooFolder, limits: Limits, asked: ZooRequest) -
 
 
 @contextlib.contextmanager
-def _runner(folder: ZooFolder, more: list[str], limits: Limits, asked: ZooRequest) -> Iterator[Run]:
-    """What runs the builds: this machine, or a Ray cluster."""
-    if asked.ray is None:
+def _runner(folder: ZooFolder, more: list[str], limits: Limits, request: ZooRequest) -> Iterator[Run]:
+    """The function that runs the builds: on this machine, or on a Ray cluster."""
+    if request.ray is None:
         yield on_this_machine(folder, COMMAND, more, limits)
         return
     from spach_deploy.distributed.builds import on_cluster
     from spach_deploy.distributed.cluster import connected
 
-    with connected(asked.ray) as ray:
-        yield on_cluster(ray, folder, COMMAND, more, asked.jobs)
+    with connected(request.ray) as ray:
+        yield on_cluster(ray, folder, COMMAND, more, request.jobs)
 
 
 def _kept_sentence(summary: Summary) -> str:
@@ -150,7 +150,7 @@ def _kept_sentence(summary: Summary) -> str:
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, for as long as the block lasts; nothing in another thread than the main one."""
+    """Within the block, treat SIGTERM as Ctrl-C. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -166,7 +166,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 class Progress:
-    """Says how it goes: a line for each bundle, and on a terminal a bar with those that are being made."""
+    """Progress on stderr: a line for each bundle, and on a terminal a bar with the names of running exports."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -193,12 +193,12 @@ class Progress:
         self._bar.stop()
 
     def began(self, build: Build) -> None:
-        """Show the bundle as being made."""
+        """Show the name of a running export."""
         self._running.append(build.name)
         self._show(len(self._running))
 
     def ended(self, row: Row, done: int, total: int) -> None:
-        """A line of its own."""
+        """Print a line for a bundle."""
         if row.name in self._running:
             self._running.remove(row.name)
         self._bar.update(self._task, completed=done)
@@ -209,7 +209,7 @@ class Progress:
             self.note(f"    {row.problem}")
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
         say(text)
 
     def _show(self, running: int) -> None:
@@ -232,7 +232,7 @@ def _as_text(summary: Summary, folder: ZooFolder, *, as_json: bool) -> str:
 
 
 def _as_plan(work: ZooWork, limits: Limits, *, as_json: bool) -> str:
-    """What would be done, for --dry-run."""
+    """The output of --dry-run: the bundles with their estimates, as text or JSON."""
     kept = {build.name for build in work.kept}
     if as_json:
         rows = [{**_costs(build), "is_kept": build.name in kept} for build in work.all]

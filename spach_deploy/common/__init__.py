@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, files, processes, versions, progress."""
+"""Helpers that every other package may import: errors, files, processes, machine, versions, progress, metrics."""

@@ -1,4 +1,4 @@
-"""Parts of what is many: ranges of numbers, runs of a stream, and some of all, evenly spread."""
+"""Splitting work: index ranges of a batch size, chunks of a stream, and evenly spread samples."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ Item = TypeVar("Item")
 
 
 def ranges(count: int, size: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    """`start` to `count` as (start, stop), `size` at a time; the last may be shorter."""
+    """Index ranges (start, stop) that cover `start` to `count`, `size` at a time; the last may be shorter."""
     return ((first, min(first + size, count)) for first in range(start, count, size))
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
-    """Runs of `size` items; the last may be shorter. Takes no more of `items` than one run at a time."""
-    left = iter(items)
-    while chunk := tuple(itertools.islice(left, size)):
+    """Tuples of `size` consecutive items; the last may be shorter. Reads one chunk of `items` at a time."""
+    remaining = iter(items)
+    while chunk := tuple(itertools.islice(remaining, size)):
         yield chunk
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """`limit` of `count` indices, evenly spread; all where there are no more, or `limit` is None."""
+    """`limit` indices evenly spread over `count`; all of them where there are no more, or `limit` is None."""
     return list(range(count)) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
 
 

@@ -1,4 +1,4 @@
-"""Every error a user can meet, with the exit code its command ends with.
+"""The exceptions that users can meet, and the exit code with which a command ends for each.
 
     SpachError                      1
     ├── UsageError                  2   an option or an input is wrong; says what to do instead
@@ -10,7 +10,7 @@
     ├── MismatchError               1   the numbers disagree
     │   ├── RewriteError                a rewrite is not equal to what it replaced
     │   ├── CertificateError            the graph breaks a promise that the certificate makes
-    │   └── PrecisionError              an asked precision cannot hold, or was not achieved
+    │   └── PrecisionError              the requested precision overflows, or was not achieved
     └── UnavailableError            3   this machine cannot do or verify it
         ├── MissingPackageError         a package is absent; names the install command
         │   └── OldPackageError             a package is older than any that was run
@@ -26,7 +26,7 @@ from typing import Any
 
 
 class SpachError(Exception):
-    """Base of every error here. `hint` is the next step, printed after the sentence."""
+    """Base of all errors of this package. `hint`: the next step for the user, printed after the message."""
 
     exit_code = 1
 
@@ -43,7 +43,7 @@ class SpachError(Exception):
 
 
 def _restored(kind: type[SpachError], attributes: dict[str, Any]) -> SpachError:
-    """An error that another process raised: constructors take other things than what they leave in attributes."""
+    """Unpickle an error from its attributes: the constructors of subclasses take other arguments than these."""
     error = kind.__new__(kind)
     error.args = (attributes["message"],)
     vars(error).update(attributes)
@@ -57,7 +57,7 @@ class UsageError(SpachError):
 
 
 class ModelError(UsageError):
-    """No such model, or not with these options."""
+    """There is no such model, or it does not exist with these options."""
 
 
 class CheckpointError(UsageError):
@@ -111,7 +111,7 @@ class MissingPackageError(UnavailableError):
 
 
 class OldPackageError(MissingPackageError):
-    """A package is installed in a version before the lowest that was run."""
+    """A package is installed in a version older than the lowest that is tested."""
 
     def __init__(self, package: str, version: str, requirement: str) -> None:
         said = f"{package} {version} is too old: spach-deploy needs {requirement}."
@@ -124,7 +124,10 @@ class BuildError(UnavailableError):
 
 
 def printable(name: str) -> str:
-    """`name` with control characters and undecodable bytes escaped: archives name freely, terminals obey."""
+    """`name` with control characters and undecodable bytes escaped.
+
+    Names in archives may hold escape sequences, which a terminal would execute.
+    """
     return name if name.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in name)
 
 
@@ -134,6 +137,6 @@ def printable_lines(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    """A byte that is no UTF-8 as that byte: Python keeps it in a name as U+DC80 to U+DCFF."""
+    """An escape sequence. Bytes that are not UTF-8, in Python U+DC80 to U+DCFF, become `\\x80` to `\\xff`."""
     code = ord(character)
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode("ascii")

@@ -1,6 +1,7 @@
-"""Where work runs that is done in parts: this process, or a cluster that a command hands in.
+"""Interfaces for running the same function on many items: in this process, or on a cluster that a command passes in.
 
-What is computed knows these interfaces alone; `spach_deploy.distributed` has them for Ray.
+Calibration, validation and the choice of layers use these interfaces only; `spach_deploy.distributed` implements them
+with Ray.
 """
 
 from __future__ import annotations
@@ -12,50 +13,50 @@ from typing import Any, Protocol
 
 
 class Executor(Protocol):
-    """Where tasks run."""
+    """Runs stateless tasks."""
 
     @property
     def workers(self) -> int:
-        """How many at once."""
+        """How many tasks run at once."""
 
     def map(self, function: Callable[[Any, Any], Any], common: Any, items: Iterable[Any]) -> Iterator[Any]:
         """`function(common, item)` of each item, in the items' order."""
 
 
 class Pool(Protocol):
-    """Workers that were prepared once, each with a state of its own."""
+    """Workers that are prepared once and keep a state of their own, such as a model in memory."""
 
     @property
     def workers(self) -> int:
-        """How many there are."""
+        """How many workers there are."""
 
     def map(self, function: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """`function(state, item)` of each item, in the items' order; of a few items before their results are taken."""
+        """`function(state, item)` of each item, in the items' order. Reads a few items ahead of the results taken."""
 
 
 class Cluster(Protocol):
-    """Where tasks run and pools are made. Both raise UnavailableError where there is no room for one worker."""
+    """A connected cluster. Both methods raise UnavailableError where it has no room for one worker."""
 
     def executor(self, memory_bytes: float) -> Executor:
-        """Tasks of a core and so much memory each."""
+        """An executor whose tasks take one core and `memory_bytes` each."""
 
     def pool(self, prepare: Callable[[Any], Any], common: Any, memory_bytes: float) -> AbstractContextManager[Pool]:
-        """Workers of a core and so much memory each, whose states are `prepare(common)`, while the block lasts."""
+        """Workers of one core and `memory_bytes` each, with the state `prepare(common)`; they stop with the block."""
 
 
 class ClusterAddress(Protocol):
-    """A cluster that is not connected to yet. Both raise UnavailableError where none answers."""
+    """A cluster that is not connected yet. Both methods raise UnavailableError where none answers."""
 
     def check(self) -> None:
-        """Refuse what can be refused soon, before any work."""
+        """A quick check that the cluster answers, before any work."""
 
     def connected(self) -> AbstractContextManager[Cluster]:
-        """The cluster, while the block lasts."""
+        """Connect to the cluster for the duration of the block."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalExecutor:
-    """This process as the one worker of a `Pool`."""
+    """A `Pool` whose only worker is this process."""
 
     state: Any
     workers: int = 1

@@ -1,8 +1,8 @@
-"""Files and directories that are written in one step, and never over what was not there when a command began.
+"""Reading, writing, hashing and locking files.
 
-Small text files: recipes and names of classes that users write, and JSON that decides what is trusted.
-
-Paths for libraries in C++ and Rust, which know UTF-8 names alone.
+`Destination` writes a file or a directory in one step, and never over something that was not there when the command
+began. `read_text` and `read_json` read small files of users with errors in their words. `sha256_of` hashes, `lock_file`
+opens files to lock, and `utf8_path` gives native libraries, which accept only UTF-8, a path that they can open.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Identity = tuple[object, ...]
 _MANIFEST = "manifest.json"
 _BLOCK_BYTES = 1 << 20
 _LONG_NAME = 100
-"""Bytes; file systems take 255, and a neighbour's name has the host's and some numbers too."""
+"""Bytes. File systems allow 255; names of temporary siblings also hold the host's name and some numbers."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """Where a file or a directory is to be written, and what may be replaced there.
+    """A path to write a file or directory to, and the content that may be replaced there.
 
-    `before`: what lay there when this was made, None for nothing or an empty directory.
+    `before`: identity of what was there when this object was made, None for nothing or an empty directory.
     """
 
     path: Path
@@ -45,36 +45,36 @@ class Destination:
 
     @classmethod
     def of(cls, path: Path) -> Destination:
-        """With what lies there now."""
+        """A destination that may replace what is at `path` now."""
         return cls(path, identity(path))
 
     def check(self) -> None:
-        """FileExistsError where something else lies there by now."""
+        """FileExistsError where the content has changed since this object was made."""
         if identity(self.path) not in (None, self.before):
             raise _taken(self.path)
 
     def put(self, draft: Path) -> Destination:
-        """Move `draft`, which lies on the same file system, here in one step.
+        """Move `draft`, which must be on the same file system, to this path in one step.
 
-        What is left where `draft` was is the caller's to delete: what lay here before, or nothing. Raises
-        FileExistsError where something else lies here by now, which is left alone, and OSError where nothing can be
+        The earlier content, if any, is afterwards at the path of `draft`; the caller deletes it. Raises FileExistsError
+        where something else has been written here meanwhile (it is left alone), and OSError where nothing can be
         written.
         """
-        mine = identity(draft)
+        new = identity(draft)
         if self.path.is_dir() and not draft.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
         if self.before is None or not os.path.lexists(self.path):
             _move(draft, self.path)
-            return Destination(self.path, mine)
+            return Destination(self.path, new)
         _exchange(draft, self.path)
         while identity(draft) != self.before:
-            _exchange(draft, self.path)  # until this draft is back: others may do the same at the same moment
-            if identity(draft) == mine:
+            _exchange(draft, self.path)  # until this draft is back: other processes may exchange at the same moment
+            if identity(draft) == new:
                 raise _taken(self.path)
-        return Destination(self.path, mine)
+        return Destination(self.path, new)
 
     def write(self, write: Callable[[BinaryIO], object], *, mode: int = 0o666) -> Destination:
-        """Write a file in one step: a kill or a full disk leaves what was there. Raises what `put` raises."""
+        """Write a file in one step: a kill or a full disk leaves the earlier file intact. Raises what `put` raises."""
         if os.path.lexists(self.path) and not self.path.is_file() and not self.path.is_dir():
             raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
         draft = self.path.with_name(f".{short_name(self.path)}.{draft_name()}")
@@ -87,13 +87,13 @@ class Destination:
                 draft.unlink(missing_ok=True)
 
     def write_text(self, text: str, *, mode: int = 0o666) -> Destination:
-        """`write` for a text."""
+        """`write` a text as UTF-8."""
         return self.write(lambda file: file.write(text.encode("utf-8")), mode=mode)
 
 
 @contextlib.contextmanager
 def naming_tmpdir() -> Iterator[None]:
-    """UnavailableError that names TMPDIR where the disk is full in the block, which writes to temporary files alone."""
+    """Turn "disk full" into an UnavailableError that names TMPDIR, around code that writes temporary files only."""
     try:
         yield
     except OSError as error:
@@ -104,9 +104,9 @@ def naming_tmpdir() -> Iterator[None]:
 
 
 def try_to_write(path: Path) -> None:
-    """OSError where no file could be put at `path`: it is a directory, or none can be made beside it.
+    """OSError where no file could be written to `path`: it is a directory, or its folder is not writable.
 
-    Permissions do not tell: root may write everywhere, except where the file system says no.
+    A temporary file is written, because permission bits are not enough: root passes them on read-only file systems.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -130,28 +130,28 @@ def sha256_of(file: Path) -> str:
 
 
 def draft_name() -> str:
-    """A name that nothing else takes: this process's id, by which others see whether it lives, and 32 random bits."""
+    """A unique name: this process's id, by which others can see whether it is alive, and 32 random bits."""
     return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def short_name(path: Path) -> str:
-    """What stands for a path's name in that of a temporary neighbour, which must not be too long where it is not."""
+    """A path's name as part of a temporary sibling's name; a hash of it where it is long."""
     name = os.fsencode(path.name)
     return path.name if len(name) <= _LONG_NAME else hashlib.sha256(name).hexdigest()[:32]
 
 
 def is_own(path: Path) -> bool:
-    """Whether `path` is a file or a directory, no link, that this user owns and nobody else may write to."""
+    """Whether `path` is a file or a directory, not a link, that this user owns and nobody else may write to."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return False
-    is_plain = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
-    return is_plain and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    return is_plain and status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def private_folder(path: Path) -> Path:
-    """A directory that is this user's alone, made where it is not there. PermissionError for one that is not."""
+    """Create a directory for this user alone, unless it exists. PermissionError where others may write in it."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_own(path):
         reason = f"others may write in it, or own it; chmod -R go-w {path} where it is yours"
@@ -161,9 +161,9 @@ def private_folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[int]:
-    """A file to lock, as a descriptor; made where it is not there, never through a link, and nothing in it is changed.
+    """Open a file to lock, as a descriptor. Creates it if needed, follows no link, and changes nothing in it.
 
-    OSError for anything that is no regular file.
+    OSError for anything but a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     try:
@@ -175,17 +175,17 @@ def lock_file(path: Path) -> Iterator[int]:
 
 
 def identity(path: Path) -> Identity | None:
-    """What tells the file or directory at `path` from any other that may take its place; None where nothing would be
-    lost. A directory is known by its manifest: reports in it may be written again."""
+    """What distinguishes the file or directory at `path` from a later one at the same path; None for nothing or an
+    empty directory. A directory is identified by its manifest: reports in it may be rewritten."""
     try:
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode):
-            return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if not any(path.iterdir()):
             return None
     except OSError:
         return None
-    return (found.st_dev, found.st_ino, _digest(path / _MANIFEST))
+    return (status.st_dev, status.st_ino, _digest(path / _MANIFEST))
 
 
 def _digest(file: Path) -> str:
@@ -200,7 +200,7 @@ def _taken(path: Path) -> FileExistsError:
 
 
 def _move(draft: Path, path: Path) -> None:
-    """To where nothing is, or an empty directory for a directory."""
+    """Move to a free path; a directory may also replace an empty directory."""
     try:
         if draft.is_dir():
             draft.rename(path)  # fails by itself where a file or a directory with anything in it is
@@ -213,7 +213,7 @@ def _move(draft: Path, path: Path) -> None:
 
 
 def _link(draft: Path, path: Path) -> None:
-    """A second name for a file, where the name is free."""
+    """Give a file a second name, if that name is free."""
     try:
         path.hardlink_to(draft)
     except FileExistsError:
@@ -240,16 +240,17 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 MOST_BYTES = 64 << 20
-"""Of a file that is read whole: far more than a person writes, or any record of one model has."""
+"""Largest file that is read whole: far more than a person writes, or a record of one model takes."""
 
 _ALWAYS_OPEN = ("/dev/", "/proc/")
-"""Where the shell puts a pipe whose other end it has opened: `--labels <(command)`."""
+"""Pipes here have a writer already: the shell opens it for `--labels <(command)`."""
 
 
 def read_text(path: Path, what: str, wanted: str) -> str:
-    """The text of a file that `what` names in an error, and `wanted` tells how to give.
+    """The text of a UTF-8 file. `what` names the file in an error, `wanted` is the error's hint.
 
-    UsageError for one that cannot be read, is large, is not UTF-8, or is a named pipe, at which a command would wait.
+    UsageError for a file that cannot be read, is too large, is not UTF-8, or is a named pipe, on which the command
+    would block.
     """
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -260,12 +261,12 @@ def read_text(path: Path, what: str, wanted: str) -> str:
 
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
-    """The content of a JSON file. OSError for one that cannot be read or is larger, ValueError for what is no JSON."""
+    """The content of a JSON file. OSError where it cannot be read or is larger, ValueError where it is not JSON."""
     return parse_json(read_bytes(path, most_bytes).decode("utf-8-sig"))
 
 
 def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """All of a file. OSError for one that cannot be read, is larger, or is a named pipe."""
+    """The bytes of a file. OSError where it cannot be read, is larger than `most_bytes`, or is a named pipe."""
     if path.is_fifo() and not str(path).startswith(_ALWAYS_OPEN):
         raise OSError(errno.EINVAL, "it is a pipe", str(path))
     with path.open("rb") as file:
@@ -276,7 +277,7 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """OSError for what is missing, and for a pipe or a device, which would be read for ever."""
+    """OSError where `path` is missing, or is a pipe or a device, which could be read for ever."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -285,9 +286,9 @@ def check_regular(path: Path) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """JSON in which every object has each name once: of two values, readers take one or the other.
+    """Parse JSON and refuse duplicate names in an object, of which parsers take different ones.
 
-    ValueError, in a few words, for anything else.
+    ValueError with a short reason for anything else.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -296,19 +297,20 @@ def parse_json(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice[:40]!r} is in it twice")
-    return found
+    return content
 
 
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[str]:
-    """The file's path, which leads through a descriptor that is open in the block where the path is not UTF-8.
+    """A UTF-8 path to the file, valid within the block: its own, or one through an open descriptor in /proc.
 
-    What lies beside the file is found beside it, unless its very name is not UTF-8. OSError where it cannot be opened.
+    Files in the same folder can be reached from it too, unless the file's own name is not UTF-8. OSError where it
+    cannot be opened.
     """
     if _is_utf8(str(path)):
         yield str(path)

@@ -1,14 +1,11 @@
-"""How many threads to compute with.
+"""What this machine has: cores for threads, instructions of its CPU, free memory, and folders that can be written.
 
-OpenMP threads wait for each other by spinning: where another process uses a core, or the work is small, two threads
-take several times as long as one. So proofs on small tensors take one thread, and what PyTorch computes beside other
-work leaves that a core.
+About threads: OpenMP threads wait for each other by spinning. Where another process uses a core, or the work is small,
+two threads take several times as long as one. So proofs on small tensors use one thread, and PyTorch leaves one core to
+work that runs at the same time.
 
-What this machine's processor can compute: the features that matter for the arithmetic of networks.
-
-Memory and disk that an export may take, and the folders that it must write to.
-
-Source: Linux kernel, "The /proc Filesystem" (meminfo), "Control Group v2" and "Memory Resource Controller" (v1).
+Sources for memory: Linux kernel, "The /proc Filesystem" (meminfo), "Control Group v2" and "Memory Resource Controller"
+(v1).
 """
 
 from __future__ import annotations
@@ -24,18 +21,18 @@ from pathlib import Path
 
 
 def available_threads() -> int:
-    """Cores that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def worker_threads(is_busy: bool) -> int:
-    """All cores, less the one that other work takes while it is under way."""
+    """All cores, or all but one where other work is running (`is_busy`)."""
     return max(1, available_threads() - is_busy)
 
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch's operators with `count` threads within the block."""
+    """Let PyTorch's operators use `count` threads within the block."""
     import torch
 
     before = torch.get_num_threads()
@@ -47,9 +44,9 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 CPUINFO = Path("/proc/cpuinfo")
-"""Where the system describes its processors."""
+"""The file in which Linux describes its processors."""
 
-_TELLING = (
+_ARITHMETIC_FLAGS = (
     *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "f16c", "fma"),
     *("asimd", "bf16", "i8mm", "sve"),
 )
@@ -58,38 +55,38 @@ _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def cpu_flags() -> set[str]:
-    """Features of this processor that matter for its arithmetic; empty where the system does not say."""
-    return {flag for flag in _TELLING if flag in all_cpu_flags().split()}
+    """CPU flags that matter for the arithmetic of networks, such as avx512_vnni; empty where they are not known."""
+    return {flag for flag in _ARITHMETIC_FLAGS if flag in all_cpu_flags().split()}
 
 
 def all_cpu_flags() -> str:
-    """Every feature of this processor, as the system lists them; empty where it does not say."""
-    return _described("flags", "Features")
+    """All CPU flags as the system lists them; empty where it does not say."""
+    return _cpuinfo("flags", "Features")
 
 
 def processor_name() -> str:
-    """As the system names it."""
-    return _described("model name") or platform.machine()
+    """The CPU's model name, or its architecture where the system gives no name."""
+    return _cpuinfo("model name") or platform.machine()
 
 
 def has_bf16() -> bool:
-    """Whether it multiplies bfloat16."""
+    """Whether the CPU has bfloat16 multiplication."""
     return bool(cpu_flags() & _BF16)
 
 
 def has_vnni() -> bool:
-    """Whether it multiplies unsigned by signed eight-bit integers and sums them in 32 bits."""
+    """Whether the CPU multiplies unsigned by signed 8-bit integers and accumulates in 32 bits."""
     return bool(cpu_flags() & _VNNI)
 
 
-def _described(*keys: str) -> str:
-    """The first line with one of these keys; empty where there is none."""
+def _cpuinfo(*keys: str) -> str:
+    """The value of the first line with one of these keys; empty where there is none."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
-    found = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys)
-    return next(found, "")
+    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys)
+    return next(values, "")
 
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
@@ -98,7 +95,7 @@ _ROOT = Path("/")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that a new process may take. `limited`: by a control group, such as a container's, not by the machine."""
+    """Memory in bytes. `limited`: the limit is a control group's, such as a container's, not the machine's."""
 
     available_bytes: int
     total_bytes: int
@@ -107,7 +104,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class FolderCheck:
-    """A folder that exports write to; `problem` says why that would fail, in a clause."""
+    """A folder that exports write to. `problem`: why writing would fail, as a clause; empty where it works."""
 
     path: Path
     free_bytes: int
@@ -115,11 +112,11 @@ class FolderCheck:
 
 
 def find_memory(root: Path = _ROOT) -> Memory | None:
-    """The least of what the machine and every control group around this process leave; None where nothing tells."""
+    """The least memory that the machine and the control groups of this process leave free; None where not known."""
     machine = _meminfo(root)
     groups = list(_groups(root))
-    found = [*groups, *([machine] if machine else [])]
-    return min(found, key=lambda memory: memory.available_bytes) if found else None
+    known = [*groups, *([machine] if machine else [])]
+    return min(known, key=lambda memory: memory.available_bytes) if known else None
 
 
 def _meminfo(root: Path) -> Memory | None:
@@ -130,7 +127,7 @@ def _meminfo(root: Path) -> Memory | None:
 
 
 def _groups(root: Path) -> Iterator[Memory]:
-    """Limits of this process's control group and of those above it, of both versions."""
+    """Memory of this process's control group and its parents, of cgroup v1 and v2."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = (*line.split(":", 2), "", "")[:3]
         if number == "0":
@@ -139,12 +136,12 @@ def _groups(root: Path) -> Iterator[Memory]:
             limit, usage, mount = "memory.limit_in_bytes", "memory.usage_in_bytes", "sys/fs/cgroup/memory"
         else:
             continue
-        found = (_group(folder, limit, usage) for folder in _upwards(root / mount, path))
-        yield from (memory for memory in found if memory is not None)
+        memories = (_group(folder, limit, usage) for folder in _upwards(root / mount, path))
+        yield from (memory for memory in memories if memory is not None)
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """A group's folder and its parents. Inside a container the path may be the host's and not exist: the mount does."""
+    """A group's folder and its parents up to `mount`. In a container `path` may be the host's and not exist here."""
     folder = mount / path.lstrip("/")
     while folder != mount and mount in folder.parents:
         yield folder
@@ -153,7 +150,7 @@ def _upwards(mount: Path, path: str) -> Iterator[Path]:
 
 
 def _group(folder: Path, limit: str, usage: str) -> Memory | None:
-    """Pages of files that the kernel would give back at once count as free."""
+    """Memory of one control group, None without a limit. Inactive file pages count as free: the kernel drops them."""
     most, used = _text(folder / limit), _text(folder / usage)
     if not most.isdigit() or not used.isdigit() or int(most) >= _NO_LIMIT:
         return None
@@ -162,7 +159,7 @@ def _group(folder: Path, limit: str, usage: str) -> Memory | None:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """Lines such as `MemAvailable:  123 kB` or `inactive_file 123`."""
+    """Numbers by name, from lines such as `MemAvailable:  123 kB` or `inactive_file 123`."""
     words = (line.replace(":", " ").split() for line in _text(file).splitlines())
     return {pair[0]: int(pair[1]) for pair in words if len(pair) > 1 and pair[1].isdigit()}
 
@@ -175,26 +172,27 @@ def _text(file: Path) -> str:
 
 
 def find_folder(path: Path) -> FolderCheck:
-    """Whether files can be made in `path`, or in the nearest folder above it that exists."""
-    place = path
+    """Whether files can be created in `path`, or in the nearest folder above it that exists."""
+    folder = path
     try:
-        place = _nearest(path)
-        free = shutil.disk_usage(place).free
-        os.rmdir(tempfile.mkdtemp(prefix=".spach-doctor-", dir=place))  # permissions do not tell: root may, and cannot
+        folder = _nearest(path)
+        free = shutil.disk_usage(folder).free
+        # Tried, because permission bits are not enough: root passes them on read-only file systems.
+        os.rmdir(tempfile.mkdtemp(prefix=".spach-doctor-", dir=folder))
     except OSError as error:
-        return FolderCheck(place, 0, f"it cannot be written ({(error.strerror or str(error)).lower()})")
-    return FolderCheck(place, free)
+        return FolderCheck(folder, 0, f"it cannot be written ({(error.strerror or str(error)).lower()})")
+    return FolderCheck(folder, free)
 
 
 def _nearest(path: Path) -> Path:
-    place = path.absolute()  # OSError where the user stands in a folder that was deleted
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
+    folder = path.absolute()  # OSError where the working directory was deleted
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def temporary_folder() -> FolderCheck:
-    """Where temporary files go."""
+    """The folder for temporary files, and whether it can be written."""
     try:
         return find_folder(Path(tempfile.gettempdir()))
     except OSError as error:  # not one of the usual folders can be written

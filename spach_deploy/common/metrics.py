@@ -1,4 +1,4 @@
-"""How far arrays are apart: relative L2, the one error that everything here is judged by. All sums are in float64."""
+"""Relative L2 error, the measure by which all outputs are compared. All sums are in float64."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Float64 = npt.NDArray[np.float64]
 
 
 def relative_l2(value: Array, reference: Array) -> float:
-    """||value - reference|| / ||reference|| over all elements of two arrays of as many.
+    """||value - reference|| / ||reference|| over all elements of two arrays of equal size.
 
-    0 where they are equal, infinite where `reference` is zeros and `value` is not, NaN or infinite where `value` is not
-    finite.
+    0 where they are equal; infinite where `reference` is all zeros and `value` is not; NaN or infinite where `value` is
+    not finite.
     """
     return float(relative_l2_by_image(value.reshape(1, -1), reference.reshape(1, -1))[0])
 
@@ -25,7 +25,7 @@ def relative_l2_by_image(values: Array, reference: Array) -> Float64:
     exact = reference.reshape(len(reference), -1).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.square(values.reshape(exact.shape).astype(np.float64) - exact)
-        # Sums without BLAS, whose threads would wait for more by spinning, on cores that others compute with.
+        # Not a dot product: BLAS threads spin while they wait, and take cores from other work.
         return relative_norm(difference.sum(axis=1), np.square(exact).sum(axis=1))
 
 
@@ -37,5 +37,5 @@ def worst_relative_l2(values: Array, reference: Array) -> float:
 def relative_norm(difference: Float64, reference: Float64) -> Float64:
     """Relative L2 from sums of squares: of the difference (N), and of the reference (N)."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(difference / reference)  # zeros against something: infinitely far
+        ratio = np.sqrt(difference / reference)  # a zero reference gives infinity
     return np.asarray(np.where(difference == 0, 0.0, ratio), np.float64)

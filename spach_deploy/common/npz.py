@@ -1,4 +1,4 @@
-"""Arrays of an npz, judged by its directory and their headers before any of them is read, which takes no NumPy."""
+"""Reading npz files safely: sizes and dtypes are checked from the headers, without NumPy, before any array is read."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _ENCRYPTED = 1
-_WRITTEN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""How NumPy stores arrays."""
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those that NumPy writes."""
 
 _LENGTH_BYTES = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4, b"\x93NUMPY\x03\x00": 4}
 _LONGEST_HEADER = 10_000
-"""Characters; what NumPy reads too."""
+"""Characters; NumPy's own limit."""
 
 _DTYPE = re.compile(r"[<>|=]?([biufcSU])(\d{1,9})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Of an array: its dtype as NumPy writes it (`<f4`), and its shape."""
+    """Header of an array: dtype as NumPy writes it (`<f4`), and shape."""
 
     descr: str
     shape: tuple[int, ...]
 
     @property
     def dtype(self) -> str:
-        """NumPy's name of a float (`float32`); others, and those of another byte order, as they are written."""
+        """NumPy's name of a little-endian float (`float32`); other dtypes as they are written."""
         return f"float{int(self.descr[2:]) * 8}" if re.fullmatch(r"<f\d", self.descr) else self.descr
 
 
 def read_npz(path: Path, most_bytes: Mapping[str, int]) -> dict[str, npt.NDArray[Any]]:
-    """The arrays named in `most_bytes`, each of at most so many bytes. ValueError, in a few words, for others."""
+    """The arrays named in `most_bytes`, each of at most that many bytes. ValueError with a short reason otherwise."""
     import numpy as np
 
     npz_headers(path, most_bytes)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in most_bytes}
-    except Exception as error:  # zipfile, zlib and NumPy raise what they like for damaged files
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds for damaged files
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def npz_headers(path: Path, most_bytes: Mapping[str, int]) -> dict[str, Header]:
-    """Their headers. ValueError as for `read_npz`, but for what is damaged behind them."""
+    """The headers of these arrays. ValueError as for `read_npz`; damaged data behind a header is not noticed."""
     try:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
@@ -69,7 +69,7 @@ def _header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Header:
     if member not in archive.namelist():
         raise ValueError(f"it has no array '{name}'")
     info = archive.getinfo(member)
-    if info.flag_bits & _ENCRYPTED or info.compress_type not in _WRITTEN:
+    if info.flag_bits & _ENCRYPTED or info.compress_type not in _COMPRESSIONS:
         raise ValueError(f"'{name}' is encrypted or compressed as NumPy does not write it")
     with archive.open(info) as file:
         length_bytes = _LENGTH_BYTES.get(file.read(8), 0)
@@ -86,6 +86,6 @@ def _header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Header:
 
 
 def _item_bytes(descr: str) -> int:
-    """Bytes of a number or a text; 0 for a dtype that is neither."""
-    found = _DTYPE.fullmatch(descr)
-    return int(found[2]) * (4 if found[1] == "U" else 1) if found else 0
+    """Bytes of one element; 0 for a dtype that is neither a number nor text."""
+    match = _DTYPE.fullmatch(descr)
+    return int(match[2]) * (4 if match[1] == "U" else 1) if match else 0

@@ -1,6 +1,7 @@
-"""Other processes: how they are started, whom they end with, and how they are ended.
+"""Starting and ending child processes.
 
-Each has no input, and a session of its own: Ctrl-C at a terminal goes to this process, which then ends the others.
+Each child has no standard input and a session of its own, so that Ctrl-C at a terminal reaches only this process, which
+then ends its children.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """Ours, with this package importable, nothing imported from where a user stands, and `threads` to compute with."""
+    """Environment of a child: ours, with this package importable and nothing imported from the working directory.
+
+    `threads`: OMP_NUM_THREADS of the child, if given.
+    """
     path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **limit}
@@ -34,12 +38,12 @@ def start(
     threads: int | None = None,
     folder: Path | None = None,
     pass_fds: Sequence[int] = (),
-    first: Callable[[], None] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`, which finds this package, in `folder`. `first` runs in the new process. OSError where it cannot.
+    """Start `command` in `folder`, with this package importable. OSError where that fails.
 
-    `stdout`, `stderr`: file descriptors or what `subprocess` has in their place; None is ours. `threads`: how many it
-    computes with; None leaves it to the environment.
+    `stdout`, `stderr`: file descriptors or constants of `subprocess`; None inherits ours. `threads`: see `environment`.
+    `prepare`: called in the new process before the command.
     """
     return subprocess.Popen(
         list(command),
@@ -50,7 +54,7 @@ def start(
         env=environment(threads),
         pass_fds=pass_fds,
         start_new_session=True,
-        preexec_fn=first,
+        preexec_fn=prepare,
     )
 
 
@@ -62,7 +66,7 @@ def start_worker(
     threads: int | None = None,
     pass_fds: Sequence[int] = (),
 ) -> tuple[Connection, subprocess.Popen[bytes]]:
-    """Start Python with `code`, which finds in `sys.argv[1]` the file descriptor of the other end of the connection."""
+    """Start Python with `code`, and a connection to it whose file descriptor `code` finds in `sys.argv[1]`."""
     ours, theirs = Pipe()
     with theirs, contextlib.ExitStack() as unless_started:
         unless_started.callback(ours.close)
@@ -73,7 +77,7 @@ def start_worker(
 
 
 def end(process: subprocess.Popen[bytes], patience_s: float = 0.0) -> None:
-    """Ask it to end and wait for so long, then kill it, and wait until it is gone."""
+    """End a process: SIGTERM and up to `patience_s` seconds of waiting, then SIGKILL; returns when it is gone."""
     if patience_s:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -83,14 +87,14 @@ def end(process: subprocess.Popen[bytes], patience_s: float = 0.0) -> None:
 
 
 def end_with(parent: int, number: int) -> None:
-    """In a new process: be sent the signal `number` when `parent` dies, however it does. Linux alone can do that."""
+    """In a new process: have the kernel send signal `number` when `parent` dies, for whatever reason. Linux only."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it died before that was asked for
+    if os.getppid() != parent:  # it died before prctl was called
         os._exit(1)
 
 
 def signal_name(number: int) -> str:
-    """`SIGKILL`; also for those that have no name."""
+    """Name of a signal, such as `SIGKILL`, or `signal 64` where it has none."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where an export's time and memory go: phases by name, in the order in which they ended."""
+"""Progress of an export: its phases with time and peak memory, its notes, and the observer that is told of both."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Phase:
 
 
 class ExportObserver:
-    """What watches an export. Every method does nothing until a subclass overrides it."""
+    """Callbacks of an export. Every method does nothing until a subclass overrides it."""
 
     def started(self, phase: str) -> None:
         """A phase begins."""
 
     def finished(self, phase: Phase) -> None:
-        """A phase ended well."""
+        """A phase ended without an error."""
 
     def note(self, text: str) -> None:
         """A sentence that the user should read."""
@@ -46,7 +46,7 @@ class ExportObserver:
 
 
 class Phases:
-    """Collects phases and notes, and tells an observer."""
+    """Records phases and notes of one export, and passes them to an observer."""
 
     def __init__(self, observer: ExportObserver) -> None:
         self.observer = observer
@@ -64,17 +64,17 @@ class Phases:
         self.observer.finished(phase)
 
     def do(self, name: str, step: Callable[..., Result], *inputs: Any) -> Result:
-        """A step as a phase; futures among its inputs are waited for."""
+        """Run `step(*inputs)` as a phase. Futures among the inputs are replaced by their results first."""
         with self.phase(name):
             return step(*(value.result() if isinstance(value, Future) else value for value in inputs))
 
     def record(self, name: str, seconds: float) -> None:
-        """Add a phase that was measured elsewhere, such as the build beside the validation."""
+        """Add a phase that was measured elsewhere, such as the engine build that ran during the validation."""
         self.done.append(Phase(name, seconds, peak_resident_bytes()))
         self.observer.finished(self.done[-1])
 
     def note(self, text: str) -> None:
-        """Keep a sentence for the report and say it now."""
+        """Record a sentence for the manifest, and pass it to the observer."""
         self.notes.append(text)
         self.observer.note(text)
 

@@ -1,4 +1,4 @@
-"""Text for people and programs: what comes from files and servers is escaped, in tables as in JSON."""
+"""Output as text and JSON. Control characters and undecodable bytes in names from files and servers are escaped."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Escaped(str):
-    """Text that is escaped already: a control character in it is a colour of ours. It is printed as it is."""
+    """Text that is escaped already and is printed as it is. Control characters in it are our own terminal colours."""
 
     __slots__ = ()
 
 
 def rendered(parts: Iterable[RenderableType], *, width: int | None = None, color: bool = False) -> Escaped:
-    """What rich makes of `parts`, escaped, with or without a terminal's colours, without a newline at its end.
+    """`parts` rendered by rich and escaped, with or without terminal colours, without a newline at the end.
 
-    No line is broken where `width` is None. Text is taken literally: a bracket in a name is no markup.
+    Lines are not wrapped where `width` is None. Text is taken literally: a bracket in a name is not markup.
     """
     from rich.console import Console
 
@@ -39,7 +39,7 @@ def rendered(parts: Iterable[RenderableType], *, width: int | None = None, color
 
 
 def escaped(lines: Iterable[str]) -> Escaped:
-    """Lines as text, a newline in one being that of a name; those that are `Escaped` stay as they are."""
+    """`lines` joined, each one escaped, newlines within it too; lines that are `Escaped` stay as they are."""
     return Escaped("\n".join(line if isinstance(line, Escaped) else printable(line) for line in lines))
 
 
@@ -51,19 +51,19 @@ def _shown(piece: Segment, *, color: bool) -> str:
 
 
 def json_text(content: Any, *, indent: int | None = 2, separators: tuple[str, str] | None = None) -> str:
-    """JSON that any parser and any terminal takes. ValueError for what is not finite.
+    """JSON that every parser accepts and every terminal can show. ValueError for numbers that are not finite.
 
-    A byte of a name that is no UTF-8 stands there as tables show it: what `json` writes for it, half of a surrogate
-    pair, makes other parsers refuse the whole file.
+    Bytes of names that are not UTF-8 are escaped. `json` would write them as lone surrogates, for which other parsers
+    refuse the whole file.
     """
     text = json.dumps(without_surrogates(content), indent=indent, separators=separators, allow_nan=False)
     return text.replace("\x7f", "\\u007f")
 
 
 def without_surrogates(value: Any) -> Any:
-    """JSON's content with such bytes escaped: text that can be written."""
+    """JSON content with lone surrogates in its texts escaped, so that it can be encoded as UTF-8."""
     if isinstance(value, str):
-        return _SURROGATE.sub(lambda found: printable(found[0]), value)
+        return _SURROGATE.sub(lambda match: printable(match[0]), value)
     if isinstance(value, Mapping):
         return {without_surrogates(key): without_surrogates(entry) for key, entry in value.items()}
     return [without_surrogates(entry) for entry in value] if isinstance(value, list | tuple) else value

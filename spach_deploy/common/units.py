@@ -1,7 +1,7 @@
 """Sizes in bytes as users write them.
 
-`G` alone and `GiB` are 2^30 bytes, as trtexec, Polygraphy and Docker have it; `GB` is 10^9, as everything here prints
-sizes. Likewise K, M and T.
+`G` and `GiB` are 2^30 bytes, as in trtexec, Polygraphy and Docker. `GB` is 10^9 bytes, the unit in which this package
+prints sizes. K, M and T follow the same rule.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 SIZES = "K, M, G, T or KiB, MiB, … of 1024; KB, MB, … of 1000"
-"""For help and hints."""
+"""The accepted units, for help texts and error hints."""
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([KMGT])(B|iB?)?|B)?", re.IGNORECASE)
 

@@ -1,10 +1,8 @@
-"""What spach-deploy requires of Python and of packages, and the versions that its tests pin.
+"""Package versions: what spach-deploy requires, what its tests pin, and what is installed here.
 
-Read where they stand: setup.cfg and constraints.txt of a checkout, else the metadata of the installed package. Both
-hold nothing but minimums (`torch >= 2.9`), so comparing release numbers is enough, and no package is needed to do it.
-Each minimum is a version that was run (constraints-lowest.txt).
-
-Versions of everything that has a hand in an export or a validation.
+Requirements are read from setup.cfg of a checkout, else from the metadata of the installed package; pins are read from
+constraints.txt. All requirements are minimums (`torch >= 2.9`), so it is enough to compare release numbers, without
+the package `packaging`. Each minimum is a version that is tested (constraints-lowest.txt).
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ _EXTRA = re.compile(r"""extra\s*==\s*['"](\w+)['"]""")
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """A package and the least version that will do; `extra` is "" for the core."""
+    """A package and its minimum version. `extra`: the extra that requires it, "" for the core."""
 
     name: str
     minimum: str | None
@@ -40,7 +38,7 @@ class Requirement:
         return f"{self.name}>={self.minimum}" if self.minimum else self.name
 
     def holds_for(self, python: tuple[int, ...]) -> bool:
-        """Whether that Python needs it."""
+        """Whether this version of Python, such as (3, 10), needs the package."""
         return self.python_below is None or python < release(self.python_below)
 
     def is_met_by(self, version: str) -> bool:
@@ -50,24 +48,24 @@ class Requirement:
 
 @dataclasses.dataclass(frozen=True)
 class Requirements:
-    """Everything that is required, and where that was read."""
+    """All requirements, and the place that they were read from."""
 
     python: str
     packages: tuple[Requirement, ...]
     source: str
 
     def of(self, extra: str = "") -> tuple[Requirement, ...]:
-        """Requirements of an extra; of the core without one."""
+        """The requirements of an extra, or of the core for ""."""
         return tuple(package for package in self.packages if package.extra == extra)
 
     def get(self, name: str) -> Requirement:
-        """The requirement of that name, in the core or any extra; one without a minimum where there is none."""
+        """The requirement of that name in the core or any extra; one without a minimum where there is none."""
         return next((package for package in self.packages if package.name == name), Requirement(name, None))
 
 
 @functools.cache
 def requirements(root: Path = _ROOT) -> Requirements:
-    """Of the checkout at `root`, else of the installed package; empty where neither can be read."""
+    """The requirements of the checkout at `root`, else of the installed package; empty where neither can be read."""
     config = configparser.ConfigParser()
     config.read(root / "setup.cfg", encoding="utf-8")
     if config.get("metadata", "name", fallback="") == "spach-deploy":
@@ -85,13 +83,13 @@ def requirements(root: Path = _ROOT) -> Requirements:
 def _from_setup_cfg(config: configparser.ConfigParser) -> Requirements:
     core = config["options"]["install_requires"]
     extras = {"": core, **dict(config["options.extras_require"])}
-    found = (parse(line, extra) for extra, text in extras.items() for line in text.splitlines() if line.strip())
-    packages = tuple(package for package in found if package is not None and package.name != "spach-deploy")
+    parsed = (parse(line, extra) for extra, text in extras.items() for line in text.splitlines() if line.strip())
+    packages = tuple(package for package in parsed if package is not None and package.name != "spach-deploy")
     return Requirements(config["options"]["python_requires"], packages, "setup.cfg")
 
 
 def parse(line: str, extra: str = "") -> Requirement | None:
-    """A line such as `torch >= 2.9` or `tomli>=2; python_version < "3.11"`; None for what is written otherwise."""
+    """The requirement in a line such as `torch >= 2.9` or `tomli>=2; python_version < "3.11"`; None for other forms."""
     match = _LINE.match(line)
     if match is None:
         return None
@@ -101,7 +99,7 @@ def parse(line: str, extra: str = "") -> Requirement | None:
 
 
 def pins(root: Path = _ROOT) -> dict[str, str]:
-    """Versions that the tests run with, by package; empty where there is no checkout."""
+    """The versions that the tests run with, by package name; empty where there is no checkout."""
     file = root / "constraints.txt"
     if not file.is_file():
         return {}
@@ -133,9 +131,9 @@ def installed(name: str) -> str | None:
 
 
 def refuse_unfit_packages() -> None:
-    """Raise MissingPackageError or OldPackageError for the first package that every export and validation takes."""
-    wanted, python = requirements(), sys.version_info[:2]
-    for package in (*wanted.of(), wanted.get("onnxruntime")):
+    """MissingPackageError or OldPackageError for the first unfit package that every export and validation needs."""
+    required, python = requirements(), sys.version_info[:2]
+    for package in (*required.of(), required.get("onnxruntime")):
         version = installed(package.name)
         if version is not None and not package.is_met_by(version):
             raise OldPackageError(package.name, version, str(package))
@@ -144,15 +142,15 @@ def refuse_unfit_packages() -> None:
 
 
 def refuse_old(*names: str) -> None:
-    """Raise OldPackageError for the first of these packages that is installed and older than any that was run."""
+    """OldPackageError for the first of these packages that is installed in a version older than its minimum."""
     if error := old_package(*names):
         raise error
 
 
 def old_package(*names: str) -> OldPackageError | None:
     """The error for the first of these packages that is installed and too old; None where none is."""
-    wanted = requirements()
-    for package in map(wanted.get, names):
+    required = requirements()
+    for package in map(required.get, names):
         version = installed(package.name)
         if version is not None and not package.is_met_by(version):
             return OldPackageError(package.name, version, str(package))
@@ -166,7 +164,10 @@ _PACKAGES = (
 
 
 def tool_versions() -> dict[str, str]:
-    """By package name; what is not installed is left out."""
+    """Versions of spach-deploy, Python and every package that affects an export or a validation, by name.
+
+    Packages that are not installed are left out.
+    """
     return {"spach-deploy": __version__, "python": platform.python_version(), **_installed()}
 
 

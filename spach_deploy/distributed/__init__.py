@@ -1,1 +1,1 @@
-"""Work on many machines with Ray (https://docs.ray.io), the only package here that knows of it."""
+"""Work on many machines with Ray (https://docs.ray.io). No other package imports it."""

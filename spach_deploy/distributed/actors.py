@@ -1,9 +1,9 @@
-"""A pool of Ray actors: workers that were prepared once, such as with a model in memory, and take many items.
+"""A pool of Ray actors: workers that are prepared once, for example with a model in memory, and take many items.
 
-Neither Ray Data nor Ray's own pool is used: Ray Data needs pyarrow and pandas for what are here Python objects in their
-order, and Ray's restart of an actor (`max_restarts`, `max_task_retries`) keeps the actor's items waiting until a node
-has room for it, for ever where none is added. Here the items of an actor that died go to those that live, and another
-actor is asked for, which joins them once there is room.
+Neither Ray Data nor Ray's own actor pool fits. Ray Data needs pyarrow and pandas, where plain Python objects in order
+are enough. Ray's restart of actors (`max_restarts`, `max_task_retries`) keeps the items of a dead actor waiting until a
+node has room for it, for ever where none is added. This pool gives the items of a dead actor to the others, and starts
+a new actor, which joins when there is room.
 """
 
 from __future__ import annotations
@@ -17,34 +17,41 @@ from typing import Any
 
 from spach_deploy.common.errors import SpachError, UnavailableError
 from spach_deploy.common.versions import tool_versions
-from spach_deploy.distributed.cluster import RayExecutor, check_address, check_code, checked_places, connected, places
+from spach_deploy.distributed.cluster import (
+    RayExecutor,
+    check_address,
+    check_code,
+    checked_worker_slots,
+    connected,
+    worker_slots,
+)
 from spach_deploy.pipeline.cache import code_digest
 
 TRIES = 5
-"""How often an item is tried before it counts as what kills its workers."""
+"""How often an item is tried before it is blamed for the deaths of its workers."""
 
 _EACH = 2
-"""Items at an actor: the next one is there when one ends."""
+"""Items at each actor: one that runs, and one that is ready to follow."""
 
 _WINDOW = 4
-"""For each actor: items ahead of the one whose result is waited for, at most."""
+"""Largest number of items for each actor ahead of the one whose result comes next."""
 
 _POLL_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RayCluster:
-    """The cluster that `ray` is connected to."""
+    """The cluster that the package `ray` is connected to. See `spach_deploy.common.executors.Cluster`."""
 
     ray: Any
 
     def executor(self, memory_bytes: float) -> RayExecutor:
-        """Tasks of a core and so much memory each."""
+        """An executor whose tasks take one core and `memory_bytes` each."""
         return RayExecutor(self.ray, memory_bytes)
 
     @contextlib.contextmanager
     def pool(self, prepare: Callable[[Any], Any], common: Any, memory_bytes: float) -> Iterator[ActorPool]:
-        """Actors of a core and so much memory each, as many as there is room for."""
+        """Actors of one core and `memory_bytes` each, as many as the cluster has room for."""
         pool = ActorPool(self.ray, prepare, common, memory_bytes)
         try:
             yield pool
@@ -54,7 +61,7 @@ class RayCluster:
 
 @contextlib.contextmanager
 def cluster_at(address: str) -> Iterator[RayCluster]:
-    """The cluster at an address, while the block lasts. Raises what `connect.connected` raises."""
+    """Connect to the cluster at an address for the block. Raises what `cluster.connected` raises."""
     check_address(address)
     with connected(address) as ray:
         yield RayCluster(ray)
@@ -67,11 +74,11 @@ class RayAddress:
     address: str
 
     def check(self) -> None:
-        """Raises MissingPackageError without ray, UnavailableError where nobody listens."""
+        """Raises MissingPackageError without ray, UnavailableError where nothing listens at the address."""
         check_address(self.address)
 
     def connected(self) -> AbstractContextManager[RayCluster]:
-        """The cluster, while the block lasts. Raises what `cluster.connected` raises."""
+        """Connect to the cluster for the block. Raises what `cluster.connected` raises."""
         return cluster_at(self.address)
 
 
@@ -83,7 +90,7 @@ class _Item:
 
 
 class _Queue:
-    """Items that no actor has: those that came back, then those that were not taken yet."""
+    """Items that no actor has: first those given back, then those not taken yet."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._remaining = (_Item(number, value) for number, value in enumerate(items))
@@ -99,7 +106,7 @@ class _Queue:
         return self._first.popleft() if self and self._first[0].number < end else None
 
     def give_back(self, items: Iterable[_Item]) -> None:
-        """Items, to be taken before all others."""
+        """Put items in front of all others."""
         self._first.extendleft(sorted(items, key=lambda item: -item.number))
 
 
@@ -108,10 +115,10 @@ class ActorPool:
 
     def __init__(self, ray: Any, prepare: Callable[[Any], Any], common: Any, memory_bytes: float) -> None:
         self._ray, self._memory_bytes = ray, memory_bytes
-        self.workers = checked_places(ray, memory_bytes)
+        self.workers = checked_worker_slots(ray, memory_bytes)
         options = {"num_cpus": 1, "memory": int(memory_bytes), "max_restarts": 0}
         self._remote = ray.remote(**options)(ActorWorker)
-        self._arguments = (prepare, ray.put(common), Identity.here())
+        self._arguments = (prepare, ray.put(common), SoftwareVersions.here())
         self._starting: dict[Any, Any] = {}
         self._failed_starts = 0
         self._alive: list[Any] = []
@@ -138,18 +145,18 @@ class ActorPool:
             self._running.clear()
 
     def close(self) -> None:
-        """End all actors."""
+        """Kill all actors."""
         for actor in (*self._alive, *self._starting.values()):
             with contextlib.suppress(self._ray.exceptions.RayError):
                 self._ray.kill(actor)
 
     def _start(self) -> None:
-        """Ask for one more actor; it takes items once it says that it is ready."""
+        """Start one more actor, which gets items once its `ready` returns."""
         actor = self._remote.remote(*self._arguments)
         self._starting[actor.ready.remote()] = actor
 
     def _hand_out(self, function: Callable[[Any, Any], Any], queue: _Queue, end: int) -> None:
-        """Give items below the number `end` to actors that have room, one each before a second one."""
+        """Give items with numbers below `end` to actors with room; every actor gets one before any gets a second."""
         load = collections.Counter(id(actor) for actor, _ in self._running.values())
         for depth in range(_EACH):
             for actor in self._alive:
@@ -162,10 +169,10 @@ class ActorPool:
                 load[id(actor)] += 1
 
     def _ended(self, queue: _Queue) -> dict[int, Any]:
-        """Results of what was done within a moment, by item; items of an actor that died go back."""
+        """Wait up to a second for a result, and return it by its item's number. Items of dead actors go back."""
         waited = [*self._running, *self._starting]
         ready, _ = self._ray.wait(waited, num_returns=1, timeout=_POLL_S)
-        if not ready and not self._alive and not places(self._ray, self._memory_bytes):
+        if not ready and not self._alive and not worker_slots(self._ray, self._memory_bytes):
             raise UnavailableError("The cluster has no node left that could go on.", "Add nodes and run again.")
         for reference in ready:
             if reference in self._starting:
@@ -175,11 +182,11 @@ class ActorPool:
         return {}
 
     def _join(self, reference: Any) -> None:
-        """An actor is ready, or died before it was."""
+        """Handle an actor whose start ended: it joins the others, or another is started where it died."""
         actor = self._starting.pop(reference)
         try:
             problem = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError:  # a fault of this program
+        except self._ray.exceptions.RayTaskError:  # an exception of our own code, no dead node
             raise
         except self._ray.exceptions.RayError as error:
             self._failed_starts += 1
@@ -195,7 +202,7 @@ class ActorPool:
         actor, item = self._running[reference]
         try:
             result = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError:  # a fault of this program
+        except self._ray.exceptions.RayTaskError:  # an exception of our own code, no dead node
             raise
         except self._ray.exceptions.RayError as error:
             self._lost(actor, queue, error)
@@ -206,9 +213,9 @@ class ActorPool:
         return {item.number: result}
 
     def _lost(self, actor: Any, queue: _Queue, error: Exception) -> None:
-        """An actor, or what it had done, is gone: its items go back, and another actor is asked for."""
-        mine = [reference for reference, (owner, _) in self._running.items() if owner is actor]
-        items = [self._running.pop(reference)[1] for reference in mine]
+        """Handle an actor that died or whose results are lost: its items go back, and another actor is started."""
+        lost = [reference for reference, (owner, _) in self._running.items() if owner is actor]
+        items = [self._running.pop(reference)[1] for reference in lost]
         self._check_tries(max(item.tries for item in items), error)
         queue.give_back(items)
         self._alive.remove(actor)
@@ -222,49 +229,49 @@ class ActorPool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
-    """What decides the numbers on a node: this package's code, and versions by package."""
+class SoftwareVersions:
+    """This package's code and the versions of packages, which must be the same on every node."""
 
     code: str
     tools: dict[str, str]
 
     @classmethod
-    def here(cls) -> Identity:
-        """Of this process."""
+    def here(cls) -> SoftwareVersions:
+        """The versions in this process."""
         return cls(code_digest(), tool_versions())
 
     def check(self) -> None:
-        """On a node: UnavailableError where something is another than there."""
+        """On a node: UnavailableError where code or a package differs from the machine that made this object."""
         check_code(self.code)
-        here = tool_versions()
+        installed = tool_versions()
         for package, version in self.tools.items():
-            if (found := here.get(package, "none")) != version:
+            if (own := installed.get(package, "none")) != version:
                 raise UnavailableError(
-                    f"A node of the cluster has {package} {found}, this machine has {version}.",
+                    f"A node of the cluster has {package} {own}, this machine has {version}.",
                     "Install the same packages on every node.",
                 )
 
 
 class ActorWorker:
-    """On a node: the state, and the items that it is applied to."""
+    """The actor on a node: it prepares its state, then applies functions to it and to items."""
 
-    def __init__(self, prepare: Callable[[Any], Any], common: Any, identity: Identity) -> None:
+    def __init__(self, prepare: Callable[[Any], Any], common: Any, versions: SoftwareVersions) -> None:
         self._state: Any = None
         self._error: Exception | None = None
         try:
-            identity.check()
+            versions.check()
             self._state = prepare(common)
-        except Exception as error:  # raised here it would look as if the node had died
+        except Exception as error:  # raised in a constructor, Ray would report a dead actor
             self._error = error
 
     def ready(self) -> SpachError | None:
-        """Once it can begin: None, or the error that a user can act on. Raises any other."""
+        """Returns None when the state is prepared, or a SpachError from preparing it. Raises any other error."""
         if self._error is None or isinstance(self._error, SpachError):
             return self._error
         raise self._error
 
     def run(self, function: Callable[[Any, Any], Any], item: Any) -> Any:
-        """The function's result, or the error that a user can act on."""
+        """The function's result, or its SpachError."""
         try:
             return function(self._state, item)
         except SpachError as error:

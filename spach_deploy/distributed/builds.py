@@ -1,8 +1,8 @@
-"""The builds of a zoo as Ray tasks: each on a node that has a core and the memory for it, its bundle brought back.
+"""Exports of a zoo as Ray tasks, each on a node with a free core and enough memory; bundles are sent back.
 
-A task whose node or worker dies is done again elsewhere by Ray. The export itself runs in a process of its own, as on
-one machine, so that its crash is a result and no reason to try again. Paths of images and checkpoints must mean the
-same on every node, as on a shared file system.
+Ray repeats a task elsewhere where its node or worker dies. The export itself runs in a process of its own, as on one
+machine, so that its crash is a result and not repeated. Paths of images and checkpoints must be valid on every node, as
+on a shared file system.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from spach_deploy.pipeline.zoo.plan import Build
 from spach_deploy.pipeline.zoo.schedule import NOT_BEGUN, longest_first
 
 CORES = 1
-"""Of one build: more builds at once take less time in all than one on more cores."""
+"""Cores for each build. More builds at once take less time in all than one on more cores."""
 
 RETRIES = 5
-"""How often a build begins again because its node died."""
+"""How often Ray starts a build again after its node died."""
 
 _POLL_S, _CANCEL_S = 0.1, 12.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ReturnedBuild:
-    """What a task gives back: how the export ended, and its bundle as a tar where it succeeded."""
+    """Result of a task: how the export ended, and its bundle as a tar where it succeeded."""
 
     ended: ProcessEnd
     archive: bytes | None
 
 
 def on_cluster(ray: Any, folder: ZooFolder, command: Sequence[str], more: Sequence[str], jobs: int | None) -> Run:
-    """Builds as tasks on the cluster that `ray` is connected to; at most `jobs` at once."""
+    """Run builds as tasks on the cluster that `ray` is connected to, at most `jobs` at once (None: all)."""
     return lambda builds, began: _run(_Tasks(ray, folder, command, more), builds, jobs or len(builds), began)
 
 
@@ -72,7 +72,7 @@ def _run(tasks: _Tasks, builds: Sequence[Build], jobs: int, began: Callable[[Bui
 
 
 class _Tasks:
-    """Tasks under way, and their bundles as they come."""
+    """Running tasks by their references. Bundles of finished ones are unpacked into the zoo's folder."""
 
     def __init__(self, ray: Any, folder: ZooFolder, command: Sequence[str], more: Sequence[str]) -> None:
         self._ray, self._folder = ray, folder
@@ -82,7 +82,7 @@ class _Tasks:
         self.running: dict[Any, Build] = {}
 
     def begin(self, build: Build) -> ProcessEnd | None:
-        """Hand a build over; how it ended already, where it cannot be done."""
+        """Submit a build. Returns how it ended where it could not begin, else None."""
         largest = max((self._memory(node) for node in self._ray.nodes() if node["Alive"]), default=0.0)
         if build.memory_bytes > largest:
             return _failed(
@@ -100,12 +100,12 @@ class _Tasks:
 
     @staticmethod
     def _memory(node: Any) -> float:
-        """Bytes that a node offers, 0 where it offers no cores."""
+        """Memory of a node in bytes; 0 where it has no cores for tasks."""
         resources = node["Resources"]
         return float(resources.get("memory", 0.0)) if resources.get("CPU", 0.0) >= CORES else 0.0
 
     def ended(self) -> Generator[tuple[Build, ProcessEnd], None, None]:
-        """Those that ended within a moment."""
+        """Builds that end within a tenth of a second, and how."""
         done, _ = self._ray.wait(list(self.running), timeout=_POLL_S) if self.running else ([], [])
         for reference in done:
             build = self.running.pop(reference)
@@ -113,21 +113,21 @@ class _Tasks:
 
     def _fetched(self, reference: Any, build: Build) -> ProcessEnd:
         try:
-            brought: ReturnedBuild = self._ray.get(reference)
+            returned: ReturnedBuild = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             return _failed(f"Ray could not do it ({str(error).strip().splitlines()[0].rstrip('.')}).")
-        if brought.archive is None:
-            return brought.ended
+        if returned.archive is None:
+            return returned.ended
         try:
             target = self._folder.target(build)
-            place = build.place or bundles.check_target(target, overwrite=build.options.overwrite)
-            unpack(brought.archive, place)
+            destination = build.destination or bundles.check_target(target, overwrite=build.options.overwrite)
+            unpack(returned.archive, destination)
         except SpachError as error:
-            return dataclasses.replace(brought.ended, code=error.exit_code, said=(f"Error: {error}",))
-        return brought.ended
+            return dataclasses.replace(returned.ended, code=error.exit_code, said=(f"Error: {error}",))
+        return returned.ended
 
     def cancel(self) -> None:
-        """End all tasks and wait for a moment until their exports are gone."""
+        """Cancel all tasks, and wait up to 12 seconds until their exports have ended."""
         for reference in self.running:
             self._ray.cancel(reference, force=False)
         if self.running:
@@ -135,7 +135,7 @@ class _Tasks:
 
 
 def portable(options: ExportOptions) -> ExportOptions:
-    """Options that mean the same from any directory, the bundle beside where the export runs."""
+    """Options with absolute input paths, and the bundle's name alone as --output, for use in any directory."""
     for option in filling():
         if option.caching is Caching.CONTENT and (path := value_of(options, option.field)) is not None:
             options = with_value(options, option.field, path.absolute())
@@ -144,7 +144,7 @@ def portable(options: ExportOptions) -> ExportOptions:
 
 
 def build_bundle(words: Sequence[str], name: str, code: str) -> ReturnedBuild:
-    """On a node: run the export in a process of its own, and pack what it made."""
+    """On a node: run the export in a process of its own, and pack its bundle."""
     node = socket.gethostname()
     if code_digest() != code:
         said = f"{node} has another version of spach-deploy. Install the same one on every node."
@@ -171,15 +171,15 @@ def pack(bundle: Path) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(archive: bytes, place: Destination) -> None:
-    """Write a packed bundle in one step. BundleError where it cannot be written, or is not what its manifest says."""
+def unpack(archive: bytes, destination: Destination) -> None:
+    """Write a packed bundle in one step. BundleError where that fails, ChangedFileError where it is damaged."""
     with (
-        bundles.writing(place) as staging,
+        bundles.writing(destination) as staging,
         tarfile.open(fileobj=io.BytesIO(archive)) as packed,
     ):
         for member in packed:
             content = packed.extractfile(member)
-            assert content is not None  # `pack` adds files alone
+            assert content is not None  # `pack` adds regular files only
             (staging / Path(member.name).name).write_bytes(content.read())
         Bundle.open(staging)
 

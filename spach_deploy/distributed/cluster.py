@@ -1,8 +1,7 @@
-"""Tasks on a Ray cluster, which Ray does again elsewhere when a node dies.
+"""Connecting to a Ray cluster, stateless tasks on it, and cores of one machine shared among processes.
 
-A Ray cluster, for as long as a block lasts: one that runs already, or this machine as one.
-
-Cores of a machine, shared out among processes that do not know of each other.
+`connected` connects to a running cluster, or starts one on this machine, for a block. `RayExecutor` runs tasks, which
+Ray repeats elsewhere when a node dies. `cores` reserves cores for a process where several exports run on one node.
 """
 
 from __future__ import annotations
@@ -27,21 +26,23 @@ from spach_deploy.common.versions import refuse_old
 from spach_deploy.pipeline.cache import code_digest
 
 RETRIES = 5
+"""How often Ray repeats a task whose worker died."""
+
 _AHEAD = 2
-"""Tasks that are handed over for each that can run: the next one is there when one ends."""
+"""Tasks submitted for each one that can run, so that another is ready when one ends."""
 
 
 class RayExecutor:
-    """Tasks on the cluster that `ray` is connected to, a core each."""
+    """Runs tasks of one core each on the cluster that `ray` is connected to. See `common.executors.Executor`."""
 
     def __init__(self, ray: Any, memory_bytes: float) -> None:
         self._ray = ray
         options = {"num_cpus": 1, "memory": int(memory_bytes), "max_retries": RETRIES}
         self._remote = ray.remote(**options)(in_a_task)
-        self.workers = checked_places(ray, memory_bytes)
+        self.workers = checked_worker_slots(ray, memory_bytes)
 
     def map(self, function: Callable[[Any, Any], Any], common: Any, items: Iterable[Any]) -> Iterator[Any]:
-        """Results in the items' order; a few tasks are ahead of the one that is waited for."""
+        """`function(common, item)` of each item, in the items' order. Raises the SpachError of a task."""
         shared, code = self._ray.put(common), code_digest()
         waiting: collections.deque[Any] = collections.deque()
         remaining = iter(items)
@@ -61,8 +62,8 @@ class RayExecutor:
                 self._ray.cancel(reference, force=True)
 
 
-def places(ray: Any, memory_bytes: float) -> int:
-    """How many workers of a core and so much memory the cluster has room for."""
+def worker_slots(ray: Any, memory_bytes: float) -> int:
+    """How many workers with one core and `memory_bytes` each the cluster has room for."""
     total = 0.0
     for node in ray.nodes():
         resources = node["Resources"] if node["Alive"] else {}
@@ -70,19 +71,19 @@ def places(ray: Any, memory_bytes: float) -> int:
     return int(total)
 
 
-def checked_places(ray: Any, memory_bytes: float) -> int:
-    """The same. UnavailableError where that is none."""
-    found = places(ray, memory_bytes)
-    if found < 1:
+def checked_worker_slots(ray: Any, memory_bytes: float) -> int:
+    """`worker_slots`, or UnavailableError where there is none."""
+    slots = worker_slots(ray, memory_bytes)
+    if slots < 1:
         raise UnavailableError(
             f"No node of the cluster has a core and {memory_bytes / 1e9:.1f} GB of memory for a task.",
             "Add nodes, or do it without --ray.",
         )
-    return found
+    return slots
 
 
 def check_code(code: str) -> None:
-    """On a node: UnavailableError where its code is another."""
+    """On a node: UnavailableError where it has another version of this package's code than `code`, a digest."""
     if code_digest() != code:
         raise UnavailableError(
             "A node of the cluster has another version of spach-deploy.", "Install the same one on every node."
@@ -90,7 +91,7 @@ def check_code(code: str) -> None:
 
 
 def in_a_task(function: Callable[[Any, Any], Any], common: Any, item: Any, code: str) -> Any:
-    """On a node: the function's result, or the error that a user can act on."""
+    """On a node: the function's result, or its SpachError."""
     try:
         check_code(code)
         return function(common, item)
@@ -99,14 +100,14 @@ def in_a_task(function: Callable[[Any, Any], Any], common: Any, item: Any, code:
 
 
 LOCAL = "local"
-"""Address of a cluster that is this machine, started for the command and ended with it."""
+"""Address of a cluster on this machine alone, started for the command and stopped with it."""
 
 INSTALL = "pip install 'spach-deploy[ray]'"
 _ANSWER_S, _HEALTH_S = 5.0, 30.0
 
 
 def import_ray() -> Any:
-    """The package. MissingPackageError without it, OldPackageError where it is too old."""
+    """Import ray. MissingPackageError without it, OldPackageError where it is too old."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     refuse_old("ray")
     try:
@@ -117,19 +118,20 @@ def import_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """The package `ray`, connected to the cluster at `address`: host:port, `auto` for one on this machine, or LOCAL.
+    """The package `ray`, connected to the cluster at `address` for the block.
 
-    `check_address` first: Ray waits for minutes where nobody answers. Raises MissingPackageError without ray,
-    UnavailableError where no cluster answers or where it is lost. Within the block standard output is standard error:
-    Ray prints there when a node dies, in the middle of what a command prints.
+    `address`: host:port, `auto` for a cluster that runs on this machine, or LOCAL. Call `check_address` first, because
+    Ray waits for minutes where nothing answers. Raises MissingPackageError without ray, UnavailableError where no
+    cluster answers or the connection is lost. Within the block, standard output goes to standard error, because Ray
+    prints messages about dead nodes there.
     """
     ray = import_ray()
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    logging = {"log_to_driver": False, "logging_level": "ERROR"}
     local = {"include_dashboard": False, "num_cpus": available_threads()} if address == LOCAL else {}
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            ray.init(address=address, **quiet, **local)
-        except Exception as error:  # of many kinds, by version and by what is wrong
+            ray.init(address=address, **logging, **local)
+        except Exception as error:  # of many types, by version of Ray and by cause
             raise _no_cluster(address, str(error)) from error
         try:
             yield ray
@@ -143,9 +145,9 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def check_address(address: str) -> None:
-    """Refuse what can be refused soon.
+    """Check quickly that a Ray cluster answers at `address`.
 
-    Raises MissingPackageError without ray, UnavailableError where nobody listens.
+    Raises MissingPackageError without ray, UnavailableError where nothing listens or it is not Ray.
     """
     import_ray()
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -160,7 +162,7 @@ def check_address(address: str) -> None:
 
 
 def _check_health(address: str) -> None:
-    """Whether it is Ray that listens there, by Ray's own check in a process that can be ended."""
+    """UnavailableError unless Ray listens at `address`, by Ray's own health check in a child process with a timeout."""
     call = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         healthy = subprocess.run(call, capture_output=True, timeout=_HEALTH_S, check=False).returncode == 0
@@ -183,10 +185,10 @@ def _first_line(text: str) -> str:
 
 @contextlib.contextmanager
 def cores(count: int) -> Iterator[frozenset[int]]:
-    """`count` cores that no other block on this machine holds; all where there are too few free ones.
+    """Reserve `count` cores among this user's processes on this machine; all cores where too few are free.
 
-    A lock on a file stands for each core: the kernel gives it back when a process ends, however it does. They lie in a
-    directory of this user; where somebody else has made it, all cores are given.
+    Each core has a lock file, which the kernel releases when a process ends for any reason. The files are in a private
+    directory of this user; where another user has made that directory, all cores are returned.
     """
     known = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:

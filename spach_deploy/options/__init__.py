@@ -1,5 +1,6 @@
-"""What a user can ask for: one table of options, from which click options, recipe keys and command lines are made.
+"""The options of all commands: one table, from which click options, recipe keys and recorded commands are made.
 
-`table` is the data, `specs` the frozen objects that the options fill. `values` goes from what was given to these,
-`recipe` reads a TOML file, `command_line` goes back to words, and `click_options` makes what click parses and shows.
+`table` lists the options; `specs` has the frozen objects that they fill. `values` converts given values to these
+objects, `recipe` reads them from TOML, `keywords` from Python keywords, `command_line` writes options as a command
+line, and `click_options` makes what click parses and `--help` shows.
 """

@@ -1,4 +1,4 @@
-"""The table as click takes it: the options of a command, and its help in named groups."""
+"""click options made from the table, and `--help` with options in named groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spach_deploy.options.values import default_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FILE = click.Path(path_type=Path, readable=False)  # whoever reads it says why it cannot be read
+FILE = click.Path(path_type=Path, readable=False)  # the code that reads the file says why it cannot
 
 
 class GroupedOption(click.Option):
@@ -27,7 +27,7 @@ class GroupedOption(click.Option):
 
 
 def click_options(command: str, table: Sequence[Option] = TABLE) -> Callable[[F], F]:
-    """All options of a command, its name as in the table, and --version."""
+    """Decorator: add all options of a command, named as in the table, and --version."""
 
     def decorate(function: F) -> F:
         function = version(function)
@@ -42,12 +42,12 @@ def click_options(command: str, table: Sequence[Option] = TABLE) -> Callable[[F]
 
 
 def version(function: F) -> F:
-    """--version."""
+    """Decorator: add --version."""
     return click.version_option(__version__, prog_name="spach-deploy")(function)
 
 
 def write_groups(command: click.Command, context: click.Context, formatter: click.HelpFormatter) -> None:
-    """The options in --help: a section for each group, in the order of `GROUPS`."""
+    """Write the options of --help: a section for each group, in the order of `GROUPS`."""
     groups: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
     for parameter in command.get_params(context):
         if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)) is not None:
@@ -59,7 +59,7 @@ def write_groups(command: click.Command, context: click.Context, formatter: clic
 
 
 def _declared(option: Option) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Flags and what click.option takes for them; of a `Kind.FLAGS`, for each choice."""
+    """Arguments of click.option: its flags and its keywords. `Kind.FLAGS` gives a pair for each choice."""
     if option.kind is Kind.FLAGS:
         for choice, text in zip(option.choices, option.each, strict=True):
             yield [f"--{choice}"], {"flag_value": choice, "multiple": True, "help": text}
@@ -100,13 +100,13 @@ def _type(option: Option) -> Any:
 
 
 def help_of(option: Option) -> str:
-    """What help says of it, with the default."""
+    """The option's help text, with the default in brackets."""
     shown = option.shown or _default(option)
     return f"{option.help}  [{shown}]" if shown else option.help
 
 
 def _default(option: Option) -> str:
-    """The default as the command line would say it; empty where it is to have nothing."""
+    """The default as it is written on the command line; empty where there is none to show."""
     value = default_of(option.field) if option.field else option.default
     if value in (None, (), False):
         return ""

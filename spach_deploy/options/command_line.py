@@ -1,4 +1,4 @@
-"""Options as the command line that asks for them, so that a report can say how to do it again."""
+"""Options written as a command line, so that a manifest or a report can say how to repeat a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spach_deploy.options.values import keys_of_quantization, value_of
 
 
 def quoted(word: object) -> str:
-    """A word as a shell takes it. What cannot be printed stands as octal bytes in the $'...' of bash, zsh and ksh."""
+    """A word quoted for a shell. Unprintable characters become octal bytes within $'...', as in bash, zsh and ksh."""
     text = str(word)
     return shlex.quote(text) if text.isprintable() else f"$'{''.join(map(_in_dollar_quotes, text))}'"
 
@@ -28,36 +28,36 @@ def _in_dollar_quotes(character: str) -> str:
         return character
     try:
         content = os.fsencode(character)
-    except UnicodeEncodeError:  # of a file's text, no name that this system could have
+    except UnicodeEncodeError:  # from the text of a file; no file name of this system can hold it
         content = character.encode("utf-8", "surrogatepass")
     return "".join(f"\\{byte:03o}" for byte in content)
 
 
 def joined(words: Iterable[object]) -> str:
-    """Words as a shell takes them."""
+    """Words quoted for a shell and joined to a command line."""
     return " ".join(map(quoted, words))
 
 
 def export_command(options: ExportOptions) -> str:
-    """The call of spach-export that gives `options`; what is as by default is left out, but for the precision."""
+    """The spach-export command for `options`. Default values are left out, except for the precision."""
     return joined([EXPORT, *export_words(options)])
 
 
 def export_words(options: ExportOptions, table: Sequence[Option] = TABLE) -> list[str]:
-    """Its words, without the program."""
+    """The words of `export_command` after the program's name."""
     skipped = set() if options.precision.is_quantized else keys_of_quantization(table)
-    found: list[str] = []
-    usual = type(options)()
+    words: list[str] = []
+    defaults = type(options)()
     for option in filling(EXPORT, table):
         if option.is_recorded and option.key not in skipped:
             value = value_of(options, option.field)
-            if option.kind is Kind.FLAGS or value != value_of(usual, option.field):
-                found += words_of(option, value)
-    return found
+            if option.kind is Kind.FLAGS or value != value_of(defaults, option.field):
+                words += words_of(option, value)
+    return words
 
 
 def validate_command(target: str, other: Path | None = None, given: Mapping[str, Any] | None = None) -> str:
-    """The call of spach-validate with click's values `given`; what was not given is left out."""
+    """The spach-validate command for click's values `given`; options that were not given are left out."""
     values = given or {}
     words = [VALIDATE, target, *([] if other is None else [str(other)])]
     for option in options_of(VALIDATE):
@@ -67,13 +67,13 @@ def validate_command(target: str, other: Path | None = None, given: Mapping[str,
 
 
 def flag_for(field: str, value: object) -> str:
-    """The flag of spach-export that puts `value` into a field."""
+    """The flag of spach-export that sets a dotted field of `ExportOptions` to `value`."""
     option = next(option for option in filling() if option.field == field)
     return next(iter(words_of(option, value)))
 
 
 def words_of(option: Option, value: Any) -> Iterator[str]:
-    """The words that give an option a value; none for a flag that is not set."""
+    """The command-line words that give an option a value; none for a flag that is not set."""
     if option.kind is Kind.FLAGS:
         yield f"--{_text(value)}"
     elif isinstance(value, bool):
@@ -86,7 +86,7 @@ def words_of(option: Option, value: Any) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    """A value as the option takes it."""
+    """A value as it is written on the command line."""
     if isinstance(value, enum.Enum):
         return str(value.value)
     if isinstance(value, Destination):

@@ -1,4 +1,4 @@
-"""GPUs as users name them: `sm89`, `8.9`, `rtx4090`, `NVIDIA A100-SXM4-80GB`.
+"""Parsing GPU names to compute capabilities: `sm89`, `8.9`, `rtx4090`, `NVIDIA A100-SXM4-80GB`.
 
 Source: NVIDIA, "CUDA GPU Compute Capability" and the support matrices of TensorRT 10, 11 and TensorRT for RTX.
 """
@@ -33,7 +33,7 @@ CARDS: dict[str, ComputeCapability] = {
 """Card names in lower case without spaces and dashes, with their compute capability."""
 
 SUPPORTED: tuple[ComputeCapability, ...] = tuple(sorted({*CARDS.values()}))
-"""Capabilities that some flavour of TensorRT here compiles for."""
+"""Capabilities for which at least one flavour of TensorRT compiles."""
 
 _DECORATION = re.compile(
     r"nvidia|geforce|tesla|jetson|gpu|laptop|mobile|generation|blackwell|server|workstation|edition|ti|super|"
@@ -44,7 +44,7 @@ _CAPABILITY = re.compile(r"(?:sm|compute)?(\d{1,2})\.?(\d)[af]?")
 
 
 def parse_gpus(text: str) -> tuple[ComputeCapability, ...]:
-    """Capabilities named by `text`, sorted, each once.
+    """The compute capabilities that `text` names, sorted, each once.
 
     `text` is a list with commas of capabilities (`sm89`, `8.9`) and card names (`rtx4090`, `RTX A6000`, `l4`), in any
     case, with or without spaces, dashes and underscores. UsageError for anything else, with the nearest names.
@@ -82,5 +82,5 @@ def _nearest(card: str) -> str:
 
 
 def format_gpus(gpus: tuple[ComputeCapability, ...]) -> str:
-    """`sm80, sm86`: capabilities as a message lists them."""
+    """Capabilities as a list in a message: `sm80, sm86`."""
     return ", ".join(str(gpu) for gpu in gpus)

@@ -1,7 +1,7 @@
-"""The table as keyword arguments of the public functions: what type checkers know, and from keywords to values.
+"""Keyword arguments of the public functions, made from the table of options.
 
-Keywords are the keys of the table. Whatever the table has is taken; the classes below say it to type checkers, and a
-test holds them to the table.
+The keywords are the keys of the table. The TypedDicts below repeat them for type checkers; a test keeps them equal to
+the table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ORIGIN = Origin("", "See docs/python.md.")
 
 
 class ModelKeywords(TypedDict, total=False):
-    """What `export` and `calibrate` have in common, beside `model`."""
+    """Keywords that `export` and `calibrate` share, except `model`."""
 
     checkpoint: FilePath
     weights: Literal["model", "ema"]
@@ -52,7 +52,7 @@ class ModelKeywords(TypedDict, total=False):
 
 
 class ExportKeywords(ModelKeywords, total=False):
-    """Keywords of `spach_deploy.export`, beside `model`."""
+    """Keywords of `spach_deploy.export`, except `model`."""
 
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
     images: FilePath
@@ -79,13 +79,13 @@ class ExportKeywords(ModelKeywords, total=False):
 
 
 class CalibrateKeywords(ModelKeywords, total=False):
-    """Keywords of `spach_deploy.calibrate`, beside `model` and `output`."""
+    """Keywords of `spach_deploy.calibrate`, except `model` and `output`."""
 
     precision: Literal["int8", "fp8"]
 
 
 class ValidateKeywords(TypedDict, total=False):
-    """Keywords of `spach_deploy.validate`, beside `target`."""
+    """Keywords of `spach_deploy.validate`, except `target`."""
 
     images: FilePath
     max_images: int
@@ -101,15 +101,15 @@ class ValidateKeywords(TypedDict, total=False):
 
 
 def keywords(command: str) -> dict[str, Option]:
-    """The options of a command that a Python caller may give, by key: all but clusters, and what is shown or opened."""
-    found = filling(command) if command in (EXPORT, CALIBRATE) else options_of(command)
+    """The options of a command that a Python caller may give, by key: without clusters and options of the terminal."""
+    available = filling(command) if command in (EXPORT, CALIBRATE) else options_of(command)
     hidden = {"bundle"} if command == VALIDATE else set()  # for servers, which take other options
-    taken = [option for option in found if option.kind is not Kind.ADDRESS and option.key not in hidden]
+    taken = [option for option in available if option.kind is not Kind.ADDRESS and option.key not in hidden]
     return {option.key: option for option in taken if option.is_recorded}
 
 
 def values_of_keywords(function: str, command: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by key, as click would give them. TypeError for an unknown keyword, UsageError for a wrong value."""
+    """Values as click would give them. TypeError for an unknown keyword, UsageError for a value of the wrong kind."""
     known = keywords(command)
     for key in given:
         if key not in known:
@@ -121,7 +121,7 @@ def values_of_keywords(function: str, command: str, given: Mapping[str, Any]) ->
 
 
 def _plain(option: Option, value: Any) -> Any:
-    """A value as a recipe would have it: text for paths and for a few numbers, lists for tuples."""
+    """A Python value as a TOML recipe would hold it: text for paths and channels, lists for tuples."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if option.kind is Kind.TEXT and type(value) is int:
@@ -132,7 +132,7 @@ def _plain(option: Option, value: Any) -> Any:
 
 
 def with_keywords(command: str) -> Callable[[F], F]:
-    """Give a function the signature and the documentation of a command's options: what `help()` shows."""
+    """Decorator: add a command's options to the function's signature and docstring, as `help()` shows them."""
 
     def decorate(function: F) -> F:
         options = keywords(command)

@@ -1,4 +1,4 @@
-"""What can be said about quantization options before anything is loaded."""
+"""Checks of quantization options that need neither the model nor any image."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from spach_deploy.options.table import filling
 from spach_deploy.options.values import default_of, value_of
 
 CALIBRATION_SUFFIX = ".json"
-"""Of calibration files; anything else that is given to --calibration is images."""
+"""Suffix of calibration files; --calibration takes anything else as images."""
 
 
 def check_quantization(options: ExportOptions) -> None:
-    """Refuse what can be refused before any work."""
+    """UsageError for options that contradict each other, ImageError for missing images; before any work."""
     spec = options.quantization
     if not options.precision.is_quantized:
         _check_idle(options)
@@ -75,23 +75,23 @@ def _check_idle(options: ExportOptions) -> None:
 
 
 def check_calibration_file(file: Path) -> Destination:
-    """The place of a calibration file. UsageError where none could be written, before the work."""
+    """The destination of a calibration file. UsageError where it could not be written."""
     if file.suffix != CALIBRATION_SUFFIX:
         raise UsageError(f"{file} does not end with {CALIBRATION_SUFFIX}.", "Calibrations are JSON: give -o FILE.json.")
-    place = Destination.of(file)
-    _check_cache(place)
-    return place
+    destination = Destination.of(file)
+    _check_cache(destination)
+    return destination
 
 
-def _check_cache(place: Destination) -> None:
-    """Refuse a calibration file that could not be written, before the first image."""
-    folder = place.path.parent
+def _check_cache(destination: Destination) -> None:
+    """UsageError for a calibration file that could not be written, before the first image is read."""
+    folder, file = destination.path.parent, destination.path
     if not folder.is_dir():
         what = "is not a directory" if folder.exists() else "does not exist"
-        raise UsageError(f"{folder} {what}, so {place.path} cannot be written there.", "Choose another FILE.json.")
+        raise UsageError(f"{folder} {what}, so {file} cannot be written there.", "Choose another FILE.json.")
     try:
-        try_to_write(place.path)
+        try_to_write(file)
     except OSError as error:
         raise UsageError(
-            f"{place.path} cannot be written ({error.strerror or error}).", "Choose another FILE.json."
+            f"{file} cannot be written ({error.strerror or error}).", "Choose another FILE.json."
         ) from None

@@ -33,7 +33,7 @@ _NAMES: Mapping[type, str] = {str: "text", int: "whole number", float: "number",
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where plain values stand: how a sentence about one begins, what it points to, what paths are relative to."""
+    """Where values come from. `start`: begins an error about one; `reference`: its hint; `folder`: base of paths."""
 
     start: str
     reference: str
@@ -48,7 +48,7 @@ KEYS = sorted(_options(TABLE))
 
 
 def read_recipe(path: Path, table: Sequence[Option] = TABLE) -> dict[str, Any]:
-    """Option values by key; UsageError for an unreadable file, an unknown key or a value of the wrong kind."""
+    """Option values by key. UsageError for an unreadable file, an unknown key or a value of the wrong kind."""
     text = read_text(path, f"Recipe {path}", "Give a TOML file.")
     try:
         content = tomllib.loads(text)
@@ -67,7 +67,7 @@ def _known(path: Path, key: str, options: Mapping[str, Option]) -> Option:
 
 
 def checked_value(option: Option, value: Any, origin: Origin) -> Any:
-    """What click would give for a plain value, as TOML has them; UsageError for one of the wrong kind."""
+    """A TOML value converted to what click would give for the option. UsageError for a value of the wrong kind."""
     match option.kind:
         case Kind.PATH:
             return origin.folder / _typed(option, value, str, origin)
@@ -87,7 +87,7 @@ def checked_value(option: Option, value: Any, origin: Origin) -> Any:
 
 
 def _typed(option: Option, value: Any, kind: type, origin: Origin) -> Any:
-    if type(value) is not kind:  # not isinstance: true is no whole number here
+    if type(value) is not kind:  # not isinstance: True is an int in Python
         raise UsageError(f"{origin.start}{option.key} = {value!r} is not a {_NAMES[kind]}.", origin.reference)
     if isinstance(value, str) and "\0" in value:
         raise UsageError(f"{origin.start}{option.key} has a NUL character.", "No path and no name can have one.")

@@ -1,8 +1,7 @@
-"""Options as small frozen objects: what a user asked for, checked once, carried unchanged through the pipeline.
+"""The options of an export as frozen objects, parsed and checked once and passed unchanged through the pipeline.
 
-Nothing here imports torch, numpy or a compiler, so that `--help` and option errors are instant.
-
-Sizes and colour channels as users write them. GPUs are in `gpus`, batches in `specs`.
+Nothing here imports torch, numpy or a compiler, so that `--help` and option errors are instant. The parsers of GPU
+names are in `gpus`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from spach_deploy.common.files import Destination
 from spach_deploy.common.units import parse_bytes
 
 ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
-"""Of channel and spatial MLPs: the exact GELU (erf), its tanh approximation, ReLU, SiLU."""
+"""Activations of channel and spatial MLPs: the exact GELU (erf), its tanh approximation, ReLU, SiLU."""
 
 Channels = tuple[float, float, float]
 
@@ -40,15 +39,15 @@ class Precision(str, enum.Enum):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weighted layers compute in 8 bits; the rest of the graph then has a precision of its own."""
+        """Whether weighted layers compute in 8 bits. `ExportOptions.rest` is then the precision of all else."""
         return self in (Precision.INT8, Precision.FP8)
 
 
 class IODtype(str, enum.Enum):
-    """What crosses the engine's boundary.
+    """Data type of the graph's input, and with it of its outputs.
 
-    fp32, fp16: normalized images, (B, 3, H, W). uint8: RGB pixels as decoders give them, (B, H, W, 3); scale, mean
-    and standard deviation are in the graph. Logits are float32, or float16 with fp16.
+    fp32, fp16: normalized images (B, 3, H, W). uint8: decoded RGB pixels (B, H, W, 3), normalized within the graph.
+    Logits are float32, or float16 with fp16.
     """
 
     FP32 = "fp32"
@@ -111,7 +110,7 @@ class ComputeCapability:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """The published evaluation transform as data: resize the shorter side, centre crop, scale to 0..1, normalize."""
+    """The published evaluation transform: resize the shorter side, centre crop, scale to 0..1, normalize by channel."""
 
     image_size: int = 224
     resize_size: int = 256
@@ -121,18 +120,18 @@ class Preprocessing:
 
     @classmethod
     def for_size(cls, image_size: int, mean: Channels | None = None, std: Channels | None = None) -> Preprocessing:
-        """Evaluation transform of `image_size`: the shorter side becomes 256/224 of it; ImageNet's mean and standard
-        deviation, if no others are given.
+        """The evaluation transform for `image_size`: the shorter side becomes 256/224 of it. Default mean and standard
+        deviation are ImageNet's.
         """
         return cls(image_size, int(image_size * 256 / 224), mean=mean or cls.mean, std=std or cls.std)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """What no tensor of a checkpoint shows. None: not said.
+    """Settings of a model that cannot be inferred from a checkpoint's tensors. None: not given.
 
-    `heads` of every attention; `qk_scale`: factor of q, head size ** -0.5 if not given; `activation`: one of
-    `ACTIVATIONS`; `norm_eps`: epsilon of every LayerNorm; `mean`, `std`: of the pixels, by channel, in 0..1.
+    `heads`: of every attention; `qk_scale`: factor of q, by default head size ** -0.5; `activation`: one of
+    `ACTIVATIONS`; `norm_eps`: epsilon of every LayerNorm; `mean`, `std`: of the pixels by channel, in 0..1.
     """
 
     heads: int | None = None
@@ -143,7 +142,7 @@ class Hyperparameters:
     std: Channels | None = None
 
     def given(self) -> dict[str, Any]:
-        """What is said, by name."""
+        """The settings that are given, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -151,7 +150,7 @@ class Hyperparameters:
 class ModelSpec:
     """Which model, with which weights. `checkpoint` None means demo weights.
 
-    `ignore`: patterns of names, as fnmatch reads them, of tensors in the checkpoint that are not the model's.
+    `ignore`: fnmatch patterns of tensors in the checkpoint that are not part of the model.
     """
 
     name: str | None = None
@@ -165,7 +164,7 @@ class ModelSpec:
 
 @dataclasses.dataclass(frozen=True)
 class OutputSpec:
-    """What the graph returns beside `logits` (B, classes), and in which dtype it speaks to its caller."""
+    """Outputs of the graph in addition to `logits` (B, classes), and the data type of its inputs and outputs."""
 
     io_dtype: IODtype = IODtype.FP32
     top_k: int | None = None
@@ -174,7 +173,7 @@ class OutputSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EngineTarget:
-    """Which compiler, for which GPUs, with which switches. Empty `gpus` means the flavour's default."""
+    """The engine to build: flavour, GPUs, batch profile and builder options. Empty `gpus`: the flavour's default."""
 
     flavour: Flavour = Flavour.AUTO
     gpus: tuple[ComputeCapability, ...] = ()
@@ -189,13 +188,13 @@ class EngineTarget:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationSpec:
-    """How a quantized export is calibrated and which layers it quantizes. Nothing of it means anything elsewhere.
+    """How an int8 or fp8 export is calibrated, and which layers it quantizes. Other precisions ignore it.
 
     `calibration`: images (folder, tar, npz), or a file that `spach-calibrate` made. `cache`: such a file, reused where
     it fits and written otherwise. `rest`: precision of everything that is not quantized. `keep_float`, `quantize`:
-    patterns of module names, as fnmatch reads them. `per_tensor`: patterns of layers whose weights have one scale.
-    `max_rel_l2` of the logits, `max_drop` in points of top-1 on labelled images: layers stay in float until it holds.
-    `vnni`: the graph is for CPUs with VNNI; elsewhere it computes something else.
+    fnmatch patterns of module names. `per_tensor`: patterns of layers whose weights get one scale instead of one for
+    each channel. `max_rel_l2` (of the logits), `max_drop` (points of top-1 on labelled images): bounds; layers are left
+    in float until they hold. `vnni`: the graph is for CPUs with VNNI and computes wrong results on others.
     `cluster`: the cluster to calibrate and to choose layers on; None for this process.
     """
 
@@ -216,12 +215,12 @@ class QuantizationSpec:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether layers are left in float until a bound holds."""
+        """Whether a bound decides which layers are left in float."""
         return self.max_rel_l2 is not None or self.max_drop is not None
 
 
 OPSET = 20
-"""Of graphs of which no operator needs a later one."""
+"""The opset of graphs in which no operator needs a later one."""
 
 _OPSETS = {Precision.FP8: 21, Precision.BF16: 22}
 """ONNX Runtime before 1.32 has FP8 from opset 21 on; Conv takes bfloat16 from 22 on."""
@@ -229,9 +228,9 @@ _OPSETS = {Precision.FP8: 21, Precision.BF16: 22}
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """All that `spach-export` was asked for.
+    """All options of one export.
 
-    `answers`: an npz of what the user's own code answered. `opset` None is `graph_opset`'s own choice.
+    `answers`: an npz with inputs and outputs of the user's own code. `opset` None: `graph_opset` chooses.
     """
 
     model: ModelSpec = ModelSpec()
@@ -248,12 +247,12 @@ class ExportOptions:
 
     @property
     def rest(self) -> Precision:
-        """Precision of what is not quantized; the precision itself where nothing is."""
+        """The precision of everything that is not quantized."""
         return self.quantization.rest if self.precision.is_quantized else self.precision
 
     @property
     def graph_opset(self) -> int:
-        """The opset asked for; else the lowest in which runtimes have such operators."""
+        """The requested opset, else the lowest in which runtimes have the operators of these precisions."""
         return self.opset or max(_OPSETS.get(self.precision, OPSET), _OPSETS.get(self.rest, OPSET))
 
 
@@ -261,7 +260,7 @@ _LARGEST_WORKSPACE = 1 << 50
 
 
 def parse_size(text: str) -> int:
-    """Bytes, as `spach_deploy.common.units` reads them."""
+    """A --workspace size in bytes, in the units of `spach_deploy.common.units`. UsageError for anything else."""
     try:
         size = parse_bytes(text)
     except ValueError:
@@ -272,7 +271,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_channels(flag: str, text: str) -> Channels:
-    """`0.5,0.5,0.5`, or one number for all three; `flag` is named in the error."""
+    """Red, green and blue from `0.5,0.5,0.5`, or from one number for all three. UsageError names `flag`."""
     try:
         values = [float(part) for part in text.split(",")]
         red, green, blue = values * 3 if len(values) == 1 else values

@@ -1,9 +1,9 @@
 """The table of options: one entry for each option of each command. An option is added here and nowhere else.
 
-An entry with a `field` fills that field of `ExportOptions` (which has to exist in `specs`). It is then also a key of
-recipes, a part of the command that a manifest records, of what the exports of a zoo inherit, and of the key under which
-a finished export is cached, unless it says otherwise. The same flag with another meaning in another command is an entry
-of its own. The order of entries is the order of words in a recorded command; help shows them by `GROUPS`.
+An entry with a `field` fills that field of `ExportOptions`, which must exist in `specs`. Unless the entry says
+otherwise, the option is then also a key of recipes, part of the command that a manifest records, inherited by the
+exports of a zoo, and part of the key under which a finished export is cached. A flag with another meaning in another
+command has a second entry. The order of entries is that of words in a recorded command; `--help` sorts by `GROUPS`.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ GROUPS = (
     *(COMMON, MODEL, HYPERPARAMETERS, PRECISION, QUANTIZATION, IMAGES, INTERFACE, GRAPH, ENGINE, RUNNING, MEASUREMENT),
     *(SERVING, ENSEMBLE, MANY, OUTPUT, INFORMATION),
 )
-"""Of `--help`, in its order."""
+"""The groups of `--help`, in order."""
 
 
 class Kind(enum.Enum):
-    """What stands behind an option on the command line, and behind its key in a recipe."""
+    """The kind of value that an option takes, on the command line and in a recipe."""
 
     TEXT = enum.auto()
     LIST = enum.auto()
@@ -76,34 +76,34 @@ class Kind(enum.Enum):
     """`--x` or `--no-x`."""
     FLAG = enum.auto()
     ADDRESS = enum.auto()
-    """Text that may be left out; `local` then."""
+    """Text that may be left out, and is then `local`."""
 
 
 class Caching(enum.Enum):
-    """What a value means to the cache of finished exports."""
+    """How an option's value enters the key of the cache of finished exports."""
 
     VALUE = enum.auto()
-    """Another value is another export."""
+    """The value is part of the key."""
     CONTENT = enum.auto()
-    """What the file or folder holds counts too."""
+    """The content of the file or folder is part of the key too."""
     IGNORED = enum.auto()
-    """It changes nothing that is written."""
+    """It changes nothing that is written, and is not part of the key."""
     EXCLUDED = enum.auto()
-    """An export with it is not cached: it writes somewhere else too."""
+    """An export with it is not cached, because it also writes outside the bundle."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option. `flags` with a space between, such as `-o --output`; of a switch the positive one.
+    """An option. `flags`: separated by a space, such as `-o --output`; for a switch, the positive flag.
 
-    `field`: what it fills in ExportOptions, dotted; `parse` makes the field's value. `key`: the name of its value and
-    its key in recipes; the long flag with `_` for `-` if not given. `each`: help of each choice of a `Kind.FLAGS`.
-    `least`, `most`: of a number. `default`: where nothing is given and there is no field. `shown`: the default in
-    words, where the value itself does not say it. `is_common`: help shows it first.
+    `field`: the field of ExportOptions that it fills, dotted; `parse` makes the field's value. `key`: name of its value
+    and key in recipes, by default the long flag with `_` for `-`. `each`: help of each choice of a `Kind.FLAGS`.
+    `least`, `most`: bounds of a number. `default`: the value where none is given, for options without a field. `shown`:
+    the default in words, where the value does not say it. `is_common`: `--help` shows it in the first group.
 
-    `needs_engine`: means nothing with --engine none. `is_inherited`: the exports of a zoo take it over; else the zoo
-    decides it for each. `zoo_refusal`: why a zoo cannot take it, a sentence with {flag} and {value}. `is_recorded`:
-    part of the command that a manifest or report records.
+    `needs_engine`: refused with --engine none. `is_inherited`: the exports of a zoo get it; else the zoo decides it for
+    each. `zoo_refusal`: why a zoo refuses it, a sentence with {flag} and {value}. `is_recorded`: part of the command
+    that a manifest or report records.
     """
 
     flags: str
@@ -136,12 +136,12 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The long flag; of a switch, the positive one."""
+        """The long flag; for a switch, the positive one."""
         return self.flags.split()[-1]
 
     @property
     def shown_group(self) -> str:
-        """The group of `--help` in which it stands."""
+        """The group of `--help` in which the option is shown."""
         return COMMON if self.is_common else self.group
 
     @property
@@ -151,7 +151,7 @@ class Option:
 
 
 def _of(group: str, commands: tuple[str, ...], *options: Option) -> tuple[Option, ...]:
-    """Options with their group and the commands that take them."""
+    """The options with their group and the commands that take them."""
     return tuple(dataclasses.replace(option, group=group, commands=commands) for option in options)
 
 

@@ -1,6 +1,6 @@
-"""From what was given, on the command line or in a recipe, to `ExportOptions`, and from these back to values.
+"""Conversion between option values and `ExportOptions`.
 
-Values go by the keys of their options in the table, as click gives them: None and () are what was not given.
+Values are dictionaries by the options' keys in the table, as click gives them; None and () mean "not given".
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ Values = Mapping[str, Any]
 
 
 def export_options(given: Values, recipe: Path | None = None) -> ExportOptions:
-    """Options from click's values; a recipe fills the gaps. UsageError for contradictions and what cannot be parsed."""
+    """Options from click's values and, where these leave gaps, a recipe. UsageError for bad or contradicting values."""
     return filled(ExportOptions(), given, recipe)
 
 
 def calibrate_options(given: Values) -> ExportOptions:
-    """Options of an export that would need the calibration which spach-calibrate was asked for."""
+    """Options of an export that would use the calibration that spach-calibrate makes for these values."""
     base = ExportOptions(precision=Precision.INT8, engine=EngineTarget(Flavour.NONE))
-    return _filled(base, said(given), filling(CALIBRATE))
+    return _filled(base, given_values(given), filling(CALIBRATE))
 
 
 def filled(base: Options, given: Values, recipe: Path | None = None, table: Sequence[Option] = TABLE) -> Options:
-    """`base` with what was given: the command line wins over the recipe, and the recipe over `base`."""
-    chosen = said(given)
+    """`base` with values filled in: the command line wins over the recipe, and the recipe over `base`."""
+    chosen = given_values(given)
     values = {**_of_recipe(recipe, chosen, table), **chosen} if recipe is not None else chosen
     options = filling(EXPORT, table)
     _check_no_engine(values, options)
     return _filled(base, values, options)
 
 
-def said(given: Values) -> dict[str, Any]:
-    """What was given, the precision as the one word that it is. UsageError for two precisions."""
+def given_values(given: Values) -> dict[str, Any]:
+    """The values that were given, with the precision as one word. UsageError for two precisions."""
     chosen = {key: value for key, value in given.items() if value not in (None, ())}
     if "precision" in chosen:
         chosen["precision"] = one_precision(chosen["precision"])
@@ -49,7 +49,7 @@ def said(given: Values) -> dict[str, Any]:
 
 
 def one_precision(given: str | Sequence[str]) -> str | None:
-    """The one precision among the flags that were given, or None; UsageError for two different ones."""
+    """The precision that was given, or None. UsageError for two different ones."""
     chosen = [given] if isinstance(given, str) else list(dict.fromkeys(given))
     if len(chosen) > 1:
         flags = " and ".join(f"--{name}" for name in chosen)
@@ -65,16 +65,16 @@ def _filled(base: Options, values: Values, options: Sequence[Option]) -> Options
 
 
 def _parsed(option: Option, value: Any) -> Any:
-    """A field's value. A Python caller's own, such as a Precision, stays as it is."""
+    """The value of the option's field, parsed where the option has a parser."""
     if option.kind is Kind.REPEATED:
         return tuple(value)
     return value if option.parse is None else option.parse(value)
 
 
 def _of_recipe(recipe: Path, chosen: Values, table: Sequence[Option]) -> dict[str, Any]:
-    """The recipe's values; with --engine none on the command line, less those that an engine alone would need.
+    """The recipe's values, without those that mean nothing with what the command line chose.
 
-    With another precision there, also less those of eight bits.
+    With `--engine none` there, options of the engine are dropped; with fp32, fp16 or bf16, options of quantization.
     """
     values, dropped = read_recipe(recipe, table), set[str]()
     if chosen.get("engine") == Flavour.NONE.value and values.get("engine") != Flavour.NONE.value:
@@ -85,12 +85,12 @@ def _of_recipe(recipe: Path, chosen: Values, table: Sequence[Option]) -> dict[st
 
 
 def keys_of_quantization(table: Sequence[Option] = TABLE) -> set[str]:
-    """Options that mean nothing in other precisions than int8 and fp8."""
+    """Keys of the options that only int8 and fp8 use."""
     return {option.key for option in table if option.field.startswith("quantization.")}
 
 
 def _check_no_engine(values: Values, options: Sequence[Option]) -> None:
-    """Refuse what would be silently left undone."""
+    """UsageError for engine options together with --engine none, where they would be ignored silently."""
     if values.get("engine") != Flavour.NONE.value:
         return
     given = {key for key, value in values.items() if value is not False}
@@ -100,12 +100,12 @@ def _check_no_engine(values: Values, options: Sequence[Option]) -> None:
 
 
 def value_of(options: ExportOptions, field: str) -> Any:
-    """What stands in a dotted field."""
+    """The value of a dotted field, such as `quantization.rest`."""
     return functools.reduce(getattr, field.split("."), options)
 
 
 def with_value(options: Options, field: str, value: Any) -> Options:
-    """The same options with another value in a dotted field."""
+    """A copy of the options with another value in a dotted field."""
 
     def replaced(spec: Any, names: Sequence[str]) -> Any:
         name, *rest = names
@@ -116,5 +116,5 @@ def with_value(options: Options, field: str, value: Any) -> Options:
 
 
 def default_of(field: str) -> Any:
-    """What stands in a dotted field where nothing was said."""
+    """The default value of a dotted field."""
     return value_of(ExportOptions(), field)

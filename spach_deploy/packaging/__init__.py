@@ -1,4 +1,4 @@
-"""A bundle becomes something that serves: one package per way to serve it.
+"""spach-package: turning a bundle into files that serve it, one subpackage for each way of serving.
 
-Each writes a directory that needs neither the bundle nor spach-deploy any more.
+Each writes a directory that needs neither the bundle nor spach-deploy afterwards.
 """

@@ -1,1 +1,1 @@
-"""From a checkpoint to a bundle: the export, its steps, and when they run."""
+"""The export from a checkpoint to a bundle: its steps, their scheduling, its cache, and exports of many models."""

@@ -1,9 +1,9 @@
-"""`spach-export --auto`: the precisions that could serve, exported and judged side by side, and one recommendation.
+"""`spach-export --auto`: export a model in FP16, INT8 and FP8, compare the bundles, and recommend one.
 
-Every candidate becomes a whole bundle. What is compared is what is known without a GPU: kernels, bytes moved, the
-plan's size, how far the logits are from PyTorch's, and how many predictions change. Speed is not known, and eight bits
-are not faster by nature: they halve the arithmetic and add passes over memory. So FP16 is recommended unless another
-candidate is lighter in all that is known; what only a stopwatch on the card can decide is said in words.
+The comparison uses what is known without a GPU: number of kernels, bytes moved, size of the plan, relative L2 of the
+logits, and changed predictions. Speed is not known, and 8 bits are not always faster: they halve the arithmetic but add
+passes over memory. So FP16 is recommended, unless another candidate has no more kernels and moves less memory. The
+recommendation says what only a measurement on the GPU can decide.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CANDIDATES = (Precision.FP16, Precision.INT8, Precision.FP8)
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionCandidate:
-    """One precision: its bundle and figures, or why there is none. `rel_l2`: of the logits, all golden images."""
+    """One precision: its bundle and figures, or why there is none. `rel_l2`: of the logits over all golden images."""
 
     precision: Precision
     bundle: Path | None = None
@@ -40,7 +40,7 @@ class PrecisionCandidate:
     problem: str = ""
 
     def keeps(self, bound: float | None) -> bool:
-        """Whether it exists and stays within the bound on relative L2; with None, a passed validation is enough."""
+        """Whether there is a bundle and its relative L2 is within `bound`; None accepts every bundle."""
         return self.rel_l2 is not None and (bound is None or self.rel_l2 <= bound)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class PrecisionCandidate:
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """All candidates, the one to take (None where none keeps the bound), and the reasons in sentences."""
+    """All candidates, the recommended one (None where none keeps the bound), and the reasons in sentences."""
 
     candidates: tuple[PrecisionCandidate, ...]
     chosen: PrecisionCandidate | None
@@ -76,7 +76,7 @@ class Recommendation:
 
 
 def check_auto(options: ExportOptions) -> None:
-    """Refuse contradictions before any work."""
+    """UsageError for options that contradict --auto, before any work."""
     if options.quantization.calibration is None:
         raise UsageError(
             "--auto compares FP16 with eight bits, and these need images to calibrate on.",
@@ -91,12 +91,10 @@ def check_auto(options: ExportOptions) -> None:
 def recommend(
     options: ExportOptions, observer: ExportObserver | None = None, scheduler: Scheduler | None = None
 ) -> Recommendation:
-    """Export every candidate and compare. UsageError for options that no candidate could honour."""
+    """Export every candidate and compare them. UsageError for options that no candidate could honour."""
     check_auto(options)
-    places = {precision: _place(options_for(options, precision)) for precision in CANDIDATES}
-    candidates = tuple(
-        _candidate(options, precision, observer, place, scheduler) for precision, place in places.items()
-    )
+    targets = {precision: _destination(options_for(options, precision)) for precision in CANDIDATES}
+    candidates = tuple(_candidate(options, precision, observer, to, scheduler) for precision, to in targets.items())
     if not any(entry.bundle for entry in candidates):
         raise MismatchError(
             f"No precision could be exported: {candidates[0].problem}", "Export one of them by itself to see more."
@@ -104,8 +102,8 @@ def recommend(
     return judge_candidates(candidates, options.quantization.max_rel_l2)
 
 
-def _place(options: ExportOptions) -> Destination | None:
-    """Where a candidate goes, None where that is not known yet. BundleError where it cannot."""
+def _destination(options: ExportOptions) -> Destination | None:
+    """Where a candidate's bundle goes; None where that is not known yet. BundleError where it cannot be written."""
     return None if options.output is None else check_target(options.output, overwrite=options.overwrite)
 
 
@@ -113,11 +111,12 @@ def _candidate(
     options: ExportOptions,
     precision: Precision,
     observer: ExportObserver | None,
-    place: Destination | None,
+    destination: Destination | None,
     scheduler: Scheduler | None,
 ) -> PrecisionCandidate:
+    own = options_for(options, precision)
     try:
-        return _figures(precision, export(options_for(options, precision), observer, place=place, scheduler=scheduler))
+        return _figures(precision, export(own, observer, destination=destination, scheduler=scheduler))
     except UsageError as error:
         if precision is Precision.FP8:  # GPUs before Ada
             return PrecisionCandidate(precision, problem=str(error))
@@ -131,7 +130,7 @@ def _candidate(
 
 
 def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
-    """Options of one candidate: a bundle of its own, and calibration only where it means something."""
+    """Options of one candidate: a bundle of its own, and calibration only for int8 and fp8."""
     output = options.output / precision.value if options.output is not None else None
     if output is None and options.model.name is not None:
         output = default_directory(options.model.name, precision.value)
@@ -156,7 +155,7 @@ def _figures(precision: Precision, result: ExportResult) -> PrecisionCandidate:
 
 
 def pareto(candidates: tuple[PrecisionCandidate, ...]) -> tuple[PrecisionCandidate, ...]:
-    """Those that no other beats or equals in everything that is known."""
+    """The Pareto front: the candidates that no other dominates in the known figures."""
     known = [entry for entry in candidates if entry.bundle is not None]
     return tuple(entry for entry in known if not any(_dominates(other, entry) for other in known))
 
@@ -173,7 +172,7 @@ def _dominates(one: PrecisionCandidate, other: PrecisionCandidate) -> bool:
 
 
 def judge_candidates(candidates: tuple[PrecisionCandidate, ...], bound: float | None) -> Recommendation:
-    """One of the candidates that keep the bound, with reasons."""
+    """Choose among the candidates that keep the bound, and give the reasons."""
     fitting = [entry for entry in candidates if entry.keeps(bound)]
     if not fitting:
         least = min((entry.rel_l2 for entry in candidates if entry.rel_l2 is not None), default=float("nan"))
@@ -186,7 +185,7 @@ def judge_candidates(candidates: tuple[PrecisionCandidate, ...], bound: float | 
 
 
 def _is_lighter(one: PrecisionCandidate, other: PrecisionCandidate) -> bool:
-    """No more kernels, and less memory moved: better in all that time depends on, as far as it is known."""
+    """Whether `one` has no more kernels than `other` and moves less memory; False where that is not known."""
     if None in (one.kernels, other.kernels, one.bytes_moved, other.bytes_moved):
         return False
     assert one.kernels is not None
@@ -236,7 +235,7 @@ def _against(entry: PrecisionCandidate, half: PrecisionCandidate) -> Iterator[st
 
 
 def as_table(found: Recommendation) -> str:
-    """For a terminal."""
+    """The candidates as a table for the terminal, and the reasons."""
     lines = ["          rel. L2   top-1 kept   kernels   MB moved   plan MB   bundle"]
     best = pareto(found.candidates)
     for entry in found.candidates:

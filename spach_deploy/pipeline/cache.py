@@ -1,6 +1,7 @@
-"""What an export depends on, as one digest: content, not times or names.
+"""The cache of finished exports: the key of an export, and taking bundles from the cache and keeping them there.
 
-Exports taken from the cache, and put into it. Nothing here imports torch: a second export is there at once.
+The key is a digest of everything that an export depends on: options, content of input files, this package's code,
+versions of packages, and the machine. Nothing here imports torch, so that a repeated export takes about a second.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from spach_deploy.options.table import Caching, filling
 from spach_deploy.options.values import value_of, with_value
 
 HASHED_BYTES = 2_000_000_000
-"""Of a folder of images whose content is hashed; a larger one is known by its files' names, sizes and times."""
+"""Largest folder of images that is hashed by content; larger ones by their files' names, sizes and times."""
 
 _DRIVER = Path("/proc/driver/nvidia")
 
 
 def export_key(options: ExportOptions) -> str | None:
-    """The digest of everything that decides what an export with `options` writes; None where it cannot be told.
+    """SHA-256 of everything that decides what an export with `options` writes; None where it must not be cached.
 
-    Options that make an export write somewhere else too, such as a timing cache, are such a case.
+    That is where an input cannot be read, and for options by which an export also writes elsewhere, such as a timing
+    cache.
     """
     values = {option: value_of(options, option.field) for option in filling()}
     if any(option.caching is Caching.EXCLUDED and value is not None for option, value in values.items()):
@@ -58,7 +60,7 @@ def export_key(options: ExportOptions) -> str | None:
 
 
 def input_files(options: ExportOptions) -> tuple[Path, ...]:
-    """All files and folders that an export reads. CheckpointError for an index that names no files."""
+    """All files and folders that an export reads. CheckpointError for a checkpoint index that names no files."""
     fields = [option.field for option in filling() if option.caching is Caching.CONTENT]
     given = {field: path for field in fields if (path := value_of(options, field)) is not None}
     checkpoint = given.pop("model.checkpoint", None)
@@ -66,7 +68,7 @@ def input_files(options: ExportOptions) -> tuple[Path, ...]:
 
 
 def without_inputs(options: ExportOptions) -> ExportOptions:
-    """The same options without what the export reads."""
+    """The same options without paths of input files."""
     for option in filling():
         if option.caching is Caching.CONTENT:
             options = with_value(options, option.field, None)
@@ -83,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's names and contents. OSError where it cannot be read, or would be for ever."""
+    """SHA-256 of a file, or of a folder's names and contents. OSError for an unreadable file, a pipe or a device."""
     digest = hashlib.sha256()
     if not path.is_dir():
         _add_file(digest, path)
@@ -106,7 +108,7 @@ def _add_file(digest: Any, path: Path) -> None:
 
 
 def code_digest() -> str:
-    """Of this package's own files."""
+    """SHA-256 of this package's own files."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in _sources(root):
@@ -120,7 +122,7 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def machine() -> dict[str, str]:
-    """What decides how numbers are computed and which engine is built, beside software."""
+    """The CPU, GPUs and driver, which decide how numbers are computed and which engine is built."""
     driver = _DRIVER / "version"
     gpus = sorted(entry.name for entry in (_DRIVER / "gpus").iterdir()) if (_DRIVER / "gpus").is_dir() else []
     return {
@@ -130,29 +132,27 @@ def machine() -> dict[str, str]:
     }
 
 
-PLACE, SIZE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
+FOLDER_VARIABLE, SIZE_VARIABLE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
 DEFAULT_BYTES = 10_000_000_000
 NONE = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reused:
-    """A bundle that came from the cache. `exported`: when it was made, as its manifest has it."""
+    """A bundle taken from the cache. `exported`: when it was made, from its manifest."""
 
     bundle: Bundle
     exported: str
 
 
 def open_store() -> Store | None:
-    """The cache of this user; None where there is to be none, or no home to have it in. UsageError for a size that is
-    none.
-    """
-    place = os.environ.get(PLACE, "")
-    if place == NONE:
+    """The cache of this user; None where SPACH_CACHE=none, or there is no home directory. UsageError for a bad size."""
+    folder = os.environ.get(FOLDER_VARIABLE, "")
+    if folder == NONE:
         return None
     try:
-        root = Path(place) if place else _base() / "spach-deploy"
-    except RuntimeError:  # a user who is in no list of users, as in containers, and no HOME
+        root = Path(folder) if folder else _base() / "spach-deploy"
+    except RuntimeError:  # no HOME, and a user without an entry in passwd, as in containers
         return None
     return Store(root, limit_bytes())
 
@@ -162,34 +162,34 @@ def _base() -> Path:
 
 
 def limit_bytes() -> int:
-    """The cache's limit. UsageError for a size that is none."""
-    text = os.environ.get(SIZE, "")
+    """The largest size of the cache, from SPACH_CACHE_SIZE. UsageError for anything but a size."""
+    text = os.environ.get(SIZE_VARIABLE, "")
     if not text:
         return DEFAULT_BYTES
     try:
         return parse_bytes(text)
     except ValueError as error:
-        raise UsageError(f"{SIZE}={text} is no size.", f"Give one such as 20GB ({SIZES}).") from error
+        raise UsageError(f"{SIZE_VARIABLE}={text} is no size.", f"Give one such as 20GB ({SIZES}).") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportCache:
-    """The cache as one export sees it: `store` None has nothing and keeps nothing."""
+    """The cache for one export. `store` or `key` None: nothing is taken and nothing kept."""
 
     store: Store | None
     key: str | None
 
     @classmethod
     def of(cls, options: ExportOptions, *, is_used: bool = True) -> ExportCache:
-        """That of an export with `options`."""
+        """The cache for an export with `options`; `is_used` False turns it off."""
         store = open_store() if is_used else None
         return cls(store, None if store is None else export_key(options))
 
-    def take(self, options: ExportOptions, place: Destination | None = None) -> Reused | None:
-        """The finished export, written to its place; None where it has to be done.
+    def take(self, options: ExportOptions, destination: Destination | None = None) -> Reused | None:
+        """Write the finished bundle to its target; None where there is none, and the export has to run.
 
-        `place`: what `check_target` said of the target before. Raises BundleError where the target cannot be written,
-        as the export would.
+        `destination`: what `check_target` returned for the target, if that was called before. Raises BundleError where
+        the target cannot be written, as an export would.
         """
         if self.store is None or self.key is None:
             return None
@@ -197,18 +197,18 @@ class ExportCache:
         target = None if entry is None else _target(options, entry)
         if entry is None or target is None:
             return None
-        place = place or bundles.check_target(target, overwrite=options.overwrite)
+        destination = destination or bundles.check_target(target, overwrite=options.overwrite)
         try:
-            with bundles.writing(place) as staging:
+            with bundles.writing(destination) as staging:
                 if not self.store.take(entry, staging, functools.partial(_check, options)):
                     raise _NotThereError
         except _NotThereError:
             return None
-        bundle = Bundle.open(place.path, verify=False)
+        bundle = Bundle.open(destination.path, verify=False)
         return Reused(bundle, bundle.manifest.created)
 
     def keep(self, bundle: Bundle) -> str:
-        """Keep a finished export; why that was not possible, in a sentence, where it was not."""
+        """Keep a finished export. Returns a sentence with the reason where that failed, else an empty text."""
         if self.store is None or self.key is None:
             return ""
         about = {"kind": "export", "model": bundle.manifest.model.name, "target": str(bundle.path)}
@@ -222,11 +222,11 @@ class ExportCache:
 
 
 class _NotThereError(Exception):
-    """The entry was damaged, or evicted in this moment."""
+    """The entry is damaged, or was evicted at this moment."""
 
 
 def _target(options: ExportOptions, entry: CacheEntry) -> Path | None:
-    """Where the bundle goes, None where the entry holds none that can be read."""
+    """Where the bundle goes; None where the entry's manifest cannot be read or its model name is no folder name."""
     if options.output is not None:
         return options.output
     try:
@@ -238,7 +238,7 @@ def _target(options: ExportOptions, entry: CacheEntry) -> Path | None:
 
 
 def _check(options: ExportOptions, folder: Path) -> None:
-    """BundleError for anything but a whole bundle of what was asked for: it is looked at like one from elsewhere."""
+    """BundleError for anything but a complete bundle of the requested model and precision; the cache is not trusted."""
     manifest = Bundle.open(folder).manifest
     known = {*manifest.files, bundles.MANIFEST, *bundles.REWRITTEN}
     name = options.model.name and resolve(options.model.name)

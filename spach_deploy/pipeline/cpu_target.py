@@ -1,9 +1,9 @@
-"""`spach-export --target cpu`: the form of the model that is fastest on this machine's CPU, found by measuring.
+"""`spach-export --target cpu`: measure which precision and runtime is fastest on this machine's CPU, and export that.
 
-Candidates are FP32, BF16 where the CPU multiplies it and OpenVINO is installed, and, with a calibration set, INT8 with
-all else in FP32 (or, in OpenVINO, in BF16); in ONNX Runtime and, where it is installed, OpenVINO. All are measured
-against PyTorch eager in rounds of one run, and the fastest whose numbers are within its bundle's tolerances becomes the
-bundle. What was measured is the manifest's section `cpu`, with what its runner has to be told.
+Candidates: FP32; BF16, where the CPU multiplies it and OpenVINO is installed; with a calibration set also INT8 with
+everything else in FP32 (or, in OpenVINO, in BF16). Each runs in ONNX Runtime and, where installed, OpenVINO. All are
+measured against PyTorch eager in rounds of one run. The fastest candidate whose outputs are within its bundle's
+tolerances becomes the bundle. Its manifest has all measurements in the section `cpu`, with the settings of the runner.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ RUNNERS: Mapping[Precision, tuple[str, ...]] = {
     Precision.BF16: (EAGER, OPENVINO_BF16),
     Precision.FP32: (EAGER, ONNX_RUNTIME, OPENVINO),
 }
-"""Candidates, and what may run each: ONNX Runtime has no bfloat16 on CPUs."""
+"""The runners of each candidate precision. ONNX Runtime has no bfloat16 on CPUs."""
 
 _ROUNDS, _SECONDS = 5, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuCandidate:
-    """A precision in a runner at `batch`. `ratio`: to PyTorch eager, None where the rounds cannot tell it."""
+    """A precision measured in a runner at `batch`. `ratio`: speed relative to PyTorch eager, None where too noisy."""
 
     precision: Precision
     runner: str
@@ -70,91 +70,96 @@ class CpuCandidate:
 
     @classmethod
     def of(cls, precision: Precision, runner: RunnerResult, eager: RunnerResult) -> CpuCandidate:
-        """From a benchmark of one batch."""
+        """From a benchmark of one batch size."""
         timing, base = runner.timings[0], eager.timings[0]
-        told = timing.ratio.value if timing.ratio is not None and timing.ratio.is_conclusive else None
+        conclusive = timing.ratio.value if timing.ratio is not None and timing.ratio.is_conclusive else None
         return cls(
             precision,
             runner.name,
             timing.batch,
             timing.images_per_second,
             timing.ratio.value if timing.ratio is not None else base.latency.median / timing.latency.median,
-            told,
+            conclusive,
             runner.accuracy.rel_l2,
             runner.accuracy.is_right,
         )
 
     def section(self) -> CpuFormEntry:
-        """For the manifest."""
+        """The candidate as an entry of the manifest."""
         return CpuFormEntry(**vars(self), settings=self.settings)
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the runner has to be told to compute so."""
+        """Settings of the runner that this result needs."""
         return {"INFERENCE_PRECISION_HINT": hint} if (hint := OPENVINO_HINTS.get(self.runner)) else {}
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuChoice:
-    """The bundle that was written, the form that it is of, and all that were measured.
+    """The bundle that was written, the chosen candidate, and all measured candidates.
 
-    `is_asked`: its precision was the only one that was to be tried.
+    `is_requested`: the user named the precision, so that no other was tried.
     """
 
     bundle: Bundle
     chosen: CpuCandidate
     forms: tuple[CpuCandidate, ...]
     machine: Mapping[str, Any]
-    is_asked: bool = False
+    is_requested: bool = False
 
 
-def check_cpu(options: ExportOptions, asked: Precision | None) -> None:
-    """Refuse contradictions before any work."""
+def check_cpu(options: ExportOptions, requested: Precision | None) -> None:
+    """UsageError for options that contradict --target cpu, UnavailableError without OpenVINO for bf16."""
     if options.engine.flavour not in (Flavour.AUTO, Flavour.NONE) or options.engine.gpus:
         raise UsageError("--target cpu builds no engine.", "Leave --engine and --gpu out.")
-    if asked is not None and asked not in RUNNERS:
+    if requested is not None and requested not in RUNNERS:
         raise UsageError(
-            f"--target cpu chooses between int8, bf16 and fp32, not {asked.value}.", "Leave the precision out."
+            f"--target cpu chooses between int8, bf16 and fp32, not {requested.value}.", "Leave the precision out."
         )
-    if asked is Precision.BF16 and (why := why_no_openvino(OPENVINO_BF16)):
+    if requested is Precision.BF16 and (why := why_no_openvino(OPENVINO_BF16)):
         raise UnavailableError(f"--target cpu runs bf16 in OpenVINO. {why[0].upper()}{why[1:]}.")
     if options.quantization.vnni:
         raise UsageError("--target cpu sees for itself whether there is VNNI.", "Leave --vnni out.")
-    if asked is Precision.INT8 and options.quantization.calibration is None:
+    if requested is Precision.INT8 and options.quantization.calibration is None:
         raise UsageError("INT8 needs images to calibrate on.", "Give --calibration DIR.")
     if options.quantization.max_drop is not None:
         raise UsageError("--target cpu does not judge by labels.", "Give --max-rel-l2, or --int8 --max-drop alone.")
-    for precision in wanted(options, asked):
+    for precision in wanted(options, requested):
         check_opset(options_for(options, precision))
 
 
 def export_for_cpu(
     options: ExportOptions,
-    asked: Precision | None = None,
+    requested: Precision | None = None,
     observer: ExportObserver | None = None,
     tell: Callable[[str, float], None] = lambda what, share: None,
     scheduler: Scheduler | None = None,
 ) -> CpuChoice:
-    """Export the candidates, measure them in turn, and write the bundle of the best.
+    """Export the candidates, measure them in turn, and write the bundle of the fastest correct one.
 
-    Raises what an export raises, UnavailableError without a runner, MismatchError when no form is right.
+    `requested`: the only precision to try. `tell` is called with what is measured and the share done. Raises what an
+    export raises, UnavailableError without a runner, and MismatchError where no candidate is within its tolerances.
     """
-    check_cpu(options, asked)
-    seen = _seen(options)
-    found: dict[Precision, Benchmark] = {}
+    check_cpu(options, requested)
+    targets = _possible_targets(options)
+    benchmarks: dict[Precision, Benchmark] = {}
     with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
-        for precision in wanted(options, asked):
-            place = Destination.of(Path(folder) / precision.value)
-            made = export(options_for(options, precision), observer, place=place, scheduler=scheduler)
-            found[precision] = measured(made, options, tell)
-        forms = tuple(form for precision, benchmark in found.items() for form in _forms(precision, benchmark))
-        chosen, machine = best_of(forms), next(iter(found.values())).machine
-        bundle = _placed(Path(folder) / chosen.precision.value, options, seen, _section(chosen, forms, machine))
-    return CpuChoice(bundle, chosen, forms, machine, asked is not None)
+        for precision in wanted(options, requested):
+            destination = Destination.of(Path(folder) / precision.value)
+            made = export(options_for(options, precision), observer, destination=destination, scheduler=scheduler)
+            benchmarks[precision] = measured(made, options, tell)
+        forms = tuple(form for precision, benchmark in benchmarks.items() for form in _forms(precision, benchmark))
+        chosen, machine = best_of(forms), next(iter(benchmarks.values())).machine
+        section = _section(chosen, forms, machine)
+        bundle = _copied_to_target(Path(folder) / chosen.precision.value, options, targets, section)
+    return CpuChoice(bundle, chosen, forms, machine, requested is not None)
 
 
-def _seen(options: ExportOptions) -> Mapping[Path, Destination]:
-    """What lies where the bundle may go, as far as that is known. BundleError where the user's place is none."""
+def _possible_targets(options: ExportOptions) -> Mapping[Path, Destination]:
+    """The paths that the bundle may go to, with what is there now; BundleError for an --output that cannot be used.
+
+    Empty where the checkpoint has yet to tell the model's name.
+    """
     if options.output is not None:
         return {options.output: bundles.check_target(options.output, overwrite=options.overwrite)}
     if options.model.name is None:
@@ -163,13 +168,13 @@ def _seen(options: ExportOptions) -> Mapping[Path, Destination]:
     return {path: Destination.of(path) for path in names}
 
 
-def wanted(options: ExportOptions, asked: Precision | None) -> list[Precision]:
-    """Precisions to be tried: the one that was asked for, or all candidates."""
-    return [asked] if asked else candidates(options)
+def wanted(options: ExportOptions, requested: Precision | None) -> list[Precision]:
+    """The precisions to try: the requested one, or all candidates."""
+    return [requested] if requested else candidates(options)
 
 
 def candidates(options: ExportOptions) -> list[Precision]:
-    """Precisions that these options and this machine leave to be tried."""
+    """The precisions that these options and this machine allow."""
     left_out = {Precision.INT8} if options.quantization.calibration is None else set()
     if why_no_openvino(OPENVINO_BF16):
         left_out.add(Precision.BF16)
@@ -177,7 +182,7 @@ def candidates(options: ExportOptions) -> list[Precision]:
 
 
 def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
-    """Options of one candidate: no engine, all that is not quantized in FP32."""
+    """Options of one candidate: no engine, and everything that is not quantized in FP32."""
     quantization = QuantizationSpec()
     if precision.is_quantized:
         quantization = dataclasses.replace(options.quantization, rest=Precision.FP32, vnni=has_vnni())
@@ -186,7 +191,7 @@ def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
 
 
 def measured(result: ExportResult, options: ExportOptions, tell: Callable[[str, float], None]) -> Benchmark:
-    """PyTorch eager and all that can run the graph, at the profile's usual batch."""
+    """A benchmark of PyTorch eager and every runner that can run the graph, at the profile's `opt` batch."""
     bundle = result.bundle
     setup = RunnerSetup(bundle.path, options.model.checkpoint, options.model.weights, available_threads())
     if options.model.checkpoint is None:
@@ -207,7 +212,7 @@ def _forms(precision: Precision, found: Benchmark) -> Iterator[CpuCandidate]:
 
 
 def best_of(forms: tuple[CpuCandidate, ...]) -> CpuCandidate:
-    """The fastest of the right ones, by their ratios to PyTorch eager, which ran beside each."""
+    """The fastest correct candidate, by its ratio to PyTorch eager, which ran in the same rounds."""
     right = [form for form in forms if form.is_right]
     if not right:
         listed = ", ".join(f"{form.precision.value} in {TITLES[form.runner]} {form.rel_l2:.1e}" for form in forms)
@@ -219,12 +224,14 @@ def _section(chosen: CpuCandidate, forms: tuple[CpuCandidate, ...], machine: Map
     return CpuSection(chosen=chosen.section(), forms=tuple(form.section() for form in forms), machine=dict(machine))
 
 
-def _placed(source: Path, options: ExportOptions, seen: Mapping[Path, Destination], section: CpuSection) -> Bundle:
-    """The bundle at its target, with a section `cpu` in its manifest."""
+def _copied_to_target(
+    source: Path, options: ExportOptions, targets: Mapping[Path, Destination], section: CpuSection
+) -> Bundle:
+    """The bundle at `source`, copied to its target with the section `cpu` added to its manifest."""
     manifest = Bundle.open(source).manifest
     target = options.output or bundles.default_directory(manifest.model.name, manifest.precision.asked.value)
-    place = bundles.check_target(target, overwrite=options.overwrite)
-    with bundles.writing(seen.get(target, place)) as staging:
+    destination = bundles.check_target(target, overwrite=options.overwrite)
+    with bundles.writing(targets.get(target, destination)) as staging:
         for file in source.iterdir():
             if file.name != bundles.MANIFEST:
                 shutil.copy2(file, staging / file.name)
@@ -233,7 +240,7 @@ def _placed(source: Path, options: ExportOptions, seen: Mapping[Path, Destinatio
 
 
 def as_table(choice: CpuChoice) -> str:
-    """A line a form, and the choice with what to run it in."""
+    """One line for each candidate, then the choice and how to run it."""
     head = f"{'precision':<11}{'runner':<16}{'images/s':>9}{'x eager':>20}  error"
     lines = [head, "─" * 70, *map(_row, choice.forms), ""]
     chosen = choice.chosen
@@ -243,7 +250,7 @@ def as_table(choice: CpuChoice) -> str:
     )
     if hint := chosen.settings:
         lines.append(f'Run it so: openvino.Core().compile_model("model.onnx", "CPU", {json.dumps(hint)})')
-    if Precision.INT8 not in {form.precision for form in choice.forms} and not choice.is_asked:
+    if Precision.INT8 not in {form.precision for form in choice.forms} and not choice.is_requested:
         lines.append("With --calibration DIR, INT8 is tried too.")
     return escaped([*lines, "", f"Bundle: {choice.bundle.path}"])
 

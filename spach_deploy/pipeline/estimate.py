@@ -1,10 +1,10 @@
-"""What an export would do, cost and refuse, without doing it: spach-export --dry-run, and the checks before any export.
+"""Checks and estimates before an export: `refuse_early`, and spach-export --dry-run.
 
-PyTorch is loaded for a checkpoint that is to be read, and for nothing else: a mistyped name is answered at once. The
-pipeline checks all of it again with the same functions, for callers that are no command.
+PyTorch is imported only to read a checkpoint, so that a mistyped name is refused at once. `pipeline.export` makes the
+same checks again, for callers other than the command.
 
-Times and memory are estimates: straight lines through what exports of ms_trans_xxs and ms_hybrid_s took on two cores of
-a server (`_SECONDS`, `_BYTES`). More cores take less; the proportions hold.
+Estimates of time and memory are linear fits to exports of ms_trans_xxs and ms_hybrid_s on two cores of a server
+(`_SECONDS`, `_BASE_BYTES`, `_BYTES_PER_PARAMETER`). More cores take less time; the proportions hold.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _SECONDS: dict[str, tuple[float, float]] = {
     _ENGINE: (2.0, 0.36),
     "write the bundle": (0.4, 0.02),
 }
-"""Of each stage: seconds, and seconds more for each billion multiply-adds; of calibration, for each image too."""
+"""For each step: seconds, and seconds per billion multiply-adds (for calibration, of each image)."""
 
 _BATCH_SECONDS = 0.0155
-"""Of an image in the usual and the largest batch, which are validated too: seconds for a billion multiply-adds."""
+"""Seconds per billion multiply-adds for an image of the `opt` and `max` batches, which are validated too."""
 
 _BASE_BYTES, _BYTES_PER_PARAMETER = 1.2e9, 37.0
-"""Memory of all processes: of Python, PyTorch and the compiler, and of weights, graphs and engine a parameter."""
+"""Memory of all processes: constant for Python, PyTorch and the compiler; per parameter for weights, graphs, engine."""
 
 _WEIGHT_BYTES = {Precision.FP32: 4.0, Precision.FP16: 2.0, Precision.BF16: 2.0, Precision.INT8: 1.3, Precision.FP8: 1.3}
-"""Of a weight in a plan."""
+"""Bytes of a weight in an engine plan."""
 
 _GOLDEN_IMAGES = 8
 _UNKNOWN = "told by the checkpoint"
@@ -61,7 +61,7 @@ _UNKNOWN = "told by the checkpoint"
 
 @dataclasses.dataclass(frozen=True)
 class EstimatedStep:
-    """A stage that would run, in seconds; None where the model is not known yet."""
+    """A step that would run. `seconds` None: the model is not known yet."""
 
     name: str
     seconds: float | None
@@ -69,11 +69,11 @@ class EstimatedStep:
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What an export would do. `refusals`: what would stop it, as it would be said; `exit_code` is the first one's.
+    """What an export would do. `refusals`: the errors that would stop it; `exit_code` is that of the first.
 
-    `notes`: what is said of the checkpoint.
-    `seconds`, `memory_bytes`, `disk_bytes` are estimates, None where the model is not known yet; `free_memory_bytes` is
-    None where the system does not tell.
+    `facts`: lines of the plan, by name; `notes`: how the checkpoint was read. `is_reused`: the bundle would come from
+    the cache. `seconds`, `memory_bytes`, `disk_bytes`: estimates, None where the model is not known yet.
+    `free_memory_bytes`: None where the system does not tell.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -89,19 +89,21 @@ class DryRun:
 
     @property
     def exit_code(self) -> int:
-        """0 where it would run, else that of the first refusal."""
+        """0 where the export would run, else the exit code of the first refusal."""
         return self.refusals[0].exit_code if self.refusals else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         fields = dataclasses.asdict(dataclasses.replace(self, refusals=()))
-        said = [{"message": error.message, "hint": error.hint, "exit_code": error.exit_code} for error in self.refusals]
-        return {**fields, "facts": dict(self.facts), "refusals": said, "exit_code": self.exit_code}
+        refusals = [
+            {"message": error.message, "hint": error.hint, "exit_code": error.exit_code} for error in self.refusals
+        ]
+        return {**fields, "facts": dict(self.facts), "refusals": refusals, "exit_code": self.exit_code}
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFacts:
-    """What a checkpoint tells: the model, with all that was left open, and notes on how it was read."""
+    """What a checkpoint shows: the model with its name, image size and classes filled in, and notes on the reading."""
 
     model: ModelSpec
     notes: tuple[str, ...]
@@ -113,27 +115,30 @@ def read_facts(model: ModelSpec) -> CheckpointFacts:
     from spach_deploy.models.hyperparameters import lines
 
     loaded = load_model(model)
-    whole = dataclasses.replace(model, name=loaded.name, image_size=loaded.image_size, num_classes=loaded.num_classes)
-    return CheckpointFacts(whole, (*loaded.notes, *lines(loaded.settings)))
+    complete = dataclasses.replace(
+        model, name=loaded.name, image_size=loaded.image_size, num_classes=loaded.num_classes
+    )
+    return CheckpointFacts(complete, (*loaded.notes, *lines(loaded.settings)))
 
 
 ReadFacts = Callable[[ModelSpec], CheckpointFacts]
 
 
 def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts | None = read_facts) -> DryRun:
-    """Look at all that an export with `options` would refuse, and count what it would take.
+    """Collect everything that an export with `options` would refuse, and estimate what it would take.
 
-    PyTorch is loaded for a checkpoint alone, which `read` reads; None leaves it unread.
+    `read` reads a checkpoint, for which PyTorch is imported; None leaves checkpoints unread. `is_cached`: look in the
+    cache of finished exports.
     """
     refusals: list[SpachError] = []
-    asked = options
-    options, notes = _told(asked, read, refusals)
+    given = options
+    options, notes = _with_checkpoint_facts(given, read, refusals)
     flavour = _checked(options, refusals)
     images = _counted(options.images, refusals)
     calibration = _counted(options.quantization.calibration, refusals)
     macs, parameters, size = _model(options)
     target = _target(options)
-    is_reused = _is_reused(asked, is_cached=is_cached) if not refusals else False
+    is_reused = _is_reused(given, is_cached=is_cached) if not refusals else False
     memory = find_memory()
     steps = () if is_reused else tuple(_steps(options, flavour is not None, calibration, macs))
     return DryRun(
@@ -141,7 +146,7 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts |
         notes=notes,
         steps=steps,
         is_reused=is_reused,
-        seconds=1.0 if is_reused else _in_all(steps, options) if macs is not None else None,
+        seconds=1.0 if is_reused else _total_seconds(steps, options) if macs is not None else None,
         memory_bytes=None if parameters is None else _BASE_BYTES + _BYTES_PER_PARAMETER * parameters,
         disk_bytes=None if parameters is None else _disk(options, flavour is not None, parameters, size),
         free_memory_bytes=None if memory is None else memory.available_bytes,
@@ -151,23 +156,26 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts |
 
 
 def refuse_early(options: ExportOptions) -> Destination | None:
-    """Raise the SpachError that `pipeline.export` would raise for model, engine or target; where the bundle will go."""
+    """Raise the SpachError that `pipeline.export` would raise for model, options, engine or target.
+
+    Returns the bundle's destination; None where the checkpoint has yet to tell which model it is.
+    """
     check_spec(options.model)
     check_quantization(options)
     _check_opset(options)
     _flavour(options)
-    return _place(options)
+    return _destination(options)
 
 
 def target_directory(options: ExportOptions) -> Path | None:
-    """Where the bundle will go; None where the checkpoint has yet to tell which model it is."""
+    """The path of the bundle; None where the checkpoint has yet to tell which model it is."""
     if options.output is not None or options.model.name is None:
         return options.output
     return default_directory(resolve(options.model.name), options.precision.value)
 
 
 def _flavour(options: ExportOptions) -> EngineFlavour | None:
-    """The flavour that would build; the error where it cannot honour the options."""
+    """The TensorRT flavour that would build the engine; raises where it cannot honour the options."""
     flavour = choose_flavour(options.engine.flavour)
     if flavour is not None:
         resolved = flavour.resolve(options.engine, options.precision)
@@ -176,15 +184,15 @@ def _flavour(options: ExportOptions) -> EngineFlavour | None:
     return flavour
 
 
-def _place(options: ExportOptions) -> Destination | None:
+def _destination(options: ExportOptions) -> Destination | None:
     target = target_directory(options)
     return None if target is None else check_target(target, overwrite=options.overwrite)
 
 
-def _told(
+def _with_checkpoint_facts(
     options: ExportOptions, read: ReadFacts | None, refusals: list[SpachError]
 ) -> tuple[ExportOptions, tuple[str, ...]]:
-    """The options with what the checkpoint tells, and notes on it; as they are where there is none that can be read."""
+    """The options completed from the checkpoint, and notes on it; unchanged where no checkpoint can be read."""
     try:
         check_spec(options.model)
         if options.model.checkpoint is None or read is None:
@@ -200,18 +208,18 @@ def _told(
 
 
 def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavour | None:
-    """The flavour that would build; refusals of quantization, engine and target are collected."""
+    """The flavour that would build the engine; errors of quantization, opset, engine and target go to `refusals`."""
     _collected(lambda: check_quantization(options), refusals)
     _collected(lambda: _check_opset(options), refusals)
-    if _target(options) is not None:  # a model that is none has been refused
-        _collected(lambda: _place(options), refusals)
+    if _target(options) is not None:  # an unknown model has been refused already
+        _collected(lambda: _destination(options), refusals)
     if options.answers is not None:
         from spach_deploy.validation.user_answers import read_answers
 
         _collected(functools.partial(read_answers, options.answers), refusals)
-    found: list[EngineFlavour | None] = []
-    _collected(lambda: found.append(_flavour(options)), refusals)
-    return found[0] if found else None
+    flavours: list[EngineFlavour | None] = []
+    _collected(lambda: flavours.append(_flavour(options)), refusals)
+    return flavours[0] if flavours else None
 
 
 def _check_opset(options: ExportOptions) -> None:
@@ -229,7 +237,7 @@ def _collected(check: Callable[[], object], refusals: list[SpachError]) -> None:
 
 
 def _counted(path: Path | None, refusals: list[SpachError]) -> int | None:
-    """Images at a path; None where there is no path, or their number is not known before they are read."""
+    """The number of images at a path; None where there is no path, or the number is not known before reading."""
     if path is None or path.suffix == ".json":
         return None
     from spach_deploy.data.readers import open_images
@@ -242,7 +250,7 @@ def _counted(path: Path | None, refusals: list[SpachError]) -> int | None:
 
 
 def _model(options: ExportOptions) -> tuple[float | None, float | None, int]:
-    """Billions of multiply-adds, parameters and image size; None where the checkpoint decides."""
+    """Billions of multiply-adds, number of parameters, and image size; None where the checkpoint decides them."""
     size = options.model.image_size or 224
     if options.model.name is None:
         return None, None, size
@@ -279,11 +287,11 @@ def _steps(options: ExportOptions, has_engine: bool, images: int | None, macs: f
         yield EstimatedStep(name, None if macs is None else base + slope * macs * times * MEASURED_CORES / cores)
 
 
-def _in_all(steps: tuple[EstimatedStep, ...], options: ExportOptions) -> float:
-    """Seconds from beginning to end: of the steps behind each other, and of the engine what is left when they end."""
+def _total_seconds(steps: tuple[EstimatedStep, ...], options: ExportOptions) -> float:
+    """Wall time: the steps one after another, and what is left of the engine build when they end."""
     seconds = {step.name: step.seconds or 0.0 for step in steps}
-    beside = seconds[_VALIDATION] + (0.0 if options.precision.is_quantized else seconds[_RANGES])
-    left = max(0.0, seconds.get(_ENGINE, 0.0) - beside)
+    alongside = seconds[_VALIDATION] + (0.0 if options.precision.is_quantized else seconds[_RANGES])
+    left = max(0.0, seconds.get(_ENGINE, 0.0) - alongside)
     return left + sum(taken for name, taken in seconds.items() if "alongside" not in name)
 
 

@@ -1,7 +1,7 @@
-"""From a checkpoint to a bundle: the steps of an export, in their order. docs/how_it_works.md says what each is for.
+"""The export from a checkpoint to a bundle: all its steps, in order. docs/how_it_works.md explains each of them.
 
-Each step is a function of `pipeline.steps` from the results of those before it. When they run, one after another or
-some beside the others, is decided by `pipeline.scheduler`.
+Each step is a function of `pipeline.steps` that takes the results of earlier steps. Whether submitted steps run at once
+or concurrently in a worker process is decided by `pipeline.scheduler`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from spach_deploy.validation.result import Validation, manifest_section, write_r
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """A finished export."""
+    """A finished export: the bundle, its validation, and the engine, if one was built."""
 
     bundle: Bundle
     validation: Validation
@@ -45,23 +45,25 @@ def export(
     options: ExportOptions,
     observer: ExportObserver | None = None,
     *,
-    place: Destination | None = None,
+    destination: Destination | None = None,
     scheduler: Scheduler | None = None,
 ) -> ExportResult:
-    """Export, build, validate and write the bundle that `options` asks for. `place`: what `check_target` said of the
-    target before, or another place, for somebody who moves the bundle to its target afterwards: what it says of itself
-    names the target. `scheduler`: when the steps run; `Sequential` if not given.
+    """Export a model, build its engine, validate both, and write the bundle.
 
-    Raises a SpachError of the kind that fits; then nothing was written, and an earlier bundle is as it was.
+    `destination`: what `check_target` returned for the target, if that was called before; or another destination, from
+    which the caller moves the bundle to its target (manifest and report name the target). `scheduler`: decides when the
+    steps run; by default `Sequential`.
+
+    Raises a subclass of SpachError; nothing has been written then, and an earlier bundle is untouched.
     """
-    phases, scheduler, asked = Phases(observer or ExportObserver()), scheduler or Sequential(), options
+    phases, scheduler, given = Phases(observer or ExportObserver()), scheduler or Sequential(), options
     do, submit = phases.do, scheduler.submit
     check_options(options)
     flavour, options = choose_engine(options)
 
     loaded = do("load the model", load, options, phases)
     target = target_directory(options, loaded)
-    place = place or bundles.check_target(target, overwrite=options.overwrite)
+    destination = destination or bundles.check_target(target, overwrite=options.overwrite)
     loaded, agreement = hold_to_answers(loaded, options, phases)
     images = do("read images", read_images, options, loaded.preprocessing, phases)
     static = do("rewrite the model", rewrite_model, loaded, options)
@@ -79,8 +81,8 @@ def export(
         *("measure ranges, set types", set_types, graph, static.model, loaded, images, reference),
         *(quantized.plan, options, phases),
     )
-    del graph  # its weights are in the typed graph
-    with bundles.writing(place) as staging:
+    del graph  # the typed graph holds its weights now
+    with bundles.writing(destination) as staging:
         typed = do("write the graph", typed.written, staging / bundles.GRAPH)
         images.pack(reference.result().logits, options.outputs.io_dtype).save(staging / bundles.GOLDEN)
         quantized.write(staging, phases)
@@ -98,7 +100,7 @@ def export(
         manifest = sections.seal(
             staging,
             {} if engine is None else engine.files,
-            command=export_command(_named(asked, loaded)),
+            command=export_command(_named(given, loaded)),
             model=sections.model_section(loaded, options),
             preprocessing=sections.preprocessing_section(images.preprocessing),
             interface=sections.interface_sections(typed.model.graph, options),
@@ -112,7 +114,7 @@ def export(
         )
         if problem := page_problem(validation, manifest, Destination.of(staging / bundles.PAGE)):
             phases.note(problem)
-    return ExportResult(Bundle.open(place.path, verify=False), validation, engine)
+    return ExportResult(Bundle.open(destination.path, verify=False), validation, engine)
 
 
 def calibrate_to_file(
@@ -122,16 +124,15 @@ def calibrate_to_file(
     *,
     scheduler: Scheduler | None = None,
 ) -> Calibration:
-    """Calibrate as an export with `options` would, and keep the result in `file` for later exports.
+    """Calibrate as an export with `options` would, and write the result to `file` for later exports.
 
-    A file that is there already is kept where it fits these options and images; UsageError names what differs, unless
-    `options.overwrite`. A run that was killed is continued. Raises a SpachError of the kind that fits.
+    An existing file is kept where it fits these options and images; otherwise UsageError names the difference, unless
+    `options.overwrite`. A run that was killed is continued. Raises a subclass of SpachError.
     """
     phases, scheduler = Phases(observer or ExportObserver()), scheduler or Sequential()
     check_options(options)
-    place = file if isinstance(file, Destination) else Destination.of(file)
-    cache = dataclasses.replace(options.quantization, cache=place)
-    options = dataclasses.replace(options, quantization=cache)
+    destination = file if isinstance(file, Destination) else Destination.of(file)
+    options = dataclasses.replace(options, quantization=dataclasses.replace(options.quantization, cache=destination))
     loaded = phases.do("load the model", load, options, phases)
     images = phases.do("read images", read_images, options, loaded.preprocessing, phases)
     static = phases.do("rewrite the model", rewrite_model, loaded, options)
@@ -142,5 +143,5 @@ def calibrate_to_file(
 
 
 def _named(options: ExportOptions, loaded: LoadedModel) -> ExportOptions:
-    """The options with the model's name, where it was inferred from a checkpoint."""
+    """The options with the model's name filled in, which may have been inferred from the checkpoint."""
     return dataclasses.replace(options, model=dataclasses.replace(options.model, name=loaded.name))

@@ -1,7 +1,8 @@
-"""When the steps of an export run: one after another, or some of them in a worker process beside the others.
+"""Schedulers decide when and where the steps of an export run: `Sequential` or `Overlapped`.
 
-What a step computes is written in `pipeline.steps`, and is the same either way: with as many threads, from the same
-inputs. A step that is submitted gives a `concurrent.futures.Future`; futures among its inputs are waited for first.
+`Sequential` runs every step at once; `Overlapped` runs submitted steps in a worker process at the same time as other
+work. Both give the same bytes: the same functions of `pipeline.steps` run on the same inputs with the same number of
+threads. `submit` returns a `concurrent.futures.Future`; futures among a step's inputs are waited for first.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ class Scheduler(Protocol):
     """Decides when steps run."""
 
     def submit(self, step: Callable[..., Result], *inputs: Any) -> Future[Result]:
-        """`step(*inputs)`, each future among the inputs replaced by its result."""
+        """Run `step(*inputs)`, with futures among the inputs replaced by their results."""
 
     def started(self, work: Future[Any] | None) -> None:
-        """Another process is at work on this: wait for it where nothing is to run beside anything."""
+        """Called when another process has begun `work`, such as the engine build: wait for it, or go on meanwhile."""
 
 
 def results_of(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs, futures replaced by their results. Raises what they raise."""
+    """The inputs with futures replaced by their results. Raises what they raise."""
     return tuple(value.result() if isinstance(value, Future) else value for value in inputs)
 
 
 def step_threads() -> int:
-    """With how many threads PyTorch computes a submitted step: half of the cores, so that sums come out alike."""
+    """PyTorch's threads in a submitted step: half of the cores in every scheduler, so that sums round identically."""
     return max(1, available_threads() // 2)
 
 
@@ -52,7 +53,7 @@ class Sequential:
     """Every step runs when it is submitted, in this process."""
 
     def submit(self, step: Callable[..., Result], *inputs: Any) -> Future[Result]:
-        """A future that is done."""
+        """Run the step now; the future is done."""
         future: Future[Result] = Future()
         try:
             with torch_threads(step_threads()):
@@ -62,23 +63,23 @@ class Sequential:
         return future
 
     def started(self, work: Future[Any] | None) -> None:
-        """Wait for it."""
+        """Wait until `work` is done."""
         if work is not None:
             work.exception()
 
 
 class Overlapped:
-    """Submitted steps run one after another in a worker process that starts clean; steps and inputs are pickled.
+    """Submitted steps run one after another in one worker process, a new Python; steps and inputs are pickled.
 
-    The worker starts when the block is entered, and loads PyTorch beside what this process loads. Leaving the block
-    ends it, whatever it does. Where it cannot be started, or dies, its steps run in this process.
+    The worker starts on entering the context, and loads PyTorch while this process loads it too. Leaving the context
+    kills it. Where it cannot be started, or dies, its steps run in this process.
     """
 
     def __enter__(self) -> Self:
         self._threads = ThreadPoolExecutor(1, "overlapped-steps")
         self._is_left = False
         self._connection: Connection | None = None
-        with contextlib.suppress(OSError):  # no memory, or no process, to spare
+        with contextlib.suppress(OSError):  # not enough memory, or too many processes
             self._connection, self._process = start_worker(_WORKER, threads=step_threads())
         return self
 
@@ -93,16 +94,16 @@ class Overlapped:
             self._connection.close()
 
     def submit(self, step: Callable[..., Result], *inputs: Any) -> Future[Result]:
-        """The step's future, at once."""
+        """Queue the step for the worker, and return its future at once."""
         return self._threads.submit(self._run, step, inputs)
 
     def started(self, work: Future[Any] | None) -> None:
-        """Go on."""
+        """Go on without waiting."""
 
     def _run(self, step: Callable[..., Result], inputs: tuple[Any, ...]) -> Result:
         inputs = results_of(inputs)
         try:
-            outcome = self._answer(step, inputs)
+            outcome = self._in_worker(step, inputs)
         except (EOFError, OSError):
             if self._is_left:
                 raise
@@ -113,7 +114,8 @@ class Overlapped:
         result: Result = outcome
         return result
 
-    def _answer(self, step: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    def _in_worker(self, step: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+        """The step's result from the worker, or its SpachError. EOFError or OSError where there is no worker."""
         if self._connection is None:
             raise EOFError
         self._connection.send_bytes(pickle.dumps((step, inputs), protocol=pickle.HIGHEST_PROTOCOL))
@@ -126,7 +128,7 @@ def scheduler_here() -> contextlib.AbstractContextManager[Scheduler]:
 
 
 def serve(connection_fd: int) -> None:
-    """In the worker: run the steps that come over the connection, until its other end closes."""
+    """Main loop of the worker: run the steps that come over the connection, until its other end closes."""
     connection = Connection(connection_fd)
     threading.Thread(target=_load, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
@@ -141,7 +143,7 @@ def serve(connection_fd: int) -> None:
 
 
 def _load() -> None:
-    """PyTorch, before the first step needs it."""
+    """Import PyTorch before the first step needs it."""
     import torch
 
     torch.set_num_threads(step_threads())

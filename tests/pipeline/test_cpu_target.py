@@ -57,15 +57,17 @@ EXPORTED: dict[str, Path] = {}
 def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each precision of the small model is exported for real once, and copied from then on."""
 
-    def exported(options: ExportOptions, observer: Any, *, place: Destination, scheduler: Any = None) -> ExportResult:
+    def exported(
+        options: ExportOptions, observer: Any, *, destination: Destination, scheduler: Any = None
+    ) -> ExportResult:
         if options.model.name != small_bundles.NAME:
-            return pipeline.export(options, observer, place=place)
+            return pipeline.export(options, observer, destination=destination)
         name = options.precision.value
         if name not in EXPORTED:
             EXPORTED[name] = tmp_path_factory.mktemp("exported") / name
-            pipeline.export(options, observer, place=Destination.of(EXPORTED[name]))
-        shutil.copytree(EXPORTED[name], place.path)
-        return ExportResult(Bundle.open(place.path), None, None)  # type: ignore[arg-type]
+            pipeline.export(options, observer, destination=Destination.of(EXPORTED[name]))
+        shutil.copytree(EXPORTED[name], destination.path)
+        return ExportResult(Bundle.open(destination.path), None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cpu_target, "export", exported)
 

@@ -93,9 +93,9 @@ def test_a_worker_keeps_one_model_for_all_batches_of_an_evaluation(
 
     def counting(self: Searcher, trial: Any) -> Any:
         logits = original(self, trial)
-        assert self._twin is not None
-        if not any(model is self._twin[1] for model in made):
-            made.append(self._twin[1])
+        assert self._quantized is not None
+        if not any(model is self._quantized[1] for model in made):
+            made.append(self._quantized[1])
         return logits
 
     monkeypatch.setattr(Searcher, "logits", counting)

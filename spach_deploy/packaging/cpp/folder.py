@@ -1,21 +1,20 @@
-"""golden.bin: the golden pack in a form that C++ reads with a few bounds checks.
-
-    8 bytes   SPACHGLD
-    u32       version, 1
-    u32       images N
-    N times   u32 length, then the image's name in UTF-8
-    input     N x input, in the input's dtype
-    outputs   one after another, in the manifest's order: N x float32 for floats, N x int64 for integers
-
-Little-endian. Shapes and dtypes are model.txt's.
-
-The folder that spach-package cpp writes, in one step: a killed run leaves the old one or none.
+"""The folder that spach-package cpp writes, in one step: a killed run leaves the old folder or none.
 
 FOLDER/
-  manifest.json    that spach-package wrote it, from what; nothing reads it afterwards
+  manifest.json    marks the folder as written by spach-package, from which bundle; no program reads it
   README.md        how to build, test and use it
   CMakeLists.txt cmake/ include/ src/ tools/   the library, the same for every bundle
   model/engine.plan model.txt golden.bin       what programs load; labels.txt with --labels
+
+golden.bin is the golden pack in a form that C++ reads with a few bounds checks, little-endian, with the shapes and
+dtypes of model.txt:
+
+    8 bytes   SPACHGLD
+    u32       version, 1
+    u32       number of images N
+    N times   u32 length, then the image's name in UTF-8
+    input     N x input, in the input's dtype
+    outputs   one after another, in the manifest's order: N x float32 for floats, N x int64 for integers
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ VERSION = 1
 
 
 def golden_bytes(model: PackagedModel) -> bytes:
-    """The content of golden.bin. BundleError for a golden pack that is not this model's."""
+    """The content of golden.bin. BundleError where the golden pack does not fit the model."""
     golden = Golden.load(model.bundle.file(GOLDEN))
     _check(golden, model)
     expected = expected_outputs(golden.logits, model.facts.outputs)
@@ -75,7 +74,7 @@ README = "README.md"
 
 @dataclasses.dataclass(frozen=True)
 class CppPackage:
-    """A folder that was written, and the model in it."""
+    """A written folder, and the model in it."""
 
     path: Path
     model: PackagedModel
@@ -85,14 +84,14 @@ class CppPackage:
 def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, overwrite: bool = False) -> CppPackage:
     """Write the library with the model of `bundle` to `output`.
 
-    Raises BundleError for what is no bundle, was changed, has no plan, or for a target that cannot be written, and
+    Raises BundleError where `bundle` is not a bundle, was changed or has no plan, or the target cannot be written, and
     UsageError for labels that do not fit.
     """
-    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
+    destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
     model = PackagedModel.of(bundle)
     names = None if labels is None else read_labels(labels, model.classes)
     golden = golden_bytes(model)
-    with writing(place) as staging:
+    with writing(destination) as staging:
         shutil.copytree(LIBRARY, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         _write_model(staging / MODEL, model, golden)
         if names is not None:
@@ -111,14 +110,14 @@ def _write_model(folder: Path, model: PackagedModel, golden: bytes) -> None:
 
 
 def readme(model: PackagedModel) -> str:
-    """README.md with the model's facts in place of the words between @."""
+    """README.md with its placeholders, such as @MODEL@, replaced."""
     text = (LIBRARY / README).read_text(encoding="utf-8")
-    for word, value in _words(model).items():
-        text = text.replace(f"@{word}@", value)
+    for name, value in _template_context(model).items():
+        text = text.replace(f"@{name}@", value)
     return text
 
 
-def _words(model: PackagedModel) -> dict[str, str]:
+def _template_context(model: PackagedModel) -> dict[str, str]:
     size = model.facts.preprocessing.image_size
     shape = "x".join(str(extent) for extent in model.input.shape[1:])
     return {

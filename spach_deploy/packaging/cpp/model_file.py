@@ -1,4 +1,4 @@
-"""model.txt: what the C++ side needs of a manifest, one entry a line, readable without a JSON parser."""
+"""model.txt: what the C++ code needs from a bundle's manifest, one entry a line, readable without a JSON parser."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class FileFacts:
 
     @classmethod
     def of(cls, file: Path) -> FileFacts:
-        """Those of a file on disk."""
+        """Read both from a file."""
         return cls(file.stat().st_size, sha256_of(file))
 
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """A bundle whose plan can be packaged: its manifest, read and checked."""
+    """A bundle whose plan can be packaged, with its manifest checked."""
 
     bundle: Bundle
     facts: BundleFacts
@@ -45,7 +45,7 @@ class PackagedModel:
 
     @classmethod
     def of(cls, path: Path) -> PackagedModel:
-        """The bundle at `path`. BundleError for what is none, was changed, or has no plan that C++ could run."""
+        """Open the bundle at `path`. BundleError where it is none, was changed, or has no plan that C++ could run."""
         bundle = Bundle.open(path)
         if bundle.plan is None:
             raise BundleError(
@@ -79,27 +79,27 @@ class PackagedModel:
 
     @property
     def classes(self) -> int:
-        """How many classes it tells apart."""
+        """Number of classes."""
         return self.bundle.manifest.model.num_classes
 
     @property
     def input(self) -> TensorInfo:
-        """Its only input."""
+        """The only input."""
         return self.bundle.manifest.inputs[0]
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
-        """Its outputs."""
+        """The outputs, in order."""
         return self.bundle.manifest.outputs
 
     @property
     def tolerances(self) -> dict[str, Tolerance]:
-        """What the engine may be off, by output."""
+        """Tolerances of the engine's outputs, by name."""
         return dict(self.facts.tolerances.engine.outputs)
 
     @property
     def gpus(self) -> tuple[str, ...]:
-        """The GPUs it was built for, such as sm89."""
+        """Compute capabilities that the plan was built for, such as sm89."""
         return self.engine.gpus
 
     @property
@@ -109,14 +109,14 @@ class PackagedModel:
 
     @property
     def pillow(self) -> int:
-        """Major version of the Pillow that the bundle was made with: 13 changed the order of a resize's two passes."""
+        """Major version of Pillow at export. Pillow 13 changed the order of the two passes of a resize."""
         recorded = self.bundle.manifest.tools.get("pillow", "")
         major = re.match(r"\d{1,4}", recorded) or re.match(r"\d{1,4}", PIL.__version__)
         return int(major.group()) if major else 0
 
 
 def model_text(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> str:
-    """The content of model.txt. BundleError where an entry of the manifest cannot be a word of a line."""
+    """The content of model.txt. BundleError where an entry of the manifest cannot be written to it."""
     entries = [(key, value) for key, value in _entries(model, plan, golden)]
     if wrong := [key for key, value in entries if "\n" in value or not value.isascii()]:
         raise BundleError(f"The manifest's {wrong[0]} cannot be written to model.txt.", "Export the bundle again.")
@@ -146,19 +146,19 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
 
 
 def _tensor(tensor: TensorInfo) -> str:
-    """`logits float32 1 1000`: name, dtype, extents of one image's shape."""
+    """`logits float32 1 1000`: name, dtype, rank and extents without the batch."""
     shape = tensor.shape[1:]
     return " ".join([_word(tensor.name), tensor.dtype, str(len(shape)), *(str(size) for size in shape)])
 
 
 def _tolerance(tolerance: Tolerance) -> str:
-    """`rel_l2 max_abs cosine_min flip_margin`, `any` where there is no bound."""
+    """The values of `rel_l2 max_abs cosine_min flip_margin`, `any` where there is no bound."""
     figures = (tolerance.rel_l2, tolerance.max_abs, tolerance.cosine_min, tolerance.flip_margin)
     return " ".join("any" if figure is None else repr(float(figure)) for figure in figures)
 
 
 def _capability(gpu: str) -> str:
-    """`sm89` -> `89`."""
+    """`sm89` -> `89`. BundleError for anything but a compute capability."""
     if not re.fullmatch(r"sm\d{2,4}", gpu):
         raise BundleError(f"The manifest names a GPU {gpu!r}, which is no compute capability.", "Export it again.")
     return gpu.removeprefix("sm")

@@ -1,14 +1,12 @@
-"""How long a start may take and how much memory it needs, from the size of what is loaded. Generous on purpose.
+"""What is deployed: a bundle, the Triton image that fits it, its names, and its start-up time and memory.
 
-A start that takes longer than it may is killed and begins again, for ever; one that is allowed too much costs nothing
-where it succeeds. So the figures are those of a slow node: a disk on the network, an image that was just pulled.
+Triton image (`choose_image`, from graph/runtimes.json): a plan loads only in the version of TensorRT that built it. A
+plan that was exported version compatible also loads in newer versions of the same major version, with a flag of
+Triton. A graph needs an ONNX Runtime that implements its opset.
 
-Which of the Triton images that are known (onnx_graph/runtimes.json) fit a bundle.
-
-A plan loads in the TensorRT that built it and in no other; one that was exported version compatible also in newer ones
-of the same major version, where Triton is told to expect it. A graph needs an ONNX Runtime that implements its opset.
-
-A bundle as what will run in a cluster: its model, the Triton image that fits it, names, sizes.
+Start-up time and memory (`Sizes`) follow from the size of plan or graph, and are generous on purpose. A pod whose start
+exceeds the limit is killed and started again, for ever; a limit that is too large costs nothing. So the figures are for
+a slow node, with a network disk and an image that was just pulled.
 """
 
 from __future__ import annotations
@@ -39,18 +37,18 @@ from spach_deploy.runtime.truncation import REMEDY, fault_of
 MEBI, GIBI = 1 << 20, 1 << 30
 
 SERVER_SECONDS = 180
-"""For the server's process, some 2 GB of CUDA's libraries from a cold disk, the CUDA context and warm-up."""
+"""Start of the server: its process, about 2 GB of CUDA libraries from a cold disk, the CUDA context, warm-up."""
 
 BYTES_PER_SECOND = 20_000_000
-"""Of a plan, read from a cold disk and brought to the GPU."""
+"""Rate at which a plan is read from a cold disk and loaded to the GPU."""
 
 GRAPH_FACTOR = 2
-"""ONNX Runtime optimizes a graph after it has read it, and looks for the fastest convolutions."""
+"""A graph takes longer: ONNX Runtime optimizes it after reading, and searches the fastest convolutions."""
 
 PROBE_SECONDS = 5
 
-_SERVER_BYTES = 4 * GIBI  # libraries of CUDA, and what their context takes on the host
-_COPIES = 3  # of the model in host memory while it is loaded: file, parsed, converted
+_SERVER_BYTES = 4 * GIBI  # CUDA's libraries, and host memory of the CUDA context
+_COPIES = 3  # copies of the model in host memory during loading: file, parsed, converted
 _STEP_BYTES = GIBI  # a Python process of an ensemble's step, with NumPy and Pillow
 _LEAST_SHM, _STEP_SHM = 128 * MEBI, 64 * MEBI
 _BATCHES_IN_SHM = 4
@@ -58,7 +56,8 @@ _BATCHES_IN_SHM = 4
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a pod of one model needs. `artifact_bytes`: of the plan or graph; `instances`: of it on a GPU."""
+    """What a pod with one model needs. `artifact_bytes`: size of the plan or graph; `arithmetic`: how `startup_seconds`
+    was computed, as text."""
 
     artifact_bytes: int
     startup_seconds: int
@@ -68,12 +67,12 @@ class Sizes:
 
     @property
     def startup_probes(self) -> int:
-        """How often the start-up probe may fail."""
+        """Number of failed start-up probes before Kubernetes restarts the pod."""
         return math.ceil(self.startup_seconds / PROBE_SECONDS)
 
     @classmethod
     def of(cls, model: ServedModel, steps: tuple[EnsembleStep, ...] = ()) -> Sizes:
-        """For `model` with the steps of an ensemble around it."""
+        """The needs of `model` with the steps of an ensemble around it."""
         size = sum(version.artifact.stat().st_size for version in model.versions)
         processes = sum(step.source is not None for step in steps)
         shm = _shm_bytes(model, processes)
@@ -92,7 +91,7 @@ def _startup(size: int, *, is_graph: bool) -> tuple[int, str]:
 
 
 def _shm_bytes(model: ServedModel, processes: int) -> int:
-    """Python steps hand tensors to the server through shared memory."""
+    """Shared memory, through which Python steps exchange tensors with the server."""
     tensor = model.inputs[0]
     sample = byte_size(DATA_TYPES[tensor.dtype], [size or 1 for size in tensor.shape[1:]]) or 0
     needed = processes * (_STEP_SHM + _BATCHES_IN_SHM * model.batch.max * sample)
@@ -104,12 +103,12 @@ def _up_to(value: int, step: int) -> int:
 
 
 def quantity(size: int) -> str:
-    """Bytes as Kubernetes writes them, rounded up: whole gibibytes from 4 of them, mebibytes below."""
+    """Bytes as a Kubernetes quantity, rounded up: in gibibytes from 4 GiB, in mebibytes below."""
     return f"{math.ceil(size / GIBI)}Gi" if size >= 4 * GIBI else f"{math.ceil(size / MEBI)}Mi"
 
 
 def choose_image(model: ServedModel, release: str | None, known: Runtimes | None = None) -> TritonImage:
-    """The image of `release`, or the newest that fits. UsageError where none is known or it does not fit `model`."""
+    """The image of `release`, or the newest that fits. UsageError where `release` or every known image does not fit."""
     known = known or runtimes()
     if release is not None:
         image = known.image(release)
@@ -125,7 +124,7 @@ def choose_image(model: ServedModel, release: str | None, known: Runtimes | None
 
 
 def fitting_images(model: ServedModel, known: Runtimes) -> tuple[TritonImage, ...]:
-    """Images that load `model`, oldest first."""
+    """The images that can load `model`, oldest first."""
     return tuple(image for image in known.images if not misfit(model, image, known))
 
 
@@ -144,12 +143,12 @@ def misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
 
 
 def is_version_compatible(model: ServedModel) -> bool:
-    """Whether its plan was exported for newer versions of TensorRT too."""
+    """Whether a plan is served that was exported with --version-compatible."""
     return model.backend is Backend.TENSORRT and model.bundle.manifest.engine.version_compatible
 
 
 def _loads(built: str, carried: str, *, is_compatible: bool) -> bool:
-    """Whether TensorRT `carried` loads a plan of `built`; parts that one of them leaves out are not compared."""
+    """Whether TensorRT `carried` loads a plan built by `built`; parts that either version lacks are not compared."""
     ours, theirs = version_numbers(built), version_numbers(carried)
     if len(ours) < 3 or len(theirs) < 3:
         return False
@@ -159,16 +158,16 @@ def _loads(built: str, carried: str, *, is_compatible: bool) -> bool:
 
 
 def _advice(model: ServedModel, known: Runtimes) -> str:
-    """What to do instead, but nothing that was asked for already."""
+    """The next step: images that fit, or another export."""
     releases = listed(image.release for image in fitting_images(model, known))
     if model.backend is not Backend.TENSORRT:
-        return f"It fits {releases}."  # one at least: no graph comes here that fits none
+        return f"It fits {releases}."  # at least one: `resolve_models` refuses graphs that fit none
     instead = instead_of_plan(model.bundle)
     return f"It fits {releases}. {instead}" if releases else instead
 
 
 def listed(words: Iterable[str]) -> str:
-    """`a, b and c`."""
+    """Words as a list in a sentence: `a, b and c`."""
     given = list(words)
     return " and ".join([", ".join(given[:-1]), given[-1]] if len(given) > 1 else given)
 
@@ -178,7 +177,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9._+-]{1,200}")
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """What is deployed. `title`: the model's own name; `name`: what Kubernetes calls all that belongs to it."""
+    """A deployment. `title`: the model's own name; `name`: the name of all its Kubernetes objects."""
 
     title: str
     name: str
@@ -190,10 +189,10 @@ class Deployment:
 
     @classmethod
     def of(cls, path: Path, options: KubernetesOptions) -> Deployment:
-        """The bundle at `path`.
+        """The deployment of the bundle at `path`.
 
-        Raises BundleError for what is no bundle, was changed, or has no file for the backend; UsageError where no
-        Triton image that is known loads it, or not the one that was asked for.
+        Raises BundleError where it is not a bundle, was changed, or has no file for the backend; UsageError where the
+        requested Triton image, or every known one, cannot load it.
         """
         title = Bundle.open(path, verify=False).manifest.model.name
         argument = BundleArgument(path, triton_name(title))
@@ -211,17 +210,17 @@ class Deployment:
 
     @property
     def image_name(self) -> str:
-        """Where the image is pushed, without a tag."""
+        """Name of the image in its registry, without a tag."""
         return self.options.image or f"{REGISTRY}/{self.name}"
 
     @property
     def is_plan(self) -> bool:
-        """Whether the engine is served, and not its graph."""
+        """Whether the engine plan is served, not the graph."""
         return self.model.backend is Backend.TENSORRT
 
     @property
     def serves(self) -> str:
-        """What runs, in a few words."""
+        """What is served, in a few words."""
         if self.is_plan:
             return f"TensorRT {self.version} plan"
         return f"ONNX graph in ONNX Runtime {self.image.onnxruntime}"
@@ -234,7 +233,7 @@ class Deployment:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Facts worth reading, of the model and of what the image does with it."""
+        """Remarks on the model, and on its behaviour in this image."""
         version = self.image.onnxruntime
         if self.is_plan or not self.model.bundle.quantizes_fp16 or not runtimes().truncates_fp16(version):
             return self.model.notes
@@ -243,19 +242,19 @@ class Deployment:
 
     @property
     def gpus(self) -> tuple[str, ...]:
-        """GPUs that a plan was built for, such as sm90; none where any will do."""
+        """GPUs that the plan was built for, such as sm90; empty where any GPU will do."""
         given = self.model.bundle.manifest.engine.gpus if self.is_plan else ()
         return tuple(gpu for gpu in given if re.fullmatch(r"sm\d{2,4}", gpu))
 
     @property
     def version(self) -> str:
-        """Of the TensorRT that built the plan, as it may stand in a text file."""
+        """Version of the TensorRT that built the plan; `unknown` where it has unsafe characters."""
         built = self.model.bundle.manifest.engine.version
         return built if _PLAIN.fullmatch(built) else "unknown"
 
 
 def triton_options(options: KubernetesOptions) -> TritonOptions:
-    """What the model repository is asked to be: instances on GPUs, so that a pod without one fails, not slows."""
+    """Options of the model repository. Instances run on GPUs: a pod without one fails, instead of being slow."""
     return TritonOptions(
         backend=options.backend,
         instances=Instances(device=Device.GPU),

@@ -1,14 +1,12 @@
-"""The folder that spach-package kubernetes writes, in one step: a killed run leaves the old one or none.
+"""The folder that spach-package kubernetes writes, in one step: a killed run leaves the old folder or none.
 
 FOLDER/
-  manifest.json    that spach-package wrote it, from what; nothing reads it afterwards
-  README.md        each file explained, and the three commands
+  manifest.json    marks the folder as written by spach-package, from which bundle; no program reads it
+  README.md        explains each file, and the three commands to use them
   image/           Dockerfile, the model repository, the golden pack and its check
   base/            a kustomization: Deployment and what belongs to it, or ServingRuntime and InferenceService
   overlays/        staging and production
   components/prometheus-operator/ monitoring/prometheus-adapter.yaml
-
-What was written, and which images are known, for the terminal and as JSON.
 """
 
 from __future__ import annotations
@@ -45,21 +43,21 @@ _SHARED = ("hpa.yaml", "pdb.yaml", "service-account.yaml")
 _PLAIN = ("kustomization.yaml", "deployment.yaml", "service.yaml", "network-policy.yaml")
 _KSERVE = ("kustomization.yaml", "serving-runtime.yaml", "inference-service.yaml", "network-policy.yaml")
 _OVERLAYS = {"staging": "-staging", "production": ""}
-"""What an overlay's namespace has behind the name."""
+"""Suffix of each overlay's namespace after the deployment's name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KubernetesPackage:
-    """A folder that was written."""
+    """A written folder."""
 
     path: Path
-    deployed: Deployment
+    deployment: Deployment
     image_tag: str
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """The three that make it run."""
-        image = f"{self.deployed.image_name}:{self.image_tag}"
+        """The three commands that build, push and run it."""
+        image = f"{self.deployment.image_name}:{self.image_tag}"
         return (
             f"docker build -t {image} {quoted(self.path / IMAGE)}",
             f"docker push {image}",
@@ -72,73 +70,73 @@ def write_folder(
 ) -> KubernetesPackage:
     """Write image, manifests and README for `bundle` to `output`.
 
-    Raises BundleError for what is no bundle, was changed, has nothing for the backend, or for a target that cannot be
-    written, and UsageError for options that do not fit, above all a Triton image that cannot load the engine.
+    Raises BundleError where `bundle` is not a bundle, was changed, has no file for the backend, or the target cannot be
+    written, and UsageError for options that do not fit, such as a Triton image that cannot load the engine.
     """
-    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
-    deployed = Deployment.of(bundle, options)
-    pack = golden_pack(deployed.model)
-    with writing(place) as staging:
-        tag = _write_image(staging / IMAGE, deployed, pack)
-        _write_manifests(staging, template_context(deployed, tag, pack.batch_sizes), kserve=options.kserve)
-        _write(staging / MANIFEST, _manifest(deployed, tag))
-    return KubernetesPackage(output, deployed, tag)
+    destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
+    deployment = Deployment.of(bundle, options)
+    pack = golden_pack(deployment.model)
+    with writing(destination) as staging:
+        tag = _write_image(staging / IMAGE, deployment, pack)
+        _write_manifests(staging, template_context(deployment, tag, pack.batch_sizes), kserve=options.kserve)
+        _write(staging / MANIFEST, _manifest(deployment, tag))
+    return KubernetesPackage(output, deployment, tag)
 
 
-def _write_image(folder: Path, deployed: Deployment, pack: GoldenPack) -> str:
-    """Everything that `docker build` reads; gives the image's tag, which changes with every file."""
+def _write_image(folder: Path, deployment: Deployment, pack: GoldenPack) -> str:
+    """Write everything that `docker build` reads. Returns the image's tag, which changes with every file."""
     folder.mkdir()
-    write_repository([deployed.argument], folder / MODELS, triton_options(deployed.options))
+    write_repository([deployment.argument], folder / MODELS, triton_options(deployment.options))
     (folder / GOLDEN_FOLDER).mkdir()
     for name, content in pack.files.items():
         (folder / GOLDEN_FOLDER / name).write_bytes(content)
     shutil.copyfile(_CHECK, folder / _CHECK.name)
     _write(folder / ".dockerignore", read_template("image/dockerignore"))
     dockerfile = read_template("image/Dockerfile")
-    tag = _tag(folder, render(dockerfile, template_context(deployed, "")), deployed)
-    _write(folder / DOCKERFILE, render(dockerfile, template_context(deployed, tag)))
+    tag = _tag(folder, render(dockerfile, template_context(deployment, "")), deployment)
+    _write(folder / DOCKERFILE, render(dockerfile, template_context(deployment, tag)))
     return tag
 
 
-def _tag(folder: Path, dockerfile: str, deployed: Deployment) -> str:
+def _tag(folder: Path, dockerfile: str, deployment: Deployment) -> str:
     """`25.08-fp16-0123456789ab`: the release, the precision, and a hash of the image's files."""
     digest = hashlib.sha256(dockerfile.encode())
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{file.relative_to(folder).as_posix()} {sha256_of(file)}\n".encode())
-    return f"{deployed.image.release}-{deployed.model.facts.precision.value}-{digest.hexdigest()[:12]}"
+    return f"{deployment.image.release}-{deployment.model.facts.precision.value}-{digest.hexdigest()[:12]}"
 
 
-def _write_manifests(staging: Path, words: TemplateContext, *, kserve: bool) -> None:
-    _render_to(staging / "README.md", "README.md", words)
+def _write_manifests(staging: Path, context: TemplateContext, *, kserve: bool) -> None:
+    _render_to(staging / "README.md", "README.md", context)
     for name in _SHARED:
-        _render_to(staging / "base" / name, f"base/{name}", words)
+        _render_to(staging / "base" / name, f"base/{name}", context)
     for name in _KSERVE if kserve else _PLAIN:
-        _render_to(staging / "base" / name, f"{'kserve' if kserve else 'base'}/{name}", words)
+        _render_to(staging / "base" / name, f"{'kserve' if kserve else 'base'}/{name}", context)
     for overlay, suffix in _OVERLAYS.items():
-        _render_folder(staging, f"overlays/{overlay}", words.also(NAMESPACE=f"{words['NAME']}{suffix}"))
+        _render_folder(staging, f"overlays/{overlay}", context.with_values(NAMESPACE=f"{context['NAME']}{suffix}"))
     for folder in ("components/prometheus-operator", "monitoring"):
-        _render_folder(staging, folder, words)
+        _render_folder(staging, folder, context)
 
 
-def _render_folder(staging: Path, folder: str, words: TemplateContext) -> None:
+def _render_folder(staging: Path, folder: str, context: TemplateContext) -> None:
     for template in sorted((TEMPLATES / folder).iterdir()):
-        _render_to(staging / folder / template.name, f"{folder}/{template.name}", words)
+        _render_to(staging / folder / template.name, f"{folder}/{template.name}", context)
 
 
-def _render_to(target: Path, template: str, words: TemplateContext) -> None:
+def _render_to(target: Path, template: str, context: TemplateContext) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write(target, render(read_template(template), words))
+    _write(target, render(read_template(template), context))
 
 
-def _manifest(deployed: Deployment, tag: str) -> str:
+def _manifest(deployment: Deployment, tag: str) -> str:
     content = {
         "kind": CONTENTS.kind,
         "spach_deploy": __version__,
-        "bundle": deployed.model.bundle.path.name,
-        "model": deployed.title,
-        "backend": deployed.model.backend.value,
-        "triton_image": deployed.image.reference,
-        "image": f"{deployed.image_name}:{tag}",
+        "bundle": deployment.model.bundle.path.name,
+        "model": deployment.title,
+        "backend": deployment.model.backend.value,
+        "triton_image": deployment.image.reference,
+        "image": f"{deployment.image_name}:{tag}",
     }
     return json_text(content) + "\n"
 
@@ -151,44 +149,44 @@ _LABEL_WIDTH = 12
 
 
 def as_text(written: KubernetesPackage) -> str:
-    """A few lines: what is served, in which image, and the three commands."""
-    deployed = written.deployed
-    sizes = deployed.sizes
+    """The summary for the terminal: what is served, in which image, and the three commands."""
+    deployment = written.deployment
+    sizes = deployment.sizes
     rows = {
-        "model": f"{deployed.title}, {deployed.model.facts.precision.value}, as {deployed.model.name} in Triton",
-        "serves": deployed.serves,
-        "image": f"{deployed.image.reference} ({deployed.carries})",
-        "pods": f"{_replicas(written)} of {deployed.name}, each with 1 GPU and {quantity(sizes.memory_bytes)}"
-        f"{' for ' + ', '.join(deployed.gpus) if deployed.gpus else ''}",
+        "model": f"{deployment.title}, {deployment.model.facts.precision.value}, as {deployment.model.name} in Triton",
+        "serves": deployment.serves,
+        "image": f"{deployment.image.reference} ({deployment.carries})",
+        "pods": f"{_replicas(written)} of {deployment.name}, each with 1 GPU and {quantity(sizes.memory_bytes)}"
+        f"{' for ' + ', '.join(deployment.gpus) if deployment.gpus else ''}",
         "start-up": f"{sizes.startup_seconds} s ({sizes.arithmetic})",
         "folder": str(written.path),
     }
     lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in rows.items()]
-    notes = [f"{'note':<{_LABEL_WIDTH}}{note}" for note in deployed.notes]
+    notes = [f"{'note':<{_LABEL_WIDTH}}{note}" for note in deployment.notes]
     return escaped([*lines, *notes, "", "Run it:", *(f"  {command}" for command in written.commands)])
 
 
 def as_json(written: KubernetesPackage) -> str:
-    """The same as JSON."""
-    deployed = written.deployed
+    """The summary as JSON."""
+    deployment = written.deployment
     content = {
         "folder": str(written.path),
-        "name": deployed.name,
-        "model": deployed.title,
-        "backend": deployed.model.backend.value,
-        "kserve": deployed.options.kserve,
-        "triton_image": deployed.image.reference,
-        "image": f"{deployed.image_name}:{written.image_tag}",
-        "gpus": list(deployed.gpus),
-        "startup_seconds": deployed.sizes.startup_seconds,
-        "notes": list(deployed.notes),
+        "name": deployment.name,
+        "model": deployment.title,
+        "backend": deployment.model.backend.value,
+        "kserve": deployment.options.kserve,
+        "triton_image": deployment.image.reference,
+        "image": f"{deployment.image_name}:{written.image_tag}",
+        "gpus": list(deployment.gpus),
+        "startup_seconds": deployment.sizes.startup_seconds,
+        "notes": list(deployment.notes),
         "commands": list(written.commands),
     }
     return json_text(content)
 
 
 def versions_table(known: Runtimes) -> str:
-    """What every Triton image carries, the opset that its ONNX Runtime loads, and where that was seen."""
+    """A table of the known Triton images with their TensorRT, ONNX Runtime, opset and CUDA."""
     lines = [f"{'release':<9}{'TensorRT':<12}{'ONNX Runtime':<14}{'opset':<7}CUDA"]
     for image in known.images:
         runtime = known.onnxruntime(image.onnxruntime)
@@ -199,5 +197,5 @@ def versions_table(known: Runtimes) -> str:
 
 
 def _replicas(written: KubernetesPackage) -> str:
-    replicas = written.deployed.options.replicas
+    replicas = written.deployment.options.replicas
     return f"{replicas.min} to {replicas.max}" if replicas.min != replicas.max else f"{replicas.min}"

@@ -1,8 +1,8 @@
-"""The golden pack as golden_check.py reads it: raw tensors and one JSON file.
+"""The golden pack as files for golden_check.py: raw tensors and one JSON file.
 
 golden.json          the model's name, its tensors, tolerances, the batches to send, and the SHA-256 of every file
-input.bin            N inputs, as a client sends them
-logits.bin …         the reference's answers of them, float32 or int64, little-endian
+input.bin            N inputs, in the model's input format
+logits.bin …         the expected outputs for them, float32 or int64, little-endian
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _EXPORT_AGAIN = "Export the bundle again."
 
 @dataclasses.dataclass(frozen=True)
 class GoldenPack:
-    """Files by name, and the sizes of the batches that the check sends."""
+    """The files by name, and the sizes of the batches that the check sends."""
 
     files: dict[str, bytes]
     batch_sizes: tuple[int, ...]
 
 
 def golden_pack(model: ServedModel) -> GoldenPack:
-    """The pack of `model`. BundleError for a golden pack that is not this model's."""
+    """The pack of `model`. BundleError where the bundle's golden pack does not fit the model."""
     golden = Golden.load(model.bundle.file(GOLDEN))
     expected = expected_outputs(golden.logits, model.facts.outputs)
     _check(golden, model, expected)
@@ -61,20 +61,20 @@ def golden_pack(model: ServedModel) -> GoldenPack:
 
 
 def bounds(model: ServedModel) -> Bounds:
-    """What may differ on a GPU: the engine's bounds, or the graph's where TF32 was not allowed to the engine either."""
+    """Tolerances on a GPU: the engine's for a plan, or where they allow for TF32; else the graph's."""
     tolerances = model.facts.tolerances
     return tolerances.engine if model.backend is Backend.TENSORRT or allows_tf32(model) else tolerances.graph
 
 
 def allows_tf32(model: ServedModel) -> bool:
-    """Whether the bundle's tolerances have room for TF32."""
+    """Whether the bundle's tolerances of the engine allow for TF32."""
     return model.facts.tf32
 
 
 def batches(images: int, profile: BatchProfile) -> tuple[tuple[int, ...], ...]:
-    """Indices of images, batch by batch: the smallest batch, the rest of the images, then the largest batch.
+    """Indices of images for each batch: the smallest batch, the rest of the images, then the largest batch.
 
-    A graph can be right at one batch and wrong at another. Images are repeated, in another order, where there are few.
+    A graph can be right at one batch size and wrong at another. Images are repeated where there are too few.
     """
     sent = [_take(0, profile.min, images)]
     start = min(profile.min, images)
@@ -101,7 +101,7 @@ def _tensor(tensor: TensorInfo, file: str) -> dict[str, Any]:
 
 
 def _output(output: TensorInfo, model: ServedModel) -> dict[str, Any]:
-    """A tensor with what it is and what it may be off; indices are held against the scores that they rank."""
+    """Description of an output with its kind and tolerance. Indices are compared by the scores that they rank."""
     entry = _tensor(output, f"{output.name}.bin")
     if output.name == TOP_INDICES:
         return {**entry, "kind": "indices", "ranks": LOGITS, "tolerance": _tolerance(LOGITS, model)}

@@ -1,6 +1,6 @@
-"""Names that Kubernetes, Triton and registries take, made from models' names or checked where a user gave them.
+"""Options of spach-package kubernetes, and names for Kubernetes, Triton and registries.
 
-What a deployment is asked to be, as frozen objects.
+Names are made from the model's name, or checked where a user gave them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.packaging.triton.options import Backend
 
 LONGEST = 40
-"""So that what is appended (`-predictor`, a namespace, a pod's suffix) stays within a DNS label's 63 characters."""
+"""Longest name, so that with `-predictor`, a namespace or a pod's suffix it stays within 63 characters (DNS label)."""
 
 _LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _HOST = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?"
@@ -34,13 +34,13 @@ def kubernetes_name(model: str) -> str:
 
 
 def triton_name(model: str) -> str:
-    """A model's name as Triton takes it: a folder's, and part of a URL."""
+    """A model's name for Triton, where it is a folder's name and part of a URL."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", model.replace("+", "_plus"))
     return name if name[:1].isalnum() else f"model{name}"
 
 
 def check_kubernetes_name(name: str) -> None:
-    """UsageError unless `name` is a DNS label short enough for what is appended to it."""
+    """UsageError unless `name` is a DNS label of at most `LONGEST` characters."""
     if len(name) > LONGEST or not _LABEL.fullmatch(name):
         raise UsageError(
             f"--name {name!r} is no name for Kubernetes.",
@@ -49,7 +49,7 @@ def check_kubernetes_name(name: str) -> None:
 
 
 def check_image_name(name: str) -> None:
-    """UsageError unless `name` is an image's name without tag and digest."""
+    """UsageError unless `name` is the name of an image without tag and digest."""
     if len(name) > 200 or not _IMAGE.fullmatch(name):
         raise UsageError(
             f"--image {name!r} is no image's name.",
@@ -58,12 +58,12 @@ def check_image_name(name: str) -> None:
 
 
 REGISTRY = "registry.example.com/spach"
-"""Where images are said to be until a user says where."""
+"""Placeholder registry in the name of the image where the user gives none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicas:
-    """How many pods there are at least and at most."""
+    """Smallest and largest number of pods."""
 
     min: int = 2
     max: int = 8
@@ -79,7 +79,7 @@ class Replicas:
 
 @dataclasses.dataclass(frozen=True)
 class KubernetesOptions:
-    """All that `spach-package kubernetes` was asked for.
+    """All options of `spach-package kubernetes`.
 
     `triton_version` None: the newest image that fits. `name` and `image` None: made from the model's name.
     """

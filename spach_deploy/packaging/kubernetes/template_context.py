@@ -1,9 +1,9 @@
-"""The words of the templates, from what is deployed. A word that is none of these is a fragment of that name.
+"""Filling in the templates: `render`, and `template_context`, the values of their placeholders for a deployment.
 
-Templates: text files with words between @, as YAML that can be read as it is.
-
-A word that stands alone in its line is a block: its lines take the line's indentation, and the line disappears where
-there are none. Every other word is replaced where it stands.
+Templates are text files (YAML, Markdown, Dockerfile) with placeholders such as @NAME@. A placeholder alone on its line
+is a block: each line of its value gets the line's indentation, and the line disappears where the value is empty. Other
+placeholders are replaced in the line. A placeholder without a value is replaced by the template of that name in
+templates/fragments/, rendered.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from spach_deploy.packaging.kubernetes.golden_pack import allows_tf32
 from spach_deploy.packaging.triton.options import Batching
 
 PILLOW = "11.3.0"
-"""For every Python that Triton's images have; its resizing is what it has been for years."""
+"""A version with wheels for every Python in Triton's images, and with the resize of the versions before it."""
 
 _QUEUE_FACTOR = 10
-_PULL_SECONDS = 600  # an image of Triton has 10 GB
+_PULL_SECONDS = 600  # Triton's images have 10 GB
 
 
 class TemplateContext(Mapping[str, str]):
-    """Every word there is; fragments are rendered when they are asked for."""
+    """Values of placeholders by name. Fragments are rendered when they are looked up."""
 
     def __init__(self, given: Mapping[str, str]) -> None:
         self._given = dict(given)
 
-    def __getitem__(self, word: str) -> str:
-        if word in self._given:
-            return self._given[word]
-        stem = word.lower().replace("_", "-")
-        found = [file.name for file in sorted((TEMPLATES / "fragments").glob(f"{stem}.*"))]
-        if not found:
-            raise KeyError(word)
-        return render(read_template(f"fragments/{found[0]}"), self)
+    def __getitem__(self, name: str) -> str:
+        if name in self._given:
+            return self._given[name]
+        stem = name.lower().replace("_", "-")
+        fragments = [file.name for file in sorted((TEMPLATES / "fragments").glob(f"{stem}.*"))]
+        if not fragments:
+            raise KeyError(name)
+        return render(read_template(f"fragments/{fragments[0]}"), self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._given)
@@ -50,55 +50,55 @@ class TemplateContext(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._given)
 
-    def also(self, **words: str) -> TemplateContext:
-        """These and others."""
-        return TemplateContext({**self._given, **words})
+    def with_values(self, **values: str) -> TemplateContext:
+        """A copy with more values."""
+        return TemplateContext({**self._given, **values})
 
 
-def template_context(deployed: Deployment, image_tag: str, batch_sizes: Sequence[int] = ()) -> TemplateContext:
-    """The words for `deployed`; NAMESPACE is an overlay's. `batch_sizes`: of the golden check."""
+def template_context(deployment: Deployment, image_tag: str, batch_sizes: Sequence[int] = ()) -> TemplateContext:
+    """The values for a deployment, except NAMESPACE, which differs by overlay. `batch_sizes`: of the golden check."""
     return TemplateContext(
         {
-            **_model_words(deployed),
-            **_image_words(deployed, image_tag),
-            **_size_words(deployed),
-            **_conditional(deployed),
+            **_model_values(deployment),
+            **_image_values(deployment, image_tag),
+            **_size_values(deployment),
+            **_conditional_blocks(deployment),
             "BATCHES": listed(str(size) for size in batch_sizes),
-            **(_kserve_words(deployed) if deployed.options.kserve else _plain_words(deployed)),
+            **(_kserve_values(deployment) if deployment.options.kserve else _plain_values(deployment)),
         }
     )
 
 
-def _model_words(deployed: Deployment) -> dict[str, str]:
-    model = deployed.model
+def _model_values(deployment: Deployment) -> dict[str, str]:
+    model = deployment.model
     version = model.versions[-1]
     return {
-        "NAME": deployed.name,
-        "MODEL": deployed.title,
+        "NAME": deployment.name,
+        "MODEL": deployment.title,
         "TRITON_MODEL": model.name,
-        "SERVES": deployed.serves,
-        "DESCRIPTION": f"{deployed.title} in {model.facts.precision.value}: {deployed.serves}, in Triton "
-        f"{deployed.image.release}",
+        "SERVES": deployment.serves,
+        "DESCRIPTION": f"{deployment.title} in {model.facts.precision.value}: {deployment.serves}, in Triton "
+        f"{deployment.image.release}",
         "ARTIFACT_SHA256": version.bundle.manifest.files[version.artifact.name].sha256,
-        "MIN_REPLICAS": str(deployed.options.replicas.min),
-        "MAX_REPLICAS": str(deployed.options.replicas.max),
+        "MIN_REPLICAS": str(deployment.options.replicas.min),
+        "MAX_REPLICAS": str(deployment.options.replicas.max),
     }
 
 
-def _image_words(deployed: Deployment, image_tag: str) -> dict[str, str]:
+def _image_values(deployment: Deployment, image_tag: str) -> dict[str, str]:
     return {
-        "TRITON_IMAGE": deployed.image.reference,
-        "NOTES_URL": deployed.image.notes,
-        "CARRIES": f"{deployed.carries}.",
-        "CUDA": deployed.image.cuda,
-        "IMAGE_NAME": deployed.image_name,
+        "TRITON_IMAGE": deployment.image.reference,
+        "NOTES_URL": deployment.image.notes,
+        "CARRIES": f"{deployment.carries}.",
+        "CUDA": deployment.image.cuda,
+        "IMAGE_NAME": deployment.image_name,
         "IMAGE_TAG": image_tag,
         "PILLOW": PILLOW,
     }
 
 
-def _size_words(deployed: Deployment) -> dict[str, str]:
-    sizes, delay = deployed.sizes, Batching().queue_delay_us
+def _size_values(deployment: Deployment) -> dict[str, str]:
+    sizes, delay = deployment.sizes, Batching().queue_delay_us
     return {
         "MEGABYTES": f"{sizes.artifact_bytes / 1e6:.1f}",
         "MEMORY": quantity(sizes.memory_bytes),
@@ -114,29 +114,29 @@ def _size_words(deployed: Deployment) -> dict[str, str]:
     }
 
 
-def _conditional(deployed: Deployment) -> dict[str, str]:
-    """Blocks that are there or not; a fragment is there unless a word says otherwise."""
-    model = deployed.model
-    words = {
-        "GPU_AFFINITY": gpu_affinity(deployed.gpus, any_newer=_is_hardware_compatible(deployed)),
+def _conditional_blocks(deployment: Deployment) -> dict[str, str]:
+    """Blocks that only some deployments have. An empty value here leaves out the fragment of the same name."""
+    model = deployment.model
+    values = {
+        "GPU_AFFINITY": gpu_affinity(deployment.gpus, any_newer=_is_hardware_compatible(deployment)),
         "VERSION_COMPATIBLE": "- --backend-config=tensorrt,version-compatible=true"
         if is_version_compatible(model)
         else "",
-        "REQUIREMENTS": _requirements(deployed),
+        "REQUIREMENTS": _requirements(deployment),
     }
     if allows_tf32(model):
-        words["TF32"] = ""
-    if not deployed.options.ensemble:
-        words["STEP_PACKAGES"] = ""
-    return words
+        values["TF32"] = ""
+    if not deployment.options.ensemble:
+        values["STEP_PACKAGES"] = ""
+    return values
 
 
-def _is_hardware_compatible(deployed: Deployment) -> bool:
-    return deployed.model.bundle.manifest.engine.hardware_compatible
+def _is_hardware_compatible(deployment: Deployment) -> bool:
+    return deployment.model.bundle.manifest.engine.hardware_compatible
 
 
 def gpu_affinity(gpus: tuple[str, ...], *, any_newer: bool) -> str:
-    """Node affinity for GPUs such as sm90; empty for none. `any_newer`: for Ampere (sm80) and all that came later."""
+    """Node affinity for GPUs such as sm90; empty for none. `any_newer`: for Ampere (sm80) and all later GPUs."""
     if not gpus:
         return ""
     lines = [
@@ -163,28 +163,28 @@ def _term(operator: str, major: str, minor: str | None = None) -> list[str]:
     return lines
 
 
-def _requirements(deployed: Deployment) -> str:
-    image = deployed.image
+def _requirements(deployment: Deployment) -> str:
+    image = deployment.image
     lines = [
         f"- NVIDIA's device plugin (`nvidia.com/gpu`), and on the nodes a driver for CUDA {image.cuda}, see",
         f"  {image.notes}",
         "- for autoscaling, Prometheus and prometheus-adapter with the rule in monitoring/prometheus-adapter.yaml",
         "- a network plugin that enforces network policies, or they are only words",
     ]
-    if deployed.gpus:
-        gpus = listed(deployed.gpus)
+    if deployment.gpus:
+        gpus = listed(deployment.gpus)
         lines.append(f"- nodes that NVIDIA's GPU feature discovery has labelled: the plan was built for {gpus}")
-    if deployed.options.kserve:
+    if deployment.options.kserve:
         lines.append("- KServe; RawDeployment (Standard) mode needs no Knative")
     return "\n".join(lines)
 
 
-def _plain_words(deployed: Deployment) -> dict[str, str]:
+def _plain_values(deployment: Deployment) -> dict[str, str]:
     return {
-        "SELECTOR": f"app.kubernetes.io/name: {deployed.name}",
+        "SELECTOR": f"app.kubernetes.io/name: {deployment.name}",
         "HTTP_PORT": "8000",
         "GRPC_PORT": "8001",
-        "DEPLOYMENT": deployed.name,
+        "DEPLOYMENT": deployment.name,
         "WORKLOAD": "Deployment",
         "SPREAD_PATH": "/spec/template/spec/topologySpreadConstraints/-",
         "KSERVE_TITLE": "",
@@ -192,11 +192,11 @@ def _plain_words(deployed: Deployment) -> dict[str, str]:
     }
 
 
-def _kserve_words(deployed: Deployment) -> dict[str, str]:
-    """KServe names what it makes NAME-predictor, and labels its pods so."""
-    predictor = f"{deployed.name}-predictor"
+def _kserve_values(deployment: Deployment) -> dict[str, str]:
+    """Values for KServe, which names its deployment and labels its pods NAME-predictor."""
+    predictor = f"{deployment.name}-predictor"
     return {
-        "SELECTOR": f"serving.kserve.io/inferenceservice: {deployed.name}",
+        "SELECTOR": f"serving.kserve.io/inferenceservice: {deployment.name}",
         "HTTP_PORT": "8080",
         "GRPC_PORT": "9000",
         "DEPLOYMENT": predictor,
@@ -204,13 +204,13 @@ def _kserve_words(deployed: Deployment) -> dict[str, str]:
         "SPREAD_PATH": "/spec/predictor/topologySpreadConstraints/-",
         "KSERVE_TITLE": ", by KServe",
         "WORKLOAD_FILES": read_template("fragments/kserve-files.md"),
-        "ASK": render(read_template("fragments/kserve-ask.md"), _model_words(deployed)),
+        "ASK": render(read_template("fragments/kserve-ask.md"), _model_values(deployment)),
     }
 
 
 TEMPLATES = Path(__file__).with_name("templates")
 
-_WORD = re.compile(r"@([A-Z][A-Z0-9_]*)@")
+_PLACEHOLDER = re.compile(r"@([A-Z][A-Z0-9_]*)@")
 _BLOCK = re.compile(r"( *)@([A-Z][A-Z0-9_]*)@")
 
 
@@ -219,15 +219,15 @@ def read_template(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def render(text: str, words: Mapping[str, str]) -> str:
-    """`text` with every word replaced. KeyError for a word that there is not."""
-    return "".join(f"{line}\n" for given in text.splitlines() for line in _lines(given, words))
+def render(text: str, context: Mapping[str, str]) -> str:
+    """`text` with every placeholder replaced. KeyError for a placeholder without a value."""
+    return "".join(f"{line}\n" for given in text.splitlines() for line in _lines(given, context))
 
 
-def _lines(line: str, words: Mapping[str, str]) -> Iterator[str]:
+def _lines(line: str, context: Mapping[str, str]) -> Iterator[str]:
     block = _BLOCK.fullmatch(line)
     if block is None:
-        yield _WORD.sub(lambda match: words[match[1]], line)
+        yield _PLACEHOLDER.sub(lambda match: context[match[1]], line)
         return
-    for inner in words[block[2]].splitlines():
+    for inner in context[block[2]].splitlines():
         yield f"{block[1]}{inner}".rstrip()

@@ -1,10 +1,10 @@
-"""The folder that spach-package polygraphy writes, in one step: a killed run leaves the old one or none.
+"""The folder that spach-package polygraphy writes, in one step: a killed run leaves the old folder or none.
 
 FOLDER/
-  manifest.json    that spach-package wrote it, from what
+  manifest.json    marks the folder as written by spach-package, from which bundle
   README.md        the commands that use it
   model.onnx       the bundle's graph; engine.plan where it has one
-  rounded.onnx     for a graph with bfloat16: the same in FP32, every bfloat16 tensor rounded, which runs on any CPU
+  rounded.onnx     for a graph with bfloat16: the same graph in FP32 with every bfloat16 tensor rounded, for CPUs
   inputs.json outputs.json   for --load-inputs and --load-outputs
   data_loader.py golden.npz  for --data-loader-script
   compare.py bounds.json     for --compare-func-script
@@ -38,14 +38,14 @@ SCRIPTS = Path(__file__).with_name("scripts")
 ROUNDED = "rounded.onnx"
 INPUTS, OUTPUTS, LOADER, COMPARE, BOUNDS = "inputs.json", "outputs.json", "data_loader.py", "compare.py", "bounds.json"
 RUNNER = "PyTorch in FP32"
-"""What Polygraphy calls the answers that are compared with."""
+"""Polygraphy's name of the reference outputs."""
 
 _LARGEST_BATCH = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class PolygraphyPackage:
-    """A folder that was written: its model, its batches of images, and the commands that are run in it."""
+    """A written folder: its model, the sizes of its batches, and the commands to run in it."""
 
     path: Path
     model: str
@@ -56,9 +56,9 @@ class PolygraphyPackage:
 def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> PolygraphyPackage:
     """Write the golden data of `bundle`, its graph and its plan to `output`.
 
-    Raises BundleError for what is no bundle, was changed, or for a target that cannot be written.
+    Raises BundleError where `bundle` is not a bundle or was changed, or the target cannot be written.
     """
-    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
+    destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
     opened = Bundle.open(bundle)
     facts = BundleFacts.of(opened)
     check_is_one_file(opened.file(GRAPH))
@@ -66,7 +66,7 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
     batches = _batches(len(golden.logits), facts)
     rounded = _rounded(opened.path / GRAPH)
     run = commands(GRAPH if rounded is None else ROUNDED, has_plan=opened.plan is not None)
-    with writing(place) as staging:
+    with writing(destination) as staging:
         shutil.copyfile(opened.path / GRAPH, staging / GRAPH)
         if rounded is not None:
             save_model(rounded, staging / ROUNDED)
@@ -83,7 +83,7 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
 
 
 def _rounded(graph: Path) -> ir.Model | None:
-    """The graph as a CPU runs it, where it has bfloat16, which ONNX Runtime computes on no CPU; None for others."""
+    """A graph with bfloat16 as FP32 with rounding, for CPUs, where ONNX Runtime has no bfloat16; else None."""
     needs = GraphNeeds.of(graph)
     if needs is None or not needs.bfloat16:
         return None
@@ -96,7 +96,7 @@ def _rounded(graph: Path) -> ir.Model | None:
 
 
 def _batches(count: int, facts: BundleFacts) -> list[list[int]]:
-    """Images of each run, every size one that the profile allows; images come again where there are too few."""
+    """Indices of images for each run, in sizes that the profile allows; images are repeated where there are too few."""
     batches: list[list[int]] = []
     start = 0
     for size in plan_batches(count, facts.batch, _LARGEST_BATCH):
@@ -143,7 +143,7 @@ def _manifest(bundle: Bundle) -> str:
 
 
 def commands(graph: str, *, has_plan: bool) -> tuple[str, ...]:
-    """What a user types in the folder: the file `graph` in ONNX Runtime, and the plan where there is one."""
+    """The commands to run in the folder: the file `graph` in ONNX Runtime, and the plan if there is one."""
     compared = f"--load-outputs {OUTPUTS} --compare-func-script {COMPARE}"
     in_onnxruntime = f"polygraphy run {graph} --onnxrt --data-loader-script {LOADER} {compared}"
     plan = f"polygraphy run {PLAN} --model-type engine --trt --load-inputs {INPUTS} {compared}"

@@ -1,12 +1,9 @@
-"""Tensors in Triton's words: data types, dims, sizes.
+"""config.pbtxt of a served model: tensors in Triton's data types and dims, batching, instances and warm-up requests.
 
-Warm-up requests from a bundle's golden images, so that the first client does not wait for lazy initialization.
-
-Triton sends `batch_size` copies of one sample; the file holds that sample's bytes. A model without a batch of its own
-(max_batch_size 0) is sent one request with all of its samples. A batch size of 0 means no warm-up, and one above the
-maximum keeps the model from loading, or crashes the server.
-
-A served model's config.pbtxt.
+Warm-up requests are made from a bundle's golden images, so that the first client does not wait for lazy
+initialization. Triton sends `batch_size` copies of one sample, whose bytes are in a file. A model with max_batch_size 0
+gets one request that holds a whole batch. Triton ignores a warm-up with batch size 0; one above the maximum keeps the
+model from loading, or crashes the server.
 """
 
 from __future__ import annotations
@@ -49,7 +46,7 @@ DATA_TYPES = {
     "float64": "TYPE_FP64",
     "bfloat16": "TYPE_BF16",
 }
-"""Triton's data types by NumPy's names."""
+"""Triton's data types by the dtypes' names in NumPy."""
 
 _BITS = {"BOOL": 8, "BF16": 16}
 
@@ -69,21 +66,21 @@ def shown(dims: Sequence[int]) -> str:
 
 
 FOLDER = "warmup"
-"""Where Triton looks for a model's warm-up data."""
+"""The folder in which Triton looks for a model's warm-up data."""
 
 _FILE = "golden_input"
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmUp:
-    """Warm-up requests, and the files that they read, by name."""
+    """Warm-up requests, and the files with their data, by name."""
 
     requests: tuple[Any, ...] = ()
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def warm_up(model: ServedModel) -> WarmUp:
-    """One request of each batch that matters: the smallest, the usual, the largest.
+    """Requests in the smallest, the `opt` and the largest batch.
 
     Raises BundleError where the golden pack cannot be read.
     """
@@ -114,7 +111,7 @@ def _request(model: ServedModel, batch_size: int, dims: list[int], file: str) ->
 
 LABELS_FILE = "labels.txt"
 ACCEPTS_RTX = "spach_deploy_accepts_rtx_plan"
-"""Parameter of a model that carries a plan of TensorRT for RTX on purpose."""
+"""Parameter in config.pbtxt of a model that has a plan of TensorRT for RTX on purpose (--force)."""
 
 _KINDS = {Device.AUTO: KIND_AUTO, Device.GPU: KIND_GPU, Device.CPU: KIND_CPU}
 _FORMATS = {"NHWC": 1, "NCHW": 2}
@@ -144,23 +141,23 @@ def model_configuration(model: ServedModel, options: TritonOptions, warm_up: War
 
 
 def preferred_sizes(sizes: Iterable[int]) -> list[int]:
-    """The batch that the kernels were tuned for, and the largest: what a batch is sent at without waiting on."""
+    """Preferred batch sizes, at which Triton stops waiting for more requests: the `opt` and the largest batch."""
     return sorted({size for size in sizes if size > 1})
 
 
 def tensor_fields(name: str, data_type: str, dims: list[int]) -> dict[str, Any]:
-    """What inputs and outputs have in common."""
+    """The fields that inputs and outputs share."""
     return {"name": name, "data_type": data_type_number(data_type), "dims": dims}
 
 
 def instance_group(instances: Instances, device: Device) -> dict[str, Any]:
-    """Instances on `device`."""
+    """The instance group of a model on `device`."""
     gpus = [] if device is Device.CPU else list(instances.gpus)
     return {"count": instances.count, "kind": _KINDS[device], "gpus": gpus}
 
 
 def version_policy(policy: VersionPolicy | None) -> dict[str, Any] | None:
-    """A version policy; None leaves Triton's own, the latest version."""
+    """The field of a version policy; None for Triton's default, the latest version."""
     if policy is None:
         return None
     if policy.specific:
@@ -176,7 +173,7 @@ def _device(model: ServedModel, instances: Instances) -> Device:
 
 def _input(tensor: TensorInfo, form: BatchingForm) -> dict[str, Any]:
     fields = tensor_fields(tensor.name, DATA_TYPES[tensor.dtype], form.dims(tensor))
-    # A format promises three dims, which a batch of its own in front of them would break.
+    # Triton requires three dims with a format; an explicit batch would be a fourth.
     return {**fields, "format": _FORMATS.get(tensor.layout, 0) if form.max_batch_size else 0}
 
 

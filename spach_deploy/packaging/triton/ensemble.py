@@ -1,9 +1,9 @@
-"""The steps around a model, so that a client sends a picture and gets labels.
+"""Ensembles: steps around a model, so that a client sends an image and gets labels.
 
     bytes    NAME_preprocess (decode, resize, crop, normalize) -> NAME -> NAME_top_k
     pixels   NAME -> NAME_top_k, for a model that takes uint8 pixels: it needs no preprocessing
 
-NAME_ensemble ties them together; NAME itself stays callable.
+NAME_ensemble connects them; NAME can still be called by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOP_K = 5
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleStep:
-    """A model of the repository that is not the bundle's. `source`: its module in steps/; None for an ensemble."""
+    """A model of the repository that is made for an ensemble. `source`: its module in steps/; None for the ensemble."""
 
     config: Any
     source: str | None = None
@@ -36,7 +36,7 @@ class EnsembleStep:
 
 
 def ensemble_steps(model: ServedModel, ensemble: Ensemble) -> tuple[EnsembleStep, ...]:
-    """The steps around `model` and the ensemble itself. UsageError where they do not fit the model."""
+    """The steps around `model`, and the ensemble. UsageError where they do not fit the model."""
     k = min(_TOP_K, model.classes) if ensemble.top_k is None else ensemble.top_k
     _check(model, ensemble, k)
     steps = (_preprocess(model),) if ensemble.input is EnsembleInput.BYTES else ()
@@ -87,14 +87,14 @@ def _top_k(model: ServedModel, k: int) -> EnsembleStep:
         f"{model.name}_top_k",
         model,
         inputs=[tensor_fields(LOGITS, DATA_TYPES[logits.dtype], model.batches.dims(logits))],
-        outputs=_answers(k),
+        outputs=_outputs(k),
     )
     config.parameters["top_k"].string_value = str(k)
     config.parameters["labels"].string_value = LABELS_FILE
     return EnsembleStep(config, "top_k", has_labels=True)
 
 
-def _answers(k: int) -> list[dict[str, Any]]:
+def _outputs(k: int) -> list[dict[str, Any]]:
     types = {"labels": "TYPE_STRING", "probabilities": "TYPE_FP32", "indices": "TYPE_INT64"}
     return [tensor_fields(name, data_type, [k]) for name, data_type in types.items()]
 
@@ -117,10 +117,10 @@ def _ensemble(model: ServedModel, takes: EnsembleInput, k: int) -> EnsembleStep:
     if not takes_bytes:
         given = tensor_fields(PIXELS, DATA_TYPES[tensor.dtype], model.batches.dims(tensor))
     prepared = "prepared" if takes_bytes else PIXELS
-    answers = _answers(k)
+    outputs = _outputs(k)
     steps = [
         _link(model.name, {tensor.name: prepared}, {LOGITS: LOGITS}),
-        _link(f"{model.name}_top_k", {LOGITS: LOGITS}, {answer["name"]: answer["name"] for answer in answers}),
+        _link(f"{model.name}_top_k", {LOGITS: LOGITS}, {output["name"]: output["name"] for output in outputs}),
     ]
     if takes_bytes:
         steps.insert(0, _link(f"{model.name}_preprocess", {IMAGE: IMAGE}, {tensor.name: prepared}))
@@ -129,12 +129,12 @@ def _ensemble(model: ServedModel, takes: EnsembleInput, k: int) -> EnsembleStep:
         platform="ensemble",
         max_batch_size=model.batches.max_batch_size,
         input=[given],
-        output=answers,
+        output=outputs,
         ensemble_scheduling={"step": steps},
     )
     return EnsembleStep(config)
 
 
 def _link(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> dict[str, Any]:
-    """A step: its tensors -> the ensemble's. Version -1 is the newest that is served."""
+    """A step of the ensemble, with maps from its tensors to the ensemble's. Version -1: the newest that is served."""
     return {"model_name": name, "model_version": -1, "input_map": inputs, "output_map": outputs}

@@ -1,4 +1,4 @@
-"""What a model repository is asked to be, as frozen objects."""
+"""Options of a Triton model repository, as frozen objects."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from spach_deploy.common.errors import UsageError
 
 KIND_AUTO, KIND_GPU, KIND_CPU, KIND_MODEL = range(4)
-"""Triton's numbers of the kinds of an instance group."""
+"""Triton's numbers for the kind of an instance group."""
 
 
 class Backend(str, enum.Enum):
-    """Which of Triton's backends runs a model. `auto` takes the bundle's plan where Triton can load it."""
+    """The Triton backend that runs a model. `auto`: TensorRT where Triton can load the bundle's plan."""
 
     AUTO = "auto"
     TENSORRT = "tensorrt"
@@ -22,7 +22,7 @@ class Backend(str, enum.Enum):
 
     @property
     def platform(self) -> str:
-        """Triton's name of the model's format."""
+        """Triton's `platform` of the backend."""
         return {"tensorrt": "tensorrt_plan", "onnxruntime": "onnxruntime_onnx"}[self.value]
 
     @property
@@ -32,7 +32,7 @@ class Backend(str, enum.Enum):
 
 
 class Device(str, enum.Enum):
-    """Where a model's instances run. `auto`: on GPUs where there are any, else on the CPU."""
+    """Where a model's instances run. `auto`: on GPUs if the server has any, else on the CPU."""
 
     AUTO = "auto"
     GPU = "gpu"
@@ -40,7 +40,7 @@ class Device(str, enum.Enum):
 
 
 class EnsembleInput(str, enum.Enum):
-    """What a client of the ensemble sends: the bytes of a picture's file, or RGB pixels of the model's own size."""
+    """What a client of the ensemble sends: the bytes of an image file, or RGB pixels in the model's input size."""
 
     BYTES = "bytes"
     PIXELS = "pixels"
@@ -48,7 +48,7 @@ class EnsembleInput(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Instances:
-    """How many instances of a model, where. `gpus` empty: each on every GPU. `device` None: as the backend needs."""
+    """Instances of a model. `count`: on each GPU; `gpus` empty: on all GPUs; `device` None: as the backend needs."""
 
     count: int = 1
     device: Device | None = None
@@ -80,7 +80,7 @@ class VersionPolicy:
         raise UsageError(f"--version-policy {text!r} is none.", "Give latest, latest:N, all or specific:1,3.")
 
     def serves(self, versions: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of `versions` that are served."""
+        """The subset of `versions` that is served."""
         if self.specific:
             return tuple(version for version in versions if version in self.specific)
         return versions if self.latest is None else tuple(sorted(versions)[-self.latest :])
@@ -88,7 +88,7 @@ class VersionPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """Whether the server makes batches from single requests, and how long a request may wait for company, in µs."""
+    """Whether the server joins requests to batches, and how long a request may wait for others, in microseconds."""
 
     dynamic: bool = True
     queue_delay_us: int = 500
@@ -96,7 +96,7 @@ class Batching:
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """Steps around the model, so that a client sends a picture and gets its `top_k` best classes with labels.
+    """Steps around the model, so that a client sends an image and gets its `top_k` best classes with labels.
 
     `top_k` None: 5, or all where there are fewer.
     """
@@ -107,7 +107,7 @@ class Ensemble:
 
 @dataclasses.dataclass(frozen=True)
 class TritonOptions:
-    """All that `spach-package triton` was asked for. `force`: take plans that ordinary Triton cannot load."""
+    """All options of `spach-package triton`. `force`: accept files that no known Triton image can load."""
 
     backend: Backend = Backend.AUTO
     force: bool = False

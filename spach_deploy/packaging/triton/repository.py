@@ -1,15 +1,13 @@
-"""A model repository on disk, written in one step: a killed run leaves the old one or none.
+"""Writing a Triton model repository, in one step: a killed run leaves the old repository or none.
 
 REPOSITORY/
-  manifest.json              that spach-package wrote it, from what; Triton looks at folders only
+  manifest.json              marks it as written by spach-package, from which bundles; Triton reads folders only
   NAME/config.pbtxt          inputs, outputs, batching, instances, warm-up
   NAME/labels.txt            the classes
   NAME/warmup/golden_input   a golden image
   NAME/1/model.plan          or model.onnx
-  NAME/1/bundle.json         the bundle's manifest: what --check holds the rest against
+  NAME/1/bundle.json         the bundle's manifest, with which --check compares the rest
   NAME_preprocess/ NAME_top_k/ NAME_ensemble/   with --ensemble
-
-What was written, for the terminal and as JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ _STEPS = Path(__file__).with_name("steps")
 
 @dataclasses.dataclass(frozen=True)
 class TritonRepository:
-    """A repository that was written: its place, its models with their steps, and which are served."""
+    """A written repository: its path, its models, the names of their ensemble steps, and the options."""
 
     path: Path
     models: tuple[ServedModel, ...]
@@ -58,7 +56,7 @@ class TritonRepository:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What will not work."""
+        """Sentences on what will not work."""
         return tuple(warning for model in self.models for warning in model.warnings)
 
 
@@ -67,14 +65,14 @@ def write_repository(
 ) -> TritonRepository:
     """Write the model repository of some bundles to `output`.
 
-    Raises BundleError for what is no bundle, has nothing for the backend, or for a target that cannot be written, and
+    Raises BundleError for what is not a bundle or has no file for the backend, and for a target that cannot be written;
     UsageError for options that do not fit the bundles.
     """
-    place = check_target(output, overwrite=overwrite, contents=CONTENTS)
+    destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
     models = resolve_models(arguments, options)
     parts = [_Part.of(model, options) for model in models]
     _check_names([name for part in parts for name in part.names])
-    with writing(place) as staging:
+    with writing(destination) as staging:
         for part in parts:
             part.write(staging)
         _write_manifest(staging, models)
@@ -128,7 +126,7 @@ class _Part:
             (folder / FOLDER / name).write_bytes(content)
 
     def _write_step(self, folder: Path, step: EnsembleStep) -> None:
-        version = folder / "1"  # an ensemble needs the folder too, though there is nothing in it
+        version = folder / "1"  # Triton needs this folder for an ensemble too, where it is empty
         version.mkdir(parents=True)
         _write_text(folder / CONFIG, to_text(step.config))
         if step.source:
@@ -142,7 +140,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _check_policy(model: ServedModel, options: TritonOptions) -> None:
-    """Refuse a policy that names versions which are not there: Triton would serve less than was asked for."""
+    """UsageError for a version policy that names absent versions, which Triton would ignore."""
     policy = options.version_policy
     numbers = tuple(version.number for version in model.versions)
     absent = [number for number in policy.specific if number not in numbers] if policy else []
@@ -178,14 +176,14 @@ _LABEL_WIDTH = 12
 
 
 def repository_text(written: TritonRepository) -> str:
-    """A few lines: the models, how they take batches, and the command that serves them."""
+    """The summary for the terminal: models, batches, and the command that serves them."""
     lines = [line for model in written.models for line in _model_lines(model, written)]
     command = serve_command(written)
     return escaped([*lines, "", *(["Serve it:", f"  {command}"] if command else ["It is to be read, not served."])])
 
 
 def repository_json(written: TritonRepository) -> str:
-    """The same as JSON."""
+    """The summary as JSON."""
     return json_text(
         {
             "repository": str(written.path),

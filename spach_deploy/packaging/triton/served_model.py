@@ -1,4 +1,4 @@
-"""Bundles as the models that a repository serves: names, versions, and the backend that will load them."""
+"""The models of a Triton repository, made from bundles: name, versions, and the backend that loads each."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 @dataclasses.dataclass(frozen=True)
 class BundleArgument:
-    """A bundle on the command line. `name` None: the model's own."""
+    """A bundle on the command line. `name` None: the model's own name."""
 
     path: Path
     name: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> BundleArgument:
-        """`BUNDLE`, or `NAME=BUNDLE`. UsageError for a name that Triton would not take."""
+        """Parse `BUNDLE` or `NAME=BUNDLE`. UsageError for a name that Triton does not accept."""
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists() or "/" in name:
             return cls(Path(text))
@@ -40,14 +40,14 @@ class BundleArgument:
 
 
 def check_name(name: str) -> None:
-    """UsageError unless `name` is one for a model, which is a folder's and part of a URL."""
+    """UsageError unless `name` can name a model: it becomes a folder's name and part of a URL."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is no name for a model.", "Use letters, digits, dots, hyphens and underscores.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A version of a model: a bundle, and which of its files is served."""
+    """A version of a model: a bundle, and the file of it that is served (`artifact`)."""
 
     number: int
     bundle: Bundle
@@ -58,8 +58,9 @@ class Version:
 class ServedModel:
     """A model of the repository. All versions have the same inputs and outputs.
 
-    `batch` is what every version accepts. `needs_gpu`: no version runs on a CPU. `needs`: what the graphs ask of ONNX
-    Runtime, where it serves them. `notes` are facts worth reading; `warnings` say what will not work.
+    `batch`: the profile that every version accepts. `facts`: of the newest version. `accepts_rtx`: a version has a plan
+    of TensorRT for RTX, which the user forced. `needs_gpu`: at least one version cannot run on a CPU. `needs`: what the
+    graphs need from ONNX Runtime, if it serves them. `notes`: remarks; `warnings`: what will not work.
     """
 
     name: str
@@ -75,36 +76,36 @@ class ServedModel:
 
     @property
     def bundle(self) -> Bundle:
-        """The newest version's."""
+        """The bundle of the newest version."""
         return self.versions[-1].bundle
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
-        """Inputs, in order."""
+        """The inputs, in order."""
         return self.bundle.manifest.inputs
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
-        """Outputs, in order."""
+        """The outputs, in order."""
         return self.bundle.manifest.outputs
 
     @property
     def classes(self) -> int:
-        """How many classes the model tells apart."""
+        """Number of classes."""
         return self.bundle.manifest.model.num_classes
 
     @property
     def batches(self) -> BatchingForm:
-        """How requests become batches."""
+        """How Triton batches requests for the model."""
         return BatchingForm.of(self.batch, self.backend)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchingForm:
-    """How Triton sees the batch.
+    """The batch in config.pbtxt.
 
-    `max_batch_size` above 0: a request has up to so many samples, and the server may join requests. 0: the server
-    passes each request as it is, and the tensors' first extent is `leading`: -1, or the one batch that is accepted.
+    `max_batch_size` above 0: a request has up to that many samples, dims exclude the batch, and the server may join
+    requests. 0: the server passes each request unchanged, and dims begin with `leading`: -1, or the only valid batch.
     """
 
     max_batch_size: int
@@ -112,21 +113,22 @@ class BatchingForm:
 
     @classmethod
     def of(cls, batch: BatchProfile, backend: Backend) -> BatchingForm:
-        """An engine that does not take single samples must not get the batches that a server makes up."""
+        """The form for a batch profile: 0 for an engine without batch 1, which the server would also send."""
         if backend is Backend.ONNXRUNTIME or batch.min == 1:
             return cls(batch.max)
         return cls(0, batch.max if batch.min == batch.max else -1)
 
     def dims(self, tensor: TensorInfo) -> list[int]:
-        """A tensor's dims in config.pbtxt."""
+        """A tensor's dims in config.pbtxt, -1 for free extents."""
         leading = [] if self.leading is None else [self.leading]
         return [*leading, *(-1 if size is None else size for size in tensor.shape[1:])]
 
 
 def resolve_models(arguments: Sequence[BundleArgument], options: TritonOptions) -> tuple[ServedModel, ...]:
-    """The models of a repository, in the order given; bundles of one name become versions 1, 2, … of it.
+    """The models of a repository, in the order given. Bundles of the same name become its versions 1, 2, ...
 
-    Raises BundleError for what is no bundle or has no file for the backend, UsageError for versions that differ.
+    Raises BundleError for what is not a bundle or has no file for the backend, UsageError for versions that do not fit
+    together or a graph that no known Triton image runs.
     """
     named: dict[str, list[Bundle]] = {}
     for argument in arguments:
@@ -162,7 +164,7 @@ def _once(texts: Iterable[str]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """`needs`: what a graph asks of ONNX Runtime; None for a plan."""
+    """The backend and the file for one bundle. `needs`: what a graph needs from ONNX Runtime; None for a plan."""
 
     backend: Backend
     artifact: Path
@@ -193,7 +195,7 @@ def _plan(bundle: Bundle, *, is_rtx: bool) -> _Choice:
 
 
 def graph_needs(bundle: Bundle) -> GraphNeeds:
-    """What a bundle's graph asks of ONNX Runtime. UsageError where it is no typed graph, or has not all its weights."""
+    """What a bundle's graph needs from ONNX Runtime. BundleError where it is not a typed graph."""
     check_is_one_file(bundle.file(GRAPH))
     needs = GraphNeeds.of(bundle.file(GRAPH))
     if needs is None:
@@ -202,7 +204,7 @@ def graph_needs(bundle: Bundle) -> GraphNeeds:
 
 
 def instead_of_plan(bundle: Bundle) -> str:
-    """What to do where a bundle's plan cannot be served: its graph is named where some Triton image runs it."""
+    """The next step where a bundle's plan cannot be served: serve its graph, if a Triton image runs it, or export."""
     build = "export it on the serving GPU with --engine tensorrt."
     runs = runtimes().fitting((graph_needs(bundle),), on_gpu=True)
     return f"{SERVE_GRAPH[0].upper()}{SERVE_GRAPH[1:]}, or {build}" if runs else f"{build[0].upper()}{build[1:]}"
@@ -232,7 +234,7 @@ def _graph(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choic
 
 
 def _instead_of_graph(needs: GraphNeeds, facts: BundleFacts) -> str:
-    """What to do where no Triton image runs a graph."""
+    """The next step where no Triton image runs a graph."""
     if runtimes().fitting((needs,), on_gpu=True):
         return "Leave --device cpu out."
     if needs.has_fp8:
@@ -242,7 +244,7 @@ def _instead_of_graph(needs: GraphNeeds, facts: BundleFacts) -> str:
 
 
 def _truncated(choice: _Choice, bundle: Bundle, device: Device | None) -> _Choice:
-    """Said of a graph that quantizes FP16: on a CPU it answers wrongly in the Triton images that truncate."""
+    """Add a note or warning for a graph that quantizes FP16, which some Triton images truncate on CPUs."""
     images = [image for image in runtimes().images if runtimes().truncates_fp16(image.onnxruntime)]
     if device is Device.GPU or not images:
         return choice
@@ -254,7 +256,7 @@ def _truncated(choice: _Choice, bundle: Bundle, device: Device | None) -> _Choic
 
 
 def _check_alike(name: str, bundles: list[Bundle], backends: list[Backend]) -> None:
-    """A model has one config.pbtxt for all its versions."""
+    """UsageError for versions that differ: a model has one config.pbtxt for all its versions."""
     first = bundles[0]
     advice = "Give one of them a name of its own: NAME=BUNDLE."
     for bundle, backend in zip(bundles[1:], backends[1:], strict=True):

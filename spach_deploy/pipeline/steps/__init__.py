@@ -1,1 +1,1 @@
-"""The steps of an export: functions from typed artifacts to one typed artifact."""
+"""The steps of an export: each is a function that takes results of earlier steps and returns one typed result."""

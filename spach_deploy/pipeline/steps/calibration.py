@@ -1,4 +1,4 @@
-"""Calibrate: which layers take eight bits, and with which scales, from the user's images or a calibration file."""
+"""Step "calibrate": which layers can compute in 8 bits and with which scales, from images or a calibration file."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ _USUAL_IMAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class CalibrationStep:
-    """What calibration gave."""
+class CalibrationResult:
+    """The calibration, and notes on it."""
 
     calibration: Calibration
     notes: tuple[str, ...] = ()
 
     @property
     def plan(self) -> QuantizationPlan:
-        """Layers, scales, reasons."""
+        """The quantized layers with their scales, and the reasons for the others."""
         return self.calibration.plan
 
 
 def scaling_of(options: ExportOptions) -> Scaling:
-    """How scales are set for these options; modules with one weight scale are filled in once they are known."""
+    """How scales are set for these options, without `per_tensor`, which needs the names of the layers."""
     form = eight_bits(options.precision)
     assert form is not None
     return Scaling(form, Method(options.quantization.method), half=options.rest.is_half)
@@ -64,8 +64,8 @@ def scaling_of(options: ExportOptions) -> Scaling:
 
 def calibrate(
     model: ir.Model, loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, phases: Phases
-) -> CalibrationStep:
-    """The plan for the FP32 graph `model`, input (B, 3, S, S) float32, from the user's images or a calibration file.
+) -> CalibrationResult:
+    """Scales for the FP32 graph `model`, input (B, 3, S, S) float32, from the user's images or a calibration file.
 
     Raises UsageError for a file that does not fit, ImageError for images that are unfit.
     """
@@ -82,7 +82,7 @@ def calibrate(
         calibration = _from_images(
             model, chosen, scaling, key, preprocessing, spec, phases, overwrite=options.overwrite
         )
-    return CalibrationStep(calibration)
+    return CalibrationResult(calibration)
 
 
 def key_of(
@@ -93,7 +93,7 @@ def key_of(
     spec: QuantizationSpec,
     disabled: Sequence[str] = (),
 ) -> CalibrationKey:
-    """What a calibration with these options depends on."""
+    """Everything that a calibration with these options depends on, except the images."""
     layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
     usual = published(CONFIGS[loaded.name])
     unusual = [str(setting) for setting in loaded.settings if setting.value != usual[setting.name]]
@@ -111,7 +111,7 @@ def key_of(
 
 def _per_tensor(chosen: QuantizableSites, patterns: Sequence[str]) -> frozenset[str]:
     modules = [site.module for site in chosen.quantized if site.kind is not LayerKind.ATTENTION]
-    found: set[str] = set()
+    chosen_modules: set[str] = set()
     for pattern in patterns:
         matching = fnmatch.filter(modules, pattern)
         if not matching:
@@ -119,8 +119,8 @@ def _per_tensor(chosen: QuantizableSites, patterns: Sequence[str]) -> frozenset[
                 f"--per-tensor {pattern!r} matches no quantized layer.",
                 f"Layers are named like {', '.join(modules[:3])}.",
             )
-        found.update(matching)
-    return frozenset(found)
+        chosen_modules.update(matching)
+    return frozenset(chosen_modules)
 
 
 def _from_images(
@@ -165,7 +165,7 @@ def measure(
     spec: QuantizationSpec,
     phases: Phases,
 ) -> CollectedStatistics:
-    """Statistics over the calibration images, which are looked at on the way."""
+    """Activation statistics over the calibration images. Notes name skipped images and doubts about the set."""
     assert spec.calibration is not None
     source = open_images(spec.calibration)
     state = None if spec.cache is None else spec.cache.path.with_name(f"{spec.cache.path.name}.unfinished")
@@ -180,18 +180,20 @@ def measure(
         phases.note(f"Skipped {skipped}")
     for warning in seen.survey.warnings():
         phases.note(warning)
-    usual = _usual(model, chosen, preprocessing)
-    check_activations(seen.statistics, usual, calibration_set_notes(seen))
+    usual = _probe_statistics(model, chosen, preprocessing)
+    check_activations(seen.statistics, usual, calibration_set_description(seen))
     return seen
 
 
-def calibration_set_notes(seen: CollectedStatistics) -> str:
-    """The calibration images in words."""
+def calibration_set_description(seen: CollectedStatistics) -> str:
+    """The calibration set as a noun phrase for messages."""
     return f"the {seen.survey.images} images from {seen.survey.description}"
 
 
-def _usual(model: ir.Model, chosen: QuantizableSites, preprocessing: Preprocessing) -> dict[str, TensorStatistics]:
-    """Statistics on a few photographs."""
+def _probe_statistics(
+    model: ir.Model, chosen: QuantizableSites, preprocessing: Preprocessing
+) -> dict[str, TensorStatistics]:
+    """Activation statistics on a few built-in photographs, to compare with."""
     source = probe_source().limit(_USUAL_IMAGES)
     return collect(model, chosen.wanted, source, preprocessing, CalibrationSettings(histograms=False)).statistics
 
@@ -202,7 +204,7 @@ _ANOTHER_CACHE = "Delete {}, or give another file for the calibration."
 def _reused(
     cache: Path, key: CalibrationKey, images: Path, preprocessing: Preprocessing, phases: Phases
 ) -> Calibration:
-    """A cache that fits, and is of these images."""
+    """The calibration in `cache`. UsageError where it is of other weights, layers, options or images."""
     from spach_deploy.data.images import content_hash
     from spach_deploy.data.readers import batches
 
@@ -210,11 +212,11 @@ def _reused(
         calibration = read_calibration(cache, key)
     except UsageError as error:
         raise UsageError(error.message, _ANOTHER_CACHE.format(cache)) from None
-    found = content_hash(batch.pixels for batch in batches(open_images(images), preprocessing, 8))
-    if found != calibration.images_sha256:
+    digest = content_hash(batch.pixels for batch in batches(open_images(images), preprocessing, 8))
+    if digest != calibration.images_sha256:
         raise UsageError(
             f"The calibration cache {cache} was made on other images than {images} holds"
-            f" ({calibration.images} images, {calibration.images_sha256[:16]}; now {found[:16]}).",
+            f" ({calibration.images} images, {calibration.images_sha256[:16]}; now {digest[:16]}).",
             _ANOTHER_CACHE.format(cache),
         )
     phases.note(f"Scales from {cache}: same weights, layers, method and images.")
@@ -222,13 +224,13 @@ def _reused(
 
 
 def refuse_overlap(
-    quantized: CalibrationStep,
+    quantized: CalibrationResult,
     pixels: Sequence[UInt8Array],
     names: Sequence[str],
     options: ExportOptions,
     phases: Phases,
 ) -> None:
-    """UsageError where validation images were calibrated on; with --allow-overlap a note."""
+    """UsageError where validation images are in the calibration set; with --allow-overlap only a note."""
     allow = options.quantization.allow_overlap
     notes = check_overlap(
         quantized.calibration.digests,

@@ -1,4 +1,4 @@
-"""Build the engine, in a process of its own, and check that it is what was asked for."""
+"""Step "build the engine": start the build in a process of its own, and check the finished engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spach_deploy.validation.result import EnginePlan, what_runs_a_plan
 
 @dataclasses.dataclass(frozen=True)
 class BuiltEngine:
-    """The engine, what was checked of it, what its plan's text says, and the bundle's files up to it."""
+    """A checked engine. `facts`: what the text in its plan says; `files`: digests of the bundle's files so far."""
 
     result: EngineResult
     achieved: AchievedPrecision
@@ -33,7 +33,7 @@ class BuiltEngine:
 
     @property
     def plan(self) -> EnginePlan:
-        """The plan with what is needed to run it."""
+        """The plan's bytes, and what is needed to run them."""
         result = self.result
         gpus = [str(gpu) for gpu in result.gpus]
         return EnginePlan(
@@ -42,7 +42,7 @@ class BuiltEngine:
 
 
 def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportOptions]:
-    """The flavour that builds, None for --engine none, and the options with its GPUs; errors before any work."""
+    """The TensorRT flavour (None for --engine none), and the options with its GPUs filled in; before any work."""
     flavour = choose_flavour(options.engine.flavour)
     if flavour is None:
         return None, options
@@ -51,7 +51,7 @@ def choose_engine(options: ExportOptions) -> tuple[EngineFlavour | None, ExportO
 
 
 def _resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
-    """The target with its GPUs, which must compute both the quantized layers and the rest."""
+    """The target with its GPUs, which must support the precision of the quantized layers and of the rest."""
     target = flavour.resolve(options.engine, options.precision)
     return flavour.resolve(target, options.rest) if options.precision.is_quantized else target
 
@@ -59,8 +59,8 @@ def _resolved(flavour: EngineFlavour, options: ExportOptions) -> EngineTarget:
 def start_engine(
     graph: Path, flavour: EngineFlavour | None, options: ExportOptions, phases: Phases
 ) -> contextlib.AbstractContextManager[Future[EngineResult] | None]:
-    """Begin to build the engine of the typed graph in the file `graph`; None where none is wanted. Leaving the context
-    ends the build.
+    """Start building the engine of the typed graph in the file `graph`; None with --engine none. Leaving the context
+    stops an unfinished build.
     """
     if flavour is None:
         return contextlib.nullcontext()
@@ -71,8 +71,8 @@ def start_engine(
 def check_engine(
     result: EngineResult | None, typed: TypedGraph, plan: QuantizationPlan | None, staging: Path, phases: Phases
 ) -> BuiltEngine | None:
-    """The engine, written into `staging`. MismatchError where another graph was built, PrecisionError where the
-    precision is not the one that was asked for.
+    """Check the engine, and write plan and log into `staging`. MismatchError where it was built from another graph,
+    PrecisionError where a layer does not have the requested precision.
     """
     if result is None:
         return None
@@ -82,7 +82,7 @@ def check_engine(
     kept = [entry.node for entry in typed.policy.kept]
     achieved = check_achieved_precision(result.network, typed.policy.precision, kept, quantized)
     (staging / bundles.PLAN).write_bytes(result.plan)
-    log = result.log_text.replace(f"{staging}/", "")  # where it was built says nothing of where it lies
+    log = result.log_text.replace(f"{staging}/", "")  # the bundle is moved away from there
     (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
     phases.record("engine build (alongside)", result.seconds)
     for text, count in result.warnings:
@@ -91,7 +91,7 @@ def check_engine(
 
 
 def _check_built_from(graph_sha256: str, result: EngineResult) -> None:
-    """Refuse an engine of another graph than the one that is validated."""
+    """MismatchError where the engine was built from another file than the graph that is validated."""
     if result.graph_sha256 != graph_sha256:
         raise MismatchError(
             f"The engine was built from another graph (SHA-256 {result.graph_sha256[:16]}) than {bundles.GRAPH}"

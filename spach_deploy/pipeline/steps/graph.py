@@ -1,4 +1,4 @@
-"""Rewrite the model, export its graph, prove it, and give it the form of whoever runs it. All in FP32."""
+"""Steps "rewrite the model", "export the graph", "prove the graph" and "give the graph its form", all in FP32."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from spach_deploy.validation.tolerance import prove_equal
 class Fp32Graph:
     """The FP32 graph.
 
-    `errors`: relative L2 of the exported graph at each batch size, where it was proven by itself and not in its
-    target's form alone. `changed`: nodes by the pass that made the form.
+    `errors`: relative L2 of the exported graph by batch size; empty where only its target's form is compared.
+    `changed`: nodes that each pass changed.
     """
 
     model: ir.Model
@@ -37,7 +37,7 @@ class Fp32Graph:
 
 
 def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
-    """The static model."""
+    """The static model: the reference with fixed shapes and folded constants, proven equal in FP64."""
     quantized = options.quantization.quantize if options.precision.is_quantized else None
     return rewrite(loaded.model, _left_out(options), quantized)
 
@@ -48,7 +48,7 @@ def export_graph(static: StaticSpach, image_size: int) -> Fp32Graph:
 
 
 def prove_graph(graph: Fp32Graph, images: GoldenImages, reference: ReferenceOutputs) -> Fp32Graph:
-    """The exported graph, equal to the reference. MismatchError where it is not."""
+    """Compare the exported graph with the reference in ONNX Runtime. MismatchError where they differ."""
     with saved_graph(graph.model) as path, OnnxRuntimeRunner(path) as runner:
         errors = prove_equal(
             "exported graph",
@@ -63,9 +63,9 @@ def prove_graph(graph: Fp32Graph, images: GoldenImages, reference: ReferenceOutp
 def give_form(
     graph: Fp32Graph, images: GoldenImages, plan: QuantizationPlan | None, options: ExportOptions
 ) -> Fp32Graph:
-    """The graph in its target's form, with the caller's interface; equalized first where it will be quantized.
+    """Apply the passes of the graph's runtime, and add the requested inputs and outputs. With a plan, equalize first.
 
-    The graph's model is changed in place: its weights are there once.
+    The model is changed in place, so that its weights are in memory once.
     """
     model = graph.model
     if plan is not None:
@@ -79,13 +79,13 @@ def give_form(
 
 
 def _passes(options: ExportOptions) -> tuple[Pass, ...]:
-    """What gives the graph its target's form: TensorRT's, a CPU's, or that of eight bits on a CPU."""
+    """The passes for TensorRT, for a CPU, or for INT8 on a CPU."""
     if options.engine.flavour is not Flavour.NONE:
         return TENSORRT_PASSES
     return CPU_INT8_PASSES if options.precision.is_quantized and options.rest is Precision.FP32 else CPU_PASSES
 
 
 def _left_out(options: ExportOptions) -> tuple[str, ...]:
-    """Rewrites and passes that this export does without: what is turned off, and TensorRT's forms where none builds."""
+    """Rewrites that this export skips: those turned off, and those that only prepare passes which are not applied."""
     applied = {step.name for step in _passes(options)}
     return (*options.disabled_rewrites, *(step.name for step in TENSORRT_PASSES if step.name not in applied))

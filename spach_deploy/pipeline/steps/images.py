@@ -1,4 +1,4 @@
-"""Read the golden images: those that every step is judged on, and that the bundle keeps."""
+"""Step "read images": the golden images, on which every later step is compared and which the bundle keeps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from spach_deploy.data.readers import ImageSource, Skipped, batches, open_images
 from spach_deploy.options.specs import ExportOptions, IODtype, Preprocessing
 
 GOLDEN_IMAGES = 8
-"""Images in the golden pack, and those that every step is proven on."""
+"""Number of images in the golden pack, on which every step is compared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GoldenImages:
-    """The images an export is judged on, as uint8 (N, S, S, 3) and normalized float32 (N, 3, S, S)."""
+    """The images that an export is judged on: `pixels` uint8 (N, S, S, 3), `images` normalized float32 (N, 3, S, S)."""
 
     source: ImageSource
     preprocessing: Preprocessing
@@ -33,16 +33,16 @@ class GoldenImages:
     skipped: tuple[Skipped, ...] = ()
 
     def engine_input(self, io_dtype: IODtype) -> NDArray[np.generic]:
-        """The images as the engine's caller sends them."""
+        """The images in the engine's input format: (N, 3, S, S) float, or (N, S, S, 3) uint8."""
         return to_input(self.pixels, self.preprocessing, io_dtype)
 
     def pack(self, logits: NDArray[np.float32], io_dtype: IODtype) -> Golden:
-        """The golden pack, with the reference's logits (N, classes)."""
+        """The golden pack with the reference logits (N, classes)."""
         return Golden(self.engine_input(io_dtype), logits, self.names)
 
 
 def read_images(options: ExportOptions, preprocessing: Preprocessing, phases: Phases) -> GoldenImages:
-    """The user's images, spread evenly over the set, or the built-in photographs."""
+    """Eight of the user's images, spread evenly over the set, or the built-in photographs. ImageError without any."""
     built_in = options.images is None
     source = probe_source() if options.images is None else open_images(options.images)
     chosen = source.limit(GOLDEN_IMAGES)
@@ -60,6 +60,6 @@ def read_images(options: ExportOptions, preprocessing: Preprocessing, phases: Ph
 
 
 def note_skipped(skipped: Iterable[Skipped], phases: Phases) -> None:
-    """Name each picture that was left out, and why."""
+    """A note for each image that could not be read, with the reason."""
     for picture in skipped:
         phases.note(f"Skipped {picture}")

@@ -1,4 +1,4 @@
-"""What manifest.json says of an export: its sections, made from the steps' results."""
+"""Step "write the manifest": the sections of manifest.json, made from the results of the other steps."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from spach_deploy.options.specs import (
     Precision,
     Preprocessing,
 )
-from spach_deploy.pipeline.steps.calibration import CalibrationStep
+from spach_deploy.pipeline.steps.calibration import CalibrationResult
 from spach_deploy.pipeline.steps.precision import TypedGraph
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.quantization.qdq import quantized_from
@@ -61,7 +61,7 @@ _Entry = TypeVar("_Entry")
 
 
 def entry(content: object, kind: type[_Entry]) -> _Entry:
-    """What a step says of itself, an object or plain JSON, as a typed part of the manifest."""
+    """Convert a step's result, an object or plain JSON, to a struct of the manifest."""
     return msgspec.convert(content, kind, from_attributes=True)
 
 
@@ -89,7 +89,7 @@ def preprocessing_section(preprocessing: Preprocessing) -> Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class InterfaceSections:
-    """Inputs, outputs, what was asked of them, and the batch."""
+    """Inputs, outputs, output options and batch profile."""
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
@@ -98,7 +98,7 @@ class InterfaceSections:
 
 
 def interface_sections(graph: ir.Graph, options: ExportOptions) -> InterfaceSections:
-    """Inputs, outputs, batch. Of `graph` only inputs and outputs are read."""
+    """Sections on inputs, outputs and batch, from the inputs and outputs of the typed graph."""
     layout = "NHWC" if options.outputs.io_dtype is IODtype.UINT8 else "NCHW"
     return InterfaceSections(
         tuple(_tensor(value, layout) for value in graph.inputs),
@@ -115,19 +115,19 @@ def _tensor(value: ir.Value, layout: str) -> TensorInfo:
 
 
 def precision_section(typed: TypedGraph) -> PrecisionSection:
-    """The policy, and what the graph asks of every weighted layer."""
+    """The precision policy, and the precision of every weighted layer in the graph."""
     return entry({**typed.policy.to_dict(), "layers": typed.layers}, PrecisionSection)
 
 
-def graph_section(static: RewriteResult, answers: ReferenceOutputs, typed: TypedGraph) -> GraphSection:
-    """What was rewritten, what it cost in FP32, and what the graph promises."""
-    errors = {"static model": answers.static_errors, **typed.errors}
+def graph_section(static: RewriteResult, reference: ReferenceOutputs, typed: TypedGraph) -> GraphSection:
+    """Rewrites and passes, their error in FP32, and the certificate."""
+    errors = {"static model": reference.static_errors, **typed.errors}
     return GraphSection(
         certificate=entry(typed.certificate, CertificateEntry),
         rewrites={name: _outcome(outcome) for name, outcome in static.outcomes.items()},
         passes={name: len(changed) for name, changed in typed.passes.items()},
-        relative_l2_limit=answers.reference.limit,
-        relative_l2={stage: _by_batch(by_batch) for stage, by_batch in errors.items() if by_batch},
+        relative_l2_limit=reference.reference.limit,
+        relative_l2={step: _by_batch(by_batch) for step, by_batch in errors.items() if by_batch},
     )
 
 
@@ -140,9 +140,9 @@ def _by_batch(errors: dict[int, float]) -> dict[str, float]:
 
 
 def quantization_sections(
-    quantized: CalibrationStep | None, choice: LayerSelection | None, options: ExportOptions
+    quantized: CalibrationResult | None, choice: LayerSelection | None, options: ExportOptions
 ) -> QuantizationSection | None:
-    """How it was calibrated, and which layers stayed in float and why; nothing for other precisions."""
+    """How the model was calibrated, and which layers stay in float and why; None for other precisions."""
     if quantized is None:
         return None
     plan = quantized.plan
@@ -164,14 +164,14 @@ def quantization_sections(
 
 
 def no_engine_section(reason: str) -> EngineSection:
-    """Why there is no plan."""
+    """The section of a bundle without an engine."""
     return EngineSection(flavour=Flavour.NONE, reason=reason)
 
 
 def engine_section(
     engine: EngineResult, achieved: AchievedPrecision, facts: PlanFacts | None, options: ExportOptions
 ) -> EngineSection:
-    """The plan: who built it, for what, and what it holds."""
+    """The engine plan: its builder, its targets and its layers."""
     target = options.engine
     return EngineSection(
         flavour=engine.flavour,
@@ -195,7 +195,7 @@ def engine_section(
 
 
 def kernels(facts: PlanFacts | None, batch: int) -> KernelsEntry | None:
-    """The schedule in numbers; None where the plan's text could not be read."""
+    """Counts of the plan's kernels; None where the text in the plan could not be read."""
     if facts is None:
         return None
     return KernelsEntry(
@@ -210,20 +210,20 @@ def kernels(facts: PlanFacts | None, batch: int) -> KernelsEntry | None:
 
 @dataclasses.dataclass(frozen=True)
 class ToolsSection:
-    """When it was made, and the versions of what made it."""
+    """When the bundle was made, and the versions of packages that made it."""
 
     created: str
     tools: dict[str, str]
 
 
 def tools_section() -> ToolsSection:
-    """Versions of everything that had a hand in it, and when."""
+    """The current time and the installed versions."""
     return ToolsSection(datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), tool_versions())
 
 
 def seal(
     staging: Path,
-    settled: bundles.FileDigests = MappingProxyType({}),
+    known: bundles.FileDigests = MappingProxyType({}),
     *,
     command: str,
     model: ModelSection,
@@ -237,11 +237,14 @@ def seal(
     phases: Iterable[Phase],
     notes: Iterable[str],
 ) -> Manifest:
-    """Write the manifest of an export that is made now, with the hashes of the files in `staging` (`bundle.seal`)."""
-    made = tools_section()
+    """Write the manifest into `staging`, with the hashes of all files there (`bundle.store.seal`).
+
+    `known`: digests of files that have not changed since.
+    """
+    now = tools_section()
     manifest = Manifest(
-        created=made.created,
-        tools=made.tools,
+        created=now.created,
+        tools=now.tools,
         command=command,
         model=model,
         preprocessing=preprocessing,
@@ -257,4 +260,4 @@ def seal(
         phases=tuple(entry(phase.to_dict(), PhaseEntry) for phase in phases),
         notes=tuple(notes),
     )
-    return bundles.seal(staging, manifest, settled)
+    return bundles.seal(staging, manifest, known)

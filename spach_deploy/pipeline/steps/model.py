@@ -1,4 +1,4 @@
-"""Load the model: the reference that everything is held to, with its weights and what they do not show."""
+"""Steps "check the options", "load the model" and "compare with your answers": the FP32 reference with its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spach_deploy.validation.user_answers import Agreement, read_answers
 
 
 def check_options(options: ExportOptions) -> None:
-    """Refuse what can be refused before any work."""
+    """Refuse options that cannot work, and missing or old packages, before any work."""
     refuse_unfit_packages()
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
@@ -34,7 +34,7 @@ def check_options(options: ExportOptions) -> None:
 
 
 def load(options: ExportOptions, phases: Phases) -> LoadedModel:
-    """The reference model with its weights; what was inferred or unwrapped is said."""
+    """The reference model with its weights. Notes say what was inferred from the checkpoint or unwrapped."""
     loaded = load_model(options.model)
     check_outputs(options.outputs, loaded.num_classes)
     for note in loaded.notes:
@@ -45,7 +45,10 @@ def load(options: ExportOptions, phases: Phases) -> LoadedModel:
 def hold_to_answers(
     loaded: LoadedModel, options: ExportOptions, phases: Phases
 ) -> tuple[LoadedModel, Agreement | None]:
-    """The model that agrees with the user's answers, where some were given, and how well it does."""
+    """Compare the model with the user's own outputs (--answers), if given. Returns the model and the comparison.
+
+    Raises what `user_answers.hold_to_answers` raises where they disagree.
+    """
     if options.answers is None:
         return loaded, None
     if loaded.origin == "demo":

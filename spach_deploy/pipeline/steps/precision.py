@@ -1,4 +1,7 @@
-"""Set the types of the graph: measure how large its numbers get, and write the precision, or eight bits, into it."""
+"""Step "measure ranges, set types": the typed graph, in the requested precision, from the FP32 graph.
+
+Ranges of activations decide which nodes must stay in FP32. Quantized layers get their Q/DQ nodes here.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ from spach_deploy.runtime.onnxruntime_runner import save_model
 from spach_deploy.validation.tolerance import check_equal
 
 RANGE_IMAGES = 256
-"""At most this many of a user's images are looked at for ranges, spread evenly over the set."""
+"""Ranges are measured on at most this many of the user's images, spread evenly over the set."""
 
 RANGE_BATCH = 1
 """One image at a time is as fast as several, and takes the least memory."""
@@ -46,10 +49,10 @@ RANGE_BATCH = 1
 
 @dataclasses.dataclass(frozen=True)
 class TypedGraph:
-    """The typed graph, and how it came about.
+    """The typed graph, its precision policy and its certificate.
 
-    `passes`: nodes by the pass that made the target's form. `errors`: relative L2 in FP32 of the exported graph, where
-    it was proven by itself, and of the graph in its target's form, at each batch size.
+    `passes`: nodes that each pass changed. `errors`: relative L2 in FP32 by batch size, of the graph in its target's
+    form and, where it was compared by itself, of the exported graph.
     """
 
     model: ir.Model
@@ -60,7 +63,7 @@ class TypedGraph:
     errors: dict[str, dict[int, float]]
 
     def written(self, path: Path) -> TypedGraph:
-        """Itself without its nodes and weights, which are in the file `path` from now on."""
+        """Save the graph to `path`. Returns a copy that keeps only its inputs and outputs, to free the weights."""
         save_model(self.model, path)
         graph = self.model.graph
         inputs, outputs = (
@@ -81,10 +84,10 @@ def set_types(
     options: ExportOptions,
     phases: Phases,
 ) -> TypedGraph:
-    """Ranges measured in FP32, by the same runs that prove the target's form; then the typed graph, certified.
+    """Measure ranges in FP32, compare the FP32 graph with the reference in the same runs, set types, and certify.
 
-    With a plan, biases are corrected after that proof, and the quantized layers' inputs go through eight bits.
-    MismatchError where the form computes something else than the reference, naming the first step that is wrong.
+    With a plan, biases are corrected after that comparison, and Q/DQ nodes are inserted. MismatchError where the FP32
+    graph differs from the reference, with the name of the first wrong step.
     """
     model, rest = graph.model, options.rest
     with _first_wrong_step(graph, static, images, reference):
@@ -109,8 +112,9 @@ def set_types(
 def _first_wrong_step(
     graph: Fp32Graph, static: StaticSpach, images: GoldenImages, reference: ReferenceOutputs
 ) -> Iterator[None]:
-    """Where the block finds that the graph in its target's form is wrong, and the exported graph was not proven by
-    itself, that is asked too: the MismatchError names the first step that is wrong.
+    """Find the first wrong step where the block raises MismatchError for the graph in its target's form.
+
+    If the exported graph was not compared by itself, that is done now; its own MismatchError then comes first.
     """
     try:
         yield
@@ -123,16 +127,16 @@ def _first_wrong_step(
 def _measured(
     model: ir.Model, images: GoldenImages, reference: ReferenceOutputs, options: ExportOptions, phases: Phases
 ) -> tuple[Ranges, dict[int, float]]:
-    """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that is more than rounding."""
+    """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that exceeds rounding."""
     is_half = options.rest.is_half
     meter = RangeMeter(model, tensors=None if is_half else ())
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = images.engine_input(io_dtype)
     errors: dict[int, float] = {}
     for part in _parts(len(feeds)):
-        answer = meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})[LOGITS]
-        error = check_equal("graph in its target's form", answer, reference.reference.of(slice(*part)))
-        errors[len(answer)] = max(error, errors.get(len(answer), 0.0))
+        logits = meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})[LOGITS]
+        error = check_equal("graph in its target's form", logits, reference.reference.of(slice(*part)))
+        errors[len(logits)] = max(error, errors.get(len(logits), 0.0))
     described = f"the {len(feeds)} built-in photographs"
     if not images.built_in and is_half:
         described = _measure_users_images(meter, images, io_dtype, phases)
@@ -140,13 +144,13 @@ def _measured(
 
 
 def _parts(count: int) -> list[tuple[int, int]]:
-    """First and last of the images that are run together: two, then one at a time, so that both sizes are proven."""
+    """Index ranges of the runs: two images, then one at a time, so that both batch sizes are compared."""
     first = min(max(EXACT_BATCHES), count)
     return [(0, first), *ranges(count, RANGE_BATCH, first)]
 
 
 def _migrated(model: ir.Model, ranges: Ranges, rest: Precision, phases: Phases) -> tuple[str, ...]:
-    """Outlier channels that a half precision could not hold, exchanged with the weights behind them, in place."""
+    """Migrate outlier channels that overflow the half format into the weights behind them, in place. Returns names."""
     form = half_format(rest)
     if form is None:
         return ()
@@ -158,7 +162,7 @@ def _migrated(model: ir.Model, ranges: Ranges, rest: Precision, phases: Phases) 
 
 
 def _measure_users_images(meter: RangeMeter, images: GoldenImages, io_dtype: IODtype, phases: Phases) -> str:
-    """Look at more of the user's images, streamed; what was looked at, in words."""
+    """Measure ranges on more of the user's images, streamed. Returns a description of the images."""
     chosen = images.source.limit(RANGE_IMAGES)
     seen = 0
     named = frozenset(images.skipped)

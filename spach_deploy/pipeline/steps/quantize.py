@@ -1,4 +1,4 @@
-"""Quantize: which layers go into eight bits, with which scales, by calibration and by the bound that was asked for."""
+"""Step "quantize": calibrate, and choose the layers that keep a requested bound in 8 bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spach_deploy.bundle import store as bundles
 from spach_deploy.common.progress import Phases
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions
-from spach_deploy.pipeline.steps.calibration import CalibrationStep, calibrate, refuse_overlap
+from spach_deploy.pipeline.steps.calibration import CalibrationResult, calibrate, refuse_overlap
 from spach_deploy.pipeline.steps.graph import Fp32Graph
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
@@ -21,16 +21,16 @@ from spach_deploy.rewrites.static_modules import StaticSpach
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """How it was calibrated, which layers were chosen where a bound was asked for, and the plan; nothing for other
+    """Calibration, choice of layers (where a bound was requested) and plan of an int8 or fp8 export; empty for other
     precisions.
     """
 
-    calibration: CalibrationStep | None = None
+    calibration: CalibrationResult | None = None
     selection: LayerSelection | None = None
     plan: QuantizationPlan | None = None
 
     def write(self, staging: Path, phases: Phases) -> None:
-        """The plan and the picture of the selection, where there are such."""
+        """Write quantization.json and, where layers were chosen by a bound, sensitivity.svg."""
         if self.plan is not None:
             write_plan(self.plan, staging / bundles.QUANTIZATION)
         if self.selection is not None and not draw_sensitivity(self.selection, staging / bundles.SENSITIVITY):
@@ -46,7 +46,7 @@ def quantize(
     options: ExportOptions,
     phases: Phases,
 ) -> Quantized:
-    """Layers for eight bits: all that the rules choose, or those that keep the bound that was asked for."""
+    """The plan with all layers that the rules allow, or with those that keep the requested bound."""
     calibration, selection = calibrated(graph, loaded, images, options, phases), None
     if options.quantization.is_bounded:
         with phases.phase("choose the layers"):
@@ -58,18 +58,18 @@ def quantize(
 
 def calibrated(
     graph: Fp32Graph, loaded: LoadedModel, images: GoldenImages, options: ExportOptions, phases: Phases
-) -> CalibrationStep:
-    """Scales from the calibration images, which the golden ones must not be among."""
+) -> CalibrationResult:
+    """Calibrate. UsageError where a golden image is in the calibration set, unless --allow-overlap."""
     with phases.phase("calibrate"):
-        found = calibrate(graph.model, loaded, images.preprocessing, options, phases)
-        refuse_overlap(found, [images.pixels], images.names, options, phases)
-    return found
+        result = calibrate(graph.model, loaded, images.preprocessing, options, phases)
+        refuse_overlap(result, [images.pixels], images.names, options, phases)
+    return result
 
 
 def _held_out(
     loaded: LoadedModel, images: GoldenImages, reference: ReferenceOutputs, options: ExportOptions, phases: Phases
 ) -> HeldOut:
-    """Images to judge layers on: labelled ones for --max-drop, else those that the export is judged on."""
+    """Images to judge layers on: labelled ones for --max-drop, else the golden images."""
     if options.quantization.max_drop is not None:
         return labelled_images(loaded, images.preprocessing, options, phases.note)
     return HeldOut(images.images, reference.logits)

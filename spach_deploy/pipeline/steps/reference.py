@@ -1,6 +1,6 @@
-"""What PyTorch alone answers: logits of the reference and the static model, and the tolerances that follow from them.
+"""Steps that run PyTorch only: outputs of the reference and of the static model, and the tolerances.
 
-None of it needs a graph, so it can be computed beside the tracing of the model (`pipeline.scheduler`).
+They need no graph, so a scheduler can run them while the graph is exported (`pipeline.scheduler`).
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 EXACT_BATCHES = (1, 2)
-"""Batches in which a form of the model is held to the reference."""
+"""Batch sizes at which a rewritten model or graph is compared with the reference."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceOutputs:
-    """Logits (N, classes) of the reference in FP32, their noise against FP64, and how far the static model is from them
-    at each batch size.
+    """Logits (N, classes) of the reference in FP32, their error against FP64, and the static model's relative L2 by
+    batch size.
     """
 
     logits: NDArray[np.float32]
-    noise: MeasuredError
+    fp32_error: MeasuredError
     static_errors: dict[int, float]
 
     @property
     def reference(self) -> ReferenceLogits:
-        """The logits, with what rounding explains."""
-        return ReferenceLogits(self.logits, rounding_limit(self.noise.rel_l2))
+        """The logits, with the largest relative L2 that rounding explains."""
+        return ReferenceLogits(self.logits, rounding_limit(self.fp32_error.rel_l2))
 
 
 @dataclasses.dataclass(frozen=True)
 class DerivedTolerances:
-    """The bounds, and what is expected of the reference's parts, seen on the way."""
+    """The tolerances, and the expected activations of the reference's modules, recorded in the same runs."""
 
     tolerances: ToleranceSet
     parts: ExpectedActivations
@@ -64,8 +64,8 @@ class DerivedTolerances:
 def reference_outputs(
     model: nn.Module, static: nn.Module, images: NDArray[np.float32], options: ExportOptions
 ) -> ReferenceOutputs:
-    """Both models on `images` (N, 3, S, S). UsageError for a reference that says nothing, MismatchError where they
-    differ.
+    """Run both models on `images` (N, 3, S, S). UsageError for reference logits that are all zero or not finite,
+    MismatchError where the models differ.
     """
     logits = reference_logits(model, images)
     outputs = ReferenceOutputs(logits, measured_fp32_error(model, images, logits, options.rest), {})
@@ -74,7 +74,7 @@ def reference_outputs(
 
 
 def reference_logits(model: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits (N, classes) of the reference model in FP32. UsageError for logits that nothing can be compared with."""
+    """Logits (N, classes) of the reference in FP32. UsageError for logits that are all zero, or not finite."""
     logits = evaluate(model, images)
     if not np.isfinite(logits).all():
         raise UsageError("The reference model answers NaN or infinity in FP32.", "Check the checkpoint's weights.")
@@ -95,8 +95,8 @@ def derive_tolerances(
     plan: QuantizationPlan | None,
     options: ExportOptions,
 ) -> DerivedTolerances:
-    """Bounds from FP32's noise and from what PyTorch loses in the asked precision, with the plan's layers in eight
-    bits, on `images` (N, 3, S, S). PrecisionError for logits that are not finite in that precision.
+    """Tolerances from the FP32 error and from PyTorch's rounding error in the requested precision, with the layers of
+    `plan` in 8 bits, on `images` (N, 3, S, S). PrecisionError for logits that are not finite in that precision.
     """
     trace = ActivationTrace()
     evaluate(model, images[:1], parts=trace.exact)
@@ -111,6 +111,6 @@ def derive_tolerances(
         rounding_images=ROUNDING_IMAGES if plan is None else QUANTIZED_ROUNDING_IMAGES,
         fake_quantized=None if plan is None else fake_quantized(static, plan),
         activations=trace,
-        noise=outputs.noise,
+        noise=outputs.fp32_error,
     )
     return DerivedTolerances(tolerances, ExpectedActivations.of(trace))

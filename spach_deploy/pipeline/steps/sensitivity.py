@@ -1,4 +1,4 @@
-"""The stage behind --max-rel-l2 and --max-drop: as many layers in eight bits as the bound allows."""
+"""Step "choose the layers" (--max-rel-l2, --max-drop): as many layers in 8 bits as the bound allows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import batches, open_images
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions, Preprocessing, QuantizationSpec
-from spach_deploy.pipeline.steps.calibration import CalibrationStep
+from spach_deploy.pipeline.steps.calibration import CalibrationResult
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan, without
 from spach_deploy.quantization.sensitivity import LayerSelection, LayerWatch, Squares, largest_set, summed_costs
@@ -38,14 +38,14 @@ LABELLED_IMAGES = 512
 
 _BATCH = 4
 _WORKER_BYTES, _COPIES = 1.5e9, 4
-"""Memory of a worker of the search: Python, PyTorch, what a backward pass keeps; and weights so many times."""
+"""Memory of a worker: constant for Python, PyTorch and a backward pass; plus this many copies of the weights."""
 
-_EIGHT, _FLOAT = "#1f77b4", "#d62728"
+_EIGHT_BITS, _FLOAT = "#1f77b4", "#d62728"  # colours of the plot
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Images on which layers are judged: float32 (N, 3, S, S), the reference's logits, labels where there are some."""
+    """Images to judge layers on: float32 (N, 3, S, S), reference logits (N, classes), and labels if there are any."""
 
     images: Float32
     reference: Float32
@@ -54,7 +54,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class SearchWork:
-    """What workers of the search share: the static model in FP32, the plan, and the images that it is judged on."""
+    """Common input of the search's workers: the static model in FP32, the plan, and the images to judge layers on."""
 
     static: StaticSpach
     plan: QuantizationPlan
@@ -63,33 +63,33 @@ class SearchWork:
 
     @property
     def memory_bytes(self) -> float:
-        """What a worker needs, about."""
+        """Memory that a worker needs, estimated."""
         weights = sum(int(tensor.nbytes) for tensor in self.static.state_dict().values())
         return _WORKER_BYTES + _COPIES * weights + self.images.nbytes
 
 
 class Searcher:
-    """A worker of the search, with the model that it took last: every layer watched, or some in eight bits."""
+    """A worker of the search. It keeps its last model: with every layer watched, or with some layers in 8 bits."""
 
     def __init__(self, work: SearchWork) -> None:
         self._work = work
         self._watch: LayerWatch | None = None
-        self._twin: tuple[frozenset[str], Any] | None = None
+        self._quantized: tuple[frozenset[str], Any] | None = None
 
     def cost(self, number: int) -> Squares:
-        """What the image with this number says of all layers."""
+        """Costs of all layers on the image with this number."""
         self._watch = self._watch or LayerWatch(self._work.static, self._work.plan)
         with self._threads():
             return self._watch.see(number, self._work.images[number])
 
-    def logits(self, trial: EvaluationTask) -> Float32:
-        """Logits (n, classes) of a batch."""
+    def logits(self, task: EvaluationTask) -> Float32:
+        """Logits (n, classes) of a batch, with the layers of `task.kept` in float and the others in 8 bits."""
         self._watch = None
-        if self._twin is None or self._twin[0] != trial.kept:
-            self._twin = None
-            self._twin = trial.kept, fake_quantized(self._work.static, without(self._work.plan, trial.kept, ""))
+        if self._quantized is None or self._quantized[0] != task.kept:
+            self._quantized = None
+            self._quantized = task.kept, fake_quantized(self._work.static, without(self._work.plan, task.kept, ""))
         with self._threads():
-            return evaluate(self._twin[1], self._work.images[trial.start : trial.start + _BATCH])
+            return evaluate(self._quantized[1], self._work.images[task.start : task.start + _BATCH])
 
     def _threads(self) -> contextlib.AbstractContextManager[None]:
         return torch_threads(self._work.threads) if self._work.threads else contextlib.nullcontext()
@@ -97,19 +97,19 @@ class Searcher:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationTask:
-    """A batch, by its first image, of an evaluation with these modules in float."""
+    """One batch of an evaluation. `kept`: modules that stay in float; `start`: number of the batch's first image."""
 
     kept: frozenset[str]
     start: int
 
 
 def choose_layers(
-    quantized: CalibrationStep, static: StaticSpach, held_out: HeldOut, options: ExportOptions, phases: Phases
-) -> tuple[CalibrationStep, LayerSelection]:
-    """The plan with the fewest layers left in float that keeps the bound, by measurement.
+    quantized: CalibrationResult, static: StaticSpach, held_out: HeldOut, options: ExportOptions, phases: Phases
+) -> tuple[CalibrationResult, LayerSelection]:
+    """Search the largest set of quantized layers that keeps the bound, by measurement.
 
-    With `QuantizationSpec.cluster` images are looked at by workers of a cluster, batch by batch. Raises MismatchError
-    where no set of layers keeps the bound, and what `ClusterAddress.connected` raises.
+    With `QuantizationSpec.cluster`, batches are evaluated by workers of a cluster. Raises MismatchError where no set of
+    layers keeps the bound, and what `ClusterAddress.connected` raises.
     """
     spec, plan = options.quantization, quantized.plan
     with _pool(SearchWork(static, plan, held_out.images), spec.cluster) as pool:
@@ -130,7 +130,7 @@ def choose_layers(
 
 @contextlib.contextmanager
 def _pool(work: SearchWork, address: ClusterAddress | None) -> Iterator[Pool]:
-    """Workers of the search: this process, or those of a cluster, with a core each."""
+    """The search's workers: this process, or workers of a cluster with one core each."""
     if address is None:
         yield LocalExecutor(Searcher(work))
         return
@@ -140,13 +140,13 @@ def _pool(work: SearchWork, address: ClusterAddress | None) -> Iterator[Pool]:
 
 
 def search(pool: Pool, plan: QuantizationPlan, held_out: HeldOut, spec: QuantizationSpec) -> LayerSelection:
-    """What each layer costs, then the largest set that keeps the bound. States of `pool` are `Searcher`s."""
+    """Measure each layer's cost, then find the largest set that keeps the bound. Workers' states are `Searcher`s."""
     images = range(len(held_out.images))
     costs = summed_costs(plan, pool.map(Searcher.cost, images[:COST_IMAGES]))
 
     def measure(kept: frozenset[str]) -> float:
-        trials = (EvaluationTask(kept, start) for start in images[::_BATCH])
-        logits = np.concatenate(list(pool.map(Searcher.logits, trials)))
+        tasks = (EvaluationTask(kept, start) for start in images[::_BATCH])
+        logits = np.concatenate(list(pool.map(Searcher.logits, tasks)))
         return relative_l2(logits, held_out.reference) if spec.max_drop is None else _drop(logits, held_out)
 
     bound = spec.max_drop if spec.max_drop is not None else spec.max_rel_l2
@@ -177,8 +177,8 @@ def _drop(logits: Float32, held_out: HeldOut) -> float:
 def labelled_images(
     loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, note: Callable[[str], None]
 ) -> HeldOut:
-    """The images of --images with the labels of --labels; `note` gets each that was skipped. UsageError where labels
-    do not fit.
+    """The images of --images with the labels of --labels; `note` is called for each skipped image. UsageError where the
+    labels do not fit.
     """
     images, labels = options.images, options.quantization.labels
     assert images is not None
@@ -198,9 +198,9 @@ def labelled_images(
 
 
 def draw_sensitivity(choice: LayerSelection, path: Path) -> bool:
-    """Two plots as SVG: every layer's cost in the order of the network, and cost against share of multiplications.
+    """Draw two plots as SVG: every layer's cost in network order, and cost against the share of multiplications.
 
-    False where matplotlib is not installed.
+    Returns False where matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -221,23 +221,26 @@ def draw_sensitivity(choice: LayerSelection, path: Path) -> bool:
 def _draw_layers(axes: Any, choice: LayerSelection) -> None:
     kept = set(choice.kept_float)
     names = [cost.module for cost in choice.costs]
-    colours = [_FLOAT if name in kept else _EIGHT for name in names]
+    colours = [_FLOAT if name in kept else _EIGHT_BITS for name in names]
     axes.barh(range(len(names)), [cost.rel_l2 for cost in choice.costs], color=colours, height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set(title="What each layer costs by itself", xlabel="relative L2 of the logits")
-    for label, colour in ((f"eight bits ({len(names) - len(kept)})", _EIGHT), (f"left in float ({len(kept)})", _FLOAT)):
+    for label, colour in (
+        (f"eight bits ({len(names) - len(kept)})", _EIGHT_BITS),
+        (f"left in float ({len(kept)})", _FLOAT),
+    ):
         axes.barh([0], [0], color=colour, label=label)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
 
 
 def _draw_share(axes: Any, choice: LayerSelection) -> None:
-    """From nothing in eight bits to everything, the cheapest for their size first."""
+    """Cost against share, from no layer in 8 bits to all, adding layers by cost per multiplication."""
     order = sorted(choice.costs, key=lambda cost: cost.per_mac)
     total = sum(cost.macs for cost in order)
     shares = np.concatenate([[0.0], np.cumsum([cost.macs for cost in order]) / total * 100])
     errors = np.sqrt(np.concatenate([[0.0], np.cumsum([cost.rel_l2**2 for cost in order])]))
-    axes.plot(shares, errors, color=_EIGHT)
+    axes.plot(shares, errors, color=_EIGHT_BITS)
     chosen = len(order) - len(choice.kept_float)
     axes.plot(shares[chosen], errors[chosen], "o", color=_FLOAT, label=f"chosen: {shares[chosen]:.0f} %")
     if choice.measure.startswith("relative"):

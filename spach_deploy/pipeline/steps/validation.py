@@ -1,4 +1,4 @@
-"""Hold what was exported against the reference: the typed graph, and the engine where it runs here."""
+"""Steps "validate the graph" and "validate the engine": compare both with the reference within tolerances."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spach_deploy.validation.user_answers import Agreement
 
 @dataclasses.dataclass(frozen=True)
 class JudgedGraph:
-    """What the typed graph computed, held against the reference."""
+    """Comparison of the typed graph with the reference."""
 
     images: EvaluationSet
     tolerances: ToleranceSet
@@ -36,7 +36,7 @@ def judge_graph(
     derived: DerivedTolerances,
     options: ExportOptions,
 ) -> JudgedGraph:
-    """The typed graph in the file `graph`, run on the golden images in every batch of its profile."""
+    """Run the typed graph in the file `graph` on the golden images, in the batch sizes of its profile, and compare."""
     golden = images.pack(reference.logits, options.outputs.io_dtype)
     evaluated = golden_set(golden, images.source.description, options.outputs, options.engine.batch)
     evaluated = dataclasses.replace(evaluated, reference="PyTorch in FP32")
@@ -53,10 +53,10 @@ def judge_engine(
     agreement: Agreement | None,
     options: ExportOptions,
 ) -> Validation:
-    """The whole validation: the engine too, where there is one and it runs here."""
+    """The whole validation: the graph's comparison, and the engine's where it can run on this machine."""
     is_demo = loaded.origin == "demo"
     header = ReportHeader(str(target), loaded.name, options.precision.value, is_demo, loaded.settings, agreement)
     plan = None if engine is None else engine.plan
-    found = validate_export(header, judged.images, judged.runs, plan, judged.tolerances.engine)
-    again = Provenance.here(validate_command(str(target)))
-    return dataclasses.replace(found, trace=judged.trace, run=again)
+    validation = validate_export(header, judged.images, judged.runs, plan, judged.tolerances.engine)
+    provenance = Provenance.here(validate_command(str(target)))
+    return dataclasses.replace(validation, trace=judged.trace, run=provenance)

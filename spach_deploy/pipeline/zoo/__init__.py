@@ -1,1 +1,1 @@
-"""Many bundles by one command: models times precisions times GPUs, each in a process of its own, one summary."""
+"""`spach-export --zoo`: many exports by one command (models x precisions x GPUs), each in a process of its own."""

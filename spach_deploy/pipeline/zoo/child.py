@@ -1,4 +1,4 @@
-"""One export in a process of its own: what crashes, is killed or runs out of memory there ends nothing else."""
+"""One export of a zoo in a process of its own, so that a crash or a lack of memory ends only that export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import IO, Protocol
 from spach_deploy.common.processes import end_with, signal_name, start
 
 _GRACE_S = 8.0
-"""An export that is interrupted ends within five seconds."""
+"""Seconds to wait for an interrupted export, which takes at most five."""
 
 _SAID_BYTES = 8192
 _SAID_LINES = 20
@@ -26,7 +26,7 @@ _SAID_LINES = 20
 class ProcessEnd:
     """How a process ended. `code`: its exit code, negative for a signal; `said`: its last lines on stderr.
 
-    `node`: the machine that it ran on, where that was another.
+    `node`: the machine that it ran on, if not this one.
     """
 
     code: int
@@ -37,7 +37,7 @@ class ProcessEnd:
 
     @property
     def sentence(self) -> str:
-        """Why it did not succeed; empty where it did."""
+        """The reason why it failed; empty where it succeeded."""
         if self.code == 0:
             return ""
         errors = [line.removeprefix("Error: ") for line in self.said if line.startswith("Error: ")]
@@ -56,27 +56,27 @@ _REASONS: dict[int, str] = {
 
 
 class RunningExport(Protocol):
-    """An export under way, wherever it runs."""
+    """A running export."""
 
     def poll(self) -> ProcessEnd | None:
         """How it ended; None while it runs."""
 
     def interrupt(self) -> None:
-        """Ask it to end and to leave nothing."""
+        """Ask the export to end and to clean up."""
 
     def stop(self) -> None:
-        """Wait for a moment after `interrupt`, then end it."""
+        """Wait a few seconds after `interrupt`, then kill the export."""
 
 
 class ExportProcess:
-    """A process that runs `command`, with `cores` to compute on (None: all). It ends when this process does."""
+    """A process that runs `command` on `cores` (None: all). It is interrupted when this process dies."""
 
     def __init__(
         self, command: Sequence[str], *, cores: frozenset[int] | None = None, folder: Path | None = None
     ) -> None:
         self._start = time.monotonic()
         self._ended: ProcessEnd | None = None
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed when it ended)
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by _end)
         parent = os.getpid()
 
         def prepare() -> None:
@@ -90,7 +90,7 @@ class ExportProcess:
             stderr=self._stderr.fileno(),
             threads=None if cores is None else len(cores),
             folder=folder,
-            first=prepare,
+            prepare=prepare,
         )
 
     def poll(self) -> ProcessEnd | None:
@@ -111,12 +111,12 @@ class ExportProcess:
         return ProcessEnd(self._process.returncode, said, time.monotonic() - self._start, peak_bytes)
 
     def interrupt(self) -> None:
-        """As by Ctrl-C, so that it removes what it had begun."""
+        """Send SIGINT, as Ctrl-C does, so that the export removes what it has begun."""
         if self.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
     def stop(self) -> None:
-        """Wait for a moment after `interrupt`, then kill it."""
+        """Wait a few seconds after `interrupt`, then kill the process."""
         end = time.monotonic() + _GRACE_S
         while self.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -128,7 +128,7 @@ class ExportProcess:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In the new process: be interrupted when the parent dies, however it does, and by Ctrl-C's signal."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored where this runs in a shell's background
+    """In the new process: receive SIGINT when the parent dies, and do not ignore SIGINT and SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a shell's background jobs, and inherited from them
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     end_with(parent, signal.SIGINT)

@@ -1,8 +1,8 @@
-"""A zoo's directory: bundles, the summary, and records of what each bundle was made from.
+"""The directory of a zoo: its bundles, the summary, and a record of what each bundle was made from.
 
-DIR/NAME/                a bundle, written in one step by the export that makes it
-DIR/summary.json, .html  what came of them all, written again after each
-DIR/.zoo/NAME.json       digest of all that the bundle depends on, written before the export begins
+DIR/NAME/                a bundle, written in one step by its export
+DIR/summary.json, .html  status of all bundles, rewritten after each export
+DIR/.zoo/NAME.json       digest of everything that the bundle depends on, written before its export begins
 DIR/.zoo/lock            held while a zoo is being made here
 """
 
@@ -32,19 +32,20 @@ _RECORDS = ".zoo"
 
 @dataclasses.dataclass(frozen=True)
 class ExistingBundle:
-    """What lies where a bundle shall be. `is_finished`: the very bundle, whole; `problem`: why one must be refused.
+    """What is at the target of a bundle now. `is_finished`: the same bundle, complete; nothing is left to do.
 
-    `is_damaged`: the very bundle, but changed or incomplete since. `place`: what may be replaced, if it may.
+    `is_damaged`: the same bundle, but changed or incomplete since. `problem`: another bundle, as a sentence.
+    `destination`: the target, with the content that may be replaced.
     """
 
-    place: Destination
+    destination: Destination
     is_finished: bool = False
     is_damaged: bool = False
     problem: str = ""
 
 
 class ZooFolder:
-    """The directory, and the digests of inputs that its bundles share, each computed once."""
+    """The directory of a zoo. Digests of inputs that several bundles share are computed once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,7 +53,7 @@ class ZooFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone in this directory. UsageError where another zoo is being made, or it cannot be written."""
+        """Lock the directory. UsageError where another zoo is being made in it, or it cannot be written."""
         with contextlib.ExitStack() as stack:
             try:
                 (self.root / _RECORDS).mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ class ZooFolder:
             yield
 
     def check(self) -> None:
-        """UsageError where somebody else's files have the summary's names."""
+        """UsageError where the directory is a bundle, or has other programs' files under the summary's names."""
         if not self.root.exists():
             return
         if not self.root.is_dir():
@@ -85,11 +86,11 @@ class ZooFolder:
             )
 
     def target(self, build: Build) -> Path:
-        """Where the bundle goes."""
+        """Path of a bundle."""
         return self.root / build.name
 
     def key(self, options: ExportOptions) -> str | None:
-        """Digest of all that decides what the bundle will be; None where an input cannot be read."""
+        """Digest of everything that decides the bundle's content; None where an input cannot be read."""
         try:
             shared = [[str(path), self._digest(path)] for path in input_files(options)]
         except (OSError, CheckpointError):
@@ -103,34 +104,34 @@ class ZooFolder:
         return self._digests[path]
 
     def look(self, build: Build, key: str | None) -> ExistingBundle:
-        """What lies where the bundle shall be, held against `key`."""
+        """What is at the bundle's target now, compared with `key`."""
         target = self.target(build)
-        place = Destination.of(target)
+        destination = Destination.of(target)
         if not target.is_dir() or not any(target.iterdir()):
-            return ExistingBundle(place)
+            return ExistingBundle(destination)
         record = _read(self._record(build))
         if key is None or record.get("key") != key or record.get("before") == _fingerprint(target):
-            return ExistingBundle(place, problem=f"{target} holds a bundle of other options, inputs or code.")
+            return ExistingBundle(destination, problem=f"{target} holds a bundle of other options, inputs or code.")
         try:
             Bundle.open(target)
         except BundleError:
-            return ExistingBundle(place, is_damaged=True)
-        return ExistingBundle(place, is_finished=True)
+            return ExistingBundle(destination, is_damaged=True)
+        return ExistingBundle(destination, is_finished=True)
 
     def begin(self, build: Build) -> None:
-        """Note what the bundle will be made from, and which one is there now.
+        """Record what the bundle will be made from, and which bundle is at its target now.
 
-        OSError where the disk says no, or a bundle came there that was not there when the zoo began.
+        OSError where the record cannot be written, or the target has changed since the zoo began.
         """
-        if build.place is not None:
-            build.place.check()
+        if build.destination is not None:
+            build.destination.check()
         self._note(build, _fingerprint(self.target(build)))
 
     def finish(self, build: Build, *, is_made: bool) -> None:
-        """The bundle that is there now is the one that was to be made, or nothing is left of it."""
-        with contextlib.suppress(OSError):  # the bundle is there all the same, or the next run removes what is left
+        """Record that the bundle was made, or remove what a failed export left."""
+        with contextlib.suppress(OSError):  # without the record the next run makes the bundle again
             if is_made:
-                self._note(build, None)  # it may be the same as before, from the cache
+                self._note(build, None)  # no bundle to tell it from: from the cache it may equal the earlier one
             else:
                 remove_leftovers(self.target(build))
 
@@ -150,7 +151,7 @@ def _fingerprint(target: Path) -> str | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none that can be read."""
+    """The JSON object in a file; an empty one where none can be read."""
     try:
         content = read_json(file)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Make a zoo: keep what is there, build the rest, and write the summary after each."""
+"""Making a zoo: keep finished bundles, export the others, and rewrite the summary after each."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from spach_deploy.pipeline.zoo.schedule import Limits, Start, run_builds
 
 Finished = Generator[tuple[Build, ProcessEnd], None, None]
 Run = Callable[[Sequence[Build], Callable[[Build], None]], Finished]
-"""Runs builds, tells of each that begins, and gives them as they end; `schedule.run_builds` is one."""
+"""Runs builds, calls back for each that begins, and yields each with how it ended. See `schedule.run_builds`."""
 
 
 class ZooObserver(Protocol):
-    """Who is told how it goes."""
+    """Callbacks for the progress of a zoo."""
 
     def began(self, build: Build) -> None:
         """A build begins."""
 
     def ended(self, row: Row, done: int, total: int) -> None:
-        """A build ended, or was kept."""
+        """A build ended, or its bundle was kept from an earlier run."""
 
     def note(self, text: str) -> None:
-        """Something worth knowing."""
+        """A sentence for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ZooWork:
-    """What there is to do: `kept` are whole already, `builds` are to be made, `damaged` are those that are replaced."""
+    """The builds of a zoo: `kept` have a finished bundle, `builds` are to run, `damaged` had a damaged one."""
 
     all: tuple[Build, ...]
     kept: tuple[Build, ...]
@@ -47,31 +47,31 @@ class ZooWork:
 
 
 def work_of(builds: Sequence[Build], folder: ZooFolder, *, is_kept: bool, overwrite: bool) -> ZooWork:
-    """What is there, and what is left to do. `is_kept` False does all of it again.
+    """Sort builds into finished ones and those to run. `is_kept` False runs all of them again.
 
-    Raises BundleError for a bundle of something else in one of the places, unless `overwrite`.
+    Raises BundleError where another bundle is at one of the targets, unless `overwrite`.
     """
-    found = [(build, folder.look(build, folder.key(build.options) if is_kept else None)) for build in builds]
-    problems = [state.problem for _, state in found if state.problem]
+    states = [(build, folder.look(build, folder.key(build.options) if is_kept else None)) for build in builds]
+    problems = [state.problem for _, state in states if state.problem]
     if problems and not overwrite:
         more = f" ({len(problems)} such bundles in all)" if len(problems) > 1 else ""
         raise BundleError(f"{problems[0].rstrip('.')}{more}.", "Give --overwrite, or another --output.")
     return ZooWork(
         tuple(builds),
-        tuple(build for build, state in found if state.is_finished),
-        tuple(_replacing(build, state.place) for build, state in found if not state.is_finished),
-        tuple(build for build, state in found if state.is_damaged),
+        tuple(build for build, state in states if state.is_finished),
+        tuple(_replacing(build, state.destination) for build, state in states if not state.is_finished),
+        tuple(build for build, state in states if state.is_damaged),
     )
 
 
-def _replacing(build: Build, place: Destination) -> Build:
-    """The export may replace what is there: that it may has been decided."""
-    options = dataclasses.replace(build.options, overwrite=place.before is not None)
-    return dataclasses.replace(build, options=options, place=place)
+def _replacing(build: Build, destination: Destination) -> Build:
+    """The build with permission to replace what is at its destination, after the checks above."""
+    options = dataclasses.replace(build.options, overwrite=destination.before is not None)
+    return dataclasses.replace(build, options=options, destination=destination)
 
 
 class Zoo:
-    """The making of one zoo; `summary` is how far it is."""
+    """Makes one zoo. `summary`: the state of all builds so far."""
 
     def __init__(self, work: ZooWork, folder: ZooFolder, observer: ZooObserver, command: str) -> None:
         self._work, self._folder, self._observer = work, folder, observer
@@ -122,12 +122,12 @@ class Zoo:
                 self.summary = self.summary.replacing(waiting)
 
     def _write(self) -> None:
-        """Both summaries; what keeps them from being written costs nothing else."""
+        """Write summary.json and summary.html. Where that fails, the zoo goes on, and says so at the end."""
         self.summary = dataclasses.replace(self.summary, seconds=time.monotonic() - self._start)
         self._problem = self._problem_writing()
 
     def _problem_writing(self) -> str:
-        """Write summary.json and summary.html; why that was not possible, in a sentence, where it was not."""
+        """Write both files. Returns a sentence with the reason where that failed, else an empty text."""
         try:
             self._json = self._json.write_text(json_text(self.summary.to_dict()) + "\n")
             self._page = self._page.write_text(page_of_zoo(self.summary))
@@ -139,7 +139,7 @@ class Zoo:
 
 
 def on_this_machine(folder: ZooFolder, command: Sequence[str], more: Sequence[str], limits: Limits) -> Run:
-    """Builds as processes here: `command` with each export's arguments and `more`."""
+    """Run builds as processes on this machine: `command` with the words of each export and `more`."""
 
     def start(build: Build, cores: frozenset[int]) -> ExportProcess:
         folder.begin(build)

@@ -1,7 +1,4 @@
-"""What came of each build, and of all of them.
-
-The zoo's page: one table with a link to each bundle's own report.
-"""
+"""The summary of a zoo: the outcome of each build, as a table, JSON and an HTML page with links to the reports."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ DISAGREED_CODE, COULD_NOT_CODE = 1, 3
 
 
 class BuildStatus(str, enum.Enum):
-    """What came of a build."""
+    """Status of a build: not begun, running, or how it ended."""
 
     AGREED = "agreed"
     DISAGREED = "disagreed"
@@ -41,18 +38,19 @@ class BuildStatus(str, enum.Enum):
 
     @property
     def exit_code(self) -> int:
-        """What it counts for when the command ends: a bundle that is not there could not be made here."""
+        """The exit code that this status gives the command: 3 for every bundle that was not made."""
         return {BuildStatus.AGREED: 0, BuildStatus.DISAGREED: DISAGREED_CODE}.get(self, COULD_NOT_CODE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the summary.
+    """One build in the summary.
 
-    `exit_code`: the export's own, negative for a signal that ended it, None where it did not run. `level`: how far the
-    evidence reaches, graph or engine. `rel_l2`: of the logits, all golden images, by that evidence. `problem`: why
-    there is no bundle, in a sentence; `said`: the last lines of an export that failed. Bytes are of the whole bundle,
-    and of the plan; `peak_bytes`: the memory that the export took at most. `is_kept`: made by an earlier run.
+    `exit_code`: of the export, negative for a signal, None where it did not run. `level`: what was compared with the
+    reference, graph or engine. `rel_l2`: of its logits over all golden images. `problem`: why there is no bundle, as a
+    sentence; `said`: the last lines of a failed export. `bundle_bytes`, `plan_bytes`: sizes of all files and of the
+    plan; `peak_bytes`: peak memory of the export; `expected_bytes`: its estimate. `is_kept`: made by an earlier run.
+    `report`: the bundle's page, relative to the zoo. `node`: the machine that it ran on, if not this one.
     """
 
     name: str
@@ -77,7 +75,7 @@ class Row:
 
     @classmethod
     def waiting(cls, build: Build) -> Row:
-        """Of a build that did not begin yet."""
+        """The row of a build that has not begun."""
         gpus = tuple(map(str, build.options.engine.gpus))
         choice = build.choice
         return cls(build.name, choice.model, choice.precision.value, gpus, expected_bytes=build.memory_bytes)
@@ -88,7 +86,7 @@ class Row:
 
 
 def ended_row(row: Row, ended: ProcessEnd, target: Path) -> Row:
-    """`row` of an export that ended, its bundle at `target` if it succeeded."""
+    """`row` after its export ended, with the bundle at `target` where it succeeded."""
     facts = {"exit_code": ended.code, "seconds": ended.seconds, "peak_bytes": ended.peak_bytes, "node": ended.node}
     row = dataclasses.replace(row, **facts)  # type: ignore[arg-type]
     if ended.code == 0:
@@ -98,12 +96,12 @@ def ended_row(row: Row, ended: ProcessEnd, target: Path) -> Row:
 
 
 def kept_row(row: Row, target: Path) -> Row:
-    """`row` of a bundle that an earlier run made."""
+    """`row` with the bundle at `target`, which an earlier run made."""
     return dataclasses.replace(finished_row(row, target), is_kept=True)
 
 
 def finished_row(row: Row, target: Path) -> Row:
-    """`row` with what the bundle says of itself."""
+    """`row` with the figures from the bundle's manifest and report."""
     try:
         manifest = Bundle.open(target, verify=False).manifest
     except BundleError as error:
@@ -123,7 +121,7 @@ def finished_row(row: Row, target: Path) -> Row:
 
 
 def _rel_l2(report: Path) -> float | None:
-    """Of the logits, by the strongest evidence; None where the report does not tell."""
+    """Relative L2 of the logits in the last comparison of the report (the engine's, if it ran); None without one."""
     try:
         outputs = read_json(report)["evidence"][-1]["comparison"]["outputs"]
         return next(float(output["rel_l2"]) for output in outputs if output["name"] == "logits")
@@ -133,7 +131,7 @@ def _rel_l2(report: Path) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """All rows, in the order of the product. `command`: how to do it again, and how to go on."""
+    """All rows, models first. `command`: the command that makes this zoo, and continues it."""
 
     rows: tuple[Row, ...]
     command: str
@@ -141,23 +139,23 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """1 where any disagreed, else 3 where any could not be made, else 0."""
+        """1 where any bundle disagreed, else 3 where any could not be made, else 0."""
         codes = {row.verdict.exit_code for row in self.rows}
         return next((code for code in (DISAGREED_CODE, COULD_NOT_CODE) if code in codes), 0)
 
     @property
     def counts(self) -> Mapping[BuildStatus, int]:
-        """Rows by verdict, in the order of `Verdict`."""
-        found = collections.Counter(row.verdict for row in self.rows)
-        return {verdict: found[verdict] for verdict in BuildStatus if found[verdict]}
+        """Number of rows by status, in the order of `BuildStatus`."""
+        counts = collections.Counter(row.verdict for row in self.rows)
+        return {verdict: counts[verdict] for verdict in BuildStatus if counts[verdict]}
 
     @property
     def kept(self) -> int:
-        """Bundles that an earlier run made."""
+        """Number of bundles that an earlier run made."""
         return sum(row.is_kept for row in self.rows)
 
     def sentence(self) -> str:
-        """Such as `24 bundles: 22 agreed (20 kept from before), 2 failed.`"""
+        """The counts as a sentence: `24 bundles: 22 agreed (20 kept from before), 2 failed.`"""
         parts = []
         for verdict, count in self.counts.items():
             kept = f" ({self.kept} kept from before)" if verdict is BuildStatus.AGREED and self.kept else ""
@@ -165,7 +163,7 @@ class Summary:
         return f"{len(self.rows)} bundle{'' if len(self.rows) == 1 else 's'}: {', '.join(parts)}."
 
     def replacing(self, row: Row) -> Summary:
-        """With one row changed, found by its name."""
+        """A copy with the row of the same name replaced."""
         rows = tuple(row if other.name == row.name else other for other in self.rows)
         return dataclasses.replace(self, rows=rows)
 
@@ -186,7 +184,7 @@ class Summary:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """For a terminal; why there is no bundle stands below its row."""
+    """The rows as a table for the terminal; problems stand below their rows."""
     width = max((len(row.name) for row in rows), default=0)
     head = f"{'bundle':<{width}}  verdict    evidence   rel. L2       MB  kernels    time"
     lines = [head.rstrip()]
@@ -209,7 +207,7 @@ _STATES = {BuildStatus.AGREED: "good", BuildStatus.DISAGREED: "bad", BuildStatus
 
 
 def page_of_zoo(summary: Summary) -> str:
-    """The page as text. Raises MissingPackageError without jinja2."""
+    """summary.html as text. Raises MissingPackageError without jinja2."""
     made = [row for row in summary.rows if row.verdict is BuildStatus.AGREED]
     return fill(
         "zoo.html.jinja",
@@ -234,7 +232,7 @@ def state(summary: Summary) -> str:
 
 
 def heading(summary: Summary) -> str:
-    """The verdict in a few words."""
+    """The result in a few words."""
     counts = summary.counts
     if counts.get(BuildStatus.DISAGREED):
         return f"{plural(counts[BuildStatus.DISAGREED], 'model')} disagreed with PyTorch"
@@ -246,5 +244,5 @@ def heading(summary: Summary) -> str:
 
 
 def link(row: Row) -> str | None:
-    """The report's page, as a browser takes it: relative, so that the directory may move."""
+    """The URL of the report's page, relative, so that the directory may be moved."""
     return None if row.report is None else urllib.parse.quote(os.fsencode(row.report))

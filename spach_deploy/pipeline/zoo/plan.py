@@ -1,7 +1,4 @@
-"""What a zoo is made of: models times precisions times groups of GPUs, each a bundle in a directory of its own.
-
-The checkpoint of each model, from a folder that holds one for each.
-"""
+"""Planning a zoo: the exports for models x precisions x groups of GPUs, with options, checkpoints and estimates."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ from spach_deploy.pipeline.estimate import DryRun, dry_run, read_facts
 _SHOWN = 3
 
 _MEMORY_MARGIN = 1.5
-"""The estimate is of one process at its largest; the engine's builder runs beside it, and several exports must fit."""
+"""Factor on the memory estimate, which does not cover every peak of an export with an engine build at the same time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ZooEntry:
-    """One bundle of the zoo. `gpus` as --gpu takes them, such as `sm86,sm89`; None for the engine's default."""
+    """One bundle of the zoo. `gpus`: as for --gpu, such as `sm86,sm89`; None for the engine's default."""
 
     model: str
     precision: Precision
@@ -46,9 +43,9 @@ class ZooEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """An export to be done, with what it is expected to take: see `pipeline.estimate` for how well that is known.
+    """An export to run, with the estimates of `pipeline.estimate` for it.
 
-    `place`: where its bundle goes, with what may be replaced there, once that is known.
+    `destination`: where its bundle goes, with the content that may be replaced; None until that was looked at.
     """
 
     choice: ZooEntry
@@ -56,7 +53,7 @@ class Build:
     seconds: float
     memory_bytes: float
     disk_bytes: float
-    place: Destination | None = None
+    destination: Destination | None = None
 
     @property
     def name(self) -> str:
@@ -65,21 +62,21 @@ class Build:
 
 
 def choices(models: str, precisions: Sequence[str], gpus: str | None) -> tuple[ZooEntry, ...]:
-    """The product, models first. Raises UsageError for a pattern, a precision or a GPU that is none.
+    """All combinations, models first. Raises UsageError for an unknown model, precision or GPU.
 
-    `models`: names and fnmatch patterns with commas between. `gpus`: with commas between, each a bundle of its own;
-    `+` joins those that share one (`sm86+sm89,sm120` are two bundles).
+    `models`: names and fnmatch patterns, separated by commas. `gpus`: separated by commas, each for a bundle of its
+    own; `+` joins GPUs that share a bundle (`sm86+sm89,sm120` gives two bundles).
     """
-    found = (models_matching(models), _precisions(precisions), gpu_groups(gpus))
-    return tuple(ZooEntry(*each) for each in itertools.product(*found))
+    axes = (models_matching(models), _precisions(precisions), gpu_groups(gpus))
+    return tuple(ZooEntry(*each) for each in itertools.product(*axes))
 
 
 def models_matching(patterns: str) -> tuple[str, ...]:
-    """Registry names in the registry's order, each once. ModelError for a pattern that matches none."""
-    wanted: set[str] = set()
+    """Names of models in the order of `CONFIGS`, each once. ModelError for a pattern that matches none."""
+    names: set[str] = set()
     for pattern in _parts(patterns, "--zoo names no model.", "Give --zoo 'ms_*', or names with commas between."):
-        wanted.update(_matching(pattern))
-    return tuple(name for name in CONFIGS if name in wanted)
+        names.update(_matching(pattern))
+    return tuple(name for name in CONFIGS if name in names)
 
 
 def _matching(pattern: str) -> list[str]:
@@ -100,7 +97,7 @@ def _precisions(values: Sequence[str]) -> tuple[Precision, ...]:
 
 
 def gpu_groups(text: str | None) -> tuple[str | None, ...]:
-    """The GPUs of each bundle, as --gpu takes them; one None where none was named."""
+    """The GPUs of each bundle, as for --gpu; one None where none was named."""
     if text is None:
         return (None,)
     parts = _parts(text, "--gpu names no GPU.", "Give --gpu sm86,sm89 or card names such as rtx4090.")
@@ -118,9 +115,9 @@ def _parts(text: str, nothing: str, hint: str) -> list[str]:
 def build_matrix(
     chosen: Sequence[ZooEntry], options_of: Callable[[ZooEntry], ExportOptions], *, reads_checkpoints: bool = False
 ) -> tuple[Build, ...]:
-    """Every export, looked at as --dry-run does. Raises the first refusal, naming the bundles that it is of.
+    """Plan every export, with the checks of --dry-run. Raises the first error, with the names of the refused bundles.
 
-    `reads_checkpoints`: each once; else each export finds out for itself.
+    `reads_checkpoints`: read each checkpoint once for the estimates; otherwise checkpoints are left to the exports.
     """
     builds, refused = [], []
     read = functools.cache(read_facts) if reads_checkpoints else None
@@ -141,7 +138,7 @@ def _build(choice: ZooEntry, options: ExportOptions, found: DryRun) -> Build:
 
 
 def _check_shared(options: ExportOptions, count: int) -> None:
-    """Files that belong to one export cannot serve many."""
+    """UsageError for files that belong to one export and cannot serve several."""
     calibration = options.quantization.calibration
     for option in filling():
         if option.zoo_refusal and (value := value_of(options, option.field)) is not None:
@@ -154,7 +151,7 @@ def _check_shared(options: ExportOptions, count: int) -> None:
 
 
 def _refusal(refused: list[tuple[str, SpachError]], total: int) -> SpachError:
-    """The first one's error; where it is not of all bundles, with the names of those that are refused."""
+    """The first error; where not all bundles are refused, with the names of those that are."""
     error = refused[0][1]
     if len(refused) < total:
         error.message = f"{', '.join(_named([name for name, _ in refused]))}: {error.message}"
@@ -171,7 +168,8 @@ SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".safetensors.index.json")
 
 
 def checkpoint_of(model: str, given: Path | None, *, is_alone: bool) -> Path | None:
-    """`given` itself for one model alone; else the file named like the model, or like the published one, in the folder.
+    """The checkpoint of `model`: the file `given` where it is the only model, else MODEL.pth or spach_MODEL.pth (or
+    another of `SUFFIXES`) in the folder `given`.
 
     Raises UsageError for one file and several models, CheckpointError for a folder without such a file, or with two.
     """
@@ -183,8 +181,8 @@ def checkpoint_of(model: str, given: Path | None, *, is_alone: bool) -> Path | N
             "Give a folder with a checkpoint for each: ms_hybrid_s.pth or spach_ms_hybrid_s.pth.",
         )
     names = [f"{stem}{suffix}" for stem in (model, f"spach_{model}") for suffix in SUFFIXES]
-    found = [given / name for name in names if (given / name).is_file()]
-    if len(found) != 1:
-        what = "no checkpoint" if not found else f"{len(found)} checkpoints ({', '.join(file.name for file in found)})"
+    files = [given / name for name in names if (given / name).is_file()]
+    if len(files) != 1:
+        what = "no checkpoint" if not files else f"{len(files)} checkpoints ({', '.join(file.name for file in files)})"
         raise CheckpointError(f"{given} holds {what} of {model}.", f"Put one there, such as {model}.pth.")
-    return found[0]
+    return files[0]

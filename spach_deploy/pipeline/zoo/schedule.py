@@ -1,8 +1,8 @@
-"""Builds in an order and in a number that the machine bears: by its cores, and by what memory is free.
+"""Running the exports of a zoo on this machine, as many at once as its cores and its free memory allow.
 
-The longest come first, so that none of them is alone at the end. Memory is that of `pipeline.estimate`:
-a build begins when what is free at the start holds it beside those that run. One that is larger than all of it runs
-alone. One that the disk cannot hold does not begin at all.
+The longest come first, so that none of them runs alone at the end. A build begins when its estimated memory
+(`pipeline.estimate`) and that of the running ones fit into the memory that was free at the start. A build that needs
+more than all of it runs alone; one that does not fit on the disk does not run.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from spach_deploy.pipeline.zoo.plan import Build
 _POLL_S = 0.05
 _MEMORY_SHARE = 0.9
 NOT_BEGUN = 3
-"""Exit code of a build that did not begin: this machine cannot do it."""
+"""Exit code of a build that could not begin: this machine cannot do it."""
 
 Start = Callable[[Build, frozenset[int]], RunningExport]
-"""Begins a build on these cores. OSError where it cannot."""
+"""Starts a build on the given cores. OSError where that fails."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much may run at once. `memory_bytes` None: not known, so that `jobs` alone decides."""
+    """How many builds may run at once. `memory_bytes` None: not known, so that only `jobs` counts."""
 
     jobs: int
     memory_bytes: float | None
 
     @classmethod
     def here(cls, jobs: int | None, builds: int) -> Limits:
-        """Of this machine: as many as asked for, else one for every core, within what memory is free.
+        """The limits of this machine: `jobs` builds, or one for each core, within the free memory.
 
-        Much of an export computes on one core, so that more exports at once take less time in all than one on more
-        cores: two of ms_trans_xxs on two cores took 41 s beside each other, 59 s one after the other.
+        Much of an export runs on one core, so several exports at once are faster than one after another on all cores:
+        two exports of ms_trans_xxs on two cores took 41 s at the same time and 59 s in sequence.
         """
         memory = find_memory()
         free = None if memory is None else _MEMORY_SHARE * memory.available_bytes
         return cls(max(1, min(jobs or available_threads(), builds)), free)
 
     def allow(self, build: Build, running: Sequence[Build]) -> bool:
-        """Whether `build` may begin beside those that run."""
+        """Whether `build` may begin while the others run."""
         if not running:
             return True
         needed = build.memory_bytes + sum(other.memory_bytes for other in running)
@@ -55,16 +55,16 @@ class Limits:
 
 
 def longest_first(builds: Sequence[Build]) -> list[Build]:
-    """In the order in which they begin."""
+    """The builds in the order in which they begin."""
     return sorted(builds, key=lambda build: -build.seconds)
 
 
 def run_builds(
-    builds: Sequence[Build], limits: Limits, start: Start, place: Path, began: Callable[[Build], None]
+    builds: Sequence[Build], limits: Limits, start: Start, folder: Path, began: Callable[[Build], None]
 ) -> Generator[tuple[Build, ProcessEnd], None, None]:
-    """Every build with how it ended, as they end. Leaving the iteration early interrupts those that run.
+    """Run all builds, and yield each with how it ended. Leaving the iteration early interrupts the running ones.
 
-    `place`: where bundles are written. `began` is told of each build that begins.
+    `folder`: where bundles are written. `began` is called for each build that begins.
     """
     pending = longest_first(builds)
     running: dict[Build, tuple[RunningExport, int]] = {}
@@ -75,7 +75,7 @@ def run_builds(
                 pending.remove(build)
                 slot = min(set(range(len(cores))) - {taken for _, taken in running.values()})
                 try:
-                    _check_disk(build, list(running), place)
+                    _check_disk(build, list(running), folder)
                     running[build] = (start(build, cores[slot]), slot)
                 except OSError as error:
                     yield build, ProcessEnd(NOT_BEGUN, (f"Error: Not begun: {error.strerror or error}.",), 0.0)
@@ -99,7 +99,7 @@ def _ended(running: dict[Build, tuple[RunningExport, int]]) -> Iterator[tuple[Bu
 
 
 def end_all(processes: Sequence[RunningExport]) -> None:
-    """All at once, so that they end in the time of one."""
+    """Interrupt all processes, then wait for each, so that they end at the same time."""
     for process in processes:
         process.interrupt()
     for process in processes:
@@ -107,14 +107,14 @@ def end_all(processes: Sequence[RunningExport]) -> None:
 
 
 def _shares(jobs: int) -> list[frozenset[int]]:
-    """Disjoint cores for each job where there are enough, else one core for each, some shared."""
+    """Cores for each job: disjoint where there are enough, else one core each, some shared."""
     cores = sorted(os.sched_getaffinity(0))
     return [frozenset(cores[job::jobs]) or frozenset({cores[job % len(cores)]}) for job in range(jobs)]
 
 
-def _check_disk(build: Build, running: Sequence[Build], place: Path) -> None:
-    """OSError where the disk does not hold this bundle beside those that are being made."""
+def _check_disk(build: Build, running: Sequence[Build], folder: Path) -> None:
+    """OSError where this bundle and those being made do not fit on the disk together."""
     with contextlib.suppress(FileNotFoundError):
-        free = shutil.disk_usage(place).free - sum(other.disk_bytes for other in running)
+        free = shutil.disk_usage(folder).free - sum(other.disk_bytes for other in running)
         if build.disk_bytes > free:
             raise OSError(f"it needs about {build.disk_bytes / 1e6:,.0f} MB, and {max(free, 0) / 1e6:,.0f} MB are free")

@@ -239,7 +239,7 @@ def test_probes_ask_triton_and_the_start_has_the_time_it_needs(
     for probe, path in (("startupProbe", "ready"), ("readinessProbe", "ready"), ("livenessProbe", "live")):
         assert server[probe]["httpGet"] == {"path": f"/v2/health/{path}", "port": port}
     startup = server["startupProbe"]
-    assert startup["periodSeconds"] * startup["failureThreshold"] >= written.deployed.sizes.startup_seconds
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= written.deployment.sizes.startup_seconds
     assert f"--http-port={port}" in server["args"]
     grace = pod(resources)["spec"]["terminationGracePeriodSeconds"]
     assert grace > 10 + 30  # preStop, then --exit-timeout-secs
@@ -300,7 +300,7 @@ def test_the_autoscaler_scales_what_there_is_on_a_metric_that_the_adapter_makes(
     written: KubernetesPackage, resources: list[Resource]
 ) -> None:
     autoscaler = one(resources, "HorizontalPodAutoscaler")["spec"]
-    name = "ms-hybrid-s-plus-predictor" if written.deployed.options.kserve else "ms-hybrid-s-plus"
+    name = "ms-hybrid-s-plus-predictor" if written.deployment.options.kserve else "ms-hybrid-s-plus"
     assert autoscaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
     assert not any("replicas" in r["spec"] for r in resources if r["kind"] == "Deployment")
     adapter = yaml.safe_load((written.path / "monitoring" / "prometheus-adapter.yaml").read_text())
@@ -320,7 +320,7 @@ def test_staging_has_one_pod_and_production_as_many_as_asked(written: Kubernetes
         found = built(written.path / "overlays" / overlay)
         autoscaler = one(found, "HorizontalPodAutoscaler")["spec"]
         bounds[overlay] = (autoscaler["minReplicas"], autoscaler["maxReplicas"])
-        if written.deployed.options.kserve:
+        if written.deployment.options.kserve:
             predictor = one(found, "InferenceService")["spec"]["predictor"]
             assert (predictor["minReplicas"], predictor["maxReplicas"]) == bounds[overlay]
         namespaces = {r["metadata"].get("namespace") for r in found if r["kind"] != "Namespace"}

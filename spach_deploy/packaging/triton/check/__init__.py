@@ -1,10 +1,10 @@
-"""The offline check of a model repository: no server, no GPU, nothing is run.
+"""Offline check of a Triton model repository, without a server or a GPU; no model is run.
 
     findings = check_repository(Path("models"))
     findings.exit_code            # 1 on any finding
 
-config.pbtxt is parsed with Triton's own message definitions and held against the graph, or against the manifest of the
-bundle that the engine came from. What is checked is the list `RULES`.
+config.pbtxt is parsed with Triton's own protobuf messages, and compared with the ONNX graph, or for a plan with the
+manifest of its bundle. `RULES` lists all checks.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ RULES: tuple[Rule, ...] = (
     check_own_steps,
     check_ensemble,
 )
-"""Every rule, in the order of the report. Each sees one model, and the repository for what it refers to."""
+"""All rules, in the order of the report. Each gets one model, and the repository for references to other models."""
 
 
 def check_repository(path: Path) -> Checked:
-    """Check every model of the repository at `path`. UsageError when it is no folder or cannot be read."""
+    """Check every model of the repository at `path`. UsageError where it is not a folder or cannot be read."""
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise UsageError(f"{path} {what}.", "Give a model repository: a folder with one folder per model.")
@@ -72,7 +72,7 @@ def _checked(path: Path) -> Checked:
 
 
 def _read(folder: Path) -> object:
-    """The folder's ModelConfig, or why there is none."""
+    """The folder's ModelConfig, or a finding that says why there is none."""
     where = f"{folder.name}/{CONFIG}"
     if not (folder / CONFIG).is_file():
         return RepositoryFinding(
@@ -85,14 +85,14 @@ def _read(folder: Path) -> object:
     except UnicodeDecodeError:
         return RepositoryFinding(where, "", "bytes that are not UTF-8", "text", "Write it again.")
     except ConfigSyntaxError as error:
-        place = f"line {error.line}" if error.line else ""
+        line = f"line {error.line}" if error.line else ""
         return RepositoryFinding(
-            where, place, error.reason, "a ModelConfig in protobuf's text format", _advice(error.reason)
+            where, line, error.reason, "a ModelConfig in protobuf's text format", _advice(error.reason)
         )
 
 
 def _advice(reason: str) -> str:
-    """For an unknown field, the known one that looks like it."""
+    """How to fix a syntax error; for an unknown field, with the known field that is most similar."""
     unknown = reason.partition('has no field named "')[2].partition('"')[0]
     close = difflib.get_close_matches(unknown, field_names(), n=1) if unknown else []
     return f"Did you mean {close[0]}?" if close else "Correct that line."

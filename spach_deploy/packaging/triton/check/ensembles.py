@@ -1,6 +1,7 @@
-"""Rules for an ensemble's wiring: steps that are there, tensors that are given and that fit those who take them.
+"""Rules for ensembles: their steps, the tensors that connect them, and the Python steps that spach-package writes.
 
-Rules for the steps that spach-package writes: their parameters against their tensors.
+Every step must name a model of the repository; every tensor needs one source, whose type and dims fit its consumers.
+For spach-package's own steps, the parameters are compared with their tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NEWEST = -1
 
 
 def check_ensemble(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """Steps, maps, and the tensors between them."""
+    """Check an ensemble's steps, their maps, and the tensors between them."""
     if not model.is_ensemble:
         return
     steps = list(model.config.ensemble_scheduling.step)
@@ -44,7 +45,7 @@ def _model(
     model: ModelFolder, where: str, step: Any, target: ModelFolder | None, repository: Repository
 ) -> Iterator[RepositoryFinding]:
     if target is None:
-        if step.model_name not in repository.folders:  # else its own configuration has a finding
+        if step.model_name not in repository.folders:  # otherwise its config.pbtxt has a finding already
             yield model.finding(
                 f"{where}.model_name",
                 f'"{step.model_name}"',
@@ -87,7 +88,7 @@ def _maps(model: ModelFolder, where: str, step: Any, target: ModelFolder) -> Ite
 
 @dataclasses.dataclass(frozen=True)
 class _TensorEnd:
-    """One end of a wire: a tensor of a model, and where the ensemble's configuration names it."""
+    """One end of a connection: a tensor of a model, and the field of the ensemble's configuration that names it."""
 
     where: str
     owner: str
@@ -96,7 +97,7 @@ class _TensorEnd:
 
     @property
     def dims(self) -> list[int]:
-        """With the batch in front, as the ensemble passes it on."""
+        """The dims with the batch in front."""
         return [*([-1] if self.is_batched else []), *self.tensor.dims]
 
     def __str__(self) -> str:
@@ -104,54 +105,57 @@ class _TensorEnd:
 
 
 class _Tensors:
-    """The ensemble's tensors by name: who gives each, and who takes it."""
+    """The ensemble's tensors by name, with their sources and consumers."""
 
     def __init__(self, model: ModelFolder) -> None:
         self._model = model
-        self._given: dict[str, list[_TensorEnd]] = {}
-        self._taken: dict[str, list[_TensorEnd]] = {}
+        self._sources: dict[str, list[_TensorEnd]] = {}
+        self._consumers: dict[str, list[_TensorEnd]] = {}
         is_batched = model.config.max_batch_size > 0
         for where, tensor in model.tensors():
-            ends = self._given if where.startswith("input") else self._taken
+            ends = self._sources if where.startswith("input") else self._consumers
             ends.setdefault(tensor.name, []).append(_TensorEnd(where, "the ensemble", tensor, is_batched))
 
     def add(self, where: str, step: Any, target: ModelFolder) -> None:
-        """The tensors of one step."""
+        """Add the tensors of one step."""
         sides = (
-            (self._taken, "input_map", step.input_map, target.config.input),
-            (self._given, "output_map", step.output_map, target.config.output),
+            (self._consumers, "input_map", step.input_map, target.config.input),
+            (self._sources, "output_map", step.output_map, target.config.output),
         )
         for ends, field, mapping, tensors in sides:
             known = {tensor.name: tensor for tensor in tensors}
-            for name, wire in mapping.items():
+            for name, connected in mapping.items():
                 if name in known:
                     end = _TensorEnd(f"{where}.{field}", target.name, known[name], target.config.max_batch_size > 0)
-                    ends.setdefault(wire, []).append(end)
+                    ends.setdefault(connected, []).append(end)
 
     def findings(self) -> Iterator[RepositoryFinding]:
-        """Wires with no source or two, inputs that nobody takes, and ends that do not fit."""
-        for name, takers in self._taken.items():
-            sources = self._given.get(name, [])
+        """Tensors with no source or two, inputs that no step uses, and ends that do not fit."""
+        for name, consumers in self._consumers.items():
+            sources = self._sources.get(name, [])
             if not sources:
-                have = ", ".join(sorted(self._given))
+                have = ", ".join(sorted(self._sources))
                 yield self._model.finding(
-                    takers[0].where, f'"{name}", which nothing gives', f"one of {have}", "Correct the name in the maps."
+                    consumers[0].where,
+                    f'"{name}", which nothing gives',
+                    f"one of {have}",
+                    "Correct the name in the maps.",
                 )
-            for taker in takers if sources else ():
-                yield from self._fit(name, sources[0], taker)
-        for name, sources in self._given.items():
+            for consumer in consumers if sources else ():
+                yield from self._fit(name, sources[0], consumer)
+        for name, sources in self._sources.items():
             if len(sources) > 1:
                 where = sources[1].where
                 yield self._model.finding(where, f'"{name}" a second time', "one source per tensor", "Rename one.")
-            if name not in self._taken and sources[0].owner == "the ensemble":
+            if name not in self._consumers and sources[0].owner == "the ensemble":
                 yield self._model.finding(
                     sources[0].where, f'"{name}", which no step takes', "an input that is used", "Map it, or remove it."
                 )
 
-    def _fit(self, name: str, source: _TensorEnd, taker: _TensorEnd) -> Iterator[RepositoryFinding]:
-        agrees = source.tensor.data_type == taker.tensor.data_type and _compatible(source.dims, taker.dims)
+    def _fit(self, name: str, source: _TensorEnd, consumer: _TensorEnd) -> Iterator[RepositoryFinding]:
+        agrees = source.tensor.data_type == consumer.tensor.data_type and _compatible(source.dims, consumer.dims)
         if not agrees:
-            yield self._model.finding(taker.where, f'"{name}": {source}', str(taker), "Correct one of them.")
+            yield self._model.finding(consumer.where, f'"{name}": {source}', str(consumer), "Correct one of them.")
 
 
 def _compatible(given: list[int], taken: list[int]) -> bool:
@@ -159,15 +163,15 @@ def _compatible(given: list[int], taken: list[int]) -> bool:
 
 
 def _cycle(model: ModelFolder, repository: Repository, path: tuple[str, ...]) -> tuple[str, ...]:
-    """Names along a circle through `path[0]`, or nothing."""
+    """Names of models on a cycle of ensembles through `path[0]`; empty where there is none."""
     for step in model.config.ensemble_scheduling.step:
         if step.model_name == path[0]:
             return (*path, step.model_name)
         target = repository.find(step.model_name)
         if target is not None and target.is_ensemble and step.model_name not in path:
-            found = _cycle(target, repository, (*path, step.model_name))
-            if found:
-                return found
+            cycle = _cycle(target, repository, (*path, step.model_name))
+            if cycle:
+                return cycle
     return ()
 
 
@@ -175,7 +179,7 @@ _AGAIN = "Write it again with spach-package triton --ensemble."
 
 
 def check_own_steps(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """Models of the Python backend that have the parameters `preprocessing` or `top_k`."""
+    """Check the steps that spach-package wrote: Python models with the parameters `preprocessing` or `top_k`."""
     if model.backend != "python":
         return
     parameters = {name: value.string_value for name, value in model.config.parameters.items()}

@@ -1,6 +1,6 @@
-"""Rules for a configuration by itself, all of which the server has too: platform, tensors, instances, versions.
+"""Rules for config.pbtxt by itself (platform, tensors, instances, versions), as the server has them, and for labels.
 
-Rules for labels: the file is there, and has a name for each class.
+A label file must exist and have a name for each class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spach_deploy.packaging.triton.schema import data_type_name
 
 
 def check_fields(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """Names, platform and backend, tensors, instance groups, version policy, response cache."""
+    """Check name, platform and backend, tensors, instance groups, version policy and response cache."""
     yield from _name(model)
     yield from _platform(model)
     yield from _tensors(model)
@@ -161,7 +161,7 @@ _FIX = "Write one name a line, in the order of the classes."
 
 
 def check_labels(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """label_filename of every output. Logits without one give clients numbers where they asked for classes."""
+    """Check label_filename of every output. For logits without one, clients get numbers instead of class names."""
     for index, output in enumerate(model.config.output):
         where = f"output[{index}].label_filename"
         if output.label_filename:
@@ -173,7 +173,7 @@ def check_labels(model: ModelFolder, repository: Repository) -> Iterator[Reposit
 
 
 def label_file(model: ModelFolder, where: str, name: str, classes: int | None) -> Iterator[RepositoryFinding]:
-    """One label file against the number of classes, which is None where the dims leave it free."""
+    """Check a label file against the number of classes, None where the dims leave it free."""
     file = model.path / name
     if not file.is_file():
         yield model.finding(where, f"no file {name}", "a text file beside config.pbtxt", _FIX, file=name)
@@ -200,5 +200,5 @@ def label_file(model: ModelFolder, where: str, name: str, classes: int | None) -
 
 
 def _classes(output: Any) -> int | None:
-    """The last extent: classes, in a batch or without one."""
+    """The number of classes: the last extent, None where it is free."""
     return int(output.dims[-1]) if output.dims and output.dims[-1] > 0 else None

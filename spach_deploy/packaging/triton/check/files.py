@@ -1,4 +1,4 @@
-"""Rules for a model's files: version folders, the file that the backend loads, and whether it is what it should be."""
+"""Rules for a model's files: version folders, the plan or graph in each, its weights, and the bundle's manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AGAIN = "Write it again with spach-package triton."
 
 
 def check_files(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """Version folders, model files, the manifest of the bundle beside them."""
+    """Check version folders, model files, and the manifest of the bundle in the same folder."""
     name = model.config.default_model_filename
     if name and Path(name).name != name:
         yield model.finding("default_model_filename", f'"{name}"', "a file name without folders", "Correct it.")
@@ -59,7 +59,7 @@ def _version(model: ModelFolder, version: int) -> Iterator[RepositoryFinding]:
         yield model.finding("", found, f"what backend {model.backend} loads", fix, file=where)
         return
     if not file.is_file():
-        return  # a folder, as some backends load
+        return  # some backends load a folder
     if model.is_tensorrt:
         yield from _plan(model, file, where)
     elif model.backend == "onnxruntime" and graph_tensors(file) is None:
@@ -88,7 +88,7 @@ def _plan(model: ModelFolder, file: Path, where: str) -> Iterator[RepositoryFind
 
 
 def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[RepositoryFinding]:
-    """Its weights must be there, and some Triton image must run it, on the devices that its instances are for."""
+    """A graph's weights must exist, and a known Triton image must run it on the devices of its instances."""
     if wrong := _wrong_data(file):
         found, fix = wrong
         yield model.finding("", found, "the graph with its weights", fix, file=where)
@@ -110,7 +110,7 @@ def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[RepositoryFin
 
 
 def _wrong_data(file: Path) -> tuple[str, str] | None:
-    """What is wrong with the files that hold a graph's weights, and what to do; None where they are there."""
+    """What is wrong with the files of a graph's weights, and how to fix it; None where they are complete."""
     import onnx
 
     graph = onnx.load(file, load_external_data=False)
@@ -122,7 +122,7 @@ def _wrong_data(file: Path) -> tuple[str, str] | None:
 
 
 def _has_flag(model: ModelFolder) -> bool:
-    return ACCEPTS_RTX in model.config.parameters  # asking for an absent key of a protobuf map would add it
+    return ACCEPTS_RTX in model.config.parameters  # indexing a protobuf map adds an absent key
 
 
 def _what_it_is(file: Path) -> str:
@@ -133,7 +133,7 @@ def _what_it_is(file: Path) -> str:
 
 
 def _bundle(model: ModelFolder, version: int, file: Path, where: str) -> Iterator[RepositoryFinding]:
-    """The manifest that a plan is checked against must be there, and be of this very file."""
+    """A plan needs the manifest of its bundle, whose SHA-256 must be that of the file."""
     path = file.parent / FACTS
     if not path.is_file():
         if model.is_tensorrt:

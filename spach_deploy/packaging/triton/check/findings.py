@@ -1,7 +1,4 @@
-"""What a check found.
-
-A check's findings for the terminal and as JSON.
-"""
+"""Findings of the check of a repository, and their output as text and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from spach_deploy.common.text import escaped, json_text
 
 
 class Severity(str, enum.Enum):
-    """`error`: the server refuses it, or serves something else than it says. `warning`: known, and accepted."""
+    """`error`: the server refuses the model, or serves another than configured. `warning`: an accepted fault."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -23,7 +20,7 @@ class Severity(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class RepositoryFinding:
-    """One thing that is wrong: in which file of the repository, in which field, what stands there and what should."""
+    """One fault: file and field, what was found there, what was expected, and how to fix it."""
 
     file: str
     field: str
@@ -39,7 +36,7 @@ class RepositoryFinding:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A check of a repository: its models by name, and the findings."""
+    """The result of checking a repository: names of its models, and the findings."""
 
     repository: str
     models: tuple[str, ...]
@@ -47,12 +44,12 @@ class Checked:
 
     @property
     def errors(self) -> tuple[RepositoryFinding, ...]:
-        """Findings that are no mere warnings."""
+        """The findings that are errors, not warnings."""
         return tuple(finding for finding in self.findings if finding.severity is Severity.ERROR)
 
     @property
     def exit_code(self) -> int:
-        """1 on any error."""
+        """1 with any error, else 0."""
         return 1 if self.errors else 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +63,7 @@ class Checked:
 
 
 def as_text(checked: Checked) -> str:
-    """Findings by file, and a closing line."""
+    """The findings by file, and a closing line."""
     lines: list[str] = []
     for file, findings in itertools.groupby(checked.findings, key=lambda finding: finding.file):
         lines.append(printable(file))
@@ -75,7 +72,7 @@ def as_text(checked: Checked) -> str:
 
 
 def as_json(checked: Checked) -> str:
-    """The same as JSON."""
+    """The result as JSON."""
     return json_text(checked.to_dict())
 
 

@@ -1,9 +1,7 @@
-"""What the file of a version says of itself: its tensors, and the batches that it accepts.
+"""A model's folder, as the rules see it: its config.pbtxt, its versions, and the tensors of its files.
 
-An ONNX graph tells its tensors. A plan cannot be read without TensorRT and a GPU, so what the bundle's manifest beside
-it says is taken, which holds for exactly the bytes whose SHA-256 it names.
-
-A model's folder as the rules see it: its configuration, its versions, what the served files say of themselves.
+Tensors of an ONNX graph are read from the file. A plan cannot be read without TensorRT and a GPU, so its tensors come
+from bundle.json in the same folder, the bundle's manifest, which is valid for the plan with the SHA-256 in it.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ from spach_deploy.packaging.triton.repository import FACTS
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Tensors by name, their shapes with None for a free extent. `profile` None: not known.
+    """Inputs and outputs of a version's file, by name, with None for a free extent in their shapes.
 
-    `source` names the file that the tensors come from. `digest` is the SHA-256 that the served file must have, where
-    the bundle it came from is known.
+    `source`: the file that they were read from. `profile`: batch profile, None where not known. `digest`: the SHA-256
+    that the served file must have, where its bundle is known.
     """
 
     source: str
@@ -39,7 +37,7 @@ class Facts:
 
 
 def artifact_facts(version: Path, file_name: str, backend: str) -> Facts | None:
-    """Facts of a version's file; None where there are none, which `check_files` reports."""
+    """Facts of a version's file; None where they cannot be read, which `check_files` reports."""
     manifest = bundle_manifest(version)
     graph = graph_tensors(version / file_name) if backend == "onnxruntime" else None
     if manifest is None:
@@ -51,7 +49,7 @@ def artifact_facts(version: Path, file_name: str, backend: str) -> Facts | None:
 
 
 def bundle_manifest(version: Path) -> Manifest | None:
-    """The bundle's manifest of a version; None where it is absent or cannot be read."""
+    """The manifest of the bundle that a version came from; None where it is absent or cannot be read."""
     try:
         return Manifest.read(version / FACTS)
     except BundleError:
@@ -59,7 +57,7 @@ def bundle_manifest(version: Path) -> Manifest | None:
 
 
 def graph_tensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]] | None:
-    """Inputs and outputs of an ONNX file; None for what is none."""
+    """Inputs and outputs of an ONNX file; None for any other file."""
     import onnx
 
     try:
@@ -67,7 +65,7 @@ def graph_tensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, TensorIn
         constants = {tensor.name for tensor in graph.initializer}
         inputs = _by_name([_tensor(value) for value in graph.input if value.name not in constants])
         outputs = _by_name([_tensor(value) for value in graph.output])
-    except Exception:  # protobuf's own exceptions, OSError, and types that NumPy has no name for
+    except Exception:  # protobuf's own exceptions, OSError, and data types without a NumPy dtype
         return None
     return (inputs, outputs) if graph.node else None
 
@@ -96,7 +94,7 @@ PLATFORMS = {
     "tensorflow_graphdef": "tensorflow",
     "tensorflow_savedmodel": "tensorflow",
 }
-"""Backend of each platform; an ensemble has none."""
+"""The backend of each `platform`; an ensemble has none."""
 
 DEFAULT_FILES = {
     "tensorrt": "model.plan",
@@ -105,49 +103,49 @@ DEFAULT_FILES = {
     "python": "model.py",
     "openvino": "model.xml",
 }
-"""The file that a backend loads where the configuration names none."""
+"""The file that each backend loads by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """A model with a configuration that could be parsed."""
+    """A model's folder whose config.pbtxt could be parsed."""
 
     path: Path
     config: Any
 
     @property
     def name(self) -> str:
-        """The folder's, which is what Triton goes by."""
+        """The folder's name, which is the model's name for Triton."""
         return self.path.name
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether it only ties other models together."""
+        """Whether the model is an ensemble of other models."""
         return bool(self.config.platform == "ensemble" or self.config.HasField("ensemble_scheduling"))
 
     @property
     def backend(self) -> str:
-        """Its backend; where neither backend nor platform is named, by the file that is there, as Triton does it.
+        """The backend. Without `backend` and `platform` it follows from the existing file, as in Triton.
 
-        Empty where nothing tells.
+        Empty where it cannot be told.
         """
         named = self.config.backend or PLATFORMS.get(self.config.platform, "")
         if named or self.config.platform or self.config.default_model_filename:
             return str(named)
-        there = [backend for backend, file in DEFAULT_FILES.items() if self._has(file)]
-        return there[0] if there else ""
+        backends = [backend for backend, file in DEFAULT_FILES.items() if self._has(file)]
+        return backends[0] if backends else ""
 
     def _has(self, file: str) -> bool:
         return bool(self.versions) and (self.path / str(self.versions[-1]) / file).exists()
 
     @property
     def is_tensorrt(self) -> bool:
-        """Whether ordinary TensorRT runs it."""
+        """Whether Triton's TensorRT backend runs the model."""
         return self.backend == Backend.TENSORRT.value
 
     @property
     def file_name(self) -> str:
-        """The file in each version's folder; empty for an ensemble or an unknown backend."""
+        """Name of the file in each version's folder; empty for an ensemble or an unknown backend."""
         if self.is_ensemble:
             return ""
         return str(self.config.default_model_filename or DEFAULT_FILES.get(self.backend, ""))
@@ -160,7 +158,7 @@ class ModelFolder:
 
     @property
     def served_versions(self) -> tuple[int, ...]:
-        """Those that the version policy serves."""
+        """The versions that the version policy serves."""
         policy = self.config.version_policy
         choice = policy.WhichOneof("policy_choice")
         if choice == "all":
@@ -172,13 +170,13 @@ class ModelFolder:
 
     @functools.cached_property
     def facts(self) -> dict[int, Facts]:
-        """What is known of each version's file; versions of which nothing is known are left out."""
+        """Facts of each version's file, by version; versions without facts are left out."""
         if self.is_ensemble or not self.file_name:
             return {}
-        found = {
+        facts_by_version = {
             number: artifact_facts(self.path / str(number), self.file_name, self.backend) for number in self.versions
         }
-        return {number: facts for number, facts in found.items() if facts is not None}
+        return {number: facts for number, facts in facts_by_version.items() if facts is not None}
 
     def finding(
         self,
@@ -190,28 +188,28 @@ class ModelFolder:
         file: str = CONFIG,
         severity: Severity = Severity.ERROR,
     ) -> RepositoryFinding:
-        """A finding in one of its files."""
+        """A finding in one of the model's files."""
         return RepositoryFinding(f"{self.name}/{file}", field, found, expected, fix, severity)
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
-        """`input[0]` and so on, with the tensor."""
+        """All inputs and outputs, each with its field, such as `input[0]`."""
         yield from ((f"input[{index}]", tensor) for index, tensor in enumerate(self.config.input))
         yield from ((f"output[{index}]", tensor) for index, tensor in enumerate(self.config.output))
 
 
 def is_version(name: str) -> bool:
-    """Whether Triton takes a folder of this name for a version: a number that does not begin with 0."""
+    """Whether Triton takes a folder of this name as a version: a number that does not begin with 0."""
     return name.isascii() and name.isdigit() and not name.startswith("0")
 
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-    """All models with a configuration, and the names of all folders."""
+    """A repository: the models whose config.pbtxt could be parsed, and the names of all folders."""
 
     path: Path
     models: tuple[ModelFolder, ...]
     folders: frozenset[str]
 
     def find(self, name: str) -> ModelFolder | None:
-        """A model by its name."""
+        """The model of a name, if there is one."""
         return next((model for model in self.models if model.name == name), None)

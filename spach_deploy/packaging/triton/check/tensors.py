@@ -1,8 +1,8 @@
-"""Rules that hold inputs and outputs of the configuration against those of the graph or engine.
+"""Rules for tensors, batches and warm-up requests in config.pbtxt.
 
-Rules for batches: max_batch_size and dynamic batching against the engine's profile, priorities and queues.
-
-Rules for warm-up requests. A wrong one keeps the model from loading; one above the maximum can end the server.
+Inputs and outputs are compared with those of the graph or engine; max_batch_size and dynamic batching with the engine's
+batch profile; warm-up requests with the inputs. A wrong warm-up keeps the model from loading, and one above the largest
+batch can crash the server.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spach_deploy.packaging.triton.schema import data_type_name
 
 
 def check_tensors(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """Names, types and dims, for every version whose tensors are known."""
+    """Check names, types and dims of inputs and outputs, for every version whose tensors are known."""
     for facts in model.facts.values():
         yield from _names(model, facts)
         for where, tensor in model.tensors():
@@ -32,7 +32,7 @@ def check_tensors(model: ModelFolder, repository: Repository) -> Iterator[Reposi
 
 
 def _names(model: ModelFolder, facts: Facts) -> Iterator[RepositoryFinding]:
-    """Every input must be there; of the outputs those that clients may ask for."""
+    """All inputs must be configured; of the outputs, only those that clients may request."""
     sides = (("input", facts.inputs), ("output", facts.outputs))
     for where, tensor in model.tensors():
         side, known = sides[0] if where.startswith("input") else sides[1]
@@ -81,12 +81,12 @@ def _dims(model: ModelFolder, where: str, tensor: Any, known: TensorInfo, facts:
 
 
 def _agree(dims: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Where the model leaves an extent free, the configuration may fix it; not the other way round."""
+    """Whether dims fit: the configuration may fix an extent that the model leaves free, but not the other way round."""
     return len(dims) == len(wanted) and all(want in (-1, have) for have, want in zip(dims, wanted, strict=True))
 
 
 def check_batching(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """What the server may send, against what the engine accepts; and the batcher's own fields."""
+    """Check that the engine accepts every batch that the server may send, and the fields of dynamic batching."""
     for facts in model.facts.values():
         if facts.profile is not None:
             yield from _profile(model, facts.profile)
@@ -104,7 +104,7 @@ def _profile(model: ModelFolder, profile: BatchProfile) -> Iterator[RepositoryFi
             str(largest),
             f"at most {profile.max}: the {where} batch profile is {profile}",
             f"Write max_batch_size: {profile.max}, or export it with a larger --batch.",
-            # a graph takes any batch, but beyond the profile nobody asked for it
+            # a graph takes any batch, but the export did not validate it beyond the profile
             severity=Severity.ERROR if model.is_tensorrt else Severity.WARNING,
         )
     if not model.is_tensorrt:
@@ -173,20 +173,20 @@ def _priorities(model: ModelFolder, batching: Any) -> Iterator[RepositoryFinding
 
 
 def check_warm_up(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """Batch sizes, tensors and files of every warm-up request."""
+    """Check batch size, tensors and files of every warm-up request."""
     for index, request in enumerate(model.config.model_warmup):
         where = f"model_warmup[{index}]"
-        yield from _batch(model, where, request)
-        yield from _warmups_names(model, where, request)
+        yield from _warm_up_batch(model, where, request)
+        yield from _warm_up_names(model, where, request)
         known = {tensor.name: tensor for tensor in model.config.input}
         for name, sample in request.inputs.items():
-            place = f'{where}.inputs["{name}"]'
+            field = f'{where}.inputs["{name}"]'
             if name in known:
-                yield from _tensor(model, place, sample, known[name])
-            yield from _data(model, place, sample)
+                yield from _warm_up_tensor(model, field, sample, known[name])
+            yield from _warm_up_data(model, field, sample)
 
 
-def _batch(model: ModelFolder, where: str, request: Any) -> Iterator[RepositoryFinding]:
+def _warm_up_batch(model: ModelFolder, where: str, request: Any) -> Iterator[RepositoryFinding]:
     largest = max(1, model.config.max_batch_size)
     if request.batch_size < 1:
         yield model.finding(
@@ -202,7 +202,7 @@ def _batch(model: ModelFolder, where: str, request: Any) -> Iterator[RepositoryF
         )
 
 
-def _warmups_names(model: ModelFolder, where: str, request: Any) -> Iterator[RepositoryFinding]:
+def _warm_up_names(model: ModelFolder, where: str, request: Any) -> Iterator[RepositoryFinding]:
     known = {tensor.name: tensor.optional for tensor in model.config.input}
     for name in request.inputs:
         if name not in known:
@@ -214,7 +214,7 @@ def _warmups_names(model: ModelFolder, where: str, request: Any) -> Iterator[Rep
             yield model.finding(f"{where}.inputs", f'no "{name}"', "every input of the model", f"Add {name}.")
 
 
-def _tensor(model: ModelFolder, where: str, sample: Any, tensor: Any) -> Iterator[RepositoryFinding]:
+def _warm_up_tensor(model: ModelFolder, where: str, sample: Any, tensor: Any) -> Iterator[RepositoryFinding]:
     have, want = data_type_name(sample.data_type), data_type_name(tensor.data_type)
     if have != want:
         yield model.finding(f"{where}.data_type", have, f"{want}, as the input", f"Write data_type: {want}.")
@@ -225,10 +225,10 @@ def _tensor(model: ModelFolder, where: str, sample: Any, tensor: Any) -> Iterato
     elif any(size < 1 for size in dims):
         yield model.finding(f"{where}.dims", shown(dims), "fixed extents", "Give every extent a number.")
     elif model.is_tensorrt and model.config.max_batch_size == 0:
-        yield from _warmups_profile(model, where, dims[0])
+        yield from _warm_up_profile(model, where, dims[0])
 
 
-def _warmups_profile(model: ModelFolder, where: str, batch: int) -> Iterator[RepositoryFinding]:
+def _warm_up_profile(model: ModelFolder, where: str, batch: int) -> Iterator[RepositoryFinding]:
     for facts in model.facts.values():
         profile = facts.profile
         if profile is not None and not profile.min <= batch <= profile.max:
@@ -237,7 +237,7 @@ def _warmups_profile(model: ModelFolder, where: str, batch: int) -> Iterator[Rep
             )
 
 
-def _data(model: ModelFolder, where: str, sample: Any) -> Iterator[RepositoryFinding]:
+def _warm_up_data(model: ModelFolder, where: str, sample: Any) -> Iterator[RepositoryFinding]:
     source = sample.WhichOneof("input_data_type")
     if source is None:
         yield model.finding(where, "no data", "zero_data, random_data or input_data_file", "Add one of them.")
