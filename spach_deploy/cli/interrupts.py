@@ -114,7 +114,7 @@ class _Block:
         sys.unraisablehook = self._hook
         signal.signal(signal.SIGINT, self._previous)
         if self._interrupt.happened:
-            self._interrupt.told = True  # by the code that catches this
+            self._interrupt.is_reported = True  # by the code that catches this
             raise KeyboardInterrupt(self._interrupt.kept()) from None
 
 
@@ -125,7 +125,7 @@ class _Interrupt:
         from spach_deploy.common.errors import printable
 
         self.happened = False
-        self.told = False
+        self.is_reported = False
         self.kept = kept
         self._printable = printable
         self._grace_s = grace_s
@@ -141,7 +141,7 @@ class _Interrupt:
     def _end_now(self, *_: Any) -> NoReturn:
         """Exit without unwinding. The next export removes what this one leaves."""
         cursor = _SHOW_CURSOR if os.isatty(2) else ""
-        _exit_now("" if self.told else f"{cursor}{self._printable(sentence(self.kept()))}\n")
+        _exit_now("" if self.is_reported else f"{cursor}{self._printable(sentence(self.kept()))}\n")
 
 
 def _exit_now(text: str) -> NoReturn:

@@ -114,8 +114,8 @@ class OldPackageError(MissingPackageError):
     """A package is installed in a version older than the lowest that is tested."""
 
     def __init__(self, package: str, version: str, requirement: str) -> None:
-        said = f"{package} {version} is too old: spach-deploy needs {requirement}."
-        SpachError.__init__(self, said, f"Install it: pip install '{requirement}'")
+        message = f"{package} {version} is too old: spach-deploy needs {requirement}."
+        SpachError.__init__(self, message, f"Install it: pip install '{requirement}'")
         self.package = package
 
 

@@ -1,4 +1,4 @@
-"""Progress of an export: its phases with time and peak memory, its notes, and the observer that is told of both."""
+"""Progress of an export: its phases with time and peak memory, its notes, and the callbacks for both."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Requirement:
 
 @dataclasses.dataclass(frozen=True)
 class Requirements:
-    """All requirements, and the place that they were read from."""
+    """All requirements, and where they were read from, in words."""
 
     python: str
     packages: tuple[Requirement, ...]

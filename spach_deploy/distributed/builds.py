@@ -147,8 +147,8 @@ def build_bundle(words: Sequence[str], name: str, code: str) -> ReturnedBuild:
     """On a node: run the export in a process of its own, and pack its bundle."""
     node = socket.gethostname()
     if code_digest() != code:
-        said = f"{node} has another version of spach-deploy. Install the same one on every node."
-        return ReturnedBuild(dataclasses.replace(_failed(said), node=node), None)
+        problem = f"{node} has another version of spach-deploy. Install the same one on every node."
+        return ReturnedBuild(dataclasses.replace(_failed(problem), node=node), None)
     with tempfile.TemporaryDirectory(prefix="spach-zoo-") as folder, cores(CORES) as share:
         child = ExportProcess([sys.executable, *words], cores=share, folder=Path(folder))
         try:

@@ -139,8 +139,8 @@ def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
 
 
 def _figures(precision: Precision, result: ExportResult) -> PrecisionCandidate:
-    evidence = result.validation.evidence[-1].comparison
-    logits = next(output for output in evidence.outputs if output.name == "logits")
+    comparison = result.validation.evidence[-1].comparison
+    logits = next(output for output in comparison.outputs if output.name == "logits")
     engine = result.bundle.manifest.engine
     kernels = engine.kernels or KernelsEntry()
     return PrecisionCandidate(
