@@ -1,1 +1,1 @@
-"""Images in: readers of what users have, the published evaluation transform, built-in photographs."""
+"""Images: readers of folders, tars and npz files, the published evaluation transform, labels, checks of a set."""

@@ -1,28 +1,28 @@
-"""A calibration set, looked at while its batches stream by: what is in it, whether it is fit, what it shares.
+"""Check a calibration set while its batches are read: what it contains, whether it is fit, whether it overlaps another.
 
-    taker = SurveyTaker(source, preprocessing)
+    collector = CalibrationSetCollector(source, preprocessing)
     for batch in batches(source, preprocessing, 8):
-        taker.see(batch)
+        collector.see(batch)
         ...
-    survey = taker.survey()
-    survey.check()          # refuses a set that can only mislead
-    survey.warnings()       # what a user should know, sentence by sentence
+    summary = collector.survey()
+    summary.check()          # raises for a set that can only mislead
+    summary.warnings()       # sentences for the user
 
-Memory holds one digest an image, and no pixels. The result does not depend on how the images are batched.
+Memory holds one digest for each image, and no pixels. The result does not depend on the batch size.
 
-How noise is told from pictures. Independent pixels have a flat spectrum: neighbours do not correlate, and
-neither do neighbouring blocks. But only the resized picture is seen, and interpolation correlates neighbours:
-noise of half the model's size gets a lag-1 autocorrelation of 0.75, while grass and gravel have 0.65 and 0.74. One
-scale cannot tell them apart; several can. Let r(k) be the lag-1 autocorrelation, the mean over both axes, of the
-picture averaged over k x k blocks. What interpolation adds is forgotten within a few pixels, so that for noise
-r(2k) is about 0.64 r(k)^2 at every scale (white noise through the evaluation transform, measured from 0.5 to 4
-times the model's size), while pictures keep more as blocks grow. The *excess* is the sum over k = 1, 2, 4 of
-(r(2k) - 0.64 r(k)^2) / k; dividing by k gives each scale the same sampling error. At 224 pixels, lowest to highest:
+How noise is told from photographs. Independent pixels have a flat spectrum: neither neighbouring pixels nor
+neighbouring blocks correlate. But the check sees only resized images, and interpolation correlates neighbours: noise of
+half the model's size has a lag-1 autocorrelation of 0.75, while grass and gravel have 0.65 and 0.74. So several scales
+are compared. Let r(k) be the lag-1 autocorrelation, the mean over both axes, of the image averaged over k x k blocks.
+Correlation from interpolation ends after a few pixels, so for noise r(2k) is about 0.64 r(k)^2 at every scale (measured
+for white noise through the evaluation transform, from 0.5 to 4 times the model's size), while photographs keep more as
+blocks grow. The *excess* is the sum over k = 1, 2, 4 of (r(2k) - 0.64 r(k)^2) / k; the division by k gives each scale
+the same sampling error. At 224 pixels, lowest to highest:
 
     kind                                              r(1)          r(2)          r(4)          excess
     noise of the model's size, 2x and 4x              -0.01..0.28   -0.01..0.08   -0.03..0.07   -0.03..0.06
     noise of 0.5x and 0.75x                           0.48..0.76    0.12..0.38    0.01..0.12    -0.05..0.05
-    the limit for one picture                         0.80                                      0.077
+    the limit for one image                           0.80                                      0.077
     gravel                                            0.74          0.49          0.24          0.20
     brick                                             0.82          0.60          0.38          0.24
     grass                                             0.65          0.45          0.31          0.30
@@ -31,13 +31,13 @@ times the model's size), while pictures keep more as blocks grow. The *excess* i
     photographs as JPEG of quality 5                  0.66..1.00    0.45..0.99    0.23..0.98    0.19 and more
     photographs under noise of sigma 100              0.28..0.96    0.34..0.96    0.37..0.98    0.43 and more
 
-Noise was uniform, normal (sigma 2 to 255), salt and pepper, grey or coloured. The channels are added up first: that
-keeps JPEG's halved colour resolution out of it. Noise of less than half the model's size is not recognized.
+Noise was uniform, normal (sigma 2 to 255), salt and pepper, grey or coloured. The channels are added up first, because
+JPEG halves the resolution of colours. Noise of less than half the model's size is not recognized.
 
-What can look like noise and is none: a few bright dots on black, such as stars, which skewness tells; and fine
-textures on few pixels. So single pictures are only reported, by a limit that narrows as their number grows, and a
-set is refused only when nearly all of it is noise and, below 96 pixels, when also the brightness of whole pictures
-varies as little as independent pixels make it.
+Two kinds of images can look like noise: a few bright dots on black, such as stars, which skewness shows; and fine
+textures on few pixels. So single images are only reported, with a limit that narrows as their number grows. A set is
+refused only if nearly all of it is noise and, below 96 pixels, if also the mean brightness of its images varies as
+little as that of independent pixels.
 """
 
 from __future__ import annotations
@@ -58,25 +58,28 @@ from spach_deploy.data.preprocess import UInt8Array
 from spach_deploy.options.specs import Preprocessing
 
 ENOUGH_IMAGES = 64
-"""Fewer calibration images than this are warned about."""
+"""A set with fewer images gets a warning."""
 
 UNUSABLE_SHARE = 0.85
-"""A set is refused when at least this share of it is of one colour or noise."""
+"""A set is refused when at least this share of its images is of one colour or noise."""
 
 MAX_LAG1 = 0.8
-"""No noise of half the model's size or more has a higher lag-1 autocorrelation."""
+"""Largest lag-1 autocorrelation of noise of half the model's size or more."""
 
 MAX_SKEWNESS = 3.0
-"""Above it a picture is a few bright dots on dark; symmetric noise has 0, exponential noise 2."""
+"""Skewness above which an image is a few bright dots on dark; symmetric noise has 0, exponential noise 2."""
 
 CERTAIN_SIZE = 96
-"""Image size from which no set of photographed textures was taken for noise."""
+"""Image size in pixels from which no set of photographed textures was taken for noise."""
 
 MAX_SPREAD = 64.0
-"""Variance of the noise pictures' means over what independent pixels give: 1, about 8 after upscaling by 2."""
+"""Largest variance of the noise images' mean brightness, over that of independent pixels.
+
+Noise has 1, or about 8 after upscaling by 2.
+"""
 
 _SCALED = "If they were scaled to 0..1 or normalized before they were saved, save them as 0..255."
-_NAMED = 3  # images that a sentence names
+_NAMED = 3  # images that a sentence names at most
 _BLOCKS = (1, 2, 4)  # k: r(2k) is compared with r(k)
 _MIN_GRID = 8  # blocks along a side from which an autocorrelation is taken
 _Array = npt.NDArray[np.float64]
@@ -84,13 +87,13 @@ _Array = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationSetSummary:
-    """What a set of images holds.
+    """Contents of a set of images, resized and cropped.
 
-    `channel_mean`, `channel_std`: of the prepared pixels (0..255, RGB), exact over the set. `class_counts`: images
-    by folder name, 0 for folders without one; empty where folders name no classes. `content_sha256`: as
-    `source.content_hash` of the prepared pixels. `digests`: SHA-256 of each distinct image. `constant`, `noise`,
-    `duplicates`, `grey`: numbers of images; `examples` names up to three of each kind.
-    `noise_spread`: variance of the noise images' means over that of independent pixels; 0 below two images.
+    `channel_mean`, `channel_std`: of the pixels (0..255, RGB), exact over the set. `class_counts`: number of images by
+    folder, 0 for empty folders; empty where folders are no classes. `content_sha256`: `images.content_hash` of the
+    pixels. `digests`: SHA-256 of each distinct image. `constant`, `noise`, `duplicates`, `grey`: numbers of images;
+    `examples` names up to three of each kind. `noise_spread`: variance of the noise images' mean brightness, over that
+    of independent pixels; 0 below two images.
     """
 
     description: str
@@ -115,10 +118,7 @@ class CalibrationSetSummary:
         return sum(count > 0 for count in self.class_counts.values())
 
     def check(self) -> None:
-        """Refuse a set from which no scale should be taken. Raises ImageError.
-
-        That is one of constant images, of noise, or of both, with hardly another image.
-        """
+        """ImageError for a set on which no scales should be set: nearly all its images are constant or noise."""
         noise = self.noise if self._noise_is_certain() else 0
         unusable = self.constant + noise
         if unusable < UNUSABLE_SHARE * self.images:
@@ -133,7 +133,7 @@ class CalibrationSetSummary:
         )
 
     def warnings(self) -> tuple[str, ...]:
-        """Sentences on what may spoil a calibration, each with what to do; none for a good set."""
+        """Sentences on what may make a calibration worse, each with advice; none for a good set."""
         found = (
             self._few(),
             self._part("constant", "of one colour", "Leave them out."),
@@ -185,7 +185,7 @@ class CalibrationSetSummary:
         return f"{count} of {self.images} images {'is' if count == 1 else 'are'} {what}{named}. {advice}"
 
     def _uncovered(self) -> str:
-        """Fewer classes than the number of images lets expect."""
+        """A warning if fewer classes have images than so many images would cover; else empty."""
         missing = [name for name, count in self.class_counts.items() if not count]
         possible = min(self.images, len(self.class_counts))
         expected = possible if self.images >= 2 * len(self.class_counts) else possible / 2
@@ -197,7 +197,10 @@ class CalibrationSetSummary:
         )
 
     def _uneven(self) -> str:
-        """Inverse Simpson index: the number of even classes that would be as diverse."""
+        """A warning if few classes have most images; else empty.
+
+        The measure is the inverse Simpson index: how many classes of equal size would be as diverse.
+        """
         counts = [count for count in self.class_counts.values() if count]
         if not counts or sum(counts) ** 2 / sum(count**2 for count in counts) >= 0.6 * len(counts):
             return ""
@@ -208,7 +211,7 @@ class CalibrationSetSummary:
         )
 
     def _colours(self) -> str:
-        """Channel statistics against those that the normalization was made for."""
+        """A warning if the channels' mean and std are far from those of the model's normalization; else empty."""
         mean, std = np.array(self.channel_mean), np.array(self.channel_std)
         expected_mean, expected_std = (255 * np.array(v) for v in (self.preprocessing.mean, self.preprocessing.std))
         if self._is_black():
@@ -236,9 +239,9 @@ class CalibrationSetSummary:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSummary:
-    """What a survey needs of one image: exact sums over its pixels, and of one like noise (`noise`) what tells noises.
+    """Facts of one image: exact sums over its pixels, and `noise` if it looks like noise, else None.
 
-    Observations are made image by image, wherever, and taken in the images' order.
+    Any process can make them (`observe`); `CalibrationSetCollector.take` needs them in the images' order.
     """
 
     name: str
@@ -253,7 +256,7 @@ class ImageSummary:
 
 
 def observe(name: str, image: UInt8Array, label: int | None = None) -> ImageSummary:
-    """Look at one prepared image, uint8 (S, S, 3)."""
+    """Facts of one image, resized and cropped, uint8 (S, S, 3)."""
     moments = _moments(image)
     correlations = None if moments.is_constant else _noise_correlations(moments.brightness)
     return ImageSummary(
@@ -270,9 +273,9 @@ def observe(name: str, image: UInt8Array, label: int | None = None) -> ImageSumm
 
 
 class CalibrationSetCollector:
-    """Collects a `Survey` while batches stream by.
+    """Collects a `CalibrationSetSummary` batch by batch.
 
-    `source` gives the description, the class names and, at the end, what was skipped.
+    `source` gives the description, the class names and, at the end, the images that were skipped.
     """
 
     def __init__(self, source: ImageSource, preprocessing: Preprocessing) -> None:
@@ -288,14 +291,14 @@ class CalibrationSetCollector:
         self._noise = _NoiseTally(preprocessing.image_size)
 
     def see(self, batch: ImageBatch) -> None:
-        """Take in `batch`: pixels uint8 (n, S, S, 3). Raises ValueError for arrays of another kind."""
+        """Add a batch, whose pixels are uint8 (n, S, S, 3). Raises ValueError for another dtype or shape."""
         _check_pixels(batch.pixels, self._preprocessing)
         labels = [None] * len(batch) if batch.labels is None else batch.labels.tolist()
         for name, image, label in zip(batch.names, batch.pixels, labels, strict=True):
             self.take(observe(name, image, label))
 
     def take(self, seen: ImageSummary) -> None:
-        """Take in the next image, observed before."""
+        """Add the facts of the next image."""
         self._pixels += seen.pixels
         self._sums = [a + b for a, b in zip(self._sums, seen.sums, strict=True)]
         self._squares = [a + b for a, b in zip(self._squares, seen.squares, strict=True)]
@@ -310,7 +313,7 @@ class CalibrationSetCollector:
             self._labels[seen.label] += 1
 
     def survey(self, skipped: tuple[Skipped, ...] | None = None) -> CalibrationSetSummary:
-        """What was seen so far; `skipped` None: what the source left out. Raises ValueError when that is nothing."""
+        """The summary so far. `skipped` None: those of the source. Raises ValueError when no image was added."""
         if not self._pixels:
             raise ValueError("no image was seen")
         noise = self._counts["noise"] if self._noise.is_confirmed() else 0
@@ -345,13 +348,12 @@ class CalibrationSetCollector:
 def check_overlap(
     digests: frozenset[bytes], other_pixels: Iterable[UInt8Array], names: Iterable[str], *, allow: bool, what: str
 ) -> tuple[str, ...]:
-    """Refuse images that are in a calibration set too, by their prepared pixels.
+    """Find images that are in a calibration set too, by their pixels after resize and crop.
 
-    `digests`: of the calibration images, as `Survey.digests` has them or the first bytes of these, all of one length.
-
-    `other_pixels`: uint8 (n, S, S, 3) each, prepared by the same transform; `names`: one for each image, read as
-    the arrays are; `what`: what these images are, such as "validation images". Returns nothing, or with `allow`
-    one sentence where some are in both. Raises UsageError without `allow`.
+    `digests`: those of the calibration images (`CalibrationSetSummary.digests`), or the first bytes of them, all of one
+    length. `other_pixels`: uint8 (n, S, S, 3) each, after the same transform. `names`: one for each image, read in step
+    with the arrays. `what`: the images in words, such as "validation images". Raises UsageError if images are in both
+    sets; with `allow` it returns one sentence instead, else nothing.
     """
     shared, total, remaining = [], 0, iter(names)
     length = len(next(iter(digests), b""))
@@ -407,12 +409,12 @@ def _moments(image: UInt8Array) -> _Moments:
 
 
 def _noise_correlations(brightness: _Array) -> list[float] | None:
-    """The `_correlations` of a picture (S, S) that looks like noise, None for one that does not."""
+    """The `_correlations` of an image's brightness (S, S) if it looks like noise, else None."""
     size = len(brightness)
-    if size < 2 * _MIN_GRID or _lag1(brightness) > MAX_LAG1:  # most pictures end here
+    if size < 2 * _MIN_GRID or _lag1(brightness) > MAX_LAG1:  # true for most images
         return None
     correlations = _correlations(brightness)
-    # Neighbours that oppose each other are a pattern. The standard error of r(k) is about 0.7 k / size; take three.
+    # Negative correlation is a pattern, not noise. The standard error of r(k) is about 0.7 k / size; take three.
     least = (-0.06 - 2.1 * k / size for k in (*_BLOCKS, 2 * _BLOCKS[-1]))
     if any(r < limit for r, limit in zip(correlations, least, strict=False)):
         return None
@@ -422,18 +424,18 @@ def _noise_correlations(brightness: _Array) -> list[float] | None:
 
 
 def _excess_limit(size: int, scales: int, images: int = 1) -> float:
-    """Most excess, averaged over `images`, that noise has: 0.045 and three standard errors."""
+    """Largest excess of noise, averaged over `images` images: 0.045 and three standard errors."""
     return 0.045 + 4.2 * math.sqrt((scales - 1) / images) / size
 
 
 def _excess(correlations: Sequence[float]) -> float:
-    """How much more is left of the correlation at doubled scales than noise would keep."""
+    """The excess (see the module's docstring): by how much correlations at double scales exceed those of noise."""
     pairs = zip(_BLOCKS, correlations, correlations[1:], strict=False)
     return sum((wide - 0.64 * near * abs(near)) / k for k, near, wide in pairs)
 
 
 def _correlations(brightness: _Array) -> list[float]:
-    """r(1), r(2), r(4), r(8): lag-1 autocorrelations of block means, as far as 8 x 8 blocks are left."""
+    """r(1), r(2), r(4), r(8): lag-1 autocorrelations of block means, as far as there are 8 x 8 blocks."""
     found = []
     blocks = brightness
     for _ in (*_BLOCKS, 2 * _BLOCKS[-1]):
@@ -445,7 +447,7 @@ def _correlations(brightness: _Array) -> list[float]:
 
 
 def _lag1(values: _Array) -> float:
-    """Autocorrelation at distance 1, the mean over both axes; 1 where nothing varies."""
+    """Autocorrelation at distance 1, the mean over both axes; 1 for constant values."""
     centred = values - values.mean()
     variance = np.einsum("ij,ij", centred, centred) / values.size
     down = np.einsum("ij,ij", centred[1:], centred[:-1]) / centred[1:].size
@@ -467,7 +469,7 @@ def _skewness(values: _Array) -> float:
 
 
 class NoiseSummary(NamedTuple):
-    """A picture that looks like noise: excess, over how many scales, and mean and variance of its brightness."""
+    """An image that looks like noise: its excess, over how many scales, and mean and variance of its brightness."""
 
     scales: int
     excess: float
@@ -476,12 +478,12 @@ class NoiseSummary(NamedTuple):
 
     @classmethod
     def of(cls, brightness: _Array, correlations: list[float]) -> NoiseSummary:
-        """Of a picture's brightness (S, S) and its block correlations."""
+        """The summary of an image's brightness, (S, S), and its `_correlations`."""
         return cls(len(correlations), _excess(correlations), float(brightness.mean()), float(brightness.var()))
 
 
 class _NoiseTally:
-    """What the pictures that look like noise have in common."""
+    """Sums over all images that look like noise, to decide whether they are noise together."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -499,13 +501,13 @@ class _NoiseTally:
         self._variances += noise.variance
 
     def is_confirmed(self) -> bool:
-        """Whether they are noise on average too, where textures that passed one by one are not."""
+        """Whether their mean excess is that of noise, which it is not for textures that passed one by one."""
         if not self._count:
             return False
         return self._excess / self._count <= _excess_limit(self._size, self._scales, self._count)
 
     def spread(self) -> float:
-        """1 for independent pixels, more where whole images are brighter or darker than others; 0 below two."""
+        """Variance of the images' mean brightness, over that of independent pixels (1); 0 below two images."""
         if self._count < 2:
             return 0.0
         return self._size**2 * (self._squares / (self._count - 1)) / (self._variances / self._count)

@@ -1,12 +1,11 @@
-"""A source of images: named, lazy, in bounded memory, with a record of what could not be read.
+"""Sources of images, which are decoded one by one, and the built-in photographs.
 
-Pictures that cannot be decoded are skipped and recorded in `ImageSource.skipped`, so that a caller can name
-them; a source in which nothing is readable is an error.
+Images that cannot be decoded are skipped and recorded in `ImageSource.skipped`. A source without a readable image is an
+error.
 
-Photographs that the package carries, for when a user gives none.
-
-Eight public-domain or CC0 pictures; `probes/README.md` names source and licence of each. Enough to compare
-two forms of one model, not to measure accuracy; reports say when they were used.
+The built-in photographs (`probe_source`) are used when a user gives no images: eight public-domain or CC0 pictures,
+with source and licence of each in `probes/README.md`. They are enough to compare two forms of one model, not to measure
+accuracy; reports say when they were used.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from spach_deploy.data import preprocess
 from spach_deploy.options.specs import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-"""Decoders used. Pillow knows more, one of which (EPS) starts a program on the file's text."""
+"""Pillow's decoders that are used. Of its others, EPS would start a program on the file's text."""
 
 _NAMED = 3  # unreadable files that an error message spells out
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageItem:
-    """One picture: its name in the source, decoded RGB pixels, and a class index where the source has one."""
+    """One decoded image: its name in the source, RGB pixels, and a class index where the source has labels."""
 
     name: str
     image: Image.Image
@@ -47,7 +46,7 @@ class ImageItem:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A picture that was left out, and why."""
+    """An image that was skipped, and why."""
 
     name: str
     reason: str
@@ -70,7 +69,7 @@ class ImageBatch:
 
 @dataclasses.dataclass(frozen=True)
 class ImageEntry:
-    """What a reader yields: a name and a way to decode. `load` raises ImageError when that fails."""
+    """One image that is not decoded yet. `load` decodes it, and raises ImageError when it cannot."""
 
     name: str
     load: Callable[[], Image.Image]
@@ -78,14 +77,17 @@ class ImageEntry:
 
 
 Entries = Callable[[int | None], Iterator[ImageEntry]]
-"""Makes the entries afresh, best choice for a limit first; it may yield more than the limit, as spares."""
+"""Function from a limit (or None) to a new iterator of entries.
+
+Those chosen for the limit come first; more may follow, for images that turn out unreadable.
+"""
 
 
 class ImageSource:
-    """Iterate for `ImageItem`s, as often as wanted.
+    """A set of images. Iterating decodes them one by one, as `ImageItem`s, as often as wanted.
 
-    `description` says in words what it is; `count` is how many there are at most (None where only reading to
-    the end would tell); `classes` are the folder names that labels index, empty where there are none.
+    `description`: the set in words. `count`: how many images there are at most, None where only reading all would show
+    it. `classes`: names of the folders that labels index, empty without labels.
     """
 
     def __init__(
@@ -103,24 +105,24 @@ class ImageSource:
 
     @property
     def count(self) -> int | None:
-        """Number of images at most, None where it is not known without reading everything."""
+        """Number of images at most; None where only reading all would show it."""
         return self._all if self._all is None or self._limit is None else min(self._all, self._limit)
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What the latest iteration left out so far."""
+        """Images that the latest iteration has skipped so far."""
         return tuple(self._skipped)
 
     def entries(self) -> Iterator[ImageEntry]:
-        """What there is to decode, in order, readable or not; without regard to a limit."""
+        """All entries in order, readable or not, whatever the limit."""
         return self._entries(None)
 
     def candidates(self) -> Iterator[ImageEntry]:
-        """What is tried for the limit, in order, readable or not; more than the limit, where some are spares."""
+        """The entries that are tried for the limit, in order, readable or not; those after the limit are spares."""
         return self._entries(self._limit)
 
     def of_all(self, used: int) -> str:
-        """Of how many `used` images are, and whether a limit chose them: ` of 300, spread evenly`; empty for all."""
+        """Words after the number of `used` images: ` of 300, spread evenly`; empty where all were used."""
         if self._all is None or used >= self._all:
             return ""
         is_spread = self._limit is not None and self._limit < self._all
@@ -139,7 +141,7 @@ class ImageSource:
         return limited
 
     def __iter__(self) -> Iterator[ImageItem]:
-        """Decode one picture at a time. Raises ImageError at the end when none was readable."""
+        """Decode one image at a time. Raises ImageError at the end when none was readable."""
         self._skipped = []
         nothing = True
         for item in itertools.islice(self._readable(), self._limit):
@@ -159,13 +161,13 @@ class ImageSource:
 
 
 def decode(file: IO[bytes]) -> Image.Image:
-    """The picture in `file` as RGB. Raises ImageError, whatever is wrong with it.
+    """Decode the picture in `file` as RGB. Raises ImageError, whatever is wrong with it.
 
     The size is checked from the header, before memory is taken for the pixels.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on metadata and palettes; the size is checked here
+            warnings.simplefilter("ignore")  # about metadata and palettes; `check_size` checks the size
             with Image.open(file, formats=FORMATS) as image:
                 preprocess.check_size(*image.size)
                 image.load()
@@ -176,7 +178,7 @@ def decode(file: IO[bytes]) -> Image.Image:
         raise ImageError(f"The picture has more pixels than the {preprocess.MAX_PIXELS:,} allowed.") from error
     except UnidentifiedImageError as error:
         raise ImageError("It is not a picture in a known format.") from error
-    except Exception as error:  # decoders meet hostile bytes with any exception; all mean the same here
+    except Exception as error:  # decoders may raise any exception for damaged bytes
         raise ImageError(f"It cannot be decoded ({printable(str(error)) or type(error).__name__}).") from error
 
 
@@ -194,8 +196,8 @@ def batches(source: ImageSource, preprocessing: Preprocessing, batch_size: int) 
 def content_hash(pixels: Iterable[preprocess.UInt8Array]) -> str:
     """SHA-256 (hex) of a set of decoded images, given as uint8 arrays (n, H, W, 3), such as batches.
 
-    Each image is hashed with its shape; the sorted digests are hashed again. Names, order and the division
-    into batches do not matter; a repeated image does.
+    Each image is hashed with its shape, and the sorted digests are hashed again. So names, order and batch size do not
+    matter; a repeated image does.
     """
     digests = sorted(image_digest(image) for array in pixels for image in array)
     return hashlib.sha256(b"".join(digests)).hexdigest()
@@ -245,7 +247,7 @@ def _load(read: Callable[[], bytes]) -> Image.Image:
 
 
 def check_unreadable(entry: ImageEntry, problem: Skipped) -> None:
-    """UsageError where an image that a task could not read can be read here."""
+    """UsageError for an image that a worker could not read and this process can: the worker lacks the file."""
     try:
         entry.load()
     except ImageError:

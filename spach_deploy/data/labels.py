@@ -1,6 +1,5 @@
-"""Classes of images: from folders, from an npz with the images, from a text, CSV or JSON file of names.
-
-Names of classes: one a line, in the order of the model's classes.
+"""Labels: the class of each image, from folders, an npz or a file (text, CSV, JSON); and names of
+classes from a file.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from spach_deploy.common.files import read_bytes, read_text
 
 Labels = npt.NDArray[np.int64]
 
-_NAMED = 3  # images that a sentence spells out
+_NAMED = 3  # images that a sentence names at most
 _FORMS = (".txt", ".csv", ".json")
 _MOST_BYTES = 1 << 30
-"""Of a list of labels: one of ten million images has 400 MB."""
+"""Largest file of labels, in bytes. That of ten million images has 400 MB."""
 
 _WANTED = (
     "Give .txt with lines NAME CLASS, .csv with NAME,CLASS or .json with {NAME: CLASS}; or the folder of class folders "
@@ -36,7 +35,7 @@ _NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 @dataclasses.dataclass(frozen=True)
 class ImageLabels:
-    """Class indices (N) of images, in their order, where they come from, and remarks."""
+    """Class indices, int64 (N), in the images' order. `origin`: where they are from. `notes`: sentences for reports."""
 
     classes: Labels
     origin: str
@@ -44,17 +43,19 @@ class ImageLabels:
 
 
 class Labelling(Protocol):
-    """Labels that were read and checked, before any image was."""
+    """Labels that were read and checked before any image is read."""
 
     def of(self, names: Sequence[str], own: Labels | None) -> ImageLabels:
-        """Labels of the images `names`; `own` (N) are those that came with the images. UsageError where one lacks."""
+        """Labels of the images `names`. `own` (N): labels that the images' source has. UsageError
+        for a missing label.
+        """
 
 
 def open_labels(path: Path, images: Path, folders: tuple[str, ...], num_classes: int) -> Labelling:
-    """Labels at `path`, for the images at `images`, whose class folders are `folders`; a model of `num_classes`.
+    """Read the labels at `path` for the images at `images`, whose class folders are `folders`.
 
-    Raises UsageError, with the next step, for what is no labels file, names twice, class indices that the model does
-    not have, and folders that cannot be its classes.
+    `num_classes`: those of the model. Raises UsageError, with the next step, for a file that has no labels, a name that
+    comes twice, a class index that the model does not have, and folders that cannot be its classes.
     """
     if not path.exists():
         raise UsageError(f"There is no {path}.", _WANTED)
@@ -75,7 +76,7 @@ def _check_same(path: Path, images: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OwnLabels:
-    """Labels that come with the images. `of_folder`: the class of each folder, where it is not the folder's place."""
+    """Labels that the images' source has. `of_folder`: the class of each folder, if that is not the folder's index."""
 
     path: Path
     num_classes: int
@@ -113,7 +114,7 @@ def _of_folders(path: Path, folders: tuple[str, ...], num_classes: int) -> OwnLa
 
 
 def _are_indices(folders: tuple[str, ...], num_classes: int) -> bool:
-    """Whether names are class indices however one counts: written so that their order is the numbers' order."""
+    """Whether folder names are class indices of one width, so that they sort as text as they do as numbers."""
     width = len(folders[0])
     return width >= len(str(num_classes - 1)) and all(
         _NUMBER.fullmatch(name) and len(name) == width and 0 <= int(name) < num_classes for name in folders
@@ -121,7 +122,7 @@ def _are_indices(folders: tuple[str, ...], num_classes: int) -> bool:
 
 
 def _number_note(folders: tuple[str, ...]) -> tuple[str, ...]:
-    """Numbers without leading zeros sort as text: 0, 1, 10, 2."""
+    """A note for folders named by numbers without leading zeros: they sort as text, 0, 1, 10, 2."""
     if not all(_NUMBER.fullmatch(name) for name in folders):
         return ()
     place = next((i for i, name in enumerate(folders) if int(name) != i), None)
@@ -135,13 +136,13 @@ def _number_note(folders: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class NamedLabels:
-    """Class indices by image name, as a labels file has them."""
+    """Labels of a file: class indices by image name."""
 
     path: Path
     entries: Mapping[str, int] = dataclasses.field(repr=False)
 
     def of(self, names: Sequence[str], own: Labels | None) -> ImageLabels:
-        """See `Labelling`. An image is found by its name, or by the end of its path where only one entry has it."""
+        """See `Labelling`. An image is found by its name, or by the end of its path if only one entry ends so."""
         found = _found(names, self.entries)
         missing = [name for name in names if name not in found]
         if missing:
@@ -173,7 +174,7 @@ class NamedLabels:
 
 
 def _found(names: Sequence[str], entries: Mapping[str, int]) -> dict[str, str]:
-    """The entry of each image that has one."""
+    """By image name: the name of its entry, for images that have one."""
     ends = Counter(_file(entry) for entry in entries)
     by_end = {_file(entry): entry for entry in entries if ends[_file(entry)] == 1}
     repeated = {file for file, count in Counter(map(_file, names)).items() if count > 1}
@@ -190,7 +191,7 @@ def _file(name: str) -> str:
 
 
 def _same_end(name: str, entry: str) -> bool:
-    """Whether the shorter path is the end of the longer: train/a.jpg is not val/a.jpg."""
+    """Whether one path is the end of the other: a.jpg of val/a.jpg, but not train/a.jpg of val/a.jpg."""
     one, other = PurePosixPath(name).parts, PurePosixPath(entry).parts
     length = min(len(one), len(other))
     return one[-length:] == other[-length:]
@@ -259,7 +260,7 @@ def _bad_row(where: str, text: str) -> UsageError:
 
 def _json_rows(path: Path, text: str) -> Iterator[_Row]:
     try:
-        content = json.loads(text, object_pairs_hook=tuple)  # pairs: a dict would hide a name that comes twice
+        content = json.loads(text, object_pairs_hook=tuple)  # a dict would hide a name that comes twice
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}).", _WANTED) from None
     if not isinstance(content, tuple):
@@ -303,9 +304,10 @@ _WANTED_NAMES = "Give a text file with the name of one class a line, in the mode
 
 
 def read_labels(path: Path | None, classes: int) -> tuple[str, ...]:
-    """The names in `path`, or `class 0`, `class 1`, … without one.
+    """Names of classes: one per line of the file `path`, in the order of the model's classes.
 
-    UsageError for a file that cannot be read, has another number of names, or a name that is empty.
+    Without a file: `class 0`, `class 1`, … Raises UsageError for a file that cannot be read, that has another number of
+    names than `classes`, or an empty name.
     """
     if path is None:
         return tuple(f"class {index}" for index in range(classes))
@@ -321,10 +323,10 @@ def read_labels(path: Path | None, classes: int) -> tuple[str, ...]:
 
 
 def has_empty_end(labels: Sequence[str], classes: int) -> bool:
-    """Whether a file has more lines than classes because its last ones are empty."""
+    """Whether a file has more lines than classes only because its last lines are empty."""
     return len(labels) > classes and not any(label.strip() for label in labels[classes:])
 
 
 def as_text(labels: tuple[str, ...]) -> str:
-    """The file's content."""
+    """Names of classes as the content of a file, one per line."""
     return "".join(f"{label}\n" for label in labels)

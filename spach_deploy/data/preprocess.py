@@ -1,15 +1,15 @@
-"""The published evaluation transform, with Pillow and NumPy only.
+"""The published evaluation transform, with Pillow and NumPy: resize, centre crop, normalize.
 
-Resize the shorter side with antialiased bicubic, crop the centre, scale to 0..1, normalize by channel. It
-gives what torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` give on pictures loaded as its
-`ImageFolder` loads them: so the published accuracies were measured. Three habits of that loader are kept:
+The shorter side is resized with antialiased bicubic, the centre cropped, pixels scaled to 0..1 and normalized by
+channel. The result is that of torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on pictures that its
+`ImageFolder` loads, with which the published accuracies were measured. As in that loader:
 
-- an EXIF orientation is *not* applied: a photograph that a viewer turns upright is evaluated as stored;
-- transparency is dropped, not composited: pixels under it show the colour that the file stores;
+- EXIF orientation is not applied: a photograph that a viewer turns upright is evaluated as stored;
+- transparency is dropped, not composited: transparent pixels have the colour that the file stores;
 - colour profiles are not applied.
 
-Grayscale, palette, CMYK and YCbCr pictures become RGB as Pillow converts them. One thing differs: Pillow
-clips 16-bit, 32-bit and float grayscale at 255, which turns such pictures white, so they are refused.
+Grayscale, palette, CMYK and YCbCr pictures become RGB by Pillow's conversion. One thing differs: 16-bit, 32-bit and
+float grayscale is refused, because Pillow clips it at 255, which makes such pictures white.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 MAX_PIXELS = 2 * 89_478_485
-"""Largest picture read, about 179 million pixels: Pillow's own limit against decompression bombs."""
+"""Pixels of the largest picture that is read, about 179 million: Pillow's limit against decompression bombs."""
 
 MAX_ASPECT = 200
-"""Longest side over shortest. The resized picture grows with it, whatever the size of the file."""
+"""Largest ratio of sides. The resized picture grows with the ratio, whatever the size of the file."""
 
 _FILTERS = {"bicubic, antialiased": Image.Resampling.BICUBIC}
 _WIDE_MODES = ("I", "F")
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse, by its header alone, a picture that would need unreasonable memory. Raises ImageError."""
+    """ImageError for a picture of this size (pixels) that would need too much memory, before it is decoded."""
     if min(width, height) < 1:
         raise ImageError(f"The picture has no pixels ({width} x {height}).")
     if width * height > MAX_PIXELS:
@@ -67,7 +67,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """(width, height) once the shorter side is `shorter`; the other is rounded down, as torchvision does."""
+    """(width, height) in pixels after the shorter side became `shorter`; the other is rounded down,
+    as in torchvision.
+    """
     if width <= height:
         return shorter, int(shorter * height / width)
     return int(shorter * width / height), shorter
@@ -97,9 +99,9 @@ def normalize(pixels: UInt8Array, preprocessing: Preprocessing) -> npt.NDArray[n
 def to_input(
     pixels: UInt8Array, preprocessing: Preprocessing, io_dtype: IODtype = IODtype.FP32
 ) -> UInt8Array | FloatArray:
-    """uint8 RGB (N, S, S, 3) -> what a graph with `io_dtype` takes.
+    """uint8 RGB (N, S, S, 3) -> the input of a graph with `io_dtype`.
 
-    fp32, fp16: normalized (N, 3, S, S) in that dtype. uint8: the pixels as they are, (N, S, S, 3).
+    fp32, fp16: normalized (N, 3, S, S) in that dtype. uint8: the pixels unchanged, (N, S, S, 3).
     """
     if io_dtype is IODtype.UINT8:
         _check_pixels(pixels)
@@ -109,7 +111,7 @@ def to_input(
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    # Python's round() takes 79.5 to 80 and 78.5 to 78; torchvision rounds offsets with it too.
+    # Python's round(), as in torchvision: 79.5 becomes 80, and 78.5 becomes 78.
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 

@@ -1,10 +1,10 @@
-"""Images from where users keep them: a folder, a tar, an npz, or one file.
+"""Read images from a folder, a tar, an npz or one file, as an `ImageSource`.
 
     source = open_images(Path("photos"))
     for batch in batches(source, Preprocessing(), 8): ...
-    source.skipped      # what could not be read, and why
+    source.skipped      # images that could not be read, and why
 
-Only bytes are read: nothing is unpacked to disk, no link in an archive is followed, no pickle is loaded.
+Nothing is unpacked to disk, no link in an archive is followed, no pickle is loaded.
 """
 
 from __future__ import annotations
@@ -54,32 +54,35 @@ __all__ = [
 ]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-"""File name endings taken for pictures in folders and tars, in any case. Everything else is left alone."""
+"""Endings of file names that are read as pictures in folders and tars, in lower or upper case; others are ignored."""
 
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf")
-"""File name endings of pictures in formats that are not read; they are named among what was skipped."""
+"""Endings of file names of pictures in formats that are not supported; such files are reported as skipped."""
 
 _UNREAD_REASON = "Pictures of this format are not read; convert it to JPEG or PNG."
 
 MAX_FILE_BYTES = 256 * 1024**2
-"""Largest picture file read from an archive, whose headers may claim any size."""
+"""Largest picture file that is read from an archive, in bytes; headers of archives may state any size."""
 
 _MOST_NAME_BYTES = 1 << 16
 _NAME_RECORDS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
-"""Members that carry the next one's name and attributes."""
+"""Types of tar members that hold name and attributes of the next member."""
 
 _MOST_LABELS = 100_000_000
 _LARGE_BYTES, _MOST_EXPANSION = 1 << 30, 100
-"""Photographs hardly become smaller when they are compressed; what is made to fill memories does, a thousand times."""
+"""A member of an npz of more bytes than the first, and more times its compressed size than the second, is refused.
+
+Photographs hardly compress; files that are made to fill memory do, a thousand times.
+"""
 
 Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 Pictures = Picture | Sequence[Picture]
 
 _WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
-_NAMED = 2  # files of other kinds that a folder's description spells out
+_NAMED = 2  # files of other kinds that a folder's description names at most
 _ZIP = b"PK"  # how every zip, and so every npz, begins
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
 
@@ -193,7 +196,7 @@ def _single(path: Path) -> ImageSource:
 
 def _load_file(path: Path) -> Image.Image:
     try:
-        if not path.is_file():  # a pipe would block, a dangling link has nothing
+        if not path.is_file():  # reading a pipe would block, and a dangling link has no file
             raise ImageError("It is not a regular file." if path.exists() else "The file is missing.")
         with path.open("rb") as file:
             return decode(file)
@@ -259,8 +262,8 @@ def _raise(error: OSError) -> None:
 
 def _classes(root: Path, pictures: Iterable[Path]) -> tuple[str, ...]:
     if any(len(relative.parts) == 1 for relative in pictures):
-        return ()  # pictures beside the subfolders: the folders are not classes
-    # Empty ones count too, so that a class without pictures does not shift the others.
+        return ()  # there are pictures outside subfolders, so the folders are not classes
+    # Empty folders count too, so that a class without pictures does not shift the others.
     return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
 
@@ -273,7 +276,7 @@ def _is_unread(name: str) -> bool:
 
 
 def _spread_first(total: int, limit: int | None) -> list[int]:
-    """The spread indices, then the others as spares for items that turn out unreadable."""
+    """`limit` indices spread evenly over `total`, then the others as spares for images that turn out unreadable."""
     chosen = spread(total, limit)
     taken = set(chosen)
     return chosen + [i for i in range(total) if i not in taken]
@@ -291,11 +294,11 @@ def _is_tar(path: Path) -> bool:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A member whose name, where it needs a record of its own, is no longer than names are: they are read whole."""
+    """A tar member. Names in records of their own must have the length of names, because tarfile reads them whole."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """A header. ImageError for the record of a name that would fill the memory."""
+        """Parse a header. ImageError for the record of a name that would fill the memory."""
         found = super().frombuf(buf, encoding, errors)
         if found.type in _NAME_RECORDS and found.size > _MOST_NAME_BYTES:
             raise ImageError(f"The tar has a name of {found.size:,} bytes.", "Make it again.")
@@ -309,12 +312,12 @@ def _tar(path: Path) -> ImageSource:
 
 
 def _tar_entries(path: Path) -> Iterator[ImageEntry]:
-    """Pictures of the tar in its order. One file's bytes are held at a time; names are only ever shown."""
+    """Pictures of a tar in its order, one file in memory at a time. Names are shown, never used as paths."""
     with _explained(path, "tar"), tarfile.open(path, "r:*", tarinfo=_TarInfo) as tar:
         while (member := tar.next()) is not None:
             if _is_picture(PurePosixPath(member.name).name) and not member.isdir():
                 yield _tar_entry(tar, member)
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member otherwise
+            tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every member in memory
         _check_end(tar, path)
 
 
@@ -339,7 +342,7 @@ def _refuse(reason: str) -> Image.Image:
 
 
 def _check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """A tar ends with a block of zeros. tarfile takes a cut or garbled header for the end too, silently."""
+    """ImageError for a tar without the block of zeros at its end: tarfile also stops at a damaged header, silently."""
     assert tar.fileobj is not None  # open archives have one
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -350,7 +353,7 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
 
 
 class _Stored(NamedTuple):
-    """An array inside an npz: its header, and where its data begin in the member."""
+    """An array in an npz: its member, shape and dtype, and the offset of its data in the member."""
 
     member: str
     shape: tuple[int, ...]
@@ -373,7 +376,7 @@ def _npz(path: Path) -> ImageSource:
 def _npz_entries(
     path: Path, images: _Stored, labels: npt.NDArray[np.int64] | None, chosen: list[int]
 ) -> Iterator[ImageEntry]:
-    """Read image by image from the compressed stream, so that a large array never is in memory."""
+    """Read image by image from the compressed stream, so that a large array is never in memory."""
     shape = images.shape[1:]
     size = int(np.prod(shape))
     with (
@@ -460,7 +463,7 @@ def _read_exactly(file: IO[bytes], size: int) -> bytes:
 
 @contextlib.contextmanager
 def _explained(path: Path, kind: str) -> Iterator[None]:
-    """Turn what a damaged archive raises, which may be any exception, into one sentence."""
+    """Turn any exception that a damaged archive raises into an ImageError of one sentence."""
     try:
         yield
     except ImageError:

@@ -1,7 +1,7 @@
-"""Reference definitions of the SPACH models, their registry, and checkpoint loading.
+"""SPACH models in PyTorch (the reference), the table of published models, and loading of checkpoints.
 
-Attributes are loaded on first use: `published`, `shapes` and `registry` need no torch, and a command that only
-lists models or refuses a name should not wait for it.
+Attributes of this package are imported on first use, because a command that lists models or refuses a name should not
+wait for torch. `published`, `shapes` and `registry` need none.
 """
 
 from __future__ import annotations

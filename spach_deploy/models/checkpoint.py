@@ -1,4 +1,4 @@
-"""From what was asked for to a model with weights: a checkpoint's, or demo weights."""
+"""Load a model with weights: those of a checkpoint, or demo weights."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ _FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"
 class LoadedModel:
     """A model ready to be exported: evaluation mode, float32, on the CPU, without gradients.
 
-    `checkpoint_sha256` is of the file (of several, see `read_shards`), `weights_sha256` of the float32 values (see the
-    function of that name), so that the same weights in another container are recognised; it is computed when first
-    asked for. `notes` say what was unwrapped, inferred, converted and compared, in sentences for the report.
-    `settings`: what tensors do not show, each with its source.
+    `checkpoint_sha256`: of the file (of several files, see `read_shards`). `notes`: what was unwrapped, inferred,
+    converted and compared, in sentences for the report. `settings`: values that tensors do not show, with their source.
     """
 
     model: Spach
@@ -58,13 +56,13 @@ class LoadedModel:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What the model's images go through before it."""
+        """How images are resized, cropped and normalized for this model."""
         values = values_of(self.settings)
         return Preprocessing.for_size(self.image_size, values.mean, values.std)
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        """Hash of the weights."""
+        """Hash of the float32 values (see the function), the same for the same weights in another kind of file."""
         return weights_sha256(self.model.state_dict())
 
 
@@ -81,7 +79,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash over name, shape and float32 bytes of every floating-point tensor, in the order of names."""
+    """SHA-256 (hex) over name, shape and float32 bytes of every floating-point tensor, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if tensor.is_floating_point():
@@ -122,7 +120,7 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
 
 
 def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedModel:
-    """The same weights in a model with other settings."""
+    """A model with the same weights and other settings."""
     with torch.device("meta"):
         model = create_model(
             loaded.name,
@@ -136,7 +134,7 @@ def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedM
 
 
 def _identify(spec: ModelSpec, state: StateDict) -> tuple[str, list[str]]:
-    """Name of the model whose tensors these are, and what was inferred and compared to know it."""
+    """Name of the model whose tensors these are, and notes on what was inferred and compared."""
     notes: list[str] = []
     classes = num_classes_of(state.tensors)
     if spec.num_classes is not None and classes is not None and classes != spec.num_classes:
@@ -169,7 +167,7 @@ def _values(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 
 
 def _check_plain(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what holds no plain values (sparse, quantized, on no device) or would be rounded by FP32."""
+    """CheckpointError for tensors that are sparse, quantized or on no device, or whose values FP32 would round."""
 
     def is_plain(tensor: Tensor) -> bool:
         return tensor.dtype in _FORMATS and tensor.layout == torch.strided and tensor.device.type == "cpu"
@@ -188,7 +186,7 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """NaN and infinities show in the smallest and largest value, which needs no second array."""
+    """CheckpointError for NaN or infinity, seen in the smallest and largest value, which needs no second array."""
     wrong = [name for name, tensor in tensors.items() if not torch.stack(tensor.aminmax()).isfinite().all()]
     if wrong:
         raise CheckpointError(
@@ -198,7 +196,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _with_counters(model: Spach, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BatchNorm's counters do nothing in evaluation, so they are zero whatever the file says."""
+    """`values` with BatchNorm's counters of training steps set to zero: evaluation does not use them."""
     counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
     return values | {name: torch.zeros((), dtype=torch.int64) for name in counters}
 

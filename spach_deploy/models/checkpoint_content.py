@@ -1,9 +1,9 @@
-"""From what a checkpoint file holds to the state dict in it, saying each step.
+"""Find the state dict of a SPACH model in the content of a checkpoint file, with a note on every step.
 
-Training code saves {"model": ..., "model_ema": ..., "optimizer": ..., "args": ...}; others save a bare state
-dict, or one under a name of their own; wrappers such as DistributedDataParallel, torch.compile and FSDP put parts into
-the names, and modules that hold the model a prefix before them (`model.`, `backbone.`). Where the stem is tells where a
-model is: every model has one.
+Training code saves {"model": ..., "model_ema": ..., "optimizer": ..., "args": ...}. Other code saves a bare state dict,
+or one under another key. Wrappers such as DistributedDataParallel, torch.compile and FSDP add parts to tensors' names,
+and modules that contain the model add a prefix (`model.`, `backbone.`). A model is found by the name of its stem's
+weight, because every SPACH model has a stem.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ARGS_KEYS = (  # training scripts; PyTorch Lightning; timm, and others' names f
 _CONSTRUCTOR_KEYS = ("model_kwargs", "model_args", "arch_kwargs", "model")  # within these
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "model_ema_state_dict")
 _WRAPPER_NAMES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""DistributedDataParallel, DataParallel and AveragedModel; torch.compile; FSDP; activation checkpointing."""
+"""Parts of names by DistributedDataParallel, DataParallel and AveragedModel; torch.compile; FSDP; checkpointing."""
 
 _STEMS = ("stem.proj.weight", "stem.proj.0.weight")
 _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel: how many models its weights are the average of
@@ -45,7 +45,7 @@ _REPEATED_BYTES = 1_000_000  # such as a LayerScale of one value for all channel
 
 @dataclasses.dataclass(frozen=True)
 class StateDict:
-    """Tensors by name, the file's `args` (empty when it has none), and notes on what was done to get here."""
+    """Tensors by the model's own names, the file's `args` (empty without any), and notes on how they were found."""
 
     tensors: dict[str, Tensor]
     args: Mapping[str, Any]
@@ -54,7 +54,7 @@ class StateDict:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a model is in the file: keys that lead to the mapping which holds it, and the prefix of its names there."""
+    """Where a model is in the file. `path`: keys that lead to the mapping `found`. `prefix`: of its names in that."""
 
     path: tuple[str, ...]
     prefix: str
@@ -62,7 +62,7 @@ class _Place:
 
     @property
     def label(self) -> str:
-        """Path and prefix as one."""
+        """Path and prefix in one string."""
         return "".join(f"{key}." for key in self.path) + self.prefix
 
     @property
@@ -72,15 +72,16 @@ class _Place:
 
     @property
     def is_usual(self) -> bool:
-        """Whether training code has a name for this place."""
+        """Whether the path is one that training code uses."""
         return not self.prefix and all(key in _MODEL_KEYS + _EMA_KEYS for key in self.path)
 
 
 def state_dict_from_content(content: Any, weights: WeightSource, ignore: Sequence[str] = ()) -> StateDict:
-    """The state dict of `weights` in `content`, as `read_checkpoint` returns it, less what `ignore` names.
+    """The state dict of `weights` in `content`, the result of `read_checkpoint`, without what `ignore` names.
 
-    `ignore`: patterns of names, as fnmatch reads them, with or without what is removed from the names here.
-    CheckpointError when there is none or more than one, when tensors stand beside it, or when two names become one.
+    `ignore`: patterns of names as fnmatch reads them, of full names or of names without wrappers and prefix. Raises
+    CheckpointError when there is no state dict or more than one, when the same mapping has other tensors, or when two
+    names become the same.
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(
@@ -107,20 +108,20 @@ def state_dict_from_content(content: Any, weights: WeightSource, ignore: Sequenc
 
 
 def shown(names: Iterable[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names, and how many more there are, for a message."""
     listed = list(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(name[:_LONGEST] for name in listed[:_SHOWN]) + more
 
 
 def _places(content: Mapping[Any, Any]) -> Iterator[_Place]:
-    """Every model in a file, by its stem: outer ones first. At most `_MAPPINGS` mappings are looked at."""
+    """Every model in a file, found by its stem, outermost first. At most `_MAPPINGS` mappings are searched."""
     waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     for path, found in waiting:
         names = [_unwrapped(name) for name, value in found.items() if isinstance(name, str) and _is_tensor(value)]
         stems = [(name, stem) for name in names for stem in _STEMS if f".{name}".endswith(f".{stem}")]
         yield from (_Place(path, name.removesuffix(stem), found) for name, stem in dict.fromkeys(stems))
-        if len(path) < _DEPTH:  # a pickle can hold a dictionary that holds itself
+        if len(path) < _DEPTH:  # a dictionary in a pickle can contain itself
             inner = [(key, value) for key, value in found.items() if isinstance(key, str) and _is_mapping(value)]
             waiting += [((*path, key), value) for key, value in inner[: _MAPPINGS - len(waiting)]]
 
@@ -134,13 +135,13 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _skipping(place: _Place, ignore: Sequence[str]) -> str | None:
-    """The pattern that leaves a whole model out."""
+    """The pattern of `ignore` that excludes the whole model at `place`; None without one."""
     stems = [f"{place.label}{stem}" for stem in _STEMS]
     return next((pattern for pattern in ignore if any(fnmatch.fnmatchcase(stem, pattern) for stem in stems)), None)
 
 
 def _chosen(places: Sequence[_Place], content: Mapping[Any, Any], weights: WeightSource) -> _Place:
-    """The model that was asked for; where there is no stem, the mapping that training code would have put it in."""
+    """The place of the requested model; without any stem, the mapping where training code saves weights."""
     is_averaged = weights is WeightSource.EMA
     wanted = [place for place in places if place.is_averaged == is_averaged]
     if is_averaged and not wanted:
@@ -171,7 +172,7 @@ def _several(places: Sequence[_Place]) -> CheckpointError:
 
 
 def _descended(content: Mapping[Any, Any]) -> _Place:
-    """The innermost mapping under the names that training code gives to weights."""
+    """The innermost mapping under the keys that training code uses for weights."""
     path: tuple[str, ...] = ()
     while len(path) < _DEPTH:
         key = next((key for key in _MODEL_KEYS if isinstance(content.get(key), Mapping)), None)
@@ -182,12 +183,14 @@ def _descended(content: Mapping[Any, Any]) -> _Place:
 
 
 def _holds(content: Mapping[Any, Any]) -> str:
-    """What is there, for an error."""
+    """What a mapping contains, for a message."""
     return f"it holds {shown(map(str, content))}" if content else "it holds nothing"
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors without values, or of more than the file holds: a stride of zero makes terabytes of one number."""
+    """CheckpointError for tensors without values, or larger than their storage: with a stride of zero one number can
+    be terabytes.
+    """
     if nested := [name for name, tensor in tensors.items() if tensor.is_nested]:
         raise CheckpointError(
             f"The checkpoint holds {len(nested)} nested tensors, which have no shape: {shown(nested)}.",
@@ -196,7 +199,7 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
 
     def is_short(tensor: Tensor) -> bool:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            return False  # refused by its kind, where the model has it
+            return False  # refused later for its kind, if the model has such a tensor
         return tensor.numel() * tensor.element_size() > max(_REPEATED_BYTES, tensor.untyped_storage().nbytes())
 
     if not any(tensor.numel() for tensor in tensors.values()):
@@ -212,13 +215,15 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _unwrapped(name: str) -> str:
-    """A name without the parts that wrappers put into it; no module of ours is called like one."""
+    """`name` without the parts that wrappers add; no module of SPACH has such a name."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """Tensors by the model's own names, notes on what was removed, and the pattern of each that was ignored."""
+    """Tensors by the model's own names (`plain`), notes on removed parts, and by ignored name the
+    pattern that did it.
+    """
 
     plain: dict[str, Tensor]
     notes: tuple[str, ...]
@@ -228,7 +233,7 @@ class _Names:
     def of(
         cls, tensors: Mapping[str, Tensor], place: _Place, others: Sequence[_Place], ignore: Sequence[str]
     ) -> _Names:
-        """Of the model at `place`, among `others` in the same mapping."""
+        """The names of the model at `place`; `others` are models in the same mapping."""
         ignored = {name: pattern for name in tensors if (pattern := _matching(name, place, ignore))}
         _check_ignored(ignored, place)
         rest = [name for name in tensors if name not in ignored and not _is_of_other(name, place, others)]
@@ -242,13 +247,15 @@ class _Names:
 
 
 def _matching(name: str, place: _Place, ignore: Sequence[str]) -> str | None:
-    """The pattern that a tensor's name matches in one of its forms."""
+    """The pattern of `ignore` that a tensor's name matches, in full or without wrappers and prefix;
+    None without one.
+    """
     forms = ("".join(f"{key}." for key in place.path) + name, name, _unwrapped(name), _plain(name, place))
     return next((pattern for pattern in ignore if any(fnmatch.fnmatchcase(form, pattern) for form in forms)), None)
 
 
 def _check_ignored(ignored: Mapping[str, str], place: _Place) -> None:
-    """Refuse patterns of what a model has under such a name: dropped, it would be said to be missing."""
+    """CheckpointError for patterns that match tensors of the model itself, which would be missing."""
     known = {name for config in CONFIGS.values() for name in state_shapes(config)} if ignored else set()
     wrong = [name for name in ignored if _is_under(name, place) and _plain(name, place) in known]
     if wrong:
@@ -271,7 +278,7 @@ def _is_average(name: str, tensor: Tensor) -> bool:
 
 
 def _is_of_other(name: str, place: _Place, others: Sequence[_Place]) -> bool:
-    """Whether a tensor is of a moving average that was not asked for, or of the model beside one that was."""
+    """Whether a tensor belongs to another model than the one at `place`: to the averaged model, or to its average."""
     plain = _unwrapped(name)
     if place.is_averaged:
         return not plain.startswith(place.prefix)
@@ -289,7 +296,7 @@ def _beside(outside: Sequence[str], chosen: Sequence[str], place: _Place) -> Che
 
 
 def ignoring(names: Iterable[str], needed: Iterable[str]) -> str:
-    """The options that drop tensors of these names and none of `needed`."""
+    """Command-line options that ignore the tensors `names` and none of `needed`."""
     kept = [*needed]
 
     def pattern(name: str) -> str:
@@ -335,22 +342,22 @@ def _note_ignored(ignored: Mapping[str, str], skipped: Mapping[str, str], ignore
 
 
 def _note_averaged(places: Iterable[_Place], place: _Place) -> list[str]:
-    """That there are averaged weights, where others were taken."""
+    """A note that the file also has averaged weights, if others were taken."""
     labels = [other.label.rstrip(".") for other in places if other.is_averaged and not place.is_averaged]
     return [f"averaged weights are in the file too ({shown(labels)}): --weights ema takes them"] if labels else []
 
 
 def _note_others(found: Mapping[Any, Any], is_top: bool) -> list[str]:
-    """Entries among the tensors that are none; beside `args` at the top they are not worth a word."""
+    """A note on entries that are no tensors. At the top of a file `args` needs no note."""
     others = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
     others = [name for name in others if not (is_top and name == "args")]
     return [f"left out {len(others)} entries that are not tensors: {shown(others)}"] if others else []
 
 
 def _args(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """What the training code was told, wherever it kept that; of entries with one name the first counts.
+    """Arguments of the training code, from all keys under which such code saves them; the first of a name counts.
 
-    What is said of the model itself, where that is a mapping of its own, comes first; there `eps` is LayerNorm's.
+    Arguments of the model's constructor, if they are in a mapping of their own, come first; `eps` there is LayerNorm's.
     """
     found: dict[str, Any] = {}
     for key in _ARGS_KEYS:

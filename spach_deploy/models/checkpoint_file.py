@@ -1,14 +1,15 @@
-"""Checkpoint files to plain data, without running code from them.
+"""Read checkpoint files (.pth, .pt, .safetensors, or several with an index) as plain data, without running their code.
 
-Pickles go through `torch.load(weights_only=True)`, which builds tensors and containers itself and knows no
-other name than those of `plain_data`. A file is recognised by its content, as names lie: downloads that are
-web pages, large-file pointers or cut short are common, and each is explained. How much a file can become is judged
-before it is read: sizes in archives and headers here, what a pickle asks for in `pickle_size`.
+- Pickles are read by `torch.load(weights_only=True)`, which builds tensors and containers itself, and no other names
+  than those in `pickles.PLAIN_DATA`.
+- The kind of a file is found by its content, not by its name. Web pages, large-file pointers and incomplete downloads
+  are common, and get messages of their own.
+- Memory is checked before reading: sizes in archives and headers in this file, what a pickle would build in
+  `pickles.py`.
+- A checkpoint in several files has an index in Hugging Face's format, `model.safetensors.index.json`, in the same
+  folder: {"metadata": {...}, "weight_map": {tensor: file}}.
 
-Checkpoints in several files: an index (`model.safetensors.index.json`) says which file holds which tensor.
-
-The format is Hugging Face's: {"metadata": {...}, "weight_map": {tensor: file}}, the files beside the index. Nothing
-here imports torch, as an export's cache asks which files it depends on before torch is loaded.
+torch is imported only where tensors are read: an export's cache calls `checkpoint_files` before torch is loaded.
 """
 
 from __future__ import annotations
@@ -43,19 +44,21 @@ _KINDS = ("*.index.json", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
 _LOCAL_LENGTHS = 26  # bytes of a zip's local header before the lengths of name and extra field, which end it
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object itself, keys of its storages
 _INFLATED_BYTES, _INFLATED_TIMES = 64_000_000, 16
-"""An archive becomes at most so large, or so many times its own size: weights hardly shrink, gigabytes of zeros do."""
+"""Largest size of an archive's content: so many bytes, or so many times the file. Weights compress
+little, zeros much.
+"""
 
 
 def read_checkpoint(path: Path) -> tuple[Any, str]:
-    """Content of a `.pth`, `.pt` or `.safetensors` file, tensors on the CPU, and the file's sha256.
+    """Content of a `.pth`, `.pt` or `.safetensors` file, with tensors on the CPU, and the file's SHA-256 (hex).
 
-    CheckpointError, with the reason and the next step, for anything that is not one, is damaged, or would become much
-    larger than it is.
+    Raises CheckpointError, with the reason and the next step, for a file that is none of these, is damaged, or would
+    become much larger in memory.
     """
     kind = _recognise(path)
     load = {"zip": _zip_reader, "pickle": _pickle_reader, "safetensors": _safetensors_reader}[kind](path)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        digest = pool.submit(sha256_of, path)  # beside the reading: both are a pass over the file
+        digest = pool.submit(sha256_of, path)  # while it is read: both are one pass over the file
         content = load()
         try:
             return content, digest.result()
@@ -64,9 +67,9 @@ def read_checkpoint(path: Path) -> tuple[Any, str]:
 
 
 def read_shards(index: CheckpointIndex) -> tuple[dict[str, Any], str]:
-    """Tensors of a checkpoint in several files, and the sha256 of the text that sha256sum prints for index and files.
+    """Tensors of a checkpoint in several files, and the SHA-256 of what sha256sum prints for index and files.
 
-    CheckpointError as for one file, and where a file does not hold the very tensors that the index says.
+    Raises CheckpointError as `read_checkpoint` does, and where a file does not hold exactly the tensors of the index.
     """
     tensors: dict[str, Any] = {}
     digests = [f"{sha256_of(index.path)}  {index.path.name}\n"]
@@ -93,7 +96,7 @@ def _recognise(path: Path) -> str:
             raise CheckpointError(f"Checkpoint {path} is {reason}.", hint)
     if head.startswith(b"PK\x03\x04"):
         return "zip"
-    if head[8:9] == b"{":  # before the pickle, as the length of a header can begin like one
+    if head[8:9] == b"{":  # tested before pickles, because the length of a header can begin like a pickle
         _check_header(path, int.from_bytes(head[:8], "little"), size)
         return "safetensors"
     if head[:1] == b"\x80":
@@ -122,7 +125,7 @@ def _head(path: Path) -> tuple[bytes, int]:
 
 
 def _file_in(folder: Path) -> str:
-    """Hint: what in a directory may be meant."""
+    """Hint: the checkpoint in a directory that may be meant."""
     if (folder / ".metadata").is_file():
         return "Where it was made, join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE."
     files = sorted(file.name for kind in _KINDS for file in folder.glob(kind))
@@ -162,7 +165,7 @@ _NOT_CHECKPOINTS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (
 
 
 def _zip_reader(path: Path) -> Callable[[], Any]:
-    """Of a file of torch.save since 1.6: a zip archive whose members are a pickle and the tensors' bytes."""
+    """Reader of torch.save's format since 1.6: a zip archive of a pickle and the tensors' bytes."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -172,13 +175,13 @@ def _zip_reader(path: Path) -> Callable[[], Any]:
                     check_pickle(path, _bytes_of(path, archive, member), 1)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged directory can raise much more than BadZipFile
+    except Exception as error:  # a damaged directory can raise more than BadZipFile
         raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
     return functools.partial(_load_zip, path, is_mapped=all(map(_is_stored, members)))
 
 
 def _bytes_of(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    """Of a stored member also where it has no checksum, which zipfile would miss."""
+    """Bytes of a member, also of one that is stored without a checksum, which zipfile refuses."""
     if not _is_stored(member):
         return archive.read(member)
     with path.open("rb") as file:
@@ -189,7 +192,7 @@ def _bytes_of(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
 
 
 def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
-    """Refuse other archives, and those that would become too large or are not what their directory says."""
+    """CheckpointError for archives of other kinds, too large ones, and those that differ from their directory."""
     names = [member.filename.lower() for member in members]  # as torch compares them
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(f"Checkpoint {path} is a TorchScript program, not weights.", _SAVE_WEIGHTS)
@@ -231,7 +234,7 @@ def _is_stored(member: zipfile.ZipInfo) -> bool:
 
 
 def _load_zip(path: Path, *, is_mapped: bool) -> Any:
-    """`is_mapped`: its bytes are mapped into memory as they are, which compressed ones must not be."""
+    """Content of a zip archive. `is_mapped`: tensors are memory-mapped, which needs members without compression."""
     with zipfile.ZipFile(path) as archive:
         has_checksums = any(member.CRC for member in archive.infolist())  # torch.save can leave them out
         broken = _broken(path, archive) if has_checksums else None  # torch itself does not compare them
@@ -246,19 +249,19 @@ def _load_zip(path: Path, *, is_mapped: bool) -> Any:
 def _broken(path: Path, archive: zipfile.ZipFile) -> str | None:
     try:
         return archive.testzip()
-    except Exception as error:  # what does not inflate raises zlib's own error
+    except Exception as error:  # zlib has errors of its own
         raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
 
 
 def _pickle_reader(path: Path) -> Callable[[], Any]:
-    """Of torch.save's file before 1.6: pickles in a row, then the tensors' bytes."""
+    """Reader of torch.save's format before 1.6: pickles one after the other, then the tensors' bytes."""
     with path.open("rb") as file:
         check_pickle(path, file.read(PICKLE_BYTES + 1), _LEGACY_PICKLES)
     return functools.partial(_load_stream, path)
 
 
 def _load_stream(path: Path) -> Any:
-    """Either format through an open file; the older one has no other way."""
+    """Content of a file in either format of torch.save, through an open file, which the older format needs."""
     with path.open("rb") as file:
         return _torch_load(path, file, mmap=False)
 
@@ -284,7 +287,7 @@ def _explain(path: Path, error: Exception) -> CheckpointError:
 
 
 def _last_line(text: str) -> str:
-    """The part of torch's long messages that says what happened."""
+    """The line of a long message of torch that says what happened."""
     cause = text.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
     lines = [line.strip() for line in cause.splitlines() if line.strip()]
     return lines[0].rstrip(".")[:160] if lines else "no further reason given"
@@ -311,7 +314,7 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with utf8_path(path) as name:
             tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(name, device="cpu")
-    except Exception as error:  # safetensors raises its own class, torch others for dtypes it lacks
+    except Exception as error:  # safetensors has a class of its own, and torch raises others for unknown dtypes
         raise CheckpointError(f"Checkpoint {path} is cut short or damaged ({error}).", _GET_AGAIN) from error
     return tensors
 
@@ -324,25 +327,25 @@ _ONE_DOWNLOAD = "Put the index and all files that it names into one folder, from
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointIndex:
-    """An index file, and the name of the file beside it that holds each tensor."""
+    """An index file. `weight_map`: by tensor, the name of the file in the same folder that holds it."""
 
     path: Path
     weight_map: dict[str, str]
 
     @property
     def shards(self) -> tuple[Path, ...]:
-        """The files that hold tensors."""
+        """Paths of the files that hold tensors."""
         return tuple(self.path.parent / name for name in sorted(set(self.weight_map.values())))
 
     def names_in(self, shard: Path) -> set[str]:
-        """The tensors that a file holds."""
+        """Names of the tensors that a file holds, by the index."""
         return {name for name, file in self.weight_map.items() if file == shard.name}
 
 
 def find_index(path: Path) -> CheckpointIndex | None:
-    """The index that `path` is, or the one beside it that names it; None for a checkpoint in one file.
+    """The index at `path`, or the index in its folder that names the file `path`; None for a checkpoint in one file.
 
-    CheckpointError for an index that cannot be followed, and for one of several files without an index.
+    Raises CheckpointError for an index that is not valid, and for one of several files whose index is missing.
     """
     try:
         if not path.is_file():
@@ -351,7 +354,7 @@ def find_index(path: Path) -> CheckpointIndex | None:
             return _read(path)
         beside = [file for file in sorted(path.parent.glob(f"*{_SUFFIX}")) if file.is_file()]
     except OSError:
-        return None  # whoever reads the checkpoint explains
+        return None  # reading the checkpoint will raise an error
     for file in beside:
         if path.name in _weight_map(file).values():
             return _read(file)
@@ -370,7 +373,7 @@ def checkpoint_files(path: Path) -> tuple[Path, ...]:
 
 
 def _is_json(path: Path) -> bool:
-    """Also of the header of safetensors the first byte may be a brace, as a part of its length."""
+    """Whether a file begins like JSON. A safetensors file may too: its first byte is part of a length."""
     with path.open("rb") as file:
         head = file.read(64)
     return head.lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") > path.stat().st_size
@@ -392,7 +395,7 @@ def _read(path: Path) -> CheckpointIndex:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """What an index says; empty where the file is none."""
+    """By tensor, its file's name; empty where the file at `path` is no index."""
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST + 1)

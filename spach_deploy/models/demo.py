@@ -1,8 +1,7 @@
-"""Demo weights: made up, but such that every branch of a model counts.
+"""Demo weights: random weights in which every branch of a model contributes to its logits.
 
-A freshly initialised SPACH answers exactly zero (its head is zero and gamma_1 is 1e-4), so a comparison with
-it would prove nothing. These weights keep activations near unit variance and give each branch a visible share
-of the answer.
+The logits of a freshly initialised SPACH model are exactly zero (its head is zero and gamma_1 is 1e-4), so comparing
+them would prove nothing. Demo weights keep activations near unit variance.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ Float32Array = npt.NDArray[np.float32]
 def load_demo_weights(model: nn.Module, seed: int = 0) -> None:
     """Overwrite every parameter and statistic of `model`, float32 on the CPU, in place.
 
-    A value depends on its tensor's name, its shape and the seed alone. Matrices and kernels are N(0, 1 /
-    fan-in), gamma_1 uniform in 0.1 to 1, norm weights near 1, biases N(0, 0.01), running variances uniform in
-    0.5 to 1.5. Shared tensors stay shared: the first of their names decides.
+    Values depend only on the tensor's name, its shape and the seed. Matrices and kernels are N(0, 1 / fan-in), gamma_1
+    uniform in 0.1 to 1, norm weights near 1, biases N(0, 0.01), running variances uniform in 0.5 to 1.5. Shared tensors
+    stay shared, with the values of the first of their names.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-    with ThreadPoolExecutor() as pool:  # numpy draws without holding the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # NumPy releases the interpreter's lock
         list(pool.map(lambda name: _fill(name, arrays[name], seed), arrays))
 
 
@@ -45,7 +44,7 @@ def _fill(name: str, array: Float32Array, seed: int) -> None:
     elif name.endswith("gamma_1"):
         _uniform(rng, array, 0.1, 1.0)
     elif array.ndim == 4 and array.shape[1] == 1:
-        # Depthwise kernels, over whose residual the stream grows: smaller, so that late blocks weigh in the answer too.
+        # Depthwise kernels are smaller: with each residual addition the stream grows, and late blocks must still count.
         _normal(rng, array, 0.0, 0.1)
     elif array.ndim >= 2:
         _normal(rng, array, 0.0, 1 / math.sqrt(math.prod(array.shape[1:])))

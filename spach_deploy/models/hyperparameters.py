@@ -1,10 +1,10 @@
-"""What no tensor of a checkpoint shows: heads, qk scale, activation, epsilon, the normalization of pixels.
+"""Settings: hyperparameters that no tensor shows (heads, qk scale, activation, epsilon, normalization of pixels).
 
-Each value comes from the first of these that says it, and keeps its source: the command line or a recipe; the file's
-own `args`; the table of published models, which is then an assumption. Values that contradict each other are refused.
-Only answers that the user's own code computed can prove them (`spach_deploy.validation.user_answers`).
+Each value comes from the first of these sources that has it, and its source is kept: the command line or a recipe; the
+checkpoint's own `args`; the table of published models, which is an assumption. Sources that contradict each other are
+an error. Only outputs that the user's own code computed can prove the values (`spach_deploy.validation.user_answers`).
 
-Nothing here imports torch.
+This module imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spach_deploy.options.specs import ACTIVATIONS, Hyperparameters, Preprocessi
 
 
 class Source(str, enum.Enum):
-    """Who says a value."""
+    """Where a value is from."""
 
     COMMAND_LINE = "command line"
     ARGS = "args"
@@ -33,7 +33,7 @@ class Source(str, enum.Enum):
 
     @property
     def sentence(self) -> str:
-        """In words, for a reader of the export's output."""
+        """The source in words, for the export's output."""
         return {
             Source.COMMAND_LINE: "as asked for",
             Source.ARGS: "the file's own args say so",
@@ -46,7 +46,7 @@ class Source(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A value that tensors do not show, and who says it. `name` is a field of `Hyperparameters`."""
+    """A value that tensors do not show, and its source. `name`: a field of `Hyperparameters`."""
 
     name: str
     value: Any
@@ -63,7 +63,7 @@ class Setting:
 
 _OUTDATED = "If its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...)."
 _DEFAULT_SCALE = "head size ** -0.5"
-_FIELDS: dict[str, tuple[str, ...]] = {  # what training code calls them, in its args
+_FIELDS: dict[str, tuple[str, ...]] = {  # names in the args of training code
     "heads": ("num_heads", "heads", "nhead", "n_heads"),
     "qk_scale": ("qk_scale",),
     "activation": ("act_layer", "activation", "hidden_act", "act"),
@@ -79,7 +79,7 @@ _ACTIVATION_NAMES = {
 
 
 def with_hyperparameters(config: SpachConfig, given: Hyperparameters) -> SpachConfig:
-    """`config` with what is given. ModelError for a value that the architecture does not allow."""
+    """`config` with the values of `given`. ModelError for a value that the architecture does not allow."""
     _check(config, given)
     return dataclasses.replace(
         config,
@@ -91,7 +91,7 @@ def with_hyperparameters(config: SpachConfig, given: Hyperparameters) -> SpachCo
 
 
 def published(config: SpachConfig) -> dict[str, Any]:
-    """The values of a published model, of those that mean something for it."""
+    """Values of a published model, without those that it does not use, such as heads without attention."""
     attention = {"heads": config.num_heads, "qk_scale": config.qk_scale} if config.attention_dims else {}
     pixels = {"mean": Preprocessing.mean, "std": Preprocessing.std}
     return {**attention, "activation": config.activation, "norm_eps": config.norm_eps, **pixels}
@@ -100,10 +100,10 @@ def published(config: SpachConfig) -> dict[str, Any]:
 def resolve_settings(
     config: SpachConfig, asked: Hyperparameters, args: Mapping[str, Any], *, is_checkpoint: bool
 ) -> tuple[Setting, ...]:
-    """Every value that tensors do not show, with its source, for a published `config`.
+    """All settings of a model with the published `config`, each with its source.
 
-    CheckpointError where `args` say something else than was asked for, or something that is not known here; ModelError
-    for a value that the architecture does not allow.
+    `asked`: values from the command line or recipe. `args`: the checkpoint's. Raises CheckpointError where `args`
+    contradict `asked` or have an unknown value, ModelError for a value that the architecture does not allow.
     """
     _check(config, asked)
     said = _said(config, args)
@@ -133,7 +133,10 @@ def values_of(settings: Iterable[Setting]) -> Hyperparameters:
 
 
 def confirmed(settings: Iterable[Setting]) -> tuple[Setting, ...]:
-    """The settings, once the user's answers agree with the model: those that it computes with are assumed no more."""
+    """The settings after the model agreed with the user's own outputs: assumed values are confirmed by that.
+
+    Not mean and std of pixels: the model does not compute with them.
+    """
     return tuple(
         dataclasses.replace(setting, source=Source.CONFIRMED)
         if setting.source is Source.ASSUMED and setting.name not in ("mean", "std")
@@ -143,12 +146,12 @@ def confirmed(settings: Iterable[Setting]) -> tuple[Setting, ...]:
 
 
 def settings_section(settings: Iterable[Setting]) -> dict[str, SettingEntry]:
-    """The settings, for a manifest."""
+    """The manifest's section of settings."""
     return {setting.name: SettingEntry(value=setting.value, source=setting.source.value) for setting in settings}
 
 
 def read_section(section: Mapping[str, SettingEntry]) -> tuple[Setting, ...]:
-    """What `settings_section` wrote. TypeError or ValueError for anything else."""
+    """Read what `settings_section` wrote. TypeError or ValueError for anything else."""
     settings: list[Setting] = []
     for name, entry in section.items():
         if name not in _FIELDS:
@@ -167,7 +170,7 @@ def lines(settings: Iterable[Setting]) -> list[str]:
 
 
 def described(name: str, value: Any) -> str:
-    """A value with its name, as users read it."""
+    """A value with its name, in words."""
     if name == "heads":
         return f"{value} head{'' if value == 1 else 's'}"
     if name == "qk_scale":
@@ -181,7 +184,7 @@ def described(name: str, value: Any) -> str:
 
 
 def _together(names: list[str]) -> list[str]:
-    """Both of ImageNet's pixel values as one."""
+    """`names` with mean and std as one entry."""
     both = ["pixel mean of ImageNet", "pixel std of ImageNet"]
     if all(name in names for name in both):
         return [*(name for name in names if name not in both), "pixel mean and std of ImageNet"]
@@ -223,11 +226,11 @@ def _contradiction(name: str, asked: Any, field: str, said: Any) -> CheckpointEr
     )
 
 
-# What the file's own args say
+# Values in the checkpoint's own args
 
 
 def _said(config: SpachConfig, args: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """(the field of args, its value) of what args say, by our name. CheckpointError for what cannot be honoured."""
+    """By setting: (field of args, its value). CheckpointError for a value that is not known."""
     _check_visible(config, args)
     found: dict[str, tuple[str, Any]] = {}
     for name in published(config):
@@ -246,7 +249,7 @@ def _said(config: SpachConfig, args: Mapping[str, Any]) -> dict[str, tuple[str, 
 
 
 def _is_unsaid(value: Any) -> bool:
-    """None, or what command lines and YAML make of it."""
+    """Whether a value is None, or what command lines and YAML write for it."""
     return value is None or value == [] or (isinstance(value, str) and value.lower() in ("", "none", "null"))
 
 
@@ -262,7 +265,7 @@ def _known(name: str, field: str, value: Any) -> Any:
 
 
 def _parse(name: str, value: Any) -> Any:
-    """A value as our field holds it. TypeError or ValueError for what is none."""
+    """A value of args as the setting's type. TypeError or ValueError where that is not possible."""
     if isinstance(value, bool):
         raise TypeError(name)
     if name == "heads":
@@ -279,7 +282,7 @@ def _parse(name: str, value: Any) -> Any:
 
 
 def _folded(value: Any) -> str:
-    """`nn.GELU`, `torch.nn.modules.activation.GELU` and `gelu_new` as one kind of name."""
+    """A name in one spelling: without modules, in lower case, with hyphens for underscores."""
     if not isinstance(value, str):
         raise TypeError("an activation is a name")
     return value.removesuffix("()").rsplit(".", 1)[-1].lower().replace("_", "-")
@@ -305,7 +308,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _check_visible(config: SpachConfig, args: Mapping[str, Any]) -> None:
-    """Refuse args about what the tensors do show, where they show something else: then which are right?"""
+    """CheckpointError for args that contradict what the tensors show: then neither can be trusted."""
     shown: dict[str, Callable[[Any], bool]] = {
         "hidden_dim": lambda value: int(value) == config.dim,
         "patch_size": lambda value: _last(value) == config.patch_size,

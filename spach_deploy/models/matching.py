@@ -1,13 +1,11 @@
-"""What a training checkpoint's `args` say, held against what was asked and what the tensors show.
+"""Find the model that a checkpoint's tensors belong to, and compare it with what the user and the file's `args` say.
 
-Published training code stores its command line: `model` (its registry name), `input_size` (pixels) and
+Names and shapes of tensors are compared with `shapes.state_shapes` of every model. They do not show two things: the
+number of attention heads (no two models differ in these alone), and whether blocks share spatial tensors, for which
+values are compared.
+
+`args` is the command line that published training code stores: `model` (its registry name), `input_size` (pixels) and
 `nb_classes`.
-
-Which model a checkpoint's tensors are, and where they differ from it.
-
-Names and shapes decide, compared with `shapes.state_shapes` of every model. Two things they do not show:
-heads of attention (no two models differ in these alone), and whether spatial tensors are shared; there the
-values decide.
 """
 
 from __future__ import annotations
@@ -32,7 +30,10 @@ _WRONG_FILE = f"Is it the right file? Or, {_OUTDATED_ARGS}"
 
 
 def compare_model(args: Mapping[str, Any], name: str, asked: bool) -> list[str]:
-    """Note on `args.model` beside `name`, asked for or inferred; CheckpointError when they conflict."""
+    """Compare the model in `args` with `name`, which was requested (`asked`) or inferred.
+
+    Returns a note. CheckpointError when they conflict.
+    """
     said = args.get("model")
     if not isinstance(said, str):
         return []
@@ -51,7 +52,7 @@ def compare_model(args: Mapping[str, Any], name: str, asked: bool) -> list[str]:
 
 
 def compare_classes(args: Mapping[str, Any], num_classes: int) -> list[str]:
-    """Note on `args.nb_classes` and the head's classes; CheckpointError when they conflict."""
+    """Compare the number of classes in `args` with the head's; returns notes. CheckpointError when they conflict."""
     notes: list[str] = []
     for field in ("nb_classes", "num_classes"):
         said = _number(args.get(field))
@@ -67,10 +68,10 @@ def compare_classes(args: Mapping[str, Any], num_classes: int) -> list[str]:
 def choose_image_size(
     args: Mapping[str, Any], name: str, fixed: int | None, asked: int | None
 ) -> tuple[int, list[str]]:
-    """Image side in pixels and the note on it.
+    """Image size in pixels (one side), and a note on where it is from.
 
-    `fixed` is what a spatial MLP's weights allow, None for models that take any size; these are given what
-    was asked, else what `args` say, else 224. CheckpointError when something conflicts with fixed weights.
+    `fixed`: the only size that a spatial MLP's weights allow. None for models that take any size: then it is `asked`,
+    else that of `args`, else 224. CheckpointError when `asked` or `args` conflict with `fixed`.
     """
     said = _number(args.get("input_size"))
     if fixed is not None:
@@ -99,7 +100,7 @@ def _check_fixed(name: str, fixed: int, asked: int | None, said: int | None) -> 
 
 
 def _number(value: Any) -> int | None:
-    """An integer, or the last of a sequence (3, 224, 224); None for what is neither."""
+    """`value` if it is an integer, or the last of a sequence such as (3, 224, 224); None otherwise."""
     if isinstance(value, (list, tuple)) and value:
         value = value[-1]
     if isinstance(value, bool):
@@ -115,7 +116,7 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclasses.dataclass(frozen=True)
 class Differences:
-    """How a state dict differs from a model's. Other shapes: (name, shape there, shape needed)."""
+    """How a state dict differs from a model's. `misshaped`: (name, shape in the file, shape needed)."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -123,7 +124,7 @@ class Differences:
 
     @property
     def count(self) -> int:
-        """Tensors that do not fit; 0 means that all do."""
+        """Number of tensors that do not fit; 0 if all do."""
         return len(self.missing) + len(self.unexpected) + len(self.misshaped)
 
     def __str__(self) -> str:
@@ -133,7 +134,7 @@ class Differences:
 
 
 def differences(name: str, tensors: Tensors) -> Differences:
-    """`tensors` against model `name`, of as many classes and pixels as they show."""
+    """Compare `tensors` with model `name`, with the classes and image size that the tensors show."""
     config = CONFIGS[name]
     image_size = image_size_of(config, tensors) or 224
     needed = state_shapes(config, image_size, num_classes_of(tensors) or 1000)
@@ -147,13 +148,13 @@ def differences(name: str, tensors: Tensors) -> Differences:
 
 
 def num_classes_of(tensors: Tensors) -> int | None:
-    """Rows of the head, None when there is no head."""
+    """Number of classes: rows of the head's weight. None without a head."""
     head = tensors.get("head.weight")
     return int(head.shape[0]) if head is not None and head.ndim == 2 else None
 
 
 def image_size_of(config: SpachConfig, tensors: Tensors) -> int | None:
-    """Image side in pixels that a spatial MLP's weights fix; None without one, or when of no square."""
+    """Image size in pixels (one side) that a spatial MLP's weights fix; None without one, or for no square grid."""
     for stage, mixers in enumerate(config.stages):
         if MLP in mixers:
             block = mixers.index(MLP) + (1 if stage else 0)  # a downsampling stands before the blocks
@@ -165,7 +166,7 @@ def image_size_of(config: SpachConfig, tensors: Tensors) -> int | None:
 
 
 def infer_model(tensors: Tensors) -> str:
-    """The one model that `tensors` are; CheckpointError when they fit none, or several."""
+    """Name of the model that `tensors` fit. CheckpointError when they fit none, or several."""
     found = {name: differences(name, tensors) for name in CONFIGS}
     fitting = [name for name, difference in found.items() if not difference.count]
     shared = [name for name in fitting if CONFIGS[name].shared_spatial and not unequal_copies(name, tensors)]
@@ -187,7 +188,7 @@ def infer_model(tensors: Tensors) -> str:
 
 
 def check_fit(name: str, tensors: Tensors) -> None:
-    """CheckpointError that lists everything which keeps `tensors` from being model `name`."""
+    """CheckpointError that lists all differences, unless `tensors` fit model `name`."""
     difference = differences(name, tensors)
     if difference.count:
         found = {other: differences(other, tensors) for other in CONFIGS}
@@ -203,13 +204,13 @@ def check_fit(name: str, tensors: Tensors) -> None:
 
 
 def unequal_copies(name: str, tensors: Tensors) -> list[str]:
-    """Tensors of blocks that should share one with the first block of their stage, and do not."""
+    """Names of tensors that should equal those of the first block of their network stage, and do not."""
     groups = shared_groups(CONFIGS[name])
     return [copy for first, *copies in groups for copy in copies if not tensors[first].equal(tensors[copy])]
 
 
 def _next_step(difference: Differences, tensors: Tensors) -> str:
-    """Hint where all of the model is there but its head, or tensors stand beside it; empty elsewhere."""
+    """Hint if only the head is missing, or if there are only additional tensors; empty otherwise."""
     if difference.misshaped or set(difference.missing) - {"head.weight", "head.bias"}:
         return ""
     more = [name for name in difference.unexpected if name.rpartition(".")[0] != _other_head(difference, tensors)]
@@ -222,7 +223,7 @@ def _next_step(difference: Differences, tensors: Tensors) -> str:
 
 
 def _other_head(difference: Differences, tensors: Tensors) -> str | None:
-    """What stands in the file like a linear layer from features to classes, where `head` is missing."""
+    """Name of a layer in the file that could be the head, if `head` is missing; None otherwise."""
     width = tensors["norm2.weight"].shape if "norm2.weight" in tensors else ()
     for name in difference.unexpected:
         weight, stem = tensors[name], name.removesuffix(".weight")
@@ -244,7 +245,7 @@ def _other_model(name: str, found: Mapping[str, Differences], tensors: Tensors) 
 
 
 def _closest(found: Mapping[str, Differences], tensors: Tensors) -> str | None:
-    """The model with the fewest differences, if half of the names on both sides are common to them."""
+    """The model with the fewest differences, if it shares at least half of the names; None otherwise."""
     near = min(found, key=lambda name: found[name].count)
     common = len(tensors) - len(found[near].unexpected)
     most = max(len(tensors), common + len(found[near].missing))
@@ -252,7 +253,7 @@ def _closest(found: Mapping[str, Differences], tensors: Tensors) -> str | None:
 
 
 def _is_counter(name: str) -> bool:
-    """BatchNorm's count of training steps, which evaluation does not read and old files lack."""
+    """Whether this is BatchNorm's counter of training steps, which evaluation does not read and old files lack."""
     return name.endswith("num_batches_tracked")
 
 

@@ -1,16 +1,14 @@
-"""What a pickle in a checkpoint would become, judged from its instructions before any of them is followed.
+"""Safe pickles in checkpoints: refuse those that would take too much memory or time, and allow a short list of names.
 
-`torch.load(weights_only=True)` runs no code, but does what a pickle of a few bytes asks for: `bytearray(10**11)`, a
-text encoded as hexadecimal forty times over, a tensor that holds whatever lay in memory, a tuple of tuples that takes
-years to hash. `check_pickle` follows the instructions with sizes in place of values, and refuses such a file.
+`torch.load(weights_only=True)` runs no code from a pickle, but a few bytes can make it build `bytearray(10**11)`, a
+text that is encoded as hexadecimal forty times, a tensor of uninitialized memory, or a tuple of tuples that takes years
+to hash. `check_pickle` interprets the instructions with sizes in the place of values, and refuses such a file before it
+is loaded.
 
-The plain data that may stand beside tensors in a checkpoint: a short fixed list.
-
-`torch.load(weights_only=True)` builds tensors, numbers, strings and containers itself and refuses every other
-name in a pickle. Training code also saves its command line: an argparse.Namespace of numbers, strings, paths,
-and what NumPy computed. Each name below stands for a class or function *here or in the standard library* that
-only holds values, so nothing that a file asks for acts: NumPy's own functions are not called (a hostile dtype
-can crash them), and paths become pure ones, which never touch a disk and can be of another system.
+`torch.load(weights_only=True)` builds tensors, numbers, strings and containers, and refuses all other names. Training
+code also saves its command line, an argparse.Namespace of numbers, strings, paths and NumPy scalars. `PLAIN_DATA` maps
+these names to classes and functions of this module or the standard library that only hold values. NumPy's own functions
+are not called, because a hostile dtype can crash them; paths become pure paths, which never touch a disk.
 """
 
 from __future__ import annotations
@@ -28,20 +26,20 @@ from typing import Any
 from spach_deploy.common.errors import CheckpointError
 
 PICKLE_BYTES = 32_000_000
-"""The largest pickle or header: some hundred bytes a tensor, and training's own records."""
+"""Largest pickle or header, in bytes. Usual are some hundred for each tensor, and records of the training."""
 
 _INSTRUCTIONS = 1_000_000
-"""Of a pickle, some twenty a tensor; they are followed in Python, here and by torch.load."""
+"""Most instructions of a pickle. Usual are some twenty for each tensor; Python interprets them, also in torch.load."""
 
 _WORK = 10 * PICKLE_BYTES
-"""What all values of a pickle may have in them, with what is shared counted wherever it stands."""
+"""Largest size of all values of a pickle together; a shared value counts wherever it is used."""
 
 _SAVE_WEIGHTS = "Where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 
 
 @dataclasses.dataclass
 class _Value:
-    """What stands for a value: its size, the items of a tuple, the text of a string or a name."""
+    """Stands for a value: its size, the items of a tuple, the text of a string or a name."""
 
     size: int = 1
     items: tuple[_Value, ...] = ()
@@ -49,20 +47,20 @@ class _Value:
 
 
 def check_pickle(path: Path, content: bytes, count: int) -> None:
-    """CheckpointError where one of the first `count` pickles in `content` asks for too much, or is damaged.
+    """CheckpointError where one of the first `count` pickles in `content` is damaged or would build too much.
 
-    Fewer of them are no error here, but more than `PICKLE_BYTES` are.
+    Fewer pickles than `count` are no error, more bytes than `PICKLE_BYTES` are.
     """
     stream = io.BytesIO(content[:PICKLE_BYTES])
     try:
         for _ in range(count):
             if stream.tell() == len(content):
-                return  # torch.load says what is missing
+                return  # torch.load will say what is missing
             _Reader().follow(pickletools.genops(stream))
     except _TooLargeError as error:
         reason = f"{error}, and only tensors and plain data are read"
         raise CheckpointError(f"Checkpoint {path} was refused: it {reason}.", _SAVE_WEIGHTS) from None
-    except Exception as error:  # also for instructions that torch.load may learn to follow
+    except Exception as error:  # also for instructions that only newer versions of torch.load know
         reason = "cut short, damaged, or a pickle that torch.save did not write"
         raise CheckpointError(
             f"Checkpoint {path} cannot be read: it is {reason} ({error}).", "Copy or download it again."
@@ -70,11 +68,11 @@ def check_pickle(path: Path, content: bytes, count: int) -> None:
 
 
 class _TooLargeError(Exception):
-    """What a pickle asks for."""
+    """The pickle would build too much; the message says what."""
 
 
 class _Reader:
-    """Follows the instructions that torch.load knows. Raises anything at the first one that it cannot follow."""
+    """Interprets the instructions that torch.load knows; the first other one raises any exception."""
 
     def __init__(self) -> None:
         self._stack: list[_Value] = []
@@ -83,7 +81,7 @@ class _Reader:
         self._work = 0
 
     def follow(self, instructions: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
-        """To the end of one pickle."""
+        """Interpret the instructions of one pickle."""
         for number, (instruction, argument, _) in enumerate(instructions):
             if number == _INSTRUCTIONS:
                 raise _TooLargeError(f"has more than {_INSTRUCTIONS:,} instructions")
@@ -111,7 +109,7 @@ class _Reader:
         self._stack.append(_Value(size=1 + len(text), text=text))
 
     def _take(self, name: str, count: int | None) -> None:
-        """An instruction that takes values from the stack, all since the mark where `count` is None."""
+        """Interpret an instruction that takes `count` values from the stack; with None all since the mark."""
         if count is None:
             items, self._stack = self._stack, self._marked.pop()
         else:
@@ -132,12 +130,12 @@ class _Reader:
 
 
 def _called(function: _Value, arguments: _Value) -> _Value:
-    """The result. Refuses calls whose result can be large though their arguments are not."""
+    """The result of a call. Refuses calls whose result can be large though their arguments are small."""
     items, name = arguments.items, function.text.rpartition(".")[2]
     texts = [item.text for item in items]
     if name == "_rebuild_from_type_v2" and len(items) > 2:  # calls its first argument with its third
         return _called(items[0], items[2])
-    if name == "encode":  # how bytes are written
+    if name == "encode":  # pickles store bytes as text that is encoded
         if texts[1:] != ["latin1"]:
             raise _TooLargeError(f"asks for {function.text} into another form than bytes")
         return _Value(items[0].size, text="bytes")
@@ -153,7 +151,7 @@ _TAKES: dict[str, int | None] = {
     **{"REDUCE": 2, "NEWOBJ": 2, "BINPERSID": 1, "BUILD": 1},
     **{"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None},
 }
-"""Instructions, and how many values they take."""
+"""By instruction: how many values it takes from the stack; None for all since the mark."""
 
 _PUSHES = {
     *("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"),
@@ -162,7 +160,7 @@ _PUSHES = {
 
 
 class NumpyDtype:
-    """What a pickled NumPy dtype says: its code, such as `f8`, and its byte order."""
+    """Stands for a pickled NumPy dtype: its code, such as `f8`, and its byte order."""
 
     def __init__(self, code: str, *_flags: bool) -> None:
         if not (isinstance(code, str) and re.fullmatch(r"[biufSU]\d{1,9}", code)):
@@ -178,7 +176,7 @@ class NumpyDtype:
 
 
 def numpy_scalar(dtype: NumpyDtype, data: bytes) -> Any:
-    """The number or string that a pickled NumPy scalar of `dtype` with the bytes `data` is."""
+    """The number or string of a pickled NumPy scalar of `dtype` with the bytes `data`."""
     if not (isinstance(dtype, NumpyDtype) and isinstance(data, bytes)):
         raise ValueError("a NumPy scalar that is not made of a dtype and bytes")
     if dtype.code[0] == "S":
@@ -190,7 +188,7 @@ def numpy_scalar(dtype: NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, np.dtype(dtype.order + dtype.code), count=1)[0].item()
 
 
-# (what is called, the name that asks for it). NumPy 1 and 2 differ in the module, as Python 3.13 does for
+# (function or class, its name in pickles). NumPy 1 and 2 differ in the module, as Python 3.13 does for
 # paths.
 PLAIN_DATA: tuple[tuple[Any, str], ...] = (
     (argparse.Namespace, "argparse.Namespace"),

@@ -1,7 +1,7 @@
-"""What each SPACH model is, as data: the table behind the names.
+"""Configuration of every published SPACH model: widths, stages, mixers, heads.
 
-Source: Zhao et al., arXiv 2108.13002, and the keys of its published checkpoints. Nothing here imports torch,
-so that `--list` and the errors for names and image sizes are instant.
+Source: Zhao et al., arXiv 2108.13002, and the keys of its published checkpoints. This module imports no torch, so that
+`--list` and errors about names and image sizes are instant.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STEM_WIDTH = 64
 
 @dataclasses.dataclass(frozen=True)
 class SpachConfig:
-    """Shape of one model. `stages` lists, for each stage, how each of its blocks mixes tokens.
+    """Architecture of one model. `stages`: for each network stage, how each of its blocks mixes tokens.
 
     `qk_scale` None: head size ** -0.5. `activation`: one of `specs.ACTIVATIONS`.
     """
@@ -39,7 +39,7 @@ class SpachConfig:
 
     @property
     def multi_stage(self) -> bool:
-        """Whether resolution falls from stage to stage."""
+        """Whether the model has several stages, each with half the resolution of the one before."""
         return len(self.stages) > 1
 
     @property
@@ -59,7 +59,9 @@ class SpachConfig:
 
     @property
     def smallest_image_size(self) -> int:
-        """In pixels; one token cannot be mixed (a spatial MLP would halve it), so the smallest grid is 2 by 2."""
+        """In pixels. The last grid is at least 2 x 2, because one token cannot be mixed (a spatial
+        MLP would halve it).
+        """
         return 2 * self.image_size_step
 
     def grids(self, image_size: int) -> list[int]:
@@ -69,7 +71,7 @@ class SpachConfig:
         return [side >> stage for stage in range(len(self.stages))]
 
     def check_image_size(self, image_size: int) -> None:
-        """Refuse image sizes that patches and strides do not divide, or with too few tokens to mix."""
+        """ModelError for an image size (pixels) that patches and strides do not divide, or with too few tokens."""
         step, smallest = self.image_size_step, self.smallest_image_size
         if image_size % step:
             below = image_size // step * step

@@ -1,6 +1,6 @@
-"""Names of the SPACH models and what they are: the table that `spach-export --list` prints.
+"""Registry of the SPACH models: names, aliases, the table that `spach-export --list` prints, and `create_model`.
 
-Importing this module imports no torch; only `create_model` does.
+Only `create_model` imports torch.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ PUBLISHED_TOP1 = {
 class ModelInfo:
     """One line of the table, for 224 pixels and 1000 classes.
 
-    `reference_name` is the published registry name; a model with another stem or with shared weights has the
-    name of the plain one there. `macs` are multiply-adds of one image (see `shapes.count_macs` for what
-    counts). `published_top1` is ImageNet-1K accuracy in percent; it and `published_checkpoint` are None where
-    nothing was published.
+    `reference_name`: the published registry name; models with another stem or with shared weights have the name of the
+    plain model. `macs`: multiply-adds for one image, as `shapes.count_macs` counts. `published_top1`: ImageNet-1K
+    accuracy in percent; it and `published_checkpoint` are None where nothing was published.
     """
 
     name: str
@@ -63,7 +62,7 @@ def list_models() -> list[ModelInfo]:
 
 
 def model_info(name: str) -> ModelInfo:
-    """What the model `name` (or an alias of it) is; ModelError when there is none."""
+    """The table's entry of the model `name`, which may be an alias. ModelError when there is none."""
     name = resolve(name)
     config = CONFIGS[name]
     return ModelInfo(
@@ -79,11 +78,11 @@ def model_info(name: str) -> ModelInfo:
 
 
 def resolve(name: str) -> str:
-    """Our name for `name`, which may be an alias.
+    """The name in this package for `name`, which may be an alias.
 
     Aliases are the published registry names (`spach_ms_s_patch4_224_hybrid`), which mean the plain model
     where variants share one, and the published checkpoint names without suffix (`spach_ms_hybrid_s`). Case
-    and dashes are not repaired, but the ModelError says what the name would be.
+    and dashes are not corrected, but the ModelError suggests the right name.
     """
     if name in CONFIGS:
         return name
@@ -93,7 +92,9 @@ def resolve(name: str) -> str:
 
 
 def check_spec(spec: ModelSpec) -> None:
-    """Refuse what needs no weights to be refused: no model, an unknown one, an image size it does not allow."""
+    """Check `spec` before weights are read. ModelError or UsageError for no model, an unknown one,
+    a wrong image size.
+    """
     if spec.name is None and spec.checkpoint is None:
         raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
     if spec.checkpoint is None and spec.weights is WeightSource.EMA:
@@ -106,7 +107,7 @@ def check_spec(spec: ModelSpec) -> None:
 
 
 def check_ignore(checkpoint: Path | None, ignore: tuple[str, ...]) -> None:
-    """Refuse patterns of tensors that no checkpoint was given for."""
+    """UsageError for patterns of tensors without a checkpoint."""
     if checkpoint is None and ignore:
         raise UsageError("--ignore names tensors of a checkpoint.", "Give --checkpoint FILE.")
 
@@ -120,9 +121,9 @@ def create_model(
 ) -> Spach:
     """A freshly initialised model in evaluation mode, float32 on the CPU.
 
-    Its head is zero and so is its answer, as published: load a checkpoint, or `load_demo_weights`, before
-    comparing anything. ModelError for an unknown name, an image size or hyperparameters that the architecture does not
-    allow.
+    As published, its head is zero, and so are its logits: load a checkpoint, or call `load_demo_weights`, before
+    comparing anything. `image_size`: in pixels, one side. Raises ModelError for an unknown name, and for an image size
+    or hyperparameters that the architecture does not allow.
     """
     from spach_deploy.models.spach import Spach
 
@@ -138,7 +139,7 @@ def _aliases() -> dict[str, str]:
 
 
 def _reference_name(name: str) -> str:
-    """`ms_hybrid_s+` -> `spach_ms_s_patch4_224_hybrid`: stem and sharing are options there."""
+    """`ms_hybrid_s+` -> `spach_ms_s_patch4_224_hybrid`; the published registry has stem and sharing as options."""
     *stages, mixer, size = name.rstrip("+").removesuffix("_shared").split("_")
     mixer = "attn" if mixer == "trans" else mixer
     return "_".join(["spach", *stages, size, f"patch{CONFIGS[name].patch_size}", "224", mixer])

@@ -1,7 +1,7 @@
-"""Tensor shapes, parameters and multiply-adds of a model, computed from its configuration alone.
+"""Shapes of a model's tensors, numbers of its parameters and multiply-adds, computed from its configuration.
 
-Nothing here imports torch or builds a module: `--list` is instant, and a checkpoint can be compared with
-every model there is. Tests hold this arithmetic against the modules themselves.
+No module is built and no torch imported: `--list` is instant, and a checkpoint can be compared with every model. Tests
+compare the results with the modules themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def state_shapes(config: SpachConfig, image_size: int = 224, num_classes: int = 
 
 
 def count_parameters(config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> int:
-    """Trainable numbers. Shared tensors count once; running statistics of BatchNorm do not count."""
+    """Number of trainable parameters. Shared tensors count once; running statistics of BatchNorm do not count."""
     repeated = {copy for group in shared_groups(config) for copy in group[1:]}
     shapes = state_shapes(config, image_size, num_classes)
     return sum(math.prod(s) for name, s in shapes.items() if name not in repeated and not is_buffer(name))
@@ -44,7 +44,7 @@ def count_macs(config: SpachConfig, image_size: int = 224, num_classes: int = 10
     Counted: convolutions, linear layers, the spatial MLP, and both products of attention (scores and weighted
     sum). Not counted, because they multiply no matrix: biases, norms, activations, softmax, additions,
     pooling. Published figures, rounded to 0.1 G, agree for the xxs models and are 0.8 to 2.3 % higher for the
-    s models; what they count beside matrices is not written down.
+    s models; the publication does not say what else they count.
     """
     stages = _stages(config, image_size)
     total = _stem_macs(config, image_size)
@@ -56,7 +56,7 @@ def count_macs(config: SpachConfig, image_size: int = 224, num_classes: int = 10
 
 
 def shared_groups(config: SpachConfig) -> list[list[str]]:
-    """Groups of state-dict names that are one tensor: those of each stage's shared spatial function."""
+    """Groups of state-dict names that are one tensor, in models whose network stages share one spatial function."""
     if not config.shared_spatial:
         return []
     groups: list[list[str]] = []
@@ -97,7 +97,7 @@ def _patch_stem(config: SpachConfig) -> Shapes:
 
 
 def _conv_stem(config: SpachConfig) -> Shapes:
-    """The sequence is (convolution, BatchNorm, ReLU) three times, then the patch convolution at 9."""
+    """Shapes of the stem (convolution, BatchNorm, ReLU) three times, then the patch convolution at index 9."""
     shapes: Shapes = {}
     for index, (inputs, kernel) in enumerate([(3, 7), (STEM_WIDTH, 3), (STEM_WIDTH, 3)]):
         shapes[f"stem.proj.{3 * index}.weight"] = (STEM_WIDTH, inputs, kernel, kernel)

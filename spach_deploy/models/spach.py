@@ -1,14 +1,12 @@
-"""Building blocks of SPACH: mixing functions, stems, downsampling.
+"""The reference: SPACH models in PyTorch, whose blocks mix tokens by convolution, attention or an MLP.
 
 Source: Zhao et al., "A Battle of Network Structures: An Empirical Study of CNN, Transformer, and MLP", arXiv
-2108.13002. Module and attribute names are the published checkpoints' state-dict keys. Tensors between blocks
-are tokens (B, N, C), row-major over an H by W grid. einops stays here on purpose: this is the reference that
-everything else is compared with; `spach_deploy.rewrites` makes it static.
+2108.13002. Names of modules and attributes are the state-dict keys of the published checkpoints. Tensors between blocks
+are tokens (B, N, C), row-major over an H by W grid. A single-stage model has one sequence, `blocks`; a multi-stage
+model has `layer1` to `layer4`, of which the last three begin with a downsampling.
 
-The SPACH family: one Transformer-like frame, blocks that mix by convolution, attention or MLP.
-
-Source: Zhao et al., arXiv 2108.13002. A single-stage model has one stack, `blocks`; a multi-stage one has
-`layer1` to `layer4`, of which the later three begin with a downsampling.
+Everything that is exported is compared with these modules. They keep the einops of the publication on purpose;
+`spach_deploy.rewrites` makes the static model of them.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ class ChannelMLP(nn.Module):
 
 
 class SpatialMLP(nn.Module):
-    """The same over tokens, each channel alike: (B, N, C) -> (B, N, C). Its weights fix N."""
+    """Two linear layers over tokens, the same for all channels: (B, N, C) -> (B, N, C). Its weights fix N."""
 
     def __init__(self, num_tokens: int, act: str = "gelu") -> None:
         super().__init__()
@@ -78,7 +76,7 @@ class Attention(nn.Module):
 
 
 class PositionEncoding(nn.Module):
-    """Depthwise 3x3 convolution over the token grid: (B, N, C) -> (B, N, C), the residual not included."""
+    """Depthwise 3x3 convolution over the token grid, without the residual addition: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -100,7 +98,7 @@ class MixingBlock(nn.Module):
     """One SPACH block: (B, N, C) -> (B, N, C).
 
     y = x + gamma_1 * spatial(norm1(x)) + depthwise(x), then y + channel(norm2(y)). The depthwise convolution
-    sees the block's input. Convolution blocks have no spatial function: y = x + depthwise(x).
+    reads the block's input. Convolution blocks have no spatial function: y = x + depthwise(x).
     """
 
     gamma_1: nn.Parameter
@@ -248,7 +246,7 @@ def _spatial(config: SpachConfig, mixer: str, dim: int, side: int) -> Attention 
 
 
 def _initialize(model: nn.Module) -> None:
-    """Published initialisation: truncated normals, zero biases, zero head (so a fresh model answers zero)."""
+    """Published initialisation: truncated normals, zero biases, zero head (so the logits of a new model are zero)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             if name == "head":
