@@ -4,7 +4,7 @@
     for batch in batches(source, preprocessing, 8):
         collector.see(batch)
         ...
-    summary = collector.survey()
+    summary = collector.summary()
     summary.check()          # raises for a set that can only mislead
     summary.warnings()       # sentences for the user
 
@@ -312,7 +312,7 @@ class CalibrationSetCollector:
         if seen.label is not None:
             self._labels[seen.label] += 1
 
-    def survey(self, skipped: tuple[Skipped, ...] | None = None) -> CalibrationSetSummary:
+    def summary(self, skipped: tuple[Skipped, ...] | None = None) -> CalibrationSetSummary:
         """The summary so far. `skipped` None: those of the source. Raises ValueError when no image was added."""
         if not self._pixels:
             raise ValueError("no image was seen")
@@ -526,7 +526,7 @@ def _is_swapped(mean: _Array, expected: _Array) -> bool:
     return bool(fits_backwards and seen * np.sign(wanted) < -0.5 * abs(wanted))
 
 
-# Words
+# Wording of sentences
 
 
 def _kinds(constant: int, noise: int) -> str:

@@ -1,6 +1,4 @@
-"""Labels: the class of each image, from folders, an npz or a file (text, CSV, JSON); and names of
-classes from a file.
-"""
+"""Labels of images, from folders, an npz or a file (text, CSV, JSON); and names of a model's classes."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _common_options(trt: Any, target: EngineTarget, profile: Profile, monitor: A
         limits = {trt.MemoryPoolType.WORKSPACE: target.workspace_bytes}
     return {
         "profiles": [shapes],
-        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # layer names stay in the plan
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # keeps layer names in the plan
         "builder_optimization_level": target.opt_level,
         "memory_pool_limits": limits,
         "progress_monitor": monitor,

@@ -1,4 +1,4 @@
-"""Export time: trace one block of each kind (the prototype), then repeat its nodes with the other blocks' weights.
+"""Trace one block of each kind (the prototype), then repeat its nodes with the other blocks' weights. It saves time.
 
 torch.onnx's time grows with the number of blocks, and the blocks of one network stage differ only in their weights.
 `make_prototype` makes the small model that is traced, and `stamp_blocks` makes the whole model's graph of its graph.

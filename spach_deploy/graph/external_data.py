@@ -65,7 +65,7 @@ def check_is_one_file(file: Path) -> None:
     """
     try:
         model = onnx.load(file, load_external_data=False)
-    except Exception:  # protobuf's own; what is no graph is refused by who reads it
+    except Exception:  # of protobuf: no ONNX graph, which its reader refuses
         return
     if outside := printable(data_outside(model, file.parent)):
         what, fix = f"{outside}, which leads outside of its directory", "Give a graph with its weights."

@@ -1,6 +1,6 @@
 """Which ONNX Runtime runs which graph, and which versions each Triton image carries: the table `runtimes.json`.
 
-All advice on where a graph can run is read from this table: `spach-serve-check`, Triton repositories, Kubernetes
+All advice on where a graph can run is read from this table: Triton repositories and their check, Kubernetes
 manifests, the doctor, Polygraphy's folder. `sources` in it says where its rows are from.
 """
 

@@ -39,8 +39,8 @@ _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel: how many mod
 _SHOWN = 8
 _LONGEST = 100
 _DEPTH = 8
-_MAPPINGS = 10_000  # looked at in one file; an optimizer has one a parameter
-_REPEATED_BYTES = 1_000_000  # such as a LayerScale of one value for all channels
+_MAPPINGS = 10_000  # searched in one file at most; an optimizer has one for each parameter
+_REPEATED_BYTES = 1_000_000  # a repeated value may have, such as a LayerScale of one value for all channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +240,7 @@ class _Names:
         averages = [name for name in rest if _is_average(name, tensors[name])]
         chosen = [name for name in rest if name not in averages]
         if outside := [name for name in chosen if not _is_under(name, place)]:
-            raise _beside(outside, chosen, place)
+            raise _other_tensors(outside, chosen, place)
         notes = [*_note_wrappers(chosen), *([f"removed the prefix `{place.prefix}`"] if place.prefix else [])]
         notes += [f"dropped {name}: {int(tensors[name])} models were averaged" for name in averages]
         return cls(_renamed(chosen, tensors, place), tuple(notes), ignored)
@@ -285,7 +285,7 @@ def _is_of_other(name: str, place: _Place, others: Sequence[_Place]) -> bool:
     return any(other.is_averaged and plain.startswith(other.prefix) for other in others)
 
 
-def _beside(outside: Sequence[str], chosen: Sequence[str], place: _Place) -> CheckpointError:
+def _other_tensors(outside: Sequence[str], chosen: Sequence[str], place: _Place) -> CheckpointError:
     inside = [name for name in chosen if name not in outside]
     has_head = any(_unwrapped(name) == f"{place.prefix}head.weight" for name in inside)
     drop = f"Drop them with {ignoring(outside, inside)}."
@@ -367,8 +367,8 @@ def _args(content: Mapping[Any, Any]) -> dict[str, Any]:
         if "eps" in own:
             own = {"norm_eps": own.pop("eps"), **own}
         found = {**found, **own}
-    beside = {str(key): value for key, value in content.items() if isinstance(value, bool | int | float | str)}
-    found = {**beside, **found}
+    scalars = {str(key): value for key, value in content.items() if isinstance(value, bool | int | float | str)}
+    found = {**scalars, **found}
     return {key: value for key, value in found.items() if not isinstance(value, Mapping)}
 
 

@@ -352,10 +352,10 @@ def find_index(path: Path) -> CheckpointIndex | None:
             return None
         if _is_json(path):
             return _read(path)
-        beside = [file for file in sorted(path.parent.glob(f"*{_SUFFIX}")) if file.is_file()]
+        in_folder = [file for file in sorted(path.parent.glob(f"*{_SUFFIX}")) if file.is_file()]
     except OSError:
         return None  # reading the checkpoint will raise an error
-    for file in beside:
+    for file in in_folder:
         if path.name in _weight_map(file).values():
             return _read(file)
     if (shard := _SHARD.search(path.name)) and int(shard[2]) > 1:

@@ -157,7 +157,7 @@ def image_size_of(config: SpachConfig, tensors: Tensors) -> int | None:
     """Image size in pixels (one side) that a spatial MLP's weights fix; None without one, or for no square grid."""
     for stage, mixers in enumerate(config.stages):
         if MLP in mixers:
-            block = mixers.index(MLP) + (1 if stage else 0)  # a downsampling stands before the blocks
+            block = mixers.index(MLP) + (1 if stage else 0)  # later stages begin with a downsampling
             weight = tensors.get(f"{config.stage_names[stage]}.{block}.spatial_func.fc1.weight")
             side = math.isqrt(weight.shape[1]) if weight is not None and weight.ndim == 2 else 0
             fits = weight is not None and side >= 2 and side * side == weight.shape[1]

@@ -113,7 +113,7 @@ class CollectedStatistics:
     """
 
     statistics: dict[str, TensorStatistics]
-    survey: CalibrationSetSummary
+    summary: CalibrationSetSummary
     seconds: float
     resumed: int = 0
 
@@ -161,12 +161,12 @@ def collect(
         if state.is_due:
             state.save(done, seen.hexdigest())
         run.on_progress(_progress(done, skip, source.count, time.monotonic() - start))
-    survey = checks.survey()
-    if survey.images < skip:
+    summary = checks.summary()
+    if summary.images < skip:
         state.refuse(source)
     state.remove()
-    survey.check()
-    return CollectedStatistics(collector.statistics, survey, time.monotonic() - start, skip)
+    summary.check()
+    return CollectedStatistics(collector.statistics, summary, time.monotonic() - start, skip)
 
 
 def _progress(done: int, skipped: int, total: int | None, seconds: float) -> CalibrationProgress:

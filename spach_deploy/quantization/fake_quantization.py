@@ -111,7 +111,7 @@ class QuantizedLayer(nn.Module):
 
 def _corrected(layer: nn.Linear | nn.Conv2d | TokenLinear, site: QuantizedSite) -> nn.Parameter | None:
     if not site.correction:
-        return layer.bias  # type: ignore[return-value]  # a buffer never stands here
+        return layer.bias  # type: ignore[return-value]  # it is never a buffer
     correction = torch.tensor(site.correction)
     if isinstance(layer, TokenLinear):
         correction = correction.reshape(-1, 1)

@@ -157,8 +157,8 @@ def collect_in_parts(
     and UsageError where a task cannot read an image that this process can read.
     """
     start = time.monotonic()
-    readable, digests, survey = _observed(source, preprocessing, executor)
-    survey.check()
+    readable, digests, summary = _observed(source, preprocessing, executor)
+    summary.check()
     work = CalibrationWork(graph_bytes(model), tuple(wanted), run.histograms, preprocessing, run.threads)
     merged, state = _continued(run, digests, source)
     resumed = merged.images
@@ -172,7 +172,7 @@ def collect_in_parts(
         left = (time.monotonic() - began) / (merged.images - resumed) * (len(readable) - merged.images)
         run.on_progress(CalibrationProgress(merged.images, len(readable), left))
     state.remove()
-    return CollectedStatistics(merged.statistics, survey, time.monotonic() - start, resumed)
+    return CollectedStatistics(merged.statistics, summary, time.monotonic() - start, resumed)
 
 
 def _continued(
@@ -221,7 +221,7 @@ def _observed(
             digests.append(seen.digest)
     if not readable:
         list(source)  # raises, and says what is wrong
-    return readable, digests, checks.survey(tuple(skipped))
+    return readable, digests, checks.summary(tuple(skipped))
 
 
 def _parts(

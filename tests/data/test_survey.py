@@ -44,7 +44,7 @@ def survey_of(
     taker = CalibrationSetCollector(source, preprocessing)
     for batch in batches(source, preprocessing, batch_size):
         taker.see(batch)
-    return taker.survey()
+    return taker.summary()
 
 
 def picture_of(values: npt.ArrayLike) -> Image.Image:
@@ -473,7 +473,7 @@ def random_batch(rng: np.random.Generator) -> ImageBatch:
 def test_misuse_is_an_error_of_the_caller() -> None:
     taker = CalibrationSetCollector(source_of([]), Preprocessing.for_size(32))
     with pytest.raises(ValueError, match="no image"):
-        taker.survey()
+        taker.summary()
     with pytest.raises(ValueError, match=r"\(n, 32, 32, 3\)"):
         taker.see(random_batch(np.random.default_rng(0)))
 

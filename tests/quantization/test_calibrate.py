@@ -213,8 +213,8 @@ def test_a_killed_calibration_goes_on_and_ends_as_if_it_had_not_been_killed(tmp_
     seen = run(images, state, histograms=histograms)
     assert seen.resumed == 11
     assert_same(seen.statistics, whole.statistics)
-    assert seen.survey.to_dict() == whole.survey.to_dict()
-    assert seen.survey.digests == whole.survey.digests
+    assert seen.summary.to_dict() == whole.summary.to_dict()
+    assert seen.summary.digests == whole.summary.digests
     assert list(tmp_path.iterdir()) == []  # nothing is unfinished any more
 
 

@@ -107,7 +107,7 @@ def test_a_part_of_another_place_is_refused() -> None:
 def test_a_calibration_in_parts_is_the_same_bit_for_bit() -> None:
     whole, parts = both(calibration_images(IMAGES))
     assert_same_bits(whole.statistics, parts.statistics)
-    assert whole.survey == parts.survey
+    assert whole.summary == parts.summary
 
 
 def folder(tmp_path: Path, count: int, broken: Sequence[int]) -> Path:
@@ -123,9 +123,9 @@ def folder(tmp_path: Path, count: int, broken: Sequence[int]) -> Path:
 
 def test_pictures_that_cannot_be_read_move_no_border(tmp_path: Path) -> None:
     whole, parts = both(folder(tmp_path, BLOCK + 30, (3, 50, 51)), histograms=False)
-    assert len(whole.survey.skipped) == 3
+    assert len(whole.summary.skipped) == 3
     assert_same_bits(whole.statistics, parts.statistics)
-    assert whole.survey == parts.survey
+    assert whole.summary == parts.summary
 
 
 def test_an_unfit_set_is_refused_before_the_expensive_pass(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Atte
         norm = _before(rows, 0, "LayerNormalization")
         merge = _behind(mixed, "Transpose")
         back = _behind(_behind(_behind(merge, "Reshape"), "Gemm"), "Reshape")
-        for node, reader in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # nobody else may read them
+        for node, reader in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # without other readers
             _behind(node, reader)
     except LookupError:
         return None

@@ -140,16 +140,16 @@ def _from_images(
     seen = measure(model, chosen, scaling, key, preprocessing, spec, phases)
     start = time.monotonic()
     plan = plan_from_statistics(model, chosen, seen.statistics, scaling, equalize=spec.equalize)
-    survey = seen.survey
+    summary = seen.summary
     calibration = Calibration(
         key=key,
-        source=survey.description,
-        images=survey.images,
-        images_sha256=survey.content_sha256,
-        survey=survey.to_dict(),
+        source=summary.description,
+        images=summary.images,
+        images_sha256=summary.content_sha256,
+        survey=summary.to_dict(),
         plan=plan,
         seconds=seen.seconds + time.monotonic() - start,
-        digests=frozenset(digest[:8] for digest in survey.digests),
+        digests=frozenset(digest[:8] for digest in summary.digests),
     )
     if spec.cache is not None:
         write_calibration(calibration, spec.cache)
@@ -176,9 +176,9 @@ def measure(
         seen = collect(model, chosen.wanted, source, preprocessing, run)
     if seen.resumed:
         phases.note(f"The calibration went on after {seen.resumed} images that were done already.")
-    for skipped in seen.survey.skipped:
+    for skipped in seen.summary.skipped:
         phases.note(f"Skipped {skipped}")
-    for warning in seen.survey.warnings():
+    for warning in seen.summary.warnings():
         phases.note(warning)
     usual = _probe_statistics(model, chosen, preprocessing)
     check_activations(seen.statistics, usual, calibration_set_description(seen))
@@ -187,7 +187,7 @@ def measure(
 
 def calibration_set_description(seen: CollectedStatistics) -> str:
     """The calibration set as a noun phrase for messages."""
-    return f"the {seen.survey.images} images from {seen.survey.description}"
+    return f"the {seen.summary.images} images from {seen.summary.description}"
 
 
 def _probe_statistics(
