@@ -49,7 +49,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_bit(cluster: Any) -> None:
     parts = collect_on_cluster(RayAddress(cluster.address), model, wanted(), open_images(images), PREPROCESSING, run)
     assert len(told) == 13
     assert_same_bits(whole.statistics, parts.statistics)
-    assert whole.survey == parts.survey
+    assert whole.summary == parts.summary
 
 
 def test_results_that_exceed_the_object_store_go_to_disk_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
