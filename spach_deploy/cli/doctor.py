@@ -68,14 +68,14 @@ def _examined(target: Path, machine: MachineInfo) -> Target:
     return examine_target(target, machine)
 
 
-def _text(found: Machine | Target) -> str:
+def _text(result: Machine | Target) -> str:
     """The findings as text. UnavailableError without rich: the doctor also runs where packages are missing."""
     from spach_deploy.common.errors import UnavailableError
     from spach_deploy.doctor.commands import installing
     from spach_deploy.doctor.table import WIDTH, as_text
 
     try:
-        return as_text(found, width=width(WIDTH), color=is_colored())
+        return as_text(result, width=width(WIDTH), color=is_colored())
     except ImportError:
         message = "Showing the findings needs rich, which is not installed here."
         raise UnavailableError(

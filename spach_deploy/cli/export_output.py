@@ -227,33 +227,33 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return rendered([table], width=_WIDTH)
 
 
-def as_text(found: DryRun, *, as_json: bool) -> str:
+def as_text(plan: DryRun, *, as_json: bool) -> str:
     """The result of --dry-run as text or JSON: steps, time, memory, disk, and refusals."""
     if as_json:
-        return json_text(found.to_dict())
-    lines = [f"{name:<12}{value}" for name, value in found.facts]
-    if found.notes:
-        lines += ["", *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]
-    if found.is_reused:
+        return json_text(plan.to_dict())
+    lines = [f"{name:<12}{value}" for name, value in plan.facts]
+    if plan.notes:
+        lines += ["", *(f"{note[0].upper()}{note[1:]}." for note in plan.notes)]
+    if plan.is_reused:
         lines += ["", "The same export was done before: its bundle would come from the cache, in about a second."]
-    elif not found.refusals:
-        lines += ["", *(f"  {step.name:<34}{_seconds(step.seconds)}" for step in found.steps)]
-    lines += ["", *_costs(found)]
-    if found.refusals:
+    elif not plan.refusals:
+        lines += ["", *(f"  {step.name:<34}{_seconds(step.seconds)}" for step in plan.steps)]
+    lines += ["", *_costs(plan)]
+    if plan.refusals:
         lines += ["", "Refused:"]
-        lines += [f"- {error.message} {error.hint}".rstrip() for error in found.refusals]
+        lines += [f"- {error.message} {error.hint}".rstrip() for error in plan.refusals]
     return escaped(lines)
 
 
-def _costs(found: DryRun) -> list[str]:
-    if found.seconds is None or found.memory_bytes is None or found.disk_bytes is None:
+def _costs(plan: DryRun) -> list[str]:
+    if plan.seconds is None or plan.memory_bytes is None or plan.disk_bytes is None:
         return ["Time, memory and disk follow from the model, which is not known."]
     return [
-        f"time        about {_seconds(found.seconds).strip()}, an estimate from exports on {MEASURED_CORES} cores",
-        f"memory      about {found.memory_bytes / 1e9:.1f} GB{_free(found.free_memory_bytes)}"
-        f"{_shortened(found.memory_bytes, found.free_memory_bytes)}",
-        f"disk        about {found.disk_bytes / 1e6:,.0f} MB of {found.free_disk_bytes / 1e6:,.0f} MB free"
-        f"{_shortened(found.disk_bytes, found.free_disk_bytes)}",
+        f"time        about {_seconds(plan.seconds).strip()}, an estimate from exports on {MEASURED_CORES} cores",
+        f"memory      about {plan.memory_bytes / 1e9:.1f} GB{_free(plan.free_memory_bytes)}"
+        f"{_shortened(plan.memory_bytes, plan.free_memory_bytes)}",
+        f"disk        about {plan.disk_bytes / 1e6:,.0f} MB of {plan.free_disk_bytes / 1e6:,.0f} MB free"
+        f"{_shortened(plan.disk_bytes, plan.free_disk_bytes)}",
     ]
 
 

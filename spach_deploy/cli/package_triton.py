@@ -105,6 +105,6 @@ def _check(given: dict[str, Any]) -> int:
     from spach_deploy.packaging.triton.check import check_repository
     from spach_deploy.packaging.triton.check.findings import as_json, as_text
 
-    found = check_repository(given["check"])
-    show(as_json(found) if given["as_json"] else as_text(found))
-    return found.exit_code
+    result = check_repository(given["check"])
+    show(as_json(result) if given["as_json"] else as_text(result))
+    return result.exit_code

@@ -234,14 +234,14 @@ def _against(entry: PrecisionCandidate, half: PrecisionCandidate) -> Iterator[st
     )
 
 
-def as_table(found: Recommendation) -> str:
+def as_table(recommendation: Recommendation) -> str:
     """The candidates as a table for the terminal, and the reasons."""
     lines = ["          rel. L2   top-1 kept   kernels   MB moved   plan MB   bundle"]
-    best = pareto(found.candidates)
-    for entry in found.candidates:
-        mark = "->" if entry is found.chosen else " *" if entry in best else "  "
+    best = pareto(recommendation.candidates)
+    for entry in recommendation.candidates:
+        mark = "->" if entry is recommendation.chosen else " *" if entry in best else "  "
         lines.append(f"{mark} {entry.precision.value:<5} {_row(entry)}")
-    lines += ["", "-> recommended, * not beaten in everything that is known", "", *found.reasons]
+    lines += ["", "-> recommended, * not beaten in everything that is known", "", *recommendation.reasons]
     return escaped(lines)
 
 

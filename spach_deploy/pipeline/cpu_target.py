@@ -204,9 +204,9 @@ def measured(result: ExportResult, options: ExportOptions, tell: Callable[[str, 
     return measure(BenchmarkRequest(setup, batches, names, _ROUNDS, _SECONDS), tell)
 
 
-def _forms(precision: Precision, found: Benchmark) -> Iterator[CpuCandidate]:
-    eager = next(runner for runner in found.runners if runner.name == EAGER)
-    for runner in found.runners:
+def _forms(precision: Precision, benchmark: Benchmark) -> Iterator[CpuCandidate]:
+    eager = next(runner for runner in benchmark.runners if runner.name == EAGER)
+    for runner in benchmark.runners:
         if runner is not eager and runner.timings:
             yield CpuCandidate.of(precision, runner, eager)
 

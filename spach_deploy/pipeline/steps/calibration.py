@@ -137,10 +137,10 @@ def _from_images(
     assert spec.calibration is not None
     if spec.cache is not None and spec.cache.path.exists() and not overwrite:
         return _reused(spec.cache.path, key, spec.calibration, preprocessing, phases)
-    seen = measure(model, chosen, scaling, key, preprocessing, spec, phases)
+    collected = measure(model, chosen, scaling, key, preprocessing, spec, phases)
     start = time.monotonic()
-    plan = plan_from_statistics(model, chosen, seen.statistics, scaling, equalize=spec.equalize)
-    summary = seen.summary
+    plan = plan_from_statistics(model, chosen, collected.statistics, scaling, equalize=spec.equalize)
+    summary = collected.summary
     calibration = Calibration(
         key=key,
         source=summary.description,
@@ -148,7 +148,7 @@ def _from_images(
         images_sha256=summary.content_sha256,
         survey=summary.to_dict(),
         plan=plan,
-        seconds=seen.seconds + time.monotonic() - start,
+        seconds=collected.seconds + time.monotonic() - start,
         digests=frozenset(digest[:8] for digest in summary.digests),
     )
     if spec.cache is not None:
@@ -171,23 +171,23 @@ def measure(
     state = None if spec.cache is None else spec.cache.path.with_name(f"{spec.cache.path.name}.unfinished")
     run = CalibrationSettings(scaling.method.needs_histograms, state, key, on_progress=phases.observer.calibrating)
     if spec.cluster is not None:
-        seen = collect_on_cluster(spec.cluster, model, chosen.wanted, source, preprocessing, run)
+        collected = collect_on_cluster(spec.cluster, model, chosen.wanted, source, preprocessing, run)
     else:
-        seen = collect(model, chosen.wanted, source, preprocessing, run)
-    if seen.resumed:
-        phases.note(f"The calibration went on after {seen.resumed} images that were done already.")
-    for skipped in seen.summary.skipped:
+        collected = collect(model, chosen.wanted, source, preprocessing, run)
+    if collected.resumed:
+        phases.note(f"The calibration went on after {collected.resumed} images that were done already.")
+    for skipped in collected.summary.skipped:
         phases.note(f"Skipped {skipped}")
-    for warning in seen.summary.warnings():
+    for warning in collected.summary.warnings():
         phases.note(warning)
     usual = _probe_statistics(model, chosen, preprocessing)
-    check_activations(seen.statistics, usual, calibration_set_description(seen))
-    return seen
+    check_activations(collected.statistics, usual, calibration_set_description(collected))
+    return collected
 
 
-def calibration_set_description(seen: CollectedStatistics) -> str:
+def calibration_set_description(collected: CollectedStatistics) -> str:
     """The calibration set as a noun phrase for messages."""
-    return f"the {seen.summary.images} images from {seen.summary.description}"
+    return f"the {collected.summary.images} images from {collected.summary.description}"
 
 
 def _probe_statistics(

@@ -131,7 +131,7 @@ class ZooFolder:
         """Record that the bundle was made, or remove what a failed export left."""
         with contextlib.suppress(OSError):  # without the record the next run makes the bundle again
             if is_made:
-                self._note(build, None)  # no bundle to tell it from: from the cache it may equal the earlier one
+                self._note(build, None)  # a bundle from the cache may equal the earlier one
             else:
                 remove_leftovers(self.target(build))
 
