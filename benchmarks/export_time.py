@@ -62,12 +62,13 @@ MECHANISMS = {
         "spach_deploy.graph.block_prototype",
         "_runs = lambda stage: [[index] for index in stage._modules]",
     ),
+    "quick-exit": ("spach_deploy.cli.console", "is_our_script = lambda: False"),
     "overlapped": ("spach_deploy.pipeline.scheduler", "available_threads = lambda: 1"),
 }
 """How each mechanism for speed is turned off: the module that has it, and what is executed there once it is loaded.
 
-`repeat`: trace one block of each kind and repeat it. `overlapped`: run steps in a worker process beside others, and the
-engine's build beside the graph's validation.
+`repeat`: trace one block of each kind and repeat it. `quick-exit`: exit without interpreter teardown. `overlapped`: run
+steps in a worker process beside others, and the engine's build beside the graph's validation.
 """
 _PAGE = 4096
 _SAMPLE_SECONDS = 0.05

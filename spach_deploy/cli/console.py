@@ -7,6 +7,7 @@ Output never makes a command fail: streams may be closed, full, a broken pipe, o
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
 import errno
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, sentence
+from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, is_our_script, sentence
 from spach_deploy.common.errors import SpachError, printable, printable_lines
 from spach_deploy.common.text import Escaped
 from spach_deploy.common.versions import refuse_unfit_packages
@@ -163,6 +164,11 @@ class ComputingCommand(Command):
     with misleading errors.
     """
 
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
+        """Run, and exit without interpreter teardown."""
+        with exit_without_teardown() if args is None else contextlib.nullcontext():
+            return super().main(args, *more, **extra)
+
     def invoke(self, context: click.Context) -> Any:
         """Run. Exit code 3 where a package is missing or too old."""
         try:
@@ -171,6 +177,33 @@ class ComputingCommand(Command):
             fail(error, str(error), debug=bool(context.params.get("debug")))
             sys.exit(error.exit_code)
         return super().invoke(context)
+
+
+@contextlib.contextmanager
+def exit_without_teardown() -> Iterator[None]:
+    """Skip the interpreter's teardown at the end of a command, which takes seconds after PyTorch was loaded.
+
+    What `atexit` has runs, and streams are flushed. Nothing changes in a process that is not a command of ours, and
+    where the block ends with anything but SystemExit.
+    """
+    if not is_our_script():
+        yield
+        return
+    code: int | None = None
+
+    def leave() -> None:
+        if code is not None:
+            with contextlib.suppress(OSError, ValueError):  # closed or full: Python's own exit reports it
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    atexit.register(leave)  # what is registered first runs last
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
 
 
 def command(body: Callable[..., int | None]) -> Callable[..., None]:

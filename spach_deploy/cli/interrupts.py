@@ -35,11 +35,11 @@ GRACE_S = 5.0
 
 def install_early_interrupt_handler() -> None:
     """In a command of this package, end without a traceback on Ctrl-C before and after the command's own handling."""
-    if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: _exit_now("Interrupted.\n"))
 
 
-def _is_our_script() -> bool:
+def is_our_script() -> bool:
     """Whether this process is a command that pip installed, or `python -m` with a command's module."""
     words = sys.orig_argv
     is_module = len(words) > len(sys.argv) and words[-len(sys.argv) - 1] == "-m"

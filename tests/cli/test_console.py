@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -53,3 +56,39 @@ def test_debug_shows_the_traceback() -> None:
     result = CliRunner().invoke(ending_with(UsageError("No.")), ["--debug"])
     assert "Traceback" in result.stderr
     assert result.exit_code == 2
+
+
+ENDING = """
+import atexit, sys
+
+class Last:
+    def __del__(self):
+        print("torn down", flush=True)
+
+last = Last()
+from spach_deploy.cli.console import exit_without_teardown
+with exit_without_teardown():
+    atexit.register(lambda: print("at exit"))
+    sys.stdout.write("not flushed\\n")
+    END
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "end", "code", "is_quick"),
+    [
+        ("spach-test", "sys.exit(3)", 3, True),
+        ("spach-test", "sys.exit()", 0, True),
+        ("spach-test", "sys.exit('words')", 1, True),
+        ("spach-test", "raise ValueError", 1, False),
+        ("another", "sys.exit(3)", 3, False),
+    ],
+)
+def test_a_command_exits_without_teardown_and_loses_no_output(
+    script: str, end: str, code: int, is_quick: bool, tmp_path: Path
+) -> None:
+    (tmp_path / script).write_text(ENDING.replace("END", end))
+    done = subprocess.run([sys.executable, tmp_path / script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.splitlines() == ["not flushed", "at exit", *([] if is_quick else ["torn down"])]
+    assert ("words" in done.stderr) == ("words" in end)
