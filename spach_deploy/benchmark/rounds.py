@@ -114,7 +114,7 @@ def measure(request: BenchmarkRequest, report: OnProgress = lambda what, share: 
     with contextlib.ExitStack() as stack:
         records = _open_runners(stack, request, facts.tolerances, skipped, report)
         limits = {device: Peaks(request.setup.threads, device) for device in _devices_of(records)}
-        _take_turns(records, golden, batches, request, _Progress(report, limits.values()))
+        _take_turns(records, golden, batches, request, _RoundProgress(report, limits.values()))
         machine |= facts_after()
         _drop_unmeasured(records, request, skipped)
         report("time by module", 1.0)
@@ -218,7 +218,7 @@ def accuracy(logits: Array, exact: Array, bounds: Bounds) -> LogitsError:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Progress:
+class _RoundProgress:
     """Reports progress, and measures the machine's peaks between the rounds."""
 
     report: OnProgress
@@ -235,7 +235,7 @@ def _take_turns(
     golden: Golden,
     batches: Sequence[int],
     request: BenchmarkRequest,
-    progress: _Progress,
+    progress: _RoundProgress,
 ) -> None:
     """For each batch size: all runners on the golden images, then round after round in random order."""
     shuffler = random.Random(0)

@@ -48,11 +48,11 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
 
 
 def _calibrate(options: Any, destination: Destination, *, verbose: bool, as_json: bool) -> None:
-    from spach_deploy.cli.export_output import Progress
+    from spach_deploy.cli.export_output import ProgressDisplay
     from spach_deploy.pipeline.export import calibrate_to_file
     from spach_deploy.pipeline.scheduler import scheduler_here
 
-    with scheduler_here() as scheduler, Progress(verbose=verbose) as progress:
+    with scheduler_here() as scheduler, ProgressDisplay(verbose=verbose) as progress:
         calibration = calibrate_to_file(options, destination, progress, scheduler=scheduler)
     if as_json:
         show(json_text(calibration.summary()))

@@ -130,10 +130,10 @@ def _export(
         from spach_deploy.pipeline.scheduler import scheduler_here
 
         with scheduler_here() as scheduler:
-            from spach_deploy.cli.export_output import Progress, summary
+            from spach_deploy.cli.export_output import ProgressDisplay, summary
             from spach_deploy.pipeline.export import export
 
-            with Progress(verbose=verbose) as progress:
+            with ProgressDisplay(verbose=verbose) as progress:
                 result = export(options, progress, destination=destination, scheduler=scheduler)
         show(summary(result, as_json=as_json))
         if problem := cache.keep(result.bundle):
@@ -174,11 +174,11 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
     """Export every candidate of --auto, and print a table and a recommendation."""
     options = _auto_options(given, recipe)
     with ending_on_interrupt(lambda: "Bundles that were finished are kept."):
-        from spach_deploy.cli.export_output import Progress
+        from spach_deploy.cli.export_output import ProgressDisplay
         from spach_deploy.pipeline.auto import as_table, recommend
         from spach_deploy.pipeline.scheduler import scheduler_here
 
-        with scheduler_here() as scheduler, Progress(verbose=verbose) as progress:
+        with scheduler_here() as scheduler, ProgressDisplay(verbose=verbose) as progress:
             found = recommend(options, progress, scheduler)
         show(json_text(found.to_dict()) if as_json else as_table(found))
     return found
@@ -201,11 +201,11 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
     """Measure the candidates of --target cpu and write the best. Returns the path of the bundle's page."""
     options, requested = _cpu_options(given, recipe)
     with ending_on_interrupt(lambda: "Nothing was written."):
-        from spach_deploy.cli.export_output import Progress
+        from spach_deploy.cli.export_output import ProgressDisplay
         from spach_deploy.pipeline.cpu_target import as_table, export_for_cpu
         from spach_deploy.pipeline.scheduler import scheduler_here
 
-        with scheduler_here() as scheduler, Progress(verbose=verbose) as observer:
+        with scheduler_here() as scheduler, ProgressDisplay(verbose=verbose) as observer:
             choice = export_for_cpu(options, requested, observer, scheduler=scheduler)
         show(json_text(choice.bundle.manifest.content()) if as_json else as_table(choice))
     return choice.bundle.path / PAGE

@@ -28,7 +28,7 @@ _LINE_EVERY_S = 10.0
 _PHASES_HEADING = "phase                        seconds  peak GB"
 
 
-class Progress(ExportObserver):
+class ProgressDisplay(ExportObserver):
     """An observer that draws bars on a terminal; elsewhere, and with `verbose`, it prints lines."""
 
     def __init__(self, *, verbose: bool) -> None:

@@ -118,7 +118,7 @@ def _precisions(given: Mapping[str, Any]) -> tuple[str, ...]:
 def _made(work: ZooWork, folder: ZooFolder, limits: Limits, request: ZooRequest) -> Summary:
     typed = click.get_current_context().meta[ARGUMENTS]
     more = ["--no-cache"] if request.no_cache else []
-    progress = Progress(len(work.all))
+    progress = ZooProgress(len(work.all))
     making = Zoo(work, folder, progress, joined(["spach-export", *typed]))
     with (
         ending_on_interrupt(lambda: _kept_sentence(making.summary), grace_s=_GRACE_S),
@@ -165,7 +165,7 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-class Progress:
+class ZooProgress:
     """Progress on stderr: a line for each bundle, and on a terminal a bar with the names of running exports."""
 
     def __init__(self, total: int) -> None:

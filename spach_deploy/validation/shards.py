@@ -311,7 +311,7 @@ def run_in_shards(request: ShardedRunRequest, cluster: Cluster, say: Say) -> Sha
     with cluster.pool(LoadedRunners, work, work.memory_bytes) as pool:
         ranges_of_batches = split_batches(count, request.profile, batches_per_shard(count, pool.workers))
         ahead, again = itertools.tee(ranges_of_batches)
-        progress = _Progress(count, pool.workers, say)
+        progress = _ShardProgress(count, pool.workers, say)
         for batches, answers in zip(again, pool.map(run_shard, _shards(request, ahead, pixels)), strict=True):
             collector.add(batches, answers)
             progress.at(batches.reference[-1][1])
@@ -408,7 +408,7 @@ class _ShardCollector:
         return RunOutputs(what, batches, self._outputs[execution])
 
 
-class _Progress:
+class _ShardProgress:
     """Reports progress from time to time."""
 
     def __init__(self, total: int, workers: int, say: Say) -> None:

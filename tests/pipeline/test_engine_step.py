@@ -17,7 +17,7 @@ from spach_deploy.graph.certificate import Certificate
 from spach_deploy.graph.precision.decision import PrecisionPolicy
 from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Precision
 from spach_deploy.pipeline.steps.engine import BuiltEngine, check_engine
-from spach_deploy.pipeline.steps.precision import TypedGraph
+from spach_deploy.pipeline.steps.precision import CertifiedGraph
 from spach_deploy.runtime.polygraphy_session import LogLine
 
 POLICY = PrecisionPolicy(Precision.FP16, IODtype.FP32, 1)
@@ -44,7 +44,7 @@ def staging(tmp_path: Path) -> Path:
 def checked(result: EngineResult | None, staging: Path) -> tuple[BuiltEngine | None, Phases]:
     phases = Phases(ExportObserver())
     certificate = Certificate(20, 10, 1, {}, None, 0)
-    typed = TypedGraph(ModelProto(), POLICY, certificate, (), {}, {})
+    typed = CertifiedGraph(ModelProto(), POLICY, certificate, (), {}, {})
     return check_engine(result, typed, None, staging, phases), phases
 
 

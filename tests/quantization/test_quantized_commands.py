@@ -257,7 +257,7 @@ def test_a_cache_is_reused_for_the_same_images_and_refused_for_others(tmp_path: 
 def test_an_interrupted_calibration_leaves_what_the_next_goes_on_from(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from spach_deploy.cli.export_output import Progress
+    from spach_deploy.cli.export_output import ProgressDisplay
     from spach_deploy.quantization import calibration as module
 
     monkeypatch.setattr(module, "_STATE_EVERY_S", -1.0)
@@ -267,7 +267,7 @@ def test_an_interrupted_calibration_leaves_what_the_next_goes_on_from(
             if progress.done == 6:
                 raise KeyboardInterrupt
 
-        patch.setattr(Progress, "calibrating", interrupt)
+        patch.setattr(ProgressDisplay, "calibrating", interrupt)
         result = calibrate("--calibration", calibration_images(), "-o", "c.json")
     assert result.exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["c.json.unfinished"]

@@ -17,7 +17,7 @@ from spach_deploy.engine.network_facts import AchievedPrecision, check_achieved_
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.options.specs import EngineTarget, ExportOptions
 from spach_deploy.pipeline.steps import manifest as sections
-from spach_deploy.pipeline.steps.precision import TypedGraph
+from spach_deploy.pipeline.steps.precision import CertifiedGraph
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation.result import EnginePlan, what_runs_a_plan
 
@@ -69,7 +69,7 @@ def start_engine(
 
 
 def check_engine(
-    result: EngineResult | None, typed: TypedGraph, plan: QuantizationPlan | None, staging: Path, phases: Phases
+    result: EngineResult | None, typed: CertifiedGraph, plan: QuantizationPlan | None, staging: Path, phases: Phases
 ) -> BuiltEngine | None:
     """Check the engine, and write plan and log into `staging`. MismatchError where it was built from another graph,
     PrecisionError where a layer does not have the requested precision.

@@ -50,7 +50,7 @@ from spach_deploy.options.specs import (
     Preprocessing,
 )
 from spach_deploy.pipeline.steps.calibration import CalibrationResult
-from spach_deploy.pipeline.steps.precision import TypedGraph
+from spach_deploy.pipeline.steps.precision import CertifiedGraph
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.quantization.qdq import quantized_from
 from spach_deploy.quantization.sensitivity import LayerSelection
@@ -114,12 +114,12 @@ def _tensor(value: ir.Value, layout: str) -> TensorInfo:
     return TensorInfo(name=value.name or "", dtype=dtype, shape=shape, layout=layout)
 
 
-def precision_section(typed: TypedGraph) -> PrecisionSection:
+def precision_section(typed: CertifiedGraph) -> PrecisionSection:
     """The precision policy, and the precision of every weighted layer in the graph."""
     return entry({**typed.policy.to_dict(), "layers": typed.layers}, PrecisionSection)
 
 
-def graph_section(static: RewriteResult, reference: ReferenceOutputs, typed: TypedGraph) -> GraphSection:
+def graph_section(static: RewriteResult, reference: ReferenceOutputs, typed: CertifiedGraph) -> GraphSection:
     """Rewrites and passes, their error in FP32, and the certificate."""
     errors = {"static model": reference.static_errors, **typed.errors}
     return GraphSection(

@@ -48,7 +48,7 @@ RANGE_BATCH = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class TypedGraph:
+class CertifiedGraph:
     """The typed graph, its precision policy and its certificate.
 
     `passes`: nodes that each pass changed. `errors`: relative L2 in FP32 by batch size, of the graph in its target's
@@ -62,7 +62,7 @@ class TypedGraph:
     passes: dict[str, tuple[str, ...]]
     errors: dict[str, dict[int, float]]
 
-    def written(self, path: Path) -> TypedGraph:
+    def written(self, path: Path) -> CertifiedGraph:
         """Save the graph to `path`. Returns a copy that keeps only its inputs and outputs, to free the weights."""
         save_model(self.model, path)
         graph = self.model.graph
@@ -83,7 +83,7 @@ def set_types(
     plan: QuantizationPlan | None,
     options: ExportOptions,
     phases: Phases,
-) -> TypedGraph:
+) -> CertifiedGraph:
     """Measure ranges in FP32, compare the FP32 graph with the reference in the same runs, set types, and certify.
 
     With a plan, biases are corrected after that comparison, and Q/DQ nodes are inserted. MismatchError where the FP32
@@ -105,7 +105,7 @@ def set_types(
     check_operators(result)
     certificate = certify(result, [path for path, _ in loaded.model.named_modules(remove_duplicate=False)])
     by_step = {"exported graph": graph.errors, "graph in its target's form": errors}
-    return TypedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step)
+    return CertifiedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step)
 
 
 @contextlib.contextmanager
