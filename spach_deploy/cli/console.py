@@ -183,10 +183,11 @@ class ComputingCommand(Command):
 def exit_without_teardown() -> Iterator[None]:
     """Skip the interpreter's teardown at the end of a command, which takes seconds after PyTorch was loaded.
 
-    What `atexit` has runs, and streams are flushed. Nothing changes in a process that is not a command of ours, and
-    where the block ends with anything but SystemExit.
+    What `atexit` has runs, and streams are flushed. Nothing changes in a process that was not started as this command,
+    and where the block ends with anything but SystemExit.
     """
-    if not is_our_script():
+    arguments = sys.argv[1:]
+    if not is_our_script() or sys.orig_argv[len(sys.orig_argv) - len(arguments) :] != arguments:
         yield
         return
     code: int | None = None
