@@ -367,7 +367,7 @@ TABLE: tuple[Option, ...] = (
     ),
     *_of(OUTPUT, (VALIDATE,),
         Option("--bisect", Kind.FLAG,
-               "Find the stage, the module and the kind of a disagreement,"
+               "Find the step, the module and the kind of a disagreement,"
                " in the names of the PyTorch model's modules.",
                is_common=True),
         Option("--accept", Kind.CHOICE, "Exit with 0 where the graph agreed and no GPU is here.", choices=("graph",),
@@ -485,7 +485,7 @@ TABLE: tuple[Option, ...] = (
         Option("--list-versions", Kind.FLAG, "Show which Triton image carries which TensorRT, and end."),
     ),
     *_of(OUTPUT, (EXPORT, CALIBRATE),
-        Option("-v --verbose", Kind.FLAG, "Show what each stage did, its time and memory."),
+        Option("-v --verbose", Kind.FLAG, "Show what each step did, its time and memory."),
     ),
     *_of(OUTPUT, (EXPORT, VALIDATE),
         Option("--open", Kind.FLAG, "Open the report's page in a browser when it is done.", key="is_opened",

@@ -57,7 +57,7 @@ def export(
     Raises a subclass of SpachError; nothing has been written then, and an earlier bundle is untouched.
     """
     phases, scheduler, given = Phases(observer or ExportObserver()), scheduler or Sequential(), options
-    do, submit = phases.do, scheduler.submit
+    do, submit = phases.do, scheduler.submit  # both wait for the futures among a step's inputs
     check_options(options)
     flavour, options = choose_engine(options)
 
@@ -86,6 +86,7 @@ def export(
         typed = do("write the graph", typed.written, staging / bundles.GRAPH)
         images.pack(reference.result().logits, options.outputs.io_dtype).save(staging / bundles.GOLDEN)
         quantized.write(staging, phases)
+        # A build that fails raises where its result is taken (`do`, below); then the staging folder is removed.
         with start_engine(staging / bundles.GRAPH, flavour, options, phases) as build:
             scheduler.started(build)
             judged = do(
