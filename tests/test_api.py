@@ -109,6 +109,8 @@ def test_values_are_what_a_python_user_writes() -> None:
         ({"image_size": 64.0}, "image_size = 64.0 is not a whole number. See docs/python.md."),
         ({"precision": "fp12"}, "precision = 'fp12' is unknown. One of fp32, fp16, bf16, int8, fp8."),
         ({"top_k": 0}, "top_k = 0 is out of range. Give 1 or more."),
+        ({"image_size": 3_200_000}, "image_size = 3200000 is out of range. Give 1 to 16384."),
+        ({"std": (58.4, 57.1, 57.4)}, "--std 58.4 is not in (0, 1]. Divide values of 0 to 255 by 255."),
         ({"softmax": "yes"}, "softmax = 'yes' is not a true or false. See docs/python.md."),
         ({"engine": "none", "gpu": "sm86"}, "--engine none builds no engine, so --gpu can do nothing."),
         ({"model": "ms_hybird_s"}, "ms_hybrid_s"),

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import parse_json, read_json
 from spach_deploy.common.text import json_text, without_surrogates
 from spach_deploy.options.specs import (
+    LARGEST_SIDE,
+    MOST_CLASSES,
     BatchProfile,
     Channels,
     Flavour,
+    IODtype,
     OutputSpec,
     Precision,
     Preprocessing,
@@ -35,8 +38,11 @@ from spach_deploy.options.specs import (
 )
 
 SCHEMA_VERSION = 1
-LARGEST_SIDE, MOST_CLASSES, LARGEST_BATCH = 16_384, 1_000_000, 999_999
-"""Upper bounds that only a damaged manifest exceeds: image side in pixels, classes, and batch (as for --batch)."""
+LARGEST_BATCH = 999_999
+"""The upper bound of a batch, as for --batch."""
+
+_IO_DTYPES = {IODtype.FP32: "float32", IODtype.FP16: "float16", IODtype.UINT8: "uint8"}
+_OUTPUT_DTYPES = ("float32", "float16", "int64")
 
 
 # The model and its interface
@@ -620,6 +626,8 @@ def _check_model(manifest: Manifest) -> None:
 def _check_preprocessing(manifest: Manifest) -> None:
     section, size = manifest.preprocessing, manifest.model.image_size
     _check_range("resize_size", section.resize_size, 2 * LARGEST_SIDE)
+    if section.interpolation != Preprocessing.interpolation:
+        raise ValueError(f"interpolation is {section.interpolation[:40]!r}, not {Preprocessing.interpolation!r}")
     if section.image_size != size:
         raise ValueError(f"image_size is {str(section.image_size)[:40]}, and the model's is {size}")
     for name, values in (("mean", section.mean), ("std", section.std)):
@@ -633,7 +641,19 @@ def _check_batch(manifest: Manifest) -> None:
         _check_range(name, getattr(manifest.batch, name), LARGEST_BATCH)
 
 
+def _check_tensors(tensors: tuple[TensorInfo, ...], dtypes: Collection[str]) -> None:
+    """ValueError for no tensor at all, a tensor without axes, or one of another dtype."""
+    if not tensors:
+        raise ValueError("there are none")
+    for tensor in tensors:
+        if not tensor.shape:
+            raise ValueError(f"{tensor.name} has no axes")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{tensor.name} has dtype {tensor.dtype[:40]!r}, not {' or '.join(dtypes)}")
+
+
 def _check_inputs(manifest: Manifest) -> None:
+    _check_tensors(manifest.inputs, [_IO_DTYPES[manifest.output_options.io_dtype]])
     size = manifest.model.image_size
     for tensor in manifest.inputs:
         sides = tensor.shape[1:3] if tensor.layout == "NHWC" else tensor.shape[2:4]
@@ -642,6 +662,7 @@ def _check_inputs(manifest: Manifest) -> None:
 
 
 def _check_outputs(manifest: Manifest) -> None:
+    _check_tensors(manifest.outputs, _OUTPUT_DTYPES)
     classes = manifest.model.num_classes
     for tensor in manifest.outputs:
         is_by_class = tensor.name in ("logits", "probabilities")

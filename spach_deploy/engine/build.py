@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -170,10 +171,18 @@ class _BuildProcess:
         return BuildError(
             f"The process that built {self._name} with {self._target.flavour.value} {how}"
             f"{f', saying: {words}' if words else ' without a word'}.",
-            "SIGSEGV is a defect of the compiler that this graph meets; SIGKILL mostly means too little memory."
-            if code < 0
-            else "",
+            _crash_hint(-code) if code < 0 else "",
         )
+
+
+def _crash_hint(number: int) -> str:
+    """The next step after a signal ended the compiler."""
+    if number == signal.SIGKILL:
+        return "SIGKILL mostly means too little memory: give fewer --gpu or a smaller --batch."
+    return (
+        "That is a defect of the compiler that this graph meets: --no-rewrite NAME gives it another graph,"
+        " and --engine none exports the graph alone."
+    )
 
 
 def _memory_file(stack: contextlib.ExitStack, name: str) -> int:

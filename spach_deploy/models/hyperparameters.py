@@ -18,7 +18,7 @@ from typing import Any
 from spach_deploy.bundle.schema import SettingEntry
 from spach_deploy.common.errors import CheckpointError, ModelError
 from spach_deploy.models.published import SpachConfig
-from spach_deploy.options.specs import ACTIVATIONS, Hyperparameters, Preprocessing
+from spach_deploy.options.specs import ACTIVATIONS, CHANNELS_HINT, Hyperparameters, Preprocessing, channels_problem
 
 
 class Source(str, enum.Enum):
@@ -208,8 +208,9 @@ def _check(config: SpachConfig, given: Hyperparameters, where: str = "") -> None
     for name, value in (("qk scale", given.qk_scale), ("epsilon", given.norm_eps)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ModelError(f"{value:g} is no {name}{where}.", "Give a number that is not negative.")
-    if given.std is not None and min(given.std) <= 0:
-        raise ModelError(f"A standard deviation of {min(given.std):g}{where} cannot be divided by.", "Give 0..1.")
+    for name, channels in (("mean", given.mean), ("std", given.std)):
+        if channels is not None and (problem := channels_problem(name, channels)):
+            raise ModelError(f"Pixel {name} {problem}{where}.", CHANNELS_HINT)
 
 
 def heads_that_fit(config: SpachConfig) -> list[int]:

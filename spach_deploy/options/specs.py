@@ -22,6 +22,9 @@ ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
 
 Channels = tuple[float, float, float]
 
+LARGEST_SIDE, MOST_CLASSES = 16_384, 1_000_000
+"""Upper bounds of the image side in pixels, and of the number of classes."""
+
 
 class Precision(str, enum.Enum):
     """Precision of the typed graph."""
@@ -277,4 +280,17 @@ def parse_channels(flag: str, text: str) -> Channels:
         red, green, blue = values * 3 if len(values) == 1 else values
     except ValueError:
         raise UsageError(f"{flag} {text!r} is not three numbers.", f"Give {flag} 0.485,0.456,0.406.") from None
+    if problem := channels_problem(flag.removeprefix("--"), (red, green, blue)):
+        raise UsageError(f"{flag} {problem}.", CHANNELS_HINT)
     return red, green, blue
+
+
+CHANNELS_HINT = "Divide values of 0 to 255 by 255."
+
+
+def channels_problem(name: str, values: Channels) -> str:
+    """What is wrong with a `mean` (each in 0..1) or `std` (each over 0, at most 1), as a clause; empty if nothing."""
+    for value in values:
+        if not 0 <= value <= 1 or (name == "std" and not value):
+            return f"{value:g} is not in {'(0, 1]' if name == 'std' else '0..1'}"
+    return ""

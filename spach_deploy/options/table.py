@@ -18,6 +18,8 @@ from spach_deploy.common.files import Destination
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import (
     ACTIVATIONS,
+    LARGEST_SIDE,
+    MOST_CLASSES,
     BatchProfile,
     Flavour,
     IODtype,
@@ -184,9 +186,9 @@ TABLE: tuple[Option, ...] = (
     ),
     *_of(MODEL, (EXPORT, CALIBRATE),
         Option("--image-size", Kind.WHOLE, "Side of the square input.", "model.image_size", metavar="PIXELS", least=1,
-               shown="224"),
+               most=LARGEST_SIDE, shown="224"),
         Option("--num-classes", Kind.WHOLE, "Classes; inferred from a checkpoint.", "model.num_classes", metavar="N",
-               least=1),
+               least=1, most=MOST_CLASSES),
     ),
     *_of(HYPERPARAMETERS, (EXPORT, CALIBRATE),
         Option("--heads", Kind.WHOLE, "Heads of every attention.", "model.hyperparameters.heads", metavar="N", least=1),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.bundle.schema import QuantizationSection, reading
-from spach_deploy.bundle.store import MANIFEST, Bundle
+from spach_deploy.bundle.schema import QuantizationSection, TensorInfo, reading
+from spach_deploy.bundle.store import GRAPH, MANIFEST, Bundle
+from spach_deploy.common.errors import BundleError
 from spach_deploy.models.hyperparameters import read_section
 from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision, Preprocessing
 from spach_deploy.validation.tolerance import ToleranceSet
@@ -79,3 +81,53 @@ def read_record(facts: BundleFacts) -> QuantizationPlan | None:
 def _quantization(bundle: Bundle, section: QuantizationSection) -> QuantizationFacts:
     record, rewrites = bundle.path / section.scales, section.rewrites
     return QuantizationFacts(record, section.calibration.weights_sha256, rewrites.disabled, rewrites.quantize)
+
+
+def check_interface(bundle: Bundle) -> None:
+    """BundleError where inputs or outputs of the manifest are not those of the bundle's graph."""
+    graph = graph_tensors(bundle.path / GRAPH)
+    if graph is None:  # its reader says what is wrong with it
+        return
+    for kind, listed, found in zip(
+        ("input", "output"), (bundle.manifest.inputs, bundle.manifest.outputs), graph, strict=True
+    ):
+        said = {tensor.name: _type(tensor) for tensor in listed}
+        real = {name: _type(tensor) for name, tensor in found.items()}
+        for name in (*said, *real):
+            if (given := said.get(name, "none")) != (has := real.get(name, "none")):
+                problem = f"{bundle.path / MANIFEST} says of {kind} {name}: {given}; {GRAPH} has {has}."
+                raise BundleError(problem, "Export the bundle again.")
+
+
+def _type(tensor: TensorInfo) -> str:
+    return f"{tensor.dtype} [{', '.join('N' if size is None else str(size) for size in tensor.shape)}]"
+
+
+def graph_tensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]] | None:
+    """Inputs and outputs of an ONNX file; None for any other file."""
+    import onnx
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+        constants = {tensor.name for tensor in graph.initializer}
+        inputs = by_name([_tensor(value) for value in graph.input if value.name not in constants])
+        outputs = by_name([_tensor(value) for value in graph.output])
+    except Exception:  # protobuf's own exceptions, OSError, and data types without a NumPy dtype
+        return None
+    return (inputs, outputs) if graph.node else None
+
+
+def _tensor(value: object) -> TensorInfo:
+    from onnx import TensorProto, ValueInfoProto, helper
+
+    assert isinstance(value, ValueInfoProto)
+    kind = value.type.tensor_type
+    is_bfloat = kind.elem_type == TensorProto.BFLOAT16
+    dtype = "bfloat16" if is_bfloat else str(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    return TensorInfo(name=value.name, dtype=dtype, shape=shape)
+
+
+def by_name(tensors: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by their names."""
+    return {tensor.name: tensor for tensor in tensors}

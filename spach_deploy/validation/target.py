@@ -31,7 +31,7 @@ from spach_deploy.graph.external_data import missing_data
 from spach_deploy.options.specs import WeightSource
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.validation.accuracy import Accuracy, paired
-from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts
+from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts, check_interface
 from spach_deploy.validation.error_trace import ErrorTrace
 from spach_deploy.validation.live_reference import (
     ImagesReference,
@@ -151,6 +151,8 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     changed = _changed_files(bundle)
     _check_form(request.target, kind, changed)
     _check_processor(bundle)
+    if GRAPH not in changed:
+        check_interface(bundle)
     target = _Target(request.target, kind, bundle, facts)
     _check_cluster(request, target)
     reference = _images_reference(bundle, facts, request, changed, say, target.graph)

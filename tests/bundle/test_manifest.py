@@ -108,6 +108,35 @@ def test_a_field_of_the_wrong_kind_is_named(path: str, value: object, reason: st
         Manifest.parse(json.dumps(content), "b/manifest.json")
 
 
+_FLOATS = {"dtype": "float32", "layout": ""}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"inputs": []}, "inputs: there are none"),
+        ({"outputs": []}, "outputs: there are none"),
+        ({"inputs": [{**_FLOATS, "name": "input", "shape": []}]}, "inputs: input has no axes"),
+        ({"outputs": [{**_FLOATS, "name": "logits", "shape": []}]}, "outputs: logits has no axes"),
+        (
+            {"outputs": [{"name": "logits", "dtype": "complex64", "shape": [None, 1000]}]},
+            "outputs: logits has dtype 'complex64', not float32 or float16 or int64",
+        ),
+        (
+            {"output_options": {"io_dtype": "uint8", "top_k": None, "softmax": False}},
+            "inputs: input has dtype 'float32', not uint8",
+        ),
+        (
+            {"preprocessing": {**manifests.preprocessing(224), "interpolation": "bilinear"}},
+            "preprocessing: interpolation is 'bilinear', not 'bicubic, antialiased'",
+        ),
+    ],
+)
+def test_an_interface_that_no_export_has_is_refused(changed: dict[str, object], reason: str) -> None:
+    with pytest.raises(BundleError, match=re.escape(f"b/manifest.json has an entry of the wrong kind ({reason}).")):
+        Manifest.parse(json.dumps(manifests.sections(**changed)), "b/manifest.json")
+
+
 @pytest.mark.parametrize("section", ["preprocessing", "output_options", "batch"])
 def test_what_a_command_line_may_leave_out_a_manifest_may_not(section: str) -> None:
     content = manifests.sections()

@@ -223,16 +223,16 @@ def _shape(manifest: dict[str, Any]) -> None:
 
 
 FAULTS: dict[Callable[[dict[str, Any]], None], str] = {
-    _input: "has a tensor input of bfloat16; C++ takes float32, float16, uint8, int64",
+    _input: "inputs: input has dtype 'bfloat16', not float32",
     _two_inputs: "has 2 inputs; the C++ library feeds one",
     _free_side: "only the batch may be free",
-    _bilinear: "resizes by 'bilinear', which the C++ library does not",
+    _bilinear: "preprocessing: interpolation is 'bilinear', not 'bicubic, antialiased'",
     _no_tolerance: "has no tolerance for the output logits",
     _gpu: "names a GPU 'Ada', which is no compute capability",
     _name: "'two words' is no name that model.txt can hold",
     _line: "is no name that model.txt can hold",
     _batch: "has an entry of the wrong kind",
-    _shape: "holds inputs of another model",
+    _shape: "says of input input: float32 [N, 3, 9, 9]; model.onnx has float32 [N, 3, ",
 }
 
 

@@ -311,6 +311,28 @@ def test_a_damaged_manifest_is_refused(spoiled: Path, change: Callable[[dict[str
     assert MANIFEST in refused(spoiled)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["inputs"][0].update(name="pixels"), "input pixels: float32 [N, 3, 32, 32]; model.onnx has none"),
+        (lambda m: m["outputs"][0].update(name="scores"), "output scores: float32 [N, 11]; model.onnx has none"),
+        (lambda m: m["outputs"][0].update(dtype="float16"), "output logits: float16 [N, 11]; model.onnx has float32"),
+        (lambda m: m["outputs"].pop(), "output top_indices: none; model.onnx has int64 [N, 3]"),
+    ],
+)
+def test_inputs_and_outputs_that_the_graph_has_not_are_refused(
+    spoiled: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    manifest = small_bundles.read_manifest(spoiled)
+    change(manifest)
+    small_bundles.write_manifest(spoiled, manifest)
+    assert f"{MANIFEST} says of {words}" in refused(spoiled)
+    for kind in ("triton", "cpp", "polygraphy"):
+        packaged = CliRunner().invoke(package, [kind, str(spoiled), "-o", str(tmp_path / kind)])
+        assert packaged.exit_code == 2, packaged.output
+        assert not (tmp_path / kind).exists()
+
+
 # Images and checkpoints
 
 

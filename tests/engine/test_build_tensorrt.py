@@ -127,10 +127,17 @@ def test_libraries_that_do_not_load_are_explained(tmp_path: Path, monkeypatch: p
     assert caught.value.package.startswith("a working tensorrt")
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (signal.SIGSEGV, "--no-rewrite NAME gives it another graph, and --engine none exports the graph alone"),
+        (signal.SIGKILL, "fewer --gpu or a smaller --batch"),
+    ],
+)
 def test_a_compiler_that_dies_is_an_error_and_not_the_end_of_us(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: str
 ) -> None:
     install("tensorrt_11_4", monkeypatch)
-    with pytest.raises(BuildError, match=rf"{number.name}, saying: words of a dying compiler"):
+    with pytest.raises(BuildError, match=rf"{number.name}, saying: words of a dying compiler") as caught:
         build(tmp_path / "graph", "tensorrt_11_4", {"builder_gets_signal": number})
+    assert step in caught.value.hint

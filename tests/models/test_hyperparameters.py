@@ -16,7 +16,7 @@ import torch
 
 from spach_deploy.models import LoadedModel, create_model
 from spach_deploy.models.hyperparameters import Source, lines
-from spach_deploy.options.specs import Hyperparameters
+from spach_deploy.options.specs import Hyperparameters, parse_channels
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 from tests.models.golden_reference import GOLDEN, reference_input, reference_state_dict
 from tests.models.small_models import load, refusal, save, state
@@ -82,6 +82,19 @@ def test_pixels_are_normalized_as_args_say(tmp_path: Path) -> None:
     assert (loaded.preprocessing.mean, loaded.preprocessing.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ("0.48145466,0.4578275,0.40821073", "0.26862954,0.26130258,0.27577711"),  # CLIP
+        ("0.5", "0.5"),  # Inception
+        ("0.4914,0.4822,0.4465", "0.2470,0.2435,0.2616"),  # CIFAR-10
+        ("0", "1"),
+    ],
+)
+def test_the_fields_means_and_deviations_are_taken(mean: str, std: str) -> None:
+    assert len(parse_channels("--mean", mean)) == len(parse_channels("--std", std)) == 3
+
+
 def test_the_command_line_is_the_first_to_say_a_value(tmp_path: Path) -> None:
     loaded = load(save(tmp_path, state()), hyperparameters=Hyperparameters(heads=4, mean=(0.0, 0.0, 0.0)))
     assert sources(loaded)["heads"] == (4, Source.COMMAND_LINE)
@@ -97,6 +110,8 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a width that the tensors have not": ({"hidden_dim": 64}, ("hidden_dim = 64",)),
     "no position encoding": ({"cpe": False}, ("cpe = False",)),
     "another interpolation": ({"interpolation": "bilinear"}, ("interpolation = 'bilinear'",)),
+    "a mean of 0..255": ({"mean": [123.675, 116.28, 103.53]}, ("Pixel mean 123.675 is not in 0..1",)),
+    "no deviation": ({"std": [0.5, 0.5, 0]}, ("Pixel std 0 is not in (0, 1]",)),
     "another crop": ({"crop_pct": 0.95}, ("crop_pct = 0.95",)),
 }
 

@@ -109,12 +109,12 @@ _MANIFEST: dict[str, Any] = {
     "preprocessing": {
         "image_size": 8,
         "resize_size": 9,
-        "interpolation": "bicubic",
+        "interpolation": "bicubic, antialiased",
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
     },
-    "inputs": [],
-    "outputs": [],
+    "inputs": [{"name": "input", "dtype": "float32", "shape": [None, 3, 8, 8], "layout": "NCHW"}],
+    "outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 7], "layout": "NC"}],
     "precision": {
         "asked": "int8",
         "rest": "fp16",

@@ -13,12 +13,8 @@ from spach_deploy.bundle.schema import EngineSection, TensorInfo
 from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
-from spach_deploy.options.specs import Preprocessing
-from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 from spach_deploy.validation.verdict import Tolerance
-
-_DTYPES = ("float32", "float16", "uint8", "int64")
-_INTERPOLATION = Preprocessing().interpolation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +51,18 @@ class PackagedModel:
         model = cls(bundle, BundleFacts.of(bundle), bundle.manifest.engine, bundle.file(PLAN))
         if problem := model._problem():
             raise BundleError(f"{bundle.path / MANIFEST} {problem}.", "Export the bundle again.")
+        check_interface(bundle)
         return model
 
     def _problem(self) -> str:
         if len(self.bundle.manifest.inputs) != 1:
             return f"has {len(self.bundle.manifest.inputs)} inputs; the C++ library feeds one"
         for tensor in (self.input, *self.outputs):
-            if tensor.dtype not in _DTYPES:
-                return f"has a tensor {tensor.name} of {tensor.dtype}; C++ takes {', '.join(_DTYPES)}"
             if len(tensor.shape) < 2 or any(size is None for size in tensor.shape[1:]):
                 return f"has a tensor {tensor.name} of shape {tensor.shape}; only the batch may be free"
         bounded = {*self.tolerances, *(output.name for output in self.outputs if output.dtype == "int64")}
         if unbounded := [output.name for output in self.outputs if output.name not in bounded]:
             return f"has no tolerance for the output {unbounded[0]}"
-        if self.facts.preprocessing.interpolation != _INTERPOLATION:
-            return f"resizes by {self.facts.preprocessing.interpolation!r}, which the C++ library does not"
         return ""
 
     @property

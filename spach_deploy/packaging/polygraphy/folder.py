@@ -27,7 +27,7 @@ from spach_deploy.common.text import json_text
 from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds
 from spach_deploy.runtime.onnxruntime_runner import save_model
-from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 from spach_deploy.validation.runs import plan_batches
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
     opened = Bundle.open(bundle)
     facts = BundleFacts.of(opened)
     check_is_one_file(opened.file(GRAPH))
+    check_interface(opened)
     golden = Golden.load(opened.path / GOLDEN)
     batches = _batches(len(golden.logits), facts)
     rounded = _rounded(opened.path / GRAPH)

@@ -15,7 +15,7 @@ from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import BatchProfile, Flavour
 from spach_deploy.packaging.triton.options import Backend, Device, TritonOptions
 from spach_deploy.runtime.truncation import REMEDY, fault_of
-from spach_deploy.validation.bundle_facts import BundleFacts
+from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 
 SERVE_GRAPH = "give --backend onnxruntime, which serves the graph"
 RTX_REASON = "Triton's TensorRT backend is ordinary TensorRT, which does not load plans of TensorRT for RTX"
@@ -135,6 +135,7 @@ def resolve_models(arguments: Sequence[BundleArgument], options: TritonOptions) 
         bundle = Bundle.open(argument.path)
         name = argument.name or bundle.manifest.model.name
         check_name(name)
+        check_interface(bundle)
         named.setdefault(name, []).append(bundle)
     return tuple(_served(name, bundles, options) for name, bundles in named.items())
 

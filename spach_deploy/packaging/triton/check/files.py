@@ -11,12 +11,13 @@ from spach_deploy.graph.external_data import data_outside, missing_data
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import Flavour
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
-from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository, bundle_manifest, graph_tensors
+from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository, bundle_manifest
 from spach_deploy.packaging.triton.config import ACCEPTS_RTX
 from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU
 from spach_deploy.packaging.triton.repository import FACTS
 from spach_deploy.packaging.triton.served_model import RTX_REASON
 from spach_deploy.runtime.plan_identity import identify_plan_file
+from spach_deploy.validation.bundle_facts import graph_tensors
 
 _AGAIN = "Write it again with spach-package triton."
 

@@ -19,6 +19,7 @@ from spach_deploy.options.specs import BatchProfile
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.packaging.triton.repository import FACTS
+from spach_deploy.validation.bundle_facts import by_name, graph_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def artifact_facts(version: Path, file_name: str, backend: str) -> Facts | None:
     graph = graph_tensors(version / file_name) if backend == "onnxruntime" else None
     if manifest is None:
         return None if graph is None else Facts(f"{version.name}/{file_name}", *graph)
-    inputs, outputs = graph or (_by_name(manifest.inputs), _by_name(manifest.outputs))
+    inputs, outputs = graph or (by_name(manifest.inputs), by_name(manifest.outputs))
     source = f"{version.name}/{file_name if graph else FACTS}"
     digest = manifest.sha256(GRAPH if backend == "onnxruntime" else PLAN)
     return Facts(source, inputs, outputs, manifest.batch, digest)
@@ -54,35 +55,6 @@ def bundle_manifest(version: Path) -> Manifest | None:
         return Manifest.read(version / FACTS)
     except BundleError:
         return None
-
-
-def graph_tensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]] | None:
-    """Inputs and outputs of an ONNX file; None for any other file."""
-    import onnx
-
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-        constants = {tensor.name for tensor in graph.initializer}
-        inputs = _by_name([_tensor(value) for value in graph.input if value.name not in constants])
-        outputs = _by_name([_tensor(value) for value in graph.output])
-    except Exception:  # protobuf's own exceptions, OSError, and data types without a NumPy dtype
-        return None
-    return (inputs, outputs) if graph.node else None
-
-
-def _tensor(value: object) -> TensorInfo:
-    from onnx import TensorProto, ValueInfoProto, helper
-
-    assert isinstance(value, ValueInfoProto)
-    kind = value.type.tensor_type
-    is_bfloat = kind.elem_type == TensorProto.BFLOAT16
-    dtype = "bfloat16" if is_bfloat else str(helper.tensor_dtype_to_np_dtype(kind.elem_type))
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
-    return TensorInfo(name=value.name, dtype=dtype, shape=shape)
-
-
-def _by_name(tensors: list[TensorInfo] | tuple[TensorInfo, ...]) -> dict[str, TensorInfo]:
-    return {tensor.name: tensor for tensor in tensors}
 
 
 CONFIG = "config.pbtxt"
