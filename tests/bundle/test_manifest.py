@@ -132,7 +132,7 @@ _FLOATS = {"dtype": "float32", "layout": ""}
         ),
     ],
 )
-def test_an_interface_that_no_export_has_is_refused(changed: dict[str, object], reason: str) -> None:
+def test_an_interface_that_no_export_has_is_refused(changed: dict[str, Any], reason: str) -> None:
     with pytest.raises(BundleError, match=re.escape(f"b/manifest.json has an entry of the wrong kind ({reason}).")):
         Manifest.parse(json.dumps(manifests.sections(**changed)), "b/manifest.json")
 
