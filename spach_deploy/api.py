@@ -116,9 +116,11 @@ def calibrate(
 
 @with_keywords(VALIDATE)
 def validate(
-    target: FilePath, *, observer: ExportObserver | None = None, **options: Unpack[ValidateKeywords]
+    target: FilePath | store.Bundle, *, observer: ExportObserver | None = None, **options: Unpack[ValidateKeywords]
 ) -> Validation:
     """Compare a bundle, its engine.plan, its model.onnx or another graph with PyTorch in FP32; as spach-validate does.
+
+    `target`: a path, or an opened bundle.
 
         assert spach_deploy.validate("build/ms_hybrid_s-fp16", images="val/").passed
 
@@ -133,5 +135,6 @@ def validate(
 
     given: dict[str, Any] = values_of_keywords("validate", VALIDATE, options)
     check_ignore(given.get("checkpoint"), given.get("ignore", ()))
-    validation = validate_target(ValidationRequest.of(Path(target), given), (observer or ExportObserver()).note)
-    return dataclasses.replace(validation, run=Provenance.here(validate_command(str(target), None, given)))
+    path = target.path if isinstance(target, store.Bundle) else Path(target)
+    validation = validate_target(ValidationRequest.of(path, given), (observer or ExportObserver()).note)
+    return dataclasses.replace(validation, run=Provenance.here(validate_command(str(path), None, given)))

@@ -151,7 +151,7 @@ def test_export_and_validate_do_what_the_commands_do(small_model_registered: Non
     assert "validate the graph" in observer.phases
     assert isinstance(done.bundle, spach_deploy.Bundle)
     report = (done.bundle.path / REPORT).read_bytes()
-    found = spach_deploy.validate(done.bundle.path, accept="graph")
+    found = spach_deploy.validate(done.bundle, accept="graph")
     assert found.passed
     assert found.run is not None
     assert found.run.command == f"spach-validate {done.bundle.path} --accept graph"

@@ -2,7 +2,8 @@
 
 Results go to stdout, everything else to stderr, and an error is one sentence. Exit codes: 0 done and verified, 1 the
 numbers disagree, 2 bad usage or bad input, 3 this machine cannot do or verify it, 130 interrupted with Ctrl-C.
-Output never makes a command fail: streams may be closed, full, a broken pipe, or of an encoding with few characters.
+Output never makes a command fail, but for `show_answer`: streams may be closed, full, a broken pipe, or of an encoding
+with few characters.
 """
 
 from __future__ import annotations
@@ -91,18 +92,23 @@ def _replaced(name: str, number: int, complaint: str) -> Iterator[None]:
 
 
 class _Descriptor(io.FileIO):
-    """A file that drops what cannot be written, and writes `complaint` to stderr the first time."""
+    """A file that drops what cannot be written, and writes `complaint` to stderr the first time.
+
+    `failure` is the first error.
+    """
 
     def __init__(self, number: int, complaint: str) -> None:
         super().__init__(number, "w", closefd=False)
-        self._complaint = complaint
+        self.complaint = complaint
+        self.failure: OSError | None = None
 
     def write(self, data: Any, /) -> int:
         """Write as a file does; report all bytes as written where that fails."""
         try:
             return super().write(data)
         except OSError as error:
-            complaint, self._complaint = self._complaint, ""
+            self.failure = self.failure or error
+            complaint, self.complaint = self.complaint, ""
             if complaint:
                 sys.stderr.write(complaint.format(error.strerror))
             return memoryview(data).nbytes
@@ -155,7 +161,8 @@ class Command(click.Command):
             return context
         except click.UsageError as error:
             wrong = " ".join(error.format_message().split()).rstrip(".")
-            fail(error, f"{wrong}. See {info_name} --help.", debug="--debug" in args)
+            wrong = wrong if wrong.endswith("?") else f"{wrong}."
+            fail(error, f"{wrong} See {info_name} --help.", debug="--debug" in args)
             sys.exit(2)
 
 
@@ -249,6 +256,17 @@ def _explained(error: Exception) -> tuple[str, int]:
 def show(text: str) -> None:
     """Print results to stdout. Text is escaped line by line, unless it is `Escaped`, as from `common.text`."""
     click.echo(text if isinstance(text, Escaped) else printable_lines(text), color=True)
+
+
+def show_answer(text: str) -> None:
+    """`show`, for a command whose stdout is what it makes: the OSError is raised where it cannot be written."""
+    file = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if not isinstance(file, _Descriptor):
+        return show(text)
+    file.complaint = ""
+    show(text)
+    if file.failure is not None:
+        raise file.failure
 
 
 def say(text: str) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli.console import Command, command, say, show
+from spach_deploy.cli.console import Command, command, say, show_answer
 from spach_deploy.cli.interrupts import ending_on_interrupt
+from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.table import PREDICT
@@ -39,7 +40,8 @@ def main(bundle: Path, images: tuple[Path, ...], top_k: int | None, as_json: boo
     {"image": NAME, "classes": [{"index": 7, "probability": 0.9, "label": NAME}, ...]}; "label" only with --labels.
 
     Exit codes: 0 done, pictures that cannot be read are named and skipped; 1 a file is not the one that was exported;
-    2 bad usage or input, or no picture can be read; 3 nothing here can run it, or not the runtime that was asked for.
+    2 bad usage or input, no picture can be read, or stdout cannot be written; 3 nothing here can run it, or not the
+    runtime that was asked for.
     """
     from spach_deploy.bundle.store import Bundle
     from spach_deploy.data.readers import open_pictures
@@ -51,7 +53,8 @@ def main(bundle: Path, images: tuple[Path, ...], top_k: int | None, as_json: boo
         say(f"Runs in {session.name}.")
         for note in session.notes:
             say(note)
-        _predict(session, source, top_k, as_json=as_json)
+        with contextlib.suppress(BrokenPipeError):  # who reads has enough
+            _predict(session, source, top_k, as_json=as_json)
     return 0
 
 
@@ -60,7 +63,7 @@ def _predict(session: Session, source: ImageSource, top_k: int | None, *, as_jso
     done, start = 0, time.perf_counter()
     with ending_on_interrupt(lambda: f"{done} pictures were answered."), _progress(source.count) as tell:
         for prediction in session.predictions(source, top_k):
-            show(_line(prediction) if as_json else _block(prediction))
+            _write(_line(prediction) if as_json else _block(prediction), done)
             done += 1
             tell(done)
     seconds = time.perf_counter() - start
@@ -68,6 +71,18 @@ def _predict(session: Session, source: ImageSource, top_k: int | None, *, as_jso
         say(f"Skipped {skipped}")
     pictures = "1 picture" if done == 1 else f"{done:,} pictures"
     say(f"{pictures} in {seconds:.1f} s with reading, {done / seconds:,.1f} images/s in {session.name}.")
+
+
+def _write(answer: str, done: int) -> None:
+    """Print an answer. UsageError where stdout cannot be written, BrokenPipeError where nobody reads it any more."""
+    try:
+        show_answer(answer)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        pictures = "1 picture was" if done == 1 else f"{done:,} pictures were"
+        reason = f"Standard output cannot be written ({error.strerror})"
+        raise UsageError(f"{reason}; {pictures} written.", "Send it to where there is space.") from error
 
 
 def _line(prediction: Prediction) -> str:

@@ -19,6 +19,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+MOST_THREADS = 1024
+"""Most CPU threads that can be asked for: far more than cores, and few enough that starting them works."""
+
 
 def available_threads() -> int:
     """How many cores this process may use."""

@@ -52,7 +52,7 @@ class Skipped:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{printable(self.name)}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,15 @@ class ImageBatch:
 
 @dataclasses.dataclass(frozen=True)
 class ImageEntry:
-    """One image that is not decoded yet. `load` decodes it, and raises ImageError when it cannot."""
+    """One image that is not decoded yet. `load` decodes it, and raises ImageError when it cannot.
+
+    `name` is escaped, as a terminal may show it; `file` is the same as it is in the folder or tar.
+    """
 
     name: str
     load: Callable[[], Image.Image]
     label: int | None = None
+    file: str | None = None
 
 
 Entries = Callable[[int | None], Iterator[ImageEntry]]
@@ -169,9 +173,7 @@ def decode(file: IO[bytes]) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata and palettes; `check_size` checks the size
             with Image.open(file, formats=FORMATS) as image:
-                preprocess.check_size(*image.size)
-                image.load()
-                return preprocess.to_rgb(image)
+                return loaded(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -179,7 +181,23 @@ def decode(file: IO[bytes]) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageError("It is not a picture in a known format.") from error
     except Exception as error:  # decoders may raise any exception for damaged bytes
-        raise ImageError(f"It cannot be decoded ({printable(str(error)) or type(error).__name__}).") from error
+        raise _undecodable(error) from error
+
+
+def loaded(image: Image.Image) -> Image.Image:
+    """`image` as RGB with its pixels in memory. Raises ImageError, whatever is wrong with it, as where it is closed."""
+    try:
+        preprocess.check_size(*image.size)
+        image.load()
+        return preprocess.to_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders may raise any exception for damaged bytes
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> ImageError:
+    return ImageError(f"It cannot be decoded ({printable(str(error)) or type(error).__name__}).")
 
 
 def batches(source: ImageSource, preprocessing: Preprocessing, batch_size: int) -> Iterator[ImageBatch]:
@@ -225,7 +243,8 @@ def _nothing_readable(description: str, skipped: list[Skipped]) -> str:
         return f"There is no image in {description}."
     shown = "; ".join(str(s).rstrip(".") for s in skipped[:_NAMED])
     more = f"; and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
-    return f"None of the {len(skipped)} images in {description} can be used ({shown}{more})."
+    subject, cannot = ("The image", "cannot") if len(skipped) == 1 else (f"None of the {len(skipped)} images", "can")
+    return f"{subject} in {description} {cannot} be used ({shown}{more})."
 
 
 def probe_source() -> ImageSource:

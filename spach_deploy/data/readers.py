@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from spach_deploy.common.batches import spread
-from spach_deploy.common.errors import ImageError, printable
+from spach_deploy.common.errors import ImageError, UsageError, printable
 from spach_deploy.data import preprocess
 from spach_deploy.data.images import (
     ImageBatch,
@@ -37,6 +37,7 @@ from spach_deploy.data.images import (
     batches,
     content_hash,
     decode,
+    loaded,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 Pictures = Picture | Sequence[Picture]
 
 _WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
+_TAKEN = "a path, a Pillow image, uint8 RGB pixels (H, W, 3) or (N, H, W, 3), or a list of these"
 _NAMED = 2  # files of other kinds that a folder's description names at most
 _ZIP = b"PK"  # how every zip, and so every npz, begins
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
@@ -116,9 +118,9 @@ def open_pictures(given: Pictures) -> ImageSource:
     """The pictures in one or many of: a path, as `open_images` takes it; a Pillow image; uint8 RGB pixels (H, W, 3) or
     (N, H, W, 3).
 
-    Pictures from a path are named by it, such as `photos/a.jpg`, those in memory by their place, such as `image 0`. A
-    file that is named as a picture is decoded when its turn comes, and skipped where it cannot be. Raises ImageError
-    as `open_images` does, and for other arrays.
+    Pictures from a path are named by it, such as `photos/a.jpg`, those in memory by their place, such as `image 0`;
+    names are not escaped. A file that is named as a picture is decoded when its turn comes, and skipped where it cannot
+    be. Raises ImageError as `open_images` does, and for other arrays; UsageError for anything else.
     """
     items = [cast("Picture", item) for item in (given if isinstance(given, (list, tuple)) else [given])]
     if not items:
@@ -138,18 +140,23 @@ def _pictures(item: Picture, number: int) -> ImageSource:
         return _in_memory(_images_of(item), number)
     if isinstance(item, Image.Image):
         return _in_memory([item], number)
+    if not isinstance(item, (str, os.PathLike)):
+        raise UsageError(f"{type(item).__name__} is no picture.", f"Give {_TAKEN}.")
+    if item == "":
+        raise UsageError("The path is empty.", f"Give {_TAKEN}.")
     path = Path(item)
     if path.is_file() and _is_picture(path.name):
         entry = _folder_entry(path.parent, Path(path.name), None)
         source = ImageSource(f"picture {path}", lambda _: iter([entry]), count=1)
     else:
         source = open_images(path)
-    is_file, shown, last = path.is_file(), printable(str(path)), printable(path.name)
+    is_file = path.is_file()
 
     def choose(_: int | None) -> Iterator[ImageEntry]:
         for entry in source.entries():
-            is_all = is_file and entry.name == last
-            yield dataclasses.replace(entry, name=shown if is_all else f"{shown}/{entry.name}")
+            name = entry.name if entry.file is None else entry.file
+            is_all = is_file and name == path.name
+            yield dataclasses.replace(entry, name=str(path) if is_all else f"{path}/{name}")
 
     return ImageSource(source.description, choose, count=source.count)
 
@@ -164,8 +171,8 @@ def _images_of(pixels: npt.NDArray[np.uint8]) -> list[Image.Image]:
 
 
 def _in_memory(images: list[Image.Image], first: int) -> ImageSource:
-    entries = [ImageEntry(f"image {first + i}", partial(preprocess.to_rgb, image)) for i, image in enumerate(images)]
-    return ImageSource(f"{len(images)} images in memory", lambda _: iter(entries), count=len(entries))
+    entries = [ImageEntry(f"image {first + i}", partial(loaded, image)) for i, image in enumerate(images)]
+    return ImageSource("memory", lambda _: iter(entries), count=len(entries))
 
 
 def _file(path: Path) -> ImageSource:
@@ -186,7 +193,7 @@ def _file(path: Path) -> ImageSource:
 
 
 def _single(path: Path) -> ImageSource:
-    entry = ImageEntry(printable(path.name), partial(_load_file, path))
+    entry = ImageEntry(printable(path.name), partial(_load_file, path), file=path.name)
     try:
         entry.load()
     except ImageError as error:
@@ -229,9 +236,10 @@ def _folder(root: Path) -> ImageSource:
 
 
 def _folder_entry(root: Path, relative: Path, label: int | None) -> ImageEntry:
+    name = relative.as_posix()
     if _is_unread(relative.name):
-        return ImageEntry(printable(relative.as_posix()), partial(_refuse, _UNREAD_REASON), label)
-    return ImageEntry(printable(relative.as_posix()), partial(_load_file, root / relative), label)
+        return ImageEntry(printable(name), partial(_refuse, _UNREAD_REASON), label, name)
+    return ImageEntry(printable(name), partial(_load_file, root / relative), label, name)
 
 
 def _listed(names: list[str]) -> str:
@@ -334,7 +342,7 @@ def _tar_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> ImageEntry:
         )
     file = tar.extractfile(member)
     data = file.read() if file is not None else b""
-    return ImageEntry(name, lambda: decode(io.BytesIO(data)))
+    return ImageEntry(name, lambda: decode(io.BytesIO(data)), file=member.name)
 
 
 def _refuse(reason: str) -> Image.Image:

@@ -15,7 +15,18 @@ from spach_deploy.options.values import default_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FILE = click.Path(path_type=Path, readable=False)  # the code that reads the file says why it cannot
+
+class _Path(click.Path):
+    """A path that is not empty: an unset variable does not mean the current folder."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the path. UsageError for an empty one."""
+        if value == "":
+            self.fail("The path is empty.", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+FILE = _Path(path_type=Path, readable=False)  # the code that reads the file says why it cannot
 
 
 class GroupedOption(click.Option):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spach_deploy.common.files import Destination
+from spach_deploy.common.machine import MOST_THREADS
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import (
     ACTIVATIONS,
@@ -392,7 +393,7 @@ TABLE: tuple[Option, ...] = (
                choices=("auto", "engine", "onnxruntime", "openvino"), default="auto",
                shown="auto: the engine where it can run, else its graph", is_common=True),
         Option("--batch", Kind.WHOLE, "Pictures at once.", metavar="N", least=1, shown="the profile's usual batch"),
-        Option("--threads", Kind.WHOLE, "CPU threads.", least=1, shown="all cores"),
+        Option("--threads", Kind.WHOLE, "CPU threads.", least=1, most=MOST_THREADS, shown="all cores"),
     ),
     *_of(MODEL, (BENCHMARK,),
         Option("--weights", Kind.CHOICE, "Which weights of it.", choices=_choices(WeightSource)),
@@ -405,7 +406,7 @@ TABLE: tuple[Option, ...] = (
                shown="all that can run here", is_common=True),
         Option("--rounds", Kind.WHOLE, "Rounds in which all take turns.", least=2, default=5),
         Option("--seconds", Kind.REAL, "Of each turn of each runner.", least=0.01, default=1.0),
-        Option("--threads", Kind.WHOLE, "CPU threads of each runner.", least=1, shown="all cores"),
+        Option("--threads", Kind.WHOLE, "CPU threads of each runner.", least=1, most=MOST_THREADS, shown="all cores"),
     ),
     *_of(OUTPUT, (BENCHMARK,),
         Option("--plot", Kind.PATH, "Draw latency against batch and speed against error.", metavar="FILE.svg"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
-from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
-from spach_deploy.common.machine import available_threads, has_vnni
+from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
+from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
 from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Preprocessing
 from spach_deploy.runtime import Runner
 
@@ -65,7 +66,8 @@ class LocalRunner(Runner, Protocol):
 class Session:
     """Runs a bundle inside a `with` block, in one thread at a time.
 
-    `runtime`: auto, or the only one to use. `labels`: names of the classes, a file with one per line or a sequence.
+    `bundle`: a bundle or its path. `runtime`: auto, or the only one to use. `labels`: names of the classes, a file with
+    one per line or a sequence.
     `batch`: how many images `predict` runs at once; by default the batch that the bundle's profile is tuned for.
     `threads`: CPU threads, by default all cores.
 
@@ -77,7 +79,7 @@ class Session:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: Bundle | str | os.PathLike[str],
         *,
         runtime: Runtime = "auto",
         labels: str | os.PathLike[str] | Sequence[str] | None = None,
@@ -86,15 +88,15 @@ class Session:
     ) -> None:
         if runtime not in (AUTO, *TITLES):
             raise UsageError(f"{runtime!r} is no runtime.", f"Give one of {', '.join((AUTO, *TITLES))}.")
-        self.bundle = bundle
+        self.bundle = _opened(bundle)
         self.runtime: str = runtime
         self.device = ""
         self.notes: tuple[str, ...] = ()
         self._asked = runtime
-        self._facts = _Facts.of(bundle)
+        self._facts = _Facts.of(self.bundle)
         self._labels = _labels(labels, self._facts.classes)
         self._batch = self._facts.checked_batch(batch)
-        self._threads = threads or available_threads()
+        self._threads = _checked_threads(threads)
         self._exit = contextlib.ExitStack()
         self._runner: LocalRunner | None = None
 
@@ -169,9 +171,10 @@ class Session:
         for batch in batches(source, self._facts.preprocessing, self._batch):
             inputs = to_input(batch.pixels, self._facts.preprocessing, self._facts.io_dtype)
             for name, row in zip(batch.names, probabilities(self.run(inputs)), strict=True):
+                self._running()  # the block may have ended since this batch ran
                 if not row[0] >= 0:  # NaN: the softmax of logits that are not finite
                     raise MismatchError(
-                        f"{name}: what {self.name} answers is not finite.",
+                        f"{printable(name)}: what {self.name} answers is not finite.",
                         f"spach-validate {self.bundle.path} --images PATH says where that begins.",
                     )
                 yield Prediction(name, tuple(self._best(row, count)))
@@ -226,6 +229,32 @@ def probabilities(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
     return found
 
 
+def _opened(given: Bundle | str | os.PathLike[str]) -> Bundle:
+    """The bundle, opened where its path is given."""
+    if isinstance(given, (str, os.PathLike)):
+        return Bundle.open(Path(given))
+    if not isinstance(given, Bundle):
+        raise UsageError(f"{type(given).__name__} is neither a bundle nor a path.", "Give a Bundle or its path.")
+    return given
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return available_threads()
+    if (whole := _whole(threads, MOST_THREADS)) is None:
+        raise UsageError(f"threads={threads!r} is not possible.", f"Give 1 to {MOST_THREADS}.")
+    return whole
+
+
+def _whole(given: object, most: int) -> int | None:
+    """`given` where it is an integer, Python's or NumPy's, from 1 to `most`; else None."""
+    try:
+        number = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return number if 1 <= number <= most and not isinstance(given, bool) else None
+
+
 def _labels(given: str | os.PathLike[str] | Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
     """Names of the classes, from a file or a sequence; UsageError if their number is not `classes`."""
     from spach_deploy.data.labels import read_labels
@@ -273,15 +302,19 @@ class _Facts:
 
     def checked_batch(self, batch: int | None) -> int:
         """How many images run at once; UsageError for more than the profile's largest batch."""
-        if batch is not None and not 1 <= batch <= self.profile.max:
-            raise UsageError(f"A batch of {batch} is not in the bundle's profile.", f"Give 1 to {self.profile.max}.")
-        return batch or self.profile.opt
+        if batch is None:
+            return self.profile.opt
+        if (whole := _whole(batch, self.profile.max)) is None:
+            raise UsageError(f"A batch of {batch!r} is not in the bundle's profile.", f"Give 1 to {self.profile.max}.")
+        return whole
 
     def checked_top_k(self, top_k: int | None) -> int:
         """How many classes a prediction has; UsageError for more than the model has."""
-        if top_k is not None and not 1 <= top_k <= self.classes:
-            raise UsageError(f"The model has {self.classes} classes, not {top_k}.", f"Give 1 to {self.classes}.")
-        return top_k or min(_USUAL_TOP_K, self.classes)
+        if top_k is None:
+            return min(_USUAL_TOP_K, self.classes)
+        if (whole := _whole(top_k, self.classes)) is None:
+            raise UsageError(f"The model has {self.classes} classes, not {top_k!r}.", f"Give 1 to {self.classes}.")
+        return whole
 
 
 def _engine(bundle: Bundle, threads: int, batch: int) -> LocalRunner:

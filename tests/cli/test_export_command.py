@@ -325,7 +325,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "There is no photos."),
     "empty folder": (Path.mkdir, "Folder photos holds no picture (0 other files)"),
     "folder of text": (folder_of("note.txt", b"text"), "Folder photos holds no picture (1 other files)"),
-    "unreadable pictures": (folder_of("a.jpg", b"no picture"), "None of the 1 images in folder photos can be used"),
+    "unreadable pictures": (folder_of("a.jpg", b"no picture"), "The image in folder photos cannot be used"),
     "empty file": (Path.touch, "photos is empty"),
     "random file": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "photos cannot be used"),
     "tar without pictures": (tar_of_notes, "Tar photos holds no picture"),

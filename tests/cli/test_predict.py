@@ -73,7 +73,11 @@ def test_json_is_a_line_for_each_picture(photos: Path, tmp_path: Path) -> None:
     [
         ((), 2, "Missing argument 'IMAGE...'"),
         (("nowhere.png",), 2, "There is no nowhere.png."),
-        (("{photos}/broken.png",), 2, "None of the 1 images"),
+        (("",), 2, "Invalid value for 'IMAGE...': The path is empty."),
+        (("{photos}", "--labels", ""), 2, "Invalid value for '--labels': The path is empty."),
+        (("{photos}", "--threads", "1025"), 2, "1025 is not in the range 1<=x<=1024."),
+        (("{photos}", "--top-kk", "2"), 2, "Did you mean '--top-k'? See spach-predict --help."),
+        (("{photos}/broken.png",), 2, "The image in"),
         (("{photos}", "--top-k", "1000"), 2, "classes, not 1000"),
         (("{photos}", "--batch", "33"), 2, "A batch of 33 is not in the bundle's profile. Give 1 to 32."),
         (("{photos}", "--labels", "{photos}/a.png"), 2, "--labels"),
@@ -91,6 +95,46 @@ def test_what_cannot_be_done_is_one_sentence(arguments: tuple[str, ...], code: i
     assert reason in last
 
 
+def test_json_has_names_as_they_are_and_text_has_them_escaped(tmp_path: Path) -> None:
+    picture = tmp_path / "a\nb\x1b.png"
+    Image.new("RGB", (40, 40)).save(picture)
+    for given in (picture, tmp_path):
+        line = predict(small_bundles.bundle(), given, "--json").stdout
+        assert json.loads(line)["image"] == str(picture)
+        assert line.isprintable() or line[:-1].isprintable()
+        assert predict(small_bundles.bundle(), given).stdout.splitlines()[0] == rf"{tmp_path}/a\nb\x1b.png"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More pictures than are answered in the time of a test."""
+    path = tmp_path_factory.mktemp("many") / "many.npz"
+    np.savez(path, images=np.zeros((20_000, 32, 32, 3), np.uint8))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("into", "code", "written", "said"),
+    [
+        ("> /dev/full", 2, 0, "(No space left on device); 0 pictures were written."),
+        (">&-", 2, 0, "(Bad file descriptor); 0 pictures were written."),
+        ("| head -1", 0, 1, None),
+    ],
+)
+def test_without_a_reader_or_space_for_the_answers_it_stops(
+    into: str, code: int, written: int, said: str | None, many: Path, tmp_path: Path
+) -> None:
+    call = f"{console_script('spach-predict', tmp_path)} {small_bundles.bundle()} {many} --json"
+    line = f"{call} {into}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, len(done.stdout.splitlines())) == (code, written), done.stderr
+    told = done.stderr.splitlines()
+    assert not any("images/s" in line for line in told)  # it did not go on to the end
+    assert [line.partition("cannot be written ")[2] for line in told if "written" in line] == (
+        [] if said is None else [f"{said} Send it to where there is space."]
+    )
+
+
 def test_a_bundle_that_was_changed_is_exit_code_1(photos: Path, tmp_path: Path) -> None:
     bundle = small_bundles.copy(small_bundles.bundle(), tmp_path / "bundle")
     with (bundle / "model.onnx").open("ab") as file:
@@ -99,10 +143,9 @@ def test_a_bundle_that_was_changed_is_exit_code_1(photos: Path, tmp_path: Path) 
     assert "so it is no bundle" in refusal(predict(photos, photos), 2)
 
 
-def test_ctrl_c_says_how_many_were_answered(tmp_path: Path) -> None:
-    np.savez(tmp_path / "many.npz", images=np.zeros((20_000, 32, 32, 3), np.uint8))
+def test_ctrl_c_says_how_many_were_answered(many: Path, tmp_path: Path) -> None:
     script = console_script("spach-predict", tmp_path)
-    call = [str(script), str(small_bundles.bundle()), str(tmp_path / "many.npz"), "--json"]
+    call = [str(script), str(small_bundles.bundle()), str(many), "--json"]
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["image"].endswith("many.npz/image 0")

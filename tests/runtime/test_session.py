@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import spach_deploy
@@ -22,7 +24,7 @@ from spach_deploy.runtime import session as sessions
 from spach_deploy.runtime import tensorrt_runner, truncation
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.openvino_runner import OpenVinoRunner
-from spach_deploy.runtime.session import Runtime
+from spach_deploy.runtime.session import Runtime, Session
 from tests import small_bundles
 from tests.quantization import small_quantized
 from tests.shared import once
@@ -113,7 +115,7 @@ def test_what_cannot_be_read_is_skipped_with_a_warning(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match=r"Skipped .*bad\.png: It is not a picture"):
             found = session.predict(tmp_path)
         assert [prediction.name for prediction in found] == [f"{tmp_path / 'good.png'}"]
-        with pytest.raises(ImageError, match=r"None of the 1 images .*bad\.png"):
+        with pytest.raises(ImageError, match=r"The image in .*bad\.png"):
             session.predict(tmp_path / "bad.png")
         wrongs: tuple[tuple[Any, str], ...] = ((tmp_path / "none.png", "There is no"), ([], "empty list"))
         for wrong, reason in wrongs:
@@ -121,6 +123,34 @@ def test_what_cannot_be_read_is_skipped_with_a_warning(tmp_path: Path) -> None:
                 session.predict(wrong)
         with pytest.raises(ImageError, match=r"not float32 \(4, 4, 3\)"):
             session.predict(np.zeros((4, 4, 3), np.float32))
+
+
+def test_a_picture_in_memory_that_cannot_be_decoded_is_an_image_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    closed = Image.new("RGB", (40, 40))
+    closed.close()
+    with fp16().session() as session, Image.open(path) as truncated:
+        for picture in (truncated, closed):
+            with pytest.raises(ImageError, match=r"^The image in memory cannot be used \(image 0: It cannot be"):
+                session.predict(picture)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (b"a.png", "^bytes is no picture. Give a path, a Pillow image"),
+        (None, "^NoneType is no picture"),
+        ({"a.png"}, "^set is no picture"),
+        ([io.BytesIO()], "^BytesIO is no picture"),
+        (torch.zeros(3, 4, 4), "^Tensor is no picture"),
+        ("", "The path is empty"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_what_is_taken(given: Any, sentence: str) -> None:
+    with fp16().session() as session, pytest.raises(UsageError, match=sentence):
+        session.predict(given)
 
 
 def test_batches_of_any_size_give_the_same() -> None:
@@ -159,7 +189,15 @@ def test_labels_name_the_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"runtime": "fastest"}, "is no runtime"), ({"batch": 33}, "batch of 33"), ({"batch": 0}, "batch of 0")],
+    [
+        ({"runtime": "fastest"}, "is no runtime"),
+        ({"batch": 33}, "batch of 33"),
+        ({"batch": 0}, "batch of 0"),
+        ({"batch": "8"}, "batch of '8' is not"),
+        ({"threads": 0}, "threads=0 is not possible. Give 1 to 1024"),
+        ({"threads": 1025}, "threads=1025"),
+        ({"threads": 1.5}, "threads=1.5"),
+    ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
@@ -172,6 +210,17 @@ def test_top_k_is_of_the_classes_there_are() -> None:
         assert len(session.predict(NAMES[0], top_k=classes)[0].classes) == classes
         with pytest.raises(UsageError, match=f"The model has {classes} classes, not {classes + 1}"):
             session.predict(NAMES[0], top_k=classes + 1)
+        for wrong in (1.5, "2", True):
+            with pytest.raises(UsageError, match=f"The model has {classes} classes, not {wrong!r}"):
+                session.predict(NAMES[0], top_k=wrong)  # type: ignore[arg-type]
+        assert len(session.predict(NAMES[0], top_k=np.int64(2))[0].classes) == 2  # type: ignore[arg-type]
+
+
+def test_a_session_takes_a_path_and_a_validation_a_bundle() -> None:
+    with Session(fp16().path, threads=1) as session:
+        assert len(session.predict(NAMES[0])) == 1
+    with pytest.raises(UsageError, match="^int is neither a bundle nor a path"):
+        Session(3)  # type: ignore[arg-type]
 
 
 def test_it_runs_in_its_block_alone() -> None:
@@ -180,6 +229,10 @@ def test_it_runs_in_its_block_alone() -> None:
         session.run(np.zeros(1))
     with session:
         assert session.name == "ONNX Runtime (CPU)"
+        answers = session.predictions(NAMES[:2])
+        next(answers)
+    with pytest.raises(UsageError, match="not open"):
+        next(answers)  # of a batch that ran within the block
     with pytest.raises(UsageError, match="not open"):
         session.predict(NAMES[0])
 
