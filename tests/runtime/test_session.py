@@ -219,7 +219,7 @@ def test_top_k_is_of_the_classes_there_are() -> None:
 def test_a_session_takes_a_path_and_a_validation_a_bundle() -> None:
     with Session(fp16().path, threads=1) as session:
         assert len(session.predict(NAMES[0])) == 1
-    with pytest.raises(UsageError, match="^int is neither a bundle nor a path"):
+    with pytest.raises(UsageError, match=r"^int is neither a bundle nor a path"):
         Session(3)  # type: ignore[arg-type]
 
 
