@@ -363,7 +363,7 @@ def test_an_empty_or_unreadable_image_folder_is_refused(fp16: Path, tmp_path: Pa
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.jpg").write_text("no picture")
     assert "picture" in refused(fp16, "--images", tmp_path / "empty")
-    assert "can be used" in refused(fp16, "--images", tmp_path / "broken")
+    assert "cannot be used" in refused(fp16, "--images", tmp_path / "broken")
     assert "There is no" in refused(fp16, "--images", tmp_path / "nowhere")
 
 

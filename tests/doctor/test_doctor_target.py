@@ -236,7 +236,9 @@ def test_gpus_that_cannot_be_read_are_not_known(bundle: Path, gpus: list[str]) -
 def test_the_export_that_would_change_it_is_one_that_spach_export_takes(bundle: Path) -> None:
     model = {**manifests.model("ms_hybrid_s", 256, 9), "checkpoint": "my run.pth", "weights": "ema"}
     options = {"io_dtype": "uint8", "top_k": 5, "softmax": True}
-    tensors: dict[str, Any] = {"inputs": [], "outputs": [], "preprocessing": manifests.preprocessing(256)}
+    pixels = {"name": "input", "dtype": "uint8", "shape": [None, 256, 256, 3], "layout": "NHWC"}
+    logits = {"name": "logits", "dtype": "float32", "shape": [None, 9], "layout": "NC"}
+    tensors: dict[str, Any] = {"inputs": [pixels], "outputs": [logits], "preprocessing": manifests.preprocessing(256)}
     bundles.rewrite(bundle, model=model, output_options=options, batch={"min": 2, "opt": 4, "max": 8}, **tensors)
     command = finding(examine(bundle, gpu_machine(T4)), "NVIDIA GPU").command
     assert command is not None
