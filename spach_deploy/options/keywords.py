@@ -149,10 +149,6 @@ def with_keywords(command: str) -> Callable[[F], F]:
     return decorate
 
 
-def _keyword(key: str) -> inspect.Parameter:
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None)
-
-
 def _help(option: Option) -> str:
     if option.kind is Kind.FLAGS:
         return " ".join(f"{choice}: {text}" for choice, text in zip(option.choices, option.each, strict=True))
