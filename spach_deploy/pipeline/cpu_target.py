@@ -56,45 +56,6 @@ _ROUNDS, _SECONDS = 5, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class CpuCandidate:
-    """A precision measured in a runner at `batch`. `ratio`: speed relative to PyTorch eager, None where too noisy."""
-
-    precision: Precision
-    runner: str
-    batch: int
-    images_per_second: float
-    times_eager: float
-    ratio: float | None
-    rel_l2: float
-    is_right: bool
-
-    @classmethod
-    def of(cls, precision: Precision, runner: RunnerResult, eager: RunnerResult) -> CpuCandidate:
-        """From a benchmark of one batch size."""
-        timing, base = runner.timings[0], eager.timings[0]
-        conclusive = timing.ratio.value if timing.ratio is not None and timing.ratio.is_conclusive else None
-        return cls(
-            precision,
-            runner.name,
-            timing.batch,
-            timing.images_per_second,
-            timing.ratio.value if timing.ratio is not None else base.latency.median / timing.latency.median,
-            conclusive,
-            runner.accuracy.rel_l2,
-            runner.accuracy.is_right,
-        )
-
-    def section(self) -> CpuFormEntry:
-        """The candidate as an entry of the manifest."""
-        return CpuFormEntry(**vars(self), settings=self.settings)
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """Settings of the runner that this result needs."""
-        return {"INFERENCE_PRECISION_HINT": hint} if (hint := OPENVINO_HINTS.get(self.runner)) else {}
-
-
-@dataclasses.dataclass(frozen=True)
 class CpuChoice:
     """The bundle that was written, the chosen candidate, and all measured candidates.
 
@@ -102,8 +63,8 @@ class CpuChoice:
     """
 
     bundle: Bundle
-    chosen: CpuCandidate
-    forms: tuple[CpuCandidate, ...]
+    chosen: CpuFormEntry
+    forms: tuple[CpuFormEntry, ...]
     machine: Mapping[str, Any]
     is_requested: bool = False
 
@@ -150,7 +111,7 @@ def export_for_cpu(
             benchmarks[precision] = measured(made, options, tell)
         forms = tuple(form for precision, benchmark in benchmarks.items() for form in _forms(precision, benchmark))
         chosen, machine = best_of(forms), next(iter(benchmarks.values())).machine
-        section = _section(chosen, forms, machine)
+        section = CpuSection(chosen=chosen, forms=forms, machine=dict(machine))
         bundle = _copied_to_target(Path(folder) / chosen.precision.value, options, targets, section)
     return CpuChoice(bundle, chosen, forms, machine, requested is not None)
 
@@ -204,24 +165,37 @@ def measured(result: ExportResult, options: ExportOptions, tell: Callable[[str, 
     return measure(BenchmarkRequest(setup, batches, names, _ROUNDS, _SECONDS), tell)
 
 
-def _forms(precision: Precision, benchmark: Benchmark) -> Iterator[CpuCandidate]:
+def _forms(precision: Precision, benchmark: Benchmark) -> Iterator[CpuFormEntry]:
     eager = next(runner for runner in benchmark.runners if runner.name == EAGER)
     for runner in benchmark.runners:
         if runner is not eager and runner.timings:
-            yield CpuCandidate.of(precision, runner, eager)
+            yield _form(precision, runner, eager)
 
 
-def best_of(forms: tuple[CpuCandidate, ...]) -> CpuCandidate:
+def _form(precision: Precision, runner: RunnerResult, eager: RunnerResult) -> CpuFormEntry:
+    """From a benchmark of one batch size."""
+    timing, base = runner.timings[0], eager.timings[0]
+    hint = OPENVINO_HINTS.get(runner.name)
+    return CpuFormEntry(
+        precision=precision,
+        runner=runner.name,
+        batch=timing.batch,
+        images_per_second=timing.images_per_second,
+        times_eager=base.latency.median / timing.latency.median if timing.ratio is None else timing.ratio.value,
+        ratio=timing.ratio.value if timing.ratio is not None and timing.ratio.is_conclusive else None,
+        rel_l2=runner.accuracy.rel_l2,
+        is_right=runner.accuracy.is_right,
+        settings={"INFERENCE_PRECISION_HINT": hint} if hint else {},
+    )
+
+
+def best_of(forms: tuple[CpuFormEntry, ...]) -> CpuFormEntry:
     """The fastest correct candidate, by its ratio to PyTorch eager, which ran in the same rounds."""
     right = [form for form in forms if form.is_right]
     if not right:
         listed = ", ".join(f"{form.precision.value} in {TITLES[form.runner]} {form.rel_l2:.1e}" for form in forms)
         raise MismatchError(f"No form computes what PyTorch computes: {listed or 'none could be run'}.")
     return max(right, key=lambda form: form.times_eager)
-
-
-def _section(chosen: CpuCandidate, forms: tuple[CpuCandidate, ...], machine: Mapping[str, Any]) -> CpuSection:
-    return CpuSection(chosen=chosen.section(), forms=tuple(form.section() for form in forms), machine=dict(machine))
 
 
 def _copied_to_target(
@@ -255,7 +229,7 @@ def as_table(choice: CpuChoice) -> str:
     return escaped([*lines, "", f"Bundle: {choice.bundle.path}"])
 
 
-def _row(form: CpuCandidate) -> str:
+def _row(form: CpuFormEntry) -> str:
     ratio = "too noisy to tell" if form.ratio is None else f"{form.ratio:.2f}"
     wrong = "" if form.is_right else "  WRONG"
     return (
