@@ -45,6 +45,11 @@ class ExportObserver:
         """How far calibration is (`spach_deploy.quantization.calibration.CalibrationProgress`), after every image."""
 
 
+def results_of(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with futures replaced by their results. Raises what they raise."""
+    return tuple(value.result() if isinstance(value, Future) else value for value in inputs)
+
+
 class Phases:
     """Records phases and notes of one export, and passes them to an observer."""
 
@@ -66,7 +71,7 @@ class Phases:
     def do(self, name: str, step: Callable[..., Result], *inputs: Any) -> Result:
         """Run `step(*inputs)` as a phase. Futures among the inputs are replaced by their results first."""
         with self.phase(name):
-            return step(*(value.result() if isinstance(value, Future) else value for value in inputs))
+            return step(*results_of(inputs))
 
     def record(self, name: str, seconds: float) -> None:
         """Add a phase that was measured elsewhere, such as the engine build that ran during the validation."""

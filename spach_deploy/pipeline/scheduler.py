@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.machine import available_threads, torch_threads
 from spach_deploy.common.processes import end, start_worker
+from spach_deploy.common.progress import results_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,11 +38,6 @@ class Scheduler(Protocol):
 
     def started(self, work: Future[Any] | None) -> None:
         """Called when another process has begun `work`, such as the engine build: wait for it, or go on meanwhile."""
-
-
-def results_of(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs with futures replaced by their results. Raises what they raise."""
-    return tuple(value.result() if isinstance(value, Future) else value for value in inputs)
 
 
 def step_threads() -> int:
