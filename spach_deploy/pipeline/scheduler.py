@@ -134,6 +134,8 @@ def serve(connection_fd: int) -> None:
                 outcome = step(*inputs)
             except SpachError as error:
                 outcome = error
+            except Exception:  # the step runs again in the other process, which raises it there
+                os._exit(1)
             connection.send(outcome)
     os._exit(0)
 

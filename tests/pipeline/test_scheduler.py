@@ -26,6 +26,10 @@ def add(one: int, other: int) -> int:
     return one + other
 
 
+def divide(one: int, other: int) -> float:
+    return one / other
+
+
 def refuse() -> None:
     raise MissingPackageError("onnxruntime", "Adding", "pip install 'spach-deploy[cpu]'")
 
@@ -66,6 +70,12 @@ def test_a_step_of_a_worker_that_dies_is_done_here() -> None:
     with Overlapped() as scheduler:
         assert scheduler.submit(die, os.getpid()).result() == 7
         assert scheduler.submit(process).result() == os.getpid()
+
+
+def test_a_fault_in_a_step_is_raised_here_and_printed_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
+    with Overlapped() as scheduler, pytest.raises(ZeroDivisionError):
+        scheduler.submit(divide, 1, 0).result()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_work_of_another_process_is_waited_for_where_steps_run_one_after_another() -> None:
