@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import structs
 
 from spach_deploy.bundle.golden import LOGITS
-from spach_deploy.bundle.schema import TraceEntry
+from spach_deploy.bundle.schema import TraceEntry, TracePartEntry
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.names import owner
 from spach_deploy.validation.rounding_error import ActivationTrace, Outputs
@@ -27,41 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spach_deploy.validation.runs import RunResult
-
-
-@dataclasses.dataclass(frozen=True)
-class ModuleError:
-    """One part of the network. All figures but `peak` are relative L2 of its output against PyTorch in FP32.
-
-    `error`: of the graph, None where it has no tensor for this output. `noise`: of FP32 itself, against FP64.
-    `allowed`: the bound that FP32 error and rounding error give here. `peak`: the output's largest magnitude in FP32.
-    """
-
-    module: str
-    kind: str
-    error: float | None
-    noise: float
-    allowed: float
-    peak: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ErrorTrace:
-    """The parts of a network, in order. `what` ran, in words; `images`: names."""
-
-    what: str
-    images: tuple[str, ...]
-    parts: tuple[ModuleError, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        parts = [dataclasses.asdict(part) for part in self.parts]
-        return {"what": self.what, "images": list(self.images), "modules": parts}
-
-    @classmethod
-    def of(cls, entry: TraceEntry) -> ErrorTrace:
-        """From a manifest's entry."""
-        return cls(entry.what, entry.images, tuple(ModuleError(**structs.asdict(part)) for part in entry.modules))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +64,7 @@ class ActivationTracer:
         self._tensors = _tensors_of_parts(graph, self._expected.exact, blocks)
         return list(self._tensors.values())
 
-    def trace(self, evidence: RunResult, image: str) -> ErrorTrace | None:
+    def trace(self, evidence: RunResult, image: str) -> TraceEntry | None:
         """The error trace of a run, on the image of this name. None where the graph did not run."""
         if evidence.logits is None:
             return None
@@ -108,7 +72,7 @@ class ActivationTracer:
         seen = {path: values[tensor] for path, tensor in self._tensors.items() if tensor in values}
         ours = _errors(seen, exact)
         parts = tuple(
-            ModuleError(
+            TracePartEntry(
                 module=path,
                 kind=kind,
                 error=_finite(ours.get(path)),
@@ -118,7 +82,9 @@ class ActivationTracer:
             )
             for path, kind in self._kinds.items()
         )
-        return ErrorTrace("typed graph in ONNX Runtime (CPU), half tensors rounded", (image,), parts)
+        return TraceEntry(
+            what="typed graph in ONNX Runtime (CPU), half tensors rounded", images=(image,), modules=parts
+        )
 
 
 def _kind(path: str, model: nn.Module) -> str:

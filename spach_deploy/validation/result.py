@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from msgspec import convert
+from msgspec import convert, to_builtins
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle.golden import Golden
@@ -23,7 +23,6 @@ from spach_deploy.models.hyperparameters import Setting, read_section
 from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision
 from spach_deploy.validation.accuracy import Accuracy
 from spach_deploy.validation.bisect.result import Bisection
-from spach_deploy.validation.error_trace import ErrorTrace
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_engine
 from spach_deploy.validation.tolerance import Bounds, ToleranceSet
 from spach_deploy.validation.user_answers import Agreement
@@ -128,7 +127,7 @@ class Validation:
     graph_suffices: bool = False
     accuracy: Accuracy | None = None
     bisection: Bisection | None = None
-    trace: ErrorTrace | None = None
+    trace: TraceEntry | None = None
     run: Provenance | None = None
     other_model: str = ""
 
@@ -205,14 +204,14 @@ class Validation:
             "reference": self.eval_set.reference,
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "evidence": [item.to_dict() for item in self.evidence],
-            "trace": None if self.trace is None else self.trace.to_dict(),
+            "trace": to_builtins(self.trace),
             "bisect": None if self.bisection is None else self.bisection.to_dict(),
         }
 
 
 def manifest_section(validation: Validation, tolerances: ToleranceSet) -> ValidationSection:
     """The manifest's section about an export's validation; later validations of the bundle read it."""
-    trace, answers = validation.trace, validation.header.answers
+    answers = validation.header.answers
     return ValidationSection(
         passed=validation.passed,
         level=validation.level.value,
@@ -223,7 +222,7 @@ def manifest_section(validation: Validation, tolerances: ToleranceSet) -> Valida
         batch_left_out=next((item.left_out for item in validation.evidence if item.left_out), ""),
         reference=validation.eval_set.reference,
         tolerances=convert(tolerances.to_dict(), TolerancesEntry),
-        trace=None if trace is None else convert(trace.to_dict(), TraceEntry),
+        trace=validation.trace,
         answers=None if answers is None else convert(answers.to_dict(), AgreementEntry),
     )
 

@@ -32,7 +32,6 @@ from spach_deploy.options.specs import WeightSource
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts, check_interface
-from spach_deploy.validation.error_trace import ErrorTrace
 from spach_deploy.validation.live_reference import (
     ImagesReference,
     ImagesSpec,
@@ -248,7 +247,7 @@ def _graph_validation(
         _graph_evidence(target.path, target.facts, reference),
         (*_file_findings(others), *_quantization_findings(target)),
         (*reference.notes, *truncation_notes(target.path, target.facts.rest), *note),
-        trace=None if note else _stored_trace(target.bundle),
+        trace=None if note else target.bundle.manifest.validation.trace,
     )
 
 
@@ -264,14 +263,8 @@ def _plan_validation(
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
     if any(item.level is Level.GRAPH for item in evidence):
         notes = (*notes, *truncation_notes(bundle.path / GRAPH, facts.rest))
-    trace = None if GRAPH in changed else _stored_trace(bundle)
+    trace = None if GRAPH in changed else bundle.manifest.validation.trace  # of the export's graph
     return Validation(header, reference.eval_set, evidence, findings, notes, missing, trace=trace)
-
-
-def _stored_trace(bundle: Bundle) -> ErrorTrace | None:
-    """The error trace that the export measured; it holds for the unchanged graph."""
-    entry = bundle.manifest.validation.trace
-    return None if entry is None else ErrorTrace.of(entry)
 
 
 def _check_options(request: ValidationRequest) -> None:

@@ -16,13 +16,14 @@ from click.testing import CliRunner
 from onnx import ModelProto
 
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.schema import TraceEntry
 from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
 from spach_deploy.rewrites.static_modules import StaticChannelMLP
 from spach_deploy.validation.bisect import export_steps as stages
-from spach_deploy.validation.error_trace import ActivationTracer, ErrorTrace, ExpectedActivations
+from spach_deploy.validation.error_trace import ActivationTracer, ExpectedActivations
 from spach_deploy.validation.result import golden_set
 from spach_deploy.validation.rounding_error import ActivationTrace, evaluate
 from spach_deploy.validation.runs import examine_typed
@@ -140,7 +141,7 @@ def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: p
 # Along the depth
 
 
-def along(model: ModelProto) -> ErrorTrace:
+def along(model: ModelProto) -> TraceEntry:
     golden = Golden.load(small_bundles.bundle() / GOLDEN)
     reference, depth = small_model("hybrid"), ActivationTrace()
     derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, activations=depth)
@@ -156,10 +157,10 @@ def along(model: ModelProto) -> ErrorTrace:
 
 def test_every_part_of_a_right_graph_is_within_its_bound() -> None:
     found = along(small_bundles.load_graph(small_bundles.bundle()))
-    assert [part.module for part in found.parts][:3] == ["stem", "norm1", "layer1.0"]
-    assert found.parts[-1].module == "head"
-    assert {part.kind for part in found.parts} == {"stem", "norm", "block", "downsampling", "head"}
-    for part in found.parts:
+    assert [part.module for part in found.modules][:3] == ["stem", "norm1", "layer1.0"]
+    assert found.modules[-1].module == "head"
+    assert {part.kind for part in found.modules} == {"stem", "norm", "block", "downsampling", "head"}
+    for part in found.modules:
         assert part.error is not None, part
         assert part.noise < part.error < part.allowed, part
         assert part.peak > 0
@@ -168,7 +169,7 @@ def test_every_part_of_a_right_graph_is_within_its_bound() -> None:
 def test_an_error_leaves_its_bound_where_it_begins() -> None:
     model = small_bundles.load_graph(small_bundles.bundle())
     faults.perturb(model, f"{FC1}.weight")
-    over = [part.module for part in along(model).parts if part.error is not None and part.error > part.allowed]
+    over = [part.module for part in along(model).modules if part.error is not None and part.error > part.allowed]
     assert over[0] == "layer2.2"
     assert over[-1] == "head"
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from spach_deploy.bundle.schema import TraceEntry
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.command_line import validate_command
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.steps.engine import BuiltEngine
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import DerivedTolerances, ReferenceOutputs
-from spach_deploy.validation.error_trace import ActivationTracer, ErrorTrace
+from spach_deploy.validation.error_trace import ActivationTracer
 from spach_deploy.validation.result import Provenance, ReportHeader, Validation, golden_set, validate_export
 from spach_deploy.validation.runs import EvaluationSet, RunResult, examine_typed
 from spach_deploy.validation.tolerance import ToleranceSet
@@ -25,7 +26,7 @@ class JudgedGraph:
     images: EvaluationSet
     tolerances: ToleranceSet
     runs: tuple[RunResult, ...]
-    trace: ErrorTrace | None
+    trace: TraceEntry | None
 
 
 def judge_graph(
