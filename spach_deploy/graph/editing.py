@@ -7,7 +7,7 @@ known to `onnx_ir`. Only shapes are looked up by name, because onnx infers them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,11 +184,10 @@ def shapes_at_batch_one(model: ir.Model) -> dict[str, tuple[int, ...]]:
     return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in values}
 
 
-def live_elements_at_batch_one(model: ir.Model) -> int:
-    """Peak number of elements of activations in memory at batch 1, if nodes run in order and each tensor is freed after
-    its last reader.
+def live_elements(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Peak number of elements of activations in memory, if nodes run in order and each tensor is freed after its last
+    reader. `shapes`: as `shapes_at_batch_one` gives them.
     """
-    shapes = shapes_at_batch_one(model)
     last = {value: index for index, node in enumerate(model.graph) for value in node.inputs}
     alive: dict[ir.Value | None, int] = {}
     most = 0
@@ -199,3 +198,21 @@ def live_elements_at_batch_one(model: ir.Model) -> int:
             if last.get(value, index) == index:
                 alive.pop(value, None)
     return most
+
+
+def macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Multiply-adds of convolutions and matrix products. `shapes`: as `shapes_at_batch_one` gives them."""
+    return sum(_macs(node, shapes) for node in model.graph)
+
+
+def _macs(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    if node.op_type not in ("Conv", "MatMul", "Gemm"):
+        return 0
+    left, weight = (() if value is None else _shape_of(value, shapes) for value in node.inputs[:2])
+    inner = weight[1:] if node.op_type == "Conv" else left[:1] if node.attributes.get_int("transA", 0) else left[-1:]
+    return math.prod(shapes.get(name_of(node.outputs[0]), (0,))) * math.prod(inner)
+
+
+def _shape_of(value: ir.Value, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    constant = value.const_value
+    return shapes.get(name_of(value), ()) if constant is None else tuple(constant.shape.numpy())

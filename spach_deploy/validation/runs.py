@@ -54,6 +54,9 @@ _MOST_AT_ONCE = 512
 _RUNTIME_OVERHEAD = 2.0
 """A CPU's memory for a batch, over that of the tensors that are live at once (measured 1.6: ms_hybrid_s in FP16)."""
 
+EXPORT_MACS = 50e9
+"""Multiply-adds that an export may spend on one batch on a CPU (half a second). `spach-validate` runs larger ones."""
+
 
 class Level(str, enum.Enum):
     """The level of evidence: `engine`, the plan itself ran; `graph`, the typed graph that it was built from."""
@@ -208,7 +211,8 @@ def examine_graph(
     A graph that does not load, takes other inputs, or fails during the run gives a result that did not pass. Raises
     UnavailableError where ONNX Runtime is missing or has no kernel for a node.
     """
-    return _examine(CpuExecution.PLAIN, graph, eval_set, bounds, what, in_others=True)
+    others = ExtraBatches.of(graph, eval_set)
+    return _examine(CpuExecution.PLAIN, graph, eval_set, bounds, what, others=others)
 
 
 @contextlib.contextmanager
@@ -264,25 +268,20 @@ def examine_typed(
     bounds: Bounds,
     *,
     watch: Watch | None = None,
+    most_macs: float | None = None,
 ) -> tuple[RunResult, ...]:
     """Run a typed graph in every execution that the installed ONNX Runtime computes rightly, and compare each.
 
-    Only the first also runs the profile's other batches: whether images are mixed up does not depend on rounding. The
-    last one, with the most roundings, has the tensors that `watch` chose in `RunResult.activations`.
+    Only the first also runs the profile's other batches (`most_macs` bounds the largest): whether images are mixed up
+    does not depend on rounding. The last one, with the most roundings, has the tensors that `watch` chose in
+    `RunResult.activations`.
     """
-    executions = executions_here(graph, precision)
-    watched = {executions[-1]: watch}
+    first, *rest = executions_here(graph, precision)
+    others = {first: ExtraBatches.of(graph, eval_set, most_macs)}
+    watched = {(first, *rest)[-1]: watch}
     return tuple(
-        _examine(
-            execution,
-            graph,
-            eval_set,
-            bounds,
-            execution.value,
-            watched.get(execution),
-            in_others=execution is executions[0],
-        )
-        for execution in executions
+        _examine(execution, graph, eval_set, bounds, execution.value, watched.get(execution), others.get(execution))
+        for execution in (first, *rest)
     )
 
 
@@ -334,34 +333,43 @@ class ExtraBatches:
     left_out: str = ""
 
     @classmethod
-    def of(cls, graph: Path | bytes, eval_set: EvaluationSet) -> ExtraBatches:
-        """The batches that this machine has memory for, and a CPU has time for."""
+    def of(cls, graph: Path | bytes, eval_set: EvaluationSet, most_macs: float | None = None) -> ExtraBatches:
+        """The batches that this machine has memory for, and a CPU has time for. `most_macs`: multiply-adds that a batch
+        larger than the usual one may take.
+        """
         profile, fed = eval_set.batch, graph_batches(len(eval_set), eval_set.batch)
-        room = _room_for(graph, profile)
+        room, work = _room_for(graph, profile)
         most = min(profile.max, max(LARGEST_BATCH, min(room, _MOST_AT_ONCE)))
-        sizes = {min(size, most) for size in (profile.min, profile.opt, profile.max)}.difference(fed)
         reason = f"on a CPU {most} is the most" if room > most else f"there was memory for {most}"
+        if most_macs is not None and most > profile.opt and most * work > most_macs:
+            reason = f"it takes {most * work / 1e9:.0f} G multiply-adds; spach-validate runs it"
+            most = max(profile.opt, LARGEST_BATCH)
+        sizes = {min(size, most) for size in (profile.min, profile.opt, profile.max)}.difference(fed)
         left_out = f"A batch of {profile.max} did not run: {reason}." if most < profile.max else ""
         return cls(tuple(sorted(sizes)), left_out)
 
 
-def _room_for(graph: Path | bytes, profile: BatchProfile) -> int:
-    """The largest batch that memory has room for; the profile's largest where that is unknown."""
+def _room_for(graph: Path | bytes, profile: BatchProfile) -> tuple[int, int]:
+    """The largest batch that memory has room for (the profile's largest where that is unknown), and multiply-adds of
+    one image.
+    """
     import onnx
     import onnx_ir as ir
 
     from spach_deploy.common.machine import find_memory
-    from spach_deploy.graph.editing import live_elements_at_batch_one
+    from spach_deploy.graph.editing import live_elements, macs, shapes_at_batch_one
 
     memory = find_memory()
     try:
-        model = onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph, load_external_data=False)
-        elements = live_elements_at_batch_one(ir.from_proto(model))
+        proto = onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph, load_external_data=False)
+        model = ir.from_proto(proto)
+        shapes = shapes_at_batch_one(model)
+        elements, work = live_elements(model, shapes), macs(model, shapes)
     except Exception:  # a graph that no reader understands; ONNX Runtime says what is wrong with it
-        return profile.max
+        return profile.max, 0
     if memory is None or not elements:
-        return profile.max
-    return int(_MEMORY_SHARE * memory.available_bytes / (_RUNTIME_OVERHEAD * 4 * elements))
+        return profile.max, work
+    return int(_MEMORY_SHARE * memory.available_bytes / (_RUNTIME_OVERHEAD * 4 * elements)), work
 
 
 def in_other_batches(
@@ -455,10 +463,9 @@ def _examine(
     bounds: Bounds,
     what: str,
     watch: Watch | None = None,
-    *,
-    in_others: bool,
+    others: ExtraBatches | None = None,
 ) -> RunResult:
-    others = ExtraBatches.of(graph, eval_set) if in_others else ExtraBatches(())
+    others = others or ExtraBatches(())
     try:
         with opened(execution, graph, None, watch, max(eval_set.batch.min, LARGEST_BATCH, *others.sizes)) as runner:
             found = _run(runner, eval_set, graph_batches(len(eval_set), eval_set.batch), in_runtime(what))

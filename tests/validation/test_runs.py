@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,7 @@ from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
 from spach_deploy.common import machine as resources
 from spach_deploy.common.errors import UnavailableError, UsageError
-from spach_deploy.graph.editing import live_elements_at_batch_one
+from spach_deploy.graph.editing import live_elements, shapes_at_batch_one
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.validation import runs as evidence_module
@@ -178,7 +179,8 @@ def test_an_engine_that_is_wrong_only_in_larger_batches_is_rejected(monkeypatch:
 
 
 def test_a_batch_for_which_there_is_no_memory_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = live_elements_at_batch_one(ir.from_proto(onnx.load_from_string(case(Precision.FP32)[0]))) * 4 * 4 * 10
+    model = ir.from_proto(onnx.load_from_string(case(Precision.FP32)[0]))
+    few = live_elements(model, shapes_at_batch_one(model)) * 4 * 4 * 10
     monkeypatch.setattr(resources, "find_memory", lambda: resources.Memory(few, 1 << 34))
     found = examine(Precision.FP32)
     assert found.passed
@@ -198,6 +200,17 @@ def test_a_batch_that_would_take_a_cpu_hours_is_left_out_and_said(
     others = evidence_module.ExtraBatches.of(graph, dataclasses.replace(eval_set, batch=profile))
     assert others.sizes == sizes
     assert others.left_out == "A batch of 100000 did not run: on a CPU 512 is the most."
+
+
+def test_an_export_leaves_a_batch_that_takes_long_to_a_validation_and_says_so() -> None:
+    graph, eval_set, _ = case(Precision.FP32)
+    macs = evidence_module._room_for(graph, BatchProfile())[1]
+    assert evidence_module.ExtraBatches.of(graph, eval_set, 32 * macs).sizes == (8, 32)
+    few = evidence_module.ExtraBatches.of(graph, eval_set, 32 * macs - 1)
+    assert few.sizes == (8,)
+    assert re.fullmatch(
+        r"A batch of 32 did not run: it takes \d+ G multiply-adds; spach-validate runs it.", few.left_out
+    )
 
 
 def test_a_fixed_batch_runs_whole_where_there_are_fewer_images() -> None:

@@ -14,7 +14,7 @@ from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import DerivedTolerances, ReferenceOutputs
 from spach_deploy.validation.error_trace import ActivationTracer
 from spach_deploy.validation.result import Provenance, ReportHeader, Validation, golden_set, validate_export
-from spach_deploy.validation.runs import EvaluationSet, RunResult, examine_typed
+from spach_deploy.validation.runs import EXPORT_MACS, EvaluationSet, RunResult, examine_typed
 from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.user_answers import Agreement
 
@@ -42,7 +42,8 @@ def judge_graph(
     evaluated = golden_set(golden, images.source.description, options.outputs, options.engine.batch)
     evaluated = dataclasses.replace(evaluated, reference="PyTorch in FP32")
     tracer = ActivationTracer(loaded.model, derived.parts)
-    runs = examine_typed(graph, options.rest, evaluated, derived.tolerances.graph, watch=tracer.watch)
+    bounds = derived.tolerances.graph
+    runs = examine_typed(graph, options.rest, evaluated, bounds, watch=tracer.watch, most_macs=EXPORT_MACS)
     return JudgedGraph(evaluated, derived.tolerances, runs, tracer.trace(runs[-1], images.names[0]))
 
 
