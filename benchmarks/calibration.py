@@ -26,6 +26,7 @@ import onnx
 from benchmarks.photographs import calibration_photographs
 from benchmarks.quantization import prepared
 from benchmarks.results import record, table
+from spach_deploy.blocks import rewrite
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, export_canonical
 from spach_deploy.models import load_model
@@ -34,7 +35,6 @@ from spach_deploy.quantization.formats import INT8, Float32
 from spach_deploy.quantization.plan import Scaling
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.rewrites import rewrite
 from tests.protos import Collector, candidates, open_session, plan_from_statistics
 
 OURS = tuple(method.value for method in Method)

@@ -24,6 +24,7 @@ from onnx import ModelProto
 from benchmarks.candidates import CANDIDATES
 from benchmarks.kernels import BATCH, facts, formed
 from benchmarks.results import record, table
+from spach_deploy.blocks import REWRITES
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.passes import TENSORRT_PASSES
 from spach_deploy.models.demo import load_demo_weights
@@ -31,7 +32,6 @@ from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import EngineTarget, Precision
-from spach_deploy.rewrites import REWRITES
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.protos import in_place
 

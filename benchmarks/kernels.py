@@ -23,6 +23,7 @@ import torch
 from onnx import ModelProto
 
 from benchmarks.results import record, table
+from spach_deploy.blocks import rewrite
 from spach_deploy.common.errors import SpachError
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
@@ -36,7 +37,6 @@ from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import OPSET, EngineTarget, Precision
-from spach_deploy.rewrites import rewrite
 from tests.protos import type_graph
 
 BATCH = 8

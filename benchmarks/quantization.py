@@ -20,6 +20,7 @@ from onnx import ModelProto
 
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.results import record, table
+from spach_deploy.blocks import rewrite
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.engine.build import build_engine
@@ -38,7 +39,6 @@ from spach_deploy.quantization.quantize import QuantizableSites
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import LayerKind, Selection
 from spach_deploy.quantization.statistics import TensorStatistics
-from spach_deploy.rewrites import rewrite
 from tests.protos import (
     Collector,
     candidates,

@@ -24,6 +24,7 @@ from onnx import ModelProto
 from PIL import Image
 
 from benchmarks.results import record, table
+from spach_deploy.blocks import rewrite
 from spach_deploy.data.calibration_set_checks import CalibrationSetCollector
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.readers import open_images
@@ -37,7 +38,6 @@ from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.shards import CalibrationShard, CalibrationWork, collect_part, merge_all, observe_part
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import TensorRequest
-from spach_deploy.rewrites import rewrite
 from tests.protos import candidates
 
 LONGER_SIDE = 500

@@ -32,6 +32,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.common.machine import torch_threads
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
@@ -39,7 +40,6 @@ from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.models.published import CONV, MLP, TRANS, SpachConfig
 from spach_deploy.models.spach import Attention, MixingBlock, Spach
 from spach_deploy.options.specs import Precision, Preprocessing
-from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.protos import rounded_graph, type_graph
 from tests.shared import alone

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical, free_batch
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import OPSET
-from spach_deploy.rewrites import rewrite
 from tests.shared import once
 
 IMAGE_SIZE = 32

@@ -13,6 +13,7 @@ from onnx import ModelProto
 from benchmarks.kernels import formed, plain_export
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.quantization import prepared
+from spach_deploy.blocks import rewrite
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
@@ -23,7 +24,6 @@ from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.rewrites import rewrite
 from spach_deploy.validation.tolerance import derive_tolerances
 from tests.protos import (
     Collector,

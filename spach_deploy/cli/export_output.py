@@ -209,8 +209,8 @@ def rewrites_as_table() -> str:
 
 
 def _rewrites() -> list[tuple[str, str]]:
+    from spach_deploy.blocks import REWRITES
     from spach_deploy.graph.passes import TENSORRT_PASSES
-    from spach_deploy.rewrites import REWRITES
 
     passes = [(step.name, step.summary) for step in TENSORRT_PASSES]
     return [*((step.name, step.summary) for step in REWRITES), *passes]

@@ -19,10 +19,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from spach_deploy.blocks.backbone import StaticSpach
+from spach_deploy.blocks.base import own
+from spach_deploy.blocks.mixing_block import StaticBlock
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph.editing import name_of
-from spach_deploy.rewrites.base import own
-from spach_deploy.rewrites.static_modules import StaticBlock, StaticSpach
 
 
 @dataclasses.dataclass(frozen=True)

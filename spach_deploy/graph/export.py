@@ -24,13 +24,13 @@ import onnx_ir as ir
 import torch
 from onnx import ModelProto
 
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph.block_prototype import Prototype, block_of, make_prototype, stamp_blocks, with_ordinary_weights
 from spach_deploy.graph.editing import array_of, as_proto, name_of
 from spach_deploy.graph.names import name_by_module
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.options.specs import OPSET
-from spach_deploy.rewrites.static_modules import StaticSpach
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,7 +6,7 @@ are tokens (B, N, C), row-major over an H by W grid. A single-stage model has on
 model has `layer1` to `layer4`, of which the last three begin with a downsampling.
 
 Everything that is exported is compared with these modules. They keep the einops of the publication on purpose;
-`spach_deploy.rewrites` makes the static model of them.
+`spach_deploy.blocks` makes the static model of them.
 """
 
 from __future__ import annotations

@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spach_deploy.blocks.attention import StaticAttention
+from spach_deploy.blocks.backbone import StaticSpach
+from spach_deploy.blocks.base import own
+from spach_deploy.blocks.token_mlp import TokenLinear
 from spach_deploy.common.errors import BundleError
 from spach_deploy.quantization.equalization import apply_to_arrays
 from spach_deploy.quantization.formats import INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite
 from spach_deploy.quantization.scales import store
 from spach_deploy.quantization.sites import LayerKind
-from spach_deploy.rewrites.base import own
-from spach_deploy.rewrites.static_modules import StaticAttention, StaticSpach, TokenLinear
 
 Rounding = Callable[[Tensor], Tensor]
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.quantization.fake_quantization import equalized_model, quantized_module
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.rewrites.static_modules import StaticSpach
 
 PROBES = 2
 """Backward passes for each image. With eight images a layer's squared cost is known within a third: enough to rank."""

@@ -262,9 +262,9 @@ def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:
     """The fake-quantized reference, by the bundle's quantization plan; None for bundles that are not quantized."""
     if facts.quantization is None:
         return None
+    from spach_deploy.blocks import rewrite
     from spach_deploy.quantization.fake_quantization import fake_quantized
     from spach_deploy.quantization.plan import read_plan
-    from spach_deploy.rewrites import rewrite
 
     plan = read_plan(facts.quantization.record)
     static = rewrite(loaded.model, facts.quantization.disabled, facts.quantization.quantize).model

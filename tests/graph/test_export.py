@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from spach_deploy.blocks import REWRITES, rewrite
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph import export
 from spach_deploy.graph.certificate import certify
@@ -18,7 +19,6 @@ from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
-from spach_deploy.rewrites import REWRITES, rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.static_models import (
     CLASSES,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.graph.block_prototype import make_prototype
-from spach_deploy.rewrites import rewrite
 from tests.static_models import small_model
 
 ONE_OF_A_KIND = ("layer3.2.cpe_net.net.1",)

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
@@ -20,7 +21,6 @@ from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
-from spach_deploy.rewrites import rewrite
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.packages import is_installed
 from tests.protos import type_graph

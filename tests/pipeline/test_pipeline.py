@@ -24,6 +24,7 @@ from click.testing import Result
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
+from spach_deploy.blocks import RewriteResult, rewrite
 from spach_deploy.bundle.schema import FileEntry
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, MismatchError
@@ -37,7 +38,6 @@ from spach_deploy.models.registry import create_model
 from spach_deploy.options.specs import BatchProfile, EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from spach_deploy.pipeline.export import export as export_bundle
 from spach_deploy.pipeline.steps import graph as stages
-from spach_deploy.rewrites import RewriteResult, rewrite
 from spach_deploy.validation.live_reference import Weights, rebuild
 from spach_deploy.validation.tolerance import FP32_FACTOR
 from tests import small_bundles

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import normalize
@@ -23,7 +24,6 @@ from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision, Preprocessing
-from spach_deploy.rewrites import rewrite
 from spach_deploy.validation.bisect import ProbedReference
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 from tests import static_models

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from PIL import Image
 
+from spach_deploy.blocks import RewriteResult, rewrite
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
@@ -22,8 +24,6 @@ from spach_deploy.quantization.plan import QuantizationPlan, Scaling
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
 from spach_deploy.quantization.statistics import TensorStatistics
-from spach_deploy.rewrites import RewriteResult, rewrite
-from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import static_models
 from tests.protos import (

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
@@ -32,7 +33,6 @@ from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.scales import Method, store, weight_scales
 from spach_deploy.quantization.sites import LayerKind, Site
 from spach_deploy.quantization.statistics import TensorStatistics
-from spach_deploy.rewrites import rewrite
 from tests import static_models
 from tests.protos import apply_to_graph, find_sites, initializers
 from tests.quantization.small_models import KINDS, canonical, inputs, plan, run, static

@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from onnx import ModelProto
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.bundle.store import GRAPH, QUANTIZATION
 from spach_deploy.cli.validate import main
 from spach_deploy.graph.editing import as_proto
@@ -30,7 +31,6 @@ from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, read_plan, write_plan
 from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import Selection
-from spach_deploy.rewrites import rewrite
 from tests import small_bundles, static_models
 from tests.protos import Collector, candidates, plan_from_statistics
 from tests.quantization import faults, small_quantized

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.sensitivity import LayerCost, LayerWatch, largest_set, summed_costs
-from spach_deploy.rewrites.static_modules import StaticSpach
 from tests.quantization import small_models
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, numpy_helper
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
@@ -13,7 +14,6 @@ from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.graph.precision.formats import BF16, FP16
 from spach_deploy.graph.precision.ranges import Ranges
 from spach_deploy.options.specs import Precision
-from spach_deploy.rewrites import rewrite
 from tests import static_models
 from tests.graph.precision.graphs import kept_for
 from tests.protos import in_place, initializers, measure_ranges, migrate_outliers, open_session, type_graph

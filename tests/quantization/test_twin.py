@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.common.errors import BundleError
 from spach_deploy.graph.editing import QUANTIZED_KEY
 from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
@@ -17,7 +18,6 @@ from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.fake_quantization import fake_quantized, rounding
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.scales import store
-from spach_deploy.rewrites import rewrite
 from tests import static_models
 from tests.protos import in_place
 from tests.quantization.small_models import KINDS, canonical, inputs, plan, quantized, run, static

@@ -11,13 +11,13 @@ import onnx
 import pytest
 from onnx import ModelProto, helper
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.common.errors import UsageError
 from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision
-from spach_deploy.rewrites import rewrite
 from spach_deploy.validation.bisect import Bisection, ProbedReference
 from spach_deploy.validation.bisect.export_steps import first_wrong_part
 from tests import static_models

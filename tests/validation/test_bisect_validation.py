@@ -15,13 +15,13 @@ import pytest
 from click.testing import CliRunner
 from onnx import ModelProto
 
+from spach_deploy.blocks.channel_mlp import StaticChannelMLP
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.schema import TraceEntry
 from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
-from spach_deploy.rewrites.static_modules import StaticChannelMLP
 from spach_deploy.validation.bisect import export_steps as stages
 from spach_deploy.validation.error_trace import ActivationTracer, ExpectedActivations
 from spach_deploy.validation.result import golden_set

@@ -6,6 +6,8 @@ import dataclasses
 
 import onnx_ir as ir
 
+from spach_deploy.blocks import RewriteResult, rewrite
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.opset import convert_opset
@@ -17,8 +19,6 @@ from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.quantize import equalize_graph, mark_sites
-from spach_deploy.rewrites import RewriteResult, rewrite
-from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 from spach_deploy.validation.tolerance import prove_equal
 

@@ -12,6 +12,8 @@ from typing import TypeVar
 import msgspec
 import onnx_ir as ir
 
+from spach_deploy.blocks import RewriteResult
+from spach_deploy.blocks.base import Outcome
 from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.schema import (
     CalibrationEntry,
@@ -54,8 +56,6 @@ from spach_deploy.pipeline.steps.precision import CertifiedGraph
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.quantization.qdq import quantized_from
 from spach_deploy.quantization.sensitivity import LayerSelection
-from spach_deploy.rewrites import RewriteResult
-from spach_deploy.rewrites.base import Outcome
 
 _Entry = TypeVar("_Entry")
 

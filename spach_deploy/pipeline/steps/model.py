@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from spach_deploy.blocks import REWRITES
 from spach_deploy.bundle.store import default_directory
 from spach_deploy.common.errors import MissingPackageError, UsageError
 from spach_deploy.common.progress import Phases
@@ -15,7 +16,6 @@ from spach_deploy.graph.passes import CPU_INT8_PASSES, TENSORRT_PASSES
 from spach_deploy.models.checkpoint import LoadedModel, load_model
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions
-from spach_deploy.rewrites import REWRITES
 from spach_deploy.validation import user_answers
 from spach_deploy.validation.user_answers import Agreement, read_answers
 

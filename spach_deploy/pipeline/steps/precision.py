@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.progress import Phases
@@ -36,7 +37,6 @@ from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.plan import summary as quantized_summary
 from spach_deploy.quantization.quantize import quantize_typed
-from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import save_model
 from spach_deploy.validation.tolerance import check_equal
 

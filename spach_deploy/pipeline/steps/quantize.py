@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.bundle import store as bundles
 from spach_deploy.common.progress import Phases
 from spach_deploy.models.checkpoint import LoadedModel
@@ -16,7 +17,6 @@ from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.pipeline.steps.sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
 from spach_deploy.quantization.plan import QuantizationPlan, write_plan
 from spach_deploy.quantization.sensitivity import LayerSelection
-from spach_deploy.rewrites.static_modules import StaticSpach
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.errors import UsageError
 from spach_deploy.options.specs import ExportOptions, Flavour
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.validation.error_trace import ExpectedActivations
 from spach_deploy.validation.rounding_error import ActivationTrace, evaluate, evaluate_fp64
 from spach_deploy.validation.tolerance import (

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.executors import ClusterAddress, LocalExecutor, Pool
@@ -26,7 +27,6 @@ from spach_deploy.pipeline.steps.calibration import CalibrationResult
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan, without
 from spach_deploy.quantization.sensitivity import LayerSelection, LayerWatch, Squares, largest_set, summed_costs
-from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.validation.accuracy import paired
 from spach_deploy.validation.rounding_error import evaluate
 

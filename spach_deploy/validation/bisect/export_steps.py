@@ -16,6 +16,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from spach_deploy.blocks import rewrite
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.bundle.golden import LOGITS as LOGITS_OUTPUT
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.metrics import relative_l2
@@ -23,8 +25,6 @@ from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import Precision
-from spach_deploy.rewrites import rewrite
-from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 from spach_deploy.validation.bisect.probe_points import Float32Array
 from spach_deploy.validation.bisect.result import (

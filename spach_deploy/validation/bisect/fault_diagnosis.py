@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spach_deploy.blocks.token_mlp import TokenLinear
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.rewrites.static_modules import TokenLinear
 from spach_deploy.validation.bisect.probe_points import (
     AttentionCore,
     Computation,

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spach_deploy.blocks import rewrite
+from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.spach import Spach
 from spach_deploy.quantization.fake_quantization import QuantizedAttention, equalized_model, fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
-from spach_deploy.rewrites import rewrite
-from spach_deploy.rewrites.static_modules import StaticSpach
 from spach_deploy.validation.bisect.probe_points import (
     CORE,
     AttentionCore,

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from spach_deploy.blocks import RewriteResult, rewrite
+from spach_deploy.blocks.attention import StaticAttention
+from spach_deploy.blocks.base import Outcome
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
@@ -16,9 +19,6 @@ from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import MixingBlock, Spach
 from spach_deploy.options.specs import Precision
-from spach_deploy.rewrites import RewriteResult, rewrite
-from spach_deploy.rewrites.base import Outcome
-from spach_deploy.rewrites.static_modules import StaticAttention
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.protos import rounded_graph, type_graph
 from tests.static_models import CLASSES, IMAGE_SIZE, images, logits, relative_l2, small_model

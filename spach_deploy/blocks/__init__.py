@@ -11,18 +11,14 @@ import dataclasses
 import fnmatch
 from collections.abc import Collection
 
+from spach_deploy.blocks.attention import fold_attention_scale, fold_qkv_bias
+from spach_deploy.blocks.backbone import StaticSpach, grid_stream, prove_static, to_static
+from spach_deploy.blocks.base import GraphForm, Outcome, Rewrite, modules_of, own
+from spach_deploy.blocks.depthwise import StaticPositionEncoding, fold_residual
+from spach_deploy.blocks.mixing_block import absorb_qkv_bias, fold_layer_scale
+from spach_deploy.blocks.stem import fold_batchnorm
 from spach_deploy.common.machine import torch_threads
 from spach_deploy.models.spach import Spach
-from spach_deploy.rewrites.absorb_qkv_bias import absorb_qkv_bias
-from spach_deploy.rewrites.base import Outcome, Rewrite, modules_of, own
-from spach_deploy.rewrites.fold_attention_scale import fold_attention_scale
-from spach_deploy.rewrites.fold_batchnorm import fold_batchnorm
-from spach_deploy.rewrites.fold_layer_scale import fold_layer_scale
-from spach_deploy.rewrites.fold_qkv_bias import fold_qkv_bias
-from spach_deploy.rewrites.fold_residual import fold_residual
-from spach_deploy.rewrites.grid_stream import grid_stream
-from spach_deploy.rewrites.static_modules import StaticPositionEncoding, StaticSpach
-from spach_deploy.rewrites.static_reshapes import prove_static, to_static
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_batchnorm", "BatchNorm into the stem's convolutions", fold_batchnorm),
@@ -53,16 +49,14 @@ def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[
     quantization accuracy skip these modules, or the whole model. Raises RewriteError when a rewrite changes what a
     module computes.
     """
+    form = GraphForm("shift_depthwise" not in disabled, "tokens_first" not in disabled, quantized is not None)
     static = own(to_static(model))
-    static.is_shifted = "shift_depthwise" not in disabled
-    static.is_tokens_first = "tokens_first" not in disabled
-    static.is_quantized = quantized is not None
     _mark_quantized(static, quantized or ())
     off = Outcome(skipped=("turned off with --no-rewrite",))
     with torch_threads(1):  # tensors that are compared are small
         outcomes = {"static_reshapes": prove_static(model, static)}
         for step in REWRITES:
-            outcomes[step.name] = off if step.name in disabled else step.apply(static)
+            outcomes[step.name] = off if step.name in disabled else step.apply(static, form)
     return RewriteResult(static, outcomes)
 
 

@@ -1,7 +1,7 @@
 """Base of all rewrites: their record (`Rewrite`, `Outcome`) and the comparison of old and new module (`prove`).
 
-A rewrite is a function that changes a model in place and returns an `Outcome`: which modules it changed, how far each
-is from the one it replaced (in FP64, on random tokens), and why it skipped others.
+A rewrite is a function that changes a model in place, given the graph's form, and returns an `Outcome`: which modules
+it changed, how far each is from the one it replaced (in FP64, on random tokens), and why it skipped others.
 """
 
 from __future__ import annotations
@@ -31,6 +31,17 @@ StaticT = TypeVar("StaticT", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
+class GraphForm:
+    """What the graph will go through, which decides whether a rewrite pays: the passes `shift_depthwise` and
+    `tokens_first`, and quantization of some layers to eight bits.
+    """
+
+    is_shifted: bool = True
+    is_tokens_first: bool = True
+    is_quantized: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Change:
     """One changed module. `error` is the relative L2 between old and new, in FP64 unless only the layout changed."""
 
@@ -57,7 +68,7 @@ class Rewrite:
 
     name: str
     summary: str
-    apply: Callable[[nn.Module], Outcome]
+    apply: Callable[[nn.Module, GraphForm], Outcome]
 
 
 def modules_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

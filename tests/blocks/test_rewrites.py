@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from spach_deploy.blocks import REWRITES, rewrite
+from spach_deploy.blocks.attention import StaticAttention
+from spach_deploy.blocks.base import Outcome, prove
+from spach_deploy.blocks.token_mlp import StaticSpatialMLP
 from spach_deploy.common.errors import RewriteError
-from spach_deploy.rewrites import REWRITES, rewrite
-from spach_deploy.rewrites.base import Outcome, prove
-from spach_deploy.rewrites.static_modules import StaticAttention, StaticSpatialMLP
 from tests.static_models import CONFIGS, images, logits, relative_l2, small_model
 
 NAMES = [step.name for step in REWRITES]

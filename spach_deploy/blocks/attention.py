@@ -1,0 +1,98 @@
+"""Multi-head self-attention over tokens, and what can be folded into its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spach_deploy.blocks.base import (
+    Change,
+    GraphForm,
+    Outcome,
+    double,
+    modules_of,
+    probe,
+    prove,
+    set_parameter,
+    with_parameters,
+)
+
+FEW_TOKENS = 16
+"""Tokens on which rewrites of weights are compared: what is folded does not depend on their number."""
+
+
+class StaticAttention(nn.Module):
+    """Attention with one transpose for q, k and v together: (..., C) -> (B*N, C)."""
+
+    def __init__(self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, num_tokens: int, scale: float) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.proj = proj
+        self.num_heads = num_heads
+        self.num_tokens = num_tokens
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens by content."""
+        dim, heads = self.qkv.in_features, self.num_heads
+        packed = self.qkv(x.reshape(-1, dim))
+        packed = packed.reshape(-1, self.num_tokens, 3 * heads, dim // heads).transpose(1, 2)  # (B, 3h, N, d)
+        q, k, v = packed.split(heads, dim=1)
+        if self.scale != 1.0:
+            q = q * self.scale
+        weights = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+        y: Tensor = self.proj((weights @ v).transpose(1, 2).reshape(-1, dim))
+        return y
+
+
+def on_few_tokens(attention: StaticAttention) -> StaticAttention:
+    """A copy of `attention` in FP64 for `FEW_TOKENS` tokens."""
+    copied = double(attention)
+    copied.num_tokens = FEW_TOKENS
+    return copied
+
+
+def fold_attention_scale(model: nn.Module, form: GraphForm) -> Outcome:
+    """Fold the scale of every attention's scores into the query rows of qkv, in place.
+
+    (s q) k^T with q = W_q x + b_q   =>   W_q' = s W_q, b_q' = s b_q
+    """
+    changes: list[Change] = []
+    for path, attention in modules_of(model, StaticAttention):
+        assert isinstance(attention, StaticAttention)
+        dim = attention.qkv.in_features
+        old = on_few_tokens(attention)
+        factor = torch.ones_like(old.qkv.bias)
+        factor[:dim] = attention.scale
+        scaled = {"qkv.weight": old.qkv.weight * factor[:, None], "qkv.bias": old.qkv.bias * factor}
+        new = with_parameters(old, scaled)
+        new.scale = 1.0
+        changes.append(prove("fold_attention_scale", path, old, new, probe(2, FEW_TOKENS, dim)))
+        set_parameter(attention.qkv, "weight", new.qkv.weight)
+        set_parameter(attention.qkv, "bias", new.qkv.bias)
+        attention.scale = 1.0
+    return Outcome(tuple(changes), () if changes else ("no attention in this model",))
+
+
+def fold_qkv_bias(model: nn.Module, form: GraphForm) -> Outcome:
+    """Remove the biases of key and value from every qkv, in place; the value's goes into the bias of the projection.
+
+    Key: its bias adds q . b_k to all scores of a row, and softmax ignores what is common to a row. Value: the rows of
+    the attention weights sum to 1, so b_v reaches the projection unchanged:
+
+        softmax(q (k + b_k)^T) (v + b_v) = softmax(q k^T) v + b_v   =>   b' = W_proj b_v + b
+
+    The packed bias stays, with zeros for key and value, because the query needs its part.
+    """
+    changes: list[Change] = []
+    for path, attention in modules_of(model, StaticAttention):
+        assert isinstance(attention, StaticAttention)
+        dim = attention.qkv.in_features
+        old = on_few_tokens(attention)
+        moved = old.proj.weight @ old.qkv.bias[2 * dim :]
+        query = torch.cat((old.qkv.bias[:dim], torch.zeros_like(old.qkv.bias[dim:])))
+        new = with_parameters(old, {"proj.bias": old.proj.bias + moved, "qkv.bias": query})
+        changes.append(prove("fold_qkv_bias", path, old, new, probe(2, FEW_TOKENS, dim)))
+        set_parameter(attention.proj, "bias", new.proj.bias)
+        set_parameter(attention.qkv, "bias", new.qkv.bias)
+    return Outcome(tuple(changes), () if changes else ("no attention in this model",))
