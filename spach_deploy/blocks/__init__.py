@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+from torch import Tensor, nn
 
 from spach_deploy.blocks.attention import fold_attention_scale, fold_qkv_bias
-from spach_deploy.blocks.backbone import StaticSpach, grid_stream, prove_static, to_static
+from spach_deploy.blocks.backbone import grid_stream, prove_static, to_static
 from spach_deploy.blocks.base import GraphForm, Outcome, Rewrite, modules_of, own
-from spach_deploy.blocks.depthwise import StaticPositionEncoding, fold_residual
-from spach_deploy.blocks.mixing_block import absorb_qkv_bias, fold_layer_scale
+from spach_deploy.blocks.depthwise import StaticPositionEncoding
+from spach_deploy.blocks.mixing_block import absorb_qkv_bias, fold_layer_scale, fold_residual
+from spach_deploy.blocks.replace import replace_known
 from spach_deploy.blocks.stem import fold_batchnorm
 from spach_deploy.common.machine import torch_threads
 from spach_deploy.models.spach import Spach
+
+STATIC = "static_reshapes"
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_batchnorm", "BatchNorm into the stem's convolutions", fold_batchnorm),
@@ -33,14 +38,22 @@ REWRITES: tuple[Rewrite, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class RewriteResult:
-    """The static model, and by rewrite what it changed ("static_reshapes" first)."""
+    """The static model, and by rewrite what it changed (`STATIC` first: the modules that have a static form)."""
 
-    model: StaticSpach
+    model: nn.Module
     outcomes: dict[str, Outcome]
 
 
-def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[str] | None = None) -> RewriteResult:
+def rewrite(
+    model: nn.Module,
+    disabled: Collection[str] = (),
+    quantized: Collection[str] | None = None,
+    inputs: Sequence[Tensor] = (),
+) -> RewriteResult:
     """Static form of `model` with every rewrite that is not `disabled`; `model` itself is not changed.
+
+    Of a model that is not one of `spach_deploy.models`, the known blocks get their static forms (`blocks.replace`), for
+    which it runs on the example `inputs`.
 
     `disabled` may also name graph passes: some rewrites prepare for a pass and do something else without it.
 
@@ -50,17 +63,24 @@ def rewrite(model: Spach, disabled: Collection[str] = (), quantized: Collection[
     module computes.
     """
     form = GraphForm("shift_depthwise" not in disabled, "tokens_first" not in disabled, quantized is not None)
-    static = own(to_static(model))
-    _mark_quantized(static, quantized or ())
     off = Outcome(skipped=("turned off with --no-rewrite",))
     with torch_threads(1):  # tensors that are compared are small
-        outcomes = {"static_reshapes": prove_static(model, static)}
+        static, replaced = _static(model, inputs)
+        _mark_quantized(static, quantized or ())
+        outcomes = {STATIC: replaced}
         for step in REWRITES:
             outcomes[step.name] = off if step.name in disabled else step.apply(static, form)
     return RewriteResult(static, outcomes)
 
 
-def _mark_quantized(static: StaticSpach, patterns: Collection[str]) -> None:
+def _static(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[nn.Module, Outcome]:
+    if isinstance(model, Spach):
+        static = own(to_static(model))
+        return static, prove_static(model, static)
+    return replace_known(model, inputs)
+
+
+def _mark_quantized(static: nn.Module, patterns: Collection[str]) -> None:
     for path, encoding in modules_of(static, StaticPositionEncoding):
         assert isinstance(encoding, StaticPositionEncoding)
         encoding.is_quantized = any(fnmatch.fnmatchcase(f"{path}.net.1", pattern) for pattern in patterns)

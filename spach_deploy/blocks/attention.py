@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from spach_deploy.blocks.base import (
+    Call,
     Change,
     GraphForm,
     Outcome,
     double,
+    has_other_parameters,
     modules_of,
     probe,
     prove,
@@ -22,15 +26,24 @@ FEW_TOKENS = 16
 
 
 class StaticAttention(nn.Module):
-    """Attention with one transpose for q, k and v together: (..., C) -> (B*N, C)."""
+    """Attention with one transpose for q, k and v together: (..., C) -> (B*N, C), or (B, *shape) where it is given."""
 
-    def __init__(self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, num_tokens: int, scale: float) -> None:
+    def __init__(
+        self,
+        qkv: nn.Linear,
+        proj: nn.Linear,
+        num_heads: int,
+        num_tokens: int,
+        scale: float,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.qkv = qkv
         self.proj = proj
         self.num_heads = num_heads
         self.num_tokens = num_tokens
         self.scale = scale
+        self.shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens by content."""
@@ -42,13 +55,13 @@ class StaticAttention(nn.Module):
             q = q * self.scale
         weights = (q @ k.transpose(-2, -1)).softmax(dim=-1)
         y: Tensor = self.proj((weights @ v).transpose(1, 2).reshape(-1, dim))
-        return y
+        return y if self.shape is None else y.reshape(-1, *self.shape)
 
 
 def on_few_tokens(attention: StaticAttention) -> StaticAttention:
     """A copy of `attention` in FP64 for `FEW_TOKENS` tokens."""
     copied = double(attention)
-    copied.num_tokens = FEW_TOKENS
+    copied.num_tokens, copied.shape = FEW_TOKENS, None
     return copied
 
 
@@ -96,3 +109,19 @@ def fold_qkv_bias(model: nn.Module, form: GraphForm) -> Outcome:
         set_parameter(attention.proj, "bias", new.proj.bias)
         set_parameter(attention.qkv, "bias", new.qkv.bias)
     return Outcome(tuple(changes), () if changes else ("no attention in this model",))
+
+
+def static_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
+    """Attentions that `module` may be: packed qkv, projection, and its own numbers as heads and scale, or others."""
+    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+    if len(linears) != 2 or not call.is_tokens or has_other_parameters(module, linears):
+        return
+    dim = call.input[2]
+    packed, proj = linears if linears[0].out_features == 3 * dim else reversed(linears)
+    if (packed.in_features, packed.out_features, proj.in_features, proj.out_features) != (dim, 3 * dim, dim, dim):
+        return
+    own = [value for value in vars(module).values() if isinstance(value, int | float) and not isinstance(value, bool)]
+    heads = [value for value in own if isinstance(value, int) and value > 0 and dim % value == 0]
+    for count in dict.fromkeys((*heads, *(value for value in range(1, dim + 1) if dim % value == 0))):
+        for scale in dict.fromkeys(((dim // count) ** -0.5, *(value for value in own if isinstance(value, float)))):
+            yield StaticAttention(packed, proj, count, call.input[1], scale, call.input[1:])

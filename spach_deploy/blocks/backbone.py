@@ -165,7 +165,8 @@ def grid_stream(model: nn.Module, form: GraphForm) -> Outcome:
 
     Other models get the same kernels with (B, N, C), and their attention moves up to 2.5 % fewer bytes.
     """
-    assert isinstance(model, StaticSpach)
+    if not isinstance(model, StaticSpach):
+        return Outcome(skipped=("the layout of the stream is the model's own",))
     if form.is_shifted and not any(isinstance(module, StaticSpatialMLP) for module in model.modules()):
         return Outcome(skipped=("with shifted products and without MLP blocks it gains nothing",))
     changes: list[Change] = []

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -153,3 +153,37 @@ def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             name: None if child is None else _own(child, done) for name, child in module._modules.items()
         }
     return done[id(module)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Shapes of a module's input and output in an example run, the batch first."""
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether both are tokens by channels, (B, N, C), of the same shape."""
+        return len(self.input) == 3 and self.input == self.output
+
+
+_WITHOUT_EFFECT = (nn.Dropout, nn.Identity)
+"""Modules that return their input in evaluation mode."""
+
+
+def children_of(module: nn.Module) -> list[nn.Module]:
+    """The children that compute something."""
+    return [child for child in module.children() if not isinstance(child, _WITHOUT_EFFECT)]
+
+
+def has_other_parameters(module: nn.Module, known: Collection[nn.Module]) -> bool:
+    """Whether `module` has parameters or buffers outside the modules `known`."""
+    inside = {id(tensor) for part in known for tensor in (*part.parameters(), *part.buffers())}
+    return any(id(tensor) not in inside for tensor in (*module.parameters(), *module.buffers()))
+
+
+def grids_of(tokens: int) -> list[tuple[int, int]]:
+    """Grids (H, W) that this many tokens may form: square first, then the nearest to it, tall and wide."""
+    heights = [height for height in range(1, tokens + 1) if tokens % height == 0]
+    return sorted(((height, tokens // height) for height in heights), key=lambda grid: abs(grid[0] - grid[1]))

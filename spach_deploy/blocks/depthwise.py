@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from spach_deploy.blocks.base import Change, GraphForm, Outcome, double, modules_of, probe, prove, set_parameter
+from spach_deploy.blocks.base import Call, grids_of, has_other_parameters
 
 
 class GridNet(nn.Module):
@@ -46,31 +46,12 @@ class StaticPositionEncoding(GridNet):
         self.is_quantized = False
 
 
-def fold_residual(model: nn.Module, form: GraphForm) -> Outcome:
-    """Fold the residual addition around a depthwise convolution into the centre weight of its kernel, in place.
-
-        x + W * x   =>   W'[:, 0, 1, 1] = W[:, 0, 1, 1] + 1
-
-    Quantized depthwise convolutions are skipped: the 1 would be rounded to eight bits with the kernel.
-    """
-    changes: list[Change] = []
-    skipped: list[str] = []
-    for path, encoding in modules_of(model, StaticPositionEncoding):
-        assert isinstance(encoding, StaticPositionEncoding)
-        if encoding.is_quantized:
-            skipped.append(f"{path}: its kernel is quantized, and the identity would be rounded with it")
-            continue
-        conv = encoding.net[1]
-        assert isinstance(conv, nn.Conv2d)
-        old, new = double(conv), double(conv)
-        new.weight.data[:, 0, 1, 1] += 1.0
-        x = probe(1, encoding.dim, 3, 4)
-        changes.append(prove("fold_residual", path, partial(_with_residual, old), new, x))
-        set_parameter(conv, "weight", new.weight)
-        encoding.includes_residual = True
-    return Outcome(tuple(changes), tuple(skipped))
-
-
-def _with_residual(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    y: Tensor = x + conv(x)
-    return y
+def static_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
+    """Depthwise convolutions over a grid that `module`, which takes tokens, may be."""
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    if len(convolutions) != 1 or not call.is_tokens or has_other_parameters(module, convolutions):
+        return
+    (conv,) = convolutions
+    if conv.groups == conv.in_channels == conv.out_channels == call.input[2]:
+        for grid in grids_of(call.input[1]):
+            yield StaticPositionEncoding(nn.Sequential(nn.Identity(), conv, nn.Identity()), grid, call.input[2])

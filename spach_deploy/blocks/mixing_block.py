@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
 from spach_deploy.blocks.attention import FEW_TOKENS, StaticAttention, on_few_tokens
 from spach_deploy.blocks.base import (
+    Call,
     Change,
     GraphForm,
     Outcome,
@@ -80,6 +84,37 @@ class StaticBlock(nn.Module):
         if self.spatial_func is not None:
             y = y + self.spatial_branch(x)
         return y + self._stream(self.channel_func(self.norm2(y)))
+
+
+def fold_residual(model: nn.Module, form: GraphForm) -> Outcome:
+    """Fold the residual addition around a block's depthwise convolution into the centre weight of its kernel, in place.
+
+        x + W * x   =>   W'[:, 0, 1, 1] = W[:, 0, 1, 1] + 1
+
+    Quantized depthwise convolutions are skipped: the 1 would be rounded to eight bits with the kernel.
+    """
+    changes: list[Change] = []
+    skipped: list[str] = []
+    for block_path, block in modules_of(model, StaticBlock):
+        assert isinstance(block, StaticBlock)
+        path, encoding = f"{block_path}.cpe_net", block.cpe_net
+        if encoding.is_quantized:
+            skipped.append(f"{path}: its kernel is quantized, and the identity would be rounded with it")
+            continue
+        conv = encoding.net[1]
+        assert isinstance(conv, nn.Conv2d)
+        old, new = double(conv), double(conv)
+        new.weight.data[:, 0, 1, 1] += 1.0
+        x = probe(1, encoding.dim, 3, 4)
+        changes.append(prove("fold_residual", path, partial(_with_residual, old), new, x))
+        set_parameter(conv, "weight", new.weight)
+        encoding.includes_residual = True
+    return Outcome(tuple(changes), tuple(skipped))
+
+
+def _with_residual(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    y: Tensor = x + conv(x)
+    return y
 
 
 def fold_layer_scale(model: nn.Module, form: GraphForm) -> Outcome:
@@ -192,3 +227,21 @@ def _move(norm: nn.LayerNorm, qkv: nn.Linear) -> str:
     for layer, name, value in ((norm, "bias", b + shift * w), (qkv, "weight", changed), (qkv, "bias", bias * 0)):
         setattr(layer, name, nn.Parameter(value, requires_grad=False))
     return ""
+
+
+def static_forms(module: nn.Module, call: Call, known: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """SPACH blocks that `module` may be. `known`: static forms of its children, by name."""
+    encodings = [part for part in known.values() if isinstance(part, StaticPositionEncoding)]
+    channels = [part for part in known.values() if isinstance(part, StaticChannelMLP)]
+    mixing = [part for part in known.values() if isinstance(part, StaticAttention | StaticSpatialMLP)]
+    norms = [child for child in module.children() if isinstance(child, nn.LayerNorm)]
+    if not call.is_tokens or (len(encodings), len(channels)) != (1, 1) or len(norms) != len(mixing) + 1:
+        return
+    scales = [parameter for parameter in module.parameters(recurse=False) if parameter.numel() == call.input[2]]
+    if len(scales) > len(mixing) or len(mixing) > 1:
+        return
+    for order in itertools.permutations(norms):
+        if not mixing:
+            yield StaticBlock(encodings[0], order[0], channels[0])
+        else:
+            yield StaticBlock(encodings[0], order[1], channels[0], order[0], mixing[0], next(iter(scales), None))

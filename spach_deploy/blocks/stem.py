@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from spach_deploy.blocks.base import Change, GraphForm, Outcome, double, modules_of, probe, prove
+from spach_deploy.blocks.base import (
+    Call,
+    Change,
+    GraphForm,
+    Outcome,
+    double,
+    grids_of,
+    has_other_parameters,
+    modules_of,
+    probe,
+    prove,
+)
 
 
 class StaticStem(nn.Module):
@@ -53,3 +65,14 @@ def _folded(path: str, proj: nn.Sequential, changes: list[Change]) -> nn.Sequent
             changes.append(prove("fold_batchnorm", f"{path}.{index}", old, new, probe(2, conv.in_channels, 16, 16)))
             folded[index], folded[index + 1] = new.float(), nn.Identity()
     return nn.Sequential(*folded)
+
+
+def static_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
+    """Stems that `module`, which makes tokens of images, may be: its convolutions one after the other."""
+    parts = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d | nn.ReLU)]
+    if len(call.input) != 4 or len(call.output) != 3 or not parts or has_other_parameters(module, parts):
+        return
+    proj = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    for grid in grids_of(call.output[1]):
+        if grid[0] * call.input[3] == grid[1] * call.input[2]:
+            yield StaticStem(proj, grid, call.output[2])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
+
+from spach_deploy.blocks.base import Call
+from spach_deploy.blocks.channel_mlp import linear_pair
 
 
 class TokenLinear(nn.Module):
@@ -37,3 +42,11 @@ class StaticSpatialMLP(nn.Module):
         x = x.reshape(-1, self.fc1.weight.shape[1], self.dim)
         y: Tensor = self.fc2(self.act(self.fc1(x)))
         return y
+
+
+def static_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
+    """Token MLPs that `module` may be, for tokens by channels."""
+    pair = linear_pair(module)
+    if pair is not None and call.is_tokens and call.input[1] == pair[0].in_features:
+        for act in pair[2]:
+            yield StaticSpatialMLP(TokenLinear(pair[0]), act, TokenLinear(pair[1]), call.input[2])

@@ -36,10 +36,11 @@ class Prototype:
     repeats: dict[str, tuple[str, ...]]
 
 
-def make_prototype(model: StaticSpach) -> Prototype:
+def make_prototype(model: nn.Module) -> Prototype:
     """The prototype of `model`, whose tensors it shares: the first of every run of blocks that differ only
     in weights.
     """
+    assert isinstance(model, StaticSpach)
     result = StaticSpach(model.stem, model.norm1, model.norm2, model.head)
     repeats: dict[str, tuple[str, ...]] = {}
     for stage in model.stage_names:
@@ -96,7 +97,7 @@ def _runs(stage: nn.Sequential) -> list[list[str]]:
     return runs
 
 
-def stamp_blocks(model: ir.Model, repeats: Mapping[str, tuple[str, ...]], weights: StaticSpach) -> ir.Model:
+def stamp_blocks(model: ir.Model, repeats: Mapping[str, tuple[str, ...]], weights: nn.Module) -> ir.Model:
     """The whole model's graph from the prototype's graph `model`: every block of `repeats`, nodes in execution order.
 
     Parameters are those of `weights`, whose memory they share. Raises CertificateError for a block that reads or makes
@@ -123,7 +124,7 @@ def stamp_blocks(model: ir.Model, repeats: Mapping[str, tuple[str, ...]], weight
 class Parameters:
     """The model's tensors by name; a tensor that several names share is stored once, under the first."""
 
-    def __init__(self, model: StaticSpach) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._tensors = model.state_dict()
         first: dict[int, str] = {}
         self._canonical: dict[str, str] = {}

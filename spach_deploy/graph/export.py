@@ -24,7 +24,6 @@ import onnx_ir as ir
 import torch
 from onnx import ModelProto
 
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph.block_prototype import Prototype, block_of, make_prototype, stamp_blocks, with_ordinary_weights
 from spach_deploy.graph.editing import array_of, as_proto, name_of
@@ -65,7 +64,7 @@ def _freed(shape: list[int], traced: int, node: str) -> list[int]:
     return [-1, *shape[1:]]
 
 
-def export_canonical(model: StaticSpach, image_size: int) -> ir.Model:
+def export_canonical(model: nn.Module, image_size: int) -> ir.Model:
     """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20.
 
     S is `image_size` in pixels, and the batch is symbolic. The initializers share the memory of the model's parameters.

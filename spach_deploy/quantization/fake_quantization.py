@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from spach_deploy.blocks.attention import StaticAttention
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.blocks.base import own
 from spach_deploy.blocks.token_mlp import TokenLinear
 from spach_deploy.common.errors import BundleError
@@ -26,7 +25,7 @@ from spach_deploy.quantization.sites import LayerKind
 Rounding = Callable[[Tensor], Tensor]
 
 
-def fake_quantized(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
+def fake_quantized(static: nn.Module, plan: QuantizationPlan) -> nn.Module:
     """A copy of `static` that is equalized and rounded as `plan` says. BundleError where the plan
     is another model's.
     """
@@ -43,14 +42,14 @@ def fake_quantized(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
     return rounded.eval()
 
 
-def equalized_model(static: StaticSpach, plan: QuantizationPlan) -> StaticSpach:
+def equalized_model(static: nn.Module, plan: QuantizationPlan) -> nn.Module:
     """A copy of `static` with the plan's equalization only: the same function with other weights."""
     equalized = own(static)
     _equalize(equalized, plan)
     return equalized
 
 
-def _equalize(model: StaticSpach, plan: QuantizationPlan) -> None:
+def _equalize(model: nn.Module, plan: QuantizationPlan) -> None:
     arrays = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     modules = dict(model.named_modules(remove_duplicate=False))
     try:

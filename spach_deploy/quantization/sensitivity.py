@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.quantization.fake_quantization import equalized_model, quantized_module
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan
@@ -75,7 +74,7 @@ def summed_costs(plan: QuantizationPlan, found: Iterable[Squares]) -> tuple[Laye
 class LayerWatch:
     """The model with hooks on every layer of `plan`: forward they compute its error d, backward u^T J d."""
 
-    def __init__(self, static: StaticSpach, plan: QuantizationPlan) -> None:
+    def __init__(self, static: nn.Module, plan: QuantizationPlan) -> None:
         self._model = equalized_model(static, plan)
         self._squares: list[tuple[str, float]] = []
         self._norm = 1.0

@@ -12,9 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 from PIL import Image
+from torch import nn
 
 from spach_deploy.blocks import RewriteResult, rewrite
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
@@ -50,7 +50,7 @@ def _depthwise(quantize: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase("layer.cpe_net.net.1", pattern) for pattern in quantize)
 
 
-def static(kind: str, quantize: tuple[str, ...] = ()) -> StaticSpach:
+def static(kind: str, quantize: tuple[str, ...] = ()) -> nn.Module:
     """The static model that the graph is exported from; not to be changed."""
     return _rewritten(kind, _depthwise(quantize)).model
 

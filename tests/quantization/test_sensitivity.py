@@ -8,8 +8,8 @@ import functools
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.plan import QuantizationPlan
@@ -18,11 +18,11 @@ from tests.quantization import small_models
 
 
 @functools.cache
-def example() -> tuple[StaticSpach, QuantizationPlan]:
+def example() -> tuple[nn.Module, QuantizationPlan]:
     return small_models.static("hybrid"), small_models.plan("hybrid", INT8)
 
 
-def logits(model: StaticSpach, images: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> torch.Tensor:
+def logits(model: nn.Module, images: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> torch.Tensor:
     with torch.inference_mode():
         result: torch.Tensor = model(torch.from_numpy(images))
     return result
@@ -36,7 +36,7 @@ def measured(modules: set[str]) -> float:
     return float(((rounded - exact).norm(dim=1) / exact.norm(dim=1)).square().mean().sqrt())
 
 
-def costs_of(static: StaticSpach, plan: QuantizationPlan) -> tuple[LayerCost, ...]:
+def costs_of(static: nn.Module, plan: QuantizationPlan) -> tuple[LayerCost, ...]:
     watch = LayerWatch(static, plan)
     return summed_costs(plan, [watch.see(number, image) for number, image in enumerate(small_models.inputs())])
 

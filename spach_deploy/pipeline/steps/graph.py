@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import onnx_ir as ir
+from torch import nn
 
 from spach_deploy.blocks import RewriteResult, rewrite
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.opset import convert_opset
@@ -42,7 +42,7 @@ def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
     return rewrite(loaded.model, _left_out(options), quantized)
 
 
-def export_graph(static: StaticSpach, image_size: int) -> Fp32Graph:
+def export_graph(static: nn.Module, image_size: int) -> Fp32Graph:
     """The exported graph: input (batch, 3, S, S) float32, logits (batch, classes)."""
     return Fp32Graph(export_canonical(static, image_size))
 

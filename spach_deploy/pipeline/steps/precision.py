@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from torch import nn
 
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.progress import Phases
@@ -76,7 +76,7 @@ class CertifiedGraph:
 
 def set_types(
     graph: Fp32Graph,
-    static: StaticSpach,
+    static: nn.Module,
     loaded: LoadedModel,
     images: GoldenImages,
     reference: ReferenceOutputs,
@@ -110,7 +110,7 @@ def set_types(
 
 @contextlib.contextmanager
 def _first_wrong_step(
-    graph: Fp32Graph, static: StaticSpach, images: GoldenImages, reference: ReferenceOutputs
+    graph: Fp32Graph, static: nn.Module, images: GoldenImages, reference: ReferenceOutputs
 ) -> Iterator[None]:
     """Find the first wrong step where the block raises MismatchError for the graph in its target's form.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from spach_deploy.blocks.backbone import StaticSpach
+from torch import nn
+
 from spach_deploy.bundle import store as bundles
 from spach_deploy.common.progress import Phases
 from spach_deploy.models.checkpoint import LoadedModel
@@ -39,7 +40,7 @@ class Quantized:
 
 def quantize(
     graph: Fp32Graph,
-    static: StaticSpach,
+    static: nn.Module,
     loaded: LoadedModel,
     images: GoldenImages,
     reference: ReferenceOutputs,

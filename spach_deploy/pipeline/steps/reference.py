@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.errors import UsageError
 from spach_deploy.options.specs import ExportOptions, Flavour
 from spach_deploy.quantization.fake_quantization import fake_quantized
@@ -89,7 +88,7 @@ def reference_logits(model: nn.Module, images: NDArray[np.float32]) -> NDArray[n
 
 def derive_tolerances(
     model: nn.Module,
-    static: StaticSpach,
+    static: nn.Module,
     images: NDArray[np.float32],
     outputs: ReferenceOutputs,
     plan: QuantizationPlan | None,

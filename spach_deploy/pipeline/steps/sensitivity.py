@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.executors import ClusterAddress, LocalExecutor, Pool
@@ -56,7 +56,7 @@ class HeldOut:
 class SearchWork:
     """Common input of the search's workers: the static model in FP32, the plan, and the images to judge layers on."""
 
-    static: StaticSpach
+    static: nn.Module
     plan: QuantizationPlan
     images: Float32
     threads: int | None = None
@@ -104,7 +104,7 @@ class EvaluationTask:
 
 
 def choose_layers(
-    quantized: CalibrationResult, static: StaticSpach, held_out: HeldOut, options: ExportOptions, phases: Phases
+    quantized: CalibrationResult, static: nn.Module, held_out: HeldOut, options: ExportOptions, phases: Phases
 ) -> tuple[CalibrationResult, LayerSelection]:
     """Search the largest set of quantized layers that keeps the bound, by measurement.
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from spach_deploy.blocks import rewrite
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.bundle.golden import LOGITS as LOGITS_OUTPUT
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.metrics import relative_l2
@@ -66,7 +65,7 @@ class RepeatedSteps:
 
     limit: float = rounding_limit(0.0)
     results: list[StepResult] = dataclasses.field(default_factory=list)
-    static: StaticSpach | None = None
+    static: nn.Module | None = None
     graph: ir.Model | None = None
 
 
@@ -143,9 +142,7 @@ def _error(run: RunResult) -> float | None:
     return next((output.rel_l2_worst for output in run.comparison.outputs if output.name == LOGITS_OUTPUT), None)
 
 
-def first_wrong_part(
-    published: nn.Module, static: StaticSpach, images: Float32Array, limit: float
-) -> tuple[str, float]:
+def first_wrong_part(published: nn.Module, static: nn.Module, images: Float32Array, limit: float) -> tuple[str, float]:
     """The first part of the static model (stem, block, downsampling, norm, head) that is wrong given right inputs.
 
     Returns its module path and relative L2, or ("", 0.0) where no part exceeds `limit`.

@@ -20,17 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spach_deploy.blocks.attention import StaticAttention
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.blocks.mixing_block import StaticBlock
 from spach_deploy.blocks.token_mlp import TokenLinear
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.passes.tokens_first import PARTS
-from spach_deploy.models.spach import Attention, MixingBlock, Spach, SpatialMLP
+from spach_deploy.models.spach import Attention, MixingBlock, SpatialMLP
 from spach_deploy.validation.rounding_error import StorageFormat, converted, rounding_of
 from spach_deploy.validation.tolerance import ROUNDING_FACTOR
 
 Float32Array = NDArray[np.float32]
-Model = Spach | StaticSpach
+Model = nn.Module
 Rounding = Callable[[Tensor], Tensor]
 
 CORE, SCALE, MIDDLE, MEAN = "/core", "/gamma_1", "/middle", "mean"

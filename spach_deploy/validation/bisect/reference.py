@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spach_deploy.blocks import rewrite
-from spach_deploy.blocks.backbone import StaticSpach
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.spach import Spach
 from spach_deploy.quantization.fake_quantization import QuantizedAttention, equalized_model, fake_quantized
@@ -72,7 +71,7 @@ class ProbedReference:
         model: Spach,
         images: Float32Array,
         *,
-        static: StaticSpach | None = None,
+        static: nn.Module | None = None,
         plan: QuantizationPlan | None = None,
         pixels: NDArray[np.uint8] | None = None,
     ) -> None:
@@ -106,7 +105,7 @@ class ProbedReference:
         return self._views[batch]
 
     def _record_forms(self, images: Float32Array) -> ProbeView:
-        forms: dict[str, Spach | StaticSpach] = {STATIC: self.static, PUBLISHED: self.model}
+        forms: dict[str, nn.Module] = {STATIC: self.static, PUBLISHED: self.model}
         if self.plan is not None:
             forms = {EQUALIZED: equalized_model(self.static, self.plan), **forms}
         recorded: dict[str, dict[str, ProbeRecord]] = {}
