@@ -15,39 +15,44 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 import warnings
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from onnx import ModelProto
+from torch import Tensor, nn
 
-from spach_deploy.common.errors import CertificateError
+from spach_deploy.common.errors import CertificateError, ModelError
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.block_prototype import Prototype, block_of, make_prototype, stamp_blocks, with_ordinary_weights
 from spach_deploy.graph.editing import array_of, as_proto, name_of
-from spach_deploy.graph.names import name_by_module
+from spach_deploy.graph.names import name_by_module, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.options.specs import OPSET
-
-if TYPE_CHECKING:
-    from torch import nn
-
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
 INPUT, LOGITS, BATCH = "input", "logits", "batch"
-_TRACED_BATCH = 3
+_TRACED_BATCH, _OTHER_BATCH = 3, 2
+_ROUNDING = 1e-4
+"""Relative L2 that rounding may cause between PyTorch and a graph in ONNX Runtime. Later steps compare closely."""
+
+_REWRITE_IT = "Write it with operations on tensors alone, without branches on their values or conversions to Python."
 
 
 def free_batch(model: ir.Model, traced: int, name: str) -> None:
     """Make the batch of a graph symbolic, in place, that was traced with the fixed batch `traced`.
 
-    The first input and the outputs get the symbolic dimension `name` first; reshapes to (traced * n, ...) become
+    Inputs and outputs get the symbolic dimension `name` first; reshapes to (traced * n, ...) become
     reshapes to (-1, ...). Raises CertificateError for a reshape whose first extent is no multiple of `traced`, or that
     has a -1 already.
     """
     graph = model.graph
-    for value in (*graph.inputs[:1], *graph.outputs):
+    for value in (*graph.inputs, *graph.outputs):
+        _check_batch(value, traced)
         assert value.shape is not None
         value.shape = ir.Shape([name, *value.shape[1:]])
     for node in graph:
@@ -62,6 +67,109 @@ def _freed(shape: list[int], traced: int, node: str) -> list[int]:
     if shape[0] % traced or -1 in shape:
         raise CertificateError(f"{node} reshapes to {shape}, from which the batch cannot be told.")
     return [-1, *shape[1:]]
+
+
+def _check_batch(value: ir.Value, traced: int) -> None:
+    """CertificateError for an input or output that is not a batch."""
+    if not value.shape or value.shape[0] != traced:
+        raise CertificateError(f"{value.name} has the shape {value.shape}, which does not begin with the batch.")
+
+
+def export_module(model: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
+    """ONNX graph of any module, opset 20, with a symbolic batch first in every input and output.
+
+    `example`: inputs by the names that the graph's inputs get, in the order of the module's arguments, each with a
+    batch of 1 or more. `outputs`: names of what it returns, in the order of a tuple's or dictionary's values.
+
+    It is traced with a fixed batch, as reshapes to known sizes; where that is not right for other batches, with a
+    symbolic one. Raises ModelError, with the module and the line, for what cannot be traced.
+    """
+    fixed = {name: tensor[:1].expand(_TRACED_BATCH, *tensor.shape[1:]).contiguous() for name, tensor in example.items()}
+    program = _program(model, fixed, outputs)
+    with contextlib.suppress(CertificateError):
+        free_batch(program, _TRACED_BATCH, BATCH)
+        graph = _named(program, model)
+        if _is_right(graph, model, {name: tensor[:_OTHER_BATCH] for name, tensor in fixed.items()}):
+            return graph
+    return _named(_program(model, fixed, outputs, symbolic=True), model)
+
+
+def _named(program: ir.Model, model: nn.Module) -> ir.Model:
+    """The simplified graph, with its nodes named by modules."""
+    name_by_module(program)
+    graph = ir.from_proto(simplify(as_proto(program)))
+    name_unowned(graph, [path for path, _ in model.named_modules(remove_duplicate=False)])
+    return graph
+
+
+def _is_right(graph: ir.Model, model: nn.Module, feeds: Mapping[str, Tensor]) -> bool:
+    """Whether the graph computes what the module computes at the batch of `feeds`, but for rounding."""
+    with torch.inference_mode():
+        expected = flattened(model(*feeds.values()))
+    try:
+        with saved_graph(graph) as path, OnnxRuntimeRunner(path, optimization="none") as runner:
+            found = runner.run({name: tensor.numpy() for name, tensor in feeds.items()})
+    except Exception:  # a graph whose batch is not free fails as its operators like
+        return False
+    return all(
+        value.shape == tuple(wanted.shape) and relative_l2(value, wanted.numpy()) <= _ROUNDING
+        for value, wanted in zip(found.values(), expected, strict=True)
+    )
+
+
+def flattened(outputs: Any) -> list[Tensor]:
+    """The tensors that a module returned: one, or those of a tuple, list or dictionary, in order. ModelError for what
+    else is among them.
+    """
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    if isinstance(outputs, tuple | list):
+        return [tensor for part in outputs for tensor in flattened(part)]
+    raise ModelError(
+        f"The model returns {type(outputs).__name__}, and a graph returns tensors.",
+        "Return a tensor, or a tuple or dictionary of tensors.",
+    )
+
+
+def _program(
+    model: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str], *, symbolic: bool = False
+) -> ir.Model:
+    """What torch.onnx makes of a module. ModelError for what it cannot trace."""
+    batch = {0: torch.export.Dim(BATCH)} if symbolic else None
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                model,
+                tuple(example.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(example),
+                output_names=list(outputs),
+                dynamic_shapes=None if batch is None else tuple(batch for _ in example),
+                verbose=False,
+            )
+    except Exception as error:  # torch.export raises what it likes
+        raise ModelError(f"torch.export cannot trace {_place(model, error)}.", _REWRITE_IT) from error
+    assert program is not None
+    return program.model
+
+
+def _place(model: nn.Module, error: BaseException) -> str:
+    """The module and line of the model's own code at which tracing ended, and why, in words."""
+    paths = {id(module): path or "the model" for path, module in model.named_modules()}
+    causes, place = [error], ""
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for cause in causes:
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            code, owner = frame.f_code, frame.f_locals.get("self")
+            if id(owner) in paths and "site-packages" not in code.co_filename:
+                name = f"{paths[id(owner)]} ({type(owner).__name__}.{code.co_name}"
+                place = f"{name}, {code.co_filename}:{line})"
+    reason = str(causes[-1]).strip().splitlines()
+    return f"{place or type(model).__name__}: {reason[0].rstrip('.') if reason else type(causes[-1]).__name__}"
 
 
 def export_canonical(model: nn.Module, image_size: int) -> ir.Model:
@@ -132,13 +240,14 @@ def simplify(model: ModelProto) -> ModelProto:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence torch.onnx's progress and its warnings about packages that are not needed; errors still show."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence what torch prints and logs while it exports: progress, warnings about packages that are not needed, and
+    the graph up to where it failed. Exceptions still come.
+    """
+    silent = io.StringIO()
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -48,3 +49,27 @@ def _unique(name: str, seen: Counter[str]) -> str:
 def owner(node_name: str) -> str:
     """Module path in a name that `name_by_module` gave: everything before the first slash."""
     return node_name.split("/", 1)[0]
+
+
+def name_unowned(model: ir.Model, modules: Collection[str]) -> None:
+    """Rename nodes that the simplifier made, in place, after the module of their weights, else of the node that reads
+    them, else of the one that they read. `modules`: paths of all modules.
+    """
+    known = {*modules, "model"}
+    nodes = list(model.graph)
+    paths = {node: path for node in nodes if (path := owner(node.name or "")) in known}
+    for node in nodes:
+        weights = (value.name.rpartition(".")[0] for value in node.inputs if value is not None and value.name)
+        if node not in paths and (path := next((path for path in weights if path in known), None)) is not None:
+            paths[node] = path
+    for node in reversed(nodes):
+        readers = (paths.get(reader) for reader in node.outputs[0].consumers())
+        if node not in paths and (path := next(filter(None, readers), None)) is not None:
+            paths[node] = path
+    seen = Counter(node.name for node in nodes if owner(node.name or "") in known)
+    for node in nodes:
+        if owner(node.name or "") not in known:
+            made = (value.producer() for value in node.inputs if value is not None)
+            path = paths.get(node) or next((paths[other] for other in made if other in paths), "model")
+            paths[node] = path
+            node.name = _unique(f"{path}/{node.op_type}", seen)

@@ -1,0 +1,82 @@
+"""Any module becomes a graph with names by module and a free batch; what cannot be traced says where."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spach_deploy.common.errors import ModelError
+from spach_deploy.graph.export import export_module, flattened
+from spach_deploy.graph.names import owner
+from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
+from tests.own_models import Branching, PlainNet, TwoHeads, TwoInputs
+
+IMAGE = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+VECTOR = torch.rand(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+class ClassToken(nn.Module):
+    """Its class token is expanded to the batch, so a graph traced at one batch is wrong at others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.rand(1, 1, 8))
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
+        y: Tensor = self.head(tokens[:, 0] + tokens.mean(1))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "outputs"),
+    [
+        (PlainNet(), {"x": IMAGE}, ["y"]),
+        (TwoHeads(), {"image": IMAGE}, ["classes", "angle"]),
+        (TwoInputs(), {"image": IMAGE, "vector": VECTOR}, ["joined", "shares"]),
+        (ClassToken(), {"x": IMAGE}, ["y"]),
+    ],
+)
+def test_a_graph_computes_what_the_module_computes_at_any_batch(
+    model: nn.Module, inputs: dict[str, Tensor], outputs: list[str]
+) -> None:
+    graph = export_module(model.eval(), inputs, outputs)
+    assert [value.name for value in graph.graph.inputs] == list(inputs)
+    assert [value.name for value in graph.graph.outputs] == outputs
+    with saved_graph(graph) as path, OnnxRuntimeRunner(path) as runner:
+        for batch in (1, 2, 5):
+            feeds = {name: tensor[:batch] for name, tensor in inputs.items()}
+            found = runner.run({name: tensor.numpy() for name, tensor in feeds.items()})
+            with torch.inference_mode():
+                expected = flattened(model(*feeds.values()))
+            for value, wanted in zip(found.values(), expected, strict=True):
+                np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5)
+
+
+def test_nodes_are_named_by_the_users_modules() -> None:
+    graph = export_module(TwoHeads().eval(), {"image": IMAGE}, ["classes", "angle"])
+    paths = {path for path, _ in TwoHeads().named_modules()} | {"model"}
+    assert {owner(node.name or "") for node in graph.graph} <= paths
+    assert isinstance(graph, ir.Model)
+
+
+def test_what_cannot_be_traced_is_named_with_its_line(capfd: pytest.CaptureFixture[str]) -> None:
+    wrapped = nn.Sequential(nn.Identity(), Branching()).eval()
+    with pytest.raises(ModelError) as caught:
+        export_module(wrapped, {"x": IMAGE}, ["y"])
+    assert re.search(r"cannot trace 1 \(Branching\.forward, .*own_models\.py:\d+\)", caught.value.message)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_no_tensor_among_the_outputs_is_refused() -> None:
+    with pytest.raises(ModelError, match="returns int, and a graph returns tensors"):
+        flattened({"y": IMAGE, "count": 3})
