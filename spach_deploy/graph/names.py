@@ -58,18 +58,16 @@ def name_unowned(model: ir.Model, modules: Collection[str]) -> None:
     known = {*modules, "model"}
     nodes = list(model.graph)
     paths = {node: path for node in nodes if (path := owner(node.name or "")) in known}
-    for node in nodes:
+    seen = Counter(node.name or "" for node in paths)
+    unowned = [node for node in nodes if node not in paths]
+    for node in unowned:
         weights = (value.name.rpartition(".")[0] for value in node.inputs if value is not None and value.name)
-        if node not in paths and (path := next((path for path in weights if path in known), None)) is not None:
-            paths[node] = path
-    for node in reversed(nodes):
-        readers = (paths.get(reader) for reader in node.outputs[0].consumers())
-        if node not in paths and (path := next(filter(None, readers), None)) is not None:
-            paths[node] = path
-    seen = Counter(node.name for node in nodes if owner(node.name or "") in known)
-    for node in nodes:
-        if owner(node.name or "") not in known:
-            made = (value.producer() for value in node.inputs if value is not None)
-            path = paths.get(node) or next((paths[other] for other in made if other in paths), "model")
-            paths[node] = path
-            node.name = _unique(f"{path}/{node.op_type}", seen)
+        paths.update({node: path for path in weights if path in known})
+    for node in reversed(unowned):
+        readers = [reader for reader in node.outputs[0].consumers() if reader in paths]
+        if node not in paths and readers:
+            paths[node] = paths[readers[0]]
+    for node in unowned:
+        made = (value.producer() for value in node.inputs if value is not None)
+        path = paths.setdefault(node, next((paths[other] for other in made if other in paths), "model"))
+        node.name = _unique(f"{path}/{node.op_type}", seen)
