@@ -62,7 +62,8 @@ def name_unowned(model: ir.Model, modules: Collection[str]) -> None:
     unowned = [node for node in nodes if node not in paths]
     for node in unowned:
         weights = (value.name.rpartition(".")[0] for value in node.inputs if value is not None and value.name)
-        paths.update({node: path for path in weights if path in known})
+        if path := next((path for path in weights if path in known), ""):
+            paths[node] = path
     for node in reversed(unowned):
         readers = [reader for reader in node.outputs[0].consumers() if reader in paths]
         if node not in paths and readers:
