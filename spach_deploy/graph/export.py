@@ -18,7 +18,6 @@ import logging
 import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +31,7 @@ from spach_deploy.graph.block_prototype import Prototype, block_of, make_prototy
 from spach_deploy.graph.editing import array_of, as_proto, name_of
 from spach_deploy.graph.names import name_by_module, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
+from spach_deploy.models.own_module import flattened
 from spach_deploy.options.specs import OPSET
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
@@ -114,22 +114,6 @@ def _is_right(graph: ir.Model, model: nn.Module, feeds: Mapping[str, Tensor]) ->
     return all(
         value.shape == tuple(wanted.shape) and relative_l2(value, wanted.numpy()) <= _ROUNDING
         for value, wanted in zip(found.values(), expected, strict=True)
-    )
-
-
-def flattened(outputs: Any) -> list[Tensor]:
-    """The tensors that a module returned: one, or those of a tuple, list or dictionary, in order. ModelError for what
-    else is among them.
-    """
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    if isinstance(outputs, tuple | list):
-        return [tensor for part in outputs for tensor in flattened(part)]
-    raise ModelError(
-        f"The model returns {type(outputs).__name__}, and a graph returns tensors.",
-        "Return a tensor, or a tuple or dictionary of tensors.",
     )
 
 

@@ -34,7 +34,7 @@ _EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict"
 _WRAPPER_NAMES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names by DistributedDataParallel, DataParallel and AveragedModel; torch.compile; FSDP; checkpointing."""
 
-_STEMS = ("stem.proj.weight", "stem.proj.0.weight")
+STEMS = ("stem.proj.weight", "stem.proj.0.weight")
 _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel: how many models its weights are the average of
 _SHOWN = 8
 _LONGEST = 100
@@ -76,10 +76,13 @@ class _Place:
         return not self.prefix and all(key in _MODEL_KEYS + _EMA_KEYS for key in self.path)
 
 
-def state_dict_from_content(content: Any, weights: WeightSource, ignore: Sequence[str] = ()) -> StateDict:
+def state_dict_from_content(
+    content: Any, weights: WeightSource, ignore: Sequence[str] = (), stems: Sequence[str] = STEMS
+) -> StateDict:
     """The state dict of `weights` in `content`, the result of `read_checkpoint`, without what `ignore` names.
 
-    `ignore`: patterns of names as fnmatch reads them, of full names or of names without wrappers and prefix. Raises
+    `ignore`: patterns of names as fnmatch reads them, of full names or of names without wrappers and prefix. `stems`:
+    names of tensors by one of which a model is found. Raises
     CheckpointError when there is no state dict or more than one, when the same mapping has other tensors, or when two
     names become the same.
     """
@@ -88,8 +91,8 @@ def state_dict_from_content(content: Any, weights: WeightSource, ignore: Sequenc
             f"The checkpoint holds a {type(content).__name__}, not named tensors.",
             "Save a state dict: torch.save(model.state_dict(), 'weights.pth').",
         )
-    places = list(_places(content))
-    skipped = {place.label: pattern for place in places if (pattern := _skipping(place, ignore))}
+    places = list(_places(content, stems))
+    skipped = {place.label: pattern for place in places if (pattern := _skipping(place, ignore, stems))}
     place = _chosen([place for place in places if place.label not in skipped], content, weights)
     tensors = {str(name): value for name, value in place.found.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -114,12 +117,12 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(name[:_LONGEST] for name in listed[:_SHOWN]) + more
 
 
-def _places(content: Mapping[Any, Any]) -> Iterator[_Place]:
+def _places(content: Mapping[Any, Any], by: Sequence[str]) -> Iterator[_Place]:
     """Every model in a file, found by its stem, outermost first. At most `_MAPPINGS` mappings are searched."""
     waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     for path, found in waiting:
         names = [_unwrapped(name) for name, value in found.items() if isinstance(name, str) and _is_tensor(value)]
-        stems = [(name, stem) for name in names for stem in _STEMS if f".{name}".endswith(f".{stem}")]
+        stems = [(name, stem) for name in names for stem in by if f".{name}".endswith(f".{stem}")]
         yield from (_Place(path, name.removesuffix(stem), found) for name, stem in dict.fromkeys(stems))
         if len(path) < _DEPTH:  # a dictionary in a pickle can contain itself
             inner = [(key, value) for key, value in found.items() if isinstance(key, str) and _is_mapping(value)]
@@ -134,9 +137,9 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _skipping(place: _Place, ignore: Sequence[str]) -> str | None:
+def _skipping(place: _Place, ignore: Sequence[str], by: Sequence[str]) -> str | None:
     """The pattern of `ignore` that excludes the whole model at `place`; None without one."""
-    stems = [f"{place.label}{stem}" for stem in _STEMS]
+    stems = [f"{place.label}{stem}" for stem in by]
     return next((pattern for pattern in ignore if any(fnmatch.fnmatchcase(stem, pattern) for stem in stems)), None)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spach_deploy.common.errors import ModelError
-from spach_deploy.graph.export import export_module, flattened
+from spach_deploy.graph.export import export_module
 from spach_deploy.graph.names import owner
+from spach_deploy.models.own_module import flattened
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 from tests.own_models import Branching, PlainNet, TwoHeads, TwoInputs
 

@@ -1,0 +1,78 @@
+"""The user's own module: made by a factory, filled from a checkpoint, run once on an example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.models.own_module import load_values, made_by, output_names, run_example
+from tests.own_models import PlainNet, TwoHeads, TwoInputs
+
+IMAGE = torch.rand(3, 3, 16, 16)
+
+
+def test_a_factory_a_class_and_an_object_make_a_module() -> None:
+    assert isinstance(made_by("tests.own_models:PlainNet"), PlainNet)
+    assert isinstance(made_by("torch.nn:Identity"), nn.Identity)
+
+
+def test_modules_of_the_current_directory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_net.py").write_text("from torch import nn\n\ndef build():\n    return nn.Linear(2, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(made_by("users_net:build"), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("tests.own_models", "is not a factory"),
+        ("no_such_package:build", "cannot be made: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("tests.own_models:Nothing", "cannot be made: AttributeError: .*has no attribute 'Nothing'"),
+        ("torch.nn:Linear", "cannot be made: TypeError"),
+        ("builtins:dict", "gave a dict, not an nn.Module"),
+    ],
+)
+def test_what_cannot_be_made_is_one_sentence(factory: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        made_by(factory)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_the_users_code_names_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_net.py").write_text("def build():\n    raise KeyError('weights')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"KeyError: 'weights' \(.*broken_net.py:2\)"):
+        made_by("broken_net:build")
+
+
+def test_a_checkpoint_has_to_fit_and_says_what_does_not() -> None:
+    module, values = PlainNet(), dict(PlainNet().state_dict())
+    load_values(module, values)
+    assert torch.equal(module.head.weight, values["head.weight"])
+    wrong = {**values, "head.weight": torch.zeros(2, 2), "neck.bias": torch.zeros(1)}
+    del wrong["head.bias"]
+    with pytest.raises(CheckpointError) as caught:
+        load_values(module, wrong)
+    assert "1 missing (head.bias); 1 not the module's (neck.bias); 1 of another shape (head.weight is [2, 2]" in str(
+        caught.value
+    )
+
+
+def test_inputs_and_outputs_have_the_users_names() -> None:
+    assert list(run_example(PlainNet().eval(), [IMAGE]).inputs) == ["input"]
+    two = run_example(TwoInputs().eval(), [IMAGE, torch.rand(3, 4)])
+    assert (list(two.inputs), list(two.outputs)) == (["image", "vector"], ["output_0", "output_1"])
+    heads = run_example(TwoHeads().eval(), [IMAGE])
+    assert {name: tuple(tensor.shape) for name, tensor in heads.outputs.items()} == {"classes": (1, 7), "angle": (1, 1)}
+    assert output_names({"maps": (IMAGE, IMAGE), "vector": IMAGE}) == ["maps_0", "maps_1", "vector"]
+
+
+def test_an_example_that_the_module_does_not_take_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match=r"fails on an input of \(1, 4, 16, 16\): RuntimeError"):
+        run_example(PlainNet().eval(), [torch.rand(1, 4, 16, 16)])
+    with pytest.raises(ModelError, match="no tensor with a batch first"):
+        run_example(PlainNet().eval(), [torch.rand(3)])
