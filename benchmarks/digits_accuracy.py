@@ -25,7 +25,6 @@ from spach_deploy.graph.export import INPUT
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.graph.precision.formats import half_format
-from spach_deploy.models.published import TRANS
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.formats import eight_bits
@@ -156,7 +155,7 @@ def rows(mixing: str, case: Case, quantizers: Sequence[str], folds: int) -> Iter
 def wanted(mixings: Sequence[str], precisions: Sequence[Precision]) -> Iterator[tuple[str, Case]]:
     """Every pair that says something."""
     for mixing in mixings:
-        attends = any(TRANS in stage for stage in digits.CONFIGS[mixing].stages)
+        attends = bool(digits.ARCHITECTURES[mixing].attention_dims)
         for case in CASES:
             if case.precision in precisions and (attends or not case.needs_attention):
                 yield mixing, case

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from benchmarks.results import record, table
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 
 PLAIN = """
 import sys, onnx
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without", metavar="NAME", choices=MECHANISMS, help=f"one of {', '.join(MECHANISMS)}")
     arguments = parser.parse_args()
-    models = list(CONFIGS) if arguments.models == ["all"] else arguments.models
+    models = list(ARCHITECTURES) if arguments.models == ["all"] else arguments.models
     if arguments.without is not None:
         worth = [compare_without(arguments.without, model, arguments.rounds) for model in models]
         print(f"5 % or more on {sum(ratio >= 1.05 for ratio in worth)} of {len(worth)} models")
@@ -187,7 +187,7 @@ def main() -> None:
     rows = [compare(model, arguments.rounds) for model in models]
     headings = ("model", "plain s", "whole export s", "ratio", "plain GB", "largest process GB", "all GB")
     command = f"python -m benchmarks.export_time {' '.join(arguments.models)} --rounds {arguments.rounds}"
-    record("Time and memory of an export", command, table(headings, rows), is_whole=set(models) == set(CONFIGS))
+    record("Time and memory of an export", command, table(headings, rows), is_whole=set(models) == set(ARCHITECTURES))
 
 
 if __name__ == "__main__":

@@ -28,19 +28,20 @@ from spach_deploy.blocks import REWRITES
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.passes import TENSORRT_PASSES
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import EngineTarget, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.protos import in_place
+from tests.static_models import architecture
 
 STACKS = {
-    "conv": SpachConfig(96, 4, 2, (("conv",) * 3,)),
-    "trans": SpachConfig(192, 16, 3, (("trans",) * 3,), num_heads=6),
-    "mlp": SpachConfig(192, 16, 3, (("mlp",) * 3,), shared_spatial=True),
-    "hybrid": SpachConfig(64, 4, 3, (("conv",) * 2, ("conv", "trans"), ("trans",) * 2), num_heads=4),
-    "convolutional stem": SpachConfig(64, 4, 3, (("conv",) * 2, ("trans",) * 2), num_heads=4, conv_stem=True),
+    "conv": architecture(96, 4, 2, "3 conv"),
+    "trans": architecture(192, 16, 3, "3 trans", heads=6),
+    "mlp": architecture(192, 16, 3, "3 mlp", shared=True),
+    "hybrid": architecture(64, 4, 3, "2 conv | 1 conv, 1 trans | 2 trans", heads=4),
+    "convolutional stem": architecture(64, 4, 3, "2 conv | 2 trans", heads=4, stem="conv"),
 }
 SIZE, CLASSES = 224, 100
 FORMS = (*(step.name for step in REWRITES), *(step.name for step in TENSORRT_PASSES))
@@ -75,8 +76,8 @@ class Schedule:
 class Stack:
     """A few blocks and their reference's answers."""
 
-    def __init__(self, config: SpachConfig) -> None:
-        self.model = Spach(config, image_size=SIZE, num_classes=CLASSES).eval()
+    def __init__(self, architecture: Architecture) -> None:
+        self.model = Spach(architecture.replace(image_size=SIZE, classes=CLASSES)).eval()
         load_demo_weights(self.model)
         self.images = np.random.default_rng(0).standard_normal((2, 3, SIZE, SIZE)).astype(np.float32)
         with torch.inference_mode():

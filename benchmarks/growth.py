@@ -32,8 +32,8 @@ from spach_deploy.bundle.store import GRAPH
 from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.graph.export import INPUT
 from spach_deploy.models import published as configs
-from spach_deploy.models.published import SpachConfig
-from spach_deploy.models.shapes import count_macs
+from spach_deploy.models.registry import model_size
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from spach_deploy.pipeline.export import export
 
@@ -87,7 +87,7 @@ def costs(name: str, size: int, batch: int, rounds: int) -> Costs:
         graph = target / GRAPH
         latency = latencies(graph, size, [batch], rounds)[batch]
         nodes, length = len(onnx.load(graph).graph.node), graph.stat().st_size
-    macs = count_macs(configs.CONFIGS[name], size)
+    macs = model_size(configs.ARCHITECTURES[name].replace(image_size=size)).macs
     return Costs(seconds.of[EXPORT], seconds.of[VALIDATION], nodes, length, macs, latency)
 
 
@@ -114,13 +114,13 @@ def _session(graph: Path) -> Any:
 
 
 @contextlib.contextmanager
-def registered(name: str, config: SpachConfig) -> Iterator[None]:
+def registered(name: str, architecture: Architecture) -> Iterator[None]:
     """A model of this name, for as long as the block lasts."""
-    configs.CONFIGS[name] = config
+    configs.ARCHITECTURES[name] = architecture
     try:
         yield
     finally:
-        del configs.CONFIGS[name]
+        del configs.ARCHITECTURES[name]
 
 
 def by_size(name: str, sizes: Sequence[int], rounds: int) -> str:
@@ -131,11 +131,11 @@ def by_size(name: str, sizes: Sequence[int], rounds: int) -> str:
 
 def by_depth(kind: str, depths: Sequence[int], size: int, rounds: int) -> str:
     """A table over the number of blocks of one kind, in the shape of the xxs models."""
-    shape = configs.CONFIGS[f"{kind}_xxs"]
+    shape = configs.ARCHITECTURES[f"{kind}_xxs"]
     points = []
     for depth in depths:
         name = f"{kind}_of_{depth}_blocks"
-        with registered(name, dataclasses.replace(shape, stages=((kind,) * depth,))):
+        with registered(name, shape.replace(stages=(((kind, depth),),))):
             points.append(costs(name, size, 1, rounds))
     return _section(f"{kind} by the number of blocks, {size} px, batch 1", ("blocks", "blocks"), depths, depths, points)
 

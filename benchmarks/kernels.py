@@ -32,7 +32,7 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical, simplify
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.gpus import parse_gpus
@@ -50,7 +50,7 @@ def plain_export(model: Spach) -> ModelProto:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, model.image_size, model.image_size),),
+            (torch.zeros(2, 3, model.architecture.image_size[0], model.architecture.image_size[0]),),
             dynamo=True,
             opset_version=OPSET,
             input_names=["input"],
@@ -76,7 +76,7 @@ def forms(name: str, left_out: Sequence[str] = ()) -> Iterator[tuple[str, ModelP
 
 def formed(model: Spach, left_out: Sequence[str] = ()) -> ModelProto:
     """Our FP32 graph for TensorRT, without the rewrites and passes that are `left_out`."""
-    graph = export_canonical(rewrite(model, left_out).model, model.image_size)
+    graph = export_canonical(rewrite(model, left_out).model, model.architecture.image_size[0])
     apply_passes(graph, TENSORRT_PASSES, left_out)
     return as_proto(graph)
 
@@ -112,7 +112,7 @@ def row(name: str, precision: Precision, target: EngineTarget, left_out: Sequenc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(CONFIGS))
+    parser.add_argument("models", nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp16")
     parser.add_argument("--gpu", default="sm89")
     parser.add_argument("--no-rewrite", action="append", default=[], metavar="NAME", help="as of spach-export")
@@ -122,7 +122,7 @@ def main() -> None:
     rows = [row(name, precision, target, arguments.no_rewrite) for name in arguments.models]
     headings = ("model", "plain", "simplified", "ours, convolutions", "ours", "attentions fused")
     body = f"Kernels / MB moved at batch {BATCH}.\n\n{table(headings, rows)}"
-    if set(arguments.models) == set(CONFIGS) and not arguments.no_rewrite:
+    if set(arguments.models) == set(ARCHITECTURES) and not arguments.no_rewrite:
         command = f"python -m benchmarks.kernels --precision {precision.value} --gpu {arguments.gpu}"
         record(f"Kernels and bytes moved, {precision.value}, {arguments.gpu}", command, body)
     else:

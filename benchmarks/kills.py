@@ -31,8 +31,9 @@ from tests.commands import ROOT, console_script
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 KILLS = 200
 _REGISTER = (  # with no import that takes long: a kill is to hit the command, not what lets it know the small model
-    "import spach_deploy.cli; from spach_deploy.models import configs; configs.CONFIGS['small'] = configs.SpachConfig("
-    "16, 4, 3, (('conv',) * 2, ('conv', 'trans', 'trans'), ('trans',) * 3), num_heads=4)"
+    "import spach_deploy.cli; from spach_deploy.models.published import ARCHITECTURES, Architecture;"
+    " ARCHITECTURES['small'] = Architecture(width=16, patch_size=4, channel_ratio=3, heads=4,"
+    " stages=((('conv', 2),), (('conv', 1), ('trans', 2)), (('trans', 3),)))"
 )
 _MODEL = ("--model", "small", "--image-size", "32", "--num-classes", "11")
 

@@ -37,25 +37,31 @@ from spach_deploy.common.machine import torch_threads
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
-from spach_deploy.models.published import CONV, MLP, TRANS, SpachConfig
 from spach_deploy.models.spach import Attention, MixingBlock, Spach
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import Precision, Preprocessing
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.protos import rounded_graph, type_graph
 from tests.shared import alone
+from tests.static_models import architecture
 
 IMAGE_SIZE, CLASSES, FOLDS = 16, 10, 5
 PREPROCESSING = Preprocessing(image_size=IMAGE_SIZE, resize_size=IMAGE_SIZE)
 CALIBRATION_IMAGES = 64
 
-CONFIGS: dict[str, SpachConfig] = {
-    "conv": SpachConfig(32, 2, 2, ((CONV,) * 5,)),
-    "trans": SpachConfig(32, 2, 2, ((TRANS,) * 5,), num_heads=2),
-    "mlp": SpachConfig(32, 2, 2, ((MLP,) * 5,)),
+
+def _architecture(stages: str, heads: int = 0) -> Architecture:
+    return architecture(32, 2, 2, stages, heads=heads, image_size=(IMAGE_SIZE, IMAGE_SIZE), classes=CLASSES)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "conv": _architecture("5 conv"),
+    "trans": _architecture("5 trans", heads=2),
+    "mlp": _architecture("5 mlp"),
     # Two stages, as the published hybrids have four: a downsampling convolution between them.
-    "hybrid": SpachConfig(32, 2, 2, ((CONV,) * 2, (CONV,) + (TRANS,) * 2), num_heads=2),
+    "hybrid": _architecture("2 conv | 1 conv, 2 trans", heads=2),
 }
-MIXINGS = tuple(CONFIGS)
+MIXINGS = tuple(ARCHITECTURES)
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
@@ -121,7 +127,7 @@ def train(mixing: str, k: int, recipe: Recipe = RECIPE) -> Spach:
     path = cache_folder(recipe) / f"{mixing}-{k}.pt"
     with alone(path), torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = Spach(CONFIGS[mixing], IMAGE_SIZE, CLASSES)
+        model = Spach(ARCHITECTURES[mixing])
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
         else:
@@ -137,7 +143,7 @@ def cache_folder(recipe: Recipe = RECIPE) -> Path:
     """
     own = Path(tempfile.gettempdir()) / f"spach-digits-{os.getuid()}"
     root = Path(os.environ.get("SPACH_DIGITS_CACHE") or own)
-    key = hashlib.sha256(repr((recipe, CONFIGS, torch.__version__)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((recipe, ARCHITECTURES, torch.__version__)).encode()).hexdigest()[:16]
     return root / key
 
 

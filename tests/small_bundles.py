@@ -34,7 +34,7 @@ CLASSES = static_models.CLASSES
 def registered() -> Iterator[None]:
     """Let the registry know the small model, for as long as the block lasts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(configs.CONFIGS, NAME, static_models.CONFIGS["hybrid"])
+        patch.setitem(configs.ARCHITECTURES, NAME, static_models.ARCHITECTURES["hybrid"])
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,29 +15,43 @@ from spach_deploy.blocks import rewrite
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical, free_batch
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
+from spach_deploy.options.architecture import Architecture, Stages
 from spach_deploy.options.specs import OPSET
 from tests.shared import once
 
 IMAGE_SIZE = 32
 CLASSES = 11
 
-CONFIGS: dict[str, SpachConfig] = {
-    "conv": SpachConfig(16, 8, 2, (("conv",) * 3,)),
-    "trans": SpachConfig(16, 8, 2, (("trans",) * 3,), num_heads=2),
-    "mlp": SpachConfig(16, 8, 3, (("mlp",) * 3,)),
-    "mlp_shared": SpachConfig(16, 8, 2, (("mlp",) * 3,), shared_spatial=True),
-    "hybrid": SpachConfig(16, 4, 3, (("conv",) * 2, ("conv", "trans", "trans"), ("trans",) * 3), num_heads=4),
-    "hybrid_stem": SpachConfig(16, 4, 2, (("conv",) * 2, ("trans",) * 2), num_heads=2, conv_stem=True),
-    "ms_mlp": SpachConfig(16, 4, 2, (("conv",) * 2, ("mlp",) * 2), shared_spatial=True),
+
+def architecture(width: int, patch_size: int, channel_ratio: float, stages: str, **others: Any) -> Architecture:
+    """An architecture of small images. `stages`: as `described_stages` writes them, `2 conv | 1 conv, 2 trans`."""
+    values = {"image_size": (IMAGE_SIZE, IMAGE_SIZE), "classes": CLASSES, **others}
+    return Architecture(
+        width=width, patch_size=patch_size, channel_ratio=channel_ratio, stages=_parsed(stages), **values
+    )
+
+
+def _parsed(stages: str) -> Stages:
+    runs = [[run.split() for run in stage.split(",")] for stage in stages.split("|")]
+    return tuple(tuple((mixer, int(depth)) for depth, mixer in stage) for stage in runs)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "conv": architecture(16, 8, 2, "3 conv"),
+    "trans": architecture(16, 8, 2, "3 trans", heads=2),
+    "mlp": architecture(16, 8, 3, "3 mlp"),
+    "mlp_shared": architecture(16, 8, 2, "3 mlp", shared=True),
+    "hybrid": architecture(16, 4, 3, "2 conv | 1 conv, 2 trans | 3 trans", heads=4),
+    "hybrid_stem": architecture(16, 4, 2, "2 conv | 2 trans", heads=2, stem="conv"),
+    "ms_mlp": architecture(16, 4, 2, "2 conv | 2 mlp", shared=True),
 }
 
 
 @functools.cache
 def small_model(kind: str) -> Spach:
     """A model of `kind`; do not change it, tests share it."""
-    model = Spach(CONFIGS[kind], image_size=IMAGE_SIZE, num_classes=CLASSES).eval()
+    model = Spach(ARCHITECTURES[kind]).eval()
     load_demo_weights(model)
     return model
 

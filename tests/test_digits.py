@@ -16,7 +16,6 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from tests import digits
 from tests.static_models import relative_l2
@@ -61,8 +60,11 @@ def test_folds_partition_the_pictures_and_calibration_never_sees_a_test_picture(
         assert np.bincount(digits.images()[1][test]).min() >= 34
 
 
+SMALL = digits.ARCHITECTURES["conv"].replace(width=8, patch_size=4, stages=((("conv", 1),),))
+
+
 def test_training_repeats_and_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(digits, "CONFIGS", {"conv": SpachConfig(8, 4, 2, (("conv",),))})
+    monkeypatch.setattr(digits, "ARCHITECTURES", {"conv": SMALL})
     state = torch.get_rng_state()
     runs = []
     for name in ("first", "second"):
@@ -74,7 +76,7 @@ def test_training_repeats_and_leaves_the_random_numbers_alone(monkeypatch: pytes
 
 def test_a_second_training_reads_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPACH_DIGITS_CACHE", str(tmp_path))
-    monkeypatch.setattr(digits, "CONFIGS", {"conv": SpachConfig(8, 4, 2, (("conv",),))})
+    monkeypatch.setattr(digits, "ARCHITECTURES", {"conv": SMALL})
     trained = digits.train("conv", 0, QUICK)
     monkeypatch.setattr(digits, "_fit", lambda *_: pytest.fail("trained again"))
     assert torch.equal(digits.train("conv", 0, QUICK).head.weight, trained.head.weight)
@@ -136,7 +138,7 @@ def _growth(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 def test_value_outliers_need_attention() -> None:
-    model = Spach(digits.CONFIGS["conv"], digits.IMAGE_SIZE, digits.CLASSES)
+    model = Spach(digits.ARCHITECTURES["conv"])
     spoiled = value_300(model).state_dict()
     assert all(torch.equal(tensor, spoiled[name]) for name, tensor in model.state_dict().items())
 

@@ -52,7 +52,7 @@ def run(command: click.Command, *arguments: object) -> Result:
 def registered() -> Iterator[None]:
     """The smallest model has a name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(configs.CONFIGS, NAME, static_models.CONFIGS["conv"])
+        patch.setitem(configs.ARCHITECTURES, NAME, static_models.ARCHITECTURES["conv"])
         yield
 
 

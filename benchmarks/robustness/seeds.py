@@ -22,9 +22,12 @@ MODEL = ("--model", NAME, "--image-size", str(SIZE), "--num-classes", str(CLASSE
 
 def register() -> None:
     """Let the registry know a model that is exported in a second."""
-    from spach_deploy.models.published import CONFIGS, SpachConfig
+    from spach_deploy.models.published import ARCHITECTURES
+    from spach_deploy.options.architecture import Architecture
 
-    CONFIGS[NAME] = SpachConfig(16, 8, 2, (("conv", "trans"),), num_heads=2)
+    ARCHITECTURES[NAME] = Architecture(
+        width=16, patch_size=8, channel_ratio=2, stages=((("conv", 1), ("trans", 1)),), heads=2
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,9 +53,8 @@ class StaticSpach(nn.Module):
 
 def to_static(model: Spach) -> StaticSpach:
     """The static model of `model`, whose parameters it shares."""
-    grids = [(side, side) for side in model.config.grids(model.image_size)]
-    dim = model.config.dim
-    result = StaticSpach(StaticStem(model.stem.proj, grids[0], dim), model.norm1, model.norm2, model.head)
+    grid, dim = model.architecture.grids[0], model.architecture.width
+    result = StaticSpach(StaticStem(model.stem.proj, grid, dim), model.norm1, model.norm2, model.head)
     for name in model.stage_names:
         layers_by_index = getattr(model, name)._modules.items()
         result.add_stage(

@@ -1,7 +1,7 @@
 """SPACH models in PyTorch (the reference), the table of published models, and loading of checkpoints.
 
 Attributes of this package are imported on first use, because a command that lists models or refuses a name should not
-wait for torch. `published`, `shapes` and `registry` need none.
+wait for torch. `published` and `registry` need none.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spach_deploy.models.checkpoint import LoadedModel, load_model
     from spach_deploy.models.demo import load_demo_weights
-    from spach_deploy.models.published import SpachConfig
     from spach_deploy.models.registry import ModelInfo, create_model, list_models, model_info, resolve
     from spach_deploy.models.spach import Spach
+    from spach_deploy.options.architecture import Architecture
 
 _LAZY = {
-    "LoadedModel": "checkpoint",
-    "ModelInfo": "registry",
-    "Spach": "spach",
-    "SpachConfig": "published",
-    "create_model": "registry",
-    "list_models": "registry",
-    "load_demo_weights": "demo",
-    "load_model": "checkpoint",
-    "model_info": "registry",
-    "resolve": "registry",
+    "Architecture": "spach_deploy.options.architecture",
+    "LoadedModel": "spach_deploy.models.checkpoint",
+    "ModelInfo": "spach_deploy.models.registry",
+    "Spach": "spach_deploy.models.spach",
+    "create_model": "spach_deploy.models.registry",
+    "list_models": "spach_deploy.models.registry",
+    "load_demo_weights": "spach_deploy.models.demo",
+    "load_model": "spach_deploy.models.checkpoint",
+    "model_info": "spach_deploy.models.registry",
+    "resolve": "spach_deploy.models.registry",
 }
 
 __all__ = [
+    "Architecture",
     "LoadedModel",
     "ModelInfo",
     "Spach",
-    "SpachConfig",
     "create_model",
     "list_models",
     "load_demo_weights",
@@ -45,5 +45,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +27,10 @@ from spach_deploy.models.matching import (
     infer_model,
     num_classes_of,
 )
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import check_spec, create_model, resolve
 from spach_deploy.models.spach import Spach
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import ModelSpec, Preprocessing
 
 DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"
@@ -46,13 +47,26 @@ class LoadedModel:
 
     model: Spach
     name: str
-    image_size: int
-    num_classes: int
     origin: Literal["checkpoint", "demo"]
     checkpoint_path: Path | None
     checkpoint_sha256: str | None
     notes: tuple[str, ...]
     settings: tuple[Setting, ...] = ()
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the model computes, with the values of the settings."""
+        return self.model.architecture
+
+    @property
+    def image_size(self) -> int:
+        """In pixels, one side."""
+        return self.architecture.image_size[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.architecture.classes
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -91,13 +105,11 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
     assert spec.name is not None  # check_spec
     name = resolve(spec.name)
-    size = 224 if spec.image_size is None else spec.image_size
-    classes = 1000 if spec.num_classes is None else spec.num_classes
-    settings = resolve_settings(CONFIGS[name], spec.hyperparameters, {}, is_checkpoint=False)
+    asked = {"image_size": spec.image_size, "classes": spec.num_classes}
+    architecture = ARCHITECTURES[name].replace(**{field: value for field, value in asked.items() if value is not None})
+    settings = resolve_settings(architecture, spec.hyperparameters, {}, is_checkpoint=False)
     # Built without values: drawing the published initialisation would take longer than all the rest.
-    with torch.device("meta"):
-        model = create_model(name, image_size=size, num_classes=classes, hyperparameters=values_of(settings))
-    model.to_empty(device="cpu")
+    model = _without_values(architecture, settings).to_empty(device="cpu")
     load_demo_weights(model)
     return _loaded(model, name, "demo", None, None, (DEMO_NOTE,), settings)
 
@@ -108,11 +120,12 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     state = state_dict_from_content(content, spec.weights, spec.ignore)
     name, notes = _identify(spec, state)
     classes = num_classes_of(state.tensors) or 0
-    size, size_notes = choose_image_size(state.args, name, image_size_of(CONFIGS[name], state.tensors), spec.image_size)
-    settings = resolve_settings(CONFIGS[name], spec.hyperparameters, state.args, is_checkpoint=True)
+    published = ARCHITECTURES[name]
+    size, size_notes = choose_image_size(state.args, name, image_size_of(published, state.tensors), spec.image_size)
+    architecture = published.replace(image_size=size, classes=classes)
+    settings = resolve_settings(architecture, spec.hyperparameters, state.args, is_checkpoint=True)
     values, value_notes = _values(state.tensors)
-    with torch.device("meta"):
-        model = create_model(name, image_size=size, num_classes=classes, hyperparameters=values_of(settings))
+    model = _without_values(architecture, settings)
     model.load_state_dict(_with_counters(model, values), strict=True, assign=True)
     files = [] if index is None else [f"read {len(index.shards)} files, as {index.path.name} says"]
     notes = [*files, *state.notes, *notes, *compare_classes(state.args, classes), *size_notes, *value_notes]
@@ -121,16 +134,16 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
 
 def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedModel:
     """A model with the same weights and other settings."""
-    with torch.device("meta"):
-        model = create_model(
-            loaded.name,
-            image_size=loaded.image_size,
-            num_classes=loaded.num_classes,
-            hyperparameters=values_of(settings),
-        )
+    model = _without_values(loaded.architecture, settings)
     model.load_state_dict(loaded.model.state_dict(), strict=True, assign=True)
     model.requires_grad_(False).eval()
     return dataclasses.replace(loaded, model=model, settings=settings)
+
+
+def _without_values(architecture: Architecture, settings: Iterable[Setting]) -> Spach:
+    """The model of `architecture` with the values of `settings`, on the meta device."""
+    with torch.device("meta"):
+        return create_model(architecture.replace(**{setting.name: setting.value for setting in settings}))
 
 
 def _identify(spec: ModelSpec, state: StateDict) -> tuple[str, list[str]]:
@@ -145,7 +158,7 @@ def _identify(spec: ModelSpec, state: StateDict) -> tuple[str, list[str]]:
     if spec.name is None:
         name = infer_model(state.tensors)
         notes.append(f"model {name}: inferred from the tensors' names and shapes")
-        if CONFIGS[name].shared_spatial:
+        if ARCHITECTURES[name].shared:
             notes.append("its spatial tensors are the same in every block of a stage")
     else:
         name = resolve(spec.name)
@@ -211,4 +224,4 @@ def _loaded(
     settings: tuple[Setting, ...],
 ) -> LoadedModel:
     model.requires_grad_(False).eval()
-    return LoadedModel(model, name, model.image_size, model.num_classes, origin, path, sha256, notes, settings)
+    return LoadedModel(model, name, origin, path, sha256, notes, settings)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spach_deploy.common.errors import CheckpointError
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.shapes import state_shapes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.specs import WeightSource
@@ -259,7 +259,7 @@ def _matching(name: str, place: _Place, ignore: Sequence[str]) -> str | None:
 
 def _check_ignored(ignored: Mapping[str, str], place: _Place) -> None:
     """CheckpointError for patterns that match tensors of the model itself, which would be missing."""
-    known = {name for config in CONFIGS.values() for name in state_shapes(config)} if ignored else set()
+    known = {name for config in ARCHITECTURES.values() for name in state_shapes(config)} if ignored else set()
     wrong = [name for name in ignored if _is_under(name, place) and _plain(name, place) in known]
     if wrong:
         raise CheckpointError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from spach_deploy.bundle.schema import SettingEntry
 from spach_deploy.common.errors import CheckpointError, ModelError
-from spach_deploy.models.published import SpachConfig
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import ACTIVATIONS, CHANNELS_HINT, Hyperparameters, Preprocessing, channels_problem
 
 
@@ -78,46 +78,40 @@ _ACTIVATION_NAMES = {
 }
 
 
-def with_hyperparameters(config: SpachConfig, given: Hyperparameters) -> SpachConfig:
-    """`config` with the values of `given`. ModelError for a value that the architecture does not allow."""
-    _check(config, given)
-    return dataclasses.replace(
-        config,
-        num_heads=given.heads or config.num_heads,
-        qk_scale=config.qk_scale if given.qk_scale is None else given.qk_scale or None,
-        activation=given.activation or config.activation,
-        norm_eps=config.norm_eps if given.norm_eps is None else given.norm_eps,
-    )
+def with_hyperparameters(architecture: Architecture, given: Hyperparameters) -> Architecture:
+    """`architecture` with the values of `given`. ModelError for a value that it does not allow."""
+    _check(architecture, given)
+    return architecture.replace(**given.given())
 
 
-def published(config: SpachConfig) -> dict[str, Any]:
+def published(architecture: Architecture) -> dict[str, Any]:
     """Values of a published model, without those that it does not use, such as heads without attention."""
-    attention = {"heads": config.num_heads, "qk_scale": config.qk_scale} if config.attention_dims else {}
-    pixels = {"mean": Preprocessing.mean, "std": Preprocessing.std}
-    return {**attention, "activation": config.activation, "norm_eps": config.norm_eps, **pixels}
+    attention = {"heads": architecture.heads, "qk_scale": architecture.qk_scale} if architecture.attention_dims else {}
+    pixels = {"mean": architecture.mean or Preprocessing.mean, "std": architecture.std or Preprocessing.std}
+    return {**attention, "activation": architecture.activation, "norm_eps": architecture.norm_eps, **pixels}
 
 
 def resolve_settings(
-    config: SpachConfig, asked: Hyperparameters, args: Mapping[str, Any], *, is_checkpoint: bool
+    architecture: Architecture, asked: Hyperparameters, args: Mapping[str, Any], *, is_checkpoint: bool
 ) -> tuple[Setting, ...]:
-    """All settings of a model with the published `config`, each with its source.
+    """All settings of a model with the published `architecture`, each with its source.
 
     `asked`: values from the command line or recipe. `args`: the checkpoint's. Raises CheckpointError where `args`
     contradict `asked` or have an unknown value, ModelError for a value that the architecture does not allow.
     """
-    _check(config, asked)
-    said = _said(config, args)
+    _check(architecture, asked)
+    said = _said(architecture, args)
     for name, value in asked.given().items():
         if name in said and not _same(said[name][1], value):
             raise _contradiction(name, value, *said[name])
     given = {name: value for name, (_, value) in said.items()}
     try:
-        _check(config, Hyperparameters(**given), " (in the checkpoint's args)")
+        _check(architecture, Hyperparameters(**given), " (in the checkpoint's args)")
     except ModelError as error:
         raise CheckpointError(error.message, _OUTDATED) from None
     otherwise = Source.ASSUMED if is_checkpoint else Source.PUBLISHED
     settings: list[Setting] = []
-    for name, usual in published(config).items():
+    for name, usual in published(architecture).items():
         if name in asked.given():
             settings.append(Setting(name, getattr(asked, name), Source.COMMAND_LINE))
         elif name in given:
@@ -191,16 +185,17 @@ def _together(names: list[str]) -> list[str]:
     return names
 
 
-def _check(config: SpachConfig, given: Hyperparameters, where: str = "") -> None:
+def _check(architecture: Architecture, given: Hyperparameters, where: str = "") -> None:
     """ModelError for what the architecture does not allow."""
-    if (given.heads is not None or given.qk_scale) and not config.attention_dims:
+    if (given.heads is not None or given.qk_scale) and not architecture.attention_dims:
         name = "heads" if given.heads is not None else "qk scale"
         raise ModelError(f"The model has no attention, so it has no {name}{where}.", "Leave it out.")
-    uneven = [dim for dim in config.attention_dims if given.heads and dim % given.heads]
+    dims = architecture.attention_dims
+    uneven = [dim for dim in dims if given.heads and dim % given.heads]
     if given.heads is not None and (given.heads < 1 or uneven):
-        fitting = [heads for heads in heads_that_fit(config) if heads <= 64]
+        fitting = [heads for heads in architecture.heads_that_fit if heads <= 64]
         raise ModelError(
-            f"{given.heads} heads{where} do not divide the model's {(uneven or config.attention_dims)[0]} channels.",
+            f"{given.heads} heads{where} do not divide the model's {(uneven or dims)[0]} channels.",
             f"Give one of {', '.join(map(str, fitting))}.",
         )
     if given.activation is not None and given.activation not in ACTIVATIONS:
@@ -211,12 +206,6 @@ def _check(config: SpachConfig, given: Hyperparameters, where: str = "") -> None
     for name, channels in (("mean", given.mean), ("std", given.std)):
         if channels is not None and (problem := channels_problem(name, channels)):
             raise ModelError(f"Pixel {name} {problem}{where}.", CHANNELS_HINT)
-
-
-def heads_that_fit(config: SpachConfig) -> list[int]:
-    """Numbers of heads that divide the width of every stage with attention."""
-    dims = config.attention_dims
-    return [heads for heads in range(1, min(dims) + 1) if not any(dim % heads for dim in dims)] if dims else []
 
 
 def _contradiction(name: str, asked: Any, field: str, said: Any) -> CheckpointError:
@@ -230,11 +219,11 @@ def _contradiction(name: str, asked: Any, field: str, said: Any) -> CheckpointEr
 # Values in the checkpoint's own args
 
 
-def _said(config: SpachConfig, args: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+def _said(architecture: Architecture, args: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """By setting: (field of args, its value). CheckpointError for a value that is not known."""
-    _check_visible(config, args)
+    _check_visible(architecture, args)
     found: dict[str, tuple[str, Any]] = {}
-    for name in published(config):
+    for name in published(architecture):
         for field in _FIELDS[name]:
             value = args.get(field)
             if _is_unsaid(value) or (name == "qk_scale" and value == 0):
@@ -308,19 +297,19 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _check_visible(config: SpachConfig, args: Mapping[str, Any]) -> None:
+def _check_visible(architecture: Architecture, args: Mapping[str, Any]) -> None:
     """CheckpointError for args that contradict what the tensors show: then neither can be trusted."""
     shown: dict[str, Callable[[Any], bool]] = {
-        "hidden_dim": lambda value: int(value) == config.dim,
-        "patch_size": lambda value: _last(value) == config.patch_size,
-        "in_chans": lambda value: int(value) == 3,
-        "channel_ratio": lambda value: float(value) == config.mlp_ratio,
-        "token_ratio": lambda value: float(value) == 0.5,
-        "cpe": lambda value: bool(value) is True,
-        "scaled": lambda value: bool(value) is True,
-        "qkv_bias": lambda value: bool(value) is True or not config.attention_dims,
+        "hidden_dim": lambda value: int(value) == architecture.width,
+        "patch_size": lambda value: _last(value) == architecture.patch_size,
+        "in_chans": lambda value: int(value) == architecture.channels,
+        "channel_ratio": lambda value: _hidden(architecture, float(value)) == _hidden(architecture),
+        "token_ratio": lambda value: float(value) == architecture.token_ratio,
+        "cpe": lambda value: bool(value) is architecture.position_encoding,
+        "scaled": lambda value: bool(value) is architecture.layer_scale or not architecture.has_spatial,
+        "qkv_bias": lambda value: bool(value) is architecture.qkv_bias or not architecture.attention_dims,
         "norm_layer": lambda value: _folded(value) in ("layernorm", "layer-norm", "ln", "layer"),
-        "stem_type": lambda value: (str(value) == "conv4") is config.conv_stem,
+        "stem_type": lambda value: (str(value) == "conv4") is (architecture.stem == "conv"),
         "crop_pct": lambda value: math.isclose(float(value), 224 / 256, abs_tol=5e-4),
         "interpolation": lambda value: str(value).lower() in ("bicubic", "3"),
     }
@@ -337,6 +326,11 @@ def _check_visible(config: SpachConfig, args: Mapping[str, Any]) -> None:
                 f"The checkpoint's args say {field} = {value!r}, and this version exports the published model's alone.",
                 _OUTDATED,
             )
+
+
+def _hidden(architecture: Architecture, ratio: float | None = None) -> list[int]:
+    """Hidden channels of each stage with this ratio, by default its own."""
+    return [int(dim * (architecture.channel_ratio if ratio is None else ratio)) for dim in architecture.stage_dims]
 
 
 def _last(value: Any) -> int:

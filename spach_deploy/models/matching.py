@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import CheckpointError, ModelError
 from spach_deploy.models.checkpoint_content import ignoring, shown
-from spach_deploy.models.published import CONFIGS, MLP, SpachConfig
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import model_info, resolve
 from spach_deploy.models.shapes import shared_groups, state_shapes
+from spach_deploy.options.architecture import MLP, Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ def choose_image_size(
         agree = " and args" if said is not None else ""
         return fixed, [f"image size {fixed}: the spatial MLP's weights{agree} say so"]
     size = next(size for size in (asked, said, 224) if size is not None)
-    CONFIGS[name].check_image_size(size)
+    ARCHITECTURES[name].replace(image_size=size)
     if said is None:
         return size, [
             f"image size {size}: {'as asked' if asked is not None else 'the default, as the file does not say'}"
@@ -135,9 +136,9 @@ class Differences:
 
 def differences(name: str, tensors: Tensors) -> Differences:
     """Compare `tensors` with model `name`, with the classes and image size that the tensors show."""
-    config = CONFIGS[name]
+    config = ARCHITECTURES[name]
     image_size = image_size_of(config, tensors) or 224
-    needed = state_shapes(config, image_size, num_classes_of(tensors) or 1000)
+    needed = state_shapes(config.replace(image_size=image_size, classes=num_classes_of(tensors) or 1000))
     shared = [key for key in needed if key in tensors]
     there = {key: tuple(tensors[key].shape) for key in shared}
     return Differences(
@@ -153,9 +154,9 @@ def num_classes_of(tensors: Tensors) -> int | None:
     return int(head.shape[0]) if head is not None and head.ndim == 2 else None
 
 
-def image_size_of(config: SpachConfig, tensors: Tensors) -> int | None:
+def image_size_of(config: Architecture, tensors: Tensors) -> int | None:
     """Image size in pixels (one side) that a spatial MLP's weights fix; None without one, or for no square grid."""
-    for stage, mixers in enumerate(config.stages):
+    for stage, mixers in enumerate(config.mixers):
         if MLP in mixers:
             block = mixers.index(MLP) + (1 if stage else 0)  # later stages begin with a downsampling
             weight = tensors.get(f"{config.stage_names[stage]}.{block}.spatial_func.fc1.weight")
@@ -167,10 +168,10 @@ def image_size_of(config: SpachConfig, tensors: Tensors) -> int | None:
 
 def infer_model(tensors: Tensors) -> str:
     """Name of the model that `tensors` fit. CheckpointError when they fit none, or several."""
-    found = {name: differences(name, tensors) for name in CONFIGS}
+    found = {name: differences(name, tensors) for name in ARCHITECTURES}
     fitting = [name for name, difference in found.items() if not difference.count]
-    shared = [name for name in fitting if CONFIGS[name].shared_spatial and not unequal_copies(name, tensors)]
-    fitting = shared or [name for name in fitting if not CONFIGS[name].shared_spatial]
+    shared = [name for name in fitting if ARCHITECTURES[name].shared and not unequal_copies(name, tensors)]
+    fitting = shared or [name for name in fitting if not ARCHITECTURES[name].shared]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -191,7 +192,7 @@ def check_fit(name: str, tensors: Tensors) -> None:
     """CheckpointError that lists all differences, unless `tensors` fit model `name`."""
     difference = differences(name, tensors)
     if difference.count:
-        found = {other: differences(other, tensors) for other in CONFIGS}
+        found = {other: differences(other, tensors) for other in ARCHITECTURES}
         step = _next_step(difference, tensors) or _other_model(name, found, tensors)
         raise CheckpointError(f"The checkpoint does not fit {name}: {difference}.", step)
     if unequal := unequal_copies(name, tensors):
@@ -205,7 +206,7 @@ def check_fit(name: str, tensors: Tensors) -> None:
 
 def unequal_copies(name: str, tensors: Tensors) -> list[str]:
     """Names of tensors that should equal those of the first block of their network stage, and do not."""
-    groups = shared_groups(CONFIGS[name])
+    groups = shared_groups(ARCHITECTURES[name])
     return [copy for first, *copies in groups for copy in copies if not tensors[first].equal(tensors[copy])]
 
 

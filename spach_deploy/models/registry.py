@@ -1,4 +1,4 @@
-"""Registry of the SPACH models: names, aliases, the table that `spach-export --list` prints, and `create_model`.
+"""Names of the published SPACH models: aliases, the table that `spach-export --list` prints, and `create_model`.
 
 Only `create_model` imports torch.
 """
@@ -8,33 +8,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models.hyperparameters import with_hyperparameters
-from spach_deploy.models.published import CONFIGS, SpachConfig
-from spach_deploy.models.shapes import count_macs, count_parameters
-from spach_deploy.options.specs import Hyperparameters, ModelSpec, WeightSource
+from spach_deploy.models.published import ARCHITECTURES, SIZES, TOP1, Size
+from spach_deploy.options.architecture import Architecture
+from spach_deploy.options.specs import ModelSpec, WeightSource
 
 if TYPE_CHECKING:
     from spach_deploy.models.spach import Spach
 
-__all__ = ["CONFIGS", "ModelInfo", "check_spec", "create_model", "list_models", "model_info", "resolve"]
-
-# ImageNet-1K top-1 in percent at 224 pixels of the checkpoints that were published, each named spach_<our
-# name>.pth.
-PUBLISHED_TOP1 = {
-    "ms_conv_xxs": 73.1,
-    "ms_trans_xxs": 65.4,
-    "ms_mlp_xxs": 74.5,
-    "ms_conv_s": 81.6,
-    "ms_trans_s": 82.9,
-    "ms_mlp_s": 82.1,
-    "ms_hybrid_s": 83.7,
-    "ms_hybrid_s+": 83.9,
-}
+__all__ = ["ARCHITECTURES", "ModelInfo", "check_spec", "create_model", "list_models", "model_info", "resolve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +28,12 @@ class ModelInfo:
     """One line of the table, for 224 pixels and 1000 classes.
 
     `reference_name`: the published registry name; models with another stem or with shared weights have the name of the
-    plain model. `macs`: multiply-adds for one image, as `shapes.count_macs` counts. `published_top1`: ImageNet-1K
-    accuracy in percent; it and `published_checkpoint` are None where nothing was published.
+    plain model. `macs`: multiply-adds for one image (`published.Size`). `published_top1`: ImageNet-1K accuracy in
+    percent; it and `published_checkpoint` are None where nothing was published.
     """
 
     name: str
-    config: SpachConfig
+    architecture: Architecture
     reference_name: str
     parameters: int
     macs: int
@@ -58,22 +44,21 @@ class ModelInfo:
 
 def list_models() -> list[ModelInfo]:
     """Every model, in the order of the table."""
-    return [model_info(name) for name in CONFIGS]
+    return [model_info(name) for name in ARCHITECTURES]
 
 
 def model_info(name: str) -> ModelInfo:
     """The table's entry of the model `name`, which may be an alias. ModelError when there is none."""
     name = resolve(name)
-    config = CONFIGS[name]
     return ModelInfo(
         name=name,
-        config=config,
-        reference_name=_reference_name(name),
-        parameters=count_parameters(config),
-        macs=count_macs(config),
-        stages=_describe_stages(config),
-        published_top1=PUBLISHED_TOP1.get(name),
-        published_checkpoint=f"spach_{name}.pth" if name in PUBLISHED_TOP1 else None,
+        architecture=ARCHITECTURES[name],
+        reference_name=reference_name(name),
+        parameters=SIZES[name].parameters,
+        macs=SIZES[name].macs,
+        stages=ARCHITECTURES[name].described_stages,
+        published_top1=TOP1.get(name),
+        published_checkpoint=f"spach_{name}.pth" if name in TOP1 else None,
     )
 
 
@@ -84,7 +69,7 @@ def resolve(name: str) -> str:
     where variants share one, and the published checkpoint names without suffix (`spach_ms_hybrid_s`). Case
     and dashes are not corrected, but the ModelError suggests the right name.
     """
-    if name in CONFIGS:
+    if name in ARCHITECTURES:
         return name
     if name in _aliases():
         return _aliases()[name]
@@ -100,10 +85,17 @@ def check_spec(spec: ModelSpec) -> None:
     if spec.checkpoint is None and spec.weights is WeightSource.EMA:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
     check_ignore(spec.checkpoint, spec.ignore)
-    if spec.name is not None:
-        config = with_hyperparameters(CONFIGS[resolve(spec.name)], spec.hyperparameters)
+    if spec.num_classes is not None and spec.num_classes < 1:
+        raise ModelError(f"A classifier of {spec.num_classes} classes does not exist.", "Give at least 1 class.")
+    if (architecture := requested(spec)) is not None:
+        changed = with_hyperparameters(architecture, spec.hyperparameters)
         if spec.image_size is not None:
-            config.check_image_size(spec.image_size)
+            changed.replace(image_size=spec.image_size)
+
+
+def requested(spec: ModelSpec) -> Architecture | None:
+    """The architecture that `spec` names; None where the checkpoint has to tell. ModelError for an unknown name."""
+    return None if spec.name is None else ARCHITECTURES[resolve(spec.name)]
 
 
 def check_ignore(checkpoint: Path | None, ignore: tuple[str, ...]) -> None:
@@ -112,47 +104,56 @@ def check_ignore(checkpoint: Path | None, ignore: tuple[str, ...]) -> None:
         raise UsageError("--ignore names tensors of a checkpoint.", "Give --checkpoint FILE.")
 
 
-def create_model(
-    name: str,
-    *,
-    image_size: int = 224,
-    num_classes: int = 1000,
-    hyperparameters: Hyperparameters = Hyperparameters(),  # noqa: B008
-) -> Spach:
+def create_model(model: str | Architecture, *, num_classes: int | None = None, **changes: Any) -> Spach:
     """A freshly initialised model in evaluation mode, float32 on the CPU.
 
+        create_model("ms_trans_xxs", image_size=64, num_classes=10)
+        create_model(Architecture(...))
+
     As published, its head is zero, and so are its logits: load a checkpoint, or call `load_demo_weights`, before
-    comparing anything. `image_size`: in pixels, one side. Raises ModelError for an unknown name, and for an image size
-    or hyperparameters that the architecture does not allow.
+    comparing anything. `model`: a name, or an architecture. `changes`: other values for fields of the `Architecture`;
+    `num_classes` is its `classes`. Raises ModelError for an unknown name and for values that contradict each other,
+    TypeError for a field that does not exist.
     """
     from spach_deploy.models.spach import Spach
 
-    config = with_hyperparameters(CONFIGS[resolve(name)], hyperparameters)
-    return Spach(config, image_size=image_size, num_classes=num_classes).eval()
+    if num_classes is not None:
+        changes["classes"] = num_classes
+    architecture = ARCHITECTURES[resolve(model)] if isinstance(model, str) else model
+    return Spach(architecture.replace(**changes)).eval()
+
+
+def model_size(architecture: Architecture) -> Size:
+    """Parameters and multiply-adds: those of the table, else counted on the module, for which torch is imported."""
+    name = next((name for name, entry in ARCHITECTURES.items() if entry == architecture and name in SIZES), None)
+    return SIZES[name] if name is not None else _counted(architecture)
+
+
+def _counted(architecture: Architecture) -> Size:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = create_model(architecture)
+        model(torch.empty(1, architecture.channels, *architecture.image_size))
+    return Size(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
 
 
 @functools.cache
 def _aliases() -> dict[str, str]:
-    plain = [name for name, config in CONFIGS.items() if not (config.conv_stem or config.shared_spatial)]
-    registry = {_reference_name(name): name for name in plain}
-    return registry | {f"spach_{name}": name for name in PUBLISHED_TOP1}
+    plain = [name for name, entry in ARCHITECTURES.items() if entry.stem == "patch" and not entry.shared]
+    return {reference_name(name): name for name in plain} | {f"spach_{name}": name for name in TOP1}
 
 
-def _reference_name(name: str) -> str:
+def reference_name(name: str) -> str:
     """`ms_hybrid_s+` -> `spach_ms_s_patch4_224_hybrid`; the published registry has stem and sharing as options."""
     *stages, mixer, size = name.rstrip("+").removesuffix("_shared").split("_")
     mixer = "attn" if mixer == "trans" else mixer
-    return "_".join(["spach", *stages, size, f"patch{CONFIGS[name].patch_size}", "224", mixer])
-
-
-def _describe_stages(config: SpachConfig) -> str:
-    """`3 conv | 2 conv, 2 trans | ...`."""
-    runs = [[(len(list(run)), mixer) for mixer, run in itertools.groupby(stage)] for stage in config.stages]
-    return " | ".join(", ".join(f"{count} {mixer}" for count, mixer in stage) for stage in runs)
+    return "_".join(["spach", *stages, size, f"patch{ARCHITECTURES[name].patch_size}", "224", mixer])
 
 
 def _suggestion(name: str) -> str:
-    known = [*CONFIGS, *_aliases()]
+    known = [*ARCHITECTURES, *_aliases()]
     spelled = {_fold(other): other for other in known}
     if _fold(name) in spelled:
         return f"It is spelled {spelled[_fold(name)]}."

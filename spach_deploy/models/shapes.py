@@ -6,21 +6,21 @@ compare the results with the modules themselves.
 
 from __future__ import annotations
 
-import math
+from spach_deploy.options.architecture import CONV, MLP, TRANS, Architecture
 
-from spach_deploy.models.published import CONV, MLP, STEM_WIDTH, TRANS, SpachConfig
+STEM_WIDTH = 64
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def state_shapes(config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> Shapes:
+def state_shapes(config: Architecture) -> Shapes:
     """Name and shape of every tensor in the model's state dict, in its order.
 
     Shared spatial tensors appear once per block, as they do in a state dict.
     """
-    shapes = _conv_stem(config) if config.conv_stem else _patch_stem(config)
-    shapes |= _norm("norm1", config.dim)
-    for name, dim, side, mixers in _stages(config, image_size):
+    shapes = _conv_stem(config) if config.stem == "conv" else _patch_stem(config)
+    shapes |= _norm("norm1", config.width)
+    for name, dim, side, mixers in _stages(config):
         first = 0
         if config.multi_stage and name != config.stage_names[0]:
             shapes |= {f"{name}.0.net.1.0.weight": (dim, dim // 2, 2, 2)} | _norm(f"{name}.0.net.1.1", dim)
@@ -28,39 +28,15 @@ def state_shapes(config: SpachConfig, image_size: int = 224, num_classes: int = 
         for index, mixer in enumerate(mixers, start=first):
             shapes |= _block(f"{name}.{index}", config, mixer, dim, side * side)
     width = config.stage_dims[-1]
-    return shapes | _norm("norm2", width) | _linear("head", width, num_classes)
+    return shapes | _norm("norm2", width) | _linear("head", width, config.classes)
 
 
-def count_parameters(config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> int:
-    """Number of trainable parameters. Shared tensors count once; running statistics of BatchNorm do not count."""
-    repeated = {copy for group in shared_groups(config) for copy in group[1:]}
-    shapes = state_shapes(config, image_size, num_classes)
-    return sum(math.prod(s) for name, s in shapes.items() if name not in repeated and not is_buffer(name))
-
-
-def count_macs(config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> int:
-    """Multiply-adds of one image; a published "FLOP" is one of these.
-
-    Counted: convolutions, linear layers, the spatial MLP, and both products of attention (scores and weighted
-    sum). Not counted, because they multiply no matrix: biases, norms, activations, softmax, additions,
-    pooling. Published figures, rounded to 0.1 G, agree for the xxs models and are 0.8 to 2.3 % higher for the
-    s models; the publication does not say what else they count.
-    """
-    stages = _stages(config, image_size)
-    total = _stem_macs(config, image_size)
-    for _, dim, side, mixers in stages:
-        total += sum(_block_macs(config, mixer, dim, side * side) for mixer in mixers)
-    for _, dim, side, _ in stages[1:]:
-        total += side * side * dim * (dim // 2) * 4  # downsampling
-    return total + config.stage_dims[-1] * num_classes
-
-
-def shared_groups(config: SpachConfig) -> list[list[str]]:
+def shared_groups(config: Architecture) -> list[list[str]]:
     """Groups of state-dict names that are one tensor, in models whose network stages share one spatial function."""
-    if not config.shared_spatial:
+    if not config.shared:
         return []
     groups: list[list[str]] = []
-    for stage, (name, mixers) in enumerate(zip(config.stage_names, config.stages, strict=True)):
+    for stage, (name, mixers) in enumerate(zip(config.stage_names, config.mixers, strict=True)):
         first = 1 if stage else 0
         blocks = [f"{name}.{i}.spatial_func" for i, mixer in enumerate(mixers, start=first) if mixer == MLP]
         tensors = _linear("fc1", 1, 1) | _linear("fc2", 1, 1)
@@ -73,9 +49,10 @@ def is_buffer(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
-def _stages(config: SpachConfig, image_size: int) -> list[tuple[str, int, int, tuple[str, ...]]]:
+def _stages(config: Architecture) -> list[tuple[str, int, int, tuple[str, ...]]]:
     """(name, channels, grid side, mixers) of each stage."""
-    return list(zip(config.stage_names, config.stage_dims, config.grids(image_size), config.stages, strict=True))
+    sides = [side for side, _ in config.grids]
+    return list(zip(config.stage_names, config.stage_dims, sides, config.mixers, strict=True))
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:
@@ -91,28 +68,28 @@ def _batch_norm(name: str, dim: int) -> Shapes:
     return _norm(name, dim) | statistics | {f"{name}.num_batches_tracked": ()}
 
 
-def _patch_stem(config: SpachConfig) -> Shapes:
+def _patch_stem(config: Architecture) -> Shapes:
     p = config.patch_size
-    return {"stem.proj.weight": (config.dim, 3, p, p), "stem.proj.bias": (config.dim,)}
+    return {"stem.proj.weight": (config.width, 3, p, p), "stem.proj.bias": (config.width,)}
 
 
-def _conv_stem(config: SpachConfig) -> Shapes:
+def _conv_stem(config: Architecture) -> Shapes:
     """Shapes of the stem (convolution, BatchNorm, ReLU) three times, then the patch convolution at index 9."""
     shapes: Shapes = {}
     for index, (inputs, kernel) in enumerate([(3, 7), (STEM_WIDTH, 3), (STEM_WIDTH, 3)]):
         shapes[f"stem.proj.{3 * index}.weight"] = (STEM_WIDTH, inputs, kernel, kernel)
         shapes |= _batch_norm(f"stem.proj.{3 * index + 1}", STEM_WIDTH)
     p = config.patch_size // 2
-    return shapes | {"stem.proj.9.weight": (config.dim, STEM_WIDTH, p, p), "stem.proj.9.bias": (config.dim,)}
+    return shapes | {"stem.proj.9.weight": (config.width, STEM_WIDTH, p, p), "stem.proj.9.bias": (config.width,)}
 
 
-def _block(name: str, config: SpachConfig, mixer: str, dim: int, tokens: int) -> Shapes:
+def _block(name: str, config: Architecture, mixer: str, dim: int, tokens: int) -> Shapes:
     shapes: Shapes = {}
     if mixer != CONV:
         spatial = _attention if mixer == TRANS else _spatial_mlp
         shapes[f"{name}.gamma_1"] = (1, 1, dim)
         shapes |= spatial(f"{name}.spatial_func", dim, tokens) | _norm(f"{name}.norm1", dim)
-    hidden = dim * config.mlp_ratio
+    hidden = int(dim * config.channel_ratio)
     shapes |= _linear(f"{name}.channel_func.fc1", dim, hidden) | _linear(f"{name}.channel_func.fc2", hidden, dim)
     depthwise: Shapes = {f"{name}.cpe_net.net.1.weight": (dim, 1, 3, 3), f"{name}.cpe_net.net.1.bias": (dim,)}
     return shapes | _norm(f"{name}.norm2", dim) | depthwise
@@ -124,22 +101,3 @@ def _attention(name: str, dim: int, tokens: int) -> Shapes:
 
 def _spatial_mlp(name: str, dim: int, tokens: int) -> Shapes:
     return _linear(f"{name}.fc1", tokens, tokens // 2) | _linear(f"{name}.fc2", tokens // 2, tokens)
-
-
-def _stem_macs(config: SpachConfig, image_size: int) -> int:
-    patches = (image_size // config.patch_size) ** 2 * config.dim
-    if not config.conv_stem:
-        return patches * 3 * config.patch_size**2
-    pixels = (image_size // 2) ** 2  # after the first convolution, of stride 2
-    convolutions = pixels * STEM_WIDTH * (3 * 49 + 2 * STEM_WIDTH * 9)
-    return convolutions + patches * STEM_WIDTH * (config.patch_size // 2) ** 2
-
-
-def _block_macs(config: SpachConfig, mixer: str, dim: int, tokens: int) -> int:
-    channel = 2 * tokens * dim * dim * config.mlp_ratio
-    depthwise = 9 * tokens * dim
-    if mixer == TRANS:
-        return channel + depthwise + 4 * tokens * dim * dim + 2 * tokens * tokens * dim
-    if mixer == MLP:
-        return channel + depthwise + 2 * dim * tokens * (tokens // 2)
-    return channel + depthwise

@@ -7,6 +7,8 @@ model has `layer1` to `layer4`, of which the last three begin with a downsamplin
 
 Everything that is exported is compared with these modules. They keep the einops of the publication on purpose;
 `spach_deploy.blocks` makes the static model of them.
+
+Every option of the published constructor is in `Architecture`; dropout and stochastic depth do nothing in evaluation.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from spach_deploy.common.errors import ModelError
-from spach_deploy.models.published import CONV, MLP, STEM_WIDTH, TRANS, SpachConfig
+from spach_deploy.options.architecture import CONV, TRANS, Architecture
+
+STEM_WIDTH = 64
+"""Channels between the convolutions of the convolutional stem."""
 
 
 def activation(name: str) -> nn.Module:
@@ -43,12 +47,12 @@ class ChannelMLP(nn.Module):
 class SpatialMLP(nn.Module):
     """Two linear layers over tokens, the same for all channels: (B, N, C) -> (B, N, C). Its weights fix N."""
 
-    def __init__(self, num_tokens: int, act: str = "gelu") -> None:
+    def __init__(self, num_tokens: int, hidden_tokens: int, act: str = "gelu") -> None:
         super().__init__()
         self.num_tokens = num_tokens
-        self.fc1 = nn.Linear(num_tokens, num_tokens // 2)
+        self.fc1 = nn.Linear(num_tokens, hidden_tokens)
         self.act = activation(act)
-        self.fc2 = nn.Linear(num_tokens // 2, num_tokens)
+        self.fc2 = nn.Linear(hidden_tokens, num_tokens)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens of each channel."""
@@ -60,11 +64,11 @@ class SpatialMLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with packed qkv: (B, N, C) -> (B, N, C). `qk_scale` None or 0: head size ** -0.5."""
 
-    def __init__(self, dim: int, num_heads: int, qk_scale: float | None = None) -> None:
+    def __init__(self, dim: int, num_heads: int, qk_scale: float | None = None, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,42 +102,55 @@ class MixingBlock(nn.Module):
     """One SPACH block: (B, N, C) -> (B, N, C).
 
     y = x + gamma_1 * spatial(norm1(x)) + depthwise(x), then y + channel(norm2(y)). The depthwise convolution
-    reads the block's input. Convolution blocks have no spatial function: y = x + depthwise(x).
+    reads the block's input. Convolution blocks have no spatial function: y = x + depthwise(x). Without position
+    encoding there is no depthwise convolution, without LayerScale no gamma_1.
     """
 
     gamma_1: nn.Parameter
     norm1: nn.LayerNorm
     spatial_func: Attention | SpatialMLP
+    cpe_net: PositionEncoding
 
     def __init__(
-        self, config: SpachConfig, dim: int, grid: tuple[int, int], spatial_func: Attention | SpatialMLP | None
+        self,
+        architecture: Architecture,
+        dim: int,
+        grid: tuple[int, int],
+        spatial_func: Attention | SpatialMLP | None,
     ) -> None:
         super().__init__()
         self.has_spatial = spatial_func is not None
-        if spatial_func is not None:
+        self.has_scale = spatial_func is not None and architecture.layer_scale
+        self.has_position = architecture.position_encoding
+        self.grid = grid
+        if self.has_scale:
             self.gamma_1 = nn.Parameter(torch.full((1, 1, dim), 1e-4))
+        if spatial_func is not None:
             self.spatial_func = spatial_func
-            self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.channel_func = ChannelMLP(dim, dim * config.mlp_ratio, config.activation)
-        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.cpe_net = PositionEncoding(dim, grid)
+            self.norm1 = nn.LayerNorm(dim, eps=architecture.norm_eps)
+        self.channel_func = ChannelMLP(dim, int(dim * architecture.channel_ratio), architecture.activation)
+        self.norm2 = nn.LayerNorm(dim, eps=architecture.norm_eps)
+        if self.has_position:
+            self.cpe_net = PositionEncoding(dim, grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens, then channels."""
+        y = x
         if self.has_spatial:
-            x = x + self.gamma_1 * self.spatial_func(self.norm1(x)) + self.cpe_net(x)
-        else:
-            x = x + self.cpe_net(x)
-        y: Tensor = x + self.channel_func(self.norm2(x))
-        return y
+            mixed = self.spatial_func(self.norm1(x))
+            y = y + (self.gamma_1 * mixed if self.has_scale else mixed)
+        if self.has_position:
+            y = y + self.cpe_net(x)
+        z: Tensor = y + self.channel_func(self.norm2(y))
+        return z
 
 
 class PatchStem(nn.Module):
-    """One convolution, kernel = stride = patch: (B, 3, S, S) -> (B, N, C)."""
+    """One convolution, kernel = stride = patch: (B, channels, H, W) -> (B, N, C)."""
 
-    def __init__(self, dim: int, patch_size: int) -> None:
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches as tokens."""
@@ -142,13 +159,13 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Stem of the "+" models, three convolutions before the patches: (B, 3, S, S) -> (B, N, C)."""
+    """Stem of the "+" models, three convolutions before the patches: (B, channels, H, W) -> (B, N, C)."""
 
-    def __init__(self, dim: int, patch_size: int) -> None:
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
         patch = patch_size // 2
         self.proj = nn.Sequential(
-            *_conv_bn_relu(3, kernel_size=7, stride=2),
+            *_conv_bn_relu(channels, kernel_size=7, stride=2),
             *_conv_bn_relu(STEM_WIDTH, kernel_size=3, stride=1),
             *_conv_bn_relu(STEM_WIDTH, kernel_size=3, stride=1),
             nn.Conv2d(STEM_WIDTH, dim, kernel_size=patch, stride=patch),
@@ -186,37 +203,33 @@ class Downsampling(nn.Module):
         return y
 
 
-__all__ = ["CONV", "MLP", "TRANS", "Spach", "SpachConfig"]
-
-
 class Spach(nn.Module):
-    """A SPACH classifier: images (B, 3, S, S) normalized, float -> logits (B, classes)."""
+    """A SPACH classifier: images (B, channels, H, W) normalized, float -> logits (B, classes).
 
-    def __init__(self, config: SpachConfig, image_size: int = 224, num_classes: int = 1000) -> None:
+    Without classes there is no head, and it gives the embedding (B, C), the mean over tokens.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ModelError(f"A classifier of {num_classes} classes does not exist.", "Give at least 1 class.")
-        self.config = config
-        self.image_size = image_size
-        self.num_classes = num_classes
-        stem = ConvStem if config.conv_stem else PatchStem
-        grids = config.grids(image_size)
-        self.stem = stem(config.dim, config.patch_size)
-        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        for index, (mixers, side) in enumerate(zip(config.stages, grids, strict=True)):
-            setattr(self, self.stage_names[index], _stage(config, index, mixers, side))
-        width = config.dim << (len(config.stages) - 1)
-        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.head = nn.Linear(width, num_classes)
+        self.architecture = architecture
+        stem = ConvStem if architecture.stem == "conv" else PatchStem
+        self.stem = stem(architecture.channels, architecture.width, architecture.patch_size)
+        self.norm1 = nn.LayerNorm(architecture.width, eps=architecture.norm_eps)
+        for index, name in enumerate(architecture.stage_names):
+            setattr(self, name, _stage(architecture, index))
+        width = architecture.stage_dims[-1]
+        self.norm2 = nn.LayerNorm(width, eps=architecture.norm_eps)
+        if architecture.classes:
+            self.head = nn.Linear(width, architecture.classes)
         _initialize(self)
 
     @property
     def stage_names(self) -> list[str]:
         """Attribute names of the stages, in order."""
-        return self.config.stage_names
+        return self.architecture.stage_names
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> normalized tokens of the last stage (B, N, C)."""
+        """Images (B, channels, H, W) -> normalized tokens of the last stage (B, N, C)."""
         x = self.norm1(self.stem(x))
         for name in self.stage_names:
             x = getattr(self, name)(x)
@@ -224,25 +237,30 @@ class Spach(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> logits (B, classes)."""
-        y: Tensor = self.head(self.forward_features(x).mean(dim=1))
+        """Images (B, channels, H, W) -> logits (B, classes), or without classes the embedding (B, C)."""
+        y = self.forward_features(x).mean(dim=1)
+        if self.architecture.classes:
+            y = self.head(y)
         return y
 
 
-def _stage(config: SpachConfig, index: int, mixers: tuple[str, ...], side: int) -> nn.Sequential:
-    dim = config.dim << index
-    layers: list[nn.Module] = [Downsampling(dim // 2, (2 * side, 2 * side))] if index else []
-    shared = _spatial(config, MLP, dim, side) if config.shared_spatial and MLP in mixers else None
+def _stage(architecture: Architecture, index: int) -> nn.Sequential:
+    dim, grid, mixers = architecture.stage_dims[index], architecture.grids[index], architecture.mixers[index]
+    layers: list[nn.Module] = [Downsampling(dim // 2, architecture.grids[index - 1])] if index else []
+    shared = _spatial(architecture, mixers[0], dim, grid) if architecture.is_shared(index) else None
     for mixer in mixers:
-        spatial = shared or _spatial(config, mixer, dim, side)
-        layers.append(MixingBlock(config, dim, (side, side), spatial))
+        spatial = shared or _spatial(architecture, mixer, dim, grid)
+        layers.append(MixingBlock(architecture, dim, grid, spatial))
     return nn.Sequential(*layers)
 
 
-def _spatial(config: SpachConfig, mixer: str, dim: int, side: int) -> Attention | SpatialMLP | None:
+def _spatial(architecture: Architecture, mixer: str, dim: int, grid: tuple[int, int]) -> Attention | SpatialMLP | None:
+    if mixer == CONV:
+        return None
     if mixer == TRANS:
-        return Attention(dim, config.num_heads, config.qk_scale)
-    return SpatialMLP(side * side, config.activation) if mixer == MLP else None
+        return Attention(dim, architecture.heads, architecture.qk_scale, architecture.qkv_bias)
+    tokens = grid[0] * grid[1]
+    return SpatialMLP(tokens, int(tokens * architecture.token_ratio), architecture.activation)
 
 
 def _initialize(model: nn.Module) -> None:
@@ -253,4 +271,5 @@ def _initialize(model: nn.Module) -> None:
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

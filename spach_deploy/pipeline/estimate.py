@@ -21,9 +21,7 @@ from spach_deploy.common.errors import SpachError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.machine import available_threads, find_memory
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
-from spach_deploy.models.published import CONFIGS
-from spach_deploy.models.registry import check_spec, resolve
-from spach_deploy.models.shapes import count_macs, count_parameters
+from spach_deploy.models.registry import check_spec, model_size, requested, resolve
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
 from spach_deploy.pipeline.cache import ExportCache
@@ -255,9 +253,10 @@ def _model(options: ExportOptions) -> tuple[float | None, float | None, int]:
     if options.model.name is None:
         return None, None, size
     try:
-        config = CONFIGS[resolve(options.model.name)]
-        classes = options.model.num_classes or 1000
-        return count_macs(config, size) / 1e9, count_parameters(config, size, classes), size
+        architecture = requested(options.model)
+        assert architecture is not None
+        counted = model_size(architecture.replace(image_size=size, classes=options.model.num_classes or 1000))
+        return counted.macs / 1e9, counted.parameters, size
     except (SpachError, KeyError):
         return None, None, size
 

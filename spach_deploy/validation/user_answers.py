@@ -31,8 +31,7 @@ from spach_deploy.common.errors import MismatchError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.metrics import worst_relative_l2
 from spach_deploy.common.npz import read_npz
-from spach_deploy.models.hyperparameters import Setting, Source, confirmed, heads_that_fit
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.hyperparameters import Setting, Source, confirmed
 from spach_deploy.options.specs import ACTIVATIONS
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 
@@ -202,7 +201,7 @@ def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
     each of these, epsilon with the best so far. Ends where only FP32 error is left, and after `SEARCH_SECONDS`.
     """
     candidates = _Search(loaded, given, say)
-    heads = heads_that_fit(CONFIGS[loaded.name])
+    heads = loaded.architecture.heads_that_fit
     attention: Choices = {"heads": heads, "qk_scale": _SCALES} if heads else {}
     activation: Choices = {"activation": ACTIVATIONS}
     epsilon: Choices = {"norm_eps": _EPSILONS}

@@ -43,7 +43,7 @@ def test_more_than_linear_is_said() -> None:
 
 
 def test_a_table_by_size_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(configs.CONFIGS, "small", static_models.CONFIGS["conv"])
+    monkeypatch.setitem(configs.ARCHITECTURES, "small", static_models.ARCHITECTURES["conv"])
     text = growth.by_size("small", [32, 64], rounds=1)
     assert "| 32 |" in text
     assert "| 64 |" in text
@@ -54,18 +54,18 @@ def test_a_table_by_size_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_models_of_growing_depth_are_registered_only_while_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = set(configs.CONFIGS)
+    known = set(configs.ARCHITECTURES)
     seen = []
 
     def costs(name: str, size: int, batch: int, rounds: int) -> growth.Costs:
-        blocks = len(configs.CONFIGS[name].stages[0])
+        blocks = len(configs.ARCHITECTURES[name].mixers[0])
         seen.append(blocks)
         return growth.Costs(1.0, 1.0, 10 * blocks, 100 * blocks, 1000 * blocks, 0.1 * blocks)
 
     monkeypatch.setattr(growth, "costs", costs)
     assert "latency by multiply-adds at most linear" in growth.by_depth("trans", [1, 2, 4], 32, 1)
     assert seen == [1, 2, 4]
-    assert set(configs.CONFIGS) == known
+    assert set(configs.ARCHITECTURES) == known
 
 
 def test_one_line_a_number_of_images_and_the_slope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

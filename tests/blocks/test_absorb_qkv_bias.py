@@ -16,12 +16,11 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import MixingBlock, Spach
 from spach_deploy.options.specs import Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.protos import rounded_graph, type_graph
-from tests.static_models import CLASSES, IMAGE_SIZE, images, logits, relative_l2, small_model
+from tests.static_models import IMAGE_SIZE, architecture, images, logits, relative_l2, small_model
 
 NAME = "absorb_qkv_bias"
 BLOCK = "blocks.1"
@@ -113,8 +112,7 @@ def test_without_a_bias_there_is_nothing_to_do() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_half_precision_loses_no_more_with_it(sign: int) -> None:
     """A wide model, whose norm's bias leans to either side, as numbers that were rounded to half everywhere show it."""
-    config = SpachConfig(128, 8, 2, (("trans",) * 3,), num_heads=4)
-    model = Spach(config, image_size=IMAGE_SIZE, num_classes=CLASSES).eval()
+    model = Spach(architecture(128, 8, 2, "3 trans", heads=4)).eval()
     load_demo_weights(model)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

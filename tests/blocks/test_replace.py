@@ -39,7 +39,7 @@ def replaced(model: nn.Module, *shape: int) -> tuple[nn.Module, dict[str, float]
 @pytest.mark.parametrize("kind", ["conv", "trans", "mlp", "hybrid", "hybrid_stem"])
 def test_every_block_of_a_spach_is_found_by_structure_alone(kind: str) -> None:
     model = small_model(kind)
-    static, errors = replaced(model, 3, model.image_size, model.image_size)
+    static, errors = replaced(model, 3, *model.architecture.image_size)
     blocks = [f"{stage}.{index}" for stage in model.stage_names for index in range(len(getattr(model, stage)))]
     assert list(errors) == ["stem", *blocks]
     assert max(errors.values()) <= FP64_LIMIT

@@ -11,12 +11,12 @@ from spach_deploy.blocks.attention import StaticAttention
 from spach_deploy.blocks.base import Outcome, prove
 from spach_deploy.blocks.token_mlp import StaticSpatialMLP
 from spach_deploy.common.errors import RewriteError
-from tests.static_models import CONFIGS, images, logits, relative_l2, small_model
+from tests.static_models import ARCHITECTURES, images, logits, relative_l2, small_model
 
 NAMES = [step.name for step in REWRITES]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_static_model_equals_the_reference_in_fp32(kind: str, batch: int) -> None:
     static = rewrite(small_model(kind)).model
@@ -24,7 +24,7 @@ def test_static_model_equals_the_reference_in_fp32(kind: str, batch: int) -> Non
     assert relative_l2(logits(static, x), logits(small_model(kind), x)) < 2e-6
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("only", NAMES)
 def test_each_rewrite_alone_is_exact_algebra(kind: str, only: str) -> None:
     disabled = [name for name in NAMES if name != only]
@@ -35,7 +35,7 @@ def test_each_rewrite_alone_is_exact_algebra(kind: str, only: str) -> None:
     assert relative_l2(logits(result.model, x), logits(small_model(kind), x)) < 2e-6
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_reference_is_left_as_it_was(kind: str) -> None:
     model = copy.deepcopy(small_model(kind))
     before = copy.deepcopy(model.state_dict())

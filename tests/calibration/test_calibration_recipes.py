@@ -8,7 +8,7 @@ import pytest
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UsageError
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import Precision
 from spach_deploy.options.values import export_options
@@ -16,7 +16,7 @@ from tests.commands import ROOT, export
 from tests.quantization.small_quantized import calibration_images
 
 RECIPES = sorted((ROOT / "calibration").glob("*.toml"))
-FAMILIES = {name.removesuffix("_s") for name in CONFIGS if name.endswith("_s")}
+FAMILIES = {name.removesuffix("_s") for name in ARCHITECTURES if name.endswith("_s")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -42,7 +42,7 @@ def test_every_family_has_a_recipe_that_the_readme_names() -> None:
 )
 def test_a_recipe_quantizes_the_smallest_of_its_family(recipe: Path, tmp_path: Path) -> None:
     family = recipe.stem.removesuffix("-int8")
-    model = next(name for name in (f"{family}_xxs", f"{family}_xs", f"{family}_s") if name in CONFIGS)
+    model = next(name for name in (f"{family}_xxs", f"{family}_xs", f"{family}_s") if name in ARCHITECTURES)
     size = ("--image-size", 64) if family in ("ms_conv", "conv") else ()
     arguments = ("--model", model, "--calibration", calibration_images(), "--engine", "none", *size)
     result = export("--recipe", recipe, *arguments, "-o", tmp_path / "bundle")

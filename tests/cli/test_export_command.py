@@ -19,8 +19,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from spach_deploy.models.published import CONFIGS
-from spach_deploy.models.shapes import state_shapes
+from spach_deploy.models.published import ARCHITECTURES
+from spach_deploy.models.registry import create_model
 from tests.bundle.test_bundle import write
 from tests.commands import ROOT, console_script, contents, export, refusal
 
@@ -56,7 +56,7 @@ EARLY: list[tuple[tuple[str, ...], int, str, str]] = [
     (("--model", "resnet50"), 2, "no model 'resnet50'", "--list shows all"),
     (("--fp16",), 2, "No model was named", "--model NAME, --checkpoint FILE"),
     (("--model", "conv_xxs", "--weights", "ema"), 2, "--weights ema", "Give --checkpoint FILE"),
-    (("--model", "conv_xxs", "--image-size", "225"), 2, "225 is not a multiple of 16", "Take 224 or 240"),
+    (("--model", "conv_xxs", "--image-size", "31"), 2, "31 is too small", "Take 32 or more"),
     (("--model", "ms_mlp_xxs", "--image-size", "32"), 2, "a grid of 2 by 2 tokens", "Take 64 or more"),
     (("--model", "conv_xxs", "--image-size", "0"), 2, "'--image-size': 0", "See spach-export --help"),
     ((*CHEAP, "--image-size", "3200000"), 2, "'--image-size': 3200000", "See spach-export --help"),
@@ -229,8 +229,9 @@ class Malicious:
 
 
 def tensors(name: str = "conv_xxs", classes: int = 1000) -> dict[str, torch.Tensor]:
-    shapes = state_shapes(CONFIGS[name], 64, classes)
-    return {key: torch.full(shape, 0.5) for key, shape in shapes.items()}
+    with torch.device("meta"):
+        state = create_model(name, image_size=64, num_classes=classes).state_dict()
+    return {key: torch.full(tensor.shape, 0.5) for key, tensor in state.items()}
 
 
 def truncated(path: Path) -> None:
@@ -387,7 +388,7 @@ def test_debug_shows_where_a_refusal_comes_from() -> None:
 def test_the_list_shows_all_models() -> None:
     lines = export("--list").stdout.splitlines()
     names = [line.split()[0] for line in lines[1 : lines.index("")]]
-    assert names == list(CONFIGS)
+    assert names == list(ARCHITECTURES)
     assert len(names) == 24
     listed = json.loads(export("--list", "--json").stdout)
     assert [model["name"] for model in listed] == names

@@ -25,8 +25,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 REGISTER = """
-from spach_deploy.models.published import CONFIGS, SpachConfig
-CONFIGS["small"] = SpachConfig(16, 8, 2, (("conv", "trans"),), num_heads=2)
+from spach_deploy.models.published import ARCHITECTURES
+from spach_deploy.options.architecture import Architecture
+ARCHITECTURES["small"] = Architecture(
+    width=16, patch_size=8, channel_ratio=2, stages=((("conv", 1), ("trans", 1)),), heads=2
+)
 """
 """A small model of the tests' own, so that an export takes seconds; everything else is the command itself."""
 

@@ -382,7 +382,7 @@ def test_two_zoos_in_one_directory_do_not_meet() -> None:
 SMALL = f"""
 from spach_deploy.models import configs
 from tests import static_models
-configs.CONFIGS[{small_bundles.NAME!r}] = static_models.CONFIGS["hybrid"]
+configs.ARCHITECTURES[{small_bundles.NAME!r}] = static_models.ARCHITECTURES["hybrid"]
 """
 
 

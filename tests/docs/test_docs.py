@@ -25,9 +25,10 @@ from benchmarks.photographs import calibration_photographs, held_out_photographs
 from spach_deploy.benchmark import rounds, worker
 from spach_deploy.benchmark import runners as contestants
 from spach_deploy.benchmark.runners import RunnerSetup
-from spach_deploy.models import published as configs
 from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.spach import Spach
+from tests import static_models
 from tests.docs.pages import Shown, commands, forms, is_within, python_blocks, section_commands
 from tests.test_readme import COMMANDS, command_of, known_options
 
@@ -38,7 +39,7 @@ pytest.importorskip("tensorrt_rtx")
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 NAME = "ms_hybrid_s"
-SMALL = configs.SpachConfig(16, 4, 2, (("conv",) * 1, ("conv", "trans"), ("trans",) * 1), num_heads=4)
+SMALL = static_models.architecture(16, 4, 2, "1 conv | 1 conv, 1 trans | 1 trans", heads=4)
 NOT_HERE = {
     "scripts/setup": "continuous integration begins with it",
     "cmake": "TensorRT's headers; tests/packaging/cpp/test_library.py runs these lines against doubles",
@@ -82,7 +83,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     monkeypatch.chdir(place)
     monkeypatch.setenv("SPACH_CACHE", str(place.parent / "cache"))
-    monkeypatch.setitem(configs.CONFIGS, NAME, SMALL)
+    monkeypatch.setitem(ARCHITECTURES, NAME, SMALL)
     monkeypatch.setattr("webbrowser.open", lambda page: True)
     monkeypatch.setattr(rounds, "RunnerProcess", WorkerHere)
     return place
@@ -109,7 +110,7 @@ class WorkerHere(contextlib.ExitStack):
 
 def model() -> Spach:
     """The small model with the demo weights that exports without a checkpoint have."""
-    made = Spach(SMALL, image_size=224, num_classes=1000).eval()
+    made = Spach(SMALL.replace(image_size=224, classes=1000)).eval()
     load_demo_weights(made)
     return made
 

@@ -16,14 +16,13 @@ from spach_deploy.graph.export import INPUT, LOGITS, export_canonical, simplify
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.passes import CPU_PASSES, TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests.static_models import (
-    CLASSES,
-    CONFIGS,
+    ARCHITECTURES,
     IMAGE_SIZE,
+    architecture,
     canonical_bytes,
     images,
     logits,
@@ -46,7 +45,7 @@ def convolutions(model: ir.Model) -> list[str | None]:
     return [node.name for node in model.graph if node.op_type == "Conv" and ".cpe_net." in (node.name or "")]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_stamped_graph_computes_what_pytorch_computes(kind: str) -> None:
     model = canonical(kind)
     for batch in (1, 3):
@@ -54,19 +53,19 @@ def test_stamped_graph_computes_what_pytorch_computes(kind: str) -> None:
         assert relative_l2(run(model, x)[LOGITS], logits(small_model(kind), x)) < 2e-6
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_target_passes_change_nothing_but_the_form(kind: str) -> None:
     before, after = canonical(kind), canonical(kind)
     changed = apply_passes(after, TENSORRT_PASSES)
-    blocks = sum(len(stage) for stage in CONFIGS[kind].stages)
+    blocks = sum(len(stage) for stage in ARCHITECTURES[kind].mixers)
     assert len(changed["shift_depthwise"]) == blocks
-    assert len(changed["split_group_norm"]) == len(CONFIGS[kind].stages) - 1
+    assert len(changed["split_group_norm"]) == len(ARCHITECTURES[kind].stages) - 1
     assert not convolutions(after)
     x = images(2)
     assert relative_l2(run(after, x)[LOGITS], run(before, x)[LOGITS]) < 2e-6
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_both_forms_are_certified(kind: str) -> None:
     modules = [name for name, _ in small_model(kind).named_modules(remove_duplicate=False)]
     model = canonical(kind)
@@ -94,8 +93,7 @@ LEFT_OUT = [
 
 @pytest.mark.parametrize("left_out", [*LEFT_OUT, pytest.param(("fold_residual", "grid_stream"), id="both")])
 def test_any_form_can_be_left_out_where_blocks_of_one_kind_follow_a_downsampling(left_out: tuple[str, ...]) -> None:
-    config = SpachConfig(16, 4, 2, (("conv",), ("conv",) * 2, ("trans",) * 2), num_heads=2)
-    model = Spach(config, image_size=IMAGE_SIZE, num_classes=CLASSES).eval()
+    model = Spach(architecture(16, 4, 2, "1 conv | 2 conv | 2 trans", heads=2)).eval()
     load_demo_weights(model)
     graph = export_canonical(rewrite(model, left_out).model, IMAGE_SIZE)
     apply_passes(graph, TENSORRT_PASSES, left_out)
@@ -138,7 +136,7 @@ def test_pixels_in_give_the_logits_of_normalized_images() -> None:
 
 
 def test_special_weights_do_not_change_the_graph() -> None:
-    fresh = Spach(CONFIGS["hybrid"], image_size=IMAGE_SIZE, num_classes=CLASSES).eval()  # zeros, ones, equal tensors
+    fresh = Spach(ARCHITECTURES["hybrid"]).eval()  # zeros, ones, equal tensors
     torch.nn.init.normal_(fresh.head.weight, generator=torch.Generator().manual_seed(0))
     model = export_canonical(rewrite(fresh).model, IMAGE_SIZE)
     before = len(model.graph)

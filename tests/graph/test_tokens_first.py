@@ -18,13 +18,12 @@ from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.passes.tokens_first import PARTS, tokens_first
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.published import SpachConfig
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.packages import is_installed
 from tests.protos import type_graph
-from tests.static_models import CLASSES, IMAGE_SIZE, images, logits, relative_l2, small_model
+from tests.static_models import IMAGE_SIZE, architecture, images, logits, relative_l2, small_model
 
 
 def graph(kind: str, *without: str) -> ir.Model:
@@ -93,7 +92,7 @@ def facts(model: ir.Model, tmp_path: Path) -> PlanFacts:
 
 @pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")
 def test_the_compiler_moves_nothing_between_products_and_attention(tmp_path: Path) -> None:
-    model = Spach(SpachConfig(128, 8, 2, (("trans",) * 3,), num_heads=4), image_size=64, num_classes=CLASSES).eval()
+    model = Spach(architecture(128, 8, 2, "3 trans", heads=4, image_size=(64, 64))).eval()
     load_demo_weights(model)
     found = {}
     for without in ((), ("tokens_first",)):

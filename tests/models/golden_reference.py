@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from spach_deploy.models import Architecture, Spach, create_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -51,6 +54,14 @@ def reference_input(batch: int = 2, image_size: int = 224, seed: int = 0) -> npt
     return images
 
 
+def reference_batch(shape: tuple[int, int, int, int], seed: int = 0) -> npt.NDArray[Any]:
+    """Input of any shape (batch, channels, height, width), float32, standard normal."""
+    images: npt.NDArray[Any] = (
+        np.random.Generator(np.random.PCG64(1_000_003 + seed)).standard_normal(shape).astype(np.float32)
+    )
+    return images
+
+
 @functools.cache
 def golden_models() -> dict[str, dict[str, Any]]:
     """What models.json holds, by our name."""
@@ -63,3 +74,28 @@ def golden_logits() -> dict[str, npt.NDArray[np.float32]]:
     """Logits (2, 1000) by our name."""
     with np.load(GOLDEN / "logits.npz") as archive:
         return dict(archive)
+
+
+@functools.cache
+def golden_variants() -> dict[str, dict[str, Any]]:
+    """What variants.json holds, by name: architectures outside the table, by the published constructor's options."""
+    variants: dict[str, dict[str, Any]] = json.loads((GOLDEN / "variants.json").read_text())
+    return variants
+
+
+def golden_answers(name: str) -> dict[str, npt.NDArray[np.float32]]:
+    """Answers of a variant to the first image of `reference_batch`: logits (1, classes), embedding (1, C), and for one
+    of them the first tokens after each stage, `layer1` (1, 16, C) and so on.
+    """
+    with np.load(GOLDEN / "variants.npz") as archive:
+        return {key.partition("|")[2]: archive[key] for key in archive if key.startswith(f"{name}|")}
+
+
+def golden_model_of(architecture: Architecture) -> Spach:
+    """The model of an architecture with the golden weights, in evaluation mode."""
+    with torch.device("meta"):
+        model = create_model(architecture)
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    state = {key: torch.from_numpy(value) for key, value in reference_state_dict(shapes).items()}
+    model.load_state_dict(state, assign=True)
+    return model

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.models.published import CONFIGS, SpachConfig
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.spach import MixingBlock, Spach
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.validation.rounding_error import evaluate_fp64
 from tests.models.golden_reference import golden_logits, golden_models, reference_input, reference_state_dict
 from tests.static_models import relative_l2
@@ -21,11 +21,11 @@ the golden logits were made. The least that another epsilon does is 2.9 times th
 """
 
 
-def golden_model(name: str, config: SpachConfig) -> Spach:
-    """A model of `config` with the golden weights of `name`."""
+def golden_model(name: str, architecture: Architecture) -> Spach:
+    """A model of `architecture` with the golden weights of `name`."""
     state = reference_state_dict(golden_models()[name]["state_dict"])
     with torch.device("meta"):
-        model = Spach(config)
+        model = Spach(architecture)
     model.to_empty(device="cpu").eval()
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
     return model
@@ -45,19 +45,19 @@ def family(name: str) -> str:
 
 
 def test_every_family_has_golden_logits() -> None:
-    assert {family(name) for name in CONFIGS} - {family(name) for name in golden_logits()} == {"mlp-shared"}
+    assert {family(name) for name in ARCHITECTURES} - {family(name) for name in golden_logits()} == {"mlp-shared"}
     assert len(golden_logits()) == 20
 
 
 @pytest.mark.parametrize("name", golden_logits())
 def test_logits_are_the_published_ones(name: str) -> None:
-    assert error_in_noise(name, golden_model(name, CONFIGS[name])) <= NOISE_FACTOR
+    assert error_in_noise(name, golden_model(name, ARCHITECTURES[name])) <= NOISE_FACTOR
 
 
 @pytest.mark.parametrize("name", ["trans_xxs", "ms_conv_xxs", "mlp_xxs"])
 def test_a_wrong_epsilon_is_seen(name: str) -> None:
     """1e-5, PyTorch's own, in place of the published 1e-6 moves the logits by 2e-6."""
-    model = golden_model(name, CONFIGS[name])
+    model = golden_model(name, ARCHITECTURES[name])
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             assert module.eps == 1e-6
@@ -67,7 +67,7 @@ def test_a_wrong_epsilon_is_seen(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "heads"), [("ms_trans_xxs", 2), ("trans_xxs", 12)])
 def test_a_wrong_number_of_heads_is_seen(name: str, heads: int) -> None:
-    wrong = dataclasses.replace(CONFIGS[name], num_heads=heads)
+    wrong = ARCHITECTURES[name].replace(heads=heads)
     assert error_in_noise(name, golden_model(name, wrong)) > 1000
 
 
@@ -80,18 +80,18 @@ def test_a_depthwise_convolution_in_the_wrong_place_is_seen(monkeypatch: pytest.
         return y
 
     monkeypatch.setattr(MixingBlock, "forward", after_mixing)
-    assert error_in_noise("ms_trans_xxs", golden_model("ms_trans_xxs", CONFIGS["ms_trans_xxs"])) > 1000
+    assert error_in_noise("ms_trans_xxs", golden_model("ms_trans_xxs", ARCHITECTURES["ms_trans_xxs"])) > 1000
 
 
 def test_an_approximate_gelu_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.GELU, "forward", lambda self, x: nn.functional.gelu(x, approximate="tanh"))
-    assert error_in_noise("ms_conv_xxs", golden_model("ms_conv_xxs", CONFIGS["ms_conv_xxs"])) > 10
+    assert error_in_noise("ms_conv_xxs", golden_model("ms_conv_xxs", ARCHITECTURES["ms_conv_xxs"])) > 10
 
 
 def test_epsilons_are_the_published_ones() -> None:
     """A GroupNorm's 1e-6 in place of 1e-5 moves the logits by as little as FP32's noise: numbers do not tell."""
     with torch.device("meta"):
-        model = Spach(CONFIGS["ms_hybrid_s+"])
+        model = Spach(ARCHITECTURES["ms_hybrid_s+"])
     norms = [module for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))]
     found = {(type(module).__name__, module.eps) for module in norms}
     assert found == {("LayerNorm", 1e-6), ("GroupNorm", 1e-5), ("BatchNorm2d", 1e-5)}

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from spach_deploy.common.errors import ModelError
-from spach_deploy.models.registry import CONFIGS, create_model, list_models, model_info, resolve
+from spach_deploy.models.registry import ARCHITECTURES, create_model, list_models, model_info, resolve
 from tests.models.golden_reference import golden_models
 
 
@@ -30,7 +30,7 @@ def test_stages_are_readable() -> None:
     assert model_info("mlp_xxs").stages == "12 mlp"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_registry_names_mean_the_plain_model(name: str) -> None:
     plain = name.removesuffix("+").removesuffix("_shared")
     assert resolve(golden_models()[name]["reference_name"]) == plain
@@ -61,15 +61,20 @@ def test_unknown_names_are_refused_with_the_next_step(name: str, hint: str) -> N
     assert caught.value.exit_code == 2
 
 
-def test_no_class_at_all_is_refused() -> None:
-    with pytest.raises(ModelError, match="0 classes"):
-        create_model("ms_conv_xxs", num_classes=0)
+def test_fields_of_the_architecture_can_be_changed() -> None:
+    model = create_model("ms_conv_xxs", image_size=64, num_classes=3, channels=1)
+    assert model.architecture == ARCHITECTURES["ms_conv_xxs"].replace(image_size=64, classes=3, channels=1)
+    assert create_model(model.architecture, width=32).norm1.weight.shape == (32,)
+    with pytest.raises(ModelError, match="classes -1"):
+        create_model("ms_conv_xxs", num_classes=-1)
+    with pytest.raises(TypeError, match="depth"):
+        create_model("ms_conv_xxs", depth=3)
 
 
 def test_table_and_names_need_no_torch() -> None:
     code = (
         "import sys; import spach_deploy.models, spach_deploy.models.registry as r; r.list_models(); "
-        "r.model_info('ms_hybrid_s').config.check_image_size(224); sys.exit('torch' in sys.modules)"
+        "r.model_info('ms_hybrid_s').architecture.replace(image_size=256); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -33,7 +33,7 @@ from spach_deploy.graph.editing import tensor_of
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import apply_passes
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import create_model
 from spach_deploy.options.specs import BatchProfile, EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from spach_deploy.pipeline.export import export as export_bundle
@@ -318,7 +318,7 @@ def test_without_an_engine_depthwise_convolutions_stay(pickled: Export) -> None:
     "name", ["conv_xxs", "trans_xxs", "mlp_xxs", "ms_conv_xxs", "ms_trans_xxs", "ms_mlp_xxs", "ms_hybrid_xs+"]
 )
 def test_the_smallest_image_size_is_exported(name: str, tmp_path: Path) -> None:
-    size = CONFIGS[name].smallest_image_size
+    size = ARCHITECTURES[name].smallest_image_size
     flags = ("--model", name, "--image-size", size, *NO_ENGINE, "--fp16")
     assert exported(tmp_path / "b", *flags).bundle.manifest.inputs[0].shape == (None, 3, size, size)
 

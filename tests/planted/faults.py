@@ -233,7 +233,7 @@ def _is_half(graph: ModelProto) -> bool:
 
 
 def _in_attention(subject: Subject, graph: ModelProto, form: str) -> Iterator[Planned]:
-    heads = subject.model.config.num_heads
+    heads = subject.model.architecture.heads
     if heads < 2:
         return
     for tensor in graph.graph.initializer:

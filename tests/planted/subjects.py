@@ -68,7 +68,7 @@ def registered(name: str) -> Subject:
     """A published model with demo weights, on built-in photographs."""
     model = create_model(name)
     load_demo_weights(model)
-    preprocessing = Preprocessing.for_size(model.image_size)
+    preprocessing = Preprocessing.for_size(model.architecture.image_size[0])
     batch = next(iter(batches(probe_source().limit(_IMAGES), preprocessing, _IMAGES)))
     return _subject(name, model, normalize(batch.pixels, preprocessing))
 
@@ -80,7 +80,7 @@ def shared(kind: str) -> Subject:
 
 
 def _subject(name: str, model: Spach, images: NDArray[np.float32]) -> Subject:
-    canonical = as_proto(export_canonical(rewrite(model).model, model.image_size))
+    canonical = as_proto(export_canonical(rewrite(model).model, model.architecture.image_size[0]))
     target = ModelProto()
     target.CopyFrom(canonical)
     in_place(apply_passes, target, TENSORRT_PASSES)

@@ -80,7 +80,7 @@ def _other_exports() -> list[Variant]:
     """What torch.onnx.export makes of the model as it is published: nothing folded, other names."""
 
     def plain(subject: Subject) -> ModelProto:
-        return plain_export(subject.model, subject.model.image_size)
+        return plain_export(subject.model, subject.model.architecture.image_size[0])
 
     def simplified(subject: Subject) -> ModelProto:
         return simplify(plain(subject))

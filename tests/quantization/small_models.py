@@ -41,7 +41,7 @@ from tests.shared import once
 
 Float32 = NDArray[np.float32]
 
-KINDS = tuple(static_models.CONFIGS)
+KINDS = tuple(static_models.ARCHITECTURES)
 """Every mixing type, a convolutional stem and shared spatial MLPs among them."""
 
 

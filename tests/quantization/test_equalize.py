@@ -149,7 +149,7 @@ def test_what_is_searched_is_exact(kind: str, form: EightBitFormat) -> None:
 
 def test_parameters_that_are_equal_are_not_taken_for_one() -> None:
     """Freshly made LayerNorms are alike, and exporters store what is alike once."""
-    model = Spach(static_models.CONFIGS["trans"], image_size=static_models.IMAGE_SIZE, num_classes=5).eval()
+    model = Spach(static_models.ARCHITECTURES["trans"].replace(classes=5)).eval()
     load_demo_weights(model)
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):

@@ -174,7 +174,7 @@ def shifted(steps: float, modules: Callable[[], Iterable[str]] = lambda: (FC1,))
 @functools.cache
 def of_another_model() -> QuantizationPlan:
     """The record that a model of the same architecture with other weights would have."""
-    model = Spach(static_models.CONFIGS["hybrid"], small_bundles.SIZE, small_bundles.CLASSES).eval()
+    model = Spach(static_models.ARCHITECTURES["hybrid"]).eval()
     load_demo_weights(model)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():

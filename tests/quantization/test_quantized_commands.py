@@ -41,7 +41,7 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def exported(*arguments: Any) -> ir.Model:
         return ir.from_proto(canonical("conv"))
 
-    monkeypatch.setitem(configs.CONFIGS, NAME, static_models.CONFIGS["conv"])
+    monkeypatch.setitem(configs.ARCHITECTURES, NAME, static_models.ARCHITECTURES["conv"])
     monkeypatch.setattr(stages, "export_canonical", exported)
     monkeypatch.chdir(tmp_path)
 

@@ -82,9 +82,9 @@ def test_a_site_says_which_tensors_its_node_reads(kind: str) -> None:
 
 
 def test_multiplications_are_counted() -> None:
-    config, tokens = static_models.CONFIGS["trans"], 4
+    architecture, tokens = static_models.ARCHITECTURES["trans"], 4
     by_module = {site.module: site.macs for site in sites("trans")}
-    dim, side = config.dim, static_models.IMAGE_SIZE
+    dim, side = architecture.width, static_models.IMAGE_SIZE
     assert by_module["stem.proj"] == side * side * 3 * dim
     assert by_module["blocks.0.cpe_net.net.1"] == 9 * dim * tokens * 4
     assert by_module["blocks.0.spatial_func.qkv"] == 3 * dim * dim * tokens * 4

@@ -22,7 +22,7 @@ from spach_deploy.validation.bisect import Bisection, ProbedReference
 from spach_deploy.validation.bisect.export_steps import first_wrong_part
 from tests import static_models
 from tests.protos import bisect_graph, in_place, locate, measure_ranges, type_graph
-from tests.static_models import CONFIGS, IMAGE_SIZE, canonical_bytes, plain_export, small_model
+from tests.static_models import ARCHITECTURES, IMAGE_SIZE, canonical_bytes, plain_export, small_model
 from tests.validation import faults
 
 FORMS = ("canonical", "target", "fp16", "bf16", "plain")
@@ -209,4 +209,4 @@ def test_a_wrong_rewrite_is_found_in_the_static_model() -> None:
 
 
 def test_every_kind_has_a_model_in_these_tests() -> None:
-    assert {"hybrid_stem", "mlp_shared", "hybrid", "conv"} <= set(CONFIGS)
+    assert {"hybrid_stem", "mlp_shared", "hybrid", "conv"} <= set(ARCHITECTURES)

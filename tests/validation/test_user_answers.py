@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from tests import static_models
 from tests.commands import export, refusal
 
 NAME, SIZE, CLASSES = "small_trans", static_models.IMAGE_SIZE, static_models.CLASSES
-CONFIG = static_models.CONFIGS["trans"]
+ARCHITECTURE = static_models.ARCHITECTURES["trans"]
 MODEL = ("--model", NAME, "--image-size", SIZE, "--engine", "none")
 
 
@@ -35,7 +34,7 @@ MODEL = ("--model", NAME, "--image-size", SIZE, "--engine", "none")
 def registered() -> Iterator[None]:
     """The registry knows a small model with attention in every block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(configs.CONFIGS, NAME, CONFIG)
+        patch.setitem(configs.ARCHITECTURES, NAME, ARCHITECTURE)
         yield
 
 
@@ -49,7 +48,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers_of(folder: Path, images: int = 3, **changed: Any) -> Path:
     """What code that has the small model with some values changed answers."""
-    model = Spach(dataclasses.replace(CONFIG, **changed), SIZE, CLASSES).eval()
+    model = Spach(ARCHITECTURE.replace(image_size=SIZE, classes=CLASSES, **changed)).eval()
     model.load_state_dict(static_models.small_model("trans").state_dict())
     inputs = torch.randn(images, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -65,15 +64,15 @@ def loaded(weights: Path, **said: Any) -> LoadedModel:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "heads": ({"num_heads": 4}, {"heads": 4}),
+    "heads": ({"heads": 4}, {"heads": 4}),
     "the tanh form of GELU": ({"activation": "gelu-tanh"}, {"activation": "gelu-tanh"}),
     "ReLU": ({"activation": "relu"}, {"activation": "relu"}),
     "SiLU": ({"activation": "silu"}, {"activation": "silu"}),
     "epsilon": ({"norm_eps": 1e-5}, {"norm_eps": 1e-5}),
     "no qk scale": ({"qk_scale": 1.0}, {"qk_scale": 1.0}),
     "any qk scale": ({"qk_scale": 0.05}, {"qk_scale": 0.05}),
-    "heads and epsilon": ({"num_heads": 4, "norm_eps": 1e-5}, {"heads": 4, "norm_eps": 1e-5}),
-    "two at once": ({"num_heads": 4, "activation": "relu"}, {"heads": 4, "activation": "relu"}),
+    "heads and epsilon": ({"heads": 4, "norm_eps": 1e-5}, {"heads": 4, "norm_eps": 1e-5}),
+    "two at once": ({"heads": 4, "activation": "relu"}, {"heads": 4, "activation": "relu"}),
 }
 
 
@@ -100,7 +99,7 @@ def test_answers_that_agree_change_nothing(tmp_path: Path, weights: Path) -> Non
 
 
 def test_a_value_that_somebody_said_is_not_replaced_but_the_right_one_is_named(tmp_path: Path, weights: Path) -> None:
-    given = read_answers(answers_of(tmp_path, num_heads=4))
+    given = read_answers(answers_of(tmp_path, heads=4))
     with pytest.raises(MismatchError) as caught:
         hold_to_answers(loaded(weights, heads=8), given, lambda text: None)
     assert "With 4 heads instead of 8 heads (as asked for) it does" in caught.value.message
@@ -178,7 +177,7 @@ def test_answers_in_another_order_are_called_that(tmp_path: Path, weights: Path)
 def test_a_search_ends_in_time_and_says_how_far_it_is(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = read_answers(answers_of(tmp_path, num_heads=4))
+    given = read_answers(answers_of(tmp_path, heads=4))
     said: list[str] = []
     monkeypatch.setattr(answers_file, "_SAY_EVERY_S", 0.0)
     hold_to_answers(loaded(weights), given, said.append)
@@ -194,7 +193,7 @@ def test_answers_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_says_what_the_answers_decided_and_later_commands_go_by_it(tmp_path: Path, weights: Path) -> None:
-    given = answers_of(tmp_path, num_heads=4)
+    given = answers_of(tmp_path, heads=4)
     done = export(*MODEL, "--checkpoint", weights, "--answers", given, "-o", tmp_path / "right")
     assert done.exit_code == 0, done.stderr
     assert "4 heads (your answers agree with no other)" in done.stdout
@@ -219,7 +218,7 @@ def test_validate_holds_a_bundle_to_answers(tmp_path: Path, weights: Path) -> No
     assert "assumed: as published, the file does not show it" in " ".join(done.stdout.split())
     assert "Not compared with answers of your own code" in done.stdout
 
-    given = answers_of(tmp_path, num_heads=4)
+    given = answers_of(tmp_path, heads=4)
     call = [str(tmp_path / "bundle"), "--answers", str(given)]
     assert "--checkpoint FILE" in CliRunner().invoke(validate, call).stderr
     wrong = CliRunner().invoke(validate, [*call, "--checkpoint", str(weights)])

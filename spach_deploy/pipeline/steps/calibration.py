@@ -18,7 +18,7 @@ from spach_deploy.data.preprocess import UInt8Array
 from spach_deploy.data.readers import open_images
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.hyperparameters import published
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.options.quantization import CALIBRATION_SUFFIX
 from spach_deploy.options.specs import ExportOptions, Preprocessing, QuantizationSpec
 from spach_deploy.quantization.calibration import (
@@ -95,7 +95,7 @@ def key_of(
 ) -> CalibrationKey:
     """Everything that a calibration with these options depends on, except the images."""
     layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
-    usual = published(CONFIGS[loaded.name])
+    usual = published(ARCHITECTURES[loaded.name])
     unusual = [str(setting) for setting in loaded.settings if setting.value != usual[setting.name]]
     return CalibrationKey.of(
         [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled)), *unusual],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from spach_deploy.common.errors import CheckpointError, ModelError, SpachError, UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import resolve
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.quantization import CALIBRATION_SUFFIX
@@ -72,17 +72,17 @@ def choices(models: str, precisions: Sequence[str], gpus: str | None) -> tuple[Z
 
 
 def models_matching(patterns: str) -> tuple[str, ...]:
-    """Names of models in the order of `CONFIGS`, each once. ModelError for a pattern that matches none."""
+    """Names of models in the order of `ARCHITECTURES`, each once. ModelError for a pattern that matches none."""
     names: set[str] = set()
     for pattern in _parts(patterns, "--zoo names no model.", "Give --zoo 'ms_*', or names with commas between."):
         names.update(_matching(pattern))
-    return tuple(name for name in CONFIGS if name in names)
+    return tuple(name for name in ARCHITECTURES if name in names)
 
 
 def _matching(pattern: str) -> list[str]:
     if not any(sign in pattern for sign in "*?["):
         return [resolve(pattern)]
-    matching = fnmatch.filter(CONFIGS, pattern)
+    matching = fnmatch.filter(ARCHITECTURES, pattern)
     if not matching:
         raise ModelError(f"--zoo {pattern!r} matches no model.", "spach-export --list shows their names.")
     return matching

@@ -22,7 +22,7 @@ DNS_1035 = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 AWKWARD = ["ms_hybrid_s+", "A.B_C", "224net", "+", "---", "é", "x" * 200, "name with spaces", "UPPER", "a/b", "", "1"]
 
 
-@pytest.mark.parametrize("model", [*configs.CONFIGS, *AWKWARD])
+@pytest.mark.parametrize("model", [*configs.ARCHITECTURES, *AWKWARD])
 def test_every_model_s_name_becomes_one_that_all_take(model: str) -> None:
     name = kubernetes_name(model)
     assert DNS_1035.fullmatch(name), name
@@ -32,7 +32,7 @@ def test_every_model_s_name_becomes_one_that_all_take(model: str) -> None:
 
 
 def test_models_keep_apart() -> None:
-    names = list(configs.CONFIGS)
+    names = list(configs.ARCHITECTURES)
     assert len({kubernetes_name(name) for name in names}) == len(names)
     assert len({triton_name(name) for name in names}) == len(names)
     assert kubernetes_name("ms_hybrid_s+") == "ms-hybrid-s-plus"

@@ -8,7 +8,7 @@ import pytest
 
 from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.models.published import CONFIGS
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision, QuantizationSpec
 from spach_deploy.pipeline.zoo.plan import ZooEntry, build_matrix, checkpoint_of, choices, gpu_groups, models_matching
 
@@ -37,9 +37,9 @@ def test_a_plus_puts_gpus_into_one_bundle_and_none_gives_none() -> None:
 
 
 def test_patterns_find_registry_names_once_in_its_order() -> None:
-    assert models_matching("*") == tuple(CONFIGS)
+    assert models_matching("*") == tuple(ARCHITECTURES)
     found = models_matching("ms_hybrid_s,ms_*_s, spach_ms_hybrid_s")
-    assert found == tuple(name for name in CONFIGS if name.startswith("ms_") and name.endswith("_s"))
+    assert found == tuple(name for name in ARCHITECTURES if name.startswith("ms_") and name.endswith("_s"))
 
 
 @pytest.mark.parametrize(
