@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spach_deploy.common.errors import CheckpointError, ModelError
 from spach_deploy.models.checkpoint_content import ignoring, shown
 from spach_deploy.models.published import ARCHITECTURES
-from spach_deploy.models.registry import model_info, resolve
+from spach_deploy.models.registry import reference_name, resolve
 from spach_deploy.models.shapes import shared_groups, state_shapes
 from spach_deploy.options.architecture import MLP, Architecture
 
@@ -38,7 +38,7 @@ def compare_model(args: Mapping[str, Any], name: str, asked: bool) -> list[str]:
     said = args.get("model")
     if not isinstance(said, str):
         return []
-    if said in (name, model_info(name).reference_name, f"spach_{name}"):
+    if said in (name, reference_name(name), f"spach_{name}"):
         return [f"args say model {said}, which agrees"]
     try:
         other = resolve(str(said))
