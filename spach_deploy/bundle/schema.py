@@ -25,22 +25,30 @@ from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import parse_json, read_json
 from spach_deploy.common.text import json_text, without_surrogates
 from spach_deploy.options.specs import (
+    INTERPOLATIONS,
     LARGEST_SIDE,
+    MOST_CHANNELS,
     MOST_CLASSES,
+    SMALLEST_CROP,
     BatchProfile,
     Channels,
     Flavour,
+    ImageSize,
     IODtype,
     OutputSpec,
     Precision,
     Preprocessing,
     WeightSource,
+    interpolation_text,
+    sides,
+    size_in_words,
 )
 
 SCHEMA_VERSION = 1
 LARGEST_BATCH = 999_999
 """The upper bound of a batch, as for --batch."""
 
+_LARGEST_RESIZE = math.ceil(LARGEST_SIDE / SMALLEST_CROP)
 _IO_DTYPES = {IODtype.FP32: "float32", IODtype.FP16: "float16", IODtype.UINT8: "uint8"}
 _OUTPUT_DTYPES = ("float32", "float16", "int64")
 
@@ -56,10 +64,12 @@ class SettingEntry(Struct, frozen=True, kw_only=True):
 
 
 class ModelSection(Struct, frozen=True, kw_only=True):
-    """Which model, with which weights. `checkpoint`: the file's name without folders; `origin`: checkpoint or demo."""
+    """Which model, with which weights. `image_size`: a square's side, or [height, width]. `checkpoint`: the file's name
+    without folders; `origin`: checkpoint or demo.
+    """
 
     name: str
-    image_size: int
+    image_size: ImageSize
     num_classes: int
     origin: str
     checkpoint: str | None
@@ -619,21 +629,28 @@ def _check_range(name: str, value: int, most: int) -> None:
 
 
 def _check_model(manifest: Manifest) -> None:
-    _check_range("image_size", manifest.model.image_size, LARGEST_SIDE)
+    for side in sides(manifest.model.image_size):
+        _check_range("image_size", side, LARGEST_SIDE)
     _check_range("num_classes", manifest.model.num_classes, MOST_CLASSES)
 
 
 def _check_preprocessing(manifest: Manifest) -> None:
     section, size = manifest.preprocessing, manifest.model.image_size
-    _check_range("resize_size", section.resize_size, 2 * LARGEST_SIDE)
-    if section.interpolation != Preprocessing.interpolation:
-        raise ValueError(f"interpolation is {section.interpolation[:40]!r}, not {Preprocessing.interpolation!r}")
-    if section.image_size != size:
-        raise ValueError(f"image_size is {str(section.image_size)[:40]}, and the model's is {size}")
+    for side in sides(section.resize_size):
+        _check_range("resize_size", side, _LARGEST_RESIZE)
+    known = [interpolation_text(name) for name in INTERPOLATIONS]
+    if section.interpolation not in known:
+        raise ValueError(f"interpolation is {section.interpolation[:40]!r}, not {' or '.join(map(repr, known))}")
+    if sides(section.image_size) != sides(size):
+        shown = size_in_words(section.image_size)[:40]
+        raise ValueError(f"image_size is {shown}, and the model's is {size_in_words(size)}")
+    _check_range("number of channels", section.channels, MOST_CHANNELS)
+    if len(section.std) != section.channels:
+        raise ValueError(f"mean is of {section.channels} channels, and std of {len(section.std)}")
     for name, values in (("mean", section.mean), ("std", section.std)):
         if not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
             shown = ", ".join(f"{value:g}" for value in values)
-            raise ValueError(f"{name} is [{shown}], not three {'positive ' * (name == 'std')}numbers")
+            raise ValueError(f"{name} is [{shown}], not {'positive ' * (name == 'std')}numbers")
 
 
 def _check_batch(manifest: Manifest) -> None:
@@ -655,10 +672,12 @@ def _check_tensors(tensors: tuple[TensorInfo, ...], dtypes: Collection[str]) -> 
 def _check_inputs(manifest: Manifest) -> None:
     _check_tensors(manifest.inputs, [_IO_DTYPES[manifest.output_options.io_dtype]])
     size = manifest.model.image_size
+    height, width, channels = manifest.preprocessing.pixel_shape
     for tensor in manifest.inputs:
-        sides = tensor.shape[1:3] if tensor.layout == "NHWC" else tensor.shape[2:4]
-        if not {*sides} <= {size, None}:
-            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's image_size is {size}")
+        wanted = (height, width, channels) if tensor.layout == "NHWC" else (channels, height, width)
+        if not all(have in (want, None) for have, want in zip(tensor.shape[1:], wanted, strict=False)):
+            what = f"image_size is {size_in_words(size)}" + (f", of {channels} channels" if channels != 3 else "")
+            raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's {what}")
 
 
 def _check_outputs(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import click
 from spach_deploy.cli.console import ComputingCommand, command, ray_cluster, show
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.options.click_options import click_options
+from spach_deploy.options.specs import size_in_words
 from spach_deploy.options.table import CALIBRATE
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _calibrate(options: Any, destination: Destination, *, verbose: bool, as_json
 
 def _lines(calibration: Calibration, output: Path) -> Iterator[str]:
     plan, survey = calibration.plan, calibration.survey
-    yield f"model        {calibration.key.model}, {calibration.key.image_size} px"
+    yield f"model        {calibration.key.model}, {size_in_words(calibration.key.image_size)} px"
     yield f"images       {calibration.images}: {calibration.source}"
     yield f"pixels       mean {_rgb(survey['channel_mean'])}, standard deviation {_rgb(survey['channel_std'])}"
     if survey["class_counts"]:
@@ -78,7 +79,7 @@ def _lines(calibration: Calibration, output: Path) -> Iterator[str]:
 
 
 def _rgb(values: Any) -> str:
-    return " ".join(f"{value:.1f}" for value in values) + " (RGB, 0 to 255)"
+    return " ".join(f"{value:.1f}" for value in values) + f" ({'RGB, ' if len(values) == 3 else ''}0 to 255)"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from spach_deploy.common.errors import printable
 from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.common.text import escaped, json_text, rendered
 from spach_deploy.models.registry import ModelInfo, list_models
-from spach_deploy.options.specs import Flavour
+from spach_deploy.options.specs import Flavour, size_in_words
 from spach_deploy.pipeline.estimate import MEASURED_CORES, DryRun
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _lines(result: ExportResult, manifest: Manifest) -> Iterator[str]:
 
 def _facts(manifest: Manifest) -> Iterator[str]:
     model, engine, certificate = manifest.model, manifest.engine, manifest.graph.certificate
-    yield f"model      {model.name}, {model.image_size} px, {model.num_classes} classes"
+    yield f"model      {model.name}, {size_in_words(model.image_size)} px, {model.num_classes} classes"
     yield f"graph      {certificate.nodes} nodes, opset {certificate.opset}, {manifest.precision.summary}"
     if engine.flavour is Flavour.NONE:
         yield f"engine     none: {engine.reason}"

@@ -54,8 +54,8 @@ import numpy.typing as npt
 
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.data.images import ImageBatch, ImageSource, Skipped, image_digest
-from spach_deploy.data.preprocess import UInt8Array
-from spach_deploy.options.specs import Preprocessing
+from spach_deploy.data.preprocess import Pixels
+from spach_deploy.options.specs import Preprocessing, sides
 
 ENOUGH_IMAGES = 64
 """A set with fewer images gets a warning."""
@@ -89,17 +89,17 @@ _Array = npt.NDArray[np.float64]
 class CalibrationSetSummary:
     """Contents of a set of images, resized and cropped.
 
-    `channel_mean`, `channel_std`: of the pixels (0..255, RGB), exact over the set. `class_counts`: number of images by
-    folder, 0 for empty folders; empty where folders are no classes. `content_sha256`: `images.content_hash` of the
-    pixels. `digests`: SHA-256 of each distinct image. `constant`, `noise`, `duplicates`, `grey`: numbers of images;
-    `examples` names up to three of each kind. `noise_spread`: variance of the noise images' mean brightness, over that
-    of independent pixels; 0 below two images.
+    `channel_mean`, `channel_std`: of the pixels (0..255) by channel, exact over the set. `class_counts`: number of
+    images by folder, 0 for empty folders; empty where folders are no classes. `content_sha256`: `images.content_hash`
+    of the pixels. `digests`: SHA-256 of each distinct image. `constant`, `noise`, `duplicates`, `grey`: numbers of
+    images; `examples` names up to three of each kind. `noise_spread`: variance of the noise images' mean brightness,
+    over that of independent pixels; 0 below two images.
     """
 
     description: str
     images: int
-    channel_mean: tuple[float, float, float]
-    channel_std: tuple[float, float, float]
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
     class_counts: Mapping[str, int]
     content_sha256: str
     digests: frozenset[bytes]
@@ -165,7 +165,7 @@ class CalibrationSetSummary:
         }
 
     def _noise_is_certain(self) -> bool:
-        if self.preprocessing.image_size >= CERTAIN_SIZE:
+        if min(sides(self.preprocessing.image_size)) >= CERTAIN_SIZE:
             return True
         return self.noise > 1 and self.noise_spread <= MAX_SPREAD
 
@@ -212,11 +212,13 @@ class CalibrationSetSummary:
 
     def _colours(self) -> str:
         """A warning if the channels' mean and std are far from those of the model's normalization; else empty."""
+        if self.preprocessing.takes_normalized:
+            return ""
         mean, std = np.array(self.channel_mean), np.array(self.channel_std)
         expected_mean, expected_std = (255 * np.array(v) for v in (self.preprocessing.mean, self.preprocessing.std))
         if self._is_black():
             return f"The images are almost black (mean {_rgb(mean)} of 255). {_SCALED}"
-        if self.images >= 16 and _is_swapped(mean, expected_mean):
+        if self.images >= 16 and len(mean) == 3 and _is_swapped(mean, expected_mean):
             return (
                 f"Red and blue look exchanged (mean {_rgb(mean)}; RGB pictures have about {_rgb(expected_mean)}). "
                 "Save them as RGB, not BGR; nothing to do if they are this blue."
@@ -255,9 +257,9 @@ class ImageSummary:
     noise: NoiseSummary | None
 
 
-def observe(name: str, image: UInt8Array, label: int | None = None) -> ImageSummary:
-    """Facts of one image, resized and cropped, uint8 (S, S, 3)."""
-    moments = _moments(image)
+def observe(name: str, image: Pixels, label: int | None = None) -> ImageSummary:
+    """Facts of one image (H, W, C), resized and cropped. Floats are looked at as levels of 255."""
+    moments = _moments(image if image.dtype == np.uint8 else np.rint(np.clip(image, 0, 1) * 255))
     correlations = None if moments.is_constant else _noise_correlations(moments.brightness)
     return ImageSummary(
         name=name,
@@ -286,12 +288,12 @@ class CalibrationSetCollector:
         self._labels: collections.Counter[int] = collections.Counter()
         self._examples: dict[str, list[str]] = collections.defaultdict(list)
         self._pixels = 0  # of all images, per channel
-        self._sums = [0, 0, 0]  # Python integers: exact for any number of images
-        self._squares = [0, 0, 0]
-        self._noise = _NoiseTally(preprocessing.image_size)
+        self._sums = [0] * preprocessing.channels  # Python integers: exact for any number of images
+        self._squares = [0] * preprocessing.channels
+        self._noise = _NoiseTally(math.sqrt(math.prod(sides(preprocessing.image_size))))
 
     def see(self, batch: ImageBatch) -> None:
-        """Add a batch, whose pixels are uint8 (n, S, S, 3). Raises ValueError for another dtype or shape."""
+        """Add a batch, whose pixels are (n, H, W, C). Raises ValueError for another dtype or shape."""
         _check_pixels(batch.pixels, self._preprocessing)
         labels = [None] * len(batch) if batch.labels is None else batch.labels.tolist()
         for name, image, label in zip(batch.names, batch.pixels, labels, strict=True):
@@ -320,8 +322,8 @@ class CalibrationSetCollector:
         return CalibrationSetSummary(
             description=self._source.description,
             images=self._digests.total(),
-            channel_mean=_three(total / self._pixels for total in self._sums),
-            channel_std=_three(math.sqrt(v) / self._pixels for v in self._scatters()),
+            channel_mean=tuple(total / self._pixels for total in self._sums),
+            channel_std=tuple(math.sqrt(v) / self._pixels for v in self._scatters()),
             class_counts={name: self._labels[i] for i, name in enumerate(self._source.classes)},
             content_sha256=hashlib.sha256(b"".join(sorted(self._digests.elements()))).hexdigest(),
             digests=frozenset(self._digests),
@@ -346,12 +348,12 @@ class CalibrationSetCollector:
 
 
 def check_overlap(
-    digests: frozenset[bytes], other_pixels: Iterable[UInt8Array], names: Iterable[str], *, allow: bool, what: str
+    digests: frozenset[bytes], other_pixels: Iterable[Pixels], names: Iterable[str], *, allow: bool, what: str
 ) -> tuple[str, ...]:
     """Find images that are in a calibration set too, by their pixels after resize and crop.
 
     `digests`: those of the calibration images (`CalibrationSetSummary.digests`), or the first bytes of them, all of one
-    length. `other_pixels`: uint8 (n, S, S, 3) each, after the same transform. `names`: one for each image, read in step
+    length. `other_pixels`: (n, H, W, C) each, after the same transform. `names`: one for each image, read in step
     with the arrays. `what`: the images in words, such as "validation images". Raises UsageError if images are in both
     sets; with `allow` it returns one sentence instead, else nothing.
     """
@@ -379,7 +381,7 @@ def check_overlap(
 
 
 class _Moments(NamedTuple):
-    """Exact sums over one image, per channel, and its brightness R + G + B, float64 (S, S), 0..765."""
+    """Exact sums over one image, per channel, and its brightness, the sum of its channels, float64 (H, W)."""
 
     pixels: int
     sums: tuple[int, ...]
@@ -394,24 +396,21 @@ class _Moments(NamedTuple):
         return all(self.pixels * square - total**2 < self.pixels**2 for total, square in pairs)
 
 
-def _moments(image: UInt8Array) -> _Moments:
-    values = image.reshape(-1, 3).astype(np.float64)  # (S, S, 3) -> (S * S, 3); its products are exact below 2^53
-    products = values.T @ values  # (3, 3)
-    squares = np.diag(products)
-    difference = squares[:, None] + squares - 2 * products  # sum of squared differences of two channels
+def _moments(image: npt.NDArray[Any]) -> _Moments:
+    values = image.reshape(-1, image.shape[-1]).astype(np.float64)  # (H, W, C) -> (H * W, C); sums of squares are exact
     return _Moments(
         pixels=len(values),
         sums=tuple(int(v) for v in np.ones(len(values)) @ values),
-        squares=tuple(int(v) for v in squares),
-        is_grey=not difference.any(),
-        brightness=(values @ np.ones(3)).reshape(image.shape[:2]),
+        squares=tuple(int(v) for v in np.einsum("pc,pc->c", values, values)),
+        is_grey=bool((image == image[..., :1]).all()),
+        brightness=(values @ np.ones(values.shape[1])).reshape(image.shape[:2]),
     )
 
 
 def _noise_correlations(brightness: _Array) -> list[float] | None:
-    """The `_correlations` of an image's brightness (S, S) if it looks like noise, else None."""
-    size = len(brightness)
-    if size < 2 * _MIN_GRID or _lag1(brightness) > MAX_LAG1:  # true for most images
+    """The `_correlations` of an image's brightness (H, W) if it looks like noise, else None."""
+    size = math.sqrt(brightness.size)  # the side of a square with as many pixels
+    if min(brightness.shape) < 2 * _MIN_GRID or _lag1(brightness) > MAX_LAG1:  # true for most images
         return None
     correlations = _correlations(brightness)
     # Negative correlation is a pattern, not noise. The standard error of r(k) is about 0.7 k / size; take three.
@@ -423,7 +422,7 @@ def _noise_correlations(brightness: _Array) -> list[float] | None:
     return correlations
 
 
-def _excess_limit(size: int, scales: int, images: int = 1) -> float:
+def _excess_limit(size: float, scales: int, images: int = 1) -> float:
     """Largest excess of noise, averaged over `images` images: 0.045 and three standard errors."""
     return 0.045 + 4.2 * math.sqrt((scales - 1) / images) / size
 
@@ -439,7 +438,7 @@ def _correlations(brightness: _Array) -> list[float]:
     found = []
     blocks = brightness
     for _ in (*_BLOCKS, 2 * _BLOCKS[-1]):
-        if len(blocks) < _MIN_GRID:
+        if min(blocks.shape) < _MIN_GRID:
             break
         found.append(_lag1(blocks))
         blocks = _halved(blocks)
@@ -457,9 +456,9 @@ def _lag1(values: _Array) -> float:
 
 def _halved(values: _Array) -> _Array:
     """Sums over 2 x 2 blocks; an odd last row or column is left out."""
-    even = len(values) // 2 * 2
-    rows = values[0:even:2] + values[1:even:2]
-    return np.asarray(rows[:, 0:even:2] + rows[:, 1:even:2])
+    height, width = (extent // 2 * 2 for extent in values.shape)
+    rows = values[0:height:2] + values[1:height:2]
+    return np.asarray(rows[:, 0:width:2] + rows[:, 1:width:2])
 
 
 def _skewness(values: _Array) -> float:
@@ -478,14 +477,14 @@ class NoiseSummary(NamedTuple):
 
     @classmethod
     def of(cls, brightness: _Array, correlations: list[float]) -> NoiseSummary:
-        """The summary of an image's brightness, (S, S), and its `_correlations`."""
+        """The summary of an image's brightness, (H, W), and its `_correlations`."""
         return cls(len(correlations), _excess(correlations), float(brightness.mean()), float(brightness.var()))
 
 
 class _NoiseTally:
     """Sums over all images that look like noise, to decide whether they are noise together."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: float) -> None:
         self._size = size
         self._count = self._scales = 0
         self._excess = 0.0
@@ -513,10 +512,10 @@ class _NoiseTally:
         return self._size**2 * (self._squares / (self._count - 1)) / (self._variances / self._count)
 
 
-def _check_pixels(pixels: UInt8Array, preprocessing: Preprocessing) -> None:
-    size = preprocessing.image_size
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3):
-        raise ValueError(f"pixels must be uint8 (n, {size}, {size}, 3), not {pixels.dtype} {pixels.shape}")
+def _check_pixels(pixels: Pixels, preprocessing: Preprocessing) -> None:
+    if pixels.shape[1:] != preprocessing.pixel_shape:
+        wanted = ", ".join(map(str, preprocessing.pixel_shape))
+        raise ValueError(f"pixels must be (n, {wanted}), not {pixels.dtype} {pixels.shape}")
 
 
 def _is_swapped(mean: _Array, expected: _Array) -> bool:
@@ -547,13 +546,9 @@ def _named(names: Sequence[str], count: int, before: str = "") -> str:
 
 
 def _rgb(values: _Array) -> str:
-    return "/".join(f"{value:.0f}" for value in values)
+    """`124/116/104`; of more than four channels, the least and the greatest."""
+    return "/".join(f"{v:.0f}" for v in values) if len(values) <= 4 else f"{min(values):.0f} to {max(values):.0f}"
 
 
 def _s(count: int) -> str:
     return "" if count == 1 else "s"
-
-
-def _three(values: Iterable[float]) -> tuple[float, float, float]:
-    first, second, third = values
-    return first, second, third

@@ -37,10 +37,10 @@ _NAMED = 3  # unreadable files that an error message spells out
 
 @dataclasses.dataclass(frozen=True)
 class ImageItem:
-    """One decoded image: its name in the source, RGB pixels, and a class index where the source has labels."""
+    """One decoded image: its name in the source, its pixels, and a class index where the source has labels."""
 
     name: str
-    image: Image.Image
+    image: preprocess.Decoded
     label: int | None = None
 
 
@@ -57,10 +57,10 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class ImageBatch:
-    """`names` (n), `pixels` uint8 RGB (n, S, S, 3) after resize and crop, `labels` int64 (n) or None."""
+    """`names` (n), `pixels` (n, H, W, C) after resize and crop, `labels` int64 (n) or None."""
 
     names: tuple[str, ...]
-    pixels: preprocess.UInt8Array
+    pixels: preprocess.Pixels
     labels: npt.NDArray[np.int64] | None
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class ImageEntry:
     """
 
     name: str
-    load: Callable[[], Image.Image]
+    load: Callable[[], preprocess.Decoded]
     label: int | None = None
     file: str | None = None
 
@@ -211,8 +211,8 @@ def batches(source: ImageSource, preprocessing: Preprocessing, batch_size: int) 
     return map(_stack, chunked(prepared, batch_size))
 
 
-def content_hash(pixels: Iterable[preprocess.UInt8Array]) -> str:
-    """SHA-256 (hex) of a set of decoded images, given as uint8 arrays (n, H, W, 3), such as batches.
+def content_hash(pixels: Iterable[preprocess.Pixels]) -> str:
+    """SHA-256 (hex) of a set of decoded images, given as arrays (n, H, W, C), such as batches.
 
     Each image is hashed with its shape, and the sorted digests are hashed again. So names, order and batch size do not
     matter; a repeated image does.
@@ -221,18 +221,21 @@ def content_hash(pixels: Iterable[preprocess.UInt8Array]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _prepare(item: ImageItem, preprocessing: Preprocessing) -> tuple[str, preprocess.UInt8Array, int | None]:
-    return item.name, preprocess.pixels(item.image, preprocessing), item.label
+def _prepare(item: ImageItem, preprocessing: Preprocessing) -> tuple[str, preprocess.Pixels, int | None]:
+    try:
+        return item.name, preprocess.pixels(item.image, preprocessing), item.label
+    except ImageError as error:  # it could be read, and is none for this model: so are all others
+        raise ImageError(f"{item.name} does not fit. {error.message}", error.hint) from error
 
 
-def _stack(chunk: Sequence[tuple[str, preprocess.UInt8Array, int | None]]) -> ImageBatch:
+def _stack(chunk: Sequence[tuple[str, preprocess.Pixels, int | None]]) -> ImageBatch:
     names, arrays, labels = zip(*chunk, strict=True)
     known = None if None in labels else np.array(labels, np.int64)
     return ImageBatch(names, np.stack(arrays), known)
 
 
-def image_digest(image: preprocess.UInt8Array) -> bytes:
-    """SHA-256 of a decoded image, uint8 (H, W, 3), and its shape."""
+def image_digest(image: preprocess.Pixels) -> bytes:
+    """SHA-256 of a decoded image (H, W, C), and its shape."""
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(np.ascontiguousarray(image).tobytes())
     return digest.digest()
@@ -247,22 +250,40 @@ def _nothing_readable(description: str, skipped: list[Skipped]) -> str:
     return f"{subject} in {description} {cannot} be used ({shown}{more})."
 
 
-def probe_source() -> ImageSource:
-    """The built-in photographs, sorted by name, without labels. Raises ImageError when they are missing."""
+def probe_source(channels: int = 3) -> ImageSource:
+    """The built-in photographs, sorted by name, without labels. Raises ImageError when they are missing.
+
+    They are RGB pictures. For models that take neither these nor grey ones, each is `grey_channels` of its picture.
+    """
     folder = resources.files("spach_deploy.data") / "probes"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name)
     if not files:
         raise ImageError("The built-in photographs are missing from this installation.", "Reinstall spach-deploy.")
-    entries = [ImageEntry(file.name, partial(_load, file.read_bytes)) for file in files]
+    entries = [ImageEntry(file.name, partial(_load, file.read_bytes, channels)) for file in files]
 
     def choose(_: int | None) -> Iterator[ImageEntry]:
         return iter(entries)
 
-    return ImageSource(f"the {len(entries)} built-in photographs", choose, count=len(entries))
+    made = "" if channels in (1, 3) else f", in grey, {channels} times, each {SHIFT} pixels right of the one before"
+    return ImageSource(f"the {len(entries)} built-in photographs{made}", choose, count=len(entries))
 
 
-def _load(read: Callable[[], bytes]) -> Image.Image:
-    return decode(io.BytesIO(read()))
+SHIFT = 8
+"""Pixels from one channel to the next of a photograph that is made into other channels than red, green and blue."""
+
+
+def grey_channels(picture: Image.Image, channels: int) -> preprocess.UInt8Array:
+    """A picture in grey -> uint8 (H, W, C): channel c is moved to the right by c * `SHIFT` pixels, around the edge.
+
+    No two channels are equal, so that an exchange of channels shows.
+    """
+    grey = np.asarray(picture.convert("L"))
+    return np.stack([np.roll(grey, channel * SHIFT, axis=1) for channel in range(channels)], axis=-1)
+
+
+def _load(read: Callable[[], bytes], channels: int) -> preprocess.Decoded:
+    picture = decode(io.BytesIO(read()))
+    return picture if channels in (1, 3) else grey_channels(picture, channels)
 
 
 def check_unreadable(entry: ImageEntry, problem: Skipped) -> None:

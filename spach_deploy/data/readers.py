@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ from spach_deploy.data.images import (
     decode,
     loaded,
 )
+from spach_deploy.options.specs import MOST_CHANNELS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,11 +80,12 @@ _LARGE_BYTES, _MOST_EXPANSION = 1 << 30, 100
 Photographs hardly compress; files that are made to fill memory do, a thousand times.
 """
 
-Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+Picture = str | os.PathLike[str] | Image.Image | preprocess.Pixels
 Pictures = Picture | Sequence[Picture]
 
 _WANTED = "Give a folder of JPEG or PNG photographs, a tar of them, an npz or one picture."
-_TAKEN = "a path, a Pillow image, uint8 RGB pixels (H, W, 3) or (N, H, W, 3), or a list of these"
+_TAKEN = "a path, a Pillow image, pixels (H, W, C) or (N, H, W, C), or a list of these"
+_DTYPES = (np.uint8, np.float32, np.float64, np.float16)
 _NAMED = 2  # files of other kinds that a folder's description names at most
 _ZIP = b"PK"  # how every zip, and so every npz, begins
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
@@ -96,7 +98,8 @@ def open_images(path: Path) -> ImageSource:
       pictures lie in subfolders, each item's label is the index of its first folder in `ImageSource.classes`,
       as torchvision's `ImageFolder` counts: a model's class only where the folders are that model's classes.
     - A tar, also compressed, read in one pass, in the archive's order, without labels.
-    - An npz with `images` uint8 RGB (N, H, W, 3) and perhaps integer `labels` (N), or with one array alone.
+    - An npz with `images` (N, H, W, C) and perhaps integer `labels` (N), or with one array alone: uint8, or floats in
+      0..1. C is the model's number of channels: 3 for RGB; 1 is grey, and taken by models of RGB too.
     - One picture.
 
     Raises ImageError when `path` is missing, cannot be read, or holds no picture.
@@ -115,8 +118,8 @@ def open_images(path: Path) -> ImageSource:
 
 
 def open_pictures(given: Pictures) -> ImageSource:
-    """The pictures in one or many of: a path, as `open_images` takes it; a Pillow image; uint8 RGB pixels (H, W, 3) or
-    (N, H, W, 3).
+    """The pictures in one or many of: a path, as `open_images` takes it; a Pillow image; pixels (H, W, C) or
+    (N, H, W, C), uint8 or floats in 0..1.
 
     Pictures from a path are named by it, such as `photos/a.jpg`, those in memory by their place, such as `image 0`;
     names are not escaped. A file that is named as a picture is decoded when its turn comes, and skipped where it cannot
@@ -161,18 +164,31 @@ def _pictures(item: Picture, number: int) -> ImageSource:
     return ImageSource(source.description, choose, count=source.count)
 
 
-def _images_of(pixels: npt.NDArray[np.uint8]) -> list[Image.Image]:
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or not pixels.size:
+def _images_of(pixels: npt.NDArray[Any]) -> list[preprocess.Decoded]:
+    if pixels.dtype not in _DTYPES or pixels.ndim not in (3, 4) or not pixels.size:
         raise ImageError(
-            f"Pixels are uint8 RGB (H, W, 3) or (N, H, W, 3), not {pixels.dtype} {pixels.shape}.",
+            f"Pixels are uint8, or floats in 0..1, (H, W, C) or (N, H, W, C), not {pixels.dtype} {pixels.shape}.",
             "Give pictures as they are: they are resized, cropped and normalized here.",
         )
-    return [Image.fromarray(image) for image in (pixels if pixels.ndim == 4 else pixels[None])]
+    return [_decoded(image) for image in (pixels if pixels.ndim == 4 else pixels[None])]
 
 
-def _in_memory(images: list[Image.Image], first: int) -> ImageSource:
-    entries = [ImageEntry(f"image {first + i}", partial(loaded, image)) for i, image in enumerate(images)]
+def _decoded(pixels: npt.NDArray[Any]) -> preprocess.Decoded:
+    """Pixels (H, W, C) as they are, floats as float32; uint8 of one or three channels as an RGB picture."""
+    if pixels.dtype != np.uint8:
+        return pixels.astype(np.float32)
+    if pixels.shape[-1] not in (1, 3):
+        return pixels
+    return preprocess.to_rgb(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
+
+def _in_memory(images: list[preprocess.Decoded], first: int) -> ImageSource:
+    entries = [ImageEntry(f"image {first + i}", partial(_held, image)) for i, image in enumerate(images)]
     return ImageSource("memory", lambda _: iter(entries), count=len(entries))
+
+
+def _held(image: preprocess.Decoded) -> preprocess.Decoded:
+    return loaded(image) if isinstance(image, Image.Image) else image
 
 
 def _file(path: Path) -> ImageSource:
@@ -386,7 +402,7 @@ def _npz_entries(
 ) -> Iterator[ImageEntry]:
     """Read image by image from the compressed stream, so that a large array is never in memory."""
     shape = images.shape[1:]
-    size = int(np.prod(shape))
+    size = int(np.prod(shape)) * images.dtype.itemsize
     with (
         _explained(path, "npz"),
         zipfile.ZipFile(path) as archive,
@@ -394,9 +410,9 @@ def _npz_entries(
     ):
         for i in chosen:
             file.seek(images.offset + i * size)
-            image = Image.fromarray(np.frombuffer(_read_exactly(file, size), np.uint8).reshape(shape))
+            image = np.frombuffer(_read_exactly(file, size), images.dtype).reshape(shape)
             label = None if labels is None else int(labels[i])
-            yield ImageEntry(f"image {i}", partial(preprocess.to_rgb, image), label)
+            yield ImageEntry(f"image {i}", partial(_decoded, image), label)
 
 
 def _images_header(archive: zipfile.ZipFile, path: Path) -> _Stored:
@@ -417,9 +433,14 @@ def _images_header(archive: zipfile.ZipFile, path: Path) -> _Stored:
 
 def _check_images(stored: _Stored, path: Path) -> None:
     what = f"'{stored.member.removesuffix('.npy')}' in {path} is {stored.dtype} {stored.shape}"
-    if stored.dtype != np.uint8 or len(stored.shape) != 4 or stored.shape[-1] != 3:
-        raise ImageError(f"{what}; images must be uint8 (N, H, W, 3).", "Save RGB pixels 0..255 as uint8.")
-    if stored.shape[0] < 1:
+    is_first = len(stored.shape) == 4 and stored.shape[1] in (1, 3) and stored.shape[3] > 4  # channels, not rows
+    if stored.dtype not in _DTYPES or len(stored.shape) != 4 or is_first:
+        raise ImageError(
+            f"{what}; images must be (N, H, W, C), uint8 or floats in 0..1.", "Save RGB pixels 0..255 as uint8."
+        )
+    if stored.shape[3] > MOST_CHANNELS:
+        raise ImageError(f"{what}; more than {MOST_CHANNELS} channels.", "Save channels last: (N, H, W, C).")
+    if not all(stored.shape):
         raise ImageError(f"{what}: no image.", _WANTED)
     preprocess.check_size(stored.shape[2], stored.shape[1])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spach_deploy.options.command_line import joined, quoted
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, WeightSource
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, WeightSource, size_in_words
 
 if TYPE_CHECKING:
     from spach_deploy.bundle.schema import ModelSection
@@ -110,7 +110,7 @@ def _weights(model: ModelSection) -> list[str]:
 
 
 def _sizes(model: ModelSection) -> list[str]:
-    words = [] if model.image_size == _USUAL_SIZE else ["--image-size", str(model.image_size)]
+    words = [] if model.image_size == _USUAL_SIZE else ["--image-size", size_in_words(model.image_size)]
     is_usual = model.num_classes == _USUAL_CLASSES or model.checkpoint
     return words if is_usual else [*words, "--num-classes", str(model.num_classes)]
 

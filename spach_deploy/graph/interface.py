@@ -1,6 +1,6 @@
 """Nodes for a graph's inputs and outputs: pixels become normalized floats, logits become probabilities and top-k.
 
---io-dtype uint8   input (B, H, W, 3) uint8 RGB pixels; scale, mean and standard deviation are in the graph
+--io-dtype uint8   input (B, H, W, C) uint8 pixels; scale, mean and standard deviation are in the graph
 --softmax          output `probabilities` (B, classes) float32
 --top-k K          outputs `top_values` (B, K) float32 and `top_indices` (B, K) int64, ranked by logit
 """
@@ -48,15 +48,15 @@ def check_outputs(outputs: OutputSpec, classes: int) -> None:
 
 
 def _take_pixels(model: ir.Model, preprocessing: Preprocessing) -> None:
-    """Replace the graph's input by uint8 pixels: (B, H, W, 3) -> (x - 255 mean) / (255 std) -> (B, 3, H, W).
+    """Replace the graph's input by uint8 pixels: (B, H, W, C) -> (x - 255 mean) / (255 std) -> (B, C, H, W).
 
     The arithmetic is marked FP32, because half precision would round the normalized pixels.
     """
-    graph, size = model.graph, preprocessing.image_size
+    graph = model.graph
     mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
     offset = constant(graph, "io.offset", (255.0 * mean).astype(np.float32))
     scale = constant(graph, "io.scale", (1.0 / (255.0 * std)).astype(np.float32))
-    pixels = ir.val(INPUT, ir.DataType.UINT8, [BATCH, size, size, 3])
+    pixels = ir.val(INPUT, ir.DataType.UINT8, [BATCH, *preprocessing.pixel_shape])
     writer = NodeWriter("io")
     centred = writer.add("Sub", "centred", writer.add("Cast", "float", pixels, to=ir.DataType.FLOAT.value), offset)
     scaled = writer.add("Mul", "scaled", centred, scale)

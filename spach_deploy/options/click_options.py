@@ -26,6 +26,15 @@ class _Path(click.Path):
         return super().convert(value, parameter, context)
 
 
+class _Size(click.IntRange):
+    """A whole number, or two as in 192x256."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the text. UsageError for a number that is none or out of range."""
+        numbers = [super(_Size, self).convert(part, parameter, context) for part in str(value).split("x", 1)]
+        return "x".join(map(str, numbers))
+
+
 FILE = _Path(path_type=Path, readable=False)  # the code that reads the file says why it cannot
 
 
@@ -99,6 +108,8 @@ def _type(option: Option) -> Any:
             return FILE
         case Kind.CHOICE:
             return click.Choice(option.choices)
+        case Kind.SIZE if option.least is not None:
+            return _Size(int(option.least), None if option.most is None else int(option.most))
         case Kind.WHOLE if option.least is not None:
             return click.IntRange(int(option.least), None if option.most is None else int(option.most))
         case Kind.WHOLE:

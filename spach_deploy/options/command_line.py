@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.common.files import Destination
-from spach_deploy.options.specs import ExportOptions
+from spach_deploy.options.specs import ExportOptions, size_in_words
 from spach_deploy.options.table import EXPORT, TABLE, VALIDATE, Kind, Option, filling, options_of
 from spach_deploy.options.values import keys_of_quantization, value_of
 
@@ -82,7 +82,7 @@ def words_of(option: Option, value: Any) -> Iterator[str]:
         for entry in value:
             yield from (option.flag, _text(entry))
     else:
-        yield from (option.flag, _text(value))
+        yield from (option.flag, size_in_words(value) if option.kind is Kind.SIZE else _text(value))
 
 
 def _text(value: Any) -> str:

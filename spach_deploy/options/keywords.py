@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FilePath = str | os.PathLike[str]
 Texts = str | Sequence[str]
-Channels = str | Sequence[float]
+Channels = str | float | Sequence[float]
 Batches = str | int | tuple[int, int, int]
 
 _ORIGIN = Origin("", "See docs/python.md.")
@@ -31,7 +31,7 @@ class ModelKeywords(TypedDict, total=False):
     checkpoint: FilePath
     weights: Literal["model", "ema"]
     ignore: Texts
-    image_size: int
+    image_size: int | tuple[int, int]
     num_classes: int
     heads: int
     qk_scale: float
@@ -39,6 +39,8 @@ class ModelKeywords(TypedDict, total=False):
     norm_eps: float
     mean: Channels
     std: Channels
+    crop: float
+    interpolation: Literal["bicubic", "bilinear", "nearest"]
     calibration: FilePath
     method: Literal["max", "percentile", "entropy", "mse"]
     rest: Literal["fp16", "bf16", "fp32"]
@@ -124,7 +126,7 @@ def _plain(option: Option, value: Any) -> Any:
     """A Python value as a TOML recipe would hold it: text for paths and channels, lists for tuples."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if option.kind is Kind.TEXT and type(value) is int:
+    if option.kind is Kind.TEXT and type(value) in (int, float):
         return str(value)
     if option.kind in (Kind.TEXT, Kind.BATCHES) and isinstance(value, (tuple, list)):
         return (":" if option.kind is Kind.BATCHES else ",").join(map(str, value))

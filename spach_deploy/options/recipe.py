@@ -76,11 +76,13 @@ def checked_value(option: Option, value: Any, origin: Origin) -> Any:
         case Kind.CHOICE | Kind.FLAGS:
             return _choice(option, _typed(option, value, str, origin), origin)
         case Kind.WHOLE:
-            return _number(option, value, origin)
+            return _number(option, value, origin, int)
         case Kind.REAL:
-            return float(value if type(value) is int else _typed(option, value, float, origin))
+            return _number(option, float(value) if type(value) is int else value, origin, float)
         case Kind.SWITCH | Kind.FLAG:
             return _typed(option, value, bool, origin)
+        case Kind.SIZE:
+            return _size(option, value, origin)
         case Kind.BATCHES if type(value) is int:
             return str(value)
     return _typed(option, value, str, origin)
@@ -94,13 +96,22 @@ def _typed(option: Option, value: Any, kind: type, origin: Origin) -> Any:
     return value
 
 
-def _number(option: Option, value: Any, origin: Origin) -> int:
-    number: int = _typed(option, value, int, origin)
+def _number(option: Option, value: Any, origin: Origin, kind: type[int] | type[float]) -> Any:
+    number = _typed(option, value, kind, origin)
     least, most = option.least, option.most
     if (least is not None and number < least) or (most is not None and number > most):
         bounds = f"{least} or more" if most is None else f"{least} to {most}"
         raise UsageError(f"{origin.start}{option.key} = {number} is out of range.", f"Give {bounds}.")
     return number
+
+
+def _size(option: Option, value: Any, origin: Origin) -> str:
+    """`192x256` of [192, 256], `224` of 224."""
+    if isinstance(value, list) and len(value) != 2:
+        raise UsageError(
+            f"{origin.start}{option.key} = {value!r} is no height and width.", "Give a whole number, or a list of two."
+        )
+    return "x".join(str(_number(option, side, origin, int)) for side in (value if isinstance(value, list) else [value]))
 
 
 def _choice(option: Option, value: str, origin: Origin) -> str:

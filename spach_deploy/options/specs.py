@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,32 @@ from spach_deploy.common.units import parse_bytes
 ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
 """Activations of channel and spatial MLPs: the exact GELU (erf), its tanh approximation, ReLU, SiLU."""
 
-Channels = tuple[float, float, float]
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
+"""How pictures are resized: bicubic and bilinear with antialiasing, as Pillow and torchvision do."""
 
-LARGEST_SIDE, MOST_CLASSES = 16_384, 1_000_000
-"""Upper bounds of the image side in pixels, and of the number of classes."""
+Channels = tuple[float, ...]
+"""A number for each channel of an image."""
+
+ImageSize = int | tuple[int, int]
+"""Size of an image in pixels: the side of a square, or (height, width)."""
+
+LARGEST_SIDE, MOST_CLASSES, MOST_CHANNELS = 16_384, 1_000_000, 4_096
+"""Upper bounds of the image side in pixels, of the number of classes, and of channels in an image."""
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_of_sides(height: int, width: int) -> ImageSize:
+    """The size as options and manifests have it: one number for a square."""
+    return height if height == width else (height, width)
+
+
+def size_in_words(size: ImageSize) -> str:
+    """`224`, or height and width as `192x256`."""
+    return "x".join(map(str, dict.fromkeys(sides(size))))
 
 
 class Precision(str, enum.Enum):
@@ -49,7 +72,8 @@ class Precision(str, enum.Enum):
 class IODtype(str, enum.Enum):
     """Data type of the graph's input, and with it of its outputs.
 
-    fp32, fp16: normalized images (B, 3, H, W). uint8: decoded RGB pixels (B, H, W, 3), normalized within the graph.
+    fp32, fp16: normalized images (B, C, H, W). uint8: decoded pixels (B, H, W, C), normalized within the graph. C is 3
+    for RGB pictures, 1 for grey ones.
     Logits are float32, or float16 with fp16.
     """
 
@@ -113,20 +137,77 @@ class ComputeCapability:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """The published evaluation transform: resize the shorter side, centre crop, scale to 0..1, normalize by channel."""
+    """The evaluation transform: resize, centre crop, scale to 0..1, normalize by channel. The published one by default.
 
-    image_size: int = 224
-    resize_size: int = 256
+    A picture keeps its shape and is resized until it just covers `resize_size`; of that, `image_size` is cut from the
+    middle. Sizes are ImageSize: a square's side, or (height, width). `mean`, `std`: a number for each channel.
+    """
+
+    image_size: ImageSize = 224
+    resize_size: ImageSize = 256
     interpolation: str = "bicubic, antialiased"
     mean: Channels = (0.485, 0.456, 0.406)
     std: Channels = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        for name in ("image_size", "resize_size"):
+            object.__setattr__(self, name, size_of_sides(*sides(getattr(self, name))))
+
     @classmethod
-    def for_size(cls, image_size: int, mean: Channels | None = None, std: Channels | None = None) -> Preprocessing:
-        """The evaluation transform for `image_size`: the shorter side becomes 256/224 of it. Default mean and standard
-        deviation are ImageNet's.
+    def for_size(
+        cls,
+        size: ImageSize,
+        mean: Channels | None = None,
+        std: Channels | None = None,
+        *,
+        crop: float | None = None,
+        interpolation: str | None = None,
+    ) -> Preprocessing:
+        """The evaluation transform for images of `size`, which is the part `crop` of the resized picture's shorter
+        side, or of its height and width, 0.875 by default. Default mean and standard deviation are ImageNet's.
         """
-        return cls(image_size, int(image_size * 256 / 224), mean=mean or cls.mean, std=std or cls.std)
+        height, width = (math.floor(side / (crop or PUBLISHED_CROP)) for side in sides(size))
+        return cls(
+            size,
+            (height, width),
+            cls.interpolation if interpolation is None else interpolation_text(interpolation),
+            mean=mean or cls.mean,
+            std=std or cls.std,
+        )
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image."""
+        return len(self.mean)
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Shape of one image's pixels: (height, width, channels)."""
+        return (*sides(self.image_size), self.channels)
+
+    @property
+    def takes_normalized(self) -> bool:
+        """Whether pixels are not normalized, for images that are already: mean 0 and standard deviation 1."""
+        return not any(self.mean) and set(self.std) == {1}
+
+
+PUBLISHED_CROP, SMALLEST_CROP = 224 / 256, 0.1
+"""Part of the resized picture that the published evaluation keeps of each side, and the least that may be kept."""
+
+
+def interpolation_text(name: str) -> str:
+    """One of `INTERPOLATIONS` as manifests have it, such as `bicubic, antialiased`."""
+    return name if name == "nearest" else f"{name}, antialiased"
+
+
+def channel_statistics(channels: int) -> tuple[Channels, Channels]:
+    """Default mean and standard deviation of pixels: ImageNet's, and for another number of channels than 3 the mean
+    over its three, for each.
+    """
+    mean, std = Preprocessing.mean, Preprocessing.std
+    if channels == len(mean):
+        return mean, std
+    return (round(sum(mean) / 3, 4),) * channels, (round(sum(std) / 3, 4),) * channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +215,9 @@ class Hyperparameters:
     """Settings of a model that cannot be inferred from a checkpoint's tensors. None: not given.
 
     `heads`: of every attention; `qk_scale`: factor of q, by default head size ** -0.5; `activation`: one of
-    `ACTIVATIONS`; `norm_eps`: epsilon of every LayerNorm; `mean`, `std`: of the pixels by channel, in 0..1.
+    `ACTIVATIONS`; `norm_eps`: epsilon of every LayerNorm; `mean`, `std`: of the pixels by channel, in 0..1, one number
+    for all channels or one for each; `crop`: part of the resized picture that is kept; `interpolation`: one of
+    `INTERPOLATIONS`.
     """
 
     heads: int | None = None
@@ -143,6 +226,8 @@ class Hyperparameters:
     norm_eps: float | None = None
     mean: Channels | None = None
     std: Channels | None = None
+    crop: float | None = None
+    interpolation: str | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that are given, by name."""
@@ -159,7 +244,7 @@ class ModelSpec:
     name: str | None = None
     checkpoint: Path | None = None
     weights: WeightSource = WeightSource.MODEL
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     num_classes: int | None = None
     ignore: tuple[str, ...] = ()
     hyperparameters: Hyperparameters = Hyperparameters()
@@ -274,15 +359,32 @@ def parse_size(text: str) -> int:
 
 
 def parse_channels(flag: str, text: str) -> Channels:
-    """Red, green and blue from `0.5,0.5,0.5`, or from one number for all three. UsageError names `flag`."""
+    """Numbers such as `0.485,0.456,0.406`, one for each channel; one number is for all. UsageError names `flag`."""
     try:
-        values = [float(part) for part in text.split(",")]
-        red, green, blue = values * 3 if len(values) == 1 else values
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{flag} {text!r} is not three numbers.", f"Give {flag} 0.485,0.456,0.406.") from None
-    if problem := channels_problem(flag.removeprefix("--"), (red, green, blue)):
+        raise UsageError(
+            f"{flag} {text!r} is not a number for each channel.", f"Give {flag} 0.485,0.456,0.406."
+        ) from None
+    if problem := channels_problem(flag.removeprefix("--"), values):
         raise UsageError(f"{flag} {problem}.", CHANNELS_HINT)
-    return red, green, blue
+    return values
+
+
+def parse_image_size(text: str) -> ImageSize:
+    """`224`, or height and width as in `192x256`. UsageError for anything else."""
+    numbers = [int(part) for part in text.split("x")] if re.fullmatch(r"\d{1,6}(x\d{1,6})?", text) else [0]
+    if not all(1 <= number <= LARGEST_SIDE for number in numbers):
+        raise UsageError(
+            f"--image-size {text!r} is no size from 1 to {LARGEST_SIDE:,} pixels.",
+            "Give --image-size 224, or height and width: --image-size 192x256.",
+        )
+    return size_of_sides(numbers[0], numbers[-1])
+
+
+def crop_problem(crop: float) -> str:
+    """What is wrong with a part of the resized picture to keep, as a clause; empty if nothing."""
+    return "" if SMALLEST_CROP <= crop <= 1 else f"{crop:g} is not in {SMALLEST_CROP:g}..1"
 
 
 CHANNELS_HINT = "Divide values of 0 to 255 by 255."

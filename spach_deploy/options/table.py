@@ -19,14 +19,17 @@ from spach_deploy.common.machine import MOST_THREADS
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import (
     ACTIVATIONS,
+    INTERPOLATIONS,
     LARGEST_SIDE,
     MOST_CLASSES,
+    SMALLEST_CROP,
     BatchProfile,
     Flavour,
     IODtype,
     Precision,
     WeightSource,
     parse_channels,
+    parse_image_size,
     parse_size,
 )
 
@@ -67,6 +70,8 @@ class Kind(enum.Enum):
     """Text with commas; in a recipe also a list."""
     BATCHES = enum.auto()
     """Text; in a recipe also a whole number."""
+    SIZE = enum.auto()
+    """A whole number, or two such as 192x256; in a recipe a list of two."""
     REPEATED = enum.auto()
     """Text, any number of times; in a recipe text or a list."""
     WHOLE = enum.auto()
@@ -186,8 +191,9 @@ TABLE: tuple[Option, ...] = (
                "model.ignore", metavar="PATTERN"),
     ),
     *_of(MODEL, (EXPORT, CALIBRATE),
-        Option("--image-size", Kind.WHOLE, "Side of the square input.", "model.image_size", metavar="PIXELS", least=1,
-               most=LARGEST_SIDE, shown="224"),
+        Option("--image-size", Kind.SIZE, "Side of a square input, or its height and width, such as 192x256.",
+               "model.image_size", metavar="PIXELS", least=1, most=LARGEST_SIDE, shown="224",
+               parse=parse_image_size),
         Option("--num-classes", Kind.WHOLE, "Classes; inferred from a checkpoint.", "model.num_classes", metavar="N",
                least=1, most=MOST_CLASSES),
     ),
@@ -198,10 +204,15 @@ TABLE: tuple[Option, ...] = (
         Option("--activation", Kind.CHOICE, "Of channel and spatial MLPs.", "model.hyperparameters.activation",
                choices=ACTIVATIONS),
         Option("--norm-eps", Kind.REAL, "Epsilon of every LayerNorm.", "model.hyperparameters.norm_eps", metavar="X"),
-        Option("--mean", Kind.TEXT, "Mean of the pixels, in 0..1, that training subtracted.",
+        Option("--mean", Kind.TEXT,
+               "Mean of the pixels, in 0..1, that training subtracted: for each channel, or one for all.",
                "model.hyperparameters.mean", metavar="R,G,B", parse=functools.partial(parse_channels, "--mean")),
         Option("--std", Kind.TEXT, "Standard deviation of the pixels that training divided by.",
                "model.hyperparameters.std", metavar="R,G,B", parse=functools.partial(parse_channels, "--std")),
+        Option("--crop", Kind.REAL, "Part of the resized picture's shorter side that is kept; 1: all of it.",
+               "model.hyperparameters.crop", metavar="X", least=SMALLEST_CROP, most=1, shown="0.875"),
+        Option("--interpolation", Kind.CHOICE, "How pictures are resized.", "model.hyperparameters.interpolation",
+               choices=INTERPOLATIONS, shown="bicubic"),
     ),
     *_of(PRECISION, (EXPORT,),
         Option("", Kind.FLAGS, "", "precision", key="precision", choices=_choices(Precision),

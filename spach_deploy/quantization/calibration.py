@@ -26,7 +26,7 @@ from spach_deploy.data.images import content_hash
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import ImageSource, batches
 from spach_deploy.graph.export import INPUT
-from spach_deploy.options.specs import Preprocessing
+from spach_deploy.options.specs import ImageSize, Preprocessing
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.statistics import Collector, TensorRequest, TensorStatistics
 
@@ -51,7 +51,7 @@ class CalibrationKey:
 
     weights_sha256: str
     model: str
-    image_size: int
+    image_size: ImageSize
     format: str
     method: str
     half: bool
@@ -70,7 +70,7 @@ class CalibrationKey:
 
     def difference(self, other: Mapping[str, Any]) -> str:
         """The first entry in which `other`, the key of a file, differs, as a clause; empty where none does."""
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in json.loads(json.dumps(dataclasses.asdict(self))).items():
             if other.get(name) != value:
                 return f"{_WORDS.get(name, name)}: {_shown(other.get(name))} there, {_shown(value)} now"
         return ""
@@ -138,7 +138,7 @@ def collect(
     preprocessing: Preprocessing,
     run: CalibrationSettings,
 ) -> CollectedStatistics:
-    """Statistics of the FP32 graph `model`, float32 input (B, 3, S, S), over all images of `source`.
+    """Statistics of the FP32 graph `model`, float32 input (B, C, H, W), over all images of `source`.
 
     One image at a time, so memory is that of one inference and the statistics. Raises ImageError for an unfit set,
     UsageError when an unfinished calibration is of other images, PrecisionError for an activation that is not finite.

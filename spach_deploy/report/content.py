@@ -197,18 +197,25 @@ Inputs = Callable[[int, int], npt.NDArray[Any]]
 def pictures_of(inputs: Inputs, preprocessing: Preprocessing, images: Iterable[int]) -> dict[int, str]:
     """Images by number as data URIs (JPEG).
 
-    `inputs(start, stop)`: engine inputs, uint8 (n, S, S, 3) or floats (n, 3, S, S) normalized by `preprocessing`.
+    `inputs(start, stop)`: engine inputs, uint8 (n, H, W, C) or floats (n, C, H, W) normalized by `preprocessing`.
     """
     return {index: _data_uri(pixels_of(inputs(index, index + 1)[0], preprocessing)) for index in images}
 
 
 def pixels_of(image: npt.NDArray[Any], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """One input as uint8 (S, S, 3)."""
+    """One input as uint8 (H, W, 3): RGB, else the first channel in grey."""
+    pixels = _levels(image, preprocessing)
+    return np.ascontiguousarray(pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1))
+
+
+def _levels(image: npt.NDArray[Any], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """One input as uint8 (H, W, C)."""
     if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
+        return image
     mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     scaled = (image.astype(np.float32) * std + mean) * 255
-    return np.ascontiguousarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8).transpose(1, 2, 0))  # CHW -> HWC
+    levels: npt.NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8).transpose(1, 2, 0)  # CHW -> HWC
+    return levels
 
 
 def _data_uri(pixels: npt.NDArray[np.uint8]) -> str:

@@ -12,6 +12,7 @@ from msgspec import convert
 
 from spach_deploy.bundle.schema import ModelSection, SettingEntry
 from spach_deploy.models.hyperparameters import lines, read_section
+from spach_deploy.options.specs import size_in_words
 from spach_deploy.report.content import Json, ReportContent, count, percent, plural, scientific, sentence, size
 from spach_deploy.report.plots import Chart, Line, draw
 from spach_deploy.validation.runs import and_listed
@@ -182,7 +183,7 @@ def _model(report: Json, model: ModelSection | None) -> Iterator[str]:
     yield str(report["model"])
     yield str(report["precision"]).upper()
     if model is not None:
-        yield f"{model.image_size} px"
+        yield f"{size_in_words(model.image_size)} px"
         yield f"{count(model.num_classes)} classes"
 
 

@@ -122,8 +122,8 @@ class Session:
     def run(self, array: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Outputs by name for preprocessed images; more than the profile's largest batch are split.
 
-        `array`: the engine's input, normalized float32 or float16 (N, 3, S, S), or with --io-dtype uint8 pixels
-        (N, S, S, 3). Nothing is converted: UsageError for another dtype or shape.
+        `array`: the engine's input, normalized float32 or float16 (N, C, H, W), or with --io-dtype uint8 pixels
+        (N, H, W, C). Nothing is converted: UsageError for another dtype or shape.
         """
         import numpy as np
 
@@ -141,8 +141,9 @@ class Session:
     def predict(self, images: Pictures, top_k: int | None = None) -> list[Prediction]:
         """The best classes of each picture, in order; `top_k` of them, five or all if fewer by default.
 
-        `images`: a path of a picture, a folder, a tar or an npz; a Pillow image; uint8 RGB pixels (H, W, 3) or
-        (N, H, W, 3); or a list of these. They are resized, cropped and normalized as the bundle's manifest says.
+        `images`: a path of a picture, a folder, a tar or an npz; a Pillow image; pixels (H, W, C) or (N, H, W, C),
+        uint8 or floats in 0..1; or a list of these. They are resized, cropped and normalized as the bundle's manifest
+        says.
         Pictures of folders and archives that cannot be read are skipped with a warning; ImageError where none can.
         """
         return list(self.predictions(images, top_k))
@@ -298,7 +299,9 @@ class _Facts:
     @property
     def meaning(self) -> str:
         """The input's values, in words."""
-        return "RGB pixels from 0 to 255" if self.io_dtype is IODtype.UINT8 else "normalized"
+        if self.io_dtype is not IODtype.UINT8:
+            return "normalized"
+        return f"{'RGB ' if self.preprocessing.channels == 3 else ''}pixels from 0 to 255"
 
     def checked_batch(self, batch: int | None) -> int:
         """How many images run at once; UsageError for more than the profile's largest batch."""

@@ -71,7 +71,7 @@ def validate_external(
     """
     graph = _read(Path(header.target))
     _check_quantization(graph, facts)
-    matched = map_interface(graph, bundle.manifest.model.num_classes, facts.preprocessing.image_size)
+    matched = map_interface(graph, bundle.manifest.model.num_classes, facts.preprocessing.pixel_shape)
     eval_set = _graph_inputs(reference.eval_set, facts, matched)
     notes = truncation_notes(Path(header.target), matched.precision)
     matched = dataclasses.replace(matched, notes=(*matched.notes, *notes))
@@ -167,15 +167,15 @@ def _of_logits(bounds: Bounds) -> Bounds:
 # Names and shapes
 
 
-def map_interface(graph: ir.Model, num_classes: int, image_size: int) -> MatchedGraph:
+def map_interface(graph: ir.Model, num_classes: int, pixel_shape: tuple[int, int, int]) -> MatchedGraph:
     """Rename the input and the logits of `graph`, in place, to ours. UsageError where they cannot be found.
 
-    `num_classes` and `image_size` are the reference's.
+    `num_classes`, and `pixel_shape` (height, width, channels), are the reference's.
     """
     inputs = [value for value in graph.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1:
         raise UsageError(f"The graph has {len(inputs)} inputs; a classifier of images has one.", "Give another graph.")
-    _check_image(inputs[0], image_size)
+    _check_image(inputs[0], pixel_shape)
     logits = _logits_of(graph, num_classes)
     names = name_of(inputs[0]), name_of(logits)
     others = [name_of(value) for value in graph.graph.outputs if value is not logits]
@@ -194,12 +194,12 @@ def map_interface(graph: ir.Model, num_classes: int, image_size: int) -> Matched
     )
 
 
-def _check_image(value: ir.Value, size: int) -> None:
+def _check_image(value: ir.Value, pixel_shape: tuple[int, int, int]) -> None:
     dims = _dims(value)
     if _element(value) not in _FLOATS:
         raise UsageError(f"The graph's input {value.name} holds no images: {_type(value)}.", "Give another graph.")
-    nhwc = (size, size, 3)
-    wanted = nhwc if _element(value) == ir.DataType.UINT8 else (3, size, size)
+    height, width, channels = pixel_shape
+    wanted = pixel_shape if _element(value) == ir.DataType.UINT8 else (channels, height, width)
     if len(dims) == 4 and all(have in (0, want) for have, want in zip(dims[1:], wanted, strict=True)):
         return
     raise UsageError(

@@ -16,7 +16,7 @@ from spach_deploy.common.errors import CheckpointError, UsageError
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.data import preprocess
 from spach_deploy.data.labels import ImageLabels, Labels, OwnLabels, open_labels
-from spach_deploy.data.preprocess import normalize, to_input
+from spach_deploy.data.preprocess import Pixels, normalize, to_input
 from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.models.hyperparameters import read_section, values_of
 from spach_deploy.options.specs import IODtype, ModelSpec, Preprocessing, WeightSource
@@ -244,7 +244,7 @@ def _graph_bytes(graph: Path) -> bytes:
 def _tolerances(
     loaded: LoadedModel, facts: BundleFacts, images: ImageArray, logits: Float32Array, say: Say
 ) -> ToleranceSet:
-    """Tolerances derived on `images` (N, 3, S, S) with the reference's `logits` (N, classes)."""
+    """Tolerances derived on `images` (N, C, H, W) with the reference's `logits` (N, classes)."""
     say("Deriving tolerances on these images.")
     return derive_tolerances(
         loaded.model,
@@ -271,10 +271,8 @@ def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:
     return fake_quantized(static, plan)
 
 
-def _read(
-    source: ImageSource, preprocessing: Preprocessing, say: Say
-) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], Labels | None]:
-    """Names, pixels (N, S, S, 3), and labels (N) where every image has one."""
+def _read(source: ImageSource, preprocessing: Preprocessing, say: Say) -> tuple[tuple[str, ...], Pixels, Labels | None]:
+    """Names, pixels (N, H, W, C), and labels (N) where every image has one."""
     parts = list(batches(source, preprocessing, LARGEST_BATCH))
     for skipped in source.skipped:
         say(f"Skipped {skipped}")
@@ -311,7 +309,7 @@ def _counted(source: ImageSource, used: int) -> str:
 
 
 def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
-    """Engine inputs as float32 (N, 3, S, S)."""
+    """Engine inputs as float32 (N, C, H, W)."""
     if facts.outputs.io_dtype is IODtype.UINT8:
         return normalize(inputs, facts.preprocessing)
     return inputs.astype(np.float32)
@@ -319,9 +317,9 @@ def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Normalized:
-    """Images float32 (N, 3, S, S) that are normalized when they are read: the pixels take a quarter of the memory."""
+    """Images float32 (N, C, H, W) that are normalized when they are read: the pixels take a quarter of the memory."""
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: Pixels
     preprocessing: Preprocessing
 
     def __len__(self) -> int:

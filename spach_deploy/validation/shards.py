@@ -28,7 +28,7 @@ from spach_deploy.common.machine import torch_threads
 from spach_deploy.data import preprocess
 from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, image_digest
 from spach_deploy.data.labels import Labels
-from spach_deploy.data.preprocess import UInt8Array, normalize, to_input
+from spach_deploy.data.preprocess import Pixels, normalize, to_input
 from spach_deploy.options.specs import BatchProfile, IODtype, Preprocessing
 from spach_deploy.runtime import Runner
 from spach_deploy.validation.rounding_error import Float32Array, evaluate
@@ -231,7 +231,7 @@ class LoadedRunners:
         ]
 
     def reference_logits(self, images: Float32Array) -> Float32Array:
-        """The reference's logits for normalized images (n, 3, S, S)."""
+        """The reference's logits for normalized images (n, C, H, W)."""
         with torch_threads(self.work.threads) if self.work.threads else contextlib.nullcontext():
             return evaluate(self.work.model, images)
 
@@ -252,7 +252,7 @@ def run_shard(loaded: LoadedRunners, shard: ValidationShard) -> ShardOutputs:
     return ShardOutputs(np.concatenate(logits), tuple(_outputs(runner, feeds) for runner in loaded.runners))
 
 
-def _load_unchanged(entry: ImageEntry, digest: bytes, preprocessing: Preprocessing) -> UInt8Array:
+def _load_unchanged(entry: ImageEntry, digest: bytes, preprocessing: Preprocessing) -> Pixels:
     image = preprocess.pixels(entry.load(), preprocessing)
     if image_digest(image) != digest:
         raise UsageError(f"{entry.name} was changed while it was validated on.", "Run again.")
@@ -279,7 +279,7 @@ class ShardedRunOutputs:
 
     logits: Float32Array
     graph: tuple[RunOutputs, ...]
-    pixels: Mapping[int, UInt8Array] = dataclasses.field(repr=False)
+    pixels: Mapping[int, Pixels] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +307,7 @@ def run_in_shards(request: ShardedRunRequest, cluster: Cluster, say: Say) -> Sha
     possible = tuple(execution for execution in request.work.executions if not problems[execution])
     work = dataclasses.replace(request.work, executions=possible)
     collector = _ShardCollector(count, work.executions)
-    pixels: dict[int, UInt8Array] = {}
+    pixels: dict[int, Pixels] = {}
     with cluster.pool(LoadedRunners, work, work.memory_bytes) as pool:
         ranges_of_batches = split_batches(count, request.profile, batches_per_shard(count, pool.workers))
         ahead, again = itertools.tee(ranges_of_batches)
@@ -322,8 +322,8 @@ def run_in_shards(request: ShardedRunRequest, cluster: Cluster, say: Say) -> Sha
 
 def _problems(request: ShardedRunRequest) -> dict[CpuExecution, str]:
     """For each execution why it is impossible, in a sentence; empty where it is possible."""
-    work, size = request.work, request.work.preprocessing.image_size
-    example = to_input(np.zeros((1, size, size, 3), np.uint8), work.preprocessing, work.io_dtype)
+    work = request.work
+    example = to_input(np.zeros((1, *work.preprocessing.pixel_shape), np.uint8), work.preprocessing, work.io_dtype)
     return {execution: problem_before(execution, request.file, example) for execution in work.executions}
 
 
@@ -355,7 +355,7 @@ def _ranges(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 
 def _shards(
-    request: ShardedRunRequest, ranges_of_batches: Iterable[BatchRange], pixels: dict[int, UInt8Array]
+    request: ShardedRunRequest, ranges_of_batches: Iterable[BatchRange], pixels: dict[int, Pixels]
 ) -> Iterator[ValidationShard]:
     """The shards with their images. `pixels` receives those that are kept."""
     entries, held, begin = request.readable.entries(request.source), list[ImageEntry](), 0
@@ -424,7 +424,7 @@ class _ShardProgress:
 
 @dataclasses.dataclass(frozen=True)
 class FewImages:
-    """Behaves as an array of N images, of which only some exist: normalized float32 (3, S, S) by number."""
+    """Behaves as an array of N images, of which only some exist: normalized float32 (C, H, W) by number."""
 
     count: int
     known: Mapping[int, Float32Array]

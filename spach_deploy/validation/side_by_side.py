@@ -19,6 +19,7 @@ from spach_deploy.bundle.schema import KernelsEntry, Manifest
 from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.common.errors import UsageError, printable
 from spach_deploy.common.text import Escaped, rendered
+from spach_deploy.options.specs import size_in_words
 from spach_deploy.validation.changed_classes import ImagePredictions, notable_predictions
 from spach_deploy.validation.compare import OutputComparison, compare_outputs
 from spach_deploy.validation.result import REPORT_VERSION, Provenance, Validation
@@ -151,13 +152,23 @@ def _bundle(target: Path) -> Bundle:
 
 
 def _check_comparable(first: Bundle, second: Bundle) -> None:
-    for entry, words in (("num_classes", "classes"), ("image_size", "pixels a side")):
-        theirs = [getattr(bundle.manifest.model, entry) for bundle in (first, second)]
+    for what in (_classes, _images):
+        theirs = [what(bundle.manifest) for bundle in (first, second)]
         if theirs[0] != theirs[1]:
             raise UsageError(
-                f"{first.path} has {theirs[0]} {words} and {second.path} has {theirs[1]}.",
+                f"{first.path} has {theirs[0]} and {second.path} has {theirs[1]}.",
                 "Only answers to the same question can be compared.",
             )
+
+
+def _classes(manifest: Manifest) -> str:
+    return f"{manifest.model.num_classes} classes"
+
+
+def _images(manifest: Manifest) -> str:
+    size = size_in_words(manifest.model.image_size)
+    channels = manifest.preprocessing.channels
+    return f"images of {size} pixels" + (f" and {channels} channels" if channels != 3 else "")
 
 
 def _compared(first: Side, second: Side, *, is_on_images: bool) -> SideBySide:

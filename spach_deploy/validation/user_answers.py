@@ -3,7 +3,7 @@ show.
 
     np.savez("answers.npz", input=images.numpy(), logits=model(images).numpy())
 
-`input`: float32 or float64 (N, 3, S, S), as the model's forward got it. `logits`: float32 or float64 (N, classes), of
+`input`: float32 or float64 (N, C, H, W), as the model's forward got it. `logits`: float32 or float64 (N, classes), of
 the same images, computed in FP32 (no autocast, no TF32). Other arrays in the file are not read.
 
 Both are compared with the reference in FP64: a correct FP32 evaluation is about FP32's own error away from it. Where
@@ -32,7 +32,7 @@ from spach_deploy.common.files import sha256_of
 from spach_deploy.common.metrics import worst_relative_l2
 from spach_deploy.common.npz import read_npz
 from spach_deploy.models.hyperparameters import Setting, Source, confirmed
-from spach_deploy.options.specs import ACTIVATIONS
+from spach_deploy.options.specs import ACTIVATIONS, size_in_words
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class GivenAnswers:
-    """The user's inputs float32 (N, 3, S, S) and logits float64 (N, classes), from a file."""
+    """The user's inputs float32 (N, C, H, W) and logits float64 (N, classes), from a file."""
 
     path: Path
     sha256: str
@@ -132,7 +132,7 @@ def _reason(path: Path, error: ValueError) -> str:
 
 
 def _problem(inputs: Array, logits: Array) -> str:
-    for name, array, shape, rank in (("input", inputs, "(N, 3, S, S)", 4), ("logits", logits, "(N, classes)", 2)):
+    for name, array, shape, rank in (("input", inputs, "(N, C, H, W)", 4), ("logits", logits, "(N, classes)", 2)):
         if array.dtype not in (np.float32, np.float64):
             coarse = "; 16 bits are too coarse to tell" if array.dtype == np.float16 else ""
             return f"{name} is {array.dtype}, not float32{coarse}"
@@ -143,7 +143,7 @@ def _problem(inputs: Array, logits: Array) -> str:
     if len(inputs) != len(logits) or not len(inputs):
         return f"{len(inputs)} inputs and {len(logits)} answers"
     if inputs.shape[1] != 3 == inputs.shape[-1]:
-        return f"input has shape {inputs.shape}, channels last; the model takes (N, 3, S, S)"
+        return f"input has shape {inputs.shape}, channels last; the model takes (N, 3, H, W)"
     if not logits.any():
         return "every answer is zero, as of a freshly initialised model"
     if logits.min() >= 0 and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
@@ -305,9 +305,13 @@ class _Search:
 
 def _check_fits(loaded: LoadedModel, given: GivenAnswers) -> None:
     """UsageError where the user's arrays have other shapes than the model's."""
-    wanted = (3, loaded.image_size, loaded.image_size)
-    if given.input.shape[1:] != wanted:
-        hint = f"Give --image-size {given.input.shape[-1]}, or answers to images of {loaded.image_size} pixels."
+    height, width, channels = loaded.preprocessing.pixel_shape
+    wanted, theirs = (channels, height, width), given.input.shape[1:]
+    if theirs != wanted:
+        hint = f"Give answers to images of {size_in_words((height, width))} pixels and {channels} channels."
+        if theirs[0] == channels:
+            size = size_in_words((theirs[1], theirs[2]))
+            hint = f"Give --image-size {size}, or answers to images of {size_in_words((height, width))} pixels."
         raise UsageError(f"The inputs in {given.path} are {given.input.shape[1:]}, and the model takes {wanted}.", hint)
     if given.logits.shape[1] != loaded.num_classes:
         raise UsageError(

@@ -32,6 +32,7 @@ from spach_deploy.bundle.store import GOLDEN, MANIFEST, PLAN, DirectoryKind, che
 from spach_deploy.common.errors import BundleError
 from spach_deploy.common.text import json_text
 from spach_deploy.data.labels import as_text, read_labels
+from spach_deploy.options.specs import size_in_words
 from spach_deploy.packaging.cpp.model_file import FileFacts, PackagedModel, model_text
 
 MAGIC = b"SPACHGLD"
@@ -118,12 +119,11 @@ def readme(model: PackagedModel) -> str:
 
 
 def _template_context(model: PackagedModel) -> dict[str, str]:
-    size = model.facts.preprocessing.image_size
     shape = "x".join(str(extent) for extent in model.input.shape[1:])
     return {
         "MODEL": model.name,
         "PRECISION": model.facts.precision.value,
-        "SIZE": str(size),
+        "SIZE": size_in_words(model.facts.preprocessing.image_size),
         "CLASSES": str(model.classes),
         "INPUT": f"{model.input.dtype} {shape}",
         "OUTPUTS": ", ".join(f"`{output.name}`" for output in model.outputs),

@@ -13,6 +13,7 @@ from spach_deploy.bundle.schema import EngineSection, TensorInfo
 from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
+from spach_deploy.options.specs import Preprocessing, sides
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 from spach_deploy.validation.verdict import Tolerance
 
@@ -130,12 +131,22 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
     for output in model.outputs:
         bounds = "" if output.dtype == "int64" else f" {_tolerance(model.tolerances[output.name])}"
         yield "output", _tensor(output) + bounds
-    yield "resize", f"{transform.resize_size} {transform.image_size}"
+    yield "resize", " ".join(map(str, _sizes(transform)))
+    if transform.interpolation != Preprocessing.interpolation:
+        yield "interpolation", transform.interpolation.split(",")[0]
     yield "pillow", str(model.pillow)
     yield "mean", " ".join(repr(value) for value in transform.mean)
     yield "std", " ".join(repr(value) for value in transform.std)
     yield "plan", f"{plan.bytes} {plan.sha256}"
     yield "golden", f"{golden.bytes} {golden.sha256}"
+
+
+def _sizes(transform: Preprocessing) -> tuple[int, ...]:
+    """Sizes of the resize and the crop: one number each if square, else height and width of each."""
+    resized, size = transform.resize_size, transform.image_size
+    if isinstance(resized, int) and isinstance(size, int):
+        return resized, size
+    return *sides(resized), *sides(size)
 
 
 def _tensor(tensor: TensorInfo) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from spach_deploy.bundle.golden import LOGITS
 from spach_deploy.common.errors import UsageError
-from spach_deploy.options.specs import IODtype
+from spach_deploy.options.specs import IODtype, Preprocessing
 from spach_deploy.packaging.triton.config import DATA_TYPES, LABELS_FILE, instance_group, tensor_fields
 from spach_deploy.packaging.triton.options import Device, Ensemble, EnsembleInput, Instances
 from spach_deploy.packaging.triton.schema import model_config
@@ -54,6 +54,11 @@ def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
             f"--ensemble-input pixels: {model.name} takes normalized images.",
             "Export it with --io-dtype uint8, or let the ensemble take the bytes of picture files.",
         )
+    if ensemble.input is EnsembleInput.BYTES and (channels := model.facts.preprocessing.channels) not in (1, 3):
+        raise UsageError(
+            f"--ensemble: {model.name} takes images of {channels} channels, which no picture file has.",
+            "Export it with --io-dtype uint8 and give --ensemble-input pixels.",
+        )
     if not 1 <= k <= model.classes:
         raise UsageError(
             f"--top-k {k} of {model.classes} classes does not exist.",
@@ -71,6 +76,8 @@ def _preprocess(model: ServedModel) -> EnsembleStep:
         "std": transform.std,
         "dtype": tensor.dtype,
     }
+    if transform.interpolation != Preprocessing.interpolation:
+        settings["interpolation"] = transform.interpolation
     config = _step_config(
         f"{model.name}_preprocess",
         model,

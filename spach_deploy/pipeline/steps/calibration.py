@@ -14,7 +14,7 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.calibration_set_checks import check_overlap
 from spach_deploy.data.images import probe_source
-from spach_deploy.data.preprocess import UInt8Array
+from spach_deploy.data.preprocess import Pixels
 from spach_deploy.data.readers import open_images
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.hyperparameters import published
@@ -65,7 +65,7 @@ def scaling_of(options: ExportOptions) -> Scaling:
 def calibrate(
     model: ir.Model, loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, phases: Phases
 ) -> CalibrationResult:
-    """Scales for the FP32 graph `model`, input (B, 3, S, S) float32, from the user's images or a calibration file.
+    """Scales for the FP32 graph `model`, input (B, C, H, W) float32, from the user's images or a calibration file.
 
     Raises UsageError for a file that does not fit, ImageError for images that are unfit.
     """
@@ -194,7 +194,7 @@ def _probe_statistics(
     model: ir.Model, chosen: QuantizableSites, preprocessing: Preprocessing
 ) -> dict[str, TensorStatistics]:
     """Activation statistics on a few built-in photographs, to compare with."""
-    source = probe_source().limit(_USUAL_IMAGES)
+    source = probe_source(preprocessing.channels).limit(_USUAL_IMAGES)
     return collect(model, chosen.wanted, source, preprocessing, CalibrationSettings(histograms=False)).statistics
 
 
@@ -225,7 +225,7 @@ def _reused(
 
 def refuse_overlap(
     quantized: CalibrationResult,
-    pixels: Sequence[UInt8Array],
+    pixels: Sequence[Pixels],
     names: Sequence[str],
     options: ExportOptions,
     phases: Phases,

@@ -12,7 +12,7 @@ from spach_deploy.bundle.golden import Golden
 from spach_deploy.common.errors import ImageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.images import probe_source
-from spach_deploy.data.preprocess import normalize, to_input
+from spach_deploy.data.preprocess import Pixels, normalize, to_input
 from spach_deploy.data.readers import ImageSource, Skipped, batches, open_images
 from spach_deploy.options.specs import ExportOptions, IODtype, Preprocessing
 
@@ -22,18 +22,18 @@ GOLDEN_IMAGES = 8
 
 @dataclasses.dataclass(frozen=True)
 class GoldenImages:
-    """The images that an export is judged on: `pixels` uint8 (N, S, S, 3), `images` normalized float32 (N, 3, S, S)."""
+    """The images that an export is judged on: `pixels` (N, H, W, C), `images` normalized float32 (N, C, H, W)."""
 
     source: ImageSource
     preprocessing: Preprocessing
     names: tuple[str, ...]
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     images: NDArray[np.float32]
     built_in: bool
     skipped: tuple[Skipped, ...] = ()
 
     def engine_input(self, io_dtype: IODtype) -> NDArray[np.generic]:
-        """The images in the engine's input format: (N, 3, S, S) float, or (N, S, S, 3) uint8."""
+        """The images in the engine's input format: (N, C, H, W) float, or (N, H, W, C) uint8."""
         return to_input(self.pixels, self.preprocessing, io_dtype)
 
     def pack(self, logits: NDArray[np.float32], io_dtype: IODtype) -> Golden:
@@ -44,13 +44,15 @@ class GoldenImages:
 def read_images(options: ExportOptions, preprocessing: Preprocessing, phases: Phases) -> GoldenImages:
     """Eight of the user's images, spread evenly over the set, or the built-in photographs. ImageError without any."""
     built_in = options.images is None
-    source = probe_source() if options.images is None else open_images(options.images)
+    source = probe_source(preprocessing.channels) if options.images is None else open_images(options.images)
     chosen = source.limit(GOLDEN_IMAGES)
     parts = list(batches(chosen, preprocessing, GOLDEN_IMAGES))
     if not parts:
         raise ImageError(f"No image could be read from {source.description}.", "Give other --images.")
     note_skipped(chosen.skipped, phases)
     pixels = np.concatenate([part.pixels for part in parts])
+    if pixels.dtype != np.uint8 and options.outputs.io_dtype is IODtype.UINT8:
+        raise ImageError("A graph with --io-dtype uint8 takes levels 0..255, and the images are floats.", "Save uint8.")
     names = tuple(name for part in parts for name in part.names)
     if len(pixels) < GOLDEN_IMAGES:
         phases.note(f"Only {len(pixels)} images to judge on; {GOLDEN_IMAGES} or more tell more.")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from spach_deploy.common.files import parse_json
+from spach_deploy.options.specs import INTERPOLATIONS, Preprocessing, interpolation_text
 from spach_deploy.packaging.triton.check.fields import label_file
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding
 from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository
@@ -193,15 +194,18 @@ def _preprocess(model: ModelFolder, text: str) -> Iterator[RepositoryFinding]:
     output = model.config.output[0]
     try:
         settings = parse_json(text)
-        size, dtype = int(settings["image_size"]), str(settings["dtype"])
-        int(settings["resize_size"])
-        if not len(settings["mean"]) == len(settings["std"]) == 3 or 0 in settings["std"]:
+        (height, width), dtype = _sides(settings["image_size"]), str(settings["dtype"])
+        _sides(settings["resize_size"])
+        channels = len(settings["mean"])
+        if channels not in (1, 3) or len(settings["std"]) != channels or 0 in settings["std"]:
+            raise ValueError
+        if settings.get("interpolation", Preprocessing.interpolation) not in map(interpolation_text, INTERPOLATIONS):
             raise ValueError
     except (ValueError, TypeError, KeyError):
-        what = "sizes, mean, std and dtype as JSON"
+        what = "sizes, interpolation, mean, std and dtype as JSON"
         yield model.finding('parameters["preprocessing"]', "what cannot be read", what, _AGAIN)
         return
-    wanted = [size, size, 3] if dtype == "uint8" else [3, size, size]
+    wanted = [height, width, channels] if dtype == "uint8" else [channels, height, width]
     have = (data_type_name(output.data_type), list(output.dims))
     if have != (DATA_TYPES.get(dtype), wanted):
         yield model.finding(
@@ -210,6 +214,12 @@ def _preprocess(model: ModelFolder, text: str) -> Iterator[RepositoryFinding]:
             f"the output's {have[0]} {shown(have[1])}",
             _AGAIN,
         )
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """(height, width) of a size in the settings: a square's side, or both."""
+    height, width = size if isinstance(size, list) else (size, size)
+    return int(height), int(width)
 
 
 def _top_k(model: ModelFolder, parameters: dict[str, str]) -> Iterator[RepositoryFinding]:

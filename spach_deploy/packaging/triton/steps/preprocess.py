@@ -1,6 +1,6 @@
 """Triton step of spach-deploy: the bytes of a picture's file -> the model's input.
 
-The published evaluation transform: shorter side resized with antialiased bicubic, centre crop, scaled to 0..1 and
+The model's evaluation transform: resized until the picture just covers a size, centre crop, scaled to 0..1 and
 normalized by channel; or the cropped pixels as they are, where the model takes uint8. It gives what spach-deploy gives
 for the same picture, to the last bit. EXIF orientation and colour profiles are not applied, transparency is dropped.
 
@@ -22,6 +22,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2 * 89_478_485
 MAX_ASPECT = 200
 _WIDE_MODES = ("I", "F")
+_DEFAULT = "bicubic, antialiased"
 
 
 class PictureError(ValueError):
@@ -29,39 +30,52 @@ class PictureError(ValueError):
 
 
 class Transform:
-    """The transform, from the JSON that stands in config.pbtxt: sizes in pixels, mean and std of RGB in 0..1."""
+    """The transform, from the JSON that stands in config.pbtxt.
+
+    Sizes in pixels, a square's side or [height, width]; mean and std in 0..1 for each of three channels or one, grey.
+    """
 
     def __init__(self, settings: str) -> None:
         content = json.loads(settings)
-        self.image_size = int(content["image_size"])
-        self.resize_size = int(content["resize_size"])
+        self.image_size = _sides(content["image_size"])
+        self.resize_size = _sides(content["resize_size"])
+        self.interpolation = str(content.get("interpolation", _DEFAULT)).split(",")[0]
         self.mean = np.asarray(content["mean"], np.float32)
         self.std = np.asarray(content["std"], np.float32)
         self.dtype = np.dtype(content["dtype"])
 
     def __call__(self, data: bytes) -> npt.NDArray[Any]:
-        """Bytes of a file -> (3, S, S) float, or (S, S, 3) uint8. PictureError where they are no picture."""
+        """Bytes of a file -> (C, H, W) float, or (H, W, C) uint8. PictureError where they are no picture."""
         pixels = self.pixels(data)
         if self.dtype == np.uint8:
             return pixels
         scaled = (pixels.astype(np.float32) / np.float32(255) - self.mean) / self.std
-        return np.ascontiguousarray(scaled.transpose(2, 0, 1)).astype(self.dtype)  # (S, S, 3) -> (3, S, S)
+        return np.ascontiguousarray(scaled.transpose(2, 0, 1)).astype(self.dtype)  # (H, W, C) -> (C, H, W)
 
     def pixels(self, data: bytes) -> npt.NDArray[np.uint8]:
-        """Bytes of a file -> uint8 RGB (S, S, 3)."""
+        """Bytes of a file -> uint8 (H, W, C), RGB or grey."""
         from PIL import Image
 
         image = _decoded(data)
-        resized = image.resize(self._resized(image.width, image.height), Image.Resampling.BICUBIC)
-        left, top = round((resized.width - self.image_size) / 2), round((resized.height - self.image_size) / 2)
-        cropped = resized.crop((left, top, left + self.image_size, top + self.image_size))
-        return np.array(cropped, dtype=np.uint8)
+        if len(self.mean) == 1:
+            image = image.convert("L")
+        resized = image.resize(self._resized(image.width, image.height), Image.Resampling[self.interpolation.upper()])
+        height, width = self.image_size
+        left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
+        cropped = resized.crop((left, top, left + width, top + height))
+        return np.array(cropped, dtype=np.uint8).reshape(height, width, -1)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        shorter = self.resize_size
-        if width <= height:
-            return shorter, int(shorter * height / width)
-        return int(shorter * width / height), shorter
+        to_height, to_width = self.resize_size
+        if width * to_height <= height * to_width:
+            return to_width, int(to_width * height / width)
+        return int(to_height * width / height), to_height
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """(height, width) of a size in the settings."""
+    height, width = size if isinstance(size, list) else (size, size)
+    return int(height), int(width)
 
 
 def _decoded(data: bytes) -> Any:

@@ -65,8 +65,9 @@ int spach_engine_model(const spach_engine* engine, spach_model* model, spach_err
   return call(error, [&]() -> Status {
     if (engine == nullptr || model == nullptr) return null_pointer();
     const spach::ModelFacts& facts = engine->engine.facts();
-    *model = {facts.image_size, facts.classes(),     facts.batch.min,
-              facts.batch.max,  facts.input.bytes(), facts.outputs.size()};
+    *model = {facts.image_height, facts.image_width, facts.channels(),
+              facts.classes(),    facts.batch.min,   facts.batch.max,
+              facts.input.bytes(), facts.outputs.size()};
     return Done{};
   });
 }

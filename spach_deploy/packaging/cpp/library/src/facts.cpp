@@ -18,6 +18,7 @@ constexpr int kMostBatch = 1 << 16;
 constexpr int kMostSide = 1 << 14;
 constexpr std::uint64_t kMostBytes = std::uint64_t{1} << 40;
 constexpr std::size_t kMostOutputs = 16;
+constexpr std::size_t kMostChannels = 4096;
 
 // The words of one line, taken one after another. A word that is missing or not what was asked for
 // makes the whole line bad, which is looked at once, at its end.
@@ -120,9 +121,32 @@ BatchFacts read_batch(Line& line) {
   return batch;
 }
 
-std::array<double, 3> read_channels(Line& line) {
-  const double red = line.number(), green = line.number(), blue = line.number();
-  return {red, green, blue};
+// A number for each channel.
+std::vector<double> read_channels(Line& line) {
+  std::vector<double> values = {line.number()};
+  while (line.more() && values.size() < kMostChannels) values.push_back(line.number());
+  return values;
+}
+
+// `256 224`, or for what is not square `resize-height resize-width height width`.
+void read_sizes(Line& line, ModelFacts& facts) {
+  facts.resize_height = facts.resize_width = line.small(1, kMostSide);
+  facts.image_height = facts.image_width = line.small(1, kMostSide);
+  if (line.more()) {
+    facts.resize_width = facts.image_height;
+    facts.image_height = line.small(1, kMostSide);
+    facts.image_width = line.small(1, kMostSide);
+  }
+  if (facts.image_height > facts.resize_height || facts.image_width > facts.resize_width)
+    line.refuse();
+}
+
+Interpolation read_interpolation(Line& line) {
+  const std::string text = line.word();
+  if (text == "bilinear") return Interpolation::bilinear;
+  if (text == "nearest") return Interpolation::nearest;
+  if (text != "bicubic") line.refuse();
+  return Interpolation::bicubic;
 }
 
 // One line's entry into `facts`. False for a key that is not known.
@@ -151,8 +175,9 @@ bool read_entry(const std::string& key, Line& line, ModelFacts& facts) {
     if (output.tensor.dtype != DType::int64) output.tolerance = read_tolerance(line);
     facts.outputs.push_back(std::move(output));
   } else if (key == "resize") {
-    facts.resize_size = line.small(1, kMostSide);
-    facts.image_size = line.small(1, facts.resize_size);
+    read_sizes(line, facts);
+  } else if (key == "interpolation") {
+    facts.interpolation = read_interpolation(line);
   } else if (key == "pillow") {
     facts.pillow = line.small(1, 9999);
   } else if (key == "mean") {
@@ -182,10 +207,14 @@ Error malformed(const std::string& what) {
 
 // Whether the input is one that preprocessing can make, and the outputs can be told apart.
 Status check_tensors(const ModelFacts& facts) {
-  const std::int64_t side = facts.image_size;
+  const std::int64_t height = facts.image_height, width = facts.image_width;
+  const std::int64_t channels = facts.channels();
   const bool pixels = facts.input.dtype == DType::uint8;
   const std::vector<std::int64_t> wanted =
-      pixels ? std::vector<std::int64_t>{side, side, 3} : std::vector<std::int64_t>{3, side, side};
+      pixels ? std::vector<std::int64_t>{height, width, channels}
+             : std::vector<std::int64_t>{channels, height, width};
+  if (facts.stddev.size() != facts.mean.size())
+    return malformed("has a mean and a std of different numbers of channels");
   if (facts.input.dtype == DType::int64 || facts.input.shape != wanted)
     return malformed("describes an input that no picture of the model's size becomes");
   std::set<std::string> names = {facts.input.name};

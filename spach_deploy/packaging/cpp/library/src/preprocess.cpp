@@ -18,9 +18,8 @@ constexpr std::int64_t kMostAspect = 200;
 // Weights are fixed-point numbers with so many bits behind the point: eight bits of a pixel and two
 // of headroom for the filter's overshoot leave 22 of 32.
 constexpr int kPrecisionBits = 32 - 8 - 2;
-constexpr double kBicubicSupport = 2.0;
 
-using Levels = std::vector<std::uint8_t>;  // RGB8, rows without gaps
+using Levels = std::vector<std::uint8_t>;  // pixels, rows without gaps
 
 double bicubic(double x) {
   constexpr double a = -0.5;
@@ -30,6 +29,21 @@ double bicubic(double x) {
   return 0.0;
 }
 
+double bilinear(double x) {
+  x = std::abs(x);
+  return x < 1.0 ? 1.0 - x : 0.0;
+}
+
+struct Filter {
+  double (*weight)(double);
+  double support;
+};
+
+Filter filter_of(Interpolation interpolation) {
+  if (interpolation == Interpolation::bilinear) return {bilinear, 1.0};
+  return {bicubic, 2.0};
+}
+
 // Which inputs an output pixel is made of, and in what proportion.
 struct Taps {
   int first = 0;
@@ -37,10 +51,10 @@ struct Taps {
 };
 
 // The taps of output `at` where `in` pixels become `out`: Pillow's, rounding for rounding.
-Taps taps_of(int at, int in, int out) {
+Taps taps_of(int at, int in, int out, const Filter& filter) {
   const double scale = static_cast<double>(in) / out;
   const double filter_scale = std::max(scale, 1.0);  // widened when shrinking: the antialiasing
-  const double support = kBicubicSupport * filter_scale;
+  const double support = filter.support * filter_scale;
   const double centre = (at + 0.5) * scale;
   const double step = 1.0 / filter_scale;
   const int first = std::max(static_cast<int>(centre - support + 0.5), 0);
@@ -49,7 +63,7 @@ Taps taps_of(int at, int in, int out) {
   std::vector<double> exact;
   double sum = 0.0;
   for (int x = first; x < last; ++x) {
-    exact.push_back(bicubic((x - centre + 0.5) * step));
+    exact.push_back(filter.weight((x - centre + 0.5) * step));
     sum += exact.back();
   }
   Taps taps;
@@ -62,11 +76,25 @@ Taps taps_of(int at, int in, int out) {
   return taps;
 }
 
-// Taps of the outputs `start` to `start + count`: the crop's, the others are never looked at.
-std::vector<Taps> taps_of_crop(int start, int count, int in, int out) {
+// The nearest input of each output, as a tap of its whole weight. Pillow adds up positions, rounding
+// for rounding.
+std::vector<Taps> nearest_taps(int start, int count, int in, int out) {
   std::vector<Taps> taps;
   taps.reserve(static_cast<std::size_t>(count));
-  for (int i = 0; i < count; ++i) taps.push_back(taps_of(start + i, in, out));
+  const double scale = static_cast<double>(in) / out;
+  double position = scale * 0.5;
+  for (int at = 0; at < start + count; ++at, position += scale)
+    if (at >= start) taps.push_back({std::min(static_cast<int>(position), in - 1), {1 << kPrecisionBits}});
+  return taps;
+}
+
+// Taps of the outputs `start` to `start + count`: the crop's, the others are never looked at.
+std::vector<Taps> taps_of_crop(int start, int count, int in, int out, Interpolation interpolation) {
+  if (interpolation == Interpolation::nearest) return nearest_taps(start, count, in, out);
+  std::vector<Taps> taps;
+  taps.reserve(static_cast<std::size_t>(count));
+  const Filter filter = filter_of(interpolation);
+  for (int i = 0; i < count; ++i) taps.push_back(taps_of(start + i, in, out, filter));
   return taps;
 }
 
@@ -84,17 +112,25 @@ int half_to_even(int difference) {
   return half + (difference % 2 != 0 && half % 2 != 0 ? 1 : 0);
 }
 
-Status check_image(const Image& image) {
+std::size_t row_bytes(const Image& image) {
+  return static_cast<std::size_t>(image.channels) * static_cast<std::size_t>(image.width);
+}
+
+Status check_image(const Image& image, int channels) {
   const std::int64_t width = image.width, height = image.height;
   const std::string size = std::to_string(width) + " x " + std::to_string(height);
   if (image.rgb == nullptr) return Error{ErrorCode::bad_argument, "The picture is a null pointer."};
+  if (image.channels != channels && !(channels == 1 && image.channels == 3))
+    return Error{ErrorCode::bad_argument,
+                 "The picture has " + std::to_string(image.channels) +
+                     " channels, and the model takes " + std::to_string(channels) + "."};
   if (width < 1 || height < 1)
     return Error{ErrorCode::bad_argument, "The picture has no pixels (" + size + ")."};
   if (width * height > kMostPixels)
     return Error{ErrorCode::bad_argument, "The picture is too large (" + size + " pixels)."};
   if (std::max(width, height) > kMostAspect * std::min(width, height))
     return Error{ErrorCode::bad_argument, "The picture is too elongated (" + size + ")."};
-  if (image.stride != 0 && image.stride < 3 * static_cast<std::size_t>(width))
+  if (image.stride != 0 && image.stride < row_bytes(image))
     return Error{ErrorCode::bad_argument, "The picture's rows overlap: the stride is too small."};
   return Done{};
 }
@@ -106,15 +142,17 @@ struct Rows {
 };
 
 // Every row's `columns`, whose taps count from column `origin`: `count` rows of columns.size()
-// pixels.
-Levels across(Rows from, int count, const std::vector<Taps>& columns, int origin) {
-  Levels result(3 * columns.size() * static_cast<std::size_t>(count));
+// pixels of `channels` bytes.
+Levels across(Rows from, int count, const std::vector<Taps>& columns, int origin,
+              std::size_t channels) {
+  Levels result(channels * columns.size() * static_cast<std::size_t>(count));
   std::uint8_t* to = result.data();
   for (int y = 0; y < count; ++y, from.first += from.stride)
     for (const Taps& taps : columns)
-      for (std::size_t channel = 0; channel < 3; ++channel)
-        *to++ = apply(taps,
-                      from.first + 3 * static_cast<std::size_t>(taps.first - origin) + channel, 3);
+      for (std::size_t channel = 0; channel < channels; ++channel)
+        *to++ = apply(
+            taps, from.first + channels * static_cast<std::size_t>(taps.first - origin) + channel,
+            channels);
   return result;
 }
 
@@ -138,39 +176,67 @@ int end_of(const std::vector<Taps>& taps) {
   return taps.back().first + static_cast<int>(taps.back().weights.size());
 }
 
-// Resize the shorter side to `shorter`, cut `crop` x `crop` out of the middle. In two passes with
-// whole levels between them, so that their order shows: Pillow's, that changed with version 13.
-Levels resize_and_crop(const Image& image, int shorter, int crop, int pillow) {
-  const std::int64_t width = image.width, height = image.height;
-  const bool upright = width <= height;
-  const int to_width = upright ? shorter : static_cast<int>(shorter * width / height);
-  const int to_height = upright ? static_cast<int>(shorter * height / width) : shorter;
-  const auto columns = taps_of_crop(half_to_even(to_width - crop), crop, image.width, to_width);
-  const auto rows = taps_of_crop(half_to_even(to_height - crop), crop, image.height, to_height);
-  const std::size_t stride = image.stride != 0 ? image.stride : 3 * static_cast<std::size_t>(width);
+// RGB to grey, as Pillow converts to "L".
+Levels grey_of(const Image& image) {
+  Levels result;
+  result.reserve(static_cast<std::size_t>(image.width) * static_cast<std::size_t>(image.height));
+  const std::size_t stride = image.stride != 0 ? image.stride : row_bytes(image);
+  for (int y = 0; y < image.height; ++y) {
+    const std::uint8_t* row = image.rgb + static_cast<std::size_t>(y) * stride;
+    for (int x = 0; x < image.width; ++x, row += 3) {
+      const std::uint32_t sum = 19595u * row[0] + 38470u * row[1] + 7471u * row[2];
+      result.push_back(static_cast<std::uint8_t>((sum + 0x8000u) >> 16));
+    }
+  }
+  return result;
+}
 
-  const std::int64_t saved_rows = height - to_height, saved_columns = width - to_width;
+struct Size {
+  int height;
+  int width;
+};
+
+// The size of a picture that was resized, in its shape, until it just covers `cover`.
+Size resized_size(const Image& image, const Size& cover) {
+  const std::int64_t width = image.width, height = image.height;
+  if (width * cover.height <= height * cover.width)
+    return {static_cast<int>(cover.width * height / width), cover.width};
+  return {cover.height, static_cast<int>(cover.height * width / height)};
+}
+
+// Resize to `to`, cut `crop` out of the middle. In two passes with whole levels between them, so
+// that their order shows: Pillow's, that changed with version 13.
+Levels resize_and_crop(const Image& image, const Size& to, const Size& crop,
+                       Interpolation interpolation, int pillow) {
+  const auto columns = taps_of_crop(half_to_even(to.width - crop.width), crop.width, image.width,
+                                    to.width, interpolation);
+  const auto rows = taps_of_crop(half_to_even(to.height - crop.height), crop.height, image.height,
+                                 to.height, interpolation);
+  const std::size_t stride = image.stride != 0 ? image.stride : row_bytes(image);
+  const auto channels = static_cast<std::size_t>(image.channels);
+
+  const std::int64_t saved_rows = image.height - to.height, saved_columns = image.width - to.width;
   if (pillow >= 13 && saved_rows > 0 && saved_rows > 2 * saved_columns) {
     const auto left = static_cast<std::size_t>(first_of(columns));
-    const std::size_t bytes = 3 * (static_cast<std::size_t>(end_of(columns)) - left);
-    const Levels low = down({image.rgb + 3 * left, stride}, bytes, rows, 0);
-    return across({low.data(), bytes}, crop, columns, first_of(columns));
+    const std::size_t bytes = channels * (static_cast<std::size_t>(end_of(columns)) - left);
+    const Levels low = down({image.rgb + channels * left, stride}, bytes, rows, 0);
+    return across({low.data(), bytes}, crop.height, columns, first_of(columns), channels);
   }
   const int top = first_of(rows);
   const Rows used{image.rgb + static_cast<std::size_t>(top) * stride, stride};
-  const Levels narrow = across(used, end_of(rows) - top, columns, 0);
-  const std::size_t bytes = 3 * columns.size();
+  const Levels narrow = across(used, end_of(rows) - top, columns, 0, channels);
+  const std::size_t bytes = channels * columns.size();
   return down({narrow.data(), bytes}, bytes, rows, top);
 }
 
 // RGB RGB ... -> RR.. GG.. BB..
 template <typename T, typename Convert>
-void write_planes(const Levels& pixels, void* destination, Convert convert) {
-  const std::size_t plane = pixels.size() / 3;
+void write_planes(const Levels& pixels, std::size_t channels, void* destination, Convert convert) {
+  const std::size_t plane = pixels.size() / channels;
   auto* to = static_cast<char*>(destination);  // the caller's memory may be of any alignment
-  for (std::size_t channel = 0; channel < 3; ++channel) {
+  for (std::size_t channel = 0; channel < channels; ++channel) {
     for (std::size_t i = 0; i < plane; ++i, to += sizeof(T)) {
-      const T value = convert(channel, pixels[3 * i + channel]);
+      const T value = convert(channel, pixels[channels * i + channel]);
       std::memcpy(to, &value, sizeof value);
     }
   }
@@ -179,11 +245,15 @@ void write_planes(const Levels& pixels, void* destination, Convert convert) {
 }  // namespace
 
 Preprocessor::Preprocessor(const ModelFacts& facts)
-    : image_size_(facts.image_size),
-      resize_size_(facts.resize_size),
+    : image_height_(facts.image_height),
+      image_width_(facts.image_width),
+      resize_height_(facts.resize_height),
+      resize_width_(facts.resize_width),
+      interpolation_(facts.interpolation),
+      channels_(facts.channels()),
       pillow_(facts.pillow),
       dtype_(facts.input.dtype) {
-  for (std::size_t channel = 0; channel < 3; ++channel) {
+  for (std::size_t channel = 0; channel < facts.mean.size(); ++channel) {
     const auto mean = static_cast<float>(facts.mean[channel]);
     const auto stddev = static_cast<float>(facts.stddev[channel]);
     for (int level = 0; level < 256; ++level)
@@ -193,8 +263,14 @@ Preprocessor::Preprocessor(const ModelFacts& facts)
 
 Result<std::vector<std::uint8_t>> Preprocessor::pixels(const Image& image) const noexcept {
   return guarded([&]() -> Result<std::vector<std::uint8_t>> {
-    if (Status status = check_image(image); !status) return status.error();
-    return resize_and_crop(image, resize_size_, image_size_, pillow_);
+    if (Status status = check_image(image, channels_); !status) return status.error();
+    const Size to = resized_size(image, {resize_height_, resize_width_});
+    const Size crop{image_height_, image_width_};
+    if (image.channels == channels_)
+      return resize_and_crop(image, to, crop, interpolation_, pillow_);
+    const Levels grey = grey_of(image);
+    const Image picture{grey.data(), image.width, image.height, 0, 1};
+    return resize_and_crop(picture, to, crop, interpolation_, pillow_);
   });
 }
 
@@ -202,17 +278,19 @@ Status Preprocessor::write(const Image& image, void* destination) const noexcept
   Result<std::vector<std::uint8_t>> result = pixels(image);
   if (!result) return result.error();
   const Levels& levels = *result;
+  const auto channels = static_cast<std::size_t>(channels_);
   const auto normalized = [this](std::size_t channel, std::uint8_t level) {
     return normalized_[256 * channel + level];
   };
   if (dtype_ == DType::uint8) {
     std::memcpy(destination, levels.data(), levels.size());
   } else if (dtype_ == DType::float16) {
-    write_planes<std::uint16_t>(levels, destination, [&](std::size_t channel, std::uint8_t level) {
+    const auto half = [&](std::size_t channel, std::uint8_t level) {
       return half_from_float(normalized(channel, level));
-    });
+    };
+    write_planes<std::uint16_t>(levels, channels, destination, half);
   } else {
-    write_planes<float>(levels, destination, normalized);
+    write_planes<float>(levels, channels, destination, normalized);
   }
   return Done{};
 }

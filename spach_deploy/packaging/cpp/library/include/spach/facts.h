@@ -1,7 +1,6 @@
 // What a model folder says of its model: the content of model.txt.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -13,6 +12,9 @@
 namespace spach {
 
 enum class DType { float32, float16, uint8, int64 };
+
+// How pictures are resized; bicubic and bilinear with antialiasing.
+enum class Interpolation { bicubic, bilinear, nearest };
 
 std::size_t size_of(DType dtype) noexcept;
 const char* name_of(DType dtype) noexcept;
@@ -61,16 +63,20 @@ struct ModelFacts {
   BatchFacts batch;
   TensorFacts input;
   std::vector<OutputFacts> outputs;  // "logits" is one of them
-  int image_size = 0;
-  int resize_size = 0;
+  int image_height = 0;
+  int image_width = 0;
+  int resize_height = 0;  // a resized picture just covers this
+  int resize_width = 0;
+  Interpolation interpolation = Interpolation::bicubic;
   int pillow = 0;  // major version of the Pillow whose pixels the model was validated with
-  std::array<double, 3> mean{};
-  std::array<double, 3> stddev{};
+  std::vector<double> mean;  // of each channel
+  std::vector<double> stddev;
   FileFacts plan;
   FileFacts golden;
 
   const OutputFacts& logits() const noexcept;
   int classes() const noexcept;
+  int channels() const noexcept { return static_cast<int>(mean.size()); }
   bool takes_pixels() const noexcept { return input.dtype == DType::uint8; }
 };
 

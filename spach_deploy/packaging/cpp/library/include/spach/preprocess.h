@@ -1,4 +1,4 @@
-// From RGB8 pixels of any size to what the model takes.
+// From pixels of a picture of any size to what the model takes.
 #pragma once
 
 #include <cstddef>
@@ -10,33 +10,39 @@
 
 namespace spach {
 
-// Pixels that the caller owns: rows from top to bottom, three bytes a pixel, red first.
+// Pixels that the caller owns: rows from top to bottom, three bytes a pixel, red first; or as many
+// bytes as the model has channels. A model of one channel takes RGB too, and makes it grey.
 struct Image {
   const std::uint8_t* rgb = nullptr;
   int width = 0;
   int height = 0;
-  std::size_t stride = 0;  // bytes from row to row; 0: 3 * width
+  std::size_t stride = 0;  // bytes from row to row; 0: channels * width
+  int channels = 3;        // bytes of a pixel
 };
 
-// The published evaluation transform: shorter side to resize_size with antialiased bicubic, centre
+// The model's evaluation transform: resize until the picture just covers the resize size, centre
 // crop, scale to 0..1, normalize by channel. The resize computes as Pillow does, in the same fixed
 // point, so that its pixels are Pillow's pixels. Use from several threads at once is safe.
 class Preprocessor {
  public:
   explicit Preprocessor(const ModelFacts& facts);
 
-  // The resized and cropped picture, image_size x image_size RGB8.
+  // The resized and cropped picture, height x width x channels.
   Result<std::vector<std::uint8_t>> pixels(const Image& image) const noexcept;
 
   // Writes one image's input, input.bytes() of them, to `destination`.
   Status write(const Image& image, void* destination) const noexcept;
 
  private:
-  int image_size_;
-  int resize_size_;
+  int image_height_;
+  int image_width_;
+  int resize_height_;
+  int resize_width_;
+  Interpolation interpolation_;
+  int channels_;
   int pillow_;
   DType dtype_;
-  std::vector<float> normalized_;  // (3, 256): what a channel's level becomes
+  std::vector<float> normalized_;  // (channels, 256): what a channel's level becomes
 };
 
 }  // namespace spach

@@ -27,7 +27,9 @@ typedef struct spach_prediction {
 } spach_prediction;
 
 typedef struct spach_model {
-  int image_size;
+  int image_height;
+  int image_width;
+  int channels;
   int classes;
   int batch_min;
   int batch_max;
