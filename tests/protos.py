@@ -191,6 +191,8 @@ def quantize_graph(model: ModelProto, *arguments: Any, **options: Any) -> Quanti
     return QuantizedGraph(message(made.model), made.plan)
 
 
-def map_interface(graph: ModelProto, num_classes: int, image_size: int) -> external_graph.MatchedGraph:
+def map_interface(
+    graph: ModelProto, num_classes: int, pixel_shape: tuple[int, int, int]
+) -> external_graph.MatchedGraph:
     """`external_graph.map_interface`."""
-    return external_graph.map_interface(ir.from_proto(graph), num_classes, image_size)
+    return external_graph.map_interface(ir.from_proto(graph), num_classes, pixel_shape)

@@ -27,6 +27,7 @@ TYPES: dict[Kind, Any] = {
     Kind.BATCHES: Batches,
     Kind.REPEATED: Texts,
     Kind.WHOLE: int,
+    Kind.SIZE: int | tuple[int, int],
     Kind.REAL: float,
     Kind.PATH: FilePath,
     Kind.SWITCH: bool,
@@ -91,6 +92,7 @@ def test_values_are_what_a_python_user_writes() -> None:
         "mean": "0.5,0.25,0.1",
         "workspace": "1073741824",
     }
+    assert values(image_size=(192, 256), std=0.25) == {"image_size": "192x256", "std": "0.25"}
     assert values(ignore="head*", keep_float=["a", "b"], batch=4) == {
         "ignore": ("head*",),
         "keep_float": ("a", "b"),
@@ -106,6 +108,9 @@ def test_values_are_what_a_python_user_writes() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
+        ({"image_size": (64, 64.0)}, "image_size = 64.0 is not a whole number. See docs/python.md."),
+        ({"image_size": (64, 64, 64)}, "image_size = [64, 64, 64] is no height and width."),
+        ({"crop": 1.5}, "crop = 1.5 is out of range. Give 0.1 to 1."),
         ({"image_size": 64.0}, "image_size = 64.0 is not a whole number. See docs/python.md."),
         ({"precision": "fp12"}, "precision = 'fp12' is unknown. One of fp32, fp16, bf16, int8, fp8."),
         ({"top_k": 0}, "top_k = 0 is out of range. Give 1 or more."),

@@ -436,11 +436,11 @@ def _check_images(stored: _Stored, path: Path) -> None:
     is_first = len(stored.shape) == 4 and stored.shape[1] in (1, 3) and stored.shape[3] > 4  # channels, not rows
     if stored.dtype not in _DTYPES or len(stored.shape) != 4 or is_first:
         raise ImageError(
-            f"{what}; images must be (N, H, W, C), uint8 or floats in 0..1.", "Save RGB pixels 0..255 as uint8."
+            f"{what}; images must be uint8 (N, H, W, C), or floats in 0..1.", "Save RGB pixels 0..255 as uint8."
         )
-    if stored.shape[3] > MOST_CHANNELS:
-        raise ImageError(f"{what}; more than {MOST_CHANNELS} channels.", "Save channels last: (N, H, W, C).")
-    if not all(stored.shape):
+    if not 1 <= stored.shape[3] <= MOST_CHANNELS:
+        raise ImageError(f"{what}; not 1 to {MOST_CHANNELS} channels.", "Save channels last: (N, H, W, C).")
+    if stored.shape[0] < 1:
         raise ImageError(f"{what}: no image.", _WANTED)
     preprocess.check_size(stored.shape[2], stored.shape[1])
 

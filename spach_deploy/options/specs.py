@@ -382,6 +382,13 @@ def parse_image_size(text: str) -> ImageSize:
     return size_of_sides(numbers[0], numbers[-1])
 
 
+def parse_crop(crop: float) -> float:
+    """A part of the resized picture to keep. UsageError for one that is out of range."""
+    if problem := crop_problem(crop):
+        raise UsageError(f"--crop {problem}.", "Give --crop 0.875, or 1 for all of it.")
+    return crop
+
+
 def crop_problem(crop: float) -> str:
     """What is wrong with a part of the resized picture to keep, as a clause; empty if nothing."""
     return "" if SMALLEST_CROP <= crop <= 1 else f"{crop:g} is not in {SMALLEST_CROP:g}..1"

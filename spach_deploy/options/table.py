@@ -29,6 +29,7 @@ from spach_deploy.options.specs import (
     Precision,
     WeightSource,
     parse_channels,
+    parse_crop,
     parse_image_size,
     parse_size,
 )
@@ -210,7 +211,7 @@ TABLE: tuple[Option, ...] = (
         Option("--std", Kind.TEXT, "Standard deviation of the pixels that training divided by.",
                "model.hyperparameters.std", metavar="R,G,B", parse=functools.partial(parse_channels, "--std")),
         Option("--crop", Kind.REAL, "Part of the resized picture's shorter side that is kept; 1: all of it.",
-               "model.hyperparameters.crop", metavar="X", least=SMALLEST_CROP, most=1, shown="0.875"),
+               "model.hyperparameters.crop", metavar="X", least=SMALLEST_CROP, most=1, shown="0.875", parse=parse_crop),
         Option("--interpolation", Kind.CHOICE, "How pictures are resized.", "model.hyperparameters.interpolation",
                choices=INTERPOLATIONS, shown="bicubic"),
     ),

@@ -181,7 +181,7 @@ def test_a_hostile_manifest_is_one_sentence(text: str, reason: str) -> None:
         ("model", {"image_size": 32}, "preprocessing: image_size is 224, and the model's is 32"),
         ("batch", {"max": 10**9}, "batch: max is 1000000000, not 1 to 999,999"),
         ("batch", {"most": 8}, "batch: it has not min, opt and max alone"),
-        ("preprocessing", {"std": [0, 0, 0]}, "preprocessing: std is [0, 0, 0], not three positive numbers"),
+        ("preprocessing", {"std": [0, 0, 0]}, "preprocessing: std is [0, 0, 0], not positive numbers"),
         ("preprocessing", {"mean": None}, "preprocessing.mean: expected array, got null"),
         ("files", None, "files: expected object, got null"),
     ],

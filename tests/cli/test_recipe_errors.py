@@ -32,7 +32,7 @@ model = "ms_hybrid_s"
 checkpoint = "weights.pth"
 weights = "ema"
 ignore = ["head_dist.*"]
-image_size = 256
+image_size = [192, 256]
 num_classes = 10
 heads = 3
 qk_scale = 0.25
@@ -40,6 +40,8 @@ activation = "gelu-tanh"
 norm_eps = 1e-5
 mean = "0.5,0.5,0.5"
 std = "0.25,0.25,0.25"
+crop = 0.95
+interpolation = "bilinear"
 answers = "answers.npz"
 precision = "bf16"
 io_dtype = "uint8"
@@ -95,8 +97,9 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     values = made.model.hyperparameters
     assert (values.heads, values.qk_scale, values.activation, values.norm_eps) == (3, 0.25, "gelu-tanh", 1e-5)
     assert (values.mean, values.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert (values.crop, values.interpolation) == (0.95, "bilinear")
     path, ignore = tmp_path / "weights.pth", ("head_dist.*",)
-    assert made.model == ModelSpec("ms_hybrid_s", path, WeightSource.EMA, 256, 10, ignore, values)
+    assert made.model == ModelSpec("ms_hybrid_s", path, WeightSource.EMA, (192, 256), 10, ignore, values)
     assert made.answers == tmp_path / "answers.npz"
     assert made.precision is Precision.BF16
     assert dataclasses.astuple(made.outputs) == (IODtype.UINT8, 5, True)
@@ -170,6 +173,10 @@ WRONG: list[tuple[str, str, str]] = [
     ('image_size = "224"', "image_size = '224' is not a whole number", "See export/README.md"),
     ("image_size = true", "image_size = True is not a whole number", "See export/README.md"),
     ("image_size = 0", "image_size = 0 is out of range", "Give 1 to 16384"),
+    ("image_size = [192, 0]", "image_size = 0 is out of range", "Give 1 to 16384"),
+    ("image_size = [192]", "image_size = [192] is no height and width", "Give a whole number, or a list of two"),
+    ('interpolation = "lanczos"', "interpolation = 'lanczos' is unknown", "One of bicubic, bilinear, nearest"),
+    ("crop = nan", "crop nan is not in 0.1..1", ""),
     ("num_classes = 1000001", "num_classes = 1000001 is out of range", "Give 1 to 1000000"),
     ('mean = "0.5,nan,0.5"', "--mean nan is not in 0..1", "Divide values of 0 to 255 by 255"),
     ("top_k = -1", "top_k = -1 is out of range", "Give 1 or more"),

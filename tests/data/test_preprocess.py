@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.data import preprocess
-from spach_deploy.options.specs import IODtype, Preprocessing
+from spach_deploy.options.specs import INTERPOLATIONS, IODtype, Preprocessing, channel_statistics
 
 GOLDEN = np.load(Path(__file__).parent / "golden_preprocess.npz")
 
@@ -47,6 +48,85 @@ def test_golden_file_holds_pictures() -> None:
 )
 def test_longer_side_is_rounded_down(width: int, height: int, expected: tuple[int, int]) -> None:
     assert preprocess.resized_size(width, height, 256) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [
+        (640, 480, (292, 219)),
+        (640, 427, (328, 219)),
+        (427, 640, (292, 437)),
+        (292, 219, (292, 219)),
+        (3, 2, (328, 219)),
+    ],
+)
+def test_a_rectangle_is_just_covered(width: int, height: int, expected: tuple[int, int]) -> None:
+    assert preprocess.resized_size(width, height, (219, 292)) == expected
+
+
+def test_published_sizes_are_those_of_an_eighth_more() -> None:
+    """The crop is a part of the resized picture, as timm's crop_pct; the published evaluation keeps 0.875."""
+    assert all(Preprocessing.for_size(s).resize_size == int(s * 256 / 224) for s in range(1, 2049))
+    assert Preprocessing.for_size(224, crop=0.95).resize_size == 235
+    assert Preprocessing.for_size(224, crop=1).resize_size == 224
+    assert Preprocessing.for_size((192, 256)).resize_size == (219, 292)
+    assert Preprocessing.for_size((64, 64)) == Preprocessing.for_size(64)
+
+
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rectangles_and_interpolations_are_pillows(name: str, channels: int) -> None:
+    transform = Preprocessing.for_size((48, 80), *channel_statistics(channels), crop=0.9, interpolation=name)
+    for width, height in [(500, 300), (300, 500), (10, 7), (90, 54)]:
+        image = gradient(width, height).convert("L" if channels == 1 else "RGB")
+        to_width, to_height = preprocess.resized_size(width, height, (53, 88))
+        resized = image.resize((to_width, to_height), Image.Resampling[name.upper()])
+        left, top = round((to_width - 80) / 2), round((to_height - 48) / 2)
+        wanted = np.asarray(resized.crop((left, top, left + 80, top + 48))).reshape(48, 80, channels)
+        assert (preprocess.pixels(image, transform) == wanted).all()
+
+
+def test_grey_is_pillows_and_colour_becomes_grey() -> None:
+    one = Preprocessing.for_size(32, *channel_statistics(1))
+    grey = preprocess.pixels(gradient(60, 50).convert("L"), one)
+    assert grey.shape == (32, 32, 1)
+    assert (preprocess.pixels(gradient(60, 50), one) == grey).all()
+    assert (one.mean, one.std) == ((0.449,), (0.226,))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_each_channel_of_an_array_is_resized_by_itself(dtype: Any) -> None:
+    five = Preprocessing.for_size((24, 32), *channel_statistics(5))
+    image = (np.random.default_rng(0).random((50, 70, 5)) * (255 if dtype is np.uint8 else 1)).astype(dtype)
+    taken = preprocess.pixels(image, five)
+    assert (taken.shape, taken.dtype) == ((24, 32, 5), dtype)
+    alone = dataclasses.replace(five, mean=five.mean[:1], std=five.std[:1])
+    assert all((taken[..., [c]] == preprocess.pixels(image[..., [c]], alone)).all() for c in range(5))
+    normalized = preprocess.normalize(taken[None], five)
+    assert normalized.shape == (1, 5, 24, 32)
+    scale = 255 if dtype is np.uint8 else 1
+    expected = (taken.astype(np.float64) / scale - 0.449) / 0.226
+    assert np.abs(normalized[0] - expected.transpose(2, 0, 1)).max() < 1e-5
+
+
+def test_three_channels_as_an_array_are_those_of_a_picture() -> None:
+    picture, transform = gradient(60, 50), Preprocessing.for_size((24, 32))
+    assert (preprocess.pixels(np.asarray(picture), transform) == preprocess.pixels(picture, transform)).all()
+
+
+def test_floats_are_taken_in_0_to_1_or_as_they_are() -> None:
+    image = np.random.default_rng(0).normal(0, 1, (40, 40, 3)).astype(np.float32)
+    with pytest.raises(ImageError, match=r"floats from .*; floats are expected in 0\.\.1"):
+        preprocess.pixels(image, Preprocessing.for_size(32))
+    as_they_are = Preprocessing.for_size(40, (0.0,) * 3, (1.0,) * 3, crop=1)
+    assert (
+        preprocess.normalize(preprocess.pixels(image, as_they_are)[None], as_they_are)[0] == image.T.swapaxes(1, 2)
+    ).all()
+    image[0, 0, 0] = np.nan
+    with pytest.raises(ImageError, match="floats from nan"):
+        preprocess.pixels(image, as_they_are)
+    with pytest.raises(ImageError, match="takes uint8 pixels"):
+        preprocess.to_input(np.zeros((1, 8, 8, 3), np.float32), Preprocessing(), IODtype.UINT8)
 
 
 def test_crop_is_central_and_offsets_round_half_to_even() -> None:
@@ -111,7 +191,12 @@ def test_too_many_pixels_are_refused_by_size_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "preprocessing", [Preprocessing(interpolation="nearest"), Preprocessing(image_size=300, resize_size=256)]
+    "preprocessing",
+    [
+        Preprocessing(interpolation="lanczos"),
+        Preprocessing(image_size=300, resize_size=256),
+        Preprocessing(image_size=(200, 300), resize_size=256),
+    ],
 )
 def test_other_transforms_are_refused(preprocessing: Preprocessing) -> None:
     with pytest.raises(UsageError):
@@ -146,6 +231,6 @@ def test_input_of_each_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", list(IODtype))
 def test_normalized_images_are_not_taken_for_pixels(dtype: IODtype) -> None:
-    normalized: Any = np.zeros((1, 8, 8, 3), np.float32)
+    normalized: Any = np.zeros((1, 3, 8, 8), np.float32)
     with pytest.raises(ValueError, match="must be uint8"):
         preprocess.to_input(normalized, Preprocessing(), dtype)

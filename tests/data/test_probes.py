@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import spach_deploy.data
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.readers import batches, content_hash
-from spach_deploy.options.specs import Preprocessing
+from spach_deploy.options.specs import Preprocessing, channel_statistics
 
 FOLDER = Path(spach_deploy.data.__file__).parent / "probes"
 
@@ -29,6 +30,20 @@ def test_eight_distinct_photographs_in_a_fixed_order() -> None:
 def test_same_pixels_every_time_and_by_any_batch_size() -> None:
     hashes = {content_hash(b.pixels for b in batches(probe_source(), Preprocessing(), n)) for n in (1, 3, 8)}
     assert len(hashes) == 1
+
+
+def test_other_channels_are_moved_copies_in_grey() -> None:
+    five = Preprocessing.for_size(224, *channel_statistics(5), crop=1)
+    source = probe_source(5)
+    (batch,) = batches(source, five, 8)
+    assert batch.pixels.shape == (8, 224, 224, 5)
+    pairs = [(a, b) for a in range(5) for b in range(a)]
+    assert all((batch.pixels[..., a] != batch.pixels[..., b]).any(axis=(1, 2)).all() for a, b in pairs)
+    assert source.description == "the 8 built-in photographs, in grey, 5 times, each 8 pixels right of the one before"
+    photo, channels = next(iter(probe_source())).image, next(iter(source)).image
+    assert isinstance(photo, Image.Image)
+    assert isinstance(channels, np.ndarray)
+    assert (channels[:, 8:, 1] == np.asarray(photo.convert("L"))[:, :-8]).all()
 
 
 def test_limit_takes_the_first() -> None:

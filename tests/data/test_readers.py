@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import struct
@@ -426,8 +427,11 @@ def test_npz_with_one_array_of_any_name(tmp_path: Path) -> None:
     ("arrays", "words"),
     [
         ({"x": stack(), "y": stack()}, "holds x, y; which are the images"),
-        ({"images": stack().astype(np.float32)}, r"float32 \(5, 30, 40, 3\); images must be uint8"),
-        ({"images": stack().transpose(0, 3, 1, 2).copy()}, r"images must be uint8 \(N, H, W, 3\)"),
+        ({"images": stack().astype(np.int64)}, r"int64 \(5, 30, 40, 3\); images must be uint8"),
+        ({"images": stack().astype(">f4")}, r">f4 \(5, 30, 40, 3\); images must be uint8"),
+        ({"images": stack().transpose(0, 3, 1, 2).copy()}, r"images must be uint8 \(N, H, W, C\)"),
+        ({"images": np.zeros((1, 2, 2, 5000), np.uint8)}, "not 1 to 4096 channels"),
+        ({"images": np.zeros((1, 2, 2, 0), np.uint8)}, "not 1 to 4096 channels"),
         ({"images": stack()[0]}, "images must be uint8"),
         ({"images": stack(0)}, "no image"),
         ({"images": np.zeros((2, 0, 5, 3), np.uint8)}, "no pixels"),
@@ -442,6 +446,36 @@ def test_unusable_npz_is_explained(arrays: dict[str, Any], words: str, tmp_path:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ImageError, match=words):
         open_images(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+def test_npz_gives_images_of_any_number_of_channels(dtype: Any, tmp_path: Path) -> None:
+    images = (np.random.default_rng(0).random((3, 6, 7, 5)) * (200 if dtype is np.uint8 else 1)).astype(dtype)
+    np.savez(tmp_path / "a.npz", images=images)
+    taken = [item.image for item in open_images(tmp_path / "a.npz")]
+    assert [getattr(image, "dtype", None) for image in taken] == [np.uint8 if dtype is np.uint8 else np.float32] * 3
+    assert (np.stack([np.asarray(image) for image in taken]) == images.astype(np.float32)).all()
+
+
+def test_grey_images_in_an_npz_are_taken_as_pictures(tmp_path: Path) -> None:
+    grey = stack()[..., :1]
+    np.savez(tmp_path / "a.npz", images=grey)
+    (rgb,) = batches(open_images(tmp_path / "a.npz"), SMALL, 5)
+    assert (rgb.pixels == rgb.pixels[..., :1]).all()
+    one = dataclasses.replace(SMALL, mean=(0.5,), std=(0.5,))
+    (batch,) = batches(open_images(tmp_path / "a.npz"), one, 5)
+    assert (batch.pixels == rgb.pixels[..., :1]).all()
+
+
+def test_images_of_other_channels_than_the_model_are_explained(tmp_path: Path) -> None:
+    five = dataclasses.replace(SMALL, mean=(0.4,) * 5, std=(0.2,) * 5)
+    np.savez(tmp_path / "a.npz", images=np.zeros((1, 8, 8, 4), np.uint8))
+    write(tmp_path / "picture.png", photo(0))
+    refusals = {"a.npz": r"The model takes images of 5 channels, and these have 4\.", "picture.png": "a picture has 3"}
+    for name, words in refusals.items():
+        with pytest.raises(ImageError, match=words) as refused:
+            list(batches(open_images(tmp_path / name), five, 1))
+        assert "(N, H, W, 5)" in str(refused.value.hint)
 
 
 def test_npz_that_loads_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:

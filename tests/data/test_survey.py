@@ -23,9 +23,17 @@ from PIL import Image
 
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.data.calibration_set_checks import CalibrationSetCollector, CalibrationSetSummary, check_overlap
-from spach_deploy.data.images import ImageBatch, ImageEntry, ImageSource, batches, content_hash, probe_source
+from spach_deploy.data.images import (
+    ImageBatch,
+    ImageEntry,
+    ImageSource,
+    batches,
+    content_hash,
+    grey_channels,
+    probe_source,
+)
 from spach_deploy.data.readers import open_images
-from spach_deploy.options.specs import Preprocessing
+from spach_deploy.options.specs import Preprocessing, channel_statistics
 
 Pictures = list[Image.Image]
 SIZES = (32, 96, 224)
@@ -347,6 +355,20 @@ def test_grey_images_are_warned_about_where_the_model_knows_colour() -> None:
     assert "All images are grey." in " ".join(survey.warnings())
     same_for_all = Preprocessing(96, 109, mean=(0.4, 0.4, 0.4), std=(0.25, 0.25, 0.25))
     assert dataclasses.replace(survey, preprocessing=same_for_all).warnings() == ()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_a_good_set_of_other_channels_and_shapes_has_no_warning(channels: int) -> None:
+    transform = Preprocessing.for_size((96, 128), *channel_statistics(channels))
+    images = [grey_channels(photo, channels) for photo in photographs(64)]
+    entries = [ImageEntry(f"{i}", partial(np.asarray, image)) for i, image in enumerate(images)]
+    source = ImageSource("arrays", lambda _: iter(entries), count=64)
+    collector = CalibrationSetCollector(source, transform)
+    for batch in batches(source, transform, 7):
+        collector.see(batch)
+    survey = collector.summary()
+    survey.check()
+    assert (survey.warnings(), len(survey.channel_mean)) == ((), channels)
 
 
 def test_exchanged_channels_are_warned_about() -> None:

@@ -140,6 +140,7 @@ SAMPLES = {
     "precision": "int8",
     "mean": "0.1,0.25,1e-07",
     "std": "0.123456789",
+    "image_size": [192, 256],
     "gpu": "sm86,rtx4090",
     "batch": "1:2:3",
     "workspace": "2G",

@@ -131,19 +131,19 @@ def test_what_cannot_be_mapped_is_said(plain: bytes, spoil: Callable[[ModelProto
     model = graph(plain)
     spoil(model)
     with pytest.raises(UsageError, match=sentence):
-        map_interface(model, CLASSES, SIZE)
+        map_interface(model, CLASSES, (SIZE, SIZE, 3))
 
 
 def test_further_outputs_are_not_compared_and_that_is_said(plain: bytes) -> None:
     model = graph(plain)
     model.graph.output.append(helper.make_tensor_value_info("features", TensorProto.FLOAT, None))
-    assert map_interface(model, CLASSES, SIZE).notes == ("Not compared: features.",)
+    assert map_interface(model, CLASSES, (SIZE, SIZE, 3)).notes == ("Not compared: features.",)
 
 
 def test_a_fixed_batch_is_kept(plain: bytes, tmp_path: Path) -> None:
     model = graph(plain)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    assert map_interface(model, CLASSES, SIZE).batch.max == 1
+    assert map_interface(model, CLASSES, (SIZE, SIZE, 3)).batch.max == 1
     assert against(model, tmp_path).exit_code == 0
 
 

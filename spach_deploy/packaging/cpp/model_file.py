@@ -131,7 +131,7 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
     for output in model.outputs:
         bounds = "" if output.dtype == "int64" else f" {_tolerance(model.tolerances[output.name])}"
         yield "output", _tensor(output) + bounds
-    yield "resize", " ".join(map(str, _sizes(transform)))
+    yield "resize", " ".join(map(str, sizes(transform)))
     if transform.interpolation != Preprocessing.interpolation:
         yield "interpolation", transform.interpolation.split(",")[0]
     yield "pillow", str(model.pillow)
@@ -141,7 +141,7 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
     yield "golden", f"{golden.bytes} {golden.sha256}"
 
 
-def _sizes(transform: Preprocessing) -> tuple[int, ...]:
+def sizes(transform: Preprocessing) -> tuple[int, ...]:
     """Sizes of the resize and the crop: one number each if square, else height and width of each."""
     resized, size = transform.resize_size, transform.image_size
     if isinstance(resized, int) and isinstance(size, int):

@@ -111,8 +111,20 @@ LIES = {
         "batch 4 1 8": "an unusable batch",
         "batch 1 4 8 8": "an unusable batch",
     },
-    "resize 9 8": {"resize 8 9": "an unusable resize", "resize 99999 8": "an unusable resize"},
-    "std 0.229 0.224 0.225": {"std 0.229 0 0.225": "an unusable std", "std 0.229 nan 0.225": "an unusable std"},
+    "resize 9 8": {
+        "resize 8 9": "an unusable resize",
+        "resize 99999 8": "an unusable resize",
+        "resize 9 9 8": "an unusable resize",
+        "resize 9 9 8 9 9": "an unusable resize",
+        "resize 9 7 8 8": "an unusable resize",
+        "resize 9 9 8 9": "describes an input that no picture of the model's size becomes",
+        "resize 9 8\ninterpolation lanczos": "an unusable interpolation",
+    },
+    "std 0.229 0.224 0.225": {
+        "std 0.229 0 0.225": "an unusable std",
+        "std 0.229 nan 0.225": "an unusable std",
+        "std 0.229": "has a mean and a std of different numbers of channels",
+    },
     "output top_indices int64 1 3": {
         "output logits int64 1 3": "names two tensors logits",
         "output top_indices int64 2 3 3": "describes an output that is no list of numbers: top_indices",

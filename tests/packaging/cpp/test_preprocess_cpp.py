@@ -11,7 +11,8 @@ from PIL import Image
 
 from spach_deploy.data import images as probes
 from spach_deploy.data.preprocess import MAX_ASPECT, MAX_PIXELS, UInt8Array, pixels, resized_size, to_input
-from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
+from spach_deploy.options.specs import INTERPOLATIONS, IODtype, OutputSpec, Preprocessing, channel_statistics
+from spach_deploy.packaging.cpp.model_file import sizes
 from tests.packaging.cpp import models
 from tests.packaging.cpp.builds import Build
 
@@ -38,21 +39,30 @@ def written_model(folder: Path, transform: Preprocessing, io_dtype: IODtype = IO
     tiny = dataclasses.replace(models.EVERY, outputs=OutputSpec(io_dtype))
     model = models.model(folder, tiny)
     text = (model / "model.txt").read_text()
-    size = transform.image_size
-    text = text.replace("resize 9 8", f"resize {transform.resize_size} {size}")
-    text = text.replace(" 3 3 8 8\n", f" 3 3 {size} {size}\n").replace(" 3 8 8 3\n", f" 3 {size} {size} 3\n")
+    height, width, channels = transform.pixel_shape
+    filter_ = transform.interpolation.split(",")[0]
+    entries = {
+        "resize 9 8": f"resize {' '.join(map(str, sizes(transform)))}\ninterpolation {filter_}",
+        " 3 3 8 8\n": f" 3 {channels} {height} {width}\n",
+        " 3 8 8 3\n": f" 3 {height} {width} {channels}\n",
+        "mean 0.485 0.456 0.406": f"mean {' '.join(map(repr, transform.mean))}",
+        "std 0.229 0.224 0.225": f"std {' '.join(map(repr, transform.std))}",
+    }
+    for old, new in entries.items():
+        text = text.replace(old, new)
     (model / "model.txt").write_text(text)
     return model
 
 
 def in_cpp(build: Build, model: Path, image: UInt8Array, folder: Path, *, padding: int = 0) -> tuple[bytes, bytes]:
     """(pixels, input) of `image`, whose rows lie `padding` bytes apart."""
-    height, width, _ = image.shape
-    rows = np.full((height, 3 * width + padding), 77, np.uint8)
-    rows[:, : 3 * width] = image.reshape(height, -1)
+    height, width, channels = image.shape
+    rows = np.full((height, channels * width + padding), 77, np.uint8)
+    rows[:, : channels * width] = image.reshape(height, -1)
     (folder / "rgb").write_bytes(rows.tobytes())
-    stride = 3 * width + padding if padding else 0
-    result = build.run("probe", "preprocess", model, folder / "rgb", width, height, stride, folder / "out")
+    stride = channels * width + padding if padding else 0
+    asked = (model, folder / "rgb", width, height, stride, folder / "out", channels)
+    result = build.run("probe", "preprocess", *asked)
     assert result.returncode == 0, result.stdout + result.stderr
     return (folder / "out.pixels").read_bytes(), (folder / "out.input").read_bytes()
 
@@ -66,6 +76,34 @@ def test_pixels_are_pillows_at_every_size(plain: Build, tmp_path: Path, transfor
         wanted = pixels(Image.fromarray(image), transform)
         difference = np.abs(np.frombuffer(got, np.uint8).astype(int) - wanted.reshape(-1))
         assert difference.max() == 0, f"{width} x {height}: up to {difference.max()} levels"
+
+
+TRANSFORMS = [(name, channels) for name in INTERPOLATIONS for channels in (1, 3)] + [("bilinear", 2), ("bicubic", 7)]
+
+
+@pytest.mark.parametrize(("interpolation", "channels"), TRANSFORMS)
+def test_other_transforms_are_pillows_too(
+    plain: Build, asan: Build, tmp_path: Path, interpolation: str, channels: int
+) -> None:
+    """A rectangle, other filters and channels: from pixels of that many channels, and grey from RGB."""
+    transform = Preprocessing.for_size((24, 40), *channel_statistics(channels), crop=0.9, interpolation=interpolation)
+    model = written_model(tmp_path, transform)
+    for width, height in SIZES[::2]:
+        image = picture(width, height)
+        image = image if channels in (1, 3) else np.resize(image, (height, width, channels))
+        wanted = pixels(Image.fromarray(image) if channels in (1, 3) else image, transform)
+        got, inputs = in_cpp(plain, model, image, tmp_path)
+        assert got == wanted.tobytes(), f"{width} x {height}"
+        assert inputs == to_input(wanted[None], transform).tobytes()
+    image = np.asarray(Image.fromarray(picture(50, 40)).convert("L"))[..., None] if channels == 1 else image
+    assert in_cpp(asan, model, image, tmp_path, padding=5)[0] == pixels(image, transform).tobytes()
+
+
+def test_pixels_of_other_channels_are_refused(plain: Build, tmp_path: Path) -> None:
+    model = written_model(tmp_path, LARGER)
+    (tmp_path / "rgb").write_bytes(bytes(300))
+    result = plain.run("probe", "preprocess", model, tmp_path / "rgb", 5, 5, 0, tmp_path / "out", 4)
+    assert result.stdout == "bad argument: The picture has 4 channels, and the model takes 3.\n"
 
 
 def test_a_bundle_of_an_older_pillow_gets_that_ones_order_of_passes(plain: Build, tmp_path: Path) -> None:

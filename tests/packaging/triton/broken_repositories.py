@@ -434,6 +434,15 @@ BROKEN: dict[str, Broken] = {
         'parameters["preprocessing"]',
         "cannot be read",
     ),
+    "step settings of another interpolation": Broken(
+        "graph",
+        replace(
+            'image_size\\": 8', 'interpolation\\": \\"cubic\\", \\"image_size\\": 8', "tiny_preprocess/config.pbtxt"
+        ),
+        "tiny_preprocess/config.pbtxt",
+        'parameters["preprocessing"]',
+        "cannot be read",
+    ),
     "step settings of another size": Broken(
         "graph",
         replace('image_size\\": 8', 'image_size\\": 16', "tiny_preprocess/config.pbtxt"),

@@ -16,7 +16,7 @@ from spach_deploy.bundle.golden import expected_outputs
 from spach_deploy.common.errors import ImageError
 from spach_deploy.data import preprocess
 from spach_deploy.data.images import FORMATS, decode
-from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
+from spach_deploy.options.specs import INTERPOLATIONS, IODtype, OutputSpec, Preprocessing, channel_statistics
 from spach_deploy.packaging.triton.steps import preprocess as step
 from spach_deploy.packaging.triton.steps.top_k import top_k
 
@@ -27,6 +27,8 @@ DTYPES = {IODtype.FP32: "float32", IODtype.FP16: "float16", IODtype.UINT8: "uint
 def transform(preprocessing: Preprocessing, io_dtype: IODtype = IODtype.FP32) -> step.Transform:
     settings: dict[str, Any] = {"image_size": preprocessing.image_size, "resize_size": preprocessing.resize_size}
     settings |= {"mean": preprocessing.mean, "std": preprocessing.std, "dtype": DTYPES[io_dtype]}
+    if preprocessing.interpolation != Preprocessing.interpolation:
+        settings["interpolation"] = preprocessing.interpolation
     return step.Transform(json.dumps(settings))
 
 
@@ -89,6 +91,22 @@ def test_every_kind_of_picture_comes_out_equal(name: str) -> None:
     preprocessing = Preprocessing(29, 33)
     result = transform(preprocessing)(PICTURES[name])
     assert result.tobytes() == ours(PICTURES[name], preprocessing).tobytes()
+
+
+@pytest.mark.parametrize("io_dtype", IODtype)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_other_transforms_come_out_equal(interpolation: str, channels: int, io_dtype: IODtype) -> None:
+    preprocessing = Preprocessing.for_size(
+        (29, 41), *channel_statistics(channels), crop=0.9, interpolation=interpolation
+    )
+    for name in ("wide", "tall", "one pixel", "gray with alpha", "palette", "CMYK", "WEBP"):
+        result, expected = (
+            transform(preprocessing, io_dtype)(PICTURES[name]),
+            ours(PICTURES[name], preprocessing, io_dtype),
+        )
+        assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+        assert result.tobytes() == expected.tobytes(), name
 
 
 UNUSABLE = {

@@ -68,14 +68,15 @@ int halves(const std::string& in, const std::string& out) {
   return 0;
 }
 
-// preprocess MODEL RGB WIDTH HEIGHT STRIDE OUT: pixels, and the model's input.
-int preprocess(char** arguments) {
+// preprocess MODEL RGB WIDTH HEIGHT STRIDE OUT [CHANNELS]: pixels, and the model's input.
+int preprocess(char** arguments, int count) {
   const spach::Result<spach::ModelFacts> facts = facts_of(arguments[0]);
   if (!facts) return refused(facts.error());
   const Bytes rgb = read(arguments[1]);
   const spach::Image image{reinterpret_cast<const std::uint8_t*>(rgb.data()),
                            std::atoi(arguments[2]), std::atoi(arguments[3]),
-                           static_cast<std::size_t>(std::atoi(arguments[4]))};
+                           static_cast<std::size_t>(std::atoi(arguments[4])),
+                           count > 6 ? std::atoi(arguments[6]) : 3};
   const spach::Preprocessor preprocessor(*facts);
   const auto pixels = preprocessor.pixels(image);
   if (!pixels) return refused(pixels.error());
@@ -279,7 +280,7 @@ int main(int argc, char** argv) {
   const int n = argc - 2;
   if (what == "sha256" && n == 1) return hash(a[0]);
   if (what == "half" && n == 2) return halves(a[0], a[1]);
-  if (what == "preprocess" && n == 6) return preprocess(a);
+  if (what == "preprocess" && (n == 6 || n == 7)) return preprocess(a, n);
   if (what == "load" && n == 2) return load(a[0], std::atoi(a[1]));
   if (what == "run" && n == 4) return run(a[0], a[1], std::atoi(a[2]), a[3]);
   if (what == "enqueue" && n == 4) return enqueue(a[0], a[1], std::atoi(a[2]), a[3]);
