@@ -319,7 +319,12 @@ def tar_of_notes(path: Path) -> None:
 
 def floats(path: Path) -> None:
     with path.open("wb") as file:
-        np.savez(file, images=np.zeros((2, 8, 8, 3), np.float32))
+        np.savez(file, images=np.full((2, 8, 8, 3), 7, np.float32))
+
+
+def whole_numbers(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, images=np.zeros((2, 8, 8, 3), np.int64))
 
 
 IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -330,7 +335,8 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (Path.touch, "photos is empty"),
     "random file": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "photos cannot be used"),
     "tar without pictures": (tar_of_notes, "Tar photos holds no picture"),
-    "npz of floats": (floats, "images must be uint8 (N, H, W, 3)"),
+    "npz of floats": (floats, "image 0 does not fit. Its pixels are floats from 7 to 7; floats are expected in 0..1."),
+    "npz of whole numbers": (whole_numbers, "images must be uint8 (N, H, W, C)"),
 }
 
 
