@@ -253,7 +253,9 @@ class QuantizationSection(Struct, frozen=True, kw_only=True):
 
 
 class CertificateEntry(Struct, frozen=True, kw_only=True):
-    """Facts of the typed graph that its certificate checks."""
+    """Facts of the typed graph that its certificate checks. `broken`: promises that the graph of a user's own module
+    does not keep, such as operators that compute shapes.
+    """
 
     opset: int | None = None
     ir_version: int | None = None
@@ -261,6 +263,7 @@ class CertificateEntry(Struct, frozen=True, kw_only=True):
     operators: dict[str, int] = {}
     symbolic: str | None = None
     modules_named: int | None = None
+    broken: tuple[str, ...] = ()
 
 
 class RewriteEntry(Struct, frozen=True, kw_only=True):
@@ -271,14 +274,24 @@ class RewriteEntry(Struct, frozen=True, kw_only=True):
     skipped: tuple[str, ...]
 
 
+class LevelEntry(Struct, frozen=True, kw_only=True):
+    """Blocks of one level (known, plain or unknown) in a user's own module, and their part of the multiply-adds."""
+
+    modules: tuple[str, ...]
+    macs: float
+
+
 class GraphSection(Struct, frozen=True, kw_only=True):
-    """Rewrites, passes, relative L2 in FP32 by export step and batch, and the certificate."""
+    """Rewrites, passes, relative L2 in FP32 by export step and batch, and the certificate. `levels`: how well the
+    blocks of a user's own module are known.
+    """
 
     certificate: CertificateEntry = CertificateEntry()
     rewrites: dict[str, RewriteEntry] = {}
     passes: dict[str, int] = {}
     relative_l2_limit: float | None = None
     relative_l2: dict[str, dict[str, float]] = {}
+    levels: dict[str, LevelEntry] = {}
 
 
 # The engine
@@ -522,6 +535,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
         content["engine"] = {
             name: value for name, value in engine.items() if name == "flavour" or (name == "reason") is not has_plan
         }
+        for section, name in ((content["graph"], "levels"), (content["graph"]["certificate"], "broken")):
+            if not section[name]:
+                del section[name]
         absent = {name for name in ("quantization", "cpu") if content[name] is None}
         return {name: value for name, value in content.items() if name not in absent}
 

@@ -41,7 +41,8 @@ FORBIDDEN = (
 @dataclasses.dataclass(frozen=True)
 class Certificate:
     """Facts of a graph that passed all checks. `operators`: nodes by operator. `symbolic`: name of the symbolic
-    dimension. `modules_named`: how many module paths its nodes' names begin with.
+    dimension. `modules_named`: how many module paths its nodes' names begin with. `broken`: promises that the graph of
+    a user's own module does not keep.
     """
 
     opset: int
@@ -50,20 +51,22 @@ class Certificate:
     operators: dict[str, int]
     symbolic: str | None
     modules_named: int
+    broken: tuple[str, ...] = ()
 
 
-def certify(model: ir.Model, modules: Collection[str]) -> Certificate:
-    """Check `model`; `modules` are the module paths that node names may begin with.
+def certify(model: ir.Model, modules: Collection[str], *, is_own: bool = False) -> Certificate:
+    """Check `model`; `modules` are the module paths that node names may begin with. `is_own`: it is of a user's own
+    module, whose shapes may be computed when it runs; what does not hold then is in `broken`.
 
     Raises CertificateError that lists every failed check with the first nodes concerned.
     """
     light = without_weights(model)
     _check_form(model, light)
     symbolic = _symbolic_dimensions(light)
+    promised = [*_forbidden(model), *_unknown_shapes(infer_shapes(light))]
     problems = [
-        *_forbidden(model),
+        *([] if is_own else promised),
         *([f"more than one symbolic dimension: {', '.join(sorted(symbolic))}"] if len(symbolic) > 1 else []),
-        *_unknown_shapes(infer_shapes(light)),
         *_unused(model),
         *_unnamed(model, modules),
     ]
@@ -72,7 +75,8 @@ def certify(model: ir.Model, modules: Collection[str]) -> Certificate:
     operators = dict(Counter(node.op_type for node in model.graph).most_common())
     named = len({owner(name_of(node)) for node in model.graph})
     return Certificate(
-        opset_of(model), model.ir_version, len(model.graph), operators, next(iter(symbolic), None), named
+        *(opset_of(model), model.ir_version, len(model.graph), operators, next(iter(symbolic), None), named),
+        broken=tuple(promised),
     )
 
 

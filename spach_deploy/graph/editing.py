@@ -202,10 +202,11 @@ def live_elements(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> int
 
 def macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Multiply-adds of convolutions and matrix products. `shapes`: as `shapes_at_batch_one` gives them."""
-    return sum(_macs(node, shapes) for node in model.graph)
+    return sum(macs_of(node, shapes) for node in model.graph)
 
 
-def _macs(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def macs_of(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Multiply-adds of one node; 0 for one that is neither a convolution nor a product."""
     if node.op_type not in ("Conv", "MatMul", "Gemm"):
         return 0
     left, weight = (() if value is None else _shape_of(value, shapes) for value in node.inputs[:2])

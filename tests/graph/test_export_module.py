@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.common.errors import ModelError
+from spach_deploy.blocks.replace import replace_known
+from spach_deploy.common.errors import CertificateError, ModelError
+from spach_deploy.graph.certificate import certify
 from spach_deploy.graph.export import export_module
+from spach_deploy.graph.levels import Level, described, levels
 from spach_deploy.graph.names import owner
 from spach_deploy.models.own_module import flattened
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
@@ -81,3 +84,29 @@ def test_what_cannot_be_traced_is_named_with_its_line(capfd: pytest.CaptureFixtu
 def test_what_is_no_tensor_among_the_outputs_is_refused() -> None:
     with pytest.raises(ModelError, match="returns int, and a graph returns tensors"):
         flattened({"y": IMAGE, "count": 3})
+
+
+def test_levels_say_what_is_known_and_how_much_of_the_arithmetic_it_is() -> None:
+    model = TwoHeads().eval()
+    static, replaced = replace_known(model, (IMAGE,))
+    graph = export_module(static, {"image": IMAGE}, ["classes", "angle"])
+    found = levels(graph, model, [change.module for change in replaced.changes])
+    assert found[Level.KNOWN].modules == ("blocks.0.mix", "blocks.0.mlp", "blocks.1.mix", "blocks.1.mlp")
+    assert {"patches", "classes", "angle", "norm"} <= set(found[Level.PLAIN].modules)
+    assert found[Level.UNKNOWN].modules == ("blocks.0", "blocks.1", "model")
+    tokens, dim, hidden = 4, 16, 32
+    attention = tokens * dim * 4 * dim + 2 * tokens * tokens * dim
+    known = 2 * (attention + 2 * tokens * dim * hidden)
+    plain = tokens * dim * 3 * 64 + dim * 8
+    assert found[Level.KNOWN].macs == pytest.approx(known / (known + plain))
+    assert described(found).startswith("4 known (58 % of the arithmetic), 8 plain (42 %), 3 unknown (0 %")
+
+
+def test_a_graph_that_computes_shapes_is_certified_as_the_users_own_alone() -> None:
+    graph = export_module(ClassToken().eval(), {"x": IMAGE}, ["y"])
+    paths = [path for path, _ in ClassToken().named_modules()]
+    with pytest.raises(CertificateError, match="shape arithmetic: Shape at"):
+        certify(graph, paths)
+    assert certify(graph, paths, is_own=True).broken[0].startswith("shape arithmetic: Shape at")
+    plain = export_module(PlainNet().eval(), {"x": IMAGE}, ["y"])
+    assert certify(plain, [path for path, _ in PlainNet().named_modules()], is_own=True).broken == ()
