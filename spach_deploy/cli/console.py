@@ -14,6 +14,7 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import os
 import shutil
 import sys
@@ -156,6 +157,7 @@ class Command(click.Command):
         """Parse the arguments. Exit code 2 where they cannot be parsed."""
         given = tuple(args)
         try:
+            _check_repeated(self, args)
             context = super().make_context(info_name, args, parent, **extra)
             context.meta[ARGUMENTS] = given
             return context
@@ -164,6 +166,27 @@ class Command(click.Command):
             wrong = wrong if wrong.endswith("?") else f"{wrong}."
             fail(error, f"{wrong} See {info_name} --help.", debug="--debug" in args)
             sys.exit(2)
+
+
+def _check_repeated(command: click.Command, args: Sequence[str]) -> None:
+    """click.UsageError for an option with a value that is given twice, of which one would be lost."""
+    valued = {
+        flag: parameter
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and not (parameter.is_flag or parameter.multiple)
+        for flag in parameter.opts
+    }
+    seen: set[str] = set()
+    words = iter(itertools.takewhile(lambda word: word != "--", args))
+    for word in words:
+        flag, has_value, _ = word.partition("=")
+        if (parameter := valued.get(flag)) is None:
+            continue
+        if parameter.name in seen:
+            raise click.UsageError(f"{flag} was given twice.")
+        seen.add(parameter.name or "")
+        if not has_value:
+            next(words, None)
 
 
 class ComputingCommand(Command):

@@ -123,13 +123,13 @@ def values_of_keywords(function: str, command: str, given: Mapping[str, Any]) ->
 
 
 def _plain(option: Option, value: Any) -> Any:
-    """A Python value as a TOML recipe would hold it: text for paths and channels, lists for tuples."""
+    """A Python value as a TOML recipe would hold it: text for paths, lists for tuples."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if option.kind is Kind.TEXT and type(value) in (int, float):
         return str(value)
-    if option.kind in (Kind.TEXT, Kind.BATCHES) and isinstance(value, (tuple, list)):
-        return (":" if option.kind is Kind.BATCHES else ",").join(map(str, value))
+    if option.kind is Kind.TEXT and isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -83,8 +83,8 @@ def checked_value(option: Option, value: Any, origin: Origin) -> Any:
             return _typed(option, value, bool, origin)
         case Kind.SIZE:
             return _size(option, value, origin)
-        case Kind.BATCHES if type(value) is int:
-            return str(value)
+        case Kind.BATCHES | Kind.NUMBERS if not isinstance(value, str):
+            return _numbers(option, value, origin)
     return _typed(option, value, str, origin)
 
 
@@ -112,6 +112,15 @@ def _size(option: Option, value: Any, origin: Origin) -> str:
             f"{origin.start}{option.key} = {value!r} is no height and width.", "Give a whole number, or a list of two."
         )
     return "x".join(str(_number(option, side, origin, int)) for side in (value if isinstance(value, list) else [value]))
+
+
+def _numbers(option: Option, value: Any, origin: Origin) -> str:
+    """`1:8:32` of [1, 8, 32] for batches, `0.5,0.5,0.5` of [0.5, 0.5, 0.5] for others; a number alone as text."""
+    kinds = (int,) if option.kind is Kind.BATCHES else (int, float)
+    items = value if isinstance(value, list) else [value]
+    if not items or any(type(item) not in kinds for item in items):
+        raise UsageError(f"{origin.start}{option.key} = {value!r} is not a list of numbers.", origin.reference)
+    return (":" if option.kind is Kind.BATCHES else ",").join(map(str, items))
 
 
 def _choice(option: Option, value: str, origin: Origin) -> str:

@@ -70,7 +70,9 @@ class Kind(enum.Enum):
     LIST = enum.auto()
     """Text with commas; in a recipe also a list."""
     BATCHES = enum.auto()
-    """Text; in a recipe also a whole number."""
+    """Text with colons; in a recipe also a whole number, or a list of them."""
+    NUMBERS = enum.auto()
+    """Text with commas; in a recipe also a number, or a list of them."""
     SIZE = enum.auto()
     """A whole number, or two such as 192x256; in a recipe a list of two."""
     REPEATED = enum.auto()
@@ -205,10 +207,10 @@ TABLE: tuple[Option, ...] = (
         Option("--activation", Kind.CHOICE, "Of channel and spatial MLPs.", "model.hyperparameters.activation",
                choices=ACTIVATIONS),
         Option("--norm-eps", Kind.REAL, "Epsilon of every LayerNorm.", "model.hyperparameters.norm_eps", metavar="X"),
-        Option("--mean", Kind.TEXT,
+        Option("--mean", Kind.NUMBERS,
                "Mean of the pixels, in 0..1, that training subtracted: for each channel, or one for all.",
                "model.hyperparameters.mean", metavar="R,G,B", parse=functools.partial(parse_channels, "--mean")),
-        Option("--std", Kind.TEXT, "Standard deviation of the pixels that training divided by.",
+        Option("--std", Kind.NUMBERS, "Standard deviation of the pixels that training divided by.",
                "model.hyperparameters.std", metavar="R,G,B", parse=functools.partial(parse_channels, "--std")),
         Option("--crop", Kind.REAL, "Part of the resized picture's shorter side that is kept; 1: all of it.",
                "model.hyperparameters.crop", metavar="X", least=SMALLEST_CROP, most=1, shown="0.875", parse=parse_crop),

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from spach_deploy.cli.console import command
+from spach_deploy.cli.export import main as export_command
 from spach_deploy.common.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.options.click_options import click_options
 from spach_deploy.options.table import Kind, Option
@@ -92,3 +93,22 @@ def test_a_command_exits_without_teardown_and_loses_no_output(
     assert done.returncode == code
     assert done.stdout.splitlines() == ["not flushed", "at exit", *([] if is_quick else ["torn down"])]
     assert ("words" in done.stderr) == ("words" in end)
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["--model", "a", "--model", "b"], "--model"),
+        (["--model=a", "--model", "b"], "--model"),
+        (["-o", "x", "--output", "y"], "--output"),
+    ],
+)
+def test_an_option_given_twice_is_refused_because_one_would_be_lost(words: list[str], flag: str) -> None:
+    result = CliRunner().invoke(export_command, words)
+    assert (result.exit_code, result.stderr) == (2, f"Error: {flag} was given twice. See spach-export --help.\n")
+
+
+def test_values_that_look_like_options_and_repeatable_options_are_no_repetition() -> None:
+    words = ["--no-rewrite", "x", "--no-rewrite", "y", "--output", "--output", "--model", "--model"]
+    result = CliRunner().invoke(export_command, words)
+    assert "twice" not in result.stderr

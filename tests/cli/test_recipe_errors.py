@@ -38,8 +38,8 @@ heads = 3
 qk_scale = 0.25
 activation = "gelu-tanh"
 norm_eps = 1e-5
-mean = "0.5,0.5,0.5"
-std = "0.25,0.25,0.25"
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
 crop = 0.95
 interpolation = "bilinear"
 answers = "answers.npz"
@@ -50,7 +50,7 @@ softmax = true
 images = "photos"
 engine = "tensorrt"
 gpu = ["sm89", "rtx3090"]
-batch = "1:2:4"
+batch = [1, 2, 4]
 opt_level = 0
 workspace = "2G"
 timing_cache = "cache"
@@ -187,6 +187,10 @@ WRONG: list[tuple[str, str, str]] = [
     ('engine = "onnx"', "engine = 'onnx' is unknown", "One of auto, tensorrt"),
     ("gpu = 89", "gpu = 89 is not a text", "See export/README.md"),
     ('gpu = ["sm89", 86]', "gpu = 86 is not a text", "See export/README.md"),
+    ("batch = [1, 8]", "--batch '1:8' is not a batch profile", "Give --batch"),
+    ("batch = [1, 8.0, 32]", "batch = [1, 8.0, 32] is not a list of numbers", "See export/README.md"),
+    ("mean = []", "mean = [] is not a list of numbers", "See export/README.md"),
+    ("mean = [true, 0, 0]", "mean = [True, 0, 0] is not a list of numbers", "See export/README.md"),
     ("batch = 0", "Batch profile 0:0:0", "Give --batch"),
     ("model conv_xxs", "is not TOML", "See export/README.md"),
     ('model = "a"\nmodel = "b"', "is not TOML", "See export/README.md"),

@@ -39,7 +39,9 @@ pytest.importorskip("tensorrt_rtx")
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 NAME = "ms_hybrid_s"
-SMALL = static_models.architecture(16, 4, 2, "1 conv | 1 conv, 1 trans | 1 trans", heads=4)
+SMALL = static_models.architecture(16, 4, 2, "1 conv | 1 conv, 1 trans | 1 trans", heads=4).replace(
+    image_size=224, classes=1000
+)
 NOT_HERE = {
     "scripts/setup": "continuous integration begins with it",
     "cmake": "TensorRT's headers; tests/packaging/cpp/test_library.py runs these lines against doubles",
