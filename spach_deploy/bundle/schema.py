@@ -24,6 +24,7 @@ from msgspec import Struct
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import parse_json, read_json
 from spach_deploy.common.text import json_text, without_surrogates
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import (
     INTERPOLATIONS,
     LARGEST_SIDE,
@@ -66,9 +67,12 @@ class SettingEntry(Struct, frozen=True, kw_only=True):
 class ModelSection(Struct, frozen=True, kw_only=True):
     """Which model, with which weights. `image_size`: a square's side, or [height, width]. `checkpoint`: the file's name
     without folders; `origin`: checkpoint or demo.
+
+    `architecture` null, in older bundles: that of the published model `name`, with the hyperparameters below.
     """
 
     name: str
+    architecture: Architecture | None = None
     image_size: ImageSize
     num_classes: int
     origin: str
@@ -648,6 +652,11 @@ def _check_model(manifest: Manifest) -> None:
     for side in sides(manifest.model.image_size):
         _check_range("image_size", side, LARGEST_SIDE)
     _check_range("num_classes", manifest.model.num_classes, MOST_CLASSES)
+    architecture = manifest.model.architecture
+    if architecture is not None and architecture.image_size != sides(manifest.model.image_size):
+        raise ValueError(f"its architecture is for images of {size_in_words(architecture.image_size)}")
+    if architecture is not None and architecture.classes != manifest.model.num_classes:
+        raise ValueError(f"its architecture has {architecture.classes} classes")
 
 
 def _check_preprocessing(manifest: Manifest) -> None:

@@ -17,21 +17,19 @@ from spach_deploy.common.errors import CheckpointError
 from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_from_content
 from spach_deploy.models.checkpoint_file import find_index, read_checkpoint, read_shards
 from spach_deploy.models.demo import load_demo_weights
-from spach_deploy.models.hyperparameters import Setting, resolve_settings, values_of
+from spach_deploy.models.hyperparameters import Setting, Source, published, resolve_settings, values_of
 from spach_deploy.models.matching import (
     check_fit,
-    choose_image_size,
     compare_classes,
     compare_model,
     image_size_of,
     infer_model,
     num_classes_of,
 )
-from spach_deploy.models.published import ARCHITECTURES
-from spach_deploy.models.registry import check_spec, create_model, resolve
+from spach_deploy.models.registry import Match, check_spec, create_model, known_name, requested
 from spach_deploy.models.spach import Spach
-from spach_deploy.options.architecture import Architecture
-from spach_deploy.options.specs import ModelSpec, Preprocessing
+from spach_deploy.options.architecture import Architecture, Sides, sides
+from spach_deploy.options.specs import Hyperparameters, ModelSpec, Preprocessing
 
 DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"
 _FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
@@ -103,33 +101,49 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
-    assert spec.name is not None  # check_spec
-    name = resolve(spec.name)
-    asked = {"image_size": spec.image_size, "classes": spec.num_classes}
-    architecture = ARCHITECTURES[name].replace(**{field: value for field, value in asked.items() if value is not None})
-    settings = resolve_settings(architecture, spec.hyperparameters, {}, is_checkpoint=False)
+    match = _asked(spec)
+    assert match is not None  # check_spec
+    settings = resolve_settings(match.architecture, _hyperparameters(spec), {}, Source.PUBLISHED)
     # Built without values: drawing the published initialisation would take longer than all the rest.
-    model = _without_values(architecture, settings).to_empty(device="cpu")
+    model = _without_values(match.architecture, settings).to_empty(device="cpu")
     load_demo_weights(model)
-    return _loaded(model, name, "demo", None, None, (DEMO_NOTE,), settings)
+    return _loaded(model, match.name, "demo", None, None, (DEMO_NOTE,), settings)
 
 
 def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     index = find_index(path)
     content, sha256 = read_checkpoint(path) if index is None else read_shards(index)
     state = state_dict_from_content(content, spec.weights, spec.ignore)
-    name, notes = _identify(spec, state)
-    classes = num_classes_of(state.tensors) or 0
-    published = ARCHITECTURES[name]
-    size, size_notes = choose_image_size(state.args, name, image_size_of(published, state.tensors), spec.image_size)
-    architecture = published.replace(image_size=size, classes=classes)
-    settings = resolve_settings(architecture, spec.hyperparameters, state.args, is_checkpoint=True)
+    match, notes = _identify(spec, state)
+    settings = resolve_settings(
+        match.architecture,
+        _hyperparameters(spec),
+        state.args,
+        Source.ASSUMED,
+        heads=Source.ASSUMED if match.is_published else Source.RULE,
+    )
     values, value_notes = _values(state.tensors)
-    model = _without_values(architecture, settings)
+    model = _without_values(match.architecture, settings)
     model.load_state_dict(_with_counters(model, values), strict=True, assign=True)
     files = [] if index is None else [f"read {len(index.shards)} files, as {index.path.name} says"]
-    notes = [*files, *state.notes, *notes, *compare_classes(state.args, classes), *size_notes, *value_notes]
-    return _loaded(model, name, "checkpoint", path if index is None else index.path, sha256, tuple(notes), settings)
+    notes = [*files, *state.notes, *notes, *value_notes]
+    return _loaded(
+        model, match.name, "checkpoint", path if index is None else index.path, sha256, tuple(notes), settings
+    )
+
+
+def _asked(spec: ModelSpec) -> Match | None:
+    """The architecture that `spec` names or describes; None where it does not."""
+    architecture = requested(spec)
+    return None if architecture is None else Match(known_name(spec) or "", architecture)
+
+
+def _hyperparameters(spec: ModelSpec) -> Hyperparameters:
+    """The values that `spec` gives; an architecture from a file gives all of its own."""
+    if not isinstance(spec.architecture, Path):
+        return spec.hyperparameters
+    own = published(Architecture.read(spec.architecture))
+    return Hyperparameters(**{**own, **spec.hyperparameters.given()})
 
 
 def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedModel:
@@ -146,26 +160,43 @@ def _without_values(architecture: Architecture, settings: Iterable[Setting]) -> 
         return create_model(architecture.replace(**{setting.name: setting.value for setting in settings}))
 
 
-def _identify(spec: ModelSpec, state: StateDict) -> tuple[str, list[str]]:
-    """Name of the model whose tensors these are, and notes on what was inferred and compared."""
-    notes: list[str] = []
-    classes = num_classes_of(state.tensors)
-    if spec.num_classes is not None and classes is not None and classes != spec.num_classes:
+def _identify(spec: ModelSpec, state: StateDict) -> tuple[Match, list[str]]:
+    """The architecture of these tensors, and notes on what was inferred and compared."""
+    asked, classes = _asked(spec), num_classes_of(state.tensors)
+    given = spec.num_classes if asked is None or spec.architecture is None else asked.architecture.classes
+    if given is not None and classes is not None and classes != given:
         raise CheckpointError(
-            f"The checkpoint's head has {classes} classes, but {spec.num_classes} were asked for.",
-            f"Give --num-classes {classes}, or leave it out.",
+            f"The checkpoint's head has {classes} classes, but {given} were asked for.",
+            f"Give --num-classes {classes}{'' if spec.num_classes is None else ', or leave it out'}.",
         )
-    if spec.name is None:
-        name = infer_model(state.tensors)
-        notes.append(f"model {name}: inferred from the tensors' names and shapes")
-        if ARCHITECTURES[name].shared:
-            notes.append("its spatial tensors are the same in every block of a stage")
+    if asked is None:
+        match, size_notes = infer_model(state.tensors, state.args, _size(spec))
+        notes = _inferred(match)
     else:
-        name = resolve(spec.name)
-        check_fit(name, state.tensors)
+        (match, size_notes), notes = _fitting(spec, asked, state), []
     if spec.num_classes is None:
-        notes.append(f"{classes} classes: rows of the head")
-    return name, notes + compare_model(state.args, name, asked=spec.name is not None)
+        notes.append(f"{match.architecture.classes} classes: rows of the head")
+    notes += compare_model(state.args, match.name, asked=asked is not None)
+    return match, [*notes, *compare_classes(state.args, match.architecture.classes), *size_notes]
+
+
+def _size(spec: ModelSpec) -> Sides | None:
+    return None if spec.image_size is None else sides(spec.image_size)
+
+
+def _fitting(spec: ModelSpec, asked: Match, state: StateDict) -> tuple[Match, list[str]]:
+    """What was asked for, with the classes and image size of the file, and a note on the size."""
+    size = _size(spec) if spec.architecture is None else asked.architecture.image_size
+    classes = num_classes_of(state.tensors) or asked.architecture.classes
+    size, notes = image_size_of(asked.architecture, state.tensors, state.args, size)
+    architecture = asked.architecture.replace(image_size=size, classes=classes)
+    check_fit(architecture, asked.name, state.tensors)
+    return dataclasses.replace(asked, architecture=architecture), notes
+
+
+def _inferred(match: Match) -> list[str]:
+    shared = ["its spatial tensors are the same in every block of a stage"] if match.architecture.shared else []
+    return [f"{'model ' if match.is_published else ''}{match}: inferred from the tensors' names and shapes", *shared]
 
 
 def _values(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import fnmatch
 import glob
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,6 @@ import torch
 from torch import Tensor
 
 from spach_deploy.common.errors import CheckpointError
-from spach_deploy.models.published import ARCHITECTURES
-from spach_deploy.models.shapes import state_shapes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.specs import WeightSource
 
@@ -35,6 +34,11 @@ _WRAPPER_NAMES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wr
 """Parts of names by DistributedDataParallel, DataParallel and AveragedModel; torch.compile; FSDP; checkpointing."""
 
 STEMS = ("stem.proj.weight", "stem.proj.0.weight")
+_OWN_NAME = re.compile(
+    r"(stem\.proj(\.\d+)?|norm[12]|head)\.\w+"
+    r"|(blocks|layer\d+)\.\d+\.(gamma_1|(norm[12]|(channel|spatial)_func\.\w+|cpe_net\.net\.1|net\.1\.[01])\.\w+)"
+)
+"""Names of the model's own tensors."""
 _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel: how many models its weights are the average of
 _SHOWN = 8
 _LONGEST = 100
@@ -259,8 +263,7 @@ def _matching(name: str, place: _Place, ignore: Sequence[str]) -> str | None:
 
 def _check_ignored(ignored: Mapping[str, str], place: _Place) -> None:
     """CheckpointError for patterns that match tensors of the model itself, which would be missing."""
-    known = {name for config in ARCHITECTURES.values() for name in state_shapes(config)} if ignored else set()
-    wrong = [name for name in ignored if _is_under(name, place) and _plain(name, place) in known]
+    wrong = [name for name in ignored if _is_under(name, place) and _OWN_NAME.fullmatch(_plain(name, place))]
     if wrong:
         raise CheckpointError(
             f"{_options([ignored[wrong[0]]])} would drop {len(wrong)} tensors of the model: {shown(wrong)}.",

@@ -17,8 +17,9 @@ from typing import Any
 
 from spach_deploy.bundle.schema import SettingEntry
 from spach_deploy.common.errors import CheckpointError, ModelError
-from spach_deploy.options.architecture import Architecture
-from spach_deploy.options.specs import ACTIVATIONS, CHANNELS_HINT, Hyperparameters, Preprocessing, channels_problem
+from spach_deploy.models.published import CHANNELS_PER_HEAD
+from spach_deploy.options.architecture import ACTIVATIONS, Architecture
+from spach_deploy.options.specs import CHANNELS_HINT, Hyperparameters, Preprocessing, channels_problem
 
 
 class Source(str, enum.Enum):
@@ -30,6 +31,7 @@ class Source(str, enum.Enum):
     CONFIRMED = "confirmed"
     PUBLISHED = "published"
     ASSUMED = "assumed"
+    RULE = "published rule"
 
     @property
     def sentence(self) -> str:
@@ -41,6 +43,8 @@ class Source(str, enum.Enum):
             Source.CONFIRMED: "as published; your answers agree",
             Source.PUBLISHED: "as published",
             Source.ASSUMED: "assumed: as published, the file does not show it",
+            Source.RULE: f"assumed: about one for each {CHANNELS_PER_HEAD} channels of width, as published models have;"
+            " the file does not show it, --heads or --answers decide",
         }[self]
 
 
@@ -51,6 +55,11 @@ class Setting:
     name: str
     value: Any
     source: Source
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether nothing that belongs to the model says it."""
+        return self.source in (Source.ASSUMED, Source.RULE)
 
     def __str__(self) -> str:
         return described(self.name, self.value)
@@ -92,11 +101,17 @@ def published(architecture: Architecture) -> dict[str, Any]:
 
 
 def resolve_settings(
-    architecture: Architecture, asked: Hyperparameters, args: Mapping[str, Any], *, is_checkpoint: bool
+    architecture: Architecture,
+    asked: Hyperparameters,
+    args: Mapping[str, Any],
+    otherwise: Source,
+    *,
+    heads: Source | None = None,
 ) -> tuple[Setting, ...]:
-    """All settings of a model with the published `architecture`, each with its source.
+    """All settings of a model, each with its source.
 
-    `asked`: values from the command line or recipe. `args`: the checkpoint's. Raises CheckpointError where `args`
+    `asked`: values from the command line or recipe. `args`: the checkpoint's. `otherwise`: the source of the values in
+    `architecture`, and `heads` that of its heads, where it is another. Raises CheckpointError where `args`
     contradict `asked` or have an unknown value, ModelError for a value that the architecture does not allow.
     """
     _check(architecture, asked)
@@ -109,7 +124,6 @@ def resolve_settings(
         _check(architecture, Hyperparameters(**given), " (in the checkpoint's args)")
     except ModelError as error:
         raise CheckpointError(error.message, _OUTDATED) from None
-    otherwise = Source.ASSUMED if is_checkpoint else Source.PUBLISHED
     settings: list[Setting] = []
     for name, usual in published(architecture).items():
         if name in asked.given():
@@ -117,7 +131,7 @@ def resolve_settings(
         elif name in given:
             settings.append(Setting(name, given[name], Source.ARGS))
         else:
-            settings.append(Setting(name, usual, otherwise))
+            settings.append(Setting(name, usual, heads if name == "heads" and heads else otherwise))
     return tuple(settings)
 
 
@@ -133,7 +147,7 @@ def confirmed(settings: Iterable[Setting]) -> tuple[Setting, ...]:
     """
     return tuple(
         dataclasses.replace(setting, source=Source.CONFIRMED)
-        if setting.source is Source.ASSUMED and setting.name not in ("mean", "std")
+        if setting.is_assumed and setting.name not in ("mean", "std")
         else setting
         for setting in settings
     )

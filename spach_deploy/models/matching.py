@@ -1,8 +1,8 @@
-"""Find the model that a checkpoint's tensors belong to, and compare it with what the user and the file's `args` say.
+"""Find the architecture that a checkpoint's tensors belong to, and compare it with what the user and its `args` say.
 
-Names and shapes of tensors are compared with `shapes.state_shapes` of every model. They do not show two things: the
-number of attention heads (no two models differ in these alone), and whether blocks share spatial tensors, for which
-values are compared.
+An architecture is read from names and shapes of tensors; whether blocks share a spatial function, from their values.
+Tensors do not show the number of attention heads, the scale of q, activation and epsilon (`hyperparameters`), nor the
+image size, except where an MLP over tokens fixes their number.
 
 `args` is the command line that published training code stores: `model` (its registry name), `input_size` (pixels) and
 `nb_classes`.
@@ -10,21 +10,25 @@ values are compared.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import CheckpointError, ModelError
 from spach_deploy.models.checkpoint_content import ignoring, shown
-from spach_deploy.models.published import ARCHITECTURES
-from spach_deploy.models.registry import reference_name, resolve
-from spach_deploy.models.shapes import shared_groups, state_shapes
-from spach_deploy.options.architecture import MLP, Architecture
+from spach_deploy.models.published import ARCHITECTURES, CHANNELS_PER_HEAD
+from spach_deploy.models.registry import Match, create_model, published_match, reference_name, resolve
+from spach_deploy.options.architecture import CONV, LARGEST_SIDE, MLP, TRANS, Architecture, Sides, size_in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Tensors = Mapping[str, "Tensor"]
+Shape = tuple[int, ...]
 
 _OUTDATED_ARGS = "if its args are out of date, save the weights alone, with torch.save(model.state_dict(), ...)."
 _WRONG_FILE = f"Is it the right file? Or, {_OUTDATED_ARGS}"
@@ -33,17 +37,20 @@ _WRONG_FILE = f"Is it the right file? Or, {_OUTDATED_ARGS}"
 def compare_model(args: Mapping[str, Any], name: str, asked: bool) -> list[str]:
     """Compare the model in `args` with `name`, which was requested (`asked`) or inferred.
 
-    Returns a note. CheckpointError when they conflict.
+    Returns a note. CheckpointError when they conflict. Training code that changes a model's options keeps its name, so
+    another name than that of an architecture outside the table is no conflict.
     """
     said = args.get("model")
     if not isinstance(said, str):
         return []
-    if said in (name, reference_name(name), f"spach_{name}"):
+    if said == name or (name in ARCHITECTURES and said in (reference_name(name), f"spach_{name}")):
         return [f"args say model {said}, which agrees"]
     try:
         other = resolve(str(said))
     except ModelError:
         return [f"args say model {said!r}, a name that is not known here; not compared"]
+    if name not in ARCHITECTURES:
+        return [f"args say model {said}, whose published tensors are others"]
     meaning = "" if other == said else f" (here {other})"
     have = f"{name} was asked for" if asked else f"its tensors are those of {name}"
     raise CheckpointError(
@@ -66,38 +73,72 @@ def compare_classes(args: Mapping[str, Any], num_classes: int) -> list[str]:
     return notes[:1]
 
 
-def choose_image_size(
-    args: Mapping[str, Any], name: str, fixed: int | None, asked: int | None
-) -> tuple[int, list[str]]:
-    """Image size in pixels (one side), and a note on where it is from.
+def image_size_of(
+    architecture: Architecture, tensors: Tensors, args: Mapping[str, Any], asked: Sides | None
+) -> tuple[Sides, list[str]]:
+    """Image size in pixels, and a note on where it is from: `asked`, else that of `args`, else 224.
 
-    `fixed`: the only size that a spatial MLP's weights allow. None for models that take any size: then it is `asked`,
-    else that of `args`, else 224. CheckpointError when `asked` or `args` conflict with `fixed`.
+    An MLP over tokens fixes their number; then the size is one of those that give it. CheckpointError when `asked` or
+    `args` give another.
     """
-    said = _number(args.get("input_size"))
+    said = _said_size(args)
+    fixed = _fixed_tokens(architecture, tensors)
     if fixed is not None:
-        _check_fixed(name, fixed, asked, said)
-        agree = " and args" if said is not None else ""
-        return fixed, [f"image size {fixed}: the spatial MLP's weights{agree} say so"]
-    size = next(size for size in (asked, said, 224) if size is not None)
-    ARCHITECTURES[name].replace(image_size=size)
+        return _size_of_tokens(architecture, fixed, asked, said)
+    size = next(size for size in (asked, said, (224, 224)) if size is not None)
+    architecture.replace(image_size=size)
+    words = size_in_words(size)
     if said is None:
-        return size, [
-            f"image size {size}: {'as asked' if asked is not None else 'the default, as the file does not say'}"
-        ]
+        why = "as asked" if asked is not None else "the default, as the file does not say"
+        return size, [f"image size {words}: {why}"]
     if size == said:
-        return size, [f"image size {size}: args say so" + (", which agrees" if asked is not None else "")]
-    return size, [f"image size {size} as asked, though args say that it was trained at {said}"]
+        return size, [f"image size {words}: args say so" + (", which agrees" if asked is not None else "")]
+    return size, [f"image size {words} as asked, though args say that it was trained at {size_in_words(said)}"]
 
 
-def _check_fixed(name: str, fixed: int, asked: int | None, said: int | None) -> None:
+def _fixed_tokens(architecture: Architecture, tensors: Tensors) -> tuple[int, int] | None:
+    """(stage, number of tokens) of the first MLP over tokens; None without one."""
+    for stage, (name, mixers) in enumerate(zip(architecture.stage_names, architecture.mixers, strict=True)):
+        if MLP in mixers:
+            block = mixers.index(MLP) + (1 if stage else 0)  # later stages begin with a downsampling
+            shape = _shape(tensors, f"{name}.{block}.spatial_func.fc1.weight")
+            return (stage, shape[1]) if len(shape) == 2 else None
+    return None
+
+
+def _size_of_tokens(
+    architecture: Architecture, fixed: tuple[int, int], asked: Sides | None, said: Sides | None
+) -> tuple[Sides, list[str]]:
+    """The image size that gives a stage this number of tokens: `asked`, `said`, or that of a square grid."""
+    stage, tokens = fixed
+
+    def fits(size: Sides) -> bool:
+        step = architecture.patch_size << stage
+        return (size[0] // step) * (size[1] // step) == tokens
+
+    side = math.isqrt(tokens)
+    square = (side << stage) * architecture.patch_size if side * side == tokens else None
     for size, who in ((asked, "was asked for"), (said, "is what its args say")):
-        if size is not None and size != fixed:
+        if size is not None and not fits(size):
+            usual = f"for {square} pixels" if square is not None else f"of {tokens} tokens in stage {stage + 1}"
             raise CheckpointError(
-                f"The checkpoint is of {name} for {fixed} pixels, as its spatial MLP's weights fix the "
-                f"number of tokens, but {size} {who}.",
-                f"Give --image-size {fixed}." if size == asked else _WRONG_FILE,
+                f"The checkpoint is of a model {usual}, as its spatial MLP's weights fix the number of tokens, but"
+                f" {size_in_words(size)} {who}.",
+                f"Give --image-size {square}." if size == asked and square is not None else _WRONG_FILE,
             )
+    chosen = asked or said or (None if square is None else (square, square))
+    if chosen is None:
+        raise CheckpointError(
+            f"The spatial MLPs of the checkpoint mix {tokens} tokens in stage {stage + 1}, which is no square grid.",
+            "Give the size of the images: --image-size HEIGHTxWIDTH.",
+        )
+    agree = " and args" if said is not None else ""
+    return chosen, [f"image size {size_in_words(chosen)}: the spatial MLP's weights{agree} say so"]
+
+
+def _said_size(args: Mapping[str, Any]) -> Sides | None:
+    said = _number(args.get("input_size"))
+    return None if said is None else (said, said)
 
 
 def _number(value: Any) -> int | None:
@@ -112,7 +153,7 @@ def _number(value: Any) -> int | None:
         return None
 
 
-Tensors = Mapping[str, "Tensor"]
+# Names and shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +162,7 @@ class Differences:
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    misshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    misshaped: tuple[tuple[str, Shape, Shape], ...]
 
     @property
     def count(self) -> int:
@@ -134,17 +175,18 @@ class Differences:
         return "; ".join(f"{len(names)} {what} ({shown(names)})" for what, names in groups.items() if names)
 
 
-def differences(name: str, tensors: Tensors) -> Differences:
-    """Compare `tensors` with model `name`, with the classes and image size that the tensors show."""
-    config = ARCHITECTURES[name]
-    image_size = image_size_of(config, tensors) or 224
-    needed = state_shapes(config.replace(image_size=image_size, classes=num_classes_of(tensors) or 1000))
-    shared = [key for key in needed if key in tensors]
-    there = {key: tuple(tensors[key].shape) for key in shared}
+def differences(architecture: Architecture, tensors: Tensors) -> Differences:
+    """Compare `tensors` with the model of `architecture`."""
+    import torch
+
+    with torch.device("meta"):
+        state = create_model(architecture).state_dict()
+    needed = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    there = {name: tuple(tensors[name].shape) for name in needed if name in tensors}
     return Differences(
-        missing=tuple(key for key in needed if key not in tensors and not _is_counter(key)),
-        unexpected=tuple(key for key in tensors if key not in needed),
-        misshaped=tuple((key, there[key], needed[key]) for key in shared if there[key] != needed[key]),
+        missing=tuple(name for name in needed if name not in tensors and not _is_counter(name)),
+        unexpected=tuple(name for name in tensors if name not in needed),
+        misshaped=tuple((name, shape, needed[name]) for name, shape in there.items() if shape != needed[name]),
     )
 
 
@@ -154,60 +196,195 @@ def num_classes_of(tensors: Tensors) -> int | None:
     return int(head.shape[0]) if head is not None and head.ndim == 2 else None
 
 
-def image_size_of(config: Architecture, tensors: Tensors) -> int | None:
-    """Image size in pixels (one side) that a spatial MLP's weights fix; None without one, or for no square grid."""
-    for stage, mixers in enumerate(config.mixers):
-        if MLP in mixers:
-            block = mixers.index(MLP) + (1 if stage else 0)  # later stages begin with a downsampling
-            weight = tensors.get(f"{config.stage_names[stage]}.{block}.spatial_func.fc1.weight")
-            side = math.isqrt(weight.shape[1]) if weight is not None and weight.ndim == 2 else 0
-            fits = weight is not None and side >= 2 and side * side == weight.shape[1]
-            return (side << stage) * config.patch_size if fits else None
-    return None
+def read_architecture(tensors: Tensors) -> Architecture:
+    """The architecture that most tensors show, with assumed heads and some image size (`image_size_of` knows better).
+
+    CheckpointError where they are not those of a SPACH model.
+    """
+    if "stem.proj.weight" not in tensors and "stem.proj.0.weight" not in tensors:
+        raise _not_a_model(tensors)
+    try:
+        return _Reader({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors).architecture()
+    except (IndexError, ZeroDivisionError):
+        raise _not_a_model(tensors) from None
+    except ModelError as error:
+        raise CheckpointError(f"The checkpoint's tensors fit no model: {error.message}", error.hint) from None
 
 
-def infer_model(tensors: Tensors) -> str:
-    """Name of the model that `tensors` fit. CheckpointError when they fit none, or several."""
-    found = {name: differences(name, tensors) for name in ARCHITECTURES}
-    fitting = [name for name, difference in found.items() if not difference.count]
-    shared = [name for name in fitting if ARCHITECTURES[name].shared and not unequal_copies(name, tensors)]
-    fitting = shared or [name for name in fitting if not ARCHITECTURES[name].shared]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise CheckpointError(f"The checkpoint's tensors fit {' and '.join(fitting)} alike.", "Say which with --model.")
-    near = _closest(found, tensors)
-    if near is None:
-        raise CheckpointError(
-            f"The checkpoint's tensors are not those of a SPACH model: it holds {shown(tensors)}.",
-            "spach-export --list shows the models that can be exported.",
-        )
-    raise CheckpointError(
-        f"The checkpoint's tensors fit no model; nearest is {near}: {found[near]}.",
-        _next_step(found[near], tensors) or f"See why with --model {near}.",
+def _not_a_model(tensors: Tensors) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint's tensors are not those of a SPACH model: it holds {shown(tensors)}.",
+        "spach-export --list shows the published ones.",
     )
 
 
-def check_fit(name: str, tensors: Tensors) -> None:
-    """CheckpointError that lists all differences, unless `tensors` fit model `name`."""
-    difference = differences(name, tensors)
-    if difference.count:
-        found = {other: differences(other, tensors) for other in ARCHITECTURES}
-        step = _next_step(difference, tensors) or _other_model(name, found, tensors)
-        raise CheckpointError(f"The checkpoint does not fit {name}: {difference}.", step)
-    if unequal := unequal_copies(name, tensors):
-        plain = name.removesuffix("_shared")
-        raise CheckpointError(
-            f"{name} has one spatial function for the blocks of a stage, but {len(unequal)} differ "
-            f"between blocks: {shown(unequal)}.",
-            f"Try --model {plain}.",
+class _Reader:
+    """Reads an architecture from tensors. Where they contradict each other, what most of them say counts."""
+
+    def __init__(self, shapes: Mapping[str, Shape], tensors: Tensors) -> None:
+        self._shapes = shapes
+        self._tensors = tensors
+        self._stages = self._find_stages()
+        self._blocks = [block for stage in self._stages for block in stage]
+
+    def architecture(self) -> Architecture:
+        """All that can be seen."""
+        is_conv = "stem.proj.0.weight" in self._shapes
+        stem = self._shapes["stem.proj.0.weight" if is_conv else "stem.proj.weight"]
+        patch = self._shapes["stem.proj.9.weight"][3] * 2 if is_conv else stem[3]
+        width = self._width()
+        mixers = [[self._mixer(block) for block in stage] for stage in self._stages]
+        spatial = [block for block in self._blocks if self._mixer(block) != CONV]
+        attention = [block for block in self._blocks if self._mixer(block) == TRANS]
+        step = patch << (len(mixers) - 1)
+        side = step * max(2, min(64, LARGEST_SIDE // step))  # any that is large enough
+        dims = [width << index for index, stage in enumerate(mixers) if TRANS in stage]
+        architecture = Architecture(
+            channels=stem[1],
+            classes=num_classes_of(self._tensors) or Architecture.classes,
+            stem="conv" if is_conv else "patch",
+            patch_size=patch,
+            width=width,
+            stages=tuple(_runs(stage) for stage in mixers),
+            heads=assumed_heads(width, dims),
+            qkv_bias=self._most(f"{block}.spatial_func.qkv.bias" for block in attention),
+            channel_ratio=_ratio(self._pairs("channel_func", self._blocks), 2.0, width),
+            token_ratio=_ratio(self._pairs("spatial_func", spatial), 0.5, 4),
+            position_encoding=self._most(f"{block}.cpe_net.net.1.weight" for block in self._blocks),
+            layer_scale=self._most(f"{block}.gamma_1" for block in spatial),
+            image_size=(side, side),
         )
+        return architecture.replace(shared=self._is_shared(architecture))
+
+    def _find_stages(self) -> list[list[str]]:
+        """For each stage, the names of its blocks: up to the last that has any tensor."""
+        found: dict[str, int] = {}
+        for name in self._shapes:
+            if match := re.match(r"(blocks|layer[1-9])\.(\d{1,3})\.", name):
+                found[match[1]] = max(found.get(match[1], 0), int(match[2]))
+        if "blocks" in found:
+            return [[f"blocks.{index}" for index in range(found["blocks"] + 1)]]
+        count = next((index for index in range(9) if f"layer{index + 1}" not in found), 9)
+        return [
+            [f"layer{stage + 1}.{index}" for index in range(1 if stage else 0, found[f"layer{stage + 1}"] + 1)]
+            for stage in range(count)
+        ]
+
+    def _width(self) -> int:
+        """Channels of the first stage."""
+        of = {"stem.proj.weight": 0, "stem.proj.9.weight": 0, "norm1.weight": 0, "norm2.weight": len(self._stages) - 1}
+        of |= {f"{block}.norm2.weight": stage for stage, blocks in enumerate(self._stages) for block in blocks}
+        votes = [self._shapes[name][0] >> stage for name, stage in of.items() if self._shapes.get(name)]
+        return collections.Counter(votes).most_common(1)[0][0]
+
+    def _mixer(self, block: str) -> str:
+        """How a block mixes tokens."""
+        start = f"{block}.spatial_func."
+        inside = {name.removeprefix(start) for name in self._shapes if name.startswith(start)}
+        if inside & {"qkv.weight", "proj.weight"}:
+            return TRANS
+        return MLP if inside else CONV
+
+    def _most(self, names: Iterable[str]) -> bool:
+        """Whether at least half of the tensors are there; True where there is none to have."""
+        there = [name in self._shapes for name in names]
+        return 2 * sum(there) >= len(there)
+
+    def _pairs(self, part: str, blocks: Iterable[str]) -> list[tuple[int, int]]:
+        """(inputs, hidden) of the MLPs in these blocks."""
+        shapes = (self._shapes.get(f"{block}.{part}.fc1.weight", ()) for block in blocks)
+        return [(shape[1], shape[0]) for shape in shapes if len(shape) == 2]
+
+    def _is_shared(self, architecture: Architecture) -> bool:
+        """Whether all stages whose blocks could share a spatial function have equal ones."""
+        shared = architecture.replace(shared=True)
+        groups = list(shared_groups(shared, self._shapes))
+        return bool(groups) and not any(unequal(group, self._tensors) for group in groups)
 
 
-def unequal_copies(name: str, tensors: Tensors) -> list[str]:
-    """Names of tensors that should equal those of the first block of their network stage, and do not."""
-    groups = shared_groups(ARCHITECTURES[name])
-    return [copy for first, *copies in groups for copy in copies if not tensors[first].equal(tensors[copy])]
+def _runs(mixers: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """Mixers of blocks as (mixer, number of blocks) in order."""
+    return tuple((mixer, len(list(run))) for mixer, run in itertools.groupby(mixers))
+
+
+def assumed_heads(width: int, dims: list[int]) -> int:
+    """Number of heads where nothing says it: of those that divide the attentions' channels (`dims`), the nearest to one
+    for each 32 channels of `width`, which all published models have. 0 without attention.
+    """
+    fitting = [heads for heads in range(1, min(dims, default=0) + 1) if not any(dim % heads for dim in dims)]
+    usual = width / CHANNELS_PER_HEAD
+    return min(fitting, key=lambda heads: (abs(math.log(heads / usual)), heads), default=0)
+
+
+def _ratio(pairs: list[tuple[int, int]], otherwise: float, least: int) -> float:
+    """A short decimal r with hidden = int(inputs * r) for all (inputs, hidden), or for most of them.
+
+    `otherwise` without any, and where `least` inputs would have nothing hidden.
+    """
+    for count in range(len(pairs), 0, -1):
+        chosen = [pair for pair, _ in collections.Counter(pairs).most_common(count)]
+        low, high = (max(h / n for n, h in chosen), min((h + 1) / n for n, h in chosen))
+        if round(low, 3) == low and all(int(inputs * low) == hidden for inputs, hidden in chosen):
+            return low if int(least * low) else otherwise
+        for digits in range(1, 17):
+            for value in (float(f"{low:.{digits}g}"), float(f"{(low + high) / 2:.{digits}g}")):
+                if all(int(inputs * value) == hidden for inputs, hidden in chosen):
+                    return value if int(least * value) else otherwise
+    return otherwise
+
+
+def shared_groups(architecture: Architecture, names: Iterable[str]) -> Iterator[list[str]]:
+    """Groups of tensors that are one in the model, because the blocks of a stage have one spatial function."""
+    for stage, name in enumerate(architecture.stage_names):
+        if architecture.is_shared(stage):
+            groups: dict[str, list[str]] = {}
+            for tensor in names:
+                if tensor.startswith(f"{name}.") and ".spatial_func." in tensor:
+                    groups.setdefault(tensor.partition(".spatial_func.")[2], []).append(tensor)
+            yield from (group for group in groups.values() if len(group) > 1)
+
+
+def unequal(group: list[str], tensors: Tensors) -> list[str]:
+    """Names of the tensors in a group that do not equal its first."""
+    first, *copies = (name for name in group if name in tensors)
+    return [name for name in copies if not tensors[first].equal(tensors[name])]
+
+
+# Which model it is
+
+
+def infer_model(tensors: Tensors, args: Mapping[str, Any], asked: Sides | None) -> tuple[Match, list[str]]:
+    """The architecture that `tensors` fit, and notes. CheckpointError that names the tensors that contradict it."""
+    match, difference, notes = nearest(tensors, args, asked)
+    if difference.count:
+        raise CheckpointError(
+            f"The checkpoint's tensors fit no model; nearest is {match}: {difference}.",
+            _next_step(difference, tensors) or "Was the file saved whole, and of one model?",
+        )
+    return match, notes
+
+
+def nearest(tensors: Tensors, args: Mapping[str, Any], asked: Sides | None) -> tuple[Match, Differences, list[str]]:
+    """The architecture that most of `tensors` show, how they differ from it, and notes on the image size."""
+    match = published_match(read_architecture(tensors))
+    size, notes = image_size_of(match.architecture, tensors, args, asked)
+    match = dataclasses.replace(match, architecture=match.architecture.replace(image_size=size))
+    return match, differences(match.architecture, tensors), notes
+
+
+def check_fit(architecture: Architecture, name: str, tensors: Tensors) -> None:
+    """CheckpointError that lists all differences, unless `tensors` fit `architecture`, which is called `name`."""
+    difference = differences(architecture, tensors)
+    if difference.count:
+        step = _next_step(difference, tensors) or _other_model(tensors, difference.count)
+        raise CheckpointError(f"The checkpoint does not fit {name}: {difference}.", step)
+    groups = shared_groups(architecture, tensors)
+    if differing := [copy for group in groups for copy in unequal(group, tensors)]:
+        raise CheckpointError(
+            f"{name} has one spatial function for the blocks of a stage, but {len(differing)} differ "
+            f"between blocks: {shown(differing)}.",
+            _other_model(tensors),
+        )
 
 
 def _next_step(difference: Differences, tensors: Tensors) -> str:
@@ -233,24 +410,17 @@ def _other_head(difference: Differences, tensors: Tensors) -> str | None:
     return None
 
 
-def _other_model(name: str, found: Mapping[str, Differences], tensors: Tensors) -> str:
-    """Hint: the model that fits better, if one does."""
-    near = _closest(found, tensors)
-    if near is None:
-        return "It does not seem to be of a SPACH model; spach-export --list shows them."
-    if found[near].count == 0:
-        return f"It fits {near}: give --model {near}."
-    if found[near].count < found[name].count:
-        return f"Nearest is {near}, with {found[near].count} differences."
+def _other_model(tensors: Tensors, count: float = math.inf) -> str:
+    """Hint: the model that fits better than one with `count` differences, if one does."""
+    try:
+        match, difference, _ = nearest(tensors, {}, None)
+    except CheckpointError:
+        return "It does not seem to be of a SPACH model; spach-export --list shows the published ones."
+    if not difference.count:
+        return f"It fits {match}: {f'give --model {match.name}' if match.is_published else 'leave --model out'}."
+    if difference.count < count:
+        return f"Nearest is {match}, with {difference.count} differences."
     return "No other model is nearer; was the file saved whole, and of this model?"
-
-
-def _closest(found: Mapping[str, Differences], tensors: Tensors) -> str | None:
-    """The model with the fewest differences, if it shares at least half of the names; None otherwise."""
-    near = min(found, key=lambda name: found[name].count)
-    common = len(tensors) - len(found[near].unexpected)
-    most = max(len(tensors), common + len(found[near].missing))
-    return near if 2 * common >= most else None
 
 
 def _is_counter(name: str) -> bool:
@@ -258,5 +428,9 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _by(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "a scalar"
+
+
+def _shape(tensors: Tensors, name: str) -> Shape:
+    return tuple(tensors[name].shape) if name in tensors else ()

@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.common.errors import ModelError, UsageError
+from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
 from spach_deploy.models.hyperparameters import with_hyperparameters
 from spach_deploy.models.published import ARCHITECTURES, SIZES, TOP1, Size
 from spach_deploy.options.architecture import Architecture
@@ -76,11 +76,54 @@ def resolve(name: str) -> str:
     raise ModelError(f"There is no model {name!r}.", _suggestion(name))
 
 
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """The architecture that tensors fit. `name`: of the published model, or its family's where it is none of these."""
+
+    name: str
+    architecture: Architecture
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is an entry of the table."""
+        return self.name in ARCHITECTURES
+
+    def __str__(self) -> str:
+        return self.name if self.is_published else f"a {self.architecture.description}"
+
+
+_UNSEEN = ("version", "image_size", "classes", "heads", "qk_scale", "activation", "norm_eps")
+_UNSEEN_PIXELS = ("mean", "std", "crop", "interpolation")
+
+
+def published_match(architecture: Architecture) -> Match:
+    """The entry of the table that has the same tensors, with its own values of what cannot be seen.
+
+    CheckpointError where several have.
+    """
+    seen = _seen(architecture)
+    names = [name for name, entry in ARCHITECTURES.items() if _seen(entry) == seen]
+    if len(names) > 1:
+        raise CheckpointError(f"The checkpoint's tensors fit {' and '.join(names)} alike.", "Say which with --model.")
+    if not names:
+        return Match(architecture.family, architecture)
+    entry = ARCHITECTURES[names[0]]
+    return Match(names[0], entry.replace(image_size=architecture.image_size, classes=architecture.classes))
+
+
+def _seen(architecture: Architecture) -> dict[str, Any]:
+    """What tensors show of an architecture. Without a block that could share, `shared` means nothing."""
+    values = {name: value for name, value in vars(architecture).items() if name not in (*_UNSEEN, *_UNSEEN_PIXELS)}
+    return {**values, "shared": any(map(architecture.is_shared, range(len(architecture.stages))))}
+
+
 def check_spec(spec: ModelSpec) -> None:
     """Check `spec` before weights are read. ModelError or UsageError for no model, an unknown one,
     a wrong image size.
     """
-    if spec.name is None and spec.checkpoint is None:
+    if spec.name is not None and isinstance(spec.architecture, Path):
+        raise UsageError("--model names an architecture, and --arch describes one.", "Give one of them.")
+    if spec.checkpoint is None and requested(spec) is None:
         raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
     if spec.checkpoint is None and spec.weights is WeightSource.EMA:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
@@ -88,14 +131,31 @@ def check_spec(spec: ModelSpec) -> None:
     if spec.num_classes is not None and spec.num_classes < 1:
         raise ModelError(f"A classifier of {spec.num_classes} classes does not exist.", "Give at least 1 class.")
     if (architecture := requested(spec)) is not None:
-        changed = with_hyperparameters(architecture, spec.hyperparameters)
-        if spec.image_size is not None:
-            changed.replace(image_size=spec.image_size)
+        with_hyperparameters(architecture, spec.hyperparameters)
 
 
 def requested(spec: ModelSpec) -> Architecture | None:
-    """The architecture that `spec` names; None where the checkpoint has to tell. ModelError for an unknown name."""
-    return None if spec.name is None else ARCHITECTURES[resolve(spec.name)]
+    """The architecture that `spec` names or describes, with its image size and classes; None where the checkpoint has
+    to tell. ModelError for an unknown name, UsageError for a file without an architecture.
+    """
+    if isinstance(spec.architecture, Path):
+        architecture = Architecture.read(spec.architecture)
+    elif spec.architecture is not None:
+        architecture = spec.architecture
+    elif spec.name is not None:
+        architecture = ARCHITECTURES[resolve(spec.name)]
+    else:
+        return None
+    asked = {"image_size": spec.image_size, "classes": spec.num_classes}
+    return architecture.replace(**{field: value for field, value in asked.items() if value is not None})
+
+
+def known_name(spec: ModelSpec) -> str | None:
+    """The name of what `spec` names or describes; None where the checkpoint has to tell."""
+    architecture = requested(spec)
+    if architecture is None or spec.architecture is None:
+        return None if architecture is None else resolve(spec.name or "")
+    return spec.name or published_match(architecture).name
 
 
 def check_ignore(checkpoint: Path | None, ignore: tuple[str, ...]) -> None:

@@ -22,12 +22,42 @@ import msgspec
 
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.common.files import read_text
-from spach_deploy.options.specs import ACTIVATIONS, LARGEST_SIDE, MOST_CLASSES
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
+"""Activations of channel and spatial MLPs: the exact GELU (erf), its tanh approximation, ReLU, SiLU."""
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
+"""How pictures are resized: bicubic and bilinear with antialiasing, as Pillow and torchvision do."""
+
+Sides = tuple[int, int]
+"""Height and width."""
+
+ImageSize = int | tuple[int, int]
+"""Size of an image in pixels: the side of a square, or (height, width)."""
+
+LARGEST_SIDE, MOST_CLASSES, MOST_CHANNELS = 16_384, 1_000_000, 4_096
+"""Upper bounds of the image side in pixels, of the number of classes, and of channels in an image."""
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_of_sides(height: int, width: int) -> ImageSize:
+    """The size as options and manifests have it: one number for a square."""
+    return height if height == width else (height, width)
+
+
+def size_in_words(size: ImageSize) -> str:
+    """`224`, or height and width as `192x256`."""
+    return "x".join(map(str, dict.fromkeys(sides(size))))
+
 
 CONV, TRANS, MLP = "conv", "trans", "mlp"
 STEMS = ("patch", "conv")
@@ -39,7 +69,7 @@ ARCHITECTURE_VERSION = 1
 
 _PUBLISHED_MIXERS = {"pass": CONV, "attn": TRANS}
 _LARGEST = {
-    "channels": 1024,
+    "channels": MOST_CHANNELS,
     "classes": MOST_CLASSES,
     "patch_size": 1024,
     "width": 1 << 16,
@@ -47,7 +77,6 @@ _LARGEST = {
 }
 _LARGEST_RATIO = 64.0
 
-ImageSize = tuple[int, int]
 Stages = tuple[tuple[tuple[str, int], ...], ...]
 
 
@@ -74,7 +103,7 @@ class Architecture:
 
     version: int = ARCHITECTURE_VERSION
     family: str = "spach"
-    image_size: ImageSize = (224, 224)
+    image_size: tuple[int, int] = (224, 224)
     channels: int = 3
     classes: int = 1000
     stem: str = "patch"
@@ -112,8 +141,8 @@ class Architecture:
 
     def replace(self, **changes: Any) -> Architecture:
         """The same architecture with other values. `image_size` may be one number, for both sides."""
-        if isinstance(side := changes.get("image_size"), int):
-            changes["image_size"] = (side, side)
+        if "image_size" in changes:
+            changes["image_size"] = sides(changes["image_size"])
         return dataclasses.replace(self, **changes)
 
     @property
@@ -361,9 +390,3 @@ def _check_tokens(architecture: Architecture) -> None:
                 f"token_ratio {architecture.token_ratio:g} leaves no hidden token of {height * width}.",
                 "Give a larger one.",
             )
-
-
-def size_in_words(size: ImageSize) -> str:
-    """`224` for a square image, else height and width, `224x192`."""
-    height, width = size
-    return f"{height}" if height == width else f"{height}x{width}"

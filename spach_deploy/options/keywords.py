@@ -28,6 +28,7 @@ _ORIGIN = Origin("", "See docs/python.md.")
 class ModelKeywords(TypedDict, total=False):
     """Keywords that `export` and `calibrate` share, except `model`."""
 
+    arch: FilePath
     checkpoint: FilePath
     weights: Literal["model", "ema"]
     ignore: Texts

@@ -17,36 +17,19 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.files import Destination
 from spach_deploy.common.units import parse_bytes
-
-ACTIVATIONS = ("gelu", "gelu-tanh", "relu", "silu")
-"""Activations of channel and spatial MLPs: the exact GELU (erf), its tanh approximation, ReLU, SiLU."""
-
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-"""How pictures are resized: bicubic and bilinear with antialiasing, as Pillow and torchvision do."""
+from spach_deploy.options.architecture import ACTIVATIONS as ACTIVATIONS
+from spach_deploy.options.architecture import INTERPOLATIONS as INTERPOLATIONS
+from spach_deploy.options.architecture import LARGEST_SIDE as LARGEST_SIDE
+from spach_deploy.options.architecture import MOST_CHANNELS as MOST_CHANNELS
+from spach_deploy.options.architecture import MOST_CLASSES as MOST_CLASSES
+from spach_deploy.options.architecture import Architecture
+from spach_deploy.options.architecture import ImageSize as ImageSize
+from spach_deploy.options.architecture import sides as sides
+from spach_deploy.options.architecture import size_in_words as size_in_words
+from spach_deploy.options.architecture import size_of_sides as size_of_sides
 
 Channels = tuple[float, ...]
 """A number for each channel of an image."""
-
-ImageSize = int | tuple[int, int]
-"""Size of an image in pixels: the side of a square, or (height, width)."""
-
-LARGEST_SIDE, MOST_CLASSES, MOST_CHANNELS = 16_384, 1_000_000, 4_096
-"""Upper bounds of the image side in pixels, of the number of classes, and of channels in an image."""
-
-
-def sides(size: ImageSize) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    return (size, size) if isinstance(size, int) else size
-
-
-def size_of_sides(height: int, width: int) -> ImageSize:
-    """The size as options and manifests have it: one number for a square."""
-    return height if height == width else (height, width)
-
-
-def size_in_words(size: ImageSize) -> str:
-    """`224`, or height and width as `192x256`."""
-    return "x".join(map(str, dict.fromkeys(sides(size))))
 
 
 class Precision(str, enum.Enum):
@@ -238,6 +221,7 @@ class Hyperparameters:
 class ModelSpec:
     """Which model, with which weights. `checkpoint` None means demo weights.
 
+    `architecture`: a file with one, or one that is at hand, which `name` then only labels.
     `ignore`: fnmatch patterns of tensors in the checkpoint that are not part of the model.
     """
 
@@ -248,6 +232,7 @@ class ModelSpec:
     num_classes: int | None = None
     ignore: tuple[str, ...] = ()
     hyperparameters: Hyperparameters = Hyperparameters()
+    architecture: Path | Architecture | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from spach_deploy.common.errors import MismatchError, SpachError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.progress import ExportObserver
 from spach_deploy.common.text import escaped
+from spach_deploy.models.registry import known_name
 from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
 from spach_deploy.pipeline.export import ExportResult, export
 from spach_deploy.pipeline.scheduler import Scheduler
@@ -132,8 +133,8 @@ def _candidate(
 def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
     """Options of one candidate: a bundle of its own, and calibration only for int8 and fp8."""
     output = options.output / precision.value if options.output is not None else None
-    if output is None and options.model.name is not None:
-        output = default_directory(options.model.name, precision.value)
+    if output is None and (name := known_name(options.model)) is not None:
+        output = default_directory(name, precision.value)
     quantization = options.quantization if precision.is_quantized else QuantizationSpec()
     return dataclasses.replace(options, precision=precision, output=output, quantization=quantization)
 

@@ -25,7 +25,7 @@ from spach_deploy.common.machine import all_cpu_flags, processor_name
 from spach_deploy.common.units import SIZES, parse_bytes
 from spach_deploy.common.versions import tool_versions
 from spach_deploy.models.checkpoint_file import checkpoint_files
-from spach_deploy.models.registry import resolve
+from spach_deploy.models.registry import known_name
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.options.table import Caching, filling
 from spach_deploy.options.values import value_of, with_value
@@ -241,7 +241,7 @@ def _check(options: ExportOptions, folder: Path) -> None:
     """BundleError for anything but a complete bundle of the requested model and precision; the cache is not trusted."""
     manifest = Bundle.open(folder).manifest
     known = {*manifest.files, bundles.MANIFEST, *bundles.REWRITTEN}
-    name = options.model.name and resolve(options.model.name)
+    name = known_name(options.model)
     if name not in (None, manifest.model.name) or manifest.precision.asked is not options.precision:
         raise BundleError(f"{folder} is a bundle of something else.")
     if not {file.name for file in folder.iterdir()} <= known:

@@ -37,7 +37,7 @@ from spach_deploy.common.machine import available_threads, has_vnni
 from spach_deploy.common.progress import ExportObserver
 from spach_deploy.common.text import escaped
 from spach_deploy.graph.opset import check_opset
-from spach_deploy.models.registry import resolve
+from spach_deploy.models.registry import known_name
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec
 from spach_deploy.pipeline.export import ExportResult, export
 from spach_deploy.pipeline.scheduler import Scheduler
@@ -123,9 +123,10 @@ def _possible_targets(options: ExportOptions) -> Mapping[Path, Destination]:
     """
     if options.output is not None:
         return {options.output: bundles.check_target(options.output, overwrite=options.overwrite)}
-    if options.model.name is None:
+    name = known_name(options.model)
+    if name is None:
         return {}
-    names = (bundles.default_directory(resolve(options.model.name), precision.value) for precision in RUNNERS)
+    names = (bundles.default_directory(name, precision.value) for precision in RUNNERS)
     return {path: Destination.of(path) for path in names}
 
 

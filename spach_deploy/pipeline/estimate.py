@@ -21,7 +21,7 @@ from spach_deploy.common.errors import SpachError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.machine import available_threads, find_memory
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
-from spach_deploy.models.registry import check_spec, model_size, requested, resolve
+from spach_deploy.models.registry import check_spec, known_name, model_size, requested
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
 from spach_deploy.pipeline.cache import ExportCache
@@ -114,7 +114,11 @@ def read_facts(model: ModelSpec) -> CheckpointFacts:
 
     loaded = load_model(model)
     complete = dataclasses.replace(
-        model, name=loaded.name, image_size=loaded.image_size, num_classes=loaded.num_classes
+        model,
+        name=loaded.name,
+        architecture=loaded.architecture,
+        image_size=loaded.image_size,
+        num_classes=loaded.num_classes,
     )
     return CheckpointFacts(complete, (*loaded.notes, *lines(loaded.settings)))
 
@@ -167,9 +171,8 @@ def refuse_early(options: ExportOptions) -> Destination | None:
 
 def target_directory(options: ExportOptions) -> Path | None:
     """The path of the bundle; None where the checkpoint has yet to tell which model it is."""
-    if options.output is not None or options.model.name is None:
-        return options.output
-    return default_directory(resolve(options.model.name), options.precision.value)
+    name = None if options.output is not None else known_name(options.model)
+    return options.output if name is None else default_directory(name, options.precision.value)
 
 
 def _flavour(options: ExportOptions) -> EngineFlavour | None:
@@ -250,12 +253,11 @@ def _counted(path: Path | None, refusals: list[SpachError]) -> int | None:
 def _model(options: ExportOptions) -> tuple[float | None, float | None, int]:
     """Billions of multiply-adds, number of parameters, and image size; None where the checkpoint decides them."""
     size = options.model.image_size or 224
-    if options.model.name is None:
-        return None, None, size
     try:
         architecture = requested(options.model)
-        assert architecture is not None
-        counted = model_size(architecture.replace(image_size=size, classes=options.model.num_classes or 1000))
+        if architecture is None:
+            return None, None, size
+        counted = model_size(architecture)
         return counted.macs / 1e9, counted.parameters, size
     except (SpachError, KeyError):
         return None, None, size
@@ -307,7 +309,8 @@ def _facts(
     calibration: int | None,
     target: Path | None,
 ) -> Iterator[tuple[str, str]]:
-    yield "model", options.model.name or _UNKNOWN
+    described = options.model.architecture is not None and options.model.name is None
+    yield "model", options.model.name or (f"as in {options.model.architecture}" if described else _UNKNOWN)
     yield "weights", str(options.model.checkpoint or "demo weights")
     yield "precision", options.precision.value
     yield "opset", str(options.graph_opset)

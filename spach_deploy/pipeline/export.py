@@ -15,6 +15,7 @@ from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.progress import ExportObserver, Phases
 from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.options.command_line import export_command
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.scheduler import Scheduler, Sequential
@@ -144,5 +145,7 @@ def calibrate_to_file(
 
 
 def _named(options: ExportOptions, loaded: LoadedModel) -> ExportOptions:
-    """The options with the model's name filled in, which may have been inferred from the checkpoint."""
+    """The options with the published model's name filled in, which may have been inferred from the checkpoint."""
+    if options.model.architecture is not None or loaded.name not in ARCHITECTURES:
+        return options
     return dataclasses.replace(options, model=dataclasses.replace(options.model, name=loaded.name))

@@ -98,6 +98,7 @@ def rebuild(section: ModelSection, weights: Weights) -> LoadedModel:
     loaded = load_model(
         ModelSpec(
             name=section.name,
+            architecture=section.architecture,
             checkpoint=weights.checkpoint,
             weights=source if weights.checkpoint is not None else WeightSource.MODEL,
             image_size=section.image_size,

@@ -172,7 +172,7 @@ def hold_to_answers(
     said, changed = [old for old, _ in pairs], [new for _, new in pairs]
     if not changed or not found.agrees:
         raise _nothing_agrees(given, agreement, found, changed)
-    if is_fixed or any(setting.source is not Source.ASSUMED for setting in said):
+    if is_fixed or not all(setting.is_assumed for setting in said):
         options = " ".join(map(_option, changed))
         raise MismatchError(
             f"The model does not agree with {given.path}: relative L2 {agreement.rel_l2:.1e} of"

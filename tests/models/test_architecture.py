@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import Spach, create_model
+from spach_deploy.models.matching import assumed_heads, infer_model
 from spach_deploy.models.published import ARCHITECTURES, SIZES, TOP1
 from spach_deploy.models.registry import model_size
 from spach_deploy.options.architecture import Architecture
@@ -249,3 +250,52 @@ def test_an_architecture_outside_the_table_computes_what_the_published_code_comp
         ours = computed[output].detach().numpy()
         ours = ours[:, : value.shape[1]] if output.startswith("layer") else ours
         assert relative_l2(ours, value) < 1e-6, output
+
+
+# Read from tensors
+
+ODD: dict[str, Architecture] = {
+    "attention everywhere, shared": architecture(24, 4, 1.5, "2 trans | 2 trans", heads=3, shared=True),
+    "attention without bias, scale and position": architecture(
+        32, 8, 3.3, "3 trans", heads=2, qkv_bias=False, layer_scale=False, position_encoding=False
+    ),
+    "five channels and three stages": architecture(12, 2, 2.7, "1 conv | 1 mlp, 1 conv | 2 trans", heads=2, channels=5),
+    "an MLP in the first stage": architecture(16, 4, 2, "1 mlp | 1 trans, 1 mlp", heads=4, token_ratio=1.3),
+    "a convolutional stem on grey pictures": architecture(20, 4, 2, "1 conv | 1 conv", stem="conv", channels=1),
+    "a large patch": architecture(16, 16, 2, "1 conv, 1 trans, 1 conv, 1 mlp", heads=1, token_ratio=0.75),
+    "no position encoding": architecture(16, 8, 2, "1 conv, 1 trans", heads=2, position_encoding=False),
+    "shared MLPs": architecture(16, 4, 0.6, "2 conv | 3 mlp", shared=True, layer_scale=False, classes=2),
+}
+
+
+@pytest.mark.parametrize("name", [*golden_variants(), *ODD])
+def test_an_architecture_is_read_from_its_tensors(name: str) -> None:
+    """All but heads, qk scale, activation and epsilon, which tensors do not show."""
+    wanted = ODD[name] if name in ODD else variant(name)
+    if wanted.shared and len(wanted.stages) > 1:
+        assert any(map(wanted.is_shared, range(len(wanted.stages))))
+    state = create_model(wanted).state_dict()
+    match, _ = infer_model(state, {}, wanted.image_size)
+    unseen = {field: getattr(wanted, field) for field in ("heads", "qk_scale", "activation", "norm_eps")}
+    assert match.architecture.replace(**unseen) == wanted
+    published = {"three heads": "trans_xxs", "qk_scale": "trans_xxs", "relu": "trans_xxs", "epsilon": "trans_xxs"}
+    assert match.name == published.get(name, "spach")
+    assert str(match) == published.get(name, f"a {match.architecture.description}")
+
+
+@pytest.mark.parametrize(
+    ("width", "dims", "heads"), [(64, [256, 512], 2), (48, [96, 192], 2), (16, [16], 1), (8, [], 0)]
+)
+def test_heads_that_nothing_says_are_about_as_in_published_models(width: int, dims: list[int], heads: int) -> None:
+    assert assumed_heads(width, dims) == heads
+
+
+def test_a_token_mlp_of_no_square_grid_needs_the_size_of_the_images() -> None:
+    wanted = architecture(16, 8, 2, "1 mlp", image_size=(24, 40), position_encoding=False)
+    state = create_model(wanted).state_dict()
+    with pytest.raises(UsageError, match=r"mix 15 tokens in stage 1, which is no square grid. Give .*--image-size"):
+        infer_model(state, {}, None)
+    match, _ = infer_model(state, {}, (24, 40))
+    assert match.architecture == wanted
+    with pytest.raises(UsageError, match="of 15 tokens in stage 1, as its spatial MLP's weights fix"):
+        infer_model(state, {}, (24, 32))

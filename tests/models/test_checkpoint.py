@@ -21,7 +21,7 @@ from spach_deploy.cli.calibrate import main as calibrate_command
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.errors import CheckpointError
-from spach_deploy.models import matching
+from spach_deploy.models import create_model, matching
 from spach_deploy.models.checkpoint import weights_sha256
 from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.options.specs import WeightSource
@@ -304,17 +304,15 @@ class TestDtypes:
 class TestFit:
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_every_model_is_inferred_from_its_tensors(self, name: str) -> None:
-        from spach_deploy.models import create_model
-
         with torch.device("meta"):
             tensors = create_model(name, num_classes=7).state_dict()
         spatial = {key: tensor.shape for key, tensor in tensors.items() if ".spatial_func." in key}
-        different = "mlp" in ARCHITECTURES[name].mixers[-1] and not ARCHITECTURES[name].shared
+        different = not ARCHITECTURES[name].shared
         values = {
             key: torch.full(shape, float(len(key) + index if different else 0))
             for index, (key, shape) in enumerate(spatial.items())
         }
-        assert matching.infer_model({**tensors, **values}) == name
+        assert matching.infer_model({**tensors, **values}, {}, None)[0].name == name
 
     def test_what_was_inferred_is_noted(self, tmp_path: Path) -> None:
         notes = noted(save(tmp_path, state()))
@@ -358,14 +356,22 @@ class TestFit:
         assert "layer1.0.conv1.weight" in text
         assert "does not seem to be of a SPACH model" in refusal(save(tmp_path, foreign), "ms_hybrid_s")
 
-    def test_a_spach_model_of_another_width_is_told_by_its_shapes(self, tmp_path: Path) -> None:
-        narrow = {name: tensor[:8] for name, tensor in state().items()}
-        text = refusal(save(tmp_path, narrow))
-        assert "tensors fit no model; nearest is ms_trans_xxs" in text
-        assert "of another shape (stem.proj.weight is 8x3x4x4 instead of 32x3x4x4" in text
-        assert "of another shape (stem.proj.weight is 8x3x4x4 instead of 32x3x4x4" in refusal(
-            save(tmp_path, narrow), "ms_trans_xxs"
+    def test_a_tensor_that_contradicts_the_others_is_named(self, tmp_path: Path) -> None:
+        broken = {**state(), "stem.proj.weight": state()["stem.proj.weight"][:8]}
+        for name in (None, "ms_trans_xxs"):
+            text = refusal(save(tmp_path, broken), name)
+            assert "1 of another shape (stem.proj.weight is 8x3x4x4 instead of 32x3x4x4)" in text
+        assert "fit no model; nearest is ms_trans_xxs" in refusal(save(tmp_path, broken))
+
+    def test_an_architecture_outside_the_table_is_described(self, tmp_path: Path) -> None:
+        loaded = load(save(tmp_path, create_model("ms_trans_xxs", width=48, heads=3, num_classes=2).state_dict()))
+        assert loaded.name == "spach"
+        assert loaded.notes[0] == (
+            "a spach 48 wide, patch 4, 2 conv | 2 trans | 6 trans | 2 trans: inferred from the tensors' names and"
+            " shapes"
         )
+        assert str(loaded.settings[0]) == "2 heads"
+        assert "--heads or --answers decide" in loaded.settings[0].source.sentence
 
     def test_a_few_tensors_are_no_model(self, tmp_path: Path) -> None:
         head = {name: tensor for name, tensor in state().items() if name.startswith("head.")}
@@ -374,7 +380,7 @@ class TestFit:
     def test_tensors_that_fit_several_models_need_a_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ARCHITECTURES, "twin", ARCHITECTURES["ms_trans_xxs"])
         with pytest.raises(CheckpointError, match=r"fit ms_trans_xxs and twin alike\. Say which with --model"):
-            matching.infer_model(state())
+            matching.infer_model(state(), {}, None)
 
     def test_classes(self, tmp_path: Path) -> None:
         path = save(tmp_path, state())
@@ -421,10 +427,10 @@ class TestSharedWeights:
     def test_different_tensors_are_the_plain_model(self) -> None:
         content = state("mlp_s_shared")
         content["blocks.3.spatial_func.fc1.bias"] = content["blocks.3.spatial_func.fc1.bias"] + 1
-        assert matching.infer_model(content) == "mlp_s"
-        matching.check_fit("mlp_s", content)
+        assert matching.infer_model(content, {}, None)[0].name == "mlp_s"
+        matching.check_fit(ARCHITECTURES["mlp_s"].replace(classes=10), "mlp_s", content)
         with pytest.raises(CheckpointError, match="but 1 differ between") as caught:
-            matching.check_fit("mlp_s_shared", content)
+            matching.check_fit(ARCHITECTURES["mlp_s_shared"].replace(classes=10), "mlp_s_shared", content)
         assert "blocks.3.spatial_func.fc1.bias" in str(caught.value)
         assert "--model mlp_s." in str(caught.value)
 
@@ -442,8 +448,6 @@ class TestImageSize:
             assert "--image-size 224" in text
 
     def test_a_spatial_mlp_of_another_size_is_recognised(self, tmp_path: Path) -> None:
-        from spach_deploy.models import create_model
-
         model = create_model("mlp_xxs", image_size=64, num_classes=3)
         loaded = load(save(tmp_path, model.state_dict()))
         assert (loaded.name, loaded.image_size) == ("mlp_xxs", 64)

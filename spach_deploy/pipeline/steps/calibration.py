@@ -95,10 +95,8 @@ def key_of(
 ) -> CalibrationKey:
     """Everything that a calibration with these options depends on, except the images."""
     layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
-    usual = published(ARCHITECTURES[loaded.name])
-    unusual = [str(setting) for setting in loaded.settings if setting.value != usual[setting.name]]
     return CalibrationKey.of(
-        [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled)), *unusual],
+        [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled)), *_unusual(loaded)],
         preprocessing,
         weights_sha256=loaded.weights_sha256,
         model=loaded.name,
@@ -107,6 +105,14 @@ def key_of(
         method=scaling.method.value,
         half=scaling.half,
     )
+
+
+def _unusual(loaded: LoadedModel) -> list[str]:
+    """Settings that are not the published model's; of an architecture outside the table, all of it."""
+    if loaded.name not in ARCHITECTURES:
+        return [loaded.architecture.to_toml()]
+    usual = published(ARCHITECTURES[loaded.name])
+    return [str(setting) for setting in loaded.settings if setting.value != usual[setting.name]]
 
 
 def _per_tensor(chosen: QuantizableSites, patterns: Sequence[str]) -> frozenset[str]:

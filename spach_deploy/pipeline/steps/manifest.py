@@ -69,6 +69,7 @@ def model_section(loaded: LoadedModel, options: ExportOptions) -> ModelSection:
     """Which model, with which weights."""
     return ModelSection(
         name=loaded.name,
+        architecture=loaded.architecture,
         image_size=loaded.image_size,
         num_classes=loaded.num_classes,
         origin=loaded.origin,
