@@ -542,6 +542,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
         for section, name in ((content["graph"], "levels"), (content["graph"]["certificate"], "broken")):
             if not section[name]:
                 del section[name]
+        if self.model.architecture is None:  # as older versions wrote it
+            del content["model"]["architecture"]
         absent = {name for name in ("quantization", "cpu") if content[name] is None}
         return {name: value for name, value in content.items() if name not in absent}
 
