@@ -26,7 +26,10 @@ FEW_TOKENS = 16
 
 
 class StaticAttention(nn.Module):
-    """Attention with one transpose for q, k and v together: (..., C) -> (B*N, C), or (B, *shape) where it is given."""
+    """Attention with one transpose for q, k and v together: (..., C) -> (B*N, C), or (B, *shape) where it is given.
+
+    Both layers have a bias, of zeros where the reference has none: then rewrites and passes need one case only.
+    """
 
     def __init__(
         self,
@@ -38,8 +41,8 @@ class StaticAttention(nn.Module):
         shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.qkv = qkv
-        self.proj = proj
+        self.qkv = _with_bias(qkv)
+        self.proj = _with_bias(proj)
         self.num_heads = num_heads
         self.num_tokens = num_tokens
         self.scale = scale
@@ -56,6 +59,16 @@ class StaticAttention(nn.Module):
         weights = (q @ k.transpose(-2, -1)).softmax(dim=-1)
         y: Tensor = self.proj((weights @ v).transpose(1, 2).reshape(-1, dim))
         return y if self.shape is None else y.reshape(-1, *self.shape)
+
+
+def _with_bias(linear: nn.Linear) -> nn.Linear:
+    """`linear`, or where it has no bias one of zeros with the same weight."""
+    if linear.bias is not None:
+        return linear
+    made = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    made.weight = linear.weight
+    made.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+    return made
 
 
 def on_few_tokens(attention: StaticAttention) -> StaticAttention:

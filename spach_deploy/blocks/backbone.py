@@ -73,13 +73,16 @@ def static_module(layer: nn.Module) -> nn.Module:
 
 
 def _block(block: layers.MixingBlock) -> StaticBlock:
-    dim, grid = block.norm2.normalized_shape[0], block.cpe_net.grid
-    cpe_net = StaticPositionEncoding(_without_rearrange(block.cpe_net.net), grid, dim)
+    dim, grid = block.norm2.normalized_shape[0], block.grid
+    cpe_net = None
+    if block.has_position:
+        cpe_net = StaticPositionEncoding(_without_rearrange(block.cpe_net.net), grid, dim)
     channel = StaticChannelMLP(block.channel_func.fc1, block.channel_func.act, block.channel_func.fc2)
     if not block.has_spatial:
-        return StaticBlock(cpe_net, block.norm2, channel)
+        return StaticBlock(grid, cpe_net, block.norm2, channel)
     spatial = _spatial(block.spatial_func, grid[0] * grid[1], dim)
-    return StaticBlock(cpe_net, block.norm2, channel, block.norm1, spatial, block.gamma_1)
+    gamma_1 = block.gamma_1 if block.has_scale else None
+    return StaticBlock(grid, cpe_net, block.norm2, channel, block.norm1, spatial, gamma_1)
 
 
 def _spatial(
@@ -135,12 +138,13 @@ def _prove_layer(path: str, old: nn.Module, new: nn.Module) -> list[Change]:
         return [prove_layout("static_reshapes", path, old, new, probe(2, height * width, _channels(old)))]
     assert isinstance(old, layers.MixingBlock)
     assert isinstance(new, StaticBlock)
-    x = probe(2, old.cpe_net.grid[0] * old.cpe_net.grid[1], new.dim)
-    few = probe(2, FEW_TOKENS, new.dim)
-    changes = [
-        prove_layout("static_reshapes", f"{path}.cpe_net", old.cpe_net, new.cpe_net, x),
-        prove("static_reshapes", f"{path}.channel_func", double(old.channel_func), double(new.channel_func), few),
-    ]
+    x, few = probe(2, old.grid[0] * old.grid[1], new.dim), probe(2, FEW_TOKENS, new.dim)
+    changes = []
+    if new.cpe_net is not None:
+        changes.append(prove_layout("static_reshapes", f"{path}.cpe_net", old.cpe_net, new.cpe_net, x))
+    changes.append(
+        prove("static_reshapes", f"{path}.channel_func", double(old.channel_func), double(new.channel_func), few)
+    )
     if isinstance(new.spatial_func, StaticAttention):
         few_tokens = on_few_tokens(new.spatial_func)
         changes.append(prove("static_reshapes", f"{path}.spatial_func", double(old.spatial_func), few_tokens, few))
@@ -172,6 +176,8 @@ def grid_stream(model: nn.Module, form: GraphForm) -> Outcome:
     proven: set[tuple[object, ...]] = set()
     model.stem.grid_stream = True
     for path, module in model.named_modules():
+        if isinstance(module, StaticBlock):
+            module.grid_stream = True
         if isinstance(module, (StaticDownsampling, StaticPositionEncoding)):
             shape = (type(module), module.grid, module.dim)
             old = own(module)

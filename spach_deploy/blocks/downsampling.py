@@ -11,10 +11,10 @@ from spach_deploy.blocks.depthwise import GridNet
 
 
 class StaticDownsampling(GridNet):
-    """2x2 convolution of stride 2 and GroupNorm: a quarter of the tokens, twice the channels."""
+    """2x2 convolution of stride 2 and GroupNorm: half the grid, what is left over cut, and twice the channels."""
 
     def __init__(self, net: nn.Sequential, grid: tuple[int, int], dim: int) -> None:
-        super().__init__(net, grid, dim, grid[0] * grid[1] // 4, 2 * dim)
+        super().__init__(net, grid, dim, (grid[0] // 2) * (grid[1] // 2), 2 * dim)
 
 
 def static_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
@@ -23,9 +23,9 @@ def static_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
     if [type(part) for part in parts] != [nn.Conv2d, nn.GroupNorm] or len(call.input) != 3 or len(call.output) != 3:
         return
     _, tokens, dim = call.input
-    if has_other_parameters(module, parts) or call.output[1:] != (tokens // 4, 2 * dim):
+    if has_other_parameters(module, parts) or call.output[2] != 2 * dim:
         return
     for grid in grids_of(tokens):
-        if not (grid[0] % 2 or grid[1] % 2):
+        if (grid[0] // 2) * (grid[1] // 2) == call.output[1]:
             net = nn.Sequential(nn.Identity(), nn.Sequential(*parts), nn.Identity())
             yield StaticDownsampling(net, grid, dim)

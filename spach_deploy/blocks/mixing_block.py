@@ -31,12 +31,14 @@ from spach_deploy.blocks.token_mlp import StaticSpatialMLP
 class StaticBlock(nn.Module):
     """A mixing block; see `spach_deploy.models.spach.MixingBlock` for what it computes.
 
-    `spatial_func` None: a convolution block. `gamma_1` None: LayerScale is folded into the spatial function's weights.
+    `cpe_net` None: without position encoding. `spatial_func` None: a convolution block. `gamma_1` None: there is no
+    LayerScale, or it is folded into the spatial function's weights. `grid_stream`: the stream is (B, H, W, C).
     """
 
     def __init__(
         self,
-        cpe_net: StaticPositionEncoding,
+        grid: tuple[int, int],
+        cpe_net: StaticPositionEncoding | None,
         norm2: nn.LayerNorm,
         channel_func: StaticChannelMLP,
         norm1: nn.LayerNorm | None = None,
@@ -44,6 +46,9 @@ class StaticBlock(nn.Module):
         gamma_1: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
+        self.grid = grid
+        self.dim = norm2.normalized_shape[0]
+        self.grid_stream = False
         self.gamma_1 = gamma_1
         self.spatial_func = spatial_func
         self.norm1 = norm1
@@ -52,22 +57,13 @@ class StaticBlock(nn.Module):
         self.cpe_net = cpe_net
 
     @property
-    def dim(self) -> int:
-        """Channels."""
-        return self.cpe_net.dim
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Token grid, (H, W)."""
-        return self.cpe_net.grid
+    def includes_residual(self) -> bool:
+        """Whether the residual addition is folded into the position encoding."""
+        return self.cpe_net is not None and self.cpe_net.includes_residual
 
     def _stream(self, x: Tensor) -> Tensor:
         height, width = self.grid
-        return (
-            x.reshape(-1, height, width, self.dim)
-            if self.cpe_net.grid_stream
-            else x.reshape(-1, height * width, self.dim)
-        )
+        return x.reshape(-1, height, width, self.dim) if self.grid_stream else x.reshape(-1, height * width, self.dim)
 
     def spatial_branch(self, x: Tensor) -> Tensor:
         """gamma_1 * spatial(norm1(x)), in the layout of the stream."""
@@ -78,9 +74,9 @@ class StaticBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens, then channels."""
-        y: Tensor = self.cpe_net(x)
-        if not self.cpe_net.includes_residual:
-            y = x + y
+        y = x
+        if self.cpe_net is not None:
+            y = self.cpe_net(x) if self.includes_residual else x + self.cpe_net(x)
         if self.spatial_func is not None:
             y = y + self.spatial_branch(x)
         return y + self._stream(self.channel_func(self.norm2(y)))
@@ -98,6 +94,9 @@ def fold_residual(model: nn.Module, form: GraphForm) -> Outcome:
     for block_path, block in modules_of(model, StaticBlock):
         assert isinstance(block, StaticBlock)
         path, encoding = f"{block_path}.cpe_net", block.cpe_net
+        if encoding is None:
+            skipped.append(f"{block_path}: it has no position encoding")
+            continue
         if encoding.is_quantized:
             skipped.append(f"{path}: its kernel is quantized, and the identity would be rounded with it")
             continue
@@ -130,7 +129,7 @@ def fold_layer_scale(model: nn.Module, form: GraphForm) -> Outcome:
         assert isinstance(block, StaticBlock)
         if isinstance(block.spatial_func, StaticAttention) and block.gamma_1 is not None:
             changes.append(_fold_scale(path, block, block.spatial_func))
-        elif block.spatial_func is not None:
+        elif block.spatial_func is not None and block.gamma_1 is not None:
             skipped.append(f"{path}: gamma_1 scales channels, its spatial MLP mixes tokens; no weight can take it")
     return Outcome(tuple(changes), tuple(skipped) if changes or skipped else ("no LayerScale in this model",))
 
@@ -242,6 +241,8 @@ def static_forms(module: nn.Module, call: Call, known: Mapping[str, nn.Module]) 
         return
     for order in itertools.permutations(norms):
         if not mixing:
-            yield StaticBlock(encodings[0], order[0], channels[0])
+            yield StaticBlock(encodings[0].grid, encodings[0], order[0], channels[0])
         else:
-            yield StaticBlock(encodings[0], order[1], channels[0], order[0], mixing[0], next(iter(scales), None))
+            yield StaticBlock(
+                encodings[0].grid, encodings[0], order[1], channels[0], order[0], mixing[0], next(iter(scales), None)
+            )

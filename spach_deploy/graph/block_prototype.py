@@ -76,7 +76,7 @@ def block_kind(layer: nn.Module) -> str:
         return ""
     mixer = "conv" if layer.spatial_func is None else type(layer.spatial_func).__name__
     scale = getattr(layer.spatial_func, "scale", 1.0)
-    parts = (mixer, layer.gamma_1 is None, scale, layer.cpe_net.includes_residual, layer.cpe_net.grid_stream)
+    parts = (mixer, layer.gamma_1 is None, scale, layer.cpe_net is None, layer.includes_residual, layer.grid_stream)
     return "/".join(str(part) for part in parts)
 
 

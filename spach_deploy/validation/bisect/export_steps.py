@@ -181,8 +181,8 @@ def _parts_of(published: nn.Module, images: Float32Array) -> tuple[dict[str, tor
 
 def _as_stream(tokens: torch.Tensor, part: nn.Module) -> torch.Tensor:
     """Tokens (B, N, C) in the layout that a static part takes: (B, H, W, C) where it works on a grid."""
-    encoding: Any = getattr(part, "cpe_net", part)
-    if not getattr(encoding, "grid_stream", False) or tokens.ndim != 3:
+    layout: Any = part
+    if not getattr(layout, "grid_stream", False) or tokens.ndim != 3:
         return tokens
-    height, width = encoding.grid
+    height, width = layout.grid
     return tokens.reshape(len(tokens), height, width, tokens.shape[-1])

@@ -210,13 +210,13 @@ class _Recorder:
         path = self._block[0]
         self._block = None
         x, x_rows = self._stream, ChannelLayout(self._batch).of(inputs[0])
-        branches = [self._leaf_of(path, "cpe_net.net.1", x)]
+        branches = [self._leaf_of(path, "cpe_net.net.1", x)] if "cpe_net.net.1" in self._calls else []
         if "norm1" in self._calls:
             branches.append(self._spatial(path, block, x))
-        includes = isinstance(block, StaticBlock) and block.cpe_net.includes_residual
+        includes = isinstance(block, StaticBlock) and block.includes_residual
         parts = () if includes else (x_rows,)
-        middle = branches[0]
-        if not includes or len(branches) > 1:
+        middle = branches[0] if branches else x
+        if branches and (not includes or len(branches) > 1):
             middle = path + MIDDLE
             values = (*parts, *(torch.from_numpy(self.recorded[name].value) for name in branches))
             self._add_sum(ProbePoint(middle, path, ProbeKind.SUM, (*branches, x)), self._calls["norm2"][1], values)
@@ -240,7 +240,7 @@ class _Recorder:
             transposed = isinstance(mixer, SpatialMLP)
             for name in ("fc1", "act", "fc2"):
                 last = self._leaf_of(path, f"spatial_func.{name}", last, transposed=transposed)
-        gamma = block.gamma_1
+        gamma = getattr(block, "gamma_1", None)
         if gamma is None:
             return last
         branch = torch.from_numpy(self.recorded[last].value)
@@ -318,9 +318,11 @@ def _expanded(parents: tuple[str, ...], parted: Mapping[str, tuple[str, ...]]) -
 def _thirds(linear: nn.Linear) -> list[nn.Linear]:
     """The packed layer as three layers, for query, key and value."""
     thirds = []
-    for weight, bias in zip(linear.weight.chunk(3), linear.bias.chunk(3), strict=True):
-        third = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        third.weight, third.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    biases = (None,) * 3 if linear.bias is None else linear.bias.chunk(3)
+    for weight, bias in zip(linear.weight.chunk(3), biases, strict=True):
+        third = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        third.weight = nn.Parameter(weight, requires_grad=False)
+        third.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
         thirds.append(third)
     return thirds
 
