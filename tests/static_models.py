@@ -45,6 +45,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hybrid": architecture(16, 4, 3, "2 conv | 1 conv, 2 trans | 3 trans", heads=4),
     "hybrid_stem": architecture(16, 4, 2, "2 conv | 2 trans", heads=2, stem="conv"),
     "ms_mlp": architecture(16, 4, 2, "2 conv | 2 mlp", shared=True),
+    "bare": architecture(
+        16, 4, 2.5, "1 conv, 1 trans | 2 trans", heads=2, qkv_bias=False, layer_scale=False, position_encoding=False
+    ),
+    "mixed": architecture(16, 4, 2, "1 mlp, 1 conv | 1 trans, 2 mlp | 2 trans", heads=2, token_ratio=0.8, shared=True),
 }
 
 

@@ -15,6 +15,7 @@ from spach_deploy.blocks.base import (
     double,
     has_other_parameters,
     modules_of,
+    own,
     probe,
     prove,
     set_parameter,
@@ -28,7 +29,8 @@ FEW_TOKENS = 16
 class StaticAttention(nn.Module):
     """Attention with one transpose for q, k and v together: (..., C) -> (B*N, C), or (B, *shape) where it is given.
 
-    Both layers have a bias, of zeros where the reference has none: then rewrites and passes need one case only.
+    Both layers are its own, because rewrites of one block must not change another that shares its attention. Both have
+    a bias, of zeros where the reference has none: then rewrites and passes need one case only.
     """
 
     def __init__(
@@ -62,13 +64,11 @@ class StaticAttention(nn.Module):
 
 
 def _with_bias(linear: nn.Linear) -> nn.Linear:
-    """`linear`, or where it has no bias one of zeros with the same weight."""
-    if linear.bias is not None:
-        return linear
-    made = nn.Linear(linear.in_features, linear.out_features, device="meta")
-    made.weight = linear.weight
-    made.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
-    return made
+    """A copy of `linear` that shares its tensors, with a bias of zeros where it has none."""
+    copied = own(linear)
+    if copied.bias is None:
+        copied.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+    return copied
 
 
 def on_few_tokens(attention: StaticAttention) -> StaticAttention:
