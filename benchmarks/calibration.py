@@ -27,8 +27,9 @@ from benchmarks.photographs import calibration_photographs
 from benchmarks.quantization import prepared
 from benchmarks.results import record, table
 from spach_deploy.blocks import rewrite
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, export_canonical
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.models import load_model
 from spach_deploy.options.specs import ModelSpec, Preprocessing
 from spach_deploy.quantization.formats import INT8, Float32

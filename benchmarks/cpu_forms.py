@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.photographs import write
 from benchmarks.results import record, table
-from spach_deploy.benchmark.result import LogitsError, Ratio, ratio
+from spach_deploy.benchmark.result import OutputError, Ratio, ratio
 from spach_deploy.benchmark.rounds import accuracy
 from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, TITLES, RunnerSetup, why_not
 from spach_deploy.benchmark.worker import RunnerProcess
@@ -67,18 +67,18 @@ def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle]) -> dict[
     return found
 
 
-def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]], dict[Form, LogitsError]]:
+def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]], dict[Form, OutputError]]:
     """Median seconds of each form in each round, and its error."""
     times: dict[Form, list[float]] = {}
-    errors: dict[Form, LogitsError] = {}
+    errors: dict[Form, OutputError] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         made = dict(bundles(name, Path(folder)))
         running = workers(stack, made)
         golden = Golden.load(made[Precision.FP32].file(GOLDEN))
         images = golden.input[np.arange(batch) % len(golden.input)]
         for form, worker in running.items():
-            bounds = BundleFacts.of(made[form[0]]).tolerances.graph
-            errors[form] = accuracy(worker.first_outputs(golden.input, batch).logits, golden.logits, bounds)
+            allowed = BundleFacts.of(made[form[0]]).tolerances.graph.outputs["logits"].rel_l2
+            errors[form] = accuracy(worker.first_outputs(golden.input, batch).values, golden.outputs["logits"], allowed)
         chance = random.Random(0)
         for number in range(rounds):
             print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -87,7 +87,7 @@ def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]
     return times, errors
 
 
-def rows(name: str, batch: int, times: dict[Form, list[float]], errors: dict[Form, LogitsError]) -> list[list[object]]:
+def rows(name: str, batch: int, times: dict[Form, list[float]], errors: dict[Form, OutputError]) -> list[list[object]]:
     """A line a form."""
     lines: list[list[object]] = []
     for form in sorted(times, key=lambda form: -statistics.median(times[form])):
@@ -106,7 +106,7 @@ def _words(found: Ratio | None) -> str:
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def verdict(times: dict[Form, list[float]], errors: dict[Form, LogitsError]) -> list[str]:
+def verdict(times: dict[Form, list[float]], errors: dict[Form, OutputError]) -> list[str]:
     """Whether the goals hold, by the right forms alone, and by ratios that the rounds can tell."""
     right = {form: seconds for form, seconds in times.items() if errors[form].is_right and form != BASE}
     eight = {form: seconds for form, seconds in right.items() if form[0] is Precision.INT8}

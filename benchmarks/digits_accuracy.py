@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from onnx import ModelProto
 
 from benchmarks.results import record, table
-from spach_deploy.graph.export import INPUT
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.graph.precision.formats import half_format

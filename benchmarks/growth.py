@@ -28,9 +28,9 @@ import onnx
 
 from benchmarks.fitting import exponent
 from benchmarks.results import record, table
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.bundle.store import GRAPH
 from spach_deploy.common.progress import ExportObserver, Phase
-from spach_deploy.graph.export import INPUT
 from spach_deploy.models import published as configs
 from spach_deploy.models.registry import model_size
 from spach_deploy.options.architecture import Architecture

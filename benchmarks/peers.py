@@ -26,7 +26,7 @@ from benchmarks.peer_tools.environments import PEERS, Environment, Run, environm
 from benchmarks.photographs import calibration_photographs
 from benchmarks.quantization import Subject, Variant, deployed, planned, prepared
 from benchmarks.results import record, table
-from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.bundle.outputs import LOGITS
 from spach_deploy.common.errors import SpachError
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import normalize, pixels

@@ -20,7 +20,7 @@ from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
 from spach_deploy.pipeline.steps.images import read_images
 from spach_deploy.pipeline.steps.model import load
-from spach_deploy.pipeline.steps.reference import reference_logits
+from spach_deploy.pipeline.steps.reference import checked_outputs
 from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.rounding_error import evaluate
 from spach_deploy.validation.tolerance import derive_tolerances
@@ -41,7 +41,7 @@ class Fault:
 
 def faults(model: Spach, images: np.ndarray, reference: np.ndarray, precision: Precision) -> tuple[float, list[Fault]]:
     """The bound on relative L2, and what became of each fault."""
-    bounds = derive_tolerances(model, images, reference, precision).graph.outputs
+    bounds = derive_tolerances(model, images, {"logits": reference}, precision, model.outputs).graph.outputs
     generator = torch.Generator().manual_seed(0)
     found: list[Fault] = []
     for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def row(name: str, precision: Precision) -> list[str]:
     phases = Phases(ExportObserver())
     loaded = load(options, phases)
     photographs = read_images(options, loaded.preprocessing, phases)
-    reference = reference_logits(loaded.model, photographs.images)
+    reference = checked_outputs(loaded.model, photographs.images)["logits"]
     bound, found = faults(loaded.model, photographs.images, reference, precision)
     weakest = min(found, key=lambda fault: fault.rel_l2)
     missed = ", ".join(fault.tensor for fault in found if not fault.rejected) or "none"

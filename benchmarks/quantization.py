@@ -21,13 +21,14 @@ from onnx import ModelProto
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.results import record, table
 from spach_deploy.blocks import rewrite
+from spach_deploy.bundle.outputs import INPUT, LOGITS
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import read_plan_facts
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.ranges import Ranges
 from spach_deploy.models import load_model

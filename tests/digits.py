@@ -33,10 +33,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from spach_deploy.blocks import rewrite
+from spach_deploy.bundle.outputs import INPUT, LOGITS
 from spach_deploy.common.machine import torch_threads
 from spach_deploy.data.preprocess import normalize, pixels
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.spach import Attention, MixingBlock, Spach
 from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import Precision, Preprocessing

@@ -26,6 +26,7 @@ from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation import external_graph
 from spach_deploy.validation.bisect import locate as locating
+from tests.outputs import classifier
 
 R = TypeVar("R")
 
@@ -195,4 +196,4 @@ def map_interface(
     graph: ModelProto, num_classes: int, pixel_shape: tuple[int, int, int]
 ) -> external_graph.MatchedGraph:
     """`external_graph.map_interface`."""
-    return external_graph.map_interface(ir.from_proto(graph), num_classes, pixel_shape)
+    return external_graph.map_interface(ir.from_proto(graph), classifier(num_classes), pixel_shape)

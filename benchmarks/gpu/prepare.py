@@ -14,8 +14,9 @@ from benchmarks.kernels import formed, plain_export
 from benchmarks.photographs import calibration_photographs, held_out_photographs
 from benchmarks.quantization import prepared
 from spach_deploy.blocks import rewrite
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, export_canonical
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.models.checkpoint import load_model
 from spach_deploy.options.specs import ModelSpec, Precision, Preprocessing
@@ -66,7 +67,9 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
     plan = _plan(canonical, calibration)
     onnx.save(_eight_bits(canonical, plan, calibration), folder / "ours-int8.onnx")
     allowed = {
-        precision: derive_tolerances(loaded.model, images, logits, half, fake_quantized=twin)
+        precision: derive_tolerances(
+            loaded.model, images, {"logits": logits}, half, loaded.model.outputs, fake_quantized=twin
+        )
         .engine.outputs["logits"]
         .rel_l2
         for precision, half, twin in (

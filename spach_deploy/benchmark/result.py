@@ -92,8 +92,9 @@ VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class LogitsError:
-    """The largest relative L2 of an image's logits against the golden logits, and what the bundle's tolerances allow.
+class OutputError:
+    """The largest relative L2 of an image's logits (of a model without them: its first output) against the golden ones,
+    and what the bundle's tolerances allow.
 
     For a runner: the worst of all batch sizes and rounds.
     """
@@ -163,7 +164,7 @@ class RunnerResult:
     """
 
     name: str
-    accuracy: LogitsError
+    accuracy: OutputError
     timings: tuple[Timing, ...]
     modules: Mapping[str, float] = dataclasses.field(default_factory=dict)
     problem: str = ""
@@ -197,7 +198,8 @@ class Benchmark:
     """A whole benchmark.
 
     `skipped`: runners that did not run, with the reason. `peaks`: FLOP/s and bytes/s of the CPU; `gpu_peaks`: of the
-    GPU, empty where it was not used. `layers`: the graph's, at the largest batch size.
+    GPU, empty where it was not used. `layers`: the graph's, at the largest batch size. `output`: the one that
+    errors are of.
     """
 
     bundle: str
@@ -211,6 +213,7 @@ class Benchmark:
     peaks: Mapping[str, float]
     machine: Mapping[str, Any]
     gpu_peaks: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    output: str = "logits"
 
     @property
     def wrong(self) -> tuple[RunnerResult, ...]:

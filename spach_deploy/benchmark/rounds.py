@@ -16,16 +16,17 @@ import numpy.typing as npt
 
 from spach_deploy.benchmark.layers import Layer, layers
 from spach_deploy.benchmark.machine import Peaks, facts_after, machine_facts
-from spach_deploy.benchmark.result import Benchmark, Latency, LogitsError, RunnerResult, Timing, ratio
+from spach_deploy.benchmark.result import Benchmark, Latency, OutputError, RunnerResult, Timing, ratio
 from spach_deploy.benchmark.runners import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, RunnerSetup, lacks_weights, why_not
 from spach_deploy.benchmark.worker import RunnerProcess
-from spach_deploy.bundle.golden import LOGITS, Golden
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.common.metrics import worst_relative_l2
 from spach_deploy.options.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.tolerance import Bounds, ToleranceSet
+from spach_deploy.validation.tolerance import ToleranceSet
 
 Array = npt.NDArray[Any]
 OnProgress = Callable[[str, float], None]
@@ -51,16 +52,17 @@ class BenchmarkRequest:
 class _RunnerRecord:
     """A runner's process and its measurements by batch size.
 
-    `medians`: one for each round; `runs`: seconds of every run; `problem`: why it stopped, if it did.
+    `allowed`: relative L2 of the output that is compared; `medians`: one for each round;
+    `runs`: seconds of every run; `problem`: why it stopped, if it did.
     """
 
     worker: RunnerProcess
-    bounds: Bounds
+    allowed: float
     medians: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     runs: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     peak_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
     first_s: dict[int, float] = dataclasses.field(default_factory=dict)
-    errors: dict[int, LogitsError] = dataclasses.field(default_factory=dict)
+    errors: dict[int, OutputError] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
     def run_golden(self, golden: Golden, batch: int) -> None:
@@ -70,7 +72,7 @@ class _RunnerRecord:
         with self._recording_failure(batch):
             outputs = self.worker.first_outputs(golden.input, batch)
             self.first_s[batch] = outputs.first_s
-            self._compare(batch, outputs.logits, golden.logits)
+            self._compare(batch, outputs.values, first_of(golden))
 
     def take_turn(self, golden: Golden, batch: int, seconds: float) -> None:
         """Time the runner for one round at this batch size, and check its last output too."""
@@ -80,15 +82,15 @@ class _RunnerRecord:
             self.medians.setdefault(batch, []).append(float(np.median(turn.seconds)))
             self.runs.setdefault(batch, []).extend(turn.seconds)
             self.peak_bytes[batch] = turn.peak_bytes
-            self._compare(batch, turn.logits, golden.logits[chosen])
+            self._compare(batch, turn.values, first_of(golden)[chosen])
 
     @property
-    def accuracy(self) -> LogitsError:
+    def accuracy(self) -> OutputError:
         """The worst error of all batch sizes."""
         return max(self.errors.values(), key=lambda error: error.rel_l2)
 
-    def _compare(self, batch: int, logits: Array, exact: Array) -> None:
-        errors = [*([self.errors[batch]] if batch in self.errors else []), accuracy(logits, exact, self.bounds)]
+    def _compare(self, batch: int, values: Array, exact: Array) -> None:
+        errors = [*([self.errors[batch]] if batch in self.errors else []), accuracy(values, exact, self.allowed)]
         self.errors[batch] = max(errors, key=lambda error: error.rel_l2)
 
     @contextlib.contextmanager
@@ -108,11 +110,11 @@ def measure(request: BenchmarkRequest, report: OnProgress = lambda what, share: 
     """
     bundle = Bundle.open(request.setup.bundle)
     facts, golden = BundleFacts.of(bundle), Golden.load(bundle.file(GOLDEN))
-    batches = chosen_batches(request.batches, facts.batch)
+    batches, output = chosen_batches(request.batches, facts.batch), model_outputs(facts.outputs)[0].name
     skipped = _skipped(request, bundle)
     machine = machine_facts(request.setup.threads)
     with contextlib.ExitStack() as stack:
-        records = _open_runners(stack, request, facts.tolerances, skipped, report)
+        records = _open_runners(stack, request, facts.tolerances, output, skipped, report)
         limits = {device: Peaks(request.setup.threads, device) for device in _devices_of(records)}
         _take_turns(records, golden, batches, request, _RoundProgress(report, limits.values()))
         machine |= facts_after()
@@ -133,6 +135,7 @@ def measure(request: BenchmarkRequest, report: OnProgress = lambda what, share: 
         peaks[CPU],
         machine,
         peaks.get(GPU, {}),
+        output,
     )
 
 
@@ -144,6 +147,7 @@ def _open_runners(
     stack: contextlib.ExitStack,
     request: BenchmarkRequest,
     allowed: ToleranceSet,
+    output: str,
     skipped: dict[str, str],
     report: OnProgress,
 ) -> dict[str, _RunnerRecord]:
@@ -156,7 +160,8 @@ def _open_runners(
         worker = RunnerProcess(name, request.setup)
         try:
             stack.enter_context(worker)
-            records[name] = _RunnerRecord(worker, allowed.engine if worker.device == GPU else allowed.graph)
+            bounds = allowed.engine if worker.device == GPU else allowed.graph
+            records[name] = _RunnerRecord(worker, bounds.outputs[output].rel_l2)
         except UnavailableError as error:
             _skip_or_raise(name, str(error), request, skipped)
     return records
@@ -209,12 +214,16 @@ def _runnable(request: BenchmarkRequest, skipped: dict[str, str]) -> Iterable[st
     return [name for name in request.names or TITLES if name not in skipped]
 
 
-def accuracy(logits: Array, exact: Array, bounds: Bounds) -> LogitsError:
-    """The error of `logits` (N, classes) against the golden logits `exact`, image by image."""
-    allowed = bounds.outputs[LOGITS].rel_l2
-    if logits.shape != exact.shape or not np.isfinite(logits).all():
-        return LogitsError(float("inf"), allowed)
-    return LogitsError(worst_relative_l2(logits, exact), allowed)
+def first_of(golden: Golden) -> Array:
+    """The output that is compared, the first that the model computes: of a classifier its logits."""
+    return next(iter(golden.outputs.values()))
+
+
+def accuracy(values: Array, exact: Array, allowed: float) -> OutputError:
+    """The error of an output (N, ...) against the golden one, `exact`, image by image."""
+    if values.shape != exact.shape or not np.isfinite(values).all():
+        return OutputError(float("inf"), allowed)
+    return OutputError(worst_relative_l2(values, exact), allowed)
 
 
 @dataclasses.dataclass(frozen=True)

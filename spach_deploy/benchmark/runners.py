@@ -19,6 +19,7 @@ from typing import Any
 import numpy.typing as npt
 
 from spach_deploy.benchmark.layers import by_module, owners_of
+from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.files import utf8_path
 from spach_deploy.common.machine import has_bf16, has_vnni
@@ -80,7 +81,8 @@ class RunnerSetup:
 class OpenRunner:
     """A runner that is ready to run.
 
-    `prepare` converts engine inputs (N, ...) into what `run` takes; `run` returns logits (N, classes). Both work with
+    `prepare` converts engine inputs (N, ...) into what `run` takes; `run` returns the output that is
+    compared (N, ...), of a classifier its logits. Both work with
     host memory, so copies to a GPU and back are part of `run`. `device` is cpu or cuda. `profile` returns seconds of
     one run by PyTorch module; None for a runner without a profiler.
     """
@@ -89,6 +91,11 @@ class OpenRunner:
     prepare: Callable[[Array], Any] = lambda inputs: inputs
     profile: Callable[[Any], dict[str, float]] | None = None
     device: str = CPU
+
+
+def first_output(bundle: Bundle) -> str:
+    """The name of the output that is compared: the first that the model computes, of a classifier its logits."""
+    return model_outputs(bundle.manifest.outputs)[0].name
 
 
 def why_not(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
@@ -171,13 +178,19 @@ def _torch(
     torch.set_num_threads(setup.threads)
     facts = BundleFacts.of(bundle)
     device = GPU if torch.cuda.is_available() else CPU
-    model = change(
-        rebuild(bundle.manifest.model, Weights(setup.checkpoint, setup.weights, setup.ignore)).model.to(device)
-    )
+    weights = Weights(setup.checkpoint, setup.weights, setup.ignore)
+    reference = rebuild(bundle.manifest.model, weights, facts.outputs).model.to(device)
+    model = change(reference)
+
+    def run(images: Any) -> Array:
+        made = model(images.to(device))
+        values: Array = (made[0] if isinstance(made, tuple) else made).float().cpu().numpy()
+        return values
+
     with torch.inference_mode():
         yield OpenRunner(
-            lambda images: model(images.to(device)).float().cpu().numpy(),
-            lambda inputs: torch.from_numpy(as_images(inputs, facts)),
+            run,
+            lambda inputs: torch.from_numpy(as_images(inputs, facts.io_dtype, facts.preprocessing)),
             device=device,
         )
 
@@ -201,18 +214,18 @@ def _autocast(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
 def _onnx_runtime(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     graph = bundle.file(GRAPH)
     session = _session(graph, setup.threads)
-    name = session.get_inputs()[0].name
+    name, wanted = session.get_inputs()[0].name, first_output(bundle)
     device = GPU if session.get_providers()[0] == _CUDA else CPU
 
     def profile(inputs: Array) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             watched = _session(graph, setup.threads, f"{folder}/profile")
             for _ in range(_PROFILED_RUNS):
-                watched.run(["logits"], {name: inputs})
+                watched.run([wanted], {name: inputs})
             layers = seconds_by_layer(Path(watched.end_profiling()), _PROFILED_RUNS)
         return by_module(layers, owners_of(graph))
 
-    yield OpenRunner(lambda inputs: session.run(["logits"], {name: inputs})[0], profile=profile, device=device)
+    yield OpenRunner(lambda inputs: session.run([wanted], {name: inputs})[0], profile=profile, device=device)
 
 
 def _session(graph: Path, threads: int, profile: str = "") -> Any:
@@ -239,9 +252,10 @@ def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _openvino(name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    wanted = first_output(bundle)
     with OpenVinoRunner(bundle.file(GRAPH), threads=setup.threads, precision_hint=OPENVINO_HINTS[name]) as runner:
         source = next(iter(runner.input_specs))
-        yield OpenRunner(lambda inputs: runner.run({source: inputs})["logits"])
+        yield OpenRunner(lambda inputs: runner.run({source: inputs})[wanted])
 
 
 @contextlib.contextmanager
@@ -250,9 +264,9 @@ def _engine(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
 
     assert bundle.plan is not None
     with TensorRTRunner(bundle.plan.read_bytes(), bundle.manifest.engine.flavour) as runner:
-        name = next(iter(runner.input_specs))
+        name, wanted = next(iter(runner.input_specs)), first_output(bundle)
         yield OpenRunner(
-            lambda inputs: runner.run({name: inputs})["logits"],
+            lambda inputs: runner.run({name: inputs})[wanted],
             profile=lambda inputs: by_module(runner.layer_seconds({name: inputs}), owners_of(bundle.file(GRAPH))),
             device=GPU,
         )

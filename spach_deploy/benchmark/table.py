@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 
 from spach_deploy.benchmark.layers import Layer, totals
-from spach_deploy.benchmark.result import Benchmark, LogitsError, Ratio, RunnerResult, Timing, ratio
+from spach_deploy.benchmark.result import Benchmark, OutputError, Ratio, RunnerResult, Timing, ratio
 from spach_deploy.benchmark.runners import CPU, ONNX_RUNTIME, TITLES
 from spach_deploy.common.text import escaped
 
@@ -106,7 +106,7 @@ def _allowed(result: Benchmark) -> str:
     return f", {bounds.pop():.1e} is allowed" if len(bounds) == 1 else ""
 
 
-def _error(accuracy: LogitsError, at_batch: float | None = None) -> str:
+def _error(accuracy: OutputError, at_batch: float | None = None) -> str:
     """The error at one batch size where it is given, else the worst; with the bound where it is exceeded."""
     error = accuracy.rel_l2 if at_batch is None else at_batch
     return f"{error:.1e}" + ("" if error <= accuracy.allowed else f" > {accuracy.allowed:.1e}")
@@ -117,7 +117,7 @@ def _remarks(result: Benchmark) -> Iterator[str]:
         f"Milliseconds of a batch, {result.rounds} rounds in turn; '–' where there are too few runs to tell; peak MB:"
         " of the runner's own process, loading included; roofline: the least time that this machine needs for the"
         " products alone, over the median; x eager: times as fast, with the 95 % interval over the rounds; error: worst"
-        f" relative L2 of an image's logits against the bundle's golden answers{_allowed(result)}."
+        f" relative L2 of an image's {result.output} against the bundle's golden answers{_allowed(result)}."
     )
     if any(timing.roofline and timing.roofline > 1 for runner in result.runners for timing in runner.timings):
         yield from _filled(
@@ -167,7 +167,7 @@ def _products(layer: Layer | None, seconds: float, peaks: Mapping[str, float]) -
 def _conclusion(result: Benchmark) -> Iterator[str]:
     for runner in result.wrong:
         yield from _filled(
-            f"{runner.title} is WRONG: its logits are off by {_error(runner.accuracy)} that the bundle allows."
+            f"{runner.title} is WRONG: its {result.output} are off by {_error(runner.accuracy)} that the bundle allows."
             " Do not serve it; spach-validate says more."
         )
     for batch in result.batches:

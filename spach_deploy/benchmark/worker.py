@@ -34,23 +34,21 @@ _NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "bad allocation")
 
 @dataclasses.dataclass(frozen=True)
 class TimedRuns:
-    """Seconds of each timed run, and the last run's logits (N, classes) in float32.
+    """Seconds of each timed run, and the last run's output (N, ...) in float32.
 
     `peak_bytes`: the process's peak memory so far, loading included.
     """
 
     seconds: tuple[float, ...]
-    logits: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32]
     peak_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstOutputs:
-    """Logits (N, classes) in float32, and seconds of the first run at this batch size, in which some runtimes
-    compile.
-    """
+    """The output (N, ...) in float32, and seconds of the first run at this batch size, which may compile."""
 
-    logits: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32]
     first_s: float
 
 

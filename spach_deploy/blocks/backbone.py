@@ -16,13 +16,14 @@ from spach_deploy.blocks.mixing_block import StaticBlock
 from spach_deploy.blocks.stem import StaticStem
 from spach_deploy.blocks.token_mlp import StaticSpatialMLP, TokenLinear
 from spach_deploy.models import spach as layers
+from spach_deploy.models.outputs import TOKENS, SelectableOutputs
 from spach_deploy.models.spach import Spach
 
 
-class StaticSpach(nn.Module):
-    """The static model: images (B, 3, S, S) -> logits (B, classes)."""
+class StaticSpach(SelectableOutputs):
+    """The static model: images (B, 3, S, S) -> logits (B, classes), or the outputs that are chosen."""
 
-    def __init__(self, stem: StaticStem, norm1: nn.LayerNorm, norm2: nn.LayerNorm, head: nn.Linear) -> None:
+    def __init__(self, stem: StaticStem, norm1: nn.LayerNorm, norm2: nn.LayerNorm, head: nn.Linear | None) -> None:
         super().__init__()
         self.stem = stem
         self.norm1 = norm1
@@ -40,21 +41,44 @@ class StaticSpach(nn.Module):
         """Whether the stream is (B, H, W, C) instead of (B, N, C)."""
         return self.stem.grid_stream
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> logits (B, classes)."""
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(B, 3, S, S) -> logits (B, classes), or the outputs that are chosen."""
         x = self.norm1(self.stem(x))
+        stages = []
         for name in self.stage_names:
             x = getattr(self, name)(x)
-        x = self.norm2(x)
-        x = x.mean(dim=(1, 2)) if self.grid_stream else x.mean(dim=1)
-        y: Tensor = self.head(x)
+            stages.append(x)
+        return self.arranged(
+            lambda: (self._map(stage, shape) for stage, shape in zip(stages, self.stage_shapes, strict=True)),
+            lambda: self._embedding(stages[-1]),
+            self._logits,
+        )
+
+    def _embedding(self, x: Tensor) -> Tensor:
+        """The mean over tokens, (B, C)."""
+        y: Tensor = self.norm2(x)
+        return y.mean(dim=(1, 2)) if self.grid_stream else y.mean(dim=1)
+
+    def _logits(self, embedding: Tensor) -> Tensor:
+        assert self.head is not None
+        y: Tensor = self.head(embedding)
         return y
+
+    def _map(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """The stream in the layout of feature maps."""
+        channels, height, width = shape
+        if self.layout == TOKENS:
+            return x.reshape(-1, height * width, channels) if self.grid_stream else x
+        y = x if self.grid_stream else x.reshape(-1, height, width, channels)
+        return y.permute(0, 3, 1, 2)
 
 
 def to_static(model: Spach) -> StaticSpach:
     """The static model of `model`, whose parameters it shares."""
     grid, dim = model.architecture.grids[0], model.architecture.width
-    result = StaticSpach(StaticStem(model.stem.proj, grid, dim), model.norm1, model.norm2, model.head)
+    head = getattr(model, "head", None)
+    result = StaticSpach(StaticStem(model.stem.proj, grid, dim), model.norm1, model.norm2, head)
+    result.stage_shapes, result.outputs = model.stage_shapes, model.outputs
     for name in model.stage_names:
         layers_by_index = getattr(model, name)._modules.items()
         result.add_stage(

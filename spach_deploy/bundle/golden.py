@@ -1,21 +1,19 @@
-"""The golden pack of a bundle: a few inputs with the FP32 reference logits, and the expected outputs that follow."""
+"""The golden pack of a bundle: a few inputs with the reference's outputs in FP32."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.store import GOLDEN_BYTES, golden_problem
+from spach_deploy.bundle.outputs import model_outputs
+from spach_deploy.bundle.store import GOLDEN, Bundle, golden_problem, golden_sizes
 from spach_deploy.common.errors import BundleError, printable
 from spach_deploy.common.npz import read_npz
-from spach_deploy.options.specs import IODtype, OutputSpec
-
-INPUT, LOGITS, PROBABILITIES = "input", "logits", "probabilities"
-TOP_VALUES, TOP_INDICES = "top_values", "top_indices"
 
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
@@ -25,15 +23,19 @@ _EXPORT_AGAIN = "Export the bundle again."
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """N inputs in the engine's input format, the reference logits (N, classes) for them, and the images' names."""
+    """N inputs in the engine's input format, the images' names, and what the reference computes of them.
+
+    `outputs`: float32 (N, ...) by name, those that the model computes; others follow (`bundle.outputs`).
+    """
 
     input: Array
-    logits: Float32Array
+    outputs: Mapping[str, Float32Array]
     names: tuple[str, ...]
 
     def save(self, path: Path) -> None:
-        """Write an npz with `input`, `logits` and `names`."""
-        np.savez(path, input=self.input, logits=self.logits, names=np.array(self.names, dtype=np.str_))
+        """Write an npz with `input`, the outputs under their names, and `names`."""
+        arrays = {"input": self.input, **self.outputs, "names": np.array(self.names, dtype=np.str_)}
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
 
     @classmethod
     def load(cls, path: Path) -> Golden:
@@ -41,32 +43,22 @@ class Golden:
         if problem := golden_problem(path):
             raise BundleError(f"{path} {problem}.", _EXPORT_AGAIN)
         try:
-            arrays = read_npz(path, GOLDEN_BYTES)
+            arrays = read_npz(path, golden_sizes(path))
         except ValueError as error:
             raise BundleError(f"{path} cannot be read as a golden pack ({error}).", _EXPORT_AGAIN) from None
         names = tuple(printable(str(name)) for name in np.atleast_1d(arrays["names"]))
-        return cls(arrays["input"], arrays["logits"], names)
+        outputs = {name: array for name, array in arrays.items() if name not in ("input", "names")}
+        return cls(arrays["input"], outputs, names)
 
-
-def expected_outputs(logits: Float32Array, outputs: OutputSpec) -> dict[str, Array]:
-    """The expected value of every output that `outputs` names, from the reference logits (N, classes).
-
-    logits, probabilities: float32 (N, classes); top_values: float32 (N, K); top_indices: int64 (N, K). Among equal
-    logits the lower index comes first, as in ONNX's TopK.
-    """
-    expected: dict[str, Array] = {LOGITS: logits}
-    if outputs.softmax:
-        shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-        expected[PROBABILITIES] = (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
-    if outputs.top_k is not None:
-        indices = np.argsort(-logits, axis=1, kind="stable")[:, : outputs.top_k].astype(np.int64)
-        expected[TOP_VALUES] = np.take_along_axis(logits, indices, axis=1)
-        expected[TOP_INDICES] = indices
-    return expected
-
-
-def promised_dtypes(outputs: OutputSpec) -> dict[str, str]:
-    """The dtype of each output of the engine, as NumPy names it."""
-    floats = "float16" if outputs.io_dtype is IODtype.FP16 else "float32"
-    names = [LOGITS, *([PROBABILITIES] if outputs.softmax else []), *([TOP_VALUES] if outputs.top_k else [])]
-    return dict.fromkeys(names, floats) | ({TOP_INDICES: "int64"} if outputs.top_k else {})
+    def check(self, bundle: Bundle) -> None:
+        """BundleError where these are not inputs and outputs of the bundle's graph, or not finite."""
+        manifest, path = bundle.manifest, bundle.path / GOLDEN
+        wanted = [(tensor.shape[1:], tensor.dtype) for tensor in manifest.inputs]
+        if wanted != [(self.input.shape[1:], str(self.input.dtype))]:
+            raise BundleError(f"{path} holds inputs of another model.", _EXPORT_AGAIN)
+        for tensor in model_outputs(manifest.outputs):
+            values = self.outputs.get(tensor.name)
+            if values is None:
+                raise BundleError(f"There is no reference for the output {tensor.name}.", _EXPORT_AGAIN)
+            if values.shape[1:] != tensor.shape[1:] or not np.isfinite(values).all():
+                raise BundleError(f"{path} holds answers of another model.", _EXPORT_AGAIN)

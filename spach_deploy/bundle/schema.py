@@ -39,6 +39,7 @@ from spach_deploy.options.specs import (
     OutputSpec,
     Precision,
     Preprocessing,
+    Role,
     WeightSource,
     interpolation_text,
     sides,
@@ -86,12 +87,28 @@ class ModelSection(Struct, frozen=True, kw_only=True):
 
 
 class TensorInfo(Struct, frozen=True, kw_only=True):
-    """A graph input or output. `shape` has null where the batch is free; `layout` names the axes, such as NCHW."""
+    """A graph input or output. `shape` has null where the batch is free; `layout` names the axes, such as NCHW.
+
+    `role`: what an output means. Where it is null the name says it, as in manifests before there were roles.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
     layout: str = ""
+    role: Role | None = None
+
+    def __post_init__(self) -> None:
+        if self.role is None:
+            msgspec.structs.force_setattr(self, "role", role_of_name(self.name))
+
+
+_NAMED = (Role.LOGITS, Role.PROBABILITIES, Role.TOP_VALUES, Role.TOP_INDICES)
+
+
+def role_of_name(name: str) -> Role:
+    """The role that an output of this name has where nothing else is said."""
+    return next((role for role in _NAMED if role.value == name), Role.OTHER)
 
 
 # Precision
@@ -385,10 +402,15 @@ class DerivationEntry(Struct, frozen=True, kw_only=True):
 
 
 class BoundsEntry(Struct, frozen=True, kw_only=True):
-    """The tolerance of each output, and how they were derived."""
+    """The tolerance of each output, and how they were derived.
+
+    `derivation`: of the first output that the model computes, and of those that follow from it; `others`: of the other
+    outputs that the model computes, by name.
+    """
 
     outputs: dict[str, ToleranceEntry]
     derivation: DerivationEntry
+    others: dict[str, DerivationEntry] = {}
 
 
 class TolerancesEntry(Struct, frozen=True, kw_only=True):
@@ -532,8 +554,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
             raise BundleError(f"{path} is not JSON ({error}).", "Export the bundle again.") from None
 
     def content(self) -> dict[str, Any]:
-        """The manifest as plain JSON. Absent sections are left out; other absent values are null."""
+        """The manifest as plain JSON. Absent sections, and what outputs need that are no logits, are left out; other
+        absent values are null.
+        """
         content: dict[str, Any] = without_surrogates(msgspec.to_builtins(self))
+        _drop_usual(content)
         engine = content["engine"]
         has_plan = self.engine.flavour is not Flavour.NONE
         content["engine"] = {
@@ -554,6 +579,24 @@ class Manifest(Struct, frozen=True, kw_only=True):
     def sha256(self, name: str) -> str | None:
         """SHA-256 of a file of the bundle; None for a file that the manifest does not list."""
         return self.files[name].sha256 if name in self.files else None
+
+
+_LATER = ("outputs", "feature_layout", "names")
+"""Fields of the output options that manifests of graphs with logits alone do not have."""
+
+
+def _drop_usual(content: dict[str, Any]) -> None:
+    """Remove, in place, what says of a graph with logits no more than its outputs' names do."""
+    for tensor in (*content["inputs"], *content["outputs"]):
+        if tensor["role"] == role_of_name(tensor["name"]).value:
+            del tensor["role"]
+    options, usual = content["output_options"], msgspec.to_builtins(OutputSpec())
+    for name in _LATER:
+        if not options.get(name) or options[name] == usual[name]:
+            options.pop(name, None)
+    for bounds in content["validation"]["tolerances"].values():
+        if not bounds["others"]:
+            del bounds["others"]
 
 
 # Reading
@@ -588,12 +631,16 @@ def _checked(content: Any, where: str) -> Manifest:
 
 def _check_whole(content: Mapping[str, Any], where: str) -> None:
     for name, kind in _WHOLE.items():
-        section, fields = content[name], [field.name for field in dataclasses.fields(kind)]
+        section, fields = content[name], _required(kind)
         with reading(where, name):
             if isinstance(section, dict) and (lacking := [field for field in fields if field not in section]):
                 raise ValueError(f"it lacks {', '.join(lacking)}")
             if isinstance(section, dict) and name == "batch" and len(section) > len(fields):
                 raise ValueError("it has not min, opt and max alone")
+
+
+def _required(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if not (kind is OutputSpec and field.name in _LATER)]
 
 
 def _typed(content: Any, where: str) -> Manifest:
@@ -653,7 +700,8 @@ def _check_range(name: str, value: int, most: int) -> None:
 def _check_model(manifest: Manifest) -> None:
     for side in sides(manifest.model.image_size):
         _check_range("image_size", side, LARGEST_SIDE)
-    _check_range("num_classes", manifest.model.num_classes, MOST_CLASSES)
+    if manifest.model.num_classes:  # 0: a model without a head
+        _check_range("num_classes", manifest.model.num_classes, MOST_CLASSES)
     architecture = manifest.model.architecture
     if architecture is not None and architecture.image_size != sides(manifest.model.image_size):
         raise ValueError(f"its architecture is for images of {size_in_words(architecture.image_size)}")
@@ -709,9 +757,11 @@ def _check_inputs(manifest: Manifest) -> None:
 
 def _check_outputs(manifest: Manifest) -> None:
     _check_tensors(manifest.outputs, _OUTPUT_DTYPES)
+    if len({tensor.name for tensor in manifest.outputs}) < len(manifest.outputs):
+        raise ValueError("two have one name")
     classes = manifest.model.num_classes
     for tensor in manifest.outputs:
-        is_by_class = tensor.name in ("logits", "probabilities")
+        is_by_class = tensor.role in (Role.LOGITS, Role.PROBABILITIES)
         if is_by_class and not {*tensor.shape[1:]} <= {classes, None}:
             raise ValueError(f"{tensor.name} has shape {tensor.shape}, and the model's num_classes is {classes}")
 
@@ -737,7 +787,7 @@ def json_schema() -> dict[str, Any]:
     schema = msgspec.json.schema(Manifest)
     for kind in _WHOLE.values():
         entry = schema["$defs"][kind.__name__]
-        entry["required"] = list(entry["properties"])
+        entry["required"] = _required(kind)
     manifest = schema["$defs"]["Manifest"]
     manifest["required"] = ["schema_version", *manifest["required"], "files"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "spach-deploy manifest", **schema}

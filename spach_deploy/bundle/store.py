@@ -3,7 +3,7 @@
     manifest.json    options, sources, tools and results of the export, and the SHA-256 of every other file
     model.onnx       the typed graph the engine was built from
     engine.plan      plain TensorRT plan, or absent with the reason in the manifest
-    golden.npz       a few preprocessed inputs with the reference logits
+    golden.npz       a few preprocessed inputs with the reference's outputs
     report.json      the validation in full
     report.html      the same as a page to read
     build.log        messages of the engine's builder
@@ -32,7 +32,7 @@ import msgspec
 from spach_deploy.bundle.schema import FileEntry, Manifest
 from spach_deploy.common.errors import BundleError, ChangedFileError
 from spach_deploy.common.files import Destination, draft_name, read_json, sha256_of, short_name
-from spach_deploy.common.npz import npz_headers
+from spach_deploy.common.npz import npz_headers, npz_names
 from spach_deploy.common.processes import is_alive
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import Precision
@@ -56,8 +56,9 @@ QUANTIZATION = "quantization.json"
 HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION)
 """Files that later commands read, and that must be exactly those of the export."""
 
-GOLDEN_BYTES = {"input": 1 << 30, "logits": 1 << 28, "names": 1 << 24}
-"""Largest size of each array of a golden pack, in bytes: far more than a few images and their logits take."""
+GOLDEN_BYTES = {"input": 1 << 30, "names": 1 << 24}
+OUTPUT_BYTES = 1 << 28
+"""Largest size of a golden pack's arrays, in bytes: far more than a few images and what a model makes of them take."""
 
 SENSITIVITY = "sensitivity.svg"
 
@@ -142,17 +143,28 @@ def find_bundle(path: Path) -> Path:
     raise BundleError(f"{path} {kind} {MANIFEST}, so it is no bundle.", "Give what spach-export wrote.")
 
 
+def golden_sizes(file: Path) -> dict[str, int]:
+    """The largest size in bytes of each array of a golden pack; ValueError for a file that is no npz."""
+    outputs = [name for name in npz_names(file) if name not in GOLDEN_BYTES]
+    each = OUTPUT_BYTES // max(1, len(outputs))
+    return {"input": GOLDEN_BYTES["input"], **dict.fromkeys(outputs, each), "names": GOLDEN_BYTES["names"]}
+
+
 def golden_problem(file: Path) -> str:
     """Why a file is not a golden pack, as a clause, judged by the npz headers alone; empty where it is one."""
     try:
-        headers = npz_headers(file, GOLDEN_BYTES)
+        headers = npz_headers(file, golden_sizes(file))
     except ValueError as error:
         return f"cannot be read as a golden pack ({error})"
-    images, logits, names = (headers[name].shape for name in ("input", "logits", "names"))
-    if len(logits) != 2 or headers["logits"].dtype != "float32" or not logits[0]:
-        return f"is no golden pack: its logits are {headers['logits'].dtype} {logits}"
-    if len(images) != 4 or not images[0] == logits[0] == (names or (1,))[0]:
-        return f"is no golden pack: {images[:1]} inputs, {logits[0]} answers and {(names or (1,))[0]} names"
+    outputs = {name: header for name, header in headers.items() if name not in GOLDEN_BYTES}
+    images, names = headers["input"].shape, headers["names"].shape or (1,)
+    if not outputs:
+        return "is no golden pack: it has no answers"
+    for name, header in outputs.items():
+        if len(header.shape) < 2 or header.dtype != "float32" or not header.shape[0]:
+            return f"is no golden pack: its {name} are {header.dtype} {header.shape}"
+        if len(images) != 4 or not images[0] == header.shape[0] == names[0]:
+            return f"is no golden pack: {images[:1]} inputs, {header.shape[0]} answers and {names[0]} names"
     return ""
 
 

@@ -19,6 +19,8 @@ from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.table import PREDICT
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from spach_deploy.data.images import ImageSource
     from spach_deploy.runtime.session import Prediction, Session
 
@@ -38,6 +40,9 @@ def main(bundle: Path, images: tuple[Path, ...], top_k: int | None, as_json: boo
 
     The engine runs where it can, else the graph in ONNX Runtime or OpenVINO. With --json each picture is a line:
     {"image": NAME, "classes": [{"index": 7, "probability": 0.9, "label": NAME}, ...]}; "label" only with --labels.
+    Of a bundle that gives an embedding or features, embeddings are printed as their norm and their cosine with the
+    first picture's, and features as their shapes; with --json, {"embedding": [0.1, ...]} and
+    {"features1": {"shape": [64, 56, 56]}} stand beside "classes", or in its place without logits.
 
     Exit codes: 0 done, pictures that cannot be read are named and skipped; 1 a file is not the one that was exported;
     2 bad usage or input, no picture can be read, or stdout cannot be written; 3 nothing here can run it, or not the
@@ -60,10 +65,11 @@ def main(bundle: Path, images: tuple[Path, ...], top_k: int | None, as_json: boo
 
 def _predict(session: Session, source: ImageSource, top_k: int | None, *, as_json: bool) -> None:
     """Print predictions as they come, then the skipped images and the throughput."""
-    done, start = 0, time.perf_counter()
+    done, start, first = 0, time.perf_counter(), None
     with ending_on_interrupt(lambda: f"{done} pictures were answered."), _progress(source.count) as tell:
         for prediction in session.predictions(source, top_k):
-            _write(_line(prediction) if as_json else _block(prediction), done)
+            first = first or prediction
+            _write(_line(prediction) if as_json else _block(prediction, first), done)
             done += 1
             tell(done)
     seconds = time.perf_counter() - start
@@ -90,12 +96,34 @@ def _line(prediction: Prediction) -> str:
         {"index": best.index, "probability": best.probability, **({} if best.label is None else {"label": best.label})}
         for best in prediction.classes
     ]
-    return json_text({"image": prediction.name, "classes": classes}, indent=None)
+    others = {
+        name: [float(value) for value in values] if values.ndim == 1 else {"shape": list(values.shape)}
+        for name, values in prediction.outputs.items()
+    }
+    content = {"image": prediction.name, **({"classes": classes} if classes else {}), **others}
+    return json_text(content, indent=None)
 
 
-def _block(prediction: Prediction) -> str:
+def _block(prediction: Prediction, first: Prediction) -> str:
     best = (f"  {best.probability:7.2%}  {best.index:>5}  {best.label or ''}".rstrip() for best in prediction.classes)
-    return escaped([prediction.name, *best])
+    others = (f"  {name}  {_described(values, first.outputs[name])}" for name, values in prediction.outputs.items())
+    return escaped([prediction.name, *best, *others])
+
+
+def _described(values: NDArray[Any], first: NDArray[Any]) -> str:
+    """A vector's norm, and its cosine with the first picture's; a map's shape."""
+    import numpy as np
+
+    if values.ndim > 1:
+        return " x ".join(map(str, values.shape))
+    ours, theirs = values.astype(np.float64), first.astype(np.float64)
+    norms = float(np.linalg.norm(ours)), float(np.linalg.norm(theirs))
+    text = f"{len(values)} numbers, norm {norms[0]:.4g}"
+    return (
+        text
+        if values is first or not all(norms)
+        else f"{text}, cosine with the first {ours @ theirs / norms[0] / norms[1]:.4f}"
+    )
 
 
 @contextlib.contextmanager

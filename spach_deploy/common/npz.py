@@ -64,6 +64,18 @@ def npz_headers(path: Path, most_bytes: Mapping[str, int]) -> dict[str, Header]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+def npz_names(path: Path) -> list[str]:
+    """The names of a file's arrays, in order. ValueError as for `read_npz`."""
+    try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except Exception as error:  # as above
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 def _header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Header:
     member = f"{name}.npy"
     if member not in archive.namelist():

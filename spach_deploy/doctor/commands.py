@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spach_deploy.options.command_line import joined, quoted
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, WeightSource, size_in_words
+from spach_deploy.options.specs import BatchProfile, FeatureLayout, IODtype, OutputSpec, WeightSource, size_in_words
 
 if TYPE_CHECKING:
     from spach_deploy.bundle.schema import ModelSection
@@ -118,7 +118,10 @@ def _sizes(model: ModelSection) -> list[str]:
 def _outputs(options: OutputSpec) -> list[str]:
     words = [] if options.io_dtype is IODtype.FP32 else ["--io-dtype", options.io_dtype.value]
     words += ["--top-k", str(options.top_k)] if options.top_k else []
-    return [*words, *(["--softmax"] if options.softmax else [])]
+    words += ["--softmax"] if options.softmax else []
+    words += ["--outputs", ",".join(role.value for role in options.outputs)] if options.outputs else []
+    words += [] if options.feature_layout is FeatureLayout.NCHW else ["--feature-layout", options.feature_layout.value]
+    return [*words, *(word for name in options.names for word in ("--output-name", name))]
 
 
 def _batch(batch: BatchProfile) -> list[str]:

@@ -42,6 +42,7 @@ def make_prototype(model: nn.Module) -> Prototype:
     """
     assert isinstance(model, StaticSpach)
     result = StaticSpach(model.stem, model.norm1, model.norm2, model.head)
+    result.stage_shapes, result.outputs = model.stage_shapes, model.outputs
     repeats: dict[str, tuple[str, ...]] = {}
     for stage in model.stage_names:
         runs = _runs(getattr(model, stage))
@@ -119,6 +120,21 @@ def stamp_blocks(model: ir.Model, repeats: Mapping[str, tuple[str, ...]], weight
         producer_version=model.producer_version,
         functions=tuple(model.functions.values()),
     )
+
+
+def part_outputs(model: ir.Model, blocks: Collection[str]) -> None:
+    """Put an Identity, in place, before every graph output that a block makes: copies of a block need other names."""
+    graph = model.graph
+    for index, output in enumerate(graph.outputs):
+        maker = output.producer()
+        if maker is None or block_of(name_of(maker), blocks) is None:
+            continue
+        name = name_of(output)
+        copied = ir.val(name, output.dtype, output.shape)
+        output.name = name_of(maker)
+        node = ir.Node("", "Identity", [output], outputs=[copied], name=f"model/Identity_{name}")
+        graph.append(node)
+        graph.outputs[index] = copied
 
 
 class Parameters:

@@ -25,9 +25,18 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
+from spach_deploy.blocks.backbone import StaticSpach
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.common.errors import CertificateError, ModelError
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.graph.block_prototype import Prototype, block_of, make_prototype, stamp_blocks, with_ordinary_weights
+from spach_deploy.graph.block_prototype import (
+    Prototype,
+    block_of,
+    make_prototype,
+    part_outputs,
+    stamp_blocks,
+    with_ordinary_weights,
+)
 from spach_deploy.graph.editing import array_of, as_proto, name_of
 from spach_deploy.graph.names import name_by_module, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
@@ -35,7 +44,7 @@ from spach_deploy.models.own_module import flattened
 from spach_deploy.options.specs import OPSET
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
-INPUT, LOGITS, BATCH = "input", "logits", "batch"
+BATCH = "batch"
 _TRACED_BATCH, _OTHER_BATCH = 3, 2
 _ROUNDING = 1e-4
 """Relative L2 that rounding may cause between PyTorch and a graph in ONNX Runtime. Later steps compare closely."""
@@ -157,7 +166,7 @@ def _place(model: nn.Module, error: BaseException) -> str:
 
 
 def export_canonical(model: nn.Module, image_size: int) -> ir.Model:
-    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> logits (batch, classes) float32, opset 20.
+    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> its outputs (batch, ...) float32, opset 20.
 
     S is `image_size` in pixels, and the batch is symbolic. The initializers share the memory of the model's parameters.
     Raises CertificateError for a graph whose batch cannot be made symbolic, whose blocks cannot be repeated, or that
@@ -175,10 +184,11 @@ def _traced(prototype: Prototype, image_size: int) -> ir.Model:
     name_by_module(exported)
     model = ir.from_proto(simplify(as_proto(exported)))
     restore_block_boundaries(model, is_grid=ordinary.model.grid_stream)
+    part_outputs(model, prototype.repeats)
     return model
 
 
-def _exported(model: nn.Module, image_size: int) -> ir.Model:
+def _exported(model: StaticSpach, image_size: int) -> ir.Model:
     """The graph that torch.onnx makes of `model`, with a symbolic batch."""
     example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)
     with _quiet_exporter():
@@ -188,7 +198,7 @@ def _exported(model: nn.Module, image_size: int) -> ir.Model:
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[LOGITS],
+            output_names=[tensor.name for tensor in model.outputs],
             verbose=False,
         )
     assert program is not None

@@ -7,43 +7,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import onnx_ir as ir
 
+from spach_deploy.bundle.outputs import INPUT
+from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, new_node
-from spach_deploy.graph.export import BATCH, INPUT
-from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
-
-PROBABILITIES, TOP_VALUES, TOP_INDICES = "probabilities", "top_values", "top_indices"
+from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, name_of, new_node
+from spach_deploy.graph.export import BATCH
+from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing, Role
 
 
-def add_interface(model: ir.Model, outputs: OutputSpec, preprocessing: Preprocessing) -> None:
-    """Add to the FP32 graph, in place, the nodes that `outputs` asks for.
+def add_interface(
+    model: ir.Model, outputs: Sequence[TensorInfo], io_dtype: IODtype, preprocessing: Preprocessing
+) -> None:
+    """Add to the FP32 graph, in place, the nodes of those of `outputs` that follow from logits, and of uint8 pixels.
 
-    `preprocessing` gives mean, standard deviation (of pixels in 0..1) and image size for uint8 pixels. Raises
-    UsageError for a top-k that the number of classes does not allow.
+    `preprocessing` gives mean, standard deviation (of pixels in 0..1) and image size for uint8 pixels.
     """
-    if outputs.io_dtype is IODtype.UINT8:
+    if io_dtype is IODtype.UINT8:
         _take_pixels(model, preprocessing)
-    classes = _classes(model)
-    check_outputs(outputs, classes)
-    if outputs.softmax:
-        _add_softmax(model, classes)
-    if outputs.top_k is not None:
-        _add_top_k(model, outputs.top_k)
+    by_role = {tensor.role: tensor for tensor in outputs}
+    if Role.PROBABILITIES in by_role:
+        _add_softmax(model, _logits(model, by_role), by_role[Role.PROBABILITIES])
+    if Role.TOP_VALUES in by_role:
+        _add_top_k(model, _logits(model, by_role), by_role[Role.TOP_VALUES], by_role[Role.TOP_INDICES])
 
 
-def _classes(model: ir.Model) -> int:
-    shape = model.graph.outputs[0].shape
-    assert shape is not None
-    return int(shape[1])  # type: ignore[arg-type]
+def _logits(model: ir.Model, by_role: Mapping[Role | None, TensorInfo]) -> ir.Value:
+    return next(value for value in model.graph.outputs if name_of(value) == by_role[Role.LOGITS].name)
 
 
 def check_outputs(outputs: OutputSpec, classes: int) -> None:
     """UsageError for a top-k below 1 or above the number of classes."""
     k = outputs.top_k
-    if k is not None and not 1 <= k <= classes:
+    if k is not None and classes and not 1 <= k <= classes:
         raise UsageError(f"--top-k {k} of {classes} classes does not exist.", f"Give a number from 1 to {classes}.")
 
 
@@ -67,22 +67,24 @@ def _take_pixels(model: ir.Model, preprocessing: Preprocessing) -> None:
     graph[0].prepend(writer.nodes)
 
 
-def _add_softmax(model: ir.Model, classes: int) -> None:
-    node = new_node("Softmax", [model.graph.outputs[0]], "io/Softmax", [PROBABILITIES], axis=-1)
-    _add_output_node(model.graph, node, [(ir.DataType.FLOAT, classes)])
+def _add_softmax(model: ir.Model, logits: ir.Value, probabilities: TensorInfo) -> None:
+    node = new_node("Softmax", [logits], "io/Softmax", [probabilities.name], axis=-1)
+    _add_output_node(model.graph, node, [(ir.DataType.FLOAT, probabilities)])
 
 
-def _add_top_k(model: ir.Model, k: int) -> None:
+def _add_top_k(model: ir.Model, logits: ir.Value, values: TensorInfo, indices: TensorInfo) -> None:
     graph = model.graph
-    inputs = [graph.outputs[0], constant(graph, "io.top_k", [k])]
-    node = new_node("TopK", inputs, "io/TopK", [TOP_VALUES, TOP_INDICES], axis=-1)
-    _add_output_node(graph, node, [(ir.DataType.FLOAT, k), (ir.DataType.INT64, k)])
+    k = values.shape[-1]
+    assert k is not None
+    inputs = [logits, constant(graph, "io.top_k", [k])]
+    node = new_node("TopK", inputs, "io/TopK", [values.name, indices.name], axis=-1)
+    _add_output_node(graph, node, [(ir.DataType.FLOAT, values), (ir.DataType.INT64, indices)])
 
 
-def _add_output_node(graph: ir.Graph, node: ir.Node, outputs: list[tuple[ir.DataType, int]]) -> None:
+def _add_output_node(graph: ir.Graph, node: ir.Node, outputs: list[tuple[ir.DataType, TensorInfo]]) -> None:
     """Append `node`, marked FP32; its outputs, (B, width) of the given types, become outputs of the graph."""
     mark_float32(node)
     graph.append(node)
-    for value, (kind, width) in zip(node.outputs, outputs, strict=True):
-        value.dtype, value.shape = kind, ir.Shape([BATCH, width])
+    for value, (kind, tensor) in zip(node.outputs, outputs, strict=True):
+        value.dtype, value.shape = kind, ir.Shape([BATCH, *tensor.shape[1:]])
         graph.outputs.append(value)

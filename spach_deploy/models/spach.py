@@ -18,6 +18,7 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from spach_deploy.models.outputs import TOKENS, SelectableOutputs, usual_outputs
 from spach_deploy.options.architecture import CONV, TRANS, Architecture
 
 STEM_WIDTH = 64
@@ -203,8 +204,8 @@ class Downsampling(nn.Module):
         return y
 
 
-class Spach(nn.Module):
-    """A SPACH classifier: images (B, channels, H, W) normalized, float -> logits (B, classes).
+class Spach(SelectableOutputs):
+    """A SPACH classifier: images (B, channels, H, W) normalized, float -> logits (B, classes), or chosen outputs.
 
     Without classes there is no head, and it gives the embedding (B, C), the mean over tokens.
     """
@@ -221,6 +222,10 @@ class Spach(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=architecture.norm_eps)
         if architecture.classes:
             self.head = nn.Linear(width, architecture.classes)
+        self.stage_shapes = tuple(
+            (dim, *grid) for dim, grid in zip(architecture.stage_dims, architecture.grids, strict=True)
+        )
+        self.outputs = usual_outputs(architecture.classes, width)
         _initialize(self)
 
     @property
@@ -228,20 +233,27 @@ class Spach(nn.Module):
         """Attribute names of the stages, in order."""
         return self.architecture.stage_names
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, channels, H, W) -> normalized tokens of the last stage (B, N, C)."""
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """Images (B, channels, H, W) -> tokens of every stage (B, N, C)."""
         x = self.norm1(self.stem(x))
+        stages = []
         for name in self.stage_names:
             x = getattr(self, name)(x)
-        y: Tensor = self.norm2(x)
-        return y
+            stages.append(x)
+        return stages
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, channels, H, W) -> logits (B, classes), or without classes the embedding (B, C)."""
-        y = self.forward_features(x).mean(dim=1)
-        if self.architecture.classes:
-            y = self.head(y)
-        return y
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Images (B, channels, H, W) -> logits (B, classes), or the outputs that are chosen."""
+        stages = self.forward_stages(x)
+        return self.arranged(
+            lambda: (self._map(tokens, shape) for tokens, shape in zip(stages, self.stage_shapes, strict=True)),
+            lambda: self.norm2(stages[-1]).mean(dim=1),
+            lambda embedding: self.head(embedding),
+        )
+
+    def _map(self, tokens: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Tokens (B, N, C) in the layout of feature maps."""
+        return tokens if self.layout == TOKENS else rearrange(tokens, "b (h w) c -> b c h w", h=shape[1])
 
 
 def _stage(architecture: Architecture, index: int) -> nn.Sequential:

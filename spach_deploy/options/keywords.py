@@ -68,6 +68,9 @@ class ExportKeywords(ModelKeywords, total=False):
     io_dtype: Literal["fp32", "fp16", "uint8"]
     top_k: int
     softmax: bool
+    outputs: Texts
+    feature_layout: Literal["nchw", "tokens"]
+    output_name: Texts
     engine: Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
     gpu: Texts
     batch: Batches

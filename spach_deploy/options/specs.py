@@ -235,13 +235,42 @@ class ModelSpec:
     architecture: Path | Architecture | None = None
 
 
+class Role(str, enum.Enum):
+    """What an output means. A model computes the first four; the others follow from its logits.
+
+    logits: class scores (B, classes). embedding: a vector for each image (B, C). features: a map of a network stage.
+    """
+
+    LOGITS = "logits"
+    EMBEDDING = "embedding"
+    FEATURES = "features"
+    OTHER = "other"
+    PROBABILITIES = "probabilities"
+    TOP_VALUES = "top_values"
+    TOP_INDICES = "top_indices"
+
+
+class FeatureLayout(str, enum.Enum):
+    """Layout of feature maps: (B, C, H, W), or tokens (B, H W, C), row-major."""
+
+    NCHW = "nchw"
+    TOKENS = "tokens"
+
+
 @dataclasses.dataclass(frozen=True)
 class OutputSpec:
-    """Outputs of the graph in addition to `logits` (B, classes), and the data type of its inputs and outputs."""
+    """Outputs of the graph, and the data type of its inputs and outputs.
+
+    `top_k`, `softmax`: outputs that follow from logits. `outputs`: what the model computes; empty for its logits, or
+    the embedding of a model without a head. `names`: other names of outputs, as OLD=NEW.
+    """
 
     io_dtype: IODtype = IODtype.FP32
     top_k: int | None = None
     softmax: bool = False
+    outputs: tuple[Role, ...] = ()
+    feature_layout: FeatureLayout = FeatureLayout.NCHW
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +356,21 @@ class ExportOptions:
     def graph_opset(self) -> int:
         """The requested opset, else the lowest in which runtimes have the operators of these precisions."""
         return self.opset or max(_OPSETS.get(self.precision, OPSET), _OPSETS.get(self.rest, OPSET))
+
+
+SELECTABLE = (Role.LOGITS, Role.EMBEDDING, Role.FEATURES)
+"""The outputs that --outputs chooses among."""
+
+
+def parse_roles(text: str) -> tuple[Role, ...]:
+    """Outputs from `logits,embedding`. UsageError for others, and for one that is named twice."""
+    known = {role.value: role for role in SELECTABLE}
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--outputs {text!r}: there is no output {unknown[0]!r}.", f"Give {', '.join(known)}.")
+    if len({*names}) < len(names):
+        raise UsageError(f"--outputs {text!r} names an output twice.", "Name each once.")
+    return tuple(known[name] for name in names)
 
 
 _LARGEST_WORKSPACE = 1 << 50

@@ -141,14 +141,14 @@ def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
 
 def _figures(precision: Precision, result: ExportResult) -> PrecisionCandidate:
     comparison = result.validation.evidence[-1].comparison
-    logits = next(output for output in comparison.outputs if output.name == "logits")
+    first = comparison.outputs[0]  # of a classifier the logits
     engine = result.bundle.manifest.engine
     kernels = engine.kernels or KernelsEntry()
     return PrecisionCandidate(
         precision=precision,
         bundle=result.bundle.path,
-        rel_l2=logits.rel_l2,
-        top1_agreement=None if logits.scores is None else logits.scores.top1_agreement,
+        rel_l2=first.rel_l2,
+        top1_agreement=None if first.scores is None else first.scores.top1_agreement,
         kernels=kernels.total,
         bytes_moved=kernels.bytes_moved,
         plan_bytes=engine.bytes,

@@ -77,7 +77,7 @@ def export(
     tolerances = submit(
         derive_tolerances, loaded.model, static.model, images.images, reference, quantized.plan, options
     )
-    graph = do("give the graph its form", give_form, graph, images, quantized.plan, options)
+    graph = do("give the graph its form", give_form, graph, loaded, images, quantized.plan, options)
     typed = do(
         *("measure ranges, set types", set_types, graph, static.model, loaded, images, reference),
         *(quantized.plan, options, phases),
@@ -85,7 +85,7 @@ def export(
     del graph  # the typed graph holds its weights now
     with bundles.writing(destination) as staging:
         typed = do("write the graph", typed.written, staging / bundles.GRAPH)
-        images.pack(reference.result().logits, options.outputs.io_dtype).save(staging / bundles.GOLDEN)
+        images.pack(reference.result().outputs, options.outputs.io_dtype).save(staging / bundles.GOLDEN)
         quantized.write(staging, phases)
         # A build that fails raises where its result is taken (`do`, below); then the staging folder is removed.
         with start_engine(staging / bundles.GRAPH, flavour, options, phases) as build:
@@ -105,7 +105,7 @@ def export(
             command=export_command(_named(given, loaded)),
             model=sections.model_section(loaded, options),
             preprocessing=sections.preprocessing_section(images.preprocessing),
-            interface=sections.interface_sections(typed.model.graph, options),
+            interface=sections.interface_sections(typed.model.graph, loaded.model.outputs, options),
             precision=sections.precision_section(typed),
             quantization=sections.quantization_sections(quantized.calibration, quantized.selection, options),
             graph=sections.graph_section(static, reference.result(), typed),

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.common.errors import BundleError, ImageError, UsageError
 from spach_deploy.common.files import Destination, identity, is_own, read_json
 from spach_deploy.common.text import json_text
@@ -25,7 +26,6 @@ from spach_deploy.data.calibration_set_checks import CalibrationSetCollector, Ca
 from spach_deploy.data.images import content_hash
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.data.readers import ImageSource, batches
-from spach_deploy.graph.export import INPUT
 from spach_deploy.options.specs import ImageSize, Preprocessing
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.statistics import Collector, TensorRequest, TensorStatistics

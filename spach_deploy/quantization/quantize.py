@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.common.errors import ImageError, PrecisionError
 from spach_deploy.graph.editing import mark_quantized, tensor_of
-from spach_deploy.graph.export import INPUT
 from spach_deploy.graph.precision.ranges import measure_ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import Precision

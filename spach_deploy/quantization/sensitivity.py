@@ -91,7 +91,8 @@ class LayerWatch:
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         self._squares = []
-        logits = self._model(torch.from_numpy(image[None].copy()).requires_grad_(True))
+        made = self._model(torch.from_numpy(image[None].copy()).requires_grad_(True))
+        logits = made[0] if isinstance(made, tuple) else made  # of several outputs the first
         self._norm = float(logits.detach().square().sum())
         generator = torch.Generator().manual_seed(_SEED)
         drawn = [torch.randn(logits.shape, generator=generator) for _ in range((number + 1) * PROBES)]

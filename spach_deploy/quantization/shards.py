@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto
 
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.common.batches import chunked, ranges
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.executors import ClusterAddress, Executor
@@ -33,7 +34,6 @@ from spach_deploy.data.calibration_set_checks import (
 from spach_deploy.data.images import ImageEntry, ImageSource, Skipped, check_unreadable, image_digest
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.graph.editing import weight_bytes
-from spach_deploy.graph.export import INPUT
 from spach_deploy.options.specs import Preprocessing
 from spach_deploy.quantization.calibration import (
     CalibrationProgress,

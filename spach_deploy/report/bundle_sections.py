@@ -14,7 +14,7 @@ from msgspec import structs
 
 from spach_deploy.bundle.schema import KernelsEntry, Manifest, PeakEntry, PhaseEntry, PrecisionSection
 from spach_deploy.options.specs import Precision
-from spach_deploy.report.content import Json, ReportContent
+from spach_deploy.report.content import Json, ReportContent, main_output
 from spach_deploy.report.plots import Chart, Limit, Line, draw, groups_of
 
 _OPERATORS_SHOWN = 14
@@ -239,8 +239,8 @@ def _steps_of_validation(content: ReportContent) -> Iterator[dict[str, Any]]:
 
 
 def _error_and_allowed(item: Json) -> tuple[Any, Any]:
-    logits: Json = next((o for o in item["comparison"]["outputs"] if o["name"] == "logits"), {})
-    return logits.get("rel_l2_worst"), (item["tolerances"]["outputs"].get("logits") or {}).get("rel_l2")
+    main = main_output(item)
+    return main.get("rel_l2_worst"), (item["tolerances"]["outputs"].get(main.get("name")) or {}).get("rel_l2")
 
 
 def _row(content: ReportContent, step: str, error: Any, allowed: Any, verdict: str) -> dict[str, Any]:

@@ -57,17 +57,23 @@ class ReportContent:
         return self.evidence[0] if self.evidence else {}
 
     @property
-    def logits(self) -> Json:
-        """The comparison of the first run's logits; empty where there is none."""
-        outputs = self.first.get("comparison", {}).get("outputs", ())
-        return next((output for output in outputs if output["name"] == "logits"), {})
+    def main(self) -> Json:
+        """The comparison of the first run's logits; of its first output where there are none; empty without any."""
+        return main_output(self.first)
 
     @property
     def bounds(self) -> Json:
-        """The tolerances of the first run's logits."""
+        """The tolerances of `main`."""
         outputs: Json = self.first.get("tolerances", {}).get("outputs", {})
-        found: Json = outputs.get("logits", {})
+        found: Json = outputs.get(self.main.get("name", ""), {})
         return found
+
+
+def main_output(run: Json) -> Json:
+    """The comparison of a run's logits; of its first output where there are none; empty without any."""
+    outputs = list(run.get("comparison", {}).get("outputs", ()))
+    logits = (output for output in outputs if output.get("role", output["name"]) == "logits")
+    return next(logits, outputs[0] if outputs else {})
 
 
 ABSENT = "–"

@@ -79,17 +79,20 @@ def reason_of(content: ReportContent) -> str:
     findings = list(content.report.get("findings") or ())
     if findings:
         return sentence(str(findings[0]))
-    logits, bounds = content.logits, content.bounds
+    logits, bounds = content.main, content.bounds
     if not logits or not bounds:
         return "Nothing was compared."
     share = float(logits["rel_l2_worst"]) / float(bounds["rel_l2"]) if bounds["rel_l2"] else 0.0
     flips = len(flips_of(logits))
     changed = "none" if not flips else "one" if flips == 1 else str(flips)
-    return (
-        f"In the worst image the logits differ by a relative L2 of {scientific(logits['rel_l2_worst'])},"
-        f" {percent(share, 0)} of what is allowed, and {changed} of {plural(logits['shape'][0], 'image')}"
-        f" {'change' if flips > 1 else 'changes'} class."
+    differ = (
+        f"In the worst image the {logits['name']} differ by a relative L2 of {scientific(logits['rel_l2_worst'])},"
+        f" {percent(share, 0)} of what is allowed"
     )
+    if not logits.get("scores"):
+        return f"{differ}."
+    images = plural(logits["shape"][0], "image")
+    return f"{differ}, and {changed} of {images} {'change' if flips > 1 else 'changes'} class."
 
 
 def bisected_to(report: Json) -> str:
@@ -109,7 +112,7 @@ def flips_of(logits: Json) -> list[Json]:
 
 
 def _error_tile(content: ReportContent) -> dict[str, Any] | None:
-    logits, allowed = content.logits, content.bounds.get("rel_l2")
+    logits, allowed = content.main, content.bounds.get("rel_l2")
     if not logits or allowed is None:
         return None
     error = float(logits["rel_l2_worst"])
@@ -123,7 +126,7 @@ def _error_tile(content: ReportContent) -> dict[str, Any] | None:
 
 
 def _classes_tile(content: ReportContent) -> dict[str, Any] | None:
-    logits = content.logits
+    logits = content.main
     if not logits.get("scores"):
         return None
     flips, margin = flips_of(logits), float(content.bounds.get("flip_margin", 0.0))
@@ -136,7 +139,7 @@ def _classes_tile(content: ReportContent) -> dict[str, Any] | None:
 
 
 def _top5_tile(content: ReportContent) -> dict[str, Any] | None:
-    agreement = (content.logits.get("scores") or {}).get("top5_agreement")
+    agreement = (content.main.get("scores") or {}).get("top5_agreement")
     if agreement is None:
         return None
     return {"label": "Top-5 agreement", "value": percent(agreement, 1), "note": "of the best five classes, shared"}
@@ -177,6 +180,8 @@ def _facts(content: ReportContent) -> Iterator[tuple[str, str]]:
     derivation = content.first.get("tolerances", {}).get("derivation", {})
     if derivation:
         yield "Tolerance", sentence(str(derivation["sentence"]))
+    for name, other in content.first.get("tolerances", {}).get("others", {}).items():
+        yield f"Tolerance of {name}", sentence(str(other["sentence"]))
 
 
 def _model(report: Json, model: ModelSection | None) -> Iterator[str]:
@@ -184,7 +189,7 @@ def _model(report: Json, model: ModelSection | None) -> Iterator[str]:
     yield str(report["precision"]).upper()
     if model is not None:
         yield f"{size_in_words(model.image_size)} px"
-        yield f"{count(model.num_classes)} classes"
+        yield f"{count(model.num_classes)} classes" if model.num_classes else "no head"
 
 
 def _weights(report: Json, model: ModelSection | None) -> str:
@@ -280,7 +285,7 @@ def answers(content: ReportContent) -> dict[str, Any] | None:
     answers = list(content.first.get("answers") or ())
     if not answers:
         return None
-    flips = flips_of(content.logits)
+    flips = flips_of(content.main)
     margin = float(content.bounds.get("flip_margin", 0.0))
     return {
         "title": "Images that change class" if answers[0]["flipped"] else "Images that come closest to another class",

@@ -17,11 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from spach_deploy.bundle.outputs import model_outputs, of_role, softmax
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
-from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Preprocessing
+from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Preprocessing, Role
 from spach_deploy.runtime import Runner
 
 if TYPE_CHECKING:
@@ -49,10 +50,13 @@ class ClassScore:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Result for one image: its name, and its best classes, the most probable first."""
+    """Result for one image: its name, its best classes, the most probable first (none without logits), and by name the
+    other outputs that the model computes: an embedding (C), feature maps (C, H, W) or (H W, C).
+    """
 
     name: str
     classes: tuple[ClassScore, ...]
+    outputs: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
 
 class LocalRunner(Runner, Protocol):
@@ -94,6 +98,8 @@ class Session:
         self.notes: tuple[str, ...] = ()
         self._asked = runtime
         self._facts = _Facts.of(self.bundle)
+        if labels is not None and self._facts.logits is None:
+            raise self._facts.no_classes("labels", f"{self.bundle.path} gives")
         self._labels = _labels(labels, self._facts.classes)
         self._batch = self._facts.checked_batch(batch)
         self._threads = _checked_threads(threads)
@@ -139,7 +145,8 @@ class Session:
         return runner.run({wanted.name: np.ascontiguousarray(given)})
 
     def predict(self, images: Pictures, top_k: int | None = None) -> list[Prediction]:
-        """The best classes of each picture, in order; `top_k` of them, five or all if fewer by default.
+        """The best classes of each picture, in order; `top_k` of them, five or all if fewer by default. Without logits
+        there are none, and `Prediction.outputs` has what there is.
 
         `images`: a path of a picture, a folder, a tar or an npz; a Pillow image; pixels (H, W, C) or (N, H, W, C),
         uint8 or floats in 0..1; or a list of these. They are resized, cropped and normalized as the bundle's manifest
@@ -155,6 +162,8 @@ class Session:
         from spach_deploy.data.images import ImageSource
         from spach_deploy.data.readers import open_pictures
 
+        if top_k is not None and self._facts.logits is None:
+            raise self._facts.no_classes("top_k", f"{self.bundle.path} gives")
         count = self._facts.checked_top_k(top_k)
         if isinstance(images, ImageSource):
             return self._predictions(images, count)
@@ -171,14 +180,18 @@ class Session:
 
         for batch in batches(source, self._facts.preprocessing, self._batch):
             inputs = to_input(batch.pixels, self._facts.preprocessing, self._facts.io_dtype)
-            for name, row in zip(batch.names, probabilities(self.run(inputs)), strict=True):
+            outputs = self.run(inputs)
+            scores = None if self._facts.logits is None else probabilities(outputs, self._facts.outputs)
+            for index, name in enumerate(batch.names):
                 self._running()  # the block may have ended since this batch ran
-                if not row[0] >= 0:  # NaN: the softmax of logits that are not finite
+                others = {other: outputs[other][index] for other in self._facts.others}
+                row = None if scores is None else scores[index]
+                if not _is_finite(row, others):
                     raise MismatchError(
                         f"{printable(name)}: what {self.name} answers is not finite.",
                         f"spach-validate {self.bundle.path} --images PATH says where that begins.",
                     )
-                yield Prediction(name, tuple(self._best(row, count)))
+                yield Prediction(name, () if row is None else tuple(self._best(row, count)), others)
 
     def _best(self, row: NDArray[np.float64], count: int) -> Iterator[ClassScore]:
         for index in (-row).argsort(kind="stable")[:count].tolist():
@@ -218,16 +231,24 @@ class Session:
                 yield f"{fault_of(version)}, so that its answers are wrong. {REMEDY}"
 
 
-def probabilities(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+def probabilities(outputs: Mapping[str, NDArray[Any]], tensors: Sequence[TensorInfo]) -> NDArray[np.float64]:
     """Probabilities, float64 (N, classes): the graph's own output if it has one, else the softmax of its logits."""
     import numpy as np
 
-    if "probabilities" in outputs:
-        return outputs["probabilities"].astype(np.float64)
-    logits = outputs["logits"].astype(np.float64)
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    found: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
-    return found
+    given = of_role(tensors, Role.PROBABILITIES)
+    if given is not None:
+        return outputs[given.name].astype(np.float64)
+    logits = of_role(tensors, Role.LOGITS)
+    assert logits is not None
+    return softmax(outputs[logits.name])
+
+
+def _is_finite(row: NDArray[np.float64] | None, others: Mapping[str, NDArray[Any]]) -> bool:
+    import numpy as np
+
+    if row is not None and not row[0] >= 0:  # NaN: the softmax of logits that are not finite
+        return False
+    return all(bool(np.isfinite(values).all()) for values in others.values())
 
 
 def _opened(given: Bundle | str | os.PathLike[str]) -> Bundle:
@@ -278,6 +299,7 @@ class _Facts:
     preprocessing: Preprocessing
     profile: BatchProfile
     classes: int
+    outputs: tuple[TensorInfo, ...]
     flavour: Flavour
     order: tuple[str, ...]
 
@@ -292,8 +314,26 @@ class _Facts:
             manifest.preprocessing,
             manifest.batch,
             manifest.model.num_classes,
+            manifest.outputs,
             manifest.engine.flavour,
             (ENGINE, *on_cpu),
+        )
+
+    @property
+    def logits(self) -> TensorInfo | None:
+        """The logits; None where the graph has none."""
+        return of_role(self.outputs, Role.LOGITS)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The other outputs that the model computes."""
+        return tuple(tensor.name for tensor in model_outputs(self.outputs) if tensor.role is not Role.LOGITS)
+
+    def no_classes(self, option: str, who: str) -> UsageError:
+        """The error for an option that is about classes, where there are none."""
+        names = ", ".join(tensor.name for tensor in self.outputs)
+        return UsageError(
+            f"{option} is about classes, and {who} none: its outputs are {names}.", f"Leave {option} out."
         )
 
     @property

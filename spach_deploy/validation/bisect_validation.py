@@ -86,7 +86,7 @@ def _bisect_static(sources: Sources, repeated: RepeatedSteps) -> Bisection:
     """The first wrong part of the static model, where that is wrong; nothing where it could not be made."""
     if repeated.static is None:
         return Bisection((), (), ())
-    path, error = first_wrong_part(sources.loaded.model, repeated.static, sources.images, repeated.limit)
+    path, error = first_wrong_part(sources.loaded.model, repeated.static, sources.images, repeated.least_limit)
     suspects = (Suspect(path, "wrong rewrite", error, 0.0, "Its static form computes something else."),) if path else ()
     return Bisection(suspects, (), ())
 
@@ -100,12 +100,13 @@ def _worst_first(validation: Validation) -> list[int]:
 
 def _sources(eval_set: EvaluationSet, chosen: list[int], request: BisectRequest) -> Sources:
     facts, bundle = request.facts, request.bundle
-    loaded = rebuild(bundle.manifest.model, request.weights)
+    loaded = rebuild(bundle.manifest.model, request.weights, facts.outputs)
     disabled, quantize = _rewrite_options(bundle, facts)
     inputs = _inputs(eval_set, chosen)
-    is_uint8 = facts.outputs.io_dtype is IODtype.UINT8
+    is_uint8 = facts.io_dtype is IODtype.UINT8
     images = normalize(inputs.astype(np.uint8), facts.preprocessing) if is_uint8 else inputs.astype(np.float32)
-    return Sources(loaded, images, eval_set.logits[chosen], disabled, quantize, _passes(facts))
+    expected = {name: array[chosen] for name, array in eval_set.expected.items()}
+    return Sources(loaded, images, expected, disabled, quantize, _passes(facts))
 
 
 def _passes(facts: BundleFacts) -> tuple[Pass, ...]:
@@ -122,7 +123,7 @@ def _inputs(eval_set: EvaluationSet, chosen: list[int]) -> npt.NDArray[np.generi
 
 
 def _pixels(eval_set: EvaluationSet, chosen: list[int], facts: BundleFacts) -> npt.NDArray[np.uint8] | None:
-    return _inputs(eval_set, chosen).astype(np.uint8) if facts.outputs.io_dtype is IODtype.UINT8 else None
+    return _inputs(eval_set, chosen).astype(np.uint8) if facts.io_dtype is IODtype.UINT8 else None
 
 
 def _rewrite_options(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:

@@ -11,7 +11,7 @@ from spach_deploy.bundle.schema import QuantizationSection, TensorInfo, reading
 from spach_deploy.bundle.store import GRAPH, MANIFEST, Bundle
 from spach_deploy.common.errors import BundleError
 from spach_deploy.models.hyperparameters import read_section
-from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision, Preprocessing
+from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Precision, Preprocessing
 from spach_deploy.validation.tolerance import ToleranceSet
 
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ class QuantizationFacts:
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
     """A manifest's specs. `rest`: precision of layers that are not quantized. `tf32`: whether the engine may use
-    TF32.
+    TF32. `outputs`: those of the graph.
     """
 
     precision: Precision
     rest: Precision
     preprocessing: Preprocessing
-    outputs: OutputSpec
+    io_dtype: IODtype
+    outputs: tuple[TensorInfo, ...]
     batch: BatchProfile
     flavour: Flavour
     tolerances: ToleranceSet
@@ -60,7 +61,8 @@ class BundleFacts:
             manifest.precision.asked,
             manifest.precision.rest or manifest.precision.asked,
             manifest.preprocessing,
-            manifest.output_options,
+            manifest.output_options.io_dtype,
+            manifest.outputs,
             manifest.batch,
             manifest.engine.flavour,
             tolerances,

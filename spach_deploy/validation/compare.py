@@ -7,9 +7,10 @@ match there, is not finite, or could not have shown a fault (nothing compared, a
 ignores its image) is a *problem*, and a comparison with a problem never passes. Differences of values are only measured
 here; `verdict.judge` compares them with tolerances.
 
-Class scores are float outputs (N, classes). A *flip* is an image whose best class differs. Its reference margin is the
-reference's score of its own best class minus its score of the candidate's; the candidate margin is the same in the
-candidate's scores, the other way around. Where the reference scores both classes alike, it is no flip.
+Class scores are the outputs whose role says so; where no roles are given, float outputs (N, classes). A *flip* is an
+image whose best class differs. Its reference margin is the reference's score of its own best class minus its score of
+the candidate's; the candidate margin is the same in the candidate's scores, the other way around. Where the reference
+scores both classes alike, it is no flip.
 
 Integer outputs are ranked class indices, such as top-k. Where the reference also has the scores that they rank, an
 index at a wrong rank carries the gap between the two classes' reference scores, and a gap within
@@ -26,8 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.outputs import CLASS_SCORES
+from spach_deploy.bundle.schema import role_of_name
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.metrics import relative_norm
+from spach_deploy.options.specs import Role
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -85,7 +89,7 @@ class OutputComparison(Record):
     `rel_l2`: norm of the difference over norm of the reference, over all images; `rel_l2_worst`: of the worst image,
     `worst_image`. `cosine`, `cosine_worst`: likewise, between candidate and reference. `snr_db`: signal-to-noise ratio
     in decibels, infinite where equal. `resembles`: another reference output to which the candidate is far closer, a
-    sign of swapped outputs. `scores`: for class scores only.
+    sign of swapped outputs. `scores`: for class scores only. `role`: what the output means.
     """
 
     name: str
@@ -102,6 +106,7 @@ class OutputComparison(Record):
     snr_db: float
     resembles: str | None
     scores: ScoreComparison | None
+    role: str = Role.OTHER.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +151,27 @@ def compare_outputs(
     *,
     image_names: Sequence[str] = (),
     dtypes: Mapping[str, npt.DTypeLike] | None = None,
+    roles: Mapping[str, Role] | None = None,
 ) -> Comparison:
     """Measure how far `candidate` is from `reference`. Never raises for their contents.
 
     `image_names`: names of the images in the result; without them their numbers are used. `dtypes`: dtypes that the
-    candidate promises, where they are not the reference's: float16 logits of a float16 engine.
+    candidate promises, where they are not the reference's: float16 logits of a float16 engine. `roles`: what each
+    output means; without them, names and shapes say it.
     """
     comparable, problems = _checked(reference, candidate, dtypes or {}, image_names)
     floats = [name for name in comparable if _is_float(reference[name])]
-    ranked = {name: _ranked_by(name, reference, floats) for name in comparable if name not in floats}
-    not_scores = _top_k_values(reference, floats, ranked)
-    outputs = (_compare_float(n, reference, candidate, image_names, n not in not_scores) for n in floats)
+    rankable = [name for name in floats if roles is None or roles.get(name) in CLASS_SCORES]
+    ranked = {name: _ranked_by(name, reference, rankable) for name in comparable if name not in floats}
+    scores = {*rankable}.difference(_top_k_values(reference, floats, ranked) if roles is None else ())
+    known = roles or {name: role_of_name(name) for name in floats}
+    outputs = (
+        dataclasses.replace(
+            _compare_float(name, reference, candidate, image_names, name in scores),
+            role=known.get(name, Role.OTHER).value,
+        )
+        for name in floats
+    )
     indices = (_compare_integer(n, reference, candidate, image_names, by) for n, by in ranked.items())
     return Comparison(_image_count(reference), tuple(outputs), tuple(indices), tuple(problems))
 

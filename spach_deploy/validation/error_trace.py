@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.golden import LOGITS
 from spach_deploy.bundle.schema import TraceEntry, TracePartEntry
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.names import owner
@@ -66,9 +65,10 @@ class ActivationTracer:
 
     def trace(self, evidence: RunResult, image: str) -> TraceEntry | None:
         """The error trace of a run, on the image of this name. None where the graph did not run."""
-        if evidence.logits is None:
+        if not evidence.outputs:
             return None
-        exact, values = self._expected.exact, {LOGITS: evidence.logits[:1], **evidence.activations}
+        first = {name: array[:1] for name, array in evidence.outputs.items()}
+        exact, values = self._expected.exact, {**first, **evidence.activations}
         seen = {path: values[tensor] for path, tensor in self._tensors.items() if tensor in values}
         ours = _errors(seen, exact)
         parts = tuple(

@@ -1,27 +1,29 @@
 """Validate a graph that did not come from an export (another exporter's, or edited) against what a bundle was made
 from.
 
-Names may be any: input and logits are found by shape, inner tensors by value (`bisect`). The report says which tensor
-was taken for which, and what was not compared.
+Names may be any: input and logits (without logits: the bundle's outputs) are found by shape, inner tensors by value
+(`bisect`). The report says which tensor was taken for which, and what was not compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from msgspec import structs
 
-from spach_deploy.bundle.golden import INPUT, LOGITS
+from spach_deploy.bundle.outputs import INPUT, model_outputs
+from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import SpachError, UsageError
 from spach_deploy.graph.editing import made_values, name_of
 from spach_deploy.models.checkpoint import LoadedModel
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, IODtype, Precision, Role
 from spach_deploy.runtime.onnxruntime_runner import saved_graph
 from spach_deploy.validation.bisect.locate import bisect_graph
 from spach_deploy.validation.bisect.opened_graph import half_type
@@ -52,12 +54,15 @@ _BISECTED_IMAGES = 2
 
 @dataclasses.dataclass(frozen=True)
 class MatchedGraph:
-    """An external graph with its input and logits renamed to ours. `notes`: which names were taken for which."""
+    """An external graph with its input and outputs renamed to ours. `outputs`: those that are compared, in its dtypes.
+    `notes`: which names were taken for which.
+    """
 
     graph: ir.Model
     precision: Precision
     io_dtype: IODtype
     batch: BatchProfile
+    outputs: tuple[TensorInfo, ...]
     notes: tuple[str, ...]
 
 
@@ -67,21 +72,21 @@ def validate_external(
     """Compare the graph at `header.target` with PyTorch, as a whole and module by module.
 
     Without the weights (the bundle is from a checkpoint that was not given) only as a whole, by the bundle's
-    tolerances; a note says so. Raises UsageError where the graph's input or logits cannot be found.
+    tolerances; a note says so. Raises UsageError where the graph's input or outputs cannot be found.
     """
     graph = _read(Path(header.target))
     _check_quantization(graph, facts)
-    matched = map_interface(graph, bundle.manifest.model.num_classes, facts.preprocessing.pixel_shape)
+    matched = map_interface(graph, facts.outputs, facts.preprocessing.pixel_shape)
     eval_set = _graph_inputs(reference.eval_set, facts, matched)
     notes = truncation_notes(Path(header.target), matched.precision)
     matched = dataclasses.replace(matched, notes=(*matched.notes, *notes))
     header = dataclasses.replace(header, precision=matched.precision.value)
     try:
         say("Rebuilding the reference.")
-        loaded = rebuild(bundle.manifest.model, weights)
+        loaded = rebuild(bundle.manifest.model, weights, matched.outputs)
     except UsageError as error:
         note = f"Not bisected by module: {error.message} {error.hint}"
-        bounds = _of_logits(reference.tolerances.graph)
+        bounds = _of_compared(reference.tolerances.graph, matched)
         return Validation(header, eval_set, _evidence(matched, eval_set, bounds), notes=(*matched.notes, note))
     bounds = _bounds(loaded, eval_set, facts, reference, matched)
     validation = Validation(header, eval_set, _evidence(matched, eval_set, bounds), notes=matched.notes)
@@ -92,7 +97,7 @@ def validate_external(
 def _bisected(validation: Validation, matched: MatchedGraph, loaded: LoadedModel, facts: BundleFacts) -> Validation:
     inputs = validation.eval_set.inputs(0, _BISECTED_IMAGES)
     pixels = inputs.astype(np.uint8) if matched.io_dtype is IODtype.UINT8 else None
-    images = as_images(inputs, dataclasses.replace(facts, outputs=validation.eval_set.outputs))
+    images = as_images(inputs, matched.io_dtype, facts.preprocessing)
     try:
         reference = ProbedReference(loaded.model, images, plan=read_record(facts), pixels=pixels)
         bisection = bisect_graph(matched.graph, reference)
@@ -131,16 +136,20 @@ def _evidence(matched: MatchedGraph, eval_set: EvaluationSet, bounds: Bounds) ->
 
 
 def _graph_inputs(eval_set: EvaluationSet, facts: BundleFacts, matched: MatchedGraph) -> EvaluationSet:
-    """The images in the graph's input dtype; only its logits are compared."""
-    if facts.outputs.io_dtype is IODtype.UINT8 or matched.io_dtype is not IODtype.UINT8:
-        outputs = OutputSpec(io_dtype=matched.io_dtype)
+    """The images in the graph's input dtype, with the outputs that are compared."""
+    if facts.io_dtype is IODtype.UINT8 or matched.io_dtype is not IODtype.UINT8:
+        expected = {tensor.name: eval_set.expected[tensor.name] for tensor in matched.outputs}
         dtype = np.float16 if matched.io_dtype is IODtype.FP16 else np.float32
 
         def inputs(start: int, stop: int) -> npt.NDArray[np.generic]:
             given = eval_set.inputs(start, stop)
-            return given if matched.io_dtype is IODtype.UINT8 else as_images(given, facts).astype(dtype)
+            if matched.io_dtype is IODtype.UINT8:
+                return given
+            return as_images(given, facts.io_dtype, facts.preprocessing).astype(dtype)
 
-        return dataclasses.replace(eval_set, inputs=inputs, outputs=outputs, batch=matched.batch)
+        return dataclasses.replace(
+            eval_set, inputs=inputs, expected=expected, outputs=matched.outputs, batch=matched.batch
+        )
     raise UsageError(
         "The graph takes uint8 pixels, and the bundle's golden images are normalized already.",
         "Give a bundle exported with --io-dtype uint8.",
@@ -152,45 +161,52 @@ def _bounds(
 ) -> Bounds:
     """The bundle's bounds where it has the graph's precision, else bounds derived for that precision."""
     if facts.quantization is not None and _is_quantized(matched.graph):
-        return _of_logits(reference.tolerances.graph)
-    if facts.precision is matched.precision and facts.outputs.io_dtype is matched.io_dtype:
-        return _of_logits(reference.tolerances.graph)
+        return _of_compared(reference.tolerances.graph, matched)
+    if facts.precision is matched.precision and facts.io_dtype is matched.io_dtype:
+        return _of_compared(reference.tolerances.graph, matched)
     count = len(eval_set)
-    images = as_images(eval_set.inputs(0, count), dataclasses.replace(facts, outputs=eval_set.outputs))
-    return derive_tolerances(loaded.model, images, eval_set.logits, matched.precision, eval_set.outputs).graph
+    images = as_images(eval_set.inputs(0, count), matched.io_dtype, facts.preprocessing)
+    return derive_tolerances(loaded.model, images, eval_set.expected, matched.precision, eval_set.outputs).graph
 
 
-def _of_logits(bounds: Bounds) -> Bounds:
-    return dataclasses.replace(bounds, outputs={LOGITS: bounds.outputs[LOGITS]})
+def _of_compared(bounds: Bounds, matched: MatchedGraph) -> Bounds:
+    return dataclasses.replace(bounds, outputs={tensor.name: bounds.outputs[tensor.name] for tensor in matched.outputs})
 
 
 # Names and shapes
 
 
-def map_interface(graph: ir.Model, num_classes: int, pixel_shape: tuple[int, int, int]) -> MatchedGraph:
-    """Rename the input and the logits of `graph`, in place, to ours. UsageError where they cannot be found.
+def map_interface(graph: ir.Model, outputs: Sequence[TensorInfo], pixel_shape: tuple[int, int, int]) -> MatchedGraph:
+    """Rename the input of `graph` and those of its outputs that are compared, in place, to ours.
 
-    `num_classes`, and `pixel_shape` (height, width, channels), are the reference's.
+    `outputs` are the bundle's, `pixel_shape` (height, width, channels) its model's. Of a classifier the logits are
+    compared. UsageError where the input or an output cannot be found.
     """
     inputs = [value for value in graph.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1:
         raise UsageError(f"The graph has {len(inputs)} inputs; a classifier of images has one.", "Give another graph.")
     _check_image(inputs[0], pixel_shape)
-    logits = _logits_of(graph, num_classes)
-    names = name_of(inputs[0]), name_of(logits)
-    others = [name_of(value) for value in graph.graph.outputs if value is not logits]
+    found = _outputs_of(graph, outputs)
+    renamed = {INPUT: inputs[0], **found}
+    before = {name: name_of(value) for name, value in renamed.items()}
+    kept = [*found.values()]
+    others = [name_of(value) for value in graph.graph.outputs if value not in kept]
+    io_dtype = _FLOATS[_element(inputs[0])]
+    floats = "float16" if io_dtype is IODtype.FP16 else "float32"
     batch = _batch(inputs[0])
-    _rename(graph.graph, {INPUT: inputs[0], LOGITS: logits})
+    _rename(graph.graph, renamed)
     graph.graph.outputs.clear()
-    graph.graph.outputs.append(logits)
-    logits.shape = None
+    graph.graph.outputs.extend(kept)
+    for value in kept:
+        value.shape = None
     half = half_type(graph)
     return MatchedGraph(
         graph=graph,
         precision=_PRECISIONS[half] if half is not None else Precision.FP32,
-        io_dtype=_FLOATS[_element(inputs[0])],
+        io_dtype=io_dtype,
         batch=batch,
-        notes=_notes(*names, others),
+        outputs=tuple(structs.replace(tensor, dtype=floats) for tensor in outputs if tensor.name in found),
+        notes=_notes(before, others),
     )
 
 
@@ -209,18 +225,33 @@ def _check_image(value: ir.Value, pixel_shape: tuple[int, int, int]) -> None:
     )
 
 
-def _logits_of(graph: ir.Model, num_classes: int) -> ir.Value:
-    """The float output with this number of classes; one named logits is preferred."""
+def _outputs_of(graph: ir.Model, outputs: Sequence[TensorInfo]) -> dict[str, ir.Value]:
+    """The graph's outputs by our names: of a classifier its logits, else every output that the model computes."""
+    logits = [tensor for tensor in outputs if tensor.role is Role.LOGITS]
+    found: dict[str, ir.Value] = {}
+    for tensor in logits or model_outputs(outputs):
+        found[tensor.name] = _output_like(graph, tensor, [*found.values()])
+    return found
+
+
+def _output_like(graph: ir.Model, tensor: TensorInfo, taken: Sequence[ir.Value]) -> ir.Value:
+    """The float output of this shape that is not `taken`; one of its name is preferred."""
+    wanted = tensor.shape[1:]
 
     def fits(value: ir.Value) -> bool:
-        known = _dims(value)[-1:] or [0]
-        return _element(value) in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and known[0] in (0, num_classes)
+        known = _dims(value)[1:] or [0] * len(wanted)
+        is_float = _element(value) in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        return is_float and len(known) == len(wanted) and all(a in (0, b) for a, b in zip(known, wanted, strict=True))
 
-    fitting = [value for value in graph.graph.outputs if fits(value)]
+    fitting = [value for value in graph.graph.outputs if fits(value) and value not in taken]
     if fitting:
-        return min(fitting, key=lambda value: value.name != LOGITS)
+        return min(fitting, key=lambda value: value.name != tensor.name)
     shown = ", ".join(f"{value.name} {_type(value)}" for value in graph.graph.outputs)
-    raise UsageError(f"No output of the graph holds {num_classes} logits: {shown}.", "Give a graph of this model.")
+    if tensor.role is Role.LOGITS:
+        problem = f"No output of the graph holds {wanted[-1]} logits: {shown}."
+    else:
+        problem = f"No output of the graph is like {tensor.name}, (N, {', '.join(map(str, wanted))}): {shown}."
+    raise UsageError(problem, "Give a graph of this model.")
 
 
 def _element(value: ir.Value) -> ir.DataType:
@@ -251,8 +282,9 @@ def _rename(graph: ir.Graph, names: dict[str, ir.Value]) -> None:
         value.name = name
 
 
-def _notes(given: str, logits: str, others: list[str]) -> tuple[str, ...]:
-    renamed = [f"{old} was taken for {new}" for old, new in ((given, INPUT), (logits, LOGITS)) if old != new]
+def _notes(before: dict[str, str], others: list[str]) -> tuple[str, ...]:
+    """`before`: the graph's names by ours."""
+    renamed = [f"{old} was taken for {new}" for new, old in before.items() if old != new]
     notes = [f"{' and '.join(renamed)}, by shape."] if renamed else []
     if others:
         notes.append(f"Not compared: {', '.join(others)}.")

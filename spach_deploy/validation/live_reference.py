@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.schema import ModelSection
+from spach_deploy.bundle.outputs import model_outputs
+from spach_deploy.bundle.schema import ModelSection, TensorInfo
 from spach_deploy.common.errors import CheckpointError, UsageError
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.data import preprocess
@@ -21,7 +22,7 @@ from spach_deploy.data.readers import ImageSource, batches, open_images
 from spach_deploy.models.hyperparameters import read_section, values_of
 from spach_deploy.options.specs import IODtype, ModelSpec, Preprocessing, WeightSource
 from spach_deploy.validation.bundle_facts import BundleFacts
-from spach_deploy.validation.rounding_error import evaluate
+from spach_deploy.validation.rounding_error import evaluate_outputs
 from spach_deploy.validation.runs import LARGEST_BATCH, EvaluationSet, RunOutputs, executions_here
 from spach_deploy.validation.shards import (
     DECODING_BYTES,
@@ -69,7 +70,7 @@ class ImagesSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ImagesReference:
-    """Images with the reference's logits, the tolerances that hold for them, their labels if any, and notes.
+    """Images with the reference's outputs, the tolerances that hold for them, their labels if any, and notes.
 
     `graph`: the graph's outputs in each CPU execution, where it ran together with the reference; else None.
     """
@@ -81,8 +82,8 @@ class ImagesReference:
     graph: tuple[RunOutputs, ...] | None = None
 
 
-def rebuild(section: ModelSection, weights: Weights) -> LoadedModel:
-    """The reference of the bundle whose manifest has this model section.
+def rebuild(section: ModelSection, weights: Weights, outputs: Sequence[TensorInfo]) -> LoadedModel:
+    """The reference of the bundle whose manifest has this model section and these outputs.
 
     Raises UsageError where a checkpoint is needed and not given, CheckpointError where its weights are not the
     bundle's.
@@ -109,6 +110,7 @@ def rebuild(section: ModelSection, weights: Weights) -> LoadedModel:
     )
     if loaded.weights_sha256 != section.weights_sha256:
         raise _other_weights(loaded, section, source)
+    loaded.model.outputs = model_outputs(outputs)
     return loaded
 
 
@@ -136,40 +138,40 @@ def _with_weights(section: ModelSection, source: WeightSource) -> str:
 def rebuilt_on_golden(
     section: ModelSection, facts: BundleFacts, eval_set: EvaluationSet, weights: Weights, say: Say
 ) -> EvaluationSet:
-    """The golden images with logits of the rebuilt reference."""
+    """The golden images with outputs of the rebuilt reference."""
     say("Rebuilding the reference.")
-    loaded = rebuild(section, weights)
-    images = as_images(eval_set.inputs(0, len(eval_set)), facts)
-    return dataclasses.replace(eval_set, logits=_reference_logits(loaded, images), reference=_described(loaded))
+    loaded = rebuild(section, weights, facts.outputs)
+    images = as_images(eval_set.inputs(0, len(eval_set)), facts.io_dtype, facts.preprocessing)
+    return dataclasses.replace(eval_set, expected=_reference_outputs(loaded, images), reference=_described(loaded))
 
 
 def rebuilt_on_images(
     section: ModelSection, facts: BundleFacts, spec: ImagesSpec, weights: Weights, say: Say
 ) -> ImagesReference:
-    """The user's images with logits of the rebuilt reference, tolerances derived on them, and labels.
+    """The user's images with outputs of the rebuilt reference, tolerances derived on them, and labels.
 
     Uses at most `max_images`, spread evenly over the set. Raises ImageError without a readable image; UsageError,
     before the reference runs, for labels that do not fit the images or the model.
     """
     source = open_images(spec.path)
     labels_of = _label_finder(spec, source, section.num_classes)
-    loaded = rebuild(section, weights)
+    loaded = rebuild(section, weights, facts.outputs)
     limited = source.limit(spec.max_images)
     names, pixels, own = _read(limited, facts.preprocessing, say)
     labels, notes = labels_of(names, own)
     say(f"Running the reference on {len(names)} images.")
     images = _Normalized(pixels, facts.preprocessing)
-    logits = _reference_logits(loaded, images)
+    expected = _reference_outputs(loaded, images)
     eval_set = EvaluationSet(
-        inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.outputs.io_dtype),
-        logits=logits,
+        inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.io_dtype),
+        expected=expected,
         names=names,
         images=_counted(limited, len(names)),
         reference=_described(loaded),
         outputs=facts.outputs,
         batch=facts.batch,
     )
-    return ImagesReference(eval_set, _tolerances(loaded, facts, images, logits, say), labels, notes)
+    return ImagesReference(eval_set, _tolerances(loaded, facts, images, expected, say), labels, notes)
 
 
 def rebuilt_on_cluster(
@@ -188,7 +190,7 @@ def rebuilt_on_cluster(
     """
     source = open_images(spec.path)
     labels_of = _label_finder(spec, source, section.num_classes)
-    loaded = rebuild(section, weights)
+    loaded = rebuild(section, weights, facts.outputs)
     work = _cluster_work(loaded, facts, graph)
     limited = source.limit(spec.max_images)
     with cluster_address.connected() as cluster:
@@ -200,7 +202,7 @@ def rebuilt_on_cluster(
         outputs = run_in_shards(ShardedRunRequest(work, graph, limited, readable, facts.batch, kept), cluster, say)
     eval_set = EvaluationSet(
         inputs=lambda start, stop: _read_again(limited, readable, facts, start, stop),
-        logits=outputs.logits,
+        expected=outputs.reference,
         names=readable.names,
         images=_counted(limited, len(readable)),
         reference=_described(loaded),
@@ -208,7 +210,7 @@ def rebuilt_on_cluster(
         batch=facts.batch,
     )
     few = {number: normalize(pixels[None], facts.preprocessing)[0] for number, pixels in outputs.pixels.items()}
-    bounds = _tolerances(loaded, facts, FewImages(len(readable), few), outputs.logits, say)
+    bounds = _tolerances(loaded, facts, FewImages(len(readable), few), outputs.reference, say)
     return ImagesReference(eval_set, bounds, labels, notes, outputs.graph)
 
 
@@ -218,7 +220,7 @@ def _cluster_work(loaded: LoadedModel, facts: BundleFacts, graph: Path) -> Valid
         executions=executions_here(graph, facts.rest) if graph.is_file() else (),
         model=loaded.model,
         preprocessing=facts.preprocessing,
-        io_dtype=facts.outputs.io_dtype,
+        io_dtype=facts.io_dtype,
         threads=1,  # a worker has one core
     )
 
@@ -229,7 +231,7 @@ def _read_again(
     """Some of the images, in the engine's input dtype."""
     chosen = itertools.islice(readable.entries(source), start, stop)
     pixels = np.stack([preprocess.pixels(entry.load(), facts.preprocessing) for entry in chosen])
-    return to_input(pixels, facts.preprocessing, facts.outputs.io_dtype)
+    return to_input(pixels, facts.preprocessing, facts.io_dtype)
 
 
 def _graph_bytes(graph: Path) -> bytes:
@@ -243,14 +245,14 @@ def _graph_bytes(graph: Path) -> bytes:
 
 
 def _tolerances(
-    loaded: LoadedModel, facts: BundleFacts, images: ImageArray, logits: Float32Array, say: Say
+    loaded: LoadedModel, facts: BundleFacts, images: ImageArray, expected: Mapping[str, Float32Array], say: Say
 ) -> ToleranceSet:
-    """Tolerances derived on `images` (N, C, H, W) with the reference's `logits` (N, classes)."""
+    """Tolerances derived on `images` (N, C, H, W) with the reference's outputs for them."""
     say("Deriving tolerances on these images.")
     return derive_tolerances(
         loaded.model,
         images,
-        logits,
+        expected,
         facts.rest,
         facts.outputs,
         tf32=facts.tf32,
@@ -309,10 +311,10 @@ def _counted(source: ImageSource, used: int) -> str:
     return f"from {source.description}{source.of_all(used)}"
 
 
-def as_images(inputs: npt.NDArray[Any], facts: BundleFacts) -> Float32Array:
+def as_images(inputs: npt.NDArray[Any], io_dtype: IODtype, preprocessing: Preprocessing) -> Float32Array:
     """Engine inputs as float32 (N, C, H, W)."""
-    if facts.outputs.io_dtype is IODtype.UINT8:
-        return normalize(inputs, facts.preprocessing)
+    if io_dtype is IODtype.UINT8:
+        return normalize(inputs, preprocessing)
     return inputs.astype(np.float32)
 
 
@@ -330,10 +332,11 @@ class _Normalized:
         return normalize(self.pixels[chosen], self.preprocessing)
 
 
-def _reference_logits(loaded: LoadedModel, images: ImageArray) -> Float32Array:
+def _reference_outputs(loaded: LoadedModel, images: ImageArray) -> dict[str, Float32Array]:
     every = range(len(images))
     starts = every[::LARGEST_BATCH]
-    return np.concatenate([evaluate(loaded.model, images[[*every[start : start + LARGEST_BATCH]]]) for start in starts])
+    parts = [evaluate_outputs(loaded.model, images[[*every[start : start + LARGEST_BATCH]]]) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _described(loaded: LoadedModel) -> str:

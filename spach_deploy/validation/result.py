@@ -13,14 +13,14 @@ from msgspec import convert, to_builtins
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle.golden import Golden
-from spach_deploy.bundle.schema import AgreementEntry, TolerancesEntry, TraceEntry, ValidationSection
+from spach_deploy.bundle.schema import AgreementEntry, TensorInfo, TolerancesEntry, TraceEntry, ValidationSection
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.text import json_text
 from spach_deploy.common.versions import tool_versions
 from spach_deploy.models.hyperparameters import Setting, read_section
-from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from spach_deploy.validation.accuracy import Accuracy
 from spach_deploy.validation.bisect.result import Bisection
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_engine
@@ -240,11 +240,11 @@ def report_header(target: str, bundle: Bundle, precision: Precision) -> ReportHe
     )
 
 
-def golden_set(golden: Golden, images: str, outputs: OutputSpec, batch: BatchProfile) -> EvaluationSet:
-    """A golden pack as an evaluation set. `images`: in words, what its images are."""
+def golden_set(golden: Golden, images: str, outputs: tuple[TensorInfo, ...], batch: BatchProfile) -> EvaluationSet:
+    """A golden pack as an evaluation set. `images`: in words, what its images are. `outputs`: those of the graph."""
     return EvaluationSet(
         inputs=lambda start, stop: golden.input[start:stop],
-        logits=golden.logits,
+        expected=golden.outputs,
         names=golden.names,
         images=images,
         reference="PyTorch in FP32, as stored when the bundle was exported",

@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,13 +93,14 @@ class StorageFormat(str, enum.Enum):
         return cls.TF32 if tf32 and precision is Precision.FP32 else cls(precision.value)
 
 
-def evaluate(
+def evaluate_outputs(
     model: nn.Module,
     images: Float32Array,
     arithmetic: StorageFormat = StorageFormat.FP32,
     parts: Outputs | None = None,
-) -> Float32Array:
-    """Logits of `model` (float32, evaluation mode) for `images` (N, 3, S, S), with tensors rounded to `arithmetic`.
+) -> dict[str, Float32Array]:
+    """Outputs by name of `model` (float32, evaluation mode) for `images` (N, 3, S, S), with tensors rounded to
+    `arithmetic`.
 
     `parts`: receives the outputs of the model's parts for the first image.
     """
@@ -107,8 +108,7 @@ def evaluate(
 
     if arithmetic is StorageFormat.FP32:
         with torch.inference_mode(), recording_activations(model, parts):
-            exact: Float32Array = model(torch.from_numpy(images)).numpy()
-        return exact
+            return named_outputs(model, model(torch.from_numpy(images)))
     rounding = _ROUNDINGS[arithmetic]
     with (
         torch.inference_mode(),
@@ -116,12 +116,23 @@ def evaluate(
         rounding_outputs(model, rounding),
         recording_activations(model, parts),
     ):
-        logits: Float32Array = model(rounding(torch.from_numpy(images))).numpy()
-    return logits
+        return named_outputs(model, model(rounding(torch.from_numpy(images))))
 
 
-def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None = None) -> npt.NDArray[np.float64]:
-    """The same with all weights and operations in FP64; `model` itself is left unchanged."""
+def evaluate(
+    model: nn.Module,
+    images: Float32Array,
+    arithmetic: StorageFormat = StorageFormat.FP32,
+    parts: Outputs | None = None,
+) -> Float32Array:
+    """The first of `evaluate_outputs`: logits, of a classifier."""
+    return next(iter(evaluate_outputs(model, images, arithmetic, parts).values()))
+
+
+def evaluate_outputs_fp64(
+    model: nn.Module, images: Float32Array, parts: Outputs | None = None
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Outputs with all weights and operations in FP64; `model` itself is left unchanged."""
     import torch
 
     with (
@@ -129,8 +140,22 @@ def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None 
         converting(model, lambda tensor: tensor.double()),
         recording_activations(model, parts),
     ):
-        logits: npt.NDArray[np.float64] = model(torch.from_numpy(images).double()).numpy()
-    return logits
+        return named_outputs(model, model(torch.from_numpy(images).double()))
+
+
+def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None = None) -> npt.NDArray[np.float64]:
+    """The first of `evaluate_outputs_fp64`."""
+    return next(iter(evaluate_outputs_fp64(model, images, parts).values()))
+
+
+def named_outputs(model: nn.Module, made: Any) -> dict[str, Any]:
+    """What `model` returned, a tensor, several or a dictionary of them, as arrays by name: the names of its `outputs`
+    (`models.outputs`) where it has any, else those of a user's own module.
+    """
+    from spach_deploy.models.own_module import flattened, output_names
+
+    names = [tensor.name for tensor in getattr(model, "outputs", ())] or output_names(made)
+    return {name: tensor.numpy() for name, tensor in zip(names, flattened(made), strict=True)}
 
 
 @contextlib.contextmanager
@@ -171,8 +196,15 @@ def rounding_outputs(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """Within the block, every module's output is rounded."""
     with contextlib.ExitStack() as hooks:
         for module in model.modules():
-            hooks.enter_context(module.register_forward_hook(lambda _module, _inputs, output: rounding(output)))
+            hooks.enter_context(module.register_forward_hook(lambda _module, _inputs, output: _each(rounding, output)))
         yield
+
+
+def _each(convert: Rounding, made: Any) -> Any:
+    """A module's output, a tensor, several or a dictionary of them, with every tensor converted."""
+    if isinstance(made, Mapping):
+        return {name: _each(convert, value) for name, value in made.items()}
+    return tuple(_each(convert, value) for value in made) if isinstance(made, (tuple, list)) else convert(made)
 
 
 def converted(module: nn.Module, convert: Rounding) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Run a graph (ONNX Runtime) or a plan (TensorRT) on images, and compare its outputs with the reference's logits.
+"""Run a graph (ONNX Runtime) or a plan (TensorRT) on images, and compare its outputs with the reference's.
 
 A graph can be right at one batch size and wrong at another. So the images go through in several sizes: the smallest,
 the usual and the largest batch of the profile. Where there are too few images they are repeated in another order, which
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.golden import INPUT, LOGITS, expected_outputs, promised_dtypes
+from spach_deploy.bundle.outputs import INPUT, expected_outputs, of_role, promised_dtypes, roles_of
+from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
-from spach_deploy.options.specs import BatchProfile, Flavour, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, Flavour, Precision, Role
 from spach_deploy.runtime import Runner, TensorSpec, truncation
 from spach_deploy.runtime.onnxruntime_runner import NAME, OnnxRuntimeRunner, saved_graph
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
@@ -67,22 +68,32 @@ class Level(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    """Images with the reference's logits.
+    """Images with the reference's outputs.
 
-    `inputs(start, stop)`: engine inputs of some images. `logits` float32 (N, classes). `images`, `reference`: in words,
-    what the images are and what computed the logits.
+    `inputs(start, stop)`: engine inputs of some images. `expected`: what the reference computed, float32 (N, ...) by
+    name. `images`, `reference`: in words, what the images are and what computed that. `outputs`: those of the graph.
     """
 
     inputs: Callable[[int, int], Array] = dataclasses.field(repr=False)
-    logits: npt.NDArray[np.float32] = dataclasses.field(repr=False)
+    expected: Mapping[str, npt.NDArray[np.float32]] = dataclasses.field(repr=False)
     names: tuple[str, ...] = dataclasses.field(repr=False)
     images: str
     reference: str
-    outputs: OutputSpec = dataclasses.field(default_factory=OutputSpec)
+    outputs: tuple[TensorInfo, ...]
     batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.names)
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32] | None:
+        """The reference's logits (N, classes); None where the graph has none."""
+        return self.logits_of(self.expected)
+
+    def logits_of(self, outputs: Mapping[str, Array]) -> Array | None:
+        """The logits among outputs of the graph."""
+        tensor = of_role(self.outputs, Role.LOGITS)
+        return None if tensor is None else outputs.get(tensor.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +101,7 @@ class RunResult:
     """One run, compared with the reference.
 
     `ran`: what ran, in words. `batches`: the batch sizes that ran; `left_out`: a sentence about one that did not.
-    `answers`: images whose class changed, or nearly. `logits` (N, classes): None where the run gave none.
+    `answers`: images whose class changed, or nearly. `outputs` (N, ...): by name, empty where the run gave none.
     `activations`: tensors (1, ...) for the first image that a `Watch` chose.
     """
 
@@ -102,7 +113,7 @@ class RunResult:
     verdict: Verdict
     answers: tuple[ImagePredictions, ...] = ()
     left_out: str = ""
-    logits: Array | None = dataclasses.field(default=None, repr=False, compare=False)
+    outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     activations: Mapping[str, Array] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -427,22 +438,23 @@ def run_result(level: Level, run: RunOutputs, eval_set: EvaluationSet, bounds: B
         verdict = judge(comparison, bounds.outputs)
         return RunResult(level, run.what, (), comparison, bounds, verdict, left_out=run.left_out)
     comparison = _compared(run.outputs, eval_set, range(len(eval_set)))
-    logits = run.outputs.get(LOGITS)
-    answers = notable_predictions(eval_set.logits, logits, eval_set.names)
+    exact = eval_set.logits
+    answers = () if exact is None else notable_predictions(exact, eval_set.logits_of(run.outputs), eval_set.names)
     verdict = judge(comparison, bounds.outputs)
     if verdict.passed and run.repeated:
         again = judge(_compared(run.again, eval_set, run.repeated), bounds.outputs)
         sizes = and_listed(sorted(set(run.batches)))
         findings = tuple(f"Wrong in some of the batches of {sizes} only: {text}" for text in again.findings)
         verdict = Verdict(again.passed, findings)
-    return RunResult(level, run.what, run.batches, comparison, bounds, verdict, answers, run.left_out, logits)
+    return RunResult(level, run.what, run.batches, comparison, bounds, verdict, answers, run.left_out, run.outputs)
 
 
 def _compared(outputs: Mapping[str, Array], eval_set: EvaluationSet, images: Sequence[int]) -> Comparison:
     chosen = list(images)
-    expected, dtypes = expected_outputs(eval_set.logits[chosen], eval_set.outputs), promised_dtypes(eval_set.outputs)
+    reference = {name: array[chosen] for name, array in eval_set.expected.items()}
+    expected, dtypes = expected_outputs(reference, eval_set.outputs), promised_dtypes(eval_set.outputs)
     names = tuple(eval_set.names[index] for index in chosen)
-    return compare_outputs(expected, outputs, image_names=names, dtypes=dtypes)
+    return compare_outputs(expected, outputs, image_names=names, dtypes=dtypes, roles=roles_of(eval_set.outputs))
 
 
 def and_listed(sizes: Sequence[int]) -> str:

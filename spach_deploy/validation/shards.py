@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.golden import INPUT, LOGITS
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.common.batches import chunked, ranges
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.executors import Cluster, Executor
@@ -31,7 +31,7 @@ from spach_deploy.data.labels import Labels
 from spach_deploy.data.preprocess import Pixels, normalize, to_input
 from spach_deploy.options.specs import BatchProfile, IODtype, Preprocessing
 from spach_deploy.runtime import Runner
-from spach_deploy.validation.rounding_error import Float32Array, evaluate
+from spach_deploy.validation.rounding_error import Float32Array, evaluate_outputs
 from spach_deploy.validation.runs import (
     LARGEST_BATCH,
     CpuExecution,
@@ -212,11 +212,9 @@ class ValidationShard:
 
 @dataclasses.dataclass(frozen=True)
 class ShardOutputs:
-    """The outputs of one shard: the reference's logits (n, classes), and for each execution outputs by name or a
-    problem.
-    """
+    """The outputs (n, ...) of one shard by name: the reference's, and for each execution the graph's or a problem."""
 
-    reference: Float32Array
+    reference: Mapping[str, Float32Array]
     graph: tuple[Mapping[str, Array] | str, ...]
 
 
@@ -230,10 +228,10 @@ class LoadedRunners:
             self._stack.enter_context(opened(execution, work.graph, work.threads)) for execution in work.executions
         ]
 
-    def reference_logits(self, images: Float32Array) -> Float32Array:
-        """The reference's logits for normalized images (n, C, H, W)."""
+    def reference(self, images: Float32Array) -> Mapping[str, Float32Array]:
+        """The reference's outputs for normalized images (n, C, H, W)."""
         with torch_threads(self.work.threads) if self.work.threads else contextlib.nullcontext():
-            return evaluate(self.work.model, images)
+            return evaluate_outputs(self.work.model, images)
 
 
 def run_shard(loaded: LoadedRunners, shard: ValidationShard) -> ShardOutputs:
@@ -241,15 +239,15 @@ def run_shard(loaded: LoadedRunners, shard: ValidationShard) -> ShardOutputs:
     work, first = loaded.work, shard.batches.start
     pairs = zip(shard.entries, shard.digests, strict=True)
     pixels = np.stack([_load_unchanged(*pair, work.preprocessing) for pair in pairs])
-    logits = [
-        loaded.reference_logits(normalize(pixels[start - first : stop - first], work.preprocessing))
+    reference = [
+        loaded.reference(normalize(pixels[start - first : stop - first], work.preprocessing))
         for start, stop in shard.batches.reference
     ]
     feeds = [
         np.ascontiguousarray(to_input(pixels[start - first : stop - first], work.preprocessing, work.io_dtype))
         for start, stop in shard.batches.graph
     ]
-    return ShardOutputs(np.concatenate(logits), tuple(_outputs(runner, feeds) for runner in loaded.runners))
+    return ShardOutputs(_joined(reference), tuple(_outputs(runner, feeds) for runner in loaded.runners))
 
 
 def _load_unchanged(entry: ImageEntry, digest: bytes, preprocessing: Preprocessing) -> Pixels:
@@ -265,7 +263,12 @@ def _outputs(runner: Runner, feeds: Sequence[Array]) -> Mapping[str, Array] | st
         parts = [runner.run({INPUT: feed}) for feed in feeds]
     except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
         return problem_of(error)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    return _joined(parts) if parts else {}
+
+
+def _joined(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Outputs of all batches."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 # The second phase: in this process
@@ -273,11 +276,11 @@ def _outputs(runner: Runner, feeds: Sequence[Array]) -> Mapping[str, Array] | st
 
 @dataclasses.dataclass(frozen=True)
 class ShardedRunOutputs:
-    """The reference's logits (N, classes), the graph's outputs in each execution, and the pixels that were kept, by
+    """The reference's outputs (N, ...) by name, the graph's in each execution, and the pixels that were kept, by
     image.
     """
 
-    logits: Float32Array
+    reference: Mapping[str, Float32Array]
     graph: tuple[RunOutputs, ...]
     pixels: Mapping[int, Pixels] = dataclasses.field(repr=False)
 
@@ -317,7 +320,7 @@ def run_in_shards(request: ShardedRunRequest, cluster: Cluster, say: Say) -> Sha
             progress.at(batches.reference[-1][1])
     sizes = graph_batches(count, request.profile)
     runs = tuple(collector.run_outputs(execution, sizes, problems[execution]) for execution in request.work.executions)
-    return ShardedRunOutputs(collector.logits, runs, pixels)
+    return ShardedRunOutputs(collector.reference, runs, pixels)
 
 
 def _problems(request: ShardedRunRequest) -> dict[CpuExecution, str]:
@@ -377,17 +380,13 @@ class _ShardCollector:
 
     def __init__(self, count: int, executions: Sequence[CpuExecution]) -> None:
         self._count, self._executions = count, tuple(executions)
-        self._reference: dict[str, Array] = {}
+        self.reference: dict[str, Array] = {}
         self._outputs: dict[CpuExecution, dict[str, Array]] = {execution: {} for execution in executions}
         self._problems: dict[CpuExecution, str] = dict.fromkeys(executions, "")
 
-    @property
-    def logits(self) -> Float32Array:
-        return self._reference[LOGITS]
-
     def add(self, batches: BatchRange, answers: ShardOutputs) -> None:
         """Add the next shard. Of a graph that fails, the first problem counts."""
-        self._put(self._reference, {LOGITS: answers.reference}, batches.start)
+        self._put(self.reference, answers.reference, batches.start)
         for execution, found in zip(self._executions, answers.graph, strict=True):
             if isinstance(found, str):
                 self._problems[execution] = self._problems[execution] or found

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.golden import LOGITS, Golden
-from spach_deploy.bundle.schema import KernelsEntry, Manifest
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import model_outputs, roles_of
+from spach_deploy.bundle.schema import KernelsEntry, Manifest, TensorInfo
 from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.common.errors import UsageError, printable
 from spach_deploy.common.text import Escaped, rendered
-from spach_deploy.options.specs import size_in_words
+from spach_deploy.options.specs import Role, size_in_words
 from spach_deploy.validation.changed_classes import ImagePredictions, notable_predictions
 from spach_deploy.validation.compare import OutputComparison, compare_outputs
 from spach_deploy.validation.result import REPORT_VERSION, Provenance, Validation
@@ -56,23 +57,28 @@ class Side:
     validation: Validation
 
     @property
-    def logits(self) -> np.ndarray[Any, Any] | None:
-        """The logits of its first run."""
-        return self.validation.evidence[0].logits if self.validation.evidence else None
+    def output(self) -> TensorInfo:
+        """The output that is compared: the first that the model computes, of a classifier its logits."""
+        return model_outputs(self.bundle.manifest.outputs)[0]
+
+    @property
+    def values(self) -> np.ndarray[Any, Any] | None:
+        """That output of its first run."""
+        return self.validation.evidence[0].outputs.get(self.output.name) if self.validation.evidence else None
 
     @property
     def bound(self) -> float:
-        """The relative L2 that its logits may have against PyTorch."""
-        return self.validation.evidence[0].bounds.outputs[LOGITS].rel_l2
+        """The relative L2 that this output may have against PyTorch."""
+        return self.validation.evidence[0].bounds.outputs[self.output.name].rel_l2
 
 
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
     """Two bundles compared.
 
-    `direct`: the second's logits against the first's, None without common images. `answers`: images on which they
-    differ, or nearly. `layers`: modules whose precision differs. `allowed`: relative L2 between them that both bounds
-    together allow, None where their weights differ.
+    `direct`: the second's logits (without them: first output) against the first's, None without common images.
+    `answers`: images on which they differ, or nearly. `layers`: modules whose precision differs. `allowed`: relative L2
+    between them that both bounds together allow, None where their weights differ.
     """
 
     first: Side
@@ -180,13 +186,10 @@ def _compared(first: Side, second: Side, *, is_on_images: bool) -> SideBySide:
     answers: tuple[ImagePredictions, ...] = ()
     if not is_on_images and not _has_same_images(first.bundle, second.bundle):
         notes.append("Their golden images differ: give --images to compare their answers with each other.")
-    elif first.logits is None or second.logits is None or first.logits.shape != second.logits.shape:
+    elif not _have_alike(first, second):
         notes.append("There are no two sets of logits to compare with each other.")
     else:
-        names = first.validation.eval_set.names
-        compared = compare_outputs({LOGITS: first.logits}, {LOGITS: second.logits}, image_names=names)
-        direct = next(iter(compared.outputs), None)
-        answers = notable_predictions(first.logits, second.logits, names)
+        direct, answers = _compared_directly(first, second)
     return SideBySide(
         first=first,
         second=second,
@@ -197,6 +200,28 @@ def _compared(first: Side, second: Side, *, is_on_images: bool) -> SideBySide:
         allowed=first.bound + second.bound if is_same and direct is not None else None,
         notes=tuple(notes),
     )
+
+
+def _have_alike(first: Side, second: Side) -> bool:
+    """Whether both gave an output of one role and shape."""
+    values = first.values, second.values
+    return (
+        values[0] is not None
+        and values[1] is not None
+        and ((first.output.role, values[0].shape) == (second.output.role, values[1].shape))
+    )
+
+
+def _compared_directly(first: Side, second: Side) -> tuple[OutputComparison | None, tuple[ImagePredictions, ...]]:
+    """The second's output against the first's, and of logits the images on which they differ, or nearly."""
+    ours, theirs, names = first.values, second.values, first.validation.eval_set.names
+    assert ours is not None
+    assert theirs is not None
+    name = first.output.name
+    roles = roles_of([first.output])
+    compared = compare_outputs({name: ours}, {name: theirs}, image_names=names, roles=roles)
+    answers = notable_predictions(ours, theirs, names) if first.output.role is Role.LOGITS else ()
+    return next(iter(compared.outputs), None), answers
 
 
 def _has_same_images(first: Bundle, second: Bundle) -> bool:
@@ -340,7 +365,7 @@ def figures(compared: SideBySide) -> Iterator[Row]:
 def _figures(side: Side) -> dict[str, str]:
     validation = side.validation
     run = validation.evidence[0] if validation.evidence else None
-    output = next((entry for entry in run.comparison.outputs if entry.name == LOGITS), None) if run else None
+    output = next((entry for entry in run.comparison.outputs if entry.name == side.output.name), None) if run else None
     found = {
         "agrees": "yes" if validation.passed else "no",
         "ran": "nothing" if run is None else run.level.value,

@@ -121,8 +121,11 @@ def _evidence(item: RunResult, width: int, *, in_full: bool) -> Iterator[Rendera
         yield _output_table(output, item.bounds.outputs.get(output.name), width)
     for index in item.comparison.indices:
         yield _table(f"{index.name} {index.dtype} {_shape(index.shape)}", _index_rows(index), width)
-    others = " Other outputs: what follows from the logits' largest error." if len(item.bounds.outputs) > 1 else ""
+    follow = len(item.bounds.outputs) > 1 + len(item.bounds.others)
+    others = " Other outputs: what follows from the logits' largest error." if follow else ""
     yield Text(_wrapped(f"Allowed: {item.bounds.sentence}.{others}", width, 9))
+    for name, derivation in item.bounds.others.items():
+        yield Text(_wrapped(f"Allowed of {name}: {derivation['sentence']}.", width, 9))
 
 
 def _line(output: OutputComparison, allowed: Tolerance) -> str:

@@ -1,7 +1,7 @@
 """Validate what the user names: a bundle, its engine.plan or model.onnx, or another graph in the bundle's folder.
 
-`validate_target` checks the options and the files, gets images with the reference's logits, runs the plan or the graph,
-and adds what was asked for: accuracy, the user's answers, bisection.
+`validate_target` checks the options and the files, gets images with the reference's outputs, runs the plan or the
+graph, and adds what was asked for: accuracy, the user's answers, bisection.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import of_role
 from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, find_bundle
 from spach_deploy.common.errors import (
     BundleError,
@@ -28,7 +29,7 @@ from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.machine import has_vnni
 from spach_deploy.graph.external_data import missing_data
-from spach_deploy.options.specs import WeightSource
+from spach_deploy.options.specs import Role, WeightSource
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts, check_interface
@@ -148,6 +149,7 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     kind = _kind(request.target, bundle)
     facts = BundleFacts.of(bundle)
     changed = _changed_files(bundle)
+    check_has_classes(facts, request)
     _check_form(request.target, kind, changed)
     _check_processor(bundle)
     if GRAPH not in changed:
@@ -164,6 +166,17 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     return _bisected(validation, request, target, say) if request.bisect else validation
 
 
+def check_has_classes(facts: BundleFacts, request: ValidationRequest) -> None:
+    """UsageError for labels, or a bound on accuracy, where the graph has no logits."""
+    given = (("--labels", request.labels), ("--max-drop", request.max_drop))
+    if of_role(facts.outputs, Role.LOGITS) is None and (flags := [flag for flag, value in given if value is not None]):
+        names = ", ".join(tensor.name for tensor in facts.outputs)
+        raise UsageError(
+            f"{flags[0]} is about classes, and the bundle has no logits to rank; it gives {names}.",
+            f"Leave {' and '.join(flags)} out, or export with --outputs logits too.",
+        )
+
+
 def _changed_files(bundle: Bundle) -> dict[str, str]:
     return {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
 
@@ -178,7 +191,7 @@ def _with_user_answers(
 
     given = read_answers(answers)
     say("Comparing the reference with your answers.")
-    loaded = rebuild(bundle.manifest.model, weights)
+    loaded = rebuild(bundle.manifest.model, weights, bundle.manifest.outputs)
     loaded = dataclasses.replace(loaded, settings=validation.header.settings or loaded.settings)
     other = ""
     try:
@@ -399,7 +412,7 @@ def _images_reference(
     say: Callable[[str], None],
     graph: Path | None = None,
 ) -> ImagesReference:
-    """The images with the reference's logits, the tolerances that hold for them, and notes.
+    """The images with the reference's outputs, the tolerances that hold for them, and notes.
 
     With --ray also the outputs of `graph`.
     """
@@ -530,10 +543,11 @@ def _with_accuracy(validation: Validation, request: ValidationRequest, reference
         _check_max_drop_unused(request, reference)
         return validation
     ran = validation.evidence[0] if validation.evidence else None
-    logits = None if ran is None else ran.logits
-    if ran is None or logits is None or logits.shape != validation.eval_set.logits.shape:
+    exact = validation.eval_set.logits
+    logits = None if ran is None else validation.eval_set.logits_of(ran.outputs)
+    if ran is None or exact is None or logits is None or logits.shape != exact.shape:
         return _without_accuracy(validation)
-    measured = paired(validation.eval_set.logits, logits, labels.classes)
+    measured = paired(exact, logits, labels.classes)
     accuracy = Accuracy(measured, ran.ran, labels.origin, request.max_drop, labels.notes)
     return dataclasses.replace(validation, accuracy=accuracy)
 

@@ -6,8 +6,8 @@
 
     tolerance = FP32_FACTOR * FP32 error + ROUNDING_FACTOR * rounding error
 
-Both are measured for each image, and taken as the mean plus two standard deviations over the images, so that images
-which were not measured have room. The factors:
+Both are measured for each output of the model and each image, in the same runs, and taken as the mean plus two standard
+deviations over the images, so that images which were not measured have room. The factors:
 
 ROUNDING_FACTOR. Engines round at other places than PyTorch's modules do: folded weights are rounded after folding,
 products of attention in between, and sums run in another order. The same models, rewritten for export and rounded after
@@ -37,19 +37,19 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs, to_builtins
 
-from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, TOP_VALUES, expected_outputs
-from spach_deploy.bundle.schema import BoundsEntry, TolerancesEntry
+from spach_deploy.bundle.outputs import expected_outputs, model_outputs, of_role
+from spach_deploy.bundle.schema import BoundsEntry, TensorInfo, TolerancesEntry
 from spach_deploy.common.batches import spread_with_ends
 from spach_deploy.common.errors import MismatchError, PrecisionError
 from spach_deploy.common.metrics import relative_l2, relative_l2_by_image
-from spach_deploy.options.specs import IODtype, OutputSpec, Precision
+from spach_deploy.options.specs import Precision, Role
 from spach_deploy.validation.rounding_error import (
     ActivationTrace,
     Float32Array,
     Outputs,
     StorageFormat,
-    evaluate,
-    evaluate_fp64,
+    evaluate_outputs,
+    evaluate_outputs_fp64,
 )
 from spach_deploy.validation.verdict import Tolerance
 
@@ -65,6 +65,9 @@ SPREAD = 2.0
 
 PEAK = 5.0
 """Standard deviations that include all errors of some hundred images' logits, or of differences of two logits."""
+
+_PEAK_IMAGES = 268
+"""Images of 1000 numbers whose largest normal error is expected at PEAK: sqrt(2 ln(268 * 1000)) = 5."""
 
 ROUNDING_IMAGES = 4
 QUANTIZED_ROUNDING_IMAGES = 8
@@ -93,10 +96,10 @@ def evaluated_images(count: int, precision: Precision, rounding_images: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredError:
-    """An error of logits: the mean plus two standard deviations over images.
+    """An error of an output: the mean plus two standard deviations over images.
 
     `rel_l2` is relative. `max_abs` (an image's largest error) and `margin` (by how much the difference of two scores
-    moves) are in units of the logits.
+    moves) are in units of the output.
     """
 
     images: int
@@ -106,19 +109,25 @@ class MeasuredError:
 
     @classmethod
     def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any]) -> MeasuredError:
-        """The error of logits `value` (N, classes) against `exact`, both of any float dtype."""
-        error = value.astype(np.float64) - exact
+        """The error of an output `value` (N, ...) against `exact`, both of any float dtype."""
+        exact = exact.reshape(len(exact), -1)
+        error = value.reshape(exact.shape).astype(np.float64) - exact
         root_mean_square = np.sqrt(np.mean(np.square(error), axis=1))
         return cls(
             images=len(error),
             rel_l2=_with_spread(relative_l2_by_image(value, exact)[exact.any(axis=1)]),
-            max_abs=_with_spread(np.maximum(np.abs(error).max(axis=1), PEAK * root_mean_square)),
+            max_abs=_with_spread(np.maximum(np.abs(error).max(axis=1), _peak(exact.shape[1]) * root_mean_square)),
             margin=_with_spread(PEAK * math.sqrt(2) * error.std(axis=1)),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return dataclasses.asdict(self)
+
+
+def _peak(numbers: int) -> float:
+    """`PEAK`, or more for an output of more than a thousand numbers, whose largest error is further out."""
+    return max(PEAK, math.sqrt(2 * math.log(_PEAK_IMAGES * numbers)))
 
 
 def _with_spread(figures: Float64) -> float:
@@ -179,23 +188,30 @@ def _images(count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """A tolerance for each output, and its derivation."""
+    """A tolerance for each output, and its derivation.
+
+    `derivation`: of the first output that the model computes and of those that follow from it; `others`: of the other
+    outputs that the model computes, by name.
+    """
 
     outputs: Mapping[str, Tolerance]
     derivation: Mapping[str, Any]
+    others: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
+        others = {name: dict(derivation) for name, derivation in self.others.items()}
         return {
             "outputs": {name: tolerance.to_dict() for name, tolerance in self.outputs.items()},
             "derivation": dict(self.derivation),
+            **({"others": others} if others else {}),
         }
 
     @classmethod
     def of(cls, entry: BoundsEntry) -> Bounds:
         """What a manifest says. Raises UsageError for numbers with which nothing could fail."""
         outputs = {name: Tolerance(**structs.asdict(tolerance)) for name, tolerance in entry.outputs.items()}
-        return cls(outputs, to_builtins(entry.derivation))
+        return cls(outputs, to_builtins(entry.derivation), to_builtins(entry.others))
 
     @property
     def sentence(self) -> str:
@@ -223,30 +239,31 @@ class ToleranceSet:
 def derive_tolerances(
     model: nn.Module,
     images: ImageArray,
-    reference: Float32Array,
+    reference: Mapping[str, Float32Array],
     precision: Precision,
-    outputs: OutputSpec | None = None,
+    outputs: Sequence[TensorInfo],
     *,
     tf32: bool = False,
     rounding_images: int = ROUNDING_IMAGES,
     fake_quantized: nn.Module | None = None,
     activations: ActivationTrace | None = None,
-    noise: MeasuredError | None = None,
+    noise: Mapping[str, MeasuredError] | None = None,
 ) -> ToleranceSet:
-    """Derive the tolerances of an export of `model` in `precision`.
+    """Derive the tolerances of an export of `model` in `precision`, one for each of the graph's `outputs`.
 
-    `model`: the reference in FP32. `images` float32 (N, 3, S, S). `reference`: its logits for them (N, classes); the
-    tolerances of probabilities and top-k use all of them. The model runs on at most `rounding_images` images, spread
-    evenly, and in FP64 on one or two. `tf32`: the engine may use TF32 in FP32 products. `fake_quantized`: for quantized
-    exports; `precision` is then that of the layers that are not quantized, and the rounding error is that of both.
-    `activations`: receives the outputs of the model's parts for the first image. `noise`: the FP32 error, where it was
-    measured already. Raises PrecisionError for logits that are not finite, in FP32 or in `precision`.
+    `model`: the reference in FP32. `images` float32 (N, 3, S, S). `reference`: its outputs for them (N, ...) by name;
+    the tolerances of probabilities and top-k use all of them. The model runs on at most `rounding_images` images,
+    spread evenly, and in FP64 on one or two. `tf32`: the engine may use TF32 in FP32 products. `fake_quantized`: for
+    quantized exports; `precision` is then that of the layers that are not quantized, and the rounding error is that of
+    both. `activations`: receives the outputs of the model's parts for the first image. `noise`: the FP32 errors, where
+    they were measured already. Raises PrecisionError for outputs that are not finite, in FP32 or in `precision`.
     """
-    outputs = outputs or OutputSpec()
-    if not np.isfinite(reference).all():
-        raise PrecisionError("The reference's logits are not finite, so nothing can be compared with them.")
+    for name, array in reference.items():
+        if not np.isfinite(array).all():
+            problem = f"The reference's {name} are not finite, so nothing can be compared with them."
+            raise PrecisionError(problem)
     double, rounded = (None, None) if activations is None else (activations.double, activations.rounded)
-    noise = noise or measured_fp32_error(model, images, reference, precision, double)
+    noise = noise or measured_fp32_errors(model, images, reference, precision, double)
     storage, is_quantized = StorageFormat.of(precision), fake_quantized is not None
     rounded_model = RoundedModel(fake_quantized or model, storage, is_quantized)
     graph = _bounds(rounded_model, images, reference, outputs, noise, rounding_images, rounded)
@@ -257,15 +274,20 @@ def derive_tolerances(
     return ToleranceSet(graph, _bounds(rounded_model, images, reference, outputs, noise, rounding_images))
 
 
-def measured_fp32_error(
-    model: nn.Module, images: ImageArray, reference: Float32Array, precision: Precision, parts: Outputs | None = None
-) -> MeasuredError:
-    """FP32's error: `model`'s logits `reference` (N, classes) in FP32 against FP64, on one or two of the `images`.
+def measured_fp32_errors(
+    model: nn.Module,
+    images: ImageArray,
+    reference: Mapping[str, Float32Array],
+    precision: Precision,
+    parts: Outputs | None = None,
+) -> dict[str, MeasuredError]:
+    """FP32's error by output: `model`'s outputs `reference` (N, ...) in FP32 against FP64, on one or two of `images`.
 
     `parts`: receives the outputs of the model's parts for the first image in FP64.
     """
     chosen = spread_with_ends(len(images), _NOISE_IMAGES[precision])
-    return MeasuredError.of(reference[chosen], evaluate_fp64(model, images[chosen], parts))
+    exact = evaluate_outputs_fp64(model, images[chosen], parts)
+    return {name: MeasuredError.of(array[chosen], exact[name]) for name, array in reference.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,56 +303,98 @@ class RoundedModel:
         """The format, for reports."""
         return f"eight bits and {self.arithmetic.value}" if self.is_quantized else self.arithmetic.value
 
-    def logits(self, images: Float32Array, io_dtype: IODtype, parts: Outputs | None = None) -> Float32Array | None:
-        """Logits with rounded tensors and the caller's input dtype; None where nothing is rounded."""
-        if io_dtype is IODtype.FP16:
-            rounded = evaluate(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic, parts)
-            return rounded.astype(np.float16).astype(np.float32)
+    def outputs(
+        self, images: Float32Array, parts: Outputs | None = None, *, is_half: bool
+    ) -> dict[str, Float32Array] | None:
+        """Outputs by name with rounded tensors; None where nothing is rounded. `is_half`: FP16 at the boundary."""
+        if is_half:
+            rounded = evaluate_outputs(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic, parts)
+            return {name: array.astype(np.float16).astype(np.float32) for name, array in rounded.items()}
         if self.arithmetic is StorageFormat.FP32 and not self.is_quantized:
             return None
-        return evaluate(self.model, images, self.arithmetic, parts)
+        return evaluate_outputs(self.model, images, self.arithmetic, parts)
 
 
 def _bounds(
     rounded_model: RoundedModel,
     images: ImageArray,
-    reference: Float32Array,
-    outputs: OutputSpec,
-    noise: MeasuredError,
+    reference: Mapping[str, Float32Array],
+    outputs: Sequence[TensorInfo],
+    noise: Mapping[str, MeasuredError],
     rounding_images: int,
     parts: Outputs | None = None,
 ) -> Bounds:
     chosen = spread_with_ends(len(images), rounding_images)
+    computed = model_outputs(outputs)
+    is_half = any(tensor.dtype == "float16" for tensor in computed)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
-        logits = rounded_model.logits(images[chosen], outputs.io_dtype, parts)
-        loss = NOTHING if logits is None else MeasuredError.of(logits, reference[chosen])
+        rounded = rounded_model.outputs(images[chosen], parts, is_half=is_half)
+        losses = {} if rounded is None else {n: MeasuredError.of(rounded[n], reference[n][chosen]) for n in reference}
+    derivations = {
+        tensor.name: Derivation(rounded_model.words, noise[tensor.name], losses.get(tensor.name, NOTHING))
+        for tensor in computed
+    }
+    for name, derivation in derivations.items():
+        _check_finite(name, derivation)
+    first, *others = (derivation.to_dict() for derivation in derivations.values())
+    tolerances = _tolerances(derivations, reference, outputs)
+    return Bounds(tolerances, first, dict(zip([*derivations][1:], others, strict=True)))
+
+
+def _check_finite(name: str, derivation: Derivation) -> None:
+    loss, noise = derivation.loss, derivation.noise
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
-        words = rounded_model.words
-        raise PrecisionError(f"The reference's logits are not finite when its tensors are rounded to {words}.")
-    derivation = Derivation(rounded_model.words, noise, loss)
-    return Bounds(_tolerances(derivation, reference, outputs), derivation.to_dict())
+        words = derivation.arithmetic
+        raise PrecisionError(f"The reference's {name} are not finite when its tensors are rounded to {words}.")
 
 
-def _tolerances(derivation: Derivation, reference: Float32Array, outputs: OutputSpec) -> dict[str, Tolerance]:
-    rel_l2, max_abs = derivation.bound("rel_l2"), derivation.bound("max_abs")
-    margin = derivation.bound("margin")
-    logits = Tolerance(rel_l2, max_abs, _cosine(rel_l2), margin, derivation.origin)
-    tolerances = {LOGITS: logits}
-    roundoff = _HALF_ROUNDOFF if outputs.io_dtype is IODtype.FP16 else 0.0
-    origin = f"logits within {max_abs:.2g}"
-    if outputs.softmax:
-        # The rounding of exp and of the sums is FP32's; 1e-6 covers it.
-        relative = math.expm1(min(2 * max_abs, 1.0)) + 2 * roundoff + 1e-6
-        absolute = math.tanh(max_abs / 2) + roundoff + 1e-6
-        ties = math.tanh(margin / 2) + 2 * roundoff + 1e-6
-        tolerances[PROBABILITIES] = Tolerance(relative, absolute, _cosine(relative), ties, origin)
-    if outputs.top_k is not None:
-        values = expected_outputs(reference, outputs)[TOP_VALUES].astype(np.float64)
-        norms = np.linalg.norm(values, axis=1)
-        moved = max_abs + roundoff * float(np.abs(values).max(initial=0.0))
-        relative = math.sqrt(values.shape[1]) * moved / max(float(norms.min(initial=math.inf)), 1e-12)
-        tolerances[TOP_VALUES] = Tolerance(relative, moved, None, margin, origin)
+def _tolerances(
+    derivations: Mapping[str, Derivation], reference: Mapping[str, Float32Array], outputs: Sequence[TensorInfo]
+) -> dict[str, Tolerance]:
+    """A tolerance for each output but the integer ones, which are held to those of the logits that they rank."""
+    logits = of_role(outputs, Role.LOGITS)
+    tolerances: dict[str, Tolerance] = {}
+    for tensor in outputs:
+        if tensor.name in derivations:
+            tolerances[tensor.name] = _tolerance(tensor, derivations[tensor.name])
+        elif logits is not None and tensor.role is Role.PROBABILITIES:
+            tolerances[tensor.name] = _of_probabilities(tensor, derivations[logits.name])
+        elif logits is not None and tensor.role is Role.TOP_VALUES:
+            values = expected_outputs(reference, outputs)[tensor.name]
+            tolerances[tensor.name] = _of_top_values(tensor, derivations[logits.name], values)
     return tolerances
+
+
+def _tolerance(tensor: TensorInfo, derivation: Derivation) -> Tolerance:
+    """Of an output that the model computes. Classes may change up to a margin where it has classes."""
+    rel_l2, max_abs = derivation.bound("rel_l2"), derivation.bound("max_abs")
+    margin = derivation.bound("margin") if tensor.role is Role.LOGITS else 0.0
+    return Tolerance(rel_l2, max_abs, _cosine(rel_l2), margin, derivation.origin)
+
+
+def _of_probabilities(tensor: TensorInfo, logits: Derivation) -> Tolerance:
+    """The rounding of exp and of the sums is FP32's; 1e-6 covers it."""
+    max_abs, roundoff = logits.bound("max_abs"), _roundoff(tensor)
+    relative = math.expm1(min(2 * max_abs, 1.0)) + 2 * roundoff + 1e-6
+    absolute = math.tanh(max_abs / 2) + roundoff + 1e-6
+    ties = math.tanh(logits.bound("margin") / 2) + 2 * roundoff + 1e-6
+    return Tolerance(relative, absolute, _cosine(relative), ties, _origin(logits))
+
+
+def _of_top_values(tensor: TensorInfo, logits: Derivation, expected: Float32Array) -> Tolerance:
+    values = expected.astype(np.float64)
+    norms = np.linalg.norm(values, axis=1)
+    moved = logits.bound("max_abs") + _roundoff(tensor) * float(np.abs(values).max(initial=0.0))
+    relative = math.sqrt(values.shape[1]) * moved / max(float(norms.min(initial=math.inf)), 1e-12)
+    return Tolerance(relative, moved, None, logits.bound("margin"), _origin(logits))
+
+
+def _roundoff(tensor: TensorInfo) -> float:
+    return _HALF_ROUNDOFF if tensor.dtype == "float16" else 0.0
+
+
+def _origin(logits: Derivation) -> str:
+    return f"logits within {logits.bound('max_abs'):.2g}"
 
 
 def _cosine(rel_l2: float) -> float:
@@ -344,7 +408,8 @@ def _cosine(rel_l2: float) -> float:
 _LEAST_NOISE = 2.0**-23
 """Lower bound of FP32's error: one rounding."""
 
-Logits = npt.NDArray[np.float32]
+Named = Mapping[str, npt.NDArray[np.float32]]
+"""Outputs (N, ...) by name."""
 
 
 def rounding_limit(noise: float) -> float:
@@ -353,28 +418,33 @@ def rounding_limit(noise: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferenceLogits:
-    """The reference's `logits` (N, classes) in FP32, and the relative L2 that rounding explains."""
+class Fp32Reference:
+    """The reference's `outputs` (N, ...) in FP32 by name, and the relative L2 of each that rounding explains."""
 
-    logits: Logits = dataclasses.field(repr=False)
-    limit: float
+    outputs: Named = dataclasses.field(repr=False)
+    limits: Mapping[str, float]
 
-    def of(self, chosen: slice | list[int]) -> ReferenceLogits:
+    def of(self, chosen: slice | list[int]) -> Fp32Reference:
         """The same for some of the images."""
-        return ReferenceLogits(self.logits[chosen], self.limit)
+        return Fp32Reference({name: array[chosen] for name, array in self.outputs.items()}, self.limits)
+
+    @property
+    def limit(self) -> float:
+        """Of the first output."""
+        return next(iter(self.limits.values()))
 
 
 def prove_equal(
     what: str,
-    run: Callable[[npt.NDArray[np.float32]], Logits],
+    run: Callable[[npt.NDArray[np.float32]], Named],
     images: npt.NDArray[np.float32],
-    reference: ReferenceLogits,
+    reference: Fp32Reference,
     batches: Sequence[int],
 ) -> dict[int, float]:
-    """Relative L2 of `run` at each batch size, each on other images. MismatchError where one is more than FP32
-    rounding.
+    """Relative L2 of `run`'s first output at each batch size, each on other images. MismatchError where an output
+    differs by more than FP32 rounding.
 
-    `images` float32 (N, 3, S, S), `reference` their logits. `run` returns the logits of a batch.
+    `images` float32 (N, 3, S, S), `reference` of them. `run` returns the outputs of a batch.
     """
     errors: dict[int, float] = {}
     start = 0
@@ -385,14 +455,16 @@ def prove_equal(
     return errors
 
 
-def check_equal(what: str, logits: Logits, reference: ReferenceLogits) -> float:
-    """Relative L2 of `logits`. MismatchError where it is NaN, or more than FP32 rounding."""
-    expected = reference.logits.astype(np.float64)
-    error = relative_l2(logits, expected)
-    if not error <= reference.limit:
-        raise MismatchError(
-            f"The {what} differs from the reference model at batch {len(expected)}: relative L2 {error:.1e}, at most"
-            f" {reference.limit:.1e} is rounding ({FP32_FACTOR:g} x FP32's noise against FP64).",
-            "Turn rewrites off one by one with --no-rewrite NAME to find the one to blame, and report it.",
-        )
-    return error
+def check_equal(what: str, outputs: Named, reference: Fp32Reference) -> float:
+    """Relative L2 of the first output. MismatchError where that of any is NaN, or more than FP32 rounding."""
+    errors = {name: relative_l2(outputs[name], array) for name, array in reference.outputs.items()}
+    for name, error in errors.items():
+        if not error <= reference.limits[name]:
+            where = f" in {name}" if len(errors) > 1 else ""
+            raise MismatchError(
+                f"The {what} differs from the reference model{where} at batch {len(reference.outputs[name])}: relative"
+                f" L2 {error:.1e}, at most {reference.limits[name]:.1e} is rounding ({FP32_FACTOR:g} x FP32's noise"
+                " against FP64).",
+                "Turn rewrites off one by one with --no-rewrite NAME to find the one to blame, and report it.",
+            )
+    return next(iter(errors.values()))

@@ -338,7 +338,7 @@ def test_answers_come_in_whole_batches_of_all_images() -> None:
 
     answers = worker._first_outputs(OpenRunner(run), np.arange(5), 3)
     assert seen == [[0, 1, 2], [3, 4, 0]]
-    assert answers.logits.ravel().tolist() == [0, 10, 20, 30, 40]
+    assert answers.values.ravel().tolist() == [0, 10, 20, 30, 40]
 
 
 def test_a_process_that_dies_is_an_error_with_its_code(bundle: Path) -> None:

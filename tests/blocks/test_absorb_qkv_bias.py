@@ -12,8 +12,9 @@ from torch import nn
 from spach_deploy.blocks import RewriteResult, rewrite
 from spach_deploy.blocks.attention import StaticAttention
 from spach_deploy.blocks.base import Outcome
+from spach_deploy.bundle.outputs import INPUT, LOGITS
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import MixingBlock, Spach

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle.golden import Golden, expected_outputs
+from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, MANIFEST, PLAN
 from spach_deploy.cli.package import main as package_command
 from spach_deploy.cli.package_cpp import main
 from spach_deploy.options.specs import IODtype, OutputSpec
 from tests import small_bundles
 from tests.commands import contents, refusal
+from tests.outputs import of_logits
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import CLASSES, SIZE, Tiny
 
@@ -114,7 +115,7 @@ def test_golden_bin_is_the_golden_pack(tmp_path: Path, io_dtype: IODtype) -> Non
     assert package(bundle, "-o", tmp_path / "out").exit_code == 0
     content = (tmp_path / "out" / "model" / "golden.bin").read_bytes()
     golden = Golden.load(bundle / GOLDEN)
-    expected = expected_outputs(golden.logits, outputs)
+    expected = of_logits(golden.outputs["logits"], outputs)
 
     assert content[:8] == b"SPACHGLD"
     version, images = struct.unpack_from("<II", content, 8)
@@ -249,7 +250,7 @@ def test_a_manifest_that_cpp_cannot_follow_is_refused(
 
 def test_a_golden_pack_that_is_not_finite_is_refused(bundle: Path, tmp_path: Path) -> None:
     golden = Golden.load(bundle / GOLDEN)
-    Golden(golden.input, golden.logits * np.float32("nan"), golden.names).save(bundle / GOLDEN)
+    Golden(golden.input, {"logits": golden.outputs["logits"] * np.float32("nan")}, golden.names).save(bundle / GOLDEN)
     manifest = small_bundles.read_manifest(bundle)
     manifest["files"][GOLDEN]["sha256"] = hashlib.sha256((bundle / GOLDEN).read_bytes()).hexdigest()
     small_bundles.write_manifest(bundle, manifest)

@@ -441,7 +441,9 @@ def right_answers(fp16: Path, classed: Path, tmp_path_factory: pytest.TempPathFa
             section, facts, asked, live_reference.Weights(), say=lambda _: None
         ).eval_set
     path = tmp_path_factory.mktemp("labels") / "labels.json"
-    path.write_text(json.dumps(dict(zip(eval_set.names, eval_set.logits.argmax(axis=1).tolist(), strict=True))))
+    path.write_text(
+        json.dumps(dict(zip(eval_set.names, eval_set.expected["logits"].argmax(axis=1).tolist(), strict=True)))
+    )
     return path
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from spach_deploy.bundle.golden import LOGITS, Golden
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import LOGITS
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.cli.validate import main
 from spach_deploy.validation.bundle_facts import BundleFacts
@@ -88,7 +89,7 @@ def test_a_served_graph_that_disagrees_may_be_truncated(
     opened = Bundle.open(tiny_bundles.of_int8(bundle, **section))
     golden, facts = Golden.load(opened.file("golden.npz")), BundleFacts.of(opened)
     eval_set = golden_set(golden, "", facts.outputs, facts.batch)
-    ran = RunOutputs("graph", (len(eval_set),), {LOGITS: golden.logits}, problem)
+    ran = RunOutputs("graph", (len(eval_set),), {LOGITS: golden.outputs["logits"]}, problem)
     hints = truncation_hints(opened, run_result(level, ran, eval_set, facts.tolerances.graph))
     assert bool(hints) == is_told
     assert all("ONNX Runtime before 1.30 truncates on a CPU" in hint for hint in hints)

@@ -8,8 +8,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.common.errors import CertificateError, UsageError
 from spach_deploy.graph.certificate import certify
-from spach_deploy.graph.interface import add_interface
-from spach_deploy.options.specs import OutputSpec, Preprocessing
+from spach_deploy.graph.interface import check_outputs
+from spach_deploy.options.specs import OutputSpec
 from tests.static_models import canonical_bytes, small_model
 
 MODULES = [name for name, _ in small_model("conv").named_modules()]
@@ -61,4 +61,4 @@ def test_all_broken_promises_are_listed_together() -> None:
 
 def test_more_answers_than_classes_are_refused() -> None:
     with pytest.raises(UsageError, match="--top-k 12 of 11 classes"):
-        add_interface(ir.from_proto(graph()), OutputSpec(top_k=12), Preprocessing())
+        check_outputs(OutputSpec(top_k=12), 11)

@@ -8,19 +8,22 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.blocks import REWRITES, rewrite
+from spach_deploy.bundle.outputs import INPUT, LOGITS
 from spach_deploy.common.errors import CertificateError
 from spach_deploy.graph import export
 from spach_deploy.graph.certificate import certify
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical, simplify
+from spach_deploy.graph.export import export_canonical, simplify
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.passes import CPU_PASSES, TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from tests.outputs import classifier
 from tests.static_models import (
     ARCHITECTURES,
+    CLASSES,
     IMAGE_SIZE,
     architecture,
     canonical_bytes,
@@ -71,7 +74,8 @@ def test_both_forms_are_certified(kind: str) -> None:
     model = canonical(kind)
     assert certify(model, modules).symbolic == "batch"
     apply_passes(model, TENSORRT_PASSES)
-    add_interface(model, OutputSpec(IODtype.UINT8, top_k=3, softmax=True), Preprocessing.for_size(IMAGE_SIZE))
+    outputs = classifier(CLASSES, OutputSpec(IODtype.UINT8, top_k=3, softmax=True))
+    add_interface(model, outputs, IODtype.UINT8, Preprocessing.for_size(IMAGE_SIZE))
     assert certify(model, modules).opset >= 20
 
 
@@ -125,7 +129,9 @@ def test_pixels_in_give_the_logits_of_normalized_images() -> None:
     preprocessing = Preprocessing.for_size(IMAGE_SIZE)
     pixels = np.random.default_rng(0).integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     model, plain = canonical("conv"), canonical("conv")
-    add_interface(model, OutputSpec(IODtype.UINT8, top_k=3, softmax=True), preprocessing)
+    add_interface(
+        model, classifier(CLASSES, OutputSpec(IODtype.UINT8, top_k=3, softmax=True)), IODtype.UINT8, preprocessing
+    )
     outputs = run(model, pixels)
     normalized = ((pixels / 255.0 - preprocessing.mean) / preprocessing.std).astype(np.float32).transpose(0, 3, 1, 2)
     expected = run(plain, np.ascontiguousarray(normalized))[LOGITS]

@@ -11,11 +11,11 @@ import onnx_ir as ir
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
+from spach_deploy.bundle.outputs import INPUT, LOGITS
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.graph import opset as opsets
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.graph.export import INPUT, LOGITS
 from spach_deploy.graph.opset import check_opset, convert_opset
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.elements import infer_all_types

@@ -10,11 +10,12 @@ import onnx_ir as ir
 import pytest
 
 from spach_deploy.blocks import rewrite
+from spach_deploy.bundle.outputs import INPUT, LOGITS
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.graph.editing import as_proto, mark_quantized, new_node
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.passes.tokens_first import PARTS, tokens_first
 from spach_deploy.models.demo import load_demo_weights

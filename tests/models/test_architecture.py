@@ -232,7 +232,7 @@ def of_stages(model: Spach, images: torch.Tensor) -> dict[str, torch.Tensor]:
     for name in model.stage_names:
         getattr(model, name).register_forward_hook(lambda module, inputs, y, name=name: found.update({name: y}))
     with torch.no_grad():
-        embedding = model.forward_features(images).mean(dim=1)
+        embedding = model.norm2(model.forward_stages(images)[-1]).mean(dim=1)
     return {**found, "embedding": embedding, "logits": model.head(embedding)}
 
 

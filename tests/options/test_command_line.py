@@ -18,12 +18,14 @@ from spach_deploy.options.specs import (
     ComputeCapability,
     EngineTarget,
     ExportOptions,
+    FeatureLayout,
     Flavour,
     IODtype,
     ModelSpec,
     OutputSpec,
     Precision,
     QuantizationSpec,
+    Role,
     WeightSource,
 )
 from spach_deploy.options.values import export_options
@@ -34,7 +36,7 @@ EXPORTS = [
     ExportOptions(
         ModelSpec("ms_hybrid_s", Path("a run/x.pth"), WeightSource.EMA, 192, 10, ("head_dist.*", "*'s")),
         Precision.BF16,
-        OutputSpec(IODtype.UINT8, 5, True),
+        OutputSpec(IODtype.UINT8, 5, True, (Role.LOGITS, Role.FEATURES), FeatureLayout.TOKENS, ("logits=scores",)),
         EngineTarget(
             Flavour.TENSORRT_RTX,
             (ComputeCapability(8, 6), ComputeCapability(8, 9)),

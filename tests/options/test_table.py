@@ -144,6 +144,7 @@ SAMPLES = {
     "gpu": "sm86,rtx4090",
     "batch": "1:2:3",
     "workspace": "2G",
+    "outputs": "embedding,features",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spach_deploy.benchmark import runners as contestants
-from spach_deploy.benchmark.result import Benchmark, Latency, LogitsError, Ratio, RunnerResult, Timing
+from spach_deploy.benchmark.result import Benchmark, Latency, OutputError, Ratio, RunnerResult, Timing
 from spach_deploy.benchmark.rounds import BenchmarkRequest
 from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16
 from spach_deploy.bundle.store import MANIFEST, Bundle
@@ -42,7 +42,7 @@ class Stopwatch:
         def runner(name: str, speed: float, error: float) -> RunnerResult:
             ratio = Ratio(speed, 0.95 * speed, 1.05 * speed)
             return RunnerResult(
-                name, LogitsError(error, 1e-2), (Timing(batch, Latency(9, 1 / speed, None, None), 10, 0.1, ratio),)
+                name, OutputError(error, 1e-2), (Timing(batch, Latency(9, 1 / speed, None, None), 10, 0.1, ratio),)
             )
 
         names = [name for name in question.names if name != EAGER]

@@ -19,6 +19,7 @@ from spach_deploy.validation.runs import EvaluationSet, Level, RunResult
 from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.verdict import Tolerance, judge
 from tests import manifests
+from tests.outputs import classifier
 
 NAMES = ("a.jpg", "b.jpg")
 REFERENCE = np.array([[3.0, 2.99, 0.0, 1.0, 0.5, 0.2, 0.1], [0.0, 4.0, 0.0, 1.0, 0.5, 0.2, 0.1]], np.float32)
@@ -77,7 +78,12 @@ def validation(*items: RunResult, missing: bool = False, max_drop: float | None 
     """A validation with a trial that can be pictured; `max_drop` measures accuracy too."""
     pictures = np.zeros((2, 3, 8, 8), np.float32)
     eval_set = EvaluationSet(
-        lambda start, stop: pictures[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32"
+        lambda start, stop: pictures[start:stop],
+        {"logits": REFERENCE},
+        NAMES,
+        "photographs",
+        "PyTorch in FP32",
+        classifier(7),
     )
     why = MissingEngineRun("no NVIDIA GPU here", "an NVIDIA GPU with tensorrt 10.16") if missing else None
     found = Validation(ReportHeader("bundle", "ms_hybrid_s", "fp16", True), eval_set, items, missing_engine_run=why)

@@ -63,7 +63,7 @@ def int8() -> spach_deploy.Bundle:
 
 def agrees(bundle: spach_deploy.Bundle, logits: Any) -> bool:
     """Whether these are the golden pack's, as closely as a validation wants it."""
-    wanted = Golden.load(bundle.file(GOLDEN)).logits
+    wanted = Golden.load(bundle.file(GOLDEN)).outputs["logits"]
     assert logits.shape == wanted.shape
     error = np.linalg.norm(logits.astype(np.float64) - wanted) / np.linalg.norm(wanted)
     return bool(error < bundle.manifest.validation.tolerances.graph.outputs["logits"].rel_l2)
@@ -83,7 +83,7 @@ def test_it_answers_as_pytorch_does_on_the_golden_images(make: Any, runtime: Any
 def test_photographs_are_prepared_as_the_export_prepared_them() -> None:
     """The golden images are the built-in photographs, so that predictions are the softmax of the golden logits."""
     for bundle in (fp16(), uint8()):
-        logits = Golden.load(bundle.file(GOLDEN)).logits.astype(np.float64)
+        logits = Golden.load(bundle.file(GOLDEN)).outputs["logits"].astype(np.float64)
         wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         with bundle.session() as session:
             found = session.predict(PROBES, top_k=2)

@@ -21,7 +21,7 @@ from spach_deploy.bundle.schema import TraceEntry
 from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
 from spach_deploy.graph.editing import as_proto
-from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, Precision
 from spach_deploy.validation.bisect import export_steps as stages
 from spach_deploy.validation.error_trace import ActivationTracer, ExpectedActivations
 from spach_deploy.validation.result import golden_set
@@ -74,7 +74,7 @@ def test_a_wrong_typed_graph_is_told_from_the_stages_before_it(spoiled: Path) ->
 
 def test_wrong_stored_answers_are_the_references_stage(spoiled: Path) -> None:
     golden = Golden.load(spoiled / GOLDEN)
-    Golden(golden.input, golden.logits * np.float32(1.01), golden.names).save(spoiled / GOLDEN)
+    Golden(golden.input, {"logits": golden.outputs["logits"] * np.float32(1.01)}, golden.names).save(spoiled / GOLDEN)
     manifest = small_bundles.read_manifest(spoiled)
     content = (spoiled / GOLDEN).read_bytes()
     manifest["files"][GOLDEN] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -144,11 +144,12 @@ def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: p
 def along(model: ModelProto) -> TraceEntry:
     golden = Golden.load(small_bundles.bundle() / GOLDEN)
     reference, depth = small_model("hybrid"), ActivationTrace()
-    derive_tolerances(reference, golden.input, golden.logits, Precision.FP16, activations=depth)
+    outputs = reference.outputs
+    derive_tolerances(reference, golden.input, golden.outputs, Precision.FP16, outputs, activations=depth)
     evaluate(reference, golden.input[:1], parts=depth.exact)
     follower = ActivationTracer(reference, ExpectedActivations.of(depth))
-    eval_set = golden_set(golden, "golden", OutputSpec(), BatchProfile())
-    bounds = derive_tolerances(reference, golden.input, golden.logits, Precision.FP16).graph
+    eval_set = golden_set(golden, "golden", outputs, BatchProfile())
+    bounds = derive_tolerances(reference, golden.input, golden.outputs, Precision.FP16, outputs).graph
     rounded = examine_typed(model.SerializeToString(), Precision.FP16, eval_set, bounds, watch=follower.watch)[-1]
     found = follower.trace(rounded, "a.jpg")
     assert found is not None

@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from spach_deploy.bundle.golden import Golden, expected_outputs, promised_dtypes
-from spach_deploy.bundle.store import GOLDEN_BYTES
+from spach_deploy.bundle import store
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import promised_dtypes
 from spach_deploy.common.errors import BundleError
 from spach_deploy.options.specs import IODtype, OutputSpec
+from tests.outputs import classifier, of_logits
 
 
 def golden(count: int = 3) -> Golden:
     rng = np.random.default_rng(0)
     return Golden(
         rng.standard_normal((count, 3, 8, 8)).astype(np.float32),
-        rng.standard_normal((count, 11)).astype(np.float32),
+        {"logits": rng.standard_normal((count, 11)).astype(np.float32)},
         tuple(f"photo ü {index}.jpg" for index in range(count)),
     )
+
+
+LOGITS = golden().outputs["logits"]
 
 
 def test_a_golden_pack_survives_its_file(tmp_path: Path) -> None:
@@ -31,7 +36,7 @@ def test_a_golden_pack_survives_its_file(tmp_path: Path) -> None:
     loaded = Golden.load(tmp_path / "golden.npz")
     assert loaded.names == pack.names
     assert np.array_equal(loaded.input, pack.input)
-    assert np.array_equal(loaded.logits, pack.logits)
+    assert np.array_equal(loaded.outputs["logits"], pack.outputs["logits"])
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])
@@ -44,7 +49,7 @@ def test_what_is_no_pack_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_pack_is_judged_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four gigabytes of zeros are four megabytes in a file."""
     golden().save(tmp_path / "golden.npz")
-    monkeypatch.setitem(GOLDEN_BYTES, "logits", 100)
+    monkeypatch.setattr(store, "OUTPUT_BYTES", 100)
     monkeypatch.setattr(np, "load", None)
     with pytest.raises(BundleError, match=r"'logits' is float32 \(3, 11\), 132 bytes; 100 are read at most"):
         Golden.load(tmp_path / "golden.npz")
@@ -70,8 +75,14 @@ def rewritten(path: Path, compression: int, *, flags: int = 0) -> None:
     [
         (lambda path: rewritten(path, zipfile.ZIP_STORED, flags=1), "encrypted or compressed"),
         (lambda path: rewritten(path, zipfile.ZIP_LZMA), "encrypted or compressed"),
-        (lambda path: np.savez(path, input=golden().input, logits=golden().logits), "it has no array 'names'"),
-        (lambda path: np.savez(path, input=golden().input, logits=golden().logits, names=7), "is no golden pack"),
+        (
+            lambda path: np.savez(path, input=golden().input, logits=LOGITS),
+            "it has no array 'names'",
+        ),
+        (
+            lambda path: np.savez(path, input=golden().input, logits=LOGITS, names=7),
+            "is no golden pack",
+        ),
     ],
     ids=["encrypted", "lzma", "no names", "one name"],
 )
@@ -83,21 +94,21 @@ def test_a_pack_that_cannot_be_read_is_one_sentence(spoil: Callable[[Path], None
 
 
 def test_a_pickle_in_a_pack_is_not_loaded(tmp_path: Path) -> None:
-    np.savez(tmp_path / "golden.npz", input=np.array([{}], dtype=object), logits=golden().logits, names=["a"])
+    np.savez(tmp_path / "golden.npz", input=np.array([{}], dtype=object), logits=LOGITS, names=["a"])
     with pytest.raises(BundleError):
         Golden.load(tmp_path / "golden.npz")
 
 
 def test_a_pack_of_unequal_lengths_is_refused(tmp_path: Path) -> None:
     pack = golden()
-    Golden(pack.input[:2], pack.logits, pack.names).save(tmp_path / "golden.npz")
+    Golden(pack.input[:2], pack.outputs, pack.names).save(tmp_path / "golden.npz")
     with pytest.raises(BundleError, match="no golden pack"):
         Golden.load(tmp_path / "golden.npz")
 
 
 def test_outputs_are_what_pytorch_makes_of_the_logits() -> None:
-    logits = golden(16).logits
-    outputs = expected_outputs(logits, OutputSpec(top_k=3, softmax=True))
+    logits = golden(16).outputs["logits"]
+    outputs = of_logits(logits, OutputSpec(top_k=3, softmax=True))
     tensor = torch.from_numpy(logits)
     values, indices = tensor.topk(3)
     assert list(outputs) == ["logits", "probabilities", "top_values", "top_indices"]
@@ -105,22 +116,22 @@ def test_outputs_are_what_pytorch_makes_of_the_logits() -> None:
     assert np.array_equal(outputs["top_values"], values.numpy())
     assert np.array_equal(outputs["top_indices"], indices.numpy())
     assert {name: array.dtype.name for name, array in outputs.items()} == promised_dtypes(
-        OutputSpec(top_k=3, softmax=True)
+        classifier(11, OutputSpec(top_k=3, softmax=True))
     )
 
 
 def test_equal_logits_are_ranked_by_index() -> None:
-    outputs = expected_outputs(np.array([[1, 2, 2, 0]], np.float32), OutputSpec(top_k=3))
+    outputs = of_logits(np.array([[1, 2, 2, 0]], np.float32), OutputSpec(top_k=3))
     assert outputs["top_indices"].tolist() == [[1, 2, 0]]
 
 
 def test_large_logits_have_probabilities() -> None:
-    outputs = expected_outputs(np.array([[1e4, 0, -1e4]], np.float32), OutputSpec(softmax=True))
+    outputs = of_logits(np.array([[1e4, 0, -1e4]], np.float32), OutputSpec(softmax=True))
     assert outputs["probabilities"].tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_fp16_at_the_boundary_is_promised_for_floats() -> None:
-    assert promised_dtypes(OutputSpec(IODtype.FP16, 1, False)) == {
+    assert promised_dtypes(classifier(11, OutputSpec(IODtype.FP16, 1, False))) == {
         "logits": "float16",
         "top_values": "float16",
         "top_indices": "int64",

@@ -216,7 +216,10 @@ def test_an_export_leaves_a_batch_that_takes_long_to_a_validation_and_says_so() 
 def test_a_fixed_batch_runs_whole_where_there_are_fewer_images() -> None:
     graph, eval_set, bounds = case(Precision.FP32)
     eval_set = dataclasses.replace(
-        eval_set, logits=eval_set.logits[:5], names=eval_set.names[:5], batch=BatchProfile(7, 7, 7)
+        eval_set,
+        expected={"logits": eval_set.expected["logits"][:5]},
+        names=eval_set.names[:5],
+        batch=BatchProfile(7, 7, 7),
     )
     assert 7 in examine_graph(graph, eval_set, bounds).batches
 

@@ -77,7 +77,7 @@ def test_one_that_is_wrong_is_named_and_ends_with_1(fp32: Path, fp16: Path, tmp_
 def test_other_golden_images_are_not_compared_with_each_other(fp32: Path, fp16: Path, tmp_path: Path) -> None:
     other = small_bundles.copy(fp16, tmp_path / "other")
     golden = Golden.load(other / GOLDEN)
-    Golden(golden.input, golden.logits, tuple(f"other {name}" for name in golden.names)).save(other / GOLDEN)
+    Golden(golden.input, golden.outputs, tuple(f"other {name}" for name in golden.names)).save(other / GOLDEN)
     seal(other)
     report = report_of(fp32, other)
     assert report["direct"] is None
@@ -144,4 +144,4 @@ def test_goldens_of_pixels_and_of_floats_are_the_same_pictures(fp16: Path) -> No
 
     bundle = Bundle.open(fp16, verify=False)
     assert _has_same_images(bundle, bundle)
-    assert np.isfinite(Golden.load(fp16 / GOLDEN).logits).all()
+    assert np.isfinite(Golden.load(fp16 / GOLDEN).outputs["logits"]).all()

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spach_deploy.bundle.golden import expected_outputs
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import OutputSpec
@@ -21,6 +20,7 @@ from spach_deploy.validation.runs import EvaluationSet, Level, RunResult
 from spach_deploy.validation.table import as_text
 from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.verdict import Tolerance, judge
+from tests.outputs import classifier, of_logits
 
 NAMES = ("a.jpg", "an exceedingly long name of a photograph taken in the summer of last year.jpg")
 REFERENCE = np.array([[3.0, 2.99, 0.0, 1.0, 0.5, 0.2, 0.1], [0.0, 4.0, 0.0, 1.0, 0.5, 0.2, 0.1]], np.float32)
@@ -31,9 +31,7 @@ BOUNDS = Bounds(
 
 def evidence(logits: np.ndarray, level: Level = Level.GRAPH) -> RunResult:
     outputs = OutputSpec(top_k=2)
-    comparison = compare_outputs(
-        expected_outputs(REFERENCE, outputs), expected_outputs(logits, outputs), image_names=NAMES
-    )
+    comparison = compare_outputs(of_logits(REFERENCE, outputs), of_logits(logits, outputs), image_names=NAMES)
     return RunResult(
         level, "typed graph in ONNX Runtime", (1, 7), comparison, BOUNDS, judge(comparison, BOUNDS.outputs)
     )
@@ -46,7 +44,12 @@ def accuracy(candidate: np.ndarray, max_drop: float | None = None) -> Accuracy:
 
 def validation(*items: RunResult, is_demo: bool = False, missing: bool = False) -> Validation:
     eval_set = EvaluationSet(
-        lambda start, stop: REFERENCE[start:stop], REFERENCE, NAMES, "photographs", "PyTorch in FP32"
+        lambda start, stop: REFERENCE[start:stop],
+        {"logits": REFERENCE},
+        NAMES,
+        "photographs",
+        "PyTorch in FP32",
+        classifier(7),
     )
     why = MissingEngineRun("no NVIDIA GPU here", "an NVIDIA GPU with tensorrt 10.16") if missing else None
     subject = ReportHeader("bundle/model.onnx", "ms_hybrid_s", "fp16", is_demo)

@@ -13,7 +13,6 @@ import pytest
 from msgspec import convert
 from torch import nn
 
-from spach_deploy.bundle.golden import expected_outputs
 from spach_deploy.bundle.schema import TolerancesEntry
 from spach_deploy.common.errors import PrecisionError, UsageError
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
@@ -21,7 +20,8 @@ from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.rounding_error import StorageFormat, evaluate, evaluate_fp64
 from spach_deploy.validation.tolerance import ROUNDING_FACTOR, MeasuredError, ToleranceSet, derive_tolerances
 from spach_deploy.validation.verdict import judge
-from tests.static_models import images, logits, relative_l2, small_model
+from tests.outputs import classifier, of_logits
+from tests.static_models import CLASSES, images, logits, relative_l2, small_model
 
 KINDS = ("conv", "trans", "mlp", "hybrid", "hybrid_stem", "ms_mlp")
 
@@ -31,7 +31,12 @@ def derived(
 ) -> tuple[nn.Module, Any, Any, ToleranceSet]:
     model, batch = small_model(kind), images(8)
     reference = logits(model, batch)
-    return model, batch, reference, derive_tolerances(model, batch, reference, precision, outputs, tf32=tf32)
+    return (
+        model,
+        batch,
+        reference,
+        derive_tolerances(model, batch, {"logits": reference}, precision, classifier(CLASSES, outputs), tf32=tf32),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,14 +73,14 @@ def test_half_of_what_is_allowed_is_not_rejected_and_twice_is() -> None:
 def test_probabilities_and_top_values_pass_where_their_logits_pass() -> None:
     outputs = OutputSpec(top_k=4, softmax=True)
     _, _, reference, tolerances = derived("trans", Precision.BF16, outputs)
-    expected = expected_outputs(reference, outputs)
+    expected = of_logits(reference, outputs)
     allowed = tolerances.graph.outputs["logits"]
     assert allowed.max_abs is not None
     rng = np.random.default_rng(3)
     for _ in range(50):
         moved = (reference + rng.uniform(-1, 1, reference.shape) * allowed.max_abs).astype(np.float32)
         others = {name: t for name, t in tolerances.graph.outputs.items() if name != "logits"}
-        candidate = expected_outputs(moved, outputs)
+        candidate = of_logits(moved, outputs)
         keep = ("probabilities", "top_values")
         comparison = compare_outputs({n: expected[n] for n in keep}, {n: candidate[n] for n in keep})
         flips = "change class"  # of probabilities, which the margin of the logits decides
@@ -98,7 +103,7 @@ def test_fp16_at_the_boundary_of_an_fp32_graph_is_allowed_for() -> None:
 
 def test_one_image_is_enough_to_derive_from() -> None:
     model, batch = small_model("conv"), images(1)
-    tolerances = derive_tolerances(model, batch, logits(model, batch), Precision.FP16)
+    tolerances = derive_tolerances(model, batch, {"logits": logits(model, batch)}, Precision.FP16, classifier(CLASSES))
     assert tolerances.graph.outputs["logits"].rel_l2 > 1e-4
 
 
@@ -138,7 +143,7 @@ def test_an_answer_that_is_not_finite_is_refused() -> None:
     model, batch = small_model("conv"), images(2)
     reference = np.full((2, 11), np.inf, np.float32)
     with pytest.raises(PrecisionError, match="not finite"):
-        derive_tolerances(model, batch, reference, Precision.FP16)
+        derive_tolerances(model, batch, {"logits": reference}, Precision.FP16, classifier(CLASSES))
 
 
 # What PyTorch loses

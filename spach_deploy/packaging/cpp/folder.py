@@ -27,12 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.golden import Golden, expected_outputs
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import expected_outputs, of_role
 from spach_deploy.bundle.store import GOLDEN, MANIFEST, PLAN, DirectoryKind, check_target, writing
-from spach_deploy.common.errors import BundleError
+from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import json_text
 from spach_deploy.data.labels import as_text, read_labels
-from spach_deploy.options.specs import size_in_words
+from spach_deploy.options.specs import Role, size_in_words
 from spach_deploy.packaging.cpp.model_file import FileFacts, PackagedModel, model_text
 
 MAGIC = b"SPACHGLD"
@@ -42,10 +43,8 @@ VERSION = 1
 def golden_bytes(model: PackagedModel) -> bytes:
     """The content of golden.bin. BundleError where the golden pack does not fit the model."""
     golden = Golden.load(model.bundle.file(GOLDEN))
-    _check(golden, model)
-    expected = expected_outputs(golden.logits, model.facts.outputs)
-    if missing := [output.name for output in model.outputs if output.name not in expected]:
-        raise BundleError(f"There is no reference for the output {missing[0]}.", "Export the bundle again.")
+    golden.check(model.bundle)
+    expected = expected_outputs(golden.outputs, model.outputs)
     names = [name.encode() for name in golden.names]
     parts = [
         MAGIC,
@@ -57,14 +56,6 @@ def golden_bytes(model: PackagedModel) -> bytes:
         dtype = "<i8" if output.dtype == "int64" else "<f4"
         parts.append(np.ascontiguousarray(expected[output.name]).astype(dtype).tobytes())
     return b"".join(parts)
-
-
-def _check(golden: Golden, model: PackagedModel) -> None:
-    path = model.bundle.path / GOLDEN
-    if golden.input.shape[1:] != model.input.shape[1:] or golden.input.dtype != model.input.dtype:
-        raise BundleError(f"{path} holds inputs of another model.", "Export the bundle again.")
-    if golden.logits.shape[1] != model.classes or not np.isfinite(golden.logits).all():
-        raise BundleError(f"{path} holds answers of another model.", "Export the bundle again.")
 
 
 CONTENTS = DirectoryKind("cpp-library", "a C++ library")
@@ -90,6 +81,8 @@ def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, over
     """
     destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
     model = PackagedModel.of(bundle)
+    if labels is not None and of_role(model.outputs, Role.LOGITS) is None:
+        raise UsageError("--labels names classes, and the bundle has no logits.", "Leave --labels out.")
     names = None if labels is None else read_labels(labels, model.classes)
     golden = golden_bytes(model)
     with writing(destination) as staging:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import PIL
 
-from spach_deploy.bundle.schema import EngineSection, TensorInfo
+from spach_deploy.bundle.schema import EngineSection, TensorInfo, role_of_name
 from spach_deploy.bundle.store import MANIFEST, PLAN, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
-from spach_deploy.options.specs import Preprocessing, sides
+from spach_deploy.options.specs import Preprocessing, Role, sides
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 from spach_deploy.validation.verdict import Tolerance
 
@@ -131,6 +131,8 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
     for output in model.outputs:
         bounds = "" if output.dtype == "int64" else f" {_tolerance(model.tolerances[output.name])}"
         yield "output", _tensor(output) + bounds
+        if output.role is not role_of_name(output.name):
+            yield "role", f"{output.name} {(output.role or Role.OTHER).value}"
     yield "resize", " ".join(map(str, sizes(transform)))
     if transform.interpolation != Preprocessing.interpolation:
         yield "interpolation", transform.interpolation.split(",")[0]

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.golden import LOGITS, TOP_INDICES, TOP_VALUES, Golden, expected_outputs
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import CLASS_SCORES, expected_outputs, of_role
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import GOLDEN
 from spach_deploy.common.errors import BundleError
 from spach_deploy.common.text import json_text
-from spach_deploy.options.specs import BatchProfile
+from spach_deploy.options.specs import BatchProfile, Role
 from spach_deploy.packaging.triton.config import DATA_TYPES
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.packaging.triton.served_model import ServedModel
@@ -42,11 +43,11 @@ class GoldenPack:
 def golden_pack(model: ServedModel) -> GoldenPack:
     """The pack of `model`. BundleError where the bundle's golden pack does not fit the model."""
     golden = Golden.load(model.bundle.file(GOLDEN))
-    expected = expected_outputs(golden.logits, model.facts.outputs)
-    _check(golden, model, expected)
+    golden.check(model.bundle)
+    expected = expected_outputs(golden.outputs, model.outputs)
     tensors = {"input.bin": np.ascontiguousarray(golden.input).tobytes()}
     for output in model.outputs:
-        tensors[f"{output.name}.bin"] = _bytes(output, expected[output.name])
+        tensors[_file(output)] = _bytes(output, expected[output.name])
     sent = batches(len(golden.names), model.batch)
     description = {
         "model": model.name,
@@ -92,7 +93,7 @@ def _take(start: int, size: int, images: int) -> tuple[int, ...]:
 
 
 def _bytes(output: TensorInfo, expected: npt.NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(expected).astype("<i8" if output.name == TOP_INDICES else "<f4").tobytes()
+    return np.ascontiguousarray(expected).astype("<i8" if output.role is Role.TOP_INDICES else "<f4").tobytes()
 
 
 def _tensor(tensor: TensorInfo, file: str) -> dict[str, Any]:
@@ -102,11 +103,16 @@ def _tensor(tensor: TensorInfo, file: str) -> dict[str, Any]:
 
 def _output(output: TensorInfo, model: ServedModel) -> dict[str, Any]:
     """Description of an output with its kind and tolerance. Indices are compared by the scores that they rank."""
-    entry = _tensor(output, f"{output.name}.bin")
-    if output.name == TOP_INDICES:
-        return {**entry, "kind": "indices", "ranks": LOGITS, "tolerance": _tolerance(LOGITS, model)}
-    kind = "values" if output.name == TOP_VALUES else "scores"
+    entry = _tensor(output, _file(output))
+    logits = of_role(model.outputs, Role.LOGITS)
+    if output.role is Role.TOP_INDICES and logits is not None:
+        return {**entry, "kind": "indices", "ranks": logits.name, "tolerance": _tolerance(logits.name, model)}
+    kind = "scores" if output.role in CLASS_SCORES else "values"
     return {**entry, "kind": kind, "tolerance": _tolerance(output.name, model)}
+
+
+def _file(output: TensorInfo) -> str:
+    return f"{output.name}.bin"
 
 
 def _tolerance(output: str, model: ServedModel) -> dict[str, Any]:
@@ -114,13 +120,3 @@ def _tolerance(output: str, model: ServedModel) -> dict[str, Any]:
     if given is None:
         raise BundleError(f"Bundle {model.bundle.path} has no tolerance for the output {output}.", _EXPORT_AGAIN)
     return {name: getattr(given, name) for name in ("rel_l2", "max_abs", "cosine_min", "flip_margin")}
-
-
-def _check(golden: Golden, model: ServedModel, expected: dict[str, Any]) -> None:
-    path, tensor = model.bundle.path / GOLDEN, model.inputs[0]
-    if len(model.inputs) != 1 or golden.input.shape[1:] != tensor.shape[1:] or golden.input.dtype != tensor.dtype:
-        raise BundleError(f"{path} holds inputs of another model.", _EXPORT_AGAIN)
-    if golden.logits.shape[1] != model.classes or not np.isfinite(golden.logits).all():
-        raise BundleError(f"{path} holds answers of another model.", _EXPORT_AGAIN)
-    if unknown := [output.name for output in model.outputs if output.name not in expected]:
-        raise BundleError(f"There is no reference for the output {unknown[0]}.", _EXPORT_AGAIN)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.golden import INPUT, Golden, expected_outputs
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import INPUT, expected_outputs
 from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, DirectoryKind, check_target, writing
 from spach_deploy.common.errors import MissingPackageError
 from spach_deploy.common.text import json_text
@@ -64,7 +65,7 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
     check_is_one_file(opened.file(GRAPH))
     check_interface(opened)
     golden = Golden.load(opened.path / GOLDEN)
-    batches = _batches(len(golden.logits), facts)
+    batches = _batches(len(golden.input), facts)
     rounded = _rounded(opened.path / GRAPH)
     run = commands(GRAPH if rounded is None else ROUNDED, has_plan=opened.plan is not None)
     with writing(destination) as staging:
@@ -115,8 +116,9 @@ def _write_data(folder: Path, golden: Golden, facts: BundleFacts, batches: list[
     except ImportError as error:
         raise MissingPackageError("polygraphy", "Its data", "pip install polygraphy") from error
     inputs = [{INPUT: np.ascontiguousarray(golden.input[batch])} for batch in batches]
+    expected = expected_outputs(golden.outputs, facts.outputs)
     results = [
-        IterationResult(expected_outputs(golden.logits[batch], facts.outputs), runtime=0.0, runner_name=RUNNER)
+        IterationResult({name: a[batch] for name, a in expected.items()}, runtime=0.0, runner_name=RUNNER)
         for batch in batches
     ]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
@@ -124,7 +126,7 @@ def _write_data(folder: Path, golden: Golden, facts: BundleFacts, batches: list[
         save_json(RunResults([(RUNNER, results)]), str(folder / OUTPUTS))
     longest = max(map(len, batches))
     padded = np.array([[*batch, *[-1] * (longest - len(batch))] for batch in batches], np.int64)
-    np.savez(folder / GOLDEN, input=golden.input, logits=golden.logits, names=np.array(golden.names), batches=padded)
+    np.savez(folder / GOLDEN, input=golden.input, names=np.array(golden.names), batches=padded)
 
 
 def _bounds(facts: BundleFacts) -> str:

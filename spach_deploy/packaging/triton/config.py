@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.golden import LOGITS, PROBABILITIES, Golden
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import CLASS_SCORES
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import GOLDEN
 from spach_deploy.packaging.triton.options import (
@@ -179,4 +180,4 @@ def _input(tensor: TensorInfo, form: BatchingForm) -> dict[str, Any]:
 
 def _output(tensor: TensorInfo, form: BatchingForm) -> dict[str, Any]:
     fields = tensor_fields(tensor.name, DATA_TYPES[tensor.dtype], form.dims(tensor))
-    return {**fields, "label_filename": LABELS_FILE if tensor.name in (LOGITS, PROBABILITIES) else ""}
+    return {**fields, "label_filename": LABELS_FILE if tensor.role in CLASS_SCORES else ""}

@@ -12,9 +12,10 @@ import dataclasses
 import json
 from typing import Any
 
-from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.bundle.outputs import LOGITS, of_role
+from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import UsageError
-from spach_deploy.options.specs import IODtype, Preprocessing
+from spach_deploy.options.specs import IODtype, Preprocessing, Role
 from spach_deploy.packaging.triton.config import DATA_TYPES, LABELS_FILE, instance_group, tensor_fields
 from spach_deploy.packaging.triton.options import Device, Ensemble, EnsembleInput, Instances
 from spach_deploy.packaging.triton.schema import model_config
@@ -37,10 +38,16 @@ class EnsembleStep:
 
 def ensemble_steps(model: ServedModel, ensemble: Ensemble) -> tuple[EnsembleStep, ...]:
     """The steps around `model`, and the ensemble. UsageError where they do not fit the model."""
+    logits = of_role(model.outputs, Role.LOGITS)
+    if logits is None:
+        raise UsageError(
+            f"--ensemble ranks classes, and {model.name} gives {', '.join(t.name for t in model.outputs)} alone.",
+            "Leave --ensemble out, or export with --outputs logits too.",
+        )
     k = min(_TOP_K, model.classes) if ensemble.top_k is None else ensemble.top_k
     _check(model, ensemble, k)
     steps = (_preprocess(model),) if ensemble.input is EnsembleInput.BYTES else ()
-    return (*steps, _top_k(model, k), _ensemble(model, ensemble.input, k))
+    return (*steps, _top_k(model, logits, k), _ensemble(model, ensemble.input, logits, k))
 
 
 def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
@@ -49,7 +56,7 @@ def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
             f"--ensemble: {model.name} takes batches of {model.batch.min} and more, but pictures come singly.",
             "Export it with a batch profile from 1, such as --batch 1:8:32, or give --backend onnxruntime.",
         )
-    if ensemble.input is EnsembleInput.PIXELS and model.facts.outputs.io_dtype is not IODtype.UINT8:
+    if ensemble.input is EnsembleInput.PIXELS and model.facts.io_dtype is not IODtype.UINT8:
         raise UsageError(
             f"--ensemble-input pixels: {model.name} takes normalized images.",
             "Export it with --io-dtype uint8, or let the ensemble take the bytes of picture files.",
@@ -88,8 +95,7 @@ def _preprocess(model: ServedModel) -> EnsembleStep:
     return EnsembleStep(config, "preprocess")
 
 
-def _top_k(model: ServedModel, k: int) -> EnsembleStep:
-    logits = next(tensor for tensor in model.outputs if tensor.name == LOGITS)
+def _top_k(model: ServedModel, logits: TensorInfo, k: int) -> EnsembleStep:
     config = _step_config(
         f"{model.name}_top_k",
         model,
@@ -117,7 +123,7 @@ def _step_config(name: str, model: ServedModel, inputs: list[dict[str, Any]], ou
     )
 
 
-def _ensemble(model: ServedModel, takes: EnsembleInput, k: int) -> EnsembleStep:
+def _ensemble(model: ServedModel, takes: EnsembleInput, logits: TensorInfo, k: int) -> EnsembleStep:
     tensor = model.inputs[0]
     takes_bytes = takes is EnsembleInput.BYTES
     given = tensor_fields(IMAGE, "TYPE_STRING", [1])
@@ -126,7 +132,7 @@ def _ensemble(model: ServedModel, takes: EnsembleInput, k: int) -> EnsembleStep:
     prepared = "prepared" if takes_bytes else PIXELS
     outputs = _outputs(k)
     steps = [
-        _link(model.name, {tensor.name: prepared}, {LOGITS: LOGITS}),
+        _link(model.name, {tensor.name: prepared}, {logits.name: LOGITS}),
         _link(f"{model.name}_top_k", {LOGITS: LOGITS}, {output["name"]: output["name"] for output in outputs}),
     ]
     if takes_bytes:

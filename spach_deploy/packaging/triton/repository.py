@@ -3,7 +3,7 @@
 REPOSITORY/
   manifest.json              marks it as written by spach-package, from which bundles; Triton reads folders only
   NAME/config.pbtxt          inputs, outputs, batching, instances, warm-up
-  NAME/labels.txt            the classes
+  NAME/labels.txt            the classes, of a model with logits
   NAME/warmup/golden_input   a golden image
   NAME/1/model.plan          or model.onnx
   NAME/1/bundle.json         the bundle's manifest, with which --check compares the rest
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
+from spach_deploy.bundle.outputs import of_role
 from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, writing
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.options.command_line import quoted
+from spach_deploy.options.specs import Role
 from spach_deploy.packaging.triton.config import (
     DATA_TYPES,
     FOLDER,
@@ -97,7 +99,7 @@ class _Part:
             model=model,
             config=model_configuration(model, options, requests),
             warm_up=requests,
-            labels=read_labels(options.labels, model.classes),
+            labels=_labels(model, options),
             steps=ensemble_steps(model, options.ensemble) if options.ensemble else (),
         )
 
@@ -109,7 +111,8 @@ class _Part:
         folder = repository / self.model.name
         folder.mkdir()
         _write_text(folder / CONFIG, to_text(self.config))
-        _write_text(folder / LABELS_FILE, as_text(self.labels))
+        if self.labels:
+            _write_text(folder / LABELS_FILE, as_text(self.labels))
         self._write_warm_up(folder)
         for version in self.model.versions:
             target = folder / str(version.number)
@@ -133,6 +136,15 @@ class _Part:
             shutil.copyfile(_STEPS / f"{step.source}.py", version / STEP_FILE)
         if step.has_labels:
             _write_text(folder / LABELS_FILE, as_text(self.labels))
+
+
+def _labels(model: ServedModel, options: TritonOptions) -> tuple[str, ...]:
+    """Names of the classes; none for a model without logits."""
+    if of_role(model.outputs, Role.LOGITS) is not None:
+        return read_labels(options.labels, model.classes)
+    if options.labels is not None:
+        raise UsageError(f"--labels names classes, and {model.name} has no logits.", "Leave --labels out.")
+    return ()
 
 
 def _write_text(path: Path, text: str) -> None:

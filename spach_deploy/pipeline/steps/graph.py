@@ -8,7 +8,8 @@ import onnx_ir as ir
 from torch import nn
 
 from spach_deploy.blocks import RewriteResult, rewrite
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.bundle.outputs import INPUT, graph_outputs
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.opset import convert_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
@@ -43,7 +44,7 @@ def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
 
 
 def export_graph(static: nn.Module, image_size: int) -> Fp32Graph:
-    """The exported graph: input (batch, 3, S, S) float32, logits (batch, classes)."""
+    """The exported graph: input (batch, 3, S, S) float32, and the static model's outputs."""
     return Fp32Graph(export_canonical(static, image_size))
 
 
@@ -52,7 +53,7 @@ def prove_graph(graph: Fp32Graph, images: GoldenImages, reference: ReferenceOutp
     with saved_graph(graph.model) as path, OnnxRuntimeRunner(path) as runner:
         errors = prove_equal(
             "exported graph",
-            lambda x: runner.run({INPUT: x})[LOGITS],
+            lambda x: runner.run({INPUT: x}),
             images.images,
             reference.reference,
             EXACT_BATCHES,
@@ -61,7 +62,7 @@ def prove_graph(graph: Fp32Graph, images: GoldenImages, reference: ReferenceOutp
 
 
 def give_form(
-    graph: Fp32Graph, images: GoldenImages, plan: QuantizationPlan | None, options: ExportOptions
+    graph: Fp32Graph, loaded: LoadedModel, images: GoldenImages, plan: QuantizationPlan | None, options: ExportOptions
 ) -> Fp32Graph:
     """Apply the passes of the graph's runtime, and add the requested inputs and outputs. With a plan, equalize first.
 
@@ -72,7 +73,9 @@ def give_form(
         equalize_graph(model, plan)
         mark_sites(model, plan)
     changed = apply_passes(model, _passes(options), options.disabled_rewrites)
-    add_interface(model, options.outputs, images.preprocessing)
+    add_interface(
+        model, graph_outputs(loaded.model.outputs, options.outputs), options.outputs.io_dtype, images.preprocessing
+    )
     infer_all_types(model)
     convert_opset(model, options.graph_opset)
     return dataclasses.replace(graph, changed=changed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +36,9 @@ class GoldenImages:
         """The images in the engine's input format: (N, C, H, W) float, or (N, H, W, C) uint8."""
         return to_input(self.pixels, self.preprocessing, io_dtype)
 
-    def pack(self, logits: NDArray[np.float32], io_dtype: IODtype) -> Golden:
-        """The golden pack with the reference logits (N, classes)."""
-        return Golden(self.engine_input(io_dtype), logits, self.names)
+    def pack(self, outputs: Mapping[str, NDArray[np.float32]], io_dtype: IODtype) -> Golden:
+        """The golden pack with the reference's outputs (N, ...) by name."""
+        return Golden(self.engine_input(io_dtype), outputs, self.names)
 
 
 def read_images(options: ExportOptions, preprocessing: Preprocessing, phases: Phases) -> GoldenImages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from spach_deploy.blocks import RewriteResult
 from spach_deploy.blocks.base import Outcome
 from spach_deploy.bundle import store as bundles
+from spach_deploy.bundle.outputs import graph_outputs
 from spach_deploy.bundle.schema import (
     CalibrationEntry,
     CertificateEntry,
@@ -50,6 +51,7 @@ from spach_deploy.options.specs import (
     OutputSpec,
     Precision,
     Preprocessing,
+    Role,
 )
 from spach_deploy.pipeline.steps.calibration import CalibrationResult
 from spach_deploy.pipeline.steps.precision import CertifiedGraph
@@ -98,21 +100,24 @@ class InterfaceSections:
     batch: BatchProfile
 
 
-def interface_sections(graph: ir.Graph, options: ExportOptions) -> InterfaceSections:
-    """Sections on inputs, outputs and batch, from the inputs and outputs of the typed graph."""
+def interface_sections(graph: ir.Graph, model: Sequence[TensorInfo], options: ExportOptions) -> InterfaceSections:
+    """Sections on inputs, outputs and batch, from those of the typed graph. `model`: the outputs that the model
+    computes.
+    """
     layout = "NHWC" if options.outputs.io_dtype is IODtype.UINT8 else "NCHW"
+    meant = {tensor.name: tensor for tensor in graph_outputs(model, options.outputs)}
     return InterfaceSections(
         tuple(_tensor(value, layout) for value in graph.inputs),
-        tuple(_tensor(value, "NC") for value in graph.outputs),
+        tuple(_tensor(value, meant[value.name or ""].layout, meant[value.name or ""].role) for value in graph.outputs),
         options.outputs,
         options.engine.batch,
     )
 
 
-def _tensor(value: ir.Value, layout: str) -> TensorInfo:
+def _tensor(value: ir.Value, layout: str, role: Role | None = None) -> TensorInfo:
     shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape or ())
     dtype = "" if value.dtype is None else value.dtype.numpy().name
-    return TensorInfo(name=value.name or "", dtype=dtype, shape=shape, layout=layout)
+    return TensorInfo(name=value.name or "", dtype=dtype, shape=shape, layout=layout, role=role)
 
 
 def precision_section(typed: CertifiedGraph) -> PrecisionSection:

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from spach_deploy.blocks import REWRITES
+from spach_deploy.bundle.outputs import of_role
 from spach_deploy.bundle.store import default_directory
 from spach_deploy.common.errors import MissingPackageError, UsageError
 from spach_deploy.common.progress import Phases
@@ -14,8 +15,9 @@ from spach_deploy.graph.interface import check_outputs
 from spach_deploy.graph.opset import check_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, TENSORRT_PASSES
 from spach_deploy.models.checkpoint import LoadedModel, load_model
+from spach_deploy.models.outputs import chosen_outputs
 from spach_deploy.options.quantization import check_quantization
-from spach_deploy.options.specs import ExportOptions
+from spach_deploy.options.specs import ExportOptions, Role
 from spach_deploy.validation import user_answers
 from spach_deploy.validation.user_answers import Agreement, read_answers
 
@@ -36,10 +38,20 @@ def check_options(options: ExportOptions) -> None:
 def load(options: ExportOptions, phases: Phases) -> LoadedModel:
     """The reference model with its weights. Notes say what was inferred from the checkpoint or unwrapped."""
     loaded = load_model(options.model)
+    loaded.model.outputs = chosen_outputs(options.outputs, loaded.num_classes, loaded.model.stage_shapes)
     check_outputs(options.outputs, loaded.num_classes)
+    _check_bounds(loaded, options)
     for note in loaded.notes:
         phases.note(f"{note[0].upper()}{note[1:]}.")
     return loaded
+
+
+def _check_bounds(loaded: LoadedModel, options: ExportOptions) -> None:
+    """UsageError for a bound on accuracy of a graph without logits."""
+    if options.quantization.max_drop is not None and of_role(loaded.model.outputs, Role.LOGITS) is None:
+        names = ", ".join(tensor.name for tensor in loaded.model.outputs)
+        problem = f"--max-drop counts right classes, and this graph gives {names} alone."
+        raise UsageError(problem, "Give --max-rel-l2 instead.")
 
 
 def hold_to_answers(

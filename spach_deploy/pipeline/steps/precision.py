@@ -14,13 +14,13 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.preprocess import to_input
 from spach_deploy.data.readers import batches
 from spach_deploy.graph.certificate import Certificate, certify
-from spach_deploy.graph.export import INPUT, LOGITS
 from spach_deploy.graph.opset import check_operators
 from spach_deploy.graph.precision.decision import PrecisionPolicy, TypingOptions
 from spach_deploy.graph.precision.elements import LayerPrecision, infer_all_types, weighted_layers
@@ -133,10 +133,11 @@ def _measured(
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = images.engine_input(io_dtype)
     errors: dict[int, float] = {}
+    expected = reference.reference
     for part in _parts(len(feeds)):
-        logits = meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})[LOGITS]
-        error = check_equal("graph in its target's form", logits, reference.reference.of(slice(*part)))
-        errors[len(logits)] = max(error, errors.get(len(logits), 0.0))
+        outputs = meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})
+        error, batch = check_equal("graph in its target's form", outputs, expected.of(slice(*part))), part[1] - part[0]
+        errors[batch] = max(error, errors.get(batch, 0.0))
     described = f"the {len(feeds)} built-in photographs"
     if not images.built_in and is_half:
         described = _measure_users_images(meter, images, io_dtype, phases)

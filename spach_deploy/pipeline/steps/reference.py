@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from spach_deploy.bundle.outputs import graph_outputs
 from spach_deploy.common.errors import UsageError
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.options.specs import ExportOptions, Flavour
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation.error_trace import ExpectedActivations
-from spach_deploy.validation.rounding_error import ActivationTrace, evaluate, evaluate_fp64
+from spach_deploy.validation.rounding_error import ActivationTrace, evaluate, evaluate_fp64, evaluate_outputs
 from spach_deploy.validation.tolerance import (
     QUANTIZED_ROUNDING_IMAGES,
     ROUNDING_IMAGES,
+    Fp32Reference,
     MeasuredError,
-    ReferenceLogits,
     ToleranceSet,
-    measured_fp32_error,
+    measured_fp32_errors,
     prove_equal,
     rounding_limit,
 )
@@ -38,18 +40,24 @@ EXACT_BATCHES = (1, 2)
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceOutputs:
-    """Logits (N, classes) of the reference in FP32, their error against FP64, and the static model's relative L2 by
-    batch size.
+    """What the reference computes in FP32, (N, ...) by name, its error against FP64, and the relative L2 of the static
+    model's first output by batch size.
     """
 
-    logits: NDArray[np.float32]
-    fp32_error: MeasuredError
+    outputs: dict[str, NDArray[np.float32]]
+    fp32_errors: dict[str, MeasuredError]
     static_errors: dict[int, float]
 
     @property
-    def reference(self) -> ReferenceLogits:
-        """The logits, with the largest relative L2 that rounding explains."""
-        return ReferenceLogits(self.logits, rounding_limit(self.fp32_error.rel_l2))
+    def reference(self) -> Fp32Reference:
+        """The outputs, with the largest relative L2 of each that rounding explains."""
+        limits = {name: rounding_limit(error.rel_l2) for name, error in self.fp32_errors.items()}
+        return Fp32Reference(self.outputs, limits)
+
+    @property
+    def first(self) -> NDArray[np.float32]:
+        """The first output: of a classifier its logits (N, classes)."""
+        return next(iter(self.outputs.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,33 +69,39 @@ class DerivedTolerances:
 
 
 def reference_outputs(
-    model: nn.Module, static: nn.Module, images: NDArray[np.float32], options: ExportOptions
+    model: SelectableOutputs, static: nn.Module, images: NDArray[np.float32], options: ExportOptions
 ) -> ReferenceOutputs:
-    """Run both models on `images` (N, 3, S, S). UsageError for reference logits that are all zero or not finite,
+    """Run both models on `images` (N, 3, S, S). UsageError for reference outputs that are all zero or not finite,
     MismatchError where the models differ.
     """
-    logits = reference_logits(model, images)
-    outputs = ReferenceOutputs(logits, measured_fp32_error(model, images, logits, options.rest), {})
-    errors = prove_equal("static model", lambda x: evaluate(static, x), images, outputs.reference, EXACT_BATCHES)
+    found = checked_outputs(model, images)
+    outputs = ReferenceOutputs(found, measured_fp32_errors(model, images, found, options.rest), {})
+    errors = prove_equal(
+        "static model", lambda x: evaluate_outputs(static, x), images, outputs.reference, EXACT_BATCHES
+    )
     return dataclasses.replace(outputs, static_errors=errors)
 
 
-def reference_logits(model: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits (N, classes) of the reference in FP32. UsageError for logits that are all zero, or not finite."""
-    logits = evaluate(model, images)
-    if not np.isfinite(logits).all():
-        raise UsageError("The reference model answers NaN or infinity in FP32.", "Check the checkpoint's weights.")
-    if not logits.any():
-        raise UsageError(
-            "The reference model answers exactly zero for every image, as a freshly initialised SPACH does, so nothing"
-            " could be compared.",
-            "Give a trained checkpoint, or none to use demo weights.",
-        )
-    return logits
+def checked_outputs(model: nn.Module, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Outputs (N, ...) of the reference in FP32 by name. UsageError for one that is all zero, or not finite."""
+    outputs = evaluate_outputs(model, images)
+    for name, values in outputs.items():
+        where = "" if len(outputs) == 1 else f" in {name}"
+        if not np.isfinite(values).all():
+            raise UsageError(
+                f"The reference model answers NaN or infinity in FP32{where}.", "Check the checkpoint's weights."
+            )
+        if not values.any():
+            raise UsageError(
+                f"The reference model answers exactly zero for every image{where}, as a freshly initialised SPACH does,"
+                " so nothing could be compared.",
+                "Give a trained checkpoint, or none to use demo weights.",
+            )
+    return outputs
 
 
 def derive_tolerances(
-    model: nn.Module,
+    model: SelectableOutputs,
     static: nn.Module,
     images: NDArray[np.float32],
     outputs: ReferenceOutputs,
@@ -95,7 +109,7 @@ def derive_tolerances(
     options: ExportOptions,
 ) -> DerivedTolerances:
     """Tolerances from the FP32 error and from PyTorch's rounding error in the requested precision, with the layers of
-    `plan` in 8 bits, on `images` (N, 3, S, S). PrecisionError for logits that are not finite in that precision.
+    `plan` in 8 bits, on `images` (N, 3, S, S). PrecisionError for outputs that are not finite in that precision.
     """
     trace = ActivationTrace()
     evaluate(model, images[:1], parts=trace.exact)
@@ -103,13 +117,13 @@ def derive_tolerances(
     tolerances = derived(
         model,
         images,
-        outputs.logits,
+        outputs.outputs,
         options.rest,
-        options.outputs,
+        graph_outputs(model.outputs, options.outputs),
         tf32=options.engine.tf32 and options.engine.flavour is not Flavour.NONE,
         rounding_images=ROUNDING_IMAGES if plan is None else QUANTIZED_ROUNDING_IMAGES,
         fake_quantized=None if plan is None else fake_quantized(static, plan),
         activations=trace,
-        noise=outputs.fp32_error,
+        noise=outputs.fp32_errors,
     )
     return DerivedTolerances(tolerances, ExpectedActivations.of(trace))

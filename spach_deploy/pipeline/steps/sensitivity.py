@@ -45,11 +45,14 @@ _EIGHT_BITS, _FLOAT = "#1f77b4", "#d62728"  # colours of the plot
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Images to judge layers on: float32 (N, 3, S, S), reference logits (N, classes), and labels if there are any."""
+    """Images to judge layers on: float32 (N, 3, S, S), the reference's first output for them (logits (N, classes), of a
+    classifier), and labels if there are any. `output`: the output's name.
+    """
 
     images: Float32
     reference: Float32
     labels: ImageLabels | None = None
+    output: str = "logits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +154,7 @@ def search(pool: Pool, plan: QuantizationPlan, held_out: HeldOut, spec: Quantiza
 
     bound = spec.max_drop if spec.max_drop is not None else spec.max_rel_l2
     assert bound is not None
-    what = "relative L2 of the logits" if spec.max_drop is None else "points of top-1"
+    what = f"relative L2 of the {held_out.output}" if spec.max_drop is None else "points of top-1"
     return largest_set(costs, bound, measure, what)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from spach_deploy.bundle.outputs import graph_outputs
 from spach_deploy.bundle.schema import TraceEntry
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.command_line import validate_command
@@ -38,8 +39,9 @@ def judge_graph(
     options: ExportOptions,
 ) -> JudgedGraph:
     """Run the typed graph in the file `graph` on the golden images, in the batch sizes of its profile, and compare."""
-    golden = images.pack(reference.logits, options.outputs.io_dtype)
-    evaluated = golden_set(golden, images.source.description, options.outputs, options.engine.batch)
+    golden = images.pack(reference.outputs, options.outputs.io_dtype)
+    outputs = graph_outputs(loaded.model.outputs, options.outputs)
+    evaluated = golden_set(golden, images.source.description, outputs, options.engine.batch)
     evaluated = dataclasses.replace(evaluated, reference="PyTorch in FP32")
     tracer = ActivationTracer(loaded.model, derived.parts)
     bounds = derived.tolerances.graph

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from spach_deploy.blocks import rewrite
-from spach_deploy.bundle.golden import LOGITS as LOGITS_OUTPUT
+from spach_deploy.bundle.outputs import DERIVED, INPUT
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.graph.export import INPUT, LOGITS, export_canonical
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.models.checkpoint import LoadedModel
-from spach_deploy.options.specs import Precision
+from spach_deploy.options.specs import Precision, Role
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 from spach_deploy.validation.bisect.probe_points import Float32Array
 from spach_deploy.validation.bisect.result import (
@@ -32,9 +32,12 @@ from spach_deploy.validation.bisect.result import (
     NOT_RUN,
     StepResult,
 )
-from spach_deploy.validation.rounding_error import evaluate, parts_of
+from spach_deploy.validation.rounding_error import evaluate_outputs, parts_of
 from spach_deploy.validation.runs import Level, RunResult
-from spach_deploy.validation.tolerance import measured_fp32_error, rounding_limit
+from spach_deploy.validation.tolerance import measured_fp32_errors, rounding_limit
+
+Outputs = Mapping[str, Float32Array]
+"""Outputs (N, ...) by name."""
 
 REFERENCE, STATIC, GRAPH, TYPED, ENGINE = "reference", "static model", "FP32 graph", "typed graph", "engine"
 
@@ -43,14 +46,14 @@ REFERENCE, STATIC, GRAPH, TYPED, ENGINE = "reference", "static model", "FP32 gra
 class Sources:
     """What an export was made from.
 
-    `images` float32 (N, 3, S, S); `logits` (N, classes): the reference's, as the bundle stores them. `disabled`:
+    `images` float32 (N, 3, S, S); `expected` (N, ...): the reference's outputs, as the bundle stores them. `disabled`:
     rewrites and passes that were turned off. `quantize`: modules that were quantized against the rules, None where
     nothing was quantized. `passes`: those that gave the graph its target's form, `disabled` ones included.
     """
 
     loaded: LoadedModel
     images: Float32Array
-    logits: Float32Array
+    expected: Outputs
     disabled: tuple[str, ...] = ()
     quantize: tuple[str, ...] | None = None
     passes: tuple[Pass, ...] = TENSORRT_PASSES
@@ -60,65 +63,78 @@ class Sources:
 class RepeatedSteps:
     """The repeated steps, up to the first that disagrees.
 
-    `limit`: the relative L2 that FP32 rounding explains.
+    `limits`: the relative L2 of each output that FP32 rounding explains.
     """
 
-    limit: float = rounding_limit(0.0)
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
     results: list[StepResult] = dataclasses.field(default_factory=list)
     static: nn.Module | None = None
     graph: ir.Model | None = None
 
+    @property
+    def least_limit(self) -> float:
+        """The smallest of them."""
+        return min(self.limits.values(), default=rounding_limit(0.0))
+
 
 def repeat_steps(sources: Sources, say: Callable[[str], None]) -> RepeatedSteps:
     """Make reference, static model and FP32 graph again; stop at the first that disagrees."""
-    repeated = RepeatedSteps()
-    expected = _run_step(repeated, REFERENCE, lambda: _reference_logits(repeated, sources), sources.logits)
+    repeated = RepeatedSteps(dict.fromkeys(sources.expected, rounding_limit(0.0)))
+    expected = _run_step(repeated, REFERENCE, lambda: _of_reference(repeated, sources), sources.expected)
     if expected is None:
         return repeated
     say("Rewriting again.")
-    if _run_step(repeated, STATIC, lambda: _static_logits(repeated, sources), expected) is None:
+    if _run_step(repeated, STATIC, lambda: _of_static(repeated, sources), expected) is None:
         return repeated
     say("Exporting again.")
-    _run_step(repeated, GRAPH, lambda: _graph_logits(repeated, sources), expected)
+    _run_step(repeated, GRAPH, lambda: _of_graph(repeated, sources), expected)
     return repeated
 
 
-def _run_step(
-    repeated: RepeatedSteps, name: str, run_step: Callable[[], Float32Array], expected: Float32Array
-) -> Float32Array | None:
-    """Run one step and compare its logits with `expected`; returns them where they agree, else None."""
+def _run_step(repeated: RepeatedSteps, name: str, run_step: Callable[[], Outputs], expected: Outputs) -> Outputs | None:
+    """Run one step and compare its outputs with `expected`; returns them where they agree, else None.
+
+    The result has the figures of the output that is furthest from what is allowed.
+    """
     start = time.perf_counter()
     try:
-        logits = run_step()
+        outputs = run_step()
     except SpachError as error:
-        why = error.message
-        repeated.results.append(StepResult(name, None, repeated.limit, DISAGREES, why, time.perf_counter() - start))
+        why, limit = error.message, next(iter(repeated.limits.values()))
+        repeated.results.append(StepResult(name, None, limit, DISAGREES, why, time.perf_counter() - start))
         return None
-    error_l2 = relative_l2(logits, expected)
-    verdict = AGREES if error_l2 <= repeated.limit else DISAGREES
-    repeated.results.append(StepResult(name, error_l2, repeated.limit, verdict, "", time.perf_counter() - start))
-    return logits if verdict == AGREES else None
+    errors = {output: relative_l2(outputs[output], array) for output, array in expected.items()}
+    worst = max(errors, key=lambda output: _share(errors[output], repeated.limits[output]))
+    verdict = AGREES if all(errors[output] <= repeated.limits[output] for output in errors) else DISAGREES
+    error_l2, limit = errors[worst], repeated.limits[worst]
+    repeated.results.append(StepResult(name, error_l2, limit, verdict, "", time.perf_counter() - start))
+    return outputs if verdict == AGREES else None
 
 
-def _reference_logits(repeated: RepeatedSteps, sources: Sources) -> Float32Array:
+def _share(error: float, allowed: float) -> float:
+    """The error over what is allowed; infinite for NaN."""
+    return error / allowed if error == error and allowed else float("inf")
+
+
+def _of_reference(repeated: RepeatedSteps, sources: Sources) -> Outputs:
     model, images = sources.loaded.model, sources.images
-    logits = evaluate(model, images)
-    repeated.limit = rounding_limit(measured_fp32_error(model, images, logits, Precision.FP32).rel_l2)
-    return logits
+    outputs = evaluate_outputs(model, images)
+    noise = measured_fp32_errors(model, images, outputs, Precision.FP32)
+    repeated.limits = {name: rounding_limit(error.rel_l2) for name, error in noise.items()}
+    return outputs
 
 
-def _static_logits(repeated: RepeatedSteps, sources: Sources) -> Float32Array:
+def _of_static(repeated: RepeatedSteps, sources: Sources) -> Outputs:
     repeated.static = rewrite(sources.loaded.model, sources.disabled, sources.quantize).model
-    return evaluate(repeated.static, sources.images)
+    return evaluate_outputs(repeated.static, sources.images)
 
 
-def _graph_logits(repeated: RepeatedSteps, sources: Sources) -> Float32Array:
+def _of_graph(repeated: RepeatedSteps, sources: Sources) -> Outputs:
     assert repeated.static is not None
     repeated.graph = export_canonical(repeated.static, sources.loaded.image_size)
     apply_passes(repeated.graph, sources.passes, sources.disabled)
     with saved_graph(repeated.graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
-        logits: Float32Array = runner.run({INPUT: sources.images})[LOGITS]
-    return logits
+        return runner.run({INPUT: sources.images})
 
 
 def compared_steps(evidence: Sequence[RunResult], missing_engine: str | None) -> Iterator[StepResult]:
@@ -126,20 +142,27 @@ def compared_steps(evidence: Sequence[RunResult], missing_engine: str | None) ->
     for name, level in ((TYPED, Level.GRAPH), (ENGINE, Level.ENGINE)):
         runs = [item for item in evidence if item.level is level]
         if runs:
-            yield _step_of_run(name, max(runs, key=lambda item: (not item.passed, _error(item) or 0.0)))
+            yield _step_of_run(name, max(runs, key=lambda item: (not item.passed, _error_and_allowed(item)[0] or 0.0)))
         elif name == ENGINE and missing_engine is not None:
             yield StepResult(name, None, None, NOT_RUN, missing_engine)
 
 
 def _step_of_run(name: str, run: RunResult) -> StepResult:
-    tolerance = run.bounds.outputs.get(LOGITS_OUTPUT)
     why = "" if run.passed else "; ".join(run.verdict.findings[:1])
     verdict = AGREES if run.passed else DISAGREES
-    return StepResult(name, _error(run), None if tolerance is None else tolerance.rel_l2, verdict, why)
+    return StepResult(name, *_error_and_allowed(run), verdict, why)
 
 
-def _error(run: RunResult) -> float | None:
-    return next((output.rel_l2_worst for output in run.comparison.outputs if output.name == LOGITS_OUTPUT), None)
+def _error_and_allowed(run: RunResult) -> tuple[float | None, float | None]:
+    """Of the output that is furthest from what is allowed, of those that the model computes."""
+    bounds = run.bounds.outputs
+    found = [
+        (output.rel_l2_worst, bounds[output.name].rel_l2)
+        for output in run.comparison.outputs
+        if output.name in bounds and Role(output.role) not in DERIVED
+    ]
+    first = next(iter(bounds.values()), None)
+    return max(found, key=lambda pair: _share(*pair), default=(None, None if first is None else first.rel_l2))
 
 
 def first_wrong_part(published: nn.Module, static: nn.Module, images: Float32Array, limit: float) -> tuple[str, float]:

@@ -28,6 +28,7 @@ from tests.graph.precision.graphs import (
     target_graph,
     types_of,
 )
+from tests.outputs import classifier
 from tests.protos import (
     attributes,
     consumers,
@@ -38,7 +39,7 @@ from tests.protos import (
     measure_ranges,
     type_graph,
 )
-from tests.static_models import IMAGE_SIZE, small_model
+from tests.static_models import CLASSES, IMAGE_SIZE, small_model
 
 COMPUTING = ("Gemm", "Conv", "MatMul", "LayerNormalization", "Gelu")
 HALVES = [Precision.FP16, Precision.BF16]
@@ -226,7 +227,8 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 
 def test_fp16_at_the_boundary() -> None:
     model = target_graph("hybrid")
-    in_place(add_interface, model, OutputSpec(top_k=3, softmax=True), Preprocessing.for_size(IMAGE_SIZE))
+    outputs = classifier(CLASSES, OutputSpec(top_k=3, softmax=True))
+    in_place(add_interface, model, outputs, IODtype.FP32, Preprocessing.for_size(IMAGE_SIZE))
     typed = type_graph(model, Precision.FP16, ranges_of(model), TypingOptions(io_dtype=IODtype.FP16))
     types_of(typed.model)
     elements = {v.name: v.type.tensor_type.elem_type for v in (*typed.model.graph.input, *typed.model.graph.output)}
@@ -246,7 +248,7 @@ def test_fp32_graph_with_fp16_at_the_boundary() -> None:
 @pytest.mark.parametrize("precision", HALVES)
 def test_pixels_are_normalized_in_fp32(precision: Precision) -> None:
     model = target_graph("hybrid")
-    in_place(add_interface, model, OutputSpec(io_dtype=IODtype.UINT8), Preprocessing.for_size(IMAGE_SIZE))
+    in_place(add_interface, model, classifier(CLASSES), IODtype.UINT8, Preprocessing.for_size(IMAGE_SIZE))
     pixels = np.random.default_rng(0).integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.uint8)
     ranges = measure_ranges(model, [{"input": pixels}])
     typed = type_graph(model, precision, ranges, TypingOptions(io_dtype=IODtype.UINT8))

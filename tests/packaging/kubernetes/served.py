@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.golden import expected_outputs, promised_dtypes
+from spach_deploy.bundle.outputs import promised_dtypes
 from spach_deploy.options.specs import IODtype
+from tests.outputs import classifier, of_logits
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
 
@@ -43,7 +44,10 @@ class StandIn:
     def told(self, path: str) -> bytes | None:
         """What it answers to GET, None for what it does not know."""
         model = f"/v2/models/{self.name}"
-        inputs, outputs = tiny_bundles.samples(self.tiny, 1), promised_dtypes(self.tiny.outputs)
+        inputs, outputs = (
+            tiny_bundles.samples(self.tiny, 1),
+            promised_dtypes(classifier(self.tiny.classes, self.tiny.outputs)),
+        )
         extents = {"logits": [-1, tiny_bundles.CLASSES]}
         given = [(name, _TYPES[dtype], extents.get(name, [-1, -1])) for name, dtype in outputs.items()]
         metadata = {
@@ -60,8 +64,8 @@ class StandIn:
     def answer(self, inputs: npt.NDArray[Any]) -> Arrays:
         self.batches.append(len(inputs))
         logits = tiny_bundles.logits(self.tiny, inputs)
-        dtypes = promised_dtypes(self.tiny.outputs)
-        outputs = expected_outputs(logits, self.tiny.outputs)
+        dtypes = promised_dtypes(classifier(self.tiny.classes, self.tiny.outputs))
+        outputs = of_logits(logits, self.tiny.outputs)
         return self.spoil({name: array.astype(dtypes[name]) for name, array in outputs.items()})
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.bundle.golden import expected_outputs, promised_dtypes
+from spach_deploy.bundle.outputs import promised_dtypes
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec
 from spach_deploy.packaging.kubernetes import golden_check
 from spach_deploy.packaging.kubernetes.deployment import Deployment
@@ -27,6 +27,7 @@ from spach_deploy.packaging.kubernetes.options import KubernetesOptions
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.verdict import Tolerance, judge
+from tests.outputs import classifier, of_logits
 from tests.packaging.kubernetes.served import Arrays, StandIn, serving
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
@@ -141,15 +142,15 @@ def test_its_verdict_is_that_of_spach_validate(seed: int, tmp_path: Path) -> Non
     pack = golden_check.Pack.read(write_pack(tmp_path, tiny))
     random = np.random.default_rng(seed)
     inputs = tiny_bundles.samples(tiny)
-    reference = expected_outputs(tiny_bundles.logits(tiny, inputs), EVERYTHING)
+    reference = of_logits(tiny_bundles.logits(tiny, inputs), EVERYTHING)
     noisy = reference["logits"] * (1 + random.normal(0, 3e-4 * (1 + seed % 4), reference["logits"].shape))
-    answers = expected_outputs(noisy.astype(np.float32), EVERYTHING)
+    answers = of_logits(noisy.astype(np.float32), EVERYTHING)
     tolerances = {
         output["name"]: Tolerance(**output["tolerance"])
         for output in pack.description["outputs"]
         if output["kind"] != "indices"
     }
-    comparison = compare_outputs(reference, answers, dtypes=promised_dtypes(EVERYTHING))
+    comparison = compare_outputs(reference, answers, dtypes=promised_dtypes(classifier(tiny.classes, EVERYTHING)))
     rows = {name: list(enumerate(array.tolist())) for name, array in answers.items()}
     findings = golden_check.compare(pack, rows)
     assert any(finding.faults for finding in findings) != judge(comparison, tolerances).passed
@@ -164,7 +165,7 @@ def test_both_verdicts_occur_in_that_comparison(tmp_path: Path) -> None:
         pack = golden_check.Pack.read(write_pack(tmp_path / str(seed), tiny))
         logits = tiny_bundles.logits(tiny, tiny_bundles.samples(tiny))
         noise = np.random.default_rng(seed).normal(0, 3e-4 * (1 + seed % 4), logits.shape)
-        answers = expected_outputs((logits * (1 + noise)).astype(np.float32), EVERYTHING)
+        answers = of_logits((logits * (1 + noise)).astype(np.float32), EVERYTHING)
         rows = {name: list(enumerate(array.tolist())) for name, array in answers.items()}
         verdicts.add(any(finding.faults for finding in golden_check.compare(pack, rows)))
     assert verdicts == {True, False}

@@ -26,7 +26,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from spach_deploy.bundle.golden import Golden, expected_outputs
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import expected_outputs
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.data import images as probes_module
@@ -46,6 +47,7 @@ from spach_deploy.packaging.triton.repository import write_repository
 from spach_deploy.packaging.triton.served_model import BundleArgument
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests import small_bundles
+from tests.outputs import of_logits
 from tests.packaging.triton import load, tiny_bundles
 from tests.packaging.triton.broken_repositories import BROKEN, GOOD
 from tests.packaging.triton.clients import Client, client
@@ -155,7 +157,7 @@ def test_golden_images_get_golden_answers(served: Served, protocol: str, batch: 
     golden = Golden.load(served.real / "golden.npz")
     facts = BundleFacts.of(Bundle.open(served.real))
     chosen = np.arange(batch) % len(golden.input)
-    expected = expected_outputs(golden.logits, facts.outputs)
+    expected = expected_outputs(golden.outputs, facts.outputs)
     with client(served.server, protocol) as one:
         answers = one.ask(small_bundles.NAME, input=golden.input[chosen])
     assert list(answers) == ["logits", "probabilities", "top_values", "top_indices"]
@@ -214,7 +216,7 @@ def test_the_bytes_of_photographs_get_the_golden_classes(served: Served, protoco
     photographs = [Path(path).read_bytes() for path in photograph_files(golden.names)]
     with client(served.server, protocol) as one:
         answers = one.ask(f"{small_bundles.NAME}_ensemble", image=np.array(photographs, np.object_)[:, None])
-    expected = expected_outputs(golden.logits, OutputSpec(top_k=5, softmax=True))
+    expected = of_logits(golden.outputs["logits"], OutputSpec(top_k=5, softmax=True))
     bound = BundleFacts.of(Bundle.open(served.real)).tolerances.graph.outputs["probabilities"].max_abs
     ranked = np.take_along_axis(expected["probabilities"], answers["indices"], axis=1)
     assert np.abs(answers["probabilities"] - ranked).max() <= bound
@@ -321,12 +323,12 @@ def test_golden_images_from_many_clients_get_golden_answers(served: Served) -> N
     golden = Golden.load(served.real / "golden.npz")
     bound = BundleFacts.of(Bundle.open(served.real)).tolerances.graph.outputs["logits"].max_abs
     assert bound is not None
-    assert load.smallest_distance(golden.logits) > 2 * bound
+    assert load.smallest_distance(golden.outputs["logits"]) > 2 * bound
     before = len(batches(served, "real", small_bundles.NAME))
     answers = load.flood(served.server, small_bundles.NAME, np.tile(golden.input, (32, 1, 1, 1)), clients=64)
     assert answers.errors == {}
     assert len(answers.logits) == 256
-    assert load.crossed(answers, np.tile(golden.logits, (32, 1)), bound) == []
+    assert load.crossed(answers, np.tile(golden.outputs["logits"], (32, 1)), bound) == []
     ran = batches(served, "real", small_bundles.NAME)[before:]
     assert sum(len(sizes) > 1 for sizes in ran) > 5
 

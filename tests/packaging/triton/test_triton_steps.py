@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from spach_deploy.bundle.golden import expected_outputs
 from spach_deploy.common.errors import ImageError
 from spach_deploy.data import preprocess
 from spach_deploy.data.images import FORMATS, decode
 from spach_deploy.options.specs import INTERPOLATIONS, IODtype, OutputSpec, Preprocessing, channel_statistics
 from spach_deploy.packaging.triton.steps import preprocess as step
 from spach_deploy.packaging.triton.steps.top_k import top_k
+from tests.outputs import of_logits
 
 PROBES = sorted((Path(preprocess.__file__).parent / "probes").glob("*.jpg"))
 DTYPES = {IODtype.FP32: "float32", IODtype.FP16: "float16", IODtype.UINT8: "uint8"}
@@ -146,6 +146,6 @@ def test_the_best_classes_are_those_of_a_bundle(k: int) -> None:
     logits = np.random.default_rng(0).normal(0, 3, (5, 11)).astype(np.float32)
     logits[2] = 1.0  # equal ones: the lower index comes first
     indices, probabilities = top_k(logits, k)
-    expected = expected_outputs(logits, OutputSpec(top_k=k, softmax=True))
+    expected = of_logits(logits, OutputSpec(top_k=k, softmax=True))
     np.testing.assert_array_equal(indices, expected["top_indices"])
     np.testing.assert_array_equal(probabilities, np.take_along_axis(expected["probabilities"], indices, axis=1))

@@ -17,13 +17,14 @@ import onnx_ir as ir
 from msgspec import convert, to_builtins
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from spach_deploy.bundle.golden import INPUT, LOGITS, Golden
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import INPUT, LOGITS, PROBABILITIES, TOP_INDICES, TOP_VALUES
 from spach_deploy.bundle.schema import Manifest
 from spach_deploy.bundle.store import GOLDEN, GRAPH, PLAN, seal
 from spach_deploy.common.files import sha256_of
-from spach_deploy.graph.interface import PROBABILITIES, TOP_INDICES, TOP_VALUES
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
 from tests import manifests, small_bundles
+from tests.outputs import classifier
 
 SIZE = 8
 CLASSES = 7
@@ -117,7 +118,7 @@ def logits(tiny: Tiny, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def _golden(tiny: Tiny) -> Golden:
     inputs = samples(tiny)
-    return Golden(inputs, logits(tiny, inputs), tuple(f"{index}.jpg" for index in range(len(inputs))))
+    return Golden(inputs, {LOGITS: logits(tiny, inputs)}, tuple(f"{index}.jpg" for index in range(len(inputs))))
 
 
 def plan_bytes(engine: str) -> bytes:
@@ -188,7 +189,7 @@ def _manifest(tiny: Tiny, graph: ir.Graph) -> Manifest:
         asked=tiny.precision.value,
         model=manifests.model(tiny.name, SIZE, tiny.classes),
         preprocessing={**manifests.preprocessing(SIZE), "resize_size": RESIZE},
-        **to_builtins(vars(interface_sections(graph, options))),
+        **to_builtins(vars(interface_sections(graph, classifier(tiny.classes), options))),
         engine={"flavour": "none", "reason": "--engine none was asked for"} if tiny.engine == "none" else engine,
         validation={"passed": True, "level": "graph", "tolerances": manifests.tolerances(*bounded)},
     )

@@ -1,6 +1,6 @@
 """The verdict of spach-validate for polygraphy run --compare-func-script: relative L2 image by image, by bounds.json.
 
-Polygraphy's own comparison asks how far single numbers are apart. How far an image's logits are, and whether any class
+Polygraphy's own comparison asks how far single numbers are apart. How far an image's outputs are, and whether any class
 changes, is another question, and it is the one that the bounds of a bundle answer.
 """
 

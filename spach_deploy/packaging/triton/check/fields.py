@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from spach_deploy.bundle.golden import LOGITS
+from spach_deploy.bundle.outputs import LOGITS
 from spach_deploy.common.files import read_bytes
 from spach_deploy.data.labels import has_empty_end
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding
