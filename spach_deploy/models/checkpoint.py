@@ -147,10 +147,11 @@ def _hyperparameters(spec: ModelSpec) -> Hyperparameters:
 
 
 def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedModel:
-    """A model with the same weights and other settings."""
+    """A model with the same weights and outputs, and other settings."""
     model = _without_values(loaded.architecture, settings)
     model.load_state_dict(loaded.model.state_dict(), strict=True, assign=True)
     model.requires_grad_(False).eval()
+    model.outputs = loaded.model.outputs
     return dataclasses.replace(loaded, model=model, settings=settings)
 
 

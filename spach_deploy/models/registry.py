@@ -128,8 +128,8 @@ def check_spec(spec: ModelSpec) -> None:
     if spec.checkpoint is None and spec.weights is WeightSource.EMA:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")
     check_ignore(spec.checkpoint, spec.ignore)
-    if spec.num_classes is not None and spec.num_classes < 1:
-        raise ModelError(f"A classifier of {spec.num_classes} classes does not exist.", "Give at least 1 class.")
+    if spec.num_classes is not None and spec.num_classes < 0:
+        raise ModelError(f"A classifier of {spec.num_classes} classes does not exist.", "Give 0, for none, or more.")
     if (architecture := requested(spec)) is not None:
         with_hyperparameters(architecture, spec.hyperparameters)
 

@@ -373,6 +373,16 @@ def parse_roles(text: str) -> tuple[Role, ...]:
     return tuple(known[name] for name in names)
 
 
+def check_folder(folder: Path) -> Path:
+    """The bundle's folder. UsageError for names of outputs, which are taken for --outputs by mistake."""
+    if all(name.strip() in {role.value for role in SELECTABLE} for name in str(folder).split(",")):
+        raise UsageError(
+            f"--output is the bundle's folder, and {folder} says what the graph gives.",
+            f"Give --outputs {folder}; for a folder of that name, --output {folder.absolute()}.",
+        )
+    return folder
+
+
 _LARGEST_WORKSPACE = 1 << 50
 
 

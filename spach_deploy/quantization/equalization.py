@@ -110,6 +110,12 @@ def _short(number: float) -> float:
     return float(f"{number:.6g}")
 
 
+def exchangeable(model: ir.Model, sites: Iterable[Site]) -> list[Site]:
+    """Those of the sites that may read other numbers: what the others read is an output of the graph."""
+    given = {value.name for value in model.graph.outputs}
+    return [site for site in sites if site.activation not in given]
+
+
 def find_pairs(sites: Iterable[Site], names: Iterable[str]) -> tuple[EqualizablePair, ...]:
     """The exact pairs of the `sites` that are quantized, in a model whose parameters are called `names`."""
     known, chosen = set(names), tuple(sites)

@@ -22,6 +22,7 @@ from spach_deploy.quantization.equalization import (
     EqualizedPair,
     OutputChannels,
     apply_to_graph,
+    exchangeable,
     find_pairs,
 )
 from spach_deploy.quantization.formats import Float32, Float64
@@ -47,7 +48,8 @@ class MigrateOutliers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> MigratedOutliers:
         """Change the weights of the FP32 graph `model`, in place."""
         constants = model.graph.initializers
-        layers = [site for site in find_sites(model) if site.kind is not LayerKind.ATTENTION]
+        sites = exchangeable(model, find_sites(model))
+        layers = [site for site in sites if site.kind is not LayerKind.ATTENTION]
         pairs = find_pairs(layers, (name for name, value in constants.items() if is_weight(value)))
         migrated = [
             _migrated(pair, [tensor_of(constants[rows.parameter]).numpy() for rows in pair.divided])

@@ -20,7 +20,14 @@ from spach_deploy.graph.precision.ranges import measure_ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.bias_correction import CorrectBiases
-from spach_deploy.quantization.equalization import EqualizablePair, apply_to_arrays, apply_to_graph, find_pairs, search
+from spach_deploy.quantization.equalization import (
+    EqualizablePair,
+    apply_to_arrays,
+    apply_to_graph,
+    exchangeable,
+    find_pairs,
+    search,
+)
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
 from spach_deploy.quantization.qdq import InsertQdq, audit
@@ -68,7 +75,7 @@ def plan_from_statistics(
     `statistics`: by tensor, of the tensors that `chosen.wanted` names.
     """
     weights = _weights(model, chosen.quantized)
-    pairs = find_pairs(chosen.quantized, model.graph.initializers) if equalize else ()
+    pairs = find_pairs(exchangeable(model, chosen.quantized), model.graph.initializers) if equalize else ()
     equalized = search(pairs, statistics, weights, scaling.form)
     changed = apply_to_arrays(_all_floats(model, equalized_names(pairs)), equalized)
     weights |= _all_floats(model, {site.bias for site in chosen.quantized if site.bias})

@@ -99,7 +99,7 @@ class Session:
         self._asked = runtime
         self._facts = _Facts.of(self.bundle)
         if labels is not None and self._facts.logits is None:
-            raise self._facts.no_classes("labels", f"{self.bundle.path} gives")
+            raise self._facts.no_classes("--labels", self.bundle)
         self._labels = _labels(labels, self._facts.classes)
         self._batch = self._facts.checked_batch(batch)
         self._threads = _checked_threads(threads)
@@ -163,7 +163,7 @@ class Session:
         from spach_deploy.data.readers import open_pictures
 
         if top_k is not None and self._facts.logits is None:
-            raise self._facts.no_classes("top_k", f"{self.bundle.path} gives")
+            raise self._facts.no_classes("--top-k", self.bundle)
         count = self._facts.checked_top_k(top_k)
         if isinstance(images, ImageSource):
             return self._predictions(images, count)
@@ -329,12 +329,10 @@ class _Facts:
         """The other outputs that the model computes."""
         return tuple(tensor.name for tensor in model_outputs(self.outputs) if tensor.role is not Role.LOGITS)
 
-    def no_classes(self, option: str, who: str) -> UsageError:
+    def no_classes(self, option: str, bundle: Bundle) -> UsageError:
         """The error for an option that is about classes, where there are none."""
         names = ", ".join(tensor.name for tensor in self.outputs)
-        return UsageError(
-            f"{option} is about classes, and {who} none: its outputs are {names}.", f"Leave {option} out."
-        )
+        return UsageError(f"{option} is about classes, and {bundle.path} gives {names} alone.", f"Leave {option} out.")
 
     @property
     def meaning(self) -> str:

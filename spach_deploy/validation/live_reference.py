@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.schema import ModelSection, TensorInfo
 from spach_deploy.common.errors import CheckpointError, UsageError
 from spach_deploy.common.executors import ClusterAddress
+from spach_deploy.common.machine import find_memory
 from spach_deploy.data import preprocess
 from spach_deploy.data.labels import ImageLabels, Labels, OwnLabels, open_labels
 from spach_deploy.data.preprocess import Pixels, normalize, to_input
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Float32Array = npt.NDArray[np.float32]
 LabelsOf = Callable[[tuple[str, ...], Labels | None], tuple[ImageLabels | None, tuple[str, ...]]]
+
+_COPIES = 3
+"""Copies of the outputs in memory: the reference's, a run's, and another run's that it replaces."""
 
 _ROUNDING_IMAGES = 8  # more than in an export, which has less time
 
@@ -158,6 +163,7 @@ def rebuilt_on_images(
     loaded = rebuild(section, weights, facts.outputs)
     limited = source.limit(spec.max_images)
     names, pixels, own = _read(limited, facts.preprocessing, say)
+    _check_memory(facts, len(names))
     labels, notes = labels_of(names, own)
     say(f"Running the reference on {len(names)} images.")
     images = _Normalized(pixels, facts.preprocessing)
@@ -172,6 +178,19 @@ def rebuilt_on_images(
         batch=facts.batch,
     )
     return ImagesReference(eval_set, _tolerances(loaded, facts, images, expected, say), labels, notes)
+
+
+def _check_memory(facts: BundleFacts, images: int) -> None:
+    """UsageError where outputs for so many images, of the reference and of a run, need more memory than there is."""
+    memory = find_memory()
+    each = _COPIES * 4 * sum(math.prod(size or 1 for size in tensor.shape[1:]) for tensor in facts.outputs)
+    if memory is not None and images * each > memory.available_bytes:
+        fitting = max(2, memory.available_bytes // each)
+        raise UsageError(
+            f"What the model gives for {images} images takes {images * each / 1e9:.1f} GB, and"
+            f" {memory.available_bytes / 1e9:.1f} GB are free.",
+            f"Give --max-images {fitting}.",
+        )
 
 
 def rebuilt_on_cluster(

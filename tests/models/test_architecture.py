@@ -18,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import Spach, create_model
 from spach_deploy.models.matching import assumed_heads, infer_model
+from spach_deploy.models.outputs import chosen_outputs
 from spach_deploy.models.published import ARCHITECTURES, SIZES, TOP1
 from spach_deploy.models.registry import model_size
 from spach_deploy.options.architecture import Architecture
+from spach_deploy.options.specs import FeatureLayout, OutputSpec, Role
 from tests.models.golden_reference import (
     golden_answers,
     golden_model_of,
@@ -226,14 +228,13 @@ def variant(name: str) -> Architecture:
     return Architecture.of(content)
 
 
-def of_stages(model: Spach, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits, embedding, and the tokens that each stage gives."""
-    found: dict[str, torch.Tensor] = {}
-    for name in model.stage_names:
-        getattr(model, name).register_forward_hook(lambda module, inputs, y, name=name: found.update({name: y}))
+def every_output(model: Spach, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits, embedding, and the tokens that each stage gives, as `layer1` and so on."""
+    spec = OutputSpec(outputs=(Role.LOGITS, Role.EMBEDDING, Role.FEATURES), feature_layout=FeatureLayout.TOKENS)
+    model.outputs = chosen_outputs(spec, model.architecture.classes, model.stage_shapes)
     with torch.no_grad():
-        embedding = model.norm2(model.forward_stages(images)[-1]).mean(dim=1)
-    return {**found, "embedding": embedding, "logits": model.head(embedding)}
+        made = model(images)
+    return {tensor.name.replace("features", "layer"): y for tensor, y in zip(model.outputs, made, strict=True)}
 
 
 @pytest.mark.parametrize("name", golden_variants())
@@ -243,7 +244,7 @@ def test_an_architecture_outside_the_table_computes_what_the_published_code_comp
     assert hashlib.sha256(shapes.encode()).hexdigest() == golden_variants()[name]["state_dict_sha256"]
     size = model.architecture.image_size
     images = torch.from_numpy(reference_batch((2, model.architecture.channels, *size))[:1])
-    computed = of_stages(model, images)
+    computed = every_output(model, images)
     answers = golden_answers(name)
     assert {"logits", "embedding"} <= set(answers)
     for output, value in answers.items():

@@ -130,9 +130,7 @@ def _entries(model: PackagedModel, plan: FileFacts, golden: FileFacts) -> Iterat
     yield "input", _tensor(model.input)
     for output in model.outputs:
         bounds = "" if output.dtype == "int64" else f" {_tolerance(model.tolerances[output.name])}"
-        yield "output", _tensor(output) + bounds
-        if output.role is not role_of_name(output.name):
-            yield "role", f"{output.name} {(output.role or Role.OTHER).value}"
+        yield "output", _tensor(output) + bounds + _role(output)
     yield "resize", " ".join(map(str, sizes(transform)))
     if transform.interpolation != Preprocessing.interpolation:
         yield "interpolation", transform.interpolation.split(",")[0]
@@ -155,6 +153,11 @@ def _tensor(tensor: TensorInfo) -> str:
     """`logits float32 1 1000`: name, dtype, rank and extents without the batch."""
     shape = tensor.shape[1:]
     return " ".join([_word(tensor.name), tensor.dtype, str(len(shape)), *(str(size) for size in shape)])
+
+
+def _role(output: TensorInfo) -> str:
+    """` embedding`, where the name does not say it."""
+    return "" if output.role is role_of_name(output.name) else f" {(output.role or Role.OTHER).value}"
 
 
 def _tolerance(tolerance: Tolerance) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import ImageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.images import probe_source
@@ -18,6 +20,10 @@ from spach_deploy.options.specs import ExportOptions, IODtype, Preprocessing
 
 GOLDEN_IMAGES = 8
 """Number of images in the golden pack, on which every step is compared."""
+
+GOLDEN_BYTES = 24 << 20
+"""Bytes of outputs that a golden pack has at most; the feature maps of 8 images of 224 pixels take less. Of larger maps
+it has fewer images, but two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +47,22 @@ class GoldenImages:
         return Golden(self.engine_input(io_dtype), outputs, self.names)
 
 
-def read_images(options: ExportOptions, preprocessing: Preprocessing, phases: Phases) -> GoldenImages:
-    """Eight of the user's images, spread evenly over the set, or the built-in photographs. ImageError without any."""
-    built_in = options.images is None
+def golden_images(outputs: Iterable[TensorInfo]) -> int:
+    """How many images a golden pack with these outputs has."""
+    values = sum(math.prod(size or 1 for size in tensor.shape[1:]) for tensor in outputs)
+    return min(GOLDEN_IMAGES, max(2, GOLDEN_BYTES // (4 * values)))
+
+
+def read_images(
+    options: ExportOptions, preprocessing: Preprocessing, outputs: Iterable[TensorInfo], phases: Phases
+) -> GoldenImages:
+    """Eight of the user's images, spread evenly over the set, or the built-in photographs; fewer where `outputs`, which
+    the model computes, are large. ImageError without any.
+    """
+    built_in, count = options.images is None, golden_images(outputs)
     source = probe_source(preprocessing.channels) if options.images is None else open_images(options.images)
-    chosen = source.limit(GOLDEN_IMAGES)
-    parts = list(batches(chosen, preprocessing, GOLDEN_IMAGES))
+    chosen = source.limit(count)
+    parts = list(batches(chosen, preprocessing, count))
     if not parts:
         raise ImageError(f"No image could be read from {source.description}.", "Give other --images.")
     note_skipped(chosen.skipped, phases)
@@ -54,8 +70,10 @@ def read_images(options: ExportOptions, preprocessing: Preprocessing, phases: Ph
     if pixels.dtype != np.uint8 and options.outputs.io_dtype is IODtype.UINT8:
         raise ImageError("A graph with --io-dtype uint8 takes levels 0..255, and the images are floats.", "Save uint8.")
     names = tuple(name for part in parts for name in part.names)
-    if len(pixels) < GOLDEN_IMAGES:
-        phases.note(f"Only {len(pixels)} images to judge on; {GOLDEN_IMAGES} or more tell more.")
+    if count < GOLDEN_IMAGES:
+        phases.note(f"The golden pack has {count} images: what the model gives for more is large.")
+    if len(pixels) < count:
+        phases.note(f"Only {len(pixels)} images to judge on; {count} or more tell more.")
     return GoldenImages(
         source, preprocessing, names, pixels, normalize(pixels, preprocessing), built_in, chosen.skipped
     )

@@ -127,12 +127,27 @@ int spach_context_logits(spach_context* context, const void* input, size_t count
   return call(error, [&]() -> Status {
     if (context == nullptr || input == nullptr || logits == nullptr) return null_pointer();
     const std::size_t classes = context->classes;  // divided, because a product could overflow
+    if (classes == 0) return Error{ErrorCode::bad_argument, "The model has no logits."};
     if (count == 0 || logits_size % classes != 0 || logits_size / classes != count) {
       return Error{ErrorCode::bad_argument, "`logits` has not room for just `count` images."};
     }
     const auto values = context->context.logits(input, count);
     if (!values) return values.error();
     std::copy(values->begin(), values->end(), logits);
+    return Done{};
+  });
+}
+
+int spach_context_output(spach_context* context, const char* name, const void* input, size_t count,
+                         float* values, size_t values_size, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (context == nullptr || name == nullptr || input == nullptr || values == nullptr)
+      return null_pointer();
+    const auto found = context->context.output(name, input, count);
+    if (!found) return found.error();
+    if (found->size() != values_size)
+      return Error{ErrorCode::bad_argument, "`values` has not room for just `count` images."};
+    std::copy(found->begin(), found->end(), values);
     return Done{};
   });
 }

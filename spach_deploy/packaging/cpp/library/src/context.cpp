@@ -108,7 +108,7 @@ struct Context::Impl {
   void fill(std::size_t from, int batch);
 
   template <typename Stage>
-  Result<std::vector<float>> logits(std::size_t count, Stage stage);
+  Result<std::vector<float>> values(const OutputFacts* output, std::size_t count, Stage stage);
 };
 
 Status Context::Impl::check_batch(int batch) const {
@@ -194,12 +194,14 @@ void Context::Impl::fill(std::size_t from, int batch) {
     std::memcpy(images + i * bytes, images + (from - 1) * bytes, bytes);
 }
 
-// Logits of `count` images, of which `stage(i, destination)` writes one's input.
+// One output of `count` images, of which `stage(i, destination)` writes one's input.
 template <typename Stage>
-Result<std::vector<float>> Context::Impl::logits(std::size_t count, Stage stage) {
+Result<std::vector<float>> Context::Impl::values(const OutputFacts* output, std::size_t count,
+                                                 Stage stage) {
+  if (output == nullptr) return Error{ErrorCode::bad_argument, "The model has no such output."};
   if (Status status = allocate(); !status) return status.error();
   const BatchFacts& limits = facts().batch;
-  const std::size_t which = static_cast<std::size_t>(&facts().logits() - facts().outputs.data());
+  const auto which = static_cast<std::size_t>(output - facts().outputs.data());
   std::vector<float> all;
   for (std::size_t start = 0; start < count;) {
     const std::size_t here = std::min(count - start, static_cast<std::size_t>(limits.max));
@@ -240,6 +242,19 @@ auto with_context(Impl* impl, Body body) noexcept -> decltype(body(*impl)) {
   });
 }
 
+// One output of `count` inputs in host memory.
+template <typename Impl>
+Result<std::vector<float>> values_of(Impl& impl, const OutputFacts* output, const void* input,
+                                     std::size_t count) {
+  if (input == nullptr) return Error{ErrorCode::bad_argument, "The input is a null pointer."};
+  const std::size_t bytes = impl.facts().input.bytes();
+  const auto* from = static_cast<const std::byte*>(input);
+  return impl.values(output, count, [&](std::size_t i, std::byte* destination) -> Status {
+    std::memcpy(destination, from + i * bytes, bytes);
+    return Done{};
+  });
+}
+
 }  // namespace
 
 Result<Outputs> Context::run(const void* input, std::size_t input_bytes, int batch) noexcept {
@@ -273,12 +288,23 @@ Status Context::enqueue(const void* device_input, int batch, void* const* device
 
 Result<std::vector<float>> Context::logits(const void* input, std::size_t count) noexcept {
   return with_context(impl_.get(), [&](Impl& impl) -> Result<std::vector<float>> {
-    if (input == nullptr) return Error{ErrorCode::bad_argument, "The input is a null pointer."};
-    const std::size_t bytes = impl.facts().input.bytes();
-    const auto* from = static_cast<const std::byte*>(input);
-    return impl.logits(count, [&](std::size_t i, std::byte* destination) -> Status {
-      std::memcpy(destination, from + i * bytes, bytes);
-      return Done{};
+    return values_of(impl, impl.facts().find(Role::logits), input, count);
+  });
+}
+
+Result<std::vector<float>> Context::output(const std::string& name, const void* input,
+                                           std::size_t count) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Result<std::vector<float>> {
+    return values_of(impl, impl.facts().find(name), input, count);
+  });
+}
+
+Result<std::vector<float>> Context::output(const std::string& name, const Image* images,
+                                           std::size_t count) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Result<std::vector<float>> {
+    if (images == nullptr) return Error{ErrorCode::bad_argument, "The images are a null pointer."};
+    return impl.values(impl.facts().find(name), count, [&](std::size_t i, std::byte* destination) {
+      return impl.preprocessor.write(images[i], destination);
     });
   });
 }
@@ -289,8 +315,11 @@ Result<std::vector<std::vector<Prediction>>> Context::classify(const Image* imag
   using Ranked = std::vector<std::vector<Prediction>>;
   return with_context(impl_.get(), [&](Impl& impl) -> Result<Ranked> {
     if (images == nullptr) return Error{ErrorCode::bad_argument, "The images are a null pointer."};
+    const OutputFacts* scores = impl.facts().find(Role::logits);
+    if (scores == nullptr)
+      return Error{ErrorCode::bad_argument, "The model has no logits to rank; ask for an output."};
     Result<std::vector<float>> logits =
-        impl.logits(count, [&](std::size_t i, std::byte* destination) {
+        impl.values(scores, count, [&](std::size_t i, std::byte* destination) {
           return impl.preprocessor.write(images[i], destination);
         });
     if (!logits) return logits.error();

@@ -79,6 +79,24 @@ DType read_dtype(Line& line) {
   return DType::float32;
 }
 
+constexpr Role kRoles[] = {Role::other,         Role::logits,     Role::embedding,  Role::features,
+                           Role::probabilities, Role::top_values, Role::top_indices};
+
+Role role_named(const std::string& text, Role otherwise) {
+  for (const Role role : kRoles)
+    if (text == name_of(role)) return role;
+  return otherwise;
+}
+
+// The role at the end of an output's line; without one, the output's name says it.
+Role read_role(Line& line, const std::string& name) {
+  if (!line.more()) return role_named(name, Role::other);
+  const std::string text = line.word();
+  const Role role = role_named(text, Role::other);
+  if (text != name_of(role)) line.refuse();
+  return role;
+}
+
 TensorFacts read_tensor(Line& line) {
   TensorFacts tensor;
   tensor.name = line.word();
@@ -171,8 +189,9 @@ bool read_entry(const std::string& key, Line& line, ModelFacts& facts) {
   } else if (key == "input") {
     facts.input = read_tensor(line);
   } else if (key == "output") {
-    OutputFacts output{read_tensor(line), Tolerance()};
+    OutputFacts output{read_tensor(line), Tolerance(), Role::other};
     if (output.tensor.dtype != DType::int64) output.tolerance = read_tolerance(line);
+    output.role = read_role(line, output.tensor.name);
     facts.outputs.push_back(std::move(output));
   } else if (key == "resize") {
     read_sizes(line, facts);
@@ -218,15 +237,17 @@ Status check_tensors(const ModelFacts& facts) {
   if (facts.input.dtype == DType::int64 || facts.input.shape != wanted)
     return malformed("describes an input that no picture of the model's size becomes");
   std::set<std::string> names = {facts.input.name};
-  bool has_logits = false;
+  const OutputFacts* logits = facts.find(Role::logits);
   for (const OutputFacts& output : facts.outputs) {
     const TensorFacts& tensor = output.tensor;
     if (!names.insert(tensor.name).second) return malformed("names two tensors " + tensor.name);
-    if (tensor.dtype == DType::uint8 || tensor.shape.size() != 1)
+    const bool is_list = tensor.shape.size() == 1;
+    const bool is_ranking = tensor.dtype == DType::int64;
+    if (tensor.dtype == DType::uint8 || (!is_list && (is_ranking || output.are_scores())))
       return malformed("describes an output that is no list of numbers: " + tensor.name);
-    has_logits = has_logits || (tensor.name == "logits" && tensor.dtype != DType::int64);
+    if (is_ranking && (logits == nullptr || output.role == Role::logits))
+      return malformed("describes an output that ranks classes without logits: " + tensor.name);
   }
-  if (!has_logits) return malformed("has no output named logits");
   return Done{};
 }
 
@@ -286,14 +307,34 @@ std::size_t TensorFacts::bytes() const noexcept {
   return items() * size_of(dtype);
 }
 
-const OutputFacts& ModelFacts::logits() const noexcept {
+const char* name_of(Role role) noexcept {
+  switch (role) {
+    case Role::other: return "other";
+    case Role::logits: return "logits";
+    case Role::embedding: return "embedding";
+    case Role::features: return "features";
+    case Role::probabilities: return "probabilities";
+    case Role::top_values: return "top_values";
+    case Role::top_indices: return "top_indices";
+  }
+  return "unknown";
+}
+
+const OutputFacts* ModelFacts::find(Role role) const noexcept {
   for (const OutputFacts& output : outputs)
-    if (output.tensor.name == "logits") return output;
-  return outputs.front();  // not reached: parse_facts demands one
+    if (output.role == role) return &output;
+  return nullptr;
+}
+
+const OutputFacts* ModelFacts::find(const std::string& name) const noexcept {
+  for (const OutputFacts& output : outputs)
+    if (output.tensor.name == name) return &output;
+  return nullptr;
 }
 
 int ModelFacts::classes() const noexcept {
-  return static_cast<int>(logits().tensor.items());
+  const OutputFacts* logits = find(Role::logits);
+  return logits == nullptr ? 0 : static_cast<int>(logits->tensor.items());
 }
 
 Result<ModelFacts> parse_facts(std::string_view text) noexcept {

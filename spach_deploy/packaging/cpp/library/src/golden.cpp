@@ -166,7 +166,7 @@ Comparison compare_floats(const OutputFacts& facts, const std::vector<float>& re
   Comparison result;
   result.allowed = facts.tolerance;
   const std::size_t items = facts.tensor.items();
-  const bool are_scores = facts.tensor.name == "logits" || facts.tensor.name == "probabilities";
+  result.are_scores = facts.are_scores();
   bool finite = true, silent = true;
   for (std::size_t i = 0; i < images; ++i) {
     const float* ours = reference.data() + i * items;
@@ -178,7 +178,7 @@ Comparison compare_floats(const OutputFacts& facts, const std::vector<float>& re
     result.rel_l2 = std::max(result.rel_l2, sums.rel_l2());
     result.max_abs = std::max(result.max_abs, sums.largest);
     result.cosine = std::min(result.cosine, sums.cosine());
-    if (are_scores) compare_classes(result, ours, theirs, items);
+    if (result.are_scores) compare_classes(result, ours, theirs, items);
   }
   judge(result);
   if (!finite) result.findings.push_back("it has numbers that are not finite");
@@ -232,15 +232,17 @@ Result<std::vector<Comparison>> compare_all(const Golden& golden, const Outputs&
   const Error other{ErrorCode::bad_argument, "These are not the outputs of the golden images."};
   if (outputs.size() != facts.outputs.size() || golden.outputs.size() != outputs.size())
     return other;
-  const auto which = static_cast<std::size_t>(&facts.logits() - facts.outputs.data());
+  const OutputFacts* logits = facts.find(Role::logits);
   std::vector<Comparison> comparisons;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const OutputFacts& expected = facts.outputs[i];
     if (outputs[i].data.size() != golden.images() * expected.tensor.bytes()) return other;
     if (expected.tensor.dtype == DType::int64) {
+      if (logits == nullptr) return other;  // parse_facts demands them
+      const auto which = static_cast<std::size_t>(logits - facts.outputs.data());
       comparisons.push_back(compare_ranks(expected.tensor, golden.outputs[i].integers,
                                           integers_of(outputs[i]), golden.outputs[which].floats,
-                                          facts.outputs[which]));
+                                          *logits));
     } else {
       Result<std::vector<float>> values = outputs[i].floats();
       if (!values) return values.error();

@@ -26,7 +26,9 @@ void print_output(const spach::Comparison& output, std::size_t images) {
     print_bound("max absolute error", output.max_abs, output.allowed.max_abs);
     std::printf("  %-24s %12.8f", "cosine, worst image", output.cosine);
     if (output.allowed.cosine_min > -1) std::printf(" %12.8f", output.allowed.cosine_min);
-    std::printf("\n  %-24s %5zu of %3zu\n", "images that change class", output.changed, images);
+    std::printf("\n");
+    if (output.are_scores)
+      std::printf("  %-24s %5zu of %3zu\n", "images that change class", output.changed, images);
   }
   for (const std::string& finding : output.findings) std::printf("  FAILED: %s\n", finding.c_str());
 }

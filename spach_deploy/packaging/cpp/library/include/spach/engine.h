@@ -54,6 +54,13 @@ class Context {
   // Logits (count, classes) of inputs in host memory, any number, batched as `classify` does.
   Result<std::vector<float>> logits(const void* input, std::size_t count) noexcept;
 
+  // One output (count, items), such as an embedding, by its name: of inputs in host memory, or of
+  // pictures, any number, batched as `classify` does.
+  Result<std::vector<float>> output(const std::string& name, const void* input,
+                                    std::size_t count) noexcept;
+  Result<std::vector<float>> output(const std::string& name, const Image* images,
+                                    std::size_t count) noexcept;
+
  private:
   friend class Engine;
   struct Impl;

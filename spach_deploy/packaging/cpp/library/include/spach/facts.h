@@ -37,9 +37,18 @@ struct Tolerance {
   double flip_margin = 0;  // a class may change where the reference preferred its own by this much
 };
 
+// What an output means. The last three follow from the logits.
+enum class Role { other, logits, embedding, features, probabilities, top_values, top_indices };
+
+const char* name_of(Role role) noexcept;
+
 struct OutputFacts {
   TensorFacts tensor;
   Tolerance tolerance;  // of no meaning for int64
+  Role role = Role::other;
+
+  // Whether it has a number for each class.
+  bool are_scores() const noexcept { return role == Role::logits || role == Role::probabilities; }
 };
 
 struct FileFacts {
@@ -62,7 +71,7 @@ struct ModelFacts {
   std::vector<int> gpus;            // compute capabilities as 10 * major + minor; empty: not known
   BatchFacts batch;
   TensorFacts input;
-  std::vector<OutputFacts> outputs;  // "logits" is one of them
+  std::vector<OutputFacts> outputs;
   int image_height = 0;
   int image_width = 0;
   int resize_height = 0;  // a resized picture just covers this
@@ -74,8 +83,10 @@ struct ModelFacts {
   FileFacts plan;
   FileFacts golden;
 
-  const OutputFacts& logits() const noexcept;
-  int classes() const noexcept;
+  // The first output of a role, or of a name; a null pointer where there is none.
+  const OutputFacts* find(Role role) const noexcept;
+  const OutputFacts* find(const std::string& name) const noexcept;
+  int classes() const noexcept;  // 0 for a model without logits
   int channels() const noexcept { return static_cast<int>(mean.size()); }
   bool takes_pixels() const noexcept { return input.dtype == DType::uint8; }
 };

@@ -36,6 +36,7 @@ Result<Golden> load_golden(const std::string& folder, const ModelFacts& facts) n
 struct Comparison {
   std::string output;
   DType dtype = DType::float32;
+  bool are_scores = false;  // whether classes were compared
   Tolerance allowed;
   double rel_l2 = 0;
   double max_abs = 0;

@@ -57,6 +57,9 @@ int spach_context_classify_rgb8(spach_context* context, const uint8_t* rgb, int 
 /* Logits (count, classes) of `count` inputs in host memory; `logits_size` counts floats. */
 int spach_context_logits(spach_context* context, const void* input, size_t count, float* logits,
                          size_t logits_size, spach_error* error);
+/* One output (count, items), such as an embedding, by its name, as `spach_context_logits` does. */
+int spach_context_output(spach_context* context, const char* name, const void* input, size_t count,
+                         float* values, size_t values_size, spach_error* error);
 /* One batch from and to device memory on a cudaStream_t, without waiting. */
 int spach_context_enqueue(spach_context* context, const void* device_input, int batch,
                           void* const* device_outputs, size_t output_count, void* stream,
