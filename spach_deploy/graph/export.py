@@ -41,7 +41,7 @@ from spach_deploy.graph.editing import array_of, as_proto, name_of
 from spach_deploy.graph.names import name_by_module, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.models.own_module import flattened
-from spach_deploy.options.specs import OPSET
+from spach_deploy.options.specs import OPSET, ImageSize, sides
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
 BATCH = "batch"
@@ -165,21 +165,22 @@ def _place(model: nn.Module, error: BaseException) -> str:
     return f"{place or type(model).__name__}: {reason[0].rstrip('.') if reason else type(causes[-1]).__name__}"
 
 
-def export_canonical(model: nn.Module, image_size: int) -> ir.Model:
-    """ONNX graph of `model`: input (batch, 3, S, S) float32 -> its outputs (batch, ...) float32, opset 20.
+def export_canonical(model: nn.Module, image_size: ImageSize, channels: int = 3) -> ir.Model:
+    """ONNX graph of `model`: input (batch, channels, H, W) float32 -> its outputs (batch, ...) float32, opset 20.
 
-    S is `image_size` in pixels, and the batch is symbolic. The initializers share the memory of the model's parameters.
+    H and W are `image_size` in pixels; the batch is symbolic. The initializers share the memory of the model's
+    parameters.
     Raises CertificateError for a graph whose batch cannot be made symbolic, whose blocks cannot be repeated, or that
     onnxsim computes differently.
     """
     prototype = make_prototype(model)
-    return stamp_blocks(_traced(prototype, image_size), prototype.repeats, model)
+    return stamp_blocks(_traced(prototype, (channels, *sides(image_size))), prototype.repeats, model)
 
 
-def _traced(prototype: Prototype, image_size: int) -> ir.Model:
+def _traced(prototype: Prototype, shape: tuple[int, int, int]) -> ir.Model:
     """The prototype's graph, named by modules and simplified. Its blocks' weights are graph inputs, after the first."""
     ordinary = with_ordinary_weights(prototype)
-    exported = _exported(ordinary.model, image_size)
+    exported = _exported(ordinary.model, shape)
     _as_inputs(exported.graph, prototype.repeats)
     name_by_module(exported)
     model = ir.from_proto(simplify(as_proto(exported)))
@@ -188,9 +189,9 @@ def _traced(prototype: Prototype, image_size: int) -> ir.Model:
     return model
 
 
-def _exported(model: StaticSpach, image_size: int) -> ir.Model:
+def _exported(model: StaticSpach, shape: tuple[int, int, int]) -> ir.Model:
     """The graph that torch.onnx makes of `model`, with a symbolic batch."""
-    example = torch.zeros(_TRACED_BATCH, 3, image_size, image_size)
+    example = torch.zeros(_TRACED_BATCH, *shape)
     with _quiet_exporter():
         program = torch.onnx.export(
             model,

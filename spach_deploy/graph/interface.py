@@ -41,10 +41,12 @@ def _logits(model: ir.Model, by_role: Mapping[Role | None, TensorInfo]) -> ir.Va
 
 
 def check_outputs(outputs: OutputSpec, classes: int) -> None:
-    """UsageError for a top-k below 1 or above the number of classes."""
+    """UsageError for a top-k below 1 or above the number of classes, and for the softmax of one class."""
     k = outputs.top_k
     if k is not None and classes and not 1 <= k <= classes:
         raise UsageError(f"--top-k {k} of {classes} classes does not exist.", f"Give a number from 1 to {classes}.")
+    if outputs.softmax and classes == 1:
+        raise UsageError("--softmax: the softmax of one class is 1 for every image.", "Leave it out.")
 
 
 def _take_pixels(model: ir.Model, preprocessing: Preprocessing) -> None:

@@ -28,8 +28,8 @@ from spach_deploy.models.matching import (
 )
 from spach_deploy.models.registry import Match, check_spec, create_model, known_name, requested
 from spach_deploy.models.spach import Spach
-from spach_deploy.options.architecture import Architecture, Sides, sides
-from spach_deploy.options.specs import Hyperparameters, ModelSpec, Preprocessing
+from spach_deploy.options.architecture import Architecture, ImageSize, Sides, sides, size_of_sides
+from spach_deploy.options.specs import Hyperparameters, ModelSpec, Preprocessing, channel_statistics
 
 DEMO_NOTE = "demo weights: made up from the tensors' names, not trained, so its answers mean nothing"
 _FORMATS = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
@@ -57,9 +57,9 @@ class LoadedModel:
         return self.model.architecture
 
     @property
-    def image_size(self) -> int:
-        """In pixels, one side."""
-        return self.architecture.image_size[0]
+    def image_size(self) -> ImageSize:
+        """In pixels: a square's side, or height and width."""
+        return size_of_sides(*self.architecture.image_size)
 
     @property
     def num_classes(self) -> int:
@@ -70,7 +70,14 @@ class LoadedModel:
     def preprocessing(self) -> Preprocessing:
         """How images are resized, cropped and normalized for this model."""
         values = values_of(self.settings)
-        return Preprocessing.for_size(self.image_size, values.mean, values.std)
+        mean, std = channel_statistics(self.architecture.channels)
+        return Preprocessing.for_size(
+            self.image_size,
+            values.mean or mean,
+            values.std or std,
+            crop=values.crop or self.architecture.crop,
+            interpolation=values.interpolation or self.architecture.interpolation,
+        )
 
     @functools.cached_property
     def weights_sha256(self) -> str:

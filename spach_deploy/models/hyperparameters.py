@@ -18,8 +18,16 @@ from typing import Any
 from spach_deploy.bundle.schema import SettingEntry
 from spach_deploy.common.errors import CheckpointError, ModelError
 from spach_deploy.models.published import CHANNELS_PER_HEAD
-from spach_deploy.options.architecture import ACTIVATIONS, Architecture
-from spach_deploy.options.specs import CHANNELS_HINT, Hyperparameters, Preprocessing, channels_problem
+from spach_deploy.options.architecture import ACTIVATIONS, INTERPOLATIONS, Architecture
+from spach_deploy.options.specs import (
+    CHANNELS_HINT,
+    PUBLISHED_CROP,
+    Channels,
+    Hyperparameters,
+    channel_statistics,
+    channels_problem,
+    crop_problem,
+)
 
 
 class Source(str, enum.Enum):
@@ -79,24 +87,43 @@ _FIELDS: dict[str, tuple[str, ...]] = {  # names in the args of training code
     "norm_eps": ("norm_eps", "layer_norm_eps", "ln_eps"),
     "mean": ("mean",),
     "std": ("std",),
+    "crop": ("crop_pct",),
+    "interpolation": ("interpolation",),
 }
+_OF_PIXELS = ("mean", "std", "crop", "interpolation")
+"""Settings of preprocessing, with which the model itself does not compute."""
+_SILENT = {"crop": PUBLISHED_CROP, "interpolation": "bicubic"}
+"""Settings that are named only where they were given or are others than the published evaluation's."""
 _ACTIVATION_NAMES = {
     **{name: name for name in ACTIVATIONS},
     **{"gelu-erf": "gelu", "gelu-none": "gelu", "gelu-new": "gelu-tanh", "gelu-pytorch-tanh": "gelu-tanh"},
     **{"gelutanh": "gelu-tanh", "quick-silu": "silu", "swish": "silu"},
 }
+_INTERPOLATION_NAMES = {**{name: name for name in INTERPOLATIONS}, "0": "nearest", "2": "bilinear", "3": "bicubic"}
 
 
 def with_hyperparameters(architecture: Architecture, given: Hyperparameters) -> Architecture:
     """`architecture` with the values of `given`. ModelError for a value that it does not allow."""
     _check(architecture, given)
-    return architecture.replace(**given.given())
+    return architecture.replace(**for_channels(given, architecture.channels).given())
+
+
+def for_channels(given: Hyperparameters, channels: int) -> Hyperparameters:
+    """`given` with a mean and standard deviation for each channel, where there is one number for all."""
+    spread = {name: _spread(value, channels) for name, value in given.given().items()}
+    return dataclasses.replace(given, **spread)
+
+
+def _spread(value: Any, channels: int) -> Any:
+    return value * channels if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def published(architecture: Architecture) -> dict[str, Any]:
     """Values of a published model, without those that it does not use, such as heads without attention."""
     attention = {"heads": architecture.heads, "qk_scale": architecture.qk_scale} if architecture.attention_dims else {}
-    pixels = {"mean": architecture.mean or Preprocessing.mean, "std": architecture.std or Preprocessing.std}
+    mean, std = channel_statistics(architecture.channels)
+    pixels = {"mean": architecture.mean or mean, "std": architecture.std or std}
+    pixels |= {"crop": architecture.crop, "interpolation": architecture.interpolation}
     return {**attention, "activation": architecture.activation, "norm_eps": architecture.norm_eps, **pixels}
 
 
@@ -108,14 +135,15 @@ def resolve_settings(
     *,
     heads: Source | None = None,
 ) -> tuple[Setting, ...]:
-    """All settings of a model, each with its source.
+    """All settings of a model, each with its source; crop and interpolation only where they are given or are others than
+    the published evaluation's.
 
     `asked`: values from the command line or recipe. `args`: the checkpoint's. `otherwise`: the source of the values in
     `architecture`, and `heads` that of its heads, where it is another. Raises CheckpointError where `args`
     contradict `asked` or have an unknown value, ModelError for a value that the architecture does not allow.
     """
     _check(architecture, asked)
-    said = _said(architecture, args)
+    asked, said = for_channels(asked, architecture.channels), _said(architecture, args)
     for name, value in asked.given().items():
         if name in said and not _same(said[name][1], value):
             raise _contradiction(name, value, *said[name])
@@ -130,7 +158,7 @@ def resolve_settings(
             settings.append(Setting(name, getattr(asked, name), Source.COMMAND_LINE))
         elif name in given:
             settings.append(Setting(name, given[name], Source.ARGS))
-        else:
+        elif usual != _SILENT.get(name):
             settings.append(Setting(name, usual, heads if name == "heads" and heads else otherwise))
     return tuple(settings)
 
@@ -143,11 +171,11 @@ def values_of(settings: Iterable[Setting]) -> Hyperparameters:
 def confirmed(settings: Iterable[Setting]) -> tuple[Setting, ...]:
     """The settings after the model agreed with the user's own outputs: assumed values are confirmed by that.
 
-    Not mean and std of pixels: the model does not compute with them.
+    Not those of preprocessing: the model does not compute with them.
     """
     return tuple(
         dataclasses.replace(setting, source=Source.CONFIRMED)
-        if setting.is_assumed and setting.name not in ("mean", "std")
+        if setting.is_assumed and setting.name not in _OF_PIXELS
         else setting
         for setting in settings
     )
@@ -186,9 +214,16 @@ def described(name: str, value: Any) -> str:
     if name == "norm_eps":
         return f"epsilon {value:g}"
     if name in ("mean", "std"):
-        usual = value == getattr(Preprocessing, name)
-        return f"pixel {name} {'of ImageNet' if usual else ' '.join(format(part, 'g') for part in value)}"
-    return f"{name} {value}"
+        return f"pixel {name} {_channels_in_words(value, channel_statistics(len(value))[name == 'std'])}"
+    return f"{name} {value:g}" if name == "crop" else f"{name} {value}"
+
+
+def _channels_in_words(value: Channels, usual: Channels) -> str:
+    if value == usual and len(value) == 3:
+        return "of ImageNet"
+    is_even = len(value) > 3 and len(set(value)) == 1
+    shown = f"{value[0]:g} in all channels" if is_even else " ".join(format(part, "g") for part in value)
+    return f"{shown} (ImageNet's over its channels)" if value == usual else shown
 
 
 def _together(names: list[str]) -> list[str]:
@@ -220,6 +255,14 @@ def _check(architecture: Architecture, given: Hyperparameters, where: str = "") 
     for name, channels in (("mean", given.mean), ("std", given.std)):
         if channels is not None and (problem := channels_problem(name, channels)):
             raise ModelError(f"Pixel {name} {problem}{where}.", CHANNELS_HINT)
+        if channels is not None and len(channels) not in (1, architecture.channels):
+            raise ModelError(
+                f"Pixel {name} has {len(channels)} numbers{where}, and the model takes images of"
+                f" {architecture.channels} channel{'' if architecture.channels == 1 else 's'}.",
+                "Give a number for each channel, or one for all.",
+            )
+    if given.crop is not None and (problem := crop_problem(given.crop)):
+        raise ModelError(f"The crop {problem}{where}.", "It is the part of the resized picture that is kept.")
 
 
 def _contradiction(name: str, asked: Any, field: str, said: Any) -> CheckpointError:
@@ -242,7 +285,7 @@ def _said(architecture: Architecture, args: Mapping[str, Any]) -> dict[str, tupl
             value = args.get(field)
             if _is_unsaid(value) or (name == "qk_scale" and value == 0):
                 continue
-            parsed = _known(name, field, value)
+            parsed = _spread(_known(name, field, value), architecture.channels)
             if name in found and not _same(found[name][1], parsed):
                 raise CheckpointError(
                     f"The checkpoint's args contradict themselves: {found[name][0]} and {field} differ.",
@@ -261,7 +304,8 @@ def _known(name: str, field: str, value: Any) -> Any:
     try:
         return _parse(name, value)
     except (TypeError, ValueError, OverflowError, KeyError):
-        known = f": {', '.join(ACTIVATIONS)}" if name == "activation" else ""
+        names = {"activation": ACTIVATIONS, "interpolation": INTERPOLATIONS}.get(name, ())
+        known = f": {', '.join(names)}" if names else ""
         raise CheckpointError(
             f"The checkpoint's args say {field} = {value!r}, which this version cannot export{known}.",
             _OUTDATED,
@@ -280,6 +324,8 @@ def _parse(name: str, value: Any) -> Any:
         if (folded := _folded(value)) not in _ACTIVATION_NAMES:
             raise ValueError(f"activation {folded[:40]} is not known")
         return _ACTIVATION_NAMES[folded]
+    if name == "interpolation":
+        return _INTERPOLATION_NAMES[str(value).lower()]
     if name in ("mean", "std"):
         return _channels(value)
     return float(value)
@@ -292,20 +338,17 @@ def _folded(value: Any) -> str:
     return value.removesuffix("()").rsplit(".", 1)[-1].lower().replace("_", "-")
 
 
-def _channels(value: Any) -> tuple[float, float, float]:
+def _channels(value: Any) -> Channels:
     values = value.split(",") if isinstance(value, str) else value
-    values = [values] * 3 if isinstance(values, int | float) else list(values)
-    if len(values) == 1:
-        values *= 3
-    red, green, blue = (float(part) for part in values)
-    if not all(math.isfinite(part) for part in (red, green, blue)):
+    numbers = tuple(float(part) for part in ([values] if isinstance(values, int | float) else values))
+    if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError("not finite")
-    return red, green, blue
+    return numbers
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple):
-        return all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(one, other, strict=True))
     if isinstance(one, float) or isinstance(other, float):
         return math.isclose(float(one), float(other), rel_tol=1e-9)
     return bool(one == other)
@@ -324,8 +367,6 @@ def _check_visible(architecture: Architecture, args: Mapping[str, Any]) -> None:
         "qkv_bias": lambda value: bool(value) is architecture.qkv_bias or not architecture.attention_dims,
         "norm_layer": lambda value: _folded(value) in ("layernorm", "layer-norm", "ln", "layer"),
         "stem_type": lambda value: (str(value) == "conv4") is (architecture.stem == "conv"),
-        "crop_pct": lambda value: math.isclose(float(value), 224 / 256, abs_tol=5e-4),
-        "interpolation": lambda value: str(value).lower() in ("bicubic", "3"),
     }
     for field, agrees in shown.items():
         value = args.get(field)

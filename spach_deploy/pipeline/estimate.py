@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from spach_deploy.common.machine import available_threads, find_memory
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
 from spach_deploy.models.registry import check_spec, known_name, model_size, requested
 from spach_deploy.options.quantization import check_quantization
-from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
+from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, sides
 from spach_deploy.pipeline.cache import ExportCache
 
 MEASURED_CORES = 2
@@ -138,7 +139,7 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts |
     flavour = _checked(options, refusals)
     images = _counted(options.images, refusals)
     calibration = _counted(options.quantization.calibration, refusals)
-    macs, parameters, size = _model(options)
+    macs, parameters, values = _model(options)
     target = _target(options)
     is_reused = _is_reused(given, is_cached=is_cached) if not refusals else False
     memory = find_memory()
@@ -150,7 +151,7 @@ def dry_run(options: ExportOptions, *, is_cached: bool = True, read: ReadFacts |
         is_reused=is_reused,
         seconds=1.0 if is_reused else _total_seconds(steps, options) if macs is not None else None,
         memory_bytes=None if parameters is None else _BASE_BYTES + _BYTES_PER_PARAMETER * parameters,
-        disk_bytes=None if parameters is None else _disk(options, flavour is not None, parameters, size),
+        disk_bytes=None if parameters is None else _disk(options, flavour is not None, parameters, values),
         free_memory_bytes=None if memory is None else memory.available_bytes,
         free_disk_bytes=shutil.disk_usage(_existing(target or Path.cwd())).free,
         refusals=tuple(refusals),
@@ -251,16 +252,17 @@ def _counted(path: Path | None, refusals: list[SpachError]) -> int | None:
 
 
 def _model(options: ExportOptions) -> tuple[float | None, float | None, int]:
-    """Billions of multiply-adds, number of parameters, and image size; None where the checkpoint decides them."""
+    """Billions of multiply-adds, number of parameters, and of values in an image; None where the checkpoint decides."""
     size = options.model.image_size or 224
+    values = 3 * math.prod(sides(size))
     try:
         architecture = requested(options.model)
         if architecture is None:
-            return None, None, size
+            return None, None, values
         counted = model_size(architecture)
-        return counted.macs / 1e9, counted.parameters, size
+        return counted.macs / 1e9, counted.parameters, architecture.channels * math.prod(architecture.image_size)
     except (SpachError, KeyError):
-        return None, None, size
+        return None, None, values
 
 
 def _target(options: ExportOptions) -> Path | None:
@@ -296,10 +298,10 @@ def _total_seconds(steps: tuple[EstimatedStep, ...], options: ExportOptions) -> 
     return left + sum(taken for name, taken in seconds.items() if "alongside" not in name)
 
 
-def _disk(options: ExportOptions, has_engine: bool, parameters: float, size: int) -> float:
+def _disk(options: ExportOptions, has_engine: bool, parameters: float, values: int) -> float:
     graph = parameters * (4.0 if options.rest is Precision.FP32 else 2.0)
     plan = parameters * _WEIGHT_BYTES[options.precision] if has_engine else 0.0
-    return graph + plan + _GOLDEN_IMAGES * 3 * size * size * 4 + 1e6
+    return graph + plan + _GOLDEN_IMAGES * values * 4 + 1e6
 
 
 def _facts(

@@ -69,7 +69,7 @@ def export(
     images = do("read images", read_images, options, loaded.preprocessing, loaded.model.outputs, phases)
     static = do("rewrite the model", rewrite_model, loaded, options)
     reference = submit(reference_outputs, loaded.model, static.model, images.images, options)
-    graph = do("export the graph", export_graph, static.model, loaded.image_size)
+    graph = do("export the graph", export_graph, static.model, loaded.image_size, loaded.architecture.channels)
     quantized = Quantized()
     if options.precision.is_quantized:
         graph = do("prove the graph", prove_graph, graph, images, reference)
@@ -139,7 +139,7 @@ def calibrate_to_file(
     images = phases.do("read images", read_images, options, loaded.preprocessing, loaded.model.outputs, phases)
     static = phases.do("rewrite the model", rewrite_model, loaded, options)
     reference = scheduler.submit(reference_outputs, loaded.model, static.model, images.images, options)
-    graph = phases.do("export the graph", export_graph, static.model, loaded.image_size)
+    graph = phases.do("export the graph", export_graph, static.model, loaded.image_size, loaded.architecture.channels)
     graph = phases.do("prove the graph", prove_graph, graph, images, reference)
     return calibrated(graph, loaded, images, options, phases).calibration
 

@@ -55,6 +55,18 @@ def test_pixels_are_normalized_as_args_say(tmp_path: Path) -> None:
     assert (loaded.preprocessing.mean, loaded.preprocessing.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
+@pytest.mark.parametrize(("code", "name"), [("bilinear", "bilinear"), (0, "nearest"), ("3", "bicubic")])
+def test_pictures_are_resized_as_args_say(tmp_path: Path, code: str | int, name: str) -> None:
+    loaded = load(save(tmp_path, {"model": state(), "args": {"crop_pct": 0.95, "interpolation": code}}))
+    assert loaded.preprocessing.resize_size == 235
+    assert loaded.preprocessing.interpolation.startswith(name)
+    found = sources(loaded)
+    assert (found["crop"], found["interpolation"]) == ((0.95, Source.ARGS), (name, Source.ARGS))
+    asked = load(save(tmp_path, state()), hyperparameters=Hyperparameters(crop=1.0))
+    assert asked.preprocessing.resize_size == 224
+    assert sources(asked)["crop"] == (1.0, Source.COMMAND_LINE)
+
+
 @pytest.mark.parametrize(
     ("mean", "std"),
     [
@@ -65,7 +77,7 @@ def test_pixels_are_normalized_as_args_say(tmp_path: Path) -> None:
     ],
 )
 def test_the_fields_means_and_deviations_are_taken(mean: str, std: str) -> None:
-    assert len(parse_channels("--mean", mean)) == len(parse_channels("--std", std)) == 3
+    assert len(parse_channels("--mean", mean)) == len(parse_channels("--std", std)) == 1 + 2 * ("," in mean)
 
 
 def test_the_command_line_is_the_first_to_say_a_value(tmp_path: Path) -> None:
@@ -82,10 +94,11 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "two that differ": ({"num_heads": 2, "heads": 4}, ("num_heads and heads differ",)),
     "a width that the tensors have not": ({"hidden_dim": 64}, ("hidden_dim = 64",)),
     "no position encoding": ({"cpe": False}, ("cpe = False",)),
-    "another interpolation": ({"interpolation": "bilinear"}, ("interpolation = 'bilinear'",)),
+    "an interpolation that is not known": ({"interpolation": "random"}, ("interpolation = 'random'", "nearest")),
+    "means of other channels": ({"mean": [0.5, 0.5]}, ("mean has 2 numbers (in the checkpoint's args)", "3 channels")),
     "a mean of 0..255": ({"mean": [123.675, 116.28, 103.53]}, ("Pixel mean 123.675 is not in 0..1",)),
     "no deviation": ({"std": [0.5, 0.5, 0]}, ("Pixel std 0 is not in (0, 1]",)),
-    "another crop": ({"crop_pct": 0.95}, ("crop_pct = 0.95",)),
+    "a crop of percents": ({"crop_pct": 95}, ("The crop 95 is not in 0.1..1 (in the checkpoint's args)",)),
 }
 
 

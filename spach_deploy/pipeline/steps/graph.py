@@ -15,7 +15,7 @@ from spach_deploy.graph.opset import convert_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.graph.precision.elements import infer_all_types
 from spach_deploy.models.checkpoint import LoadedModel
-from spach_deploy.options.specs import ExportOptions, Flavour, Precision
+from spach_deploy.options.specs import ExportOptions, Flavour, ImageSize, Precision
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
 from spach_deploy.quantization.plan import QuantizationPlan
@@ -43,9 +43,9 @@ def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
     return rewrite(loaded.model, _left_out(options), quantized)
 
 
-def export_graph(static: nn.Module, image_size: int) -> Fp32Graph:
-    """The exported graph: input (batch, 3, S, S) float32, and the static model's outputs."""
-    return Fp32Graph(export_canonical(static, image_size))
+def export_graph(static: nn.Module, image_size: ImageSize, channels: int = 3) -> Fp32Graph:
+    """The exported graph: input (batch, channels, H, W) float32, and the static model's outputs."""
+    return Fp32Graph(export_canonical(static, image_size, channels))
 
 
 def prove_graph(graph: Fp32Graph, images: GoldenImages, reference: ReferenceOutputs) -> Fp32Graph:

@@ -120,7 +120,9 @@ def _first_wrong_step(
         yield
     except MismatchError:
         if not graph.errors:
-            prove_graph(export_graph(static, images.images.shape[-1]), images, reference)
+            prove_graph(
+                export_graph(static, images.preprocessing.image_size, images.preprocessing.channels), images, reference
+            )
         raise
 
 
