@@ -158,7 +158,7 @@ def resolve_settings(
             settings.append(Setting(name, getattr(asked, name), Source.COMMAND_LINE))
         elif name in given:
             settings.append(Setting(name, given[name], Source.ARGS))
-        elif usual != _SILENT.get(name):
+        elif name not in _SILENT or usual != _SILENT[name]:
             settings.append(Setting(name, usual, heads if name == "heads" and heads else otherwise))
     return tuple(settings)
 
