@@ -135,8 +135,8 @@ def resolve_settings(
     *,
     heads: Source | None = None,
 ) -> tuple[Setting, ...]:
-    """All settings of a model, each with its source; crop and interpolation only where they are given or are others than
-    the published evaluation's.
+    """All settings of a model, each with its source; crop and interpolation only where they are given, or are not those
+    of the published evaluation.
 
     `asked`: values from the command line or recipe. `args`: the checkpoint's. `otherwise`: the source of the values in
     `architecture`, and `heads` that of its heads, where it is another. Raises CheckpointError where `args`
