@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     StageShape = tuple[int, int, int]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-_TAKEN = ("input", "names", "file", "allow_pickle")
-"""The input's name, and those that a golden pack cannot have."""
+_TAKEN = ("input", "names", "batches", "file", "allow_pickle")
+"""The input's name, and those that an npz of golden data cannot have."""
 
 NCHW, TOKENS = "NCHW", "NLC"
 """Layouts of feature maps: (B, C, H, W), and tokens (B, H W, C)."""

@@ -126,7 +126,8 @@ def _write_data(folder: Path, golden: Golden, facts: BundleFacts, batches: list[
         save_json(RunResults([(RUNNER, results)]), str(folder / OUTPUTS))
     longest = max(map(len, batches))
     padded = np.array([[*batch, *[-1] * (longest - len(batch))] for batch in batches], np.int64)
-    np.savez(folder / GOLDEN, input=golden.input, names=np.array(golden.names), batches=padded)
+    arrays = {"input": golden.input, **golden.outputs, "names": np.array(golden.names), "batches": padded}
+    np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
 
 
 def _bounds(facts: BundleFacts) -> str:

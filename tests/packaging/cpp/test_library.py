@@ -99,7 +99,30 @@ def test_a_reference_of_zeros_proves_nothing(plain: Build, tmp_path: Path) -> No
     assert "the reference is zero everywhere, which proves nothing" in result.stdout
 
 
+def test_the_self_test_compares_outputs_by_what_they_are(plain: Build, tmp_path: Path) -> None:
+    for name, tiny in (("vector", tiny_bundles.EMBEDDING), ("scores", tiny_bundles.RENAMED)):
+        result = plain.run("spach_self_test", models.model(tmp_path / name, tiny))
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert (result.stdout.count("images that change class"), name in result.stdout) == (
+            2 * (name == "scores"),
+            True,
+        )
+
+
 # Numbers and batches
+
+
+def test_a_model_without_logits_gives_its_embedding(plain: Build, tmp_path: Path) -> None:
+    tiny = tiny_bundles.EMBEDDING
+    model = models.model(tmp_path, tiny)
+    images = tiny_bundles.samples(tiny, 3, seed=3)
+    given, out = save(images, tmp_path / "input"), tmp_path / "vector"
+    result = plain.run("probe", "output", model, "vector", given, 3, out)
+    assert (result.returncode, result.stdout) == (0, "0 classes\n")
+    wanted = tiny_bundles.logits(tiny, images)
+    np.testing.assert_allclose(np.fromfile(out, np.float32).reshape(3, CLASSES), wanted, rtol=1e-4, atol=1e-3)
+    for question in (("output", model, "logits", given, 3, out), ("logits", model, given, 3, out)):
+        assert "no such output" in plain.run("probe", *question).stdout
 
 
 @pytest.mark.parametrize("io_dtype", list(IODtype))

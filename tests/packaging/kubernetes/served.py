@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.outputs import promised_dtypes
+from spach_deploy.bundle.outputs import expected_outputs, promised_dtypes
 from spach_deploy.options.specs import IODtype
-from tests.outputs import classifier, of_logits
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
 
@@ -46,9 +45,9 @@ class StandIn:
         model = f"/v2/models/{self.name}"
         inputs, outputs = (
             tiny_bundles.samples(self.tiny, 1),
-            promised_dtypes(classifier(self.tiny.classes, self.tiny.outputs)),
+            promised_dtypes(self.tiny.tensors_of_graph),
         )
-        extents = {"logits": [-1, tiny_bundles.CLASSES]}
+        extents = {self.tiny.main: [-1, tiny_bundles.CLASSES]}
         given = [(name, _TYPES[dtype], extents.get(name, [-1, -1])) for name, dtype in outputs.items()]
         metadata = {
             "name": self.name,
@@ -64,8 +63,8 @@ class StandIn:
     def answer(self, inputs: npt.NDArray[Any]) -> Arrays:
         self.batches.append(len(inputs))
         logits = tiny_bundles.logits(self.tiny, inputs)
-        dtypes = promised_dtypes(classifier(self.tiny.classes, self.tiny.outputs))
-        outputs = of_logits(logits, self.tiny.outputs)
+        dtypes = promised_dtypes(self.tiny.tensors_of_graph)
+        outputs = expected_outputs({self.tiny.main: logits}, self.tiny.tensors_of_graph)
         return self.spoil({name: array.astype(dtypes[name]) for name, array in outputs.items()})
 
 

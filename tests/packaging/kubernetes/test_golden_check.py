@@ -73,6 +73,20 @@ def test_a_server_that_computes_the_same_agrees(outputs: OutputSpec, tmp_path: P
     assert server.batches == [1, 3, 8]
 
 
+@pytest.mark.parametrize("tiny", [tiny_bundles.EMBEDDING, tiny_bundles.RENAMED], ids=["embedding", "renamed"])
+def test_outputs_are_compared_by_what_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    """An embedding has no classes to change; top-k ranks logits of any name."""
+    pack = write_pack(tmp_path, tiny)
+    kinds = {output["name"]: output["kind"] for output in json.loads((pack / "golden.json").read_text())["outputs"]}
+    assert kinds[tiny.main] == ("values" if tiny is tiny_bundles.EMBEDDING else "scores")
+    with serving(tiny) as server:
+        assert check(pack, server.url).returncode == 0
+    with serving(tiny, lambda outputs: {**outputs, tiny.main: outputs[tiny.main] * np.float32(1.01)}) as server:
+        done = check(pack, server.url)
+    assert done.returncode == 1
+    assert f"{tiny.main}: relative L2 is" in done.stdout
+
+
 def _of(change: Callable[[Any], Any]) -> Callable[[Arrays], Arrays]:
     return lambda outputs: {**outputs, "logits": change(outputs["logits"])}
 

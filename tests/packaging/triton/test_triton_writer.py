@@ -13,6 +13,7 @@ from spach_deploy.bundle.store import GRAPH, PLAN
 from spach_deploy.common.errors import BundleError, SpachError, UsageError
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
 from spach_deploy.packaging.polygraphy.folder import write_folder
+from spach_deploy.packaging.triton.check import check_repository
 from spach_deploy.packaging.triton.options import (
     Backend,
     Batching,
@@ -63,6 +64,31 @@ def test_a_plan_of_ordinary_tensorrt_is_served_as_it_is(tmp_path: Path) -> None:
         "top_indices": ("TYPE_INT64", [3]),
     }
     assert [group.kind for group in model.instance_group] == [1]  # KIND_GPU
+
+
+def test_outputs_are_served_by_what_they_are(tmp_path: Path) -> None:
+    repository = written(tmp_path / "vector", tiny_bundles.EMBEDDING).path
+    (vector,) = config(repository).output
+    assert (vector.name, vector.label_filename) == ("vector", "")
+    assert not (repository / "tiny" / "labels.txt").exists()
+    assert not check_repository(repository).findings
+    renamed = {
+        output.name: output.label_filename for output in config(written(tmp_path, tiny_bundles.RENAMED).path).output
+    }
+    assert renamed == {"scores": "labels.txt", "probabilities": "labels.txt", "top_values": "", "top_indices": ""}
+
+
+@pytest.mark.parametrize("options", [{"ensemble": Ensemble()}, {"labels": Path("names.txt")}])
+def test_classes_are_not_named_where_there_are_none(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"tiny (gives vector alone|has no logits)"):
+        written(tmp_path, tiny_bundles.EMBEDDING, **options)
+
+
+def test_an_ensemble_ranks_logits_of_another_name(tmp_path: Path) -> None:
+    steps = config(written(tmp_path, tiny_bundles.RENAMED, ensemble=Ensemble()).path, "tiny_ensemble")
+    model, ranking = steps.ensemble_scheduling.step[1:]
+    assert dict(model.output_map) == {"scores": "logits"}
+    assert dict(ranking.input_map) == {"logits": "logits"}
 
 
 def test_batching_follows_the_engines_profile(tmp_path: Path) -> None:

@@ -18,13 +18,12 @@ from msgspec import convert, to_builtins
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from spach_deploy.bundle.golden import Golden
-from spach_deploy.bundle.outputs import INPUT, LOGITS, PROBABILITIES, TOP_INDICES, TOP_VALUES
-from spach_deploy.bundle.schema import Manifest
+from spach_deploy.bundle.outputs import INPUT, LOGITS, PROBABILITIES, TOP_INDICES, TOP_VALUES, graph_outputs
+from spach_deploy.bundle.schema import Manifest, TensorInfo
 from spach_deploy.bundle.store import GOLDEN, GRAPH, PLAN, seal
 from spach_deploy.common.files import sha256_of
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Role
 from tests import manifests, small_bundles
-from tests.outputs import classifier
 
 SIZE = 8
 CLASSES = 7
@@ -37,7 +36,8 @@ _DTYPES = {IODtype.FP32: TensorProto.FLOAT, IODtype.FP16: TensorProto.FLOAT16, I
 class Tiny:
     """What the bundle is like. `engine`: tensorrt, tensorrt-rtx, or none for a bundle without a plan.
 
-    In bf16 the product is computed in bfloat16, of numbers that `bfloat16` names: MatMul, and Conv or Pad before it.
+    `main`: name of the product; `role`: what it is. In bf16 the product is computed in bfloat16, of numbers that
+    `bfloat16` names: MatMul, and Conv or Pad before it.
     """
 
     name: str = "tiny"
@@ -49,6 +49,26 @@ class Tiny:
     seed: int = 7
     opset: int = 17
     bfloat16: tuple[str, ...] = ("Conv",)
+    main: str = LOGITS
+    role: Role = Role.LOGITS
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The outputs that the model computes."""
+        shape = (None, self.classes)
+        return (TensorInfo(name=self.main, dtype="float32", shape=shape, layout="NC", role=self.role),)
+
+    @property
+    def tensors_of_graph(self) -> tuple[TensorInfo, ...]:
+        """All outputs."""
+        return graph_outputs(self.tensors, self.outputs)
+
+
+EMBEDDING = Tiny(main="vector", role=Role.EMBEDDING)
+"""A model without logits."""
+
+RENAMED = Tiny(outputs=OutputSpec(top_k=3, softmax=True), main="scores")
+"""A model whose logits have another name."""
 
 
 def write(folder: Path, tiny: Tiny | None = None) -> Path:
@@ -118,7 +138,7 @@ def logits(tiny: Tiny, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def _golden(tiny: Tiny) -> Golden:
     inputs = samples(tiny)
-    return Golden(inputs, {LOGITS: logits(tiny, inputs)}, tuple(f"{index}.jpg" for index in range(len(inputs))))
+    return Golden(inputs, {tiny.main: logits(tiny, inputs)}, tuple(f"{index}.jpg" for index in range(len(inputs))))
 
 
 def plan_bytes(engine: str) -> bytes:
@@ -136,16 +156,16 @@ def _graph(tiny: Tiny) -> GraphProto:
         helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["float"], ["channels"], perm=perm),
         *_product(tiny),
-        helper.make_node("Cast", ["product"], [LOGITS], to=answers),
+        helper.make_node("Cast", ["product"], [tiny.main], to=answers),
     ]
-    outputs = [helper.make_tensor_value_info(LOGITS, answers, ["batch", tiny.classes])]
+    outputs = [helper.make_tensor_value_info(tiny.main, answers, ["batch", tiny.classes])]
     constants = _constants(tiny)
     if tiny.outputs.softmax:
-        nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=-1))
+        nodes.append(helper.make_node("Softmax", [tiny.main], [PROBABILITIES], axis=-1))
         outputs.append(helper.make_tensor_value_info(PROBABILITIES, answers, ["batch", tiny.classes]))
     if k:
         constants.append(numpy_helper.from_array(np.array([k], np.int64), "k"))
-        nodes.append(helper.make_node("TopK", [LOGITS, "k"], [TOP_VALUES, TOP_INDICES], axis=-1))
+        nodes.append(helper.make_node("TopK", [tiny.main, "k"], [TOP_VALUES, TOP_INDICES], axis=-1))
         outputs.append(helper.make_tensor_value_info(TOP_VALUES, answers, ["batch", k]))
         outputs.append(helper.make_tensor_value_info(TOP_INDICES, TensorProto.INT64, ["batch", k]))
     inputs = [helper.make_tensor_value_info(INPUT, _DTYPES[io_dtype], shape)]
@@ -187,9 +207,9 @@ def _manifest(tiny: Tiny, graph: ir.Graph) -> Manifest:
     bounded = [str(tensor.name) for tensor in graph.outputs if tensor.name != TOP_INDICES]
     content = manifests.sections(
         asked=tiny.precision.value,
-        model=manifests.model(tiny.name, SIZE, tiny.classes),
+        model=manifests.model(tiny.name, SIZE, tiny.classes if tiny.role is Role.LOGITS else 0),
         preprocessing={**manifests.preprocessing(SIZE), "resize_size": RESIZE},
-        **to_builtins(vars(interface_sections(graph, classifier(tiny.classes), options))),
+        **to_builtins(vars(interface_sections(graph, tiny.tensors, options))),
         engine={"flavour": "none", "reason": "--engine none was asked for"} if tiny.engine == "none" else engine,
         validation={"passed": True, "level": "graph", "tolerances": manifests.tolerances(*bounded)},
     )

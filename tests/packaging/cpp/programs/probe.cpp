@@ -126,6 +126,21 @@ int logits(const std::string& folder, const std::string& in, std::size_t count,
   return 0;
 }
 
+// output MODEL NAME INPUT COUNT OUT, and the model's classes.
+int output(const std::string& folder, const std::string& name, const std::string& in,
+           std::size_t count, const std::string& out) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const Bytes input = read(in);
+  std::printf("%d classes\n", engine->facts().classes());
+  const auto values = context->output(name, input.data(), count);
+  if (!values) return refused(values.error());
+  write(out, values->data(), 4 * values->size());
+  return 0;
+}
+
 // enqueue MODEL INPUT BATCH OUT: from and to device memory on a stream of our own; logits.
 int enqueue(const std::string& folder, const std::string& in, int batch, const std::string& out) {
   const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
@@ -286,6 +301,8 @@ int main(int argc, char** argv) {
   if (what == "enqueue" && n == 4) return enqueue(a[0], a[1], std::atoi(a[2]), a[3]);
   if (what == "logits" && n == 4)
     return logits(a[0], a[1], static_cast<std::size_t>(std::atoi(a[2])), a[3]);
+  if (what == "output" && n == 5)
+    return output(a[0], a[1], a[2], static_cast<std::size_t>(std::atoi(a[3])), a[4]);
   if (what == "threads" && n == 5)
     return threads(a[0], a[1], static_cast<std::size_t>(std::atoi(a[2])),
                    static_cast<std::size_t>(std::atoi(a[3])), std::atoi(a[4]));

@@ -326,9 +326,9 @@ const OutputFacts* ModelFacts::find(Role role) const noexcept {
   return nullptr;
 }
 
-const OutputFacts* ModelFacts::find(const std::string& name) const noexcept {
+const OutputFacts* ModelFacts::find(const std::string& called) const noexcept {
   for (const OutputFacts& output : outputs)
-    if (output.tensor.name == name) return &output;
+    if (output.tensor.name == called) return &output;
   return nullptr;
 }
 

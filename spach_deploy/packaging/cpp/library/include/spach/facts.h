@@ -85,7 +85,7 @@ struct ModelFacts {
 
   // The first output of a role, or of a name; a null pointer where there is none.
   const OutputFacts* find(Role role) const noexcept;
-  const OutputFacts* find(const std::string& name) const noexcept;
+  const OutputFacts* find(const std::string& called) const noexcept;
   int classes() const noexcept;  // 0 for a model without logits
   int channels() const noexcept { return static_cast<int>(mean.size()); }
   bool takes_pixels() const noexcept { return input.dtype == DType::uint8; }
