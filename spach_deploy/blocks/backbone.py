@@ -15,8 +15,9 @@ from spach_deploy.blocks.downsampling import StaticDownsampling
 from spach_deploy.blocks.mixing_block import StaticBlock
 from spach_deploy.blocks.stem import StaticStem
 from spach_deploy.blocks.token_mlp import StaticSpatialMLP, TokenLinear
+from spach_deploy.bundle.outputs import TOKENS
 from spach_deploy.models import spach as layers
-from spach_deploy.models.outputs import TOKENS, SelectableOutputs
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.spach import Spach
 
 

@@ -9,11 +9,14 @@ output is compared by its numbers.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.bundle.schema import TensorInfo
-from spach_deploy.options.specs import IODtype, OutputSpec, Role
+from spach_deploy.common.errors import UsageError
+from spach_deploy.options.specs import FeatureLayout, IODtype, OutputSpec, Role
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
     Float32Array = npt.NDArray[np.float32]
+
+StageShape = tuple[int, int, int]
+"""Channels, height and width of what a network stage gives."""
 
 INPUT = "input"
 """The name of every graph's input."""
@@ -33,6 +39,14 @@ CLASS_SCORES = (Role.LOGITS, Role.PROBABILITIES)
 
 DERIVED = (Role.PROBABILITIES, Role.TOP_VALUES, Role.TOP_INDICES)
 """Roles of outputs that follow from the logits."""
+
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_TAKEN = ("input", "names", "batches", "file", "allow_pickle")
+"""The input's name, and those that an npz of golden data cannot have."""
+
+NCHW, TOKENS = "NCHW", "NLC"
+"""Layouts of feature maps: (B, C, H, W), and tokens (B, H W, C)."""
 
 
 def model_outputs(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
@@ -48,6 +62,80 @@ def of_role(tensors: Iterable[TensorInfo], role: Role) -> TensorInfo | None:
 def roles_of(tensors: Iterable[TensorInfo]) -> dict[str, Role]:
     """Roles by name."""
     return {tensor.name: tensor.role or Role.OTHER for tensor in tensors}
+
+
+def usual_outputs(classes: int, width: int) -> tuple[TensorInfo, ...]:
+    """Logits; of a model without classes the embedding, `width` channels."""
+    return (vector(Role.LOGITS, classes) if classes else vector(Role.EMBEDDING, width),)
+
+
+def chosen_outputs(spec: OutputSpec, classes: int, stages: Sequence[StageShape]) -> tuple[TensorInfo, ...]:
+    """The outputs that `spec` asks of a model with these classes and stages (channels, height, width).
+
+    UsageError for logits of a model without a head, what follows from logits without them, a role that is named twice,
+    and names that are unknown, not usable or not unique.
+    """
+    tensors: list[TensorInfo] = []
+    for role in spec.outputs or [tensor.role for tensor in usual_outputs(classes, stages[-1][0])]:
+        if role is Role.LOGITS and not classes:
+            raise UsageError(
+                "The model has no head, so it has no logits.", "Give --outputs embedding, or leave it out."
+            )
+        tensors += _of_role(role, spec, classes, stages)
+    _check_derived(spec, tensors, classes)
+    given = graph_outputs(tensors, dataclasses.replace(spec, names=()))
+    _check_names(spec.names, [tensor.name for tensor in given])
+    new = renamed(spec.names)
+    return tuple(
+        TensorInfo(name=new.get(t.name, t.name), dtype=t.dtype, shape=t.shape, layout=t.layout, role=t.role)
+        for t in tensors
+    )
+
+
+def _of_role(role: Role | None, spec: OutputSpec, classes: int, stages: Sequence[StageShape]) -> tuple[TensorInfo, ...]:
+    if role is Role.FEATURES:
+        return tuple(_feature(index, shape, spec.feature_layout) for index, shape in enumerate(stages, 1))
+    return (vector(Role.LOGITS, classes) if role is Role.LOGITS else vector(Role.EMBEDDING, stages[-1][0]),)
+
+
+def vector(role: Role, width: int) -> TensorInfo:
+    """An output (B, width) of a model."""
+    return TensorInfo(name=role.value, dtype="float32", shape=(None, width), layout="NC", role=role)
+
+
+def _feature(stage: int, shape: StageShape, layout: FeatureLayout) -> TensorInfo:
+    channels, height, width = shape
+    is_map = layout is FeatureLayout.NCHW
+    return TensorInfo(
+        name=f"features{stage}",
+        dtype="float32",
+        shape=(None, channels, height, width) if is_map else (None, height * width, channels),
+        layout=NCHW if is_map else TOKENS,
+        role=Role.FEATURES,
+    )
+
+
+def _check_derived(spec: OutputSpec, tensors: Sequence[TensorInfo], classes: int) -> None:
+    flags = [flag for flag, value in (("--top-k", spec.top_k), ("--softmax", spec.softmax)) if value]
+    if flags and all(tensor.role is not Role.LOGITS for tensor in tensors):
+        given = ", ".join(tensor.name for tensor in tensors)
+        hint = f"Leave {' and '.join(flags)} out{', or add logits to --outputs' if classes else ''}."
+        raise UsageError(f"{flags[0]} is made of logits, and this graph gives {given} alone.", hint)
+
+
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    new = renamed(names)
+    for old, name in new.items():
+        if old not in known:
+            raise UsageError(f"--output-name {old}={name}: there is no output {old}.", f"One of {', '.join(known)}.")
+        if not _NAME.fullmatch(name) or name in _TAKEN:
+            raise UsageError(
+                f"--output-name {old}={name}: {name!r} cannot name an output.",
+                "Use letters, digits, hyphens and underscores, and begin with a letter.",
+            )
+    final = [new.get(name, name) for name in known]
+    if twice := [name for name in final if final.count(name) > 1]:
+        raise UsageError(f"Two outputs would be called {twice[0]}.", "Give each --output-name another name.")
 
 
 def graph_outputs(model: Sequence[TensorInfo], spec: OutputSpec) -> tuple[TensorInfo, ...]:

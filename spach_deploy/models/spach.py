@@ -18,7 +18,8 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from spach_deploy.models.outputs import TOKENS, SelectableOutputs, usual_outputs
+from spach_deploy.bundle.outputs import TOKENS, usual_outputs
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.options.architecture import CONV, TRANS, Architecture
 
 STEM_WIDTH = 64

@@ -198,15 +198,25 @@ def _with_checkpoint_facts(
     try:
         check_spec(options.model)
         if options.model.checkpoint is None or read is None:
+            _check_outputs(options)
             return options, ()
         facts = read(options.model)
-        from spach_deploy.graph.interface import check_outputs
-
-        check_outputs(options.outputs, facts.model.num_classes or 0)
+        _check_outputs(dataclasses.replace(options, model=facts.model))
     except SpachError as error:
         refusals.append(error)
         return options, ()
     return dataclasses.replace(options, model=facts.model), facts.notes
+
+
+def _check_outputs(options: ExportOptions) -> None:
+    """UsageError for outputs that the model cannot give."""
+    from spach_deploy.bundle.outputs import chosen_outputs
+    from spach_deploy.graph.interface import check_outputs
+
+    if (architecture := requested(options.model)) is not None:
+        stages = [(dim, *grid) for dim, grid in zip(architecture.stage_dims, architecture.grids, strict=True)]
+        chosen_outputs(options.outputs, architecture.classes, stages)
+        check_outputs(options.outputs, architecture.classes)
 
 
 def _checked(options: ExportOptions, refusals: list[SpachError]) -> EngineFlavour | None:

@@ -4,7 +4,8 @@ show.
     np.savez("answers.npz", input=images.numpy(), logits=model(images).numpy())
 
 `input`: float32 or float64 (N, C, H, W), as the model's forward got it. `logits`: float32 or float64 (N, classes), of
-the same images, computed in FP32 (no autocast, no TF32). Other arrays in the file are not read.
+the same images, computed in FP32 (no autocast, no TF32). In its place `embedding` (N, C) may stand, what the head
+reads. Other arrays in the file are not read.
 
 Both are compared with the reference in FP64: a correct FP32 evaluation is about FP32's own error away from it. Where
 the user's logits are further away, `search` tries other hyperparameters (heads, qk scale, activation, epsilon) until
@@ -30,9 +31,10 @@ from spach_deploy.bundle.schema import AgreementEntry
 from spach_deploy.common.errors import MismatchError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.metrics import worst_relative_l2
-from spach_deploy.common.npz import read_npz
+from spach_deploy.common.npz import npz_names, read_npz
 from spach_deploy.models.hyperparameters import Setting, Source, confirmed
-from spach_deploy.options.specs import ACTIVATIONS, size_in_words
+from spach_deploy.models.outputs import giving
+from spach_deploy.options.specs import ACTIVATIONS, Role, size_in_words
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
 
 if TYPE_CHECKING:
@@ -62,20 +64,21 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class GivenAnswers:
-    """The user's inputs float32 (N, C, H, W) and logits float64 (N, classes), from a file."""
+    """The user's inputs float32 (N, C, H, W), and logits float64 (N, classes) or an embedding (N, C), from a file."""
 
     path: Path
     sha256: str
     input: npt.NDArray[np.float32] = dataclasses.field(repr=False)
-    logits: npt.NDArray[np.float64] = dataclasses.field(repr=False)
+    values: npt.NDArray[np.float64] = dataclasses.field(repr=False)
+    output: Role = Role.LOGITS
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far the reference agrees with the user's logits.
+    """How far the reference agrees with the user's answers.
 
     `rel_l2`: the worst image's, against the reference in FP64. `allowed`: the bound, from `noise`, FP32's error against
     FP64.
@@ -115,14 +118,16 @@ class Agreement:
 def read_answers(path: Path) -> GivenAnswers:
     """Read the npz. UsageError, which says what is wrong, for a file without usable arrays."""
     try:
-        arrays = read_npz(path, {"input": _MOST_BYTES, "logits": _MOST_BYTES})
+        there = npz_names(path)
+        output = Role.EMBEDDING if "embedding" in there and "logits" not in there else Role.LOGITS
+        arrays = read_npz(path, {"input": _MOST_BYTES, output.value: _MOST_BYTES})
     except ValueError as error:
         raise UsageError(f"--answers {path} cannot be read ({_reason(path, error)}).", _NO_ANSWERS) from None
-    inputs, logits = arrays["input"], arrays["logits"]
-    if problem := _problem(inputs, logits):
+    inputs, values = arrays["input"], arrays[output.value]
+    if problem := _problem(inputs, values, output):
         raise UsageError(f"--answers {path}: {problem}.", _NO_ANSWERS)
     chosen = np.ascontiguousarray(inputs[:MOST_IMAGES], np.float32)
-    return GivenAnswers(path, sha256_of(path), chosen, logits[:MOST_IMAGES].astype(np.float64))
+    return GivenAnswers(path, sha256_of(path), chosen, values[:MOST_IMAGES].astype(np.float64), output)
 
 
 def _reason(path: Path, error: ValueError) -> str:
@@ -131,8 +136,9 @@ def _reason(path: Path, error: ValueError) -> str:
     return str(error) if path.is_file() and zipfile.is_zipfile(path) else "it is no npz"
 
 
-def _problem(inputs: Array, logits: Array) -> str:
-    for name, array, shape, rank in (("input", inputs, "(N, C, H, W)", 4), ("logits", logits, "(N, classes)", 2)):
+def _problem(inputs: Array, values: Array, output: Role) -> str:
+    wanted = "(N, classes)" if output is Role.LOGITS else "(N, C)"
+    for name, array, shape, rank in (("input", inputs, "(N, C, H, W)", 4), (output.value, values, wanted, 2)):
         if array.dtype not in (np.float32, np.float64):
             coarse = "; 16 bits are too coarse to tell" if array.dtype == np.float16 else ""
             return f"{name} is {array.dtype}, not float32{coarse}"
@@ -140,13 +146,13 @@ def _problem(inputs: Array, logits: Array) -> str:
             return f"{name} has shape {array.shape}, not {shape}"
         if not np.isfinite(array).all():
             return f"{name} has values that are not finite"
-    if len(inputs) != len(logits) or not len(inputs):
-        return f"{len(inputs)} inputs and {len(logits)} answers"
+    if len(inputs) != len(values) or not len(inputs):
+        return f"{len(inputs)} inputs and {len(values)} answers"
     if inputs.shape[1] != 3 == inputs.shape[-1]:
         return f"input has shape {inputs.shape}, channels last; the model takes (N, 3, H, W)"
-    if not logits.any():
+    if not values.any():
         return "every answer is zero, as of a freshly initialised model"
-    if logits.min() >= 0 and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
+    if output is Role.LOGITS and values.min() >= 0 and np.allclose(values.sum(axis=1), 1, atol=1e-3):
         return "the answers are probabilities; give the logits, before softmax"
     return ""
 
@@ -187,9 +193,10 @@ def hold_to_answers(
 
 def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
     """How far the model agrees with the user's logits."""
-    exact = evaluate_fp64(loaded.model, given.input)
-    noise = max(worst_relative_l2(evaluate(loaded.model, given.input), exact), _LEAST_NOISE)
-    error = worst_relative_l2(given.logits, exact)
+    with giving(loaded.model, given.output):
+        exact = evaluate_fp64(loaded.model, given.input)
+        noise = max(worst_relative_l2(evaluate(loaded.model, given.input), exact), _LEAST_NOISE)
+    error = worst_relative_l2(given.values, exact)
     return Agreement(given.path.name, given.sha256, len(given), error, FP32_FACTOR * noise, noise)
 
 
@@ -227,7 +234,7 @@ class _Search:
         self._tried = 0
         self._end = time.monotonic() + SEARCH_SECONDS
         self._said = time.monotonic()
-        self._given = dataclasses.replace(given, input=given.input[:1], logits=given.logits[:1])
+        self._given = dataclasses.replace(given, input=given.input[:1], values=given.values[:1])
         self._begun = {setting.name: setting.value for setting in loaded.settings}
         self.values = dict(self._begun)
         first = compared(loaded, self._given)
@@ -291,7 +298,9 @@ class _Search:
         if time.monotonic() > self._said + _SAY_EVERY_S:
             self._said = time.monotonic()
             self._say(f"{self._tried} combinations tried, the nearest {self.error:.1e} off.")
-        return worst_relative_l2(evaluate(self._with(values).model, self._given.input), self._given.logits)
+        model = self._with(values).model
+        with giving(model, self._given.output):
+            return worst_relative_l2(evaluate(model, self._given.input), self._given.values)
 
     def _with(self, values: dict[str, Any]) -> LoadedModel:
         from spach_deploy.models.checkpoint import with_settings
@@ -313,18 +322,21 @@ def _check_fits(loaded: LoadedModel, given: GivenAnswers) -> None:
             size = size_in_words((theirs[1], theirs[2]))
             hint = f"Give --image-size {size}, or answers to images of {size_in_words((height, width))} pixels."
         raise UsageError(f"The inputs in {given.path} are {given.input.shape[1:]}, and the model takes {wanted}.", hint)
-    if given.logits.shape[1] != loaded.num_classes:
+    is_logits, theirs_wide = given.output is Role.LOGITS, given.values.shape[1]
+    ours, unit = (loaded.num_classes, "classes") if is_logits else (loaded.model.stage_shapes[-1][0], "channels")
+    if theirs_wide != ours:
         raise UsageError(
-            f"The answers in {given.path} have {given.logits.shape[1]} classes, the model has {loaded.num_classes}.",
+            f"The answers in {given.path} have {theirs_wide} {unit}, the model has {ours}.",
             "Give answers of the model in the checkpoint.",
         )
 
 
 def _check_order(loaded: LoadedModel, given: GivenAnswers, allowed: float) -> None:
     """UsageError where the logits are right, but in another order than the inputs."""
-    exact = evaluate_fp64(loaded.model, given.input)
-    nearest = [int(np.linalg.norm(given.logits - row, axis=1).argmin()) for row in exact]
-    if len(given) > 1 and worst_relative_l2(given.logits[nearest], exact) <= allowed:
+    with giving(loaded.model, given.output):
+        exact = evaluate_fp64(loaded.model, given.input)
+    nearest = [int(np.linalg.norm(given.values - row, axis=1).argmin()) for row in exact]
+    if len(given) > 1 and worst_relative_l2(given.values[nearest], exact) <= allowed:
         raise UsageError(
             f"The answers in {given.path} are the model's, but in another order than their inputs.",
             "Write both in one order.",

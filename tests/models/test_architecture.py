@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from spach_deploy.bundle.outputs import chosen_outputs
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import Spach, create_model
 from spach_deploy.models.matching import assumed_heads, infer_model
-from spach_deploy.models.outputs import chosen_outputs
 from spach_deploy.models.published import ARCHITECTURES, SIZES, TOP1
 from spach_deploy.models.registry import model_size
 from spach_deploy.options.architecture import Architecture

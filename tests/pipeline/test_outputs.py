@@ -14,7 +14,7 @@ import spach_deploy
 from spach_deploy import Bundle
 from spach_deploy.blocks import rewrite
 from spach_deploy.bundle.golden import Golden
-from spach_deploy.bundle.outputs import INPUT
+from spach_deploy.bundle.outputs import INPUT, chosen_outputs
 from spach_deploy.bundle.store import GOLDEN
 from spach_deploy.cli.predict import main as predict
 from spach_deploy.cli.validate import main as validate
@@ -22,7 +22,6 @@ from spach_deploy.common.metrics import worst_relative_l2
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
-from spach_deploy.models.outputs import chosen_outputs
 from spach_deploy.options.specs import (
     EngineTarget,
     ExportOptions,

@@ -58,6 +58,19 @@ def answers_of(folder: Path, images: int = 3, **changed: Any) -> Path:
     return path
 
 
+def test_an_embedding_decides_as_logits_do(weights: Path, tmp_path: Path) -> None:
+    model = Spach(ARCHITECTURE.replace(image_size=SIZE, classes=0, heads=4)).eval()
+    model.load_state_dict(static_models.small_model("trans").state_dict(), strict=False)
+    inputs = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        np.savez(tmp_path / "answers.npz", input=inputs.numpy(), embedding=model(inputs).numpy())
+    own = loaded(weights)
+    found, agreement = hold_to_answers(own, read_answers(tmp_path / "answers.npz"), lambda text: None)
+    assert agreement.agrees
+    assert values_of(found.settings).heads == 4
+    assert [tensor.name for tensor in (*own.model.outputs, *found.model.outputs)] == ["logits", "logits"]
+
+
 def loaded(weights: Path, **said: Any) -> LoadedModel:
     spec = ModelSpec(NAME, weights, image_size=SIZE, hyperparameters=Hyperparameters(**said))
     return load_model(spec)

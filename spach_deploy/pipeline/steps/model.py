@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from spach_deploy.blocks import REWRITES
-from spach_deploy.bundle.outputs import of_role
+from spach_deploy.bundle.outputs import chosen_outputs, of_role
 from spach_deploy.bundle.store import default_directory
 from spach_deploy.common.errors import MissingPackageError, UsageError
 from spach_deploy.common.progress import Phases
@@ -15,7 +15,6 @@ from spach_deploy.graph.interface import check_outputs
 from spach_deploy.graph.opset import check_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, TENSORRT_PASSES
 from spach_deploy.models.checkpoint import LoadedModel, load_model
-from spach_deploy.models.outputs import chosen_outputs
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions, Role
 from spach_deploy.validation import user_answers

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from spach_deploy.bundle.outputs import chosen_outputs
 from spach_deploy.common.errors import UsageError
-from spach_deploy.models.outputs import chosen_outputs
 from spach_deploy.options.specs import FeatureLayout, OutputSpec, Role
 
 STAGES = ((16, 8, 6), (32, 4, 3))
