@@ -33,7 +33,7 @@ from spach_deploy.bundle.store import GRAPH
 from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.models import published as configs
 from spach_deploy.models.registry import model_size
-from spach_deploy.options.architecture import Architecture
+from spach_deploy.options.architecture import Architecture, sides
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from spach_deploy.pipeline.export import export
 
@@ -157,7 +157,7 @@ def by_batch(name: str, batches: Sequence[int], rounds: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         target, engine = Path(folder) / "bundle", EngineTarget(Flavour.NONE)
         model = export(ExportOptions(ModelSpec(name), Precision.FP16, engine=engine, output=target))
-        size = model.bundle.manifest.model.image_size
+        size, _ = sides(model.bundle.manifest.model.image_size)
         found = latencies(target / GRAPH, size, batches, rounds)
     rows: list[list[object]] = [[n, f"{found[n] * 1e3:.1f}", f"{found[n] / n * 1e3:.1f}"] for n in batches]
     power = exponent(batches, [found[n] for n in batches])

@@ -47,7 +47,7 @@ FEW, MANY = 8, 24
 
 def photographs(folder: Path, count: int) -> Path:
     """`count` JPEG files, each photograph again and again at another quality."""
-    pictures = [item.image for item in probe_source()]
+    pictures = [item.image for item in probe_source() if isinstance(item.image, Image.Image)]
     for number, picture in zip(range(count), itertools.cycle(pictures), strict=False):
         small = picture.copy()
         small.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.LANCZOS)

@@ -184,9 +184,11 @@ def expected_outputs(reference: Mapping[str, Float32Array], tensors: Sequence[Te
 def _of_logits(logits: Float32Array, tensor: TensorInfo) -> Array:
     import numpy as np
 
+    from spach_deploy.common.metrics import best_indices
+
     if tensor.role is Role.PROBABILITIES:
         return softmax(logits).astype(np.float32)
-    indices = np.argsort(-logits, axis=1, kind="stable")[:, : tensor.shape[-1]].astype(np.int64)
+    indices = best_indices(logits, tensor.shape[-1] or logits.shape[1])
     return indices if tensor.role is Role.TOP_INDICES else np.take_along_axis(logits, indices, axis=1)
 
 

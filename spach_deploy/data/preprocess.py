@@ -20,6 +20,8 @@ Arrays of floats hold 0..1 and are neither rounded nor scaled.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -37,8 +39,8 @@ from spach_deploy.options.specs import (
 
 UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float16]
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-"""Pixels with channels last: levels 0..255, or floats in 0..1."""
+Pixels = npt.NDArray[Any]
+"""Pixels with channels last: uint8 levels 0..255, or float32 in 0..1."""
 
 Decoded = Image.Image | Pixels
 """An image before the transform: an RGB picture, or pixels (H, W, C)."""

@@ -122,9 +122,15 @@ def published(architecture: Architecture) -> dict[str, Any]:
     """Values of a published model, without those that it does not use, such as heads without attention."""
     attention = {"heads": architecture.heads, "qk_scale": architecture.qk_scale} if architecture.attention_dims else {}
     mean, std = channel_statistics(architecture.channels)
-    pixels = {"mean": architecture.mean or mean, "std": architecture.std or std}
-    pixels |= {"crop": architecture.crop, "interpolation": architecture.interpolation}
-    return {**attention, "activation": architecture.activation, "norm_eps": architecture.norm_eps, **pixels}
+    return {
+        **attention,
+        "activation": architecture.activation,
+        "norm_eps": architecture.norm_eps,
+        "mean": architecture.mean or mean,
+        "std": architecture.std or std,
+        "crop": architecture.crop,
+        "interpolation": architecture.interpolation,
+    }
 
 
 def resolve_settings(

@@ -31,8 +31,8 @@ class _Size(click.IntRange):
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
         """Return the text. UsageError for a number that is none or out of range."""
-        numbers = [super(_Size, self).convert(part, parameter, context) for part in str(value).split("x", 1)]
-        return "x".join(map(str, numbers))
+        parts: list[Any] = str(value).split("x", 1)
+        return "x".join(str(super(_Size, self).convert(part, parameter, context)) for part in parts)
 
 
 FILE = _Path(path_type=Path, readable=False)  # the code that reads the file says why it cannot

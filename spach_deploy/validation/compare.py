@@ -30,7 +30,7 @@ import numpy.typing as npt
 from spach_deploy.bundle.outputs import CLASS_SCORES
 from spach_deploy.bundle.schema import role_of_name
 from spach_deploy.common.batches import ranges
-from spach_deploy.common.metrics import relative_norm
+from spach_deploy.common.metrics import best_indices, relative_norm
 from spach_deploy.options.specs import Role
 
 Array = npt.NDArray[Any]
@@ -407,7 +407,7 @@ def _flips(reference: Float64, candidate: Float64, start: int, image_names: Sequ
 
 def _top_overlap(reference: Float64, candidate: Float64) -> Float64:
     """Share of the reference's best TOP classes that are among the candidate's, for each image (n)."""
-    ours, theirs = (np.argsort(-scores, axis=1, kind="stable")[:, :TOP] for scores in (reference, candidate))
+    ours, theirs = (best_indices(scores, TOP) for scores in (reference, candidate))
     shared = (ours[:, :, None] == theirs[:, None, :]).any(axis=2)  # (n, 5, 5) -> (n, 5)
     return np.asarray(shared.mean(axis=1), np.float64)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from spach_deploy.common.metrics import relative_l2, relative_l2_by_image, worst_relative_l2
+from spach_deploy.common.metrics import best_indices, relative_l2, relative_l2_by_image, worst_relative_l2
 
 EXACT = np.array([[3.0, 4.0], [6.0, 8.0]], np.float32)
 
@@ -32,3 +32,14 @@ def test_zeros_and_what_is_not_finite() -> None:
     assert relative_l2(EXACT[:1], zeros) == math.inf
     assert not relative_l2(np.array([[math.nan, 1.0]]), EXACT[:1]) < math.inf
     assert not relative_l2(np.array([[math.inf, 1.0]]), EXACT[:1]) < math.inf
+
+
+@pytest.mark.parametrize("classes", [3, 5000, 20_000])
+def test_the_best_are_the_start_of_a_stable_sort(classes: int) -> None:
+    random = np.random.default_rng(0)
+    ties = random.integers(0, 50, (6, classes)).astype(np.float32)
+    undefined = ties.copy()
+    undefined[2, 1] = np.nan
+    for scores in (ties, random.normal(size=(6, classes)), -np.ones((2, classes)), undefined):
+        wanted = np.argsort(-scores, axis=1, kind="stable")[:, :3]
+        assert np.array_equal(best_indices(scores, 3), wanted)

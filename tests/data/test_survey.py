@@ -74,7 +74,7 @@ def wheel_pictures() -> dict[str, Image.Image]:
 
 
 def probes() -> Pictures:
-    return [item.image for item in probe_source()]
+    return [item.image for item in probe_source() if isinstance(item.image, Image.Image)]
 
 
 def digits() -> Pictures:

@@ -104,7 +104,11 @@ def test_five_channels_are_calibrated_quantized_and_validated_from_an_npz(tmp_pa
     np.savez(tmp_path / "others.npz", images=images(5, dtype)[:, ::-1].copy())
     model = ModelSpec(NAME, image_size=(32, 40), num_classes=7)
     quantization = QuantizationSpec(calibration=tmp_path / "others.npz", rest=Precision.FP32)
-    options = {"precision": Precision.INT8, "quantization": quantization, "images": tmp_path / "images.npz"}
+    options: dict[str, Any] = {
+        "precision": Precision.INT8,
+        "quantization": quantization,
+        "images": tmp_path / "images.npz",
+    }
     bundle = exported(tmp_path, model, 5, **options)
     assert bundle.manifest.quantization is not None
     assert len(bundle.manifest.quantization.calibration.survey["channel_mean"]) == 5

@@ -109,6 +109,7 @@ def photographs(folder: Path) -> Path:
     """The built-in photographs, which an export without --images is judged on, as a user's files."""
     folder.mkdir()
     for item in probe_source():
+        assert isinstance(item.image, Image.Image)
         item.image.save((folder / item.name).with_suffix(".png"))
     return folder
 
