@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
     from spach_deploy.common.progress import ExportObserver
     from spach_deploy.models import create_model
+    from spach_deploy.options.architecture import Architecture
     from spach_deploy.quantization.calibration import Calibration
     from spach_deploy.runtime.session import ClassScore, Prediction, Session
     from spach_deploy.validation.result import Validation
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {
+    "Architecture": "spach_deploy.options.architecture",
     "Bundle": "spach_deploy.api",
     "Calibration": "spach_deploy.quantization.calibration",
     "ClassScore": "spach_deploy.runtime.session",
@@ -46,6 +48,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Architecture",
     "Bundle",
     "Calibration",
     "ClassScore",

@@ -110,7 +110,8 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 def _with_demo_weights(spec: ModelSpec) -> LoadedModel:
     match = _asked(spec)
     assert match is not None  # check_spec
-    settings = resolve_settings(match.architecture, _hyperparameters(spec), {}, Source.PUBLISHED)
+    otherwise = Source.COMMAND_LINE if isinstance(spec.architecture, Path) else Source.PUBLISHED
+    settings = resolve_settings(match.architecture, _hyperparameters(spec), {}, otherwise)
     # Built without values: drawing the published initialisation would take longer than all the rest.
     model = _without_values(match.architecture, settings).to_empty(device="cpu")
     load_demo_weights(model)
@@ -122,13 +123,9 @@ def _from_checkpoint(spec: ModelSpec, path: Path) -> LoadedModel:
     content, sha256 = read_checkpoint(path) if index is None else read_shards(index)
     state = state_dict_from_content(content, spec.weights, spec.ignore)
     match, notes = _identify(spec, state)
-    settings = resolve_settings(
-        match.architecture,
-        _hyperparameters(spec),
-        state.args,
-        Source.ASSUMED,
-        heads=Source.ASSUMED if match.is_published else Source.RULE,
-    )
+    otherwise = Source.COMMAND_LINE if isinstance(spec.architecture, Path) else Source.ASSUMED
+    heads = otherwise if match.is_published or spec.architecture is not None else Source.RULE
+    settings = resolve_settings(match.architecture, _hyperparameters(spec), state.args, otherwise, heads=heads)
     values, value_notes = _values(state.tensors)
     model = _without_values(match.architecture, settings)
     model.load_state_dict(_with_counters(model, values), strict=True, assign=True)

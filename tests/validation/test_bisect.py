@@ -67,6 +67,16 @@ def test_a_right_graph_is_right_in_every_module(kind: str, form: str) -> None:
     assert len(result.modules) > 10 * len(folded) or form != "plain"
 
 
+@pytest.mark.parametrize("kind", ["bare", "mixed"])
+def test_blocks_of_any_parts_have_probe_points(kind: str) -> None:
+    result = bisect(graph(kind, "fp16"), kind)
+    assert result.passed, result.suspects
+    blocks = {owner(module.module).rpartition(".spatial_func")[0] for module in result.modules} - {""}
+    assert blocks == {
+        name for name, module in small_model(kind).named_modules() if getattr(module, "has_spatial", False)
+    }
+
+
 def halved(name: str) -> Callable[[ModelProto], None]:
     return lambda model: faults.set_value(model, name, faults.value(model, name) * 0)
 
