@@ -160,7 +160,7 @@ spach-export --model trans_xxs --fp16 --bf16
 spach-export --model trans_xxs --fp16 --gpu sm12
 spach-export --model trans_xxs --fp8 --gpu sm86 --calibration photos.npz
 spach-export --model trans_xxs --batch 8:4:2
-spach-export --model trans_xxs --image-size 65
+spach-export --model trans_xxs --image-size 31
 spach-export --model trans_xxs --image-size -1
 spach-export --model trans_xxs --workspace 2X
 spach-export --model trans_xxs --no-rewrite nothing

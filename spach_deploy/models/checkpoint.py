@@ -175,7 +175,7 @@ def _identify(spec: ModelSpec, state: StateDict) -> tuple[Match, list[str]]:
             f"Give --num-classes {classes}{'' if spec.num_classes is None else ', or leave it out'}.",
         )
     if asked is None:
-        match, size_notes = infer_model(state.tensors, state.args, _size(spec))
+        match, size_notes = infer_model(state.tensors, state.args, _size(spec), is_headless=spec.num_classes == 0)
         notes = _inferred(match)
     else:
         (match, size_notes), notes = _fitting(spec, asked, state), []

@@ -353,9 +353,14 @@ def unequal(group: list[str], tensors: Tensors) -> list[str]:
 # Which model it is
 
 
-def infer_model(tensors: Tensors, args: Mapping[str, Any], asked: Sides | None) -> tuple[Match, list[str]]:
-    """The architecture that `tensors` fit, and notes. CheckpointError that names the tensors that contradict it."""
-    match, difference, notes = nearest(tensors, args, asked)
+def infer_model(
+    tensors: Tensors, args: Mapping[str, Any], asked: Sides | None, *, is_headless: bool = False
+) -> tuple[Match, list[str]]:
+    """The architecture that `tensors` fit, and notes. CheckpointError that names the tensors that contradict it.
+
+    `is_headless`: a model without a head is asked for; else a file without one is refused.
+    """
+    match, difference, notes = nearest(tensors, args, asked, is_headless=is_headless)
     if difference.count:
         raise CheckpointError(
             f"The checkpoint's tensors fit no model; nearest is {match}: {difference}.",
@@ -364,9 +369,12 @@ def infer_model(tensors: Tensors, args: Mapping[str, Any], asked: Sides | None) 
     return match, notes
 
 
-def nearest(tensors: Tensors, args: Mapping[str, Any], asked: Sides | None) -> tuple[Match, Differences, list[str]]:
+def nearest(
+    tensors: Tensors, args: Mapping[str, Any], asked: Sides | None, *, is_headless: bool = False
+) -> tuple[Match, Differences, list[str]]:
     """The architecture that most of `tensors` show, how they differ from it, and notes on the image size."""
-    match = published_match(read_architecture(tensors))
+    read = read_architecture(tensors)
+    match = published_match(read.replace(classes=0) if is_headless else read)
     size, notes = image_size_of(match.architecture, tensors, args, asked)
     match = dataclasses.replace(match, architecture=match.architecture.replace(image_size=size))
     return match, differences(match.architecture, tensors), notes
@@ -397,7 +405,7 @@ def _next_step(difference: Differences, tensors: Tensors) -> str:
         return drop
     if other := _other_head(difference, tensors):
         return f"Its head is called {other}: save it again as head.weight and head.bias. {drop}".rstrip()
-    return f"A model without its head has no answer to export: give the file with its head. {drop}".rstrip()
+    return f"Give the file with its head, or --num-classes 0 for a model whose output is the embedding. {drop}".rstrip()
 
 
 def _other_head(difference: Differences, tensors: Tensors) -> str | None:

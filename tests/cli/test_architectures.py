@@ -47,8 +47,9 @@ def test_the_bundle_holds_the_architecture(folder: Path) -> None:
 
 
 def test_the_reference_is_rebuilt_without_a_name(folder: Path) -> None:
-    section = Bundle.open(folder / "bundle").manifest.model
-    rebuilt = rebuild(section, Weights(folder / "run.pth"))
+    manifest = Bundle.open(folder / "bundle").manifest
+    section = manifest.model
+    rebuilt = rebuild(section, Weights(folder / "run.pth"), manifest.outputs)
     assert rebuilt.architecture == section.architecture
     assert (rebuilt.name, rebuilt.weights_sha256) == ("spach", section.weights_sha256)
 

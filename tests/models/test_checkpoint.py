@@ -231,8 +231,9 @@ class TestIgnoring:
         bare = {name: tensor for name, tensor in state().items() if not name.startswith("head.")}
         for name in (None, "ms_trans_xxs"):
             text = refusal(save(tmp_path, bare), name)
+            assert load(save(tmp_path, bare), name, num_classes=0).num_classes == 0
             assert "2 missing (head.weight, head.bias)" in text
-            assert "give the file with its head" in text
+            assert "Give the file with its head, or --num-classes 0" in text
         called = bare | {"fc.weight": state()["head.weight"], "fc.bias": state()["head.bias"]}
         text = refusal(save(tmp_path, called | {"projector.weight": torch.ones(2)}))
         assert "Its head is called fc: save it again as head.weight and head.bias" in text

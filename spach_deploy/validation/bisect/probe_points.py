@@ -322,7 +322,7 @@ def _thirds(linear: nn.Linear) -> list[nn.Linear]:
     for weight, bias in zip(linear.weight.chunk(3), biases, strict=True):
         third = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         third.weight = nn.Parameter(weight, requires_grad=False)
-        third.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+        third.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         thirds.append(third)
     return thirds
 
