@@ -137,8 +137,11 @@ def _size_of_tokens(
 
 
 def _said_size(args: Mapping[str, Any]) -> Sides | None:
-    said = _number(args.get("input_size"))
-    return None if said is None else (said, said)
+    """`input_size` of args: one number, (height, width), or both after the channels."""
+    value = args.get("input_size")
+    sequence = list(value)[-2:] if isinstance(value, (list, tuple)) else [value]
+    said = [number for entry in sequence if (number := _number(entry)) is not None]
+    return (said[0], said[-1]) if said else None
 
 
 def _number(value: Any) -> int | None:

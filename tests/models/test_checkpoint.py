@@ -511,6 +511,7 @@ class TestArgs:
 
     def test_sizes_of_images_as_a_list(self, tmp_path: Path) -> None:
         assert load(self.with_args(tmp_path, input_size=[3, 256, 256])).image_size == 256
+        assert load(self.with_args(tmp_path, input_size=(3, 64, 96))).image_size == (64, 96)
 
 
 def test_the_weights_hash_sees_names_shapes_and_values() -> None:
