@@ -85,6 +85,13 @@ class ModelSection(Struct, frozen=True, kw_only=True):
     hyperparameters: dict[str, SettingEntry] = {}
     notes: tuple[str, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """The published name; of an architecture outside the table its description."""
+        if self.architecture is None or self.name != self.architecture.family:
+            return self.name
+        return self.architecture.description
+
 
 class TensorInfo(Struct, frozen=True, kw_only=True):
     """A graph input or output. `shape` has null where the batch is free; `layout` names the axes, such as NCHW.

@@ -132,7 +132,7 @@ def _lines(result: ExportResult, manifest: Manifest) -> Iterator[str]:
 
 def _facts(manifest: Manifest) -> Iterator[str]:
     model, engine, certificate = manifest.model, manifest.engine, manifest.graph.certificate
-    yield f"model      {model.name}, {size_in_words(model.image_size)} px, {model.num_classes} classes"
+    yield f"model      {model.title}, {size_in_words(model.image_size)} px, {model.num_classes} classes"
     yield f"graph      {certificate.nodes} nodes, opset {certificate.opset}, {manifest.precision.summary}"
     if engine.flavour is Flavour.NONE:
         yield f"engine     none: {engine.reason}"

@@ -94,7 +94,8 @@ def _without(words: Iterable[str], options: Container[str]) -> Iterator[str]:
 def _by_sections(bundle: Bundle) -> list[str]:
     """The export command, from the manifest's other sections: for manifests without a usable command."""
     manifest = bundle.manifest
-    words = ["spach-export", "--model", manifest.model.name, *_weights(manifest.model), *_sizes(manifest.model)]
+    named = ["--model", manifest.model.name] if manifest.model.title == manifest.model.name else []
+    words = ["spach-export", *named, *_weights(manifest.model), *_sizes(manifest.model)]
     words += [f"--{manifest.precision.asked.value}", *_outputs(manifest.output_options), *_batch(manifest.batch)]
     return list(map(quoted, words))
 

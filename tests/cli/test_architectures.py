@@ -91,3 +91,9 @@ def test_what_contradicts_a_file_is_refused(folder: Path, tmp_path: Path) -> Non
         refused = planned(*words)
         assert refused.exit_code == 2, words
         assert sentence in " ".join(refused.output.split()), refused.output
+
+
+def test_the_summary_says_the_architecture_where_there_is_no_name(folder: Path) -> None:
+    model = Bundle.open(folder / "bundle").manifest.model
+    assert model.title == BARE.description
+    assert model.title == "spach 16 wide, patch 4, 1 conv, 1 trans | 2 trans"
