@@ -30,7 +30,7 @@ def sections(name: str = "ms_hybrid_s", asked: str = "fp16", **changed: Any) -> 
     }
 
 
-def model(name: str, image_size: int = 224, num_classes: int = 1000) -> dict[str, Any]:
+def model(name: str, image_size: int | tuple[int, int] = 224, num_classes: int = 1000) -> dict[str, Any]:
     """The section of a model with demo weights."""
     return {
         **{"name": name, "image_size": image_size, "num_classes": num_classes, "origin": "demo"},

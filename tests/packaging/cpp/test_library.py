@@ -24,7 +24,7 @@ from PIL import Image
 from spach_deploy.bundle.store import GRAPH
 from spach_deploy.cli.package import main as package_command
 from spach_deploy.data.preprocess import pixels, to_input
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, channel_statistics
 from spach_deploy.packaging.cpp.folder import write_folder
 from tests import small_bundles
 from tests.docs.pages import section_commands
@@ -191,6 +191,21 @@ def test_top_k_ranks_as_the_graph_does_and_labels(plain: Build, tmp_path: Path) 
     best = np.argsort(-logits)[:3]
     wanted = [f"  {100 * probabilities[i]:6.2f}%  {i:4d}  Gattung Nr. {i}, grün" for i in best]
     assert result.stdout.splitlines() == [str(tmp_path / "picture.ppm"), *wanted]
+
+
+@pytest.mark.parametrize("io_dtype", [IODtype.FP32, IODtype.UINT8])
+def test_grey_rectangles_are_tested_and_classified(plain: Build, tmp_path: Path, io_dtype: IODtype) -> None:
+    transform = Preprocessing.for_size((6, 10), *channel_statistics(1), crop=1, interpolation="bilinear")
+    tiny = Tiny(outputs=OutputSpec(io_dtype), engine="tensorrt-rtx", preprocessing=transform)
+    model = models.model(tmp_path, tiny)
+    result = plain.run("spach_self_test", model)
+    assert result.returncode == 0, result.stdout + result.stderr
+    picture = np.random.default_rng(5).integers(0, 256, (14, 11, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.ppm")
+    result = plain.run("spach_classify", "-m", model, "-k", 3, tmp_path / "picture.ppm")
+    inputs = to_input(pixels(Image.fromarray(picture), transform)[None], transform, io_dtype)
+    best = np.argsort(-tiny_bundles.logits(tiny, inputs)[0])[:3]
+    assert [line.split()[-1] for line in result.stdout.splitlines()[1:]] == [str(index) for index in best]
 
 
 def test_without_labels_a_class_has_its_number(plain: Build, model: Path, tmp_path: Path) -> None:

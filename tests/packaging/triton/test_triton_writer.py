@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GRAPH, PLAN
 from spach_deploy.common.errors import BundleError, SpachError, UsageError
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, channel_statistics
 from spach_deploy.packaging.polygraphy.folder import write_folder
 from spach_deploy.packaging.triton.check import check_repository
 from spach_deploy.packaging.triton.options import (
@@ -30,6 +31,8 @@ from spach_deploy.packaging.triton.served_model import BundleArgument
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
 from tests.small_bundles import read_manifest, write_manifest
+
+FIVE = Preprocessing.for_size(8, *channel_statistics(5))
 
 EVERY_OUTPUT = OutputSpec(top_k=3, softmax=True)
 
@@ -361,6 +364,19 @@ def test_a_model_of_pixels_needs_no_preprocessing_step(tmp_path: Path) -> None:
     assert tensors(config(result.path, "tiny_ensemble").input) == {"pixels": ("TYPE_UINT8", [8, 8, 3])}
 
 
+def test_the_step_prepares_any_shape_of_pictures(tmp_path: Path) -> None:
+    grey = Preprocessing.for_size((6, 10), *channel_statistics(1), crop=0.9, interpolation="nearest")
+    result = written(tmp_path, Tiny(preprocessing=grey), ensemble=Ensemble())
+    step = config(result.path, "tiny_preprocess")
+    assert tensors(step.output) == {"input": ("TYPE_FP32", [1, 6, 10])}
+    settings = json.loads(step.parameters["preprocessing"].string_value)
+    assert settings == {
+        **{"image_size": [6, 10], "resize_size": [6, 11], "interpolation": "nearest"},
+        **{"mean": [0.449], "std": [0.226], "dtype": "float32"},
+    }
+    assert not check_repository(result.path).findings
+
+
 def test_fewer_classes_than_five_are_all_answered(tmp_path: Path) -> None:
     result = written(tmp_path, Tiny(classes=3), ensemble=Ensemble())
     assert tensors(config(result.path, "tiny_ensemble").output)["labels"] == ("TYPE_STRING", [3])
@@ -370,6 +386,7 @@ def test_fewer_classes_than_five_are_all_answered(tmp_path: Path) -> None:
     ("tiny", "ensemble", "reason"),
     [
         (Tiny(), Ensemble(EnsembleInput.PIXELS), "takes normalized images"),
+        (Tiny(preprocessing=FIVE), Ensemble(), "takes images of 5 channels, which no picture file has"),
         (Tiny(), Ensemble(top_k=8), "--top-k 8 of 7 classes"),
         (Tiny(), Ensemble(top_k=0), "--top-k 0 of 7 classes"),
         (Tiny(batch=BatchProfile(2, 2, 4)), Ensemble(), "pictures come singly"),

@@ -7,6 +7,7 @@ behind it. What only a real export can show is tested on `tests.small_bundles`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from spach_deploy.bundle.outputs import INPUT, LOGITS, PROBABILITIES, TOP_INDICE
 from spach_deploy.bundle.schema import Manifest, TensorInfo
 from spach_deploy.bundle.store import GOLDEN, GRAPH, PLAN, seal
 from spach_deploy.common.files import sha256_of
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Role
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, Role
 from tests import manifests, small_bundles
 
 SIZE = 8
 CLASSES = 7
 RESIZE = 9
+PREPROCESSING = Preprocessing(SIZE, RESIZE)
 
 _DTYPES = {IODtype.FP32: TensorProto.FLOAT, IODtype.FP16: TensorProto.FLOAT16, IODtype.UINT8: TensorProto.UINT8}
 
@@ -49,6 +51,7 @@ class Tiny:
     seed: int = 7
     opset: int = 17
     bfloat16: tuple[str, ...] = ("Conv",)
+    preprocessing: Preprocessing = PREPROCESSING
     main: str = LOGITS
     role: Role = Role.LOGITS
 
@@ -115,17 +118,24 @@ def of_int8(bundle: Path, **section: str) -> Path:
 
 
 def weights(tiny: Tiny) -> npt.NDArray[np.float32]:
-    """The model: logits = input @ weights, (3 S S, classes)."""
-    return np.random.default_rng(tiny.seed).normal(0, 0.2, (3 * SIZE * SIZE, tiny.classes)).astype(np.float32)
+    """The model: logits = input @ weights, (C H W, classes)."""
+    values = math.prod(tiny.preprocessing.pixel_shape)
+    return np.random.default_rng(tiny.seed).normal(0, 0.2, (values, tiny.classes)).astype(np.float32)
+
+
+def _shape(tiny: Tiny) -> tuple[int, int, int]:
+    """Of one input."""
+    height, width, channels = tiny.preprocessing.pixel_shape
+    return (height, width, channels) if tiny.outputs.io_dtype is IODtype.UINT8 else (channels, height, width)
 
 
 def samples(tiny: Tiny, count: int = 4, seed: int = 11) -> npt.NDArray[Any]:
     """Inputs as the model's caller sends them."""
     random = np.random.default_rng(seed)
     if tiny.outputs.io_dtype is IODtype.UINT8:
-        return random.integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+        return random.integers(0, 256, (count, *_shape(tiny)), np.uint8)
     dtype = np.float16 if tiny.outputs.io_dtype is IODtype.FP16 else np.float32
-    return random.normal(0, 1, (count, 3, SIZE, SIZE)).astype(dtype)
+    return random.normal(0, 1, (count, *_shape(tiny))).astype(dtype)
 
 
 def logits(tiny: Tiny, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -150,7 +160,7 @@ def plan_bytes(engine: str) -> bytes:
 def _graph(tiny: Tiny) -> GraphProto:
     io_dtype, k = tiny.outputs.io_dtype, tiny.outputs.top_k
     answers = TensorProto.FLOAT16 if io_dtype is IODtype.FP16 else TensorProto.FLOAT
-    shape: list[str | int | None] = ["batch", SIZE, SIZE, 3] if io_dtype is IODtype.UINT8 else ["batch", 3, SIZE, SIZE]
+    shape: list[str | int | None] = ["batch", *_shape(tiny)]
     perm = [0, 3, 1, 2] if io_dtype is IODtype.UINT8 else [0, 1, 2, 3]
     nodes: list[NodeProto] = [
         helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
@@ -207,8 +217,10 @@ def _manifest(tiny: Tiny, graph: ir.Graph) -> Manifest:
     bounded = [str(tensor.name) for tensor in graph.outputs if tensor.name != TOP_INDICES]
     content = manifests.sections(
         asked=tiny.precision.value,
-        model=manifests.model(tiny.name, SIZE, tiny.classes if tiny.role is Role.LOGITS else 0),
-        preprocessing={**manifests.preprocessing(SIZE), "resize_size": RESIZE},
+        model=manifests.model(
+            tiny.name, tiny.preprocessing.image_size, tiny.classes if tiny.role is Role.LOGITS else 0
+        ),
+        preprocessing=to_builtins(tiny.preprocessing),
         **to_builtins(vars(interface_sections(graph, tiny.tensors, options))),
         engine={"flavour": "none", "reason": "--engine none was asked for"} if tiny.engine == "none" else engine,
         validation={"passed": True, "level": "graph", "tolerances": manifests.tolerances(*bounded)},
