@@ -389,10 +389,9 @@ def _direct(compared: SideBySide) -> Iterator[str]:
     if direct is not None:
         allowed = "" if compared.allowed is None else f" of {compared.allowed:.2e} that both bounds allow"
         flips = direct.scores.flips if direct.scores is not None else ()
-        yield (
-            f"Second against first: relative L2 {direct.rel_l2_worst:.2e}{allowed}, cosine {direct.cosine_worst:.8f};"
-            f" {len(flips)} of {direct.shape[0]} images change class."
-        )
+        changed = "" if direct.scores is None else f"; {len(flips)} of {direct.shape[0]} images change class"
+        error = f"relative L2 {direct.rel_l2_worst:.2e}{allowed}, cosine {direct.cosine_worst:.8f}"
+        yield f"Second against first: {error}{changed}."
         for flip in flips[:_SHOWN]:
             name = flip.name or f"image {flip.image}"
             yield f"  {name}: {flip.reference_class} to {flip.candidate_class}, margin {flip.reference_margin:.2e}"
