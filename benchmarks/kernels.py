@@ -32,9 +32,9 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical, simplify
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import create_model
-from spach_deploy.models.spach import Spach
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import OPSET, EngineTarget, Precision
 from tests.protos import type_graph
@@ -42,7 +42,7 @@ from tests.protos import type_graph
 BATCH = 8
 
 
-def plain_export(model: Spach) -> ModelProto:
+def plain_export(model: SelectableOutputs) -> ModelProto:
     """What a user gets from torch.onnx.export."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     batch = torch.export.Dim("batch", min=1, max=65535)
@@ -74,7 +74,7 @@ def forms(name: str, left_out: Sequence[str] = ()) -> Iterator[tuple[str, ModelP
         yield label, formed(model, disabled)
 
 
-def formed(model: Spach, left_out: Sequence[str] = ()) -> ModelProto:
+def formed(model: SelectableOutputs, left_out: Sequence[str] = ()) -> ModelProto:
     """Our FP32 graph for TensorRT, without the rewrites and passes that are `left_out`."""
     graph = export_canonical(rewrite(model, left_out).model, model.architecture.image_size[0])
     apply_passes(graph, TENSORRT_PASSES, left_out)

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from spach_deploy.blocks.attention import fold_attention_scale, fold_qkv_bias
@@ -22,6 +23,7 @@ from spach_deploy.blocks.replace import replace_known
 from spach_deploy.blocks.stem import fold_batchnorm
 from spach_deploy.common.machine import torch_threads
 from spach_deploy.models.spach import Spach
+from spach_deploy.options.architecture import Architecture
 
 STATIC = "static_reshapes"
 
@@ -77,7 +79,14 @@ def _static(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[nn.Module, Outc
     if isinstance(model, Spach):
         static = own(to_static(model))
         return static, prove_static(model, static)
-    return replace_known(model, inputs)
+    return replace_known(model, inputs or _example(model))
+
+
+def _example(model: nn.Module) -> tuple[Tensor, ...]:
+    """An image for a model of `spach_deploy.models`."""
+    architecture = model.architecture
+    assert isinstance(architecture, Architecture)
+    return (torch.zeros(1, architecture.channels, *architecture.image_size),)
 
 
 def _mark_quantized(static: nn.Module, patterns: Collection[str]) -> None:

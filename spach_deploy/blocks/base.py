@@ -187,3 +187,15 @@ def grids_of(tokens: int) -> list[tuple[int, int]]:
     """Grids (H, W) that this many tokens may form: square first, then the nearest to it, tall and wide."""
     heights = [height for height in range(1, tokens + 1) if tokens % height == 0]
     return sorted(((height, tokens // height) for height in heights), key=lambda grid: abs(grid[0] - grid[1]))
+
+
+def nested(module: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    """Put `parts` into `module` at their paths, in place, so that a static form has the names of what it replaces."""
+    for path, part in parts.items():
+        owner = module
+        *outer, name = path.split(".")
+        for step in outer:
+            if step not in owner._modules:
+                owner.add_module(step, nn.Module())
+            owner = owner.get_submodule(step)
+        owner._modules[name] = part

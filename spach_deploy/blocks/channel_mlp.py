@@ -25,6 +25,18 @@ class StaticChannelMLP(nn.Module):
         return y if self.shape is None else y.reshape(-1, *self.shape)
 
 
+def linear_of(module: nn.Module) -> nn.Linear | None:
+    """A 1x1 convolution as a linear layer over channels that come last, which shares its weight; None for another."""
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return None
+    if module.kernel_size != (1, 1) or module.stride != (1, 1) or module.padding not in (0, (0, 0), "same", "valid"):
+        return None
+    linear = nn.Linear(module.in_channels, module.out_channels, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().flatten(1), requires_grad=False)
+    linear.bias = module.bias  # type: ignore[assignment]  # a layer without bias has None
+    return linear
+
+
 def linear_pair(module: nn.Module) -> tuple[nn.Linear, nn.Linear, tuple[nn.Module, ...]] | None:
     """Two linear layers of which the second undoes the first's change of width, and the activations that may stand
     between them: the module's own, else all that have no parameters. None for another module.

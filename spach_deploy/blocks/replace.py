@@ -12,11 +12,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.blocks import attention, channel_mlp, depthwise, downsampling, mixing_block, stem, token_mlp
+from spach_deploy.blocks import (
+    attention,
+    axis_mlp,
+    channel_mlp,
+    depthwise,
+    downsampling,
+    mixing_block,
+    shift,
+    stem,
+    token_mlp,
+)
 from spach_deploy.blocks.base import FP64_LIMIT, Call, Change, Outcome, double, own, probe
 from spach_deploy.common.metrics import relative_l2
 
-_KINDS = (stem, downsampling, depthwise, attention, channel_mlp, token_mlp)
+_KINDS = (stem, downsampling, depthwise, attention, channel_mlp, token_mlp, axis_mlp, shift)
+
+_OWN = "spach_deploy.models."
 
 
 def calls_of(model: nn.Module, inputs: Sequence[Tensor]) -> dict[nn.Module, Call]:
@@ -57,6 +69,8 @@ class _Finder:
     def __init__(self, calls: dict[nn.Module, Call]) -> None:
         self.changes: list[Change] = []
         self._calls = calls
+        self._proven: set[tuple[type[nn.Module], Call]] = set()
+        """Classes of this package's own reference models, by shapes: one of each kind and shape is proven."""
 
     def replace_children(self, path: str, copied: nn.Module, module: nn.Module) -> None:
         """Replace the known children of `copied`, which is a copy of `module`, and look into the others."""
@@ -76,10 +90,15 @@ class _Finder:
         call = self._calls.get(module)
         if call is None or not list(module.children()):
             return None
+        key = (type(module), call)
         for form in self._forms(module, call):
+            if key in self._proven:
+                return form.eval()
             error = _error(module, form, call)
             if error is not None and error <= FP64_LIMIT:
                 self.changes.append(Change(path, error))
+                if type(module).__module__.startswith(_OWN):
+                    self._proven.add(key)
                 return form.eval()
         return None
 

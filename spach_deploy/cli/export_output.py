@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,14 +177,16 @@ def models_as_table() -> str:
         for info in list_models()
     ]
     table = _table(("model", "params", "MACs", "stages", "top-1", "published name (alias)"), rows)
-    return f"{table}\n\nBlocks of each stage: c convolution, t attention, m spatial MLP. MACs at 224 pixels."
+    letters = "c convolution, t attention, m spatial MLP, a linear along each axis, s shift"
+    return f"{table}\n\nBlocks of each stage: {letters}. MACs at 224 pixels."
+
+
+_LETTERS = {"conv": "c", "trans": "t", "mlp": "m", "smlp": "a", "shift": "s"}
 
 
 def _short(stages: str) -> str:
     """`2 conv, 10 trans` -> `2c 10t`."""
-    for mixer in ("conv", "trans", "mlp"):
-        stages = stages.replace(f" {mixer}", mixer[0])
-    return stages.replace(", ", " ")
+    return re.sub(r" ([a-z]+)", lambda mixer: _LETTERS[mixer[1]], stages.replace(", ", "/")).replace("/", " ")
 
 
 def models_as_json() -> str:

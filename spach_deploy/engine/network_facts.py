@@ -97,9 +97,16 @@ def read_network_facts(network: Any) -> NetworkFacts:
 
 
 def _dequantized(layers: list[Any], kinds: list[str]) -> dict[str, str]:
-    """By output tensor of a DEQUANTIZE layer: the data type of its input."""
-    pairs = zip(layers, kinds, strict=True)
-    return {layer.get_output(0).name: _dtype(layer.get_input(0)) for layer, kind in pairs if kind == "DEQUANTIZE"}
+    """By tensor: the data type of the input of the DEQUANTIZE layer that makes it, directly or through a SHUFFLE, by
+    which the parser gives a weight the axis of the batch.
+    """
+    found: dict[str, str] = {}
+    for layer, kind in zip(layers, kinds, strict=True):
+        if kind == "DEQUANTIZE":
+            found[layer.get_output(0).name] = _dtype(layer.get_input(0))
+        elif kind == "SHUFFLE" and (stored := found.get(layer.get_input(0).name)):
+            found[layer.get_output(0).name] = stored
+    return found
 
 
 def _tensor(tensor: Any) -> TensorFact:

@@ -40,6 +40,7 @@ from spach_deploy.graph.block_prototype import (
 from spach_deploy.graph.editing import array_of, as_proto, name_of
 from spach_deploy.graph.names import name_by_module, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.own_module import flattened
 from spach_deploy.options.specs import OPSET, ImageSize, sides
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
@@ -173,6 +174,10 @@ def export_canonical(model: nn.Module, image_size: ImageSize, channels: int = 3)
     Raises CertificateError for a graph whose batch cannot be made symbolic, whose blocks cannot be repeated, or that
     onnxsim computes differently.
     """
+    if not isinstance(model, StaticSpach):
+        assert isinstance(model, SelectableOutputs)
+        example = torch.zeros(1, channels, *sides(image_size))
+        return export_module(model, {INPUT: example}, [tensor.name for tensor in model.outputs])
     prototype = make_prototype(model)
     return stamp_blocks(_traced(prototype, (channels, *sides(image_size))), prototype.repeats, model)
 

@@ -26,8 +26,8 @@ from spach_deploy.models.matching import (
     infer_model,
     num_classes_of,
 )
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.registry import Match, check_spec, create_model, known_name, requested
-from spach_deploy.models.spach import Spach
 from spach_deploy.options.architecture import Architecture, ImageSize, Sides, sides, size_of_sides
 from spach_deploy.options.specs import Hyperparameters, ModelSpec, Preprocessing, channel_statistics
 
@@ -43,7 +43,7 @@ class LoadedModel:
     converted and compared, in sentences for the report. `settings`: values that tensors do not show, with their source.
     """
 
-    model: Spach
+    model: SelectableOutputs
     name: str
     origin: Literal["checkpoint", "demo"]
     checkpoint_path: Path | None
@@ -159,7 +159,7 @@ def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedM
     return dataclasses.replace(loaded, model=model, settings=settings)
 
 
-def _without_values(architecture: Architecture, settings: Iterable[Setting]) -> Spach:
+def _without_values(architecture: Architecture, settings: Iterable[Setting]) -> SelectableOutputs:
     """The model of `architecture` with the values of `settings`, on the meta device."""
     with torch.device("meta"):
         return create_model(architecture.replace(**{setting.name: setting.value for setting in settings}))
@@ -244,14 +244,14 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _with_counters(model: Spach, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_counters(model: SelectableOutputs, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """`values` with BatchNorm's counters of training steps set to zero: evaluation does not use them."""
     counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
     return values | {name: torch.zeros((), dtype=torch.int64) for name in counters}
 
 
 def _loaded(
-    model: Spach,
+    model: SelectableOutputs,
     name: str,
     origin: Literal["checkpoint", "demo"],
     path: Path | None,

@@ -20,9 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import CheckpointError, ModelError
 from spach_deploy.models.checkpoint_content import ignoring, shown
-from spach_deploy.models.published import ARCHITECTURES, CHANNELS_PER_HEAD
+from spach_deploy.models.published import ARCHITECTURES, CHANNELS_PER_HEAD, CHANNELS_PER_SHIFT, TORCH_EPS
 from spach_deploy.models.registry import Match, create_model, published_match, reference_name, resolve
-from spach_deploy.options.architecture import CONV, LARGEST_SIDE, MLP, TRANS, Architecture, Sides, size_in_words
+from spach_deploy.options.architecture import (
+    CONV,
+    LARGEST_SIDE,
+    MLP,
+    SHIFT,
+    SMLP,
+    TRANS,
+    Architecture,
+    Sides,
+    size_in_words,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +92,8 @@ def image_size_of(
     `args` give another.
     """
     said = _said_size(args)
+    if architecture.family == "smlpnet":
+        return _fixed_size(architecture.image_size, asked, said)
     fixed = _fixed_tokens(architecture, tensors)
     if fixed is not None:
         return _size_of_tokens(architecture, fixed, asked, said)
@@ -94,6 +106,20 @@ def image_size_of(
     if size == said:
         return size, [f"image size {words}: args say so" + (", which agrees" if asked is not None else "")]
     return size, [f"image size {words} as asked, though args say that it was trained at {size_in_words(said)}"]
+
+
+def _fixed_size(size: Sides, asked: Sides | None, said: Sides | None) -> tuple[Sides, list[str]]:
+    """The image size that the weights fix. CheckpointError for another that was asked for or that args say."""
+    words = size_in_words(size)
+    for other, who in ((asked, "was asked for"), (said, "is what its args say")):
+        if other is not None and other != size:
+            raise CheckpointError(
+                f"The checkpoint is of a model for {words} pixels, as its layers along rows and columns fix the grid,"
+                f" but {size_in_words(other)} {who}.",
+                f"Give --image-size {words}." if other == asked else _WRONG_FILE,
+            )
+    agree = " and args" if said is not None else ""
+    return size, [f"image size {words}: the weights along rows and columns{agree} say so"]
 
 
 def _fixed_tokens(architecture: Architecture, tensors: Tensors) -> tuple[int, int] | None:
@@ -193,9 +219,12 @@ def differences(architecture: Architecture, tensors: Tensors) -> Differences:
     )
 
 
+_HEADS = ("head.weight", "mlp_head.0.weight")
+
+
 def num_classes_of(tensors: Tensors) -> int | None:
     """Number of classes: rows of the head's weight. None without a head."""
-    head = tensors.get("head.weight")
+    head = next((tensors[name] for name in _HEADS if name in tensors), None)
     return int(head.shape[0]) if head is not None and head.ndim == 2 else None
 
 
@@ -204,11 +233,15 @@ def read_architecture(tensors: Tensors) -> Architecture:
 
     CheckpointError where they are not those of a SPACH model.
     """
-    if "stem.proj.weight" not in tensors and "stem.proj.0.weight" not in tensors:
+    readers = {"token_mix.0.1.proj_h.weight": _smlpnet, "layers.0.blocks.0.mlp.fc1.weight": _shiftvit}
+    read = next((reader for name, reader in readers.items() if name in tensors), None)
+    if read is None and "stem.proj.weight" not in tensors and "stem.proj.0.weight" not in tensors:
         raise _not_a_model(tensors)
     try:
+        if read is not None:
+            return read({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         return _Reader({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors).architecture()
-    except (IndexError, ZeroDivisionError):
+    except (IndexError, KeyError, ZeroDivisionError):
         raise _not_a_model(tensors) from None
     except ModelError as error:
         raise CheckpointError(f"The checkpoint's tensors fit no model: {error.message}", error.hint) from None
@@ -218,6 +251,55 @@ def _not_a_model(tensors: Tensors) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint's tensors are not those of a SPACH model: it holds {shown(tensors)}.",
         "spach-export --list shows the published ones.",
+    )
+
+
+def _smlpnet(shapes: Mapping[str, Shape]) -> Architecture:
+    """The architecture that the tensors of an sMLPNet show: all of it, but for activation and epsilon."""
+    width, channels, patch, _ = shapes["to_patch_embedding.0.0.weight"]
+    blocks = itertools.takewhile(
+        lambda name: name in shapes, map("token_mix.{}.1.fuse.weight".format, itertools.count())
+    )
+    depths = [len(list(run)) for _, run in itertools.groupby(shapes[name][0] for name in blocks)]
+    hidden, inputs, *_ = shapes["channel_mix.0.2.net.0.weight"]
+    return Architecture(
+        family="smlpnet",
+        channels=channels,
+        classes=shapes.get("mlp_head.0.weight", (Architecture.classes,))[0],
+        patch_size=patch,
+        width=width,
+        stages=tuple(((SMLP, depth),) for depth in depths),
+        channel_ratio=_ratio([(inputs, hidden)], 3.0, width),
+        norm_eps=TORCH_EPS,
+        image_size=_size_of_axes(shapes, patch),
+    )
+
+
+def _size_of_axes(shapes: Mapping[str, Shape], patch: int) -> Sides:
+    """The image size that the layers along the axes of an sMLPNet's first stage fix."""
+    return shapes["token_mix.0.1.proh_w.weight"][0] * patch, shapes["token_mix.0.1.proj_h.weight"][0] * patch
+
+
+def _shiftvit(shapes: Mapping[str, Shape]) -> Architecture:
+    """The architecture that the tensors of a ShiftViT show; shifts of as many channels as in all published models."""
+    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    stages: dict[int, int] = collections.Counter()
+    for name in shapes:
+        if match := re.fullmatch(r"layers\.(\d)\.blocks\.\d{1,3}\.mlp\.fc1\.weight", name):
+            stages[int(match[1])] += 1
+    hidden, inputs, *_ = shapes["layers.0.blocks.0.mlp.fc1.weight"]
+    step = patch << (len(stages) - 1)
+    return Architecture(
+        family="shiftvit",
+        channels=channels,
+        classes=shapes.get("head.weight", (Architecture.classes,))[0],
+        patch_size=patch,
+        width=width,
+        stages=tuple(((SHIFT, stages[stage]),) for stage in sorted(stages)),
+        channel_ratio=_ratio([(inputs, hidden)], 4.0, width),
+        norm_eps=TORCH_EPS,
+        divisions=max(4, width // CHANNELS_PER_SHIFT),
+        image_size=(2 * step, 2 * step) if 2 * step > 224 else (224, 224),
     )
 
 

@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from spach_deploy.bundle.outputs import NCHW, StageShape, vector
+from spach_deploy.bundle.outputs import NCHW, TOKENS, StageShape, vector
 from spach_deploy.bundle.schema import TensorInfo
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import Role
 
 
 class SelectableOutputs(nn.Module):
     """A model whose outputs are chosen before it runs, by setting `outputs`.
 
-    `stage_shapes`: (channels, height, width) of what each network stage gives.
+    `architecture`: what it computes. `stage_shapes`: (channels, height, width) of what each network stage gives.
     """
 
+    architecture: Architecture
     stage_shapes: tuple[StageShape, ...]
 
     @property
@@ -73,3 +75,13 @@ def giving(model: nn.Module, role: Role) -> Iterator[None]:
         yield
     finally:
         model.outputs = chosen
+
+
+def stage_shapes(architecture: Architecture) -> tuple[StageShape, ...]:
+    """(channels, height, width) of what each stage gives."""
+    return tuple((dim, *grid) for dim, grid in zip(architecture.stage_dims, architecture.grids, strict=True))
+
+
+def image_or_tokens(x: Tensor, layout: str) -> Tensor:
+    """A map (B, C, H, W) in a layout of feature maps."""
+    return x.flatten(2).transpose(1, 2) if layout == TOKENS else x

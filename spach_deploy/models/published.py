@@ -1,6 +1,7 @@
-"""The table of published SPACH models: the architecture of each, its size, and its accuracy.
+"""The table of published models: the architecture of each, its size, and its accuracy.
 
-Source: Zhao et al., arXiv 2108.13002, and the keys of its published checkpoints. This module imports no torch, so that
+Sources: Zhao et al., arXiv 2108.13002 (SPACH), Tang et al., arXiv 2109.05422 (sMLPNet), Wang et al., arXiv 2201.10801
+(ShiftViT), and the keys of their published checkpoints. This module imports no torch, so that
 `--list` and errors about names are instant.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from spach_deploy.options.architecture import CONV, MLP, TRANS, Architecture, Stages
+from spach_deploy.options.architecture import CONV, MLP, SHIFT, SMLP, TRANS, Architecture, Stages
 
 
 def _single(mixer: str, width: int, depth: int, ratio: int, heads: int = 0, shared: bool = False) -> Architecture:
@@ -31,6 +32,29 @@ def _hybrid(width: int, ratio: int, stages: Stages, stem: str = "patch") -> Arch
         patch_size=4, width=width, stages=stages, channel_ratio=ratio, heads=width // CHANNELS_PER_HEAD, stem=stem
     )
 
+
+def _smlpnet(width: int, depths: tuple[int, ...]) -> Architecture:
+    stages = tuple(((SMLP, depth),) for depth in depths)
+    return Architecture(family="smlpnet", patch_size=4, width=width, stages=stages, channel_ratio=3, norm_eps=TORCH_EPS)
+
+
+def _shiftvit(width: int, depths: tuple[int, ...], ratio: int) -> Architecture:
+    return Architecture(
+        family="shiftvit",
+        patch_size=4,
+        width=width,
+        stages=tuple(((SHIFT, depth),) for depth in depths),
+        channel_ratio=ratio,
+        norm_eps=TORCH_EPS,
+        divisions=width // CHANNELS_PER_SHIFT,
+    )
+
+
+TORCH_EPS = 1e-5
+"""PyTorch's own, which the models that are not SPACH keep."""
+
+CHANNELS_PER_SHIFT = 8
+"""Channels of the first stage that every published ShiftViT takes from each neighbour."""
 
 CHANNELS_PER_HEAD = 32
 """Every published model with attention has one head for each 32 channels of its first stage's width."""
@@ -67,6 +91,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ms_hybrid_xs+": _hybrid(96, 2, _HYBRID_XS, "conv"),
     "ms_hybrid_s": _hybrid(128, 3, _HYBRID_S),
     "ms_hybrid_s+": _hybrid(128, 3, _HYBRID_S, "conv"),
+    "smlpnet_tiny": _smlpnet(80, (2, 8, 14, 2)),
+    "smlpnet_small": _smlpnet(96, (2, 10, 24, 2)),
+    "smlpnet_base": _smlpnet(112, (2, 10, 24, 2)),
+    "shiftvit_light_tiny": _shiftvit(96, (2, 2, 6, 2), 4),
+    "shiftvit_r4_tiny": _shiftvit(96, (2, 2, 12, 3), 4),
+    "shiftvit_r2_tiny": _shiftvit(96, (6, 8, 18, 6), 2),
+    "shiftvit_light_small": _shiftvit(96, (2, 2, 18, 2), 4),
+    "shiftvit_r4_small": _shiftvit(96, (2, 6, 24, 4), 4),
+    "shiftvit_r2_small": _shiftvit(96, (10, 18, 36, 10), 2),
+    "shiftvit_light_base": _shiftvit(128, (2, 2, 18, 2), 4),
+    "shiftvit_r4_base": _shiftvit(128, (4, 6, 22, 4), 4),
+    "shiftvit_r2_base": _shiftvit(128, (10, 18, 36, 10), 2),
 }
 
 
@@ -108,6 +144,18 @@ SIZES: dict[str, Size] = {
     "ms_hybrid_xs+": Size(28_060_072, 5_549_794_560),
     "ms_hybrid_s": Size(63_028_584, 11_050_933_248),
     "ms_hybrid_s+": Size(63_138_728, 12_177_284_096),
+    "smlpnet_tiny": Size(24_123_584, 4_989_451_520),
+    "smlpnet_small": Size(48_558_136, 10_312_161_792),
+    "smlpnet_base": Size(65_880_408, 13_986_515_200),
+    "shiftvit_light_tiny": Size(19_608_328, 2_963_159_040),
+    "shiftvit_r4_tiny": Size(31_426_312, 4_581_636_096),
+    "shiftvit_r2_tiny": Size(28_566_664, 4_581_636_096),
+    "shiftvit_light_small": Size(33_796_360, 5_737_691_136),
+    "shiftvit_r4_small": Size(51_523_336, 8_512_223_232),
+    "shiftvit_r2_small": Size(50_304_136, 8_743_434_240),
+    "shiftvit_light_base": Size(59_708_776, 10_193_575_936),
+    "shiftvit_r4_base": Size(87_271_528, 15_126_077_440),
+    "shiftvit_r2_base": Size(89_026_408, 15_537_119_232),
 }
 """Of the models in `ARCHITECTURES` with 1000 classes. A test compares them with the modules themselves."""
 
@@ -120,5 +168,12 @@ TOP1 = {
     "ms_mlp_s": 82.1,
     "ms_hybrid_s": 83.7,
     "ms_hybrid_s+": 83.9,
+    "smlpnet_tiny": 81.9,
+    "smlpnet_small": 83.1,
+    "smlpnet_base": 83.4,
+    "shiftvit_light_tiny": 79.4,
+    "shiftvit_light_small": 81.6,
+    "shiftvit_r2_tiny": 81.7,
+    "shiftvit_r2_small": 82.8,
 }
 """ImageNet-1K top-1 in percent at 224 pixels of the checkpoints that were published, each as spach_<our name>.pth."""

@@ -1,4 +1,4 @@
-"""Names of the published SPACH models: aliases, the table that `spach-export --list` prints, and `create_model`.
+"""Names of the published models: aliases, the table that `spach-export --list` prints, and `create_model`.
 
 Only `create_model` imports torch.
 """
@@ -18,7 +18,7 @@ from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import ModelSpec, WeightSource
 
 if TYPE_CHECKING:
-    from spach_deploy.models.spach import Spach
+    from spach_deploy.models.outputs import SelectableOutputs
 
 __all__ = ["ARCHITECTURES", "ModelInfo", "check_spec", "create_model", "list_models", "model_info", "resolve"]
 
@@ -58,7 +58,7 @@ def model_info(name: str) -> ModelInfo:
         macs=SIZES[name].macs,
         stages=ARCHITECTURES[name].described_stages,
         published_top1=TOP1.get(name),
-        published_checkpoint=f"spach_{name}.pth" if name in TOP1 else None,
+        published_checkpoint=f"spach_{name}.pth" if name in TOP1 and _is_spach(name) else None,
     )
 
 
@@ -164,7 +164,7 @@ def check_ignore(checkpoint: Path | None, ignore: tuple[str, ...]) -> None:
         raise UsageError("--ignore names tensors of a checkpoint.", "Give --checkpoint FILE.")
 
 
-def create_model(model: str | Architecture, *, num_classes: int | None = None, **changes: Any) -> Spach:
+def create_model(model: str | Architecture, *, num_classes: int | None = None, **changes: Any) -> SelectableOutputs:
     """A freshly initialised model in evaluation mode, float32 on the CPU.
 
         create_model("ms_trans_xxs", image_size=64, num_classes=10)
@@ -175,12 +175,16 @@ def create_model(model: str | Architecture, *, num_classes: int | None = None, *
     `num_classes` is its `classes`. Raises ModelError for an unknown name and for values that contradict each other,
     TypeError for a field that does not exist.
     """
+    from spach_deploy.models.shiftvit import ShiftViT
+    from spach_deploy.models.smlpnet import SMLPNet
     from spach_deploy.models.spach import Spach
 
+    families: dict[str, type[SelectableOutputs]] = {"spach": Spach, "smlpnet": SMLPNet, "shiftvit": ShiftViT}
     if num_classes is not None:
         changes["classes"] = num_classes
     architecture = ARCHITECTURES[resolve(model)] if isinstance(model, str) else model
-    return Spach(architecture.replace(**changes)).eval()
+    architecture = architecture.replace(**changes)
+    return families[architecture.family](architecture).eval()
 
 
 def model_size(architecture: Architecture) -> Size:
@@ -202,11 +206,20 @@ def _counted(architecture: Architecture) -> Size:
 @functools.cache
 def _aliases() -> dict[str, str]:
     plain = [name for name, entry in ARCHITECTURES.items() if entry.stem == "patch" and not entry.shared]
-    return {reference_name(name): name for name in plain} | {f"spach_{name}": name for name in TOP1}
+    aliases = {reference_name(name): name for name in plain if _is_spach(name)}
+    return aliases | {f"spach_{name}": name for name in TOP1 if _is_spach(name)}
+
+
+def _is_spach(name: str) -> bool:
+    return ARCHITECTURES[name].family == "spach"
 
 
 def reference_name(name: str) -> str:
-    """`ms_hybrid_s+` -> `spach_ms_s_patch4_224_hybrid`; the published registry has stem and sharing as options."""
+    """`ms_hybrid_s+` -> `spach_ms_s_patch4_224_hybrid`; the published registry has stem and sharing as options. Those
+    of the other families are ours.
+    """
+    if ARCHITECTURES[name].family != "spach":
+        return name
     *stages, mixer, size = name.rstrip("+").removesuffix("_shared").split("_")
     mixer = "attn" if mixer == "trans" else mixer
     return "_".join(["spach", *stages, size, f"patch{ARCHITECTURES[name].patch_size}", "224", mixer])

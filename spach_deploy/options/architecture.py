@@ -60,9 +60,10 @@ def size_in_words(size: ImageSize) -> str:
 
 
 CONV, TRANS, MLP = "conv", "trans", "mlp"
+SMLP, SHIFT = "smlp", "shift"
 STEMS = ("patch", "conv")
 
-MIXERS: dict[str, tuple[str, ...]] = {"spach": (CONV, TRANS, MLP)}
+MIXERS: dict[str, tuple[str, ...]] = {"spach": (CONV, TRANS, MLP), "smlpnet": (SMLP,), "shiftvit": (SHIFT,)}
 """By family, how a block can mix tokens."""
 
 ARCHITECTURE_VERSION = 1
@@ -74,6 +75,7 @@ _LARGEST = {
     "patch_size": 1024,
     "width": 1 << 16,
     "heads": 1 << 16,
+    "divisions": 1 << 16,
 }
 _LARGEST_RATIO = 64.0
 
@@ -88,7 +90,9 @@ class Architecture:
     output is the embedding. `stem`: `patch`, one convolution of kernel and stride `patch_size`, or `conv`, three
     convolutions before it. `width`: channels of the first stage; each further stage has twice those of the one before.
     `stages`: for each stage, how its blocks mix tokens, as (mixer, number of blocks) in order; mixers are `conv` (no
-    spatial function, published as `pass`), `trans` (attention, `attn`) and `mlp`.
+    spatial function, published as `pass`), `trans` (attention, `attn`) and `mlp`; of the family `smlpnet` `smlp` (a
+    linear layer along each axis), of `shiftvit` `shift` (of the channels' `divisions` equal parts, the first four come
+    from neighbours).
 
     `heads`: of every attention. `qkv_bias`: whether query, key and value have a bias. `qk_scale`: factor of q; None or
     0: head size ** -0.5. `channel_ratio`, `token_ratio`: hidden width of the MLPs over channels and over tokens.
@@ -121,6 +125,7 @@ class Architecture:
     activation: str = "gelu"
     norm: str = "layer"
     norm_eps: float = 1e-6
+    divisions: int = 0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop: float = 0.875
@@ -137,6 +142,7 @@ class Architecture:
         _check_stages(self)
         _check_numbers(self)
         _check_heads(self)
+        _check_divisions(self)
         _check_image_size(self)
 
     def replace(self, **changes: Any) -> Architecture:
@@ -324,13 +330,21 @@ def _check_stages(architecture: Architecture) -> None:
         raise ModelError(f"{len(architecture.stages)} stages is not 1 to 10.", "Give fewer stages.")
 
 
+def _check_divisions(architecture: Architecture) -> None:
+    if architecture.family == "shiftvit" and not 4 <= architecture.divisions <= architecture.width:
+        raise ModelError(
+            f"divisions {architecture.divisions} is not 4 to {architecture.width}, the channels of the first stage.",
+            "Give what training used; the published models have 12 or 16.",
+        )
+
+
 def _one_of(names: tuple[str, ...]) -> str:
     return f"One of {', '.join(names)}."
 
 
 def _check_numbers(architecture: Architecture) -> None:
     for name, most in _LARGEST.items():
-        value, least = getattr(architecture, name), 0 if name in ("classes", "heads") else 1
+        value, least = getattr(architecture, name), 0 if name in ("classes", "heads", "divisions") else 1
         if type(value) is not int or not least <= value <= most:
             raise ModelError(f"{name} {str(value)[:40]} is not {least} to {most:,}.", "Give a whole number in between.")
     for name in ("channel_ratio", "token_ratio", "crop"):

@@ -32,7 +32,10 @@ from spach_deploy.graph.editing import name_of, operand, shapes_at_batch_one
 from spach_deploy.graph.names import owner
 from spach_deploy.quantization.formats import FP8, EightBitFormat
 
-HEAD = "head"
+HEADS = ("head", "mlp_head.0")
+"""Paths of the last layer, by family of models."""
+
+UNCERTAIN = "rule: which axis of its weight is summed over is not certain"
 
 
 class LayerKind(str, enum.Enum):
@@ -52,7 +55,8 @@ class Site:
     `activation`: the tensor that input `slot` of `node` reads. `weight`: (outputs, inputs, ...). `channel_axis`: the
     axis of the activation that is summed over, with axis 1 of the weight; None for an attention. `macs`:
     multiplications for one image. `bias`: the constant that is added to the products, "" without one. An attention has
-    no weights: `tensors` are its activations, `products` the nodes that multiply, and `node` is the softmax.
+    no weights: `tensors` are its activations, `products` the nodes that multiply, and `node` is the softmax. `unfit`:
+    why it must stay in float, whatever is asked for.
     """
 
     module: str
@@ -66,6 +70,7 @@ class Site:
     tensors: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
     bias: str = ""
+    unfit: str = ""
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -87,14 +92,18 @@ class _Finder:
 
     def site(self, node: ir.Node) -> Site | None:
         if node.op_type == "Gemm" and is_weight(node.inputs[1]):
-            return self._weighted(node, LayerKind.LINEAR, 0, 1, -1)
+            return self._weighted(node, LayerKind.LINEAR, 0, 1, -1, "" if _is_linear(node) else UNCERTAIN)
         if node.op_type == "Split" and is_weight(node.inputs[0]):
             return self._parted(node)
         if node.op_type == "Conv" and is_weight(node.inputs[1]):
             kind = LayerKind.DEPTHWISE if node.attributes.get_int("group", 1) > 1 else LayerKind.CONVOLUTION
             return self._weighted(node, kind, 0, 1, 1)
         if node.op_type == "MatMul" and is_weight(node.inputs[0]):
-            return self._weighted(node, LayerKind.TOKEN_LINEAR, 1, 0, 1)
+            shapes = [self._shape(value) for value in node.inputs if value is not None]
+            certain = [len(shape) for shape in shapes] == [2, 3]
+            return self._weighted(node, LayerKind.TOKEN_LINEAR, 1, 0, 1, "" if certain else UNCERTAIN)
+        if node.op_type == "MatMul" and is_weight(node.inputs[1]):
+            return self._weighted(node, LayerKind.LINEAR, 0, 1, -1, UNCERTAIN)
         if node.op_type == "Softmax":
             return self._attention(node)
         return None
@@ -102,13 +111,16 @@ class _Finder:
     def _shape(self, value: ir.Value) -> tuple[int, ...]:
         return self._shapes[name_of(value)]
 
-    def _weighted(self, node: ir.Node, kind: LayerKind, slot: int, weight: int, channel_axis: int) -> Site:
+    def _weighted(
+        self, node: ir.Node, kind: LayerKind, slot: int, weight: int, channel_axis: int, unfit: str = ""
+    ) -> Site:
         name, weights = name_of(node), operand(node, weight)
         outputs, per_output = math.prod(self._shape(node.outputs[0])), math.prod(self._shape(weights)[1:])
         return Site(
             *(owner(name), name, kind, name_of(node.inputs[slot]), slot, name_of(weights), channel_axis),
             macs=outputs * per_output,
             bias=_bias(node),
+            unfit=unfit,
         )
 
     def _parted(self, split: ir.Node) -> Site | None:
@@ -138,6 +150,13 @@ class _Finder:
             tensors=tensors,
             products=(name_of(before), name_of(after[0])),
         )
+
+
+def _is_linear(gemm: ir.Node) -> bool:
+    """Whether a Gemm multiplies rows by the transpose of its weight, (outputs, inputs), as linear layers do."""
+    options = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    options |= {name: attribute.value for name, attribute in gemm.attributes.items()}
+    return options == {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 
 
 def is_weight(value: ir.Value | None) -> bool:
@@ -171,6 +190,8 @@ class Selection:
         return {site.node: self._reason(site, form) for site in sites}
 
     def _reason(self, site: Site, form: EightBitFormat) -> str:
+        if site.unfit:
+            return site.unfit
         if _matches(site.module, self.keep_float):
             return "asked: --keep-float"
         if _matches(site.module, self.quantize):
@@ -200,7 +221,7 @@ def _matches(module: str, patterns: Iterable[str]) -> bool:
 def _rule(site: Site, form: EightBitFormat) -> str:
     if site.kind is LayerKind.DEPTHWISE:
         return "rule: a depthwise convolution fuses with its neighbours in half"
-    if site.module == HEAD:
+    if site.module in HEADS:
         return "rule: the head's error is the answer's"
     if site.kind is LayerKind.ATTENTION:
         return "rule: the fused attention kernel stays in half"

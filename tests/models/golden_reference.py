@@ -1,4 +1,4 @@
-"""Reference values of the published SPACH implementation, for the 24 models of this package.
+"""Reference values of the published implementation, for the models of this package.
 
 `../golden/models.json` has its registry names, options, parameter counts, and state-dict keys and shapes;
 `../golden/logits.npz` its logits, float32 (2, 1000), computed in evaluation mode on a CPU at 224 pixels with

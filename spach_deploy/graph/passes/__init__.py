@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection
 import onnx_ir as ir
 
 from spach_deploy.common.errors import CertificateError
+from spach_deploy.graph.passes.axis_products import axis_products
+from spach_deploy.graph.passes.channels_last import channels_last
 from spach_deploy.graph.passes.first_norm import spell_first_norm
 from spach_deploy.graph.passes.group_norm import split_group_norm, split_group_norm_for_cpu
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
@@ -45,14 +47,19 @@ class Pass(ir.passes.InPlacePass):
         return PassResult(model, bool(changed), changed)
 
 
+_CHANNELS_LAST = Pass("channels_last", "additions of images channels last, where their blocks work so", channels_last)
+
 TENSORRT_PASSES: tuple[Pass, ...] = (
+    _CHANNELS_LAST,
     Pass("spell_first_norm", "the LayerNorm behind the stem, spelt out", spell_first_norm),
     Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm),
     Pass("shift_depthwise", "depthwise convolutions as shifted products", shift_depthwise),
+    Pass("axis_products", "linear layers along both axes of a grid without a concatenation", axis_products),
     Pass("tokens_first", "attention with tokens before images, which needs no moves", tokens_first),
 )
 
 CPU_PASSES: tuple[Pass, ...] = (
+    _CHANNELS_LAST,
     Pass("split_group_norm", "GroupNorm statistics in two levels", split_group_norm_for_cpu),
 )
 """For graphs that run in ONNX Runtime alone: its GroupNorm loses digits on large images."""

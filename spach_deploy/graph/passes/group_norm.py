@@ -37,17 +37,18 @@ from spach_deploy.graph.editing import (
     is_transpose,
     mark_float32,
     name_of,
+    new_node,
     operand,
     remove_unused_initializers,
     replace_nodes,
     shapes_at_batch_one,
 )
 from spach_deploy.graph.names import owner
-from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_LAST
+from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
 
 def split_group_norm(model: ir.Model) -> tuple[str, ...]:
-    """For TensorRT: rewrite every GroupNorm with one group that a transpose to channels-last follows, in place.
+    """For TensorRT: rewrite every GroupNorm of images with one group, in place.
 
     Returns the paths of the changed modules. torch.onnx writes GroupNorm as Reshape, InstanceNormalization, Reshape,
     Mul, Add.
@@ -65,12 +66,15 @@ def _split(model: ir.Model, *, for_cpu: bool) -> tuple[str, ...]:
     changed: list[str] = []
     for norm in [node for node in graph if node.op_type == "InstanceNormalization"]:
         before, chain = _before(norm), _chain(norm)
-        if is_transpose(chain[-1], TO_CHANNELS_LAST):
-            source, name = operand(before, 0), owner(name_of(norm))
-            _, channels, height, width = shapes[name_of(source)]
+        source, name = operand(before, 0), owner(name_of(norm))
+        shape = shapes.get(name_of(source), ())
+        if len(shape) == 4 and _groups(norm) == 1:
+            _, channels, height, width = shape
             rows = [-1, height, width, channels] if for_cpu else [-1, height * width, 1, channels]
             stored = _constants(graph, norm, chain, rows)
             new = _two_level(name, source, stored, _row_by_row if for_cpu else _one_reduction)
+            if not is_transpose(chain[-1], TO_CHANNELS_LAST):
+                new.append(new_node("Transpose", new[-1].outputs, f"{name}/channels_first", perm=TO_CHANNELS_FIRST))
             replace_nodes([before, norm, *chain], new)
             changed.append(name)
     remove_unused_initializers(graph)
@@ -85,13 +89,24 @@ def _before(norm: ir.Node) -> ir.Node:
     return node
 
 
+def _groups(norm: ir.Node) -> int:
+    """Number of groups: torch.onnx normalizes each as one channel."""
+    weight = array_of(norm.inputs[1])
+    return 0 if weight is None else weight.size
+
+
 def _chain(norm: ir.Node) -> list[ir.Node]:
-    """The nodes after the normalization: Reshape, Mul (if the weight is not 1), Add (if the bias is not 0), reader."""
+    """The nodes after the normalization: Reshape, Mul (if the weight is not 1), Add (if the bias is not 0), and the
+    reader if that transposes to channels-last.
+    """
     chain = [norm.outputs[0].consumers()[0]]
     while len(following := chain[-1].outputs[0].consumers()) == 1:
-        chain.append(following[0])
-        if following[0].op_type not in ("Mul", "Add") or _constant_input(following[0]) is None:
+        (node,) = following
+        if is_transpose(node, TO_CHANNELS_LAST):
+            return [*chain, node]
+        if node.op_type not in ("Mul", "Add") or _constant_input(node) is None:
             break
+        chain.append(node)
     return chain
 
 
@@ -150,7 +165,13 @@ def _two_level(name: str, source: ir.Value, stored: Stored, over_tokens: OverTok
     """Nodes that make the normalized (B, H, W, C) of the convolution's (B, C, H, W)."""
     writer = NodeWriter(name)
     add = writer.add
-    x = add("Transpose", "channels_last", source, perm=TO_CHANNELS_LAST)
+    made = source.producer()
+    x = (
+        operand(made, 0)
+        if made is not None and is_transpose(made, TO_CHANNELS_FIRST)
+        else add("Transpose", "channels_last", source, perm=TO_CHANNELS_LAST)
+    )
+    views = len(writer.nodes) + 1
     rows = add("Reshape", "rows", x, stored["view"])
     token_mean = add("ReduceMean", "token_mean", rows, stored["channel"], keepdims=1)
     centred = add("Sub", "token_centred", rows, token_mean)
@@ -160,5 +181,5 @@ def _two_level(name: str, source: ir.Value, stored: Stored, over_tokens: OverTok
     deviation = add("Sqrt", "deviation", add("Add", "variance_eps", variance, stored["epsilon"]))
     normalized = add("Div", "normalized", add("Sub", "centred", x, mean), deviation)
     add("Add", "shifted", add("Mul", "scaled", normalized, stored["scale"]), stored["shift"])
-    mark_float32(*writer.nodes[2:])
+    mark_float32(*writer.nodes[views:])
     return writer.nodes

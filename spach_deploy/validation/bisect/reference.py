@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spach_deploy.blocks import rewrite
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.models.spach import Spach
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.quantization.fake_quantization import QuantizedAttention, equalized_model, fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation.bisect.probe_points import (
@@ -68,7 +68,7 @@ class ProbedReference:
 
     def __init__(
         self,
-        model: Spach,
+        model: SelectableOutputs,
         images: Float32Array,
         *,
         static: nn.Module | None = None,
@@ -88,7 +88,7 @@ class ProbedReference:
             self._quantized = dict(_quantized_point(site.module, quantized[site.module]) for site in plan.sites)
 
     @classmethod
-    def of(cls, model: Spach, images: Float32Array) -> ProbedReference:
+    def of(cls, model: SelectableOutputs, images: Float32Array) -> ProbedReference:
         """The reference for graphs of `model` (float32, evaluation mode) on `images` (N, 3, S, S)."""
         return cls(model, images)
 
