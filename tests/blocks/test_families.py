@@ -34,9 +34,11 @@ from spach_deploy.options.specs import EngineTarget, Precision
 from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.sites import UNCERTAIN, LayerKind, Selection, find_sites
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from tests.protos import type_graph
+from spach_deploy.validation.bisect import ProbedReference
+from tests.protos import bisect_graph, type_graph
 from tests.shared import once
 from tests.static_models import relative_l2
+from tests.validation import faults
 
 SIZE = (64, 96)
 FAMILIES = {
@@ -213,3 +215,23 @@ def test_a_weight_whose_axis_is_not_certain_stays_in_float_and_that_is_said() ->
     for selection in (Selection(), Selection(quantize=("*.fuse",))):
         reasons = selection.chosen(sites, INT8)
         assert {reasons[site.node] for site in sites if site.module.endswith("fuse")} == {UNCERTAIN}
+
+
+# Bisection
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("smlpnet", "token_mix.1.1.fuse"),
+        ("smlpnet", "channel_mix.0.2.net.3"),
+        ("shiftvit", "layers.1.blocks.0.mlp.fc1"),
+    ],
+)
+def test_bisection_names_the_module_of_a_wrong_weight(family: str, module: str) -> None:
+    reference = ProbedReference.of(model_of(family), images(2))
+    graph = as_proto(canonical(family))
+    assert bisect_graph(graph, reference).passed
+    faults.perturb(graph, f"{module}.weight")
+    (suspect,) = bisect_graph(graph, reference).suspects
+    assert (suspect.module, suspect.kind) == (module, "wrong weight")

@@ -16,7 +16,10 @@ from tests.commands import ROOT, export
 from tests.quantization.small_quantized import calibration_images
 
 RECIPES = sorted((ROOT / "calibration").glob("*.toml"))
-FAMILIES = {name.removesuffix("_s") for name in ARCHITECTURES if name.endswith("_s")}
+OTHERS = {"smlpnet": "smlpnet_base", "shiftvit": "shiftvit_light_base"}
+"""Families with other sizes than SPACH: the model of their recipe."""
+
+FAMILIES = {name.removesuffix("_s") for name in ARCHITECTURES if name.endswith("_s")} | {*OTHERS}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -26,7 +29,8 @@ def test_a_recipe_lacks_nothing_but_the_images(recipe: Path) -> None:
     options = export_options({"calibration": calibration_images()}, recipe)
     check_quantization(options)
     assert options.precision is Precision.INT8
-    assert options.model.name == f"{recipe.stem.removesuffix('-int8')}_s"
+    family = recipe.stem.removesuffix("-int8")
+    assert options.model.name == OTHERS.get(family, f"{family}_s")
 
 
 def test_every_family_has_a_recipe_that_the_readme_names() -> None:
@@ -42,8 +46,9 @@ def test_every_family_has_a_recipe_that_the_readme_names() -> None:
 )
 def test_a_recipe_quantizes_the_smallest_of_its_family(recipe: Path, tmp_path: Path) -> None:
     family = recipe.stem.removesuffix("-int8")
-    model = next(name for name in (f"{family}_xxs", f"{family}_xs", f"{family}_s") if name in ARCHITECTURES)
-    size = ("--image-size", 64) if family in ("ms_conv", "conv") else ()
+    sizes = ("xxs", "xs", "s", "tiny", "light_tiny")
+    model = next(name for name in (f"{family}_{size}" for size in sizes) if name in ARCHITECTURES)
+    size = ("--image-size", 64) if family in ("ms_conv", "conv", *OTHERS) else ()
     arguments = ("--model", model, "--calibration", calibration_images(), "--engine", "none", *size)
     result = export("--recipe", recipe, *arguments, "-o", tmp_path / "bundle")
     assert result.exit_code == 0, result.stderr
