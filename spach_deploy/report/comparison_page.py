@@ -66,7 +66,8 @@ def _reason(compared: SideBySide) -> str:
         return "They were not compared with each other."
     allowed = "" if compared.allowed is None else f", of {scientific(compared.allowed)} that both bounds together allow"
     flips = len(direct.scores.flips) if direct.scores is not None else 0
-    differ = f"The second's {direct.name} differ from the first's by a relative L2 of"
+    verb = "differ" if direct.name == "logits" else "differs"
+    differ = f"The second's {direct.name} {verb} from the first's by a relative L2 of"
     changed = "" if direct.scores is None else f"; {flips} of {direct.shape[0]} images change class between them"
     return f"{differ} {scientific(direct.rel_l2_worst)}{allowed}{changed}."
 

@@ -85,8 +85,9 @@ def reason_of(content: ReportContent) -> str:
     share = float(logits["rel_l2_worst"]) / float(bounds["rel_l2"]) if bounds["rel_l2"] else 0.0
     flips = len(flips_of(logits))
     changed = "none" if not flips else "one" if flips == 1 else str(flips)
+    subject = "the logits differ" if logits["name"] == "logits" else f"{logits['name']} differs"
     differ = (
-        f"In the worst image the {logits['name']} differ by a relative L2 of {scientific(logits['rel_l2_worst'])},"
+        f"In the worst image {subject} by a relative L2 of {scientific(logits['rel_l2_worst'])},"
         f" {percent(share, 0)} of what is allowed"
     )
     if not logits.get("scores"):

@@ -139,6 +139,20 @@ def test_a_wrong_embedding_is_found_in_its_module(tmp_path: Path) -> None:
     assert [suspect["module"] for suspect in suspects] == ["layer2.2.channel_func.fc1"]
 
 
+def test_bundles_and_graphs_without_logits_are_compared_without_classes(tmp_path: Path) -> None:
+    bundle = str(embedding())
+    (tmp_path / "theirs.onnx").write_bytes((embedding() / "model.onnx").read_bytes())
+    with small_bundles.registered():
+        both = CliRunner().invoke(validate, [bundle, bundle])
+        theirs = CliRunner().invoke(validate, [str(tmp_path / "theirs.onnx"), "--against", bundle])
+    assert (both.exit_code, theirs.exit_code) == (0, 0), both.output + theirs.output
+    assert "cosine 1.00000000." in both.output
+    assert "change class" not in both.output + theirs.output
+    page = (embedding() / "report.html").read_text()
+    assert "In the worst image embedding differs by a relative L2 of" in page
+    assert "Images that change class" not in page
+
+
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.BF16])
 def test_every_precision_gives_every_output(precision: Precision, tmp_path: Path) -> None:
     bundle = exported(tmp_path / "bundle", OutputSpec(outputs=(Role.EMBEDDING, Role.FEATURES)), precision)
