@@ -93,7 +93,7 @@ def _short_hash(text: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return str(value)[:16]
+    return ("x".join(map(str, value)) if isinstance(value, list) else str(value))[:16]
 
 
 @dataclasses.dataclass(frozen=True)

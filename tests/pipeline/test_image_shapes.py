@@ -179,4 +179,4 @@ def test_a_calibration_of_another_shape_is_named() -> None:
     key = CalibrationKey(image_size=(192, 256), sites="", preprocessing="", **entries)
     read_again = {**vars(key), "image_size": [192, 256]}
     assert key.difference(read_again) == ""
-    assert key.difference({**read_again, "image_size": 224}) == "another image size: 224 there, [192, 256] now"
+    assert key.difference({**read_again, "image_size": 224}) == "another image size: 224 there, 192x256 now"

@@ -20,7 +20,7 @@ from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.errors import BundleError, MissingPackageError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.data.preprocess import normalize, to_input
-from spach_deploy.options.specs import IODtype, Precision, Preprocessing
+from spach_deploy.options.specs import IODtype, Precision, Preprocessing, channel_statistics
 from spach_deploy.pipeline.auto import PrecisionCandidate, Recommendation
 from spach_deploy.report.content import ReportContent, pictures_of, pixels_of
 from spach_deploy.report.page import (
@@ -267,3 +267,13 @@ def test_the_package_has_every_template() -> None:
     patterns = [p.strip() for p in config["options.package_data"]["spach_deploy.report"].split(",")]
     shipped = {path for pattern in patterns for path in TEMPLATES.parent.glob(pattern) if path.is_file()}
     assert shipped == {path for path in TEMPLATES.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_pictures_of_other_channels_show_the_first_in_grey(channels: int) -> None:
+    preprocessing = Preprocessing.for_size((6, 9), *channel_statistics(channels))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 6, 9, channels), np.uint8)
+    for image in (pixels[0], normalize(pixels, preprocessing)[0]):
+        shown = pixels_of(image, preprocessing)
+        assert shown.shape == (6, 9, 3)
+        assert (shown == pixels[0, ..., :1]).all()
