@@ -47,7 +47,7 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from torch import nn
 
     for name, part in model.named_children():
-        if isinstance(part, nn.Sequential):
+        if isinstance(part, nn.Sequential | nn.ModuleList):
             yield from ((f"{name}.{index}", layer) for index, layer in part.named_children())
         else:
             yield name, part

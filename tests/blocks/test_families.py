@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spach_deploy.blocks import STATIC, rewrite
 from spach_deploy.blocks.replace import replace_known
 from spach_deploy.blocks.shift import StaticShiftBlock
+from spach_deploy.common.errors import CheckpointError
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import read_plan_facts
@@ -25,7 +26,9 @@ from spach_deploy.graph.editing import as_proto, tensor_of
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.matching import infer_model
 from spach_deploy.models.outputs import SelectableOutputs
+from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import create_model
 from spach_deploy.models.shiftvit import ShiftBlock
 from spach_deploy.options.architecture import Architecture
@@ -235,3 +238,27 @@ def test_bisection_names_the_module_of_a_wrong_weight(family: str, module: str) 
     faults.perturb(graph, f"{module}.weight")
     (suspect,) = bisect_graph(graph, reference).suspects
     assert (suspect.module, suspect.kind) == (module, "wrong weight")
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("name", ["smlpnet_tiny", "shiftvit_r2_small", "shiftvit_light_base"])
+def test_the_published_model_is_read_from_tensors(name: str) -> None:
+    with torch.device("meta"):
+        state = create_model(name).state_dict()
+    match, notes = infer_model(state, {}, None)
+    assert (match.name, match.architecture) == (name, ARCHITECTURES[name])
+    assert any("divisions" in note for note in notes) == name.startswith("shiftvit")
+
+
+@each
+def test_an_architecture_outside_the_table_is_read_from_tensors(family: str) -> None:
+    asked = SIZE if family == "shiftvit" else None  # layers along axes fix the grid
+    match, _ = infer_model(model_of(family).state_dict(), {}, asked)
+    assert match.architecture == FAMILIES[family].replace(divisions=match.architecture.divisions)
+
+
+def test_a_size_that_layers_along_axes_do_not_allow_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="64x96 pixels, as its layers along rows and columns fix the grid"):
+        infer_model(model_of("smlpnet").state_dict(), {}, (64, 64))
