@@ -282,7 +282,7 @@ class Naive:
 
     def __init__(self, architecture: Architecture, tensors: dict[str, torch.Tensor]) -> None:
         self.of, self.tensors = architecture, tensors
-        self.act = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu}[architecture.activation]
+        self.act = getattr(functional, architecture.activation)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
