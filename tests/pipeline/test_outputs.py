@@ -106,6 +106,7 @@ def test_every_output_has_a_role_a_tolerance_and_golden_values() -> None:
     assert list(bounds.others) == ["vector", *features]
     assert bounds.others["deep"].loss.rel_l2 != bounds.others["features3"].loss.rel_l2
     assert [bounds.outputs[name].flip_margin > 0 for name in ("logits", "vector", "deep")] == [True, False, False]
+    assert [bounds.outputs[name].max_abs is None for name in ("logits", "vector", "deep")] == [False, False, True]
     assert list(Golden.load(bundle.path / GOLDEN).outputs) == ["logits", "vector", *features]
 
 
