@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.results import record, table
 from spach_deploy.common.progress import ExportObserver, Phases
-from spach_deploy.models.spach import Spach
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision
 from spach_deploy.pipeline.steps.images import read_images
 from spach_deploy.pipeline.steps.model import load
@@ -39,7 +39,9 @@ class Fault:
     rejected: bool
 
 
-def faults(model: Spach, images: np.ndarray, reference: np.ndarray, precision: Precision) -> tuple[float, list[Fault]]:
+def faults(
+    model: SelectableOutputs, images: np.ndarray, reference: np.ndarray, precision: Precision
+) -> tuple[float, list[Fault]]:
     """The bound on relative L2, and what became of each fault."""
     bounds = derive_tolerances(model, images, {"logits": reference}, precision, model.outputs).graph.outputs
     generator = torch.Generator().manual_seed(0)

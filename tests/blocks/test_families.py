@@ -161,7 +161,7 @@ class OwnBlock(nn.Module):
         self.channels = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.SiLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        left, down, rest = x.split([2, 3, x.shape[1] - 5], dim=1)
+        left, down, rest = x[:, :2], x[:, 2:5], x[:, 5:]
         left = nn.functional.pad(left[..., 1:], (0, 1))
         down = nn.functional.pad(down[:, :, :-1], (0, 0, 1, 0))
         x = torch.cat([left, down, rest], dim=1)

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spach_deploy.models import Architecture, Spach, create_model
+from spach_deploy.models import Architecture, create_model
+from spach_deploy.models.outputs import SelectableOutputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -91,7 +92,7 @@ def golden_answers(name: str) -> dict[str, npt.NDArray[np.float32]]:
         return {key.partition("|")[2]: archive[key] for key in archive if key.startswith(f"{name}|")}
 
 
-def golden_model_of(architecture: Architecture) -> Spach:
+def golden_model_of(architecture: Architecture) -> SelectableOutputs:
     """The model of an architecture with the golden weights, in evaluation mode."""
     with torch.device("meta"):
         model = create_model(architecture)

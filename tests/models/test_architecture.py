@@ -21,6 +21,7 @@ from spach_deploy.bundle.outputs import chosen_outputs
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import Spach, create_model, load_demo_weights
 from spach_deploy.models.matching import assumed_heads, infer_model
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.published import ARCHITECTURES, SIZES, TOP1
 from spach_deploy.models.registry import model_size
 from spach_deploy.options.architecture import Architecture
@@ -47,7 +48,7 @@ PUBLISHED = {
 }
 
 
-def meta_model(name: str) -> Spach:
+def meta_model(name: str) -> SelectableOutputs:
     with torch.device("meta"):
         return create_model(name)
 
@@ -230,7 +231,7 @@ def variant(name: str) -> Architecture:
     return Architecture.of(content)
 
 
-def every_output(model: Spach, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def every_output(model: SelectableOutputs, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits, embedding, and the tokens that each stage gives, as `layer1` and so on."""
     spec = OutputSpec(outputs=(Role.LOGITS, Role.EMBEDDING, Role.FEATURES), feature_layout=FeatureLayout.TOKENS)
     model.outputs = chosen_outputs(spec, model.architecture.classes, model.stage_shapes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spach_deploy.common.errors import ModelError, UsageError
-from spach_deploy.models import create_model, load_demo_weights, load_model
+from spach_deploy.models import Spach, create_model, load_demo_weights, load_model
 from spach_deploy.models.checkpoint import weights_sha256
 from spach_deploy.options.specs import ModelSpec, WeightSource
 
@@ -82,6 +82,7 @@ def test_a_fresh_model_would_prove_nothing() -> None:
 @pytest.mark.parametrize("name", ["mlp_s_shared", "ms_mlp_s_shared"])
 def test_shared_tensors_stay_shared(name: str) -> None:
     model = load_model(ModelSpec(name=name, num_classes=3)).model
+    assert isinstance(model, Spach)
     stage = getattr(model, model.stage_names[-1])
     assert stage[-1].spatial_func is stage[-2].spatial_func
 

@@ -67,7 +67,7 @@ def test_unknown_names_are_refused_with_the_next_step(name: str, hint: str) -> N
 def test_fields_of_the_architecture_can_be_changed() -> None:
     model = create_model("ms_conv_xxs", image_size=64, num_classes=3, channels=1)
     assert model.architecture == ARCHITECTURES["ms_conv_xxs"].replace(image_size=64, classes=3, channels=1)
-    assert create_model(model.architecture, width=32).norm1.weight.shape == (32,)
+    assert create_model(model.architecture, width=32).state_dict()["norm1.weight"].shape == (32,)
     with pytest.raises(ModelError, match="classes -1"):
         create_model("ms_conv_xxs", num_classes=-1)
     with pytest.raises(TypeError, match="depth"):

@@ -21,8 +21,8 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.registry import create_model
-from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision, Preprocessing
 from spach_deploy.validation.bisect import ProbedReference
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
@@ -46,7 +46,7 @@ class Subject:
     """
 
     name: str
-    model: Spach
+    model: SelectableOutputs
     images: NDArray[np.float32]
     graphs: Mapping[str, bytes]
     logits: Mapping[str, Logits]
@@ -79,7 +79,7 @@ def shared(kind: str) -> Subject:
     return small(kind)
 
 
-def _subject(name: str, model: Spach, images: NDArray[np.float32]) -> Subject:
+def _subject(name: str, model: SelectableOutputs, images: NDArray[np.float32]) -> Subject:
     canonical = as_proto(export_canonical(rewrite(model).model, model.architecture.image_size[0]))
     target = ModelProto()
     target.CopyFrom(canonical)
