@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 
@@ -13,16 +14,20 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from spach_deploy.blocks import rewrite
+from spach_deploy.bundle.outputs import chosen_outputs
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
+from spach_deploy.options.specs import OutputSpec, Role
+from spach_deploy.quantization import sites
 from spach_deploy.quantization.equalization import (
     ALPHAS,
     EqualizablePair,
     EqualizedPair,
     OutputChannels,
     apply_to_arrays,
+    exchangeable,
     find_pairs,
     search,
     smoothing_factors,
@@ -323,3 +328,14 @@ def test_scales_are_of_the_equalized_numbers() -> None:
     for site in made.sites:
         assert site.tensors[0].largest == pytest.approx(largest[site.module], rel=1e-4)
         assert site.tensors[0].clip == pytest.approx(largest[site.module], rel=2e-3)
+
+
+@pytest.mark.parametrize(("roles", "is_exchanged"), [((Role.LOGITS,), True), ((Role.LOGITS, Role.EMBEDDING), False)])
+def test_what_the_head_reads_is_not_exchanged_where_the_graph_gives_it(
+    roles: tuple[Role, ...], is_exchanged: bool
+) -> None:
+    model = copy.copy(static_models.small_model("hybrid"))
+    model.outputs = chosen_outputs(OutputSpec(outputs=roles), static_models.CLASSES, model.stage_shapes)
+    graph = export_canonical(rewrite(model, (), ("head",)).model, static_models.IMAGE_SIZE)
+    pairs = find_pairs(exchangeable(graph, sites.find_sites(graph)), graph.graph.initializers)
+    assert ("norm2 -> head" in [pair.name for pair in pairs]) is is_exchanged
