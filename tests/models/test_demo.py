@@ -102,5 +102,5 @@ def test_unknown_models_and_sizes_are_errors() -> None:
         load_model(ModelSpec(name="ms_trans"))
     with pytest.raises(ModelError, match="too small"):
         load_model(ModelSpec(name="ms_trans_xxs", image_size=0))
-    with pytest.raises(ModelError, match="-1 classes"):
+    with pytest.raises(ModelError, match="classes -1 is not 0 to"):
         load_model(ModelSpec(name="ms_trans_xxs", num_classes=-1))
