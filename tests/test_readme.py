@@ -29,6 +29,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "export" / "README.md",
     ROOT / "calibration" / "README.md",
+    ROOT / "examples" / "cifar10" / "README.md",
     ROOT / "CONTRIBUTING.md",
 ]
 
