@@ -13,10 +13,13 @@ from spach_deploy.options.specs import Precision
 
 class DataType(enum.Enum):
     HALF = 1
+    INT8 = 2
 
 
 class LayerType(enum.Enum):
     MATRIX_MULTIPLY = 1
+    DEQUANTIZE = 2
+    SHUFFLE = 3
 
 
 def layer(node: str, dtype: str, kind: str = "MATRIX_MULTIPLY") -> LayerFact:
@@ -83,3 +86,25 @@ def test_reads_names_types_and_the_onnx_node_of_each_layer() -> None:
     facts = read_network_facts(fake)
     assert facts.inputs[0].shape == (-1, 4)
     assert facts.layers == (LayerFact("fc1 (1)", "MATRIX_MULTIPLY", "layer1.0.fc1", ("fp16",), ("fp16",)),)
+
+
+def test_a_weight_that_the_parser_gives_the_axis_of_the_batch_is_in_eight_bits_still() -> None:
+    """Weights of products over tokens, (N, N) before (B, N, C), go through a SHUFFLE."""
+
+    def made(kind: LayerType, output: str, *inputs: tuple[str, DataType]) -> Any:
+        given = [types.SimpleNamespace(name=name, shape=(4, 4), dtype=dtype) for name, dtype in inputs]
+        result = types.SimpleNamespace(name=output, shape=(4, 4), dtype=DataType.HALF)
+        return types.SimpleNamespace(
+            name=output, type=kind, metadata="", num_inputs=len(given), num_outputs=1,
+            get_input=lambda index: given[index], get_output=lambda index: result,
+        )  # fmt: skip
+
+    layers = [
+        made(LayerType.DEQUANTIZE, "w", ("w8", DataType.INT8)),
+        made(LayerType.SHUFFLE, "w3", ("w", DataType.HALF)),
+        made(LayerType.DEQUANTIZE, "x", ("x8", DataType.INT8)),
+        made(LayerType.MATRIX_MULTIPLY, "product", ("w3", DataType.HALF), ("x", DataType.HALF)),
+    ]
+    fake = types.SimpleNamespace(num_inputs=0, num_outputs=0, num_layers=4, get_layer=lambda index: layers[index])
+    achieved = check_achieved_precision(read_network_facts(fake), Precision.FP16, quantized=["product"])
+    assert achieved.layers_by_dtype == {"int8": 1}
