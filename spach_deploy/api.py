@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.bundle import store
+from spach_deploy.common.errors import UsageError
 from spach_deploy.options.keywords import FilePath, values_of_keywords, with_keywords
 from spach_deploy.options.table import CALIBRATE, EXPORT, VALIDATE
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from typing_extensions import Unpack
 
     from spach_deploy.common.progress import ExportObserver
+    from spach_deploy.models.checkpoint import LoadedModel
     from spach_deploy.options.keywords import CalibrateKeywords, ExportKeywords, ValidateKeywords
+    from spach_deploy.options.specs import ModelSpec
     from spach_deploy.quantization.calibration import Calibration
     from spach_deploy.runtime.session import Runtime, Session
     from spach_deploy.validation.result import Validation
@@ -64,7 +68,8 @@ class ExportResult:
 
 @with_keywords(EXPORT)
 def export(
-    model: str | None = None,
+    model: str | nn.Module | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
     *,
     recipe: FilePath | None = None,
     observer: ExportObserver | None = None,
@@ -73,19 +78,44 @@ def export(
     """Export a model to a bundle with graph, engine and validation, as spach-export does, in this process.
 
         result = spach_deploy.export("ms_hybrid_s", precision="fp16", gpu=["sm86", "sm89"])
+        result = spach_deploy.export(my_module, torch.zeros(1, 3, 224, 224), precision="fp16")
 
-    `recipe`: a TOML file of the same options; keywords win over it. `observer`: called with phases and notes as they
-    come. The cache of finished exports is not used. Raises a subclass of SpachError, and then has written nothing; a
-    validation that does not pass is a MismatchError.
+    `model`: a name, or any nn.Module, which is exported in evaluation mode and stays as it is; `example_inputs`,
+    float32 (B, C, H, W), tell what it takes. `recipe`: a TOML file of the same options; keywords win over it.
+    `observer`: called with phases and notes as they come. The cache of finished exports is not used. Raises a subclass
+    of SpachError, and then has written nothing; a validation that does not pass is a MismatchError.
     """
     from spach_deploy.options.values import export_options
     from spach_deploy.pipeline import export as pipeline
     from spach_deploy.pipeline.estimate import refuse_early
 
-    values = values_of_keywords("export", EXPORT, {"model": model, **options})
+    own = None if model is None or isinstance(model, str) else model
+    values = values_of_keywords("export", EXPORT, {"model": model if own is None else None, **options})
     parsed = export_options(values, None if recipe is None else Path(recipe))
-    done = pipeline.export(parsed, observer, destination=refuse_early(parsed))
+    if own is None:
+        if example_inputs is not None:
+            raise UsageError("example_inputs are for a module of your own.", "Give the module, or leave them out.")
+        done = pipeline.export(parsed, observer, destination=refuse_early(parsed))
+    else:
+        done = pipeline.export(parsed, observer, loaded=_loaded(own, example_inputs, parsed.model))
     return ExportResult(Bundle(done.bundle.path, done.bundle.manifest), done.validation)
+
+
+def _loaded(module: nn.Module, example: Tensor | Sequence[Tensor] | None, spec: ModelSpec) -> LoadedModel:
+    """The user's module as the steps of an export take it. UsageError without example inputs."""
+    import torch
+
+    from spach_deploy.models.own_module import loaded_module
+
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"A {type(module).__name__} is no model.", "Give a name, or an nn.Module.")
+    if example is None:
+        raise UsageError(
+            "Your module's inputs are not known.", "Give example_inputs, such as torch.zeros(1, 3, 224, 224)."
+        )
+    if spec.checkpoint is not None or spec.module is not None:
+        raise UsageError("The module has its weights already.", "Load a checkpoint into it, or name a model instead.")
+    return loaded_module(module, example, spec)
 
 
 @with_keywords(CALIBRATE)

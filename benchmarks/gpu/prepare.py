@@ -19,6 +19,7 @@ from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.models.checkpoint import load_model
+from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import ModelSpec, Precision, Preprocessing
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.formats import INT8
@@ -49,6 +50,7 @@ def prepare(name: str, folder: Path, image_size: int | None = None) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     loaded = load_model(ModelSpec(name, image_size=image_size))
+    assert isinstance(loaded.model, Spach)
     preprocessing = Preprocessing.for_size(loaded.image_size)
     images = prepared(held_out_photographs(IMAGES), preprocessing)
     with torch.inference_mode():

@@ -45,6 +45,11 @@ class RewriteResult:
     model: nn.Module
     outcomes: dict[str, Outcome]
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Paths of the modules that have a static form."""
+        return tuple(change.module for change in self.outcomes[STATIC].changes)
+
 
 def rewrite(
     model: nn.Module,

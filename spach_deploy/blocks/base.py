@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from spach_deploy.common.errors import RewriteError
 from spach_deploy.common.metrics import relative_l2
+from spach_deploy.models.copies import own as own
 
 FP64_LIMIT = 1e-12
 """Largest relative L2 in FP64 of an exact rewrite: some thousand roundings of 1.1e-16."""
@@ -135,24 +135,6 @@ def prove(
 def set_parameter(owner: nn.Module, name: str, value: Tensor) -> None:
     """Set a new parameter, `value` as float32, on `owner`. The old one is not changed: other modules may share it."""
     setattr(owner, name, nn.Parameter(value.detach().float().contiguous(), requires_grad=False))
-
-
-def own(module: StaticT) -> StaticT:
-    """A copy of `module` and its submodules that shares the parameter tensors; shared submodules stay shared."""
-    return _own(module, {})  # type: ignore[return-value]
-
-
-def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    if id(module) not in done:
-        copied = copy.copy(module)
-        copied._parameters = dict(module._parameters)
-        copied._buffers = dict(module._buffers)
-        copied._forward_hooks = OrderedDict(module._forward_hooks)
-        done[id(module)] = copied
-        copied._modules = {
-            name: None if child is None else _own(child, done) for name, child in module._modules.items()
-        }
-    return done[id(module)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,8 +69,10 @@ class _Finder:
     def __init__(self, calls: dict[nn.Module, Call]) -> None:
         self.changes: list[Change] = []
         self._calls = calls
-        self._proven: set[tuple[type[nn.Module], Call]] = set()
-        """Classes of this package's own reference models, by shapes: one of each kind and shape is proven."""
+        self._proven: dict[object, tuple[int, float]] = {}
+        """Of this package's own reference models one block of each structure and shape is proven: which of the
+        proposed forms it has, and the error.
+        """
 
     def replace_children(self, path: str, copied: nn.Module, module: nn.Module) -> None:
         """Replace the known children of `copied`, which is a copy of `module`, and look into the others."""
@@ -90,15 +92,16 @@ class _Finder:
         call = self._calls.get(module)
         if call is None or not list(module.children()):
             return None
-        key = (type(module), call)
-        for form in self._forms(module, call):
-            if key in self._proven:
-                return form.eval()
-            error = _error(module, form, call)
+        structure = (tuple(map(type, module.modules())), call)
+        known = self._proven.get(structure)
+        for index, form in enumerate(self._forms(module, call)):
+            if known is not None and index < known[0]:
+                continue
+            error = _error(module, form, call) if known is None else known[1]
             if error is not None and error <= FP64_LIMIT:
                 self.changes.append(Change(path, error))
                 if type(module).__module__.startswith(_OWN):
-                    self._proven.add(key)
+                    self._proven[structure] = index, error
                 return form.eval()
         return None
 

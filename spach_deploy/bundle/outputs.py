@@ -82,7 +82,14 @@ def chosen_outputs(spec: OutputSpec, classes: int, stages: Sequence[StageShape])
                 "The model has no head, so it has no logits.", "Give --outputs embedding, or leave it out."
             )
         tensors += _of_role(role, spec, classes, stages)
-    _check_derived(spec, tensors, classes)
+    return named(spec, tensors)
+
+
+def named(spec: OutputSpec, tensors: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
+    """What a model computes, under the names that `spec` gives. UsageError for what follows from logits without them,
+    and for names that are unknown, not usable or not unique.
+    """
+    _check_derived(spec, tensors)
     given = graph_outputs(tensors, dataclasses.replace(spec, names=()))
     _check_names(spec.names, [tensor.name for tensor in given])
     new = renamed(spec.names)
@@ -115,11 +122,11 @@ def _feature(stage: int, shape: StageShape, layout: FeatureLayout) -> TensorInfo
     )
 
 
-def _check_derived(spec: OutputSpec, tensors: Sequence[TensorInfo], classes: int) -> None:
+def _check_derived(spec: OutputSpec, tensors: Sequence[TensorInfo]) -> None:
     flags = [flag for flag, value in (("--top-k", spec.top_k), ("--softmax", spec.softmax)) if value]
     if flags and all(tensor.role is not Role.LOGITS for tensor in tensors):
         given = ", ".join(tensor.name for tensor in tensors)
-        hint = f"Leave {' and '.join(flags)} out{', or add logits to --outputs' if classes else ''}."
+        hint = f"Leave {' and '.join(flags)} out, or add logits to --outputs where the model has them."
         raise UsageError(f"{flags[0]} is made of logits, and this graph gives {given} alone.", hint)
 
 

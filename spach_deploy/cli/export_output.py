@@ -134,7 +134,12 @@ def _lines(result: ExportResult, manifest: Manifest) -> Iterator[str]:
 def _facts(manifest: Manifest) -> Iterator[str]:
     model, engine, certificate = manifest.model, manifest.engine, manifest.graph.certificate
     yield f"model      {model.title}, {size_in_words(model.image_size)} px, {model.num_classes} classes"
+    if manifest.graph.levels:
+        from spach_deploy.graph.levels import described
+
+        yield f"blocks     {described(manifest.graph.levels)}"
     yield f"graph      {certificate.nodes} nodes, opset {certificate.opset}, {manifest.precision.summary}"
+    yield from (f"           not promised: {broken}" for broken in certificate.broken)
     if engine.flavour is Flavour.NONE:
         yield f"engine     none: {engine.reason}"
         return

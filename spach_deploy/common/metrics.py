@@ -1,4 +1,8 @@
-"""Relative L2 error, the measure by which all outputs are compared, with all sums in float64; and the best classes."""
+"""Relative L2 error, the measure by which all outputs are compared, with all sums in float64; and the best classes.
+
+An output of a few numbers for each image, such as an angle, may be close to zero by chance, and any error is large
+beside that. Its error is relative to what it usually is: the root mean square over the images.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,17 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
+
+
+FEW_NUMBERS = 8
+"""Outputs with fewer numbers for each image are compared relative to their root mean square over the images."""
+
+
+def usual_square(reference: Float64, numbers: int) -> Float64:
+    """What errors of each image are relative to, squared: its own sum of squares `reference` (N), or, of a few
+    `numbers`, at least their mean over the images.
+    """
+    return np.maximum(reference, reference.mean()) if numbers < FEW_NUMBERS and len(reference) else reference
 
 
 def relative_l2(value: Array, reference: Array) -> float:
@@ -26,7 +41,8 @@ def relative_l2_by_image(values: Array, reference: Array) -> Float64:
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.square(values.reshape(exact.shape).astype(np.float64) - exact)
         # Not a dot product: BLAS threads spin while they wait, and take cores from other work.
-        return relative_norm(difference.sum(axis=1), np.square(exact).sum(axis=1))
+        squares = usual_square(np.square(exact).sum(axis=1), exact.shape[1])
+        return relative_norm(difference.sum(axis=1), squares)
 
 
 def worst_relative_l2(values: Array, reference: Array) -> float:

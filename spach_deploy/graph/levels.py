@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 import onnx_ir as ir
 from torch import nn
@@ -65,12 +66,24 @@ def _level(path: str, module: nn.Module, known: Collection[str]) -> tuple[Level,
     return (Level.PLAIN if is_plain else Level.UNKNOWN), path
 
 
-def described(found: dict[Level, LevelShare]) -> str:
+class Share(Protocol):
+    """A level's share, here or in a manifest."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the blocks."""
+
+    @property
+    def macs(self) -> float:
+        """Their part of the multiply-adds, 0..1."""
+
+
+def described(found: Mapping[Any, Share]) -> str:
     """The levels in a line: `4 known (87 % of the arithmetic), 6 plain (13 %), 1 unknown (0 %: model)`."""
     parts: list[str] = []
     for level, share in found.items():
         if share.modules:
-            names = f": {', '.join(share.modules[:3])}" if level is Level.UNKNOWN else ""
-            unit = " of the arithmetic" if not parts else ""
-            parts.append(f"{len(share.modules)} {level.value} ({share.macs:.0%}{unit}{names})".replace("%", " %"))
+            names = f": {', '.join(share.modules[:3])}" if level == Level.UNKNOWN else ""
+            unit = "" if parts else " of the arithmetic"
+            parts.append(f"{len(share.modules)} {Level(level).value} ({100 * share.macs:.0f} %{unit}{names})")
     return ", ".join(parts)

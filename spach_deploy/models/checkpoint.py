@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -45,38 +45,50 @@ class LoadedModel:
 
     model: SelectableOutputs
     name: str
-    origin: Literal["checkpoint", "demo"]
+    origin: Literal["checkpoint", "demo", "module"]
     checkpoint_path: Path | None
     checkpoint_sha256: str | None
     notes: tuple[str, ...]
     settings: tuple[Setting, ...] = ()
 
     @property
-    def architecture(self) -> Architecture:
-        """What the model computes, with the values of the settings."""
-        return self.model.architecture
+    def architecture(self) -> Architecture | None:
+        """What the model computes, with the values of the settings; None for a module of the user's own."""
+        known = getattr(self.model, "architecture", None)
+        return known if isinstance(known, Architecture) else None
 
     @property
     def image_size(self) -> ImageSize:
         """In pixels: a square's side, or height and width."""
-        return size_of_sides(*self.architecture.image_size)
+        return size_of_sides(*self._architecture.image_size)
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return self.architecture.classes
+        return self._architecture.classes
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image."""
+        return self._architecture.channels
+
+    @property
+    def _architecture(self) -> Architecture:
+        assert self.architecture is not None
+        return self.architecture
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How images are resized, cropped and normalized for this model."""
         values = values_of(self.settings)
-        mean, std = channel_statistics(self.architecture.channels)
+        mean, std = channel_statistics(self.channels)
+        usual = self.architecture
         return Preprocessing.for_size(
             self.image_size,
             values.mean or mean,
             values.std or std,
-            crop=values.crop or self.architecture.crop,
-            interpolation=values.interpolation or self.architecture.interpolation,
+            crop=values.crop or (None if usual is None else usual.crop),
+            interpolation=values.interpolation or (None if usual is None else usual.interpolation),
         )
 
     @functools.cached_property
@@ -150,8 +162,23 @@ def _hyperparameters(spec: ModelSpec) -> Hyperparameters:
     return Hyperparameters(**{**own, **spec.hyperparameters.given()})
 
 
+def read_values(spec: ModelSpec, stems: Sequence[str]) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Float32 values of a checkpoint for a module that one of the tensors `stems` is of, the file's SHA-256, and notes.
+
+    Tensors of whole numbers stay as they are. Raises CheckpointError for a file that cannot be read or used.
+    """
+    assert spec.checkpoint is not None
+    index = find_index(spec.checkpoint)
+    content, sha256 = read_checkpoint(spec.checkpoint) if index is None else read_shards(index)
+    state = state_dict_from_content(content, spec.weights, spec.ignore, stems)
+    floats = {name: tensor for name, tensor in state.tensors.items() if tensor.is_floating_point()}
+    values, notes = _values(floats)
+    return {**state.tensors, **values}, sha256, [*state.notes, *notes]
+
+
 def with_settings(loaded: LoadedModel, settings: tuple[Setting, ...]) -> LoadedModel:
     """A model with the same weights and outputs, and other settings."""
+    assert loaded.architecture is not None
     model = _without_values(loaded.architecture, settings)
     model.load_state_dict(loaded.model.state_dict(), strict=True, assign=True)
     model.requires_grad_(False).eval()

@@ -40,6 +40,7 @@ class Source(str, enum.Enum):
     PUBLISHED = "published"
     ASSUMED = "assumed"
     RULE = "published rule"
+    USUAL = "usual"
 
     @property
     def sentence(self) -> str:
@@ -53,6 +54,7 @@ class Source(str, enum.Enum):
             Source.ASSUMED: "assumed: as published, the file does not show it",
             Source.RULE: f"assumed: about one for each {CHANNELS_PER_HEAD} channels of width, as published models have;"
             " the file does not show it, --heads or --answers decide",
+            Source.USUAL: "assumed: the usual values; your module does not say",
         }[self]
 
 
@@ -67,7 +69,7 @@ class Setting:
     @property
     def is_assumed(self) -> bool:
         """Whether nothing that belongs to the model says it."""
-        return self.source in (Source.ASSUMED, Source.RULE)
+        return self.source in (Source.ASSUMED, Source.RULE, Source.USUAL)
 
     def __str__(self) -> str:
         return described(self.name, self.value)
@@ -90,7 +92,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {  # names in the args of training code
     "crop": ("crop_pct",),
     "interpolation": ("interpolation",),
 }
-_OF_PIXELS = ("mean", "std", "crop", "interpolation")
+OF_PIXELS = ("mean", "std", "crop", "interpolation")
 """Settings of preprocessing, with which the model itself does not compute."""
 _SILENT = {"crop": PUBLISHED_CROP, "interpolation": "bicubic"}
 """Settings that are named only where they were given or are others than the published evaluation's."""
@@ -181,7 +183,7 @@ def confirmed(settings: Iterable[Setting]) -> tuple[Setting, ...]:
     """
     return tuple(
         dataclasses.replace(setting, source=Source.CONFIRMED)
-        if setting.is_assumed and setting.name not in _OF_PIXELS
+        if setting.is_assumed and setting.name not in OF_PIXELS
         else setting
         for setting in settings
     )

@@ -19,8 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spach_deploy.bundle.outputs import INPUT, named
+from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
 from spach_deploy.models.checkpoint_content import shown
+from spach_deploy.models.copies import own
+from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, for_channels, resolve_settings
+from spach_deploy.models.outputs import SelectableOutputs
+from spach_deploy.models.registry import check_spec, published_match
+from spach_deploy.models.spach import Spach
+from spach_deploy.options.specs import ImageSize, ModelSpec, OutputSpec, Role, channel_statistics, sides, size_of_sides
 
 FORM = "package.module:factory"
 
@@ -86,7 +95,7 @@ def load_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 def input_names(module: nn.Module, count: int) -> list[str]:
     """Names of a graph's inputs: `input` for one, else those of forward's arguments."""
     if count == 1:
-        return ["input"]
+        return [INPUT]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [
         name for name, parameter in inspect.signature(module.forward).parameters.items() if parameter.kind in kinds
@@ -123,6 +132,34 @@ def flattened(outputs: Any) -> list[Tensor]:
     )
 
 
+class OwnForward(SelectableOutputs):
+    """What `prepared` adds to the class of a user's module: the outputs that are exported, in order, as tensors."""
+
+    returned: tuple[str, ...]
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The chosen outputs in order; one alone as it is."""
+        returned = super().forward(*inputs)  # of the user's class
+        by_name = dict(zip(output_names(returned), flattened(returned), strict=True))
+        tensors = tuple(by_name[name] for name in self.returned)
+        return tensors[0] if len(tensors) == 1 else tensors
+
+
+def prepared(module: nn.Module, outputs: Sequence[TensorInfo], returned: Sequence[str]) -> OwnForward:
+    """A copy of the user's module that returns the outputs `returned` in order, as `outputs` says; it shares tensors.
+
+    Its submodules have the same paths, and its `forward` calls the user's. ModelError for attributes that it needs.
+    """
+    if taken := [name for name in ("outputs", "returned") if hasattr(module, name)]:
+        raise ModelError(f"Your module has an attribute {taken[0]!r}, which this package needs.", "Rename it.")
+    kind = type(module)
+    made: Any = own(module)
+    made.__class__ = type(kind.__name__, (OwnForward, kind), {"__module__": kind.__module__})
+    made.outputs, made.returned = tuple(outputs), tuple(returned)
+    assert isinstance(made, OwnForward)
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """Example inputs of a module, a batch of one, by the graph's names, and what it returns for them, by name."""
@@ -151,3 +188,145 @@ def run_example(module: nn.Module, inputs: Sequence[Tensor]) -> Example:
         dict(zip(input_names(module, len(one)), one, strict=True)),
         dict(zip(output_names(returned), tensors, strict=True)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnLoadedModel(LoadedModel):
+    """A module of the user's own. `example`: a batch of one, by the names of the graph's inputs."""
+
+    example: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def image_size(self) -> ImageSize:
+        """Height and width of the images that it takes, in pixels."""
+        return size_of_sides(*self.example[INPUT].shape[2:])
+
+    @property
+    def architecture(self) -> None:
+        """A user's module has none."""
+        return None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image."""
+        return self.example[INPUT].shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of its logits; 0 without logits."""
+        logits = next((tensor for tensor in self.model.outputs if tensor.role is Role.LOGITS), None)
+        return 0 if logits is None else logits.shape[-1] or 0
+
+
+def load(spec: ModelSpec) -> LoadedModel:
+    """The user's own module where `spec` names one, else a model of `spach_deploy.models`."""
+    return load_model(spec) if spec.module is None else load_module(spec)
+
+
+def load_module(spec: ModelSpec) -> LoadedModel:
+    """The module that the factory `spec.module` makes, with a checkpoint's weights if one is given.
+
+    Its example input is the attribute `example_inputs` of what the factory gives, or an image of `--image-size`. Raises
+    what `made_by`, `run_example` and `load_values` raise.
+    """
+    assert spec.module is not None
+    check_spec(spec)
+    module, sha256 = made_by(spec.module), None
+    notes = [f"ran {spec.module}, which is your own code"]
+    if spec.checkpoint is None:
+        notes.append("the weights are those that your code made")
+    else:
+        values, sha256, more = read_values(spec, tuple(module.state_dict())[:1])
+        load_values(module, values)
+        notes += more
+    given = getattr(module, "example_inputs", None)
+    example = torch.zeros(1, 3, *sides(spec.image_size or 224)) if given is None else given
+    return loaded_module(module, example, spec, notes=tuple(notes), sha256=sha256)
+
+
+def loaded_module(
+    module: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    spec: ModelSpec,
+    *,
+    notes: tuple[str, ...] = (),
+    sha256: str | None = None,
+) -> LoadedModel:
+    """A module that is there already, as the steps of an export take it. A model of this package needs no example.
+
+    Raises ModelError for what does not run on the example inputs, and for what does not take images alone.
+    """
+    module = own(module).requires_grad_(False).eval()
+    if isinstance(module, Spach):
+        settings = resolve_settings(module.architecture, spec.hyperparameters, {}, Source.USUAL)
+        name = published_match(module.architecture).name
+        return LoadedModel(module, name, "module", spec.checkpoint, sha256, notes, settings)
+    ran = run_example(module, [example] if isinstance(example, Tensor) else list(example))
+    if list(ran.inputs) != [INPUT] or ran.inputs[INPUT].ndim != 4:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in ran.inputs.items())
+        raise ModelError(f"The module takes {shapes}; what takes images (B, C, H, W) alone can be exported.")
+    outputs = [_info(name, tensor, alone=len(ran.outputs) == 1) for name, tensor in ran.outputs.items()]
+    model = prepared(module, outputs, list(ran.outputs))
+    settings = _settings(spec, ran.inputs[INPUT].shape[1])
+    return OwnLoadedModel(
+        model, type(module).__name__, "module", spec.checkpoint, sha256, notes, settings, example=ran.inputs
+    )
+
+
+def _info(name: str, tensor: Tensor, *, alone: bool) -> TensorInfo:
+    """An output as data. Its role is its name where that is one, logits for one vector alone, else `other`."""
+    named = {role.value: role for role in (Role.LOGITS, Role.EMBEDDING, Role.FEATURES)}
+    is_vector = tensor.ndim == 2 and tensor.shape[1] > 1
+    role = named.get(name, Role.LOGITS if alone and is_vector else Role.OTHER)
+    role = Role.OTHER if role is Role.LOGITS and not is_vector else role
+    layout = {2: "NC", 3: "NLC", 4: "NCHW"}.get(tensor.ndim, "")
+    final = Role.LOGITS.value if alone and role is Role.LOGITS else name
+    return TensorInfo(name=final, dtype="float32", shape=(None, *tensor.shape[1:]), layout=layout, role=role)
+
+
+def _settings(spec: ModelSpec, channels: int) -> tuple[Setting, ...]:
+    """The evaluation transform's values, each with its source. UsageError for what the module's own code decides."""
+    given = for_channels(spec.hyperparameters, channels).given()
+    mean, std = channel_statistics(channels)
+    if wrong := [name for name in given if name not in OF_PIXELS]:
+        flag = f"--{wrong[0].replace('_', '-')}"
+        reason = f"{flag} is for the models of spach-export --list; your module's own code decides"
+        raise UsageError(f"{reason}.", f"Leave {flag} out.")
+    usual = {"mean": mean, "std": std}
+    return (
+        *(Setting(name, value, Source.USUAL) for name, value in usual.items() if name not in given),
+        *(Setting(name, value, Source.COMMAND_LINE) for name, value in given.items()),
+    )
+
+
+def choose_outputs(model: OwnForward, spec: OutputSpec) -> None:
+    """Keep the outputs whose roles `spec` asks for, all by default, and rename them.
+
+    UsageError for a role that no output has, and for names that are unknown or not unique.
+    """
+    pairs = list(zip(model.outputs, model.returned, strict=True))
+    roles = {info.role for info, _ in pairs}
+    if missing := [role.value for role in spec.outputs if role not in roles]:
+        has = ", ".join(f"{info.name} ({(info.role or Role.OTHER).value})" for info, _ in pairs)
+        raise UsageError(f"No output of your module has the role {missing[0]}: it gives {has}.", "Leave --outputs out.")
+    kept = [pair for pair in pairs if not spec.outputs or pair[0].role in spec.outputs]
+    model.outputs = named(spec, [info for info, _ in kept])
+    model.returned = tuple(name for _, name in kept)
+
+
+def give(model: OwnForward, outputs: Sequence[TensorInfo]) -> None:
+    """Let a module give the outputs of a bundle, which may have other names: those of the same places and shapes.
+
+    ModelError where it does not have them.
+    """
+    rest = list(zip(model.outputs, model.returned, strict=True))
+    returned: list[str] = []
+    for wanted in outputs:
+        same = [pair for pair in rest if (pair[0].role, pair[0].shape) == (wanted.role, wanted.shape)]
+        if not same:
+            has = ", ".join(info.name for info in model.outputs)
+            raise ModelError(f"The bundle's output {wanted.name} is none of your module's: {has}.", "Give its module.")
+        chosen = next((pair for pair in same if pair[0].name == wanted.name), same[0])
+        rest.remove(chosen)
+        returned.append(chosen[1])
+    model.outputs, model.returned = tuple(outputs), tuple(returned)

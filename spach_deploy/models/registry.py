@@ -121,9 +121,12 @@ def check_spec(spec: ModelSpec) -> None:
     """Check `spec` before weights are read. ModelError or UsageError for no model, an unknown one,
     a wrong image size.
     """
+    if spec.module is not None and (spec.name is not None or spec.architecture is not None):
+        other = "--arch describes" if spec.name is None else "--model names"
+        raise UsageError(f"--module makes the model, and {other} another.", "Give one of them.")
     if spec.name is not None and isinstance(spec.architecture, Path):
         raise UsageError("--model names an architecture, and --arch describes one.", "Give one of them.")
-    if spec.checkpoint is None and requested(spec) is None:
+    if spec.checkpoint is None and spec.module is None and requested(spec) is None:
         raise ModelError("No model was named.", "Give --model NAME, --checkpoint FILE, or both; --list shows names.")
     if spec.checkpoint is None and spec.weights is WeightSource.EMA:
         raise UsageError("--weights ema chooses between weights of a checkpoint.", "Give --checkpoint FILE.")

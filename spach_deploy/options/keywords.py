@@ -29,6 +29,7 @@ class ModelKeywords(TypedDict, total=False):
     """Keywords that `export` and `calibrate` share, except `model`."""
 
     arch: FilePath
+    module: str
     checkpoint: FilePath
     weights: Literal["model", "ema"]
     ignore: Texts
@@ -97,6 +98,7 @@ class ValidateKeywords(TypedDict, total=False):
     max_images: int
     labels: FilePath
     max_drop: float
+    module: str
     checkpoint: FilePath
     weights: Literal["model", "ema"]
     answers: FilePath

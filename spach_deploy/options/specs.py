@@ -222,7 +222,8 @@ class ModelSpec:
     """Which model, with which weights. `checkpoint` None means demo weights.
 
     `architecture`: a file with one, or one that is at hand, which `name` then only labels.
-    `ignore`: fnmatch patterns of tensors in the checkpoint that are not part of the model.
+    `ignore`: fnmatch patterns of tensors in the checkpoint that are not part of the model. `module`: the factory of a
+    module of the user's own, package.module:name.
     """
 
     name: str | None = None
@@ -233,6 +234,7 @@ class ModelSpec:
     ignore: tuple[str, ...] = ()
     hyperparameters: Hyperparameters = Hyperparameters()
     architecture: Path | Architecture | None = None
+    module: str | None = None
 
 
 class Role(str, enum.Enum):

@@ -110,10 +110,10 @@ class CheckpointFacts:
 
 def read_facts(model: ModelSpec) -> CheckpointFacts:
     """Load the checkpoint as an export would. Raises what `load_model` raises."""
-    from spach_deploy.models import load_model
     from spach_deploy.models.hyperparameters import lines
+    from spach_deploy.models.own_module import load
 
-    loaded = load_model(model)
+    loaded = load(model)
     complete = dataclasses.replace(
         model,
         name=loaded.name,

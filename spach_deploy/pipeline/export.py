@@ -48,28 +48,32 @@ def export(
     *,
     destination: Destination | None = None,
     scheduler: Scheduler | None = None,
+    loaded: LoadedModel | None = None,
 ) -> ExportResult:
     """Export a model, build its engine, validate both, and write the bundle.
 
     `destination`: what `check_target` returned for the target, if that was called before; or another destination, from
     which the caller moves the bundle to its target (manifest and report name the target). `scheduler`: decides when the
-    steps run; by default `Sequential`.
+    steps run; by default `Sequential`. `loaded`: the model, if it is there already.
 
     Raises a subclass of SpachError; nothing has been written then, and an earlier bundle is untouched.
     """
     phases, scheduler, given = Phases(observer or ExportObserver()), scheduler or Sequential(), options
-    do, submit = phases.do, scheduler.submit  # both wait for the futures among a step's inputs
+    do = phases.do  # `do` and `submit` wait for the futures among a step's inputs
     check_options(options)
     flavour, options = choose_engine(options)
 
-    loaded = do("load the model", load, options, phases)
+    loaded = do("load the model", load, options, phases, loaded)
+    if loaded.origin == "module":  # its classes exist in this process alone
+        scheduler = Sequential()
+    submit = scheduler.submit
     target = target_directory(options, loaded)
     destination = destination or bundles.check_target(target, overwrite=options.overwrite)
     loaded, agreement = hold_to_answers(loaded, options, phases)
     images = do("read images", read_images, options, loaded.preprocessing, loaded.model.outputs, phases)
     static = do("rewrite the model", rewrite_model, loaded, options)
     reference = submit(reference_outputs, loaded.model, static.model, images.images, options)
-    graph = do("export the graph", export_graph, static.model, loaded.image_size, loaded.architecture.channels)
+    graph = do("export the graph", export_graph, static.model, loaded.image_size, loaded.channels, static.known)
     quantized = Quantized()
     if options.precision.is_quantized:
         graph = do("prove the graph", prove_graph, graph, images, reference)
@@ -102,7 +106,7 @@ def export(
         manifest = sections.seal(
             staging,
             {} if engine is None else engine.files,
-            command=export_command(_named(given, loaded)),
+            command=_command(given, loaded),
             model=sections.model_section(loaded, options),
             preprocessing=sections.preprocessing_section(images.preprocessing),
             interface=sections.interface_sections(typed.model.graph, loaded.model.outputs, options),
@@ -139,9 +143,16 @@ def calibrate_to_file(
     images = phases.do("read images", read_images, options, loaded.preprocessing, loaded.model.outputs, phases)
     static = phases.do("rewrite the model", rewrite_model, loaded, options)
     reference = scheduler.submit(reference_outputs, loaded.model, static.model, images.images, options)
-    graph = phases.do("export the graph", export_graph, static.model, loaded.image_size, loaded.architecture.channels)
+    graph = phases.do("export the graph", export_graph, static.model, loaded.image_size, loaded.channels)
     graph = phases.do("prove the graph", prove_graph, graph, images, reference)
     return calibrated(graph, loaded, images, options, phases).calibration
+
+
+def _command(options: ExportOptions, loaded: LoadedModel) -> str:
+    """The command that does this export again; of a module that was given in Python, how it was called."""
+    if loaded.origin == "module" and options.model.module is None:
+        return f"spach_deploy.export({loaded.name}(...), ...)  # spach-export's options: {export_command(options)}"
+    return export_command(_named(options, loaded))
 
 
 def _named(options: ExportOptions, loaded: LoadedModel) -> ExportOptions:

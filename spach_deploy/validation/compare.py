@@ -30,7 +30,7 @@ import numpy.typing as npt
 from spach_deploy.bundle.outputs import CLASS_SCORES
 from spach_deploy.bundle.schema import role_of_name
 from spach_deploy.common.batches import ranges
-from spach_deploy.common.metrics import best_indices, relative_norm
+from spach_deploy.common.metrics import FEW_NUMBERS, best_indices, relative_norm, usual_square
 from spach_deploy.options.specs import Role
 
 Array = npt.NDArray[Any]
@@ -281,9 +281,10 @@ def _compare_float(
 ) -> OutputComparison:
     ours, theirs = reference[name], candidate[name]
     sums = _ImageSums.of(ours, theirs)
-    rel_l2, cosine = sums.rel_l2(), sums.cosine()
+    numbers = ours[:1].size
+    rel_l2, total = sums.rel_l2(numbers), sums.total()
+    cosine = total.cosine() if numbers < FEW_NUMBERS else sums.cosine()
     worst = int(np.argmax(rel_l2))
-    total = sums.total()
     is_scores = may_be_scores and ours.ndim == 2 and ours.shape[1] >= 2
     return OutputComparison(
         name=name,
@@ -324,8 +325,9 @@ class _ImageSums:
         fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return _ImageSums(self.max_abs.max(keepdims=True), *(values.sum(keepdims=True) for values in fields[1:]))
 
-    def rel_l2(self) -> Float64:
-        return relative_norm(self.difference, self.reference)
+    def rel_l2(self, numbers: int = FEW_NUMBERS) -> Float64:
+        """Relative L2 of each image with this many numbers."""
+        return relative_norm(self.difference, usual_square(self.reference, numbers))
 
     def cosine(self) -> Float64:
         """Cosine similarity; 1 where both are zero, 0 where one is."""

@@ -56,12 +56,13 @@ _ROUNDING_IMAGES = 8  # more than in an export, which has less time
 class Weights:
     """Where the user's copy of the bundle's weights is: a checkpoint, which of its weights, and keys to ignore in it.
 
-    None and () mean what the export used.
+    None and () mean what the export used. `module`: the factory of the user's own module.
     """
 
     checkpoint: Path | None = None
     source: WeightSource | None = None
     ignore: tuple[str, ...] = ()
+    module: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +94,26 @@ def rebuild(section: ModelSection, weights: Weights, outputs: Sequence[TensorInf
     Raises UsageError where a checkpoint is needed and not given, CheckpointError where its weights are not the
     bundle's.
     """
-    from spach_deploy.models import load_model
+    from spach_deploy.models import own_module
 
+    if section.origin == "module" and weights.module is None:
+        raise UsageError(
+            f"The bundle is of your own module {section.name}, which is needed for that.",
+            f"Give --module {own_module.FORM}"
+            f"{'' if section.checkpoint is None else f' --checkpoint FILE ({section.checkpoint})'}.",
+        )
+    if section.origin != "module" and weights.module is not None:
+        raise UsageError(f"The bundle is of {section.name}, not of a module of your own.", "Leave --module out.")
     if section.origin == "checkpoint" and weights.checkpoint is None:
         raise UsageError(
             "The bundle holds the reference's answers to its golden images only; for others the reference is needed.",
             f"Give --checkpoint FILE: {section.checkpoint}, SHA-256 {section.checkpoint_sha256}.",
         )
     source = weights.source or section.weights
-    loaded = load_model(
+    loaded = own_module.load(
         ModelSpec(
-            name=section.name,
+            name=None if section.origin == "module" else section.name,
+            module=weights.module,
             architecture=section.architecture,
             checkpoint=weights.checkpoint,
             weights=source if weights.checkpoint is not None else WeightSource.MODEL,
@@ -115,12 +125,20 @@ def rebuild(section: ModelSection, weights: Weights, outputs: Sequence[TensorInf
     )
     if loaded.weights_sha256 != section.weights_sha256:
         raise _other_weights(loaded, section, source)
-    loaded.model.outputs = model_outputs(outputs)
+    if isinstance(loaded.model, own_module.OwnForward):
+        own_module.give(loaded.model, model_outputs(outputs))
+    else:
+        loaded.model.outputs = model_outputs(outputs)
     return loaded
 
 
 def _other_weights(loaded: LoadedModel, section: ModelSection, source: WeightSource) -> CheckpointError:
     ours, theirs = loaded.weights_sha256[:16], section.weights_sha256[:16]
+    if section.origin == "module":
+        return CheckpointError(
+            f"The bundle was made of {section.name} with weights {theirs}; this module has others, weights {ours}.",
+            "Give --checkpoint FILE, or a factory that does not draw weights at random.",
+        )
     made_of = f"from {section.checkpoint}" if section.origin == "checkpoint" else "with demo weights"
     given = (
         "This version's demo weights"

@@ -35,7 +35,7 @@ class ReportHeader:
     """The head of a report: what was validated.
 
     `settings`: hyperparameters that tensors do not show, each with its source. `answers`: how far the reference agrees
-    with the user's answers.
+    with the user's answers. `is_own`: the reference is the user's own module.
     """
 
     target: str
@@ -44,13 +44,16 @@ class ReportHeader:
     is_demo: bool
     settings: tuple[Setting, ...] = ()
     answers: Agreement | None = None
+    is_own: bool = False
 
     @property
     def answers_sentence(self) -> str:
-        """Whether the reference agrees with the user's answers; empty for demo weights."""
+        """Whether the reference agrees with the user's answers; empty for demo weights, and for the user's own
+        module.
+        """
         if self.answers is not None:
             return self.answers.sentence
-        if self.is_demo:
+        if self.is_demo or self.is_own:
             return ""
         return "Not compared with answers of your own code; --answers FILE.npz does (docs/own_checkpoint.md)."
 
@@ -234,7 +237,8 @@ def report_header(target: str, bundle: Bundle, precision: Precision) -> ReportHe
         target=target,
         model=model.name,
         precision=precision.value,
-        is_demo=model.origin != "checkpoint",
+        is_demo=model.origin == "demo",
+        is_own=model.origin == "module",
         settings=read_section(model.hyperparameters),
         answers=None if answers is None else Agreement.of(answers),
     )

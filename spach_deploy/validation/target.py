@@ -106,6 +106,7 @@ class ValidationRequest:
     checkpoint: Path | None = None
     weights: WeightSource | None = None
     ignore: tuple[str, ...] = ()
+    module: str | None = None
     max_images: int = DEFAULT_MAX_IMAGES
     accept_graph: bool = False
     bisect: bool = False
@@ -114,6 +115,11 @@ class ValidationRequest:
     max_drop: float | None = None
     answers: Path | None = None
     cluster: ClusterAddress | None = None
+
+    @property
+    def given_weights(self) -> Weights:
+        """Where the user's copy of the bundle's weights is."""
+        return Weights(self.checkpoint, self.weights, self.ignore, self.module)
 
     @classmethod
     def of(cls, target: Path, given: Mapping[str, Any]) -> ValidationRequest:
@@ -125,6 +131,7 @@ class ValidationRequest:
             checkpoint=given.get("checkpoint"),
             weights=None if weights is None else WeightSource(weights),
             ignore=given.get("ignore", ()),
+            module=given.get("module"),
             max_images=given.get("max_images", DEFAULT_MAX_IMAGES),
             accept_graph=given.get("accept") == "graph",
             labels=given.get("labels"),
@@ -160,9 +167,7 @@ def validate_target(request: ValidationRequest, say: Callable[[str], None] = lam
     validation = _validation(request, target, reference, changed)
     validation = _with_accuracy(validation, request, reference)
     if request.answers is not None:
-        validation = _with_user_answers(
-            validation, request.answers, bundle, Weights(request.checkpoint, request.weights, request.ignore), say
-        )
+        validation = _with_user_answers(validation, request.answers, bundle, request.given_weights, say)
     return _bisected(validation, request, target, say) if request.bisect else validation
 
 
@@ -224,7 +229,7 @@ def _validate_external(request: ValidationRequest, against: Path, say: Callable[
     changed = _changed_files(bundle)
     reference = _images_reference(bundle, facts, request, changed, say)
     header = report_header(str(request.target), bundle, facts.precision)
-    weights = Weights(request.checkpoint, request.weights, request.ignore)
+    weights = request.given_weights
     validation = validate_external(header, bundle, facts, reference, weights, say)
     return dataclasses.replace(validation, findings=(*_file_findings(changed), *validation.findings))
 
@@ -234,7 +239,7 @@ def _bisected(
 ) -> Validation:
     from spach_deploy.validation.bisect_validation import BisectRequest, bisected
 
-    weights = Weights(request.checkpoint, request.weights, request.ignore)
+    weights = request.given_weights
     return bisected(validation, BisectRequest(target.graph, target.bundle, target.facts, weights), say)
 
 
@@ -416,7 +421,7 @@ def _images_reference(
 
     With --ray also the outputs of `graph`.
     """
-    section, weights = bundle.manifest.model, Weights(request.checkpoint, request.weights, request.ignore)
+    section, weights = bundle.manifest.model, request.given_weights
     if request.images is not None:
         spec = ImagesSpec(request.images, request.max_images, request.labels)
         if request.cluster is not None and graph is not None:

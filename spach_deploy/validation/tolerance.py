@@ -45,7 +45,7 @@ from spach_deploy.bundle.outputs import expected_outputs, model_outputs, of_role
 from spach_deploy.bundle.schema import BoundsEntry, TensorInfo, TolerancesEntry
 from spach_deploy.common.batches import spread_with_ends
 from spach_deploy.common.errors import MismatchError, PrecisionError
-from spach_deploy.common.metrics import relative_l2, relative_l2_by_image
+from spach_deploy.common.metrics import FEW_NUMBERS, relative_l2, relative_l2_by_image, relative_norm
 from spach_deploy.options.specs import Precision, Role
 from spach_deploy.validation.rounding_error import (
     ActivationTrace,
@@ -100,7 +100,8 @@ def evaluated_images(count: int, precision: Precision, rounding_images: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredError:
-    """An error of an output: the mean plus two standard deviations over images.
+    """An error of an output: the mean plus two standard deviations over images; of an output of a few numbers, `PEAK`
+    times the root mean square, because a few images tell little of how these scatter.
 
     `rel_l2` is relative. `max_abs` (an image's largest error) and `margin` (by how much the difference of two scores
     moves) are in units of the output.
@@ -117,9 +118,11 @@ class MeasuredError:
         exact = exact.reshape(len(exact), -1)
         error = value.reshape(exact.shape).astype(np.float64) - exact
         root_mean_square = np.sqrt(np.mean(np.square(error), axis=1))
+        relative = relative_l2_by_image(value, exact)[exact.any(axis=1)]
+        is_few = exact.shape[1] < FEW_NUMBERS and len(relative)
         return cls(
             images=len(error),
-            rel_l2=_with_spread(relative_l2_by_image(value, exact)[exact.any(axis=1)]),
+            rel_l2=PEAK * math.sqrt(np.square(relative).mean()) if is_few else _with_spread(relative),
             max_abs=_with_spread(np.maximum(np.abs(error).max(axis=1), _peak(exact.shape[1]) * root_mean_square)),
             margin=_with_spread(PEAK * math.sqrt(2) * error.std(axis=1)),
         )
@@ -430,10 +433,21 @@ class Fp32Reference:
 
     outputs: Named = dataclasses.field(repr=False)
     limits: Mapping[str, float]
+    whole: Named | None = dataclasses.field(default=None, repr=False)
 
     def of(self, chosen: slice | list[int]) -> Fp32Reference:
-        """The same for some of the images."""
-        return Fp32Reference({name: array[chosen] for name, array in self.outputs.items()}, self.limits)
+        """The same for some of the images. `whole`: the outputs of all."""
+        some = {name: array[chosen] for name, array in self.outputs.items()}
+        return Fp32Reference(some, self.limits, self.whole or self.outputs)
+
+    def error(self, name: str, found: npt.NDArray[np.float32]) -> float:
+        """Relative L2 of an output. Of a few numbers, relative to what they are in all images (`common.metrics`)."""
+        expected, whole = self.outputs[name], (self.whole or self.outputs)[name]
+        if expected[:1].size >= FEW_NUMBERS:
+            return relative_l2(found, expected)
+        squares = np.square(whole.astype(np.float64)).sum() * len(expected) / len(whole)
+        difference = np.square(found.astype(np.float64) - expected).sum()
+        return float(relative_norm(np.array([difference]), np.array([squares]))[0])
 
     @property
     def limit(self) -> float:
@@ -464,7 +478,7 @@ def prove_equal(
 
 def check_equal(what: str, outputs: Named, reference: Fp32Reference) -> float:
     """Relative L2 of the first output. MismatchError where that of any is NaN, or more than FP32 rounding."""
-    errors = {name: relative_l2(outputs[name], array) for name, array in reference.outputs.items()}
+    errors = {name: reference.error(name, outputs[name]) for name in reference.outputs}
     for name, error in errors.items():
         if not error <= reference.limits[name]:
             where = f" in {name}" if len(errors) > 1 else ""

@@ -208,7 +208,7 @@ def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
     each of these, epsilon with the best so far. Ends where only FP32 error is left, and after `SEARCH_SECONDS`.
     """
     candidates = _Search(loaded, given, say)
-    heads = loaded.architecture.heads_that_fit
+    heads = [] if loaded.architecture is None else loaded.architecture.heads_that_fit
     attention: Choices = {"heads": heads, "qk_scale": _SCALES} if heads else {}
     activation: Choices = {"activation": ACTIVATIONS}
     epsilon: Choices = {"norm_eps": _EPSILONS}

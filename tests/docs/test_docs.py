@@ -209,11 +209,12 @@ def test_a_page_works_as_it_is_written(page: Path, here: Path) -> None:
     follow(page, slow=False)
 
 
-def test_the_python_page_works_as_it_is_written(here: Path) -> None:
+@pytest.mark.parametrize("page", ["python", "own_module"])
+def test_the_programs_of_a_page_work_as_they_are_written(page: str, here: Path) -> None:
     """Its blocks, one after the other, as one program."""
-    program = python_blocks(ROOT / "docs" / "python.md")
+    program = python_blocks(ROOT / "docs" / f"{page}.md")
     assert program
-    exec(compile(program, "docs/python.md", "exec"), {"__name__": "page"})
+    exec(compile(program, f"docs/{page}.md", "exec"), {"__name__": "page"})
 
 
 @pytest.mark.slow

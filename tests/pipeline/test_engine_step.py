@@ -44,7 +44,7 @@ def staging(tmp_path: Path) -> Path:
 def checked(result: EngineResult | None, staging: Path) -> tuple[BuiltEngine | None, Phases]:
     phases = Phases(ExportObserver())
     certificate = Certificate(20, 10, 1, {}, None, 0)
-    typed = CertifiedGraph(ModelProto(), POLICY, certificate, (), {}, {})
+    typed = CertifiedGraph(ModelProto(), POLICY, certificate, (), {}, {}, {})
     return check_engine(result, typed, None, staging, phases), phases
 
 

@@ -110,7 +110,7 @@ def key_of(
 def _unusual(loaded: LoadedModel) -> list[str]:
     """Settings that are not the published model's; of an architecture outside the table, all of it."""
     if loaded.name not in ARCHITECTURES:
-        return [loaded.architecture.to_toml()]
+        return [loaded.architecture.to_toml() if loaded.architecture is not None else "a module of the user's own"]
     usual = published(ARCHITECTURES[loaded.name])
     return [str(setting) for setting in loaded.settings if setting.value != usual[setting.name]]
 

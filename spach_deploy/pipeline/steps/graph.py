@@ -11,10 +11,12 @@ from spach_deploy.blocks import RewriteResult, rewrite
 from spach_deploy.bundle.outputs import INPUT, graph_outputs
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.interface import add_interface
+from spach_deploy.graph.levels import Level, LevelShare, levels
 from spach_deploy.graph.opset import convert_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.graph.precision.elements import infer_all_types
 from spach_deploy.models.checkpoint import LoadedModel
+from spach_deploy.models.own_module import OwnForward, OwnLoadedModel
 from spach_deploy.options.specs import ExportOptions, Flavour, ImageSize, Precision
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
@@ -29,23 +31,28 @@ class Fp32Graph:
     """The FP32 graph.
 
     `errors`: relative L2 of the exported graph by batch size; empty where only its target's form is compared.
-    `changed`: nodes that each pass changed.
+    `changed`: nodes that each pass changed. `levels`: how well the blocks of a user's own module are known.
     """
 
     model: ir.Model
     changed: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     errors: dict[int, float] = dataclasses.field(default_factory=dict)
+    levels: dict[Level, LevelShare] = dataclasses.field(default_factory=dict)
 
 
 def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
     """The static model: the reference with fixed shapes and folded constants, proven equal in FP64."""
     quantized = options.quantization.quantize if options.precision.is_quantized else None
-    return rewrite(loaded.model, _left_out(options), quantized)
+    inputs = tuple(loaded.example.values()) if isinstance(loaded, OwnLoadedModel) else ()
+    return rewrite(loaded.model, _left_out(options), quantized, inputs)
 
 
-def export_graph(static: nn.Module, image_size: ImageSize, channels: int = 3) -> Fp32Graph:
-    """The exported graph: input (batch, channels, H, W) float32, and the static model's outputs."""
-    return Fp32Graph(export_canonical(static, image_size, channels))
+def export_graph(static: nn.Module, image_size: ImageSize, channels: int = 3, known: tuple[str, ...] = ()) -> Fp32Graph:
+    """The exported graph: input (batch, channels, H, W) float32, and the static model's outputs. `known`: paths of the
+    modules that have a static form, of a user's own module.
+    """
+    graph = export_canonical(static, image_size, channels)
+    return Fp32Graph(graph, levels=levels(graph, static, known) if isinstance(static, OwnForward) else {})
 
 
 def prove_graph(graph: Fp32Graph, images: GoldenImages, reference: ReferenceOutputs) -> Fp32Graph:

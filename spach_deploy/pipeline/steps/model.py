@@ -14,7 +14,8 @@ from spach_deploy.common.versions import refuse_unfit_packages
 from spach_deploy.graph.interface import check_outputs
 from spach_deploy.graph.opset import check_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, TENSORRT_PASSES
-from spach_deploy.models.checkpoint import LoadedModel, load_model
+from spach_deploy.models import own_module
+from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions, Role
 from spach_deploy.validation import user_answers
@@ -34,10 +35,15 @@ def check_options(options: ExportOptions) -> None:
             raise UsageError(f"There is no rewrite {name!r} to turn off.", f"One of {', '.join(known)}.")
 
 
-def load(options: ExportOptions, phases: Phases) -> LoadedModel:
-    """The reference model with its weights. Notes say what was inferred from the checkpoint or unwrapped."""
-    loaded = load_model(options.model)
-    loaded.model.outputs = chosen_outputs(options.outputs, loaded.num_classes, loaded.model.stage_shapes)
+def load(options: ExportOptions, phases: Phases, loaded: LoadedModel | None = None) -> LoadedModel:
+    """The reference model with its weights, which gives the outputs that are asked for. Notes say what was inferred
+    from the checkpoint or unwrapped. `loaded`: the model, if it is there already.
+    """
+    loaded = loaded or own_module.load(options.model)
+    if isinstance(loaded.model, own_module.OwnForward):
+        own_module.choose_outputs(loaded.model, options.outputs)
+    else:
+        loaded.model.outputs = chosen_outputs(options.outputs, loaded.num_classes, loaded.model.stage_shapes)
     check_outputs(options.outputs, loaded.num_classes)
     _check_bounds(loaded, options)
     for note in loaded.notes:

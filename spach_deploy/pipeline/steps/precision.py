@@ -21,6 +21,7 @@ from spach_deploy.common.progress import Phases
 from spach_deploy.data.preprocess import to_input
 from spach_deploy.data.readers import batches
 from spach_deploy.graph.certificate import Certificate, certify
+from spach_deploy.graph.levels import Level, LevelShare
 from spach_deploy.graph.opset import check_operators
 from spach_deploy.graph.precision.decision import PrecisionPolicy, TypingOptions
 from spach_deploy.graph.precision.elements import LayerPrecision, infer_all_types, weighted_layers
@@ -52,7 +53,7 @@ class CertifiedGraph:
     """The typed graph, its precision policy and its certificate.
 
     `passes`: nodes that each pass changed. `errors`: relative L2 in FP32 by batch size, of the graph in its target's
-    form and, where it was compared by itself, of the exported graph.
+    form and, where it was compared by itself, of the exported graph. `levels`: as in `Fp32Graph`.
     """
 
     model: ir.Model
@@ -61,6 +62,7 @@ class CertifiedGraph:
     layers: tuple[LayerPrecision, ...]
     passes: dict[str, tuple[str, ...]]
     errors: dict[str, dict[int, float]]
+    levels: dict[Level, LevelShare]
 
     def written(self, path: Path) -> CertifiedGraph:
         """Save the graph to `path`. Returns a copy that keeps only its inputs and outputs, to free the weights."""
@@ -103,9 +105,10 @@ def set_types(
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
     infer_all_types(result)
     check_operators(result)
-    certificate = certify(result, [path for path, _ in loaded.model.named_modules(remove_duplicate=False)])
+    modules = {path for model in (loaded.model, static) for path, _ in model.named_modules(remove_duplicate=False)}
+    certificate = certify(result, modules, is_own=loaded.origin == "module")
     by_step = {"exported graph": graph.errors, "graph in its target's form": errors}
-    return CertifiedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step)
+    return CertifiedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step, graph.levels)
 
 
 @contextlib.contextmanager

@@ -58,8 +58,9 @@ def judge_engine(
     options: ExportOptions,
 ) -> Validation:
     """The whole validation: the graph's comparison, and the engine's where it can run on this machine."""
-    is_demo = loaded.origin == "demo"
-    header = ReportHeader(str(target), loaded.name, options.precision.value, is_demo, loaded.settings, agreement)
+    is_demo, is_own = loaded.origin == "demo", loaded.origin == "module"
+    precision = options.precision.value
+    header = ReportHeader(str(target), loaded.name, precision, is_demo, loaded.settings, agreement, is_own)
     plan = None if engine is None else engine.plan
     validation = validate_export(header, judged.images, judged.runs, plan, judged.tolerances.engine)
     provenance = Provenance.here(validate_command(str(target)))

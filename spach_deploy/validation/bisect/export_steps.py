@@ -131,7 +131,7 @@ def _of_static(repeated: RepeatedSteps, sources: Sources) -> Outputs:
 
 def _of_graph(repeated: RepeatedSteps, sources: Sources) -> Outputs:
     assert repeated.static is not None
-    repeated.graph = export_canonical(repeated.static, sources.loaded.image_size, sources.loaded.architecture.channels)
+    repeated.graph = export_canonical(repeated.static, sources.loaded.image_size, sources.loaded.channels)
     apply_passes(repeated.graph, sources.passes, sources.disabled)
     with saved_graph(repeated.graph) as path, OnnxRuntimeRunner(path, max_batch=2) as runner:
         return runner.run({INPUT: sources.images})

@@ -1,0 +1,169 @@
+"""A module of the user's own goes through the whole export, from a shell and from Python, with every precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+import spach_deploy
+from spach_deploy.bundle.schema import Manifest
+from spach_deploy.cli.validate import main as validate_command
+from spach_deploy.common.errors import ModelError, UsageError
+from spach_deploy.models import create_model
+from spach_deploy.models.demo import load_demo_weights
+from tests.commands import export, refusal
+from tests.own_models import Branching, PlainNet, TwoHeads, TwoInputs
+from tests.quantization.small_quantized import pictures
+from tests.static_models import IMAGE_SIZE, small_model
+
+IMAGE = torch.zeros(1, 3, 32, 32)
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    load_demo_weights(model)
+    return model
+
+
+def validate(*words: object) -> Result:
+    return CliRunner().invoke(validate_command, list(map(str, words)))
+
+
+def exported(model: nn.Module, folder: Path, **options: Any) -> Manifest:
+    """The manifest of a bundle without an engine, which agrees with the module."""
+    example = options.pop("example", IMAGE)
+    options = {"precision": "fp32", "engine": "none", **options}
+    result = spach_deploy.export(model, example, output=folder / "bundle", **options)
+    assert result.validation.passed
+    return result.bundle.manifest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_module_with_known_blocks_and_two_heads(precision: str, tmp_path: Path) -> None:
+    model = seeded(TwoHeads()).train()
+    manifest = exported(model, tmp_path, precision=precision)
+    assert model.training
+    assert [(tensor.name, tensor.shape, tensor.role) for tensor in manifest.outputs] == [
+        ("classes", (None, 7), "other"),
+        ("angle", (None, 1), "other"),
+    ]
+    assert manifest.graph.levels["known"].modules == ("blocks.0.mix", "blocks.0.mlp", "blocks.1.mix", "blocks.1.mlp")
+    assert sum(level.macs for level in manifest.graph.levels.values()) == pytest.approx(1)
+    assert (manifest.model.origin, manifest.model.architecture, manifest.graph.certificate.broken) == (
+        "module",
+        None,
+        (),
+    )
+    assert manifest.model.hyperparameters["mean"].source == "usual"
+
+
+def test_a_module_in_eight_bits(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=pictures(16, 1))
+    manifest = exported(seeded(TwoHeads()), tmp_path, precision="int8", calibration=tmp_path / "set.npz")
+    assert manifest.quantization is not None
+    assert manifest.quantization.layers == 10
+
+
+def test_a_module_without_a_known_block(tmp_path: Path) -> None:
+    manifest = exported(seeded(PlainNet()), tmp_path, precision="fp16")
+    assert manifest.graph.levels["plain"].macs == 1
+    assert manifest.outputs[0].role == "logits"
+
+
+def test_a_wrapper_around_a_published_model_keeps_its_own_forward(tmp_path: Path) -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_model("hybrid")
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = self.net.norm1(self.net.stem((pixels - 0.5) / 0.25))
+            for name in self.net.stage_names:
+                tokens = getattr(self.net, name)(tokens)
+            tokens = self.net.norm2(tokens)
+            return self.net.head(tokens.mean(1)), tokens
+
+    manifest = exported(Normalized(), tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), precision="fp16")
+    assert "net.layer3.1" in manifest.graph.levels["known"].modules
+    assert [tensor.layout for tensor in manifest.outputs] == ["NC", "NLC"]
+
+
+def test_a_published_model_as_a_module_has_the_graph_of_that_model(tmp_path: Path) -> None:
+    model = seeded(create_model("ms_conv_xxs", image_size=64, num_classes=9))
+    own = exported(model, tmp_path, example=torch.zeros(1, 3, 64, 64))
+    spach_deploy.export(
+        "ms_conv_xxs", image_size=64, num_classes=9, precision="fp32", engine="none", output=tmp_path / "named"
+    )
+    graphs = [(tmp_path / name / "model.onnx").read_bytes() for name in ("bundle", "named")]
+    assert graphs[0] == graphs[1]
+    assert own.graph.levels == {}
+
+
+def test_outputs_are_chosen_by_role_and_renamed(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = PlainNet()
+            load_demo_weights(self.net)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            vector = self.net.body(x)
+            return {"embedding": vector, "logits": self.net.head(vector)}
+
+    manifest = exported(Named(), tmp_path, outputs="embedding", output_name="embedding=vector")
+    assert [(tensor.name, tensor.role) for tensor in manifest.outputs] == [("vector", "embedding")]
+    with pytest.raises(UsageError, match="No output of your module has the role features: it gives embedding"):
+        spach_deploy.export(Named(), IMAGE, precision="fp32", engine="none", outputs="features", output=tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "said"),
+    [
+        (Branching(), IMAGE, r"cannot trace the model \(Branching.forward"),
+        (TwoInputs(), (IMAGE, torch.zeros(1, 4)), "what takes images .* alone can be exported"),
+        (PlainNet(), torch.zeros(1, 5, 32, 32), "fails on an input of"),
+        (PlainNet(), None, "inputs are not known"),
+        ("ms_conv_xxs", IMAGE, "example_inputs are for a module of your own"),
+        (3, IMAGE, "A int is no model"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence(model: Any, example: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises((UsageError, ModelError), match=said) as caught:
+        spach_deploy.export(model, example, precision="fp32", engine="none", output=tmp_path / "x")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+class TestCommand:
+    def test_a_factory_with_a_checkpoint_is_exported_and_validated(self, tmp_path: Path) -> None:
+        values = {f"module.{name}": value for name, value in seeded(TwoHeads()).state_dict().items()}
+        torch.save({"state_dict": values}, tmp_path / "run.pth")
+        given = ("--module", "tests.own_models:TwoHeads", "--checkpoint", tmp_path / "run.pth")
+        done = export(*given, "--fp16", "--engine", "none", "--image-size", 32, "-o", tmp_path / "bundle")
+        assert done.exit_code == 0, done.output
+        assert "Ran tests.own_models:TwoHeads, which is your own code." in done.stderr
+        assert "blocks     4 known (62 % of the arithmetic), 8 plain (38 %), 3 unknown" in done.stdout
+        assert "Not compared with answers" not in done.stdout
+        assert validate(tmp_path / "bundle").exit_code == 0
+        np.savez(tmp_path / "set.npz", images=pictures(3))
+        assert validate(tmp_path / "bundle", "--images", tmp_path / "set.npz", *given).exit_code == 0
+        assert "Give --module" in refusal(validate(tmp_path / "bundle", "--images", tmp_path / "set.npz"))
+        other = validate(tmp_path / "bundle", "--images", tmp_path / "set.npz", *given[:2])
+        assert "does not draw weights at random" in refusal(other)
+        assert "is your own module" in refusal(validate(tmp_path / "bundle", "--bisect", *given))
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("--model", "ms_conv_xxs"), "--module makes the model, and --model names another"),
+            (("--heads", 2), "--heads is for the models of spach-export --list"),
+        ],
+    )
+    def test_options_of_our_models_are_refused(self, words: tuple[Any, ...], said: str, tmp_path: Path) -> None:
+        given = ("--module", "tests.own_models:PlainNet", "--fp32", "--engine", "none", "-o", tmp_path / "x")
+        assert said in refusal(export(*given, *words))
