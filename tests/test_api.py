@@ -77,7 +77,7 @@ def test_type_checkers_know_what_the_table_has(command: str, said: type, explici
 def test_help_shows_every_keyword() -> None:
     signature = inspect.signature(spach_deploy.export)
     assert keywords.keywords(EXPORT).keys() <= signature.parameters.keys()
-    assert list(signature.parameters)[:3] == ["model", "recipe", "observer"]
+    assert list(signature.parameters)[:4] == ["model", "example_inputs", "recipe", "observer"]
     assert "heads: Heads of every attention." in (spach_deploy.export.__doc__ or "")
 
 

@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.common.files import read_text
 
@@ -218,6 +216,8 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
+        import msgspec
+
         content: dict[str, Any] = msgspec.to_builtins(self)
         return content
 
@@ -232,6 +232,8 @@ class Architecture:
         unknown key, a missing one, a value of the wrong kind, and for values that contradict each other.
         """
         _check_keys(content, where)
+        import msgspec
+
         try:
             return msgspec.convert(_normal(content), cls)
         except msgspec.ValidationError as error:

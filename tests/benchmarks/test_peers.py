@@ -111,9 +111,10 @@ def test_recipes_are_told_apart_and_name_files_that_exist() -> None:
 
 
 def test_the_worst_image_counts() -> None:
-    wanted = np.array([[3.0, 4.0], [1.0, 0.0]], np.float32)
-    assert worst_relative_l2(wanted + np.array([[0, 0.5], [0, 0.25]], np.float32), wanted) == pytest.approx(0.25)
-    assert worst_relative_l2(np.full((2, 2), np.nan, np.float32), wanted) == float("inf")
+    wanted = np.array([[3.0, 4.0, *[0.0] * 6], [1.0, *[0.0] * 7]], np.float32)
+    moved = wanted + np.array([[0, 0.5, *[0] * 6], [0, 0.25, *[0] * 6]], np.float32)
+    assert worst_relative_l2(moved, wanted) == pytest.approx(0.25)
+    assert worst_relative_l2(np.full((2, 8), np.nan, np.float32), wanted) == float("inf")
 
 
 def test_a_refusal_names_the_operator() -> None:

@@ -26,13 +26,13 @@ def benchmark(*arguments: object) -> Result:
 
 
 def test_json_has_figures_facts_and_what_did_not_run() -> None:
-    """The bundle's model is not known to other processes: PyTorch's runners say so, and the graph is measured."""
+    """The bundle is measured as it is, and by PyTorch, which rebuilds its model from the manifest's architecture."""
     result = benchmark(small_bundles.bundle(), *QUICK, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["batches"] == [2]
-    assert "onnxruntime" in [runner["runner"] for runner in found["runners"]]
-    assert "small_hybrid" in found["skipped"]["eager"]
+    assert {"onnxruntime", "eager"} <= {runner["runner"] for runner in found["runners"]}
+    assert "tensorrt" in found["skipped"]
     assert found["machine"]["threads"] == found["machine"]["cores"]
     assert found["machine"]["versions"]["onnxruntime"]
     assert found["macs"] > 0
@@ -47,7 +47,7 @@ def test_json_has_figures_facts_and_what_did_not_run() -> None:
         (("--plot", "."), 2, "--plot . cannot be written"),
         (("--runner", "fastest"), 2, "fastest"),
         (("--rounds", "1"), 2, "--rounds"),
-        (("--runner", "eager"), 3, "PyTorch eager cannot run here"),
+        (("--runner", "tensorrt"), 3, "TensorRT cannot run here"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], code: int, reason: str) -> None:

@@ -395,7 +395,7 @@ def test_the_list_shows_all_models() -> None:
     lines = export("--list").stdout.splitlines()
     names = [line.split()[0] for line in lines[1 : lines.index("")]]
     assert names == list(ARCHITECTURES)
-    assert len(names) == 24
+    assert len(names) == 36
     listed = json.loads(export("--list", "--json").stdout)
     assert [model["name"] for model in listed] == names
     assert {"parameters", "macs", "stages", "published_top1"} <= set(listed[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ from spach_deploy.options.specs import (
     BatchProfile,
     ComputeCapability,
     ExportOptions,
+    FeatureLayout,
     Flavour,
     IODtype,
     ModelSpec,
+    OutputSpec,
     Precision,
     QuantizationSpec,
+    Role,
     WeightSource,
     parse_size,
 )
@@ -43,6 +45,11 @@ std = [0.25, 0.25, 0.25]
 crop = 0.95
 interpolation = "bilinear"
 answers = "answers.npz"
+arch = "hybrid.toml"
+module = "nets:build"
+outputs = ["logits", "features"]
+feature_layout = "tokens"
+output_name = ["logits=scores"]
 precision = "bf16"
 io_dtype = "uint8"
 top_k = 5
@@ -99,10 +106,13 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     assert (values.mean, values.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert (values.crop, values.interpolation) == (0.95, "bilinear")
     path, ignore = tmp_path / "weights.pth", ("head_dist.*",)
-    assert made.model == ModelSpec("ms_hybrid_s", path, WeightSource.EMA, (192, 256), 10, ignore, values)
+    arch, module = tmp_path / "hybrid.toml", "nets:build"
+    model = ModelSpec("ms_hybrid_s", path, WeightSource.EMA, (192, 256), 10, ignore, values, arch, module)
+    assert made.model == model
     assert made.answers == tmp_path / "answers.npz"
     assert made.precision is Precision.BF16
-    assert dataclasses.astuple(made.outputs) == (IODtype.UINT8, 5, True)
+    roles, names = (Role.LOGITS, Role.FEATURES), ("logits=scores",)
+    assert made.outputs == OutputSpec(IODtype.UINT8, 5, True, roles, FeatureLayout.TOKENS, names)
     assert made.engine.gpus == (ComputeCapability(8, 6), ComputeCapability(8, 9))
     assert made.engine.batch == BatchProfile(1, 2, 4)
     assert (made.engine.opt_level, made.engine.workspace_bytes, made.engine.tf32) == (0, 2 << 30, False)
@@ -177,7 +187,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("image_size = [192]", "image_size = [192] is no height and width", "Give a whole number, or a list of two"),
     ('interpolation = "lanczos"', "interpolation = 'lanczos' is unknown", "One of bicubic, bilinear, nearest"),
     ("crop = nan", "crop nan is not in 0.1..1", ""),
-    ("num_classes = 1000001", "num_classes = 1000001 is out of range", "Give 1 to 1000000"),
+    ("num_classes = 1000001", "num_classes = 1000001 is out of range", "Give 0 to 1000000"),
     ('mean = "0.5,nan,0.5"', "--mean nan is not in 0..1", "Divide values of 0 to 255 by 255"),
     ("top_k = -1", "top_k = -1 is out of range", "Give 1 or more"),
     ("opt_level = 6", "opt_level = 6 is out of range", "Give 0 to 5"),

@@ -9,14 +9,22 @@ import pytest
 
 from spach_deploy.common.metrics import best_indices, relative_l2, relative_l2_by_image, worst_relative_l2
 
-EXACT = np.array([[3.0, 4.0], [6.0, 8.0]], np.float32)
+EXACT = np.array([[3.0, 4.0, *[0.0] * 6], [6.0, 8.0, *[0.0] * 6]], np.float32)
 
 
 def test_it_is_the_norm_of_the_difference_over_that_of_the_reference() -> None:
-    value = EXACT + np.array([[0.0, 0.5], [0.0, 0.0]], np.float32)
+    value = EXACT.copy()
+    value[0, 1] += 0.5
     assert relative_l2(value, EXACT) == pytest.approx(0.5 / math.sqrt(125))
     assert relative_l2_by_image(value, EXACT).tolist() == [pytest.approx(0.1), 0.0]
     assert worst_relative_l2(value, EXACT) == pytest.approx(0.1)
+
+
+def test_the_error_of_few_numbers_is_relative_to_what_they_usually_are() -> None:
+    """An angle of 0.001 among angles of 1 is close to zero by chance."""
+    angles = np.array([[1.0], [0.001], [-1.0]], np.float32)
+    found = relative_l2_by_image(angles + np.float32(0.01), angles)
+    assert found == pytest.approx([0.01, 0.01 / math.sqrt(2 / 3), 0.01], rel=1e-3)
 
 
 def test_sums_are_in_float64() -> None:
@@ -27,11 +35,12 @@ def test_sums_are_in_float64() -> None:
 
 
 def test_zeros_and_what_is_not_finite() -> None:
-    zeros = np.zeros((1, 2))
+    zeros, wrong = np.zeros((1, 8)), EXACT[:1].copy()
     assert relative_l2(zeros, zeros) == 0
     assert relative_l2(EXACT[:1], zeros) == math.inf
-    assert not relative_l2(np.array([[math.nan, 1.0]]), EXACT[:1]) < math.inf
-    assert not relative_l2(np.array([[math.inf, 1.0]]), EXACT[:1]) < math.inf
+    for value in (math.nan, math.inf):
+        wrong[0, 0] = value
+        assert not relative_l2(wrong, EXACT[:1]) < math.inf
 
 
 @pytest.mark.parametrize("classes", [3, 5000, 20_000])

@@ -21,6 +21,7 @@ from spach_deploy.bundle.schema import TraceEntry
 from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.validate import main
 from spach_deploy.graph.editing import as_proto
+from spach_deploy.graph.passes import TENSORRT_PASSES
 from spach_deploy.options.specs import BatchProfile, Precision
 from spach_deploy.validation.bisect import export_steps as stages
 from spach_deploy.validation.error_trace import ActivationTracer, ExpectedActivations
@@ -119,7 +120,9 @@ def test_a_bisection_goes_without_what_the_export_went_without(spoiled: Path, mo
 
     monkeypatch.setattr(stages, "rewrite", watched)
     assert bisect(spoiled)[1]["first_stage"] is None
-    assert told == [(("spell_first_norm", "split_group_norm", "tokens_first"), None)]
+    ((without, quantized),) = told
+    assert set(without) == {step.name for step in TENSORRT_PASSES} - {"shift_depthwise"}
+    assert quantized is None
 
 
 def test_a_wrong_export_is_the_graphs_stage_and_is_bisected_there(monkeypatch: pytest.MonkeyPatch) -> None:
