@@ -145,7 +145,7 @@ def calibrate_to_file(
     reference = scheduler.submit(reference_outputs, loaded.model, static.model, images.images, options)
     graph = phases.do("export the graph", export_graph, static.model, loaded.image_size, loaded.channels)
     graph = phases.do("prove the graph", prove_graph, graph, images, reference)
-    return calibrated(graph, loaded, images, options, phases).calibration
+    return calibrated(graph, static.model, loaded, images, options, phases).calibration
 
 
 def _command(options: ExportOptions, loaded: LoadedModel) -> str:

@@ -9,7 +9,7 @@ The pipeline calls the single functions; `quantize_graph` does all in one call:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -31,7 +31,7 @@ from spach_deploy.quantization.equalization import (
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
 from spach_deploy.quantization.qdq import InsertQdq, audit
-from spach_deploy.quantization.sites import Selection, Site, find_sites, is_weight
+from spach_deploy.quantization.sites import FOLDED, Selection, Site, find_sites, is_weight
 from spach_deploy.quantization.statistics import Collector, TensorRequest, TensorStatistics, wanted_tensors
 
 
@@ -54,11 +54,18 @@ class QuantizableSites:
         return wanted_tensors(chosen, [site.node for site in chosen if site.channel_axis is not None])
 
 
-def candidates(model: ir.Model, selection: Selection, scaling: Scaling) -> QuantizableSites:
+def candidates(
+    model: ir.Model, selection: Selection, scaling: Scaling, layers: Collection[str] | None = None
+) -> QuantizableSites:
     """Find the layers of the FP32 graph that can be, and that will be quantized. UsageError for patterns that match
-    nothing.
+    nothing. `layers`: paths of the only modules whose weights are known to be their own; None for all.
     """
     sites = find_sites(model)
+    if layers is not None:
+        sites = tuple(
+            dataclasses.replace(site, unfit=FOLDED) if site.weight and site.module not in layers else site
+            for site in sites
+        )
     return QuantizableSites(sites, selection.chosen(sites, scaling.form))
 
 

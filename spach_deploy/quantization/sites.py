@@ -37,6 +37,8 @@ HEADS = ("head", "mlp_head.0")
 
 UNCERTAIN = "rule: which axis of its weight is summed over is not certain"
 
+FOLDED = "rule: its weights are not those of one layer, as where a BatchNorm is folded into a convolution"
+
 
 class LayerKind(str, enum.Enum):
     """What a site is in the model; see the module's docstring."""

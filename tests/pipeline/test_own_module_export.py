@@ -69,6 +69,18 @@ def test_a_module_in_eight_bits(tmp_path: Path) -> None:
     assert manifest.quantization.layers == 10
 
 
+def test_a_convolution_that_took_in_a_batch_norm_stays_in_float_and_that_is_said(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=pictures(16, 1))
+    options = {"precision": "int8", "calibration": tmp_path / "set.npz", "quantize": "body.*"}
+    manifest = exported(seeded(PlainNet()), tmp_path, **options)
+    assert manifest.quantization is not None
+    assert manifest.quantization.layers == 1
+    assert {kept.module: kept.reason.split(",")[0] for kept in manifest.quantization.kept_float} == {
+        "body.1": "rule: its weights are not those of one layer",
+        "head": "rule: the head's error is the answer's",
+    }
+
+
 def test_a_module_without_a_known_block(tmp_path: Path) -> None:
     manifest = exported(seeded(PlainNet()), tmp_path, precision="fp16")
     assert manifest.graph.levels["plain"].macs == 1

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import nn
 
+from spach_deploy.blocks.token_mlp import TokenLinear
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.calibration_set_checks import check_overlap
@@ -18,6 +20,7 @@ from spach_deploy.data.preprocess import Pixels
 from spach_deploy.data.readers import open_images
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.hyperparameters import published
+from spach_deploy.models.own_module import OwnForward
 from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.options.quantization import CALIBRATION_SUFFIX
 from spach_deploy.options.specs import ExportOptions, Preprocessing, QuantizationSpec
@@ -63,7 +66,12 @@ def scaling_of(options: ExportOptions) -> Scaling:
 
 
 def calibrate(
-    model: ir.Model, loaded: LoadedModel, preprocessing: Preprocessing, options: ExportOptions, phases: Phases
+    model: ir.Model,
+    static: nn.Module,
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    options: ExportOptions,
+    phases: Phases,
 ) -> CalibrationResult:
     """Scales for the FP32 graph `model`, input (B, C, H, W) float32, from the user's images or a calibration file.
 
@@ -72,7 +80,8 @@ def calibrate(
     spec = options.quantization
     assert spec.calibration is not None
     scaling = scaling_of(options)
-    chosen = candidates(model, Selection(spec.keep_float, spec.quantize), scaling)
+    layers = _layers(static) if isinstance(loaded.model, OwnForward) else None
+    chosen = candidates(model, Selection(spec.keep_float, spec.quantize), scaling, layers)
     scaling = dataclasses.replace(scaling, per_tensor=_per_tensor(chosen, spec.per_tensor))
     key = key_of(chosen, loaded, preprocessing, scaling, spec, options.disabled_rewrites)
     if spec.calibration.suffix == CALIBRATION_SUFFIX:
@@ -83,6 +92,12 @@ def calibrate(
             model, chosen, scaling, key, preprocessing, spec, phases, overwrite=options.overwrite
         )
     return CalibrationResult(calibration)
+
+
+def _layers(static: nn.Module) -> frozenset[str]:
+    """Paths of the modules that compute with weights of their own."""
+    kinds = (nn.Linear, nn.Conv2d, TokenLinear)
+    return frozenset(path for path, module in static.named_modules(remove_duplicate=False) if isinstance(module, kinds))
 
 
 def key_of(

@@ -48,7 +48,7 @@ def quantize(
     phases: Phases,
 ) -> Quantized:
     """The plan with all layers that the rules allow, or with those that keep the requested bound."""
-    calibration, selection = calibrated(graph, loaded, images, options, phases), None
+    calibration, selection = calibrated(graph, static, loaded, images, options, phases), None
     if options.quantization.is_bounded:
         with phases.phase("choose the layers"):
             held_out = _held_out(loaded, images, reference, options, phases)
@@ -58,11 +58,16 @@ def quantize(
 
 
 def calibrated(
-    graph: Fp32Graph, loaded: LoadedModel, images: GoldenImages, options: ExportOptions, phases: Phases
+    graph: Fp32Graph,
+    static: nn.Module,
+    loaded: LoadedModel,
+    images: GoldenImages,
+    options: ExportOptions,
+    phases: Phases,
 ) -> CalibrationResult:
     """Calibrate. UsageError where a golden image is in the calibration set, unless --allow-overlap."""
     with phases.phase("calibrate"):
-        result = calibrate(graph.model, loaded, images.preprocessing, options, phases)
+        result = calibrate(graph.model, static, loaded, images.preprocessing, options, phases)
         refuse_overlap(result, [images.pixels], images.names, options, phases)
     return result
 
