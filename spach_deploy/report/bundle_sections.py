@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import structs
 
 from spach_deploy.bundle.schema import KernelsEntry, Manifest, PeakEntry, PhaseEntry, PrecisionSection
+from spach_deploy.graph.levels import described
 from spach_deploy.options.specs import Precision
 from spach_deploy.report.content import Json, ReportContent, main_output
 from spach_deploy.report.plots import Chart, Limit, Line, draw, groups_of
@@ -29,6 +30,7 @@ def graph(content: ReportContent) -> dict[str, Any] | None:
     operators = _bars(certificate.operators)
     return {
         "certificate": certificate,
+        "blocks": described(content.graph.levels),
         "operators": operators[:_OPERATORS_SHOWN],
         "others": operators[_OPERATORS_SHOWN:],
         "rewrites": _rewrites(content),
