@@ -13,11 +13,13 @@ The result is compared with PyTorch at several batch sizes, like any other graph
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -41,7 +43,7 @@ from spach_deploy.graph.editing import array_of, as_proto, name_of
 from spach_deploy.graph.names import name_by_module, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.models.outputs import SelectableOutputs
-from spach_deploy.models.own_module import flattened
+from spach_deploy.models.own_module import flattened, is_users_file
 from spach_deploy.options.specs import OPSET, ImageSize, sides
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
@@ -141,13 +143,19 @@ def _program(
                 opset_version=OPSET,
                 input_names=list(example),
                 output_names=list(outputs),
-                dynamic_shapes=None if batch is None else tuple(batch for _ in example),
+                dynamic_shapes=None if batch is None else _shapes(model, [batch for _ in example]),
                 verbose=False,
             )
     except Exception as error:  # torch.export raises what it likes
         raise ModelError(f"torch.export cannot trace {_place(model, error)}.", _REWRITE_IT) from error
     assert program is not None
     return program.model
+
+
+def _shapes(model: nn.Module, inputs: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """Dynamic shapes in the structure of the arguments of forward, which may be `*inputs`."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    return (tuple(inputs),) if inspect.Parameter.VAR_POSITIONAL in kinds[:1] else tuple(inputs)
 
 
 def _place(model: nn.Module, error: BaseException) -> str:
@@ -159,7 +167,7 @@ def _place(model: nn.Module, error: BaseException) -> str:
     for cause in causes:
         for frame, line in traceback.walk_tb(cause.__traceback__):
             code, owner = frame.f_code, frame.f_locals.get("self")
-            if id(owner) in paths and "site-packages" not in code.co_filename:
+            if id(owner) in paths and is_users_file(code.co_filename):
                 name = f"{paths[id(owner)]} ({type(owner).__name__}.{code.co_name}"
                 place = f"{name}, {code.co_filename}:{line})"
     reason = str(causes[-1]).strip().splitlines()

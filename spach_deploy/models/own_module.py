@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from spach_deploy.bundle.outputs import INPUT, named
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
 from spach_deploy.models.checkpoint_content import shown
 from spach_deploy.models.copies import own
@@ -113,7 +115,13 @@ def output_names(outputs: Any, prefix: str = "") -> list[str]:
         return [prefix or "output"]
     named = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     start = f"{prefix}_" if prefix else "" if isinstance(outputs, Mapping) else "output_"
-    return [name for key, value in named for name in output_names(value, f"{start}{key}")]
+    return [name for key, value in named for name in output_names(value, _usable(f"{start}{key}"))]
+
+
+def _usable(name: str) -> str:
+    """A name that every package can hold: letters, digits, hyphens and underscores, and a letter first."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64]
+    return plain if plain[:1].isalpha() else f"output_{plain}"[:64]
 
 
 def flattened(outputs: Any) -> list[Tensor]:
@@ -139,7 +147,11 @@ class OwnForward(SelectableOutputs):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The chosen outputs in order; one alone as it is."""
-        returned = super().forward(*inputs)  # of the user's class
+        fast, _ = torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            returned = super().forward(*inputs)  # of the user's class
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
         by_name = dict(zip(output_names(returned), flattened(returned), strict=True))
         tensors = tuple(by_name[name] for name in self.returned)
         return tensors[0] if len(tensors) == 1 else tensors
@@ -168,26 +180,83 @@ class Example:
     outputs: dict[str, Tensor]
 
 
+_SAME = 1e-3
+"""Relative L2 up to which two answers are the same but for rounding."""
+
+_OTHER_BATCH = 3
+
+
 def run_example(module: nn.Module, inputs: Sequence[Tensor]) -> Example:
-    """Run the module once. ModelError where it fails, or where an input or output is not a batch of tensors."""
+    """Run the module on its example inputs. What it computes has to be the same every time and for every batch.
+
+    ModelError where it fails, changes itself, draws at random or mixes images up, and where an input or output is not
+    a batch of floats.
+    """
     for tensor in inputs:
         if not isinstance(tensor, Tensor) or tensor.ndim < 2:
             raise ModelError("An example input is no tensor with a batch first.", "Give tensors such as (1, 3, H, W).")
-    one = [tensor[:1].detach() for tensor in inputs]
+    generator = torch.Generator().manual_seed(0)
+    several = [
+        torch.rand(_OTHER_BATCH, *tensor.shape[1:], generator=generator, dtype=tensor.dtype) for tensor in inputs
+    ]
+    one = [tensor[:1] for tensor in several]
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    returned, again, together = (_called(module, tensors) for tensors in (one, one, several))
+    for name, buffer in module.named_buffers():
+        buffer.data = before[name]
+    names = output_names(returned)
+    for name, first, second, third in zip(names, *map(flattened, (returned, again, together)), strict=True):
+        _check_output(name, first, second, third)
+    tensors = dict(zip(names, flattened(returned), strict=True))
+    if len(tensors) < len(names):
+        raise ModelError(f"Two outputs of the module are called alike: {', '.join(names)}.", "Give them other names.")
+    return Example(dict(zip(input_names(module, len(one)), one, strict=True)), tensors)
+
+
+def _called(module: nn.Module, inputs: Sequence[Tensor]) -> Any:
     try:
         with torch.inference_mode():
-            returned = module(*one)
+            return module(*inputs)
     except Exception as error:  # the user's code raises what it likes
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in one)
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users_file(frame.filename)]
+        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         raise ModelError(
-            f"The module fails on an input of {shapes}: {type(error).__name__}: {str(error).splitlines()[0]}.",
-            "Give example inputs that it takes (--image-size, or example_inputs in Python).",
+            f"The module fails on an input of {shapes}: {reason}{where}.",
+            "Give example inputs that it takes (--image-size, or example_inputs in Python), in float32.",
         ) from error
-    tensors = flattened(returned)
-    return Example(
-        dict(zip(input_names(module, len(one)), one, strict=True)),
-        dict(zip(output_names(returned), tensors, strict=True)),
-    )
+
+
+def is_users_file(path: str) -> bool:
+    """Whether a file is neither of an installed package nor of this module."""
+    return path != __file__ and "site-packages" not in path and not path.startswith("<")
+
+
+def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> None:
+    """`again`: of the same input as `first`; `together`: of a batch of `_OTHER_BATCH` that begins with it."""
+    if not first.is_floating_point():
+        kind = str(first.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"Output {name} is {kind}, and a graph's outputs are floats.", "Leave it out of what it returns."
+        )
+    if first.shape[:1] != (1,) or together.shape != (_OTHER_BATCH, *first.shape[1:]):
+        raise ModelError(
+            f"Output {name} has the shape {tuple(first.shape)} for one image and {tuple(together.shape)} for"
+            f" {_OTHER_BATCH}, so it does not begin with the batch.",
+            "Return one row for each image.",
+        )
+    if not relative_l2(again.float().numpy(), first.float().numpy()) <= _SAME:
+        raise ModelError(
+            f"Output {name} is another when the module runs again on the same input: it draws at random, changes"
+            " itself, or is not finite.",
+            "An export needs a module that always computes the same.",
+        )
+    if not relative_l2(together[:1].float().numpy(), first.float().numpy()) <= _SAME:
+        raise ModelError(
+            f"Output {name} of an image depends on the other images of its batch.",
+            "An export needs a module that treats each image by itself, as BatchNorm does in evaluation mode.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

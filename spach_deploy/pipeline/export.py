@@ -142,6 +142,8 @@ def calibrate_to_file(
     loaded = phases.do("load the model", load, options, phases)
     images = phases.do("read images", read_images, options, loaded.preprocessing, loaded.model.outputs, phases)
     static = phases.do("rewrite the model", rewrite_model, loaded, options)
+    if loaded.origin == "module":  # its classes exist in this process alone
+        scheduler = Sequential()
     reference = scheduler.submit(reference_outputs, loaded.model, static.model, images.images, options)
     graph = phases.do("export the graph", export_graph, static.model, loaded.image_size, loaded.channels)
     graph = phases.do("prove the graph", prove_graph, graph, images, reference)

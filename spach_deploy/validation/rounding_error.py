@@ -57,10 +57,13 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def recording_activations(model: nn.Module, outputs: Outputs | None) -> Iterator[None]:
     """Within the block, put the outputs of the model's parts for the first image into `outputs`, if given."""
 
+    import torch
+
     def keeper(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             assert outputs is not None
-            outputs[path] = output[:1].numpy().copy()
+            if isinstance(output, torch.Tensor):  # a user's part may give several
+                outputs[path] = output[:1].numpy().copy()
 
         return hook
 
@@ -135,12 +138,32 @@ def evaluate_outputs_fp64(
     """Outputs with all weights and operations in FP64; `model` itself is left unchanged."""
     import torch
 
+    from spach_deploy.models.own_module import OwnForward
+
+    if isinstance(model, OwnForward):
+        return _outputs_of_a_copy(model, images, parts)
     with (
         torch.inference_mode(),
         converting(model, lambda tensor: tensor.double()),
         recording_activations(model, parts),
     ):
         return named_outputs(model, model(torch.from_numpy(images).double()))
+
+
+def _outputs_of_a_copy(
+    model: nn.Module, images: Float32Array, parts: Outputs | None
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Of a user's own module, which may read tensors of modules that it does not call, and make tensors by itself."""
+    import torch
+
+    usual = torch.get_default_dtype()
+    double = converted(model, lambda tensor: tensor.double())
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), recording_activations(double, parts):
+            return named_outputs(double, double(torch.from_numpy(images).double()))
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None = None) -> npt.NDArray[np.float64]:

@@ -7,7 +7,8 @@
     tolerance = FP32_FACTOR * FP32 error + ROUNDING_FACTOR * rounding error
 
 Both are measured for each output of the model and each image, in the same runs, and taken as the mean plus two standard
-deviations over the images, so that images which were not measured have room. The factors:
+deviations over the images, so that images which were not measured have room. Where more than `SPREAD_IMAGES` images are
+compared, the worst of them is further out, and more is added (`_spread`). The factors:
 
 ROUNDING_FACTOR. Engines round at other places than PyTorch's modules do: folded weights are rounded after folding,
 products of attention in between, and sums run in another order. The same models, rewritten for export and rounded after
@@ -65,7 +66,10 @@ Float64 = npt.NDArray[np.float64]
 ROUNDING_FACTOR = 2.0
 FP32_FACTOR = 20.0
 SPREAD = 2.0
-"""Standard deviations over images that are added to the mean."""
+"""Standard deviations over images that are added to the mean, where at most `SPREAD_IMAGES` are compared."""
+
+SPREAD_IMAGES = 8
+"""Images of which the worst is expected at SPREAD: sqrt(2 ln 8) = 2.04."""
 
 PEAK = 5.0
 """Standard deviations that include all errors of some hundred images' logits, or of differences of two logits."""
@@ -100,8 +104,8 @@ def evaluated_images(count: int, precision: Precision, rounding_images: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredError:
-    """An error of an output: the mean plus two standard deviations over images; of an output of a few numbers, `PEAK`
-    times the root mean square, because a few images tell little of how these scatter.
+    """An error of an output: the mean plus some standard deviations over images (`_spread`); of an output of a few
+    numbers, `PEAK` times the root mean square, because a few images tell little of how these scatter.
 
     `rel_l2` is relative. `max_abs` (an image's largest error) and `margin` (by how much the difference of two scores
     moves) are in units of the output.
@@ -113,8 +117,10 @@ class MeasuredError:
     margin: float
 
     @classmethod
-    def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any]) -> MeasuredError:
-        """The error of an output `value` (N, ...) against `exact`, both of any float dtype."""
+    def of(cls, value: npt.NDArray[Any], exact: npt.NDArray[Any], compared: int = SPREAD_IMAGES) -> MeasuredError:
+        """The error of an output `value` (N, ...) against `exact`, both of any float dtype, with room for the worst of
+        `compared` images.
+        """
         exact = exact.reshape(len(exact), -1)
         error = value.reshape(exact.shape).astype(np.float64) - exact
         root_mean_square = np.sqrt(np.mean(np.square(error), axis=1))
@@ -122,9 +128,11 @@ class MeasuredError:
         is_few = exact.shape[1] < FEW_NUMBERS and len(relative)
         return cls(
             images=len(error),
-            rel_l2=PEAK * math.sqrt(np.square(relative).mean()) if is_few else _with_spread(relative),
-            max_abs=_with_spread(np.maximum(np.abs(error).max(axis=1), _peak(exact.shape[1]) * root_mean_square)),
-            margin=_with_spread(PEAK * math.sqrt(2) * error.std(axis=1)),
+            rel_l2=PEAK * math.sqrt(np.square(relative).mean()) if is_few else _with_room(relative, compared),
+            max_abs=_with_room(
+                np.maximum(np.abs(error).max(axis=1), _peak(exact.shape[1]) * root_mean_square), compared
+            ),
+            margin=_with_room(PEAK * math.sqrt(2) * error.std(axis=1), compared),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,11 +145,18 @@ def _peak(numbers: int) -> float:
     return max(PEAK, math.sqrt(2 * math.log(_PEAK_IMAGES * numbers)))
 
 
-def _with_spread(figures: Float64) -> float:
+def _spread(compared: int) -> float:
+    """Standard deviations that include the worst of `compared` images: the expected largest of n normal numbers is at
+    sqrt(2 ln n).
+    """
+    return math.sqrt(SPREAD**2 + 2 * math.log(max(1, compared / SPREAD_IMAGES)))
+
+
+def _with_room(figures: Float64, compared: int) -> float:
     if not len(figures):
         return 0.0
-    spread = float(figures.std(ddof=1)) if len(figures) > 1 else 0.0
-    return float(figures.mean()) + SPREAD * spread
+    deviation = float(figures.std(ddof=1)) if len(figures) > 1 else 0.0
+    return float(figures.mean()) + _spread(compared) * deviation
 
 
 NOTHING = MeasuredError(0, 0.0, 0.0, 0.0)
@@ -294,7 +309,7 @@ def measured_fp32_errors(
     """
     chosen = spread_with_ends(len(images), _NOISE_IMAGES[precision])
     exact = evaluate_outputs_fp64(model, images[chosen], parts)
-    return {name: MeasuredError.of(array[chosen], exact[name]) for name, array in reference.items()}
+    return {name: MeasuredError.of(array[chosen], exact[name], len(images)) for name, array in reference.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +351,11 @@ def _bounds(
     is_half = any(tensor.dtype == "float16" for tensor in computed)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
         rounded = rounded_model.outputs(images[chosen], parts, is_half=is_half)
-        losses = {} if rounded is None else {n: MeasuredError.of(rounded[n], reference[n][chosen]) for n in reference}
+        losses = (
+            {}
+            if rounded is None
+            else {n: MeasuredError.of(rounded[n], reference[n][chosen], len(images)) for n in reference}
+        )
     derivations = {
         tensor.name: Derivation(rounded_model.words, noise[tensor.name], losses.get(tensor.name, NOTHING))
         for tensor in computed

@@ -211,3 +211,18 @@ def test_measured_figures_grow_with_their_spread() -> None:
     assert math.isclose(even.rel_l2, 0.01, rel_tol=1e-6)
     assert math.isclose(uneven.rel_l2, 0.01 + 2 * 0.02, rel_tol=1e-6)
     assert dataclasses.asdict(even)["images"] == 4
+
+
+def test_the_worst_of_many_images_has_more_room_than_the_worst_of_few() -> None:
+    """As the largest of so many normal numbers has, which is what the mean and deviation of a few are for."""
+    generator = np.random.default_rng(0)
+    errors = generator.normal(1e-3, 1e-4, (10_000, 1))
+    exact = np.ones((8, 10))
+    few = MeasuredError.of(exact + errors[:8], exact)
+    assert few == MeasuredError.of(exact + errors[:8], exact, 8)
+    deviation = errors[:8].std(ddof=1)
+    assert math.isclose(few.rel_l2, errors[:8].mean() + 2 * deviation, rel_tol=1e-6)
+    many = MeasuredError.of(exact + errors[:8], exact, 10_000)
+    expected = errors[:8].mean() + math.sqrt(4 + 2 * math.log(1250)) * deviation
+    assert math.isclose(many.rel_l2, expected, rel_tol=1e-6)
+    assert errors.max() < 2 * many.rel_l2

@@ -106,6 +106,8 @@ def set_types(
     infer_all_types(result)
     check_operators(result)
     modules = {path for model in (loaded.model, static) for path, _ in model.named_modules(remove_duplicate=False)}
+    if loaded.origin == "module":  # nodes made of an output are named after it, and its name is the user's
+        modules |= {value.name or "" for value in result.graph.outputs}
     certificate = certify(result, modules, is_own=loaded.origin == "module")
     by_step = {"exported graph": graph.errors, "graph in its target's form": errors}
     return CertifiedGraph(result, policy, certificate, weighted_layers(result), graph.changed, by_step, graph.levels)
