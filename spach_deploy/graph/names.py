@@ -7,6 +7,7 @@ TensorRT makes layer names of node names, so profiles and errors of an engine na
 from __future__ import annotations
 
 import ast
+import itertools
 from collections import Counter
 from collections.abc import Collection
 
@@ -58,7 +59,7 @@ def name_unowned(model: ir.Model, modules: Collection[str]) -> None:
     known = {*modules, "model"}
     nodes = list(model.graph)
     paths = {node: path for node in nodes if (path := owner(node.name or "")) in known}
-    seen = Counter(node.name or "" for node in paths)
+    taken = {node.name for node in paths}
     unowned = [node for node in nodes if node not in paths]
     for node in unowned:
         weights = (value.name.rpartition(".")[0] for value in node.inputs if value is not None and value.name)
@@ -71,4 +72,8 @@ def name_unowned(model: ir.Model, modules: Collection[str]) -> None:
     for node in unowned:
         made = (value.producer() for value in node.inputs if value is not None)
         path = paths.setdefault(node, next((paths[other] for other in made if other in paths), "model"))
-        node.name = _unique(f"{path}/{node.op_type}", seen)
+        name, numbers = f"{path}/{node.op_type}", itertools.count(2)
+        while name in taken:
+            name = f"{path}/{node.op_type}_{next(numbers)}"
+        node.name = name
+        taken.add(name)

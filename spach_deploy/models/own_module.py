@@ -238,23 +238,23 @@ def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> 
     if not first.is_floating_point():
         kind = str(first.dtype).removeprefix("torch.")
         raise ModelError(
-            f"Output {name} is {kind}, and a graph's outputs are floats.", "Leave it out of what it returns."
+            f"The output {name} is {kind}, and a graph's outputs are floats.", "Leave it out of what it returns."
         )
     if first.shape[:1] != (1,) or together.shape != (_OTHER_BATCH, *first.shape[1:]):
         raise ModelError(
-            f"Output {name} has the shape {tuple(first.shape)} for one image and {tuple(together.shape)} for"
+            f"The output {name} has the shape {tuple(first.shape)} for one image and {tuple(together.shape)} for"
             f" {_OTHER_BATCH}, so it does not begin with the batch.",
             "Return one row for each image.",
         )
     if not relative_l2(again.float().numpy(), first.float().numpy()) <= _SAME:
         raise ModelError(
-            f"Output {name} is another when the module runs again on the same input: it draws at random, changes"
+            f"The output {name} is another when the module runs again on the same input: it draws at random, changes"
             " itself, or is not finite.",
             "An export needs a module that always computes the same.",
         )
     if not relative_l2(together[:1].float().numpy(), first.float().numpy()) <= _SAME:
         raise ModelError(
-            f"Output {name} of an image depends on the other images of its batch.",
+            f"The output {name} of an image depends on the other images of its batch.",
             "An export needs a module that treats each image by itself, as BatchNorm does in evaluation mode.",
         )
 

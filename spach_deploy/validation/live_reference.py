@@ -377,5 +377,6 @@ def _reference_outputs(loaded: LoadedModel, images: ImageArray) -> dict[str, Flo
 
 
 def _described(loaded: LoadedModel) -> str:
-    source = "demo weights" if loaded.checkpoint_path is None else loaded.checkpoint_path.name
+    made = "your own module" if loaded.origin == "module" else "demo weights"
+    source = made if loaded.checkpoint_path is None else loaded.checkpoint_path.name
     return f"PyTorch in FP32, run here with {source}"

@@ -224,10 +224,12 @@ def rounding_outputs(model: nn.Module, rounding: Rounding) -> Iterator[None]:
 
 
 def _each(convert: Rounding, made: Any) -> Any:
-    """A module's output, a tensor, several or a dictionary of them, with every tensor converted."""
+    """A module's output, a tensor, several or a dictionary of them, with every tensor of floats converted."""
     if isinstance(made, Mapping):
         return {name: _each(convert, value) for name, value in made.items()}
-    return tuple(_each(convert, value) for value in made) if isinstance(made, (tuple, list)) else convert(made)
+    if isinstance(made, (tuple, list)):
+        return tuple(_each(convert, value) for value in made)
+    return convert(made) if hasattr(made, "is_floating_point") and made.is_floating_point() else made
 
 
 def converted(module: nn.Module, convert: Rounding) -> nn.Module:

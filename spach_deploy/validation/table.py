@@ -141,6 +141,9 @@ def _shape(extents: tuple[int, ...]) -> str:
     return " x ".join(str(size) for size in extents)
 
 
+_FIRST_COLUMN = 30
+
+
 def _table(title: str, rows: Iterable[Row], width: int) -> Table:
     """A table; where the last column has no room, its text stands below the row."""
     from rich.box import SIMPLE_HEAD
@@ -148,7 +151,12 @@ def _table(title: str, rows: Iterable[Row], width: int) -> Table:
 
     is_narrow = width < WIDTH
     table = Table(box=SIMPLE_HEAD, pad_edge=True, show_edge=False, header_style="bold")
-    table.add_column(printable(title), no_wrap=not is_narrow, overflow="fold", width=None if is_narrow else 30)
+    table.add_column(
+        printable(title),
+        no_wrap=not is_narrow and len(title) <= _FIRST_COLUMN,
+        overflow="fold",
+        width=None if is_narrow else _FIRST_COLUMN,
+    )
     table.add_column("measured", justify="right", no_wrap=True, width=11)
     table.add_column("allowed", justify="right", no_wrap=True, width=11)
     if not is_narrow:

@@ -76,3 +76,69 @@ def test_an_example_that_the_module_does_not_take_is_one_sentence() -> None:
         run_example(PlainNet().eval(), [torch.rand(1, 4, 16, 16)])
     with pytest.raises(ModelError, match="no tensor with a batch first"):
         run_example(PlainNet().eval(), [torch.rand(3)])
+
+
+class Drawing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) + torch.rand(1)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x.mean((2, 3)) + self.calls
+
+
+class OfTheBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) - x.mean()
+
+
+class Scalar(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean()
+
+
+class OneImage(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(1, -1)[:, :4]
+
+
+class Classes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Drawing(), "is another when the module runs again on the same input"),
+        (Counting(), "is another when the module runs again on the same input"),
+        (OfTheBatch(), "depends on the other images of its batch"),
+        (Scalar(), r"has the shape \(\) for one image and \(\) for 3, so it does not begin with the batch"),
+        (OneImage(), "does not begin with the batch"),
+        (Classes(), "is int64, and a graph's outputs are floats"),
+    ],
+)
+def test_what_is_no_function_of_each_image_by_itself_is_refused(module: nn.Module, said: str) -> None:
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(ModelError, match=said):
+        run_example(module, [IMAGE])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_outputs_get_names_that_every_package_can_hold() -> None:
+    assert output_names({"é ü/2": IMAGE, 3: IMAGE, "ok_1": IMAGE}) == ["output_____2", "output_3", "ok_1"]
+
+
+def test_a_forward_that_raises_names_the_users_line() -> None:
+    class Raising(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no such thing")
+
+    with pytest.raises(ModelError, match=r"ValueError: no such thing \(.*test_own_module.py:\d+\)"):
+        run_example(Raising(), [IMAGE])

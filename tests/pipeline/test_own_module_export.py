@@ -18,7 +18,7 @@ from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import create_model
 from spach_deploy.models.demo import load_demo_weights
 from tests.commands import export, refusal
-from tests.own_models import Branching, PlainNet, TwoHeads, TwoInputs
+from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads, TwoInputs
 from tests.quantization.small_quantized import pictures
 from tests.static_models import IMAGE_SIZE, small_model
 
@@ -87,6 +87,19 @@ def test_a_module_without_a_known_block(tmp_path: Path) -> None:
     manifest = exported(seeded(PlainNet()), tmp_path, precision="fp16")
     assert manifest.graph.levels["plain"].macs == 1
     assert manifest.outputs[0].role == "logits"
+
+
+def test_a_class_token_and_torchs_own_attention(tmp_path: Path) -> None:
+    manifest = exported(seeded(ClassToken()), tmp_path, precision="fp16")
+    assert manifest.graph.certificate.broken[0].startswith("shape arithmetic")
+
+
+def test_a_module_is_calibrated_once(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=pictures(16, 1))
+    module = {"module": "tests.own_models:PlainNet", "image_size": 32, "quantize": "body.*"}
+    torch.manual_seed(0)
+    scales = spach_deploy.calibrate(calibration=tmp_path / "set.npz", output=tmp_path / "scales.json", **module)
+    assert len(scales.plan.sites) == 1
 
 
 def test_a_wrapper_around_a_published_model_keeps_its_own_forward(tmp_path: Path) -> None:
