@@ -147,7 +147,8 @@ class OwnForward(SelectableOutputs):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The chosen outputs in order; one alone as it is."""
-        fast, _ = torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled(False)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the modules, in one operator
         try:
             returned = super().forward(*inputs)  # of the user's class
         finally:

@@ -84,6 +84,8 @@ class Drawing(nn.Module):
 
 
 class Counting(nn.Module):
+    calls: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(1))

@@ -96,7 +96,7 @@ def test_a_class_token_and_torchs_own_attention(tmp_path: Path) -> None:
 
 def test_a_module_is_calibrated_once(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", images=pictures(16, 1))
-    module = {"module": "tests.own_models:PlainNet", "image_size": 32, "quantize": "body.*"}
+    module: dict[str, Any] = {"module": "tests.own_models:PlainNet", "image_size": 32, "quantize": "body.*"}
     torch.manual_seed(0)
     scales = spach_deploy.calibrate(calibration=tmp_path / "set.npz", output=tmp_path / "scales.json", **module)
     assert len(scales.plan.sites) == 1
