@@ -49,7 +49,14 @@ LabelsOf = Callable[[tuple[str, ...], Labels | None], tuple[ImageLabels | None, 
 _COPIES = 3
 """Copies of the outputs in memory: the reference's, a run's, and another run's that it replaces."""
 
-_ROUNDING_IMAGES = 8  # more than in an export, which has less time
+_LEAST_ROUNDING, _MOST_ROUNDING = 8, 64
+
+
+def _rounding_images(count: int) -> int:
+    """On how many of `count` images PyTorch's rounding error is measured: a quarter, more than in an export, which has
+    less time. A few images would not tell how far the worst of many is out.
+    """
+    return min(max(_LEAST_ROUNDING, count // 4), _MOST_ROUNDING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +242,7 @@ def rebuilt_on_cluster(
         for skipped in readable.skipped:
             say(f"Skipped {skipped}")
         labels, notes = labels_of(readable.names, readable.labels)
-        kept = evaluated_images(len(readable), facts.rest, _ROUNDING_IMAGES)
+        kept = evaluated_images(len(readable), facts.rest, _rounding_images(len(readable)))
         outputs = run_in_shards(ShardedRunRequest(work, graph, limited, readable, facts.batch, kept), cluster, say)
     eval_set = EvaluationSet(
         inputs=lambda start, stop: _read_again(limited, readable, facts, start, stop),
@@ -293,7 +300,7 @@ def _tolerances(
         facts.rest,
         facts.outputs,
         tf32=facts.tf32,
-        rounding_images=_ROUNDING_IMAGES,
+        rounding_images=_rounding_images(len(images)),
         fake_quantized=_quantized(loaded, facts),
     )
 
