@@ -113,6 +113,8 @@ def _loaded(module: nn.Module, example: Tensor | Sequence[Tensor] | None, spec: 
         raise UsageError(
             "Your module's inputs are not known.", "Give example_inputs, such as torch.zeros(1, 3, 224, 224)."
         )
+    if spec.image_size is not None:
+        raise UsageError("example_inputs tell the size of your module's images.", "Leave image_size out.")
     if spec.checkpoint is not None or spec.module is not None:
         raise UsageError("The module has its weights already.", "Load a checkpoint into it, or name a model instead.")
     return loaded_module(module, example, spec)
