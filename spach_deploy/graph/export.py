@@ -96,14 +96,22 @@ def export_module(model: nn.Module, example: Mapping[str, Tensor], outputs: Sequ
     It is traced with a fixed batch, as reshapes to known sizes; where that is not right for other batches, with a
     symbolic one. Raises ModelError, with the module and the line, for what cannot be traced.
     """
-    fixed = {name: tensor[:1].expand(_TRACED_BATCH, *tensor.shape[1:]).contiguous() for name, tensor in example.items()}
-    program = _program(model, fixed, outputs)
+    fed = _random(example, _TRACED_BATCH)
+    program = _program(model, fed, outputs)
     with contextlib.suppress(CertificateError):
         free_batch(program, _TRACED_BATCH, BATCH)
         graph = _named(program, model)
-        if _is_right(graph, model, {name: tensor[:_OTHER_BATCH] for name, tensor in fixed.items()}):
+        if _is_right(graph, model, _random(example, _OTHER_BATCH)):
             return graph
-    return _named(_program(model, fixed, outputs, symbolic=True), model)
+    return _named(_program(model, fed, outputs, symbolic=True), model)
+
+
+def _random(example: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """A batch of inputs of the example's shapes, each of them another: equal ones would hide that images are mixed
+    up.
+    """
+    generator = torch.Generator().manual_seed(batch)
+    return {name: torch.rand(batch, *tensor.shape[1:], generator=generator) for name, tensor in example.items()}
 
 
 def _named(program: ir.Model, model: nn.Module) -> ir.Model:
@@ -193,31 +201,15 @@ def export_canonical(model: nn.Module, image_size: ImageSize, channels: int = 3)
 def _traced(prototype: Prototype, shape: tuple[int, int, int]) -> ir.Model:
     """The prototype's graph, named by modules and simplified. Its blocks' weights are graph inputs, after the first."""
     ordinary = with_ordinary_weights(prototype)
-    exported = _exported(ordinary.model, shape)
+    names = [tensor.name for tensor in ordinary.model.outputs]
+    exported = _program(ordinary.model, {INPUT: torch.zeros(_TRACED_BATCH, *shape)}, names)
+    free_batch(exported, _TRACED_BATCH, BATCH)
     _as_inputs(exported.graph, prototype.repeats)
     name_by_module(exported)
     model = ir.from_proto(simplify(as_proto(exported)))
     restore_block_boundaries(model, is_grid=ordinary.model.grid_stream)
     part_outputs(model, prototype.repeats)
     return model
-
-
-def _exported(model: StaticSpach, shape: tuple[int, int, int]) -> ir.Model:
-    """The graph that torch.onnx makes of `model`, with a symbolic batch."""
-    example = torch.zeros(_TRACED_BATCH, *shape)
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[tensor.name for tensor in model.outputs],
-            verbose=False,
-        )
-    assert program is not None
-    free_batch(program.model, _TRACED_BATCH, BATCH)
-    return program.model
 
 
 def _as_inputs(graph: ir.Graph, blocks: Collection[str]) -> None:

@@ -12,32 +12,17 @@ from torch import Tensor, nn
 
 from spach_deploy.blocks.replace import replace_known
 from spach_deploy.common.errors import CertificateError, ModelError
+from spach_deploy.graph import export
 from spach_deploy.graph.certificate import certify
 from spach_deploy.graph.export import export_module
 from spach_deploy.graph.levels import Level, described, levels
 from spach_deploy.graph.names import owner
 from spach_deploy.models.own_module import flattened
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
-from tests.own_models import Branching, PlainNet, TwoHeads, TwoInputs
+from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads, TwoInputs
 
 IMAGE = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 VECTOR = torch.rand(5, 4, generator=torch.Generator().manual_seed(1))
-
-
-class ClassToken(nn.Module):
-    """Its class token is expanded to the batch, so a graph traced at one batch is wrong at others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.rand(1, 1, 8))
-        self.patches = nn.Conv2d(3, 8, 8, 8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
-        y: Tensor = self.head(tokens[:, 0] + tokens.mean(1))
-        return y
 
 
 @pytest.mark.parametrize(
@@ -63,6 +48,21 @@ def test_a_graph_computes_what_the_module_computes_at_any_batch(
                 expected = flattened(model(*feeds.values()))
             for value, wanted in zip(found.values(), expected, strict=True):
                 np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5)
+
+
+def test_a_graph_that_mixes_images_up_is_not_right() -> None:
+    class Straight(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))
+
+    class Mixed(Straight):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flip(0)
+
+    graph = export_module(Straight().eval(), {"x": IMAGE}, ["y"])
+    feeds = export._random({"x": IMAGE}, 2)
+    assert export._is_right(graph, Straight(), feeds)
+    assert not export._is_right(graph, Mixed(), feeds)
 
 
 def test_nodes_are_named_by_the_users_modules() -> None:
