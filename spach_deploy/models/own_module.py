@@ -30,7 +30,7 @@ from spach_deploy.models.copies import own
 from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, for_channels, resolve_settings
 from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.registry import check_spec, published_match
-from spach_deploy.models.spach import Spach
+from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import ImageSize, ModelSpec, OutputSpec, Role, channel_statistics, sides, size_of_sides
 
 FORM = "package.module:factory"
@@ -327,9 +327,10 @@ def loaded_module(
     Raises ModelError for what does not run on the example inputs, and for what does not take images alone.
     """
     module = own(module).requires_grad_(False).eval()
-    if isinstance(module, Spach):
-        settings = resolve_settings(module.architecture, spec.hyperparameters, {}, Source.USUAL)
-        name = published_match(module.architecture).name
+    architecture = getattr(module, "architecture", None)
+    if isinstance(module, SelectableOutputs) and isinstance(architecture, Architecture):
+        settings = resolve_settings(architecture, spec.hyperparameters, {}, Source.USUAL)
+        name = published_match(architecture).name
         return LoadedModel(module, name, "module", spec.checkpoint, sha256, notes, settings)
     ran = run_example(module, [example] if isinstance(example, Tensor) else list(example))
     if list(ran.inputs) != [INPUT] or ran.inputs[INPUT].ndim != 4:

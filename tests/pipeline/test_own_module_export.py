@@ -120,12 +120,11 @@ def test_a_wrapper_around_a_published_model_keeps_its_own_forward(tmp_path: Path
     assert [tensor.layout for tensor in manifest.outputs] == ["NC", "NLC"]
 
 
-def test_a_published_model_as_a_module_has_the_graph_of_that_model(tmp_path: Path) -> None:
-    model = seeded(create_model("ms_conv_xxs", image_size=64, num_classes=9))
+@pytest.mark.parametrize("name", ["ms_conv_xxs", "shiftvit_light_tiny"])
+def test_a_published_model_as_a_module_has_the_graph_of_that_model(name: str, tmp_path: Path) -> None:
+    model = seeded(create_model(name, image_size=64, num_classes=9))
     own = exported(model, tmp_path, example=torch.zeros(1, 3, 64, 64))
-    spach_deploy.export(
-        "ms_conv_xxs", image_size=64, num_classes=9, precision="fp32", engine="none", output=tmp_path / "named"
-    )
+    spach_deploy.export(name, image_size=64, num_classes=9, precision="fp32", engine="none", output=tmp_path / "named")
     graphs = [(tmp_path / name / "model.onnx").read_bytes() for name in ("bundle", "named")]
     assert graphs[0] == graphs[1]
     assert own.graph.levels == {}
