@@ -8,15 +8,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
 
 import onnx_ir as ir
 from torch import nn
 
+from spach_deploy.bundle.schema import LevelEntry
 from spach_deploy.graph.editing import macs_of, name_of, shapes_at_batch_one
 from spach_deploy.graph.names import owner
 
@@ -29,15 +28,7 @@ class Level(str, enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclasses.dataclass(frozen=True)
-class LevelShare:
-    """`modules`: paths of the blocks of a level. `macs`: their part of the model's multiply-adds, 0..1."""
-
-    modules: tuple[str, ...]
-    macs: float
-
-
-def levels(graph: ir.Model, module: nn.Module, known: Collection[str]) -> dict[Level, LevelShare]:
+def levels(graph: ir.Model, module: nn.Module, known: Collection[str]) -> dict[str, LevelEntry]:
     """The shares of each level in the exported graph of `module`, whose blocks at the paths `known` are proven."""
     shapes = shapes_at_batch_one(graph)
     work: Counter[tuple[Level, str]] = Counter()
@@ -45,9 +36,9 @@ def levels(graph: ir.Model, module: nn.Module, known: Collection[str]) -> dict[L
         work[_level(owner(name_of(node)), module, known)] += macs_of(node, shapes)
     total = sum(work.values()) or 1
     return {
-        level: LevelShare(
-            tuple(sorted(path for found, path in work if found is level)),
-            sum(macs for (found, _), macs in work.items() if found is level) / total,
+        level.value: LevelEntry(
+            modules=tuple(sorted(path for found, path in work if found is level)),
+            macs=sum(macs for (found, _), macs in work.items() if found is level) / total,
         )
         for level in Level
     }
@@ -66,19 +57,7 @@ def _level(path: str, module: nn.Module, known: Collection[str]) -> tuple[Level,
     return (Level.PLAIN if is_plain else Level.UNKNOWN), path
 
 
-class Share(Protocol):
-    """A level's share, here or in a manifest."""
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Paths of the blocks."""
-
-    @property
-    def macs(self) -> float:
-        """Their part of the multiply-adds, 0..1."""
-
-
-def described(found: Mapping[Any, Share]) -> str:
+def described(found: Mapping[str, LevelEntry]) -> str:
     """The levels in a line: `4 known (87 % of the arithmetic), 6 plain (13 %), 1 unknown (0 %: model)`."""
     parts: list[str] = []
     for level, share in found.items():

@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -230,8 +231,9 @@ def _called(module: nn.Module, inputs: Sequence[Tensor]) -> Any:
 
 
 def is_users_file(path: str) -> bool:
-    """Whether a file is neither of an installed package nor of this module."""
-    return path != __file__ and "site-packages" not in path and not path.startswith("<")
+    """Whether a file is neither of PyTorch nor of this package, whose own frames a traceback has too."""
+    others = (Path(torch.__file__).parent, Path(__file__).parents[1])
+    return not path.startswith("<") and not any(Path(path).is_relative_to(folder) for folder in others)
 
 
 def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> None:

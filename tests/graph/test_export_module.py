@@ -15,7 +15,7 @@ from spach_deploy.common.errors import CertificateError, ModelError
 from spach_deploy.graph import export
 from spach_deploy.graph.certificate import certify
 from spach_deploy.graph.export import export_module
-from spach_deploy.graph.levels import Level, described, levels
+from spach_deploy.graph.levels import described, levels
 from spach_deploy.graph.names import owner
 from spach_deploy.models.own_module import flattened
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
@@ -91,14 +91,14 @@ def test_levels_say_what_is_known_and_how_much_of_the_arithmetic_it_is() -> None
     static, replaced = replace_known(model, (IMAGE,))
     graph = export_module(static, {"image": IMAGE}, ["classes", "angle"])
     found = levels(graph, model, [change.module for change in replaced.changes])
-    assert found[Level.KNOWN].modules == ("blocks.0.mix", "blocks.0.mlp", "blocks.1.mix", "blocks.1.mlp")
-    assert {"patches", "classes", "angle", "norm"} <= set(found[Level.PLAIN].modules)
-    assert found[Level.UNKNOWN].modules == ("blocks.0", "blocks.1", "model")
+    assert found["known"].modules == ("blocks.0.mix", "blocks.0.mlp", "blocks.1.mix", "blocks.1.mlp")
+    assert {"patches", "classes", "angle", "norm"} <= set(found["plain"].modules)
+    assert found["unknown"].modules == ("blocks.0", "blocks.1", "model")
     tokens, dim, hidden = 4, 16, 32
     attention = tokens * dim * 4 * dim + 2 * tokens * tokens * dim
     known = 2 * (attention + 2 * tokens * dim * hidden)
     plain = tokens * dim * 3 * 64 + dim * 8
-    assert found[Level.KNOWN].macs == pytest.approx(known / (known + plain))
+    assert found["known"].macs == pytest.approx(known / (known + plain))
     assert described(found).startswith("4 known (58 % of the arithmetic), 8 plain (42 %), 3 unknown (0 %")
 
 

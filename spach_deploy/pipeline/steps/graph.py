@@ -9,9 +9,10 @@ from torch import nn
 
 from spach_deploy.blocks import RewriteResult, rewrite
 from spach_deploy.bundle.outputs import INPUT, graph_outputs
+from spach_deploy.bundle.schema import LevelEntry
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.interface import add_interface
-from spach_deploy.graph.levels import Level, LevelShare, levels
+from spach_deploy.graph.levels import levels
 from spach_deploy.graph.opset import convert_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.graph.precision.elements import infer_all_types
@@ -37,7 +38,7 @@ class Fp32Graph:
     model: ir.Model
     changed: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     errors: dict[int, float] = dataclasses.field(default_factory=dict)
-    levels: dict[Level, LevelShare] = dataclasses.field(default_factory=dict)
+    levels: dict[str, LevelEntry] = dataclasses.field(default_factory=dict)
 
 
 def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:

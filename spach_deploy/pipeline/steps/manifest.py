@@ -24,7 +24,6 @@ from spach_deploy.bundle.schema import (
     GraphSection,
     KeptFloatEntry,
     KernelsEntry,
-    LevelEntry,
     Manifest,
     ModelSection,
     PhaseEntry,
@@ -135,7 +134,7 @@ def graph_section(static: RewriteResult, reference: ReferenceOutputs, typed: Cer
         passes={name: len(changed) for name, changed in typed.passes.items()},
         relative_l2_limit=reference.reference.limit,
         relative_l2={step: _by_batch(by_batch) for step, by_batch in errors.items() if by_batch},
-        levels={level.value: entry(share, LevelEntry) for level, share in typed.levels.items()},
+        levels=typed.levels,
     )
 
 

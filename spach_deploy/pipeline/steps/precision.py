@@ -15,13 +15,13 @@ import onnx_ir as ir
 from torch import nn
 
 from spach_deploy.bundle.outputs import INPUT
+from spach_deploy.bundle.schema import LevelEntry
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.preprocess import to_input
 from spach_deploy.data.readers import batches
 from spach_deploy.graph.certificate import Certificate, certify
-from spach_deploy.graph.levels import Level, LevelShare
 from spach_deploy.graph.opset import check_operators
 from spach_deploy.graph.precision.decision import PrecisionPolicy, TypingOptions
 from spach_deploy.graph.precision.elements import LayerPrecision, infer_all_types, weighted_layers
@@ -62,7 +62,7 @@ class CertifiedGraph:
     layers: tuple[LayerPrecision, ...]
     passes: dict[str, tuple[str, ...]]
     errors: dict[str, dict[int, float]]
-    levels: dict[Level, LevelShare]
+    levels: dict[str, LevelEntry]
 
     def written(self, path: Path) -> CertifiedGraph:
         """Save the graph to `path`. Returns a copy that keeps only its inputs and outputs, to free the weights."""
