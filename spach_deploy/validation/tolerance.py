@@ -278,7 +278,8 @@ def derive_tolerances(
     spread evenly, and in FP64 on one or two. `tf32`: the engine may use TF32 in FP32 products. `fake_quantized`: for
     quantized exports; `precision` is then that of the layers that are not quantized, and the rounding error is that of
     both. `activations`: receives the outputs of the model's parts for the first image. `noise`: the FP32 errors, where
-    they were measured already. Raises PrecisionError for outputs that are not finite, in FP32 or in `precision`.
+    they were measured already. Raises PrecisionError for outputs that are not finite, in FP32 or in `precision`, and
+    for those of which `precision` leaves nothing to compare.
     """
     for name, array in reference.items():
         if not np.isfinite(array).all():
@@ -361,17 +362,27 @@ def _bounds(
         for tensor in computed
     }
     for name, derivation in derivations.items():
-        _check_finite(name, derivation)
+        _check_usable(name, derivation)
     first, *others = (derivation.to_dict() for derivation in derivations.values())
     tolerances = _tolerances(derivations, reference, outputs)
     return Bounds(tolerances, first, dict(zip([*derivations][1:], others, strict=True)))
 
 
-def _check_finite(name: str, derivation: Derivation) -> None:
+_USELESS = 1.0
+"""A bound on relative L2 that an output of zeros alone would keep."""
+
+
+def _check_usable(name: str, derivation: Derivation) -> None:
     loss, noise = derivation.loss, derivation.noise
     if not all(map(math.isfinite, (loss.rel_l2, loss.max_abs, noise.rel_l2, noise.max_abs))):
         words = derivation.arithmetic
         raise PrecisionError(f"The reference's {name} are not finite when its tensors are rounded to {words}.")
+    if derivation.bound("rel_l2") >= _USELESS:
+        raise PrecisionError(
+            f"PyTorch itself loses as much of {name} in {derivation.arithmetic} as there is (a relative L2 of"
+            f" {loss.rel_l2:.2g}), so no comparison could tell a wrong graph from a right one.",
+            "Take a higher precision, or leave layers in float with --keep-float.",
+        )
 
 
 def _tolerances(

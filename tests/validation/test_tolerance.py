@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import json
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from msgspec import convert
 from torch import nn
 
@@ -134,6 +135,31 @@ def test_bounds_with_which_nothing_could_fail_are_refused() -> None:
         ToleranceSet.of(convert(stored, TolerancesEntry))
 
 
+def test_a_precision_that_loses_all_of_an_output_is_refused() -> None:
+    """Two large numbers of which FP16 loses the difference: zeros would keep any bound derived from that."""
+
+    class Far(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3)).repeat(1, 4)[:, :CLASSES] + 2048
+
+    class Cancelling(nn.Module):
+        outputs = classifier(CLASSES)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.far = Far()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return cast("torch.Tensor", self.far(x) - 2048)
+
+    model, batch = Cancelling().eval(), images(8)
+    with torch.inference_mode():
+        reference = model(torch.from_numpy(batch)).numpy()
+    derive_tolerances(model, batch, {"logits": reference}, Precision.FP32, classifier(CLASSES))
+    with pytest.raises(PrecisionError, match="loses as much of logits in fp16 as there is"):
+        derive_tolerances(model, batch, {"logits": reference}, Precision.FP16, classifier(CLASSES))
+
+
 def test_a_reference_of_zeros_gives_bounds_that_are_numbers() -> None:
     zeros = np.zeros((3, 5), np.float32)
     assert MeasuredError.of(zeros, zeros) == MeasuredError(3, 0.0, 0.0, 0.0)
@@ -187,7 +213,6 @@ def test_tf32_and_fp16_lose_alike_where_fp16_has_range() -> None:
 
 def test_what_fp16_cannot_hold_stays_exact() -> None:
     """The precision policy keeps such tensors in FP32, so they are no loss, and no infinity."""
-    import torch
 
     class Large(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
