@@ -40,7 +40,7 @@ _CHILD = """
 import sys
 import numpy as np
 import onnxruntime
-from spach_deploy.runtime.truncation import truncating_runtime
+from spach_deploy.runtime.onnxruntime_runner import truncating_runtime
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
 images = np.load(sys.argv[1])

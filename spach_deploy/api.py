@@ -85,7 +85,7 @@ def export(
     `observer`: called with phases and notes as they come. The cache of finished exports is not used. Raises a subclass
     of SpachError, and then has written nothing; a validation that does not pass is a MismatchError.
     """
-    from spach_deploy.options.values import export_options
+    from spach_deploy.options.recipe import export_options
     from spach_deploy.pipeline import export as pipeline
     from spach_deploy.pipeline.estimate import refuse_early
 
@@ -137,7 +137,7 @@ def calibrate(
     """
     from spach_deploy.models.registry import check_spec
     from spach_deploy.options.quantization import check_calibration_file, check_quantization
-    from spach_deploy.options.values import calibrate_options
+    from spach_deploy.options.recipe import calibrate_options
     from spach_deploy.pipeline.export import calibrate_to_file
 
     parsed = calibrate_options(values_of_keywords("calibrate", CALIBRATE, {"model": model, **options}))

@@ -16,12 +16,12 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from spach_deploy.graph.editing import FLOAT32_KEY, made_values, name_of
 from spach_deploy.graph.editing import as_proto as message
-from spach_deploy.graph.precision import elements, ranges, rounding, typed_graph
+from spach_deploy.graph.precision import formats, ranges, rounding, typed_graph
 from spach_deploy.graph.precision.decision import PrecisionPolicy
 from spach_deploy.graph.precision.formats import decode as _decode
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization import calibration, equalization, qdq, quantize, shards, sites, statistics
-from spach_deploy.quantization.bias_correction import CorrectBiases
+from spach_deploy.quantization.fake_quantization import CorrectBiases
 from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation import external_graph
@@ -123,7 +123,7 @@ measure_ranges = _read(ranges.measure_ranges)
 RangeMeter = _read(ranges.RangeMeter)
 measurable = _read(ranges.measurable)
 open_session = _read(ranges.open_session)
-weighted_layers = _read(elements.weighted_layers)
+weighted_layers = _read(formats.weighted_layers)
 find_sites = _read(sites.find_sites)
 candidates = _read(quantize.candidates)
 plan_from_statistics = _read(quantize.plan_from_statistics)
@@ -152,7 +152,7 @@ def rounded_graph(typed: ModelProto) -> ModelProto:
 def element_types(model: ModelProto) -> dict[str, int]:
     """Of every tensor, as ONNX numbers them."""
     known = ir.from_proto(model)
-    elements.infer_all_types(known)
+    formats.infer_all_types(known)
     graph = known.graph
     values = (*graph.inputs, *graph.initializers.values(), *made_values(graph))
     return {name_of(value): value.dtype for value in values if value.dtype is not None}

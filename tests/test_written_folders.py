@@ -12,7 +12,7 @@ import pytest
 from spach_deploy.bundle import store as bundles
 from spach_deploy.common.errors import BundleError
 from spach_deploy.common.files import Destination
-from spach_deploy.packaging.kubernetes.options import KubernetesOptions
+from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions
 from spach_deploy.packaging.triton.options import Backend, TritonOptions
 from spach_deploy.packaging.triton.served_model import BundleArgument
 from tests.packaging.triton import tiny_bundles

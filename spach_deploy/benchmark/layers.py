@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import owner
 
 if TYPE_CHECKING:
     import onnx_ir as ir

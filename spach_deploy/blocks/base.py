@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spach_deploy.common.errors import RewriteError
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.models.copies import own as own
+from spach_deploy.models.own_module import own as own
 
 FP64_LIMIT = 1e-12
 """Largest relative L2 in FP64 of an exact rewrite: some thousand roundings of 1.1e-16."""

@@ -12,21 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.blocks import (
-    attention,
-    axis_mlp,
-    channel_mlp,
-    depthwise,
-    downsampling,
-    mixing_block,
-    shift,
-    stem,
-    token_mlp,
-)
+from spach_deploy.blocks import attention, channel_mlp, depthwise, downsampling, mixing_block, shift, stem, token_mlp
 from spach_deploy.blocks.base import FP64_LIMIT, Call, Change, Outcome, double, own, probe
 from spach_deploy.common.metrics import relative_l2
 
-_KINDS = (stem, downsampling, depthwise, attention, channel_mlp, token_mlp, axis_mlp, shift)
+_KINDS = (stem, downsampling, depthwise, attention, channel_mlp, token_mlp, shift)
 
 _OWN = "spach_deploy.models."
 

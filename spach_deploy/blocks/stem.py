@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from spach_deploy.blocks.axis_mlp import StaticAxisMixing, fold_into_axis_mixing, fold_into_head
 from spach_deploy.blocks.base import (
     Call,
     Change,
@@ -21,6 +20,7 @@ from spach_deploy.blocks.base import (
     probe,
     prove,
 )
+from spach_deploy.blocks.token_mlp import StaticAxisMixing, fold_into_axis_mixing, fold_into_head
 from spach_deploy.models.smlpnet import SMLPNet
 from spach_deploy.options.specs import Role
 

@@ -1,14 +1,30 @@
-"""The MLP over tokens (the spatial MLP of the papers): two linear layers on each channel."""
+"""MLPs over tokens: over all of them (the spatial MLP of SPACH), or along rows and columns (sMLPNet).
+
+A spatial MLP is two linear layers on each channel. `_axis_forms` knows the two halves of an sMLPNet block: tokens mixed
+by a linear layer along each axis, and channels by an MLP.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from spach_deploy.blocks.base import Call
-from spach_deploy.blocks.channel_mlp import linear_pair
+from spach_deploy.blocks.base import (
+    Call,
+    Change,
+    children_of,
+    double,
+    has_other_parameters,
+    nested,
+    probe,
+    prove,
+    set_parameter,
+)
+from spach_deploy.blocks.channel_mlp import linear_of, linear_pair
+from spach_deploy.models.smlpnet import SMLPNet
 
 
 class TokenLinear(nn.Module):
@@ -45,8 +61,173 @@ class StaticSpatialMLP(nn.Module):
 
 
 def static_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
-    """Token MLPs that `module` may be, for tokens by channels."""
+    """Token MLPs that `module` may be, for tokens by channels, and halves of an sMLPNet block, for images."""
     pair = linear_pair(module)
     if pair is not None and call.is_tokens and call.input[1] == pair[0].in_features:
         for act in pair[2]:
             yield StaticSpatialMLP(TokenLinear(pair[0]), act, TokenLinear(pair[1]), call.input[2])
+    yield from _axis_forms(module, call)
+
+
+class Affine(nn.Module):
+    """A factor and a summand for each channel, what a BatchNorm is in evaluation: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> Affine:
+        """That of `norm`, in its precision."""
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        weight = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        return cls(weight.detach(), (norm.bias - norm.running_mean * weight).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel."""
+        return x * self.weight + self.bias
+
+
+class StaticAxisMixing(nn.Module):
+    """Depthwise convolution, then a linear layer along each axis and one over the channels of all three.
+
+        d = depthwise(act(norm(x))), z = act(norm(d)), y = fuse(z, z mixed along rows, z mixed along columns)
+
+    (B, C, H, W) -> (B, C, H, W), channels last inside. Products P z need no transposes: of (B*H, W, C) along rows, of
+    (B, H, W*C) along columns. `paths`: of first norm, first activation, convolution, second norm, second activation,
+    the linear layers along rows and columns, and fuse; those of the module that it replaces. `fold_batchnorm` makes the
+    first norm an `Affine` and puts the second into the convolution.
+    """
+
+    def __init__(self, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> None:
+        super().__init__()
+        self.paths = paths
+        nested(self, dict(zip(paths, parts, strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix pixels with their neighbours, then along both axes."""
+        norm1, act1, conv, norm2, act2, rows, columns, fuse = (self.get_submodule(path) for path in self.paths)
+        if not isinstance(norm1, Affine):
+            x = norm1(x)
+        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        x = act1(norm1(x) if isinstance(norm1, Affine) else x)
+        z = act2(norm2(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        _, height, width, channels = z.shape
+        along_rows = rows(z.reshape(-1, width, channels)).reshape(-1, height, width, channels)
+        along_columns = columns(z.reshape(-1, height, width * channels)).reshape(-1, height, width, channels)
+        y: Tensor = fuse(torch.cat([z, along_rows, along_columns], dim=-1).reshape(-1, 3 * channels))
+        y = y.reshape(-1, height, width, channels)
+        return y.permute(0, 3, 1, 2)
+
+
+class StaticChannelMixing(nn.Module):
+    """mlp(norm(x)) over the channels of images: (B, C, H, W) -> (B, C, H, W), channels last inside.
+
+    `paths`: of norm, first linear layer, activation and second linear layer, those of the module that it replaces.
+    """
+
+    def __init__(self, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> None:
+        super().__init__()
+        self.paths = paths
+        nested(self, dict(zip(paths, parts, strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix channels of each pixel."""
+        norm, fc1, act, fc2 = (self.get_submodule(path) for path in self.paths)
+        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        _, height, width, channels = x.shape
+        y = fc2(act(fc1(norm(x).reshape(-1, channels)))).reshape(-1, height, width, channels)
+        return y.permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU)
+
+
+def _axis_forms(module: nn.Module, call: Call) -> Iterator[nn.Module]:
+    """Halves of an sMLPNet block that `module`, which takes and gives images, may be."""
+    if len(call.input) != 4 or call.input != call.output:
+        return
+    leaves = {path: part for path, part in module.named_modules() if path and not children_of(part)}
+    weighted = {path: part for path, part in leaves.items() if next(part.parameters(), None) is not None}
+    acts = [path for path, part in leaves.items() if isinstance(part, _ACTIVATIONS)]
+    if not has_other_parameters(module, list(weighted.values())):
+        yield from _axis_mixings(weighted, acts, leaves, call)
+        yield from _channel_mixings(weighted, acts, leaves, call)
+
+
+def _axis_mixings(
+    weighted: dict[str, nn.Module], acts: list[str], leaves: dict[str, nn.Module], call: Call
+) -> Iterator[nn.Module]:
+    """Norm, convolution, norm, a layer along each axis (either order), fuse."""
+    kinds = [nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d, nn.Conv2d, nn.Conv2d, nn.Conv2d]
+    if sorted(map(repr, map(type, weighted.values()))) != sorted(map(repr, kinds)) or len(acts) not in (1, 2):
+        return
+    _, channels, height, width = call.input
+    norms = [path for path, part in weighted.items() if isinstance(part, nn.BatchNorm2d)]
+    layers = {path: linear for path, part in weighted.items() if (linear := linear_of(part)) is not None}
+    convolutions = [path for path in weighted if path not in layers and path not in norms]
+    fuses = [path for path, linear in layers.items() if linear.in_features == 3 * channels]
+    axes = [path for path in layers if path not in fuses]
+    if [len(found) for found in (norms, convolutions, fuses, axes)] != [2, 1, 1, 2]:
+        return
+    for rows, columns in (axes, axes[::-1]):
+        if (layers[rows].in_features, layers[columns].in_features) == (width, height):
+            paths = (norms[0], acts[0], convolutions[0], norms[1], acts[-1], rows, columns, fuses[0])
+            parts = {path: leaves[path] for path in paths}
+            parts |= {path: TokenLinear(layers[path]) for path in (rows, columns)} | {fuses[0]: layers[fuses[0]]}
+            yield StaticAxisMixing(paths, tuple(parts[path] for path in paths))
+
+
+def _channel_mixings(
+    weighted: dict[str, nn.Module], acts: list[str], leaves: dict[str, nn.Module], call: Call
+) -> Iterator[nn.Module]:
+    """LayerNorm, linear layer, activation, linear layer."""
+    if [type(part) for part in weighted.values()] == [nn.LayerNorm, nn.Linear, nn.Linear] and len(acts) == 1:
+        norm, fc1, fc2 = weighted
+        paths = (norm, fc1, acts[0], fc2)
+        yield StaticChannelMixing(paths, tuple(leaves[path] for path in paths))
+
+
+def _channels_first(affine: Affine) -> Callable[[Tensor], Tensor]:
+    return lambda x: affine(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def fold_into_axis_mixing(path: str, mixing: StaticAxisMixing) -> list[Change]:
+    """Make the first BatchNorm a factor and a summand, and fold the second into the convolution, in place."""
+    first, _, conv, second, *_ = (mixing.get_submodule(part) for part in mixing.paths)
+    assert isinstance(first, nn.BatchNorm2d)
+    assert isinstance(second, nn.BatchNorm2d)
+    assert isinstance(conv, nn.Conv2d)
+    old_first, old_conv, old_second = double(first), double(conv), double(second)
+    affine, folded = Affine.of(old_first), fuse_conv_bn_eval(old_conv, old_second)
+    x = probe(2, conv.in_channels, 5, 4)
+    changes = [
+        prove("fold_batchnorm", f"{path}.{mixing.paths[0]}", old_first, _channels_first(affine), x),
+        prove("fold_batchnorm", f"{path}.{mixing.paths[3]}", nn.Sequential(old_conv, old_second), folded, x),
+    ]
+    parts = {mixing.paths[0]: affine.float(), mixing.paths[2]: folded.float(), mixing.paths[3]: nn.Identity()}
+    nested(mixing, parts)
+    return changes
+
+
+def fold_into_head(path: str, model: SMLPNet) -> Change:
+    """Fold the last BatchNorm into the linear layer that reads its mean over pixels, in place.
+
+    W mean(s x + t) + b = W diag(s) mean(x) + (W t + b)
+    """
+    head = model.mlp_head[0]
+    assert isinstance(head, nn.Linear)
+    norm, old, new = double(model.batch_norm), double(head), double(head)
+    affine = Affine.of(norm)
+    new.weight = nn.Parameter(old.weight * affine.weight, requires_grad=False)
+    new.bias = nn.Parameter(old.bias + old.weight @ affine.bias, requires_grad=False)
+    x = probe(2, head.in_features, 3, 4)
+    change = prove(
+        "fold_batchnorm", path, lambda y: old(norm(y).mean(dim=(2, 3))), lambda y: new(y.mean(dim=(2, 3))), x
+    )
+    set_parameter(head, "weight", new.weight)
+    set_parameter(head, "bias", new.bias)
+    model.batch_norm = nn.Identity()  # type: ignore[assignment]
+    return change

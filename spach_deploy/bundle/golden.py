@@ -13,7 +13,7 @@ import numpy.typing as npt
 from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.store import GOLDEN, Bundle, golden_problem, golden_sizes
 from spach_deploy.common.errors import BundleError, printable
-from spach_deploy.common.npz import read_npz
+from spach_deploy.common.files import read_npz
 
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]

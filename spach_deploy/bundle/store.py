@@ -31,8 +31,7 @@ import msgspec
 
 from spach_deploy.bundle.schema import FileEntry, Manifest
 from spach_deploy.common.errors import BundleError, ChangedFileError
-from spach_deploy.common.files import Destination, draft_name, read_json, sha256_of, short_name
-from spach_deploy.common.npz import npz_headers, npz_names
+from spach_deploy.common.files import Destination, draft_name, npz_headers, npz_names, read_json, sha256_of, short_name
 from spach_deploy.common.processes import is_alive
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import Precision

@@ -49,10 +49,9 @@ def main(
     the runner that was asked for.
     """
 
-    from spach_deploy.benchmark.plot import check_plot, draw
     from spach_deploy.benchmark.rounds import BenchmarkRequest, measure
     from spach_deploy.benchmark.runners import RunnerSetup
-    from spach_deploy.benchmark.table import as_text
+    from spach_deploy.benchmark.table import as_text, check_plot, draw
     from spach_deploy.common.machine import available_threads
     from spach_deploy.models.registry import check_ignore
 

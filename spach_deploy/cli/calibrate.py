@@ -37,7 +37,7 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
     from spach_deploy.cli.interrupts import ending_on_interrupt
     from spach_deploy.models.registry import check_spec
     from spach_deploy.options.quantization import check_calibration_file, check_quantization
-    from spach_deploy.options.values import calibrate_options
+    from spach_deploy.options.recipe import calibrate_options
 
     options = calibrate_options({**given, "ray": ray_cluster(given["ray"])})
     check_spec(options.model)
@@ -49,7 +49,7 @@ def main(output: Path, verbose: bool, as_json: bool, **given: Any) -> int:
 
 
 def _calibrate(options: Any, destination: Destination, *, verbose: bool, as_json: bool) -> None:
-    from spach_deploy.cli.export_output import ProgressDisplay
+    from spach_deploy.cli.reporting import ProgressDisplay
     from spach_deploy.pipeline.export import calibrate_to_file
     from spach_deploy.pipeline.scheduler import scheduler_here
 

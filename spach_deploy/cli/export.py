@@ -14,9 +14,9 @@ from spach_deploy.cli.interrupts import ending_on_interrupt, what_is_kept
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.options.click_options import click_options
+from spach_deploy.options.recipe import export_options, one_precision
 from spach_deploy.options.specs import Precision
 from spach_deploy.options.table import EXPORT
-from spach_deploy.options.values import export_options, one_precision
 
 if TYPE_CHECKING:
     from spach_deploy.common.files import Destination
@@ -130,7 +130,7 @@ def _export(
         from spach_deploy.pipeline.scheduler import scheduler_here
 
         with scheduler_here() as scheduler:
-            from spach_deploy.cli.export_output import ProgressDisplay, summary
+            from spach_deploy.cli.reporting import ProgressDisplay, summary
             from spach_deploy.pipeline.export import export
 
             with ProgressDisplay(verbose=verbose) as progress:
@@ -143,7 +143,7 @@ def _export(
 
 def _dry_run(options: ExportOptions, *, is_cached: bool, as_json: bool) -> int:
     """Print what an export would do. Returns the exit code of the first refusal, or 0."""
-    from spach_deploy.cli.export_output import as_text
+    from spach_deploy.cli.reporting import as_text
     from spach_deploy.pipeline.estimate import dry_run
 
     plan = dry_run(options, is_cached=is_cached)
@@ -174,7 +174,7 @@ def _recommend(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_
     """Export every candidate of --auto, and print a table and a recommendation."""
     options = _auto_options(given, recipe)
     with ending_on_interrupt(lambda: "Bundles that were finished are kept."):
-        from spach_deploy.cli.export_output import ProgressDisplay
+        from spach_deploy.cli.reporting import ProgressDisplay
         from spach_deploy.pipeline.auto import as_table, recommend
         from spach_deploy.pipeline.scheduler import scheduler_here
 
@@ -201,7 +201,7 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
     """Measure the candidates of --target cpu and write the best. Returns the path of the bundle's page."""
     options, requested = _cpu_options(given, recipe)
     with ending_on_interrupt(lambda: "Nothing was written."):
-        from spach_deploy.cli.export_output import ProgressDisplay
+        from spach_deploy.cli.reporting import ProgressDisplay
         from spach_deploy.pipeline.cpu_target import as_table, export_for_cpu
         from spach_deploy.pipeline.scheduler import scheduler_here
 
@@ -224,14 +224,14 @@ def _cpu_options(given: Mapping[str, Any], recipe: Path | None) -> tuple[ExportO
 
 
 def _list(as_json: bool) -> int:
-    from spach_deploy.cli.export_output import models_as_json, models_as_table
+    from spach_deploy.cli.reporting import models_as_json, models_as_table
 
     show(models_as_json() if as_json else models_as_table())
     return 0
 
 
 def _list_rewrites() -> int:
-    from spach_deploy.cli.export_output import rewrites_as_table
+    from spach_deploy.cli.reporting import rewrites_as_table
 
     show(rewrites_as_table())
     return 0

@@ -11,7 +11,7 @@ from spach_deploy.cli.console import Command, command, show
 from spach_deploy.common.errors import UsageError
 from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.table import KUBERNETES
-from spach_deploy.packaging.kubernetes.options import KubernetesOptions, Replicas
+from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
 from spach_deploy.packaging.triton.options import Backend
 
 

@@ -95,7 +95,7 @@ def show_two(compared: SideBySide, destinations: ReportDestinations | None, *, a
 
 def _write_page(compared: SideBySide, destination: Destination, *, is_opened: bool) -> None:
     """Write and open the page; where that fails, a sentence says so."""
-    from spach_deploy.report.comparison_page import write_page_of_two
+    from spach_deploy.report.page import write_page_of_two
 
     try:
         write_page_of_two(compared, destination)

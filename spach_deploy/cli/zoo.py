@@ -19,9 +19,9 @@ from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.options.command_line import joined
+from spach_deploy.options.recipe import export_options, keys_of_quantization
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.options.table import filling
-from spach_deploy.options.values import export_options, keys_of_quantization
 from spach_deploy.pipeline.zoo.folder import PAGE, SUMMARY, ZooFolder
 from spach_deploy.pipeline.zoo.make import Run, Zoo, ZooWork, on_this_machine, work_of
 from spach_deploy.pipeline.zoo.outcome import BuildStatus, Row, Summary, as_table

@@ -39,7 +39,7 @@ class ExportObserver:
         """A sentence that the user should read."""
 
     def building(self, event: Any) -> None:
-        """A progress event of the engine builder (`spach_deploy.engine.compile.ProgressEvent`), from another thread."""
+        """A progress event of the engine builder (`spach_deploy.engine.worker.ProgressEvent`), from another thread."""
 
     def calibrating(self, progress: Any) -> None:
         """How far calibration is (`spach_deploy.quantization.calibration.CalibrationProgress`), after every image."""

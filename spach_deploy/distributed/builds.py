@@ -24,9 +24,9 @@ from spach_deploy.common.errors import SpachError
 from spach_deploy.common.files import Destination
 from spach_deploy.distributed.cluster import cores
 from spach_deploy.options.command_line import export_words
+from spach_deploy.options.recipe import value_of, with_value
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.options.table import Caching, filling
-from spach_deploy.options.values import value_of, with_value
 from spach_deploy.pipeline.cache import code_digest
 from spach_deploy.pipeline.zoo.child import ExportProcess, ProcessEnd
 from spach_deploy.pipeline.zoo.folder import ZooFolder

@@ -17,8 +17,7 @@ from spach_deploy.doctor.commands import installing, installing_torch, reinstall
 from spach_deploy.doctor.compatibility import RUNS_ON, builders, driver_runs, runners, runs_on_gpu, works
 from spach_deploy.doctor.driver import LEAST_DRIVER
 from spach_deploy.doctor.finding import EVERYTHING, Finding, Status, Task, TaskStatus, blockers, reasons
-from spach_deploy.doctor.machine_info import MachineInfo
-from spach_deploy.doctor.packages import InstalledOnnxRuntime
+from spach_deploy.doctor.machine_info import InstalledOnnxRuntime, MachineInfo
 from spach_deploy.options.gpus import SUPPORTED, format_gpus
 from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime.devices import RTX_CAPABILITIES

@@ -20,15 +20,15 @@ from spach_deploy.common.files import sha256_of
 from spach_deploy.common.machine import has_vnni
 from spach_deploy.doctor.commands import exporting, installing
 from spach_deploy.doctor.compatibility import RUNS_ON, PlanRequirements, compatibility
+from spach_deploy.doctor.driver import ProbeResult
 from spach_deploy.doctor.finding import Finding, Status, Task, blockers
 from spach_deploy.doctor.machine_info import MachineInfo, ask_tensorrt
 from spach_deploy.doctor.plan_file import PlanFile, find_plan, identify_other_file
-from spach_deploy.doctor.probe import ProbeResult
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import ComputeCapability, Flavour, Precision
-from spach_deploy.runtime.truncation import REMEDY, fault_of
+from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
 
 FILES = "files"
 """Topic of the findings about changed files."""

@@ -30,10 +30,9 @@ from types import TracebackType
 
 from spach_deploy.common import processes
 from spach_deploy.common.errors import BuildError, UsageError
-from spach_deploy.engine.compile import OnProgress, ProgressEvent
 from spach_deploy.engine.flavours import EngineFlavour
 from spach_deploy.engine.network_facts import NetworkFacts
-from spach_deploy.engine.worker import Built, Request
+from spach_deploy.engine.worker import Built, OnProgress, ProgressEvent, Request
 from spach_deploy.options.specs import BatchProfile, ComputeCapability, EngineTarget, Flavour, Precision
 from spach_deploy.runtime.polygraphy_session import LogLine, summarize_warnings
 

@@ -15,8 +15,7 @@ from spach_deploy.common.errors import SpachError, UnavailableError, UsageError
 from spach_deploy.common.versions import old_package
 from spach_deploy.options.gpus import format_gpus
 from spach_deploy.options.specs import ComputeCapability, EngineTarget, Flavour, Precision
-from spach_deploy.runtime.devices import RTX_CAPABILITIES, LocalGpu, local_gpus
-from spach_deploy.runtime.packages import is_installed, missing_package
+from spach_deploy.runtime.devices import RTX_CAPABILITIES, LocalGpu, is_installed, local_gpus, missing_package
 
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = Mapping[str, tuple[Shape, Shape, Shape]]

@@ -18,8 +18,7 @@ import onnx_ir as ir
 from onnx import ModelProto, TypeProto
 
 from spach_deploy.common.errors import CertificateError
-from spach_deploy.graph.editing import name_of, without_weights
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import name_of, owner, without_weights
 from spach_deploy.graph.opset import opset_of
 from spach_deploy.runtime.onnxruntime_runner import tensor_proto
 

@@ -39,8 +39,7 @@ from spach_deploy.graph.block_prototype import (
     stamp_blocks,
     with_ordinary_weights,
 )
-from spach_deploy.graph.editing import array_of, as_proto, name_of
-from spach_deploy.graph.names import name_by_module, name_unowned
+from spach_deploy.graph.editing import array_of, as_proto, name_by_module, name_of, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.own_module import flattened, is_users_file

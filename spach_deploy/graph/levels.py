@@ -16,8 +16,7 @@ import onnx_ir as ir
 from torch import nn
 
 from spach_deploy.bundle.schema import LevelEntry
-from spach_deploy.graph.editing import macs_of, name_of, shapes_at_batch_one
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import macs_of, name_of, owner, shapes_at_batch_one
 
 
 class Level(str, enum.Enum):

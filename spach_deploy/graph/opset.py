@@ -68,7 +68,7 @@ def raise_opset(model: ir.Model, opset: int) -> None:
 
 
 def convert_opset(model: ir.Model, opset: int) -> None:
-    """Convert `model` to another opset, in place. Its tensors' types must be known (`elements.infer_all_types`).
+    """Convert `model` to another opset, in place. Its tensors' types must be known (`formats.infer_all_types`).
 
     Raises UsageError that names a node which cannot be written in that opset.
     """

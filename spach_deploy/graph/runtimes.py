@@ -41,7 +41,7 @@ class GraphNeeds:
         import onnx
         import onnx_ir as ir
 
-        from spach_deploy.graph.precision.elements import infer_all_types
+        from spach_deploy.graph.precision.formats import infer_all_types
 
         try:
             loaded = (

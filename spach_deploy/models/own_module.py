@@ -2,11 +2,14 @@
 
 Its inputs are those of an example, its outputs what it returns for that: a tensor, or a tuple, list or dictionary of
 them. Nothing of the user's module is changed, and its `forward` is called as it is.
+
+Copies of a module share its tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -14,9 +17,10 @@ import os
 import re
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,6 @@ from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
 from spach_deploy.models.checkpoint_content import shown
-from spach_deploy.models.copies import own
 from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, for_channels, resolve_settings
 from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.registry import check_spec, published_match
@@ -403,3 +406,24 @@ def give(model: OwnForward, outputs: Sequence[TensorInfo]) -> None:
         rest.remove(chosen)
         returned.append(chosen[1])
     model.outputs, model.returned = tuple(outputs), tuple(returned)
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def own(module: ModuleT) -> ModuleT:
+    """A copy of `module` and its submodules that shares the parameter tensors; shared submodules stay shared."""
+    return _own(module, {})  # type: ignore[return-value]
+
+
+def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in done:
+        copied = copy.copy(module)
+        copied._parameters = dict(module._parameters)
+        copied._buffers = dict(module._buffers)
+        copied._forward_hooks = OrderedDict(module._forward_hooks)
+        done[id(module)] = copied
+        copied._modules = {
+            name: None if child is None else _own(child, done) for name, child in module._modules.items()
+        }
+    return done[id(module)]

@@ -10,8 +10,8 @@ import click
 
 from spach_deploy._version import __version__
 from spach_deploy.options.command_line import words_of
+from spach_deploy.options.recipe import default_of
 from spach_deploy.options.table import GROUPS, INFORMATION, TABLE, Kind, Option, options_of
-from spach_deploy.options.values import default_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy.common.files import Destination
+from spach_deploy.options.recipe import keys_of_quantization, value_of
 from spach_deploy.options.specs import ExportOptions, size_in_words
 from spach_deploy.options.table import EXPORT, TABLE, VALIDATE, Kind, Option, filling, options_of
-from spach_deploy.options.values import keys_of_quantization, value_of
 
 
 def quoted(word: object) -> str:

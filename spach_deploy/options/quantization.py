@@ -9,9 +9,9 @@ from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.files import Destination, try_to_write
 from spach_deploy.common.machine import has_vnni
 from spach_deploy.options.command_line import flag_for
+from spach_deploy.options.recipe import default_of, value_of
 from spach_deploy.options.specs import ExportOptions, Flavour, Precision, QuantizationSpec
 from spach_deploy.options.table import filling
-from spach_deploy.options.values import default_of, value_of
 
 CALIBRATION_SUFFIX = ".json"
 """Suffix of calibration files; --calibration takes anything else as images."""

@@ -16,7 +16,7 @@ from typing import Any
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.files import Destination
-from spach_deploy.common.units import parse_bytes
+from spach_deploy.common.text import parse_bytes
 from spach_deploy.options.architecture import ACTIVATIONS as ACTIVATIONS
 from spach_deploy.options.architecture import INTERPOLATIONS as INTERPOLATIONS
 from spach_deploy.options.architecture import LARGEST_SIDE as LARGEST_SIDE
@@ -389,7 +389,7 @@ _LARGEST_WORKSPACE = 1 << 50
 
 
 def parse_size(text: str) -> int:
-    """A --workspace size in bytes, in the units of `spach_deploy.common.units`. UsageError for anything else."""
+    """A --workspace size in bytes, in the units of `spach_deploy.common.text`. UsageError for anything else."""
     try:
         size = parse_bytes(text)
     except ValueError:

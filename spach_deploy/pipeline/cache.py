@@ -22,13 +22,13 @@ from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
 from spach_deploy.common.files import Destination, blocks_of, check_regular
 from spach_deploy.common.machine import all_cpu_flags, processor_name
-from spach_deploy.common.units import SIZES, parse_bytes
+from spach_deploy.common.text import SIZES, parse_bytes
 from spach_deploy.common.versions import tool_versions
 from spach_deploy.models.checkpoint_file import checkpoint_files
 from spach_deploy.models.registry import known_name
+from spach_deploy.options.recipe import value_of, with_value
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.options.table import Caching, filling
-from spach_deploy.options.values import value_of, with_value
 
 HASHED_BYTES = 2_000_000_000
 """Largest folder of images that is hashed by content; larger ones by their files' names, sizes and times."""

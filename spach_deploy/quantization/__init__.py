@@ -5,7 +5,7 @@ statistics.py   what their inputs look like, streamed over images: one pass, mem
 scales.py       from histograms and weights to scales: max, percentile, entropy, mse
 equalization.py exact exchange of ranges between neighbouring weights, before scales are set
 plan.py         which sites, with which scales: the record that the bundle keeps
-bias_correction.py, qdq.py, outlier_migration.py   passes over graphs, each with a result (model, modified)
-fake_quantization.py   the same in PyTorch, by which tolerances are derived
+qdq.py, outlier_migration.py   passes over graphs, each with a result (model, modified)
+fake_quantization.py   the same in PyTorch, by which tolerances are derived; and bias correction, in both
 sensitivity.py  what each layer costs, and the largest set that stays within a bound
 """

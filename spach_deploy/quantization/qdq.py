@@ -13,7 +13,7 @@ layer's, `layer3.0.channel_func.fc1/weight/quantize`.
 are compared, a scale that is wrong by a factor of two, two channels' scales exchanged, or a pair missing on one tensor
 of an attention may be smaller than the rounding error of eight bits. The limits of the formats and the axes of channels
 are written twice in this file on purpose: `audit` shares none of them with what it checks (`InsertQdq`,
-`bias_correction.py`).
+`fake_quantization.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 from spach_deploy.common.errors import PrecisionError
 from spach_deploy.graph.editing import name_of, operand, tensor_of
 from spach_deploy.graph.opset import raise_opset
-from spach_deploy.graph.precision.elements import infer_all_types
-from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode
+from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode, infer_all_types
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization.formats import INT8, EightBitFormat, Float32
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite

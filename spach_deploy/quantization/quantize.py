@@ -19,7 +19,6 @@ from spach_deploy.graph.editing import mark_quantized, tensor_of
 from spach_deploy.graph.precision.ranges import measure_ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.options.specs import Precision
-from spach_deploy.quantization.bias_correction import CorrectBiases
 from spach_deploy.quantization.equalization import (
     EqualizablePair,
     apply_to_arrays,
@@ -28,6 +27,7 @@ from spach_deploy.quantization.equalization import (
     find_pairs,
     search,
 )
+from spach_deploy.quantization.fake_quantization import CorrectBiases
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
 from spach_deploy.quantization.qdq import InsertQdq, audit

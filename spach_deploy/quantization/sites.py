@@ -28,8 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.editing import name_of, operand, shapes_at_batch_one
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import name_of, operand, owner, shapes_at_batch_one
 from spach_deploy.quantization.formats import FP8, EightBitFormat
 
 HEADS = ("head", "mlp_head.0")

@@ -1,17 +1,23 @@
-"""NVIDIA GPUs of this machine: names and compute capabilities, from the driver's library.
+"""NVIDIA GPUs of this machine, and the Python packages of both flavours of TensorRT.
 
-Neither torch nor a CUDA runtime is imported. Without a driver it takes microseconds. CUDA_VISIBLE_DEVICES is respected.
-Source: CUDA Driver API, "Initialization" and "Device Management" (cuInit, cuDeviceGet*).
+Names and compute capabilities come from the driver's library. Neither torch nor a CUDA runtime is imported. Without a
+driver it takes microseconds. CUDA_VISIBLE_DEVICES is respected. Source: CUDA Driver API, "Initialization" and "Device
+Management" (cuInit, cuDeviceGet*).
+
+Of the packages: import names, installed versions, how to install them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from spach_deploy.options.specs import ComputeCapability
+from spach_deploy.common.errors import MissingPackageError
+from spach_deploy.options.specs import ComputeCapability, Flavour
 
 _DRIVER_LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -57,3 +63,39 @@ def _attribute(driver: Any, device: ctypes.c_int, which: int) -> int:
     value = ctypes.c_int()
     driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
     return value.value
+
+
+MODULE_NAMES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
+"""By flavour: the name under which its package is imported."""
+
+_INSTALL = {
+    Flavour.TENSORRT: "pip install 'spach-deploy[gpu]'",
+    Flavour.TENSORRT_RTX: "pip install 'spach-deploy[cpu]'",
+}
+_TENSORRT_ADVICE = (
+    " (its libraries are not in the public package index: the installer fetches them from NVIDIA's own, and fails "
+    "where that is out of reach; install NVIDIA's wheels by hand there, or build with --engine tensorrt-rtx)."
+)
+
+
+def is_installed(flavour: Flavour) -> bool:
+    """Whether the package is installed; its libraries may still fail to load."""
+    return importlib.util.find_spec(MODULE_NAMES[flavour]) is not None
+
+
+def installed_version(flavour: Flavour) -> str | None:
+    """Version of the installed package, without importing it; None when it is absent."""
+    try:
+        return importlib.metadata.version(MODULE_NAMES[flavour])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing_package(flavour: Flavour, purpose: str, reason: str = "") -> MissingPackageError:
+    """The error for a package that is absent or, with `reason`, installed but does not load.
+
+    `purpose`: what needs it, for the message.
+    """
+    package = f"a working {flavour.value} (importing it failed: {reason})" if reason else flavour.value
+    advice = _TENSORRT_ADVICE if flavour is Flavour.TENSORRT else "."
+    return MissingPackageError(package, purpose, _INSTALL[flavour] + advice)

@@ -20,7 +20,7 @@ from typing import Any
 
 from spach_deploy.common.errors import UnavailableError
 from spach_deploy.options.specs import Flavour
-from spach_deploy.runtime.packages import MODULE_NAMES
+from spach_deploy.runtime.devices import MODULE_NAMES
 
 _LOADERS = "polygraphy.backend.trt"
 _lock = threading.Lock()

@@ -225,7 +225,7 @@ class Session:
                 " is exported with --engine none."
             )
         if self.runtime == ONNX_RUNTIME and self.device == "cpu" and self.bundle.quantizes_fp16:
-            from spach_deploy.runtime.truncation import REMEDY, fault_of, truncating_runtime
+            from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of, truncating_runtime
 
             if (version := truncating_runtime()) is not None:
                 yield f"{fault_of(version)}, so that its answers are wrong. {REMEDY}"

@@ -12,8 +12,14 @@ from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.options.specs import Flavour
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
-from spach_deploy.runtime.devices import RTX_CAPABILITIES, LocalGpu, local_gpus
-from spach_deploy.runtime.packages import installed_version, is_installed, missing_package
+from spach_deploy.runtime.devices import (
+    RTX_CAPABILITIES,
+    LocalGpu,
+    installed_version,
+    is_installed,
+    local_gpus,
+    missing_package,
+)
 from spach_deploy.runtime.plan_identity import plan_identity
 from spach_deploy.runtime.polygraphy_session import LogLine, captured_log, reason_of_failure, use_tensorrt
 

@@ -25,8 +25,8 @@ from spach_deploy.validation.bisect.export_steps import (
     repeat_steps,
 )
 from spach_deploy.validation.bisect.locate import bisect_graph
-from spach_deploy.validation.bisect.reference import ProbedReference
 from spach_deploy.validation.bisect.result import Bisection, StepResult, Suspect
+from spach_deploy.validation.bisect.tensor_matching import ProbedReference
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
 from spach_deploy.validation.live_reference import Weights, rebuild
 from spach_deploy.validation.result import Validation

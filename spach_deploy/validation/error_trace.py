@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from spach_deploy.bundle.schema import TraceEntry, TracePartEntry
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import owner
 from spach_deploy.validation.rounding_error import ActivationTrace, Outputs
 from spach_deploy.validation.tolerance import FP32_FACTOR, ROUNDING_FACTOR
 

@@ -27,7 +27,7 @@ from spach_deploy.options.specs import BatchProfile, IODtype, Precision, Role
 from spach_deploy.runtime.onnxruntime_runner import saved_graph
 from spach_deploy.validation.bisect.locate import bisect_graph
 from spach_deploy.validation.bisect.opened_graph import half_type
-from spach_deploy.validation.bisect.reference import ProbedReference
+from spach_deploy.validation.bisect.tensor_matching import ProbedReference
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
 from spach_deploy.validation.live_reference import ImagesReference, Weights, as_images, rebuild
 from spach_deploy.validation.result import ReportHeader, Validation

@@ -24,10 +24,10 @@ from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision, Role
-from spach_deploy.runtime import Runner, TensorSpec, truncation
+from spach_deploy.runtime import Runner, TensorSpec, onnxruntime_runner
 from spach_deploy.runtime.onnxruntime_runner import NAME, OnnxRuntimeRunner, saved_graph
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
-from spach_deploy.validation.changed_classes import ImagePredictions, notable_predictions
+from spach_deploy.validation.accuracy import ImagePredictions, notable_predictions
 from spach_deploy.validation.compare import Comparison, compare_outputs
 from spach_deploy.validation.tolerance import Bounds
 from spach_deploy.validation.verdict import Verdict, judge
@@ -170,7 +170,7 @@ def executions_here(graph: Path | bytes, precision: Precision) -> tuple[CpuExecu
 
 def truncated_by(graph: Path | bytes, precision: Precision) -> str | None:
     """Version of the installed ONNX Runtime, where it truncates in this graph what it should round; else None."""
-    version = truncation.truncating_runtime() if precision is Precision.FP16 else None
+    version = onnxruntime_runner.truncating_runtime() if precision is Precision.FP16 else None
     return version if version is not None and _quantizes_fp16(graph) else None
 
 
@@ -180,14 +180,14 @@ def truncation_notes(graph: Path | bytes, precision: Precision) -> tuple[str, ..
     if version is None:
         return ()
     judged_by = "In it this graph is wrong, so it was judged in FP32 with every half tensor rounded"
-    return (f"{truncation.fault_of(version)}. {judged_by}. {truncation.REMEDY}",)
+    return (f"{onnxruntime_runner.fault_of(version)}. {judged_by}. {onnxruntime_runner.REMEDY}",)
 
 
 def _quantizes_fp16(graph: Path | bytes) -> bool:
     import onnx
     import onnx_ir as ir
 
-    from spach_deploy.graph.precision.elements import quantizes_fp16
+    from spach_deploy.graph.precision.formats import quantizes_fp16
 
     try:
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else onnx.load_from_string(graph)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, Bundle
+from spach_deploy.runtime.onnxruntime_runner import MENDED, REMEDY
 from spach_deploy.runtime.triton_runner import ServedAt, TritonRunner
-from spach_deploy.runtime.truncation import MENDED, REMEDY
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.result import Validation, golden_set, report_header
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult, examine_runner

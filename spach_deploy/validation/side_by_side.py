@@ -21,7 +21,7 @@ from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.common.errors import UsageError, printable
 from spach_deploy.common.text import Escaped, rendered
 from spach_deploy.options.specs import Role, size_in_words
-from spach_deploy.validation.changed_classes import ImagePredictions, notable_predictions
+from spach_deploy.validation.accuracy import ImagePredictions, notable_predictions
 from spach_deploy.validation.compare import OutputComparison, compare_outputs
 from spach_deploy.validation.result import REPORT_VERSION, Provenance, Validation
 from spach_deploy.validation.table import DEMO_WARNING, WIDTH

@@ -29,9 +29,8 @@ import numpy.typing as npt
 
 from spach_deploy.bundle.schema import AgreementEntry
 from spach_deploy.common.errors import MismatchError, UsageError
-from spach_deploy.common.files import sha256_of
+from spach_deploy.common.files import npz_names, read_npz, sha256_of
 from spach_deploy.common.metrics import worst_relative_l2
-from spach_deploy.common.npz import npz_names, read_npz
 from spach_deploy.models.hyperparameters import Setting, Source, confirmed
 from spach_deploy.models.outputs import giving
 from spach_deploy.options.specs import ACTIVATIONS, Role, size_in_words

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spach_deploy.benchmark import machine
+from spach_deploy.benchmark import rounds
 
 
 def fake_nvidia_smi(folder: Path, body: str) -> None:
@@ -20,23 +20,23 @@ def test_clocks_of_gpus_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
     row = "NVIDIA A10, 580.1, 1695 MHz, 1710 MHz, 6251 MHz, 41, 88.20 W, 812 MiB"
     fake_nvidia_smi(tmp_path, f"echo '{row}'")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    (gpu,) = machine.gpus()
+    (gpu,) = rounds.gpus()
     assert (gpu["name"], gpu["clocks.sm"], gpu["memory.used"]) == ("NVIDIA A10", "1695 MHz", "812 MiB")
-    assert machine.facts_after()["gpus_after"] == [gpu]
+    assert rounds.facts_after()["gpus_after"] == [gpu]
 
 
 def test_a_driver_that_fails_or_hangs_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvidia_smi(tmp_path, "echo 'NVIDIA-SMI has failed'; exit 9")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert machine.gpus() == []
+    assert rounds.gpus() == []
 
     def hangs(*_: Any, **__: Any) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", 20)
 
     monkeypatch.setattr(subprocess, "run", hangs)
-    assert machine.gpus() == []
+    assert rounds.gpus() == []
 
 
 def test_without_nvidia_smi_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert machine.gpus() == []
+    assert rounds.gpus() == []

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spach_deploy.benchmark import machine, rounds, worker
+from spach_deploy.benchmark import rounds, worker
 from spach_deploy.benchmark import runners as contestants
-from spach_deploy.benchmark.plot import draw, pareto_front
 from spach_deploy.benchmark.result import Benchmark
 from spach_deploy.benchmark.rounds import BenchmarkRequest, chosen_batches, measure
 from spach_deploy.benchmark.runners import (
@@ -29,7 +28,7 @@ from spach_deploy.benchmark.runners import (
     RunnerSetup,
     why_not,
 )
-from spach_deploy.benchmark.table import as_text
+from spach_deploy.benchmark.table import as_text, draw, pareto_front
 from spach_deploy.benchmark.worker import FirstOutputs, RunnerProcess, TimedRuns
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common import machine as processor
@@ -64,7 +63,7 @@ def small_peaks() -> Iterator[None]:
     """The machine's peaks from a small piece of work, for time's sake."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"_GEMM": 128, "_COPY_BYTES": 1 << 20, "_PEAK_S": 0.0}.items():
-            patch.setattr(machine, name, value)
+            patch.setattr(rounds, name, value)
         yield
 
 
@@ -120,7 +119,7 @@ def test_the_table_fits_its_width_on_every_machine(
     name: str, found: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(name, tmp_path, monkeypatch)
-    facts = machine.machine_facts(192) | {"gpus": [_GPU], "load_before": 192.5}
+    facts = rounds.machine_facts(192) | {"gpus": [_GPU], "load_before": 192.5}
     text = as_text(dataclasses.replace(found, machine=facts))
     lines = [line for line in text.splitlines() if not line.startswith("bundle ")]
     assert [line for line in lines if len(line) > 100] == []
@@ -311,14 +310,14 @@ def test_no_memory_is_told_with_the_remedy(error: Exception) -> None:
 
 def test_the_best_peaks_count_and_a_gpu_that_is_not_there_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([2.0, 4.0, 1.0, 8.0])
-    monkeypatch.setattr(machine, "_shortest", lambda work, device: next(seconds))
-    peaks = machine.Peaks(1)
+    monkeypatch.setattr(rounds, "_shortest", lambda work, device: next(seconds))
+    peaks = rounds.Peaks(1)
     peaks.measure()
     first = dict(peaks.best)
     peaks.measure()
     peaks.release()
     assert peaks.best == {"flops": 2 * first["flops"], "bytes": first["bytes"]}
-    gone = machine.Peaks(1, "cuda")
+    gone = rounds.Peaks(1, "cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     gone.measure()
     assert gone.best == {}

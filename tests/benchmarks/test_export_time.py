@@ -21,7 +21,7 @@ def test_what_a_mechanism_changes_is_there(name: str) -> None:
 
 
 def test_the_command_without_one_is_changed_and_otherwise_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MECHANISMS, "models", ("spach_deploy.cli.export_output", "models_as_table = lambda: 'changed'"))
+    monkeypatch.setitem(MECHANISMS, "models", ("spach_deploy.cli.reporting", "models_as_table = lambda: 'changed'"))
     for option, said in (("--list", "changed"), ("--list-rewrites", "grid_stream")):
         done = subprocess.run([*command_without("models"), option], capture_output=True, text=True, check=True)
         assert said in done.stdout

@@ -10,8 +10,8 @@ from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UsageError
 from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.options.quantization import check_quantization
+from spach_deploy.options.recipe import export_options
 from spach_deploy.options.specs import Precision
-from spach_deploy.options.values import export_options
 from tests.commands import ROOT, export
 from tests.quantization.small_quantized import calibration_images
 

@@ -10,7 +10,7 @@ import pytest
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.options.recipe import KEYS, read_recipe
+from spach_deploy.options.recipe import KEYS, export_options, read_recipe
 from spach_deploy.options.specs import (
     BatchProfile,
     ComputeCapability,
@@ -26,7 +26,6 @@ from spach_deploy.options.specs import (
     WeightSource,
     parse_size,
 )
-from spach_deploy.options.values import export_options
 from tests.commands import contents, export, refusal
 
 EVERYTHING = """

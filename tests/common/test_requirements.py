@@ -15,7 +15,7 @@ from spach_deploy.doctor.finding import Status
 from spach_deploy.doctor.machine import about_reports
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.options.specs import Flavour
-from spach_deploy.runtime.packages import is_installed
+from spach_deploy.runtime.devices import is_installed
 from tests.commands import ROOT, export, refusal
 from tests.doctor.machines import cpu_machine
 

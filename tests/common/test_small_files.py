@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.common.files import parse_json, read_json, read_text
-from spach_deploy.common.npz import read_npz
+from spach_deploy.common.files import parse_json, read_json, read_npz, read_text
 from spach_deploy.data.labels import read_labels
 from spach_deploy.options.recipe import read_recipe
 from spach_deploy.pipeline.cache import content_digest

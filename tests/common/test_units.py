@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spach_deploy.common.units import parse_bytes
+from spach_deploy.common.text import parse_bytes
 
 
 @pytest.mark.parametrize(

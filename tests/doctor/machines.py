@@ -9,8 +9,7 @@ from typing import Any
 from spach_deploy.common.machine import FolderCheck, Memory
 from spach_deploy.common.versions import Requirement, Requirements
 from spach_deploy.doctor.driver import Driver, Gpu
-from spach_deploy.doctor.machine_info import MachineInfo, TensorRTPackage
-from spach_deploy.doctor.packages import InstalledOnnxRuntime, Torch
+from spach_deploy.doctor.machine_info import InstalledOnnxRuntime, MachineInfo, TensorRTPackage, Torch
 from spach_deploy.options.specs import ComputeCapability, Flavour
 
 GIGABYTE = 10**9

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from spach_deploy.doctor.driver import Driver, DriverSurroundings, Gpu, _has_card, driver_from
-from spach_deploy.doctor.probe import ProbeResult
+from spach_deploy.doctor.driver import Driver, DriverSurroundings, Gpu, ProbeResult, _has_card, driver_from
 from spach_deploy.options.specs import ComputeCapability
 
 BARE = DriverSurroundings(

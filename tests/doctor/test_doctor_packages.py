@@ -10,7 +10,7 @@ import pytest
 
 from spach_deploy.common.versions import Requirement, installed, is_older, parse, pins, release, requirements
 from spach_deploy.doctor import commands
-from spach_deploy.doctor.packages import InstalledOnnxRuntime, Torch, find_onnxruntime, find_torch
+from spach_deploy.doctor.machine_info import InstalledOnnxRuntime, Torch, find_onnxruntime, find_torch
 
 
 @pytest.fixture

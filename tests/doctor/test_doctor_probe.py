@@ -11,9 +11,9 @@ import pytest
 
 from spach_deploy.common.versions import installed
 from spach_deploy.doctor import machine_info as here_module
+from spach_deploy.doctor.driver import Probe, ProbeResult
 from spach_deploy.doctor.driver_question import ask, kernel_module_version
 from spach_deploy.doctor.machine_info import gather
-from spach_deploy.doctor.probe import Probe, ProbeResult
 from spach_deploy.doctor.tensorrt_question import answer, judge
 from spach_deploy.options.specs import Flavour
 

@@ -10,11 +10,11 @@ import pytest
 
 from spach_deploy.common.errors import BuildError, PrecisionError, UsageError
 from spach_deploy.engine.build import EngineResult, build_engine, start_build
-from spach_deploy.engine.compile import ProgressEvent
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.network_facts import check_achieved_precision
+from spach_deploy.engine.worker import ProgressEvent
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
-from spach_deploy.runtime.packages import is_installed
+from spach_deploy.runtime.devices import is_installed
 from spach_deploy.runtime.plan_identity import plan_identity
 from tests.engine import tiny_graphs
 

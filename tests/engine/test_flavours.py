@@ -11,8 +11,7 @@ from spach_deploy.common.errors import MissingPackageError, SpachError, Unavaila
 from spach_deploy.engine.flavours import EngineFlavour, TensorRT, TensorRTForRTX, choose_flavour
 from spach_deploy.options.gpus import format_gpus, parse_gpus
 from spach_deploy.options.specs import ComputeCapability, EngineTarget, Flavour, Precision
-from spach_deploy.runtime.devices import LocalGpu
-from spach_deploy.runtime.packages import MODULE_NAMES
+from spach_deploy.runtime.devices import MODULE_NAMES, LocalGpu
 
 A10 = LocalGpu("NVIDIA A10", ComputeCapability(8, 6))
 T4 = LocalGpu("Tesla T4", ComputeCapability(7, 5))

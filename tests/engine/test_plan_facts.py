@@ -9,7 +9,7 @@ from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
-from spach_deploy.runtime.packages import is_installed
+from spach_deploy.runtime.devices import is_installed
 from tests.engine import tiny_graphs
 
 pytestmark = pytest.mark.skipif(not is_installed(Flavour.TENSORRT_RTX), reason="tensorrt-rtx is not installed")

@@ -11,8 +11,8 @@ import pytest
 
 from spach_deploy.bundle.schema import EngineSection
 from spach_deploy.bundle.store import Bundle
+from spach_deploy.options.recipe import export_options
 from spach_deploy.options.specs import Flavour
-from spach_deploy.options.values import export_options
 from spach_deploy.pipeline.estimate import refuse_early
 from tests.commands import ROOT, console_script
 

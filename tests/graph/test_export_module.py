@@ -14,9 +14,9 @@ from spach_deploy.blocks.replace import replace_known
 from spach_deploy.common.errors import CertificateError, ModelError
 from spach_deploy.graph import export
 from spach_deploy.graph.certificate import certify
+from spach_deploy.graph.editing import owner
 from spach_deploy.graph.export import export_module
 from spach_deploy.graph.levels import described, levels
-from spach_deploy.graph.names import owner
 from spach_deploy.models.own_module import flattened
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads, TwoInputs

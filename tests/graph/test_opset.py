@@ -18,9 +18,9 @@ from spach_deploy.graph import opset as opsets
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.opset import check_opset, convert_opset
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.graph.precision.elements import infer_all_types
+from spach_deploy.graph.precision.formats import infer_all_types
+from spach_deploy.options.recipe import export_options
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, QuantizationSpec
-from spach_deploy.options.values import export_options
 from spach_deploy.pipeline.cache import export_key
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import small_bundles

@@ -21,8 +21,8 @@ from spach_deploy.graph.passes.tokens_first import PARTS, tokens_first
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
+from spach_deploy.runtime.devices import is_installed
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from spach_deploy.runtime.packages import is_installed
 from tests.protos import type_graph
 from tests.static_models import IMAGE_SIZE, architecture, images, logits, relative_l2, small_model
 

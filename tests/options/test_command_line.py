@@ -13,6 +13,7 @@ from spach_deploy.cli.export import main as export_main
 from spach_deploy.cli.validate import main as validate_main
 from spach_deploy.common.files import Destination
 from spach_deploy.options.command_line import export_command, validate_command
+from spach_deploy.options.recipe import export_options
 from spach_deploy.options.specs import (
     BatchProfile,
     ComputeCapability,
@@ -28,7 +29,6 @@ from spach_deploy.options.specs import (
     Role,
     WeightSource,
 )
-from spach_deploy.options.values import export_options
 
 MODEL = ModelSpec("ms_hybrid_s")
 EXPORTS = [

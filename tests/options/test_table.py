@@ -31,7 +31,7 @@ from spach_deploy.cli.validate import main as validate
 from spach_deploy.common.errors import UsageError
 from spach_deploy.options.click_options import click_options
 from spach_deploy.options.command_line import export_command, export_words
-from spach_deploy.options.recipe import read_recipe
+from spach_deploy.options.recipe import export_options, filled, read_recipe, value_of, with_value
 from spach_deploy.options.specs import ExportOptions, Precision
 from spach_deploy.options.table import (
     COMMANDS,
@@ -45,7 +45,6 @@ from spach_deploy.options.table import (
     filling,
     options_of,
 )
-from spach_deploy.options.values import export_options, filled, value_of, with_value
 from spach_deploy.packaging.triton.options import Backend, Device, EnsembleInput
 from tests.commands import ROOT
 

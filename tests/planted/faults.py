@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import owner
 from tests.planted.subjects import Subject, effect, run
 
 Array = NDArray[np.float64]

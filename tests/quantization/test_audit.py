@@ -14,7 +14,7 @@ from spach_deploy.common.errors import PrecisionError
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.options.specs import Precision
 from spach_deploy.quantization import qdq as insert
-from spach_deploy.quantization.bias_correction import corrected_bias
+from spach_deploy.quantization.fake_quantization import corrected_bias
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling
 from spach_deploy.quantization.scales import Method

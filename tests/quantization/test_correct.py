@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.quantization.bias_correction import corrected_bias
-from spach_deploy.quantization.fake_quantization import equalized_model, fake_quantized, quantized_module
+from spach_deploy.quantization.fake_quantization import (
+    corrected_bias,
+    equalized_model,
+    fake_quantized,
+    quantized_module,
+)
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan, QuantizedSite, Scaling
 from spach_deploy.quantization.scales import Method

@@ -20,7 +20,7 @@ from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Prec
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.sites import LayerKind
-from spach_deploy.runtime.packages import is_installed
+from spach_deploy.runtime.devices import is_installed
 from tests import static_models
 from tests.protos import (
     attributes,

@@ -17,7 +17,7 @@ from spach_deploy.data.preprocess import pixels
 from spach_deploy.options.specs import Precision, Preprocessing, QuantizationSpec
 from spach_deploy.pipeline.export import export
 from spach_deploy.quantization.plan import read_plan
-from spach_deploy.runtime import truncation
+from spach_deploy.runtime import onnxruntime_runner
 from tests import small_bundles, static_models
 from tests.protos import attributes, audit
 from tests.quantization import faults, small_quantized
@@ -244,7 +244,7 @@ def test_a_right_bundle_is_blamed_nowhere_its_attention_in_eight_bits_neither(pr
 @pytest.fixture
 def truncating(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ONNX Runtime here is one that truncates."""
-    monkeypatch.setattr(truncation, "truncating_runtime", lambda: "1.28.0")
+    monkeypatch.setattr(onnxruntime_runner, "truncating_runtime", lambda: "1.28.0")
 
 
 FAULT = "ONNX Runtime 1.28.0's QuantizeLinear truncates FP16 on a CPU"

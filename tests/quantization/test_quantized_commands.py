@@ -21,7 +21,7 @@ from spach_deploy.options import quantization as options
 from spach_deploy.options.specs import Flavour
 from spach_deploy.pipeline.steps import graph as stages
 from spach_deploy.quantization.plan import read_plan
-from spach_deploy.runtime.packages import is_installed
+from spach_deploy.runtime.devices import is_installed
 from tests import static_models
 from tests.commands import contents, export, refusal
 from tests.quantization.small_models import canonical
@@ -258,7 +258,7 @@ def test_a_cache_is_reused_for_the_same_images_and_refused_for_others(tmp_path: 
 def test_an_interrupted_calibration_leaves_what_the_next_goes_on_from(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from spach_deploy.cli.export_output import ProgressDisplay
+    from spach_deploy.cli.reporting import ProgressDisplay
     from spach_deploy.quantization import calibration as module
 
     monkeypatch.setattr(module, "_STATE_EVERY_S", -1.0)

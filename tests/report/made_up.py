@@ -11,8 +11,7 @@ import numpy as np
 
 from spach_deploy.bundle.schema import Manifest
 from spach_deploy.report.content import ReportContent
-from spach_deploy.validation.accuracy import Accuracy, paired
-from spach_deploy.validation.changed_classes import notable_predictions
+from spach_deploy.validation.accuracy import Accuracy, notable_predictions, paired
 from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.result import MissingEngineRun, ReportHeader, Validation
 from spach_deploy.validation.runs import EvaluationSet, Level, RunResult

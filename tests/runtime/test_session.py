@@ -20,8 +20,8 @@ from spach_deploy.common.errors import ImageError, MissingPackageError, Unavaila
 from spach_deploy.data.images import probe_source
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, IODtype, ModelSpec, OutputSpec, Precision
 from spach_deploy.pipeline.export import export
+from spach_deploy.runtime import onnxruntime_runner, tensorrt_runner
 from spach_deploy.runtime import session as sessions
-from spach_deploy.runtime import tensorrt_runner, truncation
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.openvino_runner import OpenVinoRunner
 from spach_deploy.runtime.session import Runtime, Session
@@ -316,7 +316,7 @@ def test_eight_bits_for_vnni_are_not_run_without_it(monkeypatch: pytest.MonkeyPa
 
 def test_a_runtime_that_truncates_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spach_deploy.Bundle, "quantizes_fp16", True)
-    monkeypatch.setattr(truncation, "truncating_runtime", lambda: "1.20.0")
+    monkeypatch.setattr(onnxruntime_runner, "truncating_runtime", lambda: "1.20.0")
     with int8().session() as session:
         assert "ONNX Runtime 1.20.0's QuantizeLinear truncates FP16" in session.notes[-1]
 

@@ -9,8 +9,7 @@ import pytest
 
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.options.specs import ComputeCapability, Flavour
-from spach_deploy.runtime.devices import LocalGpu, local_gpus
-from spach_deploy.runtime.packages import is_installed
+from spach_deploy.runtime.devices import LocalGpu, is_installed, local_gpus
 from spach_deploy.runtime.tensorrt_runner import TensorRTRunner, why_engine_cannot_run_here
 
 A10 = LocalGpu("NVIDIA A10", ComputeCapability(8, 6))

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spach_deploy.graph.runtimes import runtimes, version_numbers
-from spach_deploy.runtime.truncation import MENDED, NUMBERS, Quantize, truncates, truncating_runtime
+from spach_deploy.runtime.onnxruntime_runner import MENDED, NUMBERS, Quantize, truncates, truncating_runtime
 
 
 def stored(rounding: np.ufunc) -> Quantize:

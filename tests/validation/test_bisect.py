@@ -13,7 +13,7 @@ from onnx import ModelProto, helper
 
 from spach_deploy.blocks import rewrite
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import owner
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.models.spach import Spach

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spach_deploy.validation.changed_classes import MOST_CLOSE, MOST_FLIPS, notable_predictions
+from spach_deploy.validation.accuracy import MOST_CLOSE, MOST_FLIPS, notable_predictions
 
 REFERENCE = np.array([[5.0, 1.0, 0.0], [2.0, 1.9, 0.0], [0.0, 3.0, 1.0]], np.float32)
 

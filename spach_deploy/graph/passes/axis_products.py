@@ -32,11 +32,11 @@ from spach_deploy.graph.editing import (
     is_marked_quantized,
     name_of,
     operand,
+    owner,
     remove_unused_initializers,
     replace_nodes,
     shapes_at_batch_one,
 )
-from spach_deploy.graph.names import owner
 
 NAME = "axis_products"
 

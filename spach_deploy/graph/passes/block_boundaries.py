@@ -17,10 +17,10 @@ from spach_deploy.graph.editing import (
     name_of,
     new_node,
     operand,
+    owner,
     permutation,
     shapes_at_batch_one,
 )
-from spach_deploy.graph.names import owner
 
 TO_CHANNELS_FIRST, TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 

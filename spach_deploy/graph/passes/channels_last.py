@@ -2,7 +2,7 @@
 
     transpose(a) + transpose(b) = transpose(a + b)
 
-A residual stream of images, (B, C, H, W), whose blocks work channels last (`blocks/shift.py`, `blocks/axis_mlp.py`) is
+A residual stream of images, (B, C, H, W), whose blocks work channels last (`blocks/shift.py`, `blocks/token_mlp.py`) is
 (B, H, W, C) from end to end then.
 """
 

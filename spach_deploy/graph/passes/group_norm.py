@@ -39,11 +39,11 @@ from spach_deploy.graph.editing import (
     name_of,
     new_node,
     operand,
+    owner,
     remove_unused_initializers,
     replace_nodes,
     shapes_at_batch_one,
 )
-from spach_deploy.graph.names import owner
 from spach_deploy.graph.passes.block_boundaries import TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
 

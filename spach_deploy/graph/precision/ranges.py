@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from spach_deploy.common.errors import ImageError, MissingPackageError
 from spach_deploy.common.files import utf8_path
 from spach_deploy.graph.editing import is_marked_float32, made_values, name_of, tensor_of
-from spach_deploy.graph.precision.elements import infer_all_types, is_view, shown
-from spach_deploy.graph.precision.formats import FLOAT
+from spach_deploy.graph.precision.formats import FLOAT, infer_all_types, is_view, shown
 from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED, saved_graph
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -19,8 +19,7 @@ import onnx_ir as ir
 
 from spach_deploy.common.errors import UnavailableError
 from spach_deploy.graph.editing import made_values, name_of, tensor_of
-from spach_deploy.graph.precision.elements import infer_all_types, is_view
-from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode, type_name
+from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode, infer_all_types, is_view, type_name
 from spach_deploy.graph.precision.ranges import open_session
 
 

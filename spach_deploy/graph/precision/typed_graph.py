@@ -14,11 +14,9 @@ import onnx_ir as ir
 from spach_deploy.common.errors import PrecisionError
 from spach_deploy.graph.editing import name_of, tensor_of
 from spach_deploy.graph.opset import raise_opset
-from spach_deploy.graph.precision.decision import Decision, PrecisionPolicy, TypingOptions, WeightCounts
-from spach_deploy.graph.precision.elements import infer_all_types
-from spach_deploy.graph.precision.formats import BF16, FLOAT, FP16, half_format, is_float, type_name
+from spach_deploy.graph.precision.decision import Decision, EncodedWeights, PrecisionPolicy, TypingOptions, WeightCounts
+from spach_deploy.graph.precision.formats import BF16, FLOAT, FP16, half_format, infer_all_types, is_float, type_name
 from spach_deploy.graph.precision.ranges import Ranges
-from spach_deploy.graph.precision.weights import EncodedWeights
 from spach_deploy.options.specs import IODtype, Precision
 
 _CLOSEST = 5

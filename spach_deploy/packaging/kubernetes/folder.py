@@ -22,12 +22,12 @@ from spach_deploy.common.files import sha256_of
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.graph.runtimes import DATA, Runtimes
 from spach_deploy.options.command_line import quoted
-from spach_deploy.packaging.kubernetes.deployment import Deployment, quantity, triton_options
-from spach_deploy.packaging.kubernetes.golden_pack import GoldenPack, golden_pack
-from spach_deploy.packaging.kubernetes.options import KubernetesOptions
+from spach_deploy.packaging.kubernetes.deployment import Deployment, KubernetesOptions, quantity, triton_options
 from spach_deploy.packaging.kubernetes.template_context import (
     TEMPLATES,
+    GoldenPack,
     TemplateContext,
+    golden_pack,
     read_template,
     render,
     template_context,

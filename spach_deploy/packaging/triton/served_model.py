@@ -14,7 +14,7 @@ from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import BatchProfile, Flavour
 from spach_deploy.packaging.triton.options import Backend, Device, TritonOptions
-from spach_deploy.runtime.truncation import REMEDY, fault_of
+from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 
 SERVE_GRAPH = "give --backend onnxruntime, which serves the graph"

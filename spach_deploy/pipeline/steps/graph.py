@@ -15,7 +15,7 @@ from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.levels import levels
 from spach_deploy.graph.opset import convert_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
-from spach_deploy.graph.precision.elements import infer_all_types
+from spach_deploy.graph.precision.formats import infer_all_types
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.own_module import OwnForward, OwnLoadedModel
 from spach_deploy.options.specs import ExportOptions, Flavour, ImageSize, Precision

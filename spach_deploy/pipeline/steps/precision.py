@@ -24,8 +24,7 @@ from spach_deploy.data.readers import batches
 from spach_deploy.graph.certificate import Certificate, certify
 from spach_deploy.graph.opset import check_operators
 from spach_deploy.graph.precision.decision import PrecisionPolicy, TypingOptions
-from spach_deploy.graph.precision.elements import LayerPrecision, infer_all_types, weighted_layers
-from spach_deploy.graph.precision.formats import half_format
+from spach_deploy.graph.precision.formats import LayerPrecision, half_format, infer_all_types, weighted_layers
 from spach_deploy.graph.precision.ranges import RangeMeter, Ranges
 from spach_deploy.graph.precision.typed_graph import type_graph
 from spach_deploy.models.checkpoint import LoadedModel
@@ -33,7 +32,7 @@ from spach_deploy.options.specs import ExportOptions, IODtype, Precision
 from spach_deploy.pipeline.steps.graph import Fp32Graph, export_graph, prove_graph
 from spach_deploy.pipeline.steps.images import GoldenImages, note_skipped
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
-from spach_deploy.quantization.bias_correction import CorrectBiases
+from spach_deploy.quantization.fake_quantization import CorrectBiases
 from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.plan import summary as quantized_summary

@@ -15,9 +15,9 @@ from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import resolve
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.quantization import CALIBRATION_SUFFIX
+from spach_deploy.options.recipe import value_of
 from spach_deploy.options.specs import ExportOptions, Precision
 from spach_deploy.options.table import filling
-from spach_deploy.options.values import value_of
 from spach_deploy.pipeline.estimate import DryRun, dry_run, read_facts
 
 _SHOWN = 3

@@ -2,12 +2,12 @@
 kind of fault.
 
 `export_steps` repeats the steps of an export and compares each with the reference. `locate` does the same for the
-modules of one graph: `probe_points` and `reference` record the reference's intermediate tensors, `tensor_matching` and
-`search` find the graph's tensors for them, `fault_diagnosis` names the fault.
+modules of one graph: `probe_points` finds where to look, `tensor_matching` records the reference's tensors there and
+matches the graph's with them, guided by `search`, `fault_diagnosis` names the fault.
 """
 
 from spach_deploy.validation.bisect.locate import bisect_graph
-from spach_deploy.validation.bisect.reference import ProbedReference
 from spach_deploy.validation.bisect.result import Bisection, ModuleResult, StepResult, Suspect
+from spach_deploy.validation.bisect.tensor_matching import ProbedReference
 
 __all__ = ["Bisection", "ModuleResult", "ProbedReference", "StepResult", "Suspect", "bisect_graph"]

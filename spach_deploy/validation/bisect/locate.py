@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.graph.editing import name_of
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import name_of, owner
 from spach_deploy.graph.precision.formats import FLOAT
 from spach_deploy.validation.bisect.fault_diagnosis import Fault, diagnose
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
-from spach_deploy.validation.bisect.reference import BATCH, ProbedReference, ProbeView
 from spach_deploy.validation.bisect.result import Bisection, ModuleResult, Suspect, Unmatched
 from spach_deploy.validation.bisect.search import Feeds, TensorSearch
-from spach_deploy.validation.bisect.tensor_matching import Match
+from spach_deploy.validation.bisect.tensor_matching import BATCH, Match, ProbedReference, ProbeView
 from spach_deploy.validation.rounding_error import StorageFormat
 
 EIGHT_BIT_FACTOR = 0.75

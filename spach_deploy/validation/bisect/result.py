@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from spach_deploy.runtime.truncation import fault_of
+from spach_deploy.runtime.onnxruntime_runner import fault_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spach_deploy.common.metrics import relative_l2
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import owner
 from spach_deploy.graph.passes.tokens_first import NAME as TOKENS_FIRST
 from spach_deploy.validation.bisect.fault_diagnosis import diagnose
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
-from spach_deploy.validation.bisect.reference import ProbeView
 from spach_deploy.validation.bisect.tensor_matching import (
     MATCH_LIMIT,
     MATCH_LIMIT_EIGHT_BITS,
@@ -30,6 +29,7 @@ from spach_deploy.validation.bisect.tensor_matching import (
     Match,
     Matcher,
     Order,
+    ProbeView,
     ReferenceTensor,
     distinct,
 )

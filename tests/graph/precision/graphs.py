@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import owner
 from spach_deploy.graph.passes.group_norm import split_group_norm
 from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
 from spach_deploy.graph.precision.decision import KeptFp32

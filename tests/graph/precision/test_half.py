@@ -11,8 +11,8 @@ import pytest
 from onnx import ModelProto, TensorProto
 
 from spach_deploy.common.errors import PrecisionError, UsageError
+from spach_deploy.graph.editing import owner
 from spach_deploy.graph.interface import add_interface
-from spach_deploy.graph.names import owner
 from spach_deploy.graph.precision.decision import STATISTICS, TypingOptions
 from spach_deploy.graph.precision.ranges import Ranges
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision, Preprocessing

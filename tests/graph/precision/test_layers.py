@@ -5,7 +5,7 @@ from collections import Counter
 import onnx
 from onnx import TensorProto, helper
 
-from spach_deploy.graph.precision.elements import LayerPrecision
+from spach_deploy.graph.precision.formats import LayerPrecision
 from spach_deploy.options.specs import Precision
 from tests import small_bundles
 from tests.protos import weighted_layers

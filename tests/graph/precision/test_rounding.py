@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto, TensorProto
 
 from spach_deploy.common.errors import PrecisionError, UnavailableError
-from spach_deploy.graph.names import owner
+from spach_deploy.graph.editing import owner
 from spach_deploy.graph.precision import rounding
 from spach_deploy.graph.precision.decision import TypingOptions
 from spach_deploy.graph.precision.formats import BF16, FP16

@@ -11,7 +11,7 @@ from spach_deploy.engine.build import EngineResult, build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.network_facts import check_achieved_precision
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
-from spach_deploy.runtime.packages import is_installed
+from spach_deploy.runtime.devices import is_installed
 from tests.graph.precision.graphs import batches, target_graph
 from tests.protos import TypedGraph, measure_ranges, type_graph
 

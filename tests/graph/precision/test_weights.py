@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from spach_deploy.common.errors import PrecisionError
+from spach_deploy.graph.precision.decision import LOST, encode
 from spach_deploy.graph.precision.formats import BF16, FP16
-from spach_deploy.graph.precision.weights import LOST, encode
 from spach_deploy.options.specs import Precision
 from tests.graph.precision.graphs import Array, array, graph, kept_for, measured, node
 from tests.protos import TypedGraph, decode, initializers, type_graph

@@ -10,8 +10,7 @@ from onnx import numpy_helper
 
 from spach_deploy.bundle.store import GRAPH
 from spach_deploy.options.specs import OutputSpec
-from spach_deploy.packaging.cpp.folder import write_folder
-from spach_deploy.packaging.cpp.model_file import FileFacts, PackagedModel, model_text
+from spach_deploy.packaging.cpp.folder import FileFacts, PackagedModel, model_text, write_folder
 from tests.packaging.cpp import plans
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny

@@ -12,7 +12,7 @@ from PIL import Image
 from spach_deploy.data import images as probes
 from spach_deploy.data.preprocess import MAX_ASPECT, MAX_PIXELS, UInt8Array, pixels, resized_size, to_input
 from spach_deploy.options.specs import INTERPOLATIONS, IODtype, OutputSpec, Preprocessing, channel_statistics
-from spach_deploy.packaging.cpp.model_file import sizes
+from spach_deploy.packaging.cpp.folder import sizes
 from tests.packaging.cpp import models
 from tests.packaging.cpp.builds import Build
 

@@ -20,10 +20,9 @@ import pytest
 from spach_deploy.bundle.outputs import promised_dtypes
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec
 from spach_deploy.packaging.kubernetes import golden_check
-from spach_deploy.packaging.kubernetes.deployment import Deployment
+from spach_deploy.packaging.kubernetes.deployment import Deployment, KubernetesOptions
 from spach_deploy.packaging.kubernetes.folder import write_folder
-from spach_deploy.packaging.kubernetes.golden_pack import batches, golden_pack
-from spach_deploy.packaging.kubernetes.options import KubernetesOptions
+from spach_deploy.packaging.kubernetes.template_context import batches, golden_pack
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.validation.compare import compare_outputs
 from spach_deploy.validation.verdict import Tolerance, judge

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from spach_deploy.common.errors import BundleError
+from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions
 from spach_deploy.packaging.kubernetes.folder import KubernetesPackage, write_folder
-from spach_deploy.packaging.kubernetes.options import KubernetesOptions
 from spach_deploy.packaging.triton.check import check_repository
 from tests.commands import contents
 from tests.packaging.kubernetes.bundles import with_engine, with_rtx_engine

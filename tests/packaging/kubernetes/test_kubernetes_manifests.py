@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
+from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
 from spach_deploy.packaging.kubernetes.folder import KubernetesPackage, write_folder
-from spach_deploy.packaging.kubernetes.options import KubernetesOptions, Replicas
 from tests.packaging.kubernetes.bundles import with_engine, with_rtx_engine
 from tests.packaging.kubernetes.kustomize import Resource, built, built_by_kustomize, command, documents, yaml
 from tests.packaging.triton.tiny_bundles import Tiny

@@ -10,8 +10,17 @@ import pytest
 
 from spach_deploy.common.errors import UsageError
 from spach_deploy.models import published as configs
-from spach_deploy.packaging.kubernetes.deployment import PROBE_SECONDS, Deployment, Sizes, quantity
-from spach_deploy.packaging.kubernetes.options import LONGEST, KubernetesOptions, Replicas, kubernetes_name, triton_name
+from spach_deploy.packaging.kubernetes.deployment import (
+    LONGEST,
+    PROBE_SECONDS,
+    Deployment,
+    KubernetesOptions,
+    Replicas,
+    Sizes,
+    kubernetes_name,
+    quantity,
+    triton_name,
+)
 from spach_deploy.packaging.kubernetes.template_context import render
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.packaging.triton.served_model import check_name

@@ -11,8 +11,7 @@ import pytest
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.graph.runtimes import GraphNeeds, Runtimes, runtimes
 from spach_deploy.options.specs import Precision
-from spach_deploy.packaging.kubernetes.deployment import Deployment, choose_image
-from spach_deploy.packaging.kubernetes.options import KubernetesOptions
+from spach_deploy.packaging.kubernetes.deployment import Deployment, KubernetesOptions, choose_image
 from spach_deploy.packaging.triton.options import Backend
 from spach_deploy.packaging.triton.served_model import ServedModel
 from tests.packaging.kubernetes.bundles import with_engine, with_rtx_engine

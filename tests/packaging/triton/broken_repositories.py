@@ -16,8 +16,8 @@ import onnx
 
 from spach_deploy.common.files import sha256_of
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec
+from spach_deploy.packaging.triton.config import parse, to_text
 from spach_deploy.packaging.triton.options import Backend, Ensemble, EnsembleInput, TritonOptions, VersionPolicy
-from spach_deploy.packaging.triton.schema import parse, to_text
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
 

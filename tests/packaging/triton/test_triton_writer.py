@@ -15,6 +15,7 @@ from spach_deploy.common.errors import BundleError, SpachError, UsageError
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, channel_statistics
 from spach_deploy.packaging.polygraphy.folder import write_folder
 from spach_deploy.packaging.triton.check import check_repository
+from spach_deploy.packaging.triton.config import data_type_name, parse
 from spach_deploy.packaging.triton.options import (
     Backend,
     Batching,
@@ -26,7 +27,6 @@ from spach_deploy.packaging.triton.options import (
     VersionPolicy,
 )
 from spach_deploy.packaging.triton.repository import TritonRepository, serve_command, write_repository
-from spach_deploy.packaging.triton.schema import data_type_name, parse
 from spach_deploy.packaging.triton.served_model import BundleArgument
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny

@@ -17,11 +17,10 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import read_bytes
 from spach_deploy.packaging.triton.check.ensembles import check_ensemble, check_own_steps
 from spach_deploy.packaging.triton.check.fields import check_fields, check_labels
-from spach_deploy.packaging.triton.check.files import check_files
 from spach_deploy.packaging.triton.check.findings import Checked, RepositoryFinding, Severity
-from spach_deploy.packaging.triton.check.model_folder import CONFIG, ModelFolder, Repository
+from spach_deploy.packaging.triton.check.model_folder import CONFIG, ModelFolder, Repository, check_files
 from spach_deploy.packaging.triton.check.tensors import check_batching, check_tensors, check_warm_up
-from spach_deploy.packaging.triton.schema import ConfigSyntaxError, field_names, parse
+from spach_deploy.packaging.triton.config import ConfigSyntaxError, field_names, parse
 
 __all__ = ["RULES", "Checked", "RepositoryFinding", "Severity", "check_repository"]
 

@@ -15,8 +15,7 @@ from spach_deploy.options.specs import INTERPOLATIONS, Preprocessing, interpolat
 from spach_deploy.packaging.triton.check.fields import label_file
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding
 from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository
-from spach_deploy.packaging.triton.config import DATA_TYPES, shown
-from spach_deploy.packaging.triton.schema import data_type_name
+from spach_deploy.packaging.triton.config import DATA_TYPES, data_type_name, shown
 
 _NEWEST = -1
 

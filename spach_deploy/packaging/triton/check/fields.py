@@ -15,9 +15,8 @@ from spach_deploy.common.files import read_bytes
 from spach_deploy.data.labels import has_empty_end
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding
 from spach_deploy.packaging.triton.check.model_folder import PLATFORMS, ModelFolder, Repository
-from spach_deploy.packaging.triton.config import shown
+from spach_deploy.packaging.triton.config import data_type_name, shown
 from spach_deploy.packaging.triton.options import KIND_CPU, KIND_MODEL
-from spach_deploy.packaging.triton.schema import data_type_name
 
 
 def check_fields(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:

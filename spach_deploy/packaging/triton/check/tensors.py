@@ -16,8 +16,7 @@ from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.options.specs import BatchProfile
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
 from spach_deploy.packaging.triton.check.model_folder import Facts, ModelFolder, Repository
-from spach_deploy.packaging.triton.config import DATA_TYPES, FOLDER, byte_size, shown
-from spach_deploy.packaging.triton.schema import data_type_name
+from spach_deploy.packaging.triton.config import DATA_TYPES, FOLDER, byte_size, data_type_name, shown
 
 
 def check_tensors(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
