@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from click import Command
 
-from spach_deploy.cli.doctor import as_text
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.machine import FolderCheck, Memory
@@ -20,6 +19,7 @@ from spach_deploy.doctor.driver import Driver
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine import Machine, examine_machine
 from spach_deploy.doctor.machine_info import InstalledOnnxRuntime, MachineInfo, TensorRTPackage, Torch
+from spach_deploy.doctor.table import as_text
 from spach_deploy.options.specs import Flavour
 from tests.doctor.machines import (
     GIGABYTE,

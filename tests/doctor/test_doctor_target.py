@@ -15,13 +15,13 @@ import pytest
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN
-from spach_deploy.cli.doctor import as_text
 from spach_deploy.cli.export import main as export_command
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.doctor.driver import ProbeResult
 from spach_deploy.doctor.finding import Finding, Status, Task
 from spach_deploy.doctor.machine_info import InstalledOnnxRuntime, MachineInfo
+from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from tests import manifests, small_bundles
