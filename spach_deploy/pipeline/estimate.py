@@ -29,7 +29,7 @@ from spach_deploy.pipeline.cache import ExportCache
 
 MEASURED_CORES = 2
 
-_RANGES, _VALIDATION, _ENGINE = "measure ranges, set types", "validate the graph", "build the engine, alongside"
+_RANGES, _VALIDATION, _ENGINE = "measure ranges", "validate the graph", "build the engine, alongside"
 
 _SECONDS: dict[str, tuple[float, float]] = {
     "load PyTorch and the model": (1.8, 0.03),

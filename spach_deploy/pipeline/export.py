@@ -24,7 +24,7 @@ from spach_deploy.pipeline.steps.engine import BuiltEngine, check_engine, choose
 from spach_deploy.pipeline.steps.graph import export_graph, give_form, prove_graph, rewrite_model
 from spach_deploy.pipeline.steps.images import read_images
 from spach_deploy.pipeline.steps.model import check_options, hold_to_answers, load, target_directory
-from spach_deploy.pipeline.steps.precision import set_types
+from spach_deploy.pipeline.steps.precision import measure_ranges, set_types
 from spach_deploy.pipeline.steps.quantize import Quantized, calibrated, quantize
 from spach_deploy.pipeline.steps.reference import derive_tolerances, reference_outputs
 from spach_deploy.pipeline.steps.validation import judge_engine, judge_graph
@@ -82,11 +82,9 @@ def export(
         derive_tolerances, loaded.model, static.model, images.images, reference, quantized.plan, options
     )
     graph = do("give the graph its form", give_form, graph, loaded, images, quantized.plan, options)
-    typed = do(
-        *("measure ranges, set types", set_types, graph, static.model, loaded, images, reference),
-        *(quantized.plan, options, phases),
-    )
-    del graph  # the typed graph holds its weights now
+    measured = do("measure ranges", measure_ranges, graph, images, options, phases)
+    typed = do("set types", set_types, measured, static.model, loaded, images, reference, quantized.plan, options)
+    del graph, measured  # the typed graph holds the weights now
     with bundles.writing(destination) as staging:
         typed = do("write the graph", typed.written, staging / bundles.GRAPH)
         images.pack(reference.result().outputs, options.outputs.io_dtype).save(staging / bundles.GOLDEN)

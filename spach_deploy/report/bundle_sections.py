@@ -169,7 +169,12 @@ _PHASES = {
     "Static model": ("rewrite the model",),
     "Exported graph": ("hash, load modules", "export the graph", "prove the graph"),
     "Calibration": ("calibrate", "choose the layers"),
-    "Graph in its target's form": ("give the graph its form", "measure ranges, set types"),
+    "Graph in its target's form": (
+        "give the graph its form",
+        "measure ranges",
+        "set types",
+        "measure ranges, set types",
+    ),
     "Typed graph": ("write the graph", "derive tolerances", "validate the graph"),
     "Engine": ("engine build (alongside)", "validate the engine"),
 }

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 class ExpectedActivations:
     """The reference's output of every part, for the first image.
 
-    `exact`: outputs in FP32. `noise`: their relative L2 against FP64. `loss`: relative L2 of the rounded model against
-    FP32; empty where nothing is rounded.
+    `exact`: outputs in FP32. `fp32_errors`: their relative L2 against FP64. `rounding_errors`: relative L2 of the
+    rounded model against FP32; empty where nothing is rounded.
     """
 
     exact: Outputs
-    noise: Mapping[str, float]
-    loss: Mapping[str, float]
+    fp32_errors: Mapping[str, float]
+    rounding_errors: Mapping[str, float]
 
     @classmethod
     def of(cls, activations: ActivationTrace) -> ExpectedActivations:
@@ -71,13 +71,14 @@ class ActivationTracer:
         exact, values = self._expected.exact, {**first, **evidence.activations}
         seen = {path: values[tensor] for path, tensor in self._tensors.items() if tensor in values}
         ours = _errors(seen, exact)
+        noise, rounding = self._expected.fp32_errors, self._expected.rounding_errors
         parts = tuple(
             TracePartEntry(
                 module=path,
                 kind=kind,
                 error=_finite(ours.get(path)),
-                noise=self._expected.noise[path],
-                allowed=FP32_FACTOR * self._expected.noise[path] + ROUNDING_FACTOR * self._expected.loss.get(path, 0.0),
+                noise=noise[path],
+                allowed=FP32_FACTOR * noise[path] + ROUNDING_FACTOR * rounding.get(path, 0.0),
                 peak=float(np.abs(exact[path]).max()),
             )
             for path, kind in self._kinds.items()

@@ -55,6 +55,8 @@ _MOST_AT_ONCE = 512
 _RUNTIME_OVERHEAD = 2.0
 """A CPU's memory for a batch, over that of the tensors that are live at once (measured 1.6: ms_hybrid_s in FP16)."""
 
+_WRONG_IN_SOME = "Wrong in some of the batches of"
+
 EXPORT_MACS = 50e9
 """Multiply-adds that an export may spend on one batch on a CPU (half a second). `spach-validate` runs larger ones."""
 
@@ -222,8 +224,7 @@ def examine_graph(
     A graph that does not load, takes other inputs, or fails during the run gives a result that did not pass. Raises
     UnavailableError where ONNX Runtime is missing or has no kernel for a node.
     """
-    others = ExtraBatches.of(graph, eval_set)
-    return _examine(CpuExecution.PLAIN, graph, eval_set, bounds, what, others=others)
+    return _examine(CpuExecution.PLAIN, graph, eval_set, bounds, what, batches=ExtraBatches.of(graph, eval_set))
 
 
 @contextlib.contextmanager
@@ -288,10 +289,10 @@ def examine_typed(
     `RunResult.activations`.
     """
     first, *rest = executions_here(graph, precision)
-    others = {first: ExtraBatches.of(graph, eval_set, most_macs)}
+    batches = {first: ExtraBatches.of(graph, eval_set, most_macs)}
     watched = {(first, *rest)[-1]: watch}
     return tuple(
-        _examine(execution, graph, eval_set, bounds, execution.value, watched.get(execution), others.get(execution))
+        _examine(execution, graph, eval_set, bounds, execution.value, watched.get(execution), batches.get(execution))
         for execution in (first, *rest)
     )
 
@@ -338,8 +339,11 @@ def repeated_images(count: int, inputs: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ExtraBatches:
-    """Smallest, usual and largest batch of a profile, as far as a CPU does not run them anyway, and memory allows."""
+    """Smallest, usual and largest batch of a profile, as far as memory allows, and those that a CPU does not run
+    anyway.
+    """
 
+    of_profile: tuple[int, ...]
     sizes: tuple[int, ...]
     left_out: str = ""
 
@@ -355,9 +359,17 @@ class ExtraBatches:
         if most_macs is not None and most > profile.opt and most * work > most_macs:
             reason = f"it takes {most * work / 1e9:.0f} G multiply-adds; spach-validate runs it"
             most = max(profile.opt, LARGEST_BATCH)
-        sizes = {min(size, most) for size in (profile.min, profile.opt, profile.max)}.difference(fed)
+        sizes = sorted({min(size, most) for size in (profile.min, profile.opt, profile.max)})
         left_out = f"A batch of {profile.max} did not run: {reason}." if most < profile.max else ""
-        return cls(tuple(sorted(sizes)), left_out)
+        return cls(tuple(sizes), tuple(size for size in sizes if size not in fed), left_out)
+
+    def whole_run(self, count: int, profile: BatchProfile) -> tuple[int, ...]:
+        """Batch sizes for `count` images and all batches of the profile: those first, each once, then as
+        `graph_batches`.
+        """
+        sizes = self.of_profile if self.sizes else ()
+        rest = count - sum(sizes)
+        return (*sizes, *graph_batches(rest, profile)) if rest > 0 else sizes
 
 
 def _room_for(graph: Path | bytes, profile: BatchProfile) -> tuple[int, int]:
@@ -444,7 +456,7 @@ def run_result(level: Level, run: RunOutputs, eval_set: EvaluationSet, bounds: B
     if verdict.passed and run.repeated:
         again = judge(_compared(run.again, eval_set, run.repeated), bounds.outputs)
         sizes = and_listed(sorted(set(run.batches)))
-        findings = tuple(f"Wrong in some of the batches of {sizes} only: {text}" for text in again.findings)
+        findings = tuple(f"{_WRONG_IN_SOME} {sizes} only: {text}" for text in again.findings)
         verdict = Verdict(again.passed, findings)
     return RunResult(level, run.what, run.batches, comparison, bounds, verdict, answers, run.left_out, run.outputs)
 
@@ -475,17 +487,33 @@ def _examine(
     bounds: Bounds,
     what: str,
     watch: Watch | None = None,
-    others: ExtraBatches | None = None,
+    batches: ExtraBatches | None = None,
 ) -> RunResult:
-    others = others or ExtraBatches(())
+    batches = batches or ExtraBatches((), ())
+    sizes = batches.whole_run(len(eval_set), eval_set.batch)
     try:
-        with opened(execution, graph, None, watch, max(eval_set.batch.min, LARGEST_BATCH, *others.sizes)) as runner:
-            found = _run(runner, eval_set, graph_batches(len(eval_set), eval_set.batch), in_runtime(what))
-            found = _run_other_batches(runner, others, found, eval_set)
-            return dataclasses.replace(run_result(Level.GRAPH, found, eval_set, bounds), activations=runner.seen)
+        with opened(execution, graph, None, watch, max(sizes)) as runner:
+            run = _run(runner, eval_set, sizes, in_runtime(what))
+            found = run_result(Level.GRAPH, dataclasses.replace(run, left_out=batches.left_out), eval_set, bounds)
+            if not found.passed and not run.problem and batches.sizes:
+                found = _with_wrong_batches(found, runner, eval_set)
+            return dataclasses.replace(found, activations=runner.seen)
     except UsageError as error:  # onnxruntime refused the graph
         _check_runtime(graph)
         return run_result(Level.GRAPH, RunOutputs(in_runtime(what), problem=error.message), eval_set, bounds)
+
+
+def _with_wrong_batches(found: RunResult, runner: Runner, eval_set: EvaluationSet) -> RunResult:
+    """A wrong result, which says so where the same images are right in small batches."""
+    small = _run(runner, eval_set, graph_batches(len(eval_set), eval_set.batch), found.ran)
+    if small.problem or not run_result(found.level, small, eval_set, found.bounds).passed:
+        return found
+    sizes = and_listed(sorted({*found.batches, *small.batches}))
+    findings = tuple(
+        text if text.startswith(_WRONG_IN_SOME) else f"{_WRONG_IN_SOME} {sizes} only: {text}"
+        for text in found.verdict.findings
+    )
+    return dataclasses.replace(found, verdict=Verdict(False, findings))
 
 
 def _check_runtime(graph: Path | bytes) -> None:

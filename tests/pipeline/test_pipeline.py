@@ -461,5 +461,5 @@ def test_a_graph_that_no_tensorrt_builds_has_its_group_norms_in_levels_too_and_b
     noise = manifest.validation.tolerances.graph.derivation.noise.rel_l2
     assert manifest.graph.passes == {"channels_last": 0, "split_group_norm": 2}
     assert manifest.graph.relative_l2_limit == pytest.approx(FP32_FACTOR * noise)
-    assert manifest.validation.batches == (1, 3, 8, 32)
+    assert manifest.validation.batches == (1, 8, 32)
     assert manifest.validation.batch_left_out == ""

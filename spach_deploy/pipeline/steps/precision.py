@@ -1,4 +1,4 @@
-"""Step "measure ranges, set types": the typed graph, in the requested precision, from the FP32 graph.
+"""Steps "measure ranges" and "set types": the typed graph, in the requested precision, from the FP32 graph.
 
 Ranges of activations decide which nodes must stay in FP32. Quantized layers get their Q/DQ nodes here.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from torch import nn
 
 from spach_deploy.bundle.outputs import INPUT
@@ -75,29 +77,45 @@ class CertifiedGraph:
         return dataclasses.replace(self, model=ir.Model(interface, ir_version=self.model.ir_version))
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredGraph:
+    """The FP32 graph in its target's form, the ranges of its tensors, and its outputs by name for each batch of the
+    golden images.
+    """
+
+    graph: Fp32Graph
+    ranges: Ranges
+    outputs: tuple[dict[str, NDArray[Any]], ...]
+
+
+def measure_ranges(graph: Fp32Graph, images: GoldenImages, options: ExportOptions, phases: Phases) -> MeasuredGraph:
+    """Measure ranges in FP32. Outlier channels that the half format could not hold are migrated, in place."""
+    measured = _measured(graph, images, options, phases)
+    if _migrated(graph.model, measured.ranges, options.rest, phases):
+        measured = _measured(graph, images, options, phases)
+    return measured
+
+
 def set_types(
-    graph: Fp32Graph,
+    measured: MeasuredGraph,
     static: nn.Module,
     loaded: LoadedModel,
     images: GoldenImages,
     reference: ReferenceOutputs,
     plan: QuantizationPlan | None,
     options: ExportOptions,
-    phases: Phases,
 ) -> CertifiedGraph:
-    """Measure ranges in FP32, compare the FP32 graph with the reference in the same runs, set types, and certify.
+    """Compare the FP32 graph with the reference, set types, and certify.
 
     With a plan, biases are corrected after that comparison, and Q/DQ nodes are inserted. MismatchError where the FP32
     graph differs from the reference, with the name of the first wrong step.
     """
-    model, rest = graph.model, options.rest
+    graph, model, rest = measured.graph, measured.graph.model, options.rest
     with _first_wrong_step(graph, static, images, reference):
-        ranges, errors = _measured(model, images, reference, options, phases)
-        if _migrated(model, ranges, rest, phases):
-            ranges, errors = _measured(model, images, reference, options, phases)
+        errors = _errors(measured.outputs, reference)
     if plan is not None:
         CorrectBiases(plan)(model)
-    typed = type_graph(model, rest, ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
+    typed = type_graph(model, rest, measured.ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
     result, policy = typed.model, typed.policy
     if plan is not None:
         result = quantize_typed(result, plan)
@@ -130,24 +148,27 @@ def _first_wrong_step(
         raise
 
 
-def _measured(
-    model: ir.Model, images: GoldenImages, reference: ReferenceOutputs, options: ExportOptions, phases: Phases
-) -> tuple[Ranges, dict[int, float]]:
-    """Ranges of the FP32 graph, and its relative L2 by batch size; MismatchError where that exceeds rounding."""
+def _errors(outputs: Sequence[Mapping[str, NDArray[Any]]], reference: ReferenceOutputs) -> dict[int, float]:
+    """The FP32 graph's relative L2 by batch size; MismatchError where that exceeds rounding."""
+    expected, errors, start = reference.reference, dict[int, float](), 0
+    for found in outputs:
+        size = len(next(iter(found.values())))
+        error = check_equal("graph in its target's form", found, expected.of(slice(start, start + size)))
+        errors[size] = max(error, errors.get(size, 0.0))
+        start += size
+    return errors
+
+
+def _measured(graph: Fp32Graph, images: GoldenImages, options: ExportOptions, phases: Phases) -> MeasuredGraph:
     is_half = options.rest.is_half
-    meter = RangeMeter(model, tensors=None if is_half else ())
+    meter = RangeMeter(graph.model, tensors=None if is_half else ())
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = images.engine_input(io_dtype)
-    errors: dict[int, float] = {}
-    expected = reference.reference
-    for part in _parts(len(feeds)):
-        outputs = meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})
-        error, batch = check_equal("graph in its target's form", outputs, expected.of(slice(*part))), part[1] - part[0]
-        errors[batch] = max(error, errors.get(batch, 0.0))
+    outputs = tuple(meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])}) for part in _parts(len(feeds)))
     described = f"the {len(feeds)} built-in photographs"
     if not images.built_in and is_half:
         described = _measure_users_images(meter, images, io_dtype, phases)
-    return meter.ranges(described), errors
+    return MeasuredGraph(graph, meter.ranges(described), outputs)
 
 
 def _parts(count: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ They need no graph, so a scheduler can run them while the graph is exported (`pi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from spach_deploy.options.specs import ExportOptions, Flavour
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation.error_trace import ExpectedActivations
-from spach_deploy.validation.rounding_error import ActivationTrace, evaluate, evaluate_fp64, evaluate_outputs
+from spach_deploy.validation.rounding_error import ActivationTrace, Outputs, evaluate_outputs
 from spach_deploy.validation.tolerance import (
     QUANTIZED_ROUNDING_IMAGES,
     ROUNDING_IMAGES,
@@ -40,13 +41,14 @@ EXACT_BATCHES = (1, 2)
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceOutputs:
-    """What the reference computes in FP32, (N, ...) by name, its error against FP64, and the relative L2 of the static
-    model's first output by batch size.
+    """What the reference computes in FP32, (N, ...) by name, its error against FP64, the relative L2 of the static
+    model's first output by batch size, and the outputs of the reference's parts.
     """
 
     outputs: dict[str, NDArray[np.float32]]
     fp32_errors: dict[str, MeasuredError]
     static_errors: dict[int, float]
+    activations: ExpectedActivations
 
     @property
     def reference(self) -> Fp32Reference:
@@ -62,10 +64,10 @@ class ReferenceOutputs:
 
 @dataclasses.dataclass(frozen=True)
 class DerivedTolerances:
-    """The tolerances, and the expected activations of the reference's modules, recorded in the same runs."""
+    """The tolerances, and the rounding error of each of the reference's parts, recorded in the same runs."""
 
     tolerances: ToleranceSet
-    parts: ExpectedActivations
+    rounding_errors: Mapping[str, float]
 
 
 def reference_outputs(
@@ -74,17 +76,24 @@ def reference_outputs(
     """Run both models on `images` (N, 3, S, S). UsageError for reference outputs that are all zero or not finite,
     MismatchError where the models differ.
     """
-    found = checked_outputs(model, images)
-    outputs = ReferenceOutputs(found, measured_fp32_errors(model, images, found, options.rest), {})
+    trace = ActivationTrace()
+    found = checked_outputs(model, images, trace.exact)
+    noise = measured_fp32_errors(model, images, found, options.rest, trace.double)
+    outputs = ReferenceOutputs(found, noise, {}, ExpectedActivations.of(trace))
     errors = prove_equal(
         "static model", lambda x: evaluate_outputs(static, x), images, outputs.reference, EXACT_BATCHES
     )
     return dataclasses.replace(outputs, static_errors=errors)
 
 
-def checked_outputs(model: nn.Module, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Outputs (N, ...) of the reference in FP32 by name. UsageError for one that is all zero, or not finite."""
-    outputs = evaluate_outputs(model, images)
+def checked_outputs(
+    model: nn.Module, images: NDArray[np.float32], parts: Outputs | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Outputs (N, ...) of the reference in FP32 by name. UsageError for one that is all zero, or not finite.
+
+    `parts`: receives the outputs of the model's parts for the first image.
+    """
+    outputs = evaluate_outputs(model, images, parts=parts)
     for name, values in outputs.items():
         where = "" if len(outputs) == 1 else f" in {name}"
         if not np.isfinite(values).all():
@@ -111,9 +120,7 @@ def derive_tolerances(
     """Tolerances from the FP32 error and from PyTorch's rounding error in the requested precision, with the layers of
     `plan` in 8 bits, on `images` (N, 3, S, S). PrecisionError for outputs that are not finite in that precision.
     """
-    trace = ActivationTrace()
-    evaluate(model, images[:1], parts=trace.exact)
-    evaluate_fp64(model, images[:1], parts=trace.double)
+    trace = ActivationTrace(outputs.activations.exact)
     tolerances = derived(
         model,
         images,
@@ -126,4 +133,4 @@ def derive_tolerances(
         activations=trace,
         noise=outputs.fp32_errors,
     )
-    return DerivedTolerances(tolerances, ExpectedActivations.of(trace))
+    return DerivedTolerances(tolerances, ExpectedActivations.of(trace).rounding_errors)

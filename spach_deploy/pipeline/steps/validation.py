@@ -43,7 +43,8 @@ def judge_graph(
     outputs = graph_outputs(loaded.model.outputs, options.outputs)
     evaluated = golden_set(golden, images.source.description, outputs, options.engine.batch)
     evaluated = dataclasses.replace(evaluated, reference="PyTorch in FP32")
-    tracer = ActivationTracer(loaded.model, derived.parts)
+    expected = dataclasses.replace(reference.activations, rounding_errors=derived.rounding_errors)
+    tracer = ActivationTracer(loaded.model, expected)
     bounds = derived.tolerances.graph
     runs = examine_typed(graph, options.rest, evaluated, bounds, watch=tracer.watch, most_macs=EXPORT_MACS)
     return JudgedGraph(evaluated, derived.tolerances, runs, tracer.trace(runs[-1], images.names[0]))
