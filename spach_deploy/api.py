@@ -47,6 +47,8 @@ class Bundle(store.Bundle):
         labels: FilePath | Sequence[str] | None = None,
         batch: int | None = None,
         threads: int | None = None,
+        runtime_cache: bool | FilePath = True,
+        cuda_graphs: bool = False,
     ) -> Session:
         """A `Session` that runs the bundle within a `with` block.
 
@@ -55,7 +57,15 @@ class Bundle(store.Bundle):
         """
         from spach_deploy.runtime.session import Session
 
-        return Session(self, runtime=runtime, labels=labels, batch=batch, threads=threads)
+        return Session(
+            self,
+            runtime=runtime,
+            labels=labels,
+            batch=batch,
+            threads=threads,
+            runtime_cache=runtime_cache,
+            cuda_graphs=cuda_graphs,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

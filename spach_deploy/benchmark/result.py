@@ -160,7 +160,7 @@ class RunnerResult:
     """One runner: its error, its timings by batch size, and seconds of one run by module where it has a profiler.
 
     `must_be_right`: False for a runner in another precision that was not asked for by name, such as bf16 autocast of an
-    FP32 bundle.
+    FP32 bundle. `open_s`: seconds of opening it, imports included.
     """
 
     name: str
@@ -170,11 +170,17 @@ class RunnerResult:
     problem: str = ""
     device: str = CPU
     must_be_right: bool = True
+    open_s: float = 0.0
 
     @property
     def title(self) -> str:
         """Its display name, with the device where that is not the CPU."""
         return TITLES[self.name] if self.device == CPU else f"{TITLES[self.name]} (GPU)"
+
+    @property
+    def start_s(self) -> float:
+        """Seconds from opening to its first answer, at the smallest batch size."""
+        return self.open_s + self.timings[0].first_s
 
     def at(self, batch: int) -> Timing | None:
         """The timing at a batch size; None where the runner stopped before."""
@@ -190,6 +196,7 @@ class RunnerResult:
             "timings": [timing.to_dict() for timing in self.timings],
             "seconds_by_module": dict(self.modules),
             "problem": self.problem,
+            "start_seconds": self.start_s,
         }
 
 
@@ -199,7 +206,7 @@ class Benchmark:
 
     `skipped`: runners that did not run, with the reason. `peaks`: FLOP/s and bytes/s of the CPU; `gpu_peaks`: of the
     GPU, empty where it was not used. `layers`: the graph's, at the largest batch size. `output`: the one that
-    errors are of.
+    errors are of. `is_cold`: engines started without a runtime cache.
     """
 
     bundle: str
@@ -214,6 +221,7 @@ class Benchmark:
     machine: Mapping[str, Any]
     gpu_peaks: Mapping[str, float] = dataclasses.field(default_factory=dict)
     output: str = "logits"
+    is_cold: bool = False
 
     @property
     def wrong(self) -> tuple[RunnerResult, ...]:
@@ -240,6 +248,7 @@ class Benchmark:
             "precision": self.precision,
             "batches": list(self.batches),
             "rounds": self.rounds,
+            "cold": self.is_cold,
             "runners": [runner.to_dict() for runner in self.runners],
             "skipped": dict(self.skipped),
             "layers": [layer.to_dict() for layer in self.layers],

@@ -144,6 +144,7 @@ def measure(request: BenchmarkRequest, report: OnProgress = lambda what, share: 
         machine,
         peaks.get(GPU, {}),
         output,
+        request.setup.is_cold,
     )
 
 
@@ -313,7 +314,10 @@ def _runner(
     timings = tuple(_timing(record, records.get(EAGER), batch, least) for batch in record.runs)
     must_be_right = name not in IN_BF16 or name in request.names
     seconds = modules.get(name, {})
-    return RunnerResult(name, record.accuracy, timings, seconds, record.problem, record.worker.device, must_be_right)
+    return RunnerResult(
+        *(name, record.accuracy, timings, seconds, record.problem, record.worker.device, must_be_right),
+        open_s=record.worker.open_s,
+    )
 
 
 def _timing(record: _RunnerRecord, eager: _RunnerRecord | None, batch: int, least: _LeastTimes) -> Timing:

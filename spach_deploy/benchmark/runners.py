@@ -28,6 +28,7 @@ from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import ComputeCapability, WeightSource
 from spach_deploy.runtime.devices import local_gpus
 from spach_deploy.runtime.openvino_runner import OpenVinoRunner
+from spach_deploy.runtime.warm_start import COLD, StartOptions
 
 Array = npt.NDArray[Any]
 
@@ -68,13 +69,17 @@ _NO_BF16 = "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
 
 @dataclasses.dataclass(frozen=True)
 class RunnerSetup:
-    """What to run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads."""
+    """What to run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads.
+
+    `is_cold`: engines of TensorRT for RTX start without their runtime cache, as on a new machine.
+    """
 
     bundle: Path
     checkpoint: Path | None = None
     weights: WeightSource | None = None
     threads: int = 1
     ignore: tuple[str, ...] = ()
+    is_cold: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +268,8 @@ def _engine(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 
     assert bundle.plan is not None
-    with TensorRTRunner(bundle.plan.read_bytes(), bundle.manifest.engine.flavour) as runner:
+    start = COLD if setup.is_cold else StartOptions()
+    with TensorRTRunner(bundle.plan.read_bytes(), bundle.manifest.engine.flavour, start=start) as runner:
         name, wanted = next(iter(runner.input_specs)), first_output(bundle)
         yield OpenRunner(
             lambda inputs: runner.run({name: inputs})[wanted],

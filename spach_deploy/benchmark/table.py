@@ -150,6 +150,9 @@ def _remarks(result: Benchmark) -> Iterator[str]:
         yield from _filled(
             f"ONNX Runtime on a CPU computes much of a {result.precision} graph in FP32: its error is not the engine's."
         )
+    starts = ", ".join(f"{runner.title} {runner.start_s:,.1f} s" for runner in result.runners)
+    cold = " TensorRT for RTX started cold, without its runtime cache." if result.is_cold else ""
+    yield from _filled(f"From opening to the first answer at batch {result.batches[0]}: {starts}.{cold}")
     for runner in result.runners:
         slow = [t for t in runner.timings if t.first_s > max(_SLOW_START_S, 20 * t.latency.median)]
         for timing in slow:

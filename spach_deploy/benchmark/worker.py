@@ -61,11 +61,12 @@ class RunnerProcess:
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.device = ""
+        self.open_s = 0.0
 
     def __enter__(self) -> Self:
         self._connection, self._process = processes.start_worker(_WORKER, threads=self._setup.threads)
         try:
-            self.device = str(self._request((self.name, self._setup)))
+            self.device, self.open_s = self._request((self.name, self._setup))
         except UnavailableError:
             self._end()
             raise
@@ -127,8 +128,9 @@ def main(connection_fd: int) -> None:
     """The worker's main function: open the runner, then serve requests until the other end closes."""
     connection = Connection(connection_fd)
     try:
-        with opened(*connection.recv()) as runner:
-            connection.send((True, runner.device))
+        wanted, begun = connection.recv(), time.perf_counter()
+        with opened(*wanted) as runner:
+            connection.send((True, (runner.device, time.perf_counter() - begun)))
             while True:
                 what, argument = connection.recv()
                 connection.send((True, _reply(runner, what, argument)))

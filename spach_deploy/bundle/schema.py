@@ -343,10 +343,24 @@ class WarningEntry(Struct, frozen=True, kw_only=True):
     count: int
 
 
+class StartEntry(Struct, frozen=True, kw_only=True):
+    """How an engine of TensorRT for RTX is best started, in the names of Session and of the C++ library.
+
+    `runtime_cache`: without one, every process compiles the kernels for its GPU anew. `cuda_graphs`: capture the engine
+    as a CUDA graph for each batch size; worth a trial where batches are small. `specialization`: lazy answers at once
+    with general kernels, while those for the shape are compiled.
+    """
+
+    runtime_cache: bool = True
+    cuda_graphs: bool = False
+    specialization: str = "lazy"
+
+
 class EngineSection(Struct, frozen=True, kw_only=True):
     """The engine plan: its builder, its targets and its layers; with flavour `none`, the reason why there is no plan.
 
-    `gpus`: compute capabilities such as sm89. `kernels` null: the plan's text could not be read.
+    `gpus`: compute capabilities such as sm89. `kernels` null: the plan's text could not be read. `start`: advice to
+    those who load it.
     """
 
     flavour: Flavour
@@ -367,6 +381,7 @@ class EngineSection(Struct, frozen=True, kw_only=True):
     warnings: tuple[WarningEntry, ...] = ()
     parse_seconds: float | None = None
     build_seconds: float | None = None
+    start: StartEntry | None = None
 
     @property
     def why_none(self) -> str:

@@ -31,6 +31,7 @@ def main(
     checkpoint: Path | None,
     weights: str | None,
     ignore: tuple[str, ...],
+    cold: bool,
     plot: Path | None,
     as_json: bool,
 ) -> int:
@@ -58,7 +59,7 @@ def main(
     destination = None if plot is None else check_plot(plot)
     check_ignore(checkpoint, ignore)
     source = None if weights is None else WeightSource(weights)
-    setup = RunnerSetup(bundle, checkpoint, source, threads or available_threads(), ignore)
+    setup = RunnerSetup(bundle, checkpoint, source, threads or available_threads(), ignore, cold)
     request = BenchmarkRequest(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
         result = measure(request, tell)

@@ -6,13 +6,13 @@ import datetime
 from typing import Any
 
 from spach_deploy.bundle.cache import CacheEntry, Store
-from spach_deploy.common.files import is_own
+from spach_deploy.common.files import CACHE_VARIABLE, NO_CACHE, is_own
 from spach_deploy.common.text import escaped, json_text
-from spach_deploy.pipeline.cache import FOLDER_VARIABLE, NONE, SIZE_VARIABLE, open_store
+from spach_deploy.pipeline.cache import SIZE_VARIABLE, open_store
 
 _NO_CACHE = (
-    f"There is no cache: {FOLDER_VARIABLE}={NONE}, or this user has no home directory."
-    f" Give a directory with {FOLDER_VARIABLE}=DIR."
+    f"There is no cache: {CACHE_VARIABLE}={NO_CACHE}, or this user has no home directory."
+    f" Give a directory with {CACHE_VARIABLE}=DIR."
 )
 
 
@@ -27,7 +27,7 @@ def shown(*, as_json: bool) -> str:
         facts = {"place": str(store.root), "bytes": total, "limit_bytes": store.limit_bytes}
         return json_text({**facts, "entries": [_plain(entry) for entry in entries]})
     lines = [
-        f"place      {store.root}  ({FOLDER_VARIABLE})",
+        f"place      {store.root}  ({CACHE_VARIABLE})",
         f"size       {total / 1e6:,.0f} MB of {store.limit_bytes / 1e6:,.0f} MB  ({SIZE_VARIABLE})",
         f"exports    {len(entries)}{', the last used first:' if entries else ''}{_why_none(store)}",
         *(f"  {_line(entry)}" for entry in entries),

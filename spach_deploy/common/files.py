@@ -40,6 +40,9 @@ _BLOCK_BYTES = 1 << 20
 _LONG_NAME = 100
 """Bytes. File systems allow 255; names of temporary siblings also hold the host's name and some numbers."""
 
+CACHE_VARIABLE, NO_CACHE = "SPACH_CACHE", "none"
+"""Environment variable with the folder of caches, and its value for none."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -158,6 +161,21 @@ def is_own(path: Path) -> bool:
         return False
     is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
     return is_plain and status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def user_cache() -> Path | None:
+    """This user's cache folder: `SPACH_CACHE`, by default ~/.cache/spach-deploy. None where that variable is `none`, or
+    there is no home directory.
+    """
+    folder = os.environ.get(CACHE_VARIABLE, "")
+    if folder == NO_CACHE:
+        return None
+    if folder:
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spach-deploy"
+    except RuntimeError:  # no HOME, and a user without an entry in passwd, as in containers
+        return None
 
 
 def private_folder(path: Path) -> Path:

@@ -113,7 +113,8 @@ class Option:
     `field`: the field of ExportOptions that it fills, dotted; `parse` makes the field's value. `key`: name of its value
     and key in recipes, by default the long flag with `_` for `-`. `each`: help of each choice of a `Kind.FLAGS`.
     `least`, `most`: bounds of a number. `default`: the value where none is given, for options without a field. `shown`:
-    the default in words, where the value does not say it. `is_common`: `--help` shows it in the first group.
+    the default in words, where the value does not say it. `off`: a switch's negative flag, by default `--no-` and its
+    name. `is_common`: `--help` shows it in the first group.
 
     `needs_engine`: refused with --engine none. `is_inherited`: the exports of a zoo get it; else the zoo decides it for
     each. `zoo_refusal`: why a zoo refuses it, a sentence with {flag} and {value}. `is_recorded`: part of the command
@@ -134,6 +135,7 @@ class Option:
     most: float | None = None
     default: Any = None
     shown: str = ""
+    off: str = ""
     parse: Callable[[Any], Any] | None = None
     is_common: bool = False
     is_required: bool = False
@@ -161,7 +163,7 @@ class Option:
     @property
     def off_flag(self) -> str:
         """The flag that says no; empty where there is none."""
-        return f"--no-{self.flag[2:]}" if self.kind is Kind.SWITCH else ""
+        return self.off or (f"--no-{self.flag[2:]}" if self.kind is Kind.SWITCH else "")
 
 
 def _of(group: str, commands: tuple[str, ...], *options: Option) -> tuple[Option, ...]:
@@ -441,6 +443,8 @@ TABLE: tuple[Option, ...] = (
         Option("--rounds", Kind.WHOLE, "Rounds in which all take turns.", least=2, default=5),
         Option("--seconds", Kind.REAL, "Of each turn of each runner.", least=0.01, default=1.0),
         Option("--threads", Kind.WHOLE, "CPU threads of each runner.", least=1, most=MOST_THREADS, shown="all cores"),
+        Option("--cold", Kind.SWITCH, "Start TensorRT for RTX without or with its runtime cache.", off="--warm",
+               default=False, shown="--warm"),
     ),
     *_of(OUTPUT, (BENCHMARK,),
         Option("--plot", Kind.PATH, "Draw latency against batch and speed against error.", metavar="FILE.svg"),

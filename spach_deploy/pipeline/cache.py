@@ -20,7 +20,7 @@ from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.cache import CacheEntry, Store
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
-from spach_deploy.common.files import Destination, blocks_of, check_regular
+from spach_deploy.common.files import Destination, blocks_of, check_regular, user_cache
 from spach_deploy.common.machine import all_cpu_flags, processor_name
 from spach_deploy.common.text import SIZES, parse_bytes
 from spach_deploy.common.versions import tool_versions
@@ -132,9 +132,8 @@ def machine() -> dict[str, str]:
     }
 
 
-FOLDER_VARIABLE, SIZE_VARIABLE = "SPACH_CACHE", "SPACH_CACHE_SIZE"
+SIZE_VARIABLE = "SPACH_CACHE_SIZE"
 DEFAULT_BYTES = 10_000_000_000
-NONE = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,18 +146,8 @@ class Reused:
 
 def open_store() -> Store | None:
     """The cache of this user; None where SPACH_CACHE=none, or there is no home directory. UsageError for a bad size."""
-    folder = os.environ.get(FOLDER_VARIABLE, "")
-    if folder == NONE:
-        return None
-    try:
-        root = Path(folder) if folder else _base() / "spach-deploy"
-    except RuntimeError:  # no HOME, and a user without an entry in passwd, as in containers
-        return None
-    return Store(root, limit_bytes())
-
-
-def _base() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = user_cache()
+    return None if root is None else Store(root, limit_bytes())
 
 
 def limit_bytes() -> int:

@@ -24,6 +24,7 @@ from spach_deploy.common.errors import MismatchError, SpachError, UnavailableErr
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
 from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Preprocessing, Role
 from spach_deploy.runtime import Runner
+from spach_deploy.runtime.warm_start import StartOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +60,13 @@ class Prediction:
     outputs: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    threads: int
+    batch: int
+    start: StartOptions
+
+
 class LocalRunner(Runner, Protocol):
     """A runner on this machine."""
 
@@ -73,7 +81,9 @@ class Session:
     `bundle`: a bundle or its path. `runtime`: auto, or the only one to use. `labels`: names of the classes, a file with
     one per line or a sequence.
     `batch`: how many images `predict` runs at once; by default the batch that the bundle's profile is tuned for.
-    `threads`: CPU threads, by default all cores.
+    `threads`: CPU threads, by default all cores. `runtime_cache`: whether an engine of TensorRT for RTX keeps the
+    kernels that it compiles for this GPU, so that the next process starts sooner: in the user's cache folder, or in the
+    file of this path. `cuda_graphs`: it captures itself as a CUDA graph for each batch size, and replays that.
 
     Inside the block, `runtime` is what runs (engine, onnxruntime or openvino), `device` where (cuda or cpu), `name`
     both in words, and `notes` are sentences for the user: why the engine does not run, what makes the graph slow or
@@ -89,6 +99,8 @@ class Session:
         labels: str | os.PathLike[str] | Sequence[str] | None = None,
         batch: int | None = None,
         threads: int | None = None,
+        runtime_cache: bool | str | os.PathLike[str] = True,
+        cuda_graphs: bool = False,
     ) -> None:
         if runtime not in (AUTO, *TITLES):
             raise UsageError(f"{runtime!r} is no runtime.", f"Give one of {', '.join((AUTO, *TITLES))}.")
@@ -102,7 +114,9 @@ class Session:
             raise self._facts.no_classes("--labels", self.bundle)
         self._labels = _labels(labels, self._facts.classes)
         self._batch = self._facts.checked_batch(batch)
-        self._threads = _checked_threads(threads)
+        file = None if isinstance(runtime_cache, bool) else Path(runtime_cache)
+        start = StartOptions(runtime_cache is not False, file, cuda_graphs)
+        self._settings = _Settings(_checked_threads(threads), self._batch, start)
         self._exit = contextlib.ExitStack()
         self._runner: LocalRunner | None = None
 
@@ -208,7 +222,7 @@ class Session:
         reasons: dict[str, str] = {}
         for name in names:
             try:
-                return name, stack.enter_context(_OPENERS[name](self.bundle, self._threads, self._batch)), reasons
+                return name, stack.enter_context(_OPENERS[name](self.bundle, self._settings)), reasons
             except SpachError as error:
                 if self._asked != AUTO:
                     raise
@@ -219,6 +233,8 @@ class Session:
     def _remarks(self, reasons: Mapping[str, str]) -> Iterator[str]:
         if self.bundle.plan is not None and ENGINE in reasons:
             yield f"The engine does not run here: {reasons[ENGINE]}."
+        if problem := getattr(self._runner, "problem", ""):
+            yield problem
         if self.runtime != ENGINE and self._facts.flavour is not Flavour.NONE:
             yield (
                 f"The graph has the form for TensorRT's compiler and is slower in {TITLES[self.runtime]} than one that"
@@ -358,29 +374,29 @@ class _Facts:
         return whole
 
 
-def _engine(bundle: Bundle, threads: int, batch: int) -> LocalRunner:
+def _engine(bundle: Bundle, settings: _Settings) -> LocalRunner:
     from spach_deploy.runtime.tensorrt_runner import TensorRTRunner
 
     if bundle.plan is None:
         reason = bundle.manifest.engine.why_none
         raise UnavailableError(f"Bundle {bundle.path} has no engine: {reason}.", "Let another runtime run its graph.")
-    return TensorRTRunner(bundle.file(PLAN).read_bytes(), bundle.manifest.engine.flavour)
+    return TensorRTRunner(bundle.file(PLAN).read_bytes(), bundle.manifest.engine.flavour, start=settings.start)
 
 
-def _onnx_runtime(bundle: Bundle, threads: int, batch: int) -> LocalRunner:
+def _onnx_runtime(bundle: Bundle, settings: _Settings) -> LocalRunner:
     from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
     _check_processor(bundle)
-    return OnnxRuntimeRunner(bundle.file(GRAPH), threads=threads, max_batch=batch, on_gpu=True)
+    return OnnxRuntimeRunner(bundle.file(GRAPH), threads=settings.threads, max_batch=settings.batch, on_gpu=True)
 
 
-def _openvino(bundle: Bundle, threads: int, batch: int) -> LocalRunner:
+def _openvino(bundle: Bundle, settings: _Settings) -> LocalRunner:
     from spach_deploy.runtime.openvino_runner import OpenVinoRunner
 
     _check_processor(bundle)
     cpu = bundle.manifest.cpu
     hint = "f32" if cpu is None else cpu.chosen.settings.get("INFERENCE_PRECISION_HINT", "f32")
-    return OpenVinoRunner(bundle.file(GRAPH), threads=threads, precision_hint=hint, max_batch=batch)
+    return OpenVinoRunner(bundle.file(GRAPH), threads=settings.threads, precision_hint=hint, max_batch=settings.batch)
 
 
 def _check_processor(bundle: Bundle) -> None:
@@ -388,7 +404,7 @@ def _check_processor(bundle: Bundle) -> None:
         raise UnavailableError("Its INT8 graph is for CPUs with VNNI, and this one has none.", "Export without --vnni.")
 
 
-_OPENERS: Mapping[str, Callable[[Bundle, int, int], LocalRunner]] = {
+_OPENERS: Mapping[str, Callable[[Bundle, _Settings], LocalRunner]] = {
     ENGINE: _engine,
     ONNX_RUNTIME: _onnx_runtime,
     OPENVINO: _openvino,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from spach_deploy.runtime.devices import (
 )
 from spach_deploy.runtime.plan_identity import plan_identity
 from spach_deploy.runtime.polygraphy_session import LogLine, captured_log, reason_of_failure, use_tensorrt
+from spach_deploy.runtime.warm_start import COLD, RuntimeCache, StartOptions, cache_file, execution_context
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,15 +48,20 @@ class TensorRTRunner:
 
     Entering raises UsageError when `plan` is no plan, and UnavailableError with the reason when it cannot run on this
     machine: no GPU, the other flavour, another version or GPU than it was built for. `gpus` replaces those that the
-    driver reports.
+    driver reports. `start`: runtime cache, CUDA graphs and specialization, of TensorRT for RTX only; by default every
+    start is cold. Inside the context, `problem` says why a runtime cache was not used, as a sentence.
     """
 
     device = "cuda"
 
-    def __init__(self, plan: bytes, flavour: Flavour, *, gpus: tuple[LocalGpu, ...] | None = None) -> None:
+    def __init__(
+        self, plan: bytes, flavour: Flavour, *, gpus: tuple[LocalGpu, ...] | None = None, start: StartOptions = COLD
+    ) -> None:
         self._plan = plan
         self._gpus = gpus
         self._flavour = flavour
+        self._start = start
+        self._cache: RuntimeCache | None = None
         self._exit = contextlib.ExitStack()
         self._runner: Any = None
         self._limits = BatchLimits()
@@ -82,6 +89,11 @@ class TensorRTRunner:
     ) -> None:
         self._runner = None
         self._exit.close()
+
+    @property
+    def problem(self) -> str:
+        """Why the runtime cache was not used or not written; empty where all is well, and without one."""
+        return "" if self._cache is None else self._cache.problem
 
     def run(self, feeds: Feeds) -> Arrays:
         """Outputs of `feeds`; larger batches are split."""
@@ -123,21 +135,33 @@ class TensorRTRunner:
     @contextlib.contextmanager
     def _activated(self, lines: list[LogLine]) -> Any:
         try:
-            use_tensorrt(self._flavour)
+            tensorrt = use_tensorrt(self._flavour)
         except ImportError as error:
             raise missing_package(self._flavour, "Running an engine", str(error)) from error
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
         from polygraphy.exception import PolygraphyException
 
         try:
-            runner = TrtRunner(EngineFromBytes(self._plan))
+            runner = TrtRunner(functools.partial(self._loaded, tensorrt, EngineFromBytes(self._plan)))
             runner.activate()
         except PolygraphyException as error:
             raise self._explain(lines) from error
         try:
             yield runner
         finally:
+            if self._cache is not None:
+                self._cache.save()
             runner.deactivate()
+
+    def _loaded(self, tensorrt: Any, load: Callable[[], Any]) -> Any:
+        """The engine, or for TensorRT for RTX a context of it that starts as asked."""
+        engine = load()
+        if self._flavour is not Flavour.TENSORRT_RTX or self._start == COLD:
+            return engine
+        gpus = local_gpus() if self._gpus is None else self._gpus
+        file = cache_file(self._plan, gpus[0], self._start)
+        context, self._cache = execution_context(tensorrt, engine, file, self._start)
+        return context
 
     def _explain(self, lines: list[LogLine]) -> UnavailableError:
         reason = reason_of_failure(lines) or "TensorRT gave no reason"

@@ -156,6 +156,7 @@ class FakeWorker:
     off_in_turns = 0.0
     dies_at: int | None = None
     device = "cpu"
+    open_s = 0.5
     other = ONNX_RUNTIME
 
     def __init__(self, name: str, setup: RunnerSetup) -> None:

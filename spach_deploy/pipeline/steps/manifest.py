@@ -32,6 +32,7 @@ from spach_deploy.bundle.schema import (
     RewriteEntry,
     RewritesEntry,
     SensitivityEntry,
+    StartEntry,
     TensorInfo,
     ValidationSection,
     WarningEntry,
@@ -198,6 +199,7 @@ def engine_section(
         warnings=tuple(WarningEntry(text=text, count=count) for text, count in engine.warnings),
         parse_seconds=round(engine.parse_seconds, 3),
         build_seconds=round(engine.build_seconds, 3),
+        start=StartEntry() if engine.flavour is Flavour.TENSORRT_RTX else None,
     )
 
 
