@@ -28,7 +28,6 @@ from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import ComputeCapability, Flavour, Precision
-from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
 
 FILES = "files"
 """Topic of the findings about changed files."""
@@ -210,6 +209,8 @@ def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
     known, needs = runtimes().onnxruntime(version), _needs(bundle)
     misfit = known.misfit(needs, on_gpu=False) if known and needs else ""
     if known is not None and known.truncates_fp16 and bundle.quantizes_fp16:
+        from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
+
         means = f"In it the graph is wrong; spach-validate judges it in FP32 with every half tensor rounded. {REMEDY}"
         return Finding(Status.PROBLEM, GRAPH, fault_of(version), means, exporting(bundle))
     if not misfit or known is None or needs is None:

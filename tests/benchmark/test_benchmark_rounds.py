@@ -35,6 +35,7 @@ from spach_deploy.common import machine as processor
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import BatchProfile, Precision
+from spach_deploy.runtime.warm_start import StartOptions
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests import small_bundles
 from tests.commands import export
@@ -399,12 +400,16 @@ def test_every_name_can_be_opened_and_has_a_title() -> None:
     assert set(contestants._OPENERS) == set(contestants.TITLES)
 
 
-def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_cold", [True, False])
+def test_an_engine_is_fed_by_its_own_input_name_and_starts_cold_or_warm(
+    is_cold: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Engine:
         input_specs = ("pixels",)
 
-        def __init__(self, plan: bytes, flavour: Any) -> None:
+        def __init__(self, plan: bytes, flavour: Any, start: StartOptions) -> None:
             assert plan == small_bundles.plan_bytes()
+            assert start.runtime_cache is not is_cold
 
         def __enter__(self) -> Engine:
             return self
@@ -422,7 +427,7 @@ def test_an_engine_is_fed_by_its_own_input_name(bundle: Path, tmp_path: Path, mo
     small_bundles.give_plan(bundle)
     opened = Bundle.open(bundle)
     monkeypatch.setattr("spach_deploy.runtime.tensorrt_runner.TensorRTRunner", Engine)
-    with contestants._engine(opened, RunnerSetup(bundle)) as runner:
+    with contestants._engine(opened, RunnerSetup(bundle, is_cold=is_cold)) as runner:
         assert isinstance(runner, OpenRunner)
         assert runner.device == "cuda"
         assert runner.run(np.zeros(1)) == 1

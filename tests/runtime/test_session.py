@@ -25,6 +25,7 @@ from spach_deploy.runtime import session as sessions
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.runtime.openvino_runner import OpenVinoRunner
 from spach_deploy.runtime.session import Runtime, Session
+from spach_deploy.runtime.warm_start import StartOptions
 from tests import small_bundles
 from tests.quantization import small_quantized
 from tests.shared import once
@@ -243,10 +244,11 @@ def test_it_runs_in_its_block_alone() -> None:
 class Engine:
     """In place of TensorRT: takes the small bundle's plan, and answers with its graph."""
 
-    name, device = "TensorRT engine", "cuda"
+    name, device, problem = "TensorRT engine", "cuda", ""
+    start = StartOptions()
 
-    def __init__(self, plan: bytes, flavour: Flavour) -> None:
-        assert (plan, flavour) == (small_bundles.plan_bytes(), Flavour.TENSORRT_RTX)
+    def __init__(self, plan: bytes, flavour: Flavour, start: StartOptions) -> None:
+        assert (plan, flavour, start) == (small_bundles.plan_bytes(), Flavour.TENSORRT_RTX, self.start)
         self._graph = OnnxRuntimeRunner(small_bundles.bundle(Precision.FP16) / GRAPH)
 
     def __enter__(self) -> Engine:
@@ -269,6 +271,26 @@ def test_the_engine_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
             assert session.predict(NAMES[0])[0].classes
     with fp16().session(runtime="openvino") as session:
         assert session.runtime == "openvino"
+
+
+@pytest.mark.parametrize(
+    ("cache", "start"),
+    [(False, StartOptions(runtime_cache=False)), ("my.cache", StartOptions(runtime_cache_file=Path("my.cache")))],
+)
+def test_an_engine_starts_as_the_session_is_told(
+    cache: bool | str, start: StartOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_runner, "TensorRTRunner", Engine)
+    monkeypatch.setattr(Engine, "start", dataclasses.replace(start, cuda_graphs=True))
+    with fp16().session(runtime_cache=cache, cuda_graphs=True) as session:
+        assert session.runtime == "engine"
+
+
+def test_a_runtime_cache_that_is_not_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_runner, "TensorRTRunner", Engine)
+    monkeypatch.setattr(Engine, "problem", "The runtime cache is damaged: not used.")
+    with fp16().session() as session:
+        assert session.notes == ("The runtime cache is damaged: not used.",)
 
 
 @pytest.fixture
