@@ -1,6 +1,9 @@
 """How many kernels TensorRT for RTX schedules, and how many bytes they move, by graph form.
 
-    python -m benchmarks.kernels [MODEL ...] [--precision fp16] [--gpu sm89] [--no-rewrite NAME ...]
+    python -m benchmarks.kernels [MODEL ...] [--family spach] [--precision fp16] [--gpu sm89] [--no-rewrite NAME ...]
+    python -m benchmarks.kernels --family shiftvit --bundles build
+
+`--bundles DIR`: the figures of ours alone, of the plans in DIR/MODEL-PRECISION, which spach-export built for that GPU.
 
 Forms: *plain*, torch.onnx.export of the reference model; *simplified*, the same through onnxsim; *convolutions*, our
 graph with depthwise convolutions (`--no-rewrite shift_depthwise`); *ours*, what spach-export builds from. All are typed
@@ -24,6 +27,7 @@ from onnx import ModelProto
 
 from benchmarks.results import record, table
 from spach_deploy.blocks import rewrite
+from spach_deploy.bundle.store import PLAN
 from spach_deploy.common.errors import SpachError
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
@@ -35,6 +39,7 @@ from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.published import ARCHITECTURES
 from spach_deploy.models.registry import create_model
+from spach_deploy.options.architecture import MIXERS
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import OPSET, EngineTarget, Precision
 from tests.protos import type_graph
@@ -89,6 +94,20 @@ def facts(graph: ModelProto, precision: Precision, target: EngineTarget) -> Plan
         return read_plan_facts(build_engine(path, target, TensorRTForRTX(), precision=precision).plan)
 
 
+def cell(found: PlanFacts | None) -> str:
+    """Kernels, and MB moved where that is known."""
+    if found is None:
+        return "not known"
+    moved = found.bytes_moved(BATCH)
+    return f"{len(found.kernels)}" + ("" if moved is None else f" / {moved / 1e6:,.0f}")
+
+
+def row_of_bundle(name: str, path: Path) -> list[str]:
+    """One line of the table of plans that are built already."""
+    found = read_plan_facts((path / PLAN).read_bytes())
+    return [name, cell(found), "" if found is None else str(found.fused_attentions)]
+
+
 def row(name: str, precision: Precision, target: EngineTarget, left_out: Sequence[str] = ()) -> list[str]:
     """One line of the table."""
     cells = [name]
@@ -100,33 +119,37 @@ def row(name: str, precision: Precision, target: EngineTarget, left_out: Sequenc
             print(f"{name} {label}: {error}")
             cells.append("does not build")
             continue
-        if found is None:
-            cells.append("not known")
-            continue
-        moved = found.bytes_moved(BATCH)
-        cells.append(f"{len(found.kernels)}" + ("" if moved is None else f" / {moved / 1e6:,.0f}"))
-        attentions = str(found.fused_attentions)
+        cells.append(cell(found))
+        attentions = attentions if found is None else str(found.fused_attentions)
     print(" | ".join([*cells, attentions]), flush=True)
     return [*cells, attentions]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(ARCHITECTURES))
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--family", choices=MIXERS, default="spach", help="whose models, where none are named")
+    parser.add_argument("--bundles", type=Path, metavar="DIR")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp16")
     parser.add_argument("--gpu", default="sm89")
     parser.add_argument("--no-rewrite", action="append", default=[], metavar="NAME", help="as of spach-export")
     arguments = parser.parse_args()
     precision = Precision(arguments.precision)
     target = EngineTarget(gpus=parse_gpus(arguments.gpu))
-    rows = [row(name, precision, target, arguments.no_rewrite) for name in arguments.models]
-    headings = ("model", "plain", "simplified", "ours, convolutions", "ours", "attentions fused")
-    body = f"Kernels / MB moved at batch {BATCH}.\n\n{table(headings, rows)}"
-    if set(arguments.models) == set(ARCHITECTURES) and not arguments.no_rewrite:
-        command = f"python -m benchmarks.kernels --precision {precision.value} --gpu {arguments.gpu}"
-        record(f"Kernels and bytes moved, {precision.value}, {arguments.gpu}", command, body)
+    family = [name for name, architecture in ARCHITECTURES.items() if architecture.family == arguments.family]
+    models = arguments.models or family
+    title = f"Kernels and bytes moved, {precision.value}, {arguments.gpu}"
+    command = f"python -m benchmarks.kernels --precision {precision.value} --gpu {arguments.gpu}"
+    if arguments.family != "spach":
+        title, command = f"{title}, {arguments.family}", f"{command} --family {arguments.family}"
+    if arguments.bundles is None:
+        headings: tuple[str, ...] = ("model", "plain", "simplified", "ours, convolutions", "ours", "attentions fused")
+        rows = [row(name, precision, target, arguments.no_rewrite) for name in models]
     else:
-        print(body)
+        headings, command = ("model", "ours", "attentions fused"), f"{command} --bundles {arguments.bundles}"
+        rows = [row_of_bundle(name, arguments.bundles / f"{name}-{precision.value}") for name in models]
+    body = f"Kernels / MB moved at batch {BATCH}.\n\n{table(headings, rows)}"
+    record(title, command, body, is_whole=set(models) == set(family) and not arguments.no_rewrite)
 
 
 if __name__ == "__main__":

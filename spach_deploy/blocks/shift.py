@@ -22,6 +22,10 @@ class StaticShift(nn.Module):
         super().__init__()
         self.moves = moves
 
+    def extra_repr(self) -> str:
+        """The moves, which no parameter shows."""
+        return f"moves={self.moves}"
+
     def forward(self, x: Tensor) -> Tensor:
         """out[h, w] = x[h + rows, w + columns] for each run."""
         ends = list(itertools.accumulate(channels for channels, _, _ in self.moves))

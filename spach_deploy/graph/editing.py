@@ -277,7 +277,8 @@ def name_unowned(model: ir.Model, modules: Collection[str]) -> None:
     taken = {node.name for node in paths}
     unowned = [node for node in nodes if node not in paths]
     for node in unowned:
-        weights = (value.name.rpartition(".")[0] for value in node.inputs if value is not None and value.name)
+        read = (name_of(value) for value in node.inputs)
+        weights = (name.rpartition(".")[0] for name in read if "/" not in name)  # other tensors are named after nodes
         if path := next((path for path in weights if path in known), ""):
             paths[node] = path
     for node in reversed(unowned):

@@ -2,8 +2,7 @@
 
 Two things save time, and neither changes the graph:
 
-- Only one block of each kind is traced and simplified; its nodes are repeated with the other blocks' weights
-  (`block_prototype.py`).
+- Only one block of each kind is traced; its nodes are repeated with the other blocks' weights (`block_prototype.py`).
 - The batch is traced as a fixed number and made symbolic afterwards (`free_batch`), because torch.onnx takes twice the
   time with a symbolic one. The static model has the batch first in every tensor and states it in reshapes only.
 
@@ -32,17 +31,20 @@ from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.common.errors import CertificateError, ModelError
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.block_prototype import (
+    Parameters,
     Prototype,
     block_of,
     make_prototype,
     part_outputs,
+    replace_stand_ins,
     stamp_blocks,
     with_ordinary_weights,
+    with_stand_ins,
 )
 from spach_deploy.graph.editing import array_of, as_proto, name_by_module, name_of, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.models.outputs import SelectableOutputs
-from spach_deploy.models.own_module import flattened, is_users_file
+from spach_deploy.models.own_module import OwnForward, flattened, is_users_file
 from spach_deploy.options.specs import OPSET, ImageSize, sides
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
@@ -95,14 +97,44 @@ def export_module(model: nn.Module, example: Mapping[str, Tensor], outputs: Sequ
     It is traced with a fixed batch, as reshapes to known sizes; where that is not right for other batches, with a
     symbolic one. Raises ModelError, with the module and the line, for what cannot be traced.
     """
-    fed = _random(example, _TRACED_BATCH)
+    for traced in (_repeated, _whole):
+        with contextlib.suppress(CertificateError):
+            graph = traced(model, _random(example, _TRACED_BATCH), outputs)
+            if _is_right(graph, model, _random(example, _OTHER_BATCH)):
+                return graph
+    return _named(_program(model, _random(example, _TRACED_BATCH), outputs, symbolic=True), model)
+
+
+def _whole(model: nn.Module, fed: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
+    """The graph of all of `model`. CertificateError where its batch cannot be made symbolic."""
     program = _program(model, fed, outputs)
-    with contextlib.suppress(CertificateError):
-        free_batch(program, _TRACED_BATCH, BATCH)
-        graph = _named(program, model)
-        if _is_right(graph, model, _random(example, _OTHER_BATCH)):
-            return graph
-    return _named(_program(model, fed, outputs, symbolic=True), model)
+    free_batch(program, _TRACED_BATCH, BATCH)
+    return _named(program, model)
+
+
+def _repeated(model: nn.Module, fed: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
+    """The same, with one block traced of those that differ in weights alone. CertificateError where that is not so, or
+    where the batch cannot be made symbolic.
+    """
+    prototype = with_ordinary_weights(with_stand_ins(model))
+    blocks = {path for paths in prototype.repeats.values() for path in paths}
+    program = _program(prototype.model, fed, outputs)
+    free_batch(program, _TRACED_BATCH, BATCH)
+    name_by_module(program)
+    program = replace_stand_ins(program, prototype, model)
+    _as_inputs(program.graph, blocks, least_rank=2)
+    graph = ir.from_proto(simplify(as_proto(program)))
+    _as_initializers(graph.graph, len(fed), Parameters(model))
+    name_unowned(graph, [path for path, _ in model.named_modules(remove_duplicate=False)])
+    return graph
+
+
+def _as_initializers(graph: ir.Graph, inputs: int, parameters: Parameters) -> None:
+    """Turn weights, which `_as_inputs` has made graph inputs after the first ones, back into initializers, in place."""
+    for value in graph.inputs[inputs:]:
+        graph.inputs.remove(value)
+        value.const_value = parameters.get(name_of(value))
+        graph.register_initializer(value)
 
 
 def _random(example: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
@@ -191,34 +223,38 @@ def export_canonical(model: nn.Module, image_size: ImageSize, channels: int = 3)
     """
     if not isinstance(model, StaticSpach):
         assert isinstance(model, SelectableOutputs)
-        example = torch.zeros(1, channels, *sides(image_size))
-        return export_module(model, {INPUT: example}, [tensor.name for tensor in model.outputs])
+        example, names = torch.zeros(1, channels, *sides(image_size)), [tensor.name for tensor in model.outputs]
+        if isinstance(model, OwnForward):
+            return export_module(model, {INPUT: example}, names)
+        return _repeated(model, _random({INPUT: example}, _TRACED_BATCH), names)
     prototype = make_prototype(model)
     return stamp_blocks(_traced(prototype, (channels, *sides(image_size))), prototype.repeats, model)
 
 
 def _traced(prototype: Prototype, shape: tuple[int, int, int]) -> ir.Model:
     """The prototype's graph, named by modules and simplified. Its blocks' weights are graph inputs, after the first."""
-    ordinary = with_ordinary_weights(prototype)
-    names = [tensor.name for tensor in ordinary.model.outputs]
-    exported = _program(ordinary.model, {INPUT: torch.zeros(_TRACED_BATCH, *shape)}, names)
+    ordinary = with_ordinary_weights(prototype).model
+    assert isinstance(ordinary, StaticSpach)
+    names = [tensor.name for tensor in ordinary.outputs]
+    exported = _program(ordinary, {INPUT: torch.zeros(_TRACED_BATCH, *shape)}, names)
     free_batch(exported, _TRACED_BATCH, BATCH)
     _as_inputs(exported.graph, prototype.repeats)
     name_by_module(exported)
     model = ir.from_proto(simplify(as_proto(exported)))
-    restore_block_boundaries(model, is_grid=ordinary.model.grid_stream)
+    restore_block_boundaries(model, is_grid=ordinary.grid_stream)
     part_outputs(model, prototype.repeats)
     return model
 
 
-def _as_inputs(graph: ir.Graph, blocks: Collection[str]) -> None:
-    """Turn the float weights of `blocks` from initializers into graph inputs, in place.
+def _as_inputs(graph: ir.Graph, blocks: Collection[str], least_rank: int = 1) -> None:
+    """Turn the float weights of `blocks` with `least_rank` axes or more from initializers into graph inputs, in place.
 
-    They are most of the bytes, and the simplifier would copy them several times. Nothing may be folded into them
-    either.
+    They are most of the bytes, and the simplifier would copy them several times. Of a prototype, nothing may be folded
+    into them either.
     """
     for name, value in list(graph.initializers.items()):
-        if value.dtype == ir.DataType.FLOAT and value.shape and block_of(name, blocks) is not None:
+        is_weight = value.dtype == ir.DataType.FLOAT and len(value.shape or ()) >= least_rank
+        if is_weight and block_of(name, blocks) is not None:
             graph.initializers.pop(name)
             value.const_value = None
             graph.inputs.append(value)

@@ -1,4 +1,5 @@
-"""Settings: hyperparameters that no tensor shows (heads, qk scale, activation, epsilon, normalization of pixels).
+"""Settings: hyperparameters that no tensor shows (heads, qk scale, activation, epsilon, divisions of a ShiftViT,
+normalization of pixels).
 
 Each value comes from the first of these sources that has it, and its source is kept: the command line or a recipe; the
 checkpoint's own `args`; the table of published models, which is an assumption. Sources that contradict each other are
@@ -87,6 +88,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {  # names in the args of training code
     "qk_scale": ("qk_scale",),
     "activation": ("act_layer", "activation", "hidden_act", "act"),
     "norm_eps": ("norm_eps", "layer_norm_eps", "ln_eps"),
+    "divisions": ("n_div", "divisions"),
     "mean": ("mean",),
     "std": ("std",),
     "crop": ("crop_pct",),
@@ -101,6 +103,7 @@ _ACTIVATION_NAMES = {
     **{"gelu-erf": "gelu", "gelu-none": "gelu", "gelu-new": "gelu-tanh", "gelu-pytorch-tanh": "gelu-tanh"},
     **{"gelutanh": "gelu-tanh", "quick-silu": "silu", "swish": "silu"},
 }
+_NORM_NAMES = ("layernorm", "layer-norm", "ln", "layer"), ("groupnorm", "group-norm", "gn", "gn1")
 _INTERPOLATION_NAMES = {**{name: name for name in INTERPOLATIONS}, "0": "nearest", "2": "bilinear", "3": "bicubic"}
 
 
@@ -121,11 +124,15 @@ def _spread(value: Any, channels: int) -> Any:
 
 
 def published(architecture: Architecture) -> dict[str, Any]:
-    """Values of a published model, without those that it does not use, such as heads without attention."""
+    """Values of a published model, without those that it does not use: heads without attention, divisions without
+    shifts.
+    """
     attention = {"heads": architecture.heads, "qk_scale": architecture.qk_scale} if architecture.attention_dims else {}
+    shift = {"divisions": architecture.divisions} if architecture.divisions else {}
     mean, std = channel_statistics(architecture.channels)
     return {
         **attention,
+        **shift,
         "activation": architecture.activation,
         "norm_eps": architecture.norm_eps,
         "mean": architecture.mean or mean,
@@ -217,6 +224,8 @@ def described(name: str, value: Any) -> str:
     """A value with its name, in words."""
     if name == "heads":
         return f"{value} head{'' if value == 1 else 's'}"
+    if name == "divisions":
+        return f"{value} divisions of the channels"
     if name == "qk_scale":
         return f"qk scale {_DEFAULT_SCALE if not value else format(value, 'g')}"
     if name == "norm_eps":
@@ -255,6 +264,7 @@ def _check(architecture: Architecture, given: Hyperparameters, where: str = "") 
             f"{given.heads} heads{where} do not divide the model's {(uneven or dims)[0]} channels.",
             f"Give one of {', '.join(map(str, fitting))}.",
         )
+    _check_divisions(architecture, given.divisions, where)
     if given.activation is not None and given.activation not in ACTIVATIONS:
         raise ModelError(f"There is no activation {given.activation!r}{where}.", f"One of {', '.join(ACTIVATIONS)}.")
     for name, value in (("qk scale", given.qk_scale), ("epsilon", given.norm_eps)):
@@ -271,6 +281,16 @@ def _check(architecture: Architecture, given: Hyperparameters, where: str = "") 
             )
     if given.crop is not None and (problem := crop_problem(given.crop)):
         raise ModelError(f"The crop {problem}{where}.", "It is the part of the resized picture that is kept.")
+
+
+def _check_divisions(architecture: Architecture, divisions: int | None, where: str) -> None:
+    if divisions is not None and not architecture.divisions:
+        raise ModelError(f"The model shifts no channels, so it has no divisions{where}.", "Leave them out.")
+    if divisions is not None and not 4 <= divisions <= architecture.width:
+        raise ModelError(
+            f"{divisions} divisions{where} is not 4 to {architecture.width}, the channels of the first stage.",
+            "Give what training used; the published models have 12 or 16.",
+        )
 
 
 def _contradiction(name: str, asked: Any, field: str, said: Any) -> CheckpointError:
@@ -324,7 +344,7 @@ def _parse(name: str, value: Any) -> Any:
     """A value of args as the setting's type. TypeError or ValueError where that is not possible."""
     if isinstance(value, bool):
         raise TypeError(name)
-    if name == "heads":
+    if name in ("heads", "divisions"):
         if int(value) != float(value):
             raise ValueError(name)
         return int(value)
@@ -373,7 +393,7 @@ def _check_visible(architecture: Architecture, args: Mapping[str, Any]) -> None:
         "cpe": lambda value: bool(value) is architecture.position_encoding,
         "scaled": lambda value: bool(value) is architecture.layer_scale or not architecture.has_spatial,
         "qkv_bias": lambda value: bool(value) is architecture.qkv_bias or not architecture.attention_dims,
-        "norm_layer": lambda value: _folded(value) in ("layernorm", "layer-norm", "ln", "layer"),
+        "norm_layer": lambda value: _folded(value) in _NORM_NAMES[architecture.family == "shiftvit"],
         "stem_type": lambda value: (str(value) == "conv4") is (architecture.stem == "conv"),
     }
     for field, agrees in shown.items():

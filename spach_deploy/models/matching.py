@@ -462,9 +462,6 @@ def nearest(
     match = published_match(read.replace(classes=0) if is_headless else read)
     size, notes = image_size_of(match.architecture, tensors, args, asked)
     match = dataclasses.replace(match, architecture=match.architecture.replace(image_size=size))
-    if match.architecture.family == "shiftvit":
-        divisions = match.architecture.divisions
-        notes.append(f"{divisions} divisions of the channels: assumed, as in the published models; --arch says another")
     return match, differences(match.architecture, tensors), notes
 
 

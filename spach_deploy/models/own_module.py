@@ -422,6 +422,7 @@ def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         copied._parameters = dict(module._parameters)
         copied._buffers = dict(module._buffers)
         copied._forward_hooks = OrderedDict(module._forward_hooks)
+        copied._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
         done[id(module)] = copied
         copied._modules = {
             name: None if child is None else _own(child, done) for name, child in module._modules.items()

@@ -92,7 +92,7 @@ class Match:
         return self.name if self.is_published else f"a {self.architecture.description}"
 
 
-_UNSEEN = ("version", "image_size", "classes", "heads", "qk_scale", "activation", "norm_eps")
+_UNSEEN = ("version", "image_size", "classes", "heads", "qk_scale", "activation", "norm_eps", "divisions")
 _UNSEEN_PIXELS = ("mean", "std", "crop", "interpolation")
 
 

@@ -198,6 +198,14 @@ class Architecture:
         """
         return 2 * self.patch_size << (len(self.stages) - 1)
 
+    @property
+    def divisions_that_fit(self) -> list[int]:
+        """Numbers of divisions that a model with shifts may have; first those that divide the first stage's channels,
+        as in every published model.
+        """
+        possible = range(4, self.width + 1) if self.divisions else ()
+        return sorted(possible, key=lambda divisions: self.width % divisions > 0)
+
     def is_shared(self, stage: int) -> bool:
         """Whether the blocks of a stage have one spatial function."""
         kinds = {*self.mixers[stage]}
@@ -333,6 +341,8 @@ def _check_stages(architecture: Architecture) -> None:
 
 
 def _check_divisions(architecture: Architecture) -> None:
+    if architecture.divisions and architecture.family != "shiftvit":
+        raise ModelError(f"A {architecture.family} shifts no channels, so it has no divisions.", "Leave divisions out.")
     if architecture.family == "shiftvit" and not 4 <= architecture.divisions <= architecture.width:
         raise ModelError(
             f"divisions {architecture.divisions} is not 4 to {architecture.width}, the channels of the first stage.",

@@ -39,6 +39,7 @@ class ModelKeywords(TypedDict, total=False):
     qk_scale: float
     activation: Literal["gelu", "gelu-tanh", "relu", "silu"]
     norm_eps: float
+    divisions: int
     mean: Channels
     std: Channels
     crop: float

@@ -198,15 +198,16 @@ class Hyperparameters:
     """Settings of a model that cannot be inferred from a checkpoint's tensors. None: not given.
 
     `heads`: of every attention; `qk_scale`: factor of q, by default head size ** -0.5; `activation`: one of
-    `ACTIVATIONS`; `norm_eps`: epsilon of every LayerNorm; `mean`, `std`: of the pixels by channel, in 0..1, one number
-    for all channels or one for each; `crop`: part of the resized picture that is kept; `interpolation`: one of
-    `INTERPOLATIONS`.
+    `ACTIVATIONS`; `norm_eps`: epsilon of every norm over channels; `divisions`: equal parts of a ShiftViT's channels,
+    of which four come from neighbours; `mean`, `std`: of the pixels by channel, in 0..1, one number for all channels or
+    one for each; `crop`: part of the resized picture that is kept; `interpolation`: one of `INTERPOLATIONS`.
     """
 
     heads: int | None = None
     qk_scale: float | None = None
     activation: str | None = None
     norm_eps: float | None = None
+    divisions: int | None = None
     mean: Channels | None = None
     std: Channels | None = None
     crop: float | None = None

@@ -8,8 +8,8 @@ the same images, computed in FP32 (no autocast, no TF32). In its place `embeddin
 reads. Other arrays in the file are not read.
 
 Both are compared with the reference in FP64: a correct FP32 evaluation is about FP32's own error away from it. Where
-the user's logits are further away, `search` tries other hyperparameters (heads, qk scale, activation, epsilon) until
-they agree.
+the user's logits are further away, `search` tries other hyperparameters (heads, qk scale, divisions, activation,
+epsilon) until they agree.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from spach_deploy.bundle.schema import AgreementEntry
 from spach_deploy.common.errors import MismatchError, UsageError
 from spach_deploy.common.files import npz_names, read_npz, sha256_of
 from spach_deploy.common.metrics import worst_relative_l2
-from spach_deploy.models.hyperparameters import Setting, Source, confirmed
+from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, confirmed
 from spach_deploy.models.outputs import giving
 from spach_deploy.options.specs import ACTIVATIONS, Role, size_in_words
 from spach_deploy.validation.rounding_error import evaluate, evaluate_fp64
@@ -176,7 +176,7 @@ def hold_to_answers(
     pairs = [pair for pair in zip(loaded.settings, best.settings, strict=True) if pair[0].value != pair[1].value]
     said, changed = [old for old, _ in pairs], [new for _, new in pairs]
     if not changed or not found.agrees:
-        raise _nothing_agrees(given, agreement, found, changed)
+        raise _nothing_agrees(given, agreement, found, loaded.settings, changed)
     if is_fixed or not all(setting.is_assumed for setting in said):
         options = " ".join(map(_option, changed))
         raise MismatchError(
@@ -203,15 +203,19 @@ def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
     """The model with the hyperparameters that come nearest to the first image's logits, of those that tensors do not
     show.
 
-    Tries each by itself; then heads, qk scale and activation in all combinations; then any qk scale with these; after
-    each of these, epsilon with the best so far. Ends where only FP32 error is left, and after `SEARCH_SECONDS`.
+    Tries each by itself; then heads, qk scale (divisions where channels are shifted) and activation in all
+    combinations; then any qk scale with these; after each of these, epsilon with the best so far. Ends where only FP32
+    error is left, and after `SEARCH_SECONDS`.
     """
     candidates = _Search(loaded, given, say)
-    heads = [] if loaded.architecture is None else loaded.architecture.heads_that_fit
-    attention: Choices = {"heads": heads, "qk_scale": _SCALES} if heads else {}
+    architecture = loaded.architecture
+    heads, divisions = (
+        ([], []) if architecture is None else (architecture.heads_that_fit, architecture.divisions_that_fit)
+    )
+    mixing: Choices = {"heads": heads, "qk_scale": _SCALES} if heads else {"divisions": divisions} if divisions else {}
     activation: Choices = {"activation": ACTIVATIONS}
     epsilon: Choices = {"norm_eps": _EPSILONS}
-    for choices in (attention, activation, {**attention, **activation}):
+    for choices in (mixing, activation, {**mixing, **activation}):
         candidates.improve(choices)
         candidates.improve(epsilon, candidates.values)
     if heads:
@@ -343,15 +347,27 @@ def _check_order(loaded: LoadedModel, given: GivenAnswers, allowed: float) -> No
 
 
 def _nothing_agrees(
-    given: GivenAnswers, agreement: Agreement, found: Agreement, changed: Sequence[Setting]
+    given: GivenAnswers,
+    agreement: Agreement,
+    found: Agreement,
+    settings: Sequence[Setting],
+    changed: Sequence[Setting],
 ) -> MismatchError:
     nearest = f"; nearest is {_words(changed)}, {found.rel_l2:.1e} off" if changed else ""
     return MismatchError(
         f"The model does not agree with {given.path}: relative L2 {agreement.rel_l2:.1e} of"
-        f" {agreement.allowed:.1e} allowed. No heads, qk scale, activation or epsilon agree{nearest}.",
+        f" {agreement.allowed:.1e} allowed. No {_searched(settings)} agree{nearest}.",
         "Were they computed with these weights, in evaluation mode, in FP32 without autocast and TF32, on images as in"
         " `input`?",
     )
+
+
+def _searched(settings: Iterable[Setting]) -> str:
+    """`heads, qk scale, activation or epsilon`: the settings that `search` tries, of those that the model has."""
+    names = [
+        "epsilon" if s.name == "norm_eps" else s.name.replace("_", " ") for s in settings if s.name not in OF_PIXELS
+    ]
+    return " or ".join([", ".join(names[:-1]), *names[-1:]])
 
 
 def _words(settings: Iterable[Setting]) -> str:

@@ -247,9 +247,8 @@ def test_bisection_names_the_module_of_a_wrong_weight(family: str, module: str) 
 def test_the_published_model_is_read_from_tensors(name: str) -> None:
     with torch.device("meta"):
         state = create_model(name).state_dict()
-    match, notes = infer_model(state, {}, None)
+    match, _ = infer_model(state, {}, None)
     assert (match.name, match.architecture) == (name, ARCHITECTURES[name])
-    assert any("divisions" in note for note in notes) == name.startswith("shiftvit")
 
 
 @each

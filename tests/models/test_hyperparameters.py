@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from spach_deploy.models import LoadedModel
+from spach_deploy.common.errors import ModelError
+from spach_deploy.models import LoadedModel, load_model
 from spach_deploy.models.hyperparameters import Source, lines
-from spach_deploy.options.specs import Hyperparameters, parse_channels
+from spach_deploy.models.registry import create_model
+from spach_deploy.models.shiftvit import Shift
+from spach_deploy.options.specs import Hyperparameters, ModelSpec, parse_channels
+from tests.blocks.test_families import FAMILIES, SIZE
 from tests.models.small_models import load, refusal, save, state
 
 
@@ -114,6 +118,46 @@ def test_args_that_contradict_the_command_line_are_refused(tmp_path: Path) -> No
     sentence = refusal(path, hyperparameters=Hyperparameters(heads=4))
     assert "4 heads was asked for, but the checkpoint's args say 2 heads (num_heads)" in sentence
     assert sources(load(path, hyperparameters=Hyperparameters(heads=2)))["heads"] == (2, Source.COMMAND_LINE)
+
+
+# Divisions of a ShiftViT's channels
+
+
+@pytest.fixture(scope="module")
+def shifting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a ShiftViT of 32 channels."""
+    return save(tmp_path_factory.mktemp("shifting"), create_model(FAMILIES["shiftvit"]).state_dict())
+
+
+def read(path: Path, **said: Any) -> LoadedModel:
+    return load_model(ModelSpec(None, path, image_size=SIZE, hyperparameters=Hyperparameters(**said)))
+
+
+def test_divisions_are_assumed_as_published_or_said(shifting: Path, tmp_path: Path) -> None:
+    assumed, given = read(shifting), read(shifting, divisions=8)
+    assert sources(assumed)["divisions"] == (4, Source.ASSUMED)
+    assert "4 divisions of the channels" in lines(assumed.settings)[0]
+    assert sources(given)["divisions"] == (8, Source.COMMAND_LINE)
+    assert given.architecture is not None
+    assert given.architecture.divisions == 8
+    model = torch.load(shifting, weights_only=True)
+    args = {"n_div": 16, "norm_layer": "GroupNorm"}
+    assert sources(read(save(tmp_path, {"model": model, "args": args})))["divisions"] == (16, Source.ARGS)
+    shifts = [m.group for loaded in (assumed, given) for m in loaded.model.modules() if isinstance(m, Shift)]
+    assert shifts == [8, 16, 16, 4, 8, 8]
+
+
+@pytest.mark.parametrize("divisions", [3, 33])
+def test_divisions_that_cannot_be_are_refused(shifting: Path, divisions: int) -> None:
+    with pytest.raises(ModelError, match=f"{divisions} divisions is not 4 to 32"):
+        read(shifting, divisions=divisions)
+
+
+def test_divisions_of_a_model_that_shifts_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="shifts no channels, so it has no divisions"):
+        load(save(tmp_path, state()), hyperparameters=Hyperparameters(divisions=4))
+    with pytest.raises(ModelError, match="A smlpnet shifts no channels"):
+        FAMILIES["smlpnet"].replace(divisions=4)
 
 
 def test_heads_of_a_model_without_attention_are_refused(tmp_path: Path) -> None:

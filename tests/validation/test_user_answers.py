@@ -17,12 +17,15 @@ from spach_deploy.cli.validate import main as validate
 from spach_deploy.common.errors import MismatchError, UsageError
 from spach_deploy.models import LoadedModel, load_model
 from spach_deploy.models import published as configs
+from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.hyperparameters import Source, values_of
+from spach_deploy.models.registry import create_model
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Hyperparameters, ModelSpec
 from spach_deploy.validation import user_answers as answers_file
 from spach_deploy.validation.user_answers import hold_to_answers, read_answers
 from tests import static_models
+from tests.blocks.test_families import FAMILIES
 from tests.commands import export, refusal
 
 NAME, SIZE, CLASSES = "small_trans", static_models.IMAGE_SIZE, static_models.CLASSES
@@ -125,6 +128,23 @@ def test_other_weights_agree_with_nothing(tmp_path: Path, weights: Path) -> None
         np.savez(path, input=arrays["input"], logits=arrays["logits"] * 1.001)
     with pytest.raises(MismatchError, match="No heads, qk scale, activation or epsilon agree"):
         hold_to_answers(loaded(weights), read_answers(path), lambda text: None)
+
+
+@pytest.mark.parametrize("changed", [{"divisions": 8}, {"divisions": 6, "activation": "relu"}])
+def test_the_divisions_of_a_shiftvit_are_found(tmp_path: Path, changed: dict[str, Any]) -> None:
+    architecture = FAMILIES["shiftvit"]
+    model = create_model(architecture.replace(**changed)).eval()
+    load_demo_weights(model)
+    inputs = torch.randn(2, 3, *architecture.image_size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        np.savez(tmp_path / "answers.npz", input=inputs.numpy(), logits=model(inputs).numpy())
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    assumed = load_model(ModelSpec(None, tmp_path / "weights.pth", image_size=architecture.image_size))
+    found, agreement = hold_to_answers(assumed, read_answers(tmp_path / "answers.npz"), lambda text: None)
+    assert agreement.agrees
+    assert {setting.name: setting.value for setting in found.settings if setting.source is Source.ANSWERS} == changed
+    assert found.architecture is not None
+    assert found.architecture.divisions == changed["divisions"]
 
 
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {

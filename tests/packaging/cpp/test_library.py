@@ -26,7 +26,8 @@ from spach_deploy.cli.package import main as package_command
 from spach_deploy.data.preprocess import pixels, to_input
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, channel_statistics
 from spach_deploy.packaging.cpp.folder import write_folder
-from tests import small_bundles
+from tests import family_bundles, small_bundles
+from tests.blocks.test_families import each
 from tests.docs.pages import section_commands
 from tests.packaging.cpp import models, plans
 from tests.packaging.cpp.builds import UNITY, Build
@@ -44,6 +45,17 @@ def save(array: npt.NDArray[Any], path: Path) -> Path:
 
 
 # The self-test
+
+
+@each
+def test_the_self_test_passes_on_a_model_of_each_family(plain: Build, family: str, tmp_path: Path) -> None:
+    """Exported for real in FP16, for pixels, with every output."""
+    write_folder(family_bundles.bundle(family), tmp_path / "package")
+    result = plain.run("spach_self_test", tmp_path / "package" / "model")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith(f"small_{family}, fp16, tensorrt-rtx 1.7.1")
+    assert result.stdout.endswith("\nPASSED\n")
+    assert all(output in result.stdout for output in ("logits", "probabilities", "top_values", "top_indices"))
 
 
 def test_the_self_test_passes_on_a_real_model(plain: Build, tmp_path: Path) -> None:
