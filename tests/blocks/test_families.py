@@ -227,6 +227,8 @@ def test_a_weight_whose_axis_is_not_certain_stays_in_float_and_that_is_said() ->
     ("family", "module"),
     [
         ("smlpnet", "token_mix.1.1.fuse"),
+        ("smlpnet", "token_mix.1.1.proj_h"),
+        ("smlpnet", "token_mix.1.1.proh_w"),
         ("smlpnet", "channel_mix.0.2.net.3"),
         ("shiftvit", "layers.1.blocks.0.mlp.fc1"),
     ],
