@@ -103,7 +103,7 @@ class Subject:
 
 
 def _evidence(bundle: Path) -> list[str]:
-    """Distance from the published answers; whether the export agreed; the worst relative L2 of any run, and its bound."""
+    """Distance from the published answers; whether the export agreed; the worst relative L2 and its bound."""
     validation, report = Bundle.open(bundle).manifest.validation, read_json(bundle / "report.json")
     assert validation.answers is not None
     ran = [
@@ -136,8 +136,8 @@ def main() -> None:
                 print(" | ".join(row), flush=True)
                 rows.append(row)
     body = (
-        "Published answers: relative L2 of what the published code answers from our model in FP64. Kernels / MB moved at"
-        f" batch {BATCH}.\n\n{table((*HEADINGS, *ENGINE_HEADINGS), rows)}"
+        "Published answers: relative L2 of what the published code answers from our model in FP64. Kernels / MB moved"
+        f" at batch {BATCH}.\n\n{table((*HEADINGS, *ENGINE_HEADINGS), rows)}"
     )
     is_whole = set(arguments.variants) == set(golden_variants()) and set(precisions) == set(PRECISIONS)
     command = " ".join(["python -m benchmarks.variants", *sys.argv[1:]])
