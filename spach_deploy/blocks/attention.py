@@ -163,11 +163,11 @@ def padded_size(head_size: int) -> int:
 
 def _pad(attention: StaticAttention, added: int) -> None:
     """Add `added` channels of zeros to every head, in place, in the weights' precision."""
-    size = (-1, attention.head_size)
+    size, dim = attention.head_size, attention.qkv.in_features
     with torch.no_grad():
-        rows = nn.functional.pad(attention.qkv.weight.unflatten(0, size), (0, 0, 0, added)).flatten(0, 1)
-        bias = nn.functional.pad(attention.qkv.bias.unflatten(0, size), (0, added)).flatten()
-        columns = nn.functional.pad(attention.proj.weight.unflatten(1, size), (0, added)).flatten(1)
+        rows = nn.functional.pad(attention.qkv.weight.reshape(-1, size, dim), (0, 0, 0, added)).flatten(0, 1)
+        bias = nn.functional.pad(attention.qkv.bias.reshape(-1, size), (0, added)).flatten()
+        columns = nn.functional.pad(attention.proj.weight.reshape(dim, -1, size), (0, added)).flatten(1)
     for layer, name, value in (
         (attention.qkv, "weight", rows),
         (attention.qkv, "bias", bias),

@@ -204,8 +204,9 @@ class _PairFinder:
 
     def _value_columns(self, layer: ir.Node, before: list[ir.Node], behind: list[ir.Node], values: ir.Value) -> bool:
         """Whether the attention's columns are the layer's last rows, one by one: followed by their numbers."""
-        weight, first = _split_weight(layer.inputs[1])
+        weight, part = _split_weight(layer.inputs[1])
         rows, columns = self._shapes[name_of(layer.outputs[0])]
+        first = part * columns
         numbers = np.broadcast_to(np.arange(first, first + columns), (rows, columns))
         for node, after in itertools.pairwise([*before, None]):
             assert node is not None
@@ -238,13 +239,11 @@ def _only_maker(value: ir.Value | None) -> ir.Node | None:
 
 
 def _split_weight(value: ir.Value | None) -> tuple[ir.Value | None, int]:
-    """The whole weight of which `value` is a part, and the first of its rows; the weight itself, and 0."""
+    """The weight of which `value` is one of equal parts, and which one; a weight itself, and 0."""
     split = None if value is None else value.producer()
     if value is None or split is None or split.op_type != "Split":
         return value, 0
-    index, whole = split.outputs.index(value), split.inputs[0]
-    rows = 0 if whole is None or whole.shape is None else int(whole.shape[0])
-    return whole, index * rows // len(split.outputs)
+    return split.inputs[0], split.outputs.index(value)
 
 
 def _weight_of(layer: ir.Node) -> str:

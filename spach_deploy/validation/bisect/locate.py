@@ -200,10 +200,9 @@ def _explaining(name: str, search: TensorSearch, entry: ProbeErrors, reference: 
             continue
         right, z = entry.match.candidate.recorded, search.matched[read[0]].candidate.recorded
         if right.grid is not None and z.grid == right.grid:
-            z_grid, error = (
-                torch.from_numpy(array).unflatten(1, right.grid) for array in (z.value, entry.value - right.value)
-            )
-            layer = mixing.wrong_layer(z_grid, error)
+            shape = (len(z.value), *right.grid, -1)
+            error = (entry.value - right.value).reshape(shape)
+            layer = mixing.wrong_layer(torch.from_numpy(z.value.reshape(shape)), torch.from_numpy(error))
             return f"{path}.{layer}" if layer else ""
     return ""
 
