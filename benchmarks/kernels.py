@@ -55,7 +55,7 @@ def plain_export(model: SelectableOutputs) -> ModelProto:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, model.architecture.image_size[0], model.architecture.image_size[0]),),
+            (torch.zeros(2, model.architecture.channels, *model.architecture.image_size),),
             dynamo=True,
             opset_version=OPSET,
             input_names=["input"],

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from spach_deploy.blocks.attention import fold_attention_scale, fold_qkv_bias
+from spach_deploy.blocks.attention import fold_attention_scale, fold_qkv_bias, pad_heads
 from spach_deploy.blocks.backbone import grid_stream, prove_static, to_static
 from spach_deploy.blocks.base import GraphForm, Outcome, Rewrite, modules_of, own
 from spach_deploy.blocks.depthwise import StaticPositionEncoding
@@ -33,6 +33,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_layer_scale", "LayerScale into the projection after attention", fold_layer_scale),
     Rewrite("fold_qkv_bias", "key and value biases out of qkv", fold_qkv_bias),
     Rewrite("absorb_qkv_bias", "what is left of qkv's bias into its weight, by way of norm1", absorb_qkv_bias),
+    Rewrite("pad_heads", "small heads padded with zeros to a size that fuses", pad_heads),
     Rewrite("fold_residual", "x + depthwise(x) into the centre tap", fold_residual),
     Rewrite("grid_stream", "token stream as (B, H, W, C), where it saves kernels", grid_stream),
 )

@@ -115,11 +115,43 @@ class StaticAxisMixing(nn.Module):
         x = act1(norm1(x) if isinstance(norm1, Affine) else x)
         z = act2(norm2(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
         _, height, width, channels = z.shape
-        along_rows = rows(z.reshape(-1, width, channels)).reshape(-1, height, width, channels)
-        along_columns = columns(z.reshape(-1, height, width * channels)).reshape(-1, height, width, channels)
-        y: Tensor = fuse(torch.cat([z, along_rows, along_columns], dim=-1).reshape(-1, 3 * channels))
+        y: Tensor = fuse(torch.cat([z, *self._along_axes(z, rows, columns)], dim=-1).reshape(-1, 3 * channels))
         y = y.reshape(-1, height, width, channels)
         return y.permute(0, 3, 1, 2)
+
+    def wrong_layer(self, z: Tensor, error: Tensor) -> str:
+        """Path of the linear layer whose weight or bias alone explains `error` of the result given a right `z`, both
+        (B, H, W, C); "" where none does. For graphs in which the three are one product.
+
+        A wrong layer adds what fuse makes of a matrix times z: (W, W) along rows, (H, H) along columns, (C, 3C) over
+        channels. Least squares finds it; of those that leave less than half of the error the one with fewest unknowns.
+        """
+        rows, columns, fuse = (self.get_submodule(path) for path in self.paths[-3:])
+        _, by_row, by_column = fuse.weight.chunk(3, dim=1)  # type: ignore[operator]  # a tensor
+        along_rows, along_columns = self._along_axes(z, rows, columns)
+        explained = (
+            _unexplained(z @ by_row.T, error, 2, by_row.sum(dim=1)),
+            _unexplained(z @ by_column.T, error, 1, by_column.sum(dim=1)),
+            _unexplained(torch.cat([z, along_rows, along_columns], dim=-1), error, 3),
+        )
+        return next((path for path, left in zip(self.paths[-3:], explained, strict=True) if left < 0.5), "")
+
+    @staticmethod
+    def _along_axes(z: Tensor, rows: nn.Module, columns: nn.Module) -> tuple[Tensor, Tensor]:
+        _, height, width, channels = z.shape
+        along_rows = rows(z.reshape(-1, width, channels)).reshape(-1, height, width, channels)
+        return along_rows, columns(z.reshape(-1, height, width * channels)).reshape(-1, height, width, channels)
+
+
+def _unexplained(x: Tensor, error: Tensor, axis: int, bias: Tensor | None = None) -> float:
+    """The share of `error` that no matrix along `axis` of `x` makes; with `bias`, what a bias there is multiplied
+    with, no matrix and bias.
+    """
+    read, left = x.movedim(axis, -1).flatten(0, -2), error.movedim(axis, -1).flatten(0, -2)
+    if bias is not None:
+        read = torch.cat([read, bias.repeat(len(read) // len(bias))[:, None]], dim=1)
+    fitted = torch.linalg.lstsq(read.double(), left.double()).solution
+    return float((read.double() @ fitted - left).norm() / left.norm())
 
 
 class StaticChannelMixing(nn.Module):

@@ -6,10 +6,11 @@ Without it, one channel with large numbers sets the scale, and the others use fe
 
 Pairs of this family that are exact:
 
-- a LayerNorm's weight and bias -> qkv, fc1, and the head (the mean over tokens in between is linear);
+- a LayerNorm's weight and bias -> the linear layer that reads it (qkv, fc1), or that reads its mean over tokens (the
+  head; the mean is linear);
 - the value rows of qkv -> the columns of proj (attention's result is linear in v; not where v itself is quantized,
   whose scale would have to follow);
-- of the convolutional stem, a convolution's output channels -> the next one's inputs (ReLU is homogeneous).
+- a convolution's output channels -> the next one's inputs behind ReLU, which is homogeneous (the convolutional stem).
 
 GELU is not homogeneous, so fc1 -> fc2 is no pair. A spatial MLP's inputs are tokens, and LayerNorm scales channels.
 
@@ -24,16 +25,18 @@ multiplied by the activations' variance, not by their mean square.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from spach_deploy.graph.editing import tensor_of
+from spach_deploy.graph.editing import array_of, name_of, operand, permutation, shapes_at_batch_one, tensor_of
 from spach_deploy.quantization.formats import INT8, EightBitFormat, Float32, Float64
 from spach_deploy.quantization.scales import expected_error
-from spach_deploy.quantization.sites import LayerKind, Site
+from spach_deploy.quantization.sites import LayerKind, Site, is_weight
 from spach_deploy.quantization.statistics import CENTERS, TensorStatistics, mixture
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -110,52 +113,151 @@ def _short(number: float) -> float:
     return float(f"{number:.6g}")
 
 
-def exchangeable(model: ir.Model, sites: Iterable[Site]) -> list[Site]:
-    """Those of the sites that may read other numbers: what the others read is an output of the graph."""
-    given = {value.name for value in model.graph.outputs}
-    return [site for site in sites if site.activation not in given]
+def find_pairs(model: ir.Model, sites: Iterable[Site]) -> tuple[EqualizablePair, ...]:
+    """The exact pairs of the `sites` that are quantized, found by what the graph computes.
 
-
-def find_pairs(sites: Iterable[Site], names: Iterable[str]) -> tuple[EqualizablePair, ...]:
-    """The exact pairs of the `sites` that are quantized, in a model whose parameters are called `names`."""
-    known, chosen = set(names), tuple(sites)
-    attentions = {site.module for site in chosen if site.kind is LayerKind.ATTENTION}
+    Numbers that are an output of the graph, or that anything else reads, are not exchanged.
+    """
+    chosen = tuple(sites)
+    finder = _PairFinder(model, {node for site in chosen for node in site.products})
     pairs = []
     for site in chosen:
-        divided = _divided(site, known)
-        if divided and not (divided[0].values and site.module.rpartition(".")[0] in attentions):
+        divided = finder.divided(site)
+        if divided:
             pairs.append(EqualizablePair(f"{divided[0].parameter.rsplit('.', 1)[0]} -> {site.module}", divided, site))
     return tuple(pairs)
 
 
-def _divided(site: Site, known: set[str]) -> tuple[OutputChannels, ...]:
-    if site.kind is LayerKind.CONVOLUTION:
-        return _stem_pair(site, known)
-    if site.kind is not LayerKind.LINEAR:
+class _PairFinder:
+    """Goes from a site's activation back to the weights that scale it. `quantized`: products of attentions in eight
+    bits, whose values keep their range.
+    """
+
+    def __init__(self, model: ir.Model, quantized: Collection[str]) -> None:
+        self._shapes = shapes_at_batch_one(model)
+        self._nodes = {node.name: node for node in model.graph}
+        self._quantized = quantized
+
+    def divided(self, site: Site) -> tuple[OutputChannels, ...]:
+        """What can be divided for a site; () where that is nothing."""
+        activation = self._nodes[site.node].inputs[site.slot]
+        if activation is None or activation.is_graph_output():
+            return ()
+        if any(_weight_of(reader) != site.weight for reader in activation.consumers()):
+            return ()
+        if site.kind is LayerKind.CONVOLUTION:
+            return self._of_convolution(activation)
+        if site.kind is LayerKind.LINEAR:
+            return self._of_norm(activation) or self._of_values(activation)
         return ()
-    block, _, layer = site.module.rpartition(".")
-    norm = {
-        "qkv": block.removesuffix(".spatial_func") + ".norm1",
-        "fc1": block.removesuffix(".channel_func") + ".norm2",
-        "head": "norm2",
-    }.get(layer)
-    if norm is not None and f"{norm}.weight" in known:
-        return tuple(OutputChannels(f"{norm}.{part}") for part in ("weight", "bias"))
-    if layer == "proj" and f"{block}.qkv.weight" in known:
-        parts = [f"{block}.qkv.{part}" for part in ("weight", "bias")]
-        return tuple(OutputChannels(part, values=True) for part in parts if part in known)  # the bias may be absorbed
-    return ()
+
+    def _of_convolution(self, activation: ir.Value) -> tuple[OutputChannels, ...]:
+        """A convolution with a bias, where `activation` is its ReLU."""
+        relu = activation.producer()
+        before = _only_maker(relu.inputs[0]) if relu is not None and relu.op_type == "Relu" else None
+        if before is None or before.op_type != "Conv" or len(before.inputs) < 3:
+            return ()
+        return _parameters(before.inputs[1:])
+
+    def _of_norm(self, activation: ir.Value) -> tuple[OutputChannels, ...]:
+        """A LayerNorm of which `activation` is the result, moved with channels last or averaged over tokens."""
+        node = activation.producer()
+        while node is not None and self._keeps_channels(node):
+            node = _only_maker(node.inputs[0])
+        if node is None or node.op_type != "LayerNormalization" or len(self._shapes[name_of(operand(node, 1))]) != 1:
+            return ()
+        return _parameters(node.inputs[1:])
+
+    def _keeps_channels(self, node: ir.Node) -> bool:
+        shapes = [self._shapes[name_of(value)] for value in (node.inputs[0], node.outputs[0])]
+        if node.op_type == "Transpose":
+            return permutation(node)[-1] == len(shapes[0]) - 1
+        if node.op_type == "ReduceMean":
+            axes = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
+            return axes is not None and not {-1, len(shapes[0]) - 1} & {*axes.tolist()}
+        return node.op_type == "Reshape" and shapes[0][-1:] == shapes[1][-1:]
+
+    def _of_values(self, activation: ir.Value) -> tuple[OutputChannels, ...]:
+        """The value rows of a packed layer, where `activation` is what an attention makes of them."""
+        behind = self._moves(activation)
+        product = behind[0].inputs[0].producer() if behind and behind[0].inputs[0] is not None else None
+        if product is None or product.op_type != "MatMul" or product.name in self._quantized:
+            return ()
+        weights, values = (operand(product, slot) for slot in (0, 1))
+        maker = _only_maker(weights)
+        before = self._moves(values)
+        layer = _only_maker(before[0].inputs[0]) if before else None
+        if maker is None or maker.op_type != "Softmax" or layer is None or layer.op_type != "Gemm":
+            return ()
+        columns = self._value_columns(layer, before, behind, values)
+        parameters = _parameters([_split_weight(layer.inputs[1])[0], *layer.inputs[2:]], values_only=True)
+        return parameters if columns else ()
+
+    def _moves(self, value: ir.Value) -> list[ir.Node]:
+        """The moves that make `value`, in order; nothing else may read what is between them."""
+        moves: list[ir.Node] = []
+        node = value.producer()
+        while node is not None and node.op_type in ("Reshape", "Transpose", "Split"):
+            moves.insert(0, node)
+            node = _only_maker(node.inputs[0])
+        return moves
+
+    def _value_columns(self, layer: ir.Node, before: list[ir.Node], behind: list[ir.Node], values: ir.Value) -> bool:
+        """Whether the attention's columns are the layer's last rows, one by one: followed by their numbers."""
+        weight, part = _split_weight(layer.inputs[1])
+        rows, columns = self._shapes[name_of(layer.outputs[0])]
+        first = part * columns
+        numbers = np.broadcast_to(np.arange(first, first + columns), (rows, columns))
+        for node, after in itertools.pairwise([*before, None]):
+            assert node is not None
+            made = values if after is None else operand(after, 0)
+            numbers = self._moved(node, numbers, node.outputs.index(made))
+        if numbers.shape[-2:] != self._shapes[name_of(values)][-2:] or (numbers != numbers[..., :1, :]).any():
+            return False  # tokens and channels are not the last axes
+        for node in behind:
+            numbers = self._moved(node, numbers, 0)
+        numbers = numbers.reshape(-1, numbers.shape[-1])
+        total = 0 if weight is None else self._shapes[name_of(weight)][0]
+        return bool((numbers == np.arange(total - numbers.shape[-1], total)).all())
+
+    def _moved(self, node: ir.Node, numbers: NDArray[np.int64], output: int) -> NDArray[np.int64]:
+        if node.op_type == "Transpose":
+            return numbers.transpose(permutation(node))
+        shapes = [self._shapes[name_of(value)] for value in node.outputs]
+        if node.op_type == "Reshape":
+            return numbers.reshape(shapes[0])
+        axis = node.attributes.get_int("axis", 0)
+        start = sum(shape[axis] for shape in shapes[:output])
+        return numbers.take(range(start, start + shapes[output][axis]), axis)
 
 
-def _stem_pair(site: Site, known: set[str]) -> tuple[OutputChannels, ...]:
-    """The convolution whose outputs a stem convolution reads through (BatchNorm and) ReLU: its index is three less."""
-    prefix, _, index = site.module.rpartition(".")
-    if not index.isdigit() or not prefix.startswith("stem"):
+def _only_maker(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes `value`, which one node alone reads and which is no output of the graph."""
+    if value is None or value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    return value.producer()
+
+
+def _split_weight(value: ir.Value | None) -> tuple[ir.Value | None, int]:
+    """The weight of which `value` is one of equal parts, and which one; a weight itself, and 0."""
+    split = None if value is None else value.producer()
+    if value is None or split is None or split.op_type != "Split":
+        return value, 0
+    return split.inputs[0], split.outputs.index(value)
+
+
+def _weight_of(layer: ir.Node) -> str:
+    """Name of the weight that a layer multiplies its first input with."""
+    weight, _ = _split_weight(layer.inputs[1]) if len(layer.inputs) > 1 else (None, 0)
+    return "" if weight is None else name_of(weight)
+
+
+def _parameters(values: Sequence[ir.Value | None], *, values_only: bool = False) -> tuple[OutputChannels, ...]:
+    """Weight and bias of one layer, where they are its own; () where they are not."""
+    given = [value for value in values if value is not None]
+    if not all(is_weight(value) and len(value.uses()) == 1 for value in given):
         return ()
-    before = f"{prefix}.{int(index) - 3}"
-    if f"{before}.weight" not in known or f"{before}.bias" not in known:
-        return ()
-    return tuple(OutputChannels(f"{before}.{part}") for part in ("weight", "bias"))
+    return tuple(OutputChannels(name_of(value), values_only) for value in given)
 
 
 def search(

@@ -140,13 +140,12 @@ class QuantizedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention, (..., C) -> (B*N, C)."""
-        dim = self.qkv.in_features
-        packed = self.qkv(x.reshape(-1, dim)).reshape(-1, self.num_tokens, 3 * dim)
-        y: Tensor = self.proj(self.mixed(packed).reshape(-1, dim))
+        packed = self.qkv(x.reshape(-1, self.qkv.in_features)).unflatten(0, (-1, self.num_tokens))
+        y: Tensor = self.proj(self.mixed(packed).flatten(0, 1))
         return y
 
     def mixed(self, packed: Tensor) -> Tensor:
-        """From packed q, k, v (B, N, 3C) to the input of the projection, (B, N, C)."""
+        """From packed q, k, v (B, N, 3hd) to the input of the projection, (B, N, hd)."""
         batch, tokens, width = packed.shape
         parts = packed.reshape(batch, tokens, 3 * self.num_heads, -1).transpose(1, 2)  # (B, 3h, N, d)
         q, k, v = parts.chunk(3, dim=1)

@@ -22,11 +22,10 @@ from spach_deploy.quantization.equalization import (
     EqualizedPair,
     OutputChannels,
     apply_to_graph,
-    exchangeable,
     find_pairs,
 )
 from spach_deploy.quantization.formats import Float32, Float64
-from spach_deploy.quantization.sites import LayerKind, find_sites, is_weight
+from spach_deploy.quantization.sites import LayerKind, find_sites
 
 ORDINARY = 16.0
 """Channels up to this many times the median are not changed."""
@@ -48,9 +47,7 @@ class MigrateOutliers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> MigratedOutliers:
         """Change the weights of the FP32 graph `model`, in place."""
         constants = model.graph.initializers
-        sites = exchangeable(model, find_sites(model))
-        layers = [site for site in sites if site.kind is not LayerKind.ATTENTION]
-        pairs = find_pairs(layers, (name for name, value in constants.items() if is_weight(value)))
+        pairs = find_pairs(model, (site for site in find_sites(model) if site.kind is not LayerKind.ATTENTION))
         migrated = [
             _migrated(pair, [tensor_of(constants[rows.parameter]).numpy() for rows in pair.divided])
             for pair in pairs

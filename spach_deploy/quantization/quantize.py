@@ -23,7 +23,6 @@ from spach_deploy.quantization.equalization import (
     EqualizablePair,
     apply_to_arrays,
     apply_to_graph,
-    exchangeable,
     find_pairs,
     search,
 )
@@ -82,7 +81,7 @@ def plan_from_statistics(
     `statistics`: by tensor, of the tensors that `chosen.wanted` names.
     """
     weights = _weights(model, chosen.quantized)
-    pairs = find_pairs(exchangeable(model, chosen.quantized), model.graph.initializers) if equalize else ()
+    pairs = find_pairs(model, chosen.quantized) if equalize else ()
     equalized = search(pairs, statistics, weights, scaling.form)
     changed = apply_to_arrays(_all_floats(model, equalized_names(pairs)), equalized)
     weights |= _all_floats(model, {site.bias for site in chosen.quantized if site.bias})

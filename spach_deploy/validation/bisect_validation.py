@@ -27,7 +27,7 @@ from spach_deploy.validation.bisect.export_steps import (
 from spach_deploy.validation.bisect.locate import bisect_graph
 from spach_deploy.validation.bisect.result import Bisection, StepResult, Suspect
 from spach_deploy.validation.bisect.tensor_matching import ProbedReference
-from spach_deploy.validation.bundle_facts import BundleFacts, read_record
+from spach_deploy.validation.bundle_facts import BundleFacts, read_record, rewrites_left_out
 from spach_deploy.validation.live_reference import Weights, rebuild
 from spach_deploy.validation.result import Validation
 from spach_deploy.validation.runs import EvaluationSet, truncated_by
@@ -108,12 +108,12 @@ def _worst_first(validation: Validation) -> list[int]:
 def _sources(eval_set: EvaluationSet, chosen: list[int], request: BisectRequest) -> Sources:
     facts, bundle = request.facts, request.bundle
     loaded = rebuild(bundle.manifest.model, request.weights, facts.outputs)
-    disabled, quantize = _rewrite_options(bundle, facts)
+    quantize = None if facts.quantization is None else facts.quantization.quantize
     inputs = _inputs(eval_set, chosen)
     is_uint8 = facts.io_dtype is IODtype.UINT8
     images = normalize(inputs.astype(np.uint8), facts.preprocessing) if is_uint8 else inputs.astype(np.float32)
     expected = {name: array[chosen] for name, array in eval_set.expected.items()}
-    return Sources(loaded, images, expected, disabled, quantize, _passes(facts))
+    return Sources(loaded, images, expected, rewrites_left_out(bundle), quantize, _passes(facts))
 
 
 def _passes(facts: BundleFacts) -> tuple[Pass, ...]:
@@ -131,13 +131,3 @@ def _inputs(eval_set: EvaluationSet, chosen: list[int]) -> npt.NDArray[np.generi
 
 def _pixels(eval_set: EvaluationSet, chosen: list[int], facts: BundleFacts) -> npt.NDArray[np.uint8] | None:
     return _inputs(eval_set, chosen).astype(np.uint8) if facts.io_dtype is IODtype.UINT8 else None
-
-
-def _rewrite_options(bundle: Bundle, facts: BundleFacts) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Rewrites and passes that were turned off, and modules quantized against the rules (None without quantization)."""
-    graph = bundle.manifest.graph
-    passes = [step.name for step in TENSORRT_PASSES if step.name not in graph.passes]
-    if facts.quantization is not None:
-        return (*facts.quantization.disabled, *passes), facts.quantization.quantize
-    off = (name for name, entry in graph.rewrites.items() if any("--no-rewrite" in why for why in entry.skipped))
-    return (*off, *passes), None

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class QuantizationFacts:
     """What a quantized bundle was made with.
 
-    `record`: the file of its quantization plan. `weights_sha256`: of the calibrated weights. `disabled`, `quantize`:
-    the options --no-rewrite and --quantize.
+    `record`: the file of its quantization plan. `weights_sha256`: of the calibrated weights. `disabled`: as
+    `rewrites_left_out` says. `quantize`: the option.
     """
 
     record: Path
@@ -81,8 +81,21 @@ def read_record(facts: BundleFacts) -> QuantizationPlan | None:
 
 
 def _quantization(bundle: Bundle, section: QuantizationSection) -> QuantizationFacts:
-    record, rewrites = bundle.path / section.scales, section.rewrites
-    return QuantizationFacts(record, section.calibration.weights_sha256, rewrites.disabled, rewrites.quantize)
+    record, quantize = bundle.path / section.scales, section.rewrites.quantize
+    return QuantizationFacts(record, section.calibration.weights_sha256, rewrites_left_out(bundle), quantize)
+
+
+def rewrites_left_out(bundle: Bundle) -> tuple[str, ...]:
+    """Rewrites and passes without which a bundle was made: turned off, of another runtime, or of a later version."""
+    from spach_deploy.blocks import REWRITES
+    from spach_deploy.graph.passes import TENSORRT_PASSES
+
+    graph, quantization = bundle.manifest.graph, bundle.manifest.quantization
+    off = [name for name, entry in graph.rewrites.items() if any("--no-rewrite" in why for why in entry.skipped)]
+    later = [step.name for step in REWRITES if graph.rewrites and step.name not in graph.rewrites]
+    passes = [step.name for step in TENSORRT_PASSES if step.name not in graph.passes]
+    asked = () if quantization is None else quantization.rewrites.disabled
+    return tuple(dict.fromkeys([*off, *later, *passes, *asked]))
 
 
 def check_interface(bundle: Bundle) -> None:

@@ -38,7 +38,7 @@ from spach_deploy.quantization.formats import INT8
 from spach_deploy.quantization.sites import UNCERTAIN, LayerKind, Selection, find_sites
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from spach_deploy.validation.bisect import ProbedReference
-from tests.protos import bisect_graph, type_graph
+from tests.protos import bisect_graph, in_place, type_graph
 from tests.shared import once
 from tests.static_models import relative_l2
 from tests.validation import faults
@@ -227,6 +227,8 @@ def test_a_weight_whose_axis_is_not_certain_stays_in_float_and_that_is_said() ->
     ("family", "module"),
     [
         ("smlpnet", "token_mix.1.1.fuse"),
+        ("smlpnet", "token_mix.1.1.proj_h"),
+        ("smlpnet", "token_mix.1.1.proh_w"),
         ("smlpnet", "channel_mix.0.2.net.3"),
         ("shiftvit", "layers.1.blocks.0.mlp.fc1"),
     ],
@@ -238,6 +240,17 @@ def test_bisection_names_the_module_of_a_wrong_weight(family: str, module: str) 
     faults.perturb(graph, f"{module}.weight")
     (suspect,) = bisect_graph(graph, reference).suspects
     assert (suspect.module, suspect.kind) == (module, "wrong weight")
+
+
+@pytest.mark.parametrize("layer", ["proj_h", "proh_w", "fuse"])
+def test_bisection_tells_layers_apart_that_are_one_product(layer: str) -> None:
+    reference = ProbedReference.of(model_of("smlpnet"), images(2))
+    graph = as_proto(canonical("smlpnet"))
+    faults.perturb(graph, f"token_mix.1.1.{layer}.weight")
+    in_place(apply_passes, graph, TENSORRT_PASSES)
+    assert not [tensor for tensor in graph.graph.initializer if tensor.name.endswith("proj_h.weight")]
+    (suspect,) = bisect_graph(graph, reference).suspects
+    assert suspect.module == f"token_mix.1.1.{layer}"
 
 
 # Checkpoints

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,18 @@ from spach_deploy.blocks.attention import StaticAttention
 from spach_deploy.blocks.base import Outcome, prove
 from spach_deploy.blocks.token_mlp import StaticSpatialMLP
 from spach_deploy.common.errors import RewriteError
-from tests.static_models import ARCHITECTURES, images, logits, relative_l2, small_model
+from spach_deploy.engine.build import build_engine
+from spach_deploy.engine.flavours import TensorRTForRTX
+from spach_deploy.engine.plan_facts import read_plan_facts
+from spach_deploy.graph.editing import as_proto
+from spach_deploy.graph.export import export_canonical
+from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.spach import Spach
+from spach_deploy.options.gpus import parse_gpus
+from spach_deploy.options.specs import EngineTarget, Precision
+from tests.protos import type_graph
+from tests.static_models import ARCHITECTURES, IMAGE_SIZE, architecture, images, logits, relative_l2, small_model
 
 NAMES = [step.name for step in REWRITES]
 
@@ -76,6 +89,35 @@ def test_a_rewrite_that_does_not_apply_says_why(kind: str, name: str, reason: st
     outcome = rewrite(small_model(kind)).outcomes[name]
     assert not outcome.changes
     assert reason in outcome.skipped[0]
+
+
+@pytest.mark.parametrize(("size", "padded"), [(4, 16), (8, 16), (12, 16), (16, 16), (20, 24), (32, 32)])
+def test_heads_are_padded_to_sizes_that_fuse(size: int, padded: int) -> None:
+    model = Spach(architecture(2 * size, 8, 2, "1 trans", heads=2)).eval()
+    load_demo_weights(model)
+    result = rewrite(model)
+    (attention,) = (module for module in result.model.modules() if isinstance(module, StaticAttention))
+    assert attention.head_size == padded
+    assert (attention.qkv.out_features, attention.proj.in_features) == (6 * padded, 2 * padded)
+    assert len(result.outcomes["pad_heads"].changes) == (padded > size)
+    assert relative_l2(logits(result.model, images(2)), logits(model, images(2))) < 2e-6
+    for_a_cpu = rewrite(model, ["tokens_first"]).model  # as where no TensorRT runs it
+    assert for_a_cpu.get_submodule("blocks.0.spatial_func.qkv").out_features == 6 * size
+
+
+def test_an_attention_of_small_heads_is_fused(tmp_path: Path) -> None:
+    """The plain model's is not."""
+    pytest.importorskip("tensorrt_rtx")
+    fused, target = {}, EngineTarget(gpus=parse_gpus("sm89"))
+    for padded, disabled in ((True, []), (False, ["pad_heads"])):
+        graph = export_canonical(rewrite(small_model("trans"), disabled).model, IMAGE_SIZE)
+        apply_passes(graph, TENSORRT_PASSES)
+        onnx.save(type_graph(as_proto(graph), Precision.FP16).model, tmp_path / "model.onnx")
+        plan = build_engine(tmp_path / "model.onnx", target, TensorRTForRTX(), precision=Precision.FP16).plan
+        facts = read_plan_facts(plan)
+        assert facts is not None
+        fused[padded] = facts.fused_attentions
+    assert fused == {True: 3, False: 0}
 
 
 def test_a_disabled_rewrite_is_not_applied() -> None:

@@ -20,15 +20,13 @@ from spach_deploy.graph.export import export_canonical
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import OutputSpec, Role
-from spach_deploy.quantization import sites
+from spach_deploy.quantization import equalization, sites
 from spach_deploy.quantization.equalization import (
     ALPHAS,
     EqualizablePair,
     EqualizedPair,
     OutputChannels,
     apply_to_arrays,
-    exchangeable,
-    find_pairs,
     search,
     smoothing_factors,
 )
@@ -39,7 +37,7 @@ from spach_deploy.quantization.scales import Method, store, weight_scales
 from spach_deploy.quantization.sites import LayerKind, Site
 from spach_deploy.quantization.statistics import TensorStatistics
 from tests import static_models
-from tests.protos import apply_to_graph, find_sites, initializers
+from tests.protos import apply_to_graph, find_pairs, find_sites, initializers
 from tests.quantization.small_models import KINDS, canonical, inputs, plan, run, static
 from tests.static_models import relative_l2
 
@@ -51,7 +49,7 @@ both = pytest.mark.parametrize("form", [INT8, FP8], ids=["int8", "fp8"])
 
 def pairs_of(model: ModelProto) -> tuple[EqualizablePair, ...]:
     sites = [site for site in find_sites(model) if site.kind is not LayerKind.ATTENTION]
-    return find_pairs(sites, initializers(model.graph))
+    return find_pairs(model, sites)
 
 
 def with_random_factors(model: ModelProto) -> list[EqualizedPair]:
@@ -337,5 +335,5 @@ def test_what_the_head_reads_is_not_exchanged_where_the_graph_gives_it(
     model = copy.copy(static_models.small_model("hybrid"))
     model.outputs = chosen_outputs(OutputSpec(outputs=roles), static_models.CLASSES, model.stage_shapes)
     graph = export_canonical(rewrite(model, (), ("head",)).model, static_models.IMAGE_SIZE)
-    pairs = find_pairs(exchangeable(graph, sites.find_sites(graph)), graph.graph.initializers)
+    pairs = equalization.find_pairs(graph, sites.find_sites(graph))
     assert ("norm2 -> head" in [pair.name for pair in pairs]) is is_exchanged

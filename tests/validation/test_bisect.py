@@ -13,9 +13,11 @@ from onnx import ModelProto, helper
 
 from spach_deploy.blocks import rewrite
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.editing import owner
+from spach_deploy.graph.editing import as_proto, owner
+from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
 from spach_deploy.graph.precision.decision import TypingOptions
+from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import Precision
 from spach_deploy.validation.bisect import Bisection, ProbedReference
@@ -167,6 +169,60 @@ def _forget_names(model: ModelProto) -> None:
         node.name = f"node{index}"
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
+
+
+# Rectangles
+
+DEPTHWISE = "blocks.0.cpe_net.net.1"
+TURNED = {
+    "swapped": "Its grid has height and width swapped.",
+    "mirrored": "Its grid is mirrored.",
+    "upside down": "Its grid is upside down.",
+    "read as its transpose": "It reads its 12 by 16 grid as 16 by 12.",
+}
+
+
+@functools.cache
+def rectangle() -> tuple[bytes, ProbedReference]:
+    """A graph of 192 by 256 pixels, 12 by 16 tokens, and its reference."""
+    model = Spach(static_models.architecture(16, 16, 2, "2 conv", image_size=(192, 256))).eval()
+    load_demo_weights(model)
+    graph = as_proto(export_canonical(rewrite(model).model, (192, 256)))
+    images = np.random.default_rng(0).standard_normal((2, 3, 192, 256)).astype(np.float32)
+    return graph.SerializeToString(), ProbedReference.of(model, images)
+
+
+def _turn_grid(model: ModelProto, turn: str) -> None:
+    """Let the depthwise convolution compute another grid from right numbers; all other tensors keep their shapes."""
+    graph = model.graph
+    index, conv = next((i, n) for i, n in enumerate(graph.node) if n.op_type == "Conv" and n.name.startswith(DEPTHWISE))
+    given, kernel, made = conv.input[0], conv.input[1], conv.output[0]
+    constants = {"grid": [-1, 16, 12, 16], "read": [-1, 16, 16, 12], "last": [-1], "first": [-(2**62)]}
+    constants["axis"] = [2 if turn == "upside down" else 3]
+    graph.initializer.extend(onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items())
+    weight = faults.value(model, kernel)
+    if turn == "read as its transpose":
+        before = helper.make_node("Reshape", [given, "read"], ["turned"])
+    elif turn == "swapped":
+        before = helper.make_node("Transpose", [given], ["turned"], perm=[0, 1, 3, 2])
+        faults.set_value(model, kernel, weight.swapaxes(2, 3))
+    else:
+        before = helper.make_node("Slice", [given, "last", "first", "axis", "last"], ["turned"])
+        faults.set_value(model, kernel, np.flip(weight, constants["axis"][0]))
+    conv.input[0], conv.output[0] = "turned", "mixed"
+    nodes = [*graph.node[:index], before, conv, helper.make_node("Reshape", ["mixed", "grid"], [made])]
+    nodes += graph.node[index + 1 :]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+@pytest.mark.parametrize("turn", TURNED)
+def test_a_turned_grid_is_named_on_rectangles(turn: str) -> None:
+    content, rectangles = rectangle()
+    model = onnx.load_from_string(content)
+    _turn_grid(model, turn)
+    (suspect,) = bisect_graph(model, rectangles).suspects
+    assert (suspect.module, suspect.kind, suspect.why) == (DEPTHWISE, "wrong layout", TURNED[turn])
 
 
 def test_two_faults_are_two_suspects_and_what_they_pass_on_is_none() -> None:

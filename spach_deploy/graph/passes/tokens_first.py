@@ -39,7 +39,8 @@ _SWAPPED = [1, 0, 2]
 
 @dataclasses.dataclass(frozen=True)
 class _Attention:
-    """The nodes of one attention as torch.onnx writes it, in order; B batch, N tokens, h heads, d `head_dim`.
+    """The nodes of one attention as torch.onnx writes it, in order; B batch, N tokens, h heads, d `head_dim`,
+    C `dim` channels of the stream.
 
     `norm`: the LayerNormalization before it. `qkv`: its Gemm. `unpack`: the Reshape to (B, N, 3h, d). `swap`: the
     Transpose to (B, 3h, N, d). `split`: the Split into q, k, v. `key`: the Transpose of k. `merge`: the Transpose of
@@ -58,10 +59,7 @@ class _Attention:
     tokens: int
     heads: int
     head_dim: int
-
-    @property
-    def dim(self) -> int:
-        return self.heads * self.head_dim
+    dim: int
 
 
 def tokens_first(model: ir.Model) -> tuple[str, ...]:
@@ -99,8 +97,8 @@ def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Atte
     except LookupError:
         return None
     _, triple, tokens, head_dim = shapes[name_of(swap.outputs[0])]
-    path = name_of(softmax).rpartition("/")[0]
-    return _Attention(path, norm, qkv, unpack, swap, split, key, merge, back, tokens, triple // 3, head_dim)
+    path, dim = name_of(softmax).rpartition("/")[0], shapes[name_of(norm.outputs[0])][-1]
+    return _Attention(path, norm, qkv, unpack, swap, split, key, merge, back, tokens, triple // 3, head_dim, dim)
 
 
 def _before(node: ir.Node, slot: int, op_type: str) -> ir.Node:

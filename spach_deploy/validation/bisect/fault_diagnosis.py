@@ -97,7 +97,8 @@ def hypotheses(recorded: ProbeRecord, value: Array) -> Iterator[Hypothesis]:
     if isinstance(module, (nn.GELU, nn.ReLU, nn.SiLU)):
         yield from _activations(computation, module)
     yield from _weight_layouts(computation)
-    yield from _grid_layouts(exact)
+    yield from _grid_layouts(exact, recorded.grid)
+    yield from _grid_readings(computation, exact)
     yield from _channel_orders(exact, value, has_heads=_has_heads(recorded.point))
     if recorded.point.kind is ProbeKind.SUM:
         yield from _missing_parts(computation)
@@ -246,12 +247,11 @@ def _set_weight(module: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
     module.weight = nn.Parameter(turn(module.weight).contiguous(), requires_grad=False)
 
 
-def _grid_layouts(exact: Array) -> Iterator[Hypothesis]:
+def _grid_layouts(exact: Array, grid_shape: tuple[int, int] | None) -> Iterator[Hypothesis]:
     """Tokens in another layout: a transposed or flipped grid, or channels and tokens exchanged."""
     batch, tokens, channels = exact.shape
-    side = round(tokens**0.5)
-    if side * side == tokens and side > 1:
-        grid = exact.reshape(batch, side, side, channels)
+    if grid_shape is not None and tokens > 1:
+        grid = exact.reshape(batch, *grid_shape, channels)
         turned = {
             "Its grid has height and width swapped.": grid.transpose(0, 2, 1, 3),
             "Its grid is mirrored.": grid[:, :, ::-1],
@@ -262,6 +262,18 @@ def _grid_layouts(exact: Array) -> Iterator[Hypothesis]:
     if tokens > 1:
         mixed = exact.transpose(0, 2, 1).reshape(exact.shape)
         yield Hypothesis(Fault.LAYOUT, "Its channels and tokens are transposed in memory.", mixed)
+
+
+def _grid_readings(computation: Computation, exact: Array) -> Iterator[Hypothesis]:
+    """A convolution that takes the rows of a rectangle for its columns."""
+    if not isinstance(computation.module, nn.Conv2d) or computation.inputs[0].ndim != 4:
+        return
+    x = computation.inputs[0]
+    height, width = x.shape[2:]
+    if height != width:
+        value = recompute(dataclasses.replace(computation, inputs=(x.reshape(*x.shape[:2], width, height),)))
+        if value.shape == exact.shape:
+            yield Hypothesis(Fault.LAYOUT, f"It reads its {height} by {width} grid as {width} by {height}.", value)
 
 
 def _has_heads(point: ProbePoint) -> bool:

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
+from spach_deploy.blocks.base import modules_of
+from spach_deploy.blocks.token_mlp import StaticAxisMixing
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.editing import name_of, owner
@@ -107,7 +110,7 @@ def locate(graph: ir.Model, reference: ProbedReference) -> Location:
     while True:
         errors = dict(_errors_by_point(opened, search, feeds, reference, arithmetic))
         found = {point: errors[point] for point in view.points if point in errors}
-        suspicions = tuple(_suspicions(view, search, found))
+        suspicions = tuple(_suspicions(view, search, found, reference))
         absent = (entry.point for entry in suspicions if entry.found is None)
         if not any(search.match_wrong(point) for point in absent):
             break
@@ -171,7 +174,9 @@ def _found(
     return ProbeErrors(match, inherited, local, allowed, rows)
 
 
-def _suspicions(view: ProbeView, search: TensorSearch, found: dict[str, ProbeErrors]) -> Iterator[Suspicion]:
+def _suspicions(
+    view: ProbeView, search: TensorSearch, found: dict[str, ProbeErrors], reference: ProbedReference
+) -> Iterator[Suspicion]:
     """Probe points with an error of their own. A point without a tensor is suspected where the next one is wrong."""
     blamed: set[str] = set()
     for name in view.points:
@@ -179,10 +184,27 @@ def _suspicions(view: ProbeView, search: TensorSearch, found: dict[str, ProbeErr
         if entry is None or entry.is_right:
             continue
         absent = [point for point in search.unmatched_inputs(name) if view.is_expected(point)]
-        point = absent[0] if absent else name
+        point = (_explaining(name, search, entry, reference) or absent[0]) if absent else name
         if point not in blamed:
             blamed.add(point)
             yield Suspicion(point, found.get(point), name)
+
+
+def _explaining(name: str, search: TensorSearch, entry: ProbeErrors, reference: ProbedReference) -> str:
+    """Of an sMLPNet's three linear layers in one product, whose result is the wrong point, the one that explains its
+    error; "" of other points.
+    """
+    read = search.matched_inputs(name)
+    for path, mixing in modules_of(reference.static, StaticAxisMixing):
+        if not isinstance(mixing, StaticAxisMixing) or name != f"{path}.{mixing.paths[-1]}" or len(read) != 1:
+            continue
+        right, z = entry.match.candidate.recorded, search.matched[read[0]].candidate.recorded
+        if right.grid is not None and z.grid == right.grid:
+            shape = (len(z.value), *right.grid, -1)
+            error = (entry.value - right.value).reshape(shape)
+            layer = mixing.wrong_layer(torch.from_numpy(z.value.reshape(shape)), torch.from_numpy(error))
+            return f"{path}.{layer}" if layer else ""
+    return ""
 
 
 def _blame_altered_input(

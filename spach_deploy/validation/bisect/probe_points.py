@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spach_deploy.blocks.attention import StaticAttention
 from spach_deploy.blocks.mixing_block import StaticBlock
@@ -102,11 +105,14 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeRecord:
-    """A model's value at a probe point: float32 (B, N, C), and how to compute it again."""
+    """A model's value at a probe point: float32 (B, N, C), and how to compute it again. `grid`: height and width of its
+    tokens, None where they form none.
+    """
 
     point: ProbePoint
     value: Float32Array
     computation: Computation
+    grid: tuple[int, int] | None = None
 
 
 SAME = 1e-4
@@ -123,8 +129,9 @@ def record(
     `other_form`: records of another form of the same model. Where both have the same value but for rounding, the
     other's value replaces this one's in the run, so that rounding does not accumulate between the two.
     """
-    recorder = _Recorder(model, len(images), other_form or {})
-    with torch.inference_mode():
+    flow = _DataFlow()
+    recorder = _Recorder(model, len(images), other_form or {}, flow)
+    with torch.inference_mode(), flow:
         recorder.attach()
         try:
             model(torch.from_numpy(images))
@@ -133,11 +140,47 @@ def record(
         return recorder.recorded
 
 
+class _DataFlow(TorchFunctionMode):
+    """Keeps for every tensor the nearest probe points that it is computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {}  # with the tensor, so that no other gets its id
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`; what it makes comes from the points that its inputs come from."""
+        result = func(*args, **(kwargs or {}))
+        inputs = (self.points_of(tensor) for tensor in _tensors((args, tuple((kwargs or {}).values()))))
+        points = tuple(dict.fromkeys(itertools.chain.from_iterable(inputs)))
+        for tensor in _tensors(result) if points else ():
+            self.set_points(tensor, points)
+        return result
+
+    def set_points(self, tensor: Tensor, points: tuple[str, ...]) -> None:
+        """From now on `tensor` comes from these alone."""
+        self._made[id(tensor)] = tensor, points
+
+    def points_of(self, tensor: Tensor) -> tuple[str, ...]:
+        """The points that it comes from."""
+        return self._made[id(tensor)][1] if id(tensor) in self._made else ()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
 class _Recorder:
     """Forward hooks on all leaf modules and blocks. A shared module is told apart by the block that calls it."""
 
-    def __init__(self, model: Model, batch: int, other_form: Mapping[str, ProbeRecord]) -> None:
+    def __init__(self, model: Model, batch: int, other_form: Mapping[str, ProbeRecord], flow: _DataFlow) -> None:
         self.recorded: dict[str, ProbeRecord] = {}
+        self._flow = flow
+        shapes = getattr(model, "stage_shapes", ())
+        self._grids = {height * width: (height, width) for _, height, width in shapes}
         self._other_form = other_form
         self._model = model
         self._batch = batch
@@ -176,14 +219,17 @@ class _Recorder:
                 output = self._substituted(path, output, self._rows_of(module, transposed=transposed))
                 self._calls[path.removeprefix(inside)] = (module, inputs[0], output)
                 return output
+            parents = self._flow.points_of(inputs[0])
             if paths[0] == "head":
                 self._mean(inputs[0])
+                parents = (MEAN,)
             folded = self._stream if isinstance(module, nn.BatchNorm2d) else paths[0]
             output = self._substituted(
                 paths[0] if paths[0] in self._other_form else folded, output, self._rows_of(module)
             )
-            self._add_leaf(paths[0], (self._stream,), module, inputs[0], output, transposed=False)
+            self._add_leaf(paths[0], parents, module, inputs[0], output, transposed=False)
             self._stream = paths[0]
+            self._flow.set_points(output, (paths[0],))
             return output
 
         return hook
@@ -227,6 +273,7 @@ class _Recorder:
         output = self._substituted(path, output, ChannelLayout(self._batch))
         self._add_sum(ProbePoint(path, path, ProbeKind.SUM, (last, middle)), output, values)
         self._stream = path
+        self._flow.set_points(output, (path,))
         return output
 
     def _spatial(self, path: str, block: MixingBlock | StaticBlock, x: str) -> str:
@@ -277,6 +324,8 @@ class _Recorder:
         self, path: str, parents: tuple[str, ...], module: nn.Module, x: Tensor, y: Tensor, *, transposed: bool
     ) -> None:
         rows = self._rows_of(module, transposed=transposed)
+        if rows.channels == "first" and y.ndim == 4:
+            self._grids.setdefault(y.shape[2] * y.shape[3], (y.shape[2], y.shape[3]))
         point = ProbePoint(path, path, ProbeKind.LEAF, tuple(parent for parent in parents if parent))
         self._add(point, y, Computation(module, (x,), _call, rows))
 
@@ -289,7 +338,7 @@ class _Recorder:
         other = self._other_form.get(point.name)
         if other is not None and other.value.shape == array.shape and np.array_equal(other.value, array):
             array = other.value
-        self.recorded[point.name] = ProbeRecord(point, array, computation)
+        self.recorded[point.name] = ProbeRecord(point, array, computation, self._grids.get(array.shape[1]))
 
     def _rows_of(self, module: nn.Module, *, transposed: bool = False) -> ChannelLayout:
         first = isinstance(module, (nn.Conv2d, nn.GroupNorm, nn.BatchNorm2d, nn.ReLU))

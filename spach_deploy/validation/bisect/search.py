@@ -220,7 +220,6 @@ class TensorSearch:
         """Tensors that could be a wrong point's, with their values (B, N, C)."""
         overrides = self.overrides
         inputs = [self.matched[name].tensor for name in self.matched_inputs(point)]
-        candidate = self._view.candidates[point][0]
         sizes = [entry.recorded.value.size for entry in self._view.candidates[point]]
         names = self._opened.computed_from(inputs, overrides, self._opened.tensors(sizes))
         taken = {match.tensor for match in self.matched.values()}
@@ -228,8 +227,7 @@ class TensorSearch:
         if not names:
             return
         for tensor, value in self._opened.run(self._feeds, names, overrides).items():
-            if value.size == candidate.recorded.value.size:
-                yield from self._matches_of_tensor(point, tensor, value, inputs)
+            yield from self._matches_of_tensor(point, tensor, value, inputs)
 
     def _matches_of_tensor(
         self, point: str, tensor: str, value: NDArray[np.floating], inputs: list[str]
@@ -238,6 +236,8 @@ class TensorSearch:
         layout.
         """
         for candidate in self._forms_of_point(point):
+            if candidate.recorded.value.size != value.size:
+                continue
             for layout in self._layouts(value, candidate):
                 rows = layout.to_rows(value, candidate.recorded.value.shape)
                 match = Match(point, candidate, tensor, layout, relative_l2(rows, candidate.recorded.value))

@@ -20,8 +20,9 @@ from spach_deploy.bundle.store import GOLDEN, GRAPH
 from spach_deploy.cli.package import main as package_command
 from spach_deploy.cli.package_polygraphy import main
 from spach_deploy.common.errors import UnavailableError
-from spach_deploy.options.specs import Precision
-from spach_deploy.packaging.polygraphy.folder import ROUNDED, commands
+from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision, Role
+from spach_deploy.packaging.polygraphy.folder import BOUNDS, ROUNDED, commands
+from spach_deploy.pipeline.export import export
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import small_bundles
 from tests.commands import contents, refusal
@@ -77,6 +78,23 @@ def test_a_wrong_graph_fails(folder: Path, tmp_path: Path) -> None:
     done = polygraphy(wrong, graph_command())
     assert done.returncode == 1
     assert "FAILED" in done.stdout
+
+
+def test_an_embedding_is_compared_by_its_own_bound(tmp_path: Path) -> None:
+    bundle, target = tmp_path / "bundle", tmp_path / "golden"
+    model = ModelSpec(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=small_bundles.CLASSES)
+    with small_bundles.registered():
+        outputs = OutputSpec(outputs=(Role.EMBEDDING,))
+        export(ExportOptions(model, Precision.FP32, outputs, EngineTarget(Flavour.NONE), output=bundle))
+    assert package(bundle, "-o", target).exit_code == 0
+    assert [*json.loads((target / BOUNDS).read_text())] == ["embedding"]
+    done = polygraphy(target, graph_command())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "embedding: relative L2" in done.stdout
+    graph = onnx.load(target / GRAPH)
+    faults.perturb(graph, "norm2.bias")
+    onnx.save(graph, target / GRAPH)
+    assert polygraphy(target, graph_command()).returncode == 1
 
 
 def test_every_batch_is_one_that_the_profile_allows(folder: Path) -> None:
