@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -309,10 +310,43 @@ class LevelEntry(Struct, frozen=True, kw_only=True):
     macs: float
 
 
+class Form(str, enum.Enum):
+    """Which runtime a graph is spelt for: TensorRT's compiler, or ONNX Runtime on a CPU, in floats or in eight bits.
+
+    Every form runs in every runtime; only speed and size differ.
+    """
+
+    TENSORRT = "tensorrt"
+    CPU = "cpu"
+    CPU_INT8 = "cpu-int8"
+
+
+class MadeEntry(Struct, frozen=True, kw_only=True):
+    """How a package made its graph from a bundle's graph, which had another form.
+
+    `graph_sha256`, `nodes`, `bytes`: of the bundle's graph. `runtime`: what ran both. `rewritten`: how many places each
+    pass changed. `fp32_rel_l2`: relative L2 of the two graphs in FP32, by output, which is rounding alone. `rel_l2`: of
+    the made graph against the reference on the golden images, by output; what is allowed is in the section on
+    validation.
+    """
+
+    graph_sha256: str
+    nodes: int
+    bytes: int
+    runtime: str
+    rewritten: dict[str, int] = {}
+    fp32_rel_l2: dict[str, float] = {}
+    rel_l2: dict[str, float] = {}
+
+
 class GraphSection(Struct, frozen=True, kw_only=True):
     """Rewrites, passes, relative L2 in FP32 by export step and batch, and the certificate. `levels`: how well the
-    blocks of a user's own module are known.
+    blocks of a user's own module are known. `form`: null in older bundles, see `Manifest.form`. `made`: of a graph that
+    a package made.
     """
+
+    form: Form | None = None
+    made: MadeEntry | None = None
 
     certificate: CertificateEntry = CertificateEntry()
     rewrites: dict[str, RewriteEntry] = {}
@@ -586,13 +620,25 @@ class Manifest(Struct, frozen=True, kw_only=True):
         content["engine"] = {
             name: value for name, value in engine.items() if name == "flavour" or (name == "reason") is not has_plan
         }
-        for section, name in ((content["graph"], "levels"), (content["graph"]["certificate"], "broken")):
+        graph = content["graph"]
+        for section, name in ((graph, "form"), (graph, "made"), (graph, "levels"), (graph["certificate"], "broken")):
             if not section[name]:
                 del section[name]
         if self.model.architecture is None:  # as older versions wrote it
             del content["model"]["architecture"]
         absent = {name for name in ("quantization", "cpu") if content[name] is None}
         return {name: value for name, value in content.items() if name not in absent}
+
+    @property
+    def form(self) -> Form:
+        """The form of the graph: as recorded, and of an older bundle as its passes or else its engine say."""
+        recorded, passes = self.graph.form, self.graph.passes
+        if recorded is not None:
+            return recorded
+        is_for_tensorrt = "shift_depthwise" in passes if passes else self.engine.flavour is not Flavour.NONE
+        if is_for_tensorrt:
+            return Form.TENSORRT
+        return Form.CPU_INT8 if "linear_as_matmul" in passes else Form.CPU
 
     def text(self) -> str:
         """The text of manifest.json."""

@@ -109,9 +109,39 @@ def constant(graph: ir.Graph, name: str, value: NDArray[np.generic] | Sequence[i
     return graph.initializers[name]
 
 
+def unused_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or a longer one where an initializer has it."""
+    while name in graph.initializers:
+        name += "/again"
+    return name
+
+
 def array_of(value: ir.Value | None) -> NDArray[Any] | None:
     """The data of an initializer; None for a node's output, a graph input and no value."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def ints_of(value: ir.Value | None) -> list[int]:
+    """The integers of an initializer, such as axes or a shape; none for any other value."""
+    array = array_of(value)
+    return [] if array is None or array.dtype.kind not in "iu" else [int(number) for number in array.reshape(-1)]
+
+
+def maker(node: ir.Node, index: int, op_type: str) -> ir.Node:
+    """The node that makes input `index` of `node`; LookupError where that is no `op_type`."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    made = None if value is None else value.producer()
+    if made is None or made.op_type != op_type:
+        raise LookupError(f"no {op_type} makes input {index} of {node.name}")
+    return made
+
+
+def reader(node: ir.Node, op_type: str) -> ir.Node:
+    """The only reader of what `node` makes; LookupError where there are others, or it is no `op_type`."""
+    readers = node.outputs[0].consumers()
+    if [found.op_type for found in readers] != [op_type] or node.outputs[0].is_graph_output():
+        raise LookupError(f"not one {op_type} reads {node.name}")
+    return readers[0]
 
 
 def set_ints(node: ir.Node, attribute: str, values: Sequence[int]) -> None:

@@ -110,7 +110,7 @@ def export(
             interface=sections.interface_sections(typed.model.graph, loaded.model.outputs, options),
             precision=sections.precision_section(typed),
             quantization=sections.quantization_sections(quantized.calibration, quantized.selection, options),
-            graph=sections.graph_section(static, reference.result(), typed),
+            graph=sections.graph_section(static, reference.result(), typed, options),
             engine=engine_section(engine, options),
             validation=manifest_section(validation, judged.tolerances),
             phases=phases.done,

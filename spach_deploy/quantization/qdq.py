@@ -28,7 +28,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spach_deploy.common.errors import PrecisionError
-from spach_deploy.graph.editing import name_of, operand, tensor_of
+from spach_deploy.graph.editing import name_of, operand, remove_unused_initializers, tensor_of
 from spach_deploy.graph.opset import raise_opset
 from spach_deploy.graph.precision.formats import FLOAT, FP16, HALF_FORMATS, decode, infer_all_types
 from spach_deploy.options.specs import Precision
@@ -82,6 +82,36 @@ class InsertQdq(ir.passes.InPlacePass):
         if any(value.dtype in _NEWER_TYPES for value in graph.initializers.values()):
             raise_opset(model, _OPSET)
         return ir.passes.PassResult(model, bool(self._plan.sites))
+
+
+def remove_qdq(model: ir.Model) -> int:
+    """Remove every pair from `model`, in place: readers get the number that was quantized. Returns how many there were.
+
+    Raises PrecisionError for a DequantizeLinear without a QuantizeLinear, whose numbers are not in the graph.
+    """
+    graph = model.graph
+    pairs = [node for node in graph if node.op_type == "DequantizeLinear"]
+    for node in pairs:
+        quantize = operand(node, 0).producer()
+        if quantize is None or quantize.op_type != "QuantizeLinear":
+            raise PrecisionError(f"{node.name} reads integers that no node of the graph makes.")
+        node.outputs[0].replace_all_uses_with(operand(quantize, 0))
+        graph.remove(node, safe=True)
+        if not quantize.outputs[0].uses():
+            graph.remove(quantize, safe=True)
+    remove_unused_initializers(graph)
+    return len(pairs)
+
+
+def widen_biases(model: ir.Model, plan: QuantizationPlan) -> None:
+    """Give the quantized layers of an FP32 graph the biases of the plan, in place: those of the graph are rounded."""
+    nodes = {name_of(node): node for node in model.graph}
+    for site in plan.sites:
+        added = _added(nodes[site.node]) if site.correction and site.bias is not None and site.node in nodes else None
+        if added is not None:
+            values = np.array(site.correction) + (np.array(site.bias) if site.bias else 0.0)
+            shape = tensor_of(added).shape.numpy()
+            added.const_value = ir.Tensor(values.astype(np.float32).reshape(shape), name=added.name)
 
 
 def _remove_unread_casts(graph: ir.Graph) -> None:

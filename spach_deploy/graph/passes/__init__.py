@@ -8,18 +8,20 @@ the graph computes: it is compared with the reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import onnx_ir as ir
 
+from spach_deploy.bundle.schema import Form
 from spach_deploy.common.errors import CertificateError
-from spach_deploy.graph.passes.axis_products import axis_products
+from spach_deploy.graph.passes.axis_products import axis_products, separate_axes
 from spach_deploy.graph.passes.channels_last import channels_last
-from spach_deploy.graph.passes.first_norm import spell_first_norm
-from spach_deploy.graph.passes.group_norm import split_group_norm, split_group_norm_for_cpu
+from spach_deploy.graph.passes.first_norm import join_first_norm, spell_first_norm
+from spach_deploy.graph.passes.group_norm import shorten_group_norm, split_group_norm, split_group_norm_for_cpu
+from spach_deploy.graph.passes.idle_moves import remove_idle_moves
 from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
-from spach_deploy.graph.passes.shift_depthwise import shift_depthwise
-from spach_deploy.graph.passes.tokens_first import tokens_first
+from spach_deploy.graph.passes.shift_depthwise import join_depthwise, shift_depthwise
+from spach_deploy.graph.passes.tokens_first import images_first, tokens_first
 
 
 @dataclasses.dataclass
@@ -64,11 +66,33 @@ CPU_PASSES: tuple[Pass, ...] = (
 )
 """For graphs that run in ONNX Runtime alone: its GroupNorm loses digits on large images."""
 
-CPU_INT8_PASSES: tuple[Pass, ...] = (
-    *CPU_PASSES,
-    Pass("linear_as_matmul", "linear layers as MatMul and Add, for eight bits on a CPU", linear_as_matmul),
+_LINEAR_AS_MATMUL = Pass(
+    "linear_as_matmul", "linear layers as MatMul and Add, for eight bits on a CPU", linear_as_matmul
 )
+
+CPU_INT8_PASSES: tuple[Pass, ...] = (*CPU_PASSES, _LINEAR_AS_MATMUL)
 """For graphs that run quantized to eight bits in ONNX Runtime on a CPU."""
+
+_FROM_TENSORRT: tuple[Pass, ...] = (
+    Pass("tokens_first", "attention with images before tokens", images_first),
+    Pass("axis_products", "linear layers along each axis, concatenated", separate_axes),
+    Pass("shift_depthwise", "shifted products as depthwise convolutions", join_depthwise),
+    Pass("split_group_norm", "GroupNorm statistics in short sums", shorten_group_norm),
+    Pass("spell_first_norm", "the LayerNorm behind the stem as one node", join_first_norm),
+    Pass("idle_moves", "transposes and reshapes that cancel each other", remove_idle_moves),
+)
+
+PASSES: Mapping[Form, tuple[Pass, ...]] = {
+    Form.TENSORRT: TENSORRT_PASSES,
+    Form.CPU: CPU_PASSES,
+    Form.CPU_INT8: CPU_INT8_PASSES,
+}
+
+FROM_TENSORRT_PASSES: Mapping[Form, tuple[Pass, ...]] = {
+    Form.CPU: _FROM_TENSORRT,
+    Form.CPU_INT8: (*_FROM_TENSORRT, _LINEAR_AS_MATMUL),
+}
+"""To the other forms, from that for TensorRT in FP32. Each is called like the pass that it takes back."""
 
 
 def apply_passes(

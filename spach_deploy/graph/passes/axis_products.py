@@ -14,6 +14,7 @@ The concatenation that this saves is a copy of 3C channels, as large as fuse's i
 and 1,275 MB at batch 8 with it.
 
 The biases of P and Q are the same for every image: b (rows of F_1 summed), and so for Q. Quantized layers stay apart.
+For other runtimes, which copy faster than they multiply, `separate_axes` takes it back.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ from spach_deploy.graph.editing import (
     NodeWriter,
     array_of,
     constant,
+    ints_of,
     is_marked_quantized,
+    maker,
     name_of,
     operand,
     owner,
+    reader,
     remove_unused_initializers,
     replace_nodes,
     shapes_at_batch_one,
+    unused_name,
 )
 
 NAME = "axis_products"
@@ -152,22 +157,30 @@ def _products(graph: ir.Graph, path: str, mixing: _Mixing) -> list[ir.Node]:
 
     rows = shaped("rows", mixing.z, channels)
     mixed = writer.add("Gemm", "channels", rows, stored("parts", np.concatenate(mixing.parts)), transB=1)
-    first, second = _matrices(mixing)
-    if height * width <= SMALL_GRID:
-        matrix = np.einsum("ahj,jbwk->abhwk", second, first).reshape(height * width, -1)
+    matrices = _stored_matrices(mixing)
+    if len(matrices) == 1:
         pixels = shaped("pixels", mixed, 3 * height * width, channels)
-        y = writer.add("MatMul", "along_both", stored("both", matrix), pixels)
+        y = writer.add("MatMul", "along_both", stored("both", matrices[0]), pixels)
     else:
-        matrix = first.reshape(2 * width, 3 * width)
-        y = writer.add("MatMul", "along_rows", stored("row", matrix), shaped("by_row", mixed, 3 * width, channels))
+        row, column = matrices
+        y = writer.add("MatMul", "along_rows", stored("row", row), shaped("by_row", mixed, 3 * width, channels))
         columns = shaped("by_column", y, 2 * height, width * channels)
-        y = writer.add("MatMul", "along_columns", stored("column", second.reshape(height, 2 * height)), columns)
+        y = writer.add("MatMul", "along_columns", stored("column", column), columns)
     y = shaped("grid", y, height, width, channels)
     row_bias = mixing.rows.bias * mixing.parts[1].sum(axis=1)
     column_bias = mixing.columns.bias * mixing.parts[2].sum(axis=1)
     y = writer.add("Add", "row_bias", y, stored("row_bias", row_bias))
     writer.add("Add", "column_bias", y, stored("column_bias", column_bias[:, None]))
     return writer.nodes
+
+
+def _stored_matrices(mixing: _Mixing) -> list[Float64]:
+    """The matrices as the graph holds them: one for both axes on a small grid, else one for each."""
+    height, width = mixing.grid
+    first, second = _matrices(mixing)
+    if height * width <= SMALL_GRID:
+        return [np.einsum("ahj,jbwk->abhwk", second, first).reshape(height * width, -1)]
+    return [first.reshape(2 * width, 3 * width), second.reshape(height, 2 * height)]
 
 
 def _matrices(mixing: _Mixing) -> tuple[Float64, Float64]:
@@ -179,3 +192,107 @@ def _matrices(mixing: _Mixing) -> tuple[Float64, Float64]:
     same, none = np.eye(width), np.zeros((width, width))
     along_rows = np.stack([np.stack([same, mixing.rows.weight, none], -1), np.stack([none, none, same], -1)])
     return along_rows, np.stack([np.eye(height), mixing.columns.weight], -1)
+
+
+def separate_axes(model: ir.Model) -> tuple[str, ...]:
+    """Write such mixings as they were, in place: one layer along each axis, concatenated, and one over channels; names
+    of the layers over channels.
+
+    P, Q and F are entries of the matrices that `axis_products` made, so nothing is rounded; matrices that hold anything
+    else stay. The biases stay behind the sum.
+    """
+    graph, shapes = model.graph, shapes_at_batch_one(model)
+    gemms = [node for node in graph if node.op_type == "Gemm"]
+    found = {gemm: joined for gemm in gemms if (joined := _joined(gemm, shapes)) is not None}
+    for joined in found.values():
+        replace_nodes(joined.nodes, _separate(graph, joined))
+    remove_unused_initializers(graph)
+    return tuple(name_of(gemm) for gemm in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """What `axis_products` wrote for z, (B, H, W, C): its nodes up to the grid, and the weights in them."""
+
+    path: str
+    z: ir.Value
+    nodes: tuple[ir.Node, ...]
+    rows: NDArray[np.float32]
+    columns: NDArray[np.float32]
+    fuse: NDArray[np.float32]
+
+
+def _joined(gemm: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Joined | None:
+    """The mixing whose layer over channels is `gemm`; None where its nodes or matrices are others."""
+    try:
+        rows = maker(gemm, 0, "Reshape")
+        first = reader(reader(gemm, "Reshape"), "MatMul")
+        parts, shape = array_of(gemm.inputs[1]), shapes.get(name_of(rows.inputs[0]), ())
+        if parts is None or len(shape) != 4 or parts.shape != (3 * shape[3], shape[3]) or len(gemm.inputs) != 2:
+            return None
+        _, height, width, channels = shape
+        products = [first]
+        after = reader(first, "Reshape")
+        if height * width > SMALL_GRID:
+            products.append(reader(after, "MatMul"))
+            after = reader(products[-1], "Reshape")
+    except LookupError:
+        return None
+    matrices = [array_of(node.inputs[0]) for node in products]
+    axes = _axes([matrix for matrix in matrices if matrix is not None], height, width)
+    if axes is None or ints_of(after.inputs[1]) != [-1, height, width, channels]:
+        return None
+    between = [reader(product, "Reshape") for product in products[:-1]]
+    nodes = (rows, gemm, reader(gemm, "Reshape"), *products, *between, after)
+    fuse = np.ascontiguousarray(np.concatenate(np.split(parts, 3), axis=1))
+    return _Joined(owner(name_of(gemm)), operand(rows, 0), nodes, *axes, fuse)
+
+
+def _axes(
+    matrices: list[NDArray[np.float32]], height: int, width: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """P (W, W) and Q (H, H) in the matrices of `_products`; None where those are not made of such."""
+    if height * width <= SMALL_GRID:
+        if len(matrices) != 1 or matrices[0].shape != (height * width, 3 * height * width):
+            return None
+        both = matrices[0].reshape(height, width, height, width, 3)
+        rows, columns = both[0, :, 0, :, 1], both[:, 0, :, 0, 2]
+    else:
+        if [matrix.shape for matrix in matrices] != [(2 * width, 3 * width), (height, 2 * height)]:
+            return None
+        rows = matrices[0].reshape(2, width, width, 3)[0, :, :, 1]
+        columns = matrices[1].reshape(height, height, 2)[:, :, 1]
+    none = np.zeros((0, 0))
+    again = _Mixing(
+        z=ir.val("z"),
+        rows=_Axis((), rows.astype(np.float64), none),
+        columns=_Axis((), columns.astype(np.float64), none),
+        parts=(none, none, none),
+        nodes=(),
+        grid=(height, width),
+    )
+    made = _stored_matrices(again)
+    is_same = all(np.array_equal(matrix, one.astype(np.float32)) for matrix, one in zip(matrices, made, strict=True))
+    return (np.ascontiguousarray(rows), np.ascontiguousarray(columns)) if is_same else None
+
+
+def _separate(graph: ir.Graph, joined: _Joined) -> list[ir.Node]:
+    """Nodes that make (B, H, W, C) of z, without the biases along the axes."""
+    height, width, channels = len(joined.columns), len(joined.rows), len(joined.fuse)
+    writer, grid = NodeWriter(joined.path), (height, width, channels)
+
+    def shaped(label: str, value: ir.Value, *shape: int) -> ir.Value:
+        stored_shape = constant(graph, f"axis_products.{'x'.join(map(str, shape))}", [-1, *shape])
+        return writer.add("Reshape", label, value, stored_shape)
+
+    def along(label: str, matrix: NDArray[np.float32], *shape: int) -> ir.Value:
+        stored = constant(graph, unused_name(graph, f"{joined.path}.{label}"), matrix)
+        product = writer.add("MatMul", label, stored, shaped(f"{label}_view", joined.z, *shape))
+        return shaped(f"{label}_grid", product, *grid)
+
+    mixed = (along("rows", joined.rows, width, channels), along("columns", joined.columns, height, width * channels))
+    concatenated = writer.add("Concat", "concat", joined.z, *mixed, axis=3)
+    fuse = constant(graph, unused_name(graph, f"{joined.path}.weight"), joined.fuse)
+    y = writer.add("Gemm", "Gemm", shaped("pixels", concatenated, 3 * channels), fuse, transB=1)
+    shaped("grid", y, *grid)
+    return writer.nodes

@@ -7,14 +7,32 @@ the second reads the norm's input again, in half precision. The operators are ma
 of LayerNormalization are.
 
 Where the stream is a grid (models with MLP blocks), this form costs one kernel more, so the norm stays as it is.
+For other runtimes `join_first_norm` takes it back.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
-from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, name_of, replace_nodes, shapes_at_batch_one
+from spach_deploy.graph.editing import (
+    NodeWriter,
+    array_of,
+    constant,
+    ints_of,
+    maker,
+    mark_float32,
+    name_of,
+    new_node,
+    operand,
+    owner,
+    reader,
+    remove_unused_initializers,
+    replace_nodes,
+    shapes_at_batch_one,
+)
 
 NAME = "spell_first_norm"
 _NODE = "norm1/LayerNormalization"
@@ -55,3 +73,64 @@ def _spelt_out(graph: ir.Graph, norm: ir.Node, tokens: int, channels: int) -> li
     add("Add", "shifted", add("Mul", "scaled", normalized, weight), bias)
     mark_float32(*writer.nodes[1:])
     return writer.nodes
+
+
+def join_first_norm(model: ir.Model) -> tuple[str, ...]:
+    """Write norms that `spell_first_norm` spelt out as LayerNormalization again, in place; returns their names."""
+    joined: list[str] = []
+    for division in [node for node in model.graph if node.op_type == "Div"]:
+        spelt = _spelt(division)
+        if spelt is not None:
+            joined.append(_join(model.graph, spelt))
+    remove_unused_initializers(model.graph)
+    return tuple(joined)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spelt:
+    """The nodes of a spelt-out norm in order, its input, weight and bias (C,), and epsilon."""
+
+    nodes: tuple[ir.Node, ...]
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value
+    epsilon: float
+
+
+def _spelt(division: ir.Node) -> _Spelt | None:
+    """The norm whose division is `division`; None where its nodes are others than `_spelt_out` writes."""
+    try:
+        difference, deviations = maker(division, 0, "Sub"), maker(division, 1, "Reshape")
+        means = maker(difference, 1, "Reshape")
+        mean = maker(means, 0, "ReduceMean")
+        view = maker(mean, 0, "Reshape")
+        deviation = maker(deviations, 0, "Sqrt")
+        shifted = maker(deviation, 0, "Add")
+        variance = maker(shifted, 0, "ReduceMean")
+        squares = maker(variance, 0, "Mul")
+        centred = maker(squares, 0, "Sub")
+        scaled = reader(division, "Mul")
+        result = reader(scaled, "Add")
+    except LookupError:
+        return None
+    x, weight, bias = operand(difference, 0), operand(scaled, 1), operand(result, 1)
+    epsilon = array_of(shifted.inputs[1])
+    is_whole = (
+        operand(view, 0) is x
+        and operand(centred, 0) is view.outputs[0]
+        and operand(centred, 1) is mean.outputs[0]
+        and squares.inputs[0] is squares.inputs[1]
+        and all(ints_of(node.inputs[1]) == [-1] for node in (mean, variance))
+    )
+    if not is_whole or epsilon is None or epsilon.size != 1 or array_of(weight) is None or array_of(bias) is None:
+        return None
+    nodes = (view, mean, centred, squares, variance, shifted, deviation, means, deviations, difference, division)
+    return _Spelt((*nodes, scaled, result), x, weight, bias, float(epsilon.reshape(-1)[0]))
+
+
+def _join(graph: ir.Graph, spelt: _Spelt) -> str:
+    name = f"{owner(name_of(spelt.nodes[0]))}/LayerNormalization"
+    inputs = [spelt.x, spelt.weight, spelt.bias]
+    norm = new_node("LayerNormalization", inputs, name, axis=-1, epsilon=spelt.epsilon, stash_type=1)
+    replace_nodes(spelt.nodes, [norm])
+    return name

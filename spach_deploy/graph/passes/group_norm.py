@@ -25,6 +25,7 @@ TensorRT keeps FP32 statistics only for a whole LayerNormalization.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -34,7 +35,9 @@ from spach_deploy.graph.editing import (
     NodeWriter,
     array_of,
     constant,
+    ints_of,
     is_transpose,
+    maker,
     mark_float32,
     name_of,
     new_node,
@@ -183,3 +186,67 @@ def _two_level(name: str, source: ir.Value, stored: Stored, over_tokens: OverTok
     add("Add", "shifted", add("Mul", "scaled", normalized, stored["scale"]), stored["shift"])
     mark_float32(*writer.nodes[views:])
     return writer.nodes
+
+
+def shorten_group_norm(model: ir.Model) -> tuple[str, ...]:
+    """Give each GroupNorm that `split_group_norm` wrote the sums for a CPU, in place; paths of the changed modules."""
+    graph, shapes = model.graph, shapes_at_batch_one(model)
+    changed: list[str] = []
+    for split in [node for node in graph if node.op_type == "Split"]:
+        found = _second_level(split)
+        shape = () if found is None else shapes.get(name_of(found.rows.inputs[0]), ())
+        if found is not None and len(shape) == 4:
+            _shorten(graph, found, shape)
+            changed.append(owner(name_of(split)))
+    remove_unused_initializers(graph)
+    return tuple(changed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SecondLevel:
+    """What `_one_reduction` wrote, and around it: `rows`, the view, and the values that enter and leave.
+
+    `nodes`: in order, the first is the one behind which all that enters is there.
+    """
+
+    rows: ir.Node
+    token_mean: ir.Value
+    token_variance: ir.Value
+    nodes: tuple[ir.Node, ...]
+    mean: ir.Value
+    variance: ir.Value
+
+
+def _second_level(split: ir.Node) -> _SecondLevel | None:
+    try:
+        means = maker(split, 0, "ReduceMean")
+        both = maker(means, 0, "Concat")
+        token_mean, power = maker(both, 0, "ReduceMean"), maker(both, 1, "Add")
+        token_variance, square = maker(power, 0, "ReduceMean"), maker(power, 1, "Mul")
+        rows = maker(token_mean, 0, "Reshape")
+        (variance,) = split.outputs[1].consumers()
+        mean_square = maker(variance, 1, "Mul")
+    except (LookupError, ValueError):
+        return None
+    is_whole = (
+        square.inputs[0] is square.inputs[1] is token_mean.outputs[0]
+        and mean_square.inputs[0] is mean_square.inputs[1] is split.outputs[0]
+        and (variance.op_type, len(split.outputs), ints_of(means.inputs[1])) == ("Sub", 2, [1, 2])
+    )
+    nodes = (square, power, both, means, split, mean_square, variance)
+    values = (token_mean.outputs[0], token_variance.outputs[0])
+    return _SecondLevel(rows, *values, nodes, split.outputs[0], variance.outputs[0]) if is_whole else None
+
+
+def _shorten(graph: ir.Graph, found: _SecondLevel, shape: tuple[int, ...]) -> None:
+    _, height, width, channels = shape
+    path = owner(name_of(found.nodes[0]))
+    stored = {label: constant(graph, f"group_norm.{label}", axes) for label, axes in (("rows", [1]), ("columns", [2]))}
+    view = constant(graph, f"{path}.rows/{height}x{width}", [-1, height, width, channels])
+    found.rows.replace_input_with(1, view)
+    writer = NodeWriter(path)
+    made = _row_by_row(writer, stored, found.token_mean, found.token_variance)
+    mark_float32(*writer.nodes)
+    ir.convenience.replace_nodes_and_values(
+        graph, found.nodes[0], found.nodes, writer.nodes, [found.mean, found.variance], made
+    )

@@ -10,6 +10,8 @@ after one product would copy each part. With a bias or in eight bits one product
 anyway, for the bias or the scale, which also moves the parts.
 
 The weight stays one initializer under its published name; the graph splits it, and every compiler folds that Split.
+
+For other runtimes, which gain nothing by it, `images_first` takes it back.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ import onnx_ir as ir
 from spach_deploy.graph.editing import (
     array_of,
     constant,
+    ints_of,
     is_marked_quantized,
+    is_transpose,
+    maker,
     name_of,
     new_node,
     operand,
+    reader,
     remove_unused_initializers,
     replace_nodes,
     set_ints,
@@ -92,8 +98,8 @@ def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Atte
         norm = _before(rows, 0, "LayerNormalization")
         merge = _behind(mixed, "Transpose")
         back = _behind(_behind(_behind(merge, "Reshape"), "Gemm"), "Reshape")
-        for node, reader in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # without other readers
-            _behind(node, reader)
+        for node, following in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # without other readers
+            _behind(node, following)
     except LookupError:
         return None
     _, triple, tokens, head_dim = shapes[name_of(swap.outputs[0])]
@@ -158,11 +164,11 @@ def _pack(graph: ir.Graph, attention: _Attention) -> None:
     set_ints(attention.swap, "perm", [1, 2, 0, 3])
     merged = []
     for part, heads in zip(PARTS, split.outputs, strict=True):
-        readers, name = heads.uses(), name_of(heads)
+        uses, name = heads.uses(), name_of(heads)
         heads.name = f"{attention.path}/{part}_heads"
         merged.append(_reshape(graph, heads, name, -1, tokens, dim))
-        for reader, slot in readers:
-            reader.replace_input_with(slot, merged[-1].outputs[0])
+        for using, slot in uses:
+            using.replace_input_with(slot, merged[-1].outputs[0])
     split.append(merged)
 
 
@@ -190,3 +196,142 @@ def _reshape(graph: ir.Graph, source: ir.Value | None, name: str, *shape: int) -
 
 def _transpose(source: ir.Value, name: str) -> ir.Node:
     return new_node("Transpose", [source], name, perm=_SWAPPED)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Swapped:
+    """The nodes of one attention as `tokens_first` leaves it, and its sizes.
+
+    `qkv`: the product for q, k and v, or the three products. `taken`: the nodes from there to `heads`, the q, k and v
+    that its products read; they are removed. `weight`: (3C, C); `bias`: (3C,) or None.
+    """
+
+    enter: ir.Node
+    norm: ir.Node
+    rows: ir.Node
+    qkv: ir.Node
+    weight: ir.Value
+    bias: ir.Value | None
+    taken: tuple[ir.Node, ...]
+    heads: tuple[ir.Value, ir.Value, ir.Value]
+    key: ir.Node
+    merge: ir.Node
+    leave: tuple[ir.Node, ir.Node]
+    tokens: int
+    head_dim: int
+
+
+def images_first(model: ir.Model) -> tuple[str, ...]:
+    """Write attention with images before tokens again, with one product for q, k and v, in place; paths of those that
+    changed.
+    """
+    graph = model.graph
+    found = [swapped for node in graph if node.op_type == "Softmax" and (swapped := _swapped(node)) is not None]
+    for swapped in found:
+        _unswap(graph, swapped)
+    remove_unused_initializers(graph)
+    return tuple(name_of(swapped.key).rpartition("/")[0] for swapped in found)
+
+
+def _swapped(softmax: ir.Node) -> _Swapped | None:
+    """The attention whose Softmax is `softmax`; None where its nodes are others than `tokens_first` writes."""
+    try:
+        scores, mixed = maker(softmax, 0, "MatMul"), reader(softmax, "MatMul")
+        key, merge = maker(scores, 1, "Transpose"), reader(mixed, "Transpose")
+        by_token = reader(reader(reader(merge, "Reshape"), "Gemm"), "Reshape")
+        leave = (by_token, reader(by_token, "Transpose"))
+        heads = (operand(scores, 0), operand(key, 0), operand(mixed, 1))
+        parts = _separated(heads) or _packed(heads)
+        if parts is None:
+            return None
+        rows = maker(parts.qkv, 0, "Reshape")
+        norm = maker(rows, 0, "LayerNormalization")
+        enter = maker(norm, 0, "Transpose")
+    except LookupError:
+        return None
+    orders = [(enter, _SWAPPED), (merge, _SWAPPED), (leave[1], _SWAPPED), (key, [0, 2, 1])]
+    if not all(is_transpose(node, order) for node, order in orders):
+        return None
+    return _Swapped(
+        enter, norm, rows, parts.qkv, parts.weight, parts.bias, parts.nodes, heads, key, merge, leave, *parts.sizes
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How q, k and v are made. `sizes`: tokens, and channels of a head."""
+
+    qkv: ir.Node
+    weight: ir.Value
+    bias: ir.Value | None
+    nodes: tuple[ir.Node, ...]
+    sizes: tuple[int, int]
+
+
+def _separated(heads: tuple[ir.Value, ...]) -> _Parts | None:
+    """Of three products (`_separate`)."""
+    swaps = [value.producer() for value in heads]
+    if not all(is_transpose(node, _SWAPPED) for node in swaps):
+        return None
+    moves = [node for node in swaps if node is not None]
+    views = [maker(node, 0, "Reshape") for node in moves]
+    products = [maker(node, 0, "Gemm") for node in views]
+    splits = {maker(node, 1, "Split") for node in products}
+    split, shapes = next(iter(splits)), {tuple(ints_of(node.inputs[1])) for node in views}
+    is_whole = (
+        (len(splits), len(shapes)) == (1, 1)
+        and [node.inputs[1] for node in products] == list(split.outputs)
+        and len({node.inputs[0] for node in products}) == 1
+        and all(len(node.inputs) == 2 and node.attributes.get_int("transB", 0) for node in products)
+        and array_of(split.inputs[0]) is not None
+    )
+    shape = next(iter(shapes))
+    if not is_whole or len(shape) != 3 or shape[1] != -1:
+        return None
+    nodes = (*products, *views, *moves, split)
+    return _Parts(products[0], operand(split, 0), None, nodes, (shape[0], shape[2]))
+
+
+def _packed(heads: tuple[ir.Value, ...]) -> _Parts | None:
+    """Of one product (`_pack`)."""
+    views = [value.producer() for value in heads]
+    if any(node is None or node.op_type != "Reshape" for node in views):
+        return None
+    merged = [node for node in views if node is not None]
+    split = maker(merged[0], 0, "Split")
+    swap = maker(split, 0, "Transpose")
+    unpack = maker(swap, 0, "Reshape")
+    qkv, shape = maker(unpack, 0, "Gemm"), ints_of(unpack.inputs[1])
+    is_whole = [node.inputs[0] for node in merged] == list(split.outputs) and is_transpose(swap, [1, 2, 0, 3])
+    if not is_whole or len(shape) != 4 or shape[1] != -1 or not qkv.attributes.get_int("transB", 0):
+        return None
+    bias = qkv.inputs[2] if len(qkv.inputs) > 2 else None
+    return _Parts(qkv, operand(qkv, 1), bias, (qkv, unpack, swap, split, *merged), (shape[0], shape[3]))
+
+
+def _unswap(graph: ir.Graph, swapped: _Swapped) -> None:
+    head_dim, tokens = swapped.head_dim, swapped.tokens
+    triple = _rows_of(swapped.weight) // head_dim
+    dim = triple // 3 * head_dim
+    swapped.norm.replace_input_with(0, swapped.enter.inputs[0])
+    path, names = name_of(swapped.qkv).rpartition("/")[0], [name_of(value) for value in swapped.heads]
+    attention = name_of(swapped.key).rpartition("/")[0]
+    inputs = [swapped.rows.outputs[0], swapped.weight, *([] if swapped.bias is None else [swapped.bias])]
+    product = new_node("Gemm", inputs, f"{path}/Gemm", transB=1)
+    unpack = _reshape(graph, product.outputs[0], f"{attention}/unpack", -1, tokens, triple, head_dim)
+    swap = new_node("Transpose", unpack.outputs, f"{attention}/heads", perm=[0, 2, 1, 3])
+    split = new_node("Split", swap.outputs, f"{attention}/Split", names, axis=1, num_outputs=3)
+    set_ints(swapped.key, "perm", [0, 1, 3, 2])
+    set_ints(swapped.merge, "perm", [0, 2, 1, 3])
+    ir.convenience.replace_nodes_and_values(
+        graph, swapped.qkv, swapped.taken, [product, unpack, swap, split], swapped.heads, split.outputs
+    )
+    by_token, leave = swapped.leave
+    replace_nodes([by_token, leave], [_reshape(graph, by_token.inputs[0], name_of(leave), -1, tokens, dim)])
+    if not swapped.enter.outputs[0].uses():
+        graph.remove(swapped.enter, safe=True)
+
+
+def _rows_of(weight: ir.Value) -> int:
+    assert weight.const_value is not None
+    return int(weight.const_value.shape.numpy()[0])

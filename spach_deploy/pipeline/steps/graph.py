@@ -9,12 +9,12 @@ from torch import nn
 
 from spach_deploy.blocks import RewriteResult, rewrite
 from spach_deploy.bundle.outputs import INPUT, graph_outputs
-from spach_deploy.bundle.schema import LevelEntry
+from spach_deploy.bundle.schema import Form, LevelEntry
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.interface import add_interface
 from spach_deploy.graph.levels import levels
 from spach_deploy.graph.opset import convert_opset
-from spach_deploy.graph.passes import CPU_INT8_PASSES, CPU_PASSES, TENSORRT_PASSES, Pass, apply_passes
+from spach_deploy.graph.passes import PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.graph.precision.formats import infer_all_types
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.models.own_module import OwnForward, OwnLoadedModel
@@ -89,11 +89,20 @@ def give_form(
     return dataclasses.replace(graph, changed=changed)
 
 
-def _passes(options: ExportOptions) -> tuple[Pass, ...]:
-    """The passes for TensorRT, for a CPU, or for INT8 on a CPU."""
+def form_of(options: ExportOptions) -> Form:
+    """The form of the graph that an export makes: that of the runtime that is to run it."""
     if options.engine.flavour is not Flavour.NONE:
-        return TENSORRT_PASSES
-    return CPU_INT8_PASSES if options.precision.is_quantized and options.rest is Precision.FP32 else CPU_PASSES
+        return Form.TENSORRT
+    return cpu_form(options.precision, options.rest)
+
+
+def cpu_form(precision: Precision, rest: Precision) -> Form:
+    """The form for ONNX Runtime on a CPU. It fuses eight bits with FP32 around them alone."""
+    return Form.CPU_INT8 if precision.is_quantized and rest is Precision.FP32 else Form.CPU
+
+
+def _passes(options: ExportOptions) -> tuple[Pass, ...]:
+    return PASSES[form_of(options)]
 
 
 def _left_out(options: ExportOptions) -> tuple[str, ...]:

@@ -55,6 +55,7 @@ from spach_deploy.options.specs import (
     Role,
 )
 from spach_deploy.pipeline.steps.calibration import CalibrationResult
+from spach_deploy.pipeline.steps.graph import form_of
 from spach_deploy.pipeline.steps.precision import CertifiedGraph
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.quantization.qdq import quantized_from
@@ -126,10 +127,13 @@ def precision_section(typed: CertifiedGraph) -> PrecisionSection:
     return entry({**typed.policy.to_dict(), "layers": typed.layers}, PrecisionSection)
 
 
-def graph_section(static: RewriteResult, reference: ReferenceOutputs, typed: CertifiedGraph) -> GraphSection:
+def graph_section(
+    static: RewriteResult, reference: ReferenceOutputs, typed: CertifiedGraph, options: ExportOptions
+) -> GraphSection:
     """Rewrites and passes, their error in FP32, and the certificate."""
     errors = {"static model": reference.static_errors, **typed.errors}
     return GraphSection(
+        form=form_of(options),
         certificate=entry(typed.certificate, CertificateEntry),
         rewrites={name: _outcome(outcome) for name, outcome in static.outcomes.items()},
         passes={name: len(changed) for name, changed in typed.passes.items()},
