@@ -11,6 +11,7 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.options.click_options import click_options
 from spach_deploy.options.table import TRITON
 from spach_deploy.packaging.triton.options import (
+    Accelerator,
     Backend,
     Batching,
     Device,
@@ -70,6 +71,8 @@ def _options(given: dict[str, Any]) -> TritonOptions:
     device = given["device"]
     return TritonOptions(
         backend=Backend(given["backend"]),
+        accelerator=Accelerator(given["accelerator"]) if given["accelerator"] else None,
+        engine_cache=given["engine_cache"],
         force=given["force"],
         instances=Instances(given["instances"], Device(device) if device else None, _gpus(given["gpus"])),
         batching=Batching(not given["no_dynamic_batching"], given["queue_delay_us"]),

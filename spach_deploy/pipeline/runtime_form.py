@@ -41,7 +41,7 @@ from spach_deploy.pipeline.steps.graph import cpu_form
 from spach_deploy.pipeline.steps.manifest import entry
 from spach_deploy.quantization.formats import FP8, INT8
 from spach_deploy.quantization.plan import QuantizationPlan, summary
-from spach_deploy.quantization.qdq import quantized_from, remove_qdq
+from spach_deploy.quantization.qdq import quantized_from, remove_qdq, widen_biases
 from spach_deploy.quantization.quantize import mark_sites, quantize_typed
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, save_model, saved_graph
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
@@ -119,10 +119,7 @@ def graph_for_runtime(bundle: Bundle, *, rest: Precision | None = None) -> Runti
 
 def _not_made(size: GraphSize, error: SpachError) -> str:
     reason = error.message.rstrip(".")
-    return (
-        f"The graph stays in the form for TensorRT ({size}), which other runtimes run with up to twice the nodes and"
-        f" time that they need: {reason}."
-    )
+    return f"The graph stays in the form for TensorRT: {size}, about twice the nodes that ONNX Runtime needs. {reason}."
 
 
 _OF_TENSORRT = ("spell_first_norm", "split_group_norm", "shift_depthwise", "axis_products", "tokens_first")
@@ -192,11 +189,13 @@ class _Fp32Form:
 def _fp32_graph(
     typed: ir.Model, form: Form, plan: QuantizationPlan | None, golden: Golden, manifest: Manifest, rest: Precision
 ) -> _Fp32Form:
-    """Take types and pairs off, and give the other form. MismatchError where both forms differ by more than rounding."""
+    """Take types and pairs off, and give the other form. MismatchError where the forms differ by more than rounding."""
     model = untyped_graph(typed)
     if plan is not None:
         remove_qdq(model)
         mark_sites(model, plan)
+        if not rest.is_half:
+            widen_biases(model, plan)
     feeds = golden.input.astype(np.float32) if golden.input.dtype == np.float16 else golden.input
     with saved_graph(model) as path, OnnxRuntimeRunner(path, is_brief=True, max_batch=_BATCH) as runner:
         before = runner.run({INPUT: feeds})
@@ -256,7 +255,9 @@ def _evidence(runs: tuple[RunResult, ...]) -> str:
     worst = max(compared, key=lambda run: run.comparison.outputs[0].rel_l2_worst)
     output = worst.comparison.outputs[0]
     allowed = worst.bounds.outputs[output.name].rel_l2
-    return f"{output.name} of the golden images have a relative L2 of {output.rel_l2_worst:.1e}, {allowed:.1e} is allowed"
+    return (
+        f"{output.name} of the golden images have a relative L2 of {output.rel_l2_worst:.1e}, {allowed:.1e} is allowed"
+    )
 
 
 def _runtime() -> str:

@@ -103,6 +103,17 @@ def remove_qdq(model: ir.Model) -> int:
     return len(pairs)
 
 
+def widen_biases(model: ir.Model, plan: QuantizationPlan) -> None:
+    """Give the quantized layers of an FP32 graph the biases of the plan, in place: those of the graph are rounded."""
+    nodes = {name_of(node): node for node in model.graph}
+    for site in plan.sites:
+        added = _added(nodes[site.node]) if site.correction and site.bias is not None and site.node in nodes else None
+        if added is not None:
+            values = np.array(site.correction) + (np.array(site.bias) if site.bias else 0.0)
+            shape = tensor_of(added).shape.numpy()
+            added.const_value = ir.Tensor(values.astype(np.float32).reshape(shape), name=added.name)
+
+
 def _remove_unread_casts(graph: ir.Graph) -> None:
     for node in tuple(graph):
         made = node.outputs[0]

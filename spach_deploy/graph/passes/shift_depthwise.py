@@ -217,4 +217,3 @@ def _join(graph: ir.Graph, pad: ir.Node, shifted: _Shifted) -> str:
     # The last of the old nodes is the one whose output is replaced; the rest go with it, readers first.
     replace_nodes([pad, *shifted.nodes], [*writer.nodes, conv, last])
     return name
-

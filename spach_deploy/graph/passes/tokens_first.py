@@ -100,8 +100,8 @@ def _attention(softmax: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> _Atte
         norm = _before(rows, 0, "LayerNormalization")
         merge = _behind(mixed, "Transpose")
         back = _behind(_behind(_behind(merge, "Reshape"), "Gemm"), "Reshape")
-        for node, reader in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # without other readers
-            _behind(node, reader)
+        for node, following in ((norm, "Reshape"), (rows, "Gemm"), (qkv, "Reshape")):  # without other readers
+            _behind(node, following)
     except LookupError:
         return None
     _, triple, tokens, head_dim = shapes[name_of(swap.outputs[0])]
@@ -166,11 +166,11 @@ def _pack(graph: ir.Graph, attention: _Attention) -> None:
     set_ints(attention.swap, "perm", [1, 2, 0, 3])
     merged = []
     for part, heads in zip(PARTS, split.outputs, strict=True):
-        readers, name = heads.uses(), name_of(heads)
+        uses, name = heads.uses(), name_of(heads)
         heads.name = f"{attention.path}/{part}_heads"
         merged.append(_reshape(graph, heads, name, -1, tokens, dim))
-        for reader, slot in readers:
-            reader.replace_input_with(slot, merged[-1].outputs[0])
+        for using, slot in uses:
+            using.replace_input_with(slot, merged[-1].outputs[0])
     split.append(merged)
 
 

@@ -33,7 +33,9 @@ def untyped_graph(typed: ir.Model) -> ir.Model:
     graph = model.graph
     for node in graph:
         is_wide = any(value.dtype == FLOAT for value in node.outputs)
-        if is_wide and node.op_type not in ("Cast", *STATISTICS) and not is_view(node):  # others stay by their own rules
+        if (
+            is_wide and node.op_type not in ("Cast", *STATISTICS) and not is_view(node)
+        ):  # others stay by their own rules
             mark_float32(node)
     for node in list(graph):
         if node.op_type == "Cast" and is_float(node.outputs[0].dtype) and is_float(operand(node, 0).dtype):

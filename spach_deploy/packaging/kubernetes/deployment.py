@@ -183,7 +183,6 @@ class Deployment:
 
     title: str
     name: str
-    argument: BundleArgument
     model: ServedModel
     image: TritonImage
     sizes: Sizes
@@ -197,13 +196,11 @@ class Deployment:
         requested Triton image, or every known one, cannot load it.
         """
         title = Bundle.open(path, verify=False).manifest.model.name
-        argument = BundleArgument(path, triton_name(title))
-        (model,) = resolve_models([argument], triton_options(options))
+        (model,) = resolve_models([BundleArgument(path, triton_name(title))], triton_options(options))
         steps: tuple[EnsembleStep, ...] = ensemble_steps(model, Ensemble()) if options.ensemble else ()
         return cls(
             title=title if _PLAIN.fullmatch(title) else model.name,
             name=options.name or kubernetes_name(title),
-            argument=argument,
             model=model,
             image=choose_image(model, options.triton_version),
             sizes=Sizes.of(model, steps),
@@ -237,7 +234,7 @@ class Deployment:
     def notes(self) -> tuple[str, ...]:
         """Remarks on the model, and on its behaviour in this image."""
         version = self.image.onnxruntime
-        if self.is_plan or not self.model.bundle.quantizes_fp16 or not runtimes().truncates_fp16(version):
+        if self.is_plan or not self.model.versions[-1].quantizes_fp16 or not runtimes().truncates_fp16(version):
             return self.model.notes
         seen = "On a GPU that is not known; every pod answers the golden pack before it takes traffic"
         return (*self.model.notes, f"In this image: {fault_of(version)}. {seen}. {REMEDY}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, writing
-from spach_deploy.common.files import sha256_of
+from spach_deploy.common.files import Destination, sha256_of
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.graph.runtimes import DATA, Runtimes
 from spach_deploy.options.command_line import quoted
@@ -32,7 +32,7 @@ from spach_deploy.packaging.kubernetes.template_context import (
     render,
     template_context,
 )
-from spach_deploy.packaging.triton.repository import write_repository
+from spach_deploy.packaging.triton.repository import write_models
 
 CONTENTS = DirectoryKind("kubernetes-deployment", "a deployment")
 
@@ -86,7 +86,8 @@ def write_folder(
 def _write_image(folder: Path, deployment: Deployment, pack: GoldenPack) -> str:
     """Write everything that `docker build` reads. Returns the image's tag, which changes with every file."""
     folder.mkdir()
-    write_repository([deployment.argument], folder / MODELS, triton_options(deployment.options))
+    repository = folder / MODELS
+    write_models([deployment.model], Destination.of(repository), repository, triton_options(deployment.options))
     (folder / GOLDEN_FOLDER).mkdir()
     for name, content in pack.files.items():
         (folder / GOLDEN_FOLDER / name).write_bytes(content)

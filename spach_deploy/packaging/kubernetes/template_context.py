@@ -101,7 +101,7 @@ def _model_values(deployment: Deployment) -> dict[str, str]:
         "SERVES": deployment.serves,
         "DESCRIPTION": f"{deployment.title} in {model.facts.precision.value}: {deployment.serves}, in Triton "
         f"{deployment.image.release}",
-        "ARTIFACT_SHA256": version.bundle.manifest.files[version.artifact.name].sha256,
+        "ARTIFACT_SHA256": version.manifest.files[version.artifact.name].sha256,
         "MIN_REPLICAS": str(deployment.options.replicas.min),
         "MAX_REPLICAS": str(deployment.options.replicas.max),
     }

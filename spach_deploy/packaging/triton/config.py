@@ -43,7 +43,7 @@ from spach_deploy.packaging.triton.options import (
     TritonOptions,
     VersionPolicy,
 )
-from spach_deploy.packaging.triton.served_model import BatchingForm, ServedModel
+from spach_deploy.packaging.triton.served_model import BatchingForm, ServedModel, precision_mode
 
 DATA_TYPES = {
     "bool": "TYPE_BOOL",
@@ -141,10 +141,16 @@ def model_configuration(model: ServedModel, options: TritonOptions, warm_up: War
         max_batch_size=form.max_batch_size,
         input=[_input(tensor, form) for tensor in model.inputs],
         output=[_output(tensor, form) for tensor in model.outputs],
-        instance_group=[instance_group(options.instances, _device(model, options.instances))],
+        instance_group=[
+            instance_group(
+                options.instances,
+                _device(model, options.instances, needs_gpu=options.accelerator is not None),
+            )
+        ],
         model_warmup=list(warm_up.requests),
         response_cache={"enable": True} if options.response_cache else None,
         version_policy=version_policy(options.version_policy),
+        optimization=accelerated(model, options),
     )
     if options.batching.dynamic and form.max_batch_size > 1:
         config.dynamic_batching.preferred_batch_size[:] = preferred_sizes((model.batch.opt, model.batch.max))
@@ -152,6 +158,36 @@ def model_configuration(model: ServedModel, options: TritonOptions, warm_up: War
     if model.accepts_rtx:
         config.parameters[ACCEPTS_RTX].string_value = "true"
     return config
+
+
+ENGINE_CACHE = "/tmp/tensorrt-engines"
+"""Folder for the engines of all models where none is given: every image can write there."""
+
+
+def accelerated(model: ServedModel, options: TritonOptions) -> dict[str, Any] | None:
+    """The optimization block of ONNX Runtime's TensorRT provider; None without it.
+
+    Profiles are the bundle's batches, from 1 because the server sends single samples too, so that one engine serves all
+    requests. Keys as in
+    https://github.com/triton-inference-server/onnxruntime_backend#onnx-runtime-with-tensorrt-optimization.
+    """
+    if options.accelerator is None:
+        return None
+    folder = options.engine_cache or f"{ENGINE_CACHE}/{model.name}"
+    parameters = {
+        "precision_mode": precision_mode(model.facts),
+        "trt_engine_cache_enable": "true",
+        "trt_engine_cache_path": folder,
+        "trt_timing_cache_enable": "true",
+        "trt_timing_cache_path": folder,
+    }
+    for name, batch in (("min", 1), ("opt", model.batch.opt), ("max", model.batch.max)):
+        shapes = (f"{tensor.name}:{'x'.join(map(str, (batch, *tensor.shape[1:])))}" for tensor in model.inputs)
+        parameters[f"trt_profile_{name}_shapes"] = ",".join(shapes)
+    if workspace := model.bundle.manifest.engine.workspace_bytes:
+        parameters["max_workspace_size_bytes"] = str(workspace)
+    block = {"name": options.accelerator.value, "parameters": parameters}
+    return {"execution_accelerators": {"gpu_execution_accelerator": [block]}}
 
 
 def preferred_sizes(sizes: Iterable[int]) -> list[int]:
@@ -179,10 +215,10 @@ def version_policy(policy: VersionPolicy | None) -> dict[str, Any] | None:
     return {"all": {}} if policy.latest is None else {"latest": {"num_versions": policy.latest}}
 
 
-def _device(model: ServedModel, instances: Instances) -> Device:
+def _device(model: ServedModel, instances: Instances, *, needs_gpu: bool) -> Device:
     if instances.device is not None:
         return instances.device
-    return Device.GPU if model.needs_gpu or instances.gpus else Device.AUTO
+    return Device.GPU if needs_gpu or model.needs_gpu or instances.gpus else Device.AUTO
 
 
 def _input(tensor: TensorInfo, form: BatchingForm) -> dict[str, Any]:

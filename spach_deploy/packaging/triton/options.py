@@ -39,6 +39,12 @@ class Device(str, enum.Enum):
     CPU = "cpu"
 
 
+class Accelerator(str, enum.Enum):
+    """A provider by which Triton's ONNX Runtime backend runs a graph on a GPU, before its own CUDA kernels."""
+
+    TENSORRT = "tensorrt"
+
+
 class EnsembleInput(str, enum.Enum):
     """What a client of the ensemble sends: the bytes of an image file, or RGB pixels in the model's input size."""
 
@@ -107,9 +113,14 @@ class Ensemble:
 
 @dataclasses.dataclass(frozen=True)
 class TritonOptions:
-    """All options of `spach-package triton`. `force`: accept files that no known Triton image can load."""
+    """All options of `spach-package triton`. `force`: accept files that no known Triton image can load.
+
+    `engine_cache`: folder on the server, in which the accelerator keeps its engines.
+    """
 
     backend: Backend = Backend.AUTO
+    accelerator: Accelerator | None = None
+    engine_cache: str | None = None
     force: bool = False
     instances: Instances = Instances()
     batching: Batching = Batching()
@@ -118,3 +129,15 @@ class TritonOptions:
     warm_up: bool = True
     labels: Path | None = None
     ensemble: Ensemble | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine_cache is not None and self.accelerator is None:
+            raise UsageError("--engine-cache needs --accelerator tensorrt.", "Give both, or leave it out.")
+        if self.accelerator is None:
+            return
+        if self.backend is Backend.TENSORRT:
+            raise UsageError(
+                "--accelerator is of ONNX Runtime, and --backend tensorrt serves a plan.", "Leave one of them out."
+            )
+        if self.instances.device is Device.CPU:
+            raise UsageError("--accelerator tensorrt runs on GPUs alone.", "Leave --device cpu out.")

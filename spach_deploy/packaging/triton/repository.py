@@ -6,7 +6,8 @@ REPOSITORY/
   NAME/labels.txt            the classes, of a model with logits
   NAME/warmup/golden_input   a golden image
   NAME/1/model.plan          or model.onnx
-  NAME/1/bundle.json         the bundle's manifest, with which --check compares the rest
+  NAME/1/bundle.json         the bundle's manifest, with which --check compares the rest; of a graph that was made anew
+                             for ONNX Runtime, with what was made and measured
   NAME_preprocess/ NAME_top_k/ NAME_ensemble/   with --ensemble
 
 An ensemble has steps around a model, so that a client sends an image and gets labels.
@@ -31,6 +32,7 @@ from spach_deploy.bundle.outputs import LOGITS, of_role
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, writing
 from spach_deploy.common.errors import UsageError
+from spach_deploy.common.files import Destination
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.options.command_line import quoted
@@ -82,14 +84,22 @@ def write_repository(
     UsageError for options that do not fit the bundles.
     """
     destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
-    models = resolve_models(arguments, options)
+    return write_models(resolve_models(arguments, options), destination, output, options)
+
+
+def write_models(
+    models: Sequence[ServedModel], destination: Destination, output: Path, options: TritonOptions
+) -> TritonRepository:
+    """Write the repository of models that `resolve_models` made with these options. `destination`: what `check_target`
+    returned for `output`.
+    """
     parts = [_Part.of(model, options) for model in models]
     _check_names([name for part in parts for name in part.names])
     with writing(destination) as staging:
         for part in parts:
             part.write(staging)
         _write_manifest(staging, models)
-    return TritonRepository(output, models, tuple(name for part in parts for name in part.names[1:]), options)
+    return TritonRepository(output, tuple(models), tuple(name for part in parts for name in part.names[1:]), options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +139,10 @@ class _Part:
             target = folder / str(version.number)
             target.mkdir()
             shutil.copyfile(version.artifact, target / self.model.backend.file_name)
-            shutil.copyfile(version.bundle.path / MANIFEST, target / FACTS)
+            if version.made is None:
+                shutil.copyfile(version.bundle.path / MANIFEST, target / FACTS)
+            else:
+                _write_text(target / FACTS, version.manifest.text())
         for step in self.steps:
             self._write_step(repository / step.config.name, step)
 
@@ -238,6 +251,7 @@ def _facts(model: ServedModel, written: TritonRepository) -> dict[str, Any]:
         "backend": model.backend.value,
         "versions": [version.number for version in model.versions],
         "served_versions": list(_served_versions(model, written)),
+        "forms": [version.manifest.form.value for version in model.versions],
         "max_batch_size": model.batches.max_batch_size,
         "notes": list(model.notes),
     }

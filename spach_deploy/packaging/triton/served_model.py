@@ -6,16 +6,20 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spach_deploy.bundle.schema import TensorInfo
+from spach_deploy.bundle.schema import Form, Manifest, TensorInfo
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
-from spach_deploy.options.specs import BatchProfile, Flavour
+from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from spach_deploy.packaging.triton.options import Backend, Device, TritonOptions
 from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
+
+if TYPE_CHECKING:
+    from spach_deploy.pipeline.runtime_form import RuntimeGraph
 
 SERVE_GRAPH = "give --backend onnxruntime, which serves the graph"
 RTX_REASON = "Triton's TensorRT backend is ordinary TensorRT, which does not load plans of TensorRT for RTX"
@@ -47,11 +51,21 @@ def check_name(name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A version of a model: a bundle, and the file of it that is served (`artifact`)."""
+    """A version of a model: a bundle, and the file that is served (`artifact`), which `manifest` describes.
+
+    `made`: the graph that was made of the bundle's for ONNX Runtime, whose file is deleted with it.
+    """
 
     number: int
     bundle: Bundle
     artifact: Path
+    manifest: Manifest
+    made: RuntimeGraph | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def quantizes_fp16(self) -> bool:
+        """Whether the file quantizes FP16, which some versions of ONNX Runtime do wrongly."""
+        return dataclasses.replace(self.bundle, manifest=self.manifest).quantizes_fp16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +162,16 @@ def _served(name: str, bundles: list[Bundle], options: TritonOptions) -> ServedM
     return ServedModel(
         name=name,
         backend=choices[0].backend,
-        versions=tuple(Version(number, bundle, choice.artifact) for number, (bundle, choice) in numbered),
+        versions=tuple(
+            Version(number, bundle, choice.artifact, choice.manifest, choice.made)
+            for number, (bundle, choice) in numbered
+        ),
         batch=_common_profile(name, [fact.batch for fact in facts]),
         facts=facts[-1],
         accepts_rtx=any(choice.is_rtx_plan for choice in choices),
         needs_gpu=any(choice.needs is None or bool(choice.needs.bfloat16) for choice in choices),
         needs=tuple(choice.needs for choice in choices if choice.needs is not None),
-        notes=_once(choice.note for choice in choices),
+        notes=_once(note for choice in choices for note in (choice.note, *choice.further)),
         warnings=_once(choice.warning for choice in choices),
     )
 
@@ -165,24 +182,92 @@ def _once(texts: Iterable[str]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """The backend and the file for one bundle. `needs`: what a graph needs from ONNX Runtime; None for a plan."""
+    """The backend and the file for one bundle, and what describes that file. `needs`: what a graph needs from ONNX
+    Runtime; None for a plan. `made`: as in `Version`. `note`, `further`: remarks.
+    """
 
     backend: Backend
     artifact: Path
+    manifest: Manifest
+    made: RuntimeGraph | None = None
     needs: GraphNeeds | None = None
     note: str = ""
+    further: tuple[str, ...] = ()
     warning: str = ""
     is_rtx_plan: bool = False
 
 
 def _choose(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
     is_rtx = facts.flavour is Flavour.TENSORRT_RTX
+    if options.accelerator is not None:
+        return _accelerated(_graph(bundle, facts, options), bundle, facts)
     if options.backend is Backend.TENSORRT or (options.backend is Backend.AUTO and options.force and bundle.plan):
         return _plan(bundle, is_rtx=is_rtx)
     if options.backend is Backend.AUTO and bundle.plan is not None and not is_rtx:
         return _plan(bundle, is_rtx=False)
-    choice = _graph(bundle, facts, options)
-    return _truncated(choice, bundle, options.instances.device) if bundle.quantizes_fp16 else choice
+    choice = _without_integers(_in_its_form(_graph(bundle, facts, options), bundle, facts, options), facts, options)
+    is_truncated = dataclasses.replace(bundle, manifest=choice.manifest).quantizes_fp16
+    return _truncated(choice, bundle, options.instances.device) if is_truncated else choice
+
+
+def _in_its_form(choice: _Choice, bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
+    """The graph in ONNX Runtime's form, made here where the bundle's is TensorRT's, and the line that says so."""
+    if choice.warning:  # no image runs it: it is only to be read
+        return choice
+    from spach_deploy.pipeline.runtime_form import graph_for_runtime
+
+    in_integers = options.instances.device is Device.CPU and facts.precision is Precision.INT8
+    graph = graph_for_runtime(bundle, rest=Precision.FP32 if in_integers else None)
+    return dataclasses.replace(
+        choice,
+        artifact=graph.path,
+        manifest=graph.manifest,
+        made=graph if graph.is_made else None,
+        further=(*choice.further, graph.note),
+    )
+
+
+def _without_integers(choice: _Choice, facts: BundleFacts, options: TritonOptions) -> _Choice:
+    """Add a note where eight bits gain nothing: on a GPU, whose CUDA provider computes Q/DQ pairs in floats."""
+    if facts.quantization is None or options.instances.device is Device.CPU:
+        return choice
+    name = facts.precision.value.upper()
+    text = (
+        f"On a GPU {name} gains no time in ONNX Runtime: its CUDA provider has no integer kernels for Q/DQ, so it"
+        f" rounds to {name} and multiplies in floats. A bundle in fp16 is faster there."
+    )
+    return dataclasses.replace(choice, further=(*choice.further, text))
+
+
+def _accelerated(choice: _Choice, bundle: Bundle, facts: BundleFacts) -> _Choice:
+    """A graph for ONNX Runtime's TensorRT provider, which compiles it: the form for TensorRT is the right one.
+
+    UsageError for a precision that the provider's block cannot name.
+    """
+    since = " BF16 takes Triton 26.02 or newer." if precision_mode(facts) == "BF16" else ""
+    note = (
+        "Run by ONNX Runtime's TensorRT provider, which Triton's GPU images have; it compiles the graph when the"
+        " model is loaded, for minutes, and keeps the engine in its cache folder"
+    )
+    wrong_form = bundle.manifest.form is not Form.TENSORRT
+    form = f". The graph has the form for {bundle.manifest.form.value}: export it with an engine for TensorRT's"
+    return dataclasses.replace(choice, note=f"{note}{form if wrong_form else ''}.{since}")
+
+
+def precision_mode(facts: BundleFacts) -> str:
+    """The `precision_mode` of ONNX Runtime's TensorRT provider in Triton for a bundle. UsageError where it has none:
+    a mode names one type, and eight bits among FP16 would need two.
+    """
+    modes = {Precision.FP32: "FP32", Precision.FP16: "FP16", Precision.BF16: "BF16"}
+    if facts.quantization is None:
+        return modes[facts.precision]
+    if (facts.precision, facts.rest) == (Precision.INT8, Precision.FP32):
+        return "INT8"
+    raise UsageError(
+        f"--accelerator tensorrt: {facts.precision.value} with the rest in {facts.rest.value} has no precision_mode in"
+        " Triton, which names one type.",
+        "Export with --fp16, or with --int8 --rest fp32.",
+    )
 
 
 def _plan(bundle: Bundle, *, is_rtx: bool) -> _Choice:
@@ -192,7 +277,9 @@ def _plan(bundle: Bundle, *, is_rtx: bool) -> _Choice:
             f"Bundle {bundle.path} has no engine for --backend tensorrt: {reason}.", instead_of_plan(bundle)
         )
     warning = f"{bundle.path} will not load: {RTX_REASON}. {instead_of_plan(bundle)}"
-    return _Choice(Backend.TENSORRT, bundle.plan, warning=warning if is_rtx else "", is_rtx_plan=is_rtx)
+    return _Choice(
+        Backend.TENSORRT, bundle.plan, bundle.manifest, warning=warning if is_rtx else "", is_rtx_plan=is_rtx
+    )
 
 
 def graph_needs(bundle: Bundle) -> GraphNeeds:
@@ -213,7 +300,7 @@ def instead_of_plan(bundle: Bundle) -> str:
 
 def _graph(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
     reasons = []
-    if options.backend is not Backend.ONNXRUNTIME:
+    if options.backend is not Backend.ONNXRUNTIME and options.accelerator is None:
         why = RTX_REASON if bundle.plan is not None else f"{bundle.path} has no engine"
         reasons.append(f"Served as ONNX, by onnxruntime: {why}.")
     needs = graph_needs(bundle)
@@ -231,7 +318,8 @@ def _graph(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choic
         kernels = "ONNX Runtime has kernels for bfloat16 on GPUs only. " if needs.bfloat16 else ""
         first = fitting[0]
         reasons.append(f"{kernels}It takes ONNX Runtime {first.onnxruntime} or newer: Triton from {first.release} on.")
-    return _Choice(Backend.ONNXRUNTIME, bundle.file(GRAPH), needs, note=" ".join(reasons), warning=warning)
+    file = bundle.file(GRAPH)
+    return _Choice(Backend.ONNXRUNTIME, file, bundle.manifest, needs=needs, note=" ".join(reasons), warning=warning)
 
 
 def _instead_of_graph(needs: GraphNeeds, facts: BundleFacts) -> str:

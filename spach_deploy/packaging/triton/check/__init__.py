@@ -15,6 +15,7 @@ from pathlib import Path
 
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import read_bytes
+from spach_deploy.packaging.triton.check.accelerators import check_accelerators
 from spach_deploy.packaging.triton.check.ensembles import check_ensemble, check_own_steps
 from spach_deploy.packaging.triton.check.fields import check_fields, check_labels
 from spach_deploy.packaging.triton.check.findings import Checked, RepositoryFinding, Severity
@@ -32,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     check_tensors,
     check_batching,
     check_warm_up,
+    check_accelerators,
     check_labels,
     check_own_steps,
     check_ensemble,
