@@ -29,11 +29,11 @@ from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.files import sha256_of
 from spach_deploy.graph import ep_context
 from spach_deploy.graph.ep_context import COMPATIBILITY, RTX_PROVIDER, TENSORRT_PROVIDER
+from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import (
     BatchProfile,
     EngineTarget,
     ExportOptions,
-    FeatureLayout,
     Flavour,
     IODtype,
     ModelSpec,
@@ -54,6 +54,8 @@ from tests.validation import faults
 
 SAMPLE = json.loads(Path(__file__).with_name("ep_context.json").read_text(encoding="utf-8"))
 CPU, RUN = "CPUExecutionProvider", "run.py"
+
+needs_rtx = pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="tensorrt-rtx is not installed")
 
 
 def package(*arguments: object) -> Result:
@@ -114,12 +116,38 @@ def test_the_first_provider_that_is_here_runs_it_and_agrees(folder: Path) -> Non
     assert f"{RTX_PROVIDER} does not run {CONTEXT} here" in done.stderr
 
 
-def test_the_graph_has_the_form_for_onnx_runtime(folder: Path) -> None:
-    bundle = small_bundles.bundle()
-    served, exported = (len(onnx.load(place / GRAPH).graph.node) for place in (folder, bundle))
+@needs_rtx
+def test_a_bundle_with_a_real_plan_gets_the_form_for_onnx_runtime(tmp_path: Path) -> None:
+    """And with every role that an output can have."""
+    bundle, target = with_rtx_plan(), tmp_path / "served"
+    result = package(bundle, "-o", target)
+    assert result.exit_code == 0, result.output
+    served, exported = (len(onnx.load(place / GRAPH).graph.node) for place in (target, bundle))
     assert served < exported
-    assert "instead of" in (folder / "README.md").read_text()
-    assert Bundle.open(folder).manifest.graph.made is not None
+    assert "Made anew in the form for ONNX Runtime" in result.stdout
+    assert Bundle.open(target).manifest.graph.made is not None
+    assert run(target) == 0
+    checked = validate(target)
+    assert checked.exit_code == 3, checked.output
+    assert "in the form for ONNX Runtime" in " ".join(checked.stdout.split())
+    (target / CONTEXT).write_bytes((target / CONTEXT).read_bytes().replace(b"76747274", b"76747275"))  # of "vtrt"
+    assert "describes another plan" in " ".join(validate(listed_again(target, CONTEXT)).stdout.split())
+    features = golden_file(target, "features2")
+    features.write_bytes(bytes(features.stat().st_size))
+    assert run(target) == 1
+
+
+def with_rtx_plan() -> Path:
+    """A bundle as spach-export writes it, made once."""
+
+    def make(target: Path) -> None:
+        model = ModelSpec(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=small_bundles.CLASSES)
+        outputs = OutputSpec(top_k=3, outputs=(Role.LOGITS, Role.EMBEDDING, Role.FEATURES))
+        engine = EngineTarget(Flavour.TENSORRT_RTX, gpus=parse_gpus("sm89"), batch=BatchProfile(1, 2, 4))
+        with small_bundles.registered():
+            run_export(ExportOptions(model, Precision.FP16, outputs, engine, output=target))
+
+    return once("onnxruntime/rtx-bundle", make)
 
 
 def test_without_the_provider_of_the_plan_one_sentence_names_the_package(
@@ -280,18 +308,6 @@ def test_every_interface(tmp_path: Path, tiny: Tiny) -> None:
     assert run(folder) == 1
 
 
-def test_every_role_and_feature_maps(tmp_path: Path, small_model_registered: None) -> None:
-    outputs = OutputSpec(outputs=(Role.LOGITS, Role.EMBEDDING, Role.FEATURES), feature_layout=FeatureLayout.TOKENS)
-    model = ModelSpec(small_bundles.NAME, image_size=small_bundles.SIZE, num_classes=small_bundles.CLASSES)
-    engine = EngineTarget(Flavour.NONE)
-    run_export(ExportOptions(model, Precision.FP32, outputs, engine, output=tmp_path / "bundle"))
-    assert package(tmp_path / "bundle", "-o", tmp_path / "served").exit_code == 0
-    assert run(tmp_path / "served") == 0
-    features = golden_file(tmp_path / "served", "features2")
-    features.write_bytes(bytes(features.stat().st_size))
-    assert run(tmp_path / "served") == 1
-
-
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
 def test_eight_bits(tmp_path: Path, precision: Precision) -> None:
     result = package(small_quantized.bundle(precision), "-o", tmp_path / "served")
@@ -308,7 +324,7 @@ def test_bfloat16_needs_a_gpu_and_says_so(tmp_path: Path, capsys: pytest.Capture
     assert said in (tmp_path / "served" / "README.md").read_text()
     assert run(tmp_path / "served") == 3
     assert "NOT_IMPLEMENTED" in capsys.readouterr().err
-    assert validate(tmp_path / "served").exit_code == 0  # in FP32 with every tensor rounded
+    assert "every half tensor rounded" in " ".join(validate(tmp_path / "served").stdout.split())
 
 
 def test_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -459,11 +475,12 @@ def test_programs_may_be_edited(own: Path) -> None:
     assert validate(own).exit_code == 3
 
 
-def listed_again(folder: Path, name: str) -> None:
-    """Let the manifest list a file as it is now."""
+def listed_again(folder: Path, name: str) -> Path:
+    """The folder with a manifest that lists a file as it is now."""
     manifest = small_bundles.read_manifest(folder)
     manifest["files"][name] = {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
     small_bundles.write_manifest(folder, manifest)
+    return folder
 
 
 def test_an_ep_context_model_of_another_plan_is_found(own: Path) -> None:

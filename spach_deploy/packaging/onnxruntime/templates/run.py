@@ -52,7 +52,8 @@ def read_folder():
     for name, _, _, stored, *shape in (*lines["input"], *lines["output"]):
         arrays[name] = np.fromfile(HERE / f"golden.{name}.bin", stored).reshape(-1, *map(int, shape))
     bounds = {(file, name): [float(figure) for figure in figures] for file, name, *figures in lines["bound"]}
-    if len({0, *map(len, arrays.values())}) != 2:
+    sizes = {len(array) for array in arrays.values()}
+    if len(sizes) != 1 or 0 in sizes:
         raise ValueError("its golden files do not fit")
     for file, _ in lines["run"]:
         (HERE / file).stat()
