@@ -195,8 +195,8 @@ class DirectoryKind:
 
 BUNDLE = DirectoryKind(None, "a bundle")
 ONNXRUNTIME = DirectoryKind("onnxruntime", "a folder for ONNX Runtime")
-"""What spach-package onnxruntime writes. Its manifest is a bundle's with a kind, so that it opens as a bundle whose graph
-has ONNX Runtime's form."""
+"""What spach-package onnxruntime writes. Its manifest is a bundle's with a kind: it opens as a bundle whose graph has
+ONNX Runtime's form."""
 
 
 def check_target(target: Path, *, overwrite: bool, contents: DirectoryKind = BUNDLE) -> Destination:

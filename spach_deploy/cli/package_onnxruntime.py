@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=FILE)
 @click_options(ONNXRUNTIME)
 @command
-def main(
-    bundle: Path, output: Path, labels: Path | None, embed: bool, overwrite: bool, as_json: bool
-) -> int:
-    """Write BUNDLE's graph in ONNX Runtime's form, its plan as an EPContext model, and a program in Python and one in C++.
+def main(bundle: Path, output: Path, labels: Path | None, embed: bool, overwrite: bool, as_json: bool) -> int:
+    """Write BUNDLE's graph in ONNX Runtime's form, its plan as an EPContext model, and programs in Python and C++.
 
     \b
     spach-package onnxruntime build/ms_hybrid_s-fp16 -o served

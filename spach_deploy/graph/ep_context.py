@@ -1,13 +1,13 @@
-"""ONNX Runtime's EPContext models: a graph of one node whose execution provider loads an engine plan instead of building.
+"""ONNX Runtime's EPContext models: graphs of one node, for which an execution provider loads an engine plan.
 
     model = context_model(graph, PlanContext.of(manifest.engine, plan), embedded=False)
     context = EPContext.read(folder / "model_ctx.onnx")
     context.plan, context.problems(folder / "model.onnx")
 
 The node is `EPContext` of the domain com.microsoft. `ep_cache_context` is the plan's file name, relative to the model's
-folder (providers refuse absolute paths and `..`), or the plan itself where `embed_mode` is 1. The provider for TensorRT
-for RTX also compares `ep_compatibility_info` of the model's metadata, the first 64 bytes of the plan as hex, with the GPU
-before it reads the plan.
+folder (providers refuse absolute paths and `..`), or the plan itself where `embed_mode` is 1. The metadata of a model
+for TensorRT for RTX has the first 64 bytes of the plan as hex, from which its provider tells whether the plan is for a
+GPU without reading it.
 
 The operator's schema: onnxruntime.ai/docs/execution-providers/EP-Context-Design.html. Attributes and metadata are those
 that the providers write themselves (tests/packaging/onnxruntime/ep_context.json).
@@ -36,6 +36,7 @@ PROVIDERS = {Flavour.TENSORRT_RTX: RTX_PROVIDER, Flavour.TENSORRT: TENSORRT_PROV
 COMPATIBILITY = f"ep_compatibility_info.{RTX_PROVIDER}"
 DEPENDENCIES = "external_dependencies"
 HEADER_BYTES = 64
+_AGAIN = "Write the folder again."
 _IR_VERSION, _OPSET = 9, 20
 """IR 9 is what opset 20 needs; older runtimes refuse 10."""
 
@@ -144,16 +145,15 @@ class EPContext:
         """Read the model. BundleError where it cannot be read, or is none."""
         import onnx
 
-        again = "Write the folder again."
         try:
             model = onnx.load(file, load_external_data=False)
             onnx.checker.check_model(model)
         except Exception as error:  # protobuf's own, OSError, ValidationError
             reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
-            raise BundleError(f"{file} is not an ONNX graph ({reason}).", again) from None
+            raise BundleError(f"{file} is not an ONNX graph ({reason}).", _AGAIN) from None
         nodes = model.graph.node
         if [(node.domain, node.op_type) for node in nodes] != [(DOMAIN, OPERATOR)]:
-            raise BundleError(f"{file} is no EPContext model: it has {len(nodes)} nodes and not that one.", again)
+            raise BundleError(f"{file} is no EPContext model: it has {len(nodes)} nodes and not that one.", _AGAIN)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         return cls(file, nodes[0], metadata, _types(model.graph.input), _types(model.graph.output))
 
@@ -166,7 +166,7 @@ class EPContext:
     @property
     def is_embedded(self) -> bool:
         """Whether the plan's bytes are in the model; also where nothing is said, as the operator defines it."""
-        return self._attribute("embed_mode") != 0
+        return bool(self._attribute("embed_mode") != 0)
 
     @property
     def plan(self) -> bytes:
@@ -176,12 +176,12 @@ class EPContext:
             return bytes(content)
         name = printable(content.decode("utf-8", "replace"))
         if not name or Path(name).name != name:
-            raise BundleError(f"{self.file} names the plan {name!r}, which is not beside it.", "Write the folder again.")
+            raise BundleError(f"{self.file} names the plan {name!r}, which is not beside it.", _AGAIN)
         try:
             return (self.file.parent / name).read_bytes()
         except OSError as error:
             problem = f"{self.file.parent / name}, which {self.file.name} loads, cannot be read ({error.strerror})."
-            raise BundleError(problem, "Write the folder again.") from None
+            raise BundleError(problem, _AGAIN) from None
 
     def problems(self, graph: Path) -> Iterator[str]:
         """What does not fit the plan or the model `graph`, a sentence each."""

@@ -95,9 +95,9 @@ def write_folder(
 ) -> OnnxRuntimePackage:
     """Write the graph of `bundle` in ONNX Runtime's form to `output`, and its plan as an EPContext model.
 
-    `embed`: the plan's bytes are in that model. Raises BundleError where `bundle` is not a bundle or was changed, or the
-    target cannot be written; UsageError for labels that do not fit, and with `embed` for no plan or one that is too
-    large.
+    `embed`: the plan's bytes are in that model. Raises BundleError where `bundle` is not a bundle or was changed, or
+    the target cannot be written; UsageError for labels that do not fit, and with `embed` for no plan or one that is
+    too large.
     """
     from spach_deploy.pipeline.runtime_form import graph_for_runtime
 
@@ -187,7 +187,7 @@ def _lines(manifest: Manifest, facts: BundleFacts, images: int, provider: str | 
         for tensor in facts.outputs:
             of = logits if tensor.role is Role.TOP_INDICES and logits is not None else tensor
             if of.name not in outputs:
-                raise BundleError(f"The manifest has no tolerance for the output {of.name}.", "Export the bundle again.")
+                raise BundleError(f"The manifest has no tolerance for the output {of.name}.", "Export it again.")
             yield "bound", file, tensor.name, *_figures(outputs[of.name])
 
 
@@ -204,23 +204,27 @@ def _notes(bundle: Bundle, form: RuntimeGraph) -> Iterator[str]:
     """Where model.onnx runs, and where not."""
     if form.note:
         yield form.note
-    needs, served = GraphNeeds.of(form.path), Bundle(bundle.path, form.manifest)
-    if needs is not None:
-        known = runtimes().onnxruntimes
-        oldest = {gpu: next((r.version for r in known if not r.misfit(needs, on_gpu=gpu)), None) for gpu in (False, True)}
-        if needs.bfloat16 and oldest[True] is None:
-            yield "model.onnx runs nowhere: ONNX Runtime has no bfloat16 on a CPU, and lacks kernels for it in CUDA."
-        elif needs.bfloat16:
-            yield (
-                "model.onnx needs an NVIDIA GPU: ONNX Runtime computes nothing in bfloat16 on a CPU. CUDA has its"
-                f" kernels from {oldest[True]} on."
-            )
-        elif oldest[False] is not None and oldest[False] != known[0].version:
-            yield f"model.onnx needs ONNX Runtime {oldest[False]} or newer."
+    served = Bundle(bundle.path, form.manifest)
+    yield from _needed_runtime(form.path)
     if served.quantizes_fp16:
         yield f"On a CPU it needs ONNX Runtime {MENDED} or newer: older ones truncate FP16 where they should round."
     if served.needs_vnni:
         yield "It is for CPUs with VNNI: without it, sums of INT8 overflow and the answers are wrong."
+
+
+def _needed_runtime(graph: Path) -> Iterator[str]:
+    needs, known = GraphNeeds.of(graph), runtimes().onnxruntimes
+    if needs is None:
+        return
+    on_cpu, on_gpu = (
+        next((runtime.version for runtime in known if not runtime.misfit(needs, on_gpu=is_gpu)), None)
+        for is_gpu in (False, True)
+    )
+    if needs.bfloat16:
+        cuda = "lacks kernels for it in CUDA" if on_gpu is None else f"has its kernels for CUDA from {on_gpu} on"
+        yield f"model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there, and {cuda}."
+    elif on_cpu not in (None, known[0].version):
+        yield f"model.onnx needs ONNX Runtime {on_cpu} or newer."
 
 
 def _readme(made: OnnxRuntimePackage) -> str:
@@ -243,27 +247,32 @@ def _template_context(made: OnnxRuntimePackage) -> dict[str, str]:
     }
 
 
+_RTX_PLAN = """\
+`model_ctx.onnx` loads the bundle's engine plan, for {gpus} and batches of {batch}. It needs NVIDIA's provider for
+TensorRT for RTX {version}, ONNX Runtime 1.24 or newer, and an RTX GPU with its driver (the provider takes sm86, sm89,
+and sm120 and newer):
+
+    {command}
+
+In C++ the provider is a library to register, `SPACH_PROVIDER_LIBRARY=PATH build/main .`, with headers of ONNX Runtime
+1.23 or newer. Each process compiles kernels for its GPU when it loads the plan; the provider's option
+`nv_runtime_cache_path` names a folder that keeps them.
+"""
+_TENSORRT_PLAN = """\
+`model_ctx.onnx` loads the bundle's engine plan, for {gpus} and batches of {batch}. It needs onnxruntime-gpu, the
+TensorRT that built the plan ({version}; others refuse it), and such a GPU.
+"""
+
+
 def _plan_in_words(made: OnnxRuntimePackage) -> str:
-    engine = made.bundle.manifest.engine
+    engine, batch = made.bundle.manifest.engine, made.facts.batch
     if not made.provider:
-        return f"There is no plan here ({engine.why_none}), so that CUDA and the CPU alone run the model.\n"
-    gpus = ", ".join(engine.gpus) or "the GPU that it was built on"
-    holds = (
-        f"`{CONTEXT}` loads the bundle's engine plan, for {gpus} and batches of"
-        f" {made.facts.batch.min} to {made.facts.batch.max}."
-    )
-    if made.provider == RTX_PROVIDER:
-        return (
-            f"{holds}\nIt needs NVIDIA's provider for TensorRT for RTX {engine.version}, ONNX Runtime 1.24 or newer, and"
-            f" an RTX GPU with its driver\n(the provider takes sm86, sm89, and sm120 and newer):\n\n"
-            f"    {plugin_command(engine.version)}\n\n"
-            "In C++ the provider is a library to register, `SPACH_PROVIDER_LIBRARY=PATH build/main .`, with headers of ONNX\n"
-            "Runtime 1.23 or newer. Each process compiles kernels for its GPU when it loads the plan; the provider's option\n"
-            "`nv_runtime_cache_path` names a folder that keeps them.\n"
-        )
-    return (
-        f"{holds}\nIt needs onnxruntime-gpu, the TensorRT that built it ({engine.version}; others refuse it) and such a"
-        " GPU.\n"
+        return f"There is no engine plan here ({engine.why_none}), so that CUDA and the CPU alone run the model.\n"
+    return (_RTX_PLAN if made.provider == RTX_PROVIDER else _TENSORRT_PLAN).format(
+        gpus=", ".join(engine.gpus) or "the GPU that it was built on",
+        batch=f"{batch.min} to {batch.max}",
+        version=engine.version,
+        command=plugin_command(engine.version),
     )
 
 

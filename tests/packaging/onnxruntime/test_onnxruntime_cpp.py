@@ -53,7 +53,8 @@ def program() -> Path:
         if not any(map(shutil.which, tools)):
             pytest.skip(f"No {' or '.join(tools)} here, so nothing can be compiled.")
     library, digest = onnxruntime_library(), hashlib.sha256()
-    for file in (TEMPLATES / "main.cpp", TEMPLATES / "CMakeLists.txt", headers() / "onnxruntime_cxx_api.h", Path(__file__)):
+    sources = (TEMPLATES / "main.cpp", TEMPLATES / "CMakeLists.txt", Path(__file__))
+    for file in (*sources, headers() / "onnxruntime_cxx_api.h"):
         digest.update(file.read_bytes())
     digest.update(str(library).encode())
     folder = Path(tempfile.gettempdir()) / f"spach-onnxruntime-{os.getuid()}" / digest.hexdigest()[:16]
@@ -154,7 +155,7 @@ def test_what_cannot_run_is_said(program: Path, tmp_path: Path) -> None:
     assert missing.stderr.splitlines()[-1] == "Error: no execution provider here runs this model."
     assert run(program, folder, CPU, CPU).returncode == 2
     text = (folder / MODEL_TEXT).read_text()
-    for broken in ("", "batch 8\n", text.replace("bound model.onnx", "bond model.onnx"), text.replace("batch 4", "batch x")):
+    for broken in ("", "batch 8\n", text.replace("bound model.onnx", "bond"), text.replace("batch 4", "batch x")):
         (folder / MODEL_TEXT).write_text(broken)
         done = run(program, folder)
         assert done.returncode == 2, broken

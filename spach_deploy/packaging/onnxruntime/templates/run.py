@@ -63,20 +63,21 @@ def read_folder():
 
 def faults(found, expected, role, bound, scores):
     """Yield what is wrong with an output (N, ...). `bound`: relative L2, largest error, what is a tie in `scores`."""
-    if found.shape != expected.shape or (role == "top_indices" and not 0 <= found.min() <= found.max() < scores.shape[1]):
+    is_ranking = role == "top_indices"
+    if found.shape != expected.shape or (is_ranking and not 0 <= found.min() <= found.max() < scores.shape[1]):
         yield f"{found.dtype} {found.shape} is no answer like {expected.shape}"
         return
-    if role in ("logits", "top_indices"):
+    if is_ranking or role == "logits":
         chosen, best = (a.argmax(1)[:, None] if role == "logits" else a for a in (found, expected))
         gap = np.abs(np.take_along_axis(scores, best, 1) - np.take_along_axis(scores, chosen, 1)).max()
         if not gap <= bound[2]:
             yield f"classes differ that PyTorch scores {gap:.2e} apart, and {bound[2]:.2e} is a tie"
-    if role != "top_indices":
+    if not is_ranking:
         found, expected = (a.reshape(len(a), -1).astype(np.float64) for a in (found, expected))
         size = np.maximum(np.square(expected).sum(1), 1e-300)
         size = np.maximum(size, size.mean()) if expected.shape[1] < 8 else size  # few numbers may be zero by chance
         figures = np.sqrt((np.square(found - expected).sum(1) / size).max()), np.abs(found - expected).max()
-        for what, figure, most in zip(("relative L2", "largest error"), figures, bound):
+        for what, figure, most in zip(("relative L2", "largest error"), figures, bound[:2], strict=True):
             print(f"    {what} {figure:.2e}, allowed {most:.2e}")
             if not figure <= most:
                 yield f"its {what} is {figure:.2e}, and {most:.2e} is allowed"
@@ -89,7 +90,7 @@ def compared(session, lines, golden, bounds):
     batches = [images[np.arange(start, start + size) % len(images)] for start in range(0, len(images), size)]
     runs = [session.run(names, {entry: batch}) for batch in batches]
     scores = next((golden[name].astype(np.float64) for name, role, *_ in lines["output"] if role == "logits"), None)
-    for (name, role, *_), parts in zip(lines["output"], zip(*runs)):
+    for (name, role, *_), parts in zip(lines["output"], zip(*runs, strict=True), strict=True):
         found = np.concatenate(parts)[: len(images)]
         print(f"  {name} {found.dtype} {list(found.shape)}")
         for fault in faults(found, golden[name], role, bounds[name], scores):
