@@ -106,7 +106,7 @@ def graph_for_runtime(bundle: Bundle, *, rest: Precision | None = None) -> Runti
     size = _size_of(bundle)
     form = bundle.manifest.form
     own = RuntimeGraph(bundle.file(GRAPH), bundle.manifest, form, is_made=False, before=size, after=size)
-    changed = _to_change(bundle.manifest)
+    changed = _to_change(bundle.manifest.graph.passes)
     if rest is facts.rest and (form is not Form.TENSORRT or changed == 0):
         return own
     try:
@@ -114,21 +114,30 @@ def graph_for_runtime(bundle: Bundle, *, rest: Precision | None = None) -> Runti
     except BundleError:
         raise
     except SpachError as error:
-        return dataclasses.replace(own, note=_not_made(size, error))
+        return dataclasses.replace(own, note=_not_made(size, error.message))
 
 
-def _not_made(size: GraphSize, error: SpachError) -> str:
-    reason = error.message.rstrip(".")
-    return f"The graph stays in the form for TensorRT: {size}, about twice the nodes that ONNX Runtime needs. {reason}."
+def _not_made(size: GraphSize, reason: str) -> str:
+    return (
+        f"The graph stays in the form for TensorRT: {size}, about twice the nodes that ONNX Runtime needs."
+        f" {reason.rstrip('.')}."
+    )
 
 
 _OF_TENSORRT = ("spell_first_norm", "split_group_norm", "shift_depthwise", "axis_products", "tokens_first")
 
 
-def _to_change(manifest: Manifest) -> int | None:
+def _to_change(passes: Mapping[str, int]) -> int | None:
     """How many places of the graph the passes for TensorRT changed; None where the manifest does not say."""
-    passes = manifest.graph.passes
     return sum(passes.get(name, 0) for name in _OF_TENSORRT) if passes else None
+
+
+def _lacking(changed: Mapping[str, tuple[str, ...]], manifest: Manifest) -> str:
+    """A sentence on places that the passes for TensorRT changed and that were not found again; empty without any."""
+    found, made = sum(len(changed.get(name, ())) for name in _OF_TENSORRT), _to_change(manifest.graph.passes) or 0
+    if found >= made:
+        return ""
+    return f"Of {made} places that the export changed for TensorRT, {found} are as it wrote them"
 
 
 def _size_of(bundle: Bundle) -> GraphSize:
@@ -150,6 +159,9 @@ def _made(own: RuntimeGraph, bundle: Bundle, facts: BundleFacts, rest: Precision
         raise UnavailableError(f"It has opset {opset_of(typed)}, and the passes need {_PACKED}.")
     modules = {owner(name_of(node)) for node in typed.graph}
     exact = _fp32_graph(typed, form, plan, golden, bundle.manifest, rest)
+    lacking = _lacking({} if exact is None else exact.changed, bundle.manifest)
+    if exact is None:
+        return dataclasses.replace(own, note=_not_made(own.before, lacking) if lacking else "")
     model, policy = _typed(exact, plan, facts, rest)
     certificate = certify(model, modules, is_own=bundle.manifest.model.origin == "module")
     with naming_tmpdir():
@@ -171,7 +183,7 @@ def _made(own: RuntimeGraph, bundle: Bundle, facts: BundleFacts, rest: Precision
     written = _Written(path, form, rest, made, certificate, model, policy)
     note = (
         f"Made anew in the form for {NAMES[form]}: {size}, instead of {own.before} in the form for {NAMES[own.form]};"
-        f" {_evidence(runs)}."
+        f" {_evidence(runs)}.{f' {lacking}.' if lacking else ''}"
     )
     return RuntimeGraph(path, written.manifest(bundle.manifest), form, True, own.before, size, note, folder)
 
@@ -188,8 +200,10 @@ class _Fp32Form:
 
 def _fp32_graph(
     typed: ir.Model, form: Form, plan: QuantizationPlan | None, golden: Golden, manifest: Manifest, rest: Precision
-) -> _Fp32Form:
-    """Take types and pairs off, and give the other form. MismatchError where the forms differ by more than rounding."""
+) -> _Fp32Form | None:
+    """Take types and pairs off, and give the other form; None where that changes nothing. MismatchError where the forms
+    differ by more than rounding.
+    """
     model = untyped_graph(typed)
     if plan is not None:
         remove_qdq(model)
@@ -197,9 +211,12 @@ def _fp32_graph(
         if not rest.is_half:
             widen_biases(model, plan)
     feeds = golden.input.astype(np.float32) if golden.input.dtype == np.float16 else golden.input
-    with saved_graph(model) as path, OnnxRuntimeRunner(path, is_brief=True, max_batch=_BATCH) as runner:
-        before = runner.run({INPUT: feeds})
-    changed = apply_passes(model, FROM_TENSORRT_PASSES[form])
+    with saved_graph(model) as path:
+        changed = apply_passes(model, FROM_TENSORRT_PASSES[form])
+        if not any(changed.values()):
+            return None
+        with OnnxRuntimeRunner(path, is_brief=True, max_batch=_BATCH) as runner:
+            before = runner.run({INPUT: feeds})
     infer_all_types(model)
     meter = RangeMeter(model, tensors=None if rest.is_half else ())
     parts = [meter.run({INPUT: feeds[start : start + _BATCH]}) for start in range(0, len(feeds), _BATCH)]
