@@ -50,6 +50,7 @@ from spach_deploy.bundle.store import (
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.graph.ep_context import RTX_PROVIDER, PlanContext, context_model
+from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import Role, size_in_words
 from spach_deploy.runtime.onnxruntime_runner import MENDED
@@ -81,14 +82,6 @@ class OnnxRuntimePackage:
     provider: str
     notes: tuple[str, ...]
 
-    @property
-    def commands(self) -> tuple[str, ...]:
-        """What runs the golden images in the folder, in Python and in C++."""
-        return (
-            "python run.py",
-            "cmake -S . -B build -DONNXRUNTIME_ROOT=DIR && cmake --build build && build/main .",
-        )
-
 
 def write_folder(
     bundle: Path, output: Path, *, labels: Path | None = None, embed: bool = False, overwrite: bool = False
@@ -104,6 +97,7 @@ def write_folder(
     destination = check_target(output, overwrite=overwrite, contents=ONNXRUNTIME)
     opened = Bundle.open(bundle)
     facts = BundleFacts.of(opened)
+    check_is_one_file(opened.file(GRAPH))
     check_interface(opened)
     if embed and opened.plan is None:
         raise UsageError(

@@ -153,6 +153,7 @@ def test_what_cannot_run_is_said(program: Path, tmp_path: Path) -> None:
     missing = run(program, folder, "TensorrtExecutionProvider")
     assert missing.returncode == 3
     assert missing.stderr.splitlines()[-1] == "Error: no execution provider here runs this model."
+    assert run(program, folder, "NoSuchExecutionProvider").returncode == 3
     assert run(program, folder, CPU, CPU).returncode == 2
     text = (folder / MODEL_TEXT).read_text()
     for broken in ("", "batch 8\n", text.replace("bound model.onnx", "bond"), text.replace("batch 4", "batch x")):

@@ -154,6 +154,7 @@ def test_without_the_provider_of_the_plan_one_sentence_names_the_package(
 ) -> None:
     assert run(folder, RTX_PROVIDER) == 3
     said = capsys.readouterr().err.splitlines()
+    assert run(folder, "NoSuchExecutionProvider") == 3
     assert len(said) == 2
     assert "pip install onnxruntime-ep-nv-tensorrt-rtx" in said[0]
     assert said[1] == "Error: no execution provider here runs this model."
@@ -560,6 +561,8 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     bundle = tiny_bundles.write(tmp_path / "bundle", Tiny())
     (bundle / GRAPH).write_bytes(b"changed")
     assert "not as it was exported" in refusal(package(bundle, "-o", tmp_path / "out"), code=1)
+    elsewhere = tiny_bundles.with_weights_in(tiny_bundles.write(tmp_path / "elsewhere", Tiny()), "weights.bin")
+    assert "weights.bin" in refusal(package(elsewhere, "-o", tmp_path / "out"))
 
 
 def test_the_manifest_marks_it(folder: Path) -> None:

@@ -177,11 +177,14 @@ int run(const Path& folder, const std::string& wanted) {
   std::map<std::string, std::vector<double>> bounds;  // by file and output
   for (const Words& words : lines.at("bound"))
     bounds[words.at(0) + " " + words.at(1)] = {std::stod(words.at(2)), std::stod(words.at(3)), std::stod(words.at(4))};
+  std::vector<Words> runs;  // FILE PROVIDER, the best first
+  for (const Words& words : lines.at("run"))
+    if (wanted.empty() || wanted == words.at(1)) runs.push_back(words);
+  if (runs.empty()) runs.push_back({"model.onnx", wanted});
   Ort::Env env(ORT_LOGGING_LEVEL_FATAL);
-  for (const Words& words : lines.at("run")) {  // FILE PROVIDER, the best first
+  for (const Words& words : runs) {
     const std::string &file = words.at(0), &provider = words.at(1);
     if (!std::filesystem::exists(folder / file)) throw Failure(2, file + " is missing. Write the folder again");
-    if (!wanted.empty() && wanted != provider) continue;
     Ort::Session session(nullptr);
     try {
       session = session_of(env, folder / file, provider);
