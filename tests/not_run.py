@@ -16,7 +16,7 @@ HOW = {
     "triton": "scripts/test -m triton",
     "ray": ".venv/bin/pip install -c constraints.txt ray && scripts/test -m ray",
     "browser": "apt-get install chromium && scripts/test -m browser",
-    "cpp": "apt-get install g++ cmake ninja-build && scripts/test -m cpp",
+    "cpp": "apt-get install g++ cmake ninja-build && scripts/onnxruntime_headers && scripts/test -m cpp",
     "gpu": "scripts/test -m gpu, where there is an NVIDIA GPU",
 }
 """What runs the tests of each mark that are left out by pyproject.toml's selection or skip themselves."""

@@ -41,7 +41,7 @@ IMPORTED_AS = {
 CORE = {"pillow": "PIL", "protobuf": "google", "typing-extensions": "typing_extensions", "onnx-ir": "onnx_ir"}
 """Packages of the core that are imported as something else than what they are called."""
 
-ASKED_FOR = {"tritonclient", "triton_python_backend_utils"}
+ASKED_FOR = {"tritonclient", "triton_python_backend_utils", "onnxruntime_ep_nv_tensorrt_rtx"}
 """What is no dependency: named with its install command where it is used, and what a Triton server brings itself."""
 
 HEAVY = ("torch", "onnx", "numpy", "onnxruntime", "polygraphy", "onnxsim", "tensorrt", "tensorrt_rtx", "PIL", "rich")
@@ -83,7 +83,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file
 
 
 def modules() -> list[str]:
-    files = sorted(PACKAGE.rglob("*.py"))
+    """All but programs that are copied to users, which need what they say themselves."""
+    files = sorted(file for file in PACKAGE.rglob("*.py") if file.with_name("__init__.py").exists())
     return [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in files]
 
 

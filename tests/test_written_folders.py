@@ -25,6 +25,7 @@ WRITERS: dict[str, Callable[..., object]] = {
         bundle, target, KubernetesOptions(backend=Backend.ONNXRUNTIME), **how
     ),
     "cpp.folder": lambda m, bundle, target, **how: m.write_folder(bundle, target, **how),
+    "onnxruntime.folder": lambda m, bundle, target, **how: m.write_folder(bundle, target, **how),
     "polygraphy.folder": lambda m, bundle, target, **how: m.write_folder(bundle, target, **how),
 }
 

@@ -43,7 +43,7 @@ QUICK = ("help-*", "wrong-*", "list*", "small")
 """Cases of which a test has a recording that is the same on every machine."""
 
 COMMANDS = ("export", "calibrate", "validate", "predict", "package", "benchmark", "doctor")
-PACKAGES = ("triton", "cpp", "kubernetes", "polygraphy")
+PACKAGES = ("triton", "cpp", "kubernetes", "polygraphy", "onnxruntime")
 
 
 def cases(patterns: Iterable[str] = ("*",)) -> list[Case]:
@@ -133,6 +133,7 @@ def _packages(graph: str, engine: str) -> Iterator[Case]:
     image = ("--triton-version", "25.08", "--image", "registry.example.com/team/vit")
     yield _package("kubernetes", engine, *image, needs=ENGINE)
     yield _package("polygraphy", engine, needs=ENGINE)
+    yield _package("onnxruntime", engine, needs=ENGINE)
 
 
 def _export(name: str, *options: str, needs: tuple[str, ...] = ()) -> Case:
@@ -196,6 +197,7 @@ spach-package triton missing -o models
 spach-package kubernetes missing -o folder
 spach-package cpp notes.txt -o folder
 spach-package polygraphy missing -o folder
+spach-package onnxruntime missing -o folder
 spach-predict missing photo.jpg
 spach-predict notes.txt
 spach-benchmark missing

@@ -48,6 +48,9 @@ MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
     "report.html",
 )
 BUILD_LOG = "build.log"
+CONTEXT = "model_ctx.onnx"
+"""In a folder of spach-package onnxruntime: the EPContext model that loads the plan."""
+
 REWRITTEN = (REPORT, PAGE)
 """Files that spach-validate rewrites, and that are therefore not hashed."""
 
@@ -187,10 +190,13 @@ class DirectoryKind:
             return False
         if not isinstance(content, dict):
             return False
-        return content.get("kind") == self.kind if self.kind else "schema_version" in content
+        return content.get("kind") == self.kind if self.kind else "schema_version" in content and "kind" not in content
 
 
 BUNDLE = DirectoryKind(None, "a bundle")
+ONNXRUNTIME = DirectoryKind("onnxruntime", "a folder for ONNX Runtime")
+"""What spach-package onnxruntime writes. Its manifest is a bundle's with a kind: it opens as a bundle whose graph has
+ONNX Runtime's form."""
 
 
 def check_target(target: Path, *, overwrite: bool, contents: DirectoryKind = BUNDLE) -> Destination:
@@ -278,6 +284,12 @@ def seal(staging: Path, manifest: Manifest, known: FileDigests = MappingProxyTyp
     `known`: an earlier result of `digest_files` for files that have not changed since.
     """
     return _sealed(staging, msgspec.structs.replace(manifest, files=dict(digest_files(staging, known))).content())
+
+
+def seal_as(kind: DirectoryKind, staging: Path, manifest: Manifest) -> Manifest:
+    """`seal` a directory of another kind that opens as a bundle too."""
+    digests = dict(digest_files(staging))
+    return _sealed(staging, {"kind": kind.kind, **msgspec.structs.replace(manifest, files=digests).content()})
 
 
 def seal_again(staging: Path, source: Path, **sections: msgspec.Struct) -> Manifest:

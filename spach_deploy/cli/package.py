@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "triton": ("spach_deploy.cli.package_triton", "A model repository for NVIDIA Triton, and its offline check."),
     "cpp": ("spach_deploy.cli.package_cpp", "A C++17 library that loads the engine, with a self-test."),
     "polygraphy": ("spach_deploy.cli.package_polygraphy", "The golden data for polygraphy run."),
+    "onnxruntime": ("spach_deploy.cli.package_onnxruntime", "A folder that an ONNX Runtime application loads."),
     "kubernetes": ("spach_deploy.cli.package_kubernetes", "A container image and manifests for a cluster."),
 }
 """Module and help line of each subcommand, which is the module's `main`. Subcommands of absent modules are hidden."""
@@ -82,6 +83,7 @@ def main() -> None:
     spach-package triton build/ms_hybrid_s-fp16 -o models
     spach-package triton --check models
     spach-package cpp build/ms_hybrid_s-fp16 -o engine-cpp
+    spach-package onnxruntime build/ms_hybrid_s-fp16 -o served
     spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s
 
     Each subcommand explains itself: spach-package triton --help.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.bundle.store import GRAPH, MANIFEST, PLAN, REPORT, find_bundle
+from spach_deploy.bundle.store import CONTEXT, GRAPH, MANIFEST, PLAN, REPORT, find_bundle
 from spach_deploy.cli.console import is_colored, say, width
 from spach_deploy.common.errors import BundleError, UsageError, printable
 from spach_deploy.common.files import Destination, try_to_write
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from spach_deploy.validation.result import Validation
 
 
-_PARTS = (GRAPH, PLAN, MANIFEST)
+_PARTS = (GRAPH, PLAN, CONTEXT, MANIFEST)
 
 
 @dataclasses.dataclass(frozen=True)

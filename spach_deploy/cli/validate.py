@@ -1,7 +1,7 @@
 """spach-validate: compare a bundle's engine or graph with PyTorch in FP32.
 
-The target may also be two bundles, which are compared with each other too, or a model on a Triton server (http://,
-grpc://). Each kind of target refuses the options that it cannot use.
+The target may also be a folder for ONNX Runtime, two bundles, which are compared with each other too, or a model on a
+Triton server (http://, grpc://). Each kind of target refuses the options that it cannot use.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _write_page(compared: SideBySide, destination: Destination, *, is_opened: bo
 @click_options(VALIDATE)
 @command
 def main(target: str, other: Path | None, report: Path | None, is_opened: bool, as_json: bool, **given: Any) -> int:
-    """Compare TARGET with PyTorch in FP32: a bundle, its engine.plan, its model.onnx, or a model on a Triton server.
+    """Compare TARGET with PyTorch in FP32: a bundle, its engine.plan, its model.onnx, a folder that spach-package
+    onnxruntime wrote, or a model on a Triton server.
 
     With OTHER, a second bundle, both are compared with PyTorch and with each other.
 

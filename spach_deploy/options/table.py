@@ -41,7 +41,8 @@ EXPORT, CALIBRATE, VALIDATE = "spach-export", "spach-calibrate", "spach-validate
 PREDICT, BENCHMARK, DOCTOR = "spach-predict", "spach-benchmark", "spach-doctor"
 TRITON, CPP = "spach-package triton", "spach-package cpp"
 POLYGRAPHY, KUBERNETES = "spach-package polygraphy", "spach-package kubernetes"
-COMMANDS = (EXPORT, CALIBRATE, VALIDATE, PREDICT, BENCHMARK, DOCTOR, TRITON, CPP, POLYGRAPHY, KUBERNETES)
+ONNXRUNTIME = "spach-package onnxruntime"
+COMMANDS = (EXPORT, CALIBRATE, VALIDATE, PREDICT, BENCHMARK, DOCTOR, TRITON, CPP, POLYGRAPHY, ONNXRUNTIME, KUBERNETES)
 
 COMMON = "Common"
 MODEL = "Model"
@@ -461,7 +462,7 @@ TABLE: tuple[Option, ...] = (
         Option("--check", Kind.PATH, "Check a repository instead; exit code 1 on any finding.", metavar="REPO",
                is_common=True),
     ),
-    *_of(OUTPUT, (CPP, POLYGRAPHY),
+    *_of(OUTPUT, (CPP, POLYGRAPHY, ONNXRUNTIME),
         Option("-o --output", Kind.PATH, "The folder to write.", metavar="DIR", is_common=True, is_required=True),
     ),
     *_of(OUTPUT, (KUBERNETES,),
@@ -500,7 +501,7 @@ TABLE: tuple[Option, ...] = (
         Option("--name", Kind.TEXT, "What Kubernetes calls it.", metavar="NAME", shown="the model's name"),
         Option("--replicas", Kind.TEXT, "How many pods there may be.", metavar="MIN:MAX", default="2:8"),
     ),
-    *_of(ENSEMBLE, (TRITON, CPP, KUBERNETES),
+    *_of(ENSEMBLE, (TRITON, CPP, ONNXRUNTIME, KUBERNETES),
         Option("--labels", Kind.PATH, "Names of the classes, one a line.", metavar="FILE", shown="class 0, class 1, …",
                is_common=True),
     ),
@@ -524,6 +525,10 @@ TABLE: tuple[Option, ...] = (
     ),
     *_of(OUTPUT, (POLYGRAPHY,),
         Option("--overwrite", Kind.FLAG, "Replace a folder that spach-package polygraphy wrote."),
+    ),
+    *_of(OUTPUT, (ONNXRUNTIME,),
+        Option("--embed", Kind.FLAG, "Put the plan into model_ctx.onnx instead of beside it; below 2 GB."),
+        Option("--overwrite", Kind.FLAG, "Replace a folder that spach-package onnxruntime wrote."),
     ),
     *_of(OUTPUT, (KUBERNETES,),
         Option("--overwrite", Kind.FLAG, "Replace a folder that spach-package kubernetes wrote."),
@@ -562,7 +567,7 @@ TABLE: tuple[Option, ...] = (
     *_of(OUTPUT, (TRITON,),
         Option("--json", Kind.FLAG, "Print what was written or found as JSON.", key="as_json", is_recorded=False),
     ),
-    *_of(OUTPUT, (CPP, POLYGRAPHY, KUBERNETES),
+    *_of(OUTPUT, (CPP, POLYGRAPHY, ONNXRUNTIME, KUBERNETES),
         Option("--json", Kind.FLAG, "Print what was written as JSON.", key="as_json", is_recorded=False),
     ),
     *_of(INFORMATION, COMMANDS,

@@ -72,14 +72,15 @@ class ReportHeader:
 
 @dataclasses.dataclass(frozen=True)
 class MissingEngineRun:
-    """Why a plan did not run here, as a clause, and which machine would run it."""
+    """Why a plan did not run here, as a clause, and which machine would run it. `instead`: what ran, a sentence."""
 
     reason: str
     needs: str
+    instead: str = "The graph that it was built from ran instead."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return dataclasses.asdict(self)
+        return {"reason": self.reason, "needs": self.needs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +180,8 @@ class Validation:
             return "Level of evidence: graph. It ran in ONNX Runtime; no plan was to be run."
         missing = self.missing_engine_run
         return (
-            f"Level of evidence: graph. The plan itself did not run: {missing.reason}. The graph that it was built"
-            f" from ran instead. To run the plan: {missing.needs}."
+            f"Level of evidence: graph. The plan itself did not run: {missing.reason}. {missing.instead}"
+            f" To run the plan: {missing.needs}."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Validate what the user names: a bundle, its engine.plan or model.onnx, or another graph in the bundle's folder.
+"""Validate what the user names: a bundle, its engine.plan or model.onnx, or another graph in the bundle's folder; or a
+folder that spach-package onnxruntime wrote.
 
 `validate_target` checks the options and the files, gets images with the reference's outputs, runs the plan or the
 graph, and adds what was asked for: accuracy, the user's answers, bisection.
@@ -15,7 +16,17 @@ from typing import Any
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.outputs import of_role
-from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, find_bundle
+from spach_deploy.bundle.store import (
+    CONTEXT,
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    ONNXRUNTIME,
+    PLAN,
+    REWRITTEN,
+    Bundle,
+    find_bundle,
+)
 from spach_deploy.common.errors import (
     BundleError,
     ChangedFileError,
@@ -28,6 +39,7 @@ from spach_deploy.common.errors import (
 from spach_deploy.common.executors import ClusterAddress
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.machine import has_vnni
+from spach_deploy.graph.ep_context import EPContext
 from spach_deploy.graph.external_data import missing_data
 from spach_deploy.options.specs import Role, WeightSource
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
@@ -76,6 +88,8 @@ class TargetKind(enum.Enum):
     BUNDLE = "bundle"
     PLAN = "plan"
     GRAPH = "graph"
+    FOLDER = "folder"
+    """A folder for ONNX Runtime: its graph, which no plan was built from, and the plan in an EPContext model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +263,8 @@ def _validation(
     header = report_header(str(request.target), target.bundle, target.facts.precision)
     if target.kind is TargetKind.GRAPH:
         return _graph_validation(header, target, reference, changed)
-    validation = _plan_validation(header, target, reference, changed)
+    of_kind = _folder_validation if target.kind is TargetKind.FOLDER else _plan_validation
+    validation = of_kind(header, target, reference, changed)
     return dataclasses.replace(validation, graph_suffices=request.accept_graph)
 
 
@@ -265,7 +280,7 @@ def _graph_validation(
         _graph_evidence(target.path, target.facts, reference),
         (*_file_findings(others), *_quantization_findings(target)),
         (*reference.notes, *truncation_notes(target.path, target.facts.rest), *note),
-        trace=None if note else target.bundle.manifest.validation.trace,
+        trace=None if note or target.bundle.manifest.graph.made else target.bundle.manifest.validation.trace,
     )
 
 
@@ -283,6 +298,45 @@ def _plan_validation(
         notes = (*notes, *truncation_notes(bundle.path / GRAPH, facts.rest))
     trace = None if GRAPH in changed else bundle.manifest.validation.trace  # of the export's graph
     return Validation(header, reference.eval_set, evidence, findings, notes, missing, trace=trace)
+
+
+def _folder_validation(
+    header: ReportHeader, target: _Target, reference: ImagesReference, changed: dict[str, str]
+) -> Validation:
+    """The validation of a folder for ONNX Runtime: its graph's runs, and the plan's where it runs here."""
+    bundle, facts, graph = target.bundle, target.facts, target.graph
+    evidence = _graph_evidence(graph, facts, reference) if graph.is_file() else ()
+    findings, missing = _file_findings(changed, "the folder was written"), None
+    if CONTEXT in bundle.manifest.files and CONTEXT not in changed:
+        try:
+            context = EPContext.read(bundle.path / CONTEXT)
+            findings = (*findings, *(() if GRAPH in changed else context.problems(graph)))
+            plan = EnginePlan(context.plan, facts.flavour, _needs(bundle))
+            ran = try_plan(plan, reference.eval_set, reference.tolerances.engine)
+            evidence, missing = ((ran, *evidence), None) if isinstance(ran, RunResult) else (evidence, ran)
+        except SpachError as error:  # no EPContext model, or no plan where it names one
+            findings = (*findings, error.message)
+        findings = (*findings, *_other_source_findings(bundle))
+    if missing is not None:
+        instead = f"{GRAPH} ran instead, in the form for ONNX Runtime."
+        missing = dataclasses.replace(missing, instead=instead)
+    notes = (*reference.notes, *truncation_notes(graph, facts.rest)) if graph.is_file() else reference.notes
+    findings = (*findings, *_quantization_findings(target))
+    return Validation(header, reference.eval_set, evidence, findings, notes, missing)
+
+
+def _other_source_findings(bundle: Bundle) -> tuple[str, ...]:
+    """A finding where graph and plan were not made of one graph, if the manifest has the hashes of both."""
+    built_from, made = bundle.manifest.engine.graph_sha256, bundle.manifest.graph.made
+    source = bundle.manifest.sha256(GRAPH) if made is None else made.graph_sha256
+    if built_from in (None, source):
+        return ()
+    return (f"By its manifest, the plan was built from another graph than {GRAPH} was made of.",)
+
+
+def _needs(bundle: Bundle) -> str:
+    engine = bundle.manifest.engine
+    return what_runs_a_plan(engine.flavour.value, engine.version, list(engine.gpus))
 
 
 def _check_options(request: ValidationRequest) -> None:
@@ -352,6 +406,8 @@ def _check_has_plan(bundle: Bundle) -> None:
 
 
 def _kind(target: Path, bundle: Bundle) -> TargetKind:
+    if ONNXRUNTIME.lie_in(bundle.path) and (target.is_dir() or target.name in (MANIFEST, PLAN, CONTEXT)):
+        return TargetKind.FOLDER
     if target.is_dir() or target.name == MANIFEST:
         return TargetKind.BUNDLE
     if target.suffix == ".onnx":
@@ -446,9 +502,9 @@ def _images_reference(
 # Runs and findings
 
 
-def _file_findings(changed: dict[str, str]) -> tuple[str, ...]:
+def _file_findings(changed: dict[str, str], since: str = "the bundle was exported") -> tuple[str, ...]:
     """Files that were changed. A changed golden pack is no finding, because it is not used then."""
-    return tuple(f"{name} {state} since the bundle was exported." for name, state in changed.items() if name != GOLDEN)
+    return tuple(f"{name} {state} since {since}." for name, state in changed.items() if name != GOLDEN)
 
 
 def _other_graph_findings(kind: TargetKind, bundle: Bundle) -> tuple[str, ...]:
@@ -528,8 +584,7 @@ def _graph_evidence(graph: Path, facts: BundleFacts, reference: ImagesReference)
 def _try_plan_file(
     file: Path, bundle: Bundle, facts: BundleFacts, eval_set: EvaluationSet, tolerances: ToleranceSet
 ) -> RunResult | MissingEngineRun:
-    engine = bundle.manifest.engine
-    needs = what_runs_a_plan(facts.flavour.value, engine.version, list(engine.gpus))
+    needs = _needs(bundle)
     if not file.is_file():
         return MissingEngineRun(f"{file.name} is missing", needs)
     try:

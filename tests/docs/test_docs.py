@@ -46,6 +46,7 @@ NOT_HERE = {
     "scripts/setup": "continuous integration begins with it",
     "cmake": "TensorRT's headers; tests/packaging/cpp/test_library.py runs these lines against doubles",
     "engine-cpp/build/": "what cmake would have built",
+    "served/build/": "what cmake would have built; tests/packaging/onnxruntime/test_onnxruntime_cpp.py runs it",
     "tritonserver": "a server; tests marked triton start one",
     "spach-validate grpc://": "a server; tests marked triton start one",
     "docker": "docker",

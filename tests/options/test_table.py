@@ -24,6 +24,7 @@ from spach_deploy.cli.export import main as export
 from spach_deploy.cli.package import main as package
 from spach_deploy.cli.package_cpp import main as cpp
 from spach_deploy.cli.package_kubernetes import main as kubernetes
+from spach_deploy.cli.package_onnxruntime import main as onnxruntime
 from spach_deploy.cli.package_polygraphy import main as polygraphy
 from spach_deploy.cli.package_triton import main as triton
 from spach_deploy.cli.predict import main as predict
@@ -51,7 +52,7 @@ from tests.commands import ROOT
 MAINS: dict[str, click.Command] = dict(
     zip(
         COMMANDS,
-        (export, calibrate, validate, predict, benchmark, doctor, triton, cpp, polygraphy, kubernetes),
+        (export, calibrate, validate, predict, benchmark, doctor, triton, cpp, polygraphy, onnxruntime, kubernetes),
         strict=True,
     )
 )

@@ -48,11 +48,11 @@ MAGIC = b"SPACHGLD"
 VERSION = 1
 
 
-def golden_bytes(model: PackagedModel) -> bytes:
+def golden_bytes(bundle: Bundle) -> bytes:
     """The content of golden.bin. BundleError where the golden pack does not fit the model."""
-    golden = Golden.load(model.bundle.file(GOLDEN))
-    golden.check(model.bundle)
-    expected = expected_outputs(golden.outputs, model.outputs)
+    golden, outputs = Golden.load(bundle.file(GOLDEN)), bundle.manifest.outputs
+    golden.check(bundle)
+    expected = expected_outputs(golden.outputs, outputs)
     names = [name.encode() for name in golden.names]
     parts = [
         MAGIC,
@@ -60,7 +60,7 @@ def golden_bytes(model: PackagedModel) -> bytes:
         *(struct.pack("<I", len(name)) + name for name in names),
         np.ascontiguousarray(golden.input).tobytes(),
     ]
-    for output in model.outputs:
+    for output in outputs:
         dtype = "<i8" if output.dtype == "int64" else "<f4"
         parts.append(np.ascontiguousarray(expected[output.name]).astype(dtype).tobytes())
     return b"".join(parts)
@@ -92,7 +92,7 @@ def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, over
     if labels is not None and of_role(model.outputs, Role.LOGITS) is None:
         raise UsageError("--labels names classes, and the bundle has no logits.", "Leave --labels out.")
     names = None if labels is None else read_labels(labels, model.classes)
-    golden = golden_bytes(model)
+    golden = golden_bytes(model.bundle)
     with writing(destination) as staging:
         shutil.copytree(LIBRARY, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         _write_model(staging / MODEL, model, golden)

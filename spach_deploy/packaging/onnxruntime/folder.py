@@ -1,0 +1,276 @@
+"""The folder that spach-package onnxruntime writes, in one step: a killed run leaves the old folder or none.
+
+FOLDER/
+  manifest.json    the bundle's, of the files here, with a kind: spach-validate FOLDER reads it
+  README.md        what needs what, and how to use it
+  model.onnx       the graph in ONNX Runtime's form, for the CPU and for CUDA
+  model_ctx.onnx   where the bundle has a plan: the EPContext model that loads engine.plan, or holds it with --embed
+  engine.plan      the plan
+  run.py main.cpp CMakeLists.txt   run the golden images with the best execution provider, the same for every bundle
+  model.txt golden.*.bin           what they read; labels.txt with --labels
+  golden.npz       what spach-validate reads; quantization.json where the bundle has it
+
+golden.NAME.bin holds the numbers of the input or an output for all golden images, little-endian, one image after the
+other. model.txt has one entry a line, words with spaces between them:
+
+    batch N                                        images to run at once
+    input NAME ROLE DTYPE STORED EXTENTS...        of one image; STORED is the dtype in golden.NAME.bin
+    output NAME ROLE DTYPE STORED EXTENTS...
+    run FILE PROVIDER                              what to try, the best first
+    bound FILE NAME REL_L2 MAX_ABS TIE             how far the output may be from PyTorch's in FP32; inf for no bound.
+                                                   TIE: classes whose scores PyTorch has so close may change places
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.outputs import INPUT, expected_outputs, of_role
+from spach_deploy.bundle.schema import Manifest, TensorInfo
+from spach_deploy.bundle.store import (
+    CONTEXT,
+    GOLDEN,
+    GRAPH,
+    ONNXRUNTIME,
+    PLAN,
+    QUANTIZATION,
+    Bundle,
+    check_target,
+    seal_as,
+    writing,
+)
+from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.data.labels import as_text, read_labels
+from spach_deploy.graph.ep_context import RTX_PROVIDER, PlanContext, context_model
+from spach_deploy.graph.external_data import check_is_one_file
+from spach_deploy.graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.options.specs import Role, size_in_words
+from spach_deploy.runtime.onnxruntime_runner import MENDED
+from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
+from spach_deploy.validation.verdict import Tolerance
+
+if TYPE_CHECKING:
+    from spach_deploy.pipeline.runtime_form import RuntimeGraph
+
+TEMPLATES = Path(__file__).with_name("templates")
+MODEL_TEXT, LABELS, README = "model.txt", "labels.txt", "README.md"
+PROGRAMS = ("run.py", "main.cpp", "CMakeLists.txt")
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+PLUGIN = "onnxruntime-ep-nv-tensorrt-rtx"
+_PLUGINS = {"1.7": "0.5.0", "1.6": "0.4.0", "1.5": "0.3.0"}
+"""Versions of NVIDIA's provider for TensorRT for RTX by the one that they carry, as their libraries' names say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxRuntimePackage:
+    """A written folder. `provider`: the execution provider of its plan, empty without one. `notes`: sentences on where
+    it runs and where not.
+    """
+
+    path: Path
+    bundle: Bundle
+    facts: BundleFacts
+    provider: str
+    notes: tuple[str, ...]
+
+
+def write_folder(
+    bundle: Path, output: Path, *, labels: Path | None = None, embed: bool = False, overwrite: bool = False
+) -> OnnxRuntimePackage:
+    """Write the graph of `bundle` in ONNX Runtime's form to `output`, and its plan as an EPContext model.
+
+    `embed`: the plan's bytes are in that model. Raises BundleError where `bundle` is not a bundle or was changed, or
+    the target cannot be written; UsageError for labels that do not fit, and with `embed` for no plan or one that is
+    too large.
+    """
+    from spach_deploy.pipeline.runtime_form import graph_for_runtime
+
+    destination = check_target(output, overwrite=overwrite, contents=ONNXRUNTIME)
+    opened = Bundle.open(bundle)
+    facts = BundleFacts.of(opened)
+    check_is_one_file(opened.file(GRAPH))
+    check_interface(opened)
+    if embed and opened.plan is None:
+        raise UsageError(
+            f"--embed puts the plan into one file, and the bundle has none: {opened.manifest.engine.why_none}.",
+            "Leave --embed out.",
+        )
+    names = None if labels is None else _labels(labels, opened)
+    golden = Golden.load(opened.file(GOLDEN))
+    golden.check(opened)
+    form = graph_for_runtime(opened)
+    context = None if opened.plan is None else PlanContext.of(opened.manifest.engine, opened.plan)
+    made = OnnxRuntimePackage(
+        output, opened, facts, "" if context is None else context.provider, tuple(_notes(opened, form))
+    )
+    with writing(destination) as staging:
+        shutil.copyfile(form.path, staging / GRAPH)
+        if context is not None:
+            _write_context(staging, context, embed=embed)
+        for name in (GOLDEN, QUANTIZATION):
+            if (opened.path / name).is_file():
+                shutil.copyfile(opened.path / name, staging / name)
+        _write_golden(staging, golden, facts)
+        text = model_text(opened.manifest, facts, len(golden.input), made.provider or None)
+        (staging / MODEL_TEXT).write_text(text, encoding="utf-8")
+        if names is not None:
+            (staging / LABELS).write_text(as_text(names), encoding="utf-8")
+        seal_as(ONNXRUNTIME, staging, form.manifest)  # before the files that their user may edit
+        for name in PROGRAMS:
+            shutil.copyfile(TEMPLATES / name, staging / name)
+        (staging / README).write_text(_readme(made), encoding="utf-8")
+    return made
+
+
+def _labels(labels: Path, bundle: Bundle) -> tuple[str, ...]:
+    if of_role(bundle.manifest.outputs, Role.LOGITS) is None:
+        raise UsageError("--labels names classes, and the bundle has no logits.", "Leave --labels out.")
+    return tuple(read_labels(labels, bundle.manifest.model.num_classes))
+
+
+def _write_context(folder: Path, plan: PlanContext, *, embed: bool) -> None:
+    import onnx
+
+    graph = onnx.load(folder / GRAPH, load_external_data=False)
+    model = context_model(graph, plan, embedded=embed)
+    if not embed:
+        shutil.copyfile(plan.file, folder / PLAN)
+    onnx.checker.check_model(model)
+    onnx.save(model, folder / CONTEXT)
+
+
+def _write_golden(folder: Path, golden: Golden, facts: BundleFacts) -> None:
+    expected = expected_outputs(golden.outputs, facts.outputs)
+    for name, array in ((INPUT, golden.input), *((tensor.name, expected[tensor.name]) for tensor in facts.outputs)):
+        np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tofile(golden_file(folder, name))
+
+
+def golden_file(folder: Path, name: str) -> Path:
+    """The golden numbers of an input or output."""
+    return folder / f"golden.{name}.bin"
+
+
+def model_text(manifest: Manifest, facts: BundleFacts, images: int, provider: str | None) -> str:
+    """The content of model.txt. `provider`: of the plan. BundleError for an output without a tolerance."""
+    return "".join(" ".join(words) + "\n" for words in _lines(manifest, facts, images, provider))
+
+
+def _lines(manifest: Manifest, facts: BundleFacts, images: int, provider: str | None) -> Iterator[tuple[str, ...]]:
+    yield "batch", str(max(facts.batch.min, min(facts.batch.opt, images)))
+    yield "input", *_tensor(manifest.inputs[0], "input", manifest.inputs[0].dtype)
+    for tensor in facts.outputs:
+        stored = "int64" if tensor.dtype == "int64" else "float32"
+        yield "output", *_tensor(tensor, (tensor.role or Role.OTHER).value, stored)
+    tolerances = facts.tolerances
+    bounds = {GRAPH: tolerances.graph.outputs, **({} if provider is None else {CONTEXT: tolerances.engine.outputs})}
+    if provider is not None:
+        yield "run", CONTEXT, provider
+    yield "run", GRAPH, CUDA
+    yield "run", GRAPH, CPU
+    logits = of_role(facts.outputs, Role.LOGITS)
+    for file, outputs in bounds.items():
+        for tensor in facts.outputs:
+            of = logits if tensor.role is Role.TOP_INDICES and logits is not None else tensor
+            if of.name not in outputs:
+                raise BundleError(f"The manifest has no tolerance for the output {of.name}.", "Export it again.")
+            yield "bound", file, tensor.name, *_figures(outputs[of.name])
+
+
+def _tensor(tensor: TensorInfo, role: str, stored: str) -> tuple[str, ...]:
+    return tensor.name, role, tensor.dtype, stored, *map(str, tensor.shape[1:])
+
+
+def _figures(tolerance: Tolerance) -> tuple[str, ...]:
+    largest = math.inf if tolerance.max_abs is None else tolerance.max_abs
+    return tuple(repr(float(figure)) for figure in (tolerance.rel_l2, largest, tolerance.flip_margin))
+
+
+def _notes(bundle: Bundle, form: RuntimeGraph) -> Iterator[str]:
+    """Where model.onnx runs, and where not."""
+    if form.note:
+        yield form.note
+    served = Bundle(bundle.path, form.manifest)
+    yield from _needed_runtime(form.path)
+    if served.quantizes_fp16:
+        yield f"On a CPU it needs ONNX Runtime {MENDED} or newer: older ones truncate FP16 where they should round."
+    if served.needs_vnni:
+        yield "It is for CPUs with VNNI: without it, sums of INT8 overflow and the answers are wrong."
+
+
+def _needed_runtime(graph: Path) -> Iterator[str]:
+    needs, known = GraphNeeds.of(graph), runtimes().onnxruntimes
+    if needs is None:
+        return
+    on_cpu, on_gpu = (
+        next((runtime.version for runtime in known if not runtime.misfit(needs, on_gpu=is_gpu)), None)
+        for is_gpu in (False, True)
+    )
+    if needs.bfloat16:
+        cuda = "lacks kernels for it in CUDA" if on_gpu is None else f"has its kernels for CUDA from {on_gpu} on"
+        yield f"model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there, and {cuda}."
+    elif on_cpu not in (None, known[0].version):
+        yield f"model.onnx needs ONNX Runtime {on_cpu} or newer."
+
+
+def _readme(made: OnnxRuntimePackage) -> str:
+    text = (TEMPLATES / README).read_text(encoding="utf-8")
+    for name, value in _template_context(made).items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def _template_context(made: OnnxRuntimePackage) -> dict[str, str]:
+    manifest, facts = made.bundle.manifest, made.facts
+    shape = ", ".join(str(extent) for extent in manifest.inputs[0].shape[1:])
+    return {
+        "MODEL": f"{manifest.model.name}, {facts.precision.value}",
+        "SIZE": size_in_words(facts.preprocessing.image_size),
+        "INPUT": f"{manifest.inputs[0].dtype} (N, {shape})",
+        "OUTPUTS": ", ".join(f"`{tensor.name}`" for tensor in facts.outputs),
+        "PLAN": _plan_in_words(made),
+        "NOTES": "".join(f"- {note}\n" for note in made.notes),
+    }
+
+
+_RTX_PLAN = """\
+`model_ctx.onnx` loads the bundle's engine plan, for {gpus} and batches of {batch}. It needs NVIDIA's provider for
+TensorRT for RTX {version}, ONNX Runtime 1.24 or newer, and an RTX GPU with its driver (the provider takes sm86, sm89,
+and sm120 and newer):
+
+    {command}
+
+In C++ the provider is a library to register, `SPACH_PROVIDER_LIBRARY=PATH build/main .`, with headers of ONNX Runtime
+1.23 or newer. Each process compiles kernels for its GPU when it loads the plan; the provider's option
+`nv_runtime_cache_path` names a folder that keeps them.
+"""
+_TENSORRT_PLAN = """\
+`model_ctx.onnx` loads the bundle's engine plan, for {gpus} and batches of {batch}. It needs onnxruntime-gpu, the
+TensorRT that built the plan ({version}; others refuse it), and such a GPU.
+"""
+
+
+def _plan_in_words(made: OnnxRuntimePackage) -> str:
+    engine, batch = made.bundle.manifest.engine, made.facts.batch
+    if not made.provider:
+        return f"There is no engine plan here ({engine.why_none}), so that CUDA and the CPU alone run the model.\n"
+    return (_RTX_PLAN if made.provider == RTX_PROVIDER else _TENSORRT_PLAN).format(
+        gpus=", ".join(engine.gpus) or "the GPU that it was built on",
+        batch=f"{batch.min} to {batch.max}",
+        version=engine.version,
+        command=plugin_command(engine.version),
+    )
+
+
+def plugin_command(version: str) -> str:
+    """The pip command for NVIDIA's provider that carries this version of TensorRT for RTX."""
+    carried = _PLUGINS.get(".".join(version.split(".")[:2]))
+    return f"pip install {PLUGIN}" + (f"=={carried}" if carried else "")
