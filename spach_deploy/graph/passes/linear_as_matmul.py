@@ -78,8 +78,9 @@ def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
 
 
 def _product(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
-    """MatMul and Add for a Gemm; the MatMul has the Gemm's name. Without a bias zeros are added, which the correction of
-    quantized layers' means replaces.
+    """MatMul and Add for a Gemm; the MatMul has the Gemm's name.
+
+    Without a bias zeros are added: the correction of a quantized layer's mean needs a place.
     """
     x, weight, bias = operand(node, 0), operand(node, 1), node.inputs[2] if len(node.inputs) > 2 else None
     product = new_node("MatMul", [x, _transposed(graph, weight)], name_of(node), [f"{node.name}/product"])
@@ -87,4 +88,4 @@ def _product(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
 
 
 def _zeros(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    return constant(graph, f"{weight.name}/no_bias", np.zeros(tensor_of(weight).shape[0], np.float32))
+    return constant(graph, f"{weight.name}/no_bias", np.zeros(len(tensor_of(weight).numpy()), np.float32))
