@@ -35,6 +35,7 @@ from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
 from spach_deploy.graph.editing import as_proto
 from spach_deploy.graph.export import export_canonical, simplify
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
+from spach_deploy.graph.passes.tokens_first import part_weights
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.published import ARCHITECTURES
@@ -83,6 +84,7 @@ def formed(model: SelectableOutputs, left_out: Sequence[str] = ()) -> ModelProto
     """Our FP32 graph for TensorRT, without the rewrites and passes that are `left_out`."""
     graph = export_canonical(rewrite(model, left_out).model, model.architecture.image_size[0])
     apply_passes(graph, TENSORRT_PASSES, left_out)
+    part_weights(graph)
     return as_proto(graph)
 
 

@@ -24,7 +24,7 @@ from spach_deploy.doctor.driver import ProbeResult
 from spach_deploy.doctor.finding import Finding, Status, Task, blockers
 from spach_deploy.doctor.machine_info import MachineInfo, ask_tensorrt
 from spach_deploy.doctor.plan_file import PlanFile, find_plan, identify_other_file
-from spach_deploy.graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.graph.runtimes import GraphNeeds, reading, runtimes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import ComputeCapability, Flavour, Precision
@@ -42,12 +42,14 @@ def about_bundle(bundle: Bundle, info: MachineInfo, ask: AskTensorRT) -> tuple[F
     """
     plan = _requirements(bundle)
     changed = {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
+    needs = _needs(bundle)
     return (
         *_files(bundle, changed),
         _golden(bundle, changed),
         _inputs(bundle),
         *_engine(bundle, plan, changed, info, ask),
-        _graph(bundle, info),
+        _graph(bundle, info, needs),
+        *_readers(bundle, needs),
     )
 
 
@@ -155,7 +157,7 @@ def _gpu_words(plan: PlanRequirements) -> tuple[str, ...]:
     return ("--gpu", ",".join(map(str, plan.gpus))) if plan.flavour is Flavour.TENSORRT_RTX and plan.gpus else ()
 
 
-def _graph(bundle: Bundle, info: MachineInfo) -> Finding:
+def _graph(bundle: Bundle, info: MachineInfo, needs: GraphNeeds | None) -> Finding:
     """Whether ONNX Runtime can verify the graph here, which stands in for a plan that cannot run."""
     accept = f"{_validate(bundle)} --accept graph"
     if GRAPH not in bundle.manifest.files:
@@ -173,7 +175,7 @@ def _graph(bundle: Bundle, info: MachineInfo) -> Finding:
         again = exporting(bundle)
         return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)
     version = info.onnxruntime.files_version or next(iter(info.onnxruntime.wheels.values()), "")
-    return _in_runtime(bundle, version, accept)
+    return _in_runtime(bundle, version, accept, needs)
 
 
 def _lacking_data(graph: Path) -> str:
@@ -194,19 +196,20 @@ def _lacking_data(graph: Path) -> str:
 
 
 def _needs(bundle: Bundle) -> GraphNeeds | None:
-    """What the graph requires of a runtime: from its certificate where that says so, since reading the graph takes
-    time.
-    """
+    """What the graph requires of a runtime: as it stands, else, where it cannot be read here, by its certificate."""
     certificate, precision = bundle.manifest.graph.certificate, bundle.manifest.precision
-    has_bf16 = Precision.BF16 in (precision.asked, precision.rest)
-    if certificate.opset is None or certificate.ir_version is None or has_bf16:
-        return GraphNeeds.of(bundle.path / GRAPH)
+    try:
+        found = GraphNeeds.of(bundle.path / GRAPH)
+    except ImportError:  # the doctor also runs where packages are missing
+        found = None
+    if found is not None or certificate.opset is None or certificate.ir_version is None:
+        return found
     return GraphNeeds(certificate.opset, certificate.ir_version, has_fp8=precision.asked is Precision.FP8)
 
 
-def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
+def _in_runtime(bundle: Bundle, version: str, accept: str, needs: GraphNeeds | None) -> Finding:
     """Whether the installed ONNX Runtime loads the graph: as it is, or rounded to FP32 by spach-validate."""
-    known, needs = runtimes().onnxruntime(version), _needs(bundle)
+    known = runtimes().onnxruntime(version)
     misfit = known.misfit(needs, on_gpu=False) if known and needs else ""
     if known is not None and known.truncates_fp16 and bundle.quantizes_fp16:
         from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
@@ -221,6 +224,13 @@ def _in_runtime(bundle: Bundle, version: str, accept: str) -> Finding:
         return Finding(Status.PROBLEM, GRAPH, misfit, "So the graph cannot be verified here.", newer, _VERIFY)
     means = "As it is it runs on no CPU; spach-validate runs it in FP32, every bfloat16 tensor rounded."
     return Finding(Status.OK, GRAPH, misfit, means, accept)
+
+
+def _readers(bundle: Bundle, needs: GraphNeeds | None) -> Iterator[Finding]:
+    """Which runtimes read the graph, if graphs like it were tried; none was for processors with VNNI alone."""
+    if needs is not None and not bundle.needs_vnni and (known := reading(needs)):
+        means = "So they took small graphs of these formats, opset and operators on a CPU, as docs/runtimes.md shows."
+        yield Finding(Status.OK, "read by", known, means)
 
 
 AskTensorRT = Callable[[Flavour, bytes], ProbeResult]

@@ -1,7 +1,9 @@
-"""Which ONNX Runtime runs which graph, and which versions each Triton image carries: the table `runtimes.json`.
+"""Which runtime reads which graph, and which ONNX Runtime each Triton image carries: `runtimes.json`, `consumers.json`.
 
-All advice on where a graph can run is read from this table: Triton repositories and their check, Kubernetes
-manifests, the doctor, Polygraphy's folder. `sources` in it says where its rows are from.
+All advice on where a graph can run is read from these tables: Triton repositories and their check, Kubernetes
+manifests, the doctor, Polygraphy's folder. `sources` in runtimes.json says where its rows are from. consumers.json is
+what ONNX Runtime, OpenVINO, OpenCV and npm's packages made of small graphs of every family; `benchmarks/consumers`
+writes it, and docs/runtimes.md shows it.
 """
 
 from __future__ import annotations
@@ -11,26 +13,39 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 REPOSITORY = "nvcr.io/nvidia/tritonserver"
 
 DATA = Path(__file__).with_name("runtimes.json")
 """File of the table."""
 
+CONSUMERS = Path(__file__).with_name("consumers.json")
+"""File of what runtimes made of graphs."""
+
+WEIGHT_SPLIT = "Split of a weight"
+"""Counts as an operator: graphs with attention had it once, and OpenCV 4 reads no such graph."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphNeeds:
     """What an ONNX graph requires of a runtime. `ir`: its IR version. `bfloat16`: operators that read or make
-    bfloat16.
+    bfloat16. `formats`: fp16, bf16, fp8 and int8, as far as it has them, `int8 of fp16`, and types of inputs
+    that are not FP32.
+    `operators`: the names of all its operators; empty where the graph was not read.
     """
 
     opset: int
     ir: int
     bfloat16: frozenset[str] = frozenset()
     has_fp8: bool = False
+    formats: frozenset[str] = frozenset()
+    operators: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, graph: Path | bytes) -> GraphNeeds | None:
@@ -41,7 +56,7 @@ class GraphNeeds:
         import onnx
         import onnx_ir as ir
 
-        from spach_deploy.graph.precision.formats import infer_all_types
+        from spach_deploy.graph.precision.formats import FLOAT, infer_all_types
 
         try:
             loaded = (
@@ -55,7 +70,64 @@ class GraphNeeds:
         types = {node: {v.dtype for v in (*node.inputs, *node.outputs) if v is not None} for node in model.graph}
         bfloat16 = {node.op_type for node, kinds in types.items() if ir.DataType.BFLOAT16 in kinds}
         has_fp8 = any(ir.DataType.FLOAT8E4M3FN in kinds for kinds in types.values())
-        return cls(int(opset), int(model.ir_version), frozenset(bfloat16), has_fp8)
+        formats = {_FORMATS[kind.name] for found in types.values() for kind in found if kind and kind.name in _FORMATS}
+        formats |= {f"{value.dtype.name} input" for value in model.graph.inputs if value.dtype not in (None, FLOAT)}
+        if not has_fp8:
+            formats |= {_quantized(node) for node in types if node.op_type == "QuantizeLinear"}
+        return cls(
+            *(int(opset), int(model.ir_version), frozenset(bfloat16), has_fp8),
+            formats=frozenset(formats),
+            operators=frozenset(map(_operator, types)),
+        )
+
+
+_FORMATS = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT8E4M3FN": "fp8"}
+
+
+def _quantized(node: ir.Node) -> str:
+    """Two formats, because ONNX Runtime before 1.30 computes INT8 of FP16 wrongly on a CPU."""
+    source = node.inputs[0]
+    is_half = source is not None and source.dtype is not None and source.dtype.name == "FLOAT16"
+    return "int8 of fp16" if is_half else "int8"
+
+
+def _operator(node: ir.Node) -> str:
+    source = node.inputs[0] if node.op_type == "Split" else None
+    return WEIGHT_SPLIT if source is not None and source.is_initializer() else str(node.op_type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A graph that a runtime was given. `problem`: what it said, or how far its answers were off; empty if right."""
+
+    needs: GraphNeeds = dataclasses.field(repr=False)
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A release of a runtime, and what it made of graphs on a CPU."""
+
+    name: str
+    version: str
+    trials: tuple[Trial, ...] = dataclasses.field(repr=False)
+
+    def misfit(self, needs: GraphNeeds) -> str | None:
+        """Why this release does not read a graph, in its own words; empty where it does.
+
+        That is what it made of graphs with the same opset, IR version and formats. None where there was none, where
+        these lack one of the graph's operators, or where it read only some.
+        """
+        alike = [trial for trial in self.trials if _is_alike(trial.needs, needs)]
+        seen = frozenset[str]().union(*(trial.needs.operators for trial in alike))
+        problems = [trial.problem for trial in alike if trial.problem]
+        if not needs.operators or not needs.operators <= seen or 0 < len(problems) < len(alike):
+            return None
+        return problems[0] if problems else ""
+
+
+def _is_alike(one: GraphNeeds, other: GraphNeeds) -> bool:
+    return (one.opset, one.ir, one.formats) == (other.opset, other.ir, other.formats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +272,56 @@ def _by(version: str, since: Mapping[str, str]) -> frozenset[str]:
 def runtimes() -> Runtimes:
     """The table that comes with this package."""
     return Runtimes.parse(json.loads(DATA.read_text(encoding="utf-8")))
+
+
+@functools.cache
+def readers() -> tuple[Reader, ...]:
+    """The runtimes of consumers.json, those of one name together, oldest first."""
+    content = json.loads(CONSUMERS.read_text(encoding="utf-8"))
+    graphs = content["graphs"]
+    needs = {name: needs_of_entry(entry) for name, entry in graphs.items()}
+    return tuple(
+        Reader(
+            runtime["name"],
+            runtime["version"],
+            tuple(
+                Trial(needs[name], problem_of(answer, graphs[name]["allowed"]))
+                for name, answer in runtime["answers"].items()
+            ),
+        )
+        for runtime in content["runtimes"]
+    )
+
+
+def needs_of_entry(entry: Mapping[str, Any]) -> GraphNeeds:
+    """The requirements of a graph of consumers.json."""
+    formats, operators = frozenset(entry["formats"]), frozenset(entry["operators"])
+    bfloat16 = frozenset(entry["bfloat16"])
+    return GraphNeeds(entry["opset"], entry["ir"], bfloat16, "fp8" in formats, formats, operators)
+
+
+def problem_of(answer: str | float, allowed: float) -> str:
+    """What is wrong with an answer of consumers.json, as a clause; empty if nothing. Its words, or its relative L2."""
+    if isinstance(answer, str):
+        return answer
+    return "" if answer <= allowed else f"relative L2 is {answer:.1e}; {allowed:.1e} is allowed"
+
+
+def reading(needs: GraphNeeds) -> str:
+    """Which runtimes read such a graph on a CPU and which do not, as `ONNX Runtime from 1.20, OpenCV from 5.0; not
+    onnxruntime-web`. Empty where nothing is known.
+    """
+    reads, not_read = [], []
+    names = dict.fromkeys(reader.name for reader in readers())
+    for name in names:
+        found = [(reader.version, reader.misfit(needs)) for reader in readers() if reader.name == name]
+        first = next((n for n in range(len(found)) if all(misfit == "" for _, misfit in found[n:])), None)
+        if first is not None:
+            reads.append(f"{name} from {'.'.join(found[first][0].split('.')[:2])}")
+        elif all(misfit for _, misfit in found):
+            not_read.append(name)
+    refused = f"not {', '.join(not_read)}" if not_read else ""
+    return "; ".join(filter(None, (", ".join(reads), refused)))
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

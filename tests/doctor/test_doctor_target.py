@@ -447,3 +447,16 @@ def test_a_graph_whose_weights_are_elsewhere_does_not_run(location: str, words: 
     target = examine(bundle)
     assert (target.exit_code, finding(target, GRAPH).status) == (2, Status.PROBLEM)
     assert finding(target, GRAPH).what == f"its weights are in {location}, {words}"
+
+
+def test_who_else_reads_the_graph(tmp_path: Path) -> None:
+    bundle = small_bundles.copy(small_bundles.bundle(Precision.FP32), tmp_path / "b")
+    assert finding(examine(bundle, cpu_machine()), "read by").what == (
+        "ONNX Runtime from 1.17, OpenVINO from 2024.6, OpenCV from 4.11,"
+        " onnxruntime-web from 1.17, onnxruntime-node from 1.17"
+    )
+
+
+def test_of_a_graph_unlike_all_that_were_tried_nothing_is_said(tmp_path: Path) -> None:
+    bundle = small_bundles.copy(small_bundles.bundle(Precision.FP16), tmp_path / "b")  # with top-k
+    assert not any(found.topic == "read by" for found in examine(bundle, cpu_machine()).findings)

@@ -14,10 +14,10 @@ from spach_deploy.bundle.outputs import INPUT, LOGITS
 from spach_deploy.engine.build import build_engine
 from spach_deploy.engine.flavours import TensorRTForRTX
 from spach_deploy.engine.plan_facts import PlanFacts, read_plan_facts
-from spach_deploy.graph.editing import as_proto, mark_quantized, new_node
+from spach_deploy.graph.editing import as_proto, mark_quantized, new_node, operand
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.passes import TENSORRT_PASSES, apply_passes
-from spach_deploy.graph.passes.tokens_first import PARTS, tokens_first
+from spach_deploy.graph.passes.tokens_first import PARTS, part_weights, tokens_first
 from spach_deploy.models.demo import load_demo_weights
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour, Precision
@@ -53,6 +53,17 @@ def test_query_key_and_value_are_products_of_their_own(kind: str, attentions: in
     assert len(tokens_first(model)) == attentions
     assert products(model) == dict.fromkeys(PARTS, attentions)
     assert sum(name.endswith(".qkv.weight") for name in model.graph.initializers) == attentions
+    check(model, kind)
+
+
+@pytest.mark.parametrize(("kind", "attentions"), [("trans", 3), ("hybrid", 5)])
+def test_a_written_graph_splits_no_weight(kind: str, attentions: int) -> None:
+    model = graph(kind)
+    tokens_first(model)
+    assert len(part_weights(model)) == attentions
+    assert not any(node.op_type == "Split" and operand(node, 0).is_initializer() for node in model.graph)
+    own = [name for name in model.graph.initializers if ".qkv.weight" in name]
+    assert Counter(name.rpartition("/")[2] for name in own) == dict.fromkeys(PARTS, attentions)
     check(model, kind)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from spach_deploy.common.errors import PrecisionError
+from spach_deploy.graph.passes.linear_as_matmul import linear_as_matmul
 from spach_deploy.quantization.fake_quantization import (
     corrected_bias,
     equalized_model,
@@ -23,7 +24,16 @@ from spach_deploy.quantization.scales import Method
 from spach_deploy.quantization.sites import LayerKind, Selection
 from spach_deploy.quantization.statistics import TensorStatistics
 from tests import static_models
-from tests.protos import Collector, candidates, consumers, correct_biases, initializers, plan_from_statistics
+from tests.protos import (
+    Collector,
+    candidates,
+    consumers,
+    correct_biases,
+    in_place,
+    initializers,
+    mark_sites,
+    plan_from_statistics,
+)
 from tests.quantization import faults
 from tests.quantization.small_models import canonical, inputs, plan, run, static
 from tests.static_models import relative_l2
@@ -148,3 +158,17 @@ def test_a_product_over_tokens_without_a_bias_is_refused() -> None:
     next(node for node in model.graph.node if product.output[0] in node.input).op_type = "Mul"
     with pytest.raises(PrecisionError, match=f"{token.module} has no bias to correct"):
         correct_biases(model, made)
+
+
+def test_a_layer_without_a_bias_gets_one_in_the_form_for_cpus_too() -> None:
+    model, made = canonical("trans"), plan("trans", INT8)
+    site = next(site for site in made.sites if site.module.endswith("fc2"))
+    del next(node for node in model.graph.node if node.name == site.node).input[2]
+    before = run(model, inputs())
+    mark_sites(model, made)
+    in_place(linear_as_matmul, model)
+    assert relative_l2(run(model, inputs()), before) < 2e-6
+    correct_biases(model, made)
+    (add,) = consumers(model.graph)[f"{site.node}/product"]
+    assert add.op_type == "Add"
+    assert np.allclose(faults.values(model, add.input[1]), site.correction)

@@ -9,6 +9,7 @@ axis of one. For TensorRT the Gemm is the better form, so this pass is for CPUs 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from spach_deploy.graph.editing import (
@@ -77,10 +78,14 @@ def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
 
 
 def _product(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
-    """MatMul, and Add where there is a bias, for a Gemm; the MatMul has the Gemm's name."""
-    x, _, *bias = node.inputs
-    inputs = [x, _transposed(graph, operand(node, 1))]
-    if not bias:
-        return [new_node("MatMul", inputs, name_of(node))]
-    product = new_node("MatMul", inputs, name_of(node), [f"{node.name}/product"])
-    return [product, new_node("Add", [product.outputs[0], *bias], f"{node.name}/bias")]
+    """MatMul and Add for a Gemm; the MatMul has the Gemm's name.
+
+    Without a bias zeros are added: the correction of a quantized layer's mean needs a place.
+    """
+    x, weight, bias = operand(node, 0), operand(node, 1), node.inputs[2] if len(node.inputs) > 2 else None
+    product = new_node("MatMul", [x, _transposed(graph, weight)], name_of(node), [f"{node.name}/product"])
+    return [product, new_node("Add", [product.outputs[0], bias or _zeros(graph, weight)], f"{node.name}/bias")]
+
+
+def _zeros(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    return constant(graph, f"{weight.name}/no_bias", np.zeros(len(tensor_of(weight).numpy()), np.float32))

@@ -9,7 +9,9 @@ query, key and value. TensorRT joins them into one batched product and needs no 
 after one product would copy each part. With a bias or in eight bits one product stays: there is a kernel after it
 anyway, for the bias or the scale, which also moves the parts.
 
-The weight stays one initializer under its published name; the graph splits it, and every compiler folds that Split.
+The weight stays one initializer under its published name, which a Split takes apart, for all that changes weights
+later. Before a graph is written, `part_weights` gives each product an initializer of its own: every compiler folds such
+a Split, but OpenCV 4 reads no graph that has one.
 
 For other runtimes, which gain nothing by it, `images_first` takes it back.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from spach_deploy.graph.editing import (
@@ -36,6 +39,7 @@ from spach_deploy.graph.editing import (
     replace_nodes,
     set_ints,
     shapes_at_batch_one,
+    tensor_of,
 )
 
 NAME = "tokens_first"
@@ -188,6 +192,24 @@ def _separate(graph: ir.Graph, attention: _Attention) -> None:
         made.append(swapped.outputs[0])
     gone = [qkv, attention.unpack, attention.swap, split]
     ir.convenience.replace_nodes_and_values(graph, qkv, gone, nodes, split.outputs, made)
+
+
+def part_weights(model: ir.Model) -> tuple[str, ...]:
+    """Replace every Split of an initializer by initializers, in place; returns the names of those that were split.
+
+    A part has the name that it had as the Split's output, such as `blocks.0.spatial_func.qkv.weight/query`.
+    """
+    graph = model.graph
+    splits = [node for node in graph if node.op_type == "Split" and operand(node, 0).is_initializer()]
+    weights = [operand(split, 0) for split in splits]
+    for split, weight in zip(splits, weights, strict=True):
+        parts = np.split(tensor_of(weight).numpy(), len(split.outputs), split.attributes.get_int("axis", 0))
+        for made, part in zip(split.outputs, parts, strict=True):
+            name, made.name = name_of(made), None
+            made.replace_all_uses_with(constant(graph, name, part))
+        graph.remove(split, safe=True)
+    remove_unused_initializers(graph)
+    return tuple(map(name_of, weights))
 
 
 def _reshape(graph: ir.Graph, source: ir.Value | None, name: str, *shape: int) -> ir.Node:

@@ -25,6 +25,7 @@ from spach_deploy.data.preprocess import to_input
 from spach_deploy.data.readers import batches
 from spach_deploy.graph.certificate import Certificate, certify
 from spach_deploy.graph.opset import check_operators
+from spach_deploy.graph.passes.tokens_first import part_weights
 from spach_deploy.graph.precision.decision import PrecisionPolicy, TypingOptions
 from spach_deploy.graph.precision.formats import LayerPrecision, half_format, infer_all_types, weighted_layers
 from spach_deploy.graph.precision.ranges import RangeMeter, Ranges
@@ -115,6 +116,7 @@ def set_types(
         errors = _errors(measured.outputs, reference)
     if plan is not None:
         CorrectBiases(plan)(model)
+    part_weights(model)
     typed = type_graph(model, rest, measured.ranges, TypingOptions(io_dtype=options.outputs.io_dtype))
     result, policy = typed.model, typed.policy
     if plan is not None:
