@@ -22,6 +22,7 @@ from spach_deploy.blocks.mixing_block import absorb_qkv_bias, fold_layer_scale, 
 from spach_deploy.blocks.replace import replace_known
 from spach_deploy.blocks.stem import fold_batchnorm
 from spach_deploy.common.machine import torch_threads
+from spach_deploy.models.own_module import OwnForward
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.architecture import Architecture
 
@@ -88,7 +89,9 @@ def _static(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[nn.Module, Outc
 
 
 def _example(model: nn.Module) -> tuple[Tensor, ...]:
-    """An image for a model of `spach_deploy.models`."""
+    """An image for a model of `spach_deploy.models`; for a user's own module inputs like its example."""
+    if isinstance(model, OwnForward):
+        return model.example()
     architecture = model.architecture
     assert isinstance(architecture, Architecture)
     return (torch.zeros(1, architecture.channels, *architecture.image_size),)

@@ -10,11 +10,10 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from spach_deploy.bundle.outputs import INPUT
+from spach_deploy.bundle.inputs import feeds_of
 from spach_deploy.bundle.schema import LevelEntry
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
@@ -141,7 +140,7 @@ def _measured(
     errors: dict[int, float] = {}
     expected = reference.reference
     for part in _parts(len(feeds)):
-        outputs = meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])})
+        outputs = meter.run(feeds_of(feeds[slice(*part)]))
         error, batch = check_equal("graph in its target's form", outputs, expected.of(slice(*part))), part[1] - part[0]
         errors[batch] = max(error, errors.get(batch, 0.0))
     described = f"the {len(feeds)} built-in photographs"
@@ -174,7 +173,7 @@ def _measure_users_images(meter: RangeMeter, images: GoldenImages, io_dtype: IOD
     seen = 0
     named = frozenset(images.skipped)
     for batch in batches(chosen, images.preprocessing, RANGE_BATCH):
-        meter.run({INPUT: to_input(batch.pixels, images.preprocessing, io_dtype)})
+        meter.run(feeds_of(images.takes.of(to_input(batch.pixels, images.preprocessing, io_dtype), seen)))
         seen += len(batch)
     note_skipped([skipped for skipped in chosen.skipped if skipped not in named], phases)
     described = f"{seen} images{chosen.of_all(seen)} from {images.source.description}"
