@@ -105,7 +105,9 @@ class ModelInputs:
         others = as_floats(batch, np.float32)
         assert isinstance(others, Inputs)
         rows = {name: array for name, array in others.arrays.items() if name not in images}
-        return cls(tuple(batch.arrays), images, rows)
+        pixels = image_of(batch)
+        shape = (pixels.shape[3], *pixels.shape[1:3]) if pixels.dtype == np.uint8 else pixels.shape[1:]
+        return cls(tuple(batch.arrays), images, rows, shape)
 
     @property
     def is_single(self) -> bool:
