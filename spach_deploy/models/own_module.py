@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
 
 from spach_deploy.bundle.inputs import ROWS, ModelInputs, rows_of
 from spach_deploy.bundle.outputs import DERIVED, INPUT, graph_outputs, named
@@ -145,18 +146,23 @@ def _image_inputs(named: Mapping[str, Tensor]) -> tuple[str, ...]:
 def taken_inputs(named: Mapping[str, Tensor]) -> ModelInputs:
     """What a module takes, from example inputs by the graph's names. ModelError for what no graph takes."""
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) or tensor.ndim < 2 or not all(tensor.shape):
-            raise ModelError("An example input is no tensor with a batch first.", "Give tensors such as (1, 3, H, W).")
+        if not isinstance(tensor, Tensor):
+            hint = "Give tensors; those of a dictionary go to the arguments of forward that have their names."
+            raise ModelError(f"The example input {name} is a {type(tensor).__name__}, no tensor.", hint)
+        if tensor.ndim < 2 or not all(tensor.shape):
+            shape = tuple(tensor.shape)
+            hint = "Give tensors such as (1, 3, H, W); (B, 1) for a number of each image."
+            raise ModelError(f"The example input {name} has the shape {shape}, no tensor with a batch first.", hint)
         if tensor.dtype not in INPUT_DTYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            kind = str(tensor.dtype).removeprefix("torch.")
             where = "" if tensor.device.type == "cpu" else f" on {tensor.device.type}"
+            sparse = "" if tensor.layout == torch.strided else ", sparse"
             raise ModelError(
-                f"The example input {name} is {kind}{where}{'' if tensor.layout == torch.strided else ', sparse'}.",
+                f"The example input {name} is {_kind(tensor)}{where}{sparse}.",
                 "Give float32 on the CPU; what is no image may be int64, int32 or bool too.",
             )
     images = tuple(dict.fromkeys(_image_inputs(named)))
     if not images:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
+        shapes = ", ".join(f"{name} {_kind(tensor)} {tuple(tensor.shape)}" for name, tensor in named.items())
         raise ModelError(
             f"The module takes {shapes}; what takes images, float32 (B, C, H, W), can be exported.",
             "Export the part of it that does.",
@@ -165,15 +171,21 @@ def taken_inputs(named: Mapping[str, Tensor]) -> ModelInputs:
     return ModelInputs(tuple(named), images, rows, tuple(named[images[0]].shape[1:]))
 
 
+def _kind(tensor: Tensor) -> str:
+    """A tensor's dtype, as it is written."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def output_names(outputs: Any, prefix: str = "") -> list[str]:
     """Names of what a module returned, in order: a dictionary's keys, `output` for one tensor, `output_0`, `output_1`
-    for several; within these, joined by underscores.
+    for several; within these, joined by underscores. None within these, such as a loss in training alone, is left out.
     """
     if isinstance(outputs, Tensor):
         return [prefix or "output"]
     named = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     start = f"{prefix}_" if prefix else "" if isinstance(outputs, Mapping) else "output_"
-    return [name for key, value in named for name in output_names(value, _usable(f"{start}{key}"))]
+    parts = [(key, value) for key, value in named if value is not None]
+    return [name for key, value in parts for name in output_names(value, _usable(f"{start}{key}"))]
 
 
 def _usable(name: str) -> str:
@@ -183,15 +195,15 @@ def _usable(name: str) -> str:
 
 
 def flattened(outputs: Any) -> list[Tensor]:
-    """The tensors that a module returned: one, or those of a tuple, list or dictionary, in order. ModelError for what
-    else is among them.
+    """The tensors that a module returned: one, or those of a tuple, list or dictionary, in order. None is left out;
+    ModelError for what else is among them.
     """
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, Mapping):
         outputs = list(outputs.values())
     if isinstance(outputs, tuple | list):
-        return [tensor for part in outputs for tensor in flattened(part)]
+        return [tensor for part in outputs if part is not None for tensor in flattened(part)]
     raise ModelError(
         f"The model returns {type(outputs).__name__}, and a graph returns tensors.",
         "Return a tensor, or a tuple or dictionary of tensors.",
@@ -281,11 +293,17 @@ def run_example(module: nn.Module, inputs: ExampleInputs) -> Example:
     several = drawn(takes, _OTHER_BATCH)
     one = [tensor[:1] for tensor in several]
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    returned, again, together = (_called(module, arguments, tensors) for tensors in (one, one, several))
+    with _seeing_halves(module) as halves:
+        returned, again, together = (_called(module, arguments, tensors) for tensors in (one, one, several))
     for name, buffer in module.named_buffers():
         buffer.data = before[name]
-    names = output_names(returned)
+    if halves:
+        raise ModelError(
+            f"{next(iter(halves))} computes in 16 bits, as under torch.autocast, so it is no reference in FP32.",
+            "Take autocast out of its forward; --fp16 and --bf16 set the types of the graph.",
+        )
     found = [flattened(outputs) for outputs in (returned, again, together)]
+    names = output_names(returned)
     if not names or len({len(tensors) for tensors in found}) > 1:
         what = "no tensors" if not names else "more outputs for some batches than for others"
         raise ModelError(f"The module returns {what}.", "Return the same tensors for every batch.")
@@ -296,6 +314,25 @@ def run_example(module: nn.Module, inputs: ExampleInputs) -> Example:
         raise ModelError(f"Two outputs of the module are called alike: {', '.join(names)}.", "Give them other names.")
     takes = _apart(takes, tensors)
     return Example(dict(zip(takes.names, one, strict=True)), tensors, takes, arguments)
+
+
+@contextlib.contextmanager
+def _seeing_halves(module: nn.Module) -> Iterator[dict[str, None]]:
+    """Paths of the modules that give halves while they run within the block."""
+    halves: dict[str, None] = {}
+
+    def hook_of(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+                halves[path] = None
+
+        return see
+
+    with contextlib.ExitStack() as hooks:
+        for path, part in module.named_modules():
+            if path:
+                hooks.enter_context(part.register_forward_hook(hook_of(path)))
+        yield halves
 
 
 def named_inputs(module: nn.Module, inputs: ExampleInputs) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -356,11 +393,10 @@ def is_users_file(path: str) -> bool:
 
 def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> None:
     """`again`: of the same input as `first`; `together`: of a batch of `_OTHER_BATCH` that begins with it."""
-    if not first.is_floating_point():
-        kind = str(first.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"The output {name} is {kind}, and a graph's outputs are floats.", "Leave it out of what it returns."
-        )
+    if first.dtype != torch.float32:
+        is_float = first.is_floating_point()
+        hint = "Return it as float32, with .float()." if is_float else "Leave it out of what it returns."
+        raise ModelError(f"The output {name} is {_kind(first)}, and a graph's outputs are floats of 32 bits.", hint)
     if first.shape[:1] != (1,) or together.shape != (_OTHER_BATCH, *first.shape[1:]):
         raise ModelError(
             f"The output {name} has the shape {tuple(first.shape)} for one image and {tuple(together.shape)} for"
@@ -466,8 +502,9 @@ def loaded_module(
 
     Raises ModelError for what cannot be exported, does not run on the example inputs, or takes no images.
     """
-    module, converted = in_float32(plain_module(module))
-    module.requires_grad_(False).eval()
+    module = plain_module(module)
+    module, converted = in_float32(Traced(module) if isinstance(module, torch.fx.GraphModule) else module)
+    module.eval()
     notes = (*notes, *converted)
     architecture = getattr(module, "architecture", None)
     if isinstance(module, SelectableOutputs) and isinstance(architecture, Architecture):
@@ -504,12 +541,24 @@ def plain_module(module: nn.Module) -> nn.Module:
     """
     inner = dict(module.named_children())
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    for name, is_wrapper in (("_orig_mod", True), ("module", isinstance(module, parallel))):
+    for name, is_wrapper in ((_COMPILED, True), ("module", isinstance(module, parallel))):
         if is_wrapper and list(inner) == [name]:
             return plain_module(inner[name])
     if problem := _why_not(module):
         raise ModelError(*problem)
     return module
+
+
+class Traced(nn.Module):
+    """A module that torch.fx traced, as a part of another one: its own class cannot be extended."""
+
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """What the traced module returns."""
+        return self.traced(*inputs, **named)
 
 
 def _why_not(module: nn.Module) -> tuple[str, str] | None:
@@ -532,6 +581,8 @@ def _why_not(module: nn.Module) -> tuple[str, str] | None:
             return f"{name} is sharded over processes.", "Gather its weights in one process, and load them there."
         if tensor.device.type == "meta":
             return f"{name} is on the meta device, without values.", "Load a checkpoint, or make the module on a CPU."
+        if tensor.dtype == torch.float64 and isinstance(tensor, nn.Parameter):
+            return f"{name} is float64, and an export computes in FP32 at most.", "Give the module as module.float()."
         if tensor.is_quantized or tensor.layout != torch.strided:
             what = "quantized already" if tensor.is_quantized else "sparse"
             return f"{name} is {what}.", "Give the module with plain float weights; --int8 quantizes it."
@@ -539,7 +590,8 @@ def _why_not(module: nn.Module) -> tuple[str, str] | None:
 
 
 def in_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy of `module` in FP32 on the CPU, and notes on what was converted. Tensors that are so already are shared.
+    """A copy of `module` in FP32 on the CPU without gradients, and notes on what was converted. Memory of tensors that
+    are so already is shared.
 
     Halves become FP32 exactly. FP64 stays, because FP32 would round it.
     """
@@ -550,8 +602,8 @@ def in_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         if tensor is None:
             return None
         is_half = tensor.dtype in (torch.float16, torch.bfloat16)
-        if not is_half and tensor.device.type == "cpu":
-            return tensor
+        if not is_half and tensor.device.type == "cpu":  # not `requires_grad_`, which would change the user's too
+            return nn.Parameter(tensor.detach(), requires_grad=False) if tensor.requires_grad else tensor
         what = {torch.float16: "FP16", torch.bfloat16: "BF16"}.get(tensor.dtype, "")
         counts[f"{what} tensors to FP32" if is_half else f"tensors to the CPU from {tensor.device.type}"] += 1
         moved = tensor.detach().to("cpu", torch.float32 if is_half else tensor.dtype)
@@ -632,6 +684,9 @@ def give(model: OwnForward, outputs: Sequence[TensorInfo]) -> None:
     model.outputs, model.returned = tuple(outputs), tuple(returned)
 
 
+_COMPILED = "_orig_mod"
+"""The only child of what torch.compile makes of a module, and part of its tensors' names: the module itself."""
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -642,7 +697,9 @@ def own(module: ModuleT) -> ModuleT:
 
 def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in done:
-        copied = copy.copy(module)
+        if [name for name, _ in module.named_children()] == [_COMPILED]:
+            return _own(module.get_submodule(_COMPILED), done)
+        copied = _shallow(module)
         copied._parameters = dict(module._parameters)
         copied._buffers = dict(module._buffers)
         copied._forward_hooks = OrderedDict(module._forward_hooks)
@@ -651,3 +708,12 @@ def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             name: None if child is None else _own(child, done) for name, child in module._modules.items()
         }
     return done[id(module)]
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of one module; of one with parametrizations, which refuse `copy.copy`, by hand."""
+    if not parametrize.is_parametrized(module):
+        return copy.copy(module)
+    copied = type(module).__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    return copied

@@ -64,7 +64,8 @@ def recording_activations(model: nn.Module, outputs: Outputs | None) -> Iterator
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             assert outputs is not None
             if isinstance(output, torch.Tensor):  # a user's part may give several
-                outputs[path] = output[:1].numpy().copy()
+                kept = output[:1]
+                outputs[path] = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy().copy()
 
         return hook
 

@@ -18,7 +18,7 @@ from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import create_model
 from spach_deploy.models.demo import load_demo_weights
 from tests.commands import export, refusal
-from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads, TwoInputs
+from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads
 from tests.quantization.small_quantized import pictures
 from tests.static_models import IMAGE_SIZE, small_model
 
@@ -151,7 +151,6 @@ def test_outputs_are_chosen_by_role_and_renamed(tmp_path: Path) -> None:
     ("model", "example", "said"),
     [
         (Branching(), IMAGE, r"cannot trace the model \(Branching.forward"),
-        (TwoInputs(), (IMAGE, torch.zeros(1, 4)), "what takes images .* alone can be exported"),
         (PlainNet(), torch.zeros(1, 5, 32, 32), "fails on an input of"),
         (PlainNet(), None, "inputs are not known"),
         ("ms_conv_xxs", IMAGE, "example_inputs are for a module of your own"),

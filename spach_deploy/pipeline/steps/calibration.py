@@ -96,9 +96,13 @@ def calibrate(
 
 
 def _layers(static: nn.Module) -> frozenset[str]:
-    """Paths of the modules that compute with weights of their own."""
+    """Paths of the modules that compute with weights of their own, not with what others make of theirs."""
     kinds = (nn.Linear, nn.Conv2d, TokenLinear)
-    return frozenset(path for path, module in static.named_modules(remove_duplicate=False) if isinstance(module, kinds))
+    return frozenset(
+        path
+        for path, module in static.named_modules(remove_duplicate=False)
+        if isinstance(module, kinds) and "weight" in dict(module.named_parameters(recurse=False))
+    )
 
 
 def key_of(
