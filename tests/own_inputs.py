@@ -1,6 +1,6 @@
 """Modules with several inputs, for tests, and modules as frameworks wrap and change them."""
 
-# mypy: disable-error-code="no-any-return,operator"
+# mypy: disable-error-code="no-any-return,operator,no-untyped-call"
 
 from __future__ import annotations
 
@@ -117,15 +117,26 @@ def on_meta() -> nn.Module:
         return PlainNet()
 
 
+def traced() -> nn.Module:
+    return torch.jit.trace(PlainNet().eval(), IMAGE)
+
+
 def quantized() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(PlainNet().eval(), {nn.Linear})
 
 
 def parametrized() -> nn.Module:
-    model = seeded(PlainNet())
+    model = PlainNet()
+    load_demo_weights(model)
     model.head = nn.utils.parametrizations.weight_norm(model.head)
     return model
 
 
-def compiled_inside() -> nn.Module:
-    return nn.Sequential(torch.compile(seeded(PlainNet()), backend="eager"), nn.Linear(5, 3))
+class CompiledInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(seeded(PlainNet()), backend="eager")
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))

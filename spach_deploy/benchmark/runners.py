@@ -19,7 +19,7 @@ from typing import Any
 import numpy.typing as npt
 
 from spach_deploy.benchmark.layers import by_module, owners_of
-from spach_deploy.bundle.inputs import Batch, arrays_of, feeds_of
+from spach_deploy.bundle.inputs import arrays_of, feeds_of
 from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.files import utf8_path
@@ -89,7 +89,7 @@ class OpenRunner:
     """
 
     run: Callable[[Any], Array]
-    prepare: Callable[[Batch], Any] = feeds_of
+    prepare: Callable[[Any], Any] = lambda inputs: inputs
     profile: Callable[[Any], dict[str, float]] | None = None
     device: str = CPU
 
@@ -230,7 +230,7 @@ def _onnx_runtime(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
             layers = seconds_by_layer(Path(watched.end_profiling()), _PROFILED_RUNS)
         return by_module(layers, owners_of(graph))
 
-    yield OpenRunner(lambda feeds: session.run([wanted], feeds)[0], profile=profile, device=device)
+    yield OpenRunner(lambda feeds: session.run([wanted], feeds)[0], feeds_of, profile, device)
 
 
 def _session(graph: Path, threads: int, profile: str = "") -> Any:
@@ -259,7 +259,7 @@ def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
 def _openvino(name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     wanted = first_output(bundle)
     with OpenVinoRunner(bundle.file(GRAPH), threads=setup.threads, precision_hint=OPENVINO_HINTS[name]) as runner:
-        yield OpenRunner(lambda feeds: runner.run(feeds)[wanted])
+        yield OpenRunner(lambda feeds: runner.run(feeds)[wanted], feeds_of)
 
 
 @contextlib.contextmanager
@@ -271,6 +271,7 @@ def _engine(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
         wanted = first_output(bundle)
         yield OpenRunner(
             lambda feeds: runner.run(feeds)[wanted],
+            feeds_of,
             profile=lambda feeds: by_module(runner.layer_seconds(feeds), owners_of(bundle.file(GRAPH))),
             device=GPU,
         )

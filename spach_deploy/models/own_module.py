@@ -34,7 +34,7 @@ from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
 from spach_deploy.models.checkpoint_content import shown
-from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, for_channels, resolve_settings
+from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, check_pixels, for_channels, resolve_settings
 from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.registry import check_spec, published_match
 from spach_deploy.options.architecture import Architecture
@@ -632,6 +632,7 @@ def _info(name: str, tensor: Tensor, *, alone: bool) -> TensorInfo:
 
 def _settings(spec: ModelSpec, channels: int) -> tuple[Setting, ...]:
     """The evaluation transform's values, each with its source. UsageError for what the module's own code decides."""
+    check_pixels(spec.hyperparameters, channels)
     given = for_channels(spec.hyperparameters, channels).given()
     mean, std = channel_statistics(channels)
     if wrong := [name for name in given if name not in OF_PIXELS]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -59,7 +61,7 @@ def test_rows_of_a_batch_are_chosen_and_joined_together() -> None:
         (np.zeros((1, 4), np.int64), "same"),
     ],
 )
-def test_rows_that_differ_are_made_of_one_row(example: np.ndarray, kind: str) -> None:  # type: ignore[type-arg]
+def test_rows_that_differ_are_made_of_one_row(example: np.ndarray[Any, Any], kind: str) -> None:
     rows = rows_of(example)
     assert (rows.dtype, rows.shape) == (example.dtype, (8, *example.shape[1:]))
     if kind == "rotated":

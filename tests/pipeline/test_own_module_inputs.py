@@ -25,6 +25,7 @@ from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models.own_module import OwnForward, choose_outputs, loaded_module
 from spach_deploy.options.specs import ModelSpec, OutputSpec
+from spach_deploy.pipeline.steps.reference import checked_outputs
 from tests import own_inputs
 from tests.commands import export, refusal
 from tests.own_inputs import IMAGE, Siamese, reading, seeded
@@ -196,7 +197,7 @@ def test_an_image_size_that_contradicts_the_example_is_refused(tmp_path: Path) -
     [
         lambda: nn.DataParallel(seeded(PlainNet())),
         lambda: torch.compile(seeded(PlainNet()), backend="eager"),
-        own_inputs.compiled_inside,
+        own_inputs.CompiledInside,
         own_inputs.parametrized,
         lambda: torch.fx.symbolic_trace(seeded(PlainNet())),
         own_inputs.TrainingLoss,
@@ -225,11 +226,22 @@ def test_what_frameworks_make_of_a_module_is_taken_and_stays_as_it_is(make: Call
     assert torch.allclose(found, wanted["logits"] if isinstance(wanted, dict) else wanted, atol=1e-5)
 
 
+def test_zeros_of_a_users_module_are_not_called_demo_weights() -> None:
+    model = seeded(PlainNet())
+    assert isinstance(model, PlainNet)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    loaded = loaded_module(model, IMAGE, ModelSpec())
+    with pytest.raises(UsageError, match="Your module answers exactly zero") as caught:
+        checked_outputs(loaded.model, np.ones((2, 3, 32, 32), np.float32))
+    assert "demo" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("make", "example", "said"),
     [
         (lambda: torch.jit.script(PlainNet()), IMAGE, "The module is TorchScript"),
-        (lambda: torch.jit.trace(PlainNet().eval(), IMAGE), IMAGE, "The module is TorchScript"),
+        (own_inputs.traced, IMAGE, "The module is TorchScript"),
         (lambda: torch.export.export(PlainNet().eval(), (IMAGE,)).module(), IMAGE, "is an exported program"),
         (own_inputs.Lazy, IMAGE, "head is lazy and has no weights yet"),
         (own_inputs.quantized, IMAGE, r"Its part head is quantized already \(Linear\)"),
