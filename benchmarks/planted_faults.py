@@ -62,7 +62,7 @@ def row(name: str, precision: Precision) -> list[str]:
     options = ExportOptions(model=ModelSpec(name=name), precision=precision)
     phases = Phases(ExportObserver())
     loaded = load(options, phases)
-    photographs = read_images(options, loaded.preprocessing, loaded.model.outputs, phases)
+    photographs = read_images(options, loaded, phases)
     reference = checked_outputs(loaded.model, photographs.images)["logits"]
     bound, found = faults(loaded.model, photographs.images, reference, precision)
     weakest = min(found, key=lambda fault: fault.rel_l2)

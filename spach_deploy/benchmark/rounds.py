@@ -26,6 +26,7 @@ from spach_deploy.benchmark.result import Benchmark, Latency, OutputError, Runne
 from spach_deploy.benchmark.runners import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, RunnerSetup, lacks_weights, why_not
 from spach_deploy.benchmark.worker import RunnerProcess
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.inputs import Batch
 from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
 from spach_deploy.common.errors import UnavailableError, UsageError
@@ -56,6 +57,19 @@ class BenchmarkRequest:
     seconds: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class GoldenBatch:
+    """All golden inputs, and `exact`, the first of the golden outputs (N, ...)."""
+
+    inputs: Batch
+    exact: Array
+
+    @classmethod
+    def of(cls, golden: Golden, facts: BundleFacts) -> GoldenBatch:
+        """Of a bundle's golden pack."""
+        return cls(golden.batch(facts.inputs), next(iter(golden.outputs.values())))
+
+
 @dataclasses.dataclass
 class _RunnerRecord:
     """A runner's process and its measurements by batch size.
@@ -73,24 +87,24 @@ class _RunnerRecord:
     errors: dict[int, OutputError] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
-    def run_golden(self, golden: Golden, batch: int) -> None:
+    def run_golden(self, golden: GoldenBatch, batch: int) -> None:
         """Run all golden images in batches of this size before timing: measures the error, and the first run, which may
         compile.
         """
         with self._recording_failure(batch):
-            outputs = self.worker.first_outputs(golden.input, batch)
+            outputs = self.worker.first_outputs(golden.inputs, batch)
             self.first_s[batch] = outputs.first_s
-            self._compare(batch, outputs.values, first_of(golden))
+            self._compare(batch, outputs.values, golden.exact)
 
-    def take_turn(self, golden: Golden, batch: int, seconds: float) -> None:
+    def take_turn(self, golden: GoldenBatch, batch: int, seconds: float) -> None:
         """Time the runner for one round at this batch size, and check its last output too."""
-        chosen = np.arange(batch) % len(golden.input)
+        chosen = np.arange(batch) % len(golden.inputs)
         with self._recording_failure(batch):
-            turn = self.worker.turn(golden.input[chosen], seconds)
+            turn = self.worker.turn(golden.inputs[chosen], seconds)
             self.medians.setdefault(batch, []).append(float(np.median(turn.seconds)))
             self.runs.setdefault(batch, []).extend(turn.seconds)
             self.peak_bytes[batch] = turn.peak_bytes
-            self._compare(batch, turn.values, first_of(golden)[chosen])
+            self._compare(batch, turn.values, golden.exact[chosen])
 
     @property
     def accuracy(self) -> OutputError:
@@ -117,7 +131,8 @@ def measure(request: BenchmarkRequest, report: OnProgress = lambda what, share: 
     measured, UnavailableError when a runner that was asked for by name, or every one, cannot run here.
     """
     bundle = Bundle.open(request.setup.bundle)
-    facts, golden = BundleFacts.of(bundle), Golden.load(bundle.file(GOLDEN))
+    facts = BundleFacts.of(bundle)
+    golden = GoldenBatch.of(Golden.load(bundle.file(GOLDEN)), facts)
     batches, output = chosen_batches(request.batches, facts.batch), model_outputs(facts.outputs)[0].name
     skipped = _skipped(request, bundle)
     machine = machine_facts(request.setup.threads)
@@ -223,11 +238,6 @@ def _runnable(request: BenchmarkRequest, skipped: dict[str, str]) -> Iterable[st
     return [name for name in request.names or TITLES if name not in skipped]
 
 
-def first_of(golden: Golden) -> Array:
-    """The output that is compared, the first that the model computes: of a classifier its logits."""
-    return next(iter(golden.outputs.values()))
-
-
 def accuracy(values: Array, exact: Array, allowed: float) -> OutputError:
     """The error of an output (N, ...) against the golden one, `exact`, image by image."""
     if values.shape != exact.shape or not np.isfinite(values).all():
@@ -250,7 +260,7 @@ class _RoundProgress:
 
 def _take_turns(
     records: dict[str, _RunnerRecord],
-    golden: Golden,
+    golden: GoldenBatch,
     batches: Sequence[int],
     request: BenchmarkRequest,
     progress: _RoundProgress,
@@ -276,11 +286,13 @@ def _take_turns(
         peaks.release()
 
 
-def _profiled(records: dict[str, _RunnerRecord], golden: Golden, batches: Sequence[int]) -> dict[str, dict[str, float]]:
+def _profiled(
+    records: dict[str, _RunnerRecord], golden: GoldenBatch, batches: Sequence[int]
+) -> dict[str, dict[str, float]]:
     """Seconds by module at the largest batch size, for runners with a profiler; one whose profiler fails is left
     out.
     """
-    inputs = golden.input[np.arange(batches[-1]) % len(golden.input)]
+    inputs = golden.inputs[np.arange(batches[-1]) % len(golden.inputs)]
     seconds: dict[str, dict[str, float]] = {}
     for name, record in records.items():
         if not record.problem:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy.typing as npt
 
 from spach_deploy.benchmark.layers import by_module, owners_of
+from spach_deploy.bundle.inputs import arrays_of, feeds_of
 from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.files import utf8_path
@@ -93,7 +94,7 @@ class OpenRunner:
     """
 
     run: Callable[[Any], Array]
-    prepare: Callable[[Array], Any] = lambda inputs: inputs
+    prepare: Callable[[Any], Any] = lambda inputs: inputs
     profile: Callable[[Any], dict[str, float]] | None = None
     device: str = CPU
 
@@ -136,6 +137,8 @@ def why_no_openvino(name: str) -> str:
 
 
 def _why_not_torch(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
+    if bundle.manifest.model.origin == "module":
+        return "the bundle is of your own module, which the benchmark does not have"
     if lacks_weights(setup, bundle):
         return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model.checkpoint}"
     if name == COMPILE and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
@@ -188,14 +191,16 @@ def _torch(
     model = change(reference)
 
     def run(images: Any) -> Array:
-        made = model(images.to(device))
+        made = model(*(image.to(device) for image in images))
         values: Array = (made[0] if isinstance(made, tuple) else made).float().cpu().numpy()
         return values
 
     with torch.inference_mode():
         yield OpenRunner(
             run,
-            lambda inputs: torch.from_numpy(as_images(inputs, facts.io_dtype, facts.preprocessing)),
+            lambda inputs: tuple(
+                map(torch.from_numpy, arrays_of(as_images(inputs, facts.io_dtype, facts.preprocessing)))
+            ),
             device=device,
         )
 
@@ -219,18 +224,18 @@ def _autocast(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
 def _onnx_runtime(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     graph = bundle.file(GRAPH)
     session = _session(graph, setup.threads)
-    name, wanted = session.get_inputs()[0].name, first_output(bundle)
+    wanted = first_output(bundle)
     device = GPU if session.get_providers()[0] == _CUDA else CPU
 
-    def profile(inputs: Array) -> dict[str, float]:
+    def profile(feeds: dict[str, Array]) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             watched = _session(graph, setup.threads, f"{folder}/profile")
             for _ in range(_PROFILED_RUNS):
-                watched.run([wanted], {name: inputs})
+                watched.run([wanted], feeds)
             layers = seconds_by_layer(Path(watched.end_profiling()), _PROFILED_RUNS)
         return by_module(layers, owners_of(graph))
 
-    yield OpenRunner(lambda inputs: session.run([wanted], {name: inputs})[0], profile=profile, device=device)
+    yield OpenRunner(lambda feeds: session.run([wanted], feeds)[0], feeds_of, profile, device)
 
 
 def _session(graph: Path, threads: int, profile: str = "") -> Any:
@@ -259,8 +264,7 @@ def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
 def _openvino(name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     wanted = first_output(bundle)
     with OpenVinoRunner(bundle.file(GRAPH), threads=setup.threads, precision_hint=OPENVINO_HINTS[name]) as runner:
-        source = next(iter(runner.input_specs))
-        yield OpenRunner(lambda inputs: runner.run({source: inputs})[wanted])
+        yield OpenRunner(lambda feeds: runner.run(feeds)[wanted], feeds_of)
 
 
 @contextlib.contextmanager
@@ -270,10 +274,11 @@ def _engine(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     assert bundle.plan is not None
     start = COLD if setup.is_cold else StartOptions()
     with TensorRTRunner(bundle.plan.read_bytes(), bundle.manifest.engine.flavour, start=start) as runner:
-        name, wanted = next(iter(runner.input_specs)), first_output(bundle)
+        wanted = first_output(bundle)
         yield OpenRunner(
-            lambda inputs: runner.run({name: inputs})[wanted],
-            profile=lambda inputs: by_module(runner.layer_seconds({name: inputs}), owners_of(bundle.file(GRAPH))),
+            lambda feeds: runner.run(feeds)[wanted],
+            feeds_of,
+            profile=lambda feeds: by_module(runner.layer_seconds(feeds), owners_of(bundle.file(GRAPH))),
             device=GPU,
         )
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spach_deploy.benchmark.runners import OpenRunner, RunnerSetup, opened
+from spach_deploy.bundle.inputs import Batch
 from spach_deploy.common import processes
 from spach_deploy.common.errors import SpachError, UnavailableError
 
@@ -83,17 +84,17 @@ class RunnerProcess:
         assert self._process is not None, "outside the worker's context"
         return self._process.pid
 
-    def first_outputs(self, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
+    def first_outputs(self, inputs: Batch, batch: int) -> FirstOutputs:
         """Run engine inputs (N, ...) in batches of exactly `batch`; the last one is filled up with the first images."""
         outputs: FirstOutputs = self._request(("first_outputs", (inputs, batch)))
         return outputs
 
-    def turn(self, inputs: npt.NDArray[Any], seconds: float) -> TimedRuns:
+    def turn(self, inputs: Batch, seconds: float) -> TimedRuns:
         """Run this batch again and again for so many seconds, after a warm-up."""
         turn: TimedRuns = self._request(("turn", (inputs, seconds)))
         return turn
 
-    def profile(self, inputs: npt.NDArray[Any]) -> dict[str, float]:
+    def profile(self, inputs: Batch) -> dict[str, float]:
         """Seconds of one run by module; empty for a runner without a profiler."""
         times: dict[str, float] = self._request(("profile", inputs))
         return times
@@ -152,7 +153,7 @@ def _reply(runner: OpenRunner, what: str, argument: Any) -> Any:
     return TimedRuns(times, np.asarray(last, np.float32), _peak_bytes())
 
 
-def _first_outputs(runner: OpenRunner, inputs: npt.NDArray[Any], batch: int) -> FirstOutputs:
+def _first_outputs(runner: OpenRunner, inputs: Batch, batch: int) -> FirstOutputs:
     times, parts = [], []
     for start in range(0, len(inputs), batch):
         fed = runner.prepare(inputs[np.arange(start, start + batch) % len(inputs)])

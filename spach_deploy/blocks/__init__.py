@@ -14,18 +14,25 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from spach_deploy.blocks import stem, token_mlp
 from spach_deploy.blocks.attention import fold_attention_scale, fold_qkv_bias, pad_heads
 from spach_deploy.blocks.backbone import grid_stream, prove_static, to_static
-from spach_deploy.blocks.base import GraphForm, Outcome, Rewrite, modules_of, own
+from spach_deploy.blocks.base import GraphForm, Outcome, Rewrite, joined, modules_of, own
 from spach_deploy.blocks.depthwise import StaticPositionEncoding
 from spach_deploy.blocks.mixing_block import absorb_qkv_bias, fold_layer_scale, fold_residual
 from spach_deploy.blocks.replace import replace_known
-from spach_deploy.blocks.stem import fold_batchnorm
 from spach_deploy.common.machine import torch_threads
+from spach_deploy.models.own_module import OwnForward
 from spach_deploy.models.spach import Spach
 from spach_deploy.options.architecture import Architecture
 
 STATIC = "static_reshapes"
+
+
+def fold_batchnorm(model: nn.Module, form: GraphForm) -> Outcome:
+    """Fold BatchNorm into the layers beside it, in place, as each kind of block that has one says."""
+    return joined(kind.fold_batchnorm(model, form) for kind in (token_mlp, stem))
+
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_batchnorm", "BatchNorm into the stem's convolutions", fold_batchnorm),
@@ -89,7 +96,9 @@ def _static(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[nn.Module, Outc
 
 
 def _example(model: nn.Module) -> tuple[Tensor, ...]:
-    """An image for a model of `spach_deploy.models`."""
+    """An image for a model of `spach_deploy.models`; for a user's own module inputs like its example."""
+    if isinstance(model, OwnForward):
+        return model.example()
     architecture = model.architecture
     assert isinstance(architecture, Architecture)
     return (torch.zeros(1, architecture.channels, *architecture.image_size),)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -60,6 +60,13 @@ class Outcome:
     def worst(self) -> float:
         """Largest FP64 error of all changes, 0 without any."""
         return max((change.error for change in self.changes), default=0.0)
+
+
+def joined(outcomes: Iterable[Outcome]) -> Outcome:
+    """Several outcomes of one rewrite as one."""
+    found = tuple(outcomes)
+    changes = tuple(change for outcome in found for change in outcome.changes)
+    return Outcome(changes, tuple(reason for outcome in found for reason in outcome.skipped))
 
 
 @dataclasses.dataclass(frozen=True)

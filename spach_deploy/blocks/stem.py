@@ -20,9 +20,6 @@ from spach_deploy.blocks.base import (
     probe,
     prove,
 )
-from spach_deploy.blocks.token_mlp import StaticAxisMixing, fold_into_axis_mixing, fold_into_head
-from spach_deploy.models.smlpnet import SMLPNet
-from spach_deploy.options.specs import Role
 
 
 class StaticStem(nn.Module):
@@ -43,19 +40,12 @@ class StaticStem(nn.Module):
 
 
 def fold_batchnorm(model: nn.Module, form: GraphForm) -> Outcome:
-    """Fold each BatchNorm into weights and bias of the convolution before it, or of the head behind it, in place.
+    """Fold each BatchNorm of stems into weights and bias of the convolution before it, in place.
 
     bn(conv(x)) = s * (W x - mean) + beta, s = weight / sqrt(var + eps)   =>   W' = s W, b' = beta - s * mean
-
-    The one that begins an sMLPNet block reads the residual stream, so it stays as a factor and a summand.
     """
     changes: list[Change] = []
     skipped: list[str] = []
-    for path, mixing in modules_of(model, StaticAxisMixing):
-        assert isinstance(mixing, StaticAxisMixing)
-        changes.extend(fold_into_axis_mixing(path, mixing))
-    if isinstance(model, SMLPNet) and all(tensor.role is not Role.EMBEDDING for tensor in model.outputs):
-        changes.append(fold_into_head("batch_norm", model))
     for path, stem in modules_of(model, StaticStem):
         assert isinstance(stem, StaticStem)
         if isinstance(stem.proj, nn.Sequential):

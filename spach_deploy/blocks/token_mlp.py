@@ -15,9 +15,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from spach_deploy.blocks.base import (
     Call,
     Change,
+    GraphForm,
+    Outcome,
     children_of,
     double,
     has_other_parameters,
+    modules_of,
     nested,
     probe,
     prove,
@@ -25,6 +28,7 @@ from spach_deploy.blocks.base import (
 )
 from spach_deploy.blocks.channel_mlp import linear_of, linear_pair
 from spach_deploy.models.smlpnet import SMLPNet
+from spach_deploy.options.specs import Role
 
 
 class TokenLinear(nn.Module):
@@ -226,7 +230,22 @@ def _channels_first(affine: Affine) -> Callable[[Tensor], Tensor]:
     return lambda x: affine(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def fold_into_axis_mixing(path: str, mixing: StaticAxisMixing) -> list[Change]:
+def fold_batchnorm(model: nn.Module, form: GraphForm) -> Outcome:
+    """Fold each BatchNorm of sMLPNet's blocks into the convolution before it, and its last one into the head, in place.
+
+    The one that begins a block reads the residual stream, so it stays as a factor and a summand. The head's stays where
+    the embedding, which it makes, is an output.
+    """
+    changes: list[Change] = []
+    for path, mixing in modules_of(model, StaticAxisMixing):
+        assert isinstance(mixing, StaticAxisMixing)
+        changes.extend(_fold_into_axis_mixing(path, mixing))
+    if isinstance(model, SMLPNet) and all(tensor.role is not Role.EMBEDDING for tensor in model.outputs):
+        changes.append(_fold_into_head("batch_norm", model))
+    return Outcome(tuple(changes))
+
+
+def _fold_into_axis_mixing(path: str, mixing: StaticAxisMixing) -> list[Change]:
     """Make the first BatchNorm a factor and a summand, and fold the second into the convolution, in place."""
     first, _, conv, second, *_ = (mixing.get_submodule(part) for part in mixing.paths)
     assert isinstance(first, nn.BatchNorm2d)
@@ -244,7 +263,7 @@ def fold_into_axis_mixing(path: str, mixing: StaticAxisMixing) -> list[Change]:
     return changes
 
 
-def fold_into_head(path: str, model: SMLPNet) -> Change:
+def _fold_into_head(path: str, model: SMLPNet) -> Change:
     """Fold the last BatchNorm into the linear layer that reads its mean over pixels, in place.
 
     W mean(s x + t) + b = W diag(s) mean(x) + (W t + b)

@@ -42,7 +42,7 @@ DERIVED = (Role.PROBABILITIES, Role.TOP_VALUES, Role.TOP_INDICES)
 
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-_TAKEN = ("input", "names", "batches", "file", "allow_pickle")
+TAKEN = ("input", "names", "batches", "file", "allow_pickle")
 """The input's name, and those that an npz of golden data cannot have."""
 
 NCHW, TOKENS = "NCHW", "NLC"
@@ -135,7 +135,7 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for old, name in new.items():
         if old not in known:
             raise UsageError(f"--output-name {old}={name}: there is no output {old}.", f"One of {', '.join(known)}.")
-        if not _NAME.fullmatch(name) or name in _TAKEN:
+        if not _NAME.fullmatch(name) or name in TAKEN:
             raise UsageError(
                 f"--output-name {old}={name}: {name!r} cannot name an output.",
                 "Use letters, digits, hyphens and underscores, and begin with a letter.",

@@ -54,6 +54,11 @@ LARGEST_BATCH = 999_999
 _LARGEST_RESIZE = math.ceil(LARGEST_SIDE / SMALLEST_CROP)
 _IO_DTYPES = {IODtype.FP32: "float32", IODtype.FP16: "float16", IODtype.UINT8: "uint8"}
 _OUTPUT_DTYPES = ("float32", "float16", "int64")
+_OTHER_DTYPES = ("int64", "int32", "bool")
+"""Dtypes, but for floats, of inputs that are no images."""
+
+IMAGE_LAYOUTS = ("NCHW", "NHWC")
+"""Layouts of inputs that are images; that of others is empty."""
 
 
 # The model and its interface
@@ -813,10 +818,19 @@ def _check_tensors(tensors: tuple[TensorInfo, ...], dtypes: Collection[str]) -> 
 
 
 def _check_inputs(manifest: Manifest) -> None:
-    _check_tensors(manifest.inputs, [_IO_DTYPES[manifest.output_options.io_dtype]])
+    io_dtype = _IO_DTYPES[manifest.output_options.io_dtype]
+    images = [tensor for tensor in manifest.inputs if tensor.layout in IMAGE_LAYOUTS or len(manifest.inputs) == 1]
+    if manifest.inputs and not images:
+        raise ValueError("none of them are images")
+    others = tuple(tensor for tensor in manifest.inputs if tensor not in images)
+    _check_tensors(tuple(images), [io_dtype])
+    if others:
+        _check_tensors(others, ["float16" if io_dtype == "float16" else "float32", *_OTHER_DTYPES])
+    if len({tensor.name for tensor in manifest.inputs}) < len(manifest.inputs):
+        raise ValueError("two have one name")
     size = manifest.model.image_size
     height, width, channels = manifest.preprocessing.pixel_shape
-    for tensor in manifest.inputs:
+    for tensor in images:
         wanted = (height, width, channels) if tensor.layout == "NHWC" else (channels, height, width)
         if not all(have in (want, None) for have, want in zip(tensor.shape[1:], wanted, strict=False)):
             what = f"image_size is {size_in_words(size)}" + (f", of {channels} channels" if channels != 3 else "")

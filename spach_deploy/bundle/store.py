@@ -59,6 +59,9 @@ HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION)
 """Files that later commands read, and that must be exactly those of the export."""
 
 GOLDEN_BYTES = {"input": 1 << 30, "names": 1 << 24}
+OTHER_INPUT = "input."
+"""What the names of a golden pack's other inputs begin with; no output's name has a full stop."""
+
 OUTPUT_BYTES = 1 << 28
 """Largest size of a golden pack's arrays, in bytes: far more than a few images and what a model makes of them take."""
 
@@ -145,6 +148,11 @@ def find_bundle(path: Path) -> Path:
     raise BundleError(f"{path} {kind} {MANIFEST}, so it is no bundle.", "Give what spach-export wrote.")
 
 
+def is_other_input(name: str) -> bool:
+    """Whether an array of a golden pack is another input than the images."""
+    return name.startswith(OTHER_INPUT)
+
+
 def golden_sizes(file: Path) -> dict[str, int]:
     """The largest size in bytes of each array of a golden pack; ValueError for a file that is no npz."""
     outputs = [name for name in npz_names(file) if name not in GOLDEN_BYTES]
@@ -158,6 +166,7 @@ def golden_problem(file: Path) -> str:
         headers = npz_headers(file, golden_sizes(file))
     except ValueError as error:
         return f"cannot be read as a golden pack ({error})"
+    others = {name: headers.pop(name) for name in [*headers] if is_other_input(name)}
     outputs = {name: header for name, header in headers.items() if name not in GOLDEN_BYTES}
     images, names = headers["input"].shape, headers["names"].shape or (1,)
     if not outputs:
@@ -167,6 +176,9 @@ def golden_problem(file: Path) -> str:
             return f"is no golden pack: its {name} are {header.dtype} {header.shape}"
         if len(images) != 4 or not images[0] == header.shape[0] == names[0]:
             return f"is no golden pack: {images[:1]} inputs, {header.shape[0]} answers and {names[0]} names"
+    for name, header in others.items():
+        if header.shape[:1] != images[:1]:
+            return f"is no golden pack: {images[:1]} images, and {name} of shape {header.shape}"
     return ""
 
 

@@ -251,7 +251,8 @@ def _lines(result: ExportResult, manifest: Manifest) -> Iterator[str]:
 
 def _facts(manifest: Manifest) -> Iterator[str]:
     model, engine, certificate = manifest.model, manifest.engine, manifest.graph.certificate
-    yield f"model      {model.title}, {size_in_words(model.image_size)} px, {model.num_classes} classes"
+    gives = f"{model.num_classes} classes" if model.num_classes else f"gives {_model_outputs(manifest)}"
+    yield f"model      {model.title}, {size_in_words(model.image_size)} px, {gives}"
     if manifest.graph.levels:
         from spach_deploy.graph.levels import described
 
@@ -263,6 +264,12 @@ def _facts(manifest: Manifest) -> Iterator[str]:
         return
     yield f"engine     {engine.flavour.value} {engine.version} for {', '.join(engine.gpus)}, batch {engine.batch}"
     yield f"           {_plan_facts(engine)}"
+
+
+def _model_outputs(manifest: Manifest) -> str:
+    from spach_deploy.bundle.outputs import model_outputs
+
+    return ", ".join(tensor.name for tensor in model_outputs(manifest.outputs))
 
 
 def _plan_facts(engine: EngineSection) -> str:

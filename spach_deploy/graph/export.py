@@ -12,12 +12,13 @@ The result is compared with PyTorch at several batch sizes, like any other graph
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from spach_deploy.graph.block_prototype import (
 from spach_deploy.graph.editing import array_of, as_proto, name_by_module, name_of, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.models.outputs import SelectableOutputs
-from spach_deploy.models.own_module import OwnForward, flattened, is_users_file
+from spach_deploy.models.own_module import OwnForward, drawn, flattened, is_users_file
 from spach_deploy.options.specs import OPSET, ImageSize, sides
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
@@ -88,21 +89,29 @@ def _check_batch(value: ir.Value, traced: int) -> None:
         raise CertificateError(f"{value.name} has the shape {value.shape}, which does not begin with the batch.")
 
 
-def export_module(model: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
+def export_module(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    feeds: Callable[[int], Mapping[str, Tensor]] | None = None,
+) -> ir.Model:
     """ONNX graph of any module, opset 20, with a symbolic batch first in every input and output.
 
     `example`: inputs by the names that the graph's inputs get, in the order of the module's arguments, each with a
-    batch of 1 or more. `outputs`: names of what it returns, in the order of a tuple's or dictionary's values.
+    batch of 1 or more. `outputs`: names of what it returns, in the order of a tuple's or dictionary's values. `feeds`:
+    a batch of this size by name, by default random numbers in the example's shapes.
 
     It is traced with a fixed batch, as reshapes to known sizes; where that is not right for other batches, with a
     symbolic one. Raises ModelError, with the module and the line, for what cannot be traced.
     """
+    feeds = feeds or functools.partial(_random, example)
+    fed = feeds(_TRACED_BATCH)
     for traced in (_repeated, _whole):
         with contextlib.suppress(CertificateError):
-            graph = traced(model, _random(example, _TRACED_BATCH), outputs)
-            if _is_right(graph, model, _random(example, _OTHER_BATCH)):
+            graph = traced(model, fed, outputs)
+            if _is_right(graph, model, feeds(_OTHER_BATCH)):
                 return graph
-    return _named(_program(model, _random(example, _TRACED_BATCH), outputs, symbolic=True), model)
+    return _named(_program(model, fed, outputs, symbolic=True), model)
 
 
 def _whole(model: nn.Module, fed: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
@@ -143,6 +152,11 @@ def _random(example: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(batch)
     return {name: torch.rand(batch, *tensor.shape[1:], generator=generator) for name, tensor in example.items()}
+
+
+def _like_example(model: OwnForward, batch: int) -> dict[str, Tensor]:
+    """A batch of inputs like those that a user's own module was run on."""
+    return dict(zip(model.takes.names, drawn(model.takes, batch, seed=batch), strict=True))
 
 
 def _named(program: ir.Model, model: nn.Module) -> ir.Model:
@@ -223,9 +237,10 @@ def export_canonical(model: nn.Module, image_size: ImageSize, channels: int = 3)
     """
     if not isinstance(model, StaticSpach):
         assert isinstance(model, SelectableOutputs)
-        example, names = torch.zeros(1, channels, *sides(image_size)), [tensor.name for tensor in model.outputs]
+        names = [tensor.name for tensor in model.outputs]
         if isinstance(model, OwnForward):
-            return export_module(model, {INPUT: example}, names)
+            return export_module(model, {}, names, functools.partial(_like_example, model))
+        example = torch.zeros(1, channels, *sides(image_size))
         return _repeated(model, _random({INPUT: example}, _TRACED_BATCH), names)
     prototype = make_prototype(model)
     return stamp_blocks(_traced(prototype, (channels, *sides(image_size))), prototype.repeats, model)

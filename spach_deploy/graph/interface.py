@@ -21,14 +21,19 @@ from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing, Role
 
 
 def add_interface(
-    model: ir.Model, outputs: Sequence[TensorInfo], io_dtype: IODtype, preprocessing: Preprocessing
+    model: ir.Model,
+    outputs: Sequence[TensorInfo],
+    io_dtype: IODtype,
+    preprocessing: Preprocessing,
+    images: Sequence[str] = (INPUT,),
 ) -> None:
     """Add to the FP32 graph, in place, the nodes of those of `outputs` that follow from logits, and of uint8 pixels.
 
-    `preprocessing` gives mean, standard deviation (of pixels in 0..1) and image size for uint8 pixels.
+    `preprocessing` gives mean, standard deviation (of pixels in 0..1) and image size for uint8 pixels, `images` the
+    inputs that are images.
     """
     if io_dtype is IODtype.UINT8:
-        _take_pixels(model, preprocessing)
+        _take_pixels(model, preprocessing, images)
     by_role = {tensor.role: tensor for tensor in outputs}
     if Role.PROBABILITIES in by_role:
         _add_softmax(model, _logits(model, by_role), by_role[Role.PROBABILITIES])
@@ -49,8 +54,8 @@ def check_outputs(outputs: OutputSpec, classes: int) -> None:
         raise UsageError("--softmax: the softmax of one class is 1 for every image.", "Leave it out.")
 
 
-def _take_pixels(model: ir.Model, preprocessing: Preprocessing) -> None:
-    """Replace the graph's input by uint8 pixels: (B, H, W, C) -> (x - 255 mean) / (255 std) -> (B, C, H, W).
+def _take_pixels(model: ir.Model, preprocessing: Preprocessing, images: Sequence[str]) -> None:
+    """Replace the graph's images by uint8 pixels: (B, H, W, C) -> (x - 255 mean) / (255 std) -> (B, C, H, W).
 
     The arithmetic is marked FP32, because half precision would round the normalized pixels.
     """
@@ -58,15 +63,18 @@ def _take_pixels(model: ir.Model, preprocessing: Preprocessing) -> None:
     mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
     offset = constant(graph, "io.offset", (255.0 * mean).astype(np.float32))
     scale = constant(graph, "io.scale", (1.0 / (255.0 * std)).astype(np.float32))
-    pixels = ir.val(INPUT, ir.DataType.UINT8, [BATCH, *preprocessing.pixel_shape])
-    writer = NodeWriter("io")
-    centred = writer.add("Sub", "centred", writer.add("Cast", "float", pixels, to=ir.DataType.FLOAT.value), offset)
-    scaled = writer.add("Mul", "scaled", centred, scale)
-    mark_float32(*writer.nodes)
-    normalized = writer.add("Transpose", "normalized", scaled, perm=[0, 3, 1, 2])
-    graph.inputs[0].replace_all_uses_with(normalized)
-    graph.inputs[0] = pixels
-    graph[0].prepend(writer.nodes)
+    for number, name in enumerate(images):
+        index, label = [name_of(value) for value in graph.inputs].index(name), f"_{name}" if number else ""
+        pixels = ir.val(name, ir.DataType.UINT8, [BATCH, *preprocessing.pixel_shape])
+        writer = NodeWriter("io")
+        floats = writer.add("Cast", f"float{label}", pixels, to=ir.DataType.FLOAT.value)
+        centred = writer.add("Sub", f"centred{label}", floats, offset)
+        scaled = writer.add("Mul", f"scaled{label}", centred, scale)
+        mark_float32(*writer.nodes)
+        normalized = writer.add("Transpose", f"normalized{label}", scaled, perm=[0, 3, 1, 2])
+        graph.inputs[index].replace_all_uses_with(normalized)
+        graph.inputs[index] = pixels
+        graph[0].prepend(writer.nodes)
 
 
 def _add_softmax(model: ir.Model, logits: ir.Value, probabilities: TensorInfo) -> None:

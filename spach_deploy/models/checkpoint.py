@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spach_deploy.bundle.inputs import ModelInputs
 from spach_deploy.common.errors import CheckpointError
 from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_from_content
 from spach_deploy.models.checkpoint_file import find_index, read_checkpoint, read_shards
@@ -76,6 +77,12 @@ class LoadedModel:
     def _architecture(self) -> Architecture:
         assert self.architecture is not None
         return self.architecture
+
+    @property
+    def takes(self) -> ModelInputs:
+        """Its inputs: images alone, but for a module of the user's own."""
+        known = getattr(self.model, "takes", None)
+        return known if isinstance(known, ModelInputs) else ModelInputs()
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -270,15 +270,7 @@ def _check(architecture: Architecture, given: Hyperparameters, where: str = "") 
     for name, value in (("qk scale", given.qk_scale), ("epsilon", given.norm_eps)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ModelError(f"{value:g} is no {name}{where}.", "Give a number that is not negative.")
-    for name, channels in (("mean", given.mean), ("std", given.std)):
-        if channels is not None and (problem := channels_problem(name, channels)):
-            raise ModelError(f"Pixel {name} {problem}{where}.", CHANNELS_HINT)
-        if channels is not None and len(channels) not in (1, architecture.channels):
-            raise ModelError(
-                f"Pixel {name} has {len(channels)} numbers{where}, and the model takes images of"
-                f" {architecture.channels} channel{'' if architecture.channels == 1 else 's'}.",
-                "Give a number for each channel, or one for all.",
-            )
+    check_pixels(given, architecture.channels, where)
     if given.crop is not None and (problem := crop_problem(given.crop)):
         raise ModelError(f"The crop {problem}{where}.", "It is the part of the resized picture that is kept.")
 
@@ -291,6 +283,19 @@ def _check_divisions(architecture: Architecture, divisions: int | None, where: s
             f"{divisions} divisions{where} is not 4 to {architecture.width}, the channels of the first stage.",
             "Give what training used; the published models have 12 or 16.",
         )
+
+
+def check_pixels(given: Hyperparameters, channels: int, where: str = "") -> None:
+    """ModelError for a mean or standard deviation that images of so many channels cannot have."""
+    for name, values in (("mean", given.mean), ("std", given.std)):
+        if values is not None and (problem := channels_problem(name, values)):
+            raise ModelError(f"Pixel {name} {problem}{where}.", CHANNELS_HINT)
+        if values is not None and len(values) not in (1, channels):
+            raise ModelError(
+                f"Pixel {name} has {len(values)} numbers{where}, and the model takes images of {channels}"
+                f" channel{'' if channels == 1 else 's'}.",
+                "Give a number for each channel, or one for all.",
+            )
 
 
 def _contradiction(name: str, asked: Any, field: str, said: Any) -> CheckpointError:

@@ -119,7 +119,8 @@ def _fixed_size(size: Sides, asked: Sides | None, said: Sides | None) -> tuple[S
                 f"Give --image-size {words}." if other == asked else _WRONG_FILE,
             )
     agree = " and args" if said is not None else ""
-    return size, [f"image size {words}: the weights along rows and columns{agree} say so"]
+    asked_for = ", which agrees with what was asked for" if asked is not None else ""
+    return size, [f"image size {words}: the weights along rows and columns{agree} say so{asked_for}"]
 
 
 def _fixed_tokens(architecture: Architecture, tensors: Tensors) -> tuple[int, int] | None:
@@ -158,8 +159,12 @@ def _size_of_tokens(
             f"The spatial MLPs of the checkpoint mix {tokens} tokens in stage {stage + 1}, which is no square grid.",
             "Give the size of the images: --image-size HEIGHTxWIDTH.",
         )
-    agree = " and args" if said is not None else ""
-    return chosen, [f"image size {size_in_words(chosen)}: the spatial MLP's weights{agree} say so"]
+    why = "the spatial MLP's weights say so"
+    if said is not None:
+        why = "the spatial MLP's weights and args say so"
+    if asked is not None:
+        why = "as asked for, and the spatial MLP's weights fit"
+    return chosen, [f"image size {size_in_words(chosen)}: {why}"]
 
 
 def _said_size(args: Mapping[str, Any]) -> Sides | None:

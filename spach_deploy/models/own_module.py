@@ -17,31 +17,44 @@ import os
 import re
 import sys
 import traceback
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
 
-from spach_deploy.bundle.outputs import INPUT, named
+from spach_deploy.bundle.inputs import ROWS, ModelInputs, rows_of
+from spach_deploy.bundle.outputs import DERIVED, INPUT, graph_outputs, named
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
 from spach_deploy.models.checkpoint_content import shown
-from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, for_channels, resolve_settings
+from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, check_pixels, for_channels, resolve_settings
 from spach_deploy.models.outputs import SelectableOutputs
 from spach_deploy.models.registry import check_spec, published_match
 from spach_deploy.options.architecture import Architecture
-from spach_deploy.options.specs import ImageSize, ModelSpec, OutputSpec, Role, channel_statistics, sides, size_of_sides
+from spach_deploy.options.specs import (
+    ImageSize,
+    ModelSpec,
+    OutputSpec,
+    Role,
+    channel_statistics,
+    sides,
+    size_in_words,
+    size_of_sides,
+)
 
 FORM = "package.module:factory"
 
 
-def made_by(factory: str) -> nn.Module:
-    """The module that the user's `factory`, `package.module:name`, makes or is. Runs the user's code.
+def made_by(factory: str) -> tuple[nn.Module, ExampleInputs | None]:
+    """The module that the user's `factory`, `package.module:name`, makes or is, and example inputs of it: those that
+    the factory returns beside it, else the module's attribute `example_inputs`, else None. Runs the user's code.
 
     Modules are looked for in the current directory too, as `python -m` does. UsageError, with the user's own file and
     line, for one that cannot be imported, fails, or gives something else.
@@ -54,9 +67,12 @@ def made_by(factory: str) -> nn.Module:
         for part in name.split("."):
             found = getattr(found, part)
         made = found if isinstance(found, nn.Module) else found()
-    if not isinstance(made, nn.Module):
-        raise UsageError(f"--module {factory} gave a {type(made).__name__}, not an nn.Module.", f"Give {FORM}.")
-    return made
+    module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, nn.Module):
+        kind = type(made).__name__
+        hint = f"Give {FORM} that returns a module, or a module and its example inputs."
+        raise UsageError(f"--module {factory} gave a {kind}, not an nn.Module.", hint)
+    return module, getattr(module, "example_inputs", None) if example is None else example
 
 
 @contextlib.contextmanager
@@ -98,28 +114,78 @@ def load_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     module.load_state_dict(dict(values), strict=False)
 
 
+ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Example inputs: a tensor, several in the order of forward's arguments, or a dictionary by these arguments' names."""
+
+INPUT_DTYPES = (torch.float32, torch.int64, torch.int32, torch.bool)
+"""Dtypes of inputs that are no images."""
+
+
 def input_names(module: nn.Module, count: int) -> list[str]:
     """Names of a graph's inputs: `input` for one, else those of forward's arguments."""
     if count == 1:
         return [INPUT]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [
-        name for name, parameter in inspect.signature(module.forward).parameters.items() if parameter.kind in kinds
+        _usable(name)
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in kinds
     ]
     if len(names) < count:
         names = [f"input_{index}" for index in range(count)]
     return names[:count]
 
 
+def _image_inputs(named: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Which inputs are images (B, C, H, W): the first of 3 channels, else of 1, else of any; and all of its shape."""
+    maps = {name: tensor for name, tensor in named.items() if tensor.ndim == 4 and tensor.dtype == torch.float32}
+    by_channels = sorted(maps, key=lambda name: (maps[name].shape[1] != 3, maps[name].shape[1] != 1))
+    return tuple(name for name in [*by_channels[:1], *maps] if maps[name].shape[1:] == maps[by_channels[0]].shape[1:])
+
+
+def taken_inputs(named: Mapping[str, Tensor]) -> ModelInputs:
+    """What a module takes, from example inputs by the graph's names. ModelError for what no graph takes."""
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            hint = "Give tensors; those of a dictionary go to the arguments of forward that have their names."
+            raise ModelError(f"The example input {name} is a {type(tensor).__name__}, no tensor.", hint)
+        if tensor.ndim < 2 or not all(tensor.shape):
+            shape = tuple(tensor.shape)
+            hint = "Give tensors such as (1, 3, H, W); (B, 1) for a number of each image."
+            raise ModelError(f"The example input {name} has the shape {shape}, no tensor with a batch first.", hint)
+        if tensor.dtype not in INPUT_DTYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            where = "" if tensor.device.type == "cpu" else f" on {tensor.device.type}"
+            sparse = "" if tensor.layout == torch.strided else ", sparse"
+            raise ModelError(
+                f"The example input {name} is {_kind(tensor)}{where}{sparse}.",
+                "Give float32 on the CPU; what is no image may be int64, int32 or bool too.",
+            )
+    images = tuple(dict.fromkeys(_image_inputs(named)))
+    if not images:
+        shapes = ", ".join(f"{name} {_kind(tensor)} {tuple(tensor.shape)}" for name, tensor in named.items())
+        raise ModelError(
+            f"The module takes {shapes}; what takes images, float32 (B, C, H, W), can be exported.",
+            "Export the part of it that does.",
+        )
+    rows = {name: rows_of(tensor.numpy()) for name, tensor in named.items() if name not in images}
+    return ModelInputs(tuple(named), images, rows, tuple(named[images[0]].shape[1:]))
+
+
+def _kind(tensor: Tensor) -> str:
+    """A tensor's dtype, as it is written."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def output_names(outputs: Any, prefix: str = "") -> list[str]:
     """Names of what a module returned, in order: a dictionary's keys, `output` for one tensor, `output_0`, `output_1`
-    for several; within these, joined by underscores.
+    for several; within these, joined by underscores. None within these, such as a loss in training alone, is left out.
     """
     if isinstance(outputs, Tensor):
         return [prefix or "output"]
     named = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     start = f"{prefix}_" if prefix else "" if isinstance(outputs, Mapping) else "output_"
-    return [name for key, value in named for name in output_names(value, _usable(f"{start}{key}"))]
+    parts = [(key, value) for key, value in named if value is not None]
+    return [name for key, value in parts for name in output_names(value, _usable(f"{start}{key}"))]
 
 
 def _usable(name: str) -> str:
@@ -129,15 +195,15 @@ def _usable(name: str) -> str:
 
 
 def flattened(outputs: Any) -> list[Tensor]:
-    """The tensors that a module returned: one, or those of a tuple, list or dictionary, in order. ModelError for what
-    else is among them.
+    """The tensors that a module returned: one, or those of a tuple, list or dictionary, in order. None is left out;
+    ModelError for what else is among them.
     """
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, Mapping):
         outputs = list(outputs.values())
     if isinstance(outputs, tuple | list):
-        return [tensor for part in outputs for tensor in flattened(part)]
+        return [tensor for part in outputs if part is not None for tensor in flattened(part)]
     raise ModelError(
         f"The model returns {type(outputs).__name__}, and a graph returns tensors.",
         "Return a tensor, or a tuple or dictionary of tensors.",
@@ -145,16 +211,25 @@ def flattened(outputs: Any) -> list[Tensor]:
 
 
 class OwnForward(SelectableOutputs):
-    """What `prepared` adds to the class of a user's module: the outputs that are exported, in order, as tensors."""
+    """What `prepared` adds to the class of a user's module: the outputs that are exported, in order, as tensors.
+
+    `takes`: its inputs. `arguments`: names of forward's arguments for them; empty where they go by their order.
+    """
 
     returned: tuple[str, ...]
+    takes: ModelInputs
+    arguments: tuple[str, ...]
+
+    def example(self, count: int = 1) -> tuple[Tensor, ...]:
+        """A batch of `count` inputs, in order."""
+        return tuple(drawn(self.takes, count))
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The chosen outputs in order; one alone as it is."""
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the modules, in one operator
         try:
-            returned = super().forward(*inputs)  # of the user's class
+            returned = _given_to(super().forward, self.arguments, inputs)  # of the user's class
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         by_name = dict(zip(output_names(returned), flattened(returned), strict=True))
@@ -162,27 +237,42 @@ class OwnForward(SelectableOutputs):
         return tensors[0] if len(tensors) == 1 else tensors
 
 
-def prepared(module: nn.Module, outputs: Sequence[TensorInfo], returned: Sequence[str]) -> OwnForward:
-    """A copy of the user's module that returns the outputs `returned` in order, as `outputs` says; it shares tensors.
+def _given_to(forward: Callable[..., Any], arguments: Sequence[str], inputs: Sequence[Tensor]) -> Any:
+    """What `forward` returns for inputs in order, which go to these `arguments`, or by their order."""
+    return forward(**dict(zip(arguments, inputs, strict=True))) if arguments else forward(*inputs)
+
+
+_ATTRIBUTES = ("outputs", "returned", "takes", "arguments")
+"""What `prepared` sets on a copy of the user's module."""
+
+
+def prepared(module: nn.Module, outputs: Sequence[TensorInfo], example: Example) -> OwnForward:
+    """A copy of the user's module that returns the example's outputs in order, as `outputs` says; it shares tensors.
 
     Its submodules have the same paths, and its `forward` calls the user's. ModelError for attributes that it needs.
     """
-    if taken := [name for name in ("outputs", "returned") if hasattr(module, name)]:
+    if taken := [name for name in _ATTRIBUTES if hasattr(module, name)]:
         raise ModelError(f"Your module has an attribute {taken[0]!r}, which this package needs.", "Rename it.")
     kind = type(module)
     made: Any = own(module)
     made.__class__ = type(kind.__name__, (OwnForward, kind), {"__module__": kind.__module__})
-    made.outputs, made.returned = tuple(outputs), tuple(returned)
+    made.outputs, made.returned = tuple(outputs), tuple(example.outputs)
+    made.takes, made.arguments = example.takes, example.arguments
     assert isinstance(made, OwnForward)
     return made
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Example inputs of a module, a batch of one, by the graph's names, and what it returns for them, by name."""
+    """Inputs of a module, a batch of one, by the graph's names, and what it returns for them, by name.
+
+    `takes`, `arguments`: as in `OwnForward`.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    takes: ModelInputs = dataclasses.field(default_factory=ModelInputs)
+    arguments: tuple[str, ...] = ()
 
 
 _SAME = 1e-3
@@ -191,37 +281,99 @@ _SAME = 1e-3
 _OTHER_BATCH = 3
 
 
-def run_example(module: nn.Module, inputs: Sequence[Tensor]) -> Example:
-    """Run the module on its example inputs. What it computes has to be the same every time and for every batch.
+def run_example(module: nn.Module, inputs: ExampleInputs) -> Example:
+    """Run the module on inputs like the example's. What it computes has to be the same every time and for every batch.
 
-    ModelError where it fails, changes itself, draws at random or mixes images up, and where an input or output is not
-    a batch of floats.
+    Of images the example tells the shape alone, of other inputs values too (`bundle.inputs.rows_of`). ModelError where
+    it fails, changes itself, draws at random and mixes images up, and where an input or output is not a batch that a
+    graph has.
     """
-    for tensor in inputs:
-        if not isinstance(tensor, Tensor) or tensor.ndim < 2:
-            raise ModelError("An example input is no tensor with a batch first.", "Give tensors such as (1, 3, H, W).")
-    generator = torch.Generator().manual_seed(0)
-    several = [
-        torch.rand(_OTHER_BATCH, *tensor.shape[1:], generator=generator, dtype=tensor.dtype) for tensor in inputs
-    ]
+    named, arguments = named_inputs(module, inputs)
+    takes = taken_inputs(named)
+    several = drawn(takes, _OTHER_BATCH)
     one = [tensor[:1] for tensor in several]
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    returned, again, together = (_called(module, tensors) for tensors in (one, one, several))
+    with _seeing_halves(module) as halves:
+        returned, again, together = (_called(module, arguments, tensors) for tensors in (one, one, several))
     for name, buffer in module.named_buffers():
         buffer.data = before[name]
+    if halves:
+        raise ModelError(
+            f"{next(iter(halves))} computes in 16 bits, as under torch.autocast, so it is no reference in FP32.",
+            "Take autocast out of its forward; --fp16 and --bf16 set the types of the graph.",
+        )
+    found = [flattened(outputs) for outputs in (returned, again, together)]
     names = output_names(returned)
-    for name, first, second, third in zip(names, *map(flattened, (returned, again, together)), strict=True):
+    if not names or len({len(tensors) for tensors in found}) > 1:
+        what = "no tensors" if not names else "more outputs for some batches than for others"
+        raise ModelError(f"The module returns {what}.", "Return the same tensors for every batch.")
+    for name, first, second, third in zip(names, *found, strict=True):
         _check_output(name, first, second, third)
     tensors = dict(zip(names, flattened(returned), strict=True))
     if len(tensors) < len(names):
         raise ModelError(f"Two outputs of the module are called alike: {', '.join(names)}.", "Give them other names.")
-    return Example(dict(zip(input_names(module, len(one)), one, strict=True)), tensors)
+    takes = _apart(takes, tensors)
+    return Example(dict(zip(takes.names, one, strict=True)), tensors, takes, arguments)
 
 
-def _called(module: nn.Module, inputs: Sequence[Tensor]) -> Any:
+@contextlib.contextmanager
+def _seeing_halves(module: nn.Module) -> Iterator[dict[str, None]]:
+    """Paths of the modules that give halves while they run within the block."""
+    halves: dict[str, None] = {}
+
+    def hook_of(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+                halves[path] = None
+
+        return see
+
+    with contextlib.ExitStack() as hooks:
+        for path, part in module.named_modules():
+            if path:
+                hooks.enter_context(part.register_forward_hook(hook_of(path)))
+        yield halves
+
+
+def named_inputs(module: nn.Module, inputs: ExampleInputs) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Example inputs by the graph's names, and the arguments of forward that they go to (none: by their order)."""
+    if isinstance(inputs, Mapping):
+        names = input_names(module, 1) if len(inputs) == 1 else [_usable(str(name)) for name in inputs]
+        return dict(zip(names, inputs.values(), strict=True)), tuple(map(str, inputs))
+    if not isinstance(inputs, Tensor | tuple | list):
+        kind = type(inputs).__name__
+        raise ModelError(f"The example inputs are a {kind}.", "Give a tensor, a tuple of tensors, or a dictionary.")
+    several = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not several:
+        raise ModelError("There are no example inputs.", "Give tensors such as (1, 3, H, W).")
+    return dict(zip(input_names(module, len(several)), several, strict=True)), ()
+
+
+def _apart(takes: ModelInputs, outputs: Collection[str]) -> ModelInputs:
+    """The inputs under names that no output of a graph has."""
+    if takes.is_single:
+        return takes
+    taken = {*outputs, *(role.value for role in (Role.LOGITS, *DERIVED))}
+    new = {name: f"{name}_input" if name in taken else name for name in takes.names}
+    rows = {new[name]: array for name, array in takes.rows.items()}
+    names, images = (tuple(new[name] for name in these) for these in (takes.names, takes.images))
+    if len({*names, *outputs}) < len(names) + len(outputs):
+        raise ModelError(f"Inputs of the module are called alike: {', '.join(names)}.", "Give them other names.")
+    return dataclasses.replace(takes, names=names, images=images, rows=rows)
+
+
+def drawn(takes: ModelInputs, count: int, seed: int = 0) -> list[Tensor]:
+    """A batch of inputs, in order: random images, every one of them another, and rows of the other inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    images = {name: torch.rand(count, *takes.shape, generator=generator) for name in takes.images}
+    rows = takes.rows_for(range(count))
+    return [images[name] if name in images else torch.from_numpy(rows[name]) for name in takes.names]
+
+
+def _called(module: nn.Module, arguments: Sequence[str], inputs: Sequence[Tensor]) -> Any:
     try:
         with torch.inference_mode():
-            return module(*inputs)
+            return _given_to(module, arguments, inputs)
     except Exception as error:  # the user's code raises what it likes
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -241,11 +393,10 @@ def is_users_file(path: str) -> bool:
 
 def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> None:
     """`again`: of the same input as `first`; `together`: of a batch of `_OTHER_BATCH` that begins with it."""
-    if not first.is_floating_point():
-        kind = str(first.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"The output {name} is {kind}, and a graph's outputs are floats.", "Leave it out of what it returns."
-        )
+    if first.dtype != torch.float32:
+        is_float = first.is_floating_point()
+        hint = "Return it as float32, with .float()." if is_float else "Leave it out of what it returns."
+        raise ModelError(f"The output {name} is {_kind(first)}, and a graph's outputs are floats of 32 bits.", hint)
     if first.shape[:1] != (1,) or together.shape != (_OTHER_BATCH, *first.shape[1:]):
         raise ModelError(
             f"The output {name} has the shape {tuple(first.shape)} for one image and {tuple(together.shape)} for"
@@ -274,7 +425,7 @@ class OwnLoadedModel(LoadedModel):
     @property
     def image_size(self) -> ImageSize:
         """Height and width of the images that it takes, in pixels."""
-        return size_of_sides(*self.example[INPUT].shape[2:])
+        return size_of_sides(*self.takes.shape[1:])
 
     @property
     def architecture(self) -> None:
@@ -284,7 +435,7 @@ class OwnLoadedModel(LoadedModel):
     @property
     def channels(self) -> int:
         """Number of channels of an image."""
-        return self.example[INPUT].shape[1]
+        return self.takes.shape[0]
 
     @property
     def num_classes(self) -> int:
@@ -293,20 +444,24 @@ class OwnLoadedModel(LoadedModel):
         return 0 if logits is None else logits.shape[-1] or 0
 
 
-def load(spec: ModelSpec) -> LoadedModel:
-    """The user's own module where `spec` names one, else a model of `spach_deploy.models`."""
-    return load_model(spec) if spec.module is None else load_module(spec)
+def load(spec: ModelSpec, takes: ModelInputs | None = None) -> LoadedModel:
+    """The user's own module where `spec` names one, else a model of `spach_deploy.models`. `takes`: the inputs of the
+    bundle that it is of.
+    """
+    return load_model(spec) if spec.module is None else load_module(spec, takes)
 
 
-def load_module(spec: ModelSpec) -> LoadedModel:
+def load_module(spec: ModelSpec, takes: ModelInputs | None = None) -> LoadedModel:
     """The module that the factory `spec.module` makes, with a checkpoint's weights if one is given.
 
-    Its example input is the attribute `example_inputs` of what the factory gives, or an image of `--image-size`. Raises
-    what `made_by`, `run_example` and `load_values` raise.
+    Its example inputs are the rows of `takes`, if those are several; what comes with the module (`made_by`); or an
+    image of `--image-size`. Raises what `made_by`, `run_example` and `load_values` raise, and UsageError where
+    `--image-size` contradicts the example.
     """
     assert spec.module is not None
     check_spec(spec)
-    module, sha256 = made_by(spec.module), None
+    (module, example), sha256 = made_by(spec.module), None
+    module = plain_module(module)
     notes = [f"ran {spec.module}, which is your own code"]
     if spec.checkpoint is None:
         notes.append("the weights are those that your code made")
@@ -314,14 +469,30 @@ def load_module(spec: ModelSpec) -> LoadedModel:
         values, sha256, more = read_values(spec, tuple(module.state_dict())[:1])
         load_values(module, values)
         notes += more
-    given = getattr(module, "example_inputs", None)
-    example = torch.zeros(1, 3, *sides(spec.image_size or 224)) if given is None else given
-    return loaded_module(module, example, spec, notes=tuple(notes), sha256=sha256)
+    size = sides(spec.image_size or 224)
+    if takes is not None and not takes.is_single:
+        example = _example_of(module, takes)
+    elif example is None:
+        example = torch.zeros(1, 3, *size)
+    loaded = loaded_module(module, example, spec, notes=tuple(notes), sha256=sha256)
+    if spec.image_size is not None and sides(loaded.image_size) != size:
+        raise UsageError(
+            f"--image-size says {size_in_words(spec.image_size)}, and the example inputs of {spec.module} are images of"
+            f" {size_in_words(loaded.image_size)}.",
+            "Leave --image-size out.",
+        )
+    return loaded
+
+
+def _example_of(module: nn.Module, takes: ModelInputs) -> ExampleInputs:
+    """Example inputs of a module as a bundle has them: by name where its forward has these names, else by order."""
+    example = dict(zip(takes.names, drawn(takes, ROWS), strict=True))
+    return example if set(example) <= set(inspect.signature(module.forward).parameters) else tuple(example.values())
 
 
 def loaded_module(
     module: nn.Module,
-    example: Tensor | Sequence[Tensor],
+    example: ExampleInputs,
     spec: ModelSpec,
     *,
     notes: tuple[str, ...] = (),
@@ -329,24 +500,123 @@ def loaded_module(
 ) -> LoadedModel:
     """A module that is there already, as the steps of an export take it. A model of this package needs no example.
 
-    Raises ModelError for what does not run on the example inputs, and for what does not take images alone.
+    Raises ModelError for what cannot be exported, does not run on the example inputs, or takes no images.
     """
-    module = own(module).requires_grad_(False).eval()
+    module = plain_module(module)
+    module, converted = in_float32(Traced(module) if isinstance(module, torch.fx.GraphModule) else module)
+    module.eval()
+    notes = (*notes, *converted)
     architecture = getattr(module, "architecture", None)
     if isinstance(module, SelectableOutputs) and isinstance(architecture, Architecture):
         settings = resolve_settings(architecture, spec.hyperparameters, {}, Source.USUAL)
         name = published_match(architecture).name
         return LoadedModel(module, name, "module", spec.checkpoint, sha256, notes, settings)
-    ran = run_example(module, [example] if isinstance(example, Tensor) else list(example))
-    if list(ran.inputs) != [INPUT] or ran.inputs[INPUT].ndim != 4:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in ran.inputs.items())
-        raise ModelError(f"The module takes {shapes}; what takes images (B, C, H, W) alone can be exported.")
+    ran = run_example(module, example)
     outputs = [_info(name, tensor, alone=len(ran.outputs) == 1) for name, tensor in ran.outputs.items()]
-    model = prepared(module, outputs, list(ran.outputs))
-    settings = _settings(spec, ran.inputs[INPUT].shape[1])
+    model = prepared(module, outputs, ran)
+    settings = _settings(spec, ran.takes.shape[0])
+    notes = (*notes, *_inputs_notes(ran.takes))
     return OwnLoadedModel(
         model, type(module).__name__, "module", spec.checkpoint, sha256, notes, settings, example=ran.inputs
     )
+
+
+def _inputs_notes(takes: ModelInputs) -> Iterator[str]:
+    """Which inputs get pictures and which get rows, in sentences; none for one input."""
+    if takes.is_single:
+        return
+    first, *others = takes.images
+    mirrored = f", and mirrored to {', '.join(others)}" if others else ""
+    rows = f"; {', '.join(takes.rows)} {'has' if len(takes.rows) == 1 else 'have'} values of the example inputs"
+    yield f"pictures go to the input {first}{mirrored}{rows if takes.rows else ''}"
+    for name, array in takes.rows.items():
+        if (array == array[:1]).all():
+            yield f"the input {name} is the same for every image; example inputs of several rows that differ tell more"
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """The module inside wrappers that add nothing to what it computes: torch.compile, DataParallel, and DDP.
+
+    ModelError, which says what to give instead, for modules that cannot be exported from PyTorch at all.
+    """
+    inner = dict(module.named_children())
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    for name, is_wrapper in ((_COMPILED, True), ("module", isinstance(module, parallel))):
+        if is_wrapper and list(inner) == [name]:
+            return plain_module(inner[name])
+    if problem := _why_not(module):
+        raise ModelError(*problem)
+    return module
+
+
+class Traced(nn.Module):
+    """A module that torch.fx traced, as a part of another one: its own class cannot be extended."""
+
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """What the traced module returns."""
+        return self.traced(*inputs, **named)
+
+
+def _why_not(module: nn.Module) -> tuple[str, str] | None:
+    """Why a module cannot be exported whatever its inputs are, and what to do; None where nothing speaks against it."""
+    for path, part in module.named_modules():
+        where, kind = f"Its part {path}" if path else "The module", type(part)
+        if isinstance(part, torch.jit.ScriptModule):
+            return f"{where} is TorchScript, whose blocks cannot be seen.", "Give the nn.Module that it was made of."
+        if isinstance(part, torch.fx.GraphModule) and any("export" in base.__module__ for base in kind.__mro__):
+            return f"{where} is an exported program.", "Give the nn.Module that it was made of."
+        if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
+            return f"{where} is quantized already ({kind.__name__}).", "Give the float module; --int8 quantizes it."
+        if kind.__name__ == "FullyShardedDataParallel":
+            return f"{where} is sharded over processes.", "Gather its weights in one process, and load them there."
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            owner = name.rpartition(".")[0] or name
+            return f"{owner} is lazy and has no weights yet.", "Call the module once on an input, then export it."
+        if hasattr(tensor, "full_tensor"):  # a DTensor
+            return f"{name} is sharded over processes.", "Gather its weights in one process, and load them there."
+        if tensor.device.type == "meta":
+            return f"{name} is on the meta device, without values.", "Load a checkpoint, or make the module on a CPU."
+        if tensor.dtype == torch.float64 and isinstance(tensor, nn.Parameter):
+            return f"{name} is float64, and an export computes in FP32 at most.", "Give the module as module.float()."
+        if tensor.is_quantized or tensor.layout != torch.strided:
+            what = "quantized already" if tensor.is_quantized else "sparse"
+            return f"{name} is {what}.", "Give the module with plain float weights; --int8 quantizes it."
+    return None
+
+
+def in_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """A copy of `module` in FP32 on the CPU without gradients, and notes on what was converted. Memory of tensors that
+    are so already is shared.
+
+    Halves become FP32 exactly. FP64 stays, because FP32 would round it.
+    """
+    copied = own(module)
+    counts: Counter[str] = Counter()
+
+    def plain(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+        if not is_half and tensor.device.type == "cpu":  # not `requires_grad_`, which would change the user's too
+            return nn.Parameter(tensor.detach(), requires_grad=False) if tensor.requires_grad else tensor
+        what = {torch.float16: "FP16", torch.bfloat16: "BF16"}.get(tensor.dtype, "")
+        counts[f"{what} tensors to FP32" if is_half else f"tensors to the CPU from {tensor.device.type}"] += 1
+        moved = tensor.detach().to("cpu", torch.float32 if is_half else tensor.dtype)
+        return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
+    made: dict[int, Tensor | None] = {}
+    for part in copied.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if id(tensor) not in made:
+                    made[id(tensor)] = plain(tensor)
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+    return copied, tuple(f"converted {count} {what}" for what, count in counts.items())
 
 
 def _info(name: str, tensor: Tensor, *, alone: bool) -> TensorInfo:
@@ -362,6 +632,7 @@ def _info(name: str, tensor: Tensor, *, alone: bool) -> TensorInfo:
 
 def _settings(spec: ModelSpec, channels: int) -> tuple[Setting, ...]:
     """The evaluation transform's values, each with its source. UsageError for what the module's own code decides."""
+    check_pixels(spec.hyperparameters, channels)
     given = for_channels(spec.hyperparameters, channels).given()
     mean, std = channel_statistics(channels)
     if wrong := [name for name in given if name not in OF_PIXELS]:
@@ -388,6 +659,12 @@ def choose_outputs(model: OwnForward, spec: OutputSpec) -> None:
     kept = [pair for pair in pairs if not spec.outputs or pair[0].role in spec.outputs]
     model.outputs = named(spec, [info for info, _ in kept])
     model.returned = tuple(name for _, name in kept)
+    for tensor in graph_outputs(model.outputs, spec):
+        if tensor.name in model.takes.names:
+            raise UsageError(
+                f"The output {tensor.name} would be called like an input of your module.",
+                "Give it another name with --output-name.",
+            )
 
 
 def give(model: OwnForward, outputs: Sequence[TensorInfo]) -> None:
@@ -408,6 +685,9 @@ def give(model: OwnForward, outputs: Sequence[TensorInfo]) -> None:
     model.outputs, model.returned = tuple(outputs), tuple(returned)
 
 
+_COMPILED = "_orig_mod"
+"""The only child of what torch.compile makes of a module, and part of its tensors' names: the module itself."""
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -418,7 +698,9 @@ def own(module: ModuleT) -> ModuleT:
 
 def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in done:
-        copied = copy.copy(module)
+        if [name for name, _ in module.named_children()] == [_COMPILED]:
+            return _own(module.get_submodule(_COMPILED), done)
+        copied = _shallow(module)
         copied._parameters = dict(module._parameters)
         copied._buffers = dict(module._buffers)
         copied._forward_hooks = OrderedDict(module._forward_hooks)
@@ -428,3 +710,12 @@ def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             name: None if child is None else _own(child, done) for name, child in module._modules.items()
         }
     return done[id(module)]
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of one module; of one with parametrizations, which refuse `copy.copy`, by hand."""
+    if not parametrize.is_parametrized(module):
+        return copy.copy(module)
+    copied = type(module).__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    return copied

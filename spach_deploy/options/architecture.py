@@ -289,8 +289,14 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
 
 
 def _normal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with one number for a square image as two, and one stage, a plain list of blocks, as a list of it."""
+    """`content` with one number for a square image as two, one number for the pixels of all channels as one for each,
+    and one stage, a plain list of blocks, as a list of it.
+    """
     normal = dict(content)
+    channels = normal.get("channels", Architecture.channels)
+    for name in ("mean", "std"):
+        if type(value := normal.get(name)) in (int, float) and type(channels) is int and 1 <= channels <= MOST_CHANNELS:
+            normal[name] = [value] * channels
     if type(side := normal.get("image_size")) is int:
         normal["image_size"] = [side, side]
     stages = normal.get("stages")

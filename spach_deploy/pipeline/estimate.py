@@ -15,7 +15,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spach_deploy.bundle.store import check_target, default_directory
 from spach_deploy.common.errors import SpachError
@@ -26,6 +26,9 @@ from spach_deploy.models.registry import check_spec, known_name, model_size, req
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, sides
 from spach_deploy.pipeline.cache import ExportCache
+
+if TYPE_CHECKING:
+    from spach_deploy.models.checkpoint import LoadedModel
 
 MEASURED_CORES = 2
 
@@ -102,18 +105,24 @@ class DryRun:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFacts:
-    """What a checkpoint shows: the model with its name, image size and classes filled in, and notes on the reading."""
+    """What a checkpoint shows: the model with its name, image size and classes filled in, and notes on the reading.
+
+    `loaded`: a module of the user's own, whose outputs no table has.
+    """
 
     model: ModelSpec
     notes: tuple[str, ...]
+    loaded: LoadedModel | None = None
 
 
 def read_facts(model: ModelSpec) -> CheckpointFacts:
-    """Load the checkpoint as an export would. Raises what `load_model` raises."""
+    """Load the checkpoint, or make the user's module, as an export would. Raises what `own_module.load` raises."""
     from spach_deploy.models.hyperparameters import lines
     from spach_deploy.models.own_module import load
 
     loaded = load(model)
+    if model.module is not None:
+        return CheckpointFacts(model, (*loaded.notes, *lines(loaded.settings)), loaded)
     complete = dataclasses.replace(
         model,
         name=loaded.name,
@@ -197,22 +206,28 @@ def _with_checkpoint_facts(
     """The options completed from the checkpoint, and notes on it; unchanged where no checkpoint can be read."""
     try:
         check_spec(options.model)
-        if options.model.checkpoint is None or read is None:
+        if (options.model.checkpoint is None and options.model.module is None) or read is None:
             _check_outputs(options)
             return options, ()
         facts = read(options.model)
-        _check_outputs(dataclasses.replace(options, model=facts.model))
+        _check_outputs(dataclasses.replace(options, model=facts.model), facts.loaded)
     except SpachError as error:
         refusals.append(error)
         return options, ()
     return dataclasses.replace(options, model=facts.model), facts.notes
 
 
-def _check_outputs(options: ExportOptions) -> None:
-    """UsageError for outputs that the model cannot give."""
+def _check_outputs(options: ExportOptions, own: LoadedModel | None = None) -> None:
+    """UsageError for outputs that the model, or the user's `own` module, cannot give."""
     from spach_deploy.bundle.outputs import chosen_outputs
     from spach_deploy.graph.interface import check_outputs
 
+    if own is not None:
+        from spach_deploy.models.own_module import OwnForward, choose_outputs
+
+        if isinstance(own.model, OwnForward):
+            choose_outputs(own.model, options.outputs)
+        check_outputs(options.outputs, own.num_classes)
     if (architecture := requested(options.model)) is not None:
         stages = [(dim, *grid) for dim, grid in zip(architecture.stage_dims, architecture.grids, strict=True)]
         chosen_outputs(options.outputs, architecture.classes, stages)
@@ -322,8 +337,10 @@ def _facts(
     target: Path | None,
 ) -> Iterator[tuple[str, str]]:
     described = options.model.architecture is not None and options.model.name is None
-    yield "model", options.model.name or (f"as in {options.model.architecture}" if described else _UNKNOWN)
-    yield "weights", str(options.model.checkpoint or "demo weights")
+    named = options.model.name or options.model.module
+    yield "model", named or (f"as in {options.model.architecture}" if described else _UNKNOWN)
+    without = "demo weights" if options.model.module is None else "those that your code makes"
+    yield "weights", str(options.model.checkpoint or without)
     yield "precision", options.precision.value
     yield "opset", str(options.graph_opset)
     yield "engine", "none" if flavour is None else flavour.flavour.value

@@ -58,28 +58,27 @@ def export(
 
     Raises a subclass of SpachError; nothing has been written then, and an earlier bundle is untouched.
     """
-    phases, scheduler, given = Phases(observer or ExportObserver()), scheduler or Sequential(), options
+    phases, given = Phases(observer or ExportObserver()), options
     do = phases.do  # `do` and `submit` wait for the futures among a step's inputs
     check_options(options)
     flavour, options = choose_engine(options)
 
     loaded = do("load the model", load, options, phases, loaded)
-    if loaded.origin == "module":  # its classes exist in this process alone
-        scheduler = Sequential()
+    scheduler = scheduler_for(loaded, scheduler)
     submit = scheduler.submit
     target = target_directory(options, loaded)
     destination = destination or bundles.check_target(target, overwrite=options.overwrite)
     loaded, agreement = hold_to_answers(loaded, options, phases)
-    images = do("read images", read_images, options, loaded.preprocessing, loaded.model.outputs, phases)
+    images = do("read images", read_images, options, loaded, phases)
     static = do("rewrite the model", rewrite_model, loaded, options)
-    reference = submit(reference_outputs, loaded.model, static.model, images.images, options)
+    reference = submit(reference_outputs, loaded.model, static.model, images.inputs, options)
     graph = do("export the graph", export_graph, static.model, loaded.image_size, loaded.channels, static.known)
     quantized = Quantized()
     if options.precision.is_quantized:
         graph = do("prove the graph", prove_graph, graph, images, reference)
         quantized = quantize(graph, static.model, loaded, images, reference.result(), options, phases)
     tolerances = submit(
-        derive_tolerances, loaded.model, static.model, images.images, reference, quantized.plan, options
+        derive_tolerances, loaded.model, static.model, images.inputs, reference, quantized.plan, options
     )
     graph = do("give the graph its form", give_form, graph, loaded, images, quantized.plan, options)
     measured = do("measure ranges", measure_ranges, graph, images, options, phases)
@@ -107,7 +106,9 @@ def export(
             command=_command(given, loaded),
             model=sections.model_section(loaded, options),
             preprocessing=sections.preprocessing_section(images.preprocessing),
-            interface=sections.interface_sections(typed.model.graph, loaded.model.outputs, options),
+            interface=sections.interface_sections(
+                typed.model.graph, loaded.model.outputs, options, loaded.takes.images
+            ),
             precision=sections.precision_section(typed),
             quantization=sections.quantization_sections(quantized.calibration, quantized.selection, options),
             graph=sections.graph_section(static, reference.result(), typed, options),
@@ -133,19 +134,23 @@ def calibrate_to_file(
     An existing file is kept where it fits these options and images; otherwise UsageError names the difference, unless
     `options.overwrite`. A run that was killed is continued. Raises a subclass of SpachError.
     """
-    phases, scheduler = Phases(observer or ExportObserver()), scheduler or Sequential()
+    phases = Phases(observer or ExportObserver())
     check_options(options)
     destination = file if isinstance(file, Destination) else Destination.of(file)
     options = dataclasses.replace(options, quantization=dataclasses.replace(options.quantization, cache=destination))
     loaded = phases.do("load the model", load, options, phases)
-    images = phases.do("read images", read_images, options, loaded.preprocessing, loaded.model.outputs, phases)
+    images = phases.do("read images", read_images, options, loaded, phases)
     static = phases.do("rewrite the model", rewrite_model, loaded, options)
-    if loaded.origin == "module":  # its classes exist in this process alone
-        scheduler = Sequential()
-    reference = scheduler.submit(reference_outputs, loaded.model, static.model, images.images, options)
+    scheduler = scheduler_for(loaded, scheduler)
+    reference = scheduler.submit(reference_outputs, loaded.model, static.model, images.inputs, options)
     graph = phases.do("export the graph", export_graph, static.model, loaded.image_size, loaded.channels)
     graph = phases.do("prove the graph", prove_graph, graph, images, reference)
     return calibrated(graph, static.model, loaded, images, options, phases).calibration
+
+
+def scheduler_for(loaded: LoadedModel, wanted: Scheduler | None) -> Scheduler:
+    """The scheduler for a model: of a user's own module, whose classes exist in this process alone, `Sequential`."""
+    return Sequential() if wanted is None or loaded.origin == "module" else wanted
 
 
 def _command(options: ExportOptions, loaded: LoadedModel) -> str:

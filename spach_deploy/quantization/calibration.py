@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from spach_deploy.bundle.outputs import INPUT
+from spach_deploy.bundle.inputs import ModelInputs, feeds_of
 from spach_deploy.common.errors import BundleError, ImageError, UsageError
 from spach_deploy.common.files import Destination, identity, is_own, read_json
 from spach_deploy.common.text import json_text
@@ -121,7 +121,8 @@ class CollectedStatistics:
 @dataclasses.dataclass(frozen=True)
 class CalibrationSettings:
     """How to calibrate. `histograms`: whether the method needs more than the largest |x|. `state`: file for an
-    unfinished calibration, which belongs to `key`. `threads` None lets ONNX Runtime choose.
+    unfinished calibration, which belongs to `key`. `threads` None lets ONNX Runtime choose. `takes`: the graph's
+    inputs.
     """
 
     histograms: bool = True
@@ -129,6 +130,7 @@ class CalibrationSettings:
     key: CalibrationKey | None = None
     threads: int | None = None
     on_progress: Callable[[CalibrationProgress], None] = lambda progress: None
+    takes: ModelInputs = dataclasses.field(default_factory=ModelInputs)
 
 
 def collect(
@@ -157,7 +159,7 @@ def collect(
         if done == skip:
             state.check(seen.hexdigest(), source)
             continue
-        collector.run({INPUT: normalize(batch.pixels, preprocessing)})
+        collector.run(feeds_of(run.takes.of(normalize(batch.pixels, preprocessing), done - 1)))
         if state.is_due:
             state.save(done, seen.hexdigest())
         run.on_progress(_progress(done, skip, source.count, time.monotonic() - start))

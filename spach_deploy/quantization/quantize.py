@@ -9,6 +9,7 @@ The pipeline calls the single functions; `quantize_graph` does all in one call:
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
@@ -30,7 +31,7 @@ from spach_deploy.quantization.fake_quantization import CorrectBiases
 from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan, Scaling, make_plan
 from spach_deploy.quantization.qdq import InsertQdq, audit
-from spach_deploy.quantization.sites import FOLDED, Selection, Site, find_sites, is_weight
+from spach_deploy.quantization.sites import FOLDED, REPEATED, Selection, Site, find_sites, is_weight
 from spach_deploy.quantization.statistics import Collector, TensorRequest, TensorStatistics, wanted_tensors
 
 
@@ -61,8 +62,13 @@ def candidates(
     """
     sites = find_sites(model)
     if layers is not None:
+        runs = Counter((site.module, site.kind) for site in sites)
         sites = tuple(
-            dataclasses.replace(site, unfit=FOLDED) if site.weight and site.module not in layers else site
+            dataclasses.replace(site, unfit=REPEATED)
+            if runs[site.module, site.kind] > 1
+            else dataclasses.replace(site, unfit=FOLDED)
+            if site.weight and site.module not in layers
+            else site
             for site in sites
         )
     return QuantizableSites(sites, selection.chosen(sites, scaling.form))

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spach_deploy.bundle.inputs import Batch, arrays_of
 from spach_deploy.quantization.fake_quantization import equalized_model, quantized_module
-from spach_deploy.quantization.formats import Float32
 from spach_deploy.quantization.plan import QuantizationPlan
 
 PROBES = 2
@@ -83,15 +83,16 @@ class LayerWatch:
             layer = modules[site.module]
             layer.register_forward_hook(self._hook(site.module, quantized_module(layer, site, plan.form)))
 
-    def see(self, number: int, image: Float32) -> Squares:
-        """Squared relative errors for one image, float32 (3, S, S).
+    def see(self, number: int, image: Batch) -> Squares:
+        """Squared relative errors for one image, float32 (1, 3, S, S), or inputs with it.
 
         The random vectors depend on `number`, the image's index, alone, so processes may share the images.
         """
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         self._squares = []
-        made = self._model(torch.from_numpy(image[None].copy()).requires_grad_(True))
+        given = [torch.from_numpy(array.copy()) for array in arrays_of(image)]
+        made = self._model(*(x.requires_grad_(True) if x.is_floating_point() else x for x in given))
         logits = made[0] if isinstance(made, tuple) else made  # of several outputs the first
         self._norm = float(logits.detach().square().sum())
         generator = torch.Generator().manual_seed(_SEED)

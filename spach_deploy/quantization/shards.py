@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto
 
-from spach_deploy.bundle.outputs import INPUT
+from spach_deploy.bundle.inputs import ModelInputs, feeds_of
 from spach_deploy.common.batches import chunked, ranges
 from spach_deploy.common.errors import ImageError, UsageError
 from spach_deploy.common.executors import ClusterAddress, Executor
@@ -69,13 +69,14 @@ class ReadableEntries:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationWork:
-    """What all tasks of the second pass share: the FP32 graph as bytes, and the tensors to measure in it."""
+    """What all tasks of the second pass share: the FP32 graph as bytes, its inputs, and the tensors to measure."""
 
     graph: bytes
     wanted: tuple[TensorRequest, ...]
     histograms: bool
     preprocessing: Preprocessing
     threads: int | None
+    takes: ModelInputs = dataclasses.field(default_factory=ModelInputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +105,11 @@ def collect_part(work: CalibrationWork, part: CalibrationShard) -> dict[str, Ten
     """One task of the second pass: statistics by tensor. UsageError for an image that changed since the first pass."""
     model = ir.from_proto(ModelProto.FromString(work.graph))
     collector = Collector(model, work.wanted, histograms=work.histograms, threads=work.threads, after=part.after)
-    for entry, digest in zip(part.entries, part.digests, strict=True):
+    for number, (entry, digest) in enumerate(zip(part.entries, part.digests, strict=True), part.after):
         image = preprocess.pixels(entry.load(), work.preprocessing)
         if image_digest(image) != digest:
             raise UsageError(f"{entry.name} was changed while it was calibrated on.", "Run again.")
-        collector.run({INPUT: normalize(image[None], work.preprocessing)})
+        collector.run(feeds_of(work.takes.of(normalize(image[None], work.preprocessing), number)))
     return {name: entry.packed() for name, entry in collector.statistics.items()}
 
 
@@ -159,7 +160,7 @@ def collect_in_parts(
     start = time.monotonic()
     readable, digests, summary = _observed(source, preprocessing, executor)
     summary.check()
-    work = CalibrationWork(graph_bytes(model), tuple(wanted), run.histograms, preprocessing, run.threads)
+    work = CalibrationWork(graph_bytes(model), tuple(wanted), run.histograms, preprocessing, run.threads, run.takes)
     merged, state = _continued(run, digests, source)
     resumed = merged.images
     blocks = blocks_a_part(len(readable), executor.workers)

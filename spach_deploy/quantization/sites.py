@@ -36,6 +36,8 @@ UNCERTAIN = "rule: which axis of its weight is summed over is not certain"
 
 FOLDED = "rule: its weights are not those of one layer, as where a BatchNorm is folded into a convolution"
 
+REPEATED = "rule: it runs several times, on inputs of other ranges"
+
 
 class LayerKind(str, enum.Enum):
     """What a site is in the model; see the module's docstring."""

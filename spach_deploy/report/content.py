@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.inputs import Batch, image_of
 from spach_deploy.bundle.schema import EngineSection, GraphSection, Manifest
 from spach_deploy.options.specs import Flavour, Preprocessing
 
@@ -197,15 +198,16 @@ SIDE = 176
 
 _QUALITY = 80
 
-Inputs = Callable[[int, int], npt.NDArray[Any]]
+Inputs = Callable[[int, int], Batch]
 
 
 def pictures_of(inputs: Inputs, preprocessing: Preprocessing, images: Iterable[int]) -> dict[int, str]:
     """Images by number as data URIs (JPEG).
 
-    `inputs(start, stop)`: engine inputs, uint8 (n, H, W, C) or floats (n, C, H, W) normalized by `preprocessing`.
+    `inputs(start, stop)`: engine inputs, whose images are uint8 (n, H, W, C) or floats (n, C, H, W) normalized by
+    `preprocessing`.
     """
-    return {index: _data_uri(pixels_of(inputs(index, index + 1)[0], preprocessing)) for index in images}
+    return {index: _data_uri(pixels_of(image_of(inputs(index, index + 1))[0], preprocessing)) for index in images}
 
 
 def pixels_of(image: npt.NDArray[Any], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:

@@ -44,7 +44,7 @@ class OpenVinoRunner:
         }
         self._max_batch = max_batch
         self._core: Any = None
-        self._requests: dict[tuple[int, ...], Any] = {}
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.input_specs: Mapping[str, TensorSpec] = {}
         self.output_specs: Mapping[str, TensorSpec] = {}
 
@@ -69,16 +69,17 @@ class OpenVinoRunner:
         return run_in_batches(self._run_once, feeds, BatchLimits(size, size))
 
     def _run_once(self, feeds: Arrays) -> Arrays:
-        name, array = next(iter(feeds.items()))
-        if array.shape not in self._requests:
-            self._requests[array.shape] = self._compiled(name, array.shape)
-        results = self._requests[array.shape].infer({name: array})
+        shapes = {name: array.shape for name, array in feeds.items()}
+        key = tuple(shapes.values())
+        if key not in self._requests:
+            self._requests[key] = self._compiled(shapes)
+        results = self._requests[key].infer(dict(feeds))
         return {output: np.array(results[output]) for output in self.output_specs}
 
-    def _compiled(self, name: str, shape: tuple[int, ...]) -> Any:
+    def _compiled(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         model = self._read()
         try:
-            model.reshape({name: list(shape)})
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
             return self._core.compile_model(model, "CPU", self._settings).create_infer_request()
         except RuntimeError as error:
             raise UnavailableError(f"OpenVINO does not compile {self._model}: {_reason(error)}.") from error

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from spach_deploy.bundle.outputs import model_outputs, of_role, softmax
-from spach_deploy.bundle.schema import TensorInfo
+from spach_deploy.bundle.schema import IMAGE_LAYOUTS, TensorInfo
 from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
@@ -139,24 +139,28 @@ class Session:
         """Runtime and device, in words."""
         return self._running().name
 
-    def run(self, array: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    def run(self, array: NDArray[Any] | Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name for preprocessed images; more than the profile's largest batch are split.
 
         `array`: the engine's input, normalized float32 or float16 (N, C, H, W), or with --io-dtype uint8 pixels
-        (N, H, W, C). Nothing is converted: UsageError for another dtype or shape.
+        (N, H, W, C); of a graph with several inputs a dictionary of them. Nothing is converted: UsageError for another
+        dtype or shape.
         """
         import numpy as np
 
-        runner, wanted = self._running(), self._facts.input
-        given = np.asarray(array)
-        fits = given.ndim == len(wanted.shape) and given.shape[1:] == wanted.shape[1:] and len(given) > 0
-        if str(given.dtype) != wanted.dtype or not fits:
-            shape = ", ".join("N" if extent is None else str(extent) for extent in wanted.shape)
-            raise UsageError(
-                f"This bundle takes {wanted.dtype} ({shape}), {self._facts.meaning}, not {given.dtype} {given.shape}.",
-                "Convert it, or give pictures as they are to predict.",
-            )
-        return runner.run({wanted.name: np.ascontiguousarray(given)})
+        runner, wanted = self._running(), self._facts.inputs
+        named = array if isinstance(array, Mapping) else {wanted[0].name: array}
+        if named.keys() != {tensor.name for tensor in wanted}:
+            names, had = ", ".join(tensor.name for tensor in wanted), ", ".join(map(str, named))
+            given = had if isinstance(array, Mapping) else "one array"
+            raise UsageError(f"This bundle takes {names}, not {given}.", "Give a dictionary of arrays by these names.")
+        feeds = {tensor.name: np.asarray(named[tensor.name]) for tensor in wanted}
+        for tensor in wanted:
+            self._facts.check_fits(tensor, feeds[tensor.name])
+        if len({len(given) for given in feeds.values()}) > 1:
+            sizes = ", ".join(f"{name} {len(given)}" for name, given in feeds.items())
+            raise UsageError(f"The inputs are not of one batch: {sizes}.", "Give as many rows of each.")
+        return runner.run({name: np.ascontiguousarray(given) for name, given in feeds.items()})
 
     def predict(self, images: Pictures, top_k: int | None = None) -> list[Prediction]:
         """The best classes of each picture, in order; `top_k` of them, five or all if fewer by default. Without logits
@@ -176,6 +180,12 @@ class Session:
         from spach_deploy.data.images import ImageSource
         from spach_deploy.data.readers import open_pictures
 
+        if len(self._facts.inputs) > 1:
+            names = ", ".join(tensor.name for tensor in self._facts.inputs)
+            raise UsageError(
+                f"{self.bundle.path} takes several inputs ({names}), and pictures alone are one.",
+                "Give all of them to Session.run, as a dictionary of arrays (docs/python.md).",
+            )
         if top_k is not None and self._facts.logits is None:
             raise self._facts.no_classes("--top-k", self.bundle)
         count = self._facts.checked_top_k(top_k)
@@ -308,9 +318,9 @@ def _labels(given: str | os.PathLike[str] | Sequence[str] | None, classes: int) 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """Facts of a manifest: the bundle's input, preprocessing and batch profile, and the order of runtimes to try."""
+    """Facts of a manifest: the bundle's inputs, preprocessing and batch profile, and the order of runtimes to try."""
 
-    input: TensorInfo
+    inputs: tuple[TensorInfo, ...]
     io_dtype: IODtype
     preprocessing: Preprocessing
     profile: BatchProfile
@@ -325,7 +335,7 @@ class _Facts:
         is_for_openvino = manifest.cpu is not None and manifest.cpu.chosen.runner.startswith(OPENVINO)
         on_cpu = (OPENVINO, ONNX_RUNTIME) if is_for_openvino else (ONNX_RUNTIME, OPENVINO)
         return cls(
-            manifest.inputs[0],
+            manifest.inputs,
             manifest.output_options.io_dtype,
             manifest.preprocessing,
             manifest.batch,
@@ -350,9 +360,23 @@ class _Facts:
         names = ", ".join(tensor.name for tensor in self.outputs)
         return UsageError(f"{option} is about classes, and {bundle.path} gives {names} alone.", f"Leave {option} out.")
 
+    def check_fits(self, wanted: TensorInfo, given: NDArray[Any]) -> None:
+        """UsageError for an array of another dtype or shape than an input has."""
+        fits = given.ndim == len(wanted.shape) and given.shape[1:] == wanted.shape[1:] and len(given) > 0
+        if str(given.dtype) == wanted.dtype and fits:
+            return
+        shape = ", ".join("N" if extent is None else str(extent) for extent in wanted.shape)
+        is_one = len(self.inputs) == 1
+        meaning = f", {self.meaning}" if is_one or wanted.layout in IMAGE_LAYOUTS else ""
+        raise UsageError(
+            f"This bundle takes {'' if is_one else f'{wanted.name}, '}{wanted.dtype} ({shape}){meaning}, not"
+            f" {given.dtype} {given.shape}.",
+            "Convert it, or give pictures as they are to predict." if is_one else "Convert it.",
+        )
+
     @property
     def meaning(self) -> str:
-        """The input's values, in words."""
+        """The images' values, in words."""
         if self.io_dtype is not IODtype.UINT8:
             return "normalized"
         return f"{'RGB ' if self.preprocessing.channels == 3 else ''}pixels from 0 to 255"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from spach_deploy.bundle.inputs import image_of, joined
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UsageError
 from spach_deploy.data.preprocess import normalize
@@ -126,7 +127,7 @@ def _passes(facts: BundleFacts) -> tuple[Pass, ...]:
 
 
 def _inputs(eval_set: EvaluationSet, chosen: list[int]) -> npt.NDArray[np.generic]:
-    return np.concatenate([eval_set.inputs(index, index + 1) for index in chosen])
+    return image_of(joined([eval_set.inputs(index, index + 1) for index in chosen]))
 
 
 def _pixels(eval_set: EvaluationSet, chosen: list[int], facts: BundleFacts) -> npt.NDArray[np.uint8] | None:

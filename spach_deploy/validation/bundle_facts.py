@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.inputs import ModelInputs
 from spach_deploy.bundle.schema import QuantizationSection, TensorInfo, reading
-from spach_deploy.bundle.store import GRAPH, MANIFEST, Bundle
-from spach_deploy.common.errors import BundleError
+from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, Bundle
+from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.models.hyperparameters import read_section
 from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Precision, Preprocessing
 from spach_deploy.validation.tolerance import ToleranceSet
 
 if TYPE_CHECKING:
     from spach_deploy.quantization.plan import QuantizationPlan
+
+
+SERVE_SEVERAL = "Write it with spach-package triton or polygraphy, or run it with Session.run (docs/python.md)."
+"""The next step where something takes graphs of one input alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +42,7 @@ class QuantizationFacts:
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
     """A manifest's specs. `rest`: precision of layers that are not quantized. `tf32`: whether the engine may use
-    TF32. `outputs`: those of the graph.
+    TF32. `inputs`, `outputs`: those of the graph. `pack`: the golden pack's file.
     """
 
     precision: Precision
@@ -48,6 +55,23 @@ class BundleFacts:
     tolerances: ToleranceSet
     tf32: bool
     quantization: QuantizationFacts | None = None
+    inputs: tuple[TensorInfo, ...] = ()
+    pack: Path | None = None
+
+    @functools.cached_property
+    def takes(self) -> ModelInputs:
+        """What the model takes: of several inputs those that are no images have the golden pack's values. BundleError
+        where that cannot be read.
+        """
+        if self.pack is None or len(self.inputs) < 2:
+            return ModelInputs()
+        return ModelInputs.of_batch(Golden.load(self.pack).batch(self.inputs), self.inputs)
+
+    def check_one_input(self, what: str, hint: str) -> None:
+        """UsageError where the graph has several inputs, and `what` cannot feed these."""
+        if len(self.inputs) > 1:
+            names = ", ".join(tensor.name for tensor in self.inputs)
+            raise UsageError(f"The bundle's graph has several inputs ({names}), and {what}.", hint)
 
     @classmethod
     def of(cls, bundle: Bundle) -> BundleFacts:
@@ -68,6 +92,8 @@ class BundleFacts:
             tolerances,
             manifest.engine.tf32,
             None if manifest.quantization is None else _quantization(bundle, manifest.quantization),
+            manifest.inputs,
+            bundle.path / GOLDEN,
         )
 
 

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from msgspec import structs
 
+from spach_deploy.bundle.inputs import image_of
 from spach_deploy.bundle.outputs import INPUT, model_outputs
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import Bundle
@@ -95,9 +96,9 @@ def validate_external(
 
 
 def _bisected(validation: Validation, matched: MatchedGraph, loaded: LoadedModel, facts: BundleFacts) -> Validation:
-    inputs = validation.eval_set.inputs(0, _BISECTED_IMAGES)
+    inputs = image_of(validation.eval_set.inputs(0, _BISECTED_IMAGES))
     pixels = inputs.astype(np.uint8) if matched.io_dtype is IODtype.UINT8 else None
-    images = as_images(inputs, matched.io_dtype, facts.preprocessing)
+    images = image_of(as_images(inputs, matched.io_dtype, facts.preprocessing))
     try:
         reference = ProbedReference(loaded.model, images, plan=read_record(facts), pixels=pixels)
         bisection = bisect_graph(matched.graph, reference)
@@ -142,10 +143,10 @@ def _graph_inputs(eval_set: EvaluationSet, facts: BundleFacts, matched: MatchedG
         dtype = np.float16 if matched.io_dtype is IODtype.FP16 else np.float32
 
         def inputs(start: int, stop: int) -> npt.NDArray[np.generic]:
-            given = eval_set.inputs(start, stop)
+            given = image_of(eval_set.inputs(start, stop))
             if matched.io_dtype is IODtype.UINT8:
                 return given
-            return as_images(given, facts.io_dtype, facts.preprocessing).astype(dtype)
+            return image_of(as_images(given, facts.io_dtype, facts.preprocessing)).astype(dtype)
 
         return dataclasses.replace(
             eval_set, inputs=inputs, expected=expected, outputs=matched.outputs, batch=matched.batch

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.inputs import Batch, ModelInputs, as_floats, changed
 from spach_deploy.bundle.outputs import model_outputs
 from spach_deploy.bundle.schema import ModelSection, TensorInfo
 from spach_deploy.common.errors import CheckpointError, UsageError
@@ -95,8 +96,10 @@ class ImagesReference:
     graph: tuple[RunOutputs, ...] | None = None
 
 
-def rebuild(section: ModelSection, weights: Weights, outputs: Sequence[TensorInfo]) -> LoadedModel:
-    """The reference of the bundle whose manifest has this model section and these outputs.
+def rebuild(
+    section: ModelSection, weights: Weights, outputs: Sequence[TensorInfo], takes: ModelInputs | None = None
+) -> LoadedModel:
+    """The reference of the bundle whose manifest has this model section and these outputs. `takes`: its inputs.
 
     Raises UsageError where a checkpoint is needed and not given, CheckpointError where its weights are not the
     bundle's.
@@ -128,7 +131,8 @@ def rebuild(section: ModelSection, weights: Weights, outputs: Sequence[TensorInf
             num_classes=section.num_classes,
             ignore=() if weights.checkpoint is None else weights.ignore or section.ignored,
             hyperparameters=values_of(read_section(section.hyperparameters)),
-        )
+        ),
+        takes,
     )
     if loaded.weights_sha256 != section.weights_sha256:
         raise _other_weights(loaded, section, source)
@@ -170,7 +174,7 @@ def rebuilt_on_golden(
 ) -> EvaluationSet:
     """The golden images with outputs of the rebuilt reference."""
     say("Rebuilding the reference.")
-    loaded = rebuild(section, weights, facts.outputs)
+    loaded = rebuild(section, weights, facts.outputs, facts.takes)
     images = as_images(eval_set.inputs(0, len(eval_set)), facts.io_dtype, facts.preprocessing)
     return dataclasses.replace(eval_set, expected=_reference_outputs(loaded, images), reference=_described(loaded))
 
@@ -185,16 +189,17 @@ def rebuilt_on_images(
     """
     source = open_images(spec.path)
     labels_of = _label_finder(spec, source, section.num_classes)
-    loaded = rebuild(section, weights, facts.outputs)
+    loaded = rebuild(section, weights, facts.outputs, facts.takes)
     limited = source.limit(spec.max_images)
     names, pixels, own = _read(limited, facts.preprocessing, say)
     _check_memory(facts, len(names))
     labels, notes = labels_of(names, own)
     say(f"Running the reference on {len(names)} images.")
-    images = _Normalized(pixels, facts.preprocessing)
+    takes = loaded.takes
+    images = _Normalized(pixels, facts.preprocessing, takes)
     expected = _reference_outputs(loaded, images)
     eval_set = EvaluationSet(
-        inputs=lambda start, stop: to_input(pixels[start:stop], facts.preprocessing, facts.io_dtype),
+        inputs=lambda start, stop: takes.of(to_input(pixels[start:stop], facts.preprocessing, facts.io_dtype), start),
         expected=expected,
         names=names,
         images=_counted(limited, len(names)),
@@ -234,6 +239,8 @@ def rebuilt_on_cluster(
     """
     source = open_images(spec.path)
     labels_of = _label_finder(spec, source, section.num_classes)
+    if section.origin == "module":
+        raise UsageError("--ray sends the reference to other processes, where your module is not.", "Leave it out.")
     loaded = rebuild(section, weights, facts.outputs)
     work = _cluster_work(loaded, facts, graph)
     limited = source.limit(spec.max_images)
@@ -355,25 +362,28 @@ def _counted(source: ImageSource, used: int) -> str:
     return f"from {source.description}{source.of_all(used)}"
 
 
-def as_images(inputs: npt.NDArray[Any], io_dtype: IODtype, preprocessing: Preprocessing) -> Float32Array:
-    """Engine inputs as float32 (N, C, H, W)."""
+def as_images(inputs: Batch, io_dtype: IODtype, preprocessing: Preprocessing) -> Batch:
+    """Engine inputs as float32 (N, C, H, W); of several inputs every image, and what is no image in float32."""
     if io_dtype is IODtype.UINT8:
-        return normalize(inputs, preprocessing)
-    return inputs.astype(np.float32)
+        inputs = changed(inputs, lambda array: normalize(array, preprocessing) if array.dtype == np.uint8 else array)
+    return as_floats(inputs, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Normalized:
-    """Images float32 (N, C, H, W) that are normalized when they are read: the pixels take a quarter of the memory."""
+    """Images float32 (N, C, H, W), or inputs with these, that are normalized when they are read: the pixels take a
+    quarter of the memory.
+    """
 
     pixels: Pixels
     preprocessing: Preprocessing
+    takes: ModelInputs
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, chosen: list[int], /) -> Float32Array:
-        return normalize(self.pixels[chosen], self.preprocessing)
+    def __getitem__(self, chosen: list[int], /) -> Batch:
+        return self.takes.at(normalize(self.pixels[chosen], self.preprocessing), chosen)
 
 
 def _reference_outputs(loaded: LoadedModel, images: ImageArray) -> dict[str, Float32Array]:

@@ -7,6 +7,7 @@ was built from it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import convert, to_builtins
@@ -245,10 +246,19 @@ def report_header(target: str, bundle: Bundle, precision: Precision) -> ReportHe
     )
 
 
-def golden_set(golden: Golden, images: str, outputs: tuple[TensorInfo, ...], batch: BatchProfile) -> EvaluationSet:
-    """A golden pack as an evaluation set. `images`: in words, what its images are. `outputs`: those of the graph."""
+def golden_set(
+    golden: Golden,
+    images: str,
+    outputs: tuple[TensorInfo, ...],
+    batch: BatchProfile,
+    inputs: Sequence[TensorInfo] = (),
+) -> EvaluationSet:
+    """A golden pack as an evaluation set. `images`: in words, what its images are. `outputs`: those of the graph, and
+    `inputs`, where it may have several.
+    """
+    given = golden.batch(inputs)
     return EvaluationSet(
-        inputs=lambda start, stop: golden.input[start:stop],
+        inputs=lambda start, stop: given[start:stop],
         expected=golden.outputs,
         names=golden.names,
         images=images,

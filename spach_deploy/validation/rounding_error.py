@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from spach_deploy.bundle.inputs import Batch, arrays_of
 from spach_deploy.options.specs import Precision
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def recording_activations(model: nn.Module, outputs: Outputs | None) -> Iterator
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             assert outputs is not None
             if isinstance(output, torch.Tensor):  # a user's part may give several
-                outputs[path] = output[:1].numpy().copy()
+                kept = output[:1]
+                outputs[path] = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy().copy()
 
         return hook
 
@@ -96,14 +98,22 @@ class StorageFormat(str, enum.Enum):
         return cls.TF32 if tf32 and precision is Precision.FP32 else cls(precision.value)
 
 
+def _tensors(images: Batch, convert: Rounding = lambda tensor: tensor) -> tuple[Tensor, ...]:
+    """A batch as the arguments of a model, with its floats converted."""
+    import torch
+
+    tensors = map(torch.from_numpy, arrays_of(images))
+    return tuple(convert(tensor) if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
 def evaluate_outputs(
     model: nn.Module,
-    images: Float32Array,
+    images: Batch,
     arithmetic: StorageFormat = StorageFormat.FP32,
     parts: Outputs | None = None,
 ) -> dict[str, Float32Array]:
-    """Outputs by name of `model` (float32, evaluation mode) for `images` (N, 3, S, S), with tensors rounded to
-    `arithmetic`.
+    """Outputs by name of `model` (float32, evaluation mode) for `images` (N, 3, S, S), or inputs with these, with
+    tensors rounded to `arithmetic`.
 
     `parts`: receives the outputs of the model's parts for the first image.
     """
@@ -111,7 +121,7 @@ def evaluate_outputs(
 
     if arithmetic is StorageFormat.FP32:
         with torch.inference_mode(), recording_activations(model, parts):
-            return named_outputs(model, model(torch.from_numpy(images)))
+            return named_outputs(model, model(*_tensors(images)))
     rounding = _ROUNDINGS[arithmetic]
     with (
         torch.inference_mode(),
@@ -119,12 +129,12 @@ def evaluate_outputs(
         rounding_outputs(model, rounding),
         recording_activations(model, parts),
     ):
-        return named_outputs(model, model(rounding(torch.from_numpy(images))))
+        return named_outputs(model, model(*_tensors(images, rounding)))
 
 
 def evaluate(
     model: nn.Module,
-    images: Float32Array,
+    images: Batch,
     arithmetic: StorageFormat = StorageFormat.FP32,
     parts: Outputs | None = None,
 ) -> Float32Array:
@@ -133,7 +143,7 @@ def evaluate(
 
 
 def evaluate_outputs_fp64(
-    model: nn.Module, images: Float32Array, parts: Outputs | None = None
+    model: nn.Module, images: Batch, parts: Outputs | None = None
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Outputs with all weights and operations in FP64; `model` itself is left unchanged."""
     import torch
@@ -147,12 +157,10 @@ def evaluate_outputs_fp64(
         converting(model, lambda tensor: tensor.double()),
         recording_activations(model, parts),
     ):
-        return named_outputs(model, model(torch.from_numpy(images).double()))
+        return named_outputs(model, model(*_tensors(images, lambda tensor: tensor.double())))
 
 
-def _outputs_of_a_copy(
-    model: nn.Module, images: Float32Array, parts: Outputs | None
-) -> dict[str, npt.NDArray[np.float64]]:
+def _outputs_of_a_copy(model: nn.Module, images: Batch, parts: Outputs | None) -> dict[str, npt.NDArray[np.float64]]:
     """Of a user's own module, which may read tensors of modules that it does not call, and make tensors by itself."""
     import torch
 
@@ -161,12 +169,12 @@ def _outputs_of_a_copy(
     torch.set_default_dtype(torch.float64)
     try:
         with torch.inference_mode(), recording_activations(double, parts):
-            return named_outputs(double, double(torch.from_numpy(images).double()))
+            return named_outputs(double, double(*_tensors(images, lambda tensor: tensor.double())))
     finally:
         torch.set_default_dtype(usual)
 
 
-def evaluate_fp64(model: nn.Module, images: Float32Array, parts: Outputs | None = None) -> npt.NDArray[np.float64]:
+def evaluate_fp64(model: nn.Module, images: Batch, parts: Outputs | None = None) -> npt.NDArray[np.float64]:
     """The first of `evaluate_outputs_fp64`."""
     return next(iter(evaluate_outputs_fp64(model, images, parts).values()))
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spach_deploy.bundle.outputs import INPUT, expected_outputs, of_role, promised_dtypes, roles_of
+from spach_deploy.bundle.inputs import Batch, feeds_of, joined
+from spach_deploy.bundle.outputs import expected_outputs, of_role, promised_dtypes, roles_of
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
@@ -76,7 +77,7 @@ class EvaluationSet:
     name. `images`, `reference`: in words, what the images are and what computed that. `outputs`: those of the graph.
     """
 
-    inputs: Callable[[int, int], Array] = dataclasses.field(repr=False)
+    inputs: Callable[[int, int], Batch] = dataclasses.field(repr=False)
     expected: Mapping[str, npt.NDArray[np.float32]] = dataclasses.field(repr=False)
     names: tuple[str, ...] = dataclasses.field(repr=False)
     images: str
@@ -420,7 +421,7 @@ def graph_batches(count: int, profile: BatchProfile) -> tuple[int, ...]:
     return plan_batches(count, profile, LARGEST_BATCH)
 
 
-def problem_before(execution: CpuExecution, graph: Path | bytes, example: Array) -> str:
+def problem_before(execution: CpuExecution, graph: Path | bytes, example: Batch) -> str:
     """Why a graph cannot run on inputs like `example`, in a sentence; empty where it can.
 
     Raises UnavailableError where this machine cannot tell.
@@ -567,7 +568,7 @@ def _outputs(
     rest = iter(images)
     for size in sizes:
         try:
-            parts.append(runner.run({INPUT: _inputs(eval_set, tuple(itertools.islice(rest, size)))}))
+            parts.append(runner.run(feeds_of(_inputs(eval_set, tuple(itertools.islice(rest, size))))))
         except Exception as error:  # runtimes raise what they like for a graph that fails at some batch
             return problem_of(error)
         if problem := _row_problem(parts[-1], size):
@@ -575,11 +576,11 @@ def _outputs(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _inputs(eval_set: EvaluationSet, chosen: tuple[int, ...]) -> Array:
+def _inputs(eval_set: EvaluationSet, chosen: tuple[int, ...]) -> Batch:
     """Inputs of some images; consecutive numbers are read together."""
     starts = [position for position, index in enumerate(chosen) if position == 0 or index != chosen[position - 1] + 1]
     runs = [chosen[start:stop] for start, stop in itertools.zip_longest(starts, starts[1:])]
-    return np.ascontiguousarray(np.concatenate([eval_set.inputs(run[0], run[-1] + 1) for run in runs]))
+    return joined([eval_set.inputs(run[0], run[-1] + 1) for run in runs])
 
 
 def _row_problem(outputs: Mapping[str, Array], size: int) -> str:
@@ -591,19 +592,23 @@ def _row_problem(outputs: Mapping[str, Array], size: int) -> str:
     return f"{found} for a batch of {size}." if found else ""
 
 
-def _input_problem(specs: Mapping[str, TensorSpec], example: Array) -> str:
+def _input_problem(specs: Mapping[str, TensorSpec], example: Batch) -> str:
     """Why the graph cannot take inputs like `example`, in a sentence; empty where it can."""
-    wanted = f"{INPUT} {example.dtype} {_shown((None, *example.shape[1:]))}"
-    spec = specs.get(INPUT)
-    fits = (
-        len(specs) == 1
-        and spec is not None
-        and spec.dtype == str(example.dtype)
-        and len(spec.shape) == example.ndim
-        and all(have in (None, want) for have, want in zip(spec.shape[1:], example.shape[1:], strict=True))
-    )
+    given = feeds_of(example)
+    if specs.keys() == given.keys() and all(_takes(specs[name], array) for name, array in given.items()):
+        return ""
+    wanted = ", ".join(f"{name} {array.dtype} {_shown((None, *array.shape[1:]))}" for name, array in given.items())
     has = ", ".join(f"{name} {spec.dtype} {_shown(spec.shape)}" for name, spec in specs.items())
-    return "" if fits else f"Its inputs are not the bundle's: it has {has or 'none'}; the bundle has {wanted}."
+    return f"Its inputs are not the bundle's: it has {has or 'none'}; the bundle has {wanted}."
+
+
+def _takes(spec: TensorSpec, array: Array) -> bool:
+    """Whether an input of this spec takes such an array, in a batch of any size."""
+    return (
+        spec.dtype == str(array.dtype)
+        and len(spec.shape) == array.ndim
+        and all(have in (None, want) for have, want in zip(spec.shape[1:], array.shape[1:], strict=True))
+    )
 
 
 def _shown(shape: tuple[int | None, ...]) -> str:

@@ -49,7 +49,7 @@ def validate_server(request: ServerRequest) -> Validation:
     bundle = Bundle.open(request.bundle)
     facts = BundleFacts.of(bundle)
     golden = Golden.load(bundle.file(GOLDEN))
-    eval_set = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
+    eval_set = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch, facts.inputs)
     evidence, platform = _evidence(request, eval_set, facts.tolerances)
     header = report_header(str(request.served), bundle, facts.precision)
     return ServerValidation(header, eval_set, (evidence,), notes=truncation_hints(bundle, evidence), platform=platform)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle.golden import Golden
@@ -229,7 +230,15 @@ def _has_same_images(first: Bundle, second: Bundle) -> bool:
     packs = [Golden.load(bundle.path / GOLDEN) for bundle in (first, second)]
     if packs[0].names != packs[1].names:
         return False
-    mine, theirs = packs[0].input, packs[1].input
+    mine, theirs = packs[0], packs[1]
+    if mine.others.keys() != theirs.others.keys():
+        return False
+    pairs = [(mine.input, theirs.input), *((array, theirs.others[name]) for name, array in mine.others.items())]
+    return all(_is_same(*pair) for pair in pairs)
+
+
+def _is_same(mine: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> bool:
+    """Whether two inputs are the same; one in uint8 cannot be told from one that is normalized."""
     if mine.dtype == theirs.dtype:
         return bool(np.array_equal(mine, theirs))
     kinds = {mine.dtype.kind, theirs.dtype.kind}

@@ -206,8 +206,9 @@ def _with_user_answers(
     """The validation, with the agreement of the bundle's reference with the user's answers; a finding where they
     disagree.
     """
-    from spach_deploy.validation.user_answers import compared, hold_to_answers, read_answers
+    from spach_deploy.validation.user_answers import check_is_ours, compared, hold_to_answers, read_answers
 
+    check_is_ours(bundle.manifest.model.origin)
     given = read_answers(answers)
     say("Comparing the reference with your answers.")
     loaded = rebuild(bundle.manifest.model, weights, bundle.manifest.outputs)
@@ -240,6 +241,7 @@ def _validate_external(request: ValidationRequest, against: Path, say: Callable[
     _check_is_onnx(request.target)
     bundle = Bundle.open(against, verify=False)
     facts = BundleFacts.of(bundle)
+    facts.check_one_input("--against compares graphs of one", "Validate the bundle itself.")
     changed = _changed_files(bundle)
     reference = _images_reference(bundle, facts, request, changed, say)
     header = report_header(str(request.target), bundle, facts.precision)
@@ -493,7 +495,7 @@ def _images_reference(
             "Give --images DIR with the --checkpoint FILE that the bundle was made from, or export it again.",
         )
     golden = Golden.load(bundle.file(GOLDEN))
-    eval_set = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch)
+    eval_set = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch, facts.inputs)
     if request.checkpoint is not None:
         eval_set = rebuilt_on_golden(section, facts, eval_set, weights, say)
     return ImagesReference(eval_set, facts.tolerances)

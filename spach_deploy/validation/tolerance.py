@@ -42,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs, to_builtins
 
+from spach_deploy.bundle.inputs import Batch, as_floats, changed
 from spach_deploy.bundle.outputs import expected_outputs, model_outputs, of_role
 from spach_deploy.bundle.schema import BoundsEntry, TensorInfo, TolerancesEntry
 from spach_deploy.common.batches import spread_with_ends
@@ -88,13 +89,13 @@ _HALF_ROUNDOFF = 2.0**-11
 
 
 class ImageArray(Protocol):
-    """Images float32 (N, 3, S, S) that can be indexed by lists of numbers: an array, or one that has only the images in
-    use.
+    """Images float32 (N, 3, S, S), or inputs with these, that can be indexed by lists of numbers: an array, or one that
+    has only the images in use.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, chosen: list[int], /) -> Float32Array: ...
+    def __getitem__(self, chosen: list[int], /) -> Batch: ...
 
 
 def evaluated_images(count: int, precision: Precision, rounding_images: int) -> frozenset[int]:
@@ -326,12 +327,11 @@ class RoundedModel:
         """The format, for reports."""
         return f"eight bits and {self.arithmetic.value}" if self.is_quantized else self.arithmetic.value
 
-    def outputs(
-        self, images: Float32Array, parts: Outputs | None = None, *, is_half: bool
-    ) -> dict[str, Float32Array] | None:
+    def outputs(self, images: Batch, parts: Outputs | None = None, *, is_half: bool) -> dict[str, Float32Array] | None:
         """Outputs by name with rounded tensors; None where nothing is rounded. `is_half`: FP16 at the boundary."""
         if is_half:
-            rounded = evaluate_outputs(self.model, images.astype(np.float16).astype(np.float32), self.arithmetic, parts)
+            halves = as_floats(as_floats(images, np.float16), np.float32)
+            rounded = evaluate_outputs(self.model, halves, self.arithmetic, parts)
             return {name: array.astype(np.float16).astype(np.float32) for name, array in rounded.items()}
         if self.arithmetic is StorageFormat.FP32 and not self.is_quantized:
             return None
@@ -487,22 +487,22 @@ class Fp32Reference:
 
 def prove_equal(
     what: str,
-    run: Callable[[npt.NDArray[np.float32]], Named],
-    images: npt.NDArray[np.float32],
+    run: Callable[[Any], Named],
+    images: Batch,
     reference: Fp32Reference,
     batches: Sequence[int],
 ) -> dict[int, float]:
     """Relative L2 of `run`'s first output at each batch size, each on other images. MismatchError where an output
     differs by more than FP32 rounding.
 
-    `images` float32 (N, 3, S, S), `reference` of them. `run` returns the outputs of a batch.
+    `images` float32 (N, 3, S, S), or inputs with these; `reference` of them. `run` returns the outputs of a batch.
     """
     errors: dict[int, float] = {}
     start = 0
     for batch in batches:
         chosen = [index % len(images) for index in range(start, start + batch)]
         start += batch
-        errors[batch] = check_equal(what, run(np.ascontiguousarray(images[chosen])), reference.of(chosen))
+        errors[batch] = check_equal(what, run(changed(images[chosen], np.ascontiguousarray)), reference.of(chosen))
     return errors
 
 

@@ -156,6 +156,15 @@ def _problem(inputs: Array, values: Array, output: Role) -> str:
     return ""
 
 
+def check_is_ours(origin: str) -> None:
+    """UsageError for a model that answers prove nothing about: a module of the user's own is the reference itself."""
+    if origin == "module":
+        raise UsageError(
+            "--answers tell whether a checkpoint was read as your own code reads it, and here your own module runs.",
+            "Leave --answers out.",
+        )
+
+
 def hold_to_answers(
     loaded: LoadedModel, given: GivenAnswers, say: Say, *, is_fixed: bool = False
 ) -> tuple[LoadedModel, Agreement]:

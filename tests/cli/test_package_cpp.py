@@ -225,7 +225,7 @@ def _shape(manifest: dict[str, Any]) -> None:
 
 FAULTS: dict[Callable[[dict[str, Any]], None], str] = {
     _input: "inputs: input has dtype 'bfloat16', not float32",
-    _two_inputs: "has 2 inputs; the C++ library feeds one",
+    _two_inputs: "inputs: two have one name",
     _free_side: "only the batch may be free",
     _bilinear: "preprocessing: interpolation is 'bilinear', not 'bicubic, antialiased'",
     _no_tolerance: "has no tolerance for the output logits",

@@ -141,6 +141,9 @@ def test_published_names_and_short_forms_are_read() -> None:
     assert read.image_size == (64, 64)
     assert read.stages == ((("conv", 1), ("trans", 2)),)
     assert Architecture.of({**CONTENT, "qk_scale": 0}).qk_scale is None
+    grey = Architecture.of({**CONTENT, "channels": 1, "mean": 0.5, "std": 0.25})
+    assert (grey.mean, grey.std) == ((0.5,), (0.25,))
+    assert Architecture.of({**CONTENT, "mean": 0.5}).mean == (0.5, 0.5, 0.5)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

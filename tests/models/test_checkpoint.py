@@ -442,6 +442,8 @@ class TestImageSize:
         loaded = load(path)
         assert (loaded.name, loaded.image_size) == ("ms_mlp_xxs", 224)
         assert "image size 224: the spatial MLP's weights say so" in loaded.notes
+        asked = load(path, image_size=224)
+        assert "image size 224: as asked for, and the spatial MLP's weights fit" in asked.notes
         for name in (None, "ms_mlp_xxs"):
             text = refusal(path, name, image_size=256)
             assert "for 224 pixels" in text

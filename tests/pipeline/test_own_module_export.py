@@ -18,7 +18,7 @@ from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import create_model
 from spach_deploy.models.demo import load_demo_weights
 from tests.commands import export, refusal
-from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads, TwoInputs
+from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads
 from tests.quantization.small_quantized import pictures
 from tests.static_models import IMAGE_SIZE, small_model
 
@@ -151,7 +151,6 @@ def test_outputs_are_chosen_by_role_and_renamed(tmp_path: Path) -> None:
     ("model", "example", "said"),
     [
         (Branching(), IMAGE, r"cannot trace the model \(Branching.forward"),
-        (TwoInputs(), (IMAGE, torch.zeros(1, 4)), "what takes images .* alone can be exported"),
         (PlainNet(), torch.zeros(1, 5, 32, 32), "fails on an input of"),
         (PlainNet(), None, "inputs are not known"),
         ("ms_conv_xxs", IMAGE, "example_inputs are for a module of your own"),
@@ -173,6 +172,7 @@ class TestCommand:
         done = export(*given, "--fp16", "--engine", "none", "--image-size", 32, "-o", tmp_path / "bundle")
         assert done.exit_code == 0, done.output
         assert "Ran tests.own_models:TwoHeads, which is your own code." in done.stderr
+        assert "TwoHeads, 32 px, gives classes, angle" in done.stdout
         assert "blocks     4 known (62 % of the arithmetic), 8 plain (38 %), 3 unknown" in done.stdout
         assert "Not compared with answers" not in done.stdout
         assert validate(tmp_path / "bundle").exit_code == 0
@@ -188,8 +188,22 @@ class TestCommand:
         [
             (("--model", "ms_conv_xxs"), "--module makes the model, and --model names another"),
             (("--heads", 2), "--heads is for the models of spach-export --list"),
+            (("--mean", "0.5,0.5"), "Pixel mean has 2 numbers, and the model takes images of 3 channels"),
+            (("--outputs", "features"), "No output of your module has the role features"),
         ],
     )
-    def test_options_of_our_models_are_refused(self, words: tuple[Any, ...], said: str, tmp_path: Path) -> None:
+    def test_what_does_not_fit_the_module_is_refused_by_a_dry_run_too(
+        self, words: tuple[Any, ...], said: str, tmp_path: Path
+    ) -> None:
         given = ("--module", "tests.own_models:PlainNet", "--fp32", "--engine", "none", "-o", tmp_path / "x")
         assert said in refusal(export(*given, *words))
+        told = export(*given, *words, "--dry-run")
+        assert (told.exit_code, said in told.stdout) == (2, True)
+
+    def test_a_dry_run_runs_the_factory_and_says_so(self, tmp_path: Path) -> None:
+        given = ("--module", "tests.own_models:PlainNet", "--fp32", "--engine", "none", "-o", tmp_path / "x")
+        told = export(*given, "--dry-run")
+        assert told.exit_code == 0, told.output
+        assert "model       tests.own_models:PlainNet" in told.stdout
+        assert "weights     those that your code makes" in told.stdout
+        assert "Ran tests.own_models:PlainNet, which is your own code." in told.stdout

@@ -38,7 +38,7 @@ def measured(modules: set[str]) -> float:
 
 def costs_of(static: nn.Module, plan: QuantizationPlan) -> tuple[LayerCost, ...]:
     watch = LayerWatch(static, plan)
-    return summed_costs(plan, [watch.see(number, image) for number, image in enumerate(small_models.inputs())])
+    return summed_costs(plan, [watch.see(number, image[None]) for number, image in enumerate(small_models.inputs())])
 
 
 def test_predicted_costs_are_those_of_layers_quantized_alone() -> None:

@@ -41,7 +41,7 @@ from spach_deploy.common.files import sha256_of
 from spach_deploy.common.text import json_text
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.options.specs import Preprocessing, Role, sides, size_in_words
-from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
+from spach_deploy.validation.bundle_facts import SERVE_SEVERAL, BundleFacts, check_interface
 from spach_deploy.validation.verdict import Tolerance
 
 MAGIC = b"SPACHGLD"
@@ -177,20 +177,20 @@ class PackagedModel:
     def of(cls, path: Path) -> PackagedModel:
         """Open the bundle at `path`. BundleError where it is none, was changed, or has no plan that C++ could run."""
         bundle = Bundle.open(path)
+        facts = BundleFacts.of(bundle)
+        facts.check_one_input("the C++ library feeds one", SERVE_SEVERAL)
         if bundle.plan is None:
             raise BundleError(
                 f"Bundle {bundle.path} has no {PLAN}: {bundle.manifest.engine.why_none}.",
                 "Export it with --engine tensorrt-rtx, which needs no GPU, or --engine tensorrt.",
             )
-        model = cls(bundle, BundleFacts.of(bundle), bundle.manifest.engine, bundle.file(PLAN))
+        model = cls(bundle, facts, bundle.manifest.engine, bundle.file(PLAN))
         if problem := model._problem():
             raise BundleError(f"{bundle.path / MANIFEST} {problem}.", "Export the bundle again.")
         check_interface(bundle)
         return model
 
     def _problem(self) -> str:
-        if len(self.bundle.manifest.inputs) != 1:
-            return f"has {len(self.bundle.manifest.inputs)} inputs; the C++ library feeds one"
         for tensor in (self.input, *self.outputs):
             if len(tensor.shape) < 2 or any(size is None for size in tensor.shape[1:]):
                 return f"has a tensor {tensor.name} of shape {tensor.shape}; only the batch may be free"

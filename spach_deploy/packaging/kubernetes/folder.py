@@ -33,6 +33,7 @@ from spach_deploy.packaging.kubernetes.template_context import (
     template_context,
 )
 from spach_deploy.packaging.triton.repository import write_models
+from spach_deploy.validation.bundle_facts import SERVE_SEVERAL
 
 CONTENTS = DirectoryKind("kubernetes-deployment", "a deployment")
 
@@ -75,6 +76,7 @@ def write_folder(
     """
     destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
     deployment = Deployment.of(bundle, options)
+    deployment.model.facts.check_one_input("the image's golden check sends one", SERVE_SEVERAL)
     pack = golden_pack(deployment.model)
     with writing(destination) as staging:
         tag = _write_image(staging / IMAGE, deployment, pack)

@@ -21,7 +21,8 @@ import numpy as np
 
 from spach_deploy._version import __version__
 from spach_deploy.bundle.golden import Golden
-from spach_deploy.bundle.outputs import INPUT, expected_outputs
+from spach_deploy.bundle.inputs import feeds_of
+from spach_deploy.bundle.outputs import expected_outputs
 from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, Bundle, DirectoryKind, check_target, writing
 from spach_deploy.common.errors import MissingPackageError
 from spach_deploy.common.text import json_text
@@ -42,6 +43,8 @@ RUNNER = "PyTorch in FP32"
 """Polygraphy's name of the reference outputs."""
 
 _LARGEST_BATCH = 4
+_FED = "input."
+"""What the names of inputs begin with in golden.npz; no output's name has a full stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
     check_is_one_file(opened.file(GRAPH))
     check_interface(opened)
     golden = Golden.load(opened.path / GOLDEN)
-    batches = _batches(len(golden.input), facts)
+    batches = _batches(len(golden.names), facts)
     rounded = _rounded(opened.path / GRAPH)
     run = commands(GRAPH if rounded is None else ROUNDED, has_plan=opened.plan is not None)
     with writing(destination) as staging:
@@ -115,7 +118,8 @@ def _write_data(folder: Path, golden: Golden, facts: BundleFacts, batches: list[
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise MissingPackageError("polygraphy", "Its data", "pip install polygraphy") from error
-    inputs = [{INPUT: np.ascontiguousarray(golden.input[batch])} for batch in batches]
+    given = golden.batch(facts.inputs)
+    inputs = [feeds_of(given[batch]) for batch in batches]
     expected = expected_outputs(golden.outputs, facts.outputs)
     results = [
         IterationResult({name: a[batch] for name, a in expected.items()}, runtime=0.0, runner_name=RUNNER)
@@ -126,8 +130,9 @@ def _write_data(folder: Path, golden: Golden, facts: BundleFacts, batches: list[
         save_json(RunResults([(RUNNER, results)]), str(folder / OUTPUTS))
     longest = max(map(len, batches))
     padded = np.array([[*batch, *[-1] * (longest - len(batch))] for batch in batches], np.int64)
-    arrays = {"input": golden.input, **golden.outputs, "names": np.array(golden.names), "batches": padded}
-    np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
+    arrays = {f"{_FED}{name}": array for name, array in feeds_of(given).items()}
+    named = {**arrays, **golden.outputs, "names": np.array(golden.names), "batches": padded}
+    np.savez(folder / GOLDEN, **named)  # type: ignore[arg-type]  # no array is called allow_pickle
 
 
 def _bounds(facts: BundleFacts) -> str:

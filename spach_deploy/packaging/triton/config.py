@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from google.protobuf import (  # type: ignore[import-untyped]
     descriptor_pb2,
     descriptor_pool,
@@ -31,6 +30,7 @@ from google.protobuf import (  # type: ignore[import-untyped]
 )
 
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.inputs import feeds_of
 from spach_deploy.bundle.outputs import CLASS_SCORES
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import GOLDEN
@@ -99,27 +99,36 @@ def warm_up(model: ServedModel) -> WarmUp:
     Raises BundleError where the golden pack cannot be read.
     """
     golden = Golden.load(model.bundle.file(GOLDEN))
-    form = model.batches
-    if form.max_batch_size:
+    given = feeds_of(golden.batch(model.inputs))
+    if model.batches.max_batch_size:
         sizes = sorted({1, model.batch.opt, model.batch.max})
-        requests = tuple(_request(model, size, form.dims(model.inputs[0]), _FILE) for size in sizes)
-        return WarmUp(requests, {_FILE: golden.input[0].tobytes()})
+        requests = tuple(_request(model, size) for size in sizes)
+        return WarmUp(requests, {_file(model, name): array[0].tobytes() for name, array in given.items()})
     sizes = sorted({model.batch.min, model.batch.opt, model.batch.max})
-    dims = {size: [size, *form.dims(model.inputs[0])[1:]] for size in sizes}
-    requests = tuple(_request(model, 1, dims[size], f"{_FILE}_{size}") for size in sizes)
-    return WarmUp(requests, {f"{_FILE}_{size}": _batch(golden.input, size).tobytes() for size in sizes})
+    files = {
+        _file(model, name, size): array[np.arange(size) % len(array)].tobytes()
+        for size in sizes
+        for name, array in given.items()
+    }
+    return WarmUp(tuple(_request(model, size) for size in sizes), files)
 
 
-def _batch(samples: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
-    return samples[np.arange(size) % len(samples)]
+def _file(model: ServedModel, name: str, size: int | None = None) -> str:
+    """The file with an input's warm-up data: of one sample, or of a whole batch."""
+    return "_".join([_FILE, *([name] if len(model.inputs) > 1 else []), *([] if size is None else [str(size)])])
 
 
-def _request(model: ServedModel, batch_size: int, dims: list[int], file: str) -> Any:
-    tensor = model.inputs[0]
-    sample = {"data_type": data_type_number(DATA_TYPES[tensor.dtype]), "dims": dims, "input_data_file": file}
-    samples = batch_size if model.batches.max_batch_size else dims[0]
+def _request(model: ServedModel, size: int) -> Any:
+    """A request of `size` samples: the server repeats one sample, or gets all of them where dims have the batch."""
+    form = model.batches
+    inputs = {}
+    for tensor in model.inputs:
+        dims = form.dims(tensor) if form.max_batch_size else [size, *form.dims(tensor)[1:]]
+        file = _file(model, tensor.name, None if form.max_batch_size else size)
+        data_type = data_type_number(DATA_TYPES[tensor.dtype])
+        inputs[tensor.name] = {"data_type": data_type, "dims": dims, "input_data_file": file}
     return message_class("ModelWarmup")(
-        name=f"golden_{samples}", batch_size=batch_size, inputs={tensor.name: sample}, count=1
+        name=f"golden_{size}", batch_size=size if form.max_batch_size else 1, inputs=inputs, count=1
     )
 
 

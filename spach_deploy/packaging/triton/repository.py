@@ -315,6 +315,7 @@ def ensemble_steps(model: ServedModel, ensemble: Ensemble) -> tuple[EnsembleStep
             f"--ensemble ranks classes, and {model.name} gives {', '.join(t.name for t in model.outputs)} alone.",
             "Leave --ensemble out, or export with --outputs logits too.",
         )
+    model.facts.check_one_input("--ensemble makes one, of a picture", "Leave --ensemble out.")
     k = min(_TOP_K, model.classes) if ensemble.top_k is None else ensemble.top_k
     _check(model, ensemble, k)
     steps = (_preprocess(model),) if ensemble.input is EnsembleInput.BYTES else ()

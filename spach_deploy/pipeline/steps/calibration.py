@@ -12,6 +12,7 @@ import onnx_ir as ir
 from torch import nn
 
 from spach_deploy.blocks.token_mlp import TokenLinear
+from spach_deploy.bundle.inputs import ModelInputs
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.calibration_set_checks import check_overlap
@@ -89,15 +90,19 @@ def calibrate(
         phases.note(f"Scales from {spec.calibration}, made on {calibration.images} images.")
     else:
         calibration = _from_images(
-            model, chosen, scaling, key, preprocessing, spec, phases, overwrite=options.overwrite
+            model, chosen, scaling, key, preprocessing, spec, phases, overwrite=options.overwrite, takes=loaded.takes
         )
     return CalibrationResult(calibration)
 
 
 def _layers(static: nn.Module) -> frozenset[str]:
-    """Paths of the modules that compute with weights of their own."""
+    """Paths of the modules that compute with weights of their own, not with what others make of theirs."""
     kinds = (nn.Linear, nn.Conv2d, TokenLinear)
-    return frozenset(path for path, module in static.named_modules(remove_duplicate=False) if isinstance(module, kinds))
+    return frozenset(
+        path
+        for path, module in static.named_modules(remove_duplicate=False)
+        if isinstance(module, kinds) and "weight" in dict(module.named_parameters(recurse=False))
+    )
 
 
 def key_of(
@@ -111,7 +116,13 @@ def key_of(
     """Everything that a calibration with these options depends on, except the images."""
     layers = [f"{site.node} {site.module in scaling.per_tensor}" for site in chosen.quantized]
     return CalibrationKey.of(
-        [*layers, f"equalize {spec.equalize}", *(f"without {name}" for name in sorted(disabled)), *_unusual(loaded)],
+        [
+            *layers,
+            f"equalize {spec.equalize}",
+            *(f"without {name}" for name in sorted(disabled)),
+            *_unusual(loaded),
+            *([] if loaded.takes.is_single else [f"inputs {loaded.takes.digest}"]),
+        ],
         preprocessing,
         weights_sha256=loaded.weights_sha256,
         model=loaded.name,
@@ -154,11 +165,12 @@ def _from_images(
     phases: Phases,
     *,
     overwrite: bool,
+    takes: ModelInputs,
 ) -> Calibration:
     assert spec.calibration is not None
     if spec.cache is not None and spec.cache.path.exists() and not overwrite:
         return _reused(spec.cache.path, key, spec.calibration, preprocessing, phases)
-    collected = measure(model, chosen, scaling, key, preprocessing, spec, phases)
+    collected = measure(model, chosen, scaling, key, preprocessing, spec, phases, takes)
     start = time.monotonic()
     plan = plan_from_statistics(model, chosen, collected.statistics, scaling, equalize=spec.equalize)
     summary = collected.summary
@@ -185,12 +197,14 @@ def measure(
     preprocessing: Preprocessing,
     spec: QuantizationSpec,
     phases: Phases,
+    takes: ModelInputs,
 ) -> CollectedStatistics:
     """Activation statistics over the calibration images. Notes name skipped images and doubts about the set."""
     assert spec.calibration is not None
     source = open_images(spec.calibration)
     state = None if spec.cache is None else spec.cache.path.with_name(f"{spec.cache.path.name}.unfinished")
-    run = CalibrationSettings(scaling.method.needs_histograms, state, key, on_progress=phases.observer.calibrating)
+    progress = phases.observer.calibrating
+    run = CalibrationSettings(scaling.method.needs_histograms, state, key, on_progress=progress, takes=takes)
     if spec.cluster is not None:
         collected = collect_on_cluster(spec.cluster, model, chosen.wanted, source, preprocessing, run)
     else:
@@ -201,7 +215,7 @@ def measure(
         phases.note(f"Skipped {skipped}")
     for warning in collected.summary.warnings():
         phases.note(warning)
-    usual = _probe_statistics(model, chosen, preprocessing)
+    usual = _probe_statistics(model, chosen, preprocessing, takes)
     check_activations(collected.statistics, usual, calibration_set_description(collected))
     return collected
 
@@ -212,11 +226,12 @@ def calibration_set_description(collected: CollectedStatistics) -> str:
 
 
 def _probe_statistics(
-    model: ir.Model, chosen: QuantizableSites, preprocessing: Preprocessing
+    model: ir.Model, chosen: QuantizableSites, preprocessing: Preprocessing, takes: ModelInputs
 ) -> dict[str, TensorStatistics]:
     """Activation statistics on a few built-in photographs, to compare with."""
     source = probe_source(preprocessing.channels).limit(_USUAL_IMAGES)
-    return collect(model, chosen.wanted, source, preprocessing, CalibrationSettings(histograms=False)).statistics
+    run = CalibrationSettings(histograms=False, takes=takes)
+    return collect(model, chosen.wanted, source, preprocessing, run).statistics
 
 
 _ANOTHER_CACHE = "Delete {}, or give another file for the calibration."

@@ -8,7 +8,8 @@ import onnx_ir as ir
 from torch import nn
 
 from spach_deploy.blocks import RewriteResult, rewrite
-from spach_deploy.bundle.outputs import INPUT, graph_outputs
+from spach_deploy.bundle.inputs import feeds_of
+from spach_deploy.bundle.outputs import graph_outputs
 from spach_deploy.bundle.schema import Form, LevelEntry
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.graph.interface import add_interface
@@ -17,7 +18,7 @@ from spach_deploy.graph.opset import convert_opset
 from spach_deploy.graph.passes import PASSES, TENSORRT_PASSES, Pass, apply_passes
 from spach_deploy.graph.precision.formats import infer_all_types
 from spach_deploy.models.checkpoint import LoadedModel
-from spach_deploy.models.own_module import OwnForward, OwnLoadedModel
+from spach_deploy.models.own_module import OwnForward
 from spach_deploy.options.specs import ExportOptions, Flavour, ImageSize, Precision
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import EXACT_BATCHES, ReferenceOutputs
@@ -44,8 +45,7 @@ class Fp32Graph:
 def rewrite_model(loaded: LoadedModel, options: ExportOptions) -> RewriteResult:
     """The static model: the reference with fixed shapes and folded constants, proven equal in FP64."""
     quantized = options.quantization.quantize if options.precision.is_quantized else None
-    inputs = tuple(loaded.example.values()) if isinstance(loaded, OwnLoadedModel) else ()
-    return rewrite(loaded.model, _left_out(options), quantized, inputs)
+    return rewrite(loaded.model, _left_out(options), quantized)
 
 
 def export_graph(static: nn.Module, image_size: ImageSize, channels: int = 3, known: tuple[str, ...] = ()) -> Fp32Graph:
@@ -61,8 +61,8 @@ def prove_graph(graph: Fp32Graph, images: GoldenImages, reference: ReferenceOutp
     with saved_graph(graph.model) as path, OnnxRuntimeRunner(path) as runner:
         errors = prove_equal(
             "exported graph",
-            lambda x: runner.run({INPUT: x}),
-            images.images,
+            lambda x: runner.run(feeds_of(x)),
+            images.inputs,
             reference.reference,
             EXACT_BATCHES,
         )
@@ -81,9 +81,8 @@ def give_form(
         equalize_graph(model, plan)
         mark_sites(model, plan)
     changed = apply_passes(model, _passes(options), options.disabled_rewrites)
-    add_interface(
-        model, graph_outputs(loaded.model.outputs, options.outputs), options.outputs.io_dtype, images.preprocessing
-    )
+    outputs, io_dtype = graph_outputs(loaded.model.outputs, options.outputs), options.outputs.io_dtype
+    add_interface(model, outputs, io_dtype, images.preprocessing, loaded.takes.images)
     infer_all_types(model)
     convert_opset(model, options.graph_opset)
     return dataclasses.replace(graph, changed=changed)

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.inputs import Batch, ModelInputs
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import ImageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.data.images import probe_source
 from spach_deploy.data.preprocess import Pixels, normalize, to_input
 from spach_deploy.data.readers import ImageSource, Skipped, batches, open_images
+from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.specs import ExportOptions, IODtype, Preprocessing
 
 GOLDEN_IMAGES = 8
@@ -28,7 +30,10 @@ it has fewer images, but two."""
 
 @dataclasses.dataclass(frozen=True)
 class GoldenImages:
-    """The images that an export is judged on: `pixels` (N, H, W, C), `images` normalized float32 (N, C, H, W)."""
+    """The images that an export is judged on: `pixels` (N, H, W, C), `images` normalized float32 (N, C, H, W).
+
+    `takes`: the model's inputs.
+    """
 
     source: ImageSource
     preprocessing: Preprocessing
@@ -37,14 +42,20 @@ class GoldenImages:
     images: NDArray[np.float32]
     built_in: bool
     skipped: tuple[Skipped, ...] = ()
+    takes: ModelInputs = dataclasses.field(default_factory=ModelInputs)
 
-    def engine_input(self, io_dtype: IODtype) -> NDArray[np.generic]:
-        """The images in the engine's input format: (N, C, H, W) float, or (N, H, W, C) uint8."""
-        return to_input(self.pixels, self.preprocessing, io_dtype)
+    @property
+    def inputs(self) -> Batch:
+        """The images and the model's other inputs, in FP32."""
+        return self.takes.of(self.images)
+
+    def engine_input(self, io_dtype: IODtype) -> Batch:
+        """The inputs in the engine's format: images (N, C, H, W) float, or (N, H, W, C) uint8."""
+        return self.takes.of(to_input(self.pixels, self.preprocessing, io_dtype))
 
     def pack(self, outputs: Mapping[str, NDArray[np.float32]], io_dtype: IODtype) -> Golden:
         """The golden pack with the reference's outputs (N, ...) by name."""
-        return Golden(self.engine_input(io_dtype), outputs, self.names)
+        return Golden.of(self.engine_input(io_dtype), outputs, self.names)
 
 
 def golden_images(outputs: Iterable[TensorInfo]) -> int:
@@ -53,13 +64,12 @@ def golden_images(outputs: Iterable[TensorInfo]) -> int:
     return min(GOLDEN_IMAGES, max(2, GOLDEN_BYTES // (4 * values)))
 
 
-def read_images(
-    options: ExportOptions, preprocessing: Preprocessing, outputs: Iterable[TensorInfo], phases: Phases
-) -> GoldenImages:
-    """Eight of the user's images, spread evenly over the set, or the built-in photographs; fewer where `outputs`, which
-    the model computes, are large. ImageError without any.
+def read_images(options: ExportOptions, loaded: LoadedModel, phases: Phases) -> GoldenImages:
+    """Eight of the user's images, spread evenly over the set, or the built-in photographs; fewer where what the model
+    gives is large. ImageError without any.
     """
-    built_in, count = options.images is None, golden_images(outputs)
+    preprocessing = loaded.preprocessing
+    built_in, count = options.images is None, golden_images(loaded.model.outputs)
     source = probe_source(preprocessing.channels) if options.images is None else open_images(options.images)
     chosen = source.limit(count)
     parts = list(batches(chosen, preprocessing, count))
@@ -74,9 +84,8 @@ def read_images(
         phases.note(f"The golden pack has {count} images: what the model gives for more is large.")
     if len(pixels) < count:
         phases.note(f"Only {len(pixels)} images to judge on; {count} or more tell more.")
-    return GoldenImages(
-        source, preprocessing, names, pixels, normalize(pixels, preprocessing), built_in, chosen.skipped
-    )
+    images = normalize(pixels, preprocessing)
+    return GoldenImages(source, preprocessing, names, pixels, images, built_in, chosen.skipped, loaded.takes)
 
 
 def note_skipped(skipped: Iterable[Skipped], phases: Phases) -> None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from spach_deploy.blocks import RewriteResult
 from spach_deploy.blocks.base import Outcome
 from spach_deploy.bundle import store as bundles
-from spach_deploy.bundle.outputs import graph_outputs
+from spach_deploy.bundle.outputs import INPUT, graph_outputs
 from spach_deploy.bundle.schema import (
     CalibrationEntry,
     CertificateEntry,
@@ -102,14 +102,16 @@ class InterfaceSections:
     batch: BatchProfile
 
 
-def interface_sections(graph: ir.Graph, model: Sequence[TensorInfo], options: ExportOptions) -> InterfaceSections:
+def interface_sections(
+    graph: ir.Graph, model: Sequence[TensorInfo], options: ExportOptions, images: Sequence[str] = (INPUT,)
+) -> InterfaceSections:
     """Sections on inputs, outputs and batch, from those of the typed graph. `model`: the outputs that the model
-    computes.
+    computes; `images`: the inputs that are images.
     """
     layout = "NHWC" if options.outputs.io_dtype is IODtype.UINT8 else "NCHW"
     meant = {tensor.name: tensor for tensor in graph_outputs(model, options.outputs)}
     return InterfaceSections(
-        tuple(_tensor(value, layout) for value in graph.inputs),
+        tuple(_tensor(value, layout if value.name in images else "") for value in graph.inputs),
         tuple(_tensor(value, meant[value.name or ""].layout, meant[value.name or ""].role) for value in graph.outputs),
         options.outputs,
         options.engine.batch,

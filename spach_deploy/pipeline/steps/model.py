@@ -68,6 +68,7 @@ def hold_to_answers(
     """
     if options.answers is None:
         return loaded, None
+    user_answers.check_is_ours(loaded.origin)
     if loaded.origin == "demo":
         raise UsageError("--answers are of your model, and demo weights are nobody's.", "Give --checkpoint FILE too.")
     given = read_answers(options.answers)

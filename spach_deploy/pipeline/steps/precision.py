@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import nn
 
-from spach_deploy.bundle.outputs import INPUT
+from spach_deploy.bundle.inputs import feeds_of
 from spach_deploy.bundle.schema import LevelEntry
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
@@ -166,7 +165,7 @@ def _measured(graph: Fp32Graph, images: GoldenImages, options: ExportOptions, ph
     meter = RangeMeter(graph.model, tensors=None if is_half else ())
     io_dtype = IODtype.UINT8 if options.outputs.io_dtype is IODtype.UINT8 else IODtype.FP32
     feeds = images.engine_input(io_dtype)
-    outputs = tuple(meter.run({INPUT: np.ascontiguousarray(feeds[slice(*part)])}) for part in _parts(len(feeds)))
+    outputs = tuple(meter.run(feeds_of(feeds[slice(*part)])) for part in _parts(len(feeds)))
     described = f"the {len(feeds)} built-in photographs"
     if not images.built_in and is_half:
         described = _measure_users_images(meter, images, io_dtype, phases)
@@ -197,7 +196,7 @@ def _measure_users_images(meter: RangeMeter, images: GoldenImages, io_dtype: IOD
     seen = 0
     named = frozenset(images.skipped)
     for batch in batches(chosen, images.preprocessing, RANGE_BATCH):
-        meter.run({INPUT: to_input(batch.pixels, images.preprocessing, io_dtype)})
+        meter.run(feeds_of(images.takes.of(to_input(batch.pixels, images.preprocessing, io_dtype), seen)))
         seen += len(batch)
     note_skipped([skipped for skipped in chosen.skipped if skipped not in named], phases)
     described = f"{seen} images{chosen.of_all(seen)} from {images.source.description}"

@@ -78,4 +78,4 @@ def _held_out(
     """Images to judge layers on: labelled ones for --max-drop, else the golden images."""
     if options.quantization.max_drop is not None:
         return labelled_images(loaded, images.preprocessing, options, phases.note)
-    return HeldOut(images.images, reference.first, output=next(iter(reference.outputs)))
+    return HeldOut(images.inputs, reference.first, output=next(iter(reference.outputs)))

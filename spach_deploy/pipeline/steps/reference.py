@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from spach_deploy.bundle.inputs import Batch
 from spach_deploy.bundle.outputs import graph_outputs
 from spach_deploy.common.errors import UsageError
 from spach_deploy.models.outputs import SelectableOutputs
+from spach_deploy.models.own_module import OwnForward
 from spach_deploy.options.specs import ExportOptions, Flavour
 from spach_deploy.quantization.fake_quantization import fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
@@ -71,10 +73,10 @@ class DerivedTolerances:
 
 
 def reference_outputs(
-    model: SelectableOutputs, static: nn.Module, images: NDArray[np.float32], options: ExportOptions
+    model: SelectableOutputs, static: nn.Module, images: Batch, options: ExportOptions
 ) -> ReferenceOutputs:
-    """Run both models on `images` (N, 3, S, S). UsageError for reference outputs that are all zero or not finite,
-    MismatchError where the models differ.
+    """Run both models on `images` (N, 3, S, S), or on inputs with these. UsageError for reference outputs that are all
+    zero or not finite, MismatchError where the models differ.
     """
     trace = ActivationTrace()
     found = checked_outputs(model, images, trace.exact)
@@ -86,9 +88,7 @@ def reference_outputs(
     return dataclasses.replace(outputs, static_errors=errors)
 
 
-def checked_outputs(
-    model: nn.Module, images: NDArray[np.float32], parts: Outputs | None = None
-) -> dict[str, NDArray[np.float32]]:
+def checked_outputs(model: nn.Module, images: Batch, parts: Outputs | None = None) -> dict[str, NDArray[np.float32]]:
     """Outputs (N, ...) of the reference in FP32 by name. UsageError for one that is all zero, or not finite.
 
     `parts`: receives the outputs of the model's parts for the first image.
@@ -101,18 +101,27 @@ def checked_outputs(
                 f"The reference model answers NaN or infinity in FP32{where}.", "Check the checkpoint's weights."
             )
         if not values.any():
-            raise UsageError(
-                f"The reference model answers exactly zero for every image{where}, as a freshly initialised SPACH does,"
-                " so nothing could be compared.",
-                "Give a trained checkpoint, or none to use demo weights.",
-            )
+            raise _all_zero(model, where)
     return outputs
+
+
+def _all_zero(model: nn.Module, where: str) -> UsageError:
+    if isinstance(model, OwnForward):
+        return UsageError(
+            f"Your module answers exactly zero for every image{where}, so nothing could be compared.",
+            "Load trained weights into it; a layer that is initialised with zeros hides what is before it.",
+        )
+    return UsageError(
+        f"The reference model answers exactly zero for every image{where}, as a freshly initialised SPACH does, so"
+        " nothing could be compared.",
+        "Give a trained checkpoint, or none to use demo weights.",
+    )
 
 
 def derive_tolerances(
     model: SelectableOutputs,
     static: nn.Module,
-    images: NDArray[np.float32],
+    images: Batch,
     outputs: ReferenceOutputs,
     plan: QuantizationPlan | None,
     options: ExportOptions,

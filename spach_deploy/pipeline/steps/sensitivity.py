@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from spach_deploy.bundle.inputs import Batch, arrays_of
 from spach_deploy.common.batches import ranges
 from spach_deploy.common.errors import MismatchError
 from spach_deploy.common.executors import ClusterAddress, LocalExecutor, Pool
@@ -45,11 +46,11 @@ _EIGHT_BITS, _FLOAT = "#1f77b4", "#d62728"  # colours of the plot
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Images to judge layers on: float32 (N, 3, S, S), the reference's first output for them (logits (N, classes), of a
-    classifier), and labels if there are any. `output`: the output's name.
+    """Images to judge layers on: float32 (N, 3, S, S), or inputs with these; the reference's first output for them
+    (logits (N, classes), of a classifier), and labels if there are any. `output`: the output's name.
     """
 
-    images: Float32
+    images: Batch
     reference: Float32
     labels: ImageLabels | None = None
     output: str = "logits"
@@ -61,14 +62,14 @@ class SearchWork:
 
     static: nn.Module
     plan: QuantizationPlan
-    images: Float32
+    images: Batch
     threads: int | None = None
 
     @property
     def memory_bytes(self) -> float:
         """Memory that a worker needs, estimated."""
         weights = sum(int(tensor.nbytes) for tensor in self.static.state_dict().values())
-        return _WORKER_BYTES + _COPIES * weights + self.images.nbytes
+        return _WORKER_BYTES + _COPIES * weights + sum(array.nbytes for array in arrays_of(self.images))
 
 
 class Searcher:
@@ -83,7 +84,7 @@ class Searcher:
         """Costs of all layers on the image with this number."""
         self._watch = self._watch or LayerWatch(self._work.static, self._work.plan)
         with self._threads():
-            return self._watch.see(number, self._work.images[number])
+            return self._watch.see(number, self._work.images[number : number + 1])
 
     def logits(self, task: EvaluationTask) -> Float32:
         """Logits (n, classes) of a batch, with the layers of `task.kept` in float and the others in 8 bits."""
@@ -168,7 +169,7 @@ def _sentence(choice: LayerSelection, layers: int) -> str:
     )
 
 
-def _logits(model: Any, images: Float32) -> Float32:
+def _logits(model: Any, images: Batch) -> Float32:
     return np.concatenate([evaluate(model, images[start:stop]) for start, stop in ranges(len(images), _BATCH)])
 
 
@@ -196,7 +197,7 @@ def labelled_images(
     names = tuple(name for part in parts for name in part.names)
     known = np.concatenate(own) if len(own) == len(parts) else None
     pixels = np.concatenate([part.pixels for part in parts])
-    normalized = normalize(pixels, preprocessing)
+    normalized = loaded.takes.of(normalize(pixels, preprocessing))
     return HeldOut(normalized, _logits(loaded.model, normalized), labelling.of(names, known))
 
 

@@ -14,7 +14,7 @@ from spach_deploy.pipeline.steps.engine import BuiltEngine
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import DerivedTolerances, ReferenceOutputs
 from spach_deploy.validation.error_trace import ActivationTracer
-from spach_deploy.validation.result import Provenance, ReportHeader, Validation, golden_set, validate_export
+from spach_deploy.validation.result import Provenance, ReportHeader, Validation, validate_export
 from spach_deploy.validation.runs import EXPORT_MACS, EvaluationSet, RunResult, examine_typed
 from spach_deploy.validation.tolerance import ToleranceSet
 from spach_deploy.validation.user_answers import Agreement
@@ -39,10 +39,17 @@ def judge_graph(
     options: ExportOptions,
 ) -> JudgedGraph:
     """Run the typed graph in the file `graph` on the golden images, in the batch sizes of its profile, and compare."""
-    golden = images.pack(reference.outputs, options.outputs.io_dtype)
+    given = images.engine_input(options.outputs.io_dtype)
     outputs = graph_outputs(loaded.model.outputs, options.outputs)
-    evaluated = golden_set(golden, images.source.description, outputs, options.engine.batch)
-    evaluated = dataclasses.replace(evaluated, reference="PyTorch in FP32")
+    evaluated = EvaluationSet(
+        inputs=lambda start, stop: given[start:stop],
+        expected=reference.outputs,
+        names=images.names,
+        images=images.source.description,
+        reference="PyTorch in FP32",
+        outputs=outputs,
+        batch=options.engine.batch,
+    )
     expected = dataclasses.replace(reference.activations, rounding_errors=derived.rounding_errors)
     tracer = ActivationTracer(loaded.model, expected)
     bounds = derived.tolerances.graph

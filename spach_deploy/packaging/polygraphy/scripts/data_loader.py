@@ -8,8 +8,10 @@ HERE = pathlib.Path(__file__).parent
 
 
 def load_data():
-    """Yield {input: (n, ...)} for every batch, in the order of inputs.json and outputs.json."""
+    """Yield {input's name: (n, ...)} for every batch, in the order of inputs.json and outputs.json."""
     with np.load(HERE / "golden.npz", allow_pickle=False) as golden:
-        images, batches = golden["input"], golden["batches"]
+        inputs = {name[len("input.") :]: golden[name] for name in golden.files if name.startswith("input.")}
+        batches = golden["batches"]
     for batch in batches:
-        yield {"input": np.ascontiguousarray(images[[index for index in batch if index >= 0]])}
+        chosen = [index for index in batch if index >= 0]
+        yield {name: np.ascontiguousarray(array[chosen]) for name, array in inputs.items()}
