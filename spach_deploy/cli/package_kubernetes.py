@@ -12,7 +12,7 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.table import KUBERNETES
 from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
-from spach_deploy.packaging.triton.options import Backend
+from spach_deploy.packaging.triton.options import Backend, Instances
 
 
 @click.command("kubernetes", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,6 +49,7 @@ def _write(bundle: Path, output: Path, given: dict[str, Any]) -> int:
         replicas=Replicas.parse(given["replicas"]),
         labels=given["labels"],
         ensemble=given["ensemble"],
+        instances=Instances.parse(given["instances"]),
     )
     from spach_deploy.packaging.kubernetes.folder import as_json, as_text, write_folder
 

@@ -34,18 +34,15 @@ from spach_deploy.options.specs import BatchProfile, Role
 from spach_deploy.packaging.kubernetes.deployment import (
     PROBE_SECONDS,
     Deployment,
-    is_version_compatible,
     listed,
     quantity,
 )
 from spach_deploy.packaging.triton.config import DATA_TYPES
 from spach_deploy.packaging.triton.options import Backend, Batching
 from spach_deploy.packaging.triton.served_model import ServedModel
+from spach_deploy.packaging.triton.serving import PILLOW, is_version_compatible
 from spach_deploy.validation.runs import repeated_images
 from spach_deploy.validation.tolerance import Bounds
-
-PILLOW = "11.3.0"
-"""A version with wheels for every Python in Triton's images, and with the resize of the versions before it."""
 
 _QUEUE_FACTOR = 10
 _PULL_SECONDS = 600  # Triton's images have 10 GB

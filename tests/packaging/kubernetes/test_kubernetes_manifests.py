@@ -423,6 +423,8 @@ def test_a_version_compatible_plan_is_loaded_as_one(tmp_path: Path) -> None:
 def test_comments_fit_on_a_line(written: KubernetesPackage) -> None:
     files = [file for file in written.path.rglob("*") if file.suffix in (".yaml", ".md") or file.name == "Dockerfile"]
     for file in files:
+        if "models" in file.parts:  # the model repository has a README of its own
+            continue
         assert [line for line in file.read_text().splitlines() if len(line) > 140] == [], file
         assert not re.search(r"@[A-Z_]+@", file.read_text())
 
