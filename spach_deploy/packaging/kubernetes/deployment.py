@@ -21,6 +21,7 @@ from pathlib import Path
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UsageError
 from spach_deploy.graph.runtimes import Runtimes, TritonImage, runtimes
+from spach_deploy.options.command_line import quoted
 from spach_deploy.packaging.triton.options import Backend, Device, Ensemble, Instances, TritonOptions
 from spach_deploy.packaging.triton.repository import EnsembleStep, ensemble_steps
 from spach_deploy.packaging.triton.served_model import BundleArgument, ServedModel, instead_of_plan, resolve_models
@@ -163,6 +164,24 @@ class Deployment:
         """Name of the image in its registry, without a tag."""
         return self.options.image or f"{REGISTRY}/{self.name}"
 
+    def image_reference(self, tag: str) -> str:
+        """The image as pods name it: by digest where there is one, else by `tag`."""
+        digest = self.options.image_digest
+        return f"{self.image_name}:{tag}" if digest is None else f"{self.image_name}@{digest}"
+
+    def commands(self, tag: str, folder: str = "") -> tuple[str, ...]:
+        """The commands that build, push and run it. An image with a digest was built and pushed before.
+
+        `folder`: where the written folder is, with a slash at its end; empty for inside of it.
+        """
+        image = f"{self.image_name}:{tag}"
+        build = (f"docker build -t {image} {quoted(f'{folder}image')}", f"docker push {image}")
+        apply = f"kubectl apply -k {quoted(f'{folder}overlays/production')}"
+        if self.options.helm:
+            chart = quoted(f"{folder}chart")
+            apply = f"helm upgrade --install {self.name} {chart} --namespace {self.name} --create-namespace"
+        return (*(build if self.options.image_digest is None else ()), apply)
+
     @property
     def is_plan(self) -> bool:
         """Whether the engine plan is served, not the graph."""
@@ -219,6 +238,9 @@ LONGEST = 40
 _LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _HOST = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?"
 _PART = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_SUBDOMAIN_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_SUBDOMAIN = re.compile(rf"{_SUBDOMAIN_PART}(\.{_SUBDOMAIN_PART})*")
 _IMAGE = re.compile(rf"({_HOST}/)?{_PART}(/{_PART})*")
 
 
@@ -257,6 +279,24 @@ def check_image_name(name: str) -> None:
         )
 
 
+def check_secret_name(name: str) -> None:
+    """UsageError unless `name` can name a secret: a DNS subdomain (RFC 1123)."""
+    if len(name) > 253 or not _SUBDOMAIN.fullmatch(name):
+        raise UsageError(
+            f"--image-pull-secret {name!r} is no secret's name.",
+            "Use lower-case letters, digits, hyphens and dots, as kubectl get secrets shows it.",
+        )
+
+
+def check_digest(option: str, digest: str | None) -> None:
+    """UsageError unless `digest` is the digest of an image."""
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise UsageError(
+            f"{option} {digest!r} is no digest.",
+            "Give sha256: and 64 hexadecimal digits, as docker buildx imagetools inspect IMAGE shows it.",
+        )
+
+
 REGISTRY = "registry.example.com/spach"
 """Placeholder registry in the name of the image where the user gives none."""
 
@@ -281,7 +321,9 @@ class Replicas:
 class KubernetesOptions:
     """All options of `spach-package kubernetes`.
 
-    `triton_version` None: the newest image that fits. `name` and `image` None: made from the model's name.
+    `triton_version` None: the newest image that fits. `name` and `image` None: made from the model's name. `helm`: a
+    chart instead of kustomizations. `image_digest`, `triton_digest`: of the image that is pushed, and of the image that
+    it is built on, each as `sha256:...`.
     """
 
     triton_version: str | None = None
@@ -293,9 +335,17 @@ class KubernetesOptions:
     labels: Path | None = None
     ensemble: bool = False
     instances: Instances = dataclasses.field(default_factory=Instances)
+    helm: bool = False
+    pull_secrets: tuple[str, ...] = ()
+    image_digest: str | None = None
+    triton_digest: str | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
             check_kubernetes_name(self.name)
         if self.image is not None:
             check_image_name(self.image)
+        for secret in self.pull_secrets:
+            check_secret_name(secret)
+        check_digest("--image-digest", self.image_digest)
+        check_digest("--triton-digest", self.triton_digest)

@@ -68,10 +68,16 @@ def test_models_that_no_image_loads_together_are_told_where_each_loads(tmp_path:
     plan = with_engine(tmp_path / "plan", "10.13.2.6", Tiny("plan"))
     graph = tiny_bundles.write(tmp_path / "graph", Tiny("half", engine="none", precision=Precision.BF16))
     text = readme(tmp_path, plan, graph)
-    assert "No known Triton image loads all of these models together." in text
-    assert "- `plan`: Triton 25.08" in text
+    assert "No known Triton image loads all of these together:" in text
+    assert "- `plan`: Triton 25.08. In " in text
     assert "- `half`: Triton 26.02 to " in text
-    assert not commands(text, "docker")
+    assert "/models:ro nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver" in commands(text, "docker")[0]
+
+
+def test_an_engine_that_no_image_loads_is_told_why(tmp_path: Path) -> None:
+    text = readme(tmp_path, with_engine(tmp_path / "b", "99.1.2.3"))
+    reason = "and the engine was built with 99\\.1\\.2\\.3\\."
+    assert re.search(rf"No known Triton image loads this:\n\n- `tiny`: none that is known\. In \S+, .*{reason}", text)
 
 
 def test_options_are_in_the_command_that_starts_it(tmp_path: Path) -> None:
