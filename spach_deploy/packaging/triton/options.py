@@ -48,9 +48,9 @@ class EnsembleInput(str, enum.Enum):
 
 
 PREPROCESS_INSTANCES = 4
-"""Instances of a step that decodes pictures, which is a process each. One decodes and resizes about 130 photographs a
-second, fewer than any GPU classifies, so that one alone would leave the GPU waiting. Four keep four cores busy, which
-the smallest servers with a GPU have; on fewer cores the rest costs about 30 MB of memory each, and no time."""
+"""Instances of a step that decodes pictures, which is a process each, of one core. A picture takes about 8 ms of it
+(benchmarks/preprocess_instances.py), so that one instance alone would leave a GPU waiting. Four use four cores, which
+the smallest servers with a GPU have; more than there are cores take memory, about 25 MB each, and no more time."""
 
 _MODEL = r"(?:([^:=]+):)?"
 """A model's name before a setting that is for it alone."""
