@@ -90,11 +90,12 @@ class RepositoryContent:
 
 def readme(content: RepositoryContent) -> str:
     """The text of README.md."""
-    parts = [_title(content), _table(content)]
+    notes = "\n".join(f"- {note}" for note in _remarks(content, "notes"))
+    parts = [_title(content), _table(content), notes]
     if content.is_servable:
         parts += [_start(content)]
     else:
-        parts += ["**It is to be read, not served:** " + " ".join(w for m in content.models for w in m.warnings)]
+        parts += ["**It is to be read, not served:** " + " ".join(_remarks(content, "warnings"))]
     parts += [_verified(content)]
     if content.is_servable:
         parts += [_speed(content), _limits(content)]
@@ -123,6 +124,15 @@ def _table(content: RepositoryContent) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _remarks(content: RepositoryContent, kind: str) -> Iterable[str]:
+    """Notes or warnings on the models, with the names of bundles in place of where they were on the writing machine."""
+    for model in content.models:
+        for remark in getattr(model, kind):
+            for version in model.versions:
+                remark = remark.replace(str(version.bundle.path), version.bundle.path.name)
+            yield printable(remark)
 
 
 def _tensors(tensors: Iterable[Any]) -> str:

@@ -133,6 +133,12 @@ def test_what_was_verified_is_what_the_manifest_says(tmp_path: Path) -> None:
     assert "    spach-validate grpc://localhost:8001/tiny/1 --bundle BUNDLE" in text
 
 
+def test_remarks_on_a_model_are_there_without_the_place_where_its_bundle_was(tmp_path: Path) -> None:
+    text = of_one(tmp_path, Tiny(engine="none", precision=Precision.BF16))
+    assert "\n- Served as ONNX, by onnxruntime: bundle has no engine. ONNX Runtime has kernels for bfloat16 on" in text
+    assert str(tmp_path) not in text
+
+
 def test_what_no_server_loads_has_no_command_that_starts_one(tmp_path: Path) -> None:
     bundle = tiny_bundles.write(tmp_path / "b", Tiny(engine="tensorrt-rtx"))
     options = TritonOptions(Backend.TENSORRT)
