@@ -205,7 +205,7 @@ void print_log() {
 }
 
 // warm MODEL BATCHES OPTION...: what is said; each of BATCHES (1,4) is run once, none: warm_up,
-// save: what was compiled is saved on request.
+// save: what was compiled is saved on request; wait: for a line on stdin.
 int warm(const std::string& folder, const std::string& batches, char** words, int count) {
   print_log();
   const auto engine = spach::Engine::load(std::filesystem::path(folder), options_of(words, count));
@@ -220,6 +220,10 @@ int warm(const std::string& folder, const std::string& batches, char** words, in
     spach::Status status = spach::Done{};
     if (word == "save") {
       status = engine->save_runtime_cache();
+    } else if (word == "wait") {
+      std::printf("waits\n");
+      std::fflush(stdout);
+      std::getchar();
     } else {
       const int batch = std::atoi(word.c_str());
       const Bytes input(static_cast<std::size_t>(batch) * engine->facts().input.bytes());

@@ -10,13 +10,13 @@
 namespace spach {
 namespace {
 
-constexpr const char* kMagic = "spach-runtime-cache 1";
-constexpr std::uint64_t kMostBytes = std::uint64_t{1} << 32;
-constexpr std::size_t kMostHead = 512;
+constexpr const char* kCacheMagic = "spach-runtime-cache 1";
+constexpr std::uint64_t kMostCacheBytes = std::uint64_t{1} << 32;
+constexpr std::size_t kMostCacheHead = 512;
 
 // The first line: what follows it, and for what.
 std::string head_of(const RuntimeCacheKey& key, const void* data, std::size_t size) {
-  return std::string(kMagic) + " plan " + key.plan_sha256 + " gpu " + key.gpu + " version " +
+  return std::string(kCacheMagic) + " plan " + key.plan_sha256 + " gpu " + key.gpu + " version " +
          key.version + " bytes " + std::to_string(size) + " sha256 " + sha256(data, size) + "\n";
 }
 
@@ -49,16 +49,17 @@ Result<std::optional<Bytes>> read_runtime_cache(const std::filesystem::path& fil
                                                 const RuntimeCacheKey& key) {
   std::error_code unknown;
   if (!std::filesystem::exists(file, unknown)) return std::optional<Bytes>();
-  Result<Bytes> content = read_file(file, kMostBytes);
+  Result<Bytes> content = read_file(file, kMostCacheBytes);
   if (!content) return content.error();
   const auto useless = [&file](const char* why) {
     return Error{ErrorCode::bad_file, text_of(file) + " " + why};
   };
   const auto begin = content->begin();
-  const auto searched = begin + static_cast<std::ptrdiff_t>(std::min(content->size(), kMostHead));
+  const auto searched =
+      begin + static_cast<std::ptrdiff_t>(std::min(content->size(), kMostCacheHead));
   const auto end = std::find(begin, searched, std::byte{'\n'});
-  if (end == searched || content->size() < std::strlen(kMagic) ||
-      std::memcmp(content->data(), kMagic, std::strlen(kMagic)) != 0)
+  if (end == searched || content->size() < std::strlen(kCacheMagic) ||
+      std::memcmp(content->data(), kCacheMagic, std::strlen(kCacheMagic)) != 0)
     return useless("is no runtime cache.");
   const std::string head(reinterpret_cast<const char*>(content->data()),
                          static_cast<std::size_t>(end - begin) + 1);
