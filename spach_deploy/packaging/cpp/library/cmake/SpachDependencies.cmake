@@ -10,9 +10,6 @@ if(NOT SPACH_TENSORRT MATCHES "^tensorrt(-rtx)?$")
   message(FATAL_ERROR "SPACH_TENSORRT is '${SPACH_TENSORRT}'; it is tensorrt or tensorrt-rtx.")
 endif()
 
-if(NOT TARGET Threads::Threads)
-  find_package(Threads REQUIRED)
-endif()
 if(NOT TARGET CUDA::cudart)
   find_package(CUDAToolkit REQUIRED)
 endif()
@@ -63,4 +60,8 @@ if(NOT TARGET Spach::TensorRT)
   set_target_properties(Spach::TensorRT PROPERTIES
     IMPORTED_LOCATION "${${_spach_prefix}_LIBRARY}"
     INTERFACE_INCLUDE_DIRECTORIES "${${_spach_prefix}_INCLUDE_DIR}")
+endif()
+
+if(NOT TARGET Threads::Threads)
+  find_package(Threads REQUIRED)
 endif()

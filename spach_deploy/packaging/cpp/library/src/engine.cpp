@@ -178,7 +178,6 @@ Status Engine::Impl::deserialize(const std::byte* plan, std::size_t size) {
 }
 
 Result<ExecutionContext> Engine::Impl::context() {
-  const std::lock_guard<std::mutex> lock(creating);
   Result<ExecutionContext> made = jit.create_context();
   if (made && !made->context)
     return explain(facts, device, Logger::instance().take("TensorRT could not create a context."));

@@ -4,7 +4,6 @@
 #include <NvInfer.h>
 
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -25,7 +24,6 @@ struct Engine::Impl {
   std::unique_ptr<nvinfer1::IRuntime> runtime;
   std::unique_ptr<nvinfer1::ICudaEngine> engine;
   Jit jit;
-  std::mutex creating;  // TensorRT does not promise that contexts may be created concurrently
 
   ~Impl();
 

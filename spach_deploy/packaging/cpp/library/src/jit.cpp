@@ -15,10 +15,6 @@ void log(Severity severity, const std::string& message) {
   Logger::instance().say(severity, message);
 }
 
-Error refused(const char* otherwise) {
-  return Error{ErrorCode::engine, Logger::instance().take(otherwise)};
-}
-
 }  // namespace
 
 void Jit::save_if_any() noexcept {
@@ -41,6 +37,10 @@ void Jit::close() noexcept {
 #if SPACH_RTX
 
 namespace {
+
+Error refused(const char* otherwise) {
+  return Error{ErrorCode::engine, Logger::instance().take(otherwise)};
+}
 
 using HostMemory = std::unique_ptr<nvinfer1::IHostMemory>;
 
@@ -115,6 +115,7 @@ Result<std::unique_ptr<RuntimeConfig>> Jit::make_config() {
 }
 
 Result<ExecutionContext> Jit::create_context() {
+  const std::lock_guard<std::mutex> lock(creating_);
   Result<std::unique_ptr<RuntimeConfig>> config = make_config();
   if (!config) return config.error();
   if (kernels_ && !(*config)->setRuntimeCache(*kernels_))
@@ -150,6 +151,7 @@ Status Jit::write(const nvinfer1::IHostMemory& ours, const std::string& digest) 
   const Result<std::optional<Bytes>> found = read_runtime_cache(file_, key_);
   HostMemory both;
   if (found && *found && sha256((*found)->data(), (*found)->size()) != contained_) {
+    const std::lock_guard<std::mutex> lock(creating_);
     Result<std::unique_ptr<RuntimeConfig>> config = make_config();
     if (!config) return config.error();
     both = merged(**config, **found, ours);
@@ -183,6 +185,7 @@ Status Jit::open(nvinfer1::ICudaEngine& engine, const EngineOptions& options, Ru
 }
 
 Result<ExecutionContext> Jit::create_context() {
+  const std::lock_guard<std::mutex> lock(creating_);
   ExecutionContext made;
   made.context.reset(engine_->createExecutionContext());
   return made;

@@ -66,6 +66,7 @@ class Jit {
   RuntimeCacheKey key_;
   std::filesystem::path file_;  // empty: there is no cache
   std::unique_ptr<Kernels> kernels_;
+  std::mutex creating_;  // TensorRT does not promise that contexts may be created concurrently
   std::mutex saving_;
   std::string saved_;      // SHA-256 of what was saved last
   std::string contained_;  // of the file's content that our kernels are known to include
