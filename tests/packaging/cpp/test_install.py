@@ -109,6 +109,7 @@ def test_the_installed_wheel_is_found_as_it_is(plain: Build, package: Path, tmp_
     assert f"found {wheel}\n" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_conan_recipe_makes_a_package(plain: Build, package: Path, tmp_path: Path) -> None:
     """From the recipe to a package that has the library, its headers and its CMake package; no server is asked."""
     conan = shutil.which("conan")

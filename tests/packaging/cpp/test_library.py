@@ -432,8 +432,8 @@ def test_a_batch_in_flight_that_fails_is_an_error_and_leaks_nothing(
     asan: Build, model: Path, tmp_path: Path, function: str, reason: str, call: int
 ) -> None:
     images = save(tiny_bundles.samples(models.EVERY, 4), tmp_path / "input")
-    fails = {"SPACH_DOUBLE_FAIL": f"{function}:{call}"}
-    result = asan.run("probe", "flight", model, images, 4, tmp_path / "out", **fails)
+    fails = f"{function}:{call}"
+    result = asan.run("probe", "flight", model, images, 4, tmp_path / "out", SPACH_DOUBLE_FAIL=fails)
     assert (result.returncode, result.stdout, result.stderr) == (1, f"{reason}\n", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,20 @@ pytestmark = pytest.mark.cpp
 
 
 def warm(
-    build: Build, model: Path, batches: str, *options: str, folder: Path, code: int = 0, **variables: str
+    build: Build,
+    model: Path,
+    batches: str,
+    *options: str,
+    folder: Path,
+    code: int = 0,
+    environment: Mapping[str, str] | None = None,
+    **variables: str,
 ) -> tuple[list[str], str]:
     """(what the double traced, what was logged) of a process that runs `batches`, or warms up where it is none."""
     trace = folder / "trace"
     trace.unlink(missing_ok=True)
-    result = build.run("probe", "warm", model, batches, *options, SPACH_DOUBLE_TRACE=str(trace), **variables)
+    given = {**(environment or {}), **variables, "SPACH_DOUBLE_TRACE": str(trace)}
+    result = build.run("probe", "warm", model, batches, *options, timeout=120, **given)
     assert (result.returncode, result.stderr) == (code, ""), result.stdout
     assert code or result.stdout.endswith("done\n") or "The runtime cache was" in result.stdout
     return trace.read_text().splitlines() if trace.exists() else [], result.stdout
@@ -54,13 +63,13 @@ def test_the_default_is_in_the_users_cache_folder_for_this_plan_gpu_and_version(
     )
     name = f"{digest[:16]}-sm89-128-1.7.1.cache"
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": ""}
-    assert warm(plain, model, "1", folder=tmp_path, **home)[0] == ["compiled batch 1"]
+    assert warm(plain, model, "1", folder=tmp_path, environment=home)[0] == ["compiled batch 1"]
     assert (tmp_path / "home" / ".cache" / "spach" / name).is_file()
-    assert warm(plain, model, "1", folder=tmp_path, **home)[0] == ["found batch 1"]
+    assert warm(plain, model, "1", folder=tmp_path, environment=home)[0] == ["found batch 1"]
     xdg = {"XDG_CACHE_HOME": str(tmp_path / "xdg")}
-    assert warm(plain, model, "1", folder=tmp_path, **xdg)[0] == ["compiled batch 1"]
+    assert warm(plain, model, "1", folder=tmp_path, environment=xdg)[0] == ["compiled batch 1"]
     assert (tmp_path / "xdg" / "spach" / name).is_file()
-    other = warm(plain, model, "1", folder=tmp_path, SPACH_DOUBLE_PROCESSORS="60", **xdg)
+    other = warm(plain, model, "1", folder=tmp_path, SPACH_DOUBLE_PROCESSORS="60", environment=xdg)
     assert other[0] == ["compiled batch 1"]
     assert len(list((tmp_path / "xdg" / "spach").glob("*.cache"))) == 2
     trace, said = warm(plain, model, "1", folder=tmp_path, HOME="", XDG_CACHE_HOME="relative")
@@ -154,7 +163,7 @@ def test_what_was_asked_for_and_refused_is_an_error(
     asan: Build, model: Path, tmp_path: Path, function: str, reason: str
 ) -> None:
     fails = {"SPACH_DOUBLE_FAIL": f"{function}:1"}
-    _, said = warm(asan, model, "1", "cache=none", "cuda_graphs=1", folder=tmp_path, code=1, **fails)
+    _, said = warm(asan, model, "1", "cache=none", "cuda_graphs=1", folder=tmp_path, code=1, environment=fails)
     assert said == f"file: \nTensorRT error: {reason}\n"
 
 
@@ -213,7 +222,7 @@ def test_where_caches_cannot_be_merged_the_larger_one_stays(plain: Build, model:
             pass
         cache.write_bytes(ends.read_bytes())
         assert process.communicate("\n", timeout=120)[0].startswith("done\n")
-        trace, _ = warm(plain, model, "1,2,3,4,5,6", f"cache={cache}", folder=tmp_path, **replaces)
+        trace, _ = warm(plain, model, "1,2,3,4,5,6", f"cache={cache}", folder=tmp_path, environment=replaces)
         kept = 5 if begins is small else 6
         assert trace == [*(f"found batch {n}" for n in range(1, kept + 1)), *["compiled batch 6"][: 6 - kept]]
 
@@ -253,7 +262,7 @@ def test_ordinary_tensorrt_refuses_what_it_cannot_do_and_keeps_no_cache(tsan: Bu
         _, said = warm(tsan, model, "1", option, folder=tmp_path, code=1)
         assert said.startswith("bad argument: CUDA graphs, a specialization and a runtime cache are TensorRT for RTX's")
     xdg = {"XDG_CACHE_HOME": str(tmp_path / "xdg")}
-    assert warm(tsan, model, "1", folder=tmp_path, **xdg) == ([], "file: \ndone\n")
+    assert warm(tsan, model, "1", folder=tmp_path, environment=xdg) == ([], "file: \ndone\n")
     assert not (tmp_path / "xdg").exists()
 
 
