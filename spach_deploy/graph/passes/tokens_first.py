@@ -225,14 +225,15 @@ class _Swapped:
     """The nodes of one attention as `tokens_first` leaves it, and its sizes.
 
     `qkv`: the product for q, k and v, or the three products. `taken`: the nodes from there to `heads`, the q, k and v
-    that its products read; they are removed. `weight`: (3C, C); `bias`: (3C,) or None.
+    that its products read; they are removed. `weights`: (3hd, C), or those of q, k and v, (hd, C) each; `bias`: (3hd,)
+    or None.
     """
 
     enter: ir.Node
     norm: ir.Node
     rows: ir.Node
     qkv: ir.Node
-    weight: ir.Value
+    weights: tuple[ir.Value, ...]
     bias: ir.Value | None
     taken: tuple[ir.Node, ...]
     heads: tuple[ir.Value, ir.Value, ir.Value]
@@ -275,7 +276,7 @@ def _swapped(softmax: ir.Node) -> _Swapped | None:
     if not all(is_transpose(node, order) for node, order in orders):
         return None
     return _Swapped(
-        enter, norm, rows, parts.qkv, parts.weight, parts.bias, parts.nodes, heads, key, merge, leave, *parts.sizes
+        enter, norm, rows, parts.qkv, parts.weights, parts.bias, parts.nodes, heads, key, merge, leave, *parts.sizes
     )
 
 
@@ -284,34 +285,38 @@ class _Parts:
     """How q, k and v are made. `sizes`: tokens, and channels of a head."""
 
     qkv: ir.Node
-    weight: ir.Value
+    weights: tuple[ir.Value, ...]
     bias: ir.Value | None
     nodes: tuple[ir.Node, ...]
     sizes: tuple[int, int]
 
 
 def _separated(heads: tuple[ir.Value, ...]) -> _Parts | None:
-    """Of three products (`_separate`)."""
+    """Of three products (`_separate`), before `part_weights` or after it."""
     swaps = [value.producer() for value in heads]
     if not all(is_transpose(node, _SWAPPED) for node in swaps):
         return None
     moves = [node for node in swaps if node is not None]
     views = [maker(node, 0, "Reshape") for node in moves]
     products = [maker(node, 0, "Gemm") for node in views]
-    splits = {maker(node, 1, "Split") for node in products}
-    split, shapes = next(iter(splits)), {tuple(ints_of(node.inputs[1])) for node in views}
+    weights = tuple(operand(node, 1) for node in products)
+    split = weights[0].producer()
+    if split is not None:
+        if split.op_type != "Split" or list(weights) != list(split.outputs):
+            return None
+        weights = (operand(split, 0),)
+    shapes = {tuple(ints_of(node.inputs[1])) for node in views}
     is_whole = (
-        (len(splits), len(shapes)) == (1, 1)
-        and [node.inputs[1] for node in products] == list(split.outputs)
+        len(shapes) == 1
         and len({node.inputs[0] for node in products}) == 1
         and all(len(node.inputs) == 2 and node.attributes.get_int("transB", 0) for node in products)
-        and array_of(split.inputs[0]) is not None
+        and all(array_of(weight) is not None for weight in weights)
     )
     shape = next(iter(shapes))
     if not is_whole or len(shape) != 3 or shape[1] != -1:
         return None
-    nodes = (*products, *views, *moves, split)
-    return _Parts(products[0], operand(split, 0), None, nodes, (shape[0], shape[2]))
+    nodes = (*products, *views, *moves, *([] if split is None else [split]))
+    return _Parts(products[0], weights, None, nodes, (shape[0], shape[2]))
 
 
 def _packed(heads: tuple[ir.Value, ...]) -> _Parts | None:
@@ -328,17 +333,18 @@ def _packed(heads: tuple[ir.Value, ...]) -> _Parts | None:
     if not is_whole or len(shape) != 4 or shape[1] != -1 or not qkv.attributes.get_int("transB", 0):
         return None
     bias = qkv.inputs[2] if len(qkv.inputs) > 2 else None
-    return _Parts(qkv, operand(qkv, 1), bias, (qkv, unpack, swap, split, *merged), (shape[0], shape[3]))
+    return _Parts(qkv, (operand(qkv, 1),), bias, (qkv, unpack, swap, split, *merged), (shape[0], shape[3]))
 
 
 def _unswap(graph: ir.Graph, swapped: _Swapped) -> None:
     head_dim, tokens = swapped.head_dim, swapped.tokens
-    triple = _rows_of(swapped.weight) // head_dim
-    dim = triple // 3 * head_dim
+    weight = _joined(graph, swapped.weights)
+    triple = _rows_of(weight) // head_dim
+    dim = ints_of(swapped.leave[0].inputs[1])[-1]  # of the stream, where heads may be padded
     swapped.norm.replace_input_with(0, swapped.enter.inputs[0])
     path, names = name_of(swapped.qkv).rpartition("/")[0], [name_of(value) for value in swapped.heads]
     attention = name_of(swapped.key).rpartition("/")[0]
-    inputs = [swapped.rows.outputs[0], swapped.weight, *([] if swapped.bias is None else [swapped.bias])]
+    inputs = [swapped.rows.outputs[0], weight, *([] if swapped.bias is None else [swapped.bias])]
     product = new_node("Gemm", inputs, f"{path}/Gemm", transB=1)
     unpack = _reshape(graph, product.outputs[0], f"{attention}/unpack", -1, tokens, triple, head_dim)
     swap = new_node("Transpose", unpack.outputs, f"{attention}/heads", perm=[0, 2, 1, 3])
@@ -352,6 +358,14 @@ def _unswap(graph: ir.Graph, swapped: _Swapped) -> None:
     replace_nodes([by_token, leave], [_reshape(graph, by_token.inputs[0], name_of(leave), -1, tokens, dim)])
     if not swapped.enter.outputs[0].uses():
         graph.remove(swapped.enter, safe=True)
+
+
+def _joined(graph: ir.Graph, weights: tuple[ir.Value, ...]) -> ir.Value:
+    """One weight for q, k and v."""
+    if len(weights) == 1:
+        return weights[0]
+    rows = np.concatenate([tensor_of(weight).numpy() for weight in weights])
+    return constant(graph, name_of(weights[0]).removesuffix(f"/{PARTS[0]}"), rows)
 
 
 def _rows_of(weight: ir.Value) -> int:
