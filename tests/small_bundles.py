@@ -18,10 +18,13 @@ import onnx
 import pytest
 from onnx import ModelProto
 
+from spach_deploy.bundle.schema import Form
 from spach_deploy.bundle.store import GRAPH, MANIFEST, PLAN
 from spach_deploy.models import published as configs
-from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, OutputSpec, Precision
+from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, IODtype, ModelSpec, OutputSpec, Precision
 from spach_deploy.pipeline.export import export
+from spach_deploy.pipeline.steps import graph as graph_step
+from spach_deploy.pipeline.steps import manifest as manifest_step
 from tests import static_models
 from tests.shared import once
 
@@ -49,6 +52,28 @@ def bundle(precision: Precision = Precision.FP16) -> Path:
         give_plan(target)
 
     return once(f"small-bundles/{precision.value}", make)
+
+
+@contextlib.contextmanager
+def form_for_tensorrt() -> Iterator[None]:
+    """Let exports without an engine give their graphs the form for TensorRT, for as long as the block lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (graph_step, manifest_step):
+            patch.setattr(module, "form_of", lambda _: Form.TENSORRT)
+        yield
+
+
+def for_tensorrt() -> Path:
+    """A bundle with a plan and a graph in TensorRT's form, in FP16, with pixels in and every output there is."""
+
+    def make(target: Path) -> None:
+        outputs = OutputSpec(IODtype.UINT8, top_k=3, softmax=True)
+        model = ModelSpec(NAME, image_size=SIZE, num_classes=CLASSES)
+        with registered(), form_for_tensorrt():
+            export(ExportOptions(model, Precision.FP16, outputs, EngineTarget(Flavour.NONE), output=target))
+        give_plan(target)
+
+    return once("small-bundles/for-tensorrt", make)
 
 
 def copy(original: Path, to: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spach_deploy.bundle import store as bundles
-from spach_deploy.bundle.schema import CpuFormEntry, CpuSection, Manifest, json_schema
+from spach_deploy.bundle.schema import CpuFormEntry, CpuSection, Form, Manifest, json_schema
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import BundleError
 from spach_deploy.options.specs import Flavour, Precision
@@ -171,3 +171,21 @@ def test_a_real_manifest_keeps_to_the_published_schema(file: Path) -> None:
     content["batch"].pop("opt")
     content["engine"]["gpus"] = "sm89"
     assert len(list(validator.iter_errors(content))) == 2
+
+
+@recorded
+def test_of_an_older_manifest_the_form_follows_from_passes_or_engine(file: Path) -> None:
+    """A recorded form comes first."""
+    manifest = Manifest.read(file)
+    is_for_tensorrt = manifest.engine.flavour is not Flavour.NONE
+    assert manifest.form is (Form.TENSORRT if is_for_tensorrt else Form.CPU)
+    assert "form" not in manifest.content()["graph"]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["graph"] |= {"form": "cpu-int8", "passes": {"shift_depthwise": 1}}
+    assert Manifest.parse(json.dumps(content), "it").form is Form.CPU_INT8
+    del content["graph"]["form"]
+    assert Manifest.parse(json.dumps(content), "it").form is Form.TENSORRT
+    content["graph"]["passes"] = {"channels_last": 0, "split_group_norm": 0, "linear_as_matmul": 4}
+    assert Manifest.parse(json.dumps(content), "it").form is Form.CPU_INT8
+    content["graph"]["passes"] = {}
+    assert Manifest.parse(json.dumps(content), "it").form is (Form.TENSORRT if is_for_tensorrt else Form.CPU)

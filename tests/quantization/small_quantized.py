@@ -62,3 +62,14 @@ def bundle(precision: Precision) -> Path:
             export(options(precision, target, spec))
 
     return once(f"small-quantized/{precision.value}", make)
+
+
+def for_tensorrt() -> Path:
+    """An INT8 bundle with a graph in TensorRT's form and the rest in FP16."""
+
+    def make(target: Path) -> None:
+        spec = QuantizationSpec(calibration=calibration_images(), quantize=(ATTENTION,))
+        with small_bundles.registered(), small_bundles.form_for_tensorrt():
+            export(options(Precision.INT8, target, spec))
+
+    return once("small-quantized/for-tensorrt", make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,12 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
+from spach_deploy.bundle.schema import Form, Manifest
 from spach_deploy.common.errors import BundleError
 from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions
 from spach_deploy.packaging.kubernetes.folder import KubernetesPackage, write_folder
 from spach_deploy.packaging.triton.check import check_repository
+from tests import small_bundles
 from tests.commands import contents
 from tests.packaging.kubernetes.bundles import with_engine, with_rtx_engine
 from tests.packaging.triton import tiny_bundles
@@ -194,3 +198,18 @@ def test_the_manifest_says_what_it_is_and_what_it_is_from(tmp_path: Path) -> Non
     assert content["kind"] == "kubernetes-deployment"
     assert content["triton_image"] == "nvcr.io/nvidia/tritonserver:25.08-py3"
     assert content["image"] == f"registry.example.com/spach/tiny:{written.image_tag}"
+
+
+def test_a_bundle_of_tensorrts_is_served_in_onnxruntimes_form_and_a_note_says_so(tmp_path: Path) -> None:
+    bundle = small_bundles.for_tensorrt()
+    written = write(tmp_path, bundle)
+    (served,) = (written.path / "image" / "models").glob("*/1/model.onnx")
+    facts = Manifest.read(served.with_name("bundle.json"))
+    assert facts.form is Form.CPU
+    assert facts.graph.certificate.nodes == len(onnx.load(served).graph.node)
+    digest = hashlib.sha256(served.read_bytes()).hexdigest()
+    assert digest != hashlib.sha256((bundle / "model.onnx").read_bytes()).hexdigest()
+    assert digest in (written.path / "base" / "deployment.yaml").read_text()
+    assert [note for note in written.deployment.notes if "Made anew in the form for ONNX Runtime" in note]
+    assert written.deployment.sizes.artifact_bytes == served.stat().st_size
+    assert check_repository(written.path / "image" / "models").findings == ()

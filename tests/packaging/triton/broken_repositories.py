@@ -17,7 +17,14 @@ import onnx
 from spach_deploy.common.files import sha256_of
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec
 from spach_deploy.packaging.triton.config import parse, to_text
-from spach_deploy.packaging.triton.options import Backend, Ensemble, EnsembleInput, TritonOptions, VersionPolicy
+from spach_deploy.packaging.triton.options import (
+    Accelerator,
+    Backend,
+    Ensemble,
+    EnsembleInput,
+    TritonOptions,
+    VersionPolicy,
+)
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
 
@@ -35,6 +42,7 @@ GOOD: dict[str, tuple[Tiny, TritonOptions]] = {
     "half": (Tiny(outputs=OutputSpec(IODtype.FP16)), TritonOptions(Backend.ONNXRUNTIME, ensemble=Ensemble())),
     "pixels": (Tiny(outputs=OutputSpec(IODtype.UINT8)), TritonOptions(ensemble=Ensemble(EnsembleInput.PIXELS))),
     "pictures": (Tiny(outputs=OutputSpec(IODtype.UINT8)), TritonOptions(ensemble=Ensemble())),
+    "accelerated": (Tiny(), TritonOptions(accelerator=Accelerator.TENSORRT, engine_cache="/engines")),
     "options": (
         Tiny(),
         TritonOptions(version_policy=VersionPolicy.parse("specific:1"), response_cache=True, warm_up=False),
@@ -121,6 +129,28 @@ def set_(path: str, value: Any, file: str = CONFIG) -> Callable[[Path], None]:
             setattr(target, last, value)
 
     return edit(change, file)
+
+
+GPU = "optimization.execution_accelerators.gpu_execution_accelerator"
+
+
+def block(name: str, value: str | None) -> Callable[[Path], None]:
+    """Set a parameter of the accelerator, or remove it."""
+
+    def change(config: Any) -> None:
+        parameters = config.optimization.execution_accelerators.gpu_execution_accelerator[0].parameters
+        parameters.pop(name, None) if value is None else parameters.update({name: value})
+
+    return edit(change)
+
+
+def parameter(name: str) -> str:
+    """The field of a parameter in a finding."""
+    return f'{GPU}[0].parameters["{name}"]'
+
+
+def cached_in_the_repository(repository: Path) -> None:
+    block("trt_engine_cache_path", str(repository / "engines"))(repository)
 
 
 def graph_in_place_of_the_plan(repository: Path) -> None:
@@ -516,5 +546,114 @@ BROKEN: dict[str, Broken] = {
     ),
     "ensemble in a circle": Broken(
         "graph", circle, ENSEMBLE, "ensemble_scheduling", "a circle: tiny_ensemble -> tiny_ensemble"
+    ),
+    # accelerators
+    "unknown accelerator": Broken(
+        "accelerated", set_(f"{GPU}.0.name", "tensort"), CONFIG, f"{GPU}[0].name", '"tensort"'
+    ),
+    "accelerator of a CPU": Broken(
+        "graph",
+        edit(lambda c: c.optimization.execution_accelerators.cpu_execution_accelerator.add(name="tensorrt")),
+        CONFIG,
+        "optimization.execution_accelerators.cpu_execution_accelerator[0].name",
+        '"tensorrt"',
+    ),
+    "accelerator of a plan": Broken(
+        "plan",
+        edit(lambda c: c.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")),
+        CONFIG,
+        f"{GPU}[0]",
+        '"tensorrt" with backend tensorrt',
+    ),
+    "accelerator on CPUs": Broken("accelerated", set_("instance_group.0.kind", 2), CONFIG, f"{GPU}[0]", "KIND_CPU"),
+    "unknown parameter": Broken(
+        "accelerated",
+        block("trt_fp16_enable", "true"),
+        CONFIG,
+        parameter("trt_fp16_enable"),
+        '"true"',
+    ),
+    "unknown precision mode": Broken(
+        "accelerated", block("precision_mode", "FP8"), CONFIG, parameter("precision_mode"), '"FP8"'
+    ),
+    "flag that is none": Broken(
+        "accelerated",
+        block("trt_engine_cache_enable", "yes"),
+        CONFIG,
+        parameter("trt_engine_cache_enable"),
+        '"yes"',
+    ),
+    "bytes in words": Broken(
+        "accelerated",
+        block("max_workspace_size_bytes", "1GB"),
+        CONFIG,
+        parameter("max_workspace_size_bytes"),
+        '"1GB"',
+    ),
+    "cache in a file": Broken(
+        "accelerated",
+        block("trt_engine_cache_path", f"{Path(__file__).resolve()}/engines"),
+        CONFIG,
+        parameter("trt_engine_cache_path"),
+        "is a file here",
+    ),
+    "cache in the repository": Broken(
+        "accelerated",
+        cached_in_the_repository,
+        CONFIG,
+        parameter("trt_engine_cache_path"),
+        "inside the repository",
+    ),
+    "two shapes of three": Broken(
+        "accelerated",
+        block("trt_profile_opt_shapes", None),
+        CONFIG,
+        parameter("trt_profile_opt_shapes"),
+        "none",
+    ),
+    "shapes without a name": Broken(
+        "accelerated",
+        block("trt_profile_min_shapes", "1x3x8x8"),
+        CONFIG,
+        parameter("trt_profile_min_shapes"),
+        '"1x3x8x8"',
+    ),
+    "profile of another input": Broken(
+        "accelerated",
+        both(*(block(f"trt_profile_{name}_shapes", "image:1x3x8x8") for name in ("min", "opt", "max"))),
+        CONFIG,
+        parameter("trt_profile_min_shapes"),
+        'no "input"',
+    ),
+    "profile of another size": Broken(
+        "accelerated",
+        block("trt_profile_max_shapes", "input:8x3x9x9"),
+        CONFIG,
+        parameter("trt_profile_max_shapes"),
+        "input:8x3x9x9",
+    ),
+    "profile upside down": Broken(
+        "accelerated",
+        block("trt_profile_opt_shapes", "input:9x3x8x8"),
+        CONFIG,
+        parameter("trt_profile_opt_shapes"),
+        "not between",
+    ),
+    "more than the profile of an accelerator": Broken(
+        "accelerated",
+        both(
+            block("trt_profile_opt_shapes", "input:2x3x8x8"),
+            block("trt_profile_max_shapes", "input:2x3x8x8"),
+        ),
+        CONFIG,
+        parameter("trt_profile_max_shapes"),
+        "batches up to 2",
+    ),
+    "profile above one": Broken(
+        "accelerated",
+        block("trt_profile_min_shapes", "input:2x3x8x8"),
+        CONFIG,
+        parameter("trt_profile_min_shapes"),
+        "batches from 2",
     ),
 }

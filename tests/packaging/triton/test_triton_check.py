@@ -20,7 +20,17 @@ from spach_deploy.packaging.triton.options import Backend, TritonOptions
 from spach_deploy.packaging.triton.repository import write_repository
 from spach_deploy.packaging.triton.served_model import BundleArgument
 from tests.packaging.triton import tiny_bundles
-from tests.packaging.triton.broken_repositories import BROKEN, GOOD, GRAPH_FILE, both, clear, preferred, set_
+from tests.packaging.triton.broken_repositories import (
+    BROKEN,
+    GOOD,
+    GRAPH_FILE,
+    block,
+    both,
+    clear,
+    parameter,
+    preferred,
+    set_,
+)
 from tests.packaging.triton.tiny_bundles import Tiny
 
 
@@ -224,3 +234,44 @@ def test_the_report_names_file_field_found_expected_and_fix(good: Callable[[str]
     assert not report["passed"]
     assert set(report["findings"][0]) == {"file", "field", "found", "expected", "fix", "severity"}
     assert as_text(Checked("r", ("a", "b"), ())) == "r: 2 models, nothing found."
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("trt_engine_cache_path", "", "none"),
+        ("trt_engine_cache_path", "engines", "below wherever the server is started"),
+        ("trt_engine_cache_enable", "false", "which is not used"),
+    ],
+)
+def test_a_cache_folder_that_may_be_lost_is_a_warning(
+    good: Callable[[str], Path], tmp_path: Path, name: str, value: str, found: str
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good("accelerated"), repository)
+    block(name, value or None)(repository)
+    checked = check_repository(repository)
+    assert [(finding.severity, finding.field) for finding in checked.findings] == [
+        (Severity.WARNING, parameter("trt_engine_cache_path"))
+    ]
+    assert found in checked.findings[0].found
+    assert checked.exit_code == 0
+
+
+def test_every_parameter_that_the_backend_documents_is_known(good: Callable[[str], Path], tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good("accelerated"), repository)
+    documented = {
+        "max_workspace_size_bytes": "4294967296",
+        "trt_max_partition_iterations": "1000",
+        "trt_min_subgraph_size": "1",
+        "trt_builder_optimization_level": "3",
+        "trt_auxiliary_streams": "-1",
+        "trt_tactic_sources": "-CUDNN,+CUBLAS",
+        "trt_cuda_graph_enable": "False",
+        "trt_ep_context_embed_mode": "1",
+        "int8_use_native_calibration_table": "0",
+    }
+    for name, value in documented.items():
+        block(name, value)(repository)
+    assert check_repository(repository).findings == ()

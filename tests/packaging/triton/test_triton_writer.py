@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.schema import Form, Manifest
 from spach_deploy.bundle.store import GRAPH, PLAN
 from spach_deploy.common.errors import BundleError, SpachError, UsageError
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, channel_statistics
@@ -17,6 +19,7 @@ from spach_deploy.packaging.polygraphy.folder import write_folder
 from spach_deploy.packaging.triton.check import check_repository
 from spach_deploy.packaging.triton.config import data_type_name, parse
 from spach_deploy.packaging.triton.options import (
+    Accelerator,
     Backend,
     Batching,
     Device,
@@ -26,10 +29,18 @@ from spach_deploy.packaging.triton.options import (
     TritonOptions,
     VersionPolicy,
 )
-from spach_deploy.packaging.triton.repository import TritonRepository, serve_command, write_repository
+from spach_deploy.packaging.triton.repository import (
+    TritonRepository,
+    repository_json,
+    repository_text,
+    serve_command,
+    write_repository,
+)
 from spach_deploy.packaging.triton.served_model import BundleArgument
+from tests import small_bundles
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
+from tests.quantization import small_quantized
 from tests.small_bundles import read_manifest, write_manifest
 
 FIVE = Preprocessing.for_size(8, *channel_statistics(5))
@@ -521,3 +532,106 @@ def test_a_graph_without_its_weights_is_no_model(location: str, words: str, tmp_
         write_folder(bundle, tmp_path / "folder")
     assert words in str(refused.value)
     assert list(tmp_path.iterdir()) == [bundle]
+
+
+# Form
+
+
+def small(tmp_path: Path, bundle: Path, **options: Any) -> TritonRepository:
+    return write_repository([BundleArgument(bundle, "small")], tmp_path / "repository", TritonOptions(**options))
+
+
+def test_onnxruntime_gets_a_graph_in_its_own_form_and_one_line_says_so(tmp_path: Path) -> None:
+    bundle = small_bundles.for_tensorrt()
+    result = small(tmp_path, bundle)
+    served = result.path / "small" / "1"
+    facts = Manifest.read(served / "bundle.json")
+    nodes = len(onnx.load(served / GRAPH).graph.node)
+    assert facts.form is Form.CPU
+    assert nodes == facts.graph.certificate.nodes < len(onnx.load(bundle / GRAPH).graph.node)
+    assert facts.graph.made is not None
+    (note,) = [note for note in result.models[0].notes if "Made anew" in note]
+    assert f"in the form for ONNX Runtime: {nodes} nodes" in note
+    assert note in repository_text(result)
+    assert json.loads(repository_json(result))["models"][0]["forms"] == ["cpu"]
+    assert check_repository(result.path).findings == ()
+
+
+def test_a_made_graph_that_was_changed_afterwards_is_found(tmp_path: Path) -> None:
+    result = small(tmp_path, small_bundles.for_tensorrt())
+    (result.path / "small" / "1" / GRAPH).write_bytes((small_bundles.for_tensorrt() / GRAPH).read_bytes())
+    assert [finding.found for finding in check_repository(result.path).findings] == ["a file with another SHA-256"]
+
+
+def test_a_graph_for_a_cpu_is_copied(tmp_path: Path) -> None:
+    bundle = small_bundles.bundle()
+    result = small(tmp_path, bundle)
+    assert (result.path / "small" / "1" / GRAPH).read_bytes() == (bundle / GRAPH).read_bytes()
+    assert not [note for note in result.models[0].notes if "form" in note]
+
+
+def test_eight_bits_say_that_a_gpu_has_no_integer_kernels_for_them(tmp_path: Path) -> None:
+    bundle = small_quantized.for_tensorrt()
+    on_any = small(tmp_path / "any", bundle)
+    on_cpu = small(tmp_path / "cpu", bundle, instances=Instances(device=Device.CPU))
+    warned = [[note for note in result.models[0].notes if "no integer kernels" in note] for result in (on_any, on_cpu)]
+    assert [len(notes) for notes in warned] == [1, 0]
+    forms = [Manifest.read(result.path / "small" / "1" / "bundle.json") for result in (on_any, on_cpu)]
+    assert [facts.form for facts in forms] == [Form.CPU, Form.CPU_INT8]
+    assert [facts.precision.rest for facts in forms] == [Precision.FP16, Precision.FP32]
+    for result in (on_any, on_cpu):
+        assert check_repository(result.path).findings == ()
+
+
+# TensorRT as ONNX Runtime's provider
+
+
+def block(repository: Path, name: str = "tiny") -> dict[str, str]:
+    (accelerator,) = config(repository, name).optimization.execution_accelerators.gpu_execution_accelerator
+    assert accelerator.name == "tensorrt"
+    return dict(accelerator.parameters)
+
+
+def test_the_accelerator_gets_precision_cache_and_the_bundles_profile(tmp_path: Path) -> None:
+    result = written(tmp_path, Tiny(batch=BatchProfile(2, 4, 6)), accelerator=Accelerator.TENSORRT)
+    assert block(result.path) == {
+        "precision_mode": "FP16",
+        "trt_engine_cache_enable": "true",
+        "trt_engine_cache_path": "/tmp/tensorrt-engines/tiny",
+        "trt_timing_cache_enable": "true",
+        "trt_timing_cache_path": "/tmp/tensorrt-engines/tiny",
+        "trt_profile_min_shapes": "input:1x3x8x8",
+        "trt_profile_opt_shapes": "input:4x3x8x8",
+        "trt_profile_max_shapes": "input:6x3x8x8",
+    }
+    model = config(result.path)
+    assert (model.backend, [group.kind for group in model.instance_group]) == ("onnxruntime", [1])
+    assert check_repository(result.path).findings == ()
+
+
+def test_the_accelerator_keeps_tensorrts_form(tmp_path: Path) -> None:
+    bundle = small_bundles.for_tensorrt()
+    result = small(tmp_path, bundle, accelerator=Accelerator.TENSORRT, engine_cache="/engines")
+    assert (result.path / "small" / "1" / GRAPH).read_bytes() == (bundle / GRAPH).read_bytes()
+    assert block(result.path, "small")["trt_engine_cache_path"] == "/engines"
+    assert block(result.path, "small")["trt_profile_max_shapes"].startswith("input:32x32x32x3")
+
+
+def test_eight_bits_among_half_have_no_precision_mode(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int8 with the rest in fp16 has no precision_mode") as caught:
+        small(tmp_path, small_quantized.for_tensorrt(), accelerator=Accelerator.TENSORRT)
+    assert "--int8 --rest fp32" in caught.value.hint
+    assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accelerator": Accelerator.TENSORRT, "backend": Backend.TENSORRT}, "--backend tensorrt serves a plan"),
+        ({"accelerator": Accelerator.TENSORRT, "instances": Instances(device=Device.CPU)}, "on GPUs alone"),
+        ({"engine_cache": "/engines"}, "--engine-cache needs --accelerator"),
+    ],
+)
+def test_options_that_contradict_the_accelerator_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TritonOptions(**options)
