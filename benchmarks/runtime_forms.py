@@ -3,8 +3,8 @@
     python -m benchmarks.runtime_forms [MODEL ...] [--precision fp16] [--batch 1] [--rounds 15]
 
 Each model is exported for TensorRT for RTX. Its graph, the one that packages make of it, and the one of an export with
-`--engine none` run in turns, in one process on one thread, and the table has the medians of the rounds. Ratios are
-those of the same rounds, because other load on the machine meets all alike.
+`--engine none` run in turns, in one process on its one thread, whose processor time is measured, so that other load on
+the machine counts little. The table has the medians of the rounds, and of the ratios of the same rounds.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def milliseconds(files: list[Path], images: np.ndarray, rounds: int) -> list[lis
         runners = [stack.enter_context(OnnxRuntimeRunner(file, threads=1)) for file in files]
         for _ in range(rounds + 1):
             for runner, found in zip(runners, times, strict=True):
-                start = time.perf_counter()
+                start = time.thread_time()
                 runner.run({INPUT: images})
-                found.append(1e3 * (time.perf_counter() - start))
+                found.append(1e3 * (time.thread_time() - start))
     return [found[1:] for found in times]
 
 

@@ -178,7 +178,9 @@ def test_of_an_older_manifest_the_form_follows_from_passes_or_engine(file: Path)
     """A recorded form comes first."""
     manifest = Manifest.read(file)
     is_for_tensorrt = manifest.engine.flavour is not Flavour.NONE
-    assert manifest.form is (Form.TENSORRT if is_for_tensorrt else Form.CPU)
+    assert manifest.form is (
+        Form.TENSORRT if is_for_tensorrt else Form.CPU_INT8 if file.stem == "cpu_int8" else Form.CPU
+    )
     assert "form" not in manifest.content()["graph"]
     content = json.loads(file.read_text(encoding="utf-8"))
     content["graph"] |= {"form": "cpu-int8", "passes": {"shift_depthwise": 1}}

@@ -20,6 +20,7 @@ from spach_deploy.pipeline import runtime_form
 from spach_deploy.pipeline.runtime_form import RuntimeGraph, graph_for_runtime
 from spach_deploy.quantization.plan import read_plan
 from spach_deploy.quantization.qdq import audit
+from spach_deploy.quantization.sites import LayerKind
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from tests import small_bundles
 from tests.quantization import small_quantized
@@ -98,6 +99,9 @@ def test_eight_bits_keep_every_scale_of_their_record(rest: Precision | None) -> 
     assert audit(model, plan) == ()
     assert graph.form is (Form.CPU if rest is None else Form.CPU_INT8)
     assert not [name for name in operators(graph.path) if name.startswith("QLinear")]
+    linear = [site.node for site in plan.sites if site.kind is LayerKind.LINEAR]
+    kinds = {node.op_type for node in model.graph if node.name in linear}
+    assert kinds == ({"Gemm"} if rest is None else {"MatMul"})
     assert not dataclasses.replace(bundle, manifest=graph.manifest).quantizes_fp16
 
 

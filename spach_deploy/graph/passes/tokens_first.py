@@ -346,6 +346,7 @@ def _unswap(graph: ir.Graph, swapped: _Swapped) -> None:
     attention = name_of(swapped.key).rpartition("/")[0]
     inputs = [swapped.rows.outputs[0], weight, *([] if swapped.bias is None else [swapped.bias])]
     product = new_node("Gemm", inputs, f"{path}/Gemm", transB=1)
+    product.metadata_props.update(swapped.qkv.metadata_props)  # marks: to be quantized, or to stay in FP32
     unpack = _reshape(graph, product.outputs[0], f"{attention}/unpack", -1, tokens, triple, head_dim)
     swap = new_node("Transpose", unpack.outputs, f"{attention}/heads", perm=[0, 2, 1, 3])
     split = new_node("Split", swap.outputs, f"{attention}/Split", names, axis=1, num_outputs=3)

@@ -92,8 +92,6 @@ def write_folder(
     the target cannot be written; UsageError for labels that do not fit, and with `embed` for no plan or one that is
     too large.
     """
-    from spach_deploy.pipeline.runtime_form import graph_for_runtime
-
     destination = check_target(output, overwrite=overwrite, contents=ONNXRUNTIME)
     opened = Bundle.open(bundle)
     facts = BundleFacts.of(opened)
@@ -107,6 +105,8 @@ def write_folder(
     names = None if labels is None else _labels(labels, opened)
     golden = Golden.load(opened.file(GOLDEN))
     golden.check(opened)
+    from spach_deploy.pipeline.runtime_form import graph_for_runtime  # loads PyTorch, after what may be refused
+
     form = graph_for_runtime(opened)
     context = None if opened.plan is None else PlanContext.of(opened.manifest.engine, opened.plan)
     made = OnnxRuntimePackage(
