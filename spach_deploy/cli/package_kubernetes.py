@@ -12,7 +12,7 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.table import KUBERNETES
 from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
-from spach_deploy.packaging.triton.options import Backend
+from spach_deploy.packaging.triton.options import Backend, Instances
 
 
 @click.command("kubernetes", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,9 +26,10 @@ def main(**given: Any) -> int:
     spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s \\
         --triton-version 25.08 --image registry.example.com/team/vit
     spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s --kserve
+    spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s --helm
 
     Pods check the model with the bundle's golden pack on their own GPU before they take traffic. README.md in DIR
-    explains every file and the three commands to use them.
+    explains every file and the commands to use them.
 
     Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input.
     """
@@ -49,6 +50,11 @@ def _write(bundle: Path, output: Path, given: dict[str, Any]) -> int:
         replicas=Replicas.parse(given["replicas"]),
         labels=given["labels"],
         ensemble=given["ensemble"],
+        instances=Instances.parse(given["instances"]),
+        helm=given["helm"],
+        pull_secrets=tuple(given["image_pull_secret"]),
+        image_digest=given["image_digest"],
+        triton_digest=given["triton_digest"],
     )
     from spach_deploy.packaging.kubernetes.folder import as_json, as_text, write_folder
 

@@ -17,6 +17,7 @@ from spach_deploy.packaging.triton.options import (
     Ensemble,
     EnsembleInput,
     Instances,
+    RateLimiter,
     TritonOptions,
     VersionPolicy,
 )
@@ -71,7 +72,8 @@ def _options(given: dict[str, Any]) -> TritonOptions:
     return TritonOptions(
         backend=Backend(given["backend"]),
         force=given["force"],
-        instances=Instances(given["instances"], Device(device) if device else None, _gpus(given["gpus"])),
+        instances=Instances.parse(given["instances"], Device(device) if device else None, _gpus(given["gpus"])),
+        rate_limiter=RateLimiter.parse(given["rate_limit_resource"], given["rate_limit_priority"]),
         batching=Batching(not given["no_dynamic_batching"], given["queue_delay_us"]),
         version_policy=VersionPolicy.parse(policy) if policy else None,
         response_cache=given["response_cache"],

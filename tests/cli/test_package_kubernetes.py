@@ -66,6 +66,37 @@ def test_json_says_the_same(bundle: Path, tmp_path: Path) -> None:
     assert (tmp_path / "k8s" / "base" / "inference-service.yaml").is_file()
 
 
+def test_a_digest_leaves_one_command(bundle: Path, tmp_path: Path) -> None:
+    digest = f"sha256:{'12' * 32}"
+    options = (
+        "--image-digest",
+        digest,
+        "--triton-digest",
+        digest,
+        "--image-pull-secret",
+        "a",
+        "--image-pull-secret",
+        "b",
+    )
+    done = package(bundle, "-o", tmp_path / "k8s", *options, "--json")
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    assert content["image"] == f"registry.example.com/spach/tiny@{digest}"
+    assert content["commands"] == [f"kubectl apply -k {tmp_path}/k8s/overlays/production"]
+    assert f"FROM {content['triton_image']}@{digest}\n" in (tmp_path / "k8s" / "image" / "Dockerfile").read_text()
+
+
+def test_a_chart_is_written_in_place_of_kustomizations(bundle: Path, tmp_path: Path) -> None:
+    done = package(bundle, "-o", tmp_path / "k8s", "--helm", "--instances", "2")
+    assert done.exit_code == 0, done.output
+    chart = tmp_path / "k8s" / "chart"
+    assert done.stdout.splitlines()[-1] == f"  helm upgrade --install tiny {chart} --namespace tiny --create-namespace"
+    assert (chart / "templates" / "deployment.yaml").is_file()
+    assert not (tmp_path / "k8s" / "base").exists()
+    models = tmp_path / "k8s" / "image" / "models"
+    assert "count: 2" in (models / "tiny" / "config.pbtxt").read_text()
+
+
 def test_a_real_bundle_is_packaged(tmp_path: Path) -> None:
     """An FP16 export with every output, and its plan of TensorRT for RTX."""
     done = package(small_bundles.bundle(), "-o", tmp_path / "k8s", "--triton-version", "25.08", "--replicas", "1:3")
@@ -99,6 +130,11 @@ REFUSED = {
     "another TensorRT": (("--triton-version", "25.09"), "it carries TensorRT 10.13.3.9, and the engine was built with"),
     "a name": (("--name", "My_Model"), "is no name for Kubernetes"),
     "an image with a tag": (("--image", "vit:1"), "is no image's name"),
+    "a secret": (("--image-pull-secret", "My_Secret"), "--image-pull-secret 'My_Secret' is no secret's name"),
+    "a digest": (("--image-digest", "0123"), "--image-digest '0123' is no digest"),
+    "a digest of Triton": (("--triton-digest", "latest"), "--triton-digest 'latest' is no digest"),
+    "no instances": (("--instances", "0"), "--instances 0 serves nothing"),
+    "instances of nothing": (("--instances", "other:2"), "--instances names other, and nothing here runs under that"),
     "replicas": (("--replicas", "8:2"), "is no number of pods"),
     "labels": (("--labels", "/no/labels.txt"), "--labels /no/labels.txt cannot be read"),
     "a backend": (("--backend", "pytorch"), "'pytorch' is not one of"),

@@ -96,13 +96,23 @@ def test_every_option_reaches_the_repository(bundle: Path, tmp_path: Path) -> No
     names = tmp_path / "names.txt"
     names.write_text("".join(f"name {index}\n" for index in range(7)))
     options = "--backend onnxruntime --instances 2 --gpus 0,1 --queue-delay-us 9 --version-policy all --response-cache"
+    options += " --instances first_preprocess:5 --rate-limit-resource gpu=1 --rate-limit-priority first:3"
     options += f" --no-warm-up --ensemble --top-k 3 --labels {names} --device gpu"
     written = package("triton", f"first={bundle}", "-o", tmp_path / "models", *options.split())
     assert written.exit_code == 0, written.stderr
-    assert "--cache-config local,size=1073741824" in written.stdout
+    assert "--cache-config=local,size=1073741824" in written.stdout
     text = (tmp_path / "models" / "first" / "config.pbtxt").read_text()
-    for line in ("count: 2", "kind: KIND_GPU", "gpus: [0, 1]", "max_queue_delay_microseconds: 9", "enable: true"):
+    for line in (
+        "count: 2",
+        "kind: KIND_GPU",
+        "gpus: [0, 1]",
+        "max_queue_delay_microseconds: 9",
+        "enable: true",
+        'name: "gpu"',
+        "priority: 3",
+    ):
         assert line in text
+    assert "count: 5" in (tmp_path / "models" / "first_preprocess" / "config.pbtxt").read_text()
     assert "model_warmup" not in text
     assert (tmp_path / "models" / "first" / "labels.txt").read_text() == names.read_text()
     assert "dims: [3]" in (tmp_path / "models" / "first_ensemble" / "config.pbtxt").read_text()
@@ -125,6 +135,9 @@ def test_pixels_go_in_where_the_model_takes_them(tmp_path: Path) -> None:
         (["BUNDLE", "-o", "x", "--gpus", "zero"], "--gpus 'zero' is no list of GPUs"),
         (["BUNDLE", "-o", "x", "--gpus", "0,0"], "--gpus '0,0' is no list of GPUs"),
         (["BUNDLE", "-o", "x", "--instances", "0"], "--instances 0 serves nothing"),
+        (["BUNDLE", "-o", "x", "--instances", "tiny_preprocess:2"], "--instances names tiny_preprocess"),
+        (["BUNDLE", "-o", "x", "--rate-limit-resource", "gpu"], "--rate-limit-resource 'gpu' is no resource"),
+        (["BUNDLE", "-o", "x", "--rate-limit-priority", "first"], "--rate-limit-priority first is no priority"),
         (["BUNDLE", "-o", "x", "--device", "cpu", "--gpus", "1"], "--gpus contradicts --device cpu"),
         (["BUNDLE", "-o", "x", "--version-policy", "best"], "--version-policy 'best' is none"),
         (["BUNDLE", "-o", "x", "--top-k", "3"], "--top-k needs --ensemble"),

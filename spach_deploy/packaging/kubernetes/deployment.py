@@ -1,8 +1,6 @@
 """What is deployed: a bundle, the Triton image that fits it, its names, and its start-up time and memory.
 
-Triton image (`choose_image`, from graph/runtimes.json): a plan loads only in the version of TensorRT that built it. A
-plan that was exported version compatible also loads in newer versions of the same major version, with a flag of
-Triton. A graph needs an ONNX Runtime that implements its opset.
+Triton image (`choose_image`): which images load the model, triton/serving.py says.
 
 Start-up time and memory (`Sizes`) follow from the size of plan or graph, and are generous on purpose. A pod whose start
 exceeds the limit is killed and started again, for ever; a limit that is too large costs nothing. So the figures are for
@@ -22,21 +20,15 @@ from pathlib import Path
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.runtimes import Runtimes, TritonImage, runtimes, version_numbers
-from spach_deploy.options.specs import Flavour
-from spach_deploy.packaging.triton.config import DATA_TYPES, byte_size
+from spach_deploy.graph.runtimes import Runtimes, TritonImage, runtimes
+from spach_deploy.options.command_line import quoted
 from spach_deploy.packaging.triton.options import Backend, Device, Ensemble, Instances, TritonOptions
 from spach_deploy.packaging.triton.repository import EnsembleStep, ensemble_steps
-from spach_deploy.packaging.triton.served_model import (
-    RTX_REASON,
-    BundleArgument,
-    ServedModel,
-    instead_of_plan,
-    resolve_models,
-)
+from spach_deploy.packaging.triton.served_model import BundleArgument, ServedModel, instead_of_plan, resolve_models
+from spach_deploy.packaging.triton.serving import MEBI, fitting_images, misfit, shared_memory_bytes
 from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
 
-MEBI, GIBI = 1 << 20, 1 << 30
+GIBI = 1 << 30
 
 SERVER_SECONDS = 180
 """Start of the server: its process, about 2 GB of CUDA libraries from a cold disk, the CUDA context, warm-up."""
@@ -51,9 +43,7 @@ PROBE_SECONDS = 5
 
 _SERVER_BYTES = 4 * GIBI  # CUDA's libraries, and host memory of the CUDA context
 _COPIES = 3  # copies of the model in host memory during loading: file, parsed, converted
-_STEP_BYTES = GIBI  # a Python process of an ensemble's step, with NumPy and Pillow
-_LEAST_SHM, _STEP_SHM = 128 * MEBI, 64 * MEBI
-_BATCHES_IN_SHM = 4
+_STEP_BYTES = GIBI  # an instance of an ensemble's step: a Python process that may hold the largest picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +63,13 @@ class Sizes:
         return math.ceil(self.startup_seconds / PROBE_SECONDS)
 
     @classmethod
-    def of(cls, model: ServedModel, steps: tuple[EnsembleStep, ...] = ()) -> Sizes:
-        """The needs of `model` with the steps of an ensemble around it."""
+    def of(cls, model: ServedModel, steps: tuple[EnsembleStep, ...] = (), instances: int = 1) -> Sizes:
+        """The needs of `instances` of `model` with the steps of an ensemble around it."""
         size = sum(version.artifact.stat().st_size for version in model.versions)
-        processes = sum(step.source is not None for step in steps)
-        shm = _shm_bytes(model, processes)
+        processes = sum(group.count for step in steps for group in step.config.instance_group)
+        shm = shared_memory_bytes(model, processes)
         seconds, arithmetic = _startup(size, is_graph=model.backend is not Backend.TENSORRT)
-        memory = _SERVER_BYTES + _COPIES * size + processes * _STEP_BYTES + shm
+        memory = _SERVER_BYTES + (_COPIES + instances - 1) * size + processes * _STEP_BYTES + shm
         return cls(size, seconds, memory, shm, arithmetic)
 
 
@@ -90,14 +80,6 @@ def _startup(size: int, *, is_graph: bool) -> tuple[int, str]:
     rate = f"{BYTES_PER_SECOND // 1_000_000} MB/s"
     seconds = _up_to(SERVER_SECONDS + loading, 2 * PROBE_SECONDS)
     return seconds, f"{SERVER_SECONDS} s + {times}{size / 1e6:.1f} MB at {rate}, rounded up to {seconds} s"
-
-
-def _shm_bytes(model: ServedModel, processes: int) -> int:
-    """Shared memory, through which Python steps exchange tensors with the server."""
-    tensor = model.inputs[0]
-    sample = byte_size(DATA_TYPES[tensor.dtype], [size or 1 for size in tensor.shape[1:]]) or 0
-    needed = processes * (_STEP_SHM + _BATCHES_IN_SHM * model.batch.max * sample)
-    return _up_to(max(_LEAST_SHM, needed), 64 * MEBI)
 
 
 def _up_to(value: int, step: int) -> int:
@@ -123,40 +105,6 @@ def choose_image(model: ServedModel, release: str | None, known: Runtimes | None
             f"No known Triton image fits: {misfit(model, known.images[-1], known)}.", _advice(model, known)
         )
     return fitting[-1]
-
-
-def fitting_images(model: ServedModel, known: Runtimes) -> tuple[TritonImage, ...]:
-    """The images that can load `model`, oldest first."""
-    return tuple(image for image in known.images if not misfit(model, image, known))
-
-
-def misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
-    """Why `image` cannot load `model`, without a full stop; empty where it can."""
-    if model.backend is not Backend.TENSORRT:
-        return known.misfit(image, model.needs, on_gpu=True)
-    built = model.bundle.manifest.engine.version
-    if model.facts.flavour is Flavour.TENSORRT_RTX:
-        return f"the engine is TensorRT for RTX {built}, and {RTX_REASON}"
-    if image.tensorrt is None:
-        return f"which TensorRT that image carries is not known, and the engine needs {built}"
-    if not _loads(built, image.tensorrt, is_compatible=is_version_compatible(model)):
-        return f"it carries TensorRT {image.tensorrt}, and the engine was built with {built or 'an unknown version'}"
-    return ""
-
-
-def is_version_compatible(model: ServedModel) -> bool:
-    """Whether a plan is served that was exported with --version-compatible."""
-    return model.backend is Backend.TENSORRT and model.bundle.manifest.engine.version_compatible
-
-
-def _loads(built: str, carried: str, *, is_compatible: bool) -> bool:
-    """Whether TensorRT `carried` loads a plan built by `built`; parts that either version lacks are not compared."""
-    ours, theirs = version_numbers(built), version_numbers(carried)
-    if len(ours) < 3 or len(theirs) < 3:
-        return False
-    if is_compatible:
-        return ours[0] == theirs[0] and ours[:3] <= theirs[:3]
-    return all(a == b for a, b in zip(ours, theirs, strict=False))
 
 
 def _advice(model: ServedModel, known: Runtimes) -> str:
@@ -199,14 +147,15 @@ class Deployment:
         title = Bundle.open(path, verify=False).manifest.model.name
         argument = BundleArgument(path, triton_name(title))
         (model,) = resolve_models([argument], triton_options(options))
-        steps: tuple[EnsembleStep, ...] = ensemble_steps(model, Ensemble()) if options.ensemble else ()
+        served_with = triton_options(options)
+        steps = ensemble_steps(model, served_with)
         return cls(
             title=title if _PLAIN.fullmatch(title) else model.name,
             name=options.name or kubernetes_name(title),
             argument=argument,
             model=model,
             image=choose_image(model, options.triton_version),
-            sizes=Sizes.of(model, steps),
+            sizes=Sizes.of(model, steps, served_with.instances.count_of(model.name, served_with.instances.count)),
             options=options,
         )
 
@@ -214,6 +163,24 @@ class Deployment:
     def image_name(self) -> str:
         """Name of the image in its registry, without a tag."""
         return self.options.image or f"{REGISTRY}/{self.name}"
+
+    def image_reference(self, tag: str) -> str:
+        """The image as pods name it: by digest where there is one, else by `tag`."""
+        digest = self.options.image_digest
+        return f"{self.image_name}:{tag}" if digest is None else f"{self.image_name}@{digest}"
+
+    def commands(self, tag: str, folder: str = "") -> tuple[str, ...]:
+        """The commands that build, push and run it. An image with a digest was built and pushed before.
+
+        `folder`: where the written folder is, with a slash at its end; empty for inside of it.
+        """
+        image = f"{self.image_name}:{tag}"
+        build = (f"docker build -t {image} {quoted(f'{folder}image')}", f"docker push {image}")
+        apply = f"kubectl apply -k {quoted(f'{folder}overlays/production')}"
+        if self.options.helm:
+            chart = quoted(f"{folder}chart")
+            apply = f"helm upgrade --install {self.name} {chart} --namespace {self.name} --create-namespace"
+        return (*(build if self.options.image_digest is None else ()), apply)
 
     @property
     def is_plan(self) -> bool:
@@ -259,7 +226,7 @@ def triton_options(options: KubernetesOptions) -> TritonOptions:
     """Options of the model repository. Instances run on GPUs: a pod without one fails, instead of being slow."""
     return TritonOptions(
         backend=options.backend,
-        instances=Instances(device=Device.GPU),
+        instances=dataclasses.replace(options.instances, device=Device.GPU),
         labels=options.labels,
         ensemble=Ensemble() if options.ensemble else None,
     )
@@ -271,6 +238,9 @@ LONGEST = 40
 _LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _HOST = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?"
 _PART = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_SUBDOMAIN_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_SUBDOMAIN = re.compile(rf"{_SUBDOMAIN_PART}(\.{_SUBDOMAIN_PART})*")
 _IMAGE = re.compile(rf"({_HOST}/)?{_PART}(/{_PART})*")
 
 
@@ -309,6 +279,24 @@ def check_image_name(name: str) -> None:
         )
 
 
+def check_secret_name(name: str) -> None:
+    """UsageError unless `name` can name a secret: a DNS subdomain (RFC 1123)."""
+    if len(name) > 253 or not _SUBDOMAIN.fullmatch(name):
+        raise UsageError(
+            f"--image-pull-secret {name!r} is no secret's name.",
+            "Use lower-case letters, digits, hyphens and dots, as kubectl get secrets shows it.",
+        )
+
+
+def check_digest(option: str, digest: str | None) -> None:
+    """UsageError unless `digest` is the digest of an image."""
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise UsageError(
+            f"{option} {digest!r} is no digest.",
+            "Give sha256: and 64 hexadecimal digits, as docker buildx imagetools inspect IMAGE shows it.",
+        )
+
+
 REGISTRY = "registry.example.com/spach"
 """Placeholder registry in the name of the image where the user gives none."""
 
@@ -333,7 +321,9 @@ class Replicas:
 class KubernetesOptions:
     """All options of `spach-package kubernetes`.
 
-    `triton_version` None: the newest image that fits. `name` and `image` None: made from the model's name.
+    `triton_version` None: the newest image that fits. `name` and `image` None: made from the model's name. `helm`: a
+    chart instead of kustomizations. `image_digest`, `triton_digest`: of the image that is pushed, and of the image that
+    it is built on, each as `sha256:...`.
     """
 
     triton_version: str | None = None
@@ -344,9 +334,18 @@ class KubernetesOptions:
     replicas: Replicas = Replicas()
     labels: Path | None = None
     ensemble: bool = False
+    instances: Instances = dataclasses.field(default_factory=Instances)
+    helm: bool = False
+    pull_secrets: tuple[str, ...] = ()
+    image_digest: str | None = None
+    triton_digest: str | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
             check_kubernetes_name(self.name)
         if self.image is not None:
             check_image_name(self.image)
+        for secret in self.pull_secrets:
+            check_secret_name(secret)
+        check_digest("--image-digest", self.image_digest)
+        check_digest("--triton-digest", self.triton_digest)

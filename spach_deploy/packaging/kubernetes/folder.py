@@ -7,6 +7,10 @@ FOLDER/
   base/            a kustomization: Deployment and what belongs to it, or ServingRuntime and InferenceService
   overlays/        staging and production
   components/prometheus-operator/ monitoring/prometheus-adapter.yaml
+
+With --helm, a chart of the same manifests is in place of base/, overlays/ and components/:
+
+  chart/           Chart.yaml, values.yaml and its schema, templates
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, wri
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.graph.runtimes import DATA, Runtimes
-from spach_deploy.options.command_line import quoted
 from spach_deploy.packaging.kubernetes.deployment import Deployment, KubernetesOptions, quantity, triton_options
 from spach_deploy.packaging.kubernetes.template_context import (
     TEMPLATES,
     GoldenPack,
     TemplateContext,
+    chart_context,
     golden_pack,
     read_template,
     render,
@@ -40,8 +44,12 @@ IMAGE, MODELS, GOLDEN_FOLDER, DOCKERFILE = "image", "models", "golden", "Dockerf
 
 _CHECK = Path(__file__).with_name("golden_check.py")
 _SHARED = ("hpa.yaml", "pdb.yaml", "service-account.yaml")
-_PLAIN = ("kustomization.yaml", "deployment.yaml", "service.yaml", "network-policy.yaml")
-_KSERVE = ("kustomization.yaml", "serving-runtime.yaml", "inference-service.yaml", "network-policy.yaml")
+_PLAIN = ("deployment.yaml", "service.yaml", "network-policy.yaml")
+_KSERVE = ("serving-runtime.yaml", "inference-service.yaml", "network-policy.yaml")
+_KUSTOMIZATION, _POD_MONITOR = "kustomization.yaml", "pod-monitor.yaml"
+_CONDITIONS = {"hpa.yaml": "autoscaling.enabled", _POD_MONITOR: "podMonitor.enabled"}
+"""Templates of a chart that one of its values leaves out."""
+
 _OVERLAYS = {"staging": "-staging", "production": ""}
 """Suffix of each overlay's namespace after the deployment's name."""
 
@@ -56,13 +64,8 @@ class KubernetesPackage:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """The three commands that build, push and run it."""
-        image = f"{self.deployment.image_name}:{self.image_tag}"
-        return (
-            f"docker build -t {image} {quoted(self.path / IMAGE)}",
-            f"docker push {image}",
-            f"kubectl apply -k {quoted(self.path / 'overlays' / 'production')}",
-        )
+        """The commands that build, push and run it."""
+        return self.deployment.commands(self.image_tag, f"{self.path}/")
 
 
 def write_folder(
@@ -78,7 +81,7 @@ def write_folder(
     pack = golden_pack(deployment.model)
     with writing(destination) as staging:
         tag = _write_image(staging / IMAGE, deployment, pack)
-        _write_manifests(staging, template_context(deployment, tag, pack.batch_sizes), kserve=options.kserve)
+        _write_manifests(staging, template_context(deployment, tag, pack.batch_sizes), options)
         _write(staging / MANIFEST, _manifest(deployment, tag))
     return KubernetesPackage(output, deployment, tag)
 
@@ -106,16 +109,32 @@ def _tag(folder: Path, dockerfile: str, deployment: Deployment) -> str:
     return f"{deployment.image.release}-{deployment.model.facts.precision.value}-{digest.hexdigest()[:12]}"
 
 
-def _write_manifests(staging: Path, context: TemplateContext, *, kserve: bool) -> None:
+def _write_manifests(staging: Path, context: TemplateContext, options: KubernetesOptions) -> None:
     _render_to(staging / "README.md", "README.md", context)
-    for name in _SHARED:
-        _render_to(staging / "base" / name, f"base/{name}", context)
-    for name in _KSERVE if kserve else _PLAIN:
-        _render_to(staging / "base" / name, f"{'kserve' if kserve else 'base'}/{name}", context)
+    _render_folder(staging, "monitoring", context)
+    own, where = (_KSERVE, "kserve") if options.kserve else (_PLAIN, "base")
+    templates = {name: f"base/{name}" for name in _SHARED} | {name: f"{where}/{name}" for name in own}
+    if options.helm:
+        _write_chart(staging / "chart", templates, context)
+        return
+    for name, template in {_KUSTOMIZATION: f"{where}/{_KUSTOMIZATION}", **templates}.items():
+        _render_to(staging / "base" / name, template, context)
     for overlay, suffix in _OVERLAYS.items():
         _render_folder(staging, f"overlays/{overlay}", context.with_values(NAMESPACE=f"{context['NAME']}{suffix}"))
-    for folder in ("components/prometheus-operator", "monitoring"):
-        _render_folder(staging, folder, context)
+    _render_folder(staging, "components/prometheus-operator", context)
+
+
+def _write_chart(folder: Path, templates: dict[str, str], context: TemplateContext) -> None:
+    """A Helm chart of the same templates, and a PodMonitor; what it makes by default is what production gets."""
+    for name in ("Chart.yaml", "values.yaml", "values.schema.json"):
+        _render_to(folder / name, f"chart/{name}", context)
+    _render_to(folder / "templates" / "_helpers.tpl", "chart/helpers.tpl", context)
+    values = chart_context(context)
+    for name, template in {**templates, _POD_MONITOR: f"components/prometheus-operator/{_POD_MONITOR}"}.items():
+        text = render(read_template(template), values)
+        if name in _CONDITIONS:
+            text = f"{{{{- if .Values.{_CONDITIONS[name]} }}}}\n{text}{{{{- end }}}}\n"
+        _write(folder / "templates" / name, text)
 
 
 def _render_folder(staging: Path, folder: str, context: TemplateContext) -> None:
@@ -136,7 +155,7 @@ def _manifest(deployment: Deployment, tag: str) -> str:
         "model": deployment.title,
         "backend": deployment.model.backend.value,
         "triton_image": deployment.image.reference,
-        "image": f"{deployment.image_name}:{tag}",
+        "image": deployment.image_reference(tag),
     }
     return json_text(content) + "\n"
 
@@ -176,7 +195,8 @@ def as_json(written: KubernetesPackage) -> str:
         "backend": deployment.model.backend.value,
         "kserve": deployment.options.kserve,
         "triton_image": deployment.image.reference,
-        "image": f"{deployment.image_name}:{written.image_tag}",
+        "helm": deployment.options.helm,
+        "image": deployment.image_reference(written.image_tag),
         "gpus": list(deployment.gpus),
         "startup_seconds": deployment.sizes.startup_seconds,
         "notes": list(deployment.notes),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,18 +35,15 @@ from spach_deploy.options.specs import BatchProfile, Role
 from spach_deploy.packaging.kubernetes.deployment import (
     PROBE_SECONDS,
     Deployment,
-    is_version_compatible,
     listed,
     quantity,
 )
 from spach_deploy.packaging.triton.config import DATA_TYPES
 from spach_deploy.packaging.triton.options import Backend, Batching
 from spach_deploy.packaging.triton.served_model import ServedModel
+from spach_deploy.packaging.triton.serving import PILLOW, is_version_compatible
 from spach_deploy.validation.runs import repeated_images
 from spach_deploy.validation.tolerance import Bounds
-
-PILLOW = "11.3.0"
-"""A version with wheels for every Python in Triton's images, and with the resize of the versions before it."""
 
 _QUEUE_FACTOR = 10
 _PULL_SECONDS = 600  # Triton's images have 10 GB
@@ -77,6 +75,10 @@ class TemplateContext(Mapping[str, str]):
         return TemplateContext({**self._given, **values})
 
 
+KUSTOMIZE_NAME = "spach-model"
+"""The image's name in manifests, which the kustomization replaces."""
+
+
 def template_context(deployment: Deployment, image_tag: str, batch_sizes: Sequence[int] = ()) -> TemplateContext:
     """The values for a deployment, except NAMESPACE, which differs by overlay. `batch_sizes`: of the golden check."""
     return TemplateContext(
@@ -85,6 +87,7 @@ def template_context(deployment: Deployment, image_tag: str, batch_sizes: Sequen
             **_image_values(deployment, image_tag),
             **_size_values(deployment),
             **_conditional_blocks(deployment),
+            **_pin_values(deployment, image_tag),
             "BATCHES": listed(str(size) for size in batch_sizes),
             **(_kserve_values(deployment) if deployment.options.kserve else _plain_values(deployment)),
         }
@@ -117,6 +120,66 @@ def _image_values(deployment: Deployment, image_tag: str) -> dict[str, str]:
         "IMAGE_TAG": image_tag,
         "PILLOW": PILLOW,
     }
+
+
+def _pin_values(deployment: Deployment, image_tag: str) -> dict[str, str]:
+    """Digests, pull secrets, and how the folder is used: with kustomize, or with `chart_context` in a chart."""
+    options = deployment.options
+    secrets = [{"name": name} for name in options.pull_secrets]
+    values = {
+        "IMAGE_REFERENCE": KUSTOMIZE_NAME,
+        "IMAGE_PIN": f"digest: {options.image_digest}" if options.image_digest else f'newTag: "{image_tag}"',
+        "IMAGE_DIGEST": options.image_digest or "",
+        "TRITON_DIGEST": f"@{options.triton_digest}" if options.triton_digest else "",
+        "PULL_SECRETS": "\n".join(["imagePullSecrets:", *(f"  - name: {name}" for name in options.pull_secrets)])
+        if secrets
+        else "",
+        "PULL_SECRETS_JSON": json.dumps(secrets),
+        "MANAGED_BY": "kustomize",
+        "REPLICAS": "",
+        "ZONE_SPREAD": "",
+        "COMMANDS": _commands(deployment, image_tag),
+        "ENFORCED": "The namespaces enforce the pod\nsecurity standard `restricted`.",
+    }
+    if options.triton_digest:
+        values["PIN_HINT"] = ""
+    if options.helm:
+        values["MANIFEST_FILES"] = read_template("fragments/helm-files.md")
+        values["ENFORCED"] = (
+            "A chart has no namespace; to\nlet yours enforce the pod security standard `restricted`:\n\n"
+            f"    kubectl label namespace {deployment.name} pod-security.kubernetes.io/enforce=restricted"
+        )
+    return values
+
+
+def _commands(deployment: Deployment, image_tag: str) -> str:
+    options = deployment.options
+    place = "`image.repository` in chart/values.yaml" if options.helm else "`newName` in base/kustomization.yaml"
+    commands = "\n".join(f"    {command}" for command in deployment.commands(image_tag))
+    if options.image_digest is not None:
+        return f"The image was pushed before, and is named by its digest ({place}). From this folder:\n\n{commands}"
+    return (
+        f"Three commands, from this folder, with a registry of your own ({place}):\n\n{commands}\n\n"
+        "A tag can be pushed again. `docker buildx imagetools inspect` shows the digest of what was pushed; packaged\n"
+        "again with `--image-digest`, pods name the image by it, and get no other."
+    )
+
+
+def chart_context(context: TemplateContext) -> TemplateContext:
+    """The values for templates of a Helm chart: what can be changed there is read from the chart's values."""
+    zone = context["ZONE"].splitlines()
+    enabled, replicas = "{{ if .Values.autoscaling.enabled }}", "{{ else }}{{ .Values.replicas }}{{ end }}"
+    return context.with_values(
+        IMAGE_REFERENCE=f'{{{{ include "{context["NAME"]}.image" . | quote }}}}',
+        PULL_SECRETS=read_template("fragments/helm-pull-secrets.yaml"),
+        REPLICAS=read_template("fragments/helm-replicas.yaml"),
+        MIN_REPLICAS=f"{enabled}{{{{ .Values.autoscaling.minReplicas }}}}{replicas}",
+        MAX_REPLICAS=f"{enabled}{{{{ .Values.autoscaling.maxReplicas }}}}{replicas}",
+        QUEUE_US="{{ .Values.autoscaling.queueMicroseconds }}",
+        RESOURCES="{{ toJson .Values.resources }}",  # JSON is YAML, whatever the indentation
+        MANAGED_BY="{{ .Release.Service }}",
+        ZONE_SPREAD="\n".join([f"- {zone[0]}", *(f"  {line}" for line in zone[1:])]),
+    )
 
 
 def _size_values(deployment: Deployment) -> dict[str, str]:
@@ -198,6 +261,16 @@ def _requirements(deployment: Deployment) -> str:
         lines.append(f"- nodes that NVIDIA's GPU feature discovery has labelled: the plan was built for {gpus}")
     if deployment.options.kserve:
         lines.append("- KServe; RawDeployment (Standard) mode needs no Knative")
+    if deployment.options.helm:
+        lines.append("- Helm 3 or 4")
+    first = deployment.image_name.partition("/")[0]
+    host = first if re.search(r"[.:]|^localhost$", first) else "REGISTRY"
+    for secret in deployment.options.pull_secrets:
+        lines += [
+            f"- the secret `{secret}`, with which nodes pull the image; pods wait until the namespace has it:",
+            f"  `kubectl create secret docker-registry {secret} --namespace {deployment.name}",
+            f"  --docker-server={host} --docker-username=USER --docker-password=TOKEN`",
+        ]
     return "\n".join(lines)
 
 

@@ -141,7 +141,7 @@ def model_configuration(model: ServedModel, options: TritonOptions, warm_up: War
         max_batch_size=form.max_batch_size,
         input=[_input(tensor, form) for tensor in model.inputs],
         output=[_output(tensor, form) for tensor in model.outputs],
-        instance_group=[instance_group(options.instances, _device(model, options.instances))],
+        instance_group=[instance_group(model.name, options, _device(model, options.instances))],
         model_warmup=list(warm_up.requests),
         response_cache={"enable": True} if options.response_cache else None,
         version_policy=version_policy(options.version_policy),
@@ -164,10 +164,26 @@ def tensor_fields(name: str, data_type: str, dims: list[int]) -> dict[str, Any]:
     return {"name": name, "data_type": data_type_number(data_type), "dims": dims}
 
 
-def instance_group(instances: Instances, device: Device) -> dict[str, Any]:
-    """The instance group of a model on `device`."""
-    gpus = [] if device is Device.CPU else list(instances.gpus)
-    return {"count": instances.count, "kind": _KINDS[device], "gpus": gpus}
+def instance_group(name: str, options: TritonOptions, device: Device) -> dict[str, Any]:
+    """The instance group of a served model on `device`."""
+    gpus = [] if device is Device.CPU else list(options.instances.gpus)
+    return _group(name, options, options.instances.count, device, is_step=False) | {"gpus": gpus}
+
+
+def step_group(name: str, options: TritonOptions, count: int) -> dict[str, Any]:
+    """The instance group of an ensemble's step: Python, which is on the CPU whatever the model is on. `count`: where
+    the options name none for it."""
+    return _group(name, options, count, Device.CPU, is_step=True)
+
+
+def _group(name: str, options: TritonOptions, count: int, device: Device, *, is_step: bool) -> dict[str, Any]:
+    group = {"count": options.instances.count_of(name, count), "kind": _KINDS[device]}
+    resources = options.rate_limiter.resources_of(name, is_step=is_step)
+    priority = options.rate_limiter.priority_of(name, is_step=is_step)
+    if not resources and priority is None:
+        return group
+    needed = [{"name": r.name, "count": r.count, **({"global": True} if r.is_global else {})} for r in resources]
+    return {**group, "rate_limiter": {"resources": needed, "priority": priority}}
 
 
 def version_policy(policy: VersionPolicy | None) -> dict[str, Any] | None:

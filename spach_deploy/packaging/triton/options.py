@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from spach_deploy.common.errors import UsageError
@@ -46,19 +47,125 @@ class EnsembleInput(str, enum.Enum):
     PIXELS = "pixels"
 
 
+PREPROCESS_INSTANCES = 4
+"""Instances of a step that decodes pictures, which is a process each, of one core. A picture takes about 8 ms of it
+(benchmarks/preprocess_instances.py), so that one instance alone would leave a GPU waiting. Four use four cores, which
+the smallest servers with a GPU have; more than there are cores take memory, about 25 MB each, and no more time."""
+
+_MODEL = r"(?:([^:=]+):)?"
+"""A model's name before a setting that is for it alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelNumber:
+    """A number for one model of the repository, an ensemble's step or a served model. `model` None: for every served
+    model, steps left out."""
+
+    value: int
+    model: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, option: str, failure: str) -> ModelNumber:
+        """Parse `N` or `MODEL:N`, N from 1. UsageError for anything else, with `failure` at the end of its sentence."""
+        match = re.fullmatch(rf"{_MODEL}([1-9]\d{{0,5}})", text, re.ASCII)
+        if match is None:
+            raise UsageError(f"{option} {text} {failure}.", "Give a number from 1, for one model MODEL:N.")
+        return cls(int(match[2]), match[1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Instances:
-    """Instances of a model. `count`: on each GPU; `gpus` empty: on all GPUs; `device` None: as the backend needs."""
+    """Instances of a model. `count`: on each GPU; `gpus` empty: on all GPUs; `device` None: as the backend needs.
+
+    `named`: other counts, of the models that they name.
+    """
 
     count: int = 1
     device: Device | None = None
     gpus: tuple[int, ...] = ()
+    named: tuple[ModelNumber, ...] = ()
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UsageError(f"--instances {self.count} serves nothing.", "Give a number from 1.")
         if self.gpus and self.device is Device.CPU:
             raise UsageError("--gpus contradicts --device cpu.", "Leave one of them out.")
+
+    @classmethod
+    def parse(cls, texts: Iterable[str], device: Device | None = None, gpus: tuple[int, ...] = ()) -> Instances:
+        """Parse values of --instances. UsageError for one that is no number from 1."""
+        given = [ModelNumber.parse(text, "--instances", "serves nothing") for text in texts]
+        counts = [number.value for number in given if number.model is None]
+        return cls(counts[-1] if counts else 1, device, gpus, tuple(n for n in given if n.model is not None))
+
+    def count_of(self, model: str, default: int) -> int:
+        """Instances of a model; `default` where none are given for it by name."""
+        return next((number.value for number in reversed(self.named) if number.model == model), default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resource:
+    """What an instance must get of Triton's rate limiter before it runs. `is_global`: the server has one stock of it,
+    not one for each device. `model`: as in `ModelNumber`."""
+
+    name: str
+    count: int
+    is_global: bool = False
+    model: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Resource:
+        """Parse `NAME=COUNT`, `MODEL:NAME=COUNT`, either with `:global` behind it. UsageError for anything else."""
+        match = re.fullmatch(rf"{_MODEL}([A-Za-z0-9_.-]+)=([1-9]\d{{0,8}})(:global)?", text, re.ASCII)
+        if match is None:
+            raise UsageError(
+                f"--rate-limit-resource {text!r} is no resource.",
+                "Give NAME=COUNT, such as gpu=1, for one model MODEL:NAME=COUNT; :global behind it shares it.",
+            )
+        return cls(match[2], int(match[3]), match[4] is not None, match[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class RateLimiter:
+    """What Triton's rate limiter is told: resources, and priorities, where 2 gets half as many turns as 1."""
+
+    resources: tuple[Resource, ...] = ()
+    priorities: tuple[ModelNumber, ...] = ()
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, bool] = {}
+        for resource in self.resources:
+            if kinds.setdefault(resource.name, resource.is_global) is not resource.is_global:
+                raise UsageError(
+                    f"--rate-limit-resource: {resource.name} is global for one model and not for another.",
+                    "Triton takes a resource as one of the two: give :global to all of them, or to none.",
+                )
+        named = [(resource.model, resource.name) for resource in self.resources]
+        if twice := next((pair[1] for pair in named if named.count(pair) > 1), None):
+            raise UsageError(f"--rate-limit-resource {twice} is given twice for a model.", "Give it once.")
+
+    @classmethod
+    def parse(cls, resources: Iterable[str], priorities: Iterable[str]) -> RateLimiter:
+        """Parse values of --rate-limit-resource and --rate-limit-priority. UsageError for one that cannot be read."""
+        option = "--rate-limit-priority"
+        return cls(
+            tuple(map(Resource.parse, resources)),
+            tuple(ModelNumber.parse(text, option, "is no priority") for text in priorities),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.resources or self.priorities)
+
+    def resources_of(self, model: str, *, is_step: bool) -> tuple[Resource, ...]:
+        """The resources that a model needs: those for it by name win over those for every served model."""
+        general = {r.name: r for r in self.resources if r.model is None and not is_step}
+        return tuple({**general, **{r.name: r for r in self.resources if r.model == model}}.values())
+
+    def priority_of(self, model: str, *, is_step: bool) -> int | None:
+        """The priority of a model; None where none is given for it."""
+        named = [p.value for p in self.priorities if p.model == model]
+        general = [p.value for p in self.priorities if p.model is None and not is_step]
+        return next(reversed(named or general), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +219,18 @@ class TritonOptions:
     backend: Backend = Backend.AUTO
     force: bool = False
     instances: Instances = Instances()
+    rate_limiter: RateLimiter = RateLimiter()
     batching: Batching = Batching()
     version_policy: VersionPolicy | None = None
     response_cache: bool = False
     warm_up: bool = True
     labels: Path | None = None
     ensemble: Ensemble | None = None
+
+    @property
+    def named_models(self) -> tuple[tuple[str, str], ...]:
+        """The models that options name, each with its option."""
+        numbers = [("--instances", number.model) for number in self.instances.named]
+        numbers += [("--rate-limit-resource", resource.model) for resource in self.rate_limiter.resources]
+        numbers += [("--rate-limit-priority", number.model) for number in self.rate_limiter.priorities]
+        return tuple((option, model) for option, model in numbers if model is not None)

@@ -2,6 +2,7 @@
 
 REPOSITORY/
   manifest.json              marks it as written by spach-package, from which bundles; Triton reads folders only
+  README.md                  how to start it, what was verified, how to measure it, the way back to a version
   NAME/config.pbtxt          inputs, outputs, batching, instances, warm-up
   NAME/labels.txt            the classes, of a model with logits
   NAME/warmup/golden_input   a golden image
@@ -40,16 +41,18 @@ from spach_deploy.packaging.triton.config import (
     FOLDER,
     LABELS_FILE,
     WarmUp,
-    instance_group,
     model_config,
     model_configuration,
     shown,
+    step_group,
     tensor_fields,
     to_text,
     warm_up,
 )
-from spach_deploy.packaging.triton.options import Backend, Device, Ensemble, EnsembleInput, Instances, TritonOptions
+from spach_deploy.packaging.triton.options import PREPROCESS_INSTANCES, Backend, Ensemble, EnsembleInput, TritonOptions
+from spach_deploy.packaging.triton.readme import README, RepositoryContent, readme
 from spach_deploy.packaging.triton.served_model import BundleArgument, ServedModel, resolve_models
+from spach_deploy.packaging.triton.serving import server_flags
 
 CONTENTS = DirectoryKind("triton-model-repository", "a model repository")
 CONFIG = "config.pbtxt"
@@ -84,11 +87,13 @@ def write_repository(
     destination = check_target(output, overwrite=overwrite, contents=CONTENTS)
     models = resolve_models(arguments, options)
     parts = [_Part.of(model, options) for model in models]
-    _check_names([name for part in parts for name in part.names])
+    _check_names([config for part in parts for config in part.configs], options)
+    content = RepositoryContent(models, {part.model.name: part.configs for part in parts}, options)
     with writing(destination) as staging:
         for part in parts:
             part.write(staging)
         _write_manifest(staging, models)
+        _write_text(staging / README, readme(content))
     return TritonRepository(output, models, tuple(name for part in parts for name in part.names[1:]), options)
 
 
@@ -111,12 +116,16 @@ class _Part:
             config=model_configuration(model, options, requests),
             warm_up=requests,
             labels=_labels(model, options),
-            steps=ensemble_steps(model, options.ensemble) if options.ensemble else (),
+            steps=ensemble_steps(model, options),
         )
 
     @property
     def names(self) -> list[str]:
-        return [self.model.name, *(str(step.config.name) for step in self.steps)]
+        return [str(config.name) for config in self.configs]
+
+    @property
+    def configs(self) -> list[Any]:
+        return [self.config, *(step.config for step in self.steps)]
 
     def write(self, repository: Path) -> None:
         folder = repository / self.model.name
@@ -174,10 +183,18 @@ def _check_policy(model: ServedModel, options: TritonOptions) -> None:
         )
 
 
-def _check_names(names: list[str]) -> None:
+def _check_names(configs: list[Any], options: TritonOptions) -> None:
+    """UsageError for two models of one name, and for options of a model that is not there or has no instances."""
+    names = [str(config.name) for config in configs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"Two models would be called {twice[0]}.", "Give other names: NAME=BUNDLE.")
+    run = [str(config.name) for config in configs if config.platform != "ensemble"]
+    for option, model in options.named_models:
+        if model not in run:
+            raise UsageError(
+                f"{option} names {model}, and nothing here runs under that name.", f"Name {', '.join(run)}."
+            )
 
 
 def _write_manifest(staging: Path, models: Sequence[ServedModel]) -> None:
@@ -222,8 +239,9 @@ def serve_command(written: TritonRepository) -> str | None:
     """The command that serves the repository; None where a server could not load it."""
     if written.warnings:
         return None
-    cache = " --cache-config local,size=1073741824" if written.options.response_cache else ""
-    return f"tritonserver --model-repository {quoted(written.path)}{cache}"
+    return " ".join(
+        ["tritonserver --model-repository", quoted(written.path), *server_flags(written.models, written.options)]
+    )
 
 
 def _served_versions(model: ServedModel, written: TritonRepository) -> tuple[int, ...]:
@@ -293,8 +311,13 @@ class EnsembleStep:
     has_labels: bool = False
 
 
-def ensemble_steps(model: ServedModel, ensemble: Ensemble) -> tuple[EnsembleStep, ...]:
-    """The steps around `model`, and the ensemble. UsageError where they do not fit the model."""
+def ensemble_steps(model: ServedModel, options: TritonOptions) -> tuple[EnsembleStep, ...]:
+    """The steps around `model`, and the ensemble; nothing where the options want none.
+
+    UsageError where they do not fit the model.
+    """
+    if (ensemble := options.ensemble) is None:
+        return ()
     logits = of_role(model.outputs, Role.LOGITS)
     if logits is None:
         raise UsageError(
@@ -303,8 +326,8 @@ def ensemble_steps(model: ServedModel, ensemble: Ensemble) -> tuple[EnsembleStep
         )
     k = min(_TOP_K, model.classes) if ensemble.top_k is None else ensemble.top_k
     _check(model, ensemble, k)
-    steps = (_preprocess(model),) if ensemble.input is EnsembleInput.BYTES else ()
-    return (*steps, _top_k(model, logits, k), _ensemble(model, ensemble.input, logits, k))
+    steps = (_preprocess(model, options),) if ensemble.input is EnsembleInput.BYTES else ()
+    return (*steps, _top_k(model, logits, k, options), _ensemble(model, ensemble.input, logits, k))
 
 
 def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
@@ -330,7 +353,7 @@ def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
         )
 
 
-def _preprocess(model: ServedModel) -> EnsembleStep:
+def _preprocess(model: ServedModel, options: TritonOptions) -> EnsembleStep:
     tensor = model.inputs[0]
     transform = model.facts.preprocessing
     settings = {
@@ -348,17 +371,19 @@ def _preprocess(model: ServedModel) -> EnsembleStep:
         inputs=[tensor_fields(IMAGE, "TYPE_STRING", [1])],
         outputs=[tensor_fields(tensor.name, DATA_TYPES[tensor.dtype], model.batches.dims(tensor))],
     )
+    config.instance_group.add(**step_group(config.name, options, PREPROCESS_INSTANCES))
     config.parameters["preprocessing"].string_value = json.dumps(settings)
     return EnsembleStep(config, "preprocess")
 
 
-def _top_k(model: ServedModel, logits: TensorInfo, k: int) -> EnsembleStep:
+def _top_k(model: ServedModel, logits: TensorInfo, k: int, options: TritonOptions) -> EnsembleStep:
     config = _step_config(
         f"{model.name}_top_k",
         model,
         inputs=[tensor_fields(LOGITS, DATA_TYPES[logits.dtype], model.batches.dims(logits))],
         outputs=_outputs(k),
     )
+    config.instance_group.add(**step_group(config.name, options, 1))
     config.parameters["top_k"].string_value = str(k)
     config.parameters["labels"].string_value = LABELS_FILE
     return EnsembleStep(config, "top_k", has_labels=True)
@@ -376,7 +401,6 @@ def _step_config(name: str, model: ServedModel, inputs: list[dict[str, Any]], ou
         max_batch_size=model.batches.max_batch_size,
         input=inputs,
         output=outputs,
-        instance_group=[instance_group(Instances(), Device.CPU)],
     )
 
 

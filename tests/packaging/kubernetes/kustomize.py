@@ -80,7 +80,8 @@ def _set_image(value: Any, image: dict[str, str]) -> None:
         for name, inner in value.items():
             for container in inner if name in ("containers", "initContainers") else ():
                 if container["image"] == image["name"]:
-                    container["image"] = f"{image['newName']}:{image['newTag']}"
+                    pin = f"@{image['digest']}" if "digest" in image else f":{image['newTag']}"
+                    container["image"] = f"{image['newName']}{pin}"
             _set_image(inner, image)
     elif isinstance(value, list):
         for inner in value:

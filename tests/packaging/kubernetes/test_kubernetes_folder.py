@@ -109,9 +109,10 @@ def test_the_tag_follows_from_what_is_in_the_image(tmp_path: Path) -> None:
     assert len({again[0], *others}) == 4
 
 
+@pytest.mark.parametrize("helm", [False, True])
 @pytest.mark.parametrize("kserve", [False, True])
-def test_the_readme_explains_every_file_and_gives_three_commands(kserve: bool, tmp_path: Path) -> None:
-    written = write(tmp_path, options=KubernetesOptions(kserve=kserve))
+def test_the_readme_explains_every_file_and_gives_three_commands(kserve: bool, helm: bool, tmp_path: Path) -> None:
+    written = write(tmp_path, options=KubernetesOptions(kserve=kserve, helm=helm))
     readme = (written.path / "README.md").read_text()
     explained = re.findall(r"`([^`]+)`", "\n".join(line.split("|")[1] for line in readme.splitlines() if "|" in line))
     files = {file.relative_to(written.path).as_posix() for file in written.path.rglob("*") if file.is_file()}
@@ -119,8 +120,36 @@ def test_the_readme_explains_every_file_and_gives_three_commands(kserve: bool, t
     assert left == {"README.md", "image/.dockerignore"}
     assert all((written.path / entry).exists() for entry in explained)
     image = f"registry.example.com/spach/tiny:{written.image_tag}"
-    for line in (f"docker build -t {image} image", f"docker push {image}", "kubectl apply -k overlays/production"):
+    apply = "kubectl apply -k overlays/production"
+    if helm:
+        apply = "helm upgrade --install tiny chart --namespace tiny --create-namespace"
+    for line in (f"docker build -t {image} image", f"docker push {image}", apply):
         assert f"\n    {line}\n" in readme
+
+
+def test_what_was_pushed_is_named_by_its_digest_and_not_built_again(tmp_path: Path) -> None:
+    digest = f"sha256:{'ab' * 32}"
+    written = write(tmp_path, options=KubernetesOptions("25.08", image_digest=digest, triton_digest=digest))
+    readme, dockerfile = ((written.path / name).read_text() for name in ("README.md", "image/Dockerfile"))
+    assert "docker build" not in readme
+    assert "\n    kubectl apply -k overlays/production\n" in readme
+    assert f"FROM nvcr.io/nvidia/tritonserver:25.08-py3@{digest}\n" in dockerfile
+    assert "--triton-digest" not in dockerfile
+    assert hadolint(written.path / "image" / "Dockerfile").returncode == 0
+    assert json.loads((written.path / "manifest.json").read_text())["image"].endswith(f"/tiny@{digest}")
+
+
+@pytest.mark.parametrize(
+    ("image", "host"), [("reg.example.com:5000/t/vit", "reg.example.com:5000"), ("t/vit", "REGISTRY")]
+)
+def test_a_pull_secret_is_asked_for_with_the_command_that_makes_it(image: str, host: str, tmp_path: Path) -> None:
+    written = write(tmp_path, options=KubernetesOptions(image=image, pull_secrets=("one", "two")))
+    readme = " ".join((written.path / "README.md").read_text().split())
+    for secret in ("one", "two"):
+        command = (
+            f"kubectl create secret docker-registry {secret} --namespace tiny --docker-server={host} --docker-user"
+        )
+        assert command in readme
 
 
 def test_every_yaml_file_is_part_of_a_kustomization_or_explained(tmp_path: Path) -> None:

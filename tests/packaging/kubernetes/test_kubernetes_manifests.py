@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ KUBERNETES = ("1.30", "1.34", kubernetes_validate.latest_version())
 KSERVE_SCHEMA = json.loads(Path(__file__).with_name("kserve_schema.json").read_text())
 CRDS = ("InferenceService", "ServingRuntime", "PodMonitor")
 RELEASED = "10.13.2.6"
+CRD_FOLDER = os.environ.get("SPACH_KSERVE_CRDS", "")
 
 KSERVE_VARIANTS = ("kserve", "kserve ensemble")
 VARIANTS = ("plan", "graph", "ensemble", *KSERVE_VARIANTS)
@@ -136,6 +138,34 @@ def test_that_schema_refuses_what_kserve_would(kind: str, path: tuple[str, ...],
     parent[path[-1]] = value
     with pytest.raises(jsonschema.ValidationError):
         validate_kserve(resource)
+
+
+def strict(schema: Any) -> Any:
+    """A CRD's schema that refuses what the API server would drop: fields that it does not list."""
+    if isinstance(schema, list):
+        return [strict(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: strict(value) for name, value in schema.items()}
+    is_open = {"additionalProperties", "x-kubernetes-preserve-unknown-fields"} & set(schema)
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not is_open:
+        closed["additionalProperties"] = False
+    return closed
+
+
+@pytest.mark.skipif(not CRD_FOLDER, reason="SPACH_KSERVE_CRDS names no folder with KServe's CRDs (its config/crd/full)")
+@pytest.mark.parametrize("written", KSERVE_VARIANTS, indirect=True)
+@pytest.mark.parametrize("kind", ["InferenceService", "ServingRuntime"])
+def test_kserve_resources_are_valid_by_its_own_crds(written: KubernetesPackage, kind: str) -> None:
+    (definition,) = documents((Path(CRD_FOLDER) / f"serving.kserve.io_{kind.lower()}s.yaml").read_text())
+    for overlay in ("staging", "production"):
+        resource = one(built(written.path / "overlays" / overlay), kind)
+        (version,) = [v for v in definition["spec"]["versions"] if resource["apiVersion"].endswith(f"/{v['name']}")]
+        validator = jsonschema.Draft7Validator(strict(version["schema"]["openAPIV3Schema"]))
+        kept = {**resource, "metadata": {}}
+        validator.validate(kept)
+        kept["spec"] = {**resource["spec"], "predictors": {}}
+        assert not validator.is_valid(kept)
 
 
 @pytest.mark.skipif(command() is None, reason="neither kustomize nor kubectl is installed")
@@ -267,6 +297,29 @@ def test_the_image_is_the_one_to_be_built(written: KubernetesPackage, resources:
         f"registry.example.com/spach/ms-hybrid-s-plus:{written.image_tag}"
     }
     assert written.image_tag.startswith("25.08-fp16-")
+
+
+DIGEST = f"sha256:{'0123456789abcdef' * 4}"
+
+
+@pytest.mark.parametrize("kserve", [False, True])
+def test_pods_name_what_was_pushed_by_its_digest_and_pull_it_with_the_secrets(kserve: bool, tmp_path: Path) -> None:
+    options = KubernetesOptions(kserve=kserve, image_digest=DIGEST, pull_secrets=("one", "two.of-them"))
+    written = write_folder(with_engine(tmp_path / "b"), tmp_path / "k8s", options)
+    found = built(written.path / "overlays" / "production")
+    assert {container["image"] for container in containers(found)} == {f"registry.example.com/spach/tiny@{DIGEST}"}
+    assert pod(found)["spec"]["imagePullSecrets"] == [{"name": "one"}, {"name": "two.of-them"}]
+    validate(pod(found), KUBERNETES[-1])
+    if kserve:
+        validate_kserve(one(found, "InferenceService"))
+        assert "imagePullSecrets" in one(found, "InferenceService")["spec"]["predictor"]
+    if command() is not None:
+        theirs = built_by_kustomize(written.path / "overlays" / "production")
+        assert {key(r): r for r in theirs} == {key(r): r for r in found}
+
+
+def test_without_secrets_pods_have_none(resources: list[Resource]) -> None:
+    assert "imagePullSecrets" not in pod(resources)["spec"]
 
 
 # What refers to what
@@ -423,6 +476,8 @@ def test_a_version_compatible_plan_is_loaded_as_one(tmp_path: Path) -> None:
 def test_comments_fit_on_a_line(written: KubernetesPackage) -> None:
     files = [file for file in written.path.rglob("*") if file.suffix in (".yaml", ".md") or file.name == "Dockerfile"]
     for file in files:
+        if "models" in file.parts:  # the model repository has a README of its own
+            continue
         assert [line for line in file.read_text().splitlines() if len(line) > 140] == [], file
         assert not re.search(r"@[A-Z_]+@", file.read_text())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,11 +23,13 @@ from spach_deploy.packaging.kubernetes.deployment import (
     triton_name,
 )
 from spach_deploy.packaging.kubernetes.template_context import render
-from spach_deploy.packaging.triton.options import Backend
+from spach_deploy.packaging.triton.options import Backend, Instances
 from spach_deploy.packaging.triton.served_model import check_name
 from tests.packaging.kubernetes.bundles import with_engine
 
 DNS_1035 = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 
 AWKWARD = ["ms_hybrid_s+", "A.B_C", "224net", "+", "---", "é", "x" * 200, "name with spaces", "UPPER", "a/b", "", "1"]
 
@@ -66,6 +69,24 @@ def test_a_name_that_registries_do_not_take_is_refused(image: str) -> None:
 @pytest.mark.parametrize("image", ["vit", "team/vit", "registry.example.com/team/vit_s", "localhost:5000/vit-s.a"])
 def test_names_of_images_are_taken(image: str) -> None:
     assert KubernetesOptions(image=image).image == image
+
+
+@pytest.mark.parametrize("secret", ["", "Registry", "a_b", "-a", "a.", "a..b", "a/b", "a" * 254, "a\n", "a b"])
+def test_a_name_that_no_secret_has_is_refused(secret: str) -> None:
+    with pytest.raises(UsageError, match="is no secret's name"):
+        KubernetesOptions(pull_secrets=("good", secret))
+
+
+@pytest.mark.parametrize(
+    "digest", ["", "0" * 64, "sha256:0", f"sha256:{'A' * 64}", f"sha512:{'0' * 64}", f"{DIGEST}\n"]
+)
+@pytest.mark.parametrize("option", ["image_digest", "triton_digest"])
+def test_what_is_no_digest_is_refused(digest: str, option: str) -> None:
+    given: dict[str, Any] = {option: digest}
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} .* is no digest"):
+        KubernetesOptions(**given)
+    given = {option: DIGEST}
+    assert KubernetesOptions(**given)
 
 
 @pytest.mark.parametrize(("text", "bounds"), [("2:8", (2, 8)), ("1", (1, 1)), ("3:3", (3, 3))])
@@ -109,6 +130,15 @@ def test_the_start_takes_as_long_as_the_engine_is_large(
     assert found.startup_seconds == seconds
     assert found.startup_probes * PROBE_SECONDS >= seconds
     assert f"{megabytes}.0 MB at 20 MB/s" in found.arithmetic
+
+
+def memory(folder: Path, instances: list[str]) -> int:
+    options = KubernetesOptions(ensemble=True, instances=Instances.parse(instances))
+    return Deployment.of(with_engine(folder / f"b{len(instances)}"), options).sizes.memory_bytes
+
+
+def test_memory_grows_with_the_processes_that_decode_pictures(tmp_path: Path) -> None:
+    assert memory(tmp_path, ["tiny_preprocess:9"]) - memory(tmp_path, []) >= 5 << 30
 
 
 def test_memory_grows_with_the_engine(tmp_path: Path) -> None:

@@ -17,7 +17,14 @@ import onnx
 from spach_deploy.common.files import sha256_of
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec
 from spach_deploy.packaging.triton.config import parse, to_text
-from spach_deploy.packaging.triton.options import Backend, Ensemble, EnsembleInput, TritonOptions, VersionPolicy
+from spach_deploy.packaging.triton.options import (
+    Backend,
+    Ensemble,
+    EnsembleInput,
+    RateLimiter,
+    TritonOptions,
+    VersionPolicy,
+)
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
 
@@ -38,6 +45,13 @@ GOOD: dict[str, tuple[Tiny, TritonOptions]] = {
     "options": (
         Tiny(),
         TritonOptions(version_policy=VersionPolicy.parse("specific:1"), response_cache=True, warm_up=False),
+    ),
+    "limited": (
+        Tiny(engine="none"),
+        TritonOptions(
+            rate_limiter=RateLimiter.parse(["slot=2", "tiny_preprocess:core=1:global"], ["tiny:2"]),
+            ensemble=Ensemble(),
+        ),
     ),
 }
 
@@ -198,6 +212,9 @@ PLAN_FILE, GRAPH_FILE, FACTS = "tiny/1/model.plan", "tiny/1/model.onnx", "tiny/1
 STEP = "ensemble_scheduling.step"
 WARM, WARM_INPUT = "model_warmup[1]", 'model_warmup[1].inputs["input"]'
 
+PREPROCESS = "tiny_preprocess/config.pbtxt"
+LIMITER, RESOURCE = "instance_group.0.rate_limiter.resources.0", "instance_group[0].rate_limiter.resources[0]"
+
 BROKEN: dict[str, Broken] = {
     # text and schema
     "unknown field": Broken("plan", replace("max_batch_size", "max_batchsize"), CONFIG, "line 3", "no field named"),
@@ -316,6 +333,23 @@ BROKEN: dict[str, Broken] = {
     "profile for ONNX Runtime": Broken(
         "graph", set_("instance_group.0.profile", ["1"]), CONFIG, "instance_group[0].profile", "one"
     ),
+    "resource without a name": Broken("limited", set_(f"{LIMITER}.name", ""), CONFIG, f"{RESOURCE}.name", "none"),
+    "resource of nothing": Broken("limited", set_(f"{LIMITER}.count", 0), CONFIG, f"{RESOURCE}.count", "0"),
+    "resource twice": Broken(
+        "limited",
+        edit(lambda c: c.instance_group[0].rate_limiter.resources.add(name="slot", count=1)),
+        CONFIG,
+        RESOURCE.rpartition("[")[0],
+        '"slot" 2 times',
+    ),
+    "resource of a device and of the server": Broken(
+        "limited",
+        set_(f"{LIMITER}.name", "slot", PREPROCESS),
+        PREPROCESS,
+        f"{RESOURCE}.global",
+        'true for "slot", which another instance group has for each device',
+    ),
+    "field of no rate limiter": Broken("limited", replace("priority: 2", "prio: 2"), CONFIG, "line 23", "no field"),
     "policy for a version that is not there": Broken(
         "options", set_("version_policy.specific.versions", [2]), CONFIG, "version_policy.specific.versions", "2"
     ),

@@ -6,6 +6,7 @@ kill one start their own.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
@@ -13,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -40,6 +42,7 @@ from spach_deploy.packaging.triton.options import (
     Ensemble,
     EnsembleInput,
     Instances,
+    RateLimiter,
     TritonOptions,
     VersionPolicy,
 )
@@ -48,10 +51,13 @@ from spach_deploy.packaging.triton.served_model import BundleArgument
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests import small_bundles
 from tests.outputs import of_logits
+from tests.packaging.programs import perf_analyzer
 from tests.packaging.triton import load, tiny_bundles
 from tests.packaging.triton.broken_repositories import BROKEN, GOOD
 from tests.packaging.triton.clients import Client, client
+from tests.packaging.triton.commands import commands, run
 from tests.packaging.triton.server import Server, serving
+from tests.packaging.triton.server_environment import environment
 from tests.packaging.triton.tiny_bundles import Tiny
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("triton_packages")]
@@ -299,6 +305,128 @@ def _loadable(folder: Path, base: str) -> Path:
     repository = write_repository([BundleArgument(bundle)], folder / "repository", options).path
     shutil.copy(bundle / GRAPH, repository / "tiny" / "1" / "model.onnx")
     return repository
+
+
+# Instances, the rate limiter, and the README's commands
+
+LIMITED = Tiny("limited", engine="none")
+
+
+def limited(folder: Path) -> Path:
+    """A repository whose models share what the rate limiter hands out."""
+    options = TritonOptions(
+        Backend.ONNXRUNTIME,
+        instances=Instances.parse(["2", "limited_top_k:3"]),
+        rate_limiter=RateLimiter.parse(["slot=2", "limited_preprocess:core=1:global"], ["limited:2"]),
+        ensemble=Ensemble(top_k=2),
+    )
+    bundle = tiny_bundles.write(folder / "bundle", LIMITED)
+    return write_repository([BundleArgument(bundle)], folder / "repository", options).path
+
+
+def test_instances_and_what_they_need_are_what_the_server_has(tmp_path: Path) -> None:
+    repository = limited(tmp_path)
+    picture = png(tiny_bundles.samples(PIXELS, 1, seed=3)[0])
+    with serving([repository], tmp_path / "server", "--rate-limit=execution_count", "--log-verbose=1") as server:
+        log = server.log
+        counts = {"limited_preprocess": 4, "limited": 2, "limited_top_k": 3}
+        for name, count in counts.items():
+            started = set(re.findall(rf"ModelInstanceInitialize: ({name}_0_\d+) ", log))
+            assert started == {f"{name}_0_{index}" for index in range(count)}
+        table = " ".join(re.split(r"(?:\\[nt]|\s)+", log))  # the log has line breaks within a message as \n
+        assert "Device: GLOBAL Resource: core Count: 1" in table
+        assert "Device: 0 Resource: slot Count: 2" in table
+        with client(server, "grpc") as one:
+            answers = one.ask("limited_ensemble", image=np.array([[picture]] * 8, np.object_))
+        assert answers["indices"].shape == (8, 2)
+        inputs = tiny_bundles.samples(LIMITED, 400, seed=2)
+        flooded = load.flood(server, "limited", inputs, clients=16)
+        assert flooded.errors == {}
+        assert load.crossed(flooded, tiny_bundles.logits(LIMITED, inputs), 2e-3) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ([], 'Resource "core" is present as both global and device-specific'),
+        (["--rate-limit-resource=slot:1"], 'Resource count for "slot" is limited to 1'),
+    ],
+)
+def test_a_server_refuses_resources_that_it_cannot_hand_out(tmp_path: Path, flags: list[str], reason: str) -> None:
+    """The first is a finding of the check; the second is what the server was told to have."""
+    repository = limited(tmp_path)
+    if not flags:
+        config = repository / "limited" / "config.pbtxt"
+        config.write_text(config.read_text().replace('name: "slot"', 'name: "core"'))
+        assert check_repository(repository).exit_code == 1
+    (tmp_path / "server").mkdir()
+    server = Server([repository], tmp_path / "server", "--rate-limit=execution_count", *flags)
+    try:
+        server.start(wait=False)
+        assert not server.wait_until_ready()
+        assert reason in server.log
+    finally:
+        server.stop()
+
+
+def of_readme(repository: Path, first_word: str, server: Server) -> list[str]:
+    """Commands of a repository's README, for a server on other ports."""
+    found = commands((repository / "README.md").read_text(), first_word)
+    assert found
+    return [text.replace(":8000/", f":{server.http}/").replace(":8001 ", f":{server.grpc} ") for text in found]
+
+
+def test_the_readme_s_questions_get_answers(served: Served, tmp_path: Path) -> None:
+    shutil.copy(photograph_files(("coffee.jpg",))[0], tmp_path / "picture.jpg")
+    asked = of_readme(served.repository("real"), "curl", served.server)
+    assert len(asked) > 6
+    for command in asked:
+        done = run(command, tmp_path)
+        if "/v2/repository/" in command:  # for servers that were started with --model-control-mode=explicit
+            assert done.returncode == 22
+            continue
+        assert done.returncode == 0, (command, done.stderr)
+        if "picture.jpg" in command:
+            assert '"labels"' in done.stdout
+            assert done.stdout.count("class ") == 5
+
+
+def test_the_readme_s_lines_of_perf_analyzer_measure(served: Served, tmp_path: Path) -> None:
+    analyzer, libraries = perf_analyzer(), environment() / "nvidia_pytriton.libs"
+    (tmp_path / "libraries").mkdir()
+    for name in ("libb64.so.0d", "libcudart.so.12"):
+        (carried,) = libraries.glob(f"{name.partition('.')[0]}-*")
+        (tmp_path / "libraries" / name).symlink_to(carried)
+    picture = photograph_files(("coffee.jpg",))[0].read_bytes()
+    data = {"content": {"b64": base64.b64encode(struct.pack("<I", len(picture)) + picture).decode()}, "shape": [1]}
+    (tmp_path / "pictures.json").write_text(json.dumps({"data": [{"image": data}]}))
+    windows = "--concurrency-range 2 --measurement-mode count_windows --measurement-request-count 4 -s 9999 -r 3"
+    repositories = [served.repository(name) for name in ("real", "pixels", "plans")]
+    lines = [line for repository in repositories for line in of_readme(repository, "perf_analyzer", served.server)]
+    largest = {line.split()[2]: line for line in lines}
+    assert {"plan", "explicit", "fixed", "pixels", f"{small_bundles.NAME}_ensemble"} < set(largest)
+    for line in largest.values():
+        quick = re.sub(r"--concurrency-range \S+", windows, line).replace("perf_analyzer", str(analyzer), 1)
+        done = run(quick, tmp_path, LD_LIBRARY_PATH=str(tmp_path / "libraries"))
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        assert re.search(r"Concurrency: 2, throughput: [1-9]", done.stdout), line
+
+
+def test_the_way_back_of_the_readme_leads_to_the_version_before(tmp_path: Path) -> None:
+    bundles = [tiny_bundles.write(tmp_path / f"b{seed}", Tiny(engine="none", seed=seed)) for seed in SEEDS]
+    options = TritonOptions(Backend.ONNXRUNTIME)
+    repository = write_repository([BundleArgument(b) for b in bundles], tmp_path / "repository", options).path
+    inputs = tiny_bundles.samples(Tiny())
+    explicit = ("--model-control-mode=explicit", "--load-model=*")
+    with serving([repository], tmp_path / "server", *explicit) as server, client(server, "http") as one:
+        assert_close(one.ask("tiny", input=inputs)["logits"], tiny_bundles.logits(Tiny(seed=SEEDS[1]), inputs))
+        (move,) = of_readme(repository, "mv", server)
+        load_again, told = of_readme(repository, "curl", server)[-2:]
+        for command in (move, load_again, told):
+            done = run(command, repository)
+            assert done.returncode == 0, (command, done.stderr)
+        assert json.loads(done.stdout)["versions"] == ["1"]
+        assert_close(one.ask("tiny", input=inputs)["logits"], tiny_bundles.logits(Tiny(seed=SEEDS[0]), inputs))
 
 
 # Many clients

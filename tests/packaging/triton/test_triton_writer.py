@@ -23,6 +23,7 @@ from spach_deploy.packaging.triton.options import (
     Ensemble,
     EnsembleInput,
     Instances,
+    RateLimiter,
     TritonOptions,
     VersionPolicy,
 )
@@ -174,6 +175,43 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     assert not model.model_warmup
 
 
+def group(repository: Path, name: str) -> Any:
+    (only,) = config(repository, name).instance_group
+    return only
+
+
+def test_pictures_are_decoded_by_several_instances_and_each_step_can_have_its_own_number(tmp_path: Path) -> None:
+    usual = written(tmp_path / "usual", ensemble=Ensemble()).path
+    counts = {name: group(usual, name).count for name in ("tiny_preprocess", "tiny", "tiny_top_k")}
+    assert counts == {"tiny_preprocess": 4, "tiny": 1, "tiny_top_k": 1}
+    instances = Instances.parse(["2", "tiny_preprocess:7", "tiny_top_k:3"])
+    asked = written(tmp_path / "asked", ensemble=Ensemble(), instances=instances).path
+    counts = {name: group(asked, name).count for name in counts}
+    assert counts == {"tiny_preprocess": 7, "tiny": 2, "tiny_top_k": 3}
+    assert {group(asked, name).kind for name in ("tiny_preprocess", "tiny_top_k")} == {2}  # KIND_CPU
+    assert not config(asked, "tiny_ensemble").instance_group
+
+
+def test_the_rate_limiter_is_told_what_models_and_steps_need(tmp_path: Path) -> None:
+    limiter = RateLimiter.parse(["gpu=2", "tiny_preprocess:core=1:global", "tiny:gpu=3"], ["4", "tiny_top_k:2"])
+    repository = written(tmp_path, Tiny(engine="none"), rate_limiter=limiter, ensemble=Ensemble())
+    needs = {
+        name: [(r.name, r.count, getattr(r, "global")) for r in group(repository.path, name).rate_limiter.resources]
+        for name in ("tiny", "tiny_preprocess", "tiny_top_k")
+    }
+    assert needs == {"tiny": [("gpu", 3, False)], "tiny_preprocess": [("core", 1, True)], "tiny_top_k": []}
+    assert group(repository.path, "tiny").rate_limiter.priority == 4
+    assert group(repository.path, "tiny_top_k").rate_limiter.priority == 2
+    assert "--rate-limit=execution_count" in str(serve_command(repository))
+    assert not check_repository(repository.path).findings
+
+
+def test_without_one_nothing_is_limited(tmp_path: Path) -> None:
+    repository = written(tmp_path)
+    assert not group(repository.path, "tiny").HasField("rate_limiter")
+    assert "--rate-limit" not in str(serve_command(repository))
+
+
 def test_without_options_cache_and_policy_are_left_to_triton(tmp_path: Path) -> None:
     model = config(written(tmp_path).path)
     assert not model.HasField("response_cache")
@@ -211,7 +249,7 @@ def test_names_make_them_models_of_their_own(tmp_path: Path) -> None:
     bundle = tiny_bundles.write(tmp_path / "a")
     arguments = [BundleArgument.parse(f"fast={bundle}"), BundleArgument.parse(str(bundle))]
     result = write_repository(arguments, tmp_path / "repository", TritonOptions())
-    assert sorted(path.name for path in result.path.iterdir()) == ["fast", "manifest.json", "tiny"]
+    assert sorted(path.name for path in result.path.iterdir()) == ["README.md", "fast", "manifest.json", "tiny"]
     assert config(result.path, "fast").name == "fast"
 
 
@@ -443,10 +481,52 @@ def test_a_policy_that_is_none_is_refused(text: str) -> None:
         VersionPolicy.parse(text)
 
 
-@pytest.mark.parametrize("make", [lambda: Instances(0), lambda: Instances(1, Device.CPU, (0,))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Instances(0),
+        lambda: Instances(1, Device.CPU, (0,)),
+        lambda: Instances.parse(["tiny:0"]),
+        lambda: Instances.parse([":2"]),
+        lambda: Instances.parse(["two"]),
+    ],
+)
 def test_instances_that_cannot_be_are_refused(make: Any) -> None:
     with pytest.raises(UsageError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("resources", "priorities", "reason"),
+    [
+        (["gpu"], [], "--rate-limit-resource 'gpu' is no resource"),
+        (["gpu=0"], [], "'gpu=0' is no resource"),
+        (["gpu=1:local"], [], "'gpu=1:local' is no resource"),
+        (["a b=1"], [], "'a b=1' is no resource"),
+        (["gpu=1", "gpu=2"], [], "gpu is given twice for a model"),
+        (["gpu=1", "other:gpu=1:global"], [], "gpu is global for one model and not for another"),
+        ([], ["0"], "--rate-limit-priority 0 is no priority"),
+        ([], ["tiny=2"], "--rate-limit-priority tiny=2 is no priority"),
+    ],
+)
+def test_a_rate_limiter_that_cannot_be_is_refused(resources: list[str], priorities: list[str], reason: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        RateLimiter.parse(resources, priorities)
+    assert reason in refused.value.message
+
+
+@pytest.mark.parametrize("option", ["instances", "rate_limiter"])
+@pytest.mark.parametrize("name", ["other", "tiny_ensemble"])
+def test_an_option_of_a_model_that_does_not_run_here_is_refused(tmp_path: Path, option: str, name: str) -> None:
+    number = f"{name}:2"
+    given: dict[str, Any] = {
+        "instances": Instances.parse([number]),
+        "rate_limiter": RateLimiter.parse([], [number]),
+    }
+    with pytest.raises(UsageError, match=f"names {name}.* Name tiny, tiny_preprocess, tiny_top_k") as refused:
+        written(tmp_path, ensemble=Ensemble(), **{option: given[option]})
+    assert not (tmp_path / "repository").exists()
+    assert refused.value.message.startswith("--")
 
 
 @pytest.mark.parametrize("name", ["-x", ".x", "a b", ""])
@@ -469,7 +549,7 @@ def test_a_repository_is_replaced_only_when_asked(tmp_path: Path) -> None:
         write_repository(arguments, repository, TritonOptions())
     assert (repository / "tiny").is_dir()
     write_repository(arguments, repository, TritonOptions(), overwrite=True)
-    assert sorted(path.name for path in repository.iterdir()) == ["manifest.json", "other"]
+    assert sorted(path.name for path in repository.iterdir()) == ["README.md", "manifest.json", "other"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

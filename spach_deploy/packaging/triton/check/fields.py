@@ -20,11 +20,12 @@ from spach_deploy.packaging.triton.options import KIND_CPU, KIND_MODEL
 
 
 def check_fields(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
-    """Check name, platform and backend, tensors, instance groups, version policy and response cache."""
+    """Check name, platform and backend, tensors, instance groups with their rate limiters, version policy, cache."""
     yield from _name(model)
     yield from _platform(model)
     yield from _tensors(model)
     yield from _instances(model)
+    yield from _rate_limiters(model, repository)
     yield from _versions(model)
     if model.config.response_cache.enable and model.config.model_transaction_policy.decoupled:
         yield model.finding(
@@ -129,6 +130,37 @@ def _instances(model: ModelFolder) -> Iterator[RepositoryFinding]:
             yield model.finding(f"{where}.kind", "KIND_CPU", "KIND_GPU, as TensorRT runs on no CPU", "Correct it.")
         if group.profile and not model.is_tensorrt:
             yield model.finding(f"{where}.profile", "one", "none, as only TensorRT has profiles", "Remove it.")
+
+
+def _rate_limiters(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
+    """Resources need a name and a count, each once; in the whole repository they are global, or of a device."""
+    of_devices = {r.name for group in _groups(repository) for r in group.rate_limiter.resources if not _is_global(r)}
+    for index, group in enumerate(model.config.instance_group):
+        where = f"instance_group[{index}].rate_limiter.resources"
+        resources = list(group.rate_limiter.resources)
+        for number, resource in enumerate(resources):
+            if not resource.name:
+                yield model.finding(f"{where}[{number}].name", "none", "the resource's name", "Add it.")
+            if resource.count < 1:
+                yield model.finding(f"{where}[{number}].count", str(resource.count), "1 or more", "Correct it.")
+            if _is_global(resource) and resource.name in of_devices:
+                yield model.finding(
+                    f"{where}[{number}].global",
+                    f'true for "{resource.name}", which another instance group has for each device',
+                    "the same in all of them: with --rate-limit the server refuses both",
+                    "Correct one of them.",
+                )
+        for name, count in Counter(resource.name for resource in resources).items():
+            if name and count > 1:
+                yield model.finding(where, f'"{name}" {count} times', "each resource once", "Remove one.")
+
+
+def _groups(repository: Repository) -> Iterator[Any]:
+    return (group for model in repository.models for group in model.config.instance_group)
+
+
+def _is_global(resource: Any) -> bool:
+    return bool(getattr(resource, "global"))  # a keyword of Python
 
 
 # Versions
