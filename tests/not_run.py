@@ -14,6 +14,7 @@ import pytest
 HOW = {
     "slow": "scripts/test -m slow",
     "triton": "scripts/test -m triton",
+    "helm": "scripts/test -m helm",
     "ray": ".venv/bin/pip install -c constraints.txt ray && scripts/test -m ray",
     "browser": "apt-get install chromium && scripts/test -m browser",
     "cpp": "apt-get install g++ cmake ninja-build && scripts/test -m cpp",
