@@ -50,6 +50,7 @@ NOT_HERE = {
     "spach-validate grpc://": "a server; tests marked triton start one",
     "docker": "docker",
     "kubectl": "a cluster",
+    "helm upgrade": "a cluster; tests marked helm render the chart",
 }
 SLOW = (
     *("spach-export --model ms_hybrid_s --auto", "--max-rel-l2", "--max-drop", "polygraphy run"),
