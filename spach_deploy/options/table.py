@@ -222,7 +222,7 @@ TABLE: tuple[Option, ...] = (
                choices=ACTIVATIONS),
         Option("--norm-eps", Kind.REAL, "Epsilon of every LayerNorm.", "model.hyperparameters.norm_eps", metavar="X"),
         Option("--divisions", Kind.WHOLE, "Parts of a ShiftViT's channels, of which four come from neighbours.",
-               "model.hyperparameters.divisions", metavar="N", least=4),
+               "model.hyperparameters.divisions", metavar="N", least=1),
         Option("--mean", Kind.NUMBERS,
                "Mean of the pixels, in 0..1, that training subtracted: for each channel, or one for all.",
                "model.hyperparameters.mean", metavar="R,G,B", parse=functools.partial(parse_channels, "--mean")),
