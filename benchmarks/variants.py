@@ -122,11 +122,13 @@ def _figures(kernels: int, moved: int | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {name.replace(" ", "_"): name for name in golden_variants()}
-    parser.add_argument("variants", nargs="*", choices=list(names), metavar="VARIANT")
+    parser.add_argument("variants", nargs="*", metavar="VARIANT")
     parser.add_argument("--precision", default=",".join(precision.value for precision in PRECISIONS))
     parser.add_argument("--gpu", default="sm89")
     arguments = parser.parse_args()
     chosen = arguments.variants or list(names)
+    if unknown := set(chosen) - set(names):
+        parser.error(f"there is no variant {', '.join(sorted(unknown))}. One of {', '.join(names)}.")
     precisions = [Precision(word) for word in arguments.precision.split(",")]
     rows = []
     with tempfile.TemporaryDirectory(prefix="spach-variants-") as made:

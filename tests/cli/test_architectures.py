@@ -61,8 +61,8 @@ def test_a_checkpoint_agrees_with_what_the_published_code_answers(tmp_path: Path
     """`benchmarks/variants.py` does it for all variants, in three precisions, with engines."""
     model = golden_model_of(variant("cifar hybrid"))
     torch.save(model.state_dict(), tmp_path / "run.pth")
-    answers = {"input": reference_batch((2, 3, 32, 32))[:1], "logits": golden_answers("cifar hybrid")["logits"]}
-    np.savez(tmp_path / "answers.npz", **answers)
+    images, logits = reference_batch((2, 3, 32, 32))[:1], golden_answers("cifar hybrid")["logits"]
+    np.savez(tmp_path / "answers.npz", input=images, logits=logits)
     words = ("--image-size", 32, "--heads", 3, "--fp16", "--answers", tmp_path / "answers.npz")
     made = export("--checkpoint", tmp_path / "run.pth", *words, "-o", tmp_path / "bundle")
     assert made.exit_code == 0, made.output
