@@ -1,6 +1,6 @@
 """Architectures outside the table through the command line: do they agree, and what does the compiler make of them?
 
-    python -m benchmarks.variants [VARIANT ...] [--precision fp16,bf16,int8] [--gpu sm89]
+    python -m benchmarks.variants [VARIANT ...] [--precision fp16,bf16,int8] [--gpu sm89]     such as cifar_hybrid
 
 Each is a checkpoint of `tests/golden/variants.json` with the published code's answers (`--answers`), exported by
 `spach-export` with an engine; INT8 calibrated on photographs. Beside it stands the plain export: torch.onnx.export of
@@ -121,25 +121,29 @@ def _figures(kernels: int, moved: int | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="*", default=list(golden_variants()))
+    names = {name.replace(" ", "_"): name for name in golden_variants()}
+    parser.add_argument("variants", nargs="*", metavar="VARIANT")
     parser.add_argument("--precision", default=",".join(precision.value for precision in PRECISIONS))
     parser.add_argument("--gpu", default="sm89")
     arguments = parser.parse_args()
+    chosen = arguments.variants or list(names)
+    if unknown := set(chosen) - set(names):
+        parser.error(f"there is no variant {', '.join(sorted(unknown))}. One of {', '.join(names)}.")
     precisions = [Precision(word) for word in arguments.precision.split(",")]
     rows = []
     with tempfile.TemporaryDirectory(prefix="spach-variants-") as made:
         photographs = write(Path(made) / "photographs")
-        for number, name in enumerate(arguments.variants):
-            folder = Path(made) / str(number)
+        for name in chosen:
+            folder = Path(made) / name
             folder.mkdir()
-            for row in Subject(name, folder).rows(precisions, arguments.gpu, photographs):
+            for row in Subject(names[name], folder).rows(precisions, arguments.gpu, photographs):
                 print(" | ".join(row), flush=True)
                 rows.append(row)
     body = (
         "Published answers: relative L2 of what the published code answers from our model in FP64. Kernels / MB moved"
         f" at batch {BATCH}.\n\n{table((*HEADINGS, *ENGINE_HEADINGS), rows)}"
     )
-    is_whole = set(arguments.variants) == set(golden_variants()) and set(precisions) == set(PRECISIONS)
+    is_whole = set(chosen) == set(names) and set(precisions) == set(PRECISIONS)
     command = " ".join(["python -m benchmarks.variants", *sys.argv[1:]])
     record("Architectures outside the table", command, body, is_whole=is_whole)
     sys.exit(any("exit" in row[2] or row[3] == "NO" for row in rows))

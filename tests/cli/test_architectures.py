@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -13,6 +14,8 @@ from spach_deploy.cli.export import main as export_command
 from spach_deploy.models import create_model, load_demo_weights
 from spach_deploy.models.hyperparameters import Source
 from spach_deploy.validation.live_reference import Weights, rebuild
+from tests.models.golden_reference import golden_answers, golden_model_of, reference_batch
+from tests.models.test_architecture import variant
 from tests.static_models import ARCHITECTURES
 
 BARE = ARCHITECTURES["bare"].replace(heads=4)
@@ -52,6 +55,20 @@ def test_the_reference_is_rebuilt_without_a_name(folder: Path) -> None:
     rebuilt = rebuild(section, Weights(folder / "run.pth"), manifest.outputs)
     assert rebuilt.architecture == section.architecture
     assert (rebuilt.name, rebuilt.weights_sha256) == ("spach", section.weights_sha256)
+
+
+def test_a_checkpoint_agrees_with_what_the_published_code_answers(tmp_path: Path) -> None:
+    """`benchmarks/variants.py` does it for all variants, in three precisions, with engines."""
+    model = golden_model_of(variant("cifar hybrid"))
+    torch.save(model.state_dict(), tmp_path / "run.pth")
+    images, logits = reference_batch((2, 3, 32, 32))[:1], golden_answers("cifar hybrid")["logits"]
+    np.savez(tmp_path / "answers.npz", input=images, logits=logits)
+    words = ("--image-size", 32, "--heads", 3, "--fp16", "--answers", tmp_path / "answers.npz")
+    made = export("--checkpoint", tmp_path / "run.pth", *words, "-o", tmp_path / "bundle")
+    assert made.exit_code == 0, made.output
+    agreement = Bundle.open(tmp_path / "bundle").manifest.validation.answers
+    assert agreement is not None
+    assert agreement.rel_l2 < 1e-6
 
 
 def planned(*words: object) -> Result:

@@ -107,6 +107,36 @@ def test_pairs_of_a_hybrid_with_a_convolutional_stem() -> None:
     assert names("hybrid_stem") == [*stem, *convolution, *attention, "norm2 -> head"]
 
 
+OTHER_NAMES = {"norm1": "a", "norm2": "b", "qkv": "c", "proj": "d", "fc1": "e", "head": "f", "stem": "g"}
+
+
+def renamed(text: str) -> str:
+    for ours, other in OTHER_NAMES.items():
+        text = text.replace(ours, other)
+    return text
+
+
+def test_pairs_and_the_head_are_found_whatever_modules_are_called() -> None:
+    model = canonical("hybrid_stem")
+    for node in model.graph.node:
+        node.name = renamed(node.name)
+        node.input[:], node.output[:] = map(renamed, node.input), map(renamed, node.output)
+    for tensor in model.graph.initializer:
+        tensor.name = renamed(tensor.name)
+    assert [pair.name for pair in pairs_of(model)] == [*map(renamed, names("hybrid_stem"))]
+    assert [site.module for site in find_sites(model) if site.is_head] == ["f"]
+
+
+def test_what_something_else_reads_too_is_not_exchanged() -> None:
+    model = canonical("trans")
+    norm = next(node for node in model.graph.node if node.name.startswith("blocks.1.norm2/"))
+    model.graph.node.append(onnx.helper.make_node("Identity", [norm.output[0]], ["seen"], "seen"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("seen", onnx.TensorProto.FLOAT, None))
+    assert {*names("trans")} - {pair.name for pair in pairs_of(model)} == {
+        "blocks.1.norm2 -> blocks.1.channel_func.fc1"
+    }
+
+
 def test_only_quantized_layers_are_equalized_for() -> None:
     modules = {pair.site for pair in plan("hybrid_stem", INT8).equalized}
     quantized = {site.module for site in plan("hybrid_stem", INT8).sites}

@@ -141,15 +141,21 @@ def record(
 
 
 class _DataFlow(TorchFunctionMode):
-    """Keeps for every tensor the nearest probe points that it is computed from."""
+    """Keeps for every tensor the nearest probe points that it is computed from.
+
+    `is_paused`: not now, as within a block, whose points know their inputs: it would keep every attention's scores.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_paused = False
         self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {}  # with the tensor, so that no other gets its id
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`; what it makes comes from the points that its inputs come from."""
         result = func(*args, **(kwargs or {}))
+        if self.is_paused:
+            return result
         inputs = (self.points_of(tensor) for tensor in _tensors((args, tuple((kwargs or {}).values()))))
         points = tuple(dict.fromkeys(itertools.chain.from_iterable(inputs)))
         for tensor in _tensors(result) if points else ():
@@ -206,7 +212,7 @@ class _Recorder:
 
     def _on_block_entry(self, path: str) -> Callable[..., None]:
         def hook(block: MixingBlock | StaticBlock, _inputs: object) -> None:
-            self._block, self._calls = (path, block), {}
+            self._block, self._calls, self._flow.is_paused = (path, block), {}, True
 
         return hook
 
@@ -273,6 +279,7 @@ class _Recorder:
         output = self._substituted(path, output, ChannelLayout(self._batch))
         self._add_sum(ProbePoint(path, path, ProbeKind.SUM, (last, middle)), output, values)
         self._stream = path
+        self._flow.is_paused = False
         self._flow.set_points(output, (path,))
         return output
 
