@@ -9,7 +9,7 @@ is the keyword `heads`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class ExportResult:
 @with_keywords(EXPORT)
 def export(
     model: str | nn.Module | None = None,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     *,
     recipe: FilePath | None = None,
     observer: ExportObserver | None = None,
@@ -90,8 +90,9 @@ def export(
         result = spach_deploy.export("ms_hybrid_s", precision="fp16", gpu=["sm86", "sm89"])
         result = spach_deploy.export(my_module, torch.zeros(1, 3, 224, 224), precision="fp16")
 
-    `model`: a name, or any nn.Module, which is exported in evaluation mode and stays as it is; `example_inputs`,
-    float32 (B, C, H, W), tell what it takes. `recipe`: a TOML file of the same options; keywords win over it.
+    `model`: a name, or any nn.Module, which is exported in evaluation mode and stays as it is; `example_inputs` tell
+    what it takes: images, float32 (B, C, H, W), and other inputs in forward's order or by its arguments' names
+    (docs/own_module.md). `recipe`: a TOML file of the same options; keywords win over it.
     `observer`: called with phases and notes as they come. The cache of finished exports is not used. Raises a subclass
     of SpachError, and then has written nothing; a validation that does not pass is a MismatchError.
     """
@@ -111,7 +112,9 @@ def export(
     return ExportResult(Bundle(done.bundle.path, done.bundle.manifest), done.validation)
 
 
-def _loaded(module: nn.Module, example: Tensor | Sequence[Tensor] | None, spec: ModelSpec) -> LoadedModel:
+def _loaded(
+    module: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None, spec: ModelSpec
+) -> LoadedModel:
     """The user's module as the steps of an export take it. UsageError without example inputs."""
     import torch
 
