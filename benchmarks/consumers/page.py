@@ -14,9 +14,10 @@ _FORMS = ("cpu", "tensorrt")
 _HEAD = """# Which runtimes read the graphs
 
 Written by `benchmarks/consumers` from `spach_deploy/graph/consumers.json`, which `spach-doctor BUNDLE` reads too. Small
-models of every family ({families}) were exported in every precision, with `--engine none` (*cpu*) and in the form for
-TensorRT (*tensorrt*), and each runtime, from PyPI or npm, ran the bundles' golden images on a CPU, one at a time and
-all at once, on {read}. *int8* keeps the rest in FP16, *int8 in fp32* is `--int8 --rest fp32`.
+models of every family ({families}) were exported in every precision, with
+`--engine none` (*cpu*) and in the form for TensorRT (*tensorrt*), and each runtime, from PyPI or npm, ran the bundles'
+golden images on a CPU, one at a time and all at once, on {read}. *int8* keeps the rest in FP16, *int8 in fp32* is
+`--int8 --rest fp32`.
 
 - **right**: of every family, every image within the bundle's tolerance for its graph.
 - **refused**: of every family; the runtime's words are below.
@@ -54,7 +55,7 @@ def _of(graphs: Mapping[str, Any], precision: str, form: str) -> list[str]:
 def _cell(graphs: Mapping[str, Any], answers: Mapping[str, Any], precision: str, form: str) -> str:
     names = _of(graphs, precision, form)
     right = sum(not problem_of(answers[name], graphs[name]["allowed"]) for name in names)
-    if right == len(names):
+    if right == len(names) > 0:
         return "right"
     is_refused = all(isinstance(answers[name], str) for name in names)
     return "refused" if not right and is_refused else f"{right} of {len(names)}"
@@ -67,10 +68,19 @@ def _problems(graphs: Mapping[str, Any], runtimes: list[dict[str, Any]]) -> Iter
             if problem := problem_of(answer, graphs[name]["allowed"]):
                 by_words.setdefault(problem, []).append(name)
         for words, names in by_words.items():
-            precisions = dict.fromkeys(graphs[name]["precision"] for name in names)
-            whole = all(set(_of(graphs, precision, form)) <= {*names} for precision in precisions for form in _FORMS)
-            which = ", ".join(precisions) if whole else ", ".join(sorted(names))
+            which = ", ".join(_shortened(graphs, names))
             yield f"- {_name(runtime)}, {which}: {words.replace('|', '/').replace('*', '')}"
+
+
+def _shortened(graphs: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+    """The precisions of which all graphs are among `names`, then the other names."""
+    whole = []
+    for precision in _PRECISIONS:
+        own = {name for name, entry in graphs.items() if entry["precision"] == precision}
+        if own and own <= {*names}:
+            whole.append(precision)
+    yield from whole
+    yield from sorted(name for name in names if graphs[name]["precision"] not in whole)
 
 
 def _versions(graphs: Mapping[str, Any]) -> Iterator[str]:

@@ -20,6 +20,13 @@ Answer = dict[str, object]
 _HERE = Path(__file__).parent
 _INSTALL_SECONDS = 600.0
 _SHOWN = 150
+_PREFIXES = (
+    r"^\[ONNXRuntimeError\] : \d+ : \w+ : ",
+    r"^Can't create a session. ERROR_CODE: \d+, ERROR_MESSAGE: ",
+    r"^(error: )?\(-\d+:Unsupported format or combination of formats\) ",
+    r"^(error: )?\(-\d+:(?=Assertion failed)|(?<=Assertion failed)\)",
+)
+_OPENVINO = re.compile(r"GeneralFailure:\n(?!Errors)(.+)")
 _CODE = re.compile(r"\S+\.(?:cc|cpp|hpp|h):\d+:?")
 
 
@@ -107,10 +114,12 @@ def answers(command: Sequence[str], questions: Sequence[Question]) -> list[Answe
 
 
 def reason(text: str) -> str:
-    """What a runtime says of a graph, without its source's places and the graph's, in few words."""
-    words = " ".join(_CODE.split(text)[-1].split())
+    """What a runtime says of a graph, without places in its source and in the graph, in few words."""
+    causes = _OPENVINO.findall(text)  # it tells of every node
+    words = " ".join((causes or _CODE.split(text))[0 if causes else -1].split())
     words = re.sub(r"^.*::.*\) (?=[A-Z])", "", words)  # the signature of a function
-    words = re.sub(r"^(error: )?\(-\d+:[^)]*\) |^\[ONNXRuntimeError\] : \d+ : | in function '\w+'$", "", words)
+    words = re.sub("|".join(_PREFIXES), "", words)
+    words = re.sub(r" in function '\w+'$| (node )?with name '[^']*'", "", words)
     if len(words) <= _SHOWN:
         return words or "refused without words"
     last = words.rstrip(".").rpartition(". ")[2]

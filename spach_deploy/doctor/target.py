@@ -229,7 +229,7 @@ def _in_runtime(bundle: Bundle, version: str, accept: str, needs: GraphNeeds | N
 def _readers(bundle: Bundle, needs: GraphNeeds | None) -> Iterator[Finding]:
     """Which runtimes read the graph, if graphs like it were tried; none was for processors with VNNI alone."""
     if needs is not None and not bundle.needs_vnni and (known := reading(needs)):
-        means = "So they took small graphs of these formats, opset and operators on a CPU, as docs/runtimes.md shows."
+        means = "Known of small graphs of the same formats, opset and operators, on a CPU (docs/runtimes.md)."
         yield Finding(Status.OK, "read by", known, means)
 
 

@@ -88,7 +88,13 @@ def test_a_client_gets_the_golden_images(bundle: Bundle) -> None:
             " onnxruntime::Model::Model(onnx::ModelProto&&, const Options&) Unsupported model IR version: 10, max 9\n",
             "Unsupported model IR version: 10, max 9",
         ),
-        ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no Conv(22) here", "NOT_IMPLEMENTED : no Conv(22) here"),
+        ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no Conv(22) node with name 'stem/Conv'", "no Conv(22)"),
+        (
+            "Exception from src/core.cpp:121:\nFrontEnd API failed with GeneralFailure:\nErrors during translation:\n"
+            "While validating A: FrontEnd API failed with GeneralFailure:\nWrong scale: f16\n"
+            "While validating B: FrontEnd API failed with GeneralFailure:\nRank not known\n",
+            "Wrong scale: f16",
+        ),
         (
             "OpenCV(5.0.0) /io/dnn/graph.cpp:2213: error: (-210:Unsupported format or combination of formats)"
             " Unsupported data type:  in function 'getMatFromTensor'\n",
@@ -96,7 +102,7 @@ def test_a_client_gets_the_golden_images(bundle: Bundle) -> None:
         ),
         ("", "refused without words"),
     ],
-    ids=["onnxruntime", "no kernel", "opencv", "nothing"],
+    ids=["onnxruntime", "no kernel", "openvino", "opencv", "nothing"],
 )
 def test_a_runtimes_words_are_shown_without_its_places(said: str, shown: str) -> None:
     assert reason(said) == shown
@@ -111,3 +117,4 @@ def test_the_page_tells_refused_from_some_that_are_right() -> None:
         runtime = {"name": "R", "version": "1", "answers": dict(zip(names, found, strict=True))}
         text = page({"graphs": graphs, "runtimes": [runtime], "read": "2026-11-30"})
         assert f"| R 1 | {cell} |" in text
+        assert ("- R 1, fp32: too new" in text) == (cell == "refused")
