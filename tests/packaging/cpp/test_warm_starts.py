@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Mapping
@@ -141,6 +142,24 @@ def test_a_cache_that_tensorrt_refuses_is_not_used(plain: Build, model: Path, tm
     trace, said = warm(plain, model, "1", f"cache={cache}", folder=tmp_path, SPACH_DOUBLE_FAIL="deserialize:1")
     assert trace == ["compiled batch 1"]
     assert f"warning: The runtime cache is not used: {cache}: The runtime cache is incompatible.\n" in said
+
+
+def test_a_cache_that_tensorrt_refuses_is_replaced_though_it_is_larger(
+    plain: Build, model: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "kernels.cache"
+    warm(plain, model, "1", f"cache={cache}", folder=tmp_path)
+    good = cache.read_bytes()
+    kernels = b"of another driver\n" * 100
+    facts = {b"bytes": str(len(kernels)).encode(), b"sha256": hashlib.sha256(kernels).hexdigest().encode()}
+    words = good.split(b"\n")[0].split(b" ")
+    for name, value in facts.items():
+        words[words.index(name) + 1] = value
+    cache.write_bytes(b" ".join(words) + b"\n" + kernels)
+    trace, said = warm(plain, model, "1", f"cache={cache}", folder=tmp_path)
+    assert trace == ["compiled batch 1"]
+    assert f"warning: The runtime cache is not used: {cache}: The runtime cache is incompatible.\n" in said
+    assert cache.read_bytes() == good
 
 
 @pytest.mark.parametrize("function", ["createRuntimeCache", "setRuntimeCache", "serialize"])

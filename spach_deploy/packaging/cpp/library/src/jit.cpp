@@ -54,16 +54,6 @@ nvinfer1::DynamicShapesKernelSpecializationStrategy strategy_of(Specialization s
   return Strategy::kLAZY;
 }
 
-// Kernels of both, where a cache takes a second load as an addition; else no more than one of them.
-HostMemory merged(const nvinfer1::IRuntimeConfig& config, const Bytes& theirs,
-                  const nvinfer1::IHostMemory& ours) {
-  const std::unique_ptr<nvinfer1::IRuntimeCache> both(config.createRuntimeCache());
-  if (!both || !both->deserialize(theirs.data(), theirs.size()) ||
-      !both->deserialize(ours.data(), ours.size()))
-    return nullptr;
-  return HostMemory(both->serialize());
-}
-
 }  // namespace
 
 Status Jit::open(nvinfer1::ICudaEngine& engine, const EngineOptions& options, RuntimeCacheKey key) {
@@ -154,12 +144,15 @@ Status Jit::write(const nvinfer1::IHostMemory& ours, const std::string& digest) 
     const std::lock_guard<std::mutex> lock(creating_);
     Result<std::unique_ptr<RuntimeConfig>> config = make_config();
     if (!config) return config.error();
-    both = merged(**config, **found, ours);
-    const std::size_t theirs = (*found)->size();
-    if (!both || both->size() < std::max(theirs, ours.size())) {  // an addition does not shrink
-      both.reset();
+    const std::unique_ptr<Kernels> merged((*config)->createRuntimeCache());
+    // What TensorRT refuses, of another driver say, is of no use either.
+    if (merged && merged->deserialize((*found)->data(), (*found)->size())) {
+      if (merged->deserialize(ours.data(), ours.size())) both.reset(merged->serialize());
+      const std::size_t theirs = (*found)->size();
+      if (both && both->size() < std::max(theirs, ours.size()))
+        both.reset();  // no addition shrinks
       // Whoever reads the larger one adds the rest and writes both.
-      if (theirs > ours.size()) return Done{};
+      if (!both && theirs > ours.size()) return Done{};
     }
   }
   const nvinfer1::IHostMemory& written = both ? *both : ours;
