@@ -60,7 +60,19 @@ def test_it_writes_a_folder_and_says_how_to_build_it(bundle: Path, tmp_path: Pat
     ]
     assert sorted(path.name for path in (out / "model").iterdir()) == ["engine.plan", "golden.bin", "model.txt"]
     assert {path.name for path in out.iterdir()} == {
-        *("CMakeLists.txt", "LICENSE", "README.md", "cmake", "include", "manifest.json", "model", "src", "tools")
+        *(
+            "CMakeLists.txt",
+            "LICENSE",
+            "README.md",
+            "cmake",
+            "conanfile.py",
+            "include",
+            "manifest.json",
+            "model",
+            "src",
+            "tools",
+            "vcpkg",
+        )
     }
 
 

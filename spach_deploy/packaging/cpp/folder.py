@@ -4,6 +4,7 @@ FOLDER/
   manifest.json    marks the folder as written by spach-package, from which bundle; no program reads it
   README.md        how to build, test and use it
   CMakeLists.txt cmake/ include/ src/ tools/   the library, the same for every bundle
+  conanfile.py vcpkg/     recipes of package managers
   model/engine.plan model.txt golden.bin       what programs load; labels.txt with --labels
 
 golden.bin is the golden pack in a form that C++ reads with a few bounds checks, little-endian, with the shapes and
@@ -70,6 +71,9 @@ CONTENTS = DirectoryKind("cpp-library", "a C++ library")
 LIBRARY = Path(__file__).with_name("library")
 MODEL, MODEL_TEXT, GOLDEN_BIN, LABELS = "model", "model.txt", "golden.bin", "labels.txt"
 README = "README.md"
+RECIPE = "conanfile.py"
+RECIPE_SOURCE = f"{RECIPE}.in"
+"""Under another name here, where every .py is a module of this package."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,7 @@ def write_folder(bundle: Path, output: Path, *, labels: Path | None = None, over
     golden = golden_bytes(model)
     with writing(destination) as staging:
         shutil.copytree(LIBRARY, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        (staging / RECIPE_SOURCE).rename(staging / RECIPE)
         _write_model(staging / MODEL, model, golden)
         if names is not None:
             _write_text(staging / MODEL / LABELS, as_text(names))

@@ -1,8 +1,13 @@
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
+#include <cstring>
 #include <new>
+#include <string>
 #include <utility>
+#include <vector>
 
+#include "files.h"
 #include "guard.h"
 #include "spach/spach.h"
 #include "spach/spach_c.h"
@@ -13,7 +18,7 @@ struct spach_engine {
 
 struct spach_context {
   spach::Context context;
-  std::size_t classes;
+  spach::Engine engine;
 };
 
 namespace {
@@ -44,16 +49,109 @@ Error null_pointer() {
   return Error{ErrorCode::bad_argument, "A null pointer was given."};
 }
 
+Error bad(const char* what) {
+  return Error{ErrorCode::bad_argument, what};
+}
+
+// The numbers of spach_c.h are those of the enumerations.
+static_assert(SPACH_INT64 == static_cast<int>(spach::DType::int64));
+static_assert(SPACH_TOP_INDICES == static_cast<int>(spach::Role::top_indices));
+static_assert(SPACH_NONE == static_cast<int>(spach::Specialization::none));
+static_assert(SPACH_VERBOSE == static_cast<int>(spach::Severity::verbose));
+
+spach::Result<spach::EngineOptions> options_of(const spach_options* given) {
+  spach::EngineOptions options;
+  if (given == nullptr) return options;
+  if (given->size != sizeof(spach_options)) return bad("Options begin with SPACH_OPTIONS_DEFAULT.");
+  if (given->specialization < SPACH_LAZY || given->specialization > SPACH_NONE)
+    return bad("The specialization is none of SPACH_LAZY, SPACH_EAGER and SPACH_NONE.");
+  options.device = given->device;
+  options.runtime_cache = given->runtime_cache != 0;
+  if (given->runtime_cache_file != nullptr)
+    options.runtime_cache_file = spach::path_of(given->runtime_cache_file);
+  options.cuda_graphs = given->cuda_graphs != 0;
+  options.specialization = static_cast<spach::Specialization>(given->specialization);
+  options.threads = given->threads;
+  return options;
+}
+
+Status hand_out(spach::Result<spach::Engine> loaded, spach_engine** engine) {
+  if (!loaded) return loaded.error();
+  *engine = new spach_engine{std::move(*loaded)};
+  return Done{};
+}
+
+spach_tensor tensor_of(const spach::TensorFacts& facts, spach::Role role) {
+  spach_tensor tensor{};
+  tensor.name = facts.name.c_str();
+  tensor.dtype = static_cast<int>(facts.dtype);
+  tensor.role = static_cast<int>(role);
+  tensor.rank = static_cast<int>(facts.shape.size());
+  std::copy(facts.shape.begin(), facts.shape.end(), tensor.shape);
+  tensor.items = facts.items();
+  tensor.bytes = facts.bytes();
+  return tensor;
+}
+
+std::vector<spach::Image> images_of(const spach_image* given, std::size_t count) {
+  std::vector<spach::Image> images;
+  for (std::size_t i = 0; i < count; ++i)
+    images.push_back(
+        {given[i].pixels, given[i].width, given[i].height, given[i].stride, given[i].channels});
+  return images;
+}
+
+int passed_of(const spach::Result<spach::SelfTest>& report) {
+  return report && report->passed() ? 1 : 0;
+}
+
 }  // namespace
+
+int spach_set_log(spach_log callback, void* user, int most, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (callback == nullptr) return spach::set_log({});
+    if (most < SPACH_INTERNAL_ERROR || most > SPACH_VERBOSE)
+      return bad("`most` is no severity, from SPACH_INTERNAL_ERROR to SPACH_VERBOSE.");
+    const auto pass_on = [callback, user](spach::Severity severity, std::string_view message) {
+      callback(user, static_cast<int>(severity), std::string(message).c_str());
+    };
+    return spach::set_log(pass_on, static_cast<spach::Severity>(most));
+  });
+}
 
 int spach_engine_load(const char* folder, int device, spach_engine** engine, spach_error* error) {
   if (engine != nullptr) *engine = nullptr;
   return call(error, [&]() -> Status {
     if (folder == nullptr || engine == nullptr) return null_pointer();
-    spach::Result<spach::Engine> loaded = spach::Engine::load(folder, device);
-    if (!loaded) return loaded.error();
-    *engine = new spach_engine{std::move(*loaded)};
-    return Done{};
+    return hand_out(spach::Engine::load(folder, device), engine);
+  });
+}
+
+int spach_engine_load_with(const char* folder, const spach_options* options, spach_engine** engine,
+                           spach_error* error) {
+  if (engine != nullptr) *engine = nullptr;
+  return call(error, [&]() -> Status {
+    if (folder == nullptr || options == nullptr || engine == nullptr) return null_pointer();
+    const auto chosen = options_of(options);
+    if (!chosen) return chosen.error();
+    return hand_out(spach::Engine::load(spach::path_of(folder), *chosen), engine);
+  });
+}
+
+int spach_engine_load_memory(const char* text, size_t text_size, const void* plan, size_t plan_size,
+                             const char* labels, size_t labels_size, const spach_options* options,
+                             spach_engine** engine, spach_error* error) {
+  if (engine != nullptr) *engine = nullptr;
+  return call(error, [&]() -> Status {
+    if (text == nullptr || plan == nullptr || engine == nullptr) return null_pointer();
+    const auto chosen = options_of(options);
+    if (!chosen) return chosen.error();
+    spach::ModelBytes model;
+    model.text = {text, text_size};
+    model.plan = plan;
+    model.plan_bytes = plan_size;
+    if (labels != nullptr) model.labels = {labels, labels_size};
+    return hand_out(spach::Engine::load(model, *chosen), engine);
   });
 }
 
@@ -65,10 +163,58 @@ int spach_engine_model(const spach_engine* engine, spach_model* model, spach_err
   return call(error, [&]() -> Status {
     if (engine == nullptr || model == nullptr) return null_pointer();
     const spach::ModelFacts& facts = engine->engine.facts();
-    *model = {facts.image_height, facts.image_width, facts.channels(),
-              facts.classes(),    facts.batch.min,   facts.batch.max,
-              facts.input.bytes(), facts.outputs.size()};
+    *model = {facts.image_height, facts.image_width, facts.channels(),    facts.classes(),
+              facts.batch.min,    facts.batch.max,   facts.input.bytes(), facts.outputs.size()};
     return Done{};
+  });
+}
+
+int spach_engine_batches(const spach_engine* engine, int* min, int* opt, int* max,
+                         spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (engine == nullptr) return null_pointer();
+    const spach::BatchFacts& batch = engine->engine.facts().batch;
+    if (min != nullptr) *min = batch.min;
+    if (opt != nullptr) *opt = batch.opt;
+    if (max != nullptr) *max = batch.max;
+    return Done{};
+  });
+}
+
+int spach_engine_input(const spach_engine* engine, spach_tensor* tensor, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (engine == nullptr || tensor == nullptr) return null_pointer();
+    *tensor = tensor_of(engine->engine.facts().input, spach::Role::other);
+    return Done{};
+  });
+}
+
+int spach_engine_output(const spach_engine* engine, size_t index, spach_tensor* tensor,
+                        spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (engine == nullptr || tensor == nullptr) return null_pointer();
+    const std::vector<spach::OutputFacts>& outputs = engine->engine.facts().outputs;
+    if (index >= outputs.size()) return bad("The model has no such output.");
+    *tensor = tensor_of(outputs[index].tensor, outputs[index].role);
+    return Done{};
+  });
+}
+
+int spach_engine_output_named(const spach_engine* engine, const char* name, spach_tensor* tensor,
+                              spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (engine == nullptr || name == nullptr || tensor == nullptr) return null_pointer();
+    const spach::OutputFacts* output = engine->engine.facts().find(std::string(name));
+    if (output == nullptr) return bad("The model has no such output.");
+    *tensor = tensor_of(output->tensor, output->role);
+    return Done{};
+  });
+}
+
+int spach_engine_save_runtime_cache(const spach_engine* engine, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (engine == nullptr) return null_pointer();
+    return engine->engine.save_runtime_cache();
   });
 }
 
@@ -83,7 +229,25 @@ int spach_engine_self_test(const spach_engine* engine, int* passed, spach_error*
   return call(error, [&]() -> Status {
     if (engine == nullptr || passed == nullptr) return null_pointer();
     spach::Result<spach::SelfTest> report = spach::self_test(engine->engine);
-    *passed = report && report->passed() ? 1 : 0;
+    *passed = passed_of(report);
+    if (!report) return report.error();
+    return Done{};
+  });
+}
+
+int spach_engine_self_test_golden(const spach_engine* engine, const void* golden, size_t size,
+                                  int* passed, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (engine == nullptr || golden == nullptr || passed == nullptr) return null_pointer();
+    *passed = 0;
+    const spach::ModelFacts& facts = engine->engine.facts();
+    const auto* bytes = static_cast<const std::byte*>(golden);
+    Status status = spach::check_file("golden.bin", bytes, size, facts.golden);
+    if (!status) return status;
+    const auto pack = spach::parse_golden(bytes, size, facts);
+    if (!pack) return pack.error();
+    const spach::Result<spach::SelfTest> report = spach::self_test(engine->engine, *pack);
+    *passed = passed_of(report);
     if (!report) return report.error();
     return Done{};
   });
@@ -95,8 +259,7 @@ int spach_context_create(const spach_engine* engine, spach_context** context, sp
     if (engine == nullptr || context == nullptr) return null_pointer();
     spach::Result<spach::Context> made = engine->engine.create_context();
     if (!made) return made.error();
-    const auto classes = static_cast<std::size_t>(engine->engine.facts().classes());
-    *context = new spach_context{std::move(*made), classes};
+    *context = new spach_context{std::move(*made), engine->engine};
     return Done{};
   });
 }
@@ -122,11 +285,63 @@ int spach_context_classify_rgb8(spach_context* context, const uint8_t* rgb, int 
   });
 }
 
+int spach_context_classify(spach_context* context, const spach_image* images, size_t count,
+                           size_t k, spach_prediction* predictions, size_t* found,
+                           spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (context == nullptr || images == nullptr || predictions == nullptr) return null_pointer();
+    const std::vector<spach::Image> pictures = images_of(images, count);
+    const auto ranked = context->context.classify(pictures.data(), count, k);
+    if (!ranked) return ranked.error();
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::vector<spach::Prediction>& best = (*ranked)[i];
+      for (std::size_t rank = 0; rank < best.size(); ++rank)
+        predictions[i * k + rank] = {best[rank].index, best[rank].logit, best[rank].probability};
+      if (found != nullptr) found[i] = best.size();
+    }
+    return Done{};
+  });
+}
+
+int spach_context_run(spach_context* context, const void* input, size_t input_bytes, int batch,
+                      const spach_buffer* outputs, size_t output_count, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (context == nullptr || (outputs == nullptr && output_count > 0)) return null_pointer();
+    const spach::ModelFacts& facts = context->engine.facts();
+    std::vector<std::size_t> which;  // asked before anything runs
+    for (std::size_t i = 0; i < output_count; ++i) {
+      if (outputs[i].name == nullptr || outputs[i].data == nullptr) return null_pointer();
+      const spach::OutputFacts* output = facts.find(std::string(outputs[i].name));
+      if (output == nullptr) return bad("The model has no such output.");
+      const std::size_t bytes = output->tensor.bytes();
+      if (batch < 1 || outputs[i].bytes % bytes != 0 ||
+          outputs[i].bytes / bytes != static_cast<std::size_t>(batch))
+        return bad("A buffer has not room for just the batch.");
+      which.push_back(static_cast<std::size_t>(output - facts.outputs.data()));
+    }
+    const auto results = context->context.run(input, input_bytes, batch);
+    if (!results) return results.error();
+    for (std::size_t i = 0; i < output_count; ++i)
+      std::memcpy(outputs[i].data, (*results)[which[i]].data.data(), outputs[i].bytes);
+    return Done{};
+  });
+}
+
+int spach_context_preprocess(spach_context* context, const spach_image* images, size_t count,
+                             void* destination, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (context == nullptr || images == nullptr || destination == nullptr) return null_pointer();
+    const std::vector<spach::Image> pictures = images_of(images, count);
+    return context->context.preprocess(pictures.data(), count, destination);
+  });
+}
+
 int spach_context_logits(spach_context* context, const void* input, size_t count, float* logits,
                          size_t logits_size, spach_error* error) {
   return call(error, [&]() -> Status {
     if (context == nullptr || input == nullptr || logits == nullptr) return null_pointer();
-    const std::size_t classes = context->classes;  // divided, because a product could overflow
+    // Divided, because a product could overflow.
+    const auto classes = static_cast<std::size_t>(context->engine.facts().classes());
     if (classes == 0) return Error{ErrorCode::bad_argument, "The model has no logits."};
     if (count == 0 || logits_size % classes != 0 || logits_size / classes != count) {
       return Error{ErrorCode::bad_argument, "`logits` has not room for just `count` images."};
@@ -159,5 +374,61 @@ int spach_context_enqueue(spach_context* context, const void* device_input, int 
     if (context == nullptr) return null_pointer();
     return context->context.enqueue(device_input, batch, device_outputs, output_count,
                                     static_cast<CUstream_st*>(stream));
+  });
+}
+
+int spach_context_input(spach_context* context, size_t slot, void** input, size_t* bytes,
+                        spach_error* error) {
+  if (input != nullptr) *input = nullptr;
+  return call(error, [&]() -> Status {
+    if (context == nullptr || input == nullptr) return null_pointer();
+    const spach::Result<void*> memory = context->context.input(slot);
+    if (!memory) return memory.error();
+    *input = *memory;
+    const spach::ModelFacts& facts = context->engine.facts();
+    if (bytes != nullptr) *bytes = static_cast<std::size_t>(facts.batch.max) * facts.input.bytes();
+    return Done{};
+  });
+}
+
+int spach_context_submit(spach_context* context, size_t slot, int batch, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (context == nullptr) return null_pointer();
+    return context->context.submit(slot, batch);
+  });
+}
+
+int spach_context_wait(spach_context* context, size_t slot, spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (context == nullptr) return null_pointer();
+    const auto views = context->context.wait(slot);
+    if (!views) return views.error();
+    return Done{};
+  });
+}
+
+int spach_context_waited(spach_context* context, size_t slot, const char* name, const void** data,
+                         size_t* bytes, spach_error* error) {
+  if (data != nullptr) *data = nullptr;
+  return call(error, [&]() -> Status {
+    if (context == nullptr || name == nullptr || data == nullptr) return null_pointer();
+    const auto views = context->context.wait(slot);  // at once, where it was waited for
+    if (!views) return views.error();
+    for (const spach::OutputView& view : *views) {
+      if (view.tensor.name != name) continue;
+      *data = view.data;
+      if (bytes != nullptr) *bytes = view.bytes;
+      return Done{};
+    }
+    return bad("The model has no such output.");
+  });
+}
+
+int spach_context_warm_up(spach_context* context, const int* batches, size_t count,
+                          spach_error* error) {
+  return call(error, [&]() -> Status {
+    if (context == nullptr) return null_pointer();
+    if (batches == nullptr) return context->context.warm_up();
+    return context->context.warm_up(std::vector<int>(batches, batches + count));
   });
 }

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 
@@ -40,19 +41,14 @@ Result<std::vector<float>> Output::floats() const noexcept {
 
 namespace {
 
-// Memory on both sides for one tensor of the largest batch.
-struct Buffer {
-  cuda::DeviceMemory device;
-  cuda::PinnedMemory host;
+// Pinned host memory for the largest batch and its outputs, and whether they are in use.
+struct Slot {
+  cuda::PinnedMemory input;
+  std::vector<cuda::PinnedMemory> outputs;
+  cuda::Event done;  // when the outputs are here; only for batches that are submitted
+  enum class State { free, submitted, waited } state = State::free;
+  int batch = 0;
 };
-
-Result<Buffer> make_buffer(std::size_t bytes) {
-  Result<cuda::DeviceMemory> device = cuda::device_memory(bytes);
-  if (!device) return device.error();
-  Result<cuda::PinnedMemory> host = cuda::pinned_memory(bytes);
-  if (!host) return host.error();
-  return Buffer{std::move(*device), std::move(*host)};
-}
 
 // Holds a context for one thread, or finds that another one has it.
 class InUse {
@@ -78,32 +74,42 @@ class InUse {
 
 struct Context::Impl {
   std::shared_ptr<Engine::Impl> owner;
-  std::unique_ptr<nvinfer1::IExecutionContext> context;
+  ExecutionContext made;
   Preprocessor preprocessor;
+  // What follows is made when host memory is first used. One stream runs everything in order, so
+  // that one set of device memory is enough; its addresses stay the same, as CUDA graphs want it.
   cuda::Stream stream;
-  Buffer input;  // made when host memory is first used
-  std::vector<Buffer> outputs;
+  cuda::DeviceMemory input;
+  std::vector<cuda::DeviceMemory> outputs;
+  Slot staging;  // of calls that wait
+  std::array<std::unique_ptr<Slot>, kSlots> slots;
   std::atomic_flag in_use = ATOMIC_FLAG_INIT;
 
-  Impl(std::shared_ptr<Engine::Impl> engine, std::unique_ptr<nvinfer1::IExecutionContext> made)
-      : owner(std::move(engine)), context(std::move(made)), preprocessor(owner->facts) {}
+  Impl(std::shared_ptr<Engine::Impl> engine, ExecutionContext context)
+      : owner(std::move(engine)), made(std::move(context)), preprocessor(owner->facts) {}
 
   ~Impl() {
     const cuda::OnDevice on(owner->device);
     if (stream) cudaStreamSynchronize(stream.get());
+    slots = {};
+    staging = Slot();
     outputs.clear();
-    input = Buffer();
+    input.reset();
     stream.reset();
-    context.reset();
+    made.context.reset();
+    made.config.reset();
   }
 
   const ModelFacts& facts() const { return owner->facts; }
+  std::byte* staged() const { return static_cast<std::byte*>(staging.input.get()); }
 
   Status check_batch(int batch) const;
+  Result<Slot> make_slot() const;
   Status allocate();
+  Result<Slot*> slot(std::size_t which);
   Status enqueue(const void* device_input, int batch, void* const* device_outputs, cudaStream_t on);
   Status run_staged(int batch);
-  Status transfer(int batch);
+  Status transfer(const Slot& slot, int batch);
   Outputs collect(int batch) const;
   void fill(std::size_t from, int batch);
 
@@ -119,56 +125,92 @@ Status Context::Impl::check_batch(int batch) const {
                    std::to_string(limits.min) + " to " + std::to_string(limits.max) + "."};
 }
 
+Result<Slot> Context::Impl::make_slot() const {
+  const auto most = static_cast<std::size_t>(facts().batch.max);
+  Slot slot;
+  Result<cuda::PinnedMemory> made_input = cuda::pinned_memory(most * facts().input.bytes());
+  if (!made_input) return made_input.error();
+  slot.input = std::move(*made_input);
+  for (const OutputFacts& output : facts().outputs) {
+    Result<cuda::PinnedMemory> memory = cuda::pinned_memory(most * output.tensor.bytes());
+    if (!memory) return memory.error();
+    slot.outputs.push_back(std::move(*memory));
+  }
+  return slot;
+}
+
 Status Context::Impl::allocate() {
   if (stream) return Done{};
   const auto most = static_cast<std::size_t>(facts().batch.max);
-  Result<Buffer> made = make_buffer(most * facts().input.bytes());
-  if (!made) return made.error();
-  input = std::move(*made);
+  Result<cuda::DeviceMemory> made_input = cuda::device_memory(most * facts().input.bytes());
+  if (!made_input) return made_input.error();
+  input = std::move(*made_input);
   outputs.clear();
   for (const OutputFacts& output : facts().outputs) {
-    Result<Buffer> buffer = make_buffer(most * output.tensor.bytes());
-    if (!buffer) return buffer.error();
-    outputs.push_back(std::move(*buffer));
+    Result<cuda::DeviceMemory> memory = cuda::device_memory(most * output.tensor.bytes());
+    if (!memory) return memory.error();
+    outputs.push_back(std::move(*memory));
   }
+  Result<Slot> slot = make_slot();
+  if (!slot) return slot.error();
+  staging = std::move(*slot);
   Result<cuda::Stream> created = cuda::make_stream();
   if (!created) return created.error();
   stream = std::move(*created);
   return Done{};
 }
 
+Result<Slot*> Context::Impl::slot(std::size_t which) {
+  if (which >= kSlots)
+    return Error{ErrorCode::bad_argument, "There is no slot " + std::to_string(which) +
+                                              "; they are 0 to " + std::to_string(kSlots - 1) +
+                                              "."};
+  if (Status status = allocate(); !status) return status.error();
+  if (!slots[which]) {
+    Result<Slot> slot = make_slot();
+    if (!slot) return slot.error();
+    Result<cuda::Event> event = cuda::make_event();
+    if (!event) return event.error();
+    slot->done = std::move(*event);
+    slots[which] = std::make_unique<Slot>(std::move(*slot));
+  }
+  return slots[which].get();
+}
+
 Status Context::Impl::enqueue(const void* device_input, int batch, void* const* device_outputs,
                               cudaStream_t on) {
   const char* name = facts().input.name.c_str();
-  bool accepted = context->setInputShape(name, dims_of(facts().input, batch)) &&
-                  context->setTensorAddress(name, const_cast<void*>(device_input));
+  nvinfer1::IExecutionContext& context = *made.context;
+  bool accepted = context.setInputShape(name, dims_of(facts().input, batch)) &&
+                  context.setTensorAddress(name, const_cast<void*>(device_input));
   for (std::size_t i = 0; accepted && i < facts().outputs.size(); ++i)
-    accepted = context->setTensorAddress(facts().outputs[i].tensor.name.c_str(), device_outputs[i]);
-  if (accepted && context->enqueueV3(on)) return Done{};
+    accepted = context.setTensorAddress(facts().outputs[i].tensor.name.c_str(), device_outputs[i]);
+  if (accepted && context.enqueueV3(on)) return Done{};
   return Error{ErrorCode::engine, Logger::instance().take("TensorRT could not run the plan.")};
 }
 
-// Runs what lies in `input.host`; the answers lie in `outputs[i].host` afterwards.
+// Runs what lies in `staging.input`; the answers lie in `staging.outputs` afterwards.
 Status Context::Impl::run_staged(int batch) {
-  Status status = guarded([&] { return transfer(batch); });
+  Status status = guarded([&] { return transfer(staging, batch); });
   // Whatever failed, nothing may be in flight when the buffers are used again.
   Status waited = cuda::checked(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
   return status ? waited : status;
 }
 
-Status Context::Impl::transfer(int batch) {
+// Puts a slot's batch on the stream: its input there, the engine, its outputs back.
+Status Context::Impl::transfer(const Slot& slot, int batch) {
   const auto images = static_cast<std::size_t>(batch);
   const std::size_t input_bytes = images * facts().input.bytes();
-  Status status = cuda::checked(cudaMemcpyAsync(input.device.get(), input.host.get(), input_bytes,
+  Status status = cuda::checked(cudaMemcpyAsync(input.get(), slot.input.get(), input_bytes,
                                                 cudaMemcpyHostToDevice, stream.get()),
                                 "cudaMemcpyAsync");
   if (!status) return status;
   std::vector<void*> addresses;
-  for (const Buffer& buffer : outputs) addresses.push_back(buffer.device.get());
-  status = enqueue(input.device.get(), batch, addresses.data(), stream.get());
+  for (const cuda::DeviceMemory& memory : outputs) addresses.push_back(memory.get());
+  status = enqueue(input.get(), batch, addresses.data(), stream.get());
   for (std::size_t i = 0; status && i < outputs.size(); ++i) {
     const std::size_t bytes = images * facts().outputs[i].tensor.bytes();
-    status = cuda::checked(cudaMemcpyAsync(outputs[i].host.get(), outputs[i].device.get(), bytes,
+    status = cuda::checked(cudaMemcpyAsync(slot.outputs[i].get(), outputs[i].get(), bytes,
                                            cudaMemcpyDeviceToHost, stream.get()),
                            "cudaMemcpyAsync");
   }
@@ -179,7 +221,7 @@ Outputs Context::Impl::collect(int batch) const {
   Outputs results;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const TensorFacts& tensor = facts().outputs[i].tensor;
-    const auto* from = static_cast<const std::byte*>(outputs[i].host.get());
+    const auto* from = static_cast<const std::byte*>(staging.outputs[i].get());
     const std::size_t bytes = static_cast<std::size_t>(batch) * tensor.bytes();
     results.push_back(Output{tensor, std::vector<std::byte>(from, from + bytes)});
   }
@@ -189,12 +231,11 @@ Outputs Context::Impl::collect(int batch) const {
 // Copies of image `from - 1` of the staged batch, up to `batch`: the profile asks for so many.
 void Context::Impl::fill(std::size_t from, int batch) {
   const std::size_t bytes = facts().input.bytes();
-  auto* images = static_cast<std::byte*>(input.host.get());
   for (std::size_t i = from; i < static_cast<std::size_t>(batch); ++i)
-    std::memcpy(images + i * bytes, images + (from - 1) * bytes, bytes);
+    std::memcpy(staged() + i * bytes, staged() + (from - 1) * bytes, bytes);
 }
 
-// One output of `count` images, of which `stage(i, destination)` writes one's input.
+// One output of `count` images, of which `stage(start, images, destination)` writes some's inputs.
 template <typename Stage>
 Result<std::vector<float>> Context::Impl::values(const OutputFacts* output, std::size_t count,
                                                  Stage stage) {
@@ -205,11 +246,7 @@ Result<std::vector<float>> Context::Impl::values(const OutputFacts* output, std:
   std::vector<float> all;
   for (std::size_t start = 0; start < count;) {
     const std::size_t here = std::min(count - start, static_cast<std::size_t>(limits.max));
-    auto* host = static_cast<std::byte*>(input.host.get());
-    for (std::size_t i = 0; i < here; ++i) {
-      Status staged = stage(start + i, host + i * facts().input.bytes());
-      if (!staged) return staged.error();
-    }
+    if (Status status = stage(start, here, staged()); !status) return status.error();
     const int batch = std::max(static_cast<int>(here), limits.min);
     fill(here, batch);
     if (Status status = run_staged(batch); !status) return status.error();
@@ -242,6 +279,11 @@ auto with_context(Impl* impl, Body body) noexcept -> decltype(body(*impl)) {
   });
 }
 
+Error in_flight(std::size_t slot) {
+  return Error{ErrorCode::bad_argument, "The batch in slot " + std::to_string(slot) +
+                                            " is still in flight: wait for it first."};
+}
+
 // One output of `count` inputs in host memory.
 template <typename Impl>
 Result<std::vector<float>> values_of(Impl& impl, const OutputFacts* output, const void* input,
@@ -249,10 +291,22 @@ Result<std::vector<float>> values_of(Impl& impl, const OutputFacts* output, cons
   if (input == nullptr) return Error{ErrorCode::bad_argument, "The input is a null pointer."};
   const std::size_t bytes = impl.facts().input.bytes();
   const auto* from = static_cast<const std::byte*>(input);
-  return impl.values(output, count, [&](std::size_t i, std::byte* destination) -> Status {
-    std::memcpy(destination, from + i * bytes, bytes);
-    return Done{};
-  });
+  return impl.values(output, count,
+                     [&](std::size_t start, std::size_t images, std::byte* destination) -> Status {
+                       std::memcpy(destination, from + start * bytes, images * bytes);
+                       return Done{};
+                     });
+}
+
+// One output of `count` pictures.
+template <typename Impl>
+Result<std::vector<float>> values_of(Impl& impl, const OutputFacts* output, const Image* images,
+                                     std::size_t count) {
+  if (images == nullptr) return Error{ErrorCode::bad_argument, "The images are a null pointer."};
+  return impl.values(
+      output, count, [&](std::size_t start, std::size_t some, std::byte* destination) {
+        return impl.preprocessor.write(images + start, some, destination, impl.owner->threads);
+      });
 }
 
 }  // namespace
@@ -267,7 +321,7 @@ Result<Outputs> Context::run(const void* input, std::size_t input_bytes, int bat
                                                 std::to_string(input_bytes) + "."};
     }
     if (Status status = impl.allocate(); !status) return status.error();
-    std::memcpy(impl.input.host.get(), input, wanted);
+    std::memcpy(impl.staged(), input, wanted);
     if (Status status = impl.run_staged(batch); !status) return status.error();
     return impl.collect(batch);
   });
@@ -283,6 +337,85 @@ Status Context::enqueue(const void* device_input, int batch, void* const* device
                    "The plan has one input and " + std::to_string(wanted) + " outputs."};
     }
     return impl.enqueue(device_input, batch, device_outputs, stream);
+  });
+}
+
+Result<void*> Context::input(std::size_t slot) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Result<void*> {
+    Result<Slot*> named = impl.slot(slot);
+    if (!named) return named.error();
+    if ((*named)->state == Slot::State::submitted) return in_flight(slot);
+    return (*named)->input.get();
+  });
+}
+
+Status Context::submit(std::size_t slot, int batch) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Status {
+    if (Status status = impl.check_batch(batch); !status) return status;
+    Result<Slot*> named = impl.slot(slot);
+    if (!named) return named.error();
+    Slot& mine = **named;
+    if (mine.state == Slot::State::submitted) return in_flight(slot);
+    mine.state = Slot::State::free;
+    Status status = guarded([&] { return impl.transfer(mine, batch); });
+    if (status)
+      status =
+          cuda::checked(cudaEventRecord(mine.done.get(), impl.stream.get()), "cudaEventRecord");
+    if (!status) {
+      cudaStreamSynchronize(impl.stream.get());  // nothing may read the slot any more
+      return status;
+    }
+    mine.state = Slot::State::submitted;
+    mine.batch = batch;
+    return Done{};
+  });
+}
+
+Result<std::vector<OutputView>> Context::wait(std::size_t slot) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Result<std::vector<OutputView>> {
+    Result<Slot*> named = impl.slot(slot);
+    if (!named) return named.error();
+    Slot& mine = **named;
+    if (mine.state == Slot::State::free)
+      return Error{ErrorCode::bad_argument,
+                   "Nothing was submitted in slot " + std::to_string(slot) + "."};
+    if (mine.state == Slot::State::submitted) {
+      Status done = cuda::checked(cudaEventSynchronize(mine.done.get()), "cudaEventSynchronize");
+      mine.state = done ? Slot::State::waited : Slot::State::free;
+      if (!done) return done.error();
+    }
+    std::vector<OutputView> views;
+    for (std::size_t i = 0; i < mine.outputs.size(); ++i) {
+      const TensorFacts& tensor = impl.facts().outputs[i].tensor;
+      views.push_back(
+          {tensor, mine.outputs[i].get(), static_cast<std::size_t>(mine.batch) * tensor.bytes()});
+    }
+    return views;
+  });
+}
+
+Status Context::preprocess(const Image* images, std::size_t count, void* destination) noexcept {
+  return guarded([&]() -> Status {
+    if (impl_ == nullptr) return Error{ErrorCode::bad_argument, "The context was moved from."};
+    return impl_->preprocessor.write(images, count, destination, impl_->owner->threads);
+  });
+}
+
+Status Context::warm_up(const std::vector<int>& batches) noexcept {
+  return with_context(impl_.get(), [&](Impl& impl) -> Status {
+    const BatchFacts& profile = impl.facts().batch;
+    std::vector<int> sizes = batches;
+    if (sizes.empty()) sizes = {profile.min, profile.opt, profile.max};
+    for (const int batch : sizes)
+      if (Status status = impl.check_batch(batch); !status) return status;
+    if (Status status = impl.allocate(); !status) return status;
+    std::memset(impl.staged(), 0,
+                static_cast<std::size_t>(profile.max) * impl.facts().input.bytes());
+    for (const int batch : sizes)
+      for (int run = 0; run < 2; ++run)  // the first compiles, the second captures
+        if (Status status = impl.run_staged(batch); !status) return status;
+    impl.owner->jit.save_if_any();
+    return Done{};
   });
 }
 
@@ -302,10 +435,7 @@ Result<std::vector<float>> Context::output(const std::string& name, const void* 
 Result<std::vector<float>> Context::output(const std::string& name, const Image* images,
                                            std::size_t count) noexcept {
   return with_context(impl_.get(), [&](Impl& impl) -> Result<std::vector<float>> {
-    if (images == nullptr) return Error{ErrorCode::bad_argument, "The images are a null pointer."};
-    return impl.values(impl.facts().find(name), count, [&](std::size_t i, std::byte* destination) {
-      return impl.preprocessor.write(images[i], destination);
-    });
+    return values_of(impl, impl.facts().find(name), images, count);
   });
 }
 
@@ -314,14 +444,10 @@ Result<std::vector<std::vector<Prediction>>> Context::classify(const Image* imag
                                                                std::size_t k) noexcept {
   using Ranked = std::vector<std::vector<Prediction>>;
   return with_context(impl_.get(), [&](Impl& impl) -> Result<Ranked> {
-    if (images == nullptr) return Error{ErrorCode::bad_argument, "The images are a null pointer."};
     const OutputFacts* scores = impl.facts().find(Role::logits);
     if (scores == nullptr)
       return Error{ErrorCode::bad_argument, "The model has no logits to rank; ask for an output."};
-    Result<std::vector<float>> logits =
-        impl.values(scores, count, [&](std::size_t i, std::byte* destination) {
-          return impl.preprocessor.write(images[i], destination);
-        });
+    Result<std::vector<float>> logits = values_of(impl, scores, images, count);
     if (!logits) return logits.error();
     const auto classes = static_cast<std::size_t>(impl.facts().classes());
     Ranked ranked;
@@ -338,7 +464,7 @@ Result<Context> Engine::create_context() const noexcept {
   return guarded([&]() -> Result<Context> {
     const cuda::OnDevice on(impl_->device);
     if (Status status = on.status(); !status) return status.error();
-    Result<std::unique_ptr<nvinfer1::IExecutionContext>> made = impl_->context();
+    Result<ExecutionContext> made = impl_->context();
     if (!made) return made.error();
     return Context(std::make_unique<Context::Impl>(impl_, std::move(*made)));
   });

@@ -30,6 +30,13 @@ Result<Stream> make_stream() {
   return Stream(stream);
 }
 
+Result<Event> make_event() {
+  cudaEvent_t event = nullptr;
+  const cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  if (Status status = checked(error, "cudaEventCreateWithFlags"); !status) return status.error();
+  return Event(event);
+}
+
 OnDevice::OnDevice(int device) noexcept {
   error_ = cudaGetDevice(&before_);
   if (error_ == cudaSuccess && before_ == device) {
@@ -57,6 +64,13 @@ int compute_capability(int device) noexcept {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
   return known ? 10 * major + minor : 0;
+}
+
+std::string kind_of(int device) {
+  int processors = 0;
+  if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    processors = 0;
+  return "sm" + std::to_string(compute_capability(device)) + "-" + std::to_string(processors);
 }
 
 }  // namespace spach::cuda

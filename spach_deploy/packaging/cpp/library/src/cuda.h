@@ -23,13 +23,19 @@ struct DestroyStream {
   void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
 };
 
+struct DestroyEvent {
+  void operator()(cudaEvent_t event) const noexcept { cudaEventDestroy(event); }
+};
+
 using DeviceMemory = std::unique_ptr<void, FreeDevice>;
 using PinnedMemory = std::unique_ptr<void, FreePinned>;  // the host's, page-locked
 using Stream = std::unique_ptr<CUstream_st, DestroyStream>;
+using Event = std::unique_ptr<CUevent_st, DestroyEvent>;
 
 Result<DeviceMemory> device_memory(std::size_t bytes);
 Result<PinnedMemory> pinned_memory(std::size_t bytes);
 Result<Stream> make_stream();
+Result<Event> make_event();
 
 // Makes `device` this thread's, for as long as it lives.
 class OnDevice {
@@ -51,5 +57,8 @@ Result<int> device_count();
 
 // Compute capability as 10 * major + minor, 0 where it cannot be told.
 int compute_capability(int device) noexcept;
+
+// A GPU's kind as text, such as "sm89-128": its compute capability and number of multiprocessors.
+std::string kind_of(int device);
 
 }  // namespace spach::cuda

@@ -24,25 +24,16 @@ Library linked_library() {
   return library;
 }
 
-std::string as_text(const Bytes& bytes) {
-  return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+std::string_view as_text(const Bytes& bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-Result<ModelFacts> load_facts(const std::string& folder) {
-  Result<Bytes> content = read_file(join(folder, "model.txt"), kMostTextBytes);
-  if (!content) return content.error();
-  return parse_facts(as_text(*content));
-}
-
-// labels.txt, one label a line. A folder without one is fine.
-Result<std::vector<std::string>> load_labels(const std::string& folder, const ModelFacts& facts) {
+// The lines of labels.txt.
+Result<std::vector<std::string>> parse_labels(std::string_view text, const ModelFacts& facts) {
   std::vector<std::string> labels;
-  Result<Bytes> content = read_file(join(folder, "labels.txt"), kMostTextBytes);
-  if (!content) return labels;
-  const std::string text = as_text(*content);
   for (std::size_t at = 0; at < text.size();) {
     const std::size_t end = std::min(text.find('\n', at), text.size());
-    labels.push_back(text.substr(at, end - at));
+    labels.emplace_back(text.substr(at, end - at));
     if (!labels.back().empty() && labels.back().back() == '\r') labels.back().pop_back();
     at = end + 1;
   }
@@ -52,12 +43,11 @@ Result<std::vector<std::string>> load_labels(const std::string& folder, const Mo
                                         " classes."};
 }
 
-Result<Bytes> load_plan(const std::string& folder, const ModelFacts& facts) {
-  Result<Bytes> plan = read_exported(join(folder, "engine.plan"), facts.plan);
-  if (!plan) return plan.error();
-  Status status = check_plan(plan->data(), plan->size(), facts, linked_library());
-  if (!status) return status.error();
-  return plan;
+Status check_options(const EngineOptions& options) {
+  if (options.threads >= 1) return Done{};
+  return Error{ErrorCode::bad_argument,
+               "Pictures are preprocessed on at least one thread, not on " +
+                   std::to_string(options.threads) + "."};
 }
 
 std::string gpu_name(int capability) {
@@ -138,39 +128,58 @@ nvinfer1::Dims dims_of(const TensorFacts& tensor, int batch) {
 
 Engine::Impl::~Impl() {
   const cuda::OnDevice on(device);
+  jit.close();
   engine.reset();
   runtime.reset();
 }
 
-Status Engine::Impl::read(const std::string& from) {
-  folder = from;
-  Result<ModelFacts> read_facts = load_facts(folder);
-  if (!read_facts) return read_facts.error();
-  facts = std::move(*read_facts);
-  Result<std::vector<std::string>> read_labels = load_labels(folder, facts);
-  if (!read_labels) return read_labels.error();
-  labels = std::move(*read_labels);
+// A folder without labels.txt is fine, and so is an empty text.
+Status Engine::Impl::read(std::string_view text, std::string_view label_lines) {
+  Result<ModelFacts> parsed = parse_facts(text);
+  if (!parsed) return parsed.error();
+  facts = std::move(*parsed);
+  if (label_lines.empty()) return Done{};
+  Result<std::vector<std::string>> lines = parse_labels(label_lines, facts);
+  if (!lines) return lines.error();
+  labels = std::move(*lines);
   return Done{};
 }
 
-Status Engine::Impl::deserialize(const Bytes& plan) {
+Status Engine::Impl::load(const std::byte* plan, std::size_t size, const EngineOptions& options) {
+  const Library library = linked_library();
+  if (Status status = check_plan(plan, size, facts, library); !status) return status;
+  if (Status status = check_options(options); !status) return status;
+  Result<int> count = cuda::device_count();
+  if (!count) return count.error();
+  if (options.device < 0 || options.device >= *count) {
+    return Error{ErrorCode::bad_argument, "There is no CUDA device " +
+                                              std::to_string(options.device) + "; there are " +
+                                              std::to_string(*count) + "."};
+  }
+  device = options.device;
+  threads = options.threads;
   const cuda::OnDevice on(device);
   if (Status status = on.status(); !status) return status;
+  if (Status status = deserialize(plan, size); !status) return status;
+  return jit.open(*engine, options,
+                  {facts.plan.sha256, cuda::kind_of(device), dotted(library.version)});
+}
+
+Status Engine::Impl::deserialize(const std::byte* plan, std::size_t size) {
   runtime.reset(nvinfer1::createInferRuntime(Logger::instance()));
   if (!runtime)
     return Error{ErrorCode::engine,
                  Logger::instance().take("TensorRT's runtime could not be created.")};
-  engine.reset(runtime->deserializeCudaEngine(plan.data(), plan.size()));
+  engine.reset(runtime->deserializeCudaEngine(plan, size));
   if (!engine)
     return explain(facts, device,
                    Logger::instance().take("TensorRT refused the plan and gave no reason."));
   return check_interface(*engine, facts);
 }
 
-Result<std::unique_ptr<nvinfer1::IExecutionContext>> Engine::Impl::context() {
-  const std::lock_guard<std::mutex> lock(creating);
-  std::unique_ptr<nvinfer1::IExecutionContext> made(engine->createExecutionContext());
-  if (!made)
+Result<ExecutionContext> Engine::Impl::context() {
+  Result<ExecutionContext> made = jit.create_context();
+  if (made && !made->context)
     return explain(facts, device, Logger::instance().take("TensorRT could not create a context."));
   return made;
 }
@@ -179,18 +188,38 @@ Engine::Engine(std::shared_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}
 
 Result<Engine> Engine::load(const std::string& folder, int device) noexcept {
   return guarded([&]() -> Result<Engine> {
+    EngineOptions options;
+    options.device = device;
+    return load(path_of(folder), options);
+  });
+}
+
+Result<Engine> Engine::load(const std::filesystem::path& folder,
+                            const EngineOptions& options) noexcept {
+  return guarded([&]() -> Result<Engine> {
     auto impl = std::make_shared<Impl>();
-    if (Status status = impl->read(folder); !status) return status.error();
-    Result<Bytes> plan = load_plan(folder, impl->facts);
+    impl->folder = text_of(folder);
+    const Result<Bytes> text = read_file(folder / "model.txt", kMostTextBytes);
+    if (!text) return text.error();
+    const Result<Bytes> lines = read_file(folder / "labels.txt", kMostTextBytes);
+    const std::string_view labels = lines ? as_text(*lines) : std::string_view();
+    if (Status status = impl->read(as_text(*text), labels); !status) return status.error();
+    const Result<Bytes> plan = read_exported(folder / "engine.plan", impl->facts.plan);
     if (!plan) return plan.error();
-    Result<int> count = cuda::device_count();
-    if (!count) return count.error();
-    if (device < 0 || device >= *count) {
-      return Error{ErrorCode::bad_argument, "There is no CUDA device " + std::to_string(device) +
-                                                "; there are " + std::to_string(*count) + "."};
-    }
-    impl->device = device;
-    if (Status status = impl->deserialize(*plan); !status) return status.error();
+    if (Status status = impl->load(plan->data(), plan->size(), options); !status)
+      return status.error();
+    return Engine(std::move(impl));
+  });
+}
+
+Result<Engine> Engine::load(const ModelBytes& model, const EngineOptions& options) noexcept {
+  return guarded([&]() -> Result<Engine> {
+    if (model.plan == nullptr) return Error{ErrorCode::bad_argument, "The plan is a null pointer."};
+    auto impl = std::make_shared<Impl>();
+    impl->from_memory = true;
+    if (Status status = impl->read(model.text, model.labels); !status) return status.error();
+    const auto* plan = static_cast<const std::byte*>(model.plan);
+    if (Status status = impl->load(plan, model.plan_bytes, options); !status) return status.error();
     return Engine(std::move(impl));
   });
 }
@@ -203,6 +232,21 @@ const std::vector<std::string>& Engine::labels() const noexcept {
 }
 const std::string& Engine::folder() const noexcept {
   return impl_->folder;
+}
+
+bool Engine::is_from_memory() const noexcept {
+  return impl_->from_memory;
+}
+const std::filesystem::path& Engine::runtime_cache_file() const noexcept {
+  return impl_->jit.file();
+}
+
+Status Engine::save_runtime_cache() const noexcept {
+  return guarded([&]() -> Status {
+    const cuda::OnDevice on(impl_->device);
+    if (Status status = on.status(); !status) return status;
+    return impl_->jit.save();
+  });
 }
 
 const char* linked_flavour() noexcept {

@@ -293,21 +293,21 @@ void merge(Comparison& into, const Comparison& other) {
   into.findings.insert(into.findings.end(), other.findings.begin(), other.findings.end());
 }
 
-Result<SelfTest> test(const Engine& engine) {
+Result<SelfTest> test(const Engine& engine, const Golden& golden) {
   const ModelFacts& facts = engine.facts();
-  Result<Golden> golden = load_golden(engine.folder(), facts);
-  if (!golden) return golden.error();
+  if (golden.images() == 0 || golden.input.size() != golden.images() * facts.input.bytes())
+    return Error{ErrorCode::bad_argument, "This is not the golden pack of the engine's model."};
   Result<Context> context = engine.create_context();
   if (!context) return context.error();
   SelfTest report;
-  report.images = golden->images();
-  const int largest = std::min(static_cast<int>(golden->images()), facts.batch.max);
+  report.images = golden.images();
+  const int largest = std::min(static_cast<int>(golden.images()), facts.batch.max);
   report.batches = {facts.batch.min};
   if (largest > facts.batch.min) report.batches.push_back(largest);
   for (const int batch : report.batches) {
-    Result<Outputs> outputs = run_golden(*context, *golden, facts, batch);
+    Result<Outputs> outputs = run_golden(*context, golden, facts, batch);
     if (!outputs) return outputs.error();
-    Result<std::vector<Comparison>> compared = compare_all(*golden, *outputs, facts);
+    Result<std::vector<Comparison>> compared = compare_all(golden, *outputs, facts);
     if (!compared) return compared.error();
     if (report.outputs.empty()) {
       report.outputs = std::move(*compared);
@@ -327,7 +327,7 @@ Result<Golden> parse_golden(const std::byte* bytes, std::size_t size,
 
 Result<Golden> load_golden(const std::string& folder, const ModelFacts& facts) noexcept {
   return guarded([&]() -> Result<Golden> {
-    Result<Bytes> content = read_exported(join(folder, "golden.bin"), facts.golden);
+    Result<Bytes> content = read_exported(path_of(folder) / "golden.bin", facts.golden);
     if (!content) return content.error();
     Status status = check_file("golden.bin", content->data(), content->size(), facts.golden);
     if (!status) return status.error();
@@ -347,7 +347,20 @@ Result<std::vector<Comparison>> compare(const Golden& golden, const Outputs& out
 }
 
 Result<SelfTest> self_test(const Engine& engine) noexcept {
-  return guarded([&]() -> Result<SelfTest> { return test(engine); });
+  return guarded([&]() -> Result<SelfTest> {
+    if (engine.is_from_memory()) {
+      return Error{ErrorCode::bad_argument,
+                   "The engine was loaded from memory: give its golden pack, as parse_golden reads "
+                   "it."};
+    }
+    Result<Golden> golden = load_golden(engine.folder(), engine.facts());
+    if (!golden) return golden.error();
+    return test(engine, *golden);
+  });
+}
+
+Result<SelfTest> self_test(const Engine& engine, const Golden& golden) noexcept {
+  return guarded([&]() -> Result<SelfTest> { return test(engine, golden); });
 }
 
 }  // namespace spach

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "guard.h"
+
 namespace spach {
 namespace {
 
@@ -16,8 +18,10 @@ Logger& Logger::instance() {
   return *logger;
 }
 
-void Logger::log(Severity severity, const char* message) noexcept {
-  if (severity > Severity::kERROR || message == nullptr) return;
+void Logger::log(nvinfer1::ILogger::Severity severity, const char* message) noexcept {
+  if (message == nullptr) return;
+  pass_on(static_cast<spach::Severity>(severity), message);
+  if (severity > nvinfer1::ILogger::Severity::kERROR) return;
   try {
     std::string text = std::string(message).substr(0, kMostCharacters);
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -26,6 +30,50 @@ void Logger::log(Severity severity, const char* message) noexcept {
   } catch (...) {
     // No memory for the reason; the failure itself is reported all the same.
   }
+}
+
+void Logger::say(spach::Severity severity, const std::string& message) noexcept {
+  pass_on(severity, message);
+}
+
+// The callback runs without the lock: it may take its time, and set another callback.
+void Logger::pass_on(spach::Severity severity, std::string_view message) noexcept {
+  if (static_cast<int>(severity) > most_) return;
+  try {
+    std::shared_ptr<const LogCallback> callback;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      callback = callback_;
+    }
+    if (callback) (*callback)(severity, message);
+  } catch (...) {
+    // TensorRT's threads must not see it.
+  }
+}
+
+void Logger::set_callback(LogCallback callback, spach::Severity most) {
+  auto shared = callback ? std::make_shared<const LogCallback>(std::move(callback)) : nullptr;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  most_ = shared ? static_cast<int>(most) : -1;
+  callback_.swap(shared);
+}
+
+const char* name_of(Severity severity) noexcept {
+  switch (severity) {
+    case Severity::internal_error: return "internal error";
+    case Severity::error: return "error";
+    case Severity::warning: return "warning";
+    case Severity::info: return "info";
+    case Severity::verbose: return "verbose";
+  }
+  return "unknown";
+}
+
+Status set_log(LogCallback callback, Severity most) noexcept {
+  return guarded([&]() -> Status {
+    Logger::instance().set_callback(std::move(callback), most);
+    return Done{};
+  });
 }
 
 std::string Logger::take(const std::string& otherwise) {

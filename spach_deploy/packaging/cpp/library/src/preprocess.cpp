@@ -1,9 +1,12 @@
 #include "spach/preprocess.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <system_error>
+#include <thread>
 
 #include "guard.h"
 #include "half.h"
@@ -76,15 +79,16 @@ Taps taps_of(int at, int in, int out, const Filter& filter) {
   return taps;
 }
 
-// The nearest input of each output, as a tap of its whole weight. Pillow adds up positions, rounding
-// for rounding.
+// The nearest input of each output, as a tap of its whole weight. Pillow adds up positions,
+// rounding for rounding.
 std::vector<Taps> nearest_taps(int start, int count, int in, int out) {
   std::vector<Taps> taps;
   taps.reserve(static_cast<std::size_t>(count));
   const double scale = static_cast<double>(in) / out;
   double position = scale * 0.5;
   for (int at = 0; at < start + count; ++at, position += scale)
-    if (at >= start) taps.push_back({std::min(static_cast<int>(position), in - 1), {1 << kPrecisionBits}});
+    if (at >= start)
+      taps.push_back({std::min(static_cast<int>(position), in - 1), {1 << kPrecisionBits}});
   return taps;
 }
 
@@ -121,9 +125,9 @@ Status check_image(const Image& image, int channels) {
   const std::string size = std::to_string(width) + " x " + std::to_string(height);
   if (image.rgb == nullptr) return Error{ErrorCode::bad_argument, "The picture is a null pointer."};
   if (image.channels != channels && !(channels == 1 && image.channels == 3))
-    return Error{ErrorCode::bad_argument,
-                 "The picture has " + std::to_string(image.channels) +
-                     " channels, and the model takes " + std::to_string(channels) + "."};
+    return Error{ErrorCode::bad_argument, "The picture has " + std::to_string(image.channels) +
+                                              " channels, and the model takes " +
+                                              std::to_string(channels) + "."};
   if (width < 1 || height < 1)
     return Error{ErrorCode::bad_argument, "The picture has no pixels (" + size + ")."};
   if (width * height > kMostPixels)
@@ -242,6 +246,31 @@ void write_planes(const Levels& pixels, std::size_t channels, void* destination,
   }
 }
 
+// Threads beside the calling one, for one batch.
+class Helpers {
+ public:
+  ~Helpers() { join(); }
+
+  // So many as make `all` together with the calling one. Where the system has no more threads to
+  // give, those that there are do the work.
+  template <typename Work>
+  void start(std::size_t all, const Work& work) {
+    threads_.reserve(all);
+    try {
+      for (std::size_t i = 1; i < all; ++i) threads_.emplace_back(work);
+    } catch (const std::system_error&) {
+    }
+  }
+
+  void join() {
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+ private:
+  std::vector<std::thread> threads_;
+};
+
 }  // namespace
 
 Preprocessor::Preprocessor(const ModelFacts& facts)
@@ -293,6 +322,34 @@ Status Preprocessor::write(const Image& image, void* destination) const noexcept
     write_planes<float>(levels, channels, destination, normalized);
   }
   return Done{};
+}
+
+Status Preprocessor::write(const Image* images, std::size_t count, void* destination,
+                           int threads) const noexcept {
+  return guarded([&]() -> Status {
+    if (images == nullptr || destination == nullptr)
+      return Error{ErrorCode::bad_argument, "A null pointer was given."};
+    if (threads < 1)
+      return Error{ErrorCode::bad_argument,
+                   "Pictures are preprocessed on at least one thread, not on " +
+                       std::to_string(threads) + "."};
+    const std::size_t bytes = static_cast<std::size_t>(image_height_) *
+                              static_cast<std::size_t>(image_width_) *
+                              static_cast<std::size_t>(channels_) * size_of(dtype_);
+    std::vector<Status> results(count, Done{});
+    std::atomic<std::size_t> next{0};
+    const auto work = [&]() noexcept {
+      for (std::size_t i = next++; i < count; i = next++)
+        results[i] = write(images[i], static_cast<char*>(destination) + i * bytes);
+    };
+    Helpers helpers;
+    helpers.start(std::min(static_cast<std::size_t>(threads), count), work);
+    work();
+    helpers.join();
+    const auto failed =
+        std::find_if(results.begin(), results.end(), [](const Status& status) { return !status; });
+    return failed == results.end() ? Status(Done{}) : *failed;
+  });
 }
 
 }  // namespace spach

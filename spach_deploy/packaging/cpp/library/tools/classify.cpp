@@ -1,77 +1,30 @@
-// Prints the best classes of PPM pictures: spach_classify [-k K] [-m FOLDER] image.ppm ...
+// Prints the best classes of JPEG, PNG and PPM pictures.
 
-#include <cctype>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common.h"
+#include "picture.h"
 
 namespace {
 
-struct Picture {
-  std::vector<unsigned char> rgb;
-  int width = 0;
-  int height = 0;
-};
-
-// The next number of a PPM header, comments skipped; -1 for anything else.
-int header_number(std::istream& in) {
-  for (int c = in.peek(); std::isspace(c) || c == '#'; c = in.peek()) {
-    if (c == '#') {
-      while (c != '\n' && c != EOF) c = in.get();
-    } else {
-      in.get();
-    }
-  }
-  int value = -1;
-  for (int c = in.peek(); std::isdigit(c); c = in.peek()) {
-    value = (value < 0 ? 0 : value) * 10 + (in.get() - '0');
-    if (value > 1000000) return -1;
-  }
-  return value;
-}
-
-// Binary PPM (P6) with 8 bits a channel.
-spach::Result<Picture> read_ppm(const std::string& path) {
-  const auto refuse = [&path](const char* why) {
-    return spach::Error{spach::ErrorCode::bad_file, path + " " + why};
-  };
-  std::ifstream in(path, std::ios::binary);
-  char magic[2] = {};
-  if (!in.read(magic, 2)) return refuse("cannot be read.");
-  if (magic[0] != 'P' || magic[1] != '6') return refuse("is not a binary PPM picture (P6).");
-  Picture picture;
-  picture.width = header_number(in);
-  picture.height = header_number(in);
-  if (header_number(in) != 255) return refuse("does not have 8 bits a channel.");
-  in.get();
-  const long long pixels = static_cast<long long>(picture.width) * picture.height;
-  if (picture.width < 1 || picture.height < 1 || pixels > 178956970)
-    return refuse("has an unusable size.");
-  picture.rgb.resize(static_cast<std::size_t>(pixels) * 3);
-  if (!in.read(reinterpret_cast<char*>(picture.rgb.data()),
-               static_cast<std::streamsize>(picture.rgb.size())))
-    return refuse("ends before its last pixel.");
-  return picture;
-}
-
-int classify(const std::string& folder, int k, const std::vector<std::string>& paths) {
-  std::vector<Picture> pictures;
+int classify(const std::string& folder, const spach::EngineOptions& options, int k,
+             const std::vector<std::string>& paths) {
+  std::vector<tools::Picture> pictures;
   for (const std::string& path : paths) {
-    spach::Result<Picture> picture = read_ppm(path);
+    spach::Result<tools::Picture> picture = tools::read_picture(path);
     if (!picture) return tools::fail(picture.error());
     pictures.push_back(std::move(*picture));
   }
-  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  const spach::Result<spach::Engine> engine = spach::Engine::load(tools::path_of(folder), options);
   if (!engine) return tools::fail(engine.error());
   spach::Result<spach::Context> context = engine->create_context();
   if (!context) return tools::fail(context.error());
 
   std::vector<spach::Image> images;
-  for (const Picture& picture : pictures)
+  for (const tools::Picture& picture : pictures)
     images.push_back({picture.rgb.data(), picture.width, picture.height});
   const auto ranked = context->classify(images.data(), images.size(), static_cast<std::size_t>(k));
   if (!ranked) return tools::fail(ranked.error());
@@ -88,22 +41,26 @@ int classify(const std::string& folder, int k, const std::vector<std::string>& p
 
 int main(int argc, char** argv) {
   std::string folder = "model";
+  spach::EngineOptions options;
   int k = 5;
   std::vector<std::string> paths;
   bool good = true;
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    if (argument == "-m" && i + 1 < argc) {
-      folder = argv[++i];
-    } else if (argument == "-k" && i + 1 < argc) {
-      k = tools::positive(argv[++i], 1000000);
+  const std::vector<std::string> given = tools::arguments(argc, argv);
+  for (std::size_t i = 0; i < given.size(); ++i) {
+    const std::string& argument = given[i];
+    if (argument == "-m" && i + 1 < given.size()) {
+      folder = given[++i];
+    } else if (argument == "-k" && i + 1 < given.size()) {
+      k = tools::positive(given[++i], 1000000);
+    } else if (argument == "-t" && i + 1 < given.size()) {
+      options.threads = tools::positive(given[++i], 1024);
     } else if (!argument.empty() && argument[0] == '-') {
       good = false;
     } else {
       paths.push_back(argument);
     }
   }
-  if (!good || k == 0 || paths.empty())
-    return tools::usage("spach_classify [-k K] [-m FOLDER] image.ppm ...");
-  return classify(folder, k, paths);
+  if (!good || k == 0 || options.threads == 0 || paths.empty())
+    return tools::usage("spach_classify [-k K] [-t THREADS] [-m FOLDER] picture.jpg ...");
+  return classify(folder, options, k, paths);
 }

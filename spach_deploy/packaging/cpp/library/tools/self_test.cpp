@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "common.h"
 
@@ -36,8 +37,10 @@ void print_output(const spach::Comparison& output, std::size_t images) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc > 2 || (argc == 2 && argv[1][0] == '-')) return tools::usage("spach_self_test [FOLDER]");
-  const std::string folder = argc == 2 ? argv[1] : "model";
+  const std::vector<std::string> given = tools::arguments(argc, argv);
+  if (given.size() > 1 || (given.size() == 1 && given[0].rfind('-', 0) == 0))
+    return tools::usage("spach_self_test [FOLDER]");
+  const std::string folder = given.empty() ? "model" : given[0];
   const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
   if (!engine) return tools::fail(engine.error());
   const spach::ModelFacts& facts = engine->facts();

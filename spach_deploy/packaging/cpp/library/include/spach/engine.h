@@ -3,12 +3,14 @@
 #pragma once
 
 #include <cstddef>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "spach/facts.h"
+#include "spach/options.h"
 #include "spach/preprocess.h"
 #include "spach/ranking.h"
 #include "spach/result.h"
@@ -28,6 +30,13 @@ struct Output {
 
 using Outputs = std::vector<Output>;  // in the order of ModelFacts::outputs
 
+// An output of a batch where the GPU wrote it: pinned host memory of a context.
+struct OutputView {
+  TensorFacts tensor;
+  const void* data = nullptr;
+  std::size_t bytes = 0;  // batch * tensor.bytes()
+};
+
 // An execution context with its buffers and its stream: for one thread at a time. A second thread
 // that uses it at the same moment gets an error, `busy`. It keeps the engine alive.
 class Context {
@@ -45,6 +54,31 @@ class Context {
   // until then the context is to be used on that stream only.
   Status enqueue(const void* device_input, int batch, void* const* device_outputs,
                  std::size_t output_count, CUstream_st* stream) noexcept;
+
+  // Batches in flight, without a copy in host memory. A slot is pinned memory for the largest batch
+  // and its outputs, made when it is first named. Write a batch to `input`, `submit` it, do
+  // something else (such as writing the next batch to another slot), `wait` for it:
+  //
+  //   spach::Result<void*> to = context->input(0);
+  //   context->preprocess(images, count, *to);
+  //   context->submit(0, count);
+  //   spach::Result<std::vector<spach::OutputView>> views = context->wait(0);
+  //
+  // Batches run in the order of `submit`. A slot's input must not change until `wait` has returned;
+  // its outputs are those of the last `wait` until it is submitted again. Both pointers stay the
+  // same for as long as the context lives.
+  static constexpr std::size_t kSlots = 16;
+  Result<void*> input(std::size_t slot) noexcept;
+  Status submit(std::size_t slot, int batch) noexcept;
+  Result<std::vector<OutputView>> wait(std::size_t slot) noexcept;
+
+  // Writes the model's inputs of `count` pictures to `destination`, on EngineOptions::threads.
+  Status preprocess(const Image* images, std::size_t count, void* destination) noexcept;
+
+  // Runs each of `batches` twice, of zeros; the profile's smallest, usual and largest where there
+  // are none. The engine then has compiled what these sizes need, has captured them where CUDA
+  // graphs are on and `specialization` is not lazy, and its runtime cache is saved.
+  Status warm_up(const std::vector<int>& batches = {}) noexcept;
 
   // Preprocesses, runs and ranks any number of images, in batches that the profile allows.
   // A last batch that is too small is filled up with its last image, whose answers are dropped.
@@ -73,13 +107,24 @@ class Engine {
  public:
   // Loads `folder` (engine.plan, model.txt, labels.txt) for CUDA device `device`. The plan's size,
   // SHA-256, beginning, flavour and version are checked before TensorRT sees it.
+  // `folder` is UTF-8, on Windows too.
   static Result<Engine> load(const std::string& folder, int device = 0) noexcept;
+  static Result<Engine> load(const std::filesystem::path& folder,
+                             const EngineOptions& options) noexcept;
+  // The same checks on files that are in memory already.
+  static Result<Engine> load(const ModelBytes& model, const EngineOptions& options = {}) noexcept;
 
   const ModelFacts& facts() const noexcept;
   const std::vector<std::string>& labels() const noexcept;  // empty, or one a class
-  const std::string& folder() const noexcept;
+  const std::string& folder() const noexcept;               // in UTF-8
+  bool is_from_memory() const noexcept;
 
   Result<Context> create_context() const noexcept;
+
+  // Where the runtime cache is kept; empty where there is none.
+  const std::filesystem::path& runtime_cache_file() const noexcept;
+  // Writes what was compiled until now, together with what other processes have written meanwhile.
+  Status save_runtime_cache() const noexcept;
 
   struct Impl;
 

@@ -56,6 +56,8 @@ struct SelfTest {
 
 // Runs the golden pack image by image and in the largest batch, and compares every output.
 Result<SelfTest> self_test(const Engine& engine) noexcept;
+// The same with a pack that is in memory, as for an engine that was loaded from memory.
+Result<SelfTest> self_test(const Engine& engine, const Golden& golden) noexcept;
 
 // Compares one run's outputs; what `self_test` is made of.
 Result<std::vector<Comparison>> compare(const Golden& golden, const Outputs& outputs,

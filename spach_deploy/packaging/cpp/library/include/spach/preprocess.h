@@ -33,6 +33,11 @@ class Preprocessor {
   // Writes one image's input, input.bytes() of them, to `destination`.
   Status write(const Image& image, void* destination) const noexcept;
 
+  // Writes `count` images' inputs one after another, on up to `threads` threads; the bytes are the
+  // same on any number of them. The error is that of the first image that has one.
+  Status write(const Image* images, std::size_t count, void* destination,
+               int threads) const noexcept;
+
  private:
   int image_height_;
   int image_width_;
