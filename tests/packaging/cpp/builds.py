@@ -4,6 +4,7 @@ plain      as README.md says (TENSORRT_ROOT, install), shared, and a program tha
 asan       a part of another project (FetchContent), static, with AddressSanitizer and UndefinedBehaviorSanitizer
 tsan       the same with ThreadSanitizer, for ordinary TensorRT instead of TensorRT for RTX
 real_rtx   plain's objects, linked with the real libtensorrt_rtx
+windows    for Windows, with mingw-w64 and warnings as errors; its programs do not run here
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Variant(enum.Enum):
     ASAN = "asan"
     TSAN = "tsan"
     REAL_RTX = "real_rtx"
+    WINDOWS = "windows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Build:
     def variables(self) -> dict[str, str]:
         """Libraries of this environment, whichever one built it; the sanitizers' options, and the double's version."""
         variables = {"SPACH_DOUBLE_ORT": str(onnxruntime_library()), "LC_ALL": "C"}
+        variables["XDG_CACHE_HOME"] = "/dev/null"  # no runtime cache but those that a test names
         if self.variant is Variant.REAL_RTX:
             variables["LD_LIBRARY_PATH"] = str(real_tensorrt_rtx().parent)
         if self.variant is Variant.ASAN:
@@ -147,8 +150,25 @@ def _link_with_real_rtx(folder: Path, package: Path) -> None:
     library = real_tensorrt_rtx()
     plain = build(Variant.PLAIN, package).path
     objects = [*(plain / "library").rglob("*.o"), *(plain / "doubles").rglob("cuda_double.cpp.o")]
-    chosen = [file for file in objects if "classify" not in file.name and "benchmark" not in file.name]
+    others = {"spach_classify.dir", "spach_benchmark.dir"}
+    chosen = [file for file in objects if others.isdisjoint(file.parts)]
     _run("c++", *chosen, library, "-pthread", "-o", folder / "spach_self_test")
+
+
+def mingw() -> str:
+    """The compiler for Windows, of the kind that has std::thread; skips the test where there is none."""
+    names = ("x86_64-w64-mingw32-g++-posix", "x86_64-w64-mingw32-g++")
+    found = next((name for name in names if shutil.which(name)), None)
+    if found is None:
+        assert not os.environ.get("SPACH_REQUIRE_MINGW"), "No mingw-w64 here (apt-get install g++-mingw-w64-x86-64)."
+        pytest.skip("No mingw-w64 here, so nothing can be compiled for Windows.")
+    return found
+
+
+def _build_for_windows(folder: Path, package: Path) -> None:
+    for_windows = ("-DCMAKE_SYSTEM_NAME=Windows", f"-DCMAKE_CXX_COMPILER={mingw()}", f"-DPACKAGE={package}")
+    options = ("-DBUILD_SHARED_LIBS=ON", "-DSPACH_TOOLS=ON", "-DSPACH_PICTURES=OFF", "-DSPACH_WERROR=ON")
+    _cmake(HERE / "projects" / "windows", folder, *for_windows, *options, *UNITY, flags=f"{_PLAIN} {_AS_ONE}")
 
 
 _MAKERS: dict[Variant, Callable[[Path, Path], None]] = {
@@ -156,6 +176,7 @@ _MAKERS: dict[Variant, Callable[[Path, Path], None]] = {
     Variant.ASAN: _build_with_asan,
     Variant.TSAN: _build_with_tsan,
     Variant.REAL_RTX: _link_with_real_rtx,
+    Variant.WINDOWS: _build_for_windows,
 }
 
 

@@ -214,6 +214,61 @@ def test_without_labels_a_class_has_its_number(plain: Build, model: Path, tmp_pa
     assert sorted(line.split()[-2:] for line in result.stdout.splitlines()[1:]) == [["class", str(i)] for i in range(7)]
 
 
+# Memory, and batches in flight
+
+
+def test_an_engine_from_memory_is_checked_and_runs_as_that_of_a_folder(
+    plain: Build, asan: Build, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"class {index}\n" for index in range(CLASSES)))
+    model = models.package(tmp_path, labels=labels) / "model"
+    images = save(tiny_bundles.samples(models.EVERY, 3), tmp_path / "input")
+    assert plain.run("probe", "run", model, images, 3, tmp_path / "run").returncode == 0
+    result = asan.run("probe", "memory", model, images, 3, tmp_path / "out")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == (
+        "The engine was loaded from memory: give its golden pack, as parse_golden reads it.\n"
+        f"passed 1, labels {CLASSES}, folder ''\n"
+    )
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "run.logits").read_bytes()
+    flip(model / "engine.plan", 3000)
+    assert "changed file: engine.plan was changed" in asan.run("probe", "memory", model, images, 3, tmp_path).stdout
+
+
+def test_batches_in_flight_get_the_answers_of_their_own_slot(
+    plain: Build, asan: Build, model: Path, tmp_path: Path
+) -> None:
+    images = tiny_bundles.samples(models.EVERY, 7, seed=3)
+    given = save(images, tmp_path / "input")
+    for build in (plain, asan):
+        result = build.run("probe", "flight", model, given, 7, tmp_path / "out")
+        assert (result.returncode, result.stderr) == (0, ""), result.stdout
+        assert result.stdout == "Nothing was submitted in slot 5.\nThere is no slot 16; they are 0 to 15.\n"
+        got = np.fromfile(tmp_path / "out", np.float32).reshape(7, CLASSES)
+        np.testing.assert_allclose(got, tiny_bundles.logits(models.EVERY, images), rtol=1e-4, atol=1e-3)
+
+
+def test_the_gpu_reads_where_the_caller_wrote(plain: Build, model: Path, tmp_path: Path) -> None:
+    """No second copy: what is written to a slot too late is what is read. The double's stream does its work late."""
+    images = tiny_bundles.samples(models.EVERY, 2, seed=3)
+    result = plain.run("probe", "late", model, save(images, tmp_path / "input"), tmp_path / "out")
+    assert result.returncode == 0, result.stdout
+    wanted = tiny_bundles.logits(models.EVERY, images)[1]
+    np.testing.assert_allclose(np.fromfile(tmp_path / "out", np.float32), wanted, rtol=1e-4, atol=1e-3)
+
+
+# The log
+
+
+def test_what_tensorrt_says_reaches_the_callback_and_nothing_that_it_throws(asan: Build, model: Path) -> None:
+    result = asan.run("probe", "log", model, SPACH_DOUBLE_GPU="75")
+    assert (result.returncode, result.stdout) == (
+        0,
+        "error: Target compute capability not supported on device.\n0 0 0\n",
+    ), result.stderr
+
+
 # Errors
 
 
@@ -363,6 +418,25 @@ def test_a_later_call_that_fails_leaks_nothing_either(asan: Build, model: Path, 
     assert result.returncode == 3, result.stderr
 
 
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("cudaEventCreateWithFlags", "out of memory: cudaEventCreateWithFlags: out of memory."),
+        ("cudaEventRecord", "CUDA error: cudaEventRecord: invalid argument."),
+        ("cudaEventSynchronize", "CUDA error: cudaEventSynchronize: unspecified launch failure."),
+        ("enqueueV3", "TensorRT error: enqueueV3: told to fail."),
+    ],
+)
+def test_a_batch_in_flight_that_fails_is_an_error_and_leaks_nothing(
+    asan: Build, model: Path, tmp_path: Path, function: str, reason: str, call: int
+) -> None:
+    images = save(tiny_bundles.samples(models.EVERY, 4), tmp_path / "input")
+    fails = f"{function}:{call}"
+    result = asan.run("probe", "flight", model, images, 4, tmp_path / "out", SPACH_DOUBLE_FAIL=fails)
+    assert (result.returncode, result.stdout, result.stderr) == (1, f"{reason}\n", "")
+
+
 # Threads
 
 
@@ -412,9 +486,10 @@ def test_a_context_keeps_its_engine_alive(asan: Build, model: Path, tmp_path: Pa
 # C
 
 
-def test_the_c_api_from_c(plain: Build, asan: Build, model: Path) -> None:
+def test_the_c_api_from_c(plain: Build, asan: Build, model: Path, tmp_path: Path) -> None:
     for build in (plain, asan):
-        result = build.run("from_c", model)
+        result = build.run("from_c", model, tmp_path / f"{build.variant.value}.cache")
+        assert (tmp_path / f"{build.variant.value}.cache").is_file()
         assert (result.returncode, result.stdout) == (0, "classes 7, batch 1 to 8, passed 1\n"), result.stderr
 
 
@@ -462,6 +537,7 @@ def test_the_benchmark_measures(plain: Build, model: Path) -> None:
         ("spach_benchmark", ["-n", "many"]),
         ("spach_classify", []),
         ("spach_classify", ["-k", "none", "x.ppm"]),
+        ("spach_classify", ["-t", "0", "x.ppm"]),
         ("spach_classify", ["--help"]),
         ("spach_self_test", ["a", "b"]),
         ("spach_self_test", ["--help"]),
@@ -481,7 +557,7 @@ def test_a_batch_beyond_the_profile_ends_the_benchmark(plain: Build, model: Path
 
 PICTURES = {
     b"": "cannot be read",
-    b"P5\n1 1\n255\n0": "is not a binary PPM",
+    b"P5\n1 1\n255\n0": "is no JPEG, PNG or binary PPM picture (P6)",
     b"P6\n1 1\n65535\n000000": "does not have 8 bits",
     b"P6\n2 2\n255\n000": "ends before its last pixel",
     b"P6\n0 2\n255\n": "has an unusable size",
@@ -545,12 +621,13 @@ def test_half_is_that_of_numpy(plain: Build, tmp_path: Path) -> None:
 def test_the_readmes_example_compiles_and_runs(plain: Build, package: Path, tmp_path: Path) -> None:
     """The C++ in README.md, as it stands, in a main() that has what it speaks of: pixels and their size."""
     example = (package / "README.md").read_text().split("```cpp\n")[1].split("```")[0]
+    options = (package / "README.md").read_text().split("```cpp\n")[2].split("```")[0]
     include, body = example.split("\n", 1)
     pixels = "const int width = 9, height = 11; const std::vector<unsigned char> all(297, 90);"
     before = (
         f"#include <iostream>\n#include <vector>\n{include}\nint main() {{\n{pixels}\nconst auto* rgb = all.data();\n"
     )
-    (tmp_path / "main.cpp").write_text(f"{before}{body}\nreturn best ? 0 : 1;\n}}\n")
+    (tmp_path / "main.cpp").write_text(f"{before}{body}\nif (!best) return 1;\n{{\n{options}}}\nreturn 0;\n}}\n")
     (library,) = (plain.path / "installed").rglob("libspach.so")
     command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "main.cpp", "-o", "app", str(library)]
     search = [f"-I{plain.path / 'installed' / 'include'}", f"-Wl,-rpath,{library.parent}"]
@@ -564,10 +641,10 @@ def test_the_readmes_example_compiles_and_runs(plain: Build, package: Path, tmp_
 
 
 def test_a_written_folder_holds_the_sources_as_they_are_here(package: Path) -> None:
-    from spach_deploy.packaging.cpp.folder import LIBRARY
+    from spach_deploy.packaging.cpp.folder import LIBRARY, RECIPE, RECIPE_SOURCE
 
     for file in LIBRARY.rglob("*"):
-        written = package / file.relative_to(LIBRARY)
+        written = package / file.relative_to(LIBRARY).with_name(RECIPE if file.name == RECIPE_SOURCE else file.name)
         assert written.is_dir() if file.is_dir() else written.is_file()
         if file.is_file() and file.name != "README.md":
             assert written.read_bytes() == file.read_bytes()

@@ -132,6 +132,22 @@ def test_inputs_are_those_of_python_bit_by_bit(plain: Build, tmp_path: Path, io_
         assert got == to_input(pixels(image, transform)[None], transform, io_dtype).tobytes()
 
 
+def test_several_threads_write_the_same_bytes(plain: Build, asan: Build, tsan: Build, tmp_path: Path) -> None:
+    """And the error is the first picture's that has one, whoever meets it."""
+    model = written_model(tmp_path, LARGER)
+    images = [picture(50, 40, seed) for seed in range(9)]
+    (tmp_path / "all").write_bytes(b"".join(image.tobytes() for image in images))
+    wanted = b"".join(in_cpp(plain, model, image, tmp_path)[1] for image in images)
+    for build, threads in ((plain, 1), (plain, 2), (plain, 5), (asan, 4), (tsan, 4), (plain, 64)):
+        asked = ("pictures", model, tmp_path / "all", 50, 40, len(images), threads, tmp_path / "out")
+        assert build.run("probe", *asked).returncode == 0
+        assert (tmp_path / "out").read_bytes() == wanted, threads
+        lacking = build.run("probe", *asked[:5], len(images) + 3, *asked[6:])
+        assert (lacking.returncode, lacking.stdout) == (1, "bad argument: The picture is a null pointer.\n")
+    refused = plain.run("probe", "pictures", model, tmp_path / "all", 50, 40, 9, 0, tmp_path / "out")
+    assert refused.stdout == "bad argument: Pictures are preprocessed on at least one thread, not on 0.\n"
+
+
 def test_rows_may_lie_apart(plain: Build, asan: Build, tmp_path: Path) -> None:
     model = written_model(tmp_path, LARGER)
     image = picture(50, 40)

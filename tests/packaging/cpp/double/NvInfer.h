@@ -30,6 +30,8 @@ enum class ExecutionContextAllocationStrategy : int32_t {
   kON_PROFILE_CHANGE = 1,
   kUSER_MANAGED = 2
 };
+enum class DynamicShapesKernelSpecializationStrategy : int32_t { kLAZY = 0, kEAGER = 1, kNONE = 2 };
+enum class CudaGraphStrategy : int32_t { kDISABLED = 0, kWHOLE_GRAPH_CAPTURE = 1 };
 enum class APILanguage : int32_t { kCPP = 0, kPYTHON = 1 };
 
 class Dims64 {
@@ -76,12 +78,48 @@ class INoCopy {
 
 class IExecutionContext;
 class ICudaEngine;
+class IHostMemory;
+class IRuntimeCache;
+class IRuntimeConfig;
 
 namespace apiv {
 
 class VRoot {
  public:
   virtual ~VRoot() noexcept = default;
+};
+
+class VHostMemory : public VRoot {
+ public:
+  virtual void* data() const noexcept = 0;
+  virtual std::size_t size() const noexcept = 0;
+  virtual DataType type() const noexcept = 0;
+};
+
+// TensorRT for RTX's, as are the last six members of VRuntimeConfig.
+class VRuntimeCache : public VRoot {
+ public:
+  virtual IHostMemory* serialize() const noexcept = 0;
+  virtual bool deserialize(void const* blob, size_t size) noexcept = 0;
+  virtual bool reset() noexcept = 0;
+};
+
+class VRuntimeConfig : public VRoot {
+ public:
+  virtual IRuntimeConfig* getPImpl() noexcept = 0;
+  virtual void setExecutionContextAllocationStrategy(
+      ExecutionContextAllocationStrategy strategy) noexcept = 0;
+  virtual ExecutionContextAllocationStrategy getExecutionContextAllocationStrategy()
+      const noexcept = 0;
+  virtual IRuntimeCache* createRuntimeCache() const noexcept = 0;
+  virtual bool setRuntimeCache(IRuntimeCache const& cache) noexcept = 0;
+  virtual IRuntimeCache* getRuntimeCache() const noexcept = 0;
+  virtual void setDynamicShapesKernelSpecializationStrategy(
+      DynamicShapesKernelSpecializationStrategy strategy) noexcept = 0;
+  virtual DynamicShapesKernelSpecializationStrategy getDynamicShapesKernelSpecializationStrategy()
+      const noexcept = 0;
+  virtual bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept = 0;
+  virtual CudaGraphStrategy getCudaGraphStrategy() const noexcept = 0;
 };
 
 class VExecutionContext : public VRoot {
@@ -100,7 +138,11 @@ class VCudaEngine : public VRoot {
   virtual Dims getTensorShape(char const* tensorName) const noexcept = 0;
   virtual Dims getProfileShape(char const* tensorName, int32_t profileIndex,
                                OptProfileSelector select) const noexcept = 0;
-  virtual IExecutionContext* createExecutionContext() noexcept = 0;
+  virtual IExecutionContext* createExecutionContext(
+      ExecutionContextAllocationStrategy strategy) noexcept = 0;
+  virtual IExecutionContext* createExecutionContextWithRuntimeConfig(
+      IRuntimeConfig* runtimeConfig) noexcept = 0;
+  virtual IRuntimeConfig* createRuntimeConfig() noexcept = 0;
 };
 
 class VRuntime : public VRoot {
@@ -110,6 +152,61 @@ class VRuntime : public VRoot {
 };
 
 }  // namespace apiv
+
+class IHostMemory : public INoCopy {
+ public:
+  virtual ~IHostMemory() noexcept = default;
+  void* data() const noexcept { return mImpl->data(); }
+  std::size_t size() const noexcept { return mImpl->size(); }
+  DataType type() const noexcept { return mImpl->type(); }
+
+ protected:
+  apiv::VHostMemory* mImpl;
+};
+
+class IRuntimeCache : public INoCopy {
+ public:
+  virtual ~IRuntimeCache() noexcept = default;
+  IHostMemory* serialize() const noexcept { return mImpl->serialize(); }
+  bool deserialize(void const* blob, size_t size) noexcept {
+    return mImpl->deserialize(blob, size);
+  }
+  bool reset() noexcept { return mImpl->reset(); }
+
+ protected:
+  apiv::VRuntimeCache* mImpl;
+};
+
+class IRuntimeConfig : public INoCopy {
+ public:
+  virtual ~IRuntimeConfig() noexcept = default;
+  void setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy strategy) noexcept {
+    mImpl->setExecutionContextAllocationStrategy(strategy);
+  }
+  ExecutionContextAllocationStrategy getExecutionContextAllocationStrategy() const noexcept {
+    return mImpl->getExecutionContextAllocationStrategy();
+  }
+  IRuntimeCache* createRuntimeCache() const noexcept { return mImpl->createRuntimeCache(); }
+  bool setRuntimeCache(IRuntimeCache const& cache) noexcept {
+    return mImpl->setRuntimeCache(cache);
+  }
+  IRuntimeCache* getRuntimeCache() const noexcept { return mImpl->getRuntimeCache(); }
+  void setDynamicShapesKernelSpecializationStrategy(
+      DynamicShapesKernelSpecializationStrategy strategy) noexcept {
+    mImpl->setDynamicShapesKernelSpecializationStrategy(strategy);
+  }
+  DynamicShapesKernelSpecializationStrategy getDynamicShapesKernelSpecializationStrategy()
+      const noexcept {
+    return mImpl->getDynamicShapesKernelSpecializationStrategy();
+  }
+  bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept {
+    return mImpl->setCudaGraphStrategy(strategy);
+  }
+  CudaGraphStrategy getCudaGraphStrategy() const noexcept { return mImpl->getCudaGraphStrategy(); }
+
+ protected:
+  apiv::VRuntimeConfig* mImpl;
+};
 
 class IExecutionContext : public INoCopy {
  public:
@@ -147,9 +244,14 @@ class ICudaEngine : public INoCopy {
     return mImpl->getProfileShape(tensorName, profileIndex, select);
   }
   IExecutionContext* createExecutionContext(
-      ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy::kSTATIC) noexcept {
-    return mImpl->createExecutionContext();
+      ExecutionContextAllocationStrategy strategy =
+          ExecutionContextAllocationStrategy::kSTATIC) noexcept {
+    return mImpl->createExecutionContext(strategy);
   }
+  IExecutionContext* createExecutionContext(IRuntimeConfig* runtimeConfig) noexcept {
+    return mImpl->createExecutionContextWithRuntimeConfig(runtimeConfig);
+  }
+  IRuntimeConfig* createRuntimeConfig() noexcept { return mImpl->createRuntimeConfig(); }
 
  protected:
   apiv::VCudaEngine* mImpl;

@@ -4,6 +4,7 @@
 //
 //   SPACH_DOUBLE_DEVICES  number of GPUs (1); 0: no driver
 //   SPACH_DOUBLE_GPU      compute capability as 10 * major + minor (89)
+//   SPACH_DOUBLE_PROCESSORS  multiprocessors (128)
 //   SPACH_DOUBLE_FAIL     "cudaMalloc:3": the third call of that function fails
 
 #include "cuda_double.h"
@@ -14,15 +15,40 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 namespace {
 
 thread_local int current_device = 0;
 
 std::mutex memory_mutex;
-std::map<const char*, std::size_t>& device_memory() {
-  static std::map<const char*, std::size_t> blocks;
+using Blocks = std::map<const char*, std::size_t>;
+Blocks& device_memory() {
+  static Blocks blocks;
   return blocks;
+}
+Blocks& pinned_memory() {
+  static Blocks blocks;
+  return blocks;
+}
+
+bool is_within(const Blocks& blocks, const void* memory, std::size_t size) {
+  const auto* at = static_cast<const char*>(memory);
+  const std::lock_guard<std::mutex> lock(memory_mutex);
+  auto next = blocks.upper_bound(at);
+  if (next == blocks.begin()) return false;
+  const auto& [start, length] = *--next;
+  return at + size <= start + length;
+}
+
+void remember(Blocks& blocks, void* memory, std::size_t size) {
+  const std::lock_guard<std::mutex> lock(memory_mutex);
+  blocks[static_cast<const char*>(memory)] = size;
+}
+
+bool forget(Blocks& blocks, void* memory) {
+  const std::lock_guard<std::mutex> lock(memory_mutex);
+  return blocks.erase(static_cast<const char*>(memory)) != 0;
 }
 
 int setting(const char* name, int otherwise) {
@@ -45,12 +71,11 @@ bool should_fail(const char* function) {
 }
 
 bool is_device_memory(const void* memory, std::size_t size) {
-  const auto* at = static_cast<const char*>(memory);
-  const std::lock_guard<std::mutex> lock(memory_mutex);
-  auto next = device_memory().upper_bound(at);
-  if (next == device_memory().begin()) return false;
-  const auto& [start, length] = *--next;
-  return at + size <= start + length;
+  return is_within(device_memory(), memory, size);
+}
+
+bool is_pinned_memory(const void* memory, std::size_t size) {
+  return is_within(pinned_memory(), memory, size);
 }
 
 int gpu() {
@@ -58,6 +83,14 @@ int gpu() {
 }
 
 }  // namespace spach_double
+
+cudaError_t CUstream_st::reach(std::uint64_t count) {
+  for (; done < count; ++done) {
+    if (error == cudaSuccess) error = pending.front()();
+    pending.pop_front();
+  }
+  return std::exchange(error, cudaSuccess);
+}
 
 extern "C" {
 
@@ -93,7 +126,11 @@ cudaError_t cudaSetDevice(int device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr attribute, int) {
   const int gpu = spach_double::gpu();
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? gpu / 10 : gpu % 10;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = setting("SPACH_DOUBLE_PROCESSORS", 128); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = gpu / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = gpu % 10; break;
+  }
   return cudaSuccess;
 }
 
@@ -102,17 +139,13 @@ cudaError_t cudaMalloc(void** memory, size_t size) {
   *memory = std::malloc(size);
   if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0x7f, size);  // what was never written must not look like an answer
-  const std::lock_guard<std::mutex> lock(memory_mutex);
-  device_memory()[static_cast<const char*>(*memory)] = size;
+  remember(device_memory(), *memory, size);
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return cudaSuccess;
-  {
-    const std::lock_guard<std::mutex> lock(memory_mutex);
-    if (device_memory().erase(static_cast<const char*>(memory)) == 0) return cudaErrorInvalidValue;
-  }
+  if (!forget(device_memory(), memory)) return cudaErrorInvalidValue;
   std::free(memory);
   return cudaSuccess;
 }
@@ -120,10 +153,14 @@ cudaError_t cudaFree(void* memory) {
 cudaError_t cudaMallocHost(void** memory, size_t size) {
   if (spach_double::should_fail("cudaMallocHost")) return cudaErrorMemoryAllocation;
   *memory = std::malloc(size);
-  return *memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
+  remember(pinned_memory(), *memory, size);
+  return cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void* memory) {
+  if (memory == nullptr) return cudaSuccess;
+  if (!forget(pinned_memory(), memory)) return cudaErrorInvalidValue;
   std::free(memory);
   return cudaSuccess;
 }
@@ -155,11 +192,31 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  for (const spach_double::Work& work : stream->pending)
-    if (error == cudaSuccess) error = work();
-  stream->pending.clear();
+  const cudaError_t error = stream->reach(stream->end());
   return spach_double::should_fail("cudaStreamSynchronize") ? cudaErrorLaunchFailure : error;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned int) {
+  if (spach_double::should_fail("cudaEventCreateWithFlags")) return cudaErrorMemoryAllocation;
+  *event = new CUevent_st();
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (spach_double::should_fail("cudaEventRecord")) return cudaErrorInvalidValue;
+  *event = {stream, stream->end()};
+  return cudaSuccess;
+}
+
+// What was put on the stream after the event waits on.
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (spach_double::should_fail("cudaEventSynchronize")) return cudaErrorLaunchFailure;
+  return event->stream != nullptr ? event->stream->reach(event->count) : cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
 }
 
 }  // extern "C"

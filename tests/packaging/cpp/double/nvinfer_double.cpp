@@ -8,17 +8,29 @@
 //   the graph
 //
 //   SPACH_DOUBLE_VERSION  the version of this library as getInferLibVersion gives it (10701)
-//   SPACH_DOUBLE_FAIL     also createInferRuntime, createExecutionContext, enqueueV3
+//   SPACH_DOUBLE_FAIL     also createInferRuntime, createExecutionContext, enqueueV3, and of
+//   TensorRT
+//                         for RTX createRuntimeConfig, createRuntimeCache, setRuntimeCache,
+//                         serialize, deserialize, setCudaGraphStrategy
+//   SPACH_DOUBLE_TRACE    a file, to which a line is added for each kernel that is compiled or
+//   found
+//                         in the runtime cache, and for each CUDA graph that is captured or
+//                         launched
+//   SPACH_DOUBLE_REPLACES  a runtime cache forgets what it has when it reads more; it is not known
+//                         whether TensorRT's does
 
 #include <NvInfer.h>
 #include <dlfcn.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_double.h"
@@ -216,6 +228,127 @@ void complain(ILogger& logger, const std::string& text) {
   logger.log(ILogger::Severity::kERROR, text.c_str());
 }
 
+void trace(const std::string& what) {
+  const char* path = std::getenv("SPACH_DOUBLE_TRACE");
+  if (path == nullptr) return;
+  std::FILE* file = std::fopen(path, "a");
+  if (file == nullptr) return;
+  std::fprintf(file, "%s\n", what.c_str());
+  std::fclose(file);
+}
+
+class HostMemory final : public nvinfer1::IHostMemory, public nvinfer1::apiv::VHostMemory {
+ public:
+  explicit HostMemory(std::string content) : content_(std::move(content)) { mImpl = this; }
+  void* data() const noexcept override { return const_cast<char*>(content_.data()); }
+  std::size_t size() const noexcept override { return content_.size(); }
+  DataType type() const noexcept override { return DataType::kINT8; }
+
+ private:
+  std::string content_;
+};
+
+// Kernels by name, one a line under a line that says for which version and GPU they are.
+class RuntimeCache final : public nvinfer1::IRuntimeCache, public nvinfer1::apiv::VRuntimeCache {
+ public:
+  explicit RuntimeCache(ILogger& logger) : logger_(logger) { mImpl = this; }
+
+  nvinfer1::IHostMemory* serialize() const noexcept override {
+    if (spach_double::should_fail("serialize")) return nullptr;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::string text = kernels_.empty() ? std::string() : first_line();
+    for (const std::string& kernel : kernels_) text += kernel + "\n";
+    return new HostMemory(text);
+  }
+
+  bool deserialize(void const* blob, size_t size) noexcept override {
+    const std::string text(static_cast<const char*>(blob), size);
+    const std::string first = first_line();
+    if (spach_double::should_fail("deserialize") || text.compare(0, first.size(), first) != 0) {
+      complain(logger_, "The runtime cache is incompatible.");
+      return false;
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (std::getenv("SPACH_DOUBLE_REPLACES") != nullptr) kernels_.clear();
+    for (std::size_t at = first.size(); at < text.size();) {
+      const std::size_t end = text.find('\n', at);
+      kernels_.insert(text.substr(at, end - at));
+      at = end + 1;
+    }
+    return true;
+  }
+
+  bool reset() noexcept override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    kernels_.clear();
+    return true;
+  }
+
+  // Whether a kernel is here. It is afterwards.
+  bool have(const std::string& kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return !kernels_.insert(kernel).second;
+  }
+
+ private:
+  static std::string first_line() {
+    return "kernels " + std::to_string(getInferLibVersion()) + " " +
+           std::to_string(spach_double::gpu()) + "\n";
+  }
+
+  ILogger& logger_;
+  mutable std::mutex mutex_;
+  std::set<std::string> kernels_;
+};
+
+using nvinfer1::CudaGraphStrategy;
+using Specialization = nvinfer1::DynamicShapesKernelSpecializationStrategy;
+
+class RuntimeConfig final : public nvinfer1::IRuntimeConfig, public nvinfer1::apiv::VRuntimeConfig {
+ public:
+  explicit RuntimeConfig(ILogger& logger) : logger_(logger) { mImpl = this; }
+
+  nvinfer1::IRuntimeConfig* getPImpl() noexcept override { return this; }
+  void setExecutionContextAllocationStrategy(
+      nvinfer1::ExecutionContextAllocationStrategy strategy) noexcept override {
+    allocation_ = strategy;
+  }
+  nvinfer1::ExecutionContextAllocationStrategy getExecutionContextAllocationStrategy()
+      const noexcept override {
+    return allocation_;
+  }
+  nvinfer1::IRuntimeCache* createRuntimeCache() const noexcept override {
+    if (spach_double::should_fail("createRuntimeCache")) return nullptr;
+    return new RuntimeCache(logger_);
+  }
+  bool setRuntimeCache(nvinfer1::IRuntimeCache const& cache) noexcept override {
+    if (spach_double::should_fail("setRuntimeCache")) return false;
+    cache_ = const_cast<nvinfer1::IRuntimeCache*>(&cache);
+    return true;
+  }
+  nvinfer1::IRuntimeCache* getRuntimeCache() const noexcept override { return cache_; }
+  void setDynamicShapesKernelSpecializationStrategy(Specialization strategy) noexcept override {
+    specialization_ = strategy;
+  }
+  Specialization getDynamicShapesKernelSpecializationStrategy() const noexcept override {
+    return specialization_;
+  }
+  bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept override {
+    if (spach_double::should_fail("setCudaGraphStrategy")) return false;
+    graphs_ = strategy;
+    return true;
+  }
+  CudaGraphStrategy getCudaGraphStrategy() const noexcept override { return graphs_; }
+
+ private:
+  ILogger& logger_;
+  nvinfer1::ExecutionContextAllocationStrategy allocation_ =
+      nvinfer1::ExecutionContextAllocationStrategy::kSTATIC;
+  nvinfer1::IRuntimeCache* cache_ = nullptr;
+  Specialization specialization_ = Specialization::kLAZY;
+  CudaGraphStrategy graphs_ = CudaGraphStrategy::kDISABLED;
+};
+
 constexpr char kMark[16] = "SPACH-DOUBLE\n";
 
 bool read_plan(const void* blob, std::size_t size, Plan& plan) {
@@ -242,8 +375,10 @@ bool read_plan(const void* blob, std::size_t size, Plan& plan) {
 
 class Context final : public nvinfer1::IExecutionContext, public nvinfer1::apiv::VExecutionContext {
  public:
-  Context(ILogger& logger, const std::vector<Tensor>& tensors, const Plan& plan)
-      : logger_(logger), tensors_(tensors), plan_(plan) {
+  // `config` is null for a context with the defaults; else it must live as long as the context.
+  Context(ILogger& logger, const std::vector<Tensor>& tensors, const Plan& plan,
+          nvinfer1::IRuntimeConfig* config)
+      : logger_(logger), tensors_(tensors), plan_(plan), config_(config) {
     mImpl = this;
   }
 
@@ -280,6 +415,7 @@ class Context final : public nvinfer1::IExecutionContext, public nvinfer1::apiv:
         return false;
       }
     }
+    compile();
     spach_double::put(stream, [session = session_, tensors = tensors_, addresses = addresses_,
                                batch = batch_] {
       return session->run(tensors, addresses, batch).empty() ? cudaSuccess : cudaErrorLaunchFailure;
@@ -288,9 +424,32 @@ class Context final : public nvinfer1::IExecutionContext, public nvinfer1::apiv:
   }
 
  private:
+  // What TensorRT for RTX does at the first runs of a batch size: a kernel for it, unless it is in
+  // the cache; then, where it is to, a graph, which holds as long as the addresses stay.
+  void compile() {
+    if (config_ == nullptr) return;
+    const std::string batch = std::to_string(batch_);
+    const auto strategy = config_->getDynamicShapesKernelSpecializationStrategy();
+    const std::string kernel = strategy == Specialization::kNONE ? "fallback" : "batch " + batch;
+    if (compiled_.insert(kernel).second) {
+      auto* cache = static_cast<RuntimeCache*>(config_->getRuntimeCache());
+      const bool found = cache != nullptr && cache->have(kernel);
+      trace((found ? "found " : "compiled ") + kernel +
+            (strategy == Specialization::kEAGER ? " eagerly" : ""));
+      return;
+    }
+    if (config_->getCudaGraphStrategy() != CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE) return;
+    const bool same = graphs_.count(batch_) != 0 && graphs_[batch_] == addresses_;
+    graphs_[batch_] = addresses_;
+    trace((same ? "launched graph " : "captured graph ") + batch);
+  }
+
   ILogger& logger_;
   std::vector<Tensor> tensors_;
   Plan plan_;
+  nvinfer1::IRuntimeConfig* config_;
+  std::set<std::string> compiled_;
+  std::map<std::int64_t, std::map<std::string, void*>> graphs_;
   std::shared_ptr<Session> session_ = std::make_shared<Session>();
   std::map<std::string, void*> addresses_;
   std::int64_t batch_ = 0;
@@ -331,12 +490,23 @@ class Engine final : public nvinfer1::ICudaEngine, public nvinfer1::apiv::VCudaE
     return dims;
   }
 
-  nvinfer1::IExecutionContext* createExecutionContext() noexcept override {
+  nvinfer1::IExecutionContext* createExecutionContext(
+      nvinfer1::ExecutionContextAllocationStrategy) noexcept override {
+    return createExecutionContextWithRuntimeConfig(nullptr);
+  }
+
+  nvinfer1::IRuntimeConfig* createRuntimeConfig() noexcept override {
+    if (spach_double::should_fail("createRuntimeConfig")) return nullptr;
+    return new RuntimeConfig(logger_);
+  }
+
+  nvinfer1::IExecutionContext* createExecutionContextWithRuntimeConfig(
+      nvinfer1::IRuntimeConfig* config) noexcept override {
     if (spach_double::should_fail("createExecutionContext")) {
       complain(logger_, "createExecutionContext: told to fail.");
       return nullptr;
     }
-    auto context = std::make_unique<Context>(logger_, tensors_, plan_);
+    auto context = std::make_unique<Context>(logger_, tensors_, plan_, config);
     const std::string failed = context->load();
     if (!failed.empty()) complain(logger_, failed);
     return failed.empty() ? context.release() : nullptr;

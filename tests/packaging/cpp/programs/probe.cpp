@@ -7,12 +7,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
+#include "cuda_double.h"
 #include "half.h"
 #include "sha256.h"
 #include "spach/spach.h"
@@ -175,6 +178,202 @@ int enqueue(const std::string& folder, const std::string& in, int batch, const s
   return 0;
 }
 
+// Options from NAME=VALUE words: cache, cuda_graphs, specialization, threads.
+spach::EngineOptions options_of(char** words, int count) {
+  spach::EngineOptions options;
+  for (int i = 0; i < count; ++i) {
+    const std::string word = words[i];
+    const std::string name = word.substr(0, word.find('='));
+    const std::string value = word.substr(name.size() + 1);
+    if (name == "cache") {
+      options.runtime_cache = value != "none";
+      if (value != "none" && value != "default") options.runtime_cache_file = value;
+    }
+    if (name == "cuda_graphs") options.cuda_graphs = value == "1";
+    if (name == "specialization")
+      options.specialization = static_cast<spach::Specialization>(std::atoi(value.c_str()));
+    if (name == "threads") options.threads = std::atoi(value.c_str());
+  }
+  return options;
+}
+
+void print_log() {
+  const auto print = [](spach::Severity severity, std::string_view message) {
+    std::printf("%s: %s\n", spach::name_of(severity), std::string(message).c_str());
+  };
+  if (!spach::set_log(print, spach::Severity::info)) std::abort();
+}
+
+// warm MODEL BATCHES OPTION...: what is said; each of BATCHES (1,4) is run once, none: warm_up,
+// save: what was compiled is saved on request; wait: for a line on stdin.
+int warm(const std::string& folder, const std::string& batches, char** words, int count) {
+  print_log();
+  const auto engine = spach::Engine::load(std::filesystem::path(folder), options_of(words, count));
+  if (!engine) return refused(engine.error());
+  std::printf("file: %s\n", engine->runtime_cache_file().string().c_str());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  std::string left = batches;
+  while (!left.empty() && left != "none") {
+    const std::string word = left.substr(0, left.find(','));
+    left.erase(0, word.size() + 1);
+    spach::Status status = spach::Done{};
+    if (word == "save") {
+      status = engine->save_runtime_cache();
+    } else if (word == "wait") {
+      std::printf("waits\n");
+      std::fflush(stdout);
+      std::getchar();
+    } else {
+      const int batch = std::atoi(word.c_str());
+      const Bytes input(static_cast<std::size_t>(batch) * engine->facts().input.bytes());
+      const auto outputs = context->run(input.data(), input.size(), batch);
+      if (!outputs) status = outputs.error();
+    }
+    if (!status) return refused(status.error());
+  }
+  if (batches == "none")
+    if (const spach::Status status = context->warm_up(); !status) return refused(status.error());
+  std::printf("done\n");
+  return 0;
+}
+
+// memory MODEL INPUT BATCH OUT: the engine from memory and its self-test; its logits.
+int memory(const std::string& folder, const std::string& in, int batch, const std::string& out) {
+  const auto engine = [&]() -> spach::Result<spach::Engine> {
+    const Bytes text = read(folder + "/model.txt"), plan = read(folder + "/engine.plan");
+    const Bytes labels = read(folder + "/labels.txt");
+    spach::ModelBytes model;
+    model.text = {reinterpret_cast<const char*>(text.data()), text.size()};
+    model.plan = plan.data();
+    model.plan_bytes = plan.size();
+    model.labels = {reinterpret_cast<const char*>(labels.data()), labels.size()};
+    return spach::Engine::load(model);  // which keeps nothing of what is gone now
+  }();
+  if (!engine) return refused(engine.error());
+  const auto alone = spach::self_test(*engine);
+  std::printf("%s\n", alone ? "?" : alone.error().message.c_str());
+  const Bytes golden = read(folder + "/golden.bin");
+  const auto pack = spach::parse_golden(golden.data(), golden.size(), engine->facts());
+  if (!pack) return refused(pack.error());
+  const auto report = spach::self_test(*engine, *pack);
+  if (!report) return refused(report.error());
+  std::printf("passed %d, labels %zu, folder '%s'\n", report->passed() ? 1 : 0,
+              engine->labels().size(), engine->folder().c_str());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const Bytes input = read(in);
+  const auto outputs = context->run(input.data(), input.size(), batch);
+  if (!outputs) return refused(outputs.error());
+  write(out, outputs->front().data.data(), outputs->front().data.size());
+  return 0;
+}
+
+// flight MODEL INPUT COUNT OUT: images one by one, two at once, in two slots. The double does its
+// work when it is waited for, so what is written to a slot after `submit` would show.
+int flight(const std::string& folder, const std::string& in, std::size_t count,
+           const std::string& out) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const Bytes input = read(in);
+  const std::size_t bytes = engine->facts().input.bytes();
+  Bytes logits;
+  const void* kept[2] = {};
+  const auto collect = [&](std::size_t slot) -> spach::Status {
+    const auto views = context->wait(slot);
+    if (!views) return views.error();
+    const spach::OutputView& view = views->front();
+    if (kept[slot] != nullptr && kept[slot] != view.data)
+      return spach::Error{spach::ErrorCode::engine, "the outputs have moved"};
+    if (!spach_double::is_pinned_memory(view.data, view.bytes))
+      return spach::Error{spach::ErrorCode::engine, "the outputs are not pinned"};
+    kept[slot] = view.data;
+    const auto* from = static_cast<const std::byte*>(view.data);
+    logits.insert(logits.end(), from, from + view.bytes);
+    return spach::Done{};
+  };
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t slot = i % 2;
+    if (i >= 2)
+      if (const spach::Status status = collect(slot); !status) return refused(status.error());
+    const spach::Result<void*> to = context->input(slot);
+    if (!to) return refused(to.error());
+    if (!spach_double::is_pinned_memory(*to, bytes)) return 3;
+    std::memcpy(*to, input.data() + i * bytes, bytes);
+    if (const spach::Status status = context->submit(slot, 1); !status)
+      return refused(status.error());
+    if (context->input(slot) || context->submit(slot, 1)) return 4;  // it is in flight
+    if (i == 1) {  // a call that waits comes between and disturbs nothing
+      const auto values = context->logits(input.data(), 1);
+      if (!values) return refused(values.error());
+    }
+  }
+  for (std::size_t i = std::max(count, std::size_t{2}) - 2; i < count; ++i)
+    if (const spach::Status status = collect(i % 2); !status) return refused(status.error());
+  write(out, logits.data(), logits.size());
+  for (const std::size_t slot : {std::size_t{5}, spach::Context::kSlots}) {
+    const auto never = context->wait(slot);
+    std::printf("%s\n", never ? "?" : never.error().message.c_str());
+  }
+  return 0;
+}
+
+// late MODEL INPUT OUT: a slot is overwritten between `submit` and `wait`, as callers must not do.
+int late(const std::string& folder, const std::string& in, const std::string& out) {
+  const spach::Result<spach::Engine> engine = spach::Engine::load(folder);
+  if (!engine) return refused(engine.error());
+  spach::Result<spach::Context> context = engine->create_context();
+  if (!context) return refused(context.error());
+  const Bytes input = read(in);
+  const std::size_t bytes = engine->facts().input.bytes();
+  const spach::Result<void*> to = context->input(0);
+  if (!to) return refused(to.error());
+  std::memcpy(*to, input.data(), bytes);
+  if (const spach::Status status = context->submit(0, 1); !status) return refused(status.error());
+  std::memcpy(*to, input.data() + bytes, bytes);
+  const auto views = context->wait(0);
+  if (!views) return refused(views.error());
+  write(out, views->front().data, views->front().bytes);
+  return 0;
+}
+
+// pictures MODEL RGB WIDTH HEIGHT COUNT THREADS OUT: the inputs of COUNT pictures of one size.
+int pictures(char** a) {
+  const spach::Result<spach::ModelFacts> facts = facts_of(a[0]);
+  if (!facts) return refused(facts.error());
+  const Bytes rgb = read(a[1]);
+  const int width = std::atoi(a[2]), height = std::atoi(a[3]);
+  const auto count = static_cast<std::size_t>(std::atoi(a[4]));
+  std::vector<spach::Image> images;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto* pixels = reinterpret_cast<const std::uint8_t*>(rgb.data());
+    const std::size_t at =
+        i * 3 * static_cast<std::size_t>(width) * static_cast<std::size_t>(height);
+    images.push_back({at < rgb.size() ? pixels + at : nullptr, width, height});
+  }
+  Bytes input(count * facts->input.bytes());
+  const spach::Status status =
+      spach::Preprocessor(*facts).write(images.data(), count, input.data(), std::atoi(a[5]));
+  if (!status) return refused(status.error());
+  write(a[6], input.data(), input.size());
+  return 0;
+}
+
+// log MODEL: TensorRT's own words through the callback, from a call that fails; then nothing more.
+int log_of(const std::string& folder) {
+  print_log();
+  const auto first = spach::Engine::load(folder);
+  const auto thrower = [](spach::Severity, std::string_view) { throw 1; };
+  if (!spach::set_log(thrower, spach::Severity::verbose)) return 2;
+  const auto second = spach::Engine::load(folder);
+  if (!spach::set_log({})) return 2;
+  const auto third = spach::Engine::load(folder);
+  std::printf("%d %d %d\n", first ? 1 : 0, second ? 1 : 0, third ? 1 : 0);
+  return 0;
+}
+
 // threads MODEL INPUT COUNT THREADS ROUNDS: each thread runs the images in an order of its own, in
 // batches of changing sizes, and must get for each the logits that one thread alone got.
 int threads(const std::string& folder, const std::string& in, std::size_t count,
@@ -303,6 +502,13 @@ int main(int argc, char** argv) {
     return logits(a[0], a[1], static_cast<std::size_t>(std::atoi(a[2])), a[3]);
   if (what == "output" && n == 5)
     return output(a[0], a[1], a[2], static_cast<std::size_t>(std::atoi(a[3])), a[4]);
+  if (what == "warm" && n >= 2) return warm(a[0], a[1], a + 2, n - 2);
+  if (what == "memory" && n == 4) return memory(a[0], a[1], std::atoi(a[2]), a[3]);
+  if (what == "flight" && n == 4)
+    return flight(a[0], a[1], static_cast<std::size_t>(std::atoi(a[2])), a[3]);
+  if (what == "late" && n == 3) return late(a[0], a[1], a[2]);
+  if (what == "pictures" && n == 7) return pictures(a);
+  if (what == "log" && n == 1) return log_of(a[0]);
   if (what == "threads" && n == 5)
     return threads(a[0], a[1], static_cast<std::size_t>(std::atoi(a[2])),
                    static_cast<std::size_t>(std::atoi(a[3])), std::atoi(a[4]));
