@@ -16,6 +16,7 @@ HOW = {
     "triton": "scripts/test -m triton",
     "ray": ".venv/bin/pip install -c constraints.txt ray && scripts/test -m ray",
     "browser": "apt-get install chromium && scripts/test -m browser",
+    "mingw": "apt-get install g++-mingw-w64-x86-64 cmake ninja-build && scripts/test -m mingw",
     "cpp": "apt-get install g++ cmake ninja-build && scripts/test -m cpp",
     "gpu": "scripts/test -m gpu, where there is an NVIDIA GPU",
 }
