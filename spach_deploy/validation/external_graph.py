@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from msgspec import structs
 
+from spach_deploy.blocks import rewrite
 from spach_deploy.bundle.inputs import image_of
 from spach_deploy.bundle.outputs import INPUT, model_outputs
 from spach_deploy.bundle.schema import TensorInfo
@@ -100,7 +101,9 @@ def _bisected(validation: Validation, matched: MatchedGraph, loaded: LoadedModel
     pixels = inputs.astype(np.uint8) if matched.io_dtype is IODtype.UINT8 else None
     images = image_of(as_images(inputs, matched.io_dtype, facts.preprocessing))
     try:
-        reference = ProbedReference(loaded.model, images, plan=read_record(facts), pixels=pixels)
+        made = facts.quantization  # a plan belongs to the static model that it was made of
+        static = None if made is None else rewrite(loaded.model, made.disabled, made.quantize).model
+        reference = ProbedReference(loaded.model, images, static=static, plan=read_record(facts), pixels=pixels)
         bisection = bisect_graph(matched.graph, reference)
     except SpachError as error:
         note = f"Not bisected by module: {error.message}"
