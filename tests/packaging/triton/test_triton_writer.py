@@ -548,7 +548,8 @@ def test_onnxruntime_gets_a_graph_in_its_own_form_and_one_line_says_so(tmp_path:
     facts = Manifest.read(served / "bundle.json")
     nodes = len(onnx.load(served / GRAPH).graph.node)
     assert facts.form is Form.CPU
-    assert nodes == facts.graph.certificate.nodes < len(onnx.load(bundle / GRAPH).graph.node)
+    assert facts.graph.certificate.nodes == nodes
+    assert nodes < len(onnx.load(bundle / GRAPH).graph.node)
     assert facts.graph.made is not None
     (note,) = [note for note in result.models[0].notes if "Made anew" in note]
     assert f"in the form for ONNX Runtime: {nodes} nodes" in note
