@@ -285,15 +285,20 @@ def examine_typed(
 ) -> tuple[RunResult, ...]:
     """Run a typed graph in every execution that the installed ONNX Runtime computes rightly, and compare each.
 
-    Only the first also runs the profile's other batches (`most_macs` bounds the largest): whether images are mixed up
-    does not depend on rounding. The last one, with the most roundings, has the tensors that `watch` chose in
-    `RunResult.activations`.
+    Only the first also runs the profile's other batches: whether images are mixed up does not depend on rounding. The
+    last one, with the most roundings, has the tensors that `watch` chose in `RunResult.activations`.
+
+    `most_macs`: in an export, multiply-adds that the largest batch may take. Its images run in the profile's batches
+    alone. Otherwise images run in small batches, which a cluster can share, and a few of them in the others.
     """
     first, *rest = executions_here(graph, precision)
     batches = {first: ExtraBatches.of(graph, eval_set, most_macs)}
     watched = {(first, *rest)[-1]: watch}
     return tuple(
-        _examine(execution, graph, eval_set, bounds, execution.value, watched.get(execution), batches.get(execution))
+        _examine(
+            *(execution, graph, eval_set, bounds, execution.value, watched.get(execution), batches.get(execution)),
+            is_export=most_macs is not None,
+        )
         for execution in (first, *rest)
     )
 
@@ -365,9 +370,7 @@ class ExtraBatches:
         return cls(tuple(sizes), tuple(size for size in sizes if size not in fed), left_out)
 
     def whole_run(self, count: int, profile: BatchProfile) -> tuple[int, ...]:
-        """Batch sizes for `count` images and all batches of the profile: those first, each once, then as
-        `graph_batches`.
-        """
+        """Batch sizes for an export's `count` images: those of the profile, each once, then as `graph_batches`."""
         sizes = self.of_profile if self.sizes else ()
         rest = count - sum(sizes)
         return (*sizes, *graph_batches(rest, profile)) if rest > 0 else sizes
@@ -489,14 +492,20 @@ def _examine(
     what: str,
     watch: Watch | None = None,
     batches: ExtraBatches | None = None,
+    *,
+    is_export: bool = False,
 ) -> RunResult:
-    batches = batches or ExtraBatches((), ())
-    sizes = batches.whole_run(len(eval_set), eval_set.batch)
+    batches, count = batches or ExtraBatches((), ()), len(eval_set)
+    sizes = (batches.whole_run if is_export else graph_batches)(count, eval_set.batch)
     try:
-        with opened(execution, graph, None, watch, max(sizes)) as runner:
+        with opened(execution, graph, None, watch, max(*sizes, *batches.sizes, 0)) as runner:
             run = _run(runner, eval_set, sizes, in_runtime(what))
-            found = run_result(Level.GRAPH, dataclasses.replace(run, left_out=batches.left_out), eval_set, bounds)
-            if not found.passed and not run.problem and batches.sizes:
+            if is_export:
+                run = dataclasses.replace(run, left_out=batches.left_out)
+            else:
+                run = _run_other_batches(runner, batches, run, eval_set)
+            found = run_result(Level.GRAPH, run, eval_set, bounds)
+            if is_export and batches.sizes and not (found.passed or run.problem):
                 found = _with_wrong_batches(found, runner, eval_set)
             return dataclasses.replace(found, activations=runner.seen)
     except UsageError as error:  # onnxruntime refused the graph

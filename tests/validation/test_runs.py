@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 
@@ -79,7 +80,7 @@ def test_the_exported_graph_agrees_at_every_batch_of_its_profile() -> None:
     found = examine(Precision.FP16)
     assert found.passed
     assert found.level is Level.GRAPH
-    assert found.batches == (1, 8, 32)
+    assert found.batches == (1, 3, 3, 1, 8, 32)
 
 
 @pytest.mark.parametrize(("precision", "every"), [(Precision.FP32, 5), (Precision.FP16, 1)])
@@ -162,15 +163,30 @@ def test_a_graph_that_fails_at_one_batch_size_is_a_finding() -> None:
 @pytest.mark.parametrize("right_up_to", [3, 8, 16])
 def test_a_graph_that_is_wrong_only_in_larger_batches_is_rejected(right_up_to: int) -> None:
     found = findings(examine(Precision.FP32, lambda m: faults.mix_up_images(m, right_up_to)))
+    assert "Wrong in some of the batches of 1, 3, 8 and 32 only: Output 'logits': relative L2" in found
+
+
+def exported(change: Callable[[ModelProto], None] = lambda model: None) -> RunResult:
+    """What an export sees: the images go through the batches of the profile alone."""
+    graph, eval_set, bounds = case(Precision.FP32)
+    model = onnx.load_from_string(graph)
+    change(model)
+    (found,) = examine_typed(model.SerializeToString(), Precision.FP32, eval_set, bounds, most_macs=math.inf)
+    return found
+
+
+@pytest.mark.parametrize("right_up_to", [3, 8, 16])
+def test_an_export_says_what_is_wrong_only_in_larger_batches(right_up_to: int) -> None:
+    assert exported().batches == (1, 8, 32)
+    found = findings(exported(lambda m: faults.mix_up_images(m, right_up_to)))
     assert re.search(r"Wrong in some of the batches of 1,( 3,)? 8 and 32 only: Output 'logits': relative L2", found)
 
 
 def test_a_graph_that_is_wrong_at_every_batch_is_not_called_wrong_at_some() -> None:
-    def scale(model: ModelProto) -> None:
+    def shift(model: ModelProto) -> None:
         faults.set_value(model, "head.bias", faults.value(model, "head.bias") + 1)
 
-    found = findings(examine(Precision.FP32, scale))
-    assert found.startswith("Output 'logits': relative L2")
+    assert findings(exported(shift)).startswith("Output 'logits': relative L2")
 
 
 def test_a_graph_that_drops_images_of_larger_batches_is_rejected() -> None:
@@ -192,7 +208,7 @@ def test_a_batch_for_which_there_is_no_memory_is_left_out_and_said(monkeypatch: 
     monkeypatch.setattr(resources, "find_memory", lambda: resources.Memory(few, 1 << 34))
     found = examine(Precision.FP32)
     assert found.passed
-    assert found.batches == (1, 8, 10)
+    assert found.batches == (1, 3, 3, 1, 8, 10)
     assert found.left_out == "A batch of 32 did not run: there was memory for 10."
     assert found.to_dict()["left_out"] == found.left_out
 
@@ -275,7 +291,7 @@ def test_fp16_runs_as_it_is_and_with_its_tensors_rounded() -> None:
     plain, rounded = examine_typed(graph, Precision.FP16, eval_set, bounds)
     assert plain.passed
     assert rounded.passed
-    assert (plain.batches, rounded.batches) == ((1, 8, 32), (1, 3, 3, 1))
+    assert (plain.batches, rounded.batches) == ((1, 3, 3, 1, 8, 32), (1, 3, 3, 1))
 
 
 @pytest.mark.parametrize(
