@@ -144,6 +144,8 @@ def pad_heads(model: nn.Module, form: GraphForm) -> Outcome:
     """
     if not form.is_tokens_first:
         return Outcome(skipped=("it serves TensorRT's attention kernel",))
+    if form.is_quantized:
+        return Outcome(skipped=("calibrations fit every target, so layers keep their sizes",))
     changes: list[Change] = []
     for path, attention in modules_of(model, StaticAttention):
         assert isinstance(attention, StaticAttention)

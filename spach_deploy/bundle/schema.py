@@ -626,9 +626,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
             name: value for name, value in engine.items() if name == "flavour" or (name == "reason") is not has_plan
         }
         graph = content["graph"]
-        for section, name in ((graph, "form"), (graph, "made"), (graph, "levels"), (graph["certificate"], "broken")):
-            if not section[name]:
-                del section[name]
+        certificate, engine = graph["certificate"], content["engine"]
+        absences = ((graph, "form"), (graph, "made"), (graph, "levels"), (certificate, "broken"), (engine, "start"))
+        for section, name in absences:
+            if not section.get(name):
+                section.pop(name, None)
         if self.model.architecture is None:  # as older versions wrote it
             del content["model"]["architecture"]
         absent = {name for name in ("quantization", "cpu") if content[name] is None}

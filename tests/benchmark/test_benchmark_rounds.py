@@ -401,12 +401,10 @@ def test_every_name_can_be_opened_and_has_a_title() -> None:
 
 
 @pytest.mark.parametrize("is_cold", [True, False])
-def test_an_engine_is_fed_by_its_own_input_name_and_starts_cold_or_warm(
+def test_an_engine_is_fed_by_name_and_starts_cold_or_warm(
     is_cold: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Engine:
-        input_specs = ("pixels",)
-
         def __init__(self, plan: bytes, flavour: Any, start: StartOptions) -> None:
             assert plan == small_bundles.plan_bytes()
             assert start.runtime_cache is not is_cold
@@ -418,7 +416,7 @@ def test_an_engine_is_fed_by_its_own_input_name_and_starts_cold_or_warm(
             return
 
         def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
-            return {"logits": feeds["pixels"] + 1}
+            return {"logits": feeds["input"] + 1}
 
         def layer_seconds(self, feeds: dict[str, Any]) -> dict[str, float]:
             return {"blocks.0.channel_func.fc1/Gemm+blocks.0/Add": 0.75, "head/Gemm": 0.25}
@@ -430,9 +428,10 @@ def test_an_engine_is_fed_by_its_own_input_name_and_starts_cold_or_warm(
     with contestants._engine(opened, RunnerSetup(bundle, is_cold=is_cold)) as runner:
         assert isinstance(runner, OpenRunner)
         assert runner.device == "cuda"
-        assert runner.run(np.zeros(1)) == 1
+        fed = runner.prepare(np.zeros(1))
+        assert runner.run(fed) == 1
         assert runner.profile is not None
-        assert runner.profile(np.zeros(1)) == {"blocks.0": 0.75, "head": 0.25}
+        assert runner.profile(fed) == {"blocks.0": 0.75, "head": 0.25}
 
 
 def test_bounds_are_the_bundles(bundle: Path, found: Benchmark) -> None:

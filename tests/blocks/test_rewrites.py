@@ -103,6 +103,8 @@ def test_heads_are_padded_to_sizes_that_fuse(size: int, padded: int) -> None:
     assert relative_l2(logits(result.model, images(2)), logits(model, images(2))) < 2e-6
     for_a_cpu = rewrite(model, ["tokens_first"]).model  # as where no TensorRT runs it
     assert for_a_cpu.get_submodule("blocks.0.spatial_func.qkv").out_features == 6 * size
+    in_eight_bits = rewrite(model, quantized=()).model  # a calibration fits every target
+    assert in_eight_bits.get_submodule("blocks.0.spatial_func.qkv").out_features == 6 * size
 
 
 def test_an_attention_of_small_heads_is_fused(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ ignore = ["head_dist.*"]
 image_size = [192, 256]
 num_classes = 10
 heads = 3
+divisions = 6
 qk_scale = 0.25
 activation = "gelu-tanh"
 norm_eps = 1e-5
@@ -102,6 +103,7 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     made = options(path)
     values = made.model.hyperparameters
     assert (values.heads, values.qk_scale, values.activation, values.norm_eps) == (3, 0.25, "gelu-tanh", 1e-5)
+    assert values.divisions == 6
     assert (values.mean, values.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert (values.crop, values.interpolation) == (0.95, "bilinear")
     path, ignore = tmp_path / "weights.pth", ("head_dist.*",)

@@ -68,7 +68,9 @@ def test_a_module_in_eight_bits(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", images=pictures(16, 1))
     manifest = exported(seeded(TwoHeads()), tmp_path, precision="int8", calibration=tmp_path / "set.npz")
     assert manifest.quantization is not None
-    assert manifest.quantization.layers == 10
+    assert manifest.quantization.layers == 8
+    reasons = {kept.module: kept.reason for kept in manifest.quantization.kept_float}
+    assert {reasons["classes"], reasons["angle"]} == {"rule: the head's error is the answer's"}
 
 
 def test_a_convolution_that_took_in_a_batch_norm_stays_in_float_and_that_is_said(tmp_path: Path) -> None:
