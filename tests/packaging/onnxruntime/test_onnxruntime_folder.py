@@ -450,7 +450,12 @@ def test_a_missing_file_is_found(own: Path, name: str, finding: str) -> None:
     (own / name).unlink()
     result = validate(own)
     assert result.exit_code == 1, result.output
-    assert finding in " ".join(result.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert finding in said
+    assert ("model.onnx ran instead" in said) == (name != GRAPH)
+    assert ("Nothing ran instead" in said) == (name == GRAPH)
+    assert "The plan itself did not run" in said
+    assert "no plan was to be run" not in said
 
 
 @pytest.mark.parametrize("name", [GRAPH, CONTEXT, PLAN])
@@ -458,7 +463,10 @@ def test_a_damaged_file_is_found(own: Path, name: str) -> None:
     (own / name).write_bytes(b"nothing of the kind")
     result = validate(own)
     assert result.exit_code == 1, result.output
-    assert f"{name} was changed" in " ".join(result.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert f"{name} was changed" in said
+    assert "The plan itself did not run" in said
+    assert "no plan was to be run" not in said
     assert "Traceback" not in result.output
 
 
