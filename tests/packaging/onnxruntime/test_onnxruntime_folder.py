@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from spach_deploy.cli.package import main as package_command
 from spach_deploy.cli.package_onnxruntime import main
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.files import sha256_of
+from spach_deploy.doctor.finding import Status
+from spach_deploy.doctor.table import as_text
+from spach_deploy.doctor.target import examine_target
 from spach_deploy.graph import ep_context
 from spach_deploy.graph.ep_context import COMPATIBILITY, RTX_PROVIDER, TENSORRT_PROVIDER
 from spach_deploy.options.gpus import parse_gpus
@@ -45,6 +49,7 @@ from spach_deploy.packaging.onnxruntime.folder import MODEL_TEXT, golden_file, p
 from spach_deploy.pipeline.export import export as run_export
 from tests import small_bundles
 from tests.commands import contents, export, refusal
+from tests.doctor.machines import cpu_machine
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import EMBEDDING, RENAMED, Tiny
 from tests.quantization import small_quantized
@@ -536,6 +541,35 @@ def test_a_plan_of_another_graph_is_found(own: Path) -> None:
     result = validate(own)
     assert result.exit_code == 1
     assert "built from another graph than model.onnx was made of" in " ".join(result.stdout.split())
+
+
+# spach-doctor
+
+
+@pytest.mark.parametrize("options", [(), ("--embed",)])
+def test_the_doctor_knows_the_plan_and_proposes_no_export_over_the_folder(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    folder = written(tmp_path, Tiny(), *options)
+    target = examine_target(folder, cpu_machine())
+    assert target.exit_code == 3
+    plan = next(found for found in target.findings if found.topic == (CONTEXT if options else PLAN))
+    assert plan.status is Status.OK
+    assert "none was built" not in as_text(target)
+    commands = [shlex.split(found.command) for found in target.findings if "spach-export" in (found.command or "")]
+    assert commands
+    assert all(words[-2:] == ["-o", f"{folder}-bundle"] and "--overwrite" not in words for words in commands)
+    if options:
+        (folder / CONTEXT).write_bytes(b"changed")
+        assert examine_target(folder, cpu_machine()).exit_code == 1
+
+
+def test_the_doctor_does_not_say_that_the_plan_was_built_from_a_graph_that_was_made_anew(own: Path) -> None:
+    manifest = small_bundles.read_manifest(own)
+    graph = {"graph_sha256": "0" * 64, "nodes": 9, "bytes": 9, "runtime": "ONNX Runtime 1.32.0"}
+    manifest["graph"]["made"] = {**graph, "rewritten": {}, "fp32_rel_l2": {}, "rel_l2": {}}
+    small_bundles.write_manifest(own, manifest)
+    assert "that it was built from" not in as_text(examine_target(own, cpu_machine()))
 
 
 # The folder
