@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import AttributeProto, helper
 
+from spach_deploy.bundle.schema import Form
 from spach_deploy.bundle.store import CONTEXT, GOLDEN, GRAPH, MANIFEST, PLAN, Bundle
 from spach_deploy.cli.package import main as package_command
 from spach_deploy.cli.package_onnxruntime import main
@@ -315,8 +317,22 @@ def test_every_interface(tmp_path: Path, tiny: Tiny) -> None:
 def test_eight_bits(tmp_path: Path, precision: Precision) -> None:
     result = package(small_quantized.bundle(precision), "-o", tmp_path / "served")
     assert result.exit_code == 0, result.output
+    assert f"On a GPU {precision.value.upper()} gains no time in ONNX Runtime" in result.stdout
     assert run(tmp_path / "served", CPU) == 0
     assert validate(tmp_path / "served").exit_code == 0
+
+
+def test_eight_bits_for_the_cpu_have_the_form_that_computes_in_integers(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    result = package(small_quantized.for_tensorrt(), "-o", folder, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "eight bits in ONNX Runtime" in result.stdout
+    assert "gains no time" not in result.stdout
+    assert "CUDA" not in (folder / MODEL_TEXT).read_text()
+    manifest = Bundle.open(folder).manifest
+    assert manifest.form is Form.CPU_INT8
+    assert run(folder) == 0
+    assert validate(folder).exit_code == 0
 
 
 def test_bfloat16_needs_a_gpu_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,9 +340,17 @@ def test_bfloat16_needs_a_gpu_and_says_so(tmp_path: Path, capsys: pytest.Capture
     result = package(bundle, "-o", tmp_path / "served")
     said = "model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there"
     assert said in result.stdout
-    assert said in (tmp_path / "served" / "README.md").read_text()
+    readme = (tmp_path / "served" / "README.md").read_text()
+    assert said in readme
+    oldest = re.search(r"for CUDA from (\S+) on", readme)
+    assert oldest is not None
+    assert f'pip install "onnxruntime-gpu>={oldest[1]}" numpy' in readme
+    assert all(CPU not in place for place in (result.stdout, readme, (tmp_path / "served" / MODEL_TEXT).read_text()))
     assert run(tmp_path / "served") == 3
+    assert "CUDAExecutionProvider does not run model.onnx here" in capsys.readouterr().err
+    assert run(tmp_path / "served", CPU) == 3
     assert "NOT_IMPLEMENTED" in capsys.readouterr().err
+    assert "in bfloat16 on a CPU" in refusal(package(bundle, "-o", tmp_path / "other", "--device", "cpu"))
     assert "every half tensor rounded" in " ".join(validate(tmp_path / "served").stdout.split())
 
 
