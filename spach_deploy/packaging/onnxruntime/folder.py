@@ -16,6 +16,7 @@ other. model.txt has one entry a line, words with spaces between them:
     batch N                                        images to run at once
     input NAME ROLE DTYPE STORED EXTENTS...        of one image; STORED is the dtype in golden.NAME.bin
     output NAME ROLE DTYPE STORED EXTENTS...
+    file FILE BYTES SHA256                         of the models and the plan beside them
     run FILE PROVIDER                              what to try, the best first
     bound FILE NAME REL_L2 MAX_ABS TIE             how far the output may be from PyTorch's in FP32; inf for no bound.
                                                    TIE: classes whose scores PyTorch has so close may change places
@@ -48,6 +49,7 @@ from spach_deploy.bundle.store import (
     writing,
 )
 from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.files import sha256_of
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.graph.ep_context import RTX_PROVIDER, PlanContext, context_model
 from spach_deploy.graph.external_data import check_is_one_file
@@ -165,7 +167,8 @@ def write_folder(
             if (opened.path / name).is_file():
                 shutil.copyfile(opened.path / name, staging / name)
         _write_golden(staging, golden, facts)
-        text = model_text(opened.manifest, facts, len(golden.input), made.provider or None, providers.names)
+        files = "".join(_file_line(staging / name) for name in (GRAPH, CONTEXT, PLAN) if (staging / name).is_file())
+        text = files + model_text(opened.manifest, facts, len(golden.input), made.provider or None, providers.names)
         (staging / MODEL_TEXT).write_text(text, encoding="utf-8")
         if names is not None:
             (staging / LABELS).write_text(as_text(names), encoding="utf-8")
@@ -204,11 +207,16 @@ def golden_file(folder: Path, name: str) -> Path:
     return folder / f"golden.{name}.bin"
 
 
+def _file_line(file: Path) -> str:
+    return f"file {file.name} {file.stat().st_size} {sha256_of(file)}\n"
+
+
 def model_text(
     manifest: Manifest, facts: BundleFacts, images: int, provider: str | None, of_graph: tuple[str, ...]
 ) -> str:
-    """The content of model.txt. `provider`: of the plan. `of_graph`: those of model.onnx. BundleError for an output
-    without a tolerance.
+    """The content of model.txt after its lines on files. `provider`: of the plan. `of_graph`: those of model.onnx.
+
+    BundleError for an output without a tolerance.
     """
     return "".join(" ".join(words) + "\n" for words in _lines(manifest, facts, images, provider, of_graph))
 

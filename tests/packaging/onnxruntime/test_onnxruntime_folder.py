@@ -52,6 +52,7 @@ from spach_deploy.pipeline.export import export as run_export
 from tests import small_bundles
 from tests.commands import contents, export, refusal
 from tests.doctor.machines import cpu_machine
+from tests.packaging.onnxruntime.folders import recorded
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import EMBEDDING, RENAMED, Tiny
 from tests.quantization import small_quantized
@@ -119,6 +120,8 @@ def test_the_first_provider_that_is_here_runs_it_and_agrees(folder: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{CPU} runs model.onnx" in done.stdout
     assert "8 images: what PyTorch answers in FP32" in done.stdout
+    assert "inf" not in done.stdout
+    assert re.search(r"top_indices int64 .*\n    between classes that differ .*, allowed", done.stdout)
     assert f"{RTX_PROVIDER} does not run {CONTEXT} here" in done.stderr
 
 
@@ -138,6 +141,7 @@ def test_a_bundle_with_a_real_plan_gets_the_form_for_onnx_runtime(tmp_path: Path
     assert "in the form for ONNX Runtime" in " ".join(checked.stdout.split())
     (target / CONTEXT).write_bytes((target / CONTEXT).read_bytes().replace(b"76747274", b"76747275"))  # of "vtrt"
     assert "describes another plan" in " ".join(validate(listed_again(target, CONTEXT)).stdout.split())
+    recorded(target, CONTEXT)
     features = golden_file(target, "features2")
     features.write_bytes(bytes(features.stat().st_size))
     assert run(target) == 1
@@ -228,6 +232,9 @@ def test_a_wrong_graph_is_found(own: Path, capsys: pytest.CaptureFixture[str]) -
     graph = onnx.load(own / GRAPH)
     faults.perturb(graph, "layer2.2.channel_func.fc1.weight")
     onnx.save(graph, own / GRAPH)
+    assert run(own) == 2
+    assert "model.onnx was changed since it was written" in capsys.readouterr().err
+    recorded(own)
     assert run(own) == 1
     assert "Error: logits: its relative L2 is" in capsys.readouterr().err
 
@@ -246,10 +253,11 @@ def test_what_is_not_finite_does_not_agree(own: Path) -> None:
     weight = "layer2.2.channel_func.fc1.weight"
     faults.set_value(graph, weight, np.full_like(faults.value(graph, weight), np.nan))
     onnx.save(graph, own / GRAPH)
+    recorded(own)
     assert run(own) == 1
 
 
-@pytest.mark.parametrize("name", [MODEL_TEXT, GRAPH, CONTEXT, "golden.input.bin", "golden.logits.bin"])
+@pytest.mark.parametrize("name", [MODEL_TEXT, GRAPH, CONTEXT, PLAN, "golden.input.bin", "golden.logits.bin"])
 def test_a_folder_without_one_of_its_files_is_damaged(own: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (own / name).unlink()
     assert run(own) == 2
@@ -265,11 +273,22 @@ def test_a_folder_without_one_of_its_files_is_damaged(own: Path, name: str, caps
         lambda folder: (folder / "golden.logits.bin").write_bytes(bytes(8)),
         lambda folder: (folder / MODEL_TEXT).write_text("batch 8\n"),
         lambda folder: (folder / MODEL_TEXT).write_text(without(folder, "bound model.onnx logits")),
+        lambda folder: (folder / MODEL_TEXT).write_text(without(folder, "batch") + "batch 0\n"),
+        lambda folder: (folder / MODEL_TEXT).write_text(with_bound(model_text_of(folder), GRAPH, "nan")),
+        lambda folder: (folder / MODEL_TEXT).write_text(with_bound(model_text_of(folder), GRAPH, "x")),
+        lambda folder: (folder / GRAPH).write_bytes((folder / GRAPH).read_bytes()[:1000]),
+        lambda folder: (folder / PLAN).write_bytes(bytes(4096)),
+        lambda folder: (folder / "labels.txt").write_text("one class\n"),
+        lambda folder: (folder / "labels.txt").write_bytes(b"\xff\n"),
     ],
 )
 def test_files_that_do_not_fit_are_damaged(own: Path, change: Callable[[Path], object]) -> None:
     change(own)
     assert run(own) == 2
+
+
+def model_text_of(folder: Path) -> str:
+    return (folder / MODEL_TEXT).read_text()
 
 
 def without(folder: Path, start: str) -> str:
@@ -279,9 +298,11 @@ def without(folder: Path, start: str) -> str:
 
 def test_a_graph_that_fails_or_is_none_is_no_traceback(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / GRAPH).write_bytes(b"no graph")
+    recorded(own)
     assert run(own) == 3
     assert f"{CPU} does not run model.onnx here" in capsys.readouterr().err
     shutil.copyfile(tiny_bundles.write(own / "tiny", Tiny()) / GRAPH, own / GRAPH)
+    recorded(own)
     assert run(own) == 1
     assert "Error: model.onnx failed while it ran: " in capsys.readouterr().err
 

@@ -149,6 +149,11 @@ std::vector<std::vector<double>> answers(Ort::Session& session, std::size_t batc
   return found;
 }
 
+void figure(const char* what, double found, double allowed) {
+  std::printf("%s %.2e", what, found);
+  if (std::isfinite(allowed)) std::printf(" (%.2e)", allowed);
+}
+
 // Whether an output is what PyTorch answers. `bound`: relative L2, largest error, what is a tie in `scores`.
 bool agrees(const Tensor& output, const std::vector<double>& found, const std::vector<double>& expected,
             const std::vector<double>& bound, const std::vector<double>& scores) {
@@ -177,8 +182,14 @@ bool agrees(const Tensor& output, const std::vector<double>& found, const std::v
     // few numbers may be close to zero by chance, and are compared with what they usually are
     error = std::max(error, std::sqrt(difference / std::max({size, n < 8 ? usual : 0.0, 1e-300})));
   }
-  std::printf("  %s: relative L2 %.2e (%.2e), largest error %.2e (%.2e), between classes that differ %.2e (%.2e)\n",
-              output.name.c_str(), error, bound.at(0), largest, bound.at(1), gap, bound.at(2));
+  std::printf("  %s:", output.name.c_str());
+  if (output.role != "top_indices") {
+    figure(" relative L2", error, bound[0]);
+    figure(", largest error", largest, bound[1]);
+  }
+  if (output.role == "logits") std::printf(",");
+  if (output.role == "logits" || output.role == "top_indices") figure(" between classes that differ", gap, bound[2]);
+  std::printf("\n");
   return error <= bound[0] && largest <= bound[1] && gap <= bound[2];
 }
 
@@ -201,6 +212,12 @@ int run(const Path& folder, const std::string& wanted) {
   std::map<std::string, std::vector<double>> bounds;  // by file and output
   for (const Words& words : lines.at("bound"))
     bounds[words.at(0) + " " + words.at(1)] = {bound_of(words.at(2)), bound_of(words.at(3)), bound_of(words.at(4))};
+  for (const Words& words : lines.at("file")) {  // run.py compares the SHA-256 too
+    std::error_code none;
+    const std::uintmax_t size = std::filesystem::file_size(folder / words.at(0), none);
+    if (none) damaged(words.at(0) + " is missing");
+    if (std::to_string(size) != words.at(1)) damaged(words.at(0) + " has not the size that was written");
+  }
   std::vector<Words> runs;  // FILE PROVIDER, the best first
   for (const Words& words : lines.at("run"))
     if (wanted.empty() || wanted == words.at(1)) runs.push_back(words);
@@ -208,7 +225,6 @@ int run(const Path& folder, const std::string& wanted) {
   Ort::Env env(ORT_LOGGING_LEVEL_FATAL);
   for (const Words& words : runs) {
     const std::string &file = words.at(0), &provider = words.at(1);
-    if (!std::filesystem::exists(folder / file)) throw Failure(2, file + " is missing. Write the folder again");
     Ort::Session session(nullptr);
     try {
       session = session_of(env, folder / file, provider);
