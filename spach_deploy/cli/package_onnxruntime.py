@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=FILE)
 @click_options(ONNXRUNTIME)
 @command
-def main(bundle: Path, output: Path, labels: Path | None, embed: bool, overwrite: bool, as_json: bool) -> int:
+def main(
+    bundle: Path, output: Path, labels: Path | None, embed: bool, device: str, overwrite: bool, as_json: bool
+) -> int:
     """Write BUNDLE's graph in ONNX Runtime's form, its plan as an EPContext model, and programs in Python and C++.
 
     \b
@@ -36,7 +38,7 @@ def main(bundle: Path, output: Path, labels: Path | None, embed: bool, overwrite
     """
     from spach_deploy.packaging.onnxruntime.folder import write_folder
 
-    written = write_folder(bundle, output, labels=labels, embed=embed, overwrite=overwrite)
+    written = write_folder(bundle, output, labels=labels, embed=embed, cpu_only=device == "cpu", overwrite=overwrite)
     show(_json(written) if as_json else _text(written))
     return 0
 
@@ -47,7 +49,7 @@ def _text(written: OnnxRuntimePackage) -> str:
     return escaped(
         [
             f"model      {manifest.model.name}, {written.facts.precision.value}, batch {written.facts.batch}",
-            "graph      model.onnx, for CUDAExecutionProvider and CPUExecutionProvider",
+            f"graph      model.onnx, for {' and '.join(written.graph.names)}",
             f"plan       {plan}",
             f"folder     {written.path}",
             *written.notes,

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spach_deploy.bundle.store import BUNDLE
 from spach_deploy.options.command_line import joined, quoted
 from spach_deploy.options.specs import BatchProfile, FeatureLayout, IODtype, OutputSpec, WeightSource, size_in_words
 
@@ -65,12 +66,14 @@ def _python() -> str:
 
 
 def exporting(bundle: Bundle, *changes: str) -> str:
-    """The command that exports `bundle` again, into the same folder. Options in `changes` replace those of the first
-    export.
+    """The command that exports `bundle` again, into the same folder; of a package, which is no bundle, into a new one
+    beside it. Options in `changes` replace those of the first export.
     """
     dropped = {"--output", "-o", "--overwrite", *changes, *(("--gpu",) if "--engine" in changes else ())}
     words = list(_without(_recorded(bundle) or _by_sections(bundle), dropped))
-    return " ".join([*words, joined([*changes, "--overwrite", "-o", str(bundle.path)])])
+    is_bundle = BUNDLE.lie_in(bundle.path)
+    target = ["--overwrite", "-o", str(bundle.path)] if is_bundle else ["-o", f"{bundle.path}-bundle"]
+    return " ".join([*words, joined([*changes, *target])])
 
 
 def _recorded(bundle: Bundle) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spach_deploy._version import __version__
-from spach_deploy.bundle.store import GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, golden_problem
+from spach_deploy.bundle.store import CONTEXT, GOLDEN, GRAPH, MANIFEST, PLAN, REWRITTEN, Bundle, golden_problem
 from spach_deploy.common.errors import BundleError, ChangedFileError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.common.machine import has_vnni
@@ -69,7 +69,7 @@ def _requirements(bundle: Bundle) -> PlanRequirements:
 def _files(bundle: Bundle, changed: dict[str, str]) -> Iterator[Finding]:
     for name, state in changed.items():
         means = "It is not what was exported. Export it again, or copy the bundle again."
-        blocks = {PLAN: _RUN, GRAPH: _VERIFY, GOLDEN: _VERIFY}.get(name, ())
+        blocks = {PLAN: _RUN, CONTEXT: _RUN, GRAPH: _VERIFY, GOLDEN: _VERIFY}.get(name, ())
         yield Finding(Status.PROBLEM, FILES, f"{name} {state}", means, exporting(bundle), blocks, bad_target=True)
     if not changed:
         names = ", ".join(bundle.manifest.files)
@@ -117,6 +117,13 @@ def _inputs(bundle: Bundle) -> Finding:
 def _engine(
     bundle: Bundle, plan: PlanRequirements, changed: dict[str, str], info: MachineInfo, ask: AskTensorRT
 ) -> Iterator[Finding]:
+    if bundle.plan is None and CONTEXT in bundle.manifest.files:
+        what = f"{plan.flavour.value} {plan.version or 'of unknown version'}, embedded"
+        means = "The plan is in it, and ONNX Runtime's provider for TensorRT loads it from there (README.md)."
+        yield Finding(Status.OK, CONTEXT, what, means)
+        if plan.flavour in RUNS_ON:
+            yield from compatibility(plan, info)
+        return
     if bundle.plan is None:
         reason = bundle.manifest.engine.why_none
         again = exporting(bundle, "--engine", "auto")
@@ -167,7 +174,7 @@ def _graph(bundle: Bundle, info: MachineInfo, needs: GraphNeeds | None) -> Findi
         means = "So the graph cannot be verified. Export it again, or copy the bundle again."
         return Finding(Status.PROBLEM, GRAPH, lacking, means, exporting(bundle), _VERIFY, bad_target=True)
     if info.onnxruntime is None or info.onnxruntime.broken:
-        means = "With onnxruntime the graph that the plan was built from can be verified on the CPU."
+        means = f"With onnxruntime {_graph_in_words(bundle)} can be verified on the CPU."
         wanted = str(info.requirements.get("onnxruntime"))
         return Finding(Status.MISSING, GRAPH, "onnxruntime is not here", means, installing(wanted), _VERIFY)
     if bundle.needs_vnni and not has_vnni():
@@ -176,6 +183,11 @@ def _graph(bundle: Bundle, info: MachineInfo, needs: GraphNeeds | None) -> Findi
         return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)
     version = info.onnxruntime.files_version or next(iter(info.onnxruntime.wheels.values()), "")
     return _in_runtime(bundle, version, accept, needs)
+
+
+def _graph_in_words(bundle: Bundle) -> str:
+    is_made = bundle.manifest.graph.made is not None
+    return "the graph, in the form for ONNX Runtime," if is_made else "the graph that it was built from"
 
 
 def _lacking_data(graph: Path) -> str:
@@ -217,7 +229,7 @@ def _in_runtime(bundle: Bundle, version: str, accept: str, needs: GraphNeeds | N
         means = f"In it the graph is wrong; spach-validate judges it in FP32 with every half tensor rounded. {REMEDY}"
         return Finding(Status.PROBLEM, GRAPH, fault_of(version), means, exporting(bundle))
     if not misfit or known is None or needs is None:
-        means = "Even where the plan cannot run, the graph that it was built from can be verified."
+        means = f"Even where the plan cannot run, {_graph_in_words(bundle)} can be verified."
         return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)
     if known.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
         newer = installing("--upgrade", "onnxruntime")

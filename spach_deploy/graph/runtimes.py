@@ -309,7 +309,7 @@ def problem_of(answer: str | float, allowed: float) -> str:
 
 def reading(needs: GraphNeeds) -> str:
     """Which runtimes read such a graph on a CPU and which do not, as `ONNX Runtime from 1.20, OpenCV from 5.0; not
-    onnxruntime-web`. Empty where nothing is known.
+    onnxruntime-web`, or `no runtime that was tried, not OpenCV`. Empty where nothing is known.
     """
     reads, not_read = [], []
     names = dict.fromkeys(reader.name for reader in readers())
@@ -321,6 +321,8 @@ def reading(needs: GraphNeeds) -> str:
         elif all(misfit for _, misfit in found):
             not_read.append(name)
     refused = f"not {', '.join(not_read)}" if not_read else ""
+    if refused and not reads:
+        return f"no runtime that was tried, {refused}"
     return "; ".join(filter(None, (", ".join(reads), refused)))
 
 

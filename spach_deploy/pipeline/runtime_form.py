@@ -267,14 +267,14 @@ def _proven(path: Path, golden: Golden, bundle: Bundle, facts: BundleFacts, rest
 
 
 def _evidence(runs: tuple[RunResult, ...]) -> str:
-    """The worst figure of the first output, and what is allowed."""
-    compared = [run for run in runs if run.comparison.outputs]
-    worst = max(compared, key=lambda run: run.comparison.outputs[0].rel_l2_worst)
-    output = worst.comparison.outputs[0]
-    allowed = worst.bounds.outputs[output.name].rel_l2
-    return (
-        f"{output.name} of the golden images have a relative L2 of {output.rel_l2_worst:.1e}, {allowed:.1e} is allowed"
-    )
+    """The worst figure of each output, and what is allowed, in words."""
+    worst: dict[str, tuple[float, float]] = {}
+    for run in runs:
+        for output in run.comparison.outputs:
+            figures = output.rel_l2_worst, run.bounds.outputs[output.name].rel_l2
+            worst[output.name] = max(worst.get(output.name, figures), figures)
+    told = ", ".join(f"{name} {error:.1e} ({allowed:.1e} allowed)" for name, (error, allowed) in worst.items())
+    return f"relative L2 on the golden images: {told}"
 
 
 def _runtime() -> str:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from spach_deploy.bundle.outputs import model_outputs, of_role, softmax
-from spach_deploy.bundle.schema import IMAGE_LAYOUTS, TensorInfo
+from spach_deploy.bundle.schema import IMAGE_LAYOUTS, Form, TensorInfo
 from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
@@ -114,8 +114,7 @@ class Session:
             raise self._facts.no_classes("--labels", self.bundle)
         self._labels = _labels(labels, self._facts.classes)
         self._batch = self._facts.checked_batch(batch)
-        file = None if isinstance(runtime_cache, bool) else Path(runtime_cache)
-        start = StartOptions(runtime_cache is not False, file, cuda_graphs)
+        start = StartOptions(runtime_cache is not False, _cache_file(runtime_cache), cuda_graphs)
         self._settings = _Settings(_checked_threads(threads), self._batch, start)
         self._exit = contextlib.ExitStack()
         self._runner: LocalRunner | None = None
@@ -245,7 +244,12 @@ class Session:
             yield f"The engine does not run here: {reasons[ENGINE]}."
         if problem := getattr(self._runner, "problem", ""):
             yield problem
-        if self.runtime != ENGINE and self._facts.flavour is not Flavour.NONE:
+        if self.runtime != ENGINE or self.bundle.manifest.engine.flavour is not Flavour.TENSORRT_RTX:
+            start = self._settings.start
+            given = (("runtime_cache", start.runtime_cache_file is not None), ("cuda_graphs", start.cuda_graphs))
+            for name in (name for name, is_given in given if is_given):
+                yield f"{name} does nothing here: it is for an engine of TensorRT for RTX, and {self.name} runs."
+        if self.runtime != ENGINE and self.bundle.manifest.form is Form.TENSORRT:
             yield (
                 f"The graph has the form for TensorRT's compiler and is slower in {TITLES[self.runtime]} than one that"
                 " is exported with --engine none."
@@ -284,6 +288,14 @@ def _opened(given: Bundle | str | os.PathLike[str]) -> Bundle:
     if not isinstance(given, Bundle):
         raise UsageError(f"{type(given).__name__} is neither a bundle nor a path.", "Give a Bundle or its path.")
     return given
+
+
+def _cache_file(runtime_cache: bool | str | os.PathLike[str]) -> Path | None:
+    if isinstance(runtime_cache, bool):
+        return None
+    if not isinstance(runtime_cache, (str, os.PathLike)):
+        raise UsageError(f"runtime_cache={runtime_cache!r} is not possible.", "Give True, False or a file's path.")
+    return Path(runtime_cache)
 
 
 def _checked_threads(threads: int | None) -> int:
@@ -326,7 +338,6 @@ class _Facts:
     profile: BatchProfile
     classes: int
     outputs: tuple[TensorInfo, ...]
-    flavour: Flavour
     order: tuple[str, ...]
 
     @classmethod
@@ -341,7 +352,6 @@ class _Facts:
             manifest.batch,
             manifest.model.num_classes,
             manifest.outputs,
-            manifest.engine.flavour,
             (ENGINE, *on_cpu),
         )
 

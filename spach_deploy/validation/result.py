@@ -177,11 +177,14 @@ class Validation:
         """The level of evidence, in one line."""
         if self.level is Level.ENGINE:
             return "Level of evidence: engine. The plan itself ran here."
-        if self.missing_engine_run is None:
-            return "Level of evidence: graph. It ran in ONNX Runtime; no plan was to be run."
         missing = self.missing_engine_run
+        if missing is None and self.evidence:
+            return "Level of evidence: graph. It ran in ONNX Runtime; no plan was to be run."
+        if missing is None:
+            return "Level of evidence: none. Nothing ran here; no plan was to be run."
+        level, instead = ("graph", missing.instead) if self.evidence else ("none", "Nothing ran instead.")
         return (
-            f"Level of evidence: graph. The plan itself did not run: {missing.reason}. {missing.instead}"
+            f"Level of evidence: {level}. The plan itself did not run: {missing.reason}. {instead}"
             f" To run the plan: {missing.needs}."
         )
 

@@ -309,7 +309,9 @@ def _folder_validation(
     bundle, facts, graph = target.bundle, target.facts, target.graph
     evidence = _graph_evidence(graph, facts, reference) if graph.is_file() else ()
     findings, missing = _file_findings(changed, "the folder was written"), None
-    if CONTEXT in bundle.manifest.files and CONTEXT not in changed:
+    if CONTEXT in changed:
+        missing = MissingEngineRun(f"{CONTEXT} {changed[CONTEXT]}", _needs(bundle))
+    elif CONTEXT in bundle.manifest.files:
         try:
             context = EPContext.read(bundle.path / CONTEXT)
             findings = (*findings, *(() if GRAPH in changed else context.problems(graph)))
@@ -318,6 +320,7 @@ def _folder_validation(
             evidence, missing = ((ran, *evidence), None) if isinstance(ran, RunResult) else (evidence, ran)
         except SpachError as error:  # no EPContext model, or no plan where it names one
             findings = (*findings, error.message)
+            missing = MissingEngineRun(error.message.rstrip("."), _needs(bundle))
         findings = (*findings, *_other_source_findings(bundle))
     if missing is not None:
         instead = f"{GRAPH} ran instead, in the form for ONNX Runtime."

@@ -303,13 +303,33 @@ def test_where_the_engine_cannot_run_the_graph_does_and_it_is_said() -> None:
     with fp16().session() as session:
         assert session.runtime == "onnxruntime"
         assert session.notes[0].startswith("The engine does not run here: ")
-        assert "is slower in ONNX Runtime than one that is exported with --engine none." in session.notes[1]
+        assert len(session.notes) == 1  # its graph has the form for a CPU
     with uint8().session() as session:
         assert session.notes == ()
     with pytest.raises(UnavailableError, match="cannot run here"), fp16().session(runtime="engine"):
         pass
     with pytest.raises(UnavailableError, match="has no engine: --engine none"), uint8().session(runtime="engine"):
         pass
+
+
+def test_a_graph_in_the_form_for_tensorrt_is_said_to_be_slower(tmp_path: Path) -> None:
+    bundle = small_bundles.copy(small_bundles.bundle(), tmp_path / "b")
+    manifest = small_bundles.read_manifest(bundle)
+    manifest["graph"]["form"] = "tensorrt"
+    small_bundles.write_manifest(bundle, manifest)
+    with sessions.Session(bundle) as session:
+        assert "is slower in ONNX Runtime than one that is exported with --engine none." in session.notes[1]
+
+
+def test_what_only_tensorrt_for_rtx_takes_is_refused_or_said_to_do_nothing(tmp_path: Path) -> None:
+    with uint8().session(runtime_cache=tmp_path / "no" / "file", cuda_graphs=True) as session:
+        assert [note.split(":")[0] for note in session.notes] == [
+            "runtime_cache does nothing here",
+            "cuda_graphs does nothing here",
+        ]
+    wrong: Any = 5
+    with pytest.raises(UsageError, match="runtime_cache=5 is not possible"):
+        uint8().session(runtime_cache=wrong)
 
 
 def test_without_onnxruntime_openvino_runs(monkeypatch: pytest.MonkeyPatch) -> None:

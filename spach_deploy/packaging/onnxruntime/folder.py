@@ -16,6 +16,7 @@ other. model.txt has one entry a line, words with spaces between them:
     batch N                                        images to run at once
     input NAME ROLE DTYPE STORED EXTENTS...        of one image; STORED is the dtype in golden.NAME.bin
     output NAME ROLE DTYPE STORED EXTENTS...
+    file FILE BYTES SHA256                         of the models and the plan beside them
     run FILE PROVIDER                              what to try, the best first
     bound FILE NAME REL_L2 MAX_ABS TIE             how far the output may be from PyTorch's in FP32; inf for no bound.
                                                    TIE: classes whose scores PyTorch has so close may change places
@@ -48,11 +49,12 @@ from spach_deploy.bundle.store import (
     writing,
 )
 from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.files import sha256_of
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.graph.ep_context import RTX_PROVIDER, PlanContext, context_model
 from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
-from spach_deploy.options.specs import Role, size_in_words
+from spach_deploy.options.specs import Precision, Role, size_in_words
 from spach_deploy.runtime.onnxruntime_runner import MENDED
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 from spach_deploy.validation.verdict import Tolerance
@@ -71,24 +73,62 @@ _PLUGINS = {"1.7": "0.5.0", "1.6": "0.4.0", "1.5": "0.3.0"}
 
 
 @dataclasses.dataclass(frozen=True)
+class GraphProviders:
+    """The execution providers of ONNX Runtime's own that run a graph, the fastest first, and the oldest version that
+    does, empty where every one that was tried does.
+    """
+
+    names: tuple[str, ...]
+    oldest: str = ""
+
+    @classmethod
+    def of(cls, graph: Path, *, cpu_only: bool) -> GraphProviders:
+        """By the formats, opset and operators of the graph. UsageError where it is for a CPU and runs on none."""
+        needs, known = GraphNeeds.of(graph), runtimes().onnxruntimes
+        names = (CPU,) if cpu_only else (CUDA, CPU)
+        if needs is None:
+            return cls(names)
+        if needs.bfloat16:
+            if cpu_only:
+                raise UsageError("ONNX Runtime computes nothing in bfloat16 on a CPU.", "Leave --device out.")
+            names = (CUDA,)
+        first = next((one.version for one in known if not one.misfit(needs, on_gpu=CPU not in names)), None)
+        return cls(names, "" if first in (None, known[0].version) else first)
+
+    @property
+    def requirement(self) -> str:
+        """What pip installs, as a shell's word."""
+        package = "onnxruntime" if CPU in self.names else "onnxruntime-gpu"
+        return f'"{package}>={self.oldest}"' if self.oldest else package
+
+
+@dataclasses.dataclass(frozen=True)
 class OnnxRuntimePackage:
-    """A written folder. `provider`: the execution provider of its plan, empty without one. `notes`: sentences on where
-    it runs and where not.
+    """A written folder. `provider`: the execution provider of its plan, empty without one. `graph`: where model.onnx
+    runs. `notes`: sentences on where it runs and where not.
     """
 
     path: Path
     bundle: Bundle
     facts: BundleFacts
     provider: str
+    graph: GraphProviders
     notes: tuple[str, ...]
 
 
 def write_folder(
-    bundle: Path, output: Path, *, labels: Path | None = None, embed: bool = False, overwrite: bool = False
+    bundle: Path,
+    output: Path,
+    *,
+    labels: Path | None = None,
+    embed: bool = False,
+    cpu_only: bool = False,
+    overwrite: bool = False,
 ) -> OnnxRuntimePackage:
     """Write the graph of `bundle` in ONNX Runtime's form to `output`, and its plan as an EPContext model.
 
-    `embed`: the plan's bytes are in that model. Raises BundleError where `bundle` is not a bundle or was changed, or
+    `embed`: the plan's bytes are in that model. `cpu_only`: model.onnx is for the CPU alone, INT8 in the form that it
+    computes in integers. Raises BundleError where `bundle` is not a bundle or was changed, or
     the target cannot be written; UsageError for labels that do not fit, and with `embed` for no plan or one that is
     too large.
     """
@@ -107,10 +147,17 @@ def write_folder(
     golden.check(opened)
     from spach_deploy.pipeline.runtime_form import graph_for_runtime  # loads PyTorch, after what may be refused
 
-    form = graph_for_runtime(opened)
+    in_integers = cpu_only and facts.precision is Precision.INT8
+    form = graph_for_runtime(opened, rest=Precision.FP32 if in_integers else None)
+    providers = GraphProviders.of(form.path, cpu_only=cpu_only)
     context = None if opened.plan is None else PlanContext.of(opened.manifest.engine, opened.plan)
     made = OnnxRuntimePackage(
-        output, opened, facts, "" if context is None else context.provider, tuple(_notes(opened, form))
+        output,
+        opened,
+        facts,
+        "" if context is None else context.provider,
+        providers,
+        tuple(_notes(opened, facts, form, providers)),
     )
     with writing(destination) as staging:
         shutil.copyfile(form.path, staging / GRAPH)
@@ -120,7 +167,8 @@ def write_folder(
             if (opened.path / name).is_file():
                 shutil.copyfile(opened.path / name, staging / name)
         _write_golden(staging, golden, facts)
-        text = model_text(opened.manifest, facts, len(golden.input), made.provider or None)
+        files = "".join(_file_line(staging / name) for name in (GRAPH, CONTEXT, PLAN) if (staging / name).is_file())
+        text = files + model_text(opened.manifest, facts, len(golden.input), made.provider or None, providers.names)
         (staging / MODEL_TEXT).write_text(text, encoding="utf-8")
         if names is not None:
             (staging / LABELS).write_text(as_text(names), encoding="utf-8")
@@ -159,12 +207,23 @@ def golden_file(folder: Path, name: str) -> Path:
     return folder / f"golden.{name}.bin"
 
 
-def model_text(manifest: Manifest, facts: BundleFacts, images: int, provider: str | None) -> str:
-    """The content of model.txt. `provider`: of the plan. BundleError for an output without a tolerance."""
-    return "".join(" ".join(words) + "\n" for words in _lines(manifest, facts, images, provider))
+def _file_line(file: Path) -> str:
+    return f"file {file.name} {file.stat().st_size} {sha256_of(file)}\n"
 
 
-def _lines(manifest: Manifest, facts: BundleFacts, images: int, provider: str | None) -> Iterator[tuple[str, ...]]:
+def model_text(
+    manifest: Manifest, facts: BundleFacts, images: int, provider: str | None, of_graph: tuple[str, ...]
+) -> str:
+    """The content of model.txt after its lines on files. `provider`: of the plan. `of_graph`: those of model.onnx.
+
+    BundleError for an output without a tolerance.
+    """
+    return "".join(" ".join(words) + "\n" for words in _lines(manifest, facts, images, provider, of_graph))
+
+
+def _lines(
+    manifest: Manifest, facts: BundleFacts, images: int, provider: str | None, of_graph: tuple[str, ...]
+) -> Iterator[tuple[str, ...]]:
     yield "batch", str(max(facts.batch.min, min(facts.batch.opt, images)))
     yield "input", *_tensor(manifest.inputs[0], "input", manifest.inputs[0].dtype)
     for tensor in facts.outputs:
@@ -174,8 +233,7 @@ def _lines(manifest: Manifest, facts: BundleFacts, images: int, provider: str | 
     bounds = {GRAPH: tolerances.graph.outputs, **({} if provider is None else {CONTEXT: tolerances.engine.outputs})}
     if provider is not None:
         yield "run", CONTEXT, provider
-    yield "run", GRAPH, CUDA
-    yield "run", GRAPH, CPU
+    yield from (("run", GRAPH, name) for name in of_graph)
     logits = of_role(facts.outputs, Role.LOGITS)
     for file, outputs in bounds.items():
         for tensor in facts.outputs:
@@ -194,31 +252,27 @@ def _figures(tolerance: Tolerance) -> tuple[str, ...]:
     return tuple(repr(float(figure)) for figure in (tolerance.rel_l2, largest, tolerance.flip_margin))
 
 
-def _notes(bundle: Bundle, form: RuntimeGraph) -> Iterator[str]:
+def _notes(bundle: Bundle, facts: BundleFacts, form: RuntimeGraph, providers: GraphProviders) -> Iterator[str]:
     """Where model.onnx runs, and where not."""
     if form.note:
         yield form.note
     served = Bundle(bundle.path, form.manifest)
-    yield from _needed_runtime(form.path)
+    if CPU not in providers.names:
+        cuda = f"has its kernels for CUDA from {providers.oldest} on" if providers.oldest else "may have them for CUDA"
+        yield f"model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there, and {cuda}."
+    elif providers.oldest:
+        yield f"model.onnx needs ONNX Runtime {providers.oldest} or newer."
+    if facts.quantization is not None and CUDA in providers.names:
+        name = facts.precision.value.upper()
+        device = " For the CPU's integer kernels write the folder with --device cpu." if name == "INT8" else ""
+        yield (
+            f"On a GPU {name} gains no time in ONNX Runtime: its CUDA provider has no integer kernels for Q/DQ, so it"
+            f" rounds to {name} and multiplies in floats. A bundle in fp16 is faster there.{device}"
+        )
     if served.quantizes_fp16:
         yield f"On a CPU it needs ONNX Runtime {MENDED} or newer: older ones truncate FP16 where they should round."
     if served.needs_vnni:
         yield "It is for CPUs with VNNI: without it, sums of INT8 overflow and the answers are wrong."
-
-
-def _needed_runtime(graph: Path) -> Iterator[str]:
-    needs, known = GraphNeeds.of(graph), runtimes().onnxruntimes
-    if needs is None:
-        return
-    on_cpu, on_gpu = (
-        next((runtime.version for runtime in known if not runtime.misfit(needs, on_gpu=is_gpu)), None)
-        for is_gpu in (False, True)
-    )
-    if needs.bfloat16:
-        cuda = "lacks kernels for it in CUDA" if on_gpu is None else f"has its kernels for CUDA from {on_gpu} on"
-        yield f"model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there, and {cuda}."
-    elif on_cpu not in (None, known[0].version):
-        yield f"model.onnx needs ONNX Runtime {on_cpu} or newer."
 
 
 def _readme(made: OnnxRuntimePackage) -> str:
@@ -237,6 +291,10 @@ def _template_context(made: OnnxRuntimePackage) -> dict[str, str]:
         "INPUT": f"{manifest.inputs[0].dtype} (N, {shape})",
         "OUTPUTS": ", ".join(f"`{tensor.name}`" for tensor in facts.outputs),
         "PLAN": _plan_in_words(made),
+        "INSTALL": f"pip install {made.graph.requirement} numpy"
+        + ("       # onnxruntime-gpu for CUDA" if {CUDA, CPU} <= {*made.graph.names} else ""),
+        "NAMED": made.graph.names[-1],
+        "PROVIDERS": ", ".join(f'"{name}"' for name in made.graph.names),
         "NOTES": "".join(f"- {note}\n" for note in made.notes),
     }
 
@@ -261,7 +319,10 @@ TensorRT that built the plan ({version}; others refuse it), and such a GPU.
 def _plan_in_words(made: OnnxRuntimePackage) -> str:
     engine, batch = made.bundle.manifest.engine, made.facts.batch
     if not made.provider:
-        return f"There is no engine plan here ({engine.why_none}), so that CUDA and the CPU alone run the model.\n"
+        alone = {CUDA: "CUDA", CPU: "the CPU"}
+        runs = " and ".join(alone[name] for name in made.graph.names)
+        verb = "run" if len(made.graph.names) > 1 else "runs"
+        return f"There is no engine plan here ({engine.why_none}), so that {runs} alone {verb} the model.\n"
     return (_RTX_PLAN if made.provider == RTX_PROVIDER else _TENSORRT_PLAN).format(
         gpus=", ".join(engine.gpus) or "the GPU that it was built on",
         batch=f"{batch.min} to {batch.max}",

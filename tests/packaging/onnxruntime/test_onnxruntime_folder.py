@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,11 +24,15 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import AttributeProto, helper
 
+from spach_deploy.bundle.schema import Form
 from spach_deploy.bundle.store import CONTEXT, GOLDEN, GRAPH, MANIFEST, PLAN, Bundle
 from spach_deploy.cli.package import main as package_command
 from spach_deploy.cli.package_onnxruntime import main
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.files import sha256_of
+from spach_deploy.doctor.finding import Status
+from spach_deploy.doctor.table import as_text
+from spach_deploy.doctor.target import examine_target
 from spach_deploy.graph import ep_context
 from spach_deploy.graph.ep_context import COMPATIBILITY, RTX_PROVIDER, TENSORRT_PROVIDER
 from spach_deploy.options.gpus import parse_gpus
@@ -45,6 +51,8 @@ from spach_deploy.packaging.onnxruntime.folder import MODEL_TEXT, golden_file, p
 from spach_deploy.pipeline.export import export as run_export
 from tests import small_bundles
 from tests.commands import contents, export, refusal
+from tests.doctor.machines import cpu_machine
+from tests.packaging.onnxruntime.folders import recorded
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import EMBEDDING, RENAMED, Tiny
 from tests.quantization import small_quantized
@@ -112,6 +120,8 @@ def test_the_first_provider_that_is_here_runs_it_and_agrees(folder: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{CPU} runs model.onnx" in done.stdout
     assert "8 images: what PyTorch answers in FP32" in done.stdout
+    assert "inf" not in done.stdout
+    assert re.search(r"top_indices int64 .*\n    between classes that differ .*, allowed", done.stdout)
     assert f"{RTX_PROVIDER} does not run {CONTEXT} here" in done.stderr
 
 
@@ -131,6 +141,7 @@ def test_a_bundle_with_a_real_plan_gets_the_form_for_onnx_runtime(tmp_path: Path
     assert "in the form for ONNX Runtime" in " ".join(checked.stdout.split())
     (target / CONTEXT).write_bytes((target / CONTEXT).read_bytes().replace(b"76747274", b"76747275"))  # of "vtrt"
     assert "describes another plan" in " ".join(validate(listed_again(target, CONTEXT)).stdout.split())
+    recorded(target, CONTEXT)
     features = golden_file(target, "features2")
     features.write_bytes(bytes(features.stat().st_size))
     assert run(target) == 1
@@ -221,6 +232,9 @@ def test_a_wrong_graph_is_found(own: Path, capsys: pytest.CaptureFixture[str]) -
     graph = onnx.load(own / GRAPH)
     faults.perturb(graph, "layer2.2.channel_func.fc1.weight")
     onnx.save(graph, own / GRAPH)
+    assert run(own) == 2
+    assert "model.onnx was changed since it was written" in capsys.readouterr().err
+    recorded(own)
     assert run(own) == 1
     assert "Error: logits: its relative L2 is" in capsys.readouterr().err
 
@@ -239,10 +253,11 @@ def test_what_is_not_finite_does_not_agree(own: Path) -> None:
     weight = "layer2.2.channel_func.fc1.weight"
     faults.set_value(graph, weight, np.full_like(faults.value(graph, weight), np.nan))
     onnx.save(graph, own / GRAPH)
+    recorded(own)
     assert run(own) == 1
 
 
-@pytest.mark.parametrize("name", [MODEL_TEXT, GRAPH, CONTEXT, "golden.input.bin", "golden.logits.bin"])
+@pytest.mark.parametrize("name", [MODEL_TEXT, GRAPH, CONTEXT, PLAN, "golden.input.bin", "golden.logits.bin"])
 def test_a_folder_without_one_of_its_files_is_damaged(own: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (own / name).unlink()
     assert run(own) == 2
@@ -258,11 +273,22 @@ def test_a_folder_without_one_of_its_files_is_damaged(own: Path, name: str, caps
         lambda folder: (folder / "golden.logits.bin").write_bytes(bytes(8)),
         lambda folder: (folder / MODEL_TEXT).write_text("batch 8\n"),
         lambda folder: (folder / MODEL_TEXT).write_text(without(folder, "bound model.onnx logits")),
+        lambda folder: (folder / MODEL_TEXT).write_text(without(folder, "batch") + "batch 0\n"),
+        lambda folder: (folder / MODEL_TEXT).write_text(with_bound(model_text_of(folder), GRAPH, "nan")),
+        lambda folder: (folder / MODEL_TEXT).write_text(with_bound(model_text_of(folder), GRAPH, "x")),
+        lambda folder: (folder / GRAPH).write_bytes((folder / GRAPH).read_bytes()[:1000]),
+        lambda folder: (folder / PLAN).write_bytes(bytes(4096)),
+        lambda folder: (folder / "labels.txt").write_text("one class\n"),
+        lambda folder: (folder / "labels.txt").write_bytes(b"\xff\n"),
     ],
 )
 def test_files_that_do_not_fit_are_damaged(own: Path, change: Callable[[Path], object]) -> None:
     change(own)
     assert run(own) == 2
+
+
+def model_text_of(folder: Path) -> str:
+    return (folder / MODEL_TEXT).read_text()
 
 
 def without(folder: Path, start: str) -> str:
@@ -272,9 +298,11 @@ def without(folder: Path, start: str) -> str:
 
 def test_a_graph_that_fails_or_is_none_is_no_traceback(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / GRAPH).write_bytes(b"no graph")
+    recorded(own)
     assert run(own) == 3
     assert f"{CPU} does not run model.onnx here" in capsys.readouterr().err
     shutil.copyfile(tiny_bundles.write(own / "tiny", Tiny()) / GRAPH, own / GRAPH)
+    recorded(own)
     assert run(own) == 1
     assert "Error: model.onnx failed while it ran: " in capsys.readouterr().err
 
@@ -310,8 +338,22 @@ def test_every_interface(tmp_path: Path, tiny: Tiny) -> None:
 def test_eight_bits(tmp_path: Path, precision: Precision) -> None:
     result = package(small_quantized.bundle(precision), "-o", tmp_path / "served")
     assert result.exit_code == 0, result.output
+    assert f"On a GPU {precision.value.upper()} gains no time in ONNX Runtime" in result.stdout
     assert run(tmp_path / "served", CPU) == 0
     assert validate(tmp_path / "served").exit_code == 0
+
+
+def test_eight_bits_for_the_cpu_have_the_form_that_computes_in_integers(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    result = package(small_quantized.for_tensorrt(), "-o", folder, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "eight bits in ONNX Runtime" in result.stdout
+    assert "gains no time" not in result.stdout
+    assert "CUDA" not in (folder / MODEL_TEXT).read_text()
+    manifest = Bundle.open(folder).manifest
+    assert manifest.form is Form.CPU_INT8
+    assert run(folder) == 0
+    assert validate(folder).exit_code == 0
 
 
 def test_bfloat16_needs_a_gpu_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,9 +361,17 @@ def test_bfloat16_needs_a_gpu_and_says_so(tmp_path: Path, capsys: pytest.Capture
     result = package(bundle, "-o", tmp_path / "served")
     said = "model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there"
     assert said in result.stdout
-    assert said in (tmp_path / "served" / "README.md").read_text()
+    readme = (tmp_path / "served" / "README.md").read_text()
+    assert said in readme
+    oldest = re.search(r"for CUDA from (\S+) on", readme)
+    assert oldest is not None
+    assert f'pip install "onnxruntime-gpu>={oldest[1]}" numpy' in readme
+    assert all(CPU not in place for place in (result.stdout, readme, (tmp_path / "served" / MODEL_TEXT).read_text()))
     assert run(tmp_path / "served") == 3
+    assert "CUDAExecutionProvider does not run model.onnx here" in capsys.readouterr().err
+    assert run(tmp_path / "served", CPU) == 3
     assert "NOT_IMPLEMENTED" in capsys.readouterr().err
+    assert "in bfloat16 on a CPU" in refusal(package(bundle, "-o", tmp_path / "other", "--device", "cpu"))
     assert "every half tensor rounded" in " ".join(validate(tmp_path / "served").stdout.split())
 
 
@@ -450,7 +500,12 @@ def test_a_missing_file_is_found(own: Path, name: str, finding: str) -> None:
     (own / name).unlink()
     result = validate(own)
     assert result.exit_code == 1, result.output
-    assert finding in " ".join(result.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert finding in said
+    assert ("model.onnx ran instead" in said) == (name != GRAPH)
+    assert ("Nothing ran instead" in said) == (name == GRAPH)
+    assert "The plan itself did not run" in said
+    assert "no plan was to be run" not in said
 
 
 @pytest.mark.parametrize("name", [GRAPH, CONTEXT, PLAN])
@@ -458,7 +513,10 @@ def test_a_damaged_file_is_found(own: Path, name: str) -> None:
     (own / name).write_bytes(b"nothing of the kind")
     result = validate(own)
     assert result.exit_code == 1, result.output
-    assert f"{name} was changed" in " ".join(result.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert f"{name} was changed" in said
+    assert "The plan itself did not run" in said
+    assert "no plan was to be run" not in said
     assert "Traceback" not in result.output
 
 
@@ -528,6 +586,35 @@ def test_a_plan_of_another_graph_is_found(own: Path) -> None:
     result = validate(own)
     assert result.exit_code == 1
     assert "built from another graph than model.onnx was made of" in " ".join(result.stdout.split())
+
+
+# spach-doctor
+
+
+@pytest.mark.parametrize("options", [(), ("--embed",)])
+def test_the_doctor_knows_the_plan_and_proposes_no_export_over_the_folder(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    folder = written(tmp_path, Tiny(), *options)
+    target = examine_target(folder, cpu_machine())
+    assert target.exit_code == 3
+    plan = next(found for found in target.findings if found.topic == (CONTEXT if options else PLAN))
+    assert plan.status is Status.OK
+    assert "none was built" not in as_text(target)
+    commands = [shlex.split(found.command) for found in target.findings if "spach-export" in (found.command or "")]
+    assert commands
+    assert all(words[-2:] == ["-o", f"{folder}-bundle"] and "--overwrite" not in words for words in commands)
+    if options:
+        (folder / CONTEXT).write_bytes(b"changed")
+        assert examine_target(folder, cpu_machine()).exit_code == 1
+
+
+def test_the_doctor_does_not_say_that_the_plan_was_built_from_a_graph_that_was_made_anew(own: Path) -> None:
+    manifest = small_bundles.read_manifest(own)
+    graph = {"graph_sha256": "0" * 64, "nodes": 9, "bytes": 9, "runtime": "ONNX Runtime 1.32.0"}
+    manifest["graph"]["made"] = {**graph, "rewritten": {}, "fp32_rel_l2": {}, "rel_l2": {}}
+    small_bundles.write_manifest(own, manifest)
+    assert "that it was built from" not in as_text(examine_target(own, cpu_machine()))
 
 
 # The folder

@@ -46,6 +46,23 @@ std::string content(const Path& file) {
   return {std::istreambuf_iterator<char>(stream), {}};
 }
 
+[[noreturn]] void damaged(const std::string& why) {
+  throw Failure(2, "the folder is damaged: " + why + ". Write it again: spach-package onnxruntime");
+}
+
+std::size_t count_of(const std::string& word) {  // a whole number from 1 to 999,999,999
+  if (word.empty() || word.size() > 9 || word.find_first_not_of("0123456789") != std::string::npos || std::stoul(word) == 0)
+    damaged("model.txt has " + word + " where a number above 0 belongs");
+  return std::stoul(word);
+}
+
+double bound_of(const std::string& word) {  // `inf` is no bound
+  char* end = nullptr;
+  const double bound = std::strtod(word.c_str(), &end);
+  if (end == word.c_str() || *end != 0 || !(bound >= 0)) damaged("model.txt has the bound " + word);
+  return bound;
+}
+
 Lines read_lines(const Path& folder) {
   Lines lines;
   std::istringstream text(content(folder / "model.txt"));
@@ -60,9 +77,15 @@ Lines read_lines(const Path& folder) {
 Tensor read_tensor(const Path& folder, const Words& words) {  // NAME ROLE TYPE STORED-TYPE EXTENTS...
   static const std::map<std::string, std::size_t> sizes{{"uint8", 1}, {"float16", 2}, {"float32", 4}, {"int64", 8}};
   Tensor tensor{words.at(0), words.at(1), words.at(2), {}, content(folder / ("golden." + words.at(0) + ".bin"))};
-  for (std::size_t i = 4; i < words.size(); ++i) tensor.shape.push_back(std::stoll(words[i]));
-  for (const std::int64_t extent : tensor.shape) tensor.values *= static_cast<std::size_t>(extent);
-  tensor.images = tensor.bytes.size() / (tensor.values * sizes.at(words.at(3)));
+  for (std::size_t i = 4; i < words.size(); ++i) tensor.shape.push_back(static_cast<std::int64_t>(count_of(words[i])));
+  const std::size_t stored = tensor.bytes.size() / sizes.at(words.at(3));
+  for (const std::int64_t extent : tensor.shape) {
+    tensor.values *= static_cast<std::size_t>(extent);
+    if (tensor.values > stored) damaged("golden." + tensor.name + ".bin is too short");  // nor does the product overflow
+  }
+  tensor.images = stored / tensor.values;
+  if (tensor.images * tensor.values * sizes.at(words.at(3)) != tensor.bytes.size())
+    damaged("golden." + tensor.name + ".bin does not hold whole images");
   return tensor;
 }
 
@@ -126,6 +149,11 @@ std::vector<std::vector<double>> answers(Ort::Session& session, std::size_t batc
   return found;
 }
 
+void figure(const char* what, double found, double allowed) {
+  std::printf("%s %.2e", what, found);
+  if (std::isfinite(allowed)) std::printf(" (%.2e)", allowed);
+}
+
 // Whether an output is what PyTorch answers. `bound`: relative L2, largest error, what is a tie in `scores`.
 bool agrees(const Tensor& output, const std::vector<double>& found, const std::vector<double>& expected,
             const std::vector<double>& bound, const std::vector<double>& scores) {
@@ -154,13 +182,20 @@ bool agrees(const Tensor& output, const std::vector<double>& found, const std::v
     // few numbers may be close to zero by chance, and are compared with what they usually are
     error = std::max(error, std::sqrt(difference / std::max({size, n < 8 ? usual : 0.0, 1e-300})));
   }
-  std::printf("  %s: relative L2 %.2e (%.2e), largest error %.2e (%.2e), between classes that differ %.2e (%.2e)\n",
-              output.name.c_str(), error, bound.at(0), largest, bound.at(1), gap, bound.at(2));
+  std::printf("  %s:", output.name.c_str());
+  if (output.role != "top_indices") {
+    figure(" relative L2", error, bound[0]);
+    figure(", largest error", largest, bound[1]);
+  }
+  if (output.role == "logits") std::printf(",");
+  if (output.role == "logits" || output.role == "top_indices") figure(" between classes that differ", gap, bound[2]);
+  std::printf("\n");
   return error <= bound[0] && largest <= bound[1] && gap <= bound[2];
 }
 
 int run(const Path& folder, const std::string& wanted) {
   Lines lines = read_lines(folder);
+  const std::size_t batch = count_of(lines.at("batch").at(0).at(0));
   const Tensor input = read_tensor(folder, lines.at("input").at(0));
   std::vector<Tensor> outputs;
   std::vector<std::vector<double>> expected;
@@ -171,12 +206,18 @@ int run(const Path& folder, const std::string& wanted) {
     for (std::size_t i = 0; i < outputs.back().images * outputs.back().values; ++i)
       expected.back().push_back(number(outputs.back().bytes.data(), words.at(3), i));
     if (outputs.back().images != input.images || input.images == 0)
-      throw Failure(2, "the golden files do not fit. Write the folder again: spach-package onnxruntime");
+      damaged("the golden files have different numbers of images");
     if (outputs.back().role == "logits") scores = expected.back();
   }
   std::map<std::string, std::vector<double>> bounds;  // by file and output
   for (const Words& words : lines.at("bound"))
-    bounds[words.at(0) + " " + words.at(1)] = {std::stod(words.at(2)), std::stod(words.at(3)), std::stod(words.at(4))};
+    bounds[words.at(0) + " " + words.at(1)] = {bound_of(words.at(2)), bound_of(words.at(3)), bound_of(words.at(4))};
+  for (const Words& words : lines.at("file")) {  // run.py compares the SHA-256 too
+    std::error_code none;
+    const std::uintmax_t size = std::filesystem::file_size(folder / words.at(0), none);
+    if (none) damaged(words.at(0) + " is missing");
+    if (std::to_string(size) != words.at(1)) damaged(words.at(0) + " has not the size that was written");
+  }
   std::vector<Words> runs;  // FILE PROVIDER, the best first
   for (const Words& words : lines.at("run"))
     if (wanted.empty() || wanted == words.at(1)) runs.push_back(words);
@@ -184,7 +225,6 @@ int run(const Path& folder, const std::string& wanted) {
   Ort::Env env(ORT_LOGGING_LEVEL_FATAL);
   for (const Words& words : runs) {
     const std::string &file = words.at(0), &provider = words.at(1);
-    if (!std::filesystem::exists(folder / file)) throw Failure(2, file + " is missing. Write the folder again");
     Ort::Session session(nullptr);
     try {
       session = session_of(env, folder / file, provider);
@@ -193,7 +233,7 @@ int run(const Path& folder, const std::string& wanted) {
       continue;
     }
     std::printf("%s runs %s\n", provider.c_str(), file.c_str());
-    const auto found = answers(session, std::stoul(lines.at("batch").at(0).at(0)), input, outputs);
+    const auto found = answers(session, batch, input, outputs);
     bool all_agree = true;
     for (std::size_t o = 0; o < outputs.size(); ++o)
       all_agree &= agrees(outputs[o], found[o], expected[o], bounds.at(file + " " + outputs[o].name), scores);

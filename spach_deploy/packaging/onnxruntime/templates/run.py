@@ -5,6 +5,8 @@
 Exit codes: 0 the answers are PyTorch's, 1 they are not, 2 bad usage or a damaged folder, 3 no provider here runs it.
 """
 
+import hashlib
+import math
 import pathlib
 import sys
 
@@ -44,7 +46,7 @@ def session_of(file, provider):
 
 
 def read_folder():
-    """Lines of model.txt by their first word, golden arrays (N, ...) by name, and bounds by file."""
+    """Lines of model.txt by their first word, golden arrays (N, ...) by name, bounds by file, and labels if any."""
     lines = {}
     for word, *rest in map(str.split, (HERE / "model.txt").read_text(encoding="utf-8").splitlines()):
         lines.setdefault(word, []).append(rest)
@@ -52,13 +54,38 @@ def read_folder():
     for name, _, _, stored, *shape in (*lines["input"], *lines["output"]):
         arrays[name] = np.fromfile(HERE / f"golden.{name}.bin", stored).reshape(-1, *map(int, shape))
     bounds = {(file, name): [float(figure) for figure in figures] for file, name, *figures in lines["bound"]}
+    if not all(len(figures) == 3 and min(figures) >= 0 and sum(figures) >= 0 for figures in bounds.values()):
+        raise ValueError("model.txt has a bound that is none")  # a sum with NaN is NaN
+    if int(lines["batch"][0][0]) < 1:
+        raise ValueError("model.txt has a batch below 1")
     sizes = {len(array) for array in arrays.values()}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError("its golden files do not fit")
+    for file, size, digest in lines["file"]:
+        if (HERE / file).stat().st_size != int(size) or sha256_of(HERE / file) != digest:
+            raise ValueError(f"{file} was changed since it was written")
     for file, _ in lines["run"]:
-        (HERE / file).stat()
         bounds[file] = {name: bounds[file, name] for name, *_ in lines["output"]}
-    return lines, arrays, bounds
+    return lines, arrays, bounds, read_labels(lines, arrays)
+
+
+def sha256_of(file):
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def read_labels(lines, arrays):
+    """Names of the classes from labels.txt; none where there is no such file."""
+    if not (HERE / "labels.txt").exists():
+        return []
+    labels = (HERE / "labels.txt").read_text(encoding="utf-8").splitlines()
+    if any(arrays[name].shape[1] != len(labels) for name, role, *_ in lines["output"] if role == "logits"):
+        raise ValueError(f"labels.txt names {len(labels)} classes, and the model has another number")
+    return labels
 
 
 def faults(found, expected, role, bound, scores):
@@ -70,6 +97,8 @@ def faults(found, expected, role, bound, scores):
     if is_ranking or role == "logits":
         chosen, best = (a.argmax(1)[:, None] if role == "logits" else a for a in (found, expected))
         gap = np.abs(np.take_along_axis(scores, best, 1) - np.take_along_axis(scores, chosen, 1)).max()
+        if is_ranking:
+            print(f"    between classes that differ {gap:.2e}{allowed(bound[2])}")
         if not gap <= bound[2]:
             yield f"classes differ that PyTorch scores {gap:.2e} apart, and {bound[2]:.2e} is a tie"
     if not is_ranking:
@@ -78,12 +107,17 @@ def faults(found, expected, role, bound, scores):
         size = np.maximum(size, size.mean()) if expected.shape[1] < 8 else size  # few numbers may be zero by chance
         figures = np.sqrt((np.square(found - expected).sum(1) / size).max()), np.abs(found - expected).max()
         for what, figure, most in zip(("relative L2", "largest error"), figures, bound[:2], strict=True):
-            print(f"    {what} {figure:.2e}, allowed {most:.2e}")
+            print(f"    {what} {figure:.2e}{allowed(most)}")
             if not figure <= most:
                 yield f"its {what} is {figure:.2e}, and {most:.2e} is allowed"
 
 
-def compared(session, lines, golden, bounds):
+def allowed(most):
+    """The words on a bound, where there is one."""
+    return f", allowed {most:.2e}" if math.isfinite(most) else ""
+
+
+def compared(session, lines, golden, bounds, labels):
     """Run the golden images, in batches that a plan takes too, and compare. Returns the exit code."""
     entry, size, wrong = lines["input"][0][0], int(lines["batch"][0][0]), 0
     images, names = golden[entry], [name for name, *_ in lines["output"]]
@@ -96,8 +130,7 @@ def compared(session, lines, golden, bounds):
         for fault in faults(found, golden[name], role, bounds[name], scores):
             print(f"Error: {name}: {fault}.", file=sys.stderr)
             wrong = 1
-        if role == "logits" and (HERE / "labels.txt").exists():
-            labels = (HERE / "labels.txt").read_text(encoding="utf-8").splitlines()
+        if role == "logits" and labels:
             print("    " + ", ".join(labels[best] for best in found.argmax(1)))
     print(f"{len(images)} images: {'not ' if wrong else ''}what PyTorch answers in FP32")
     return wrong
@@ -114,9 +147,9 @@ def main(arguments):
         print(__doc__.strip(), file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
-        lines, golden, bounds = read_folder()
+        lines, golden, bounds, labels = read_folder()
         runs = [run for run in lines["run"] if not arguments or run[1] == arguments[0]]
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"Error: {HERE} is damaged ({error}). Write it again: spach-package onnxruntime", file=sys.stderr)
         return 2
     for file, provider in runs or [("model.onnx", *arguments)]:
@@ -128,7 +161,7 @@ def main(arguments):
             continue
         print(f"{provider} runs {file}")
         try:
-            return compared(session, lines, golden, bounds[file])
+            return compared(session, lines, golden, bounds[file], labels)
         except Exception as error:
             print(f"Error: {file} failed while it ran: {reason(error)}.", file=sys.stderr)
             return 1
