@@ -25,7 +25,14 @@ from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.outputs import INPUT, model_outputs
 from spach_deploy.bundle.schema import CertificateEntry, FileEntry, Form, MadeEntry, Manifest, PrecisionSection
 from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
-from spach_deploy.common.errors import BundleError, MismatchError, SpachError, UnavailableError, UsageError
+from spach_deploy.common.errors import (
+    BundleError,
+    MismatchError,
+    MissingPackageError,
+    SpachError,
+    UnavailableError,
+    UsageError,
+)
 from spach_deploy.common.files import naming_tmpdir, sha256_of
 from spach_deploy.graph.certificate import Certificate, certify
 from spach_deploy.graph.editing import name_of, owner
@@ -97,7 +104,7 @@ def graph_for_runtime(bundle: Bundle, *, rest: Precision | None = None) -> Runti
     `rest`: of INT8 and FP8, the precision of what is not quantized, FP32 (the form for CPUs) or the bundle's own; None
     for the bundle's own. Where the form cannot be made, the bundle's graph is returned, and `note` says why. Inputs and
     outputs are the bundle's in any case. Raises BundleError for a bundle that cannot be read, UsageError for another
-    `rest`.
+    `rest`, MissingPackageError without ONNX Runtime, which compares the graphs, where one has to be made.
     """
     facts = BundleFacts.of(bundle)
     rest = rest or facts.rest
@@ -111,7 +118,7 @@ def graph_for_runtime(bundle: Bundle, *, rest: Precision | None = None) -> Runti
         return own
     try:
         return _made(own, bundle, facts, rest)
-    except BundleError:
+    except (BundleError, MissingPackageError):  # the machine lacks something: nothing is known of the graph
         raise
     except SpachError as error:
         return dataclasses.replace(own, note=_not_made(size, error.message))
@@ -119,8 +126,8 @@ def graph_for_runtime(bundle: Bundle, *, rest: Precision | None = None) -> Runti
 
 def _not_made(size: GraphSize, reason: str) -> str:
     return (
-        f"The graph stays in the form for TensorRT: {size}, about twice the nodes that ONNX Runtime needs."
-        f" {reason.rstrip('.')}."
+        f"The graph stays in the form for TensorRT: {size}. How many nodes fewer ONNX Runtime would need is not"
+        f" known. {reason.rstrip('.')}."
     )
 
 

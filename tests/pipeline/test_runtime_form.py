@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.schema import Form, Manifest
 from spach_deploy.bundle.store import GOLDEN, GRAPH, QUANTIZATION, Bundle
-from spach_deploy.common.errors import UsageError
+from spach_deploy.common.errors import MissingPackageError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.options.specs import Precision
 from spach_deploy.pipeline import runtime_form
@@ -134,9 +135,21 @@ def test_a_graph_that_is_not_the_references_is_not_made_and_one_line_says_what_i
     bundle = spoilt(tmp_path, "head.weight", 1.5)
     graph = graph_for_runtime(bundle)
     assert (graph.is_made, graph.path) == (False, bundle.path / GRAPH)
-    assert f"stays in the form for TensorRT: {graph.before}, about twice the nodes" in graph.note
+    assert f"stays in the form for TensorRT: {graph.before}. How many nodes" in graph.note
+    assert "twice" not in graph.note
     assert "not what the reference computes" in graph.note
     assert "\n" not in graph.note
+
+
+def test_without_onnxruntime_a_graph_to_remake_is_refused_and_another_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    to_remake, of_a_cpu = Bundle.open(small_bundles.for_tensorrt()), Bundle.open(small_bundles.bundle())
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingPackageError, match="onnxruntime") as refused:
+        graph_for_runtime(to_remake)
+    assert "pip install" in str(refused.value.hint)
+    assert not graph_for_runtime(of_a_cpu).note
 
 
 def test_forms_that_differ_in_fp32_are_not_taken_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

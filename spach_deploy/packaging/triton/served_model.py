@@ -169,7 +169,8 @@ def _served(name: str, bundles: list[Bundle], options: TritonOptions) -> ServedM
         batch=_common_profile(name, [fact.batch for fact in facts]),
         facts=facts[-1],
         accepts_rtx=any(choice.is_rtx_plan for choice in choices),
-        needs_gpu=any(choice.needs is None or bool(choice.needs.bfloat16) for choice in choices),
+        needs_gpu=options.accelerator is not None
+        or any(choice.needs is None or bool(choice.needs.bfloat16) for choice in choices),
         needs=tuple(choice.needs for choice in choices if choice.needs is not None),
         notes=_once(note for choice in choices for note in (choice.note, *choice.further)),
         warnings=_once(choice.warning for choice in choices),
@@ -200,24 +201,27 @@ class _Choice:
 def _choose(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
     is_rtx = facts.flavour is Flavour.TENSORRT_RTX
     if options.accelerator is not None:
-        return _accelerated(_graph(bundle, facts, options), bundle, facts)
+        return _accelerated(_graph(bundle, bundle, facts, options), bundle, facts)
     if options.backend is Backend.TENSORRT or (options.backend is Backend.AUTO and options.force and bundle.plan):
         return _plan(bundle, is_rtx=is_rtx)
     if options.backend is Backend.AUTO and bundle.plan is not None and not is_rtx:
         return _plan(bundle, is_rtx=False)
-    choice = _without_integers(_in_its_form(_graph(bundle, facts, options), bundle, facts, options), facts, options)
+    choice = _without_integers(_in_its_form(bundle, facts, options), facts, options)
     is_truncated = dataclasses.replace(bundle, manifest=choice.manifest).quantizes_fp16
     return _truncated(choice, bundle, options.instances.device) if is_truncated else choice
 
 
-def _in_its_form(choice: _Choice, bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
-    """The graph in ONNX Runtime's form, made here where the bundle's is TensorRT's, and the line that says so."""
-    if choice.warning:  # no image runs it: it is only to be read
-        return choice
+def _in_its_form(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
+    """The graph in ONNX Runtime's form, made here where the bundle's is TensorRT's, and the line that says so.
+
+    The graph that will be served is the one judged: the bundle's own may have operators that no image runs.
+    """
     from spach_deploy.pipeline.runtime_form import graph_for_runtime
 
+    graph_needs(bundle)  # refuses what is no typed graph before anything is made of it
     in_integers = options.instances.device is Device.CPU and facts.precision is Precision.INT8
     graph = graph_for_runtime(bundle, rest=Precision.FP32 if in_integers else None)
+    choice = _graph(bundle, graph, facts, options)
     return dataclasses.replace(
         choice,
         artifact=graph.path,
@@ -298,13 +302,20 @@ def instead_of_plan(bundle: Bundle) -> str:
     return f"{SERVE_GRAPH[0].upper()}{SERVE_GRAPH[1:]}, or {build}" if runs else f"{build[0].upper()}{build[1:]}"
 
 
-def _graph(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choice:
+def _graph(bundle: Bundle, served: Bundle | RuntimeGraph, facts: BundleFacts, options: TritonOptions) -> _Choice:
+    """The choice of a graph, `served`: the bundle's own, or one made of it. UsageError where no image runs it."""
     reasons = []
     if options.backend is not Backend.ONNXRUNTIME and options.accelerator is None:
         why = RTX_REASON if bundle.plan is not None else f"{bundle.path} has no engine"
         reasons.append(f"Served as ONNX, by onnxruntime: {why}.")
     needs = graph_needs(bundle)
+    if not isinstance(served, Bundle) and served.is_made:
+        needs = GraphNeeds.of(served.path) or needs
     known, on_gpu = runtimes(), options.instances.device is not Device.CPU
+    if options.accelerator is not None:
+        # TensorRT runs it, so kernels that no ONNX Runtime has are not asked for. The others still tell since when the
+        # provider takes BF16.
+        needs = dataclasses.replace(needs, bfloat16=needs.bfloat16 & known.onnxruntimes[-1].cuda_bfloat16)
     fitting = known.fitting((needs,), on_gpu=on_gpu)
     warning = ""
     if not fitting:
@@ -313,7 +324,7 @@ def _graph(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choic
         reason = f"in the newest, {newest.release}, {known.misfit(newest, (needs,), on_gpu=on_gpu)}"
         warning = f"No known Triton image runs the graph of {bundle.path}{where}: {reason}."
         if not options.force:
-            raise UsageError(warning, _instead_of_graph(needs, facts))
+            raise UsageError(warning, _instead_of_graph(needs, bundle, facts))
     elif fitting[0] is not known.images[0]:
         kernels = "ONNX Runtime has kernels for bfloat16 on GPUs only. " if needs.bfloat16 else ""
         first = fitting[0]
@@ -322,12 +333,14 @@ def _graph(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> _Choic
     return _Choice(Backend.ONNXRUNTIME, file, bundle.manifest, needs=needs, note=" ".join(reasons), warning=warning)
 
 
-def _instead_of_graph(needs: GraphNeeds, facts: BundleFacts) -> str:
+def _instead_of_graph(needs: GraphNeeds, bundle: Bundle, facts: BundleFacts) -> str:
     """The next step where no Triton image runs a graph."""
     if runtimes().fitting((needs,), on_gpu=True):
         return "Leave --device cpu out."
     if needs.has_fp8:
         return "Export it again: graphs with FP8 have opset 21 now."
+    if needs.bfloat16 and bundle.manifest.form is Form.TENSORRT:
+        return "Export it with --engine none, whose graph has ONNX Runtime's form, or with --fp16."
     half = "--rest fp16" if facts.quantization is not None else "--fp16"
     return f"Export it with {half}, or on the serving GPU with --engine tensorrt, which needs no ONNX Runtime."
 

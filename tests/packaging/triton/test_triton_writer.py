@@ -12,7 +12,7 @@ import pytest
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.schema import Form, Manifest
-from spach_deploy.bundle.store import GRAPH, PLAN
+from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import BundleError, SpachError, UsageError
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, channel_statistics
 from spach_deploy.packaging.polygraphy.folder import write_folder
@@ -37,7 +37,8 @@ from spach_deploy.packaging.triton.repository import (
     serve_command,
     write_repository,
 )
-from spach_deploy.packaging.triton.served_model import BundleArgument
+from spach_deploy.packaging.triton.served_model import BundleArgument, resolve_models
+from spach_deploy.pipeline import runtime_form
 from tests import small_bundles
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
@@ -47,6 +48,8 @@ from tests.small_bundles import read_manifest, write_manifest
 FIVE = Preprocessing.for_size(8, *channel_statistics(5))
 
 EVERY_OUTPUT = OutputSpec(top_k=3, softmax=True)
+
+PADDED = Tiny(precision=Precision.BF16, bfloat16=("Pad",), engine="none")
 
 
 def written(tmp_path: Path, tiny: Tiny | None = None, **options: Any) -> TritonRepository:
@@ -340,6 +343,29 @@ def test_a_graph_that_no_triton_runs_is_refused_or_forced(tmp_path: Path) -> Non
         written(tmp_path / "refused", padded)
     forced = written(tmp_path / "forced", padded, force=True)
     assert "has no kernel for Pad in bfloat16" in forced.warnings[0]
+
+
+def test_the_graph_that_is_served_is_judged_not_the_one_it_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded = Bundle.open(tiny_bundles.write(tmp_path / "padded", PADDED))
+    other = Bundle.open(tiny_bundles.write(tmp_path / "other", Tiny(precision=Precision.BF16, engine="none")))
+    size = runtime_form.GraphSize(1, 1)
+    made = runtime_form.RuntimeGraph(
+        other.file(GRAPH), other.manifest, other.manifest.form, is_made=True, before=size, after=size
+    )
+    monkeypatch.setattr(runtime_form, "graph_for_runtime", lambda bundle, rest=None: made)
+    (model,) = resolve_models([BundleArgument(padded.path)], TritonOptions())
+    assert not model.warnings
+    assert model.versions[0].artifact == made.path
+    assert "Triton from 26.02" in model.notes[0]
+
+
+def test_tensorrt_in_onnxruntime_needs_none_of_its_kernels(tmp_path: Path) -> None:
+    padded = tiny_bundles.write(tmp_path / "padded", PADDED)
+    (model,) = resolve_models([BundleArgument(padded)], TritonOptions(accelerator=Accelerator.TENSORRT))
+    assert not model.warnings
+    assert model.needs_gpu
 
 
 def test_bf16_that_stands_in_no_graph_asks_for_nothing(tmp_path: Path) -> None:
