@@ -133,7 +133,7 @@ class Siamese(nn.Module):
         self.net = small_model("hybrid")
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return self.net(left) - 0.5 * self.net(right)
+        return torch.sub(self.net(left), self.net(right), alpha=0.5)
 
 
 def test_a_network_that_runs_on_two_images_keeps_names_unique(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def _with_another_forward(block: nn.Module) -> None:
 def _of_a_subclass(block: nn.Module) -> None:
     kind: Any = type(block)
 
-    class Mine(kind):
+    class Mine(kind):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x) + 0.03 * x.sin()
 
