@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -125,86 +120,6 @@ def test_a_wrapper_around_a_published_model_keeps_its_own_forward(tmp_path: Path
     manifest = exported(Normalized(), tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), precision="fp16")
     assert "net.layer3.1" in manifest.graph.levels["known"].modules
     assert [tensor.layout for tensor in manifest.outputs] == ["NC", "NLC"]
-
-
-class Siamese(nn.Module):
-    """One network on two images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = small_model("hybrid")
-
-    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch.sub(self.net(left), self.net(right), alpha=0.5)
-
-
-def test_a_network_that_runs_on_two_images_keeps_names_unique(tmp_path: Path) -> None:
-    example = (torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),) * 2
-    exported(Siamese(), tmp_path, example=example, precision="fp16")
-    names = [node.name for node in onnx.load(tmp_path / "bundle" / "model.onnx").graph.node]
-    assert len(set(names)) == len(names)
-
-
-def test_a_transformer_encoder_in_halves_does_not_end_the_process(tmp_path: Path) -> None:
-    words = "--module tests.own_models:Encoder --image-size 32 --fp16 --engine none --batch 1:2:4 --output"
-    code = "from spach_deploy.cli.export import main; main()"
-    command = [sys.executable, "-c", code, *words.split(), str(tmp_path / "bundle")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "AGREED" in done.stdout
-
-
-Change = Callable[[nn.Module], None]
-
-
-def _with_a_hook(block: nn.Module) -> None:
-    block.register_forward_hook(lambda _module, _inputs, output: output * 1.05)
-
-
-def _with_another_forward(block: nn.Module) -> None:
-    before = block.forward
-    block.forward = lambda x: before(x) * 1.05
-
-
-def _of_a_subclass(block: nn.Module) -> None:
-    kind: Any = type(block)
-
-    class Mine(kind):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> Any:
-            return super().forward(x) + 0.03 * x.sin()
-
-    block.__class__ = Mine
-
-
-@pytest.mark.parametrize("change", [_with_a_hook, _of_a_subclass])
-def test_a_known_block_that_the_user_changed_stays_as_it_is(
-    change: Callable[[nn.Module], None], tmp_path: Path
-) -> None:
-    model = seeded(copy.deepcopy(small_model("hybrid")))
-    change(model.get_submodule("layer3.1"))
-    manifest = exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    known = manifest.graph.levels["known"].modules
-    assert "model.layer3.1" not in known
-    assert any(path.startswith("model.layer3.0") for path in known)
-
-
-def test_a_forward_that_was_replaced_on_a_block_is_refused(tmp_path: Path) -> None:
-    model = copy.deepcopy(small_model("hybrid"))
-    _with_another_forward(model.get_submodule("layer3.1"))
-    with pytest.raises(ModelError, match=r"The forward of layer3.1 was replaced on the object"):
-        exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-
-
-class BranchOnValues(PlainNet):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = super().forward(x)
-        return found * 2 if found.sum() > 1e9 else found
-
-
-def test_a_branch_on_values_is_said_without_the_symbols_of_pytorch(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="depends on the values of a tensor") as caught:
-        exported(seeded(BranchOnValues()), tmp_path)
-    assert "Eq(" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ms_conv_xxs", "shiftvit_light_tiny"])
