@@ -16,6 +16,7 @@ import inspect
 import os
 import re
 import sys
+import time
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from spach_deploy.bundle.inputs import ROWS, ModelInputs, rows_of
 from spach_deploy.bundle.outputs import DERIVED, INPUT, graph_outputs, named
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.common.machine import find_memory
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
 from spach_deploy.models.checkpoint_content import shown
@@ -396,24 +398,80 @@ def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> 
     if first.dtype != torch.float32:
         is_float = first.is_floating_point()
         hint = "Return it as float32, with .float()." if is_float else "Leave it out of what it returns."
-        raise ModelError(f"The output {name} is {_kind(first)}, and a graph's outputs are floats of 32 bits.", hint)
+        raise ModelError(f"The output {name!r} is {_kind(first)}, and a graph's outputs are floats of 32 bits.", hint)
     if first.shape[:1] != (1,) or together.shape != (_OTHER_BATCH, *first.shape[1:]):
         raise ModelError(
-            f"The output {name} has the shape {tuple(first.shape)} for one image and {tuple(together.shape)} for"
+            f"The output {name!r} has the shape {tuple(first.shape)} for one image and {tuple(together.shape)} for"
             f" {_OTHER_BATCH}, so it does not begin with the batch.",
             "Return one row for each image.",
         )
     if not relative_l2(again.float().numpy(), first.float().numpy()) <= _SAME:
         raise ModelError(
-            f"The output {name} is another when the module runs again on the same input: it draws at random, changes"
+            f"The output {name!r} is another when the module runs again on the same input: it draws at random, changes"
             " itself, or is not finite.",
             "An export needs a module that always computes the same.",
         )
     if not relative_l2(together[:1].float().numpy(), first.float().numpy()) <= _SAME:
         raise ModelError(
-            f"The output {name} of an image depends on the other images of its batch.",
+            f"The output {name!r} of an image depends on the other images of its batch.",
             "An export needs a module that treats each image by itself, as BatchNorm does in evaluation mode.",
         )
+
+
+_CHECK_SECONDS = 120.0
+"""Time that running a module in one of its profile's batches may take before it is left out."""
+
+
+def check_batches(model: OwnForward, batches: Collection[int]) -> Iterator[str]:
+    """Run the module in batches of these sizes: images of each have to get the answers that they get alone.
+
+    Yields a sentence for each size that was left out, for which the memory or the time does not suffice. ModelError for
+    answers that differ, as where `forward` branches on the size of the batch.
+    """
+    one, memory = model.example(), find_memory()
+    with _counting_bytes(model) as sizes:
+        _called(model, (), one)
+        start = time.perf_counter()
+        _called(model, (), one)
+        seconds = time.perf_counter() - start
+    for batch in sorted({*batches} - {1}):
+        needs = batch * sum(sizes) // 2  # of two runs
+        if memory is not None and needs > memory.available_bytes // 2:
+            yield f"your module was not run in a batch of {batch}, which takes more memory than is free"
+        elif batch * seconds > _CHECK_SECONDS:
+            yield f"your module was not run in a batch of {batch}, which takes more than {_CHECK_SECONDS:.0f} s"
+        else:
+            _check_batch(model, batch)
+
+
+def _check_batch(model: OwnForward, batch: int) -> None:
+    """ModelError where the first, middle or last image of a batch gets another answer than alone."""
+    images = model.example(batch)
+    together = flattened(_called(model, (), images))
+    for row in sorted({0, batch // 2, batch - 1}):
+        alone = flattened(_called(model, (), [tensor[row : row + 1] for tensor in images]))
+        for info, answer, answers in zip(model.outputs, alone, together, strict=True):
+            error = relative_l2(answers[row : row + 1].numpy(), answer.numpy())
+            if answers.shape != (batch, *answer.shape[1:]) or not error <= _SAME:
+                raise ModelError(
+                    f"The output {info.name!r} of an image is another in a batch of {batch} than alone.",
+                    "An export needs a module that answers alike for every size of the batch.",
+                )
+
+
+@contextlib.contextmanager
+def _counting_bytes(module: nn.Module) -> Iterator[list[int]]:
+    """Bytes of every tensor that a part of the module gives while it runs within the block."""
+    sizes: list[int] = []
+
+    def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.nbytes)
+
+    with contextlib.ExitStack() as hooks:
+        for part in module.modules():
+            hooks.enter_context(part.register_forward_hook(see))
+        yield sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
-from spach_deploy.models.own_module import load_values, made_by, output_names, run_example
+from spach_deploy.common.machine import Memory
+from spach_deploy.models.own_module import (
+    OwnForward,
+    check_batches,
+    load_values,
+    loaded_module,
+    made_by,
+    output_names,
+    run_example,
+)
+from spach_deploy.options.specs import ModelSpec
 from tests.own_models import PlainNet, TwoHeads, TwoInputs
 
 IMAGE = torch.rand(3, 3, 16, 16)
@@ -144,3 +154,31 @@ def test_a_forward_that_raises_names_the_users_line() -> None:
 
     with pytest.raises(ModelError, match=r"ValueError: no such thing \(.*test_own_module.py:\d+\)"):
         run_example(Raising(), [IMAGE])
+
+
+class BranchOnBatch(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        means = x.mean((2, 3))
+        return means * 2 if x.shape[0] > self.size else means
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_a_module_that_branches_on_the_size_of_the_batch_is_refused(size: int) -> None:
+    model = loaded_module(BranchOnBatch(size), IMAGE, ModelSpec(module="own:module")).model
+    assert isinstance(model, OwnForward)
+    assert list(check_batches(model, (1, size))) == []
+    with pytest.raises(ModelError, match=rf"another in a batch of {size + 1} than alone"):
+        list(check_batches(model, (1, size, size + 1)))
+
+
+def test_a_batch_for_which_memory_does_not_suffice_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded_module(BranchOnBatch(4), IMAGE, ModelSpec(module="own:module")).model
+    assert isinstance(model, OwnForward)
+    monkeypatch.setattr("spach_deploy.models.own_module.find_memory", lambda: Memory(100, 100))
+    assert list(check_batches(model, (1, 8))) == [
+        "your module was not run in a batch of 8, which takes more memory than is free"
+    ]

@@ -42,6 +42,9 @@ def load(options: ExportOptions, phases: Phases, loaded: LoadedModel | None = No
     loaded = loaded or own_module.load(options.model)
     if isinstance(loaded.model, own_module.OwnForward):
         own_module.choose_outputs(loaded.model, options.outputs)
+        profile = options.engine.batch
+        for problem in own_module.check_batches(loaded.model, (profile.min, profile.opt, profile.max)):
+            phases.note(f"{problem[0].upper()}{problem[1:]}.")
     else:
         loaded.model.outputs = chosen_outputs(options.outputs, loaded.num_classes, loaded.model.stage_shapes)
     check_outputs(options.outputs, loaded.num_classes)
