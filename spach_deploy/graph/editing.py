@@ -292,6 +292,28 @@ def _unique(name: str, seen: Counter[str]) -> str:
     return name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
+def make_names_unique(graph: ir.Graph) -> None:
+    """Number the names of nodes and tensors that an earlier one has, in place: those of a module that runs twice.
+
+    Inputs, outputs and initializers keep their names.
+    """
+    kept = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    nodes, tensors = set[str](), {name_of(value) for value in kept}
+    for node in graph:
+        node.name = _numbered(name_of(node), nodes)
+        for output in node.outputs:
+            if output.name and output not in kept:
+                output.name = _numbered(output.name, tensors)
+
+
+def _numbered(name: str, taken: set[str]) -> str:
+    """`name`, or with the first number from 2 that makes it none of `taken`, to which it is added."""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    found = next(other for other in names if other not in taken)
+    taken.add(found)
+    return found
+
+
 def owner(node_name: str) -> str:
     """Module path in a name that `name_by_module` gave: everything before the first slash."""
     return node_name.split("/", 1)[0]

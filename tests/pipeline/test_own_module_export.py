@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -120,6 +121,24 @@ def test_a_wrapper_around_a_published_model_keeps_its_own_forward(tmp_path: Path
     manifest = exported(Normalized(), tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), precision="fp16")
     assert "net.layer3.1" in manifest.graph.levels["known"].modules
     assert [tensor.layout for tensor in manifest.outputs] == ["NC", "NLC"]
+
+
+class Siamese(nn.Module):
+    """One network on two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_model("hybrid")
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.net(left) - 0.5 * self.net(right)
+
+
+def test_a_network_that_runs_on_two_images_keeps_names_unique(tmp_path: Path) -> None:
+    example = (torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),) * 2
+    exported(Siamese(), tmp_path, example=example, precision="fp16")
+    names = [node.name for node in onnx.load(tmp_path / "bundle" / "model.onnx").graph.node]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("name", ["ms_conv_xxs", "shiftvit_light_tiny"])

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from spach_deploy.bundle.schema import Form
 from spach_deploy.common.errors import CertificateError
+from spach_deploy.graph.editing import make_names_unique
 from spach_deploy.graph.passes.axis_products import axis_products, separate_axes
 from spach_deploy.graph.passes.channels_last import channels_last
 from spach_deploy.graph.passes.first_norm import join_first_norm, spell_first_norm
@@ -46,6 +47,8 @@ class Pass(ir.passes.InPlacePass):
         except Exception as error:
             what = f"The pass {self.name} does not know a graph like this one: {type(error).__name__}: {error}"
             raise CertificateError(f"{what}.", f"Leave it out: --no-rewrite {self.name}.") from error
+        if changed:
+            make_names_unique(model.graph)
         return PassResult(model, bool(changed), changed)
 
 
