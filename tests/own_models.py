@@ -133,3 +133,17 @@ class ClassToken(nn.Module):
         tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
         tokens = tokens + self.mix(tokens, tokens, tokens)[0]
         return self.head(tokens[:, 0] + tokens.mean(1))
+
+
+class Encoder(nn.Module):
+    """PyTorch's own transformer encoder behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        layer = nn.TransformerEncoderLayer(32, 8, 64, batch_first=True, norm_first=True, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(1))

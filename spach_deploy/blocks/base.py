@@ -134,7 +134,7 @@ def prove(
         raise RewriteError(
             f"Rewrite {rewrite} changes what {path} computes: relative L2 {error:.1e}, at most {limit:.0e} is"
             " rounding.",
-            f"Export with --no-rewrite {rewrite} and report this.",
+            "Report this." if rewrite == "static_reshapes" else f"Export with --no-rewrite {rewrite} and report this.",
         )
     return Change(path, error)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spach_deploy.blocks import attention, channel_mlp, depthwise, downsampling, mixing_block, shift, stem, token_mlp
 from spach_deploy.blocks.base import FP64_LIMIT, Call, Change, Outcome, double, own, probe
 from spach_deploy.common.metrics import relative_l2
+from spach_deploy.models.own_module import has_own_behaviour
 
 _KINDS = (stem, downsampling, depthwise, attention, channel_mlp, token_mlp, shift)
 
@@ -83,14 +84,15 @@ class _Finder:
         if call is None or not list(module.children()):
             return None
         structure = (tuple(map(type, module.modules())), call)
-        known = self._proven.get(structure)
+        is_alike = not any(map(has_own_behaviour, module.modules()))
+        known = self._proven.get(structure) if is_alike else None
         for index, form in enumerate(self._forms(module, call)):
             if known is not None and index < known[0]:
                 continue
             error = _error(module, form, call) if known is None else known[1]
             if error is not None and error <= FP64_LIMIT:
                 self.changes.append(Change(path, error))
-                if type(module).__module__.startswith(_OWN):
+                if is_alike and type(module).__module__.startswith(_OWN):
                     self._proven[structure] = index, error
                 return form.eval()
         return None

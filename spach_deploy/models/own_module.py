@@ -38,7 +38,7 @@ from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
 from spach_deploy.models.checkpoint_content import shown
 from spach_deploy.models.hyperparameters import OF_PIXELS, Setting, Source, check_pixels, for_channels, resolve_settings
 from spach_deploy.models.outputs import SelectableOutputs
-from spach_deploy.models.registry import check_spec, published_match
+from spach_deploy.models.registry import check_spec, create_model, published_match
 from spach_deploy.options.architecture import Architecture
 from spach_deploy.options.specs import (
     ImageSize,
@@ -568,7 +568,15 @@ def loaded_module(
     if isinstance(module, SelectableOutputs) and isinstance(architecture, Architecture):
         settings = resolve_settings(architecture, spec.hyperparameters, {}, Source.USUAL)
         name = published_match(architecture).name
-        return LoadedModel(module, name, "module", spec.checkpoint, sha256, notes, settings)
+        if not _is_changed(module, architecture):
+            return LoadedModel(module, name, "module", spec.checkpoint, sha256, notes, settings)
+        for path, part in module.named_modules():
+            if "forward" in vars(part) and next(part.parameters(), None) is not None:
+                problem = (
+                    f"The forward of {path or 'the model'} was replaced on the object, and its copies cannot use it."
+                )
+                raise ModelError(problem, "Write a subclass with that forward, or a forward hook.")
+        module = Changed(module)
     ran = run_example(module, example)
     outputs = [_info(name, tensor, alone=len(ran.outputs) == 1) for name, tensor in ran.outputs.items()]
     model = prepared(module, outputs, ran)
@@ -617,6 +625,31 @@ class Traced(nn.Module):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """What the traced module returns."""
         return self.traced(*inputs, **named)
+
+
+class Changed(nn.Module):
+    """A model of this package in which the user changed what a part computes: it is a module of the user's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        """What the model returns."""
+        return self.model(x)
+
+
+def _is_changed(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether a part of a model of this package has hooks, a forward of its own, or another class than usual."""
+    with torch.device("meta"):
+        unchanged = create_model(architecture)
+    classes, expected = ([type(part) for part in made.modules()] for made in (model, unchanged))
+    return classes != expected or any(map(has_own_behaviour, model.modules()))
+
+
+def has_own_behaviour(module: nn.Module) -> bool:
+    """Whether a module computes something else than its class says: with hooks, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _why_not(module: nn.Module) -> tuple[str, str] | None:

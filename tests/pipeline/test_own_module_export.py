@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +135,8 @@ class Siamese(nn.Module):
         self.net = small_model("hybrid")
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return self.net(left) - 0.5 * self.net(right)
+        difference: torch.Tensor = self.net(left) - 0.5 * self.net(right)
+        return difference
 
 
 def test_a_network_that_runs_on_two_images_keeps_names_unique(tmp_path: Path) -> None:
@@ -139,6 +144,55 @@ def test_a_network_that_runs_on_two_images_keeps_names_unique(tmp_path: Path) ->
     exported(Siamese(), tmp_path, example=example, precision="fp16")
     names = [node.name for node in onnx.load(tmp_path / "bundle" / "model.onnx").graph.node]
     assert len(set(names)) == len(names)
+
+
+def test_a_transformer_encoder_in_halves_does_not_end_the_process(tmp_path: Path) -> None:
+    words = "--module tests.own_models:Encoder --image-size 32 --fp16 --engine none --batch 1:2:4 --output"
+    code = "from spach_deploy.cli.export import main; main()"
+    command = [sys.executable, "-c", code, *words.split(), str(tmp_path / "bundle")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "AGREED" in done.stdout
+
+
+Change = Callable[[nn.Module], None]
+
+
+def _with_a_hook(block: nn.Module) -> None:
+    block.register_forward_hook(lambda _module, _inputs, output: output * 1.05)
+
+
+def _with_another_forward(block: nn.Module) -> None:
+    before = block.forward
+    block.forward = lambda x: before(x) * 1.05
+
+
+def _of_a_subclass(block: nn.Module) -> None:
+    kind = type(block)
+
+    def forward(self: nn.Module, x: torch.Tensor) -> Any:
+        return kind.forward(self, x) + 0.03 * x.sin()
+
+    block.__class__ = type("Mine", (kind,), {"forward": forward})
+
+
+@pytest.mark.parametrize("change", [_with_a_hook, _of_a_subclass])
+def test_a_known_block_that_the_user_changed_stays_as_it_is(
+    change: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    model = seeded(copy.deepcopy(small_model("hybrid")))
+    change(model.get_submodule("layer3.1"))
+    manifest = exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    known = manifest.graph.levels["known"].modules
+    assert "model.layer3.1" not in known
+    assert any(path.startswith("model.layer3.0") for path in known)
+
+
+def test_a_forward_that_was_replaced_on_a_block_is_refused(tmp_path: Path) -> None:
+    model = copy.deepcopy(small_model("hybrid"))
+    _with_another_forward(model.get_submodule("layer3.1"))
+    with pytest.raises(ModelError, match=r"The forward of layer3.1 was replaced on the object"):
+        exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 @pytest.mark.parametrize("name", ["ms_conv_xxs", "shiftvit_light_tiny"])
