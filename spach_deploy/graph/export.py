@@ -224,6 +224,8 @@ def _place(model: nn.Module, error: BaseException) -> str:
                 name = f"{paths[id(owner)]} ({type(owner).__name__}.{code.co_name}"
                 place = f"{name}, {code.co_filename}:{line})"
     reason = str(causes[-1]).strip().splitlines()
+    if reason and "data-dependent" in reason[0]:
+        reason = ["what it does depends on the values of a tensor"]
     return f"{place or type(model).__name__}: {reason[0].rstrip('.') if reason else type(causes[-1]).__name__}"
 
 

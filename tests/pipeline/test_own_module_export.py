@@ -195,6 +195,18 @@ def test_a_forward_that_was_replaced_on_a_block_is_refused(tmp_path: Path) -> No
         exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
+class BranchOnValues(PlainNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = super().forward(x)
+        return found * 2 if found.sum() > 1e9 else found
+
+
+def test_a_branch_on_values_is_said_without_the_symbols_of_pytorch(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="depends on the values of a tensor") as caught:
+        exported(seeded(BranchOnValues()), tmp_path)
+    assert "Eq(" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["ms_conv_xxs", "shiftvit_light_tiny"])
 def test_a_published_model_as_a_module_has_the_graph_of_that_model(name: str, tmp_path: Path) -> None:
     model = seeded(create_model(name, image_size=64, num_classes=9))
