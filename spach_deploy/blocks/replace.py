@@ -23,20 +23,33 @@ _OWN = "spach_deploy.models."
 
 
 def calls_of(model: nn.Module, inputs: Sequence[Tensor]) -> dict[nn.Module, Call]:
-    """Shapes of every module that takes one tensor and gives one, the same each time, when `model` runs on `inputs`."""
+    """Shapes of every module that takes one tensor and gives one, the same each time, when `model` runs on `inputs`.
+
+    Left out are modules with a part that others call: they need that part.
+    """
     found: dict[nn.Module, set[Call | None]] = {}
+    running: list[nn.Module] = []
+    owners = {part: [module for module in model.modules() if part in set(module.modules())] for part in model.modules()}
+
+    def begin(module: nn.Module, _given: tuple[object, ...]) -> None:
+        running.append(module)
+        for owner in owners[module]:
+            if owner not in running:
+                found.setdefault(owner, set()).add(None)
 
     def note(module: nn.Module, given: tuple[object, ...], output: object) -> None:
+        running.remove(module)
         is_single = len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor)
         call = Call(tuple(given[0].shape), tuple(output.shape)) if is_single else None  # type: ignore[attr-defined]
         found.setdefault(module, set()).add(call)
 
-    handles = [module.register_forward_hook(note) for module in model.modules()]
+    hooks = [module.register_forward_pre_hook(begin) for module in model.modules()]
+    hooks += [module.register_forward_hook(note) for module in model.modules()]
     try:
         with torch.inference_mode():
             model(*inputs)
     finally:
-        for handle in handles:
+        for handle in hooks:
             handle.remove()
     return {module: call for module, calls in found.items() if len(calls) == 1 and (call := next(iter(calls)))}
 

@@ -104,6 +104,17 @@ def run(graph: ir.Model, batch: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @each
+@pytest.mark.parametrize("depths", [(1, 1), (1,), (2, 1)])
+def test_a_stage_of_one_block_is_exported(family: str, depths: tuple[int, ...]) -> None:
+    mixer = FAMILIES[family].stages[0][0][0]
+    model = create_model(FAMILIES[family].replace(stages=tuple(((mixer, depth),) for depth in depths)))
+    load_demo_weights(model)
+    result = rewrite(model)
+    assert len(result.known) >= sum(depths)
+    assert relative_l2(run(export_canonical(result.model, SIZE), images(2)), logits(model, images(2))) < 2e-6
+
+
+@each
 def test_blocks_have_static_forms_that_are_proven_in_fp64(family: str) -> None:
     result = rewrite(model_of(family))
     assert result.outcomes[STATIC].changes
