@@ -69,7 +69,7 @@ def test_commands_in_the_documentation_exist(page: Path) -> None:
 
 def test_the_documentation_shows_every_way_to_serve() -> None:
     shown = {words[1] for words in calls(ROOT / "README.md") if words[0] == "spach-package"}
-    assert shown == {"triton", "cpp", "polygraphy", "kubernetes"}
+    assert shown == {"triton", "cpp", "polygraphy", "onnxruntime", "kubernetes"}
 
 
 def test_links_lead_somewhere() -> None:
@@ -80,7 +80,11 @@ def test_links_lead_somewhere() -> None:
 
 def test_options_named_in_running_text_exist() -> None:
     named = set(re.findall(r"`(--[a-z0-9-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert named <= set().union(*map(known_options, COMMANDS.values()))
+    assert isinstance(package_group, click.Group)
+    context = click.Context(package_group)
+    packages = (package_group.get_command(context, name) for name in package_group.list_commands(context))
+    commands = [*COMMANDS.values(), *(command for command in packages if command is not None)]
+    assert named <= set().union(*map(known_options, commands))
 
 
 def test_the_table_of_recipe_keys_is_complete() -> None:

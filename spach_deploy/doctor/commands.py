@@ -11,7 +11,6 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spach_deploy.bundle.store import BUNDLE
 from spach_deploy.options.command_line import joined, quoted
 from spach_deploy.options.specs import BatchProfile, FeatureLayout, IODtype, OutputSpec, WeightSource, size_in_words
 
@@ -71,6 +70,8 @@ def exporting(bundle: Bundle, *changes: str) -> str:
     """
     dropped = {"--output", "-o", "--overwrite", *changes, *(("--gpu",) if "--engine" in changes else ())}
     words = list(_without(_recorded(bundle) or _by_sections(bundle), dropped))
+    from spach_deploy.bundle.store import BUNDLE
+
     is_bundle = BUNDLE.lie_in(bundle.path)
     target = ["--overwrite", "-o", str(bundle.path)] if is_bundle else ["-o", f"{bundle.path}-bundle"]
     return " ".join([*words, joined([*changes, *target])])

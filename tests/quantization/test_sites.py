@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 
-from spach_deploy.blocks.attention import padded_size
 from spach_deploy.common.errors import UsageError
 from spach_deploy.quantization.formats import FP8, INT8, EightBitFormat
 from spach_deploy.quantization.sites import LayerKind, Selection, Site
@@ -83,16 +82,13 @@ def test_a_site_says_which_tensors_its_node_reads(kind: str) -> None:
 
 
 def test_multiplications_are_counted() -> None:
-    """Those of a head's padding too."""
     architecture, tokens = static_models.ARCHITECTURES["trans"], 4
     by_module = {site.module: site.macs for site in sites("trans")}
     dim, side = architecture.width, static_models.IMAGE_SIZE
     assert by_module["stem.proj"] == side * side * 3 * dim
     assert by_module["blocks.0.cpe_net.net.1"] == 9 * dim * tokens * 4
-    padded = architecture.heads * padded_size(dim // architecture.heads)
-    assert padded == 2 * dim
-    assert by_module["blocks.0.spatial_func.qkv"] == 3 * dim * padded * tokens * 4
-    assert by_module["blocks.0.spatial_func"] == 2 * (tokens * 4) ** 2 * padded
+    assert by_module["blocks.0.spatial_func.qkv"] == 3 * dim * dim * tokens * 4
+    assert by_module["blocks.0.spatial_func"] == 2 * (tokens * 4) ** 2 * dim
     assert by_module["head"] == dim * static_models.CLASSES
     assert math.prod(by_module.values()) > 0
 
