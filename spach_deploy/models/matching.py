@@ -259,6 +259,11 @@ def _not_a_model(tensors: Tensors) -> CheckpointError:
     )
 
 
+_MIXING = (r"channel_mix\.\d+\.2\.net\.0\.weight", r"channel_mix\.\d+\.2\.net\.3\.weight")
+_SHIFTED = (r"layers\.\d\.blocks\.\d+\.mlp\.fc1\.weight", r"layers\.\d\.blocks\.\d+\.mlp\.fc2\.weight")
+"""Names of the MLPs' weights in sMLPNet and ShiftViT."""
+
+
 def _smlpnet(shapes: Mapping[str, Shape]) -> Architecture:
     """The architecture that the tensors of an sMLPNet show: all of it, but for activation and epsilon."""
     width, channels, patch, _ = shapes["to_patch_embedding.0.0.weight"]
@@ -266,7 +271,6 @@ def _smlpnet(shapes: Mapping[str, Shape]) -> Architecture:
         lambda name: name in shapes, map("token_mix.{}.1.fuse.weight".format, itertools.count())
     )
     depths = [len(list(run)) for _, run in itertools.groupby(shapes[name][0] for name in blocks)]
-    hidden, inputs, *_ = shapes["channel_mix.0.2.net.0.weight"]
     return Architecture(
         family="smlpnet",
         channels=channels,
@@ -274,7 +278,7 @@ def _smlpnet(shapes: Mapping[str, Shape]) -> Architecture:
         patch_size=patch,
         width=width,
         stages=tuple(((SMLP, depth),) for depth in depths),
-        channel_ratio=_ratio([(inputs, hidden)], 3.0, width),
+        channel_ratio=_ratio(_hidden(shapes, *_MIXING), 3.0, width),
         norm_eps=TORCH_EPS,
         image_size=_size_of_axes(shapes, patch),
     )
@@ -292,7 +296,6 @@ def _shiftvit(shapes: Mapping[str, Shape]) -> Architecture:
     for name in shapes:
         if match := re.fullmatch(r"layers\.(\d)\.blocks\.\d{1,3}\.mlp\.fc1\.weight", name):
             stages[int(match[1])] += 1
-    hidden, inputs, *_ = shapes["layers.0.blocks.0.mlp.fc1.weight"]
     step = patch << (len(stages) - 1)
     return Architecture(
         family="shiftvit",
@@ -301,7 +304,7 @@ def _shiftvit(shapes: Mapping[str, Shape]) -> Architecture:
         patch_size=patch,
         width=width,
         stages=tuple(((SHIFT, stages[stage]),) for stage in sorted(stages)),
-        channel_ratio=_ratio([(inputs, hidden)], 4.0, width),
+        channel_ratio=_ratio(_hidden(shapes, *_SHIFTED), 4.0, width),
         norm_eps=TORCH_EPS,
         divisions=max(4, width // CHANNELS_PER_SHIFT),
         image_size=(2 * step, 2 * step) if 2 * step > 224 else (224, 224),
@@ -382,8 +385,8 @@ class _Reader:
 
     def _pairs(self, part: str, blocks: Iterable[str]) -> list[tuple[int, int]]:
         """(inputs, hidden) of the MLPs in these blocks."""
-        shapes = (self._shapes.get(f"{block}.{part}.fc1.weight", ()) for block in blocks)
-        return [(shape[1], shape[0]) for shape in shapes if len(shape) == 2]
+        start = rf"({'|'.join(map(re.escape, blocks))})\.{part}"
+        return _hidden(self._shapes, rf"{start}\.fc1\.weight", rf"{start}\.fc2\.weight")
 
     def _is_shared(self, architecture: Architecture) -> bool:
         """Whether all stages whose blocks could share a spatial function have equal ones."""
@@ -407,20 +410,28 @@ def assumed_heads(width: int, dims: list[int]) -> int:
 
 
 def _ratio(pairs: list[tuple[int, int]], otherwise: float, least: int) -> float:
-    """A short decimal r with hidden = int(inputs * r) for all (inputs, hidden), or for most of them.
+    """A short decimal r with hidden = int(inputs * r) for all (inputs, hidden), or for as many as agree on one.
 
     `otherwise` without any, and where `least` inputs would have nothing hidden.
     """
-    for count in range(len(pairs), 0, -1):
-        chosen = [pair for pair, _ in collections.Counter(pairs).most_common(count)]
-        low, high = (max(h / n for n, h in chosen), min((h + 1) / n for n, h in chosen))
-        if round(low, 3) == low and all(int(inputs * low) == hidden for inputs, hidden in chosen):
-            return low if int(least * low) else otherwise
-        for digits in range(1, 17):
-            for value in (float(f"{low:.{digits}g}"), float(f"{(low + high) / 2:.{digits}g}")):
-                if all(int(inputs * value) == hidden for inputs, hidden in chosen):
-                    return value if int(least * value) else otherwise
+    agreeing = ([(n, h) for n, h in pairs if h / n <= low < (h + 1) / n] for low in sorted({h / n for n, h in pairs}))
+    chosen = max(agreeing, key=len, default=[])
+    low, high = max((h / n for n, h in chosen), default=0.0), min(((h + 1) / n for n, h in chosen), default=0.0)
+    if chosen and round(low, 3) == low and all(int(inputs * low) == hidden for inputs, hidden in chosen):
+        return low if int(least * low) else otherwise
+    for digits in range(1, 17) if chosen else ():
+        for value in (float(f"{low:.{digits}g}"), float(f"{(low + high) / 2:.{digits}g}")):
+            if all(int(inputs * value) == hidden for inputs, hidden in chosen):
+                return value if int(least * value) else otherwise
     return otherwise
+
+
+def _hidden(shapes: Mapping[str, Shape], first: str, second: str) -> list[tuple[int, int]]:
+    """(inputs, hidden) of MLPs, as each weight of their two layers says it. `first`, `second`: patterns of names."""
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    firsts = (shape for name, shape in matrices.items() if re.fullmatch(first, name))
+    seconds = (shape for name, shape in matrices.items() if re.fullmatch(second, name))
+    return [*((shape[1], shape[0]) for shape in firsts), *((shape[0], shape[1]) for shape in seconds)]
 
 
 def shared_groups(architecture: Architecture, names: Iterable[str]) -> Iterator[list[str]]:

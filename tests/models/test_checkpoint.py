@@ -364,6 +364,21 @@ class TestFit:
             assert "1 of another shape (stem.proj.weight is 8x3x4x4 instead of 32x3x4x4)" in text
         assert "fit no model; nearest is ms_trans_xxs" in refusal(save(tmp_path, broken))
 
+    @pytest.mark.parametrize("place", ["layer1.0.channel_func.fc1", "layer3.1.channel_func.fc1"])
+    @pytest.mark.parametrize("depth", [1, 2])
+    def test_one_weight_of_another_width_is_named(self, place: str, depth: int, tmp_path: Path) -> None:
+        later = (("trans", depth),)
+        stages = ((("conv", 1),), later, later, later)
+        architecture = ARCHITECTURES["ms_trans_xxs"].replace(width=48, heads=3, classes=5, stages=stages)
+        content = create_model(architecture).state_dict()
+        second = place.replace("fc1", "fc2")
+        for name, changed in (
+            (f"{place}.weight", content[f"{place}.weight"][:-3]),
+            (f"{second}.weight", content[f"{second}.weight"][:, :-3]),
+        ):
+            text = refusal(save(tmp_path, {**content, name: changed}))
+            assert f"1 of another shape ({name} is" in text
+
     def test_an_architecture_outside_the_table_is_described(self, tmp_path: Path) -> None:
         loaded = load(save(tmp_path, create_model("ms_trans_xxs", width=48, heads=3, num_classes=2).state_dict()))
         assert loaded.name == "spach"
