@@ -64,6 +64,7 @@ def rewrite(
     disabled: Collection[str] = (),
     quantized: Collection[str] | None = None,
     inputs: Sequence[Tensor] = (),
+    in_float: Collection[str] = (),
 ) -> RewriteResult:
     """Static form of `model` with every rewrite that is not `disabled`; `model` itself is not changed.
 
@@ -74,10 +75,10 @@ def rewrite(
 
     `quantized`: None if nothing will be quantized; else patterns of modules that will be quantized although the default
     rules (`quantization/sites.py`) leave them in float, such as depthwise convolutions. Rewrites that would cost
-    quantization accuracy skip these modules, or the whole model. Raises RewriteError when a rewrite changes what a
-    module computes.
+    quantization accuracy skip these modules, or the whole model, but for modules `in_float`, which are known to stay in
+    floating point. Raises RewriteError when a rewrite changes what a module computes.
     """
-    form = GraphForm("shift_depthwise" not in disabled, "tokens_first" not in disabled, quantized is not None)
+    form = _form(disabled, is_quantized=quantized is not None, in_float=in_float)
     off = Outcome(skipped=("turned off with --no-rewrite",))
     with torch_threads(1):  # tensors that are compared are small
         static, replaced = _static(model, inputs)
@@ -86,6 +87,24 @@ def rewrite(
         for step in REWRITES:
             outcomes[step.name] = off if step.name in disabled else step.apply(static, form)
     return RewriteResult(static, outcomes)
+
+
+def rewrite_in_float(made: RewriteResult, disabled: Collection[str], in_float: Collection[str]) -> RewriteResult:
+    """`made`, of a model that is quantized, with what `rewrite` does for modules that stay in floating point. The
+    modules of `made` are not changed.
+    """
+    model, name = own(made.model), absorb_qkv_bias.__name__
+    if name in disabled:
+        return made
+    with torch_threads(1):
+        outcome = absorb_qkv_bias(model, _form(disabled, is_quantized=True, in_float=in_float))
+    return RewriteResult(model, {**made.outcomes, name: outcome})
+
+
+def _form(disabled: Collection[str], *, is_quantized: bool, in_float: Collection[str]) -> GraphForm:
+    return GraphForm(
+        "shift_depthwise" not in disabled, "tokens_first" not in disabled, is_quantized, frozenset(in_float)
+    )
 
 
 def _static(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[nn.Module, Outcome]:

@@ -33,12 +33,14 @@ StaticT = TypeVar("StaticT", bound=nn.Module)
 @dataclasses.dataclass(frozen=True)
 class GraphForm:
     """What the graph will go through, which decides whether a rewrite pays: the passes `shift_depthwise` and
-    `tokens_first`, and quantization of some layers to eight bits.
+    `tokens_first`, and quantization of some layers to eight bits. `in_float`: modules that stay in floating point in a
+    model that is quantized, as far as that is known.
     """
 
     is_shifted: bool = True
     is_tokens_first: bool = True
     is_quantized: bool = False
+    in_float: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,6 +154,13 @@ _GROWTH = 4.0
 """By which factor the largest weight may grow. It grows more where LayerNorm's weight of a channel is close to zero."""
 
 
+ABSORBING = ("norm1.bias", "spatial_func.qkv.weight", "spatial_func.qkv.bias")
+"""The parameters of a block that `absorb_qkv_bias` changes."""
+
+ABSORBED = "spatial_func.qkv"
+"""The layer of a block whose bias it absorbs."""
+
+
 def absorb_qkv_bias(model: nn.Module, form: GraphForm) -> Outcome:
     """Move the bias of qkv into its weight, in place, with the one combination of LayerNorm's channels that is
     constant.
@@ -169,16 +176,19 @@ def absorb_qkv_bias(model: nn.Module, form: GraphForm) -> Outcome:
         b' = b + t w,  beta' = beta + t C,  W' = W + (c - t W w) n^T / beta'
 
     Query, key and value are the same but for FP64's rounding. Without a bias, `tokens_first` makes an attention that
-    copies no q, k and v. The bias stays where the rounding of y in n . y would cost more than rounding c itself, and in
-    models that are quantized, because eight bits need numbers around zero.
+    copies no q, k and v. The bias stays where the rounding of y in n . y would cost more than rounding c itself, and
+    where qkv is quantized, because eight bits need numbers around zero.
     """
-    if not form.is_tokens_first or form.is_quantized:
+    if not form.is_tokens_first or (form.is_quantized and not form.in_float):
         return Outcome(skipped=("it serves attention with tokens first, in floating point",))
     changes: list[Change] = []
     skipped: list[str] = []
     for path, block in modules_of(model, StaticBlock):
         assert isinstance(block, StaticBlock)
         if not isinstance(block.spatial_func, StaticAttention):
+            continue
+        if form.is_quantized and f"{path}.{ABSORBED}" not in form.in_float:
+            skipped.append(f"{path}: its qkv is in eight bits")
             continue
         reason = _absorb(path, block, changes)
         if reason:

@@ -259,10 +259,13 @@ class SensitivityEntry(Struct, frozen=True, kw_only=True):
 
 
 class RewritesEntry(Struct, frozen=True, kw_only=True):
-    """The options of the model's rewrites, from which the static model can be made again."""
+    """The options of the model's rewrites, from which the static model can be made again. `in_float`: layers that were
+    rewritten after the calibration, because they stay in floating point.
+    """
 
     disabled: tuple[str, ...]
     quantize: tuple[str, ...]
+    in_float: tuple[str, ...] = ()
 
 
 class QuantizationSection(Struct, frozen=True, kw_only=True):

@@ -144,6 +144,33 @@ def reader(node: ir.Node, op_type: str) -> ir.Node:
     return readers[0]
 
 
+_POINTWISE = frozenset(
+    ("Add", "Cast", "Clip", "Div", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mul", "Relu", "Sigmoid", "Sub", "Tanh")
+)
+
+
+def product_of(value: ir.Value) -> ir.Node | None:
+    """The one product (Gemm, MatMul) that `value` follows from number by number, as by a bias and an activation; None
+    where it is computed of anything else.
+    """
+    found: set[ir.Node] = set()
+    pending, seen = [value], {value}
+    while pending:
+        current = pending.pop()
+        if current.is_initializer():
+            continue
+        node = current.producer()
+        if node is not None and node.op_type in ("Gemm", "MatMul"):
+            found.add(node)
+        elif node is not None and node.op_type in _POINTWISE:
+            following = {given for given in node.inputs if given is not None} - seen
+            seen |= following
+            pending.extend(following)
+        else:
+            return None
+    return found.pop() if len(found) == 1 else None
+
+
 def set_ints(node: ir.Node, attribute: str, values: Sequence[int]) -> None:
     """Set an attribute of integers on `node`."""
     node.attributes[attribute] = ir.AttrInt64s(attribute, values)

@@ -63,6 +63,7 @@ class ExportKeywords(ModelKeywords, total=False):
     images: FilePath
     answers: FilePath
     calibration_cache: FilePath
+    eight_bit_layers: Literal["auto", "paying", "all"]
     vnni: bool
     max_rel_l2: float
     max_drop: float

@@ -291,6 +291,10 @@ class EngineTarget:
     hardware_compatible: bool = False
 
 
+LAYER_SETS = ("auto", "paying", "all")
+"""Sets of layers of an int8 or fp8 export: `paying` is explained in `quantization.paying`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizationSpec:
     """How an int8 or fp8 export is calibrated, and which layers it quantizes. Other precisions ignore it.
@@ -298,9 +302,9 @@ class QuantizationSpec:
     `calibration`: images (folder, tar, npz), or a file that `spach-calibrate` made. `cache`: such a file, reused where
     it fits and written otherwise. `rest`: precision of everything that is not quantized. `keep_float`, `quantize`:
     fnmatch patterns of module names. `per_tensor`: patterns of layers whose weights get one scale instead of one for
-    each channel. `max_rel_l2` (of the logits), `max_drop` (points of top-1 on labelled images): bounds; layers are left
-    in float until they hold. `vnni`: the graph is for CPUs with VNNI and computes wrong results on others.
-    `cluster`: the cluster to calibrate and to choose layers on; None for this process.
+    each channel. `layers`: one of `LAYER_SETS`. `max_rel_l2` (of the logits), `max_drop` (points of top-1 on labelled
+    images): bounds; layers are left in float until they hold. `vnni`: the graph is for CPUs with VNNI and computes
+    wrong results on others. `cluster`: the cluster to calibrate and to choose layers on; None for this process.
     """
 
     calibration: Path | None = None
@@ -316,6 +320,7 @@ class QuantizationSpec:
     max_drop: float | None = None
     labels: Path | None = None
     vnni: bool = False
+    layers: str = "auto"
     cluster: ClusterAddress | None = None
 
     @property
@@ -354,6 +359,19 @@ class ExportOptions:
     def rest(self) -> Precision:
         """The precision of everything that is not quantized."""
         return self.quantization.rest if self.precision.is_quantized else self.precision
+
+    @property
+    def is_for_rtx(self) -> bool:
+        """Whether TensorRT for RTX builds the engine, in half precision but for what is quantized. A flavour that is
+        still to be chosen does not count.
+        """
+        return self.engine.flavour is Flavour.TENSORRT_RTX and self.rest.is_half
+
+    @property
+    def quantizes_paying(self) -> bool:
+        """Whether only the layers that pay on TensorRT for RTX are quantized."""
+        layers = self.quantization.layers
+        return layers == "paying" or (layers == "auto" and self.is_for_rtx)
 
     @property
     def graph_opset(self) -> int:

@@ -21,6 +21,7 @@ from spach_deploy.options.specs import (
     ACTIVATIONS,
     INTERPOLATIONS,
     LARGEST_SIDE,
+    LAYER_SETS,
     MOST_CLASSES,
     SMALLEST_CROP,
     BatchProfile,
@@ -285,6 +286,10 @@ TABLE: tuple[Option, ...] = (
         Option("--equalize", Kind.SWITCH, "Exchange ranges before scales are set.", "quantization.equalize"),
     ),
     *_of(QUANTIZATION, (EXPORT,),
+        Option("--eight-bit-layers", Kind.CHOICE,
+               "Which of the layers that may be quantized: those that pay on TensorRT for RTX, or all."
+               " auto: paying where it builds the engine.",
+               "quantization.layers", choices=LAYER_SETS),
         Option("--vnni", Kind.SWITCH,
                "With --int8 --rest fp32 --engine none: for CPUs with VNNI,"
                " where OpenVINO needs it and ONNX Runtime gains.",

@@ -21,7 +21,7 @@ from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.scheduler import Scheduler, Sequential
 from spach_deploy.pipeline.steps import manifest as sections
 from spach_deploy.pipeline.steps.engine import BuiltEngine, check_engine, choose_engine, engine_section, start_engine
-from spach_deploy.pipeline.steps.graph import export_graph, give_form, prove_graph, rewrite_model
+from spach_deploy.pipeline.steps.graph import export_graph, give_form, prove_graph, rewrite_in_float, rewrite_model
 from spach_deploy.pipeline.steps.images import read_images
 from spach_deploy.pipeline.steps.model import check_options, hold_to_answers, load, target_directory
 from spach_deploy.pipeline.steps.precision import measure_ranges, set_types
@@ -77,6 +77,7 @@ def export(
     if options.precision.is_quantized:
         graph = do("prove the graph", prove_graph, graph, images, reference)
         quantized = quantize(graph, static.model, loaded, images, reference.result(), options, phases)
+        static = do("rewrite the layers in float", rewrite_in_float, static, graph, quantized.plan, options)
     tolerances = submit(
         derive_tolerances, loaded.model, static.model, images.inputs, reference, quantized.plan, options
     )
@@ -110,7 +111,7 @@ def export(
                 typed.model.graph, loaded.model.outputs, options, loaded.takes.images
             ),
             precision=sections.precision_section(typed),
-            quantization=sections.quantization_sections(quantized.calibration, quantized.selection, options),
+            quantization=sections.quantization_sections(quantized.calibration, quantized.selection, static, options),
             graph=sections.graph_section(static, reference.result(), typed, options),
             engine=engine_section(engine, options),
             validation=manifest_section(validation, judged.tolerances),

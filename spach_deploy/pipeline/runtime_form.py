@@ -50,6 +50,7 @@ from spach_deploy.quantization.formats import FP8, INT8
 from spach_deploy.quantization.plan import QuantizationPlan, summary
 from spach_deploy.quantization.qdq import quantized_from, remove_qdq, widen_biases
 from spach_deploy.quantization.quantize import mark_sites, quantize_typed
+from spach_deploy.quantization.spelt_quantize import join_quantizers
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, save_model, saved_graph
 from spach_deploy.validation.bundle_facts import BundleFacts, read_record
 from spach_deploy.validation.result import golden_set
@@ -162,6 +163,7 @@ def _made(own: RuntimeGraph, bundle: Bundle, facts: BundleFacts, rest: Precision
     golden.check(bundle)
     form, plan = cpu_form(facts.precision, rest), read_record(facts)
     typed = ir.from_proto(onnx.load(own.path))
+    join_quantizers(typed)
     if opset_of(typed) < _PACKED:
         raise UnavailableError(f"It has opset {opset_of(typed)}, and the passes need {_PACKED}.")
     modules = {owner(name_of(node)) for node in typed.graph}

@@ -342,10 +342,19 @@ def summary(plan: QuantizationPlan) -> str:
 
 
 def without(plan: QuantizationPlan, modules: frozenset[str], reason: str) -> QuantizationPlan:
-    """`plan` with the layers in `modules` left in float, for `reason`."""
+    """`plan` with the layers in `modules` left in float, for `reason`.
+
+    Their ranges are exchanged no longer, unless that changed the weights of a layer whose scales are set.
+    """
     kept = [_kept(site, reason) for site in plan.sites if site.module in modules]
     sites = tuple(site for site in plan.sites if site.module not in modules)
-    return dataclasses.replace(plan, sites=sites, kept=(*plan.kept, *kept))
+    weights = {site.weight for site in sites}
+    equalized = tuple(
+        pair
+        for pair in plan.equalized
+        if pair.site not in modules or any(rows.parameter in weights for rows in pair.divided)
+    )
+    return dataclasses.replace(plan, sites=sites, kept=(*plan.kept, *kept), equalized=equalized)
 
 
 def _kept(site: QuantizedSite, reason: str) -> KeptFloat:

@@ -211,12 +211,16 @@ class Selection:
         self._check(sites)
         return {site.node: self._reason(site, form) for site in sites}
 
+    def names(self, module: str) -> bool:
+        """Whether `quantize` names this module."""
+        return _matches(module, self.quantize)
+
     def _reason(self, site: Site, form: EightBitFormat) -> str:
         if site.unfit:
             return site.unfit
         if _matches(site.module, self.keep_float):
             return "asked: --keep-float"
-        if _matches(site.module, self.quantize):
+        if self.names(site.module):
             if form == FP8 and site.kind in (LayerKind.CONVOLUTION, LayerKind.DEPTHWISE):
                 raise UsageError(
                     f"{site.module} is a convolution, and TensorRT runs FP8 convolutions in half.",

@@ -109,12 +109,13 @@ def _worst_first(validation: Validation) -> list[int]:
 def _sources(eval_set: EvaluationSet, chosen: list[int], request: BisectRequest) -> Sources:
     facts, bundle = request.facts, request.bundle
     loaded = rebuild(bundle.manifest.model, request.weights, facts.outputs)
-    quantize = None if facts.quantization is None else facts.quantization.quantize
+    made = facts.quantization
+    quantize, in_float = (None, ()) if made is None else (made.quantize, made.in_float)
     inputs = _inputs(eval_set, chosen)
     is_uint8 = facts.io_dtype is IODtype.UINT8
     images = normalize(inputs.astype(np.uint8), facts.preprocessing) if is_uint8 else inputs.astype(np.float32)
     expected = {name: array[chosen] for name, array in eval_set.expected.items()}
-    return Sources(loaded, images, expected, rewrites_left_out(bundle), quantize, _passes(facts))
+    return Sources(loaded, images, expected, rewrites_left_out(bundle), quantize, _passes(facts), in_float)
 
 
 def _passes(facts: BundleFacts) -> tuple[Pass, ...]:

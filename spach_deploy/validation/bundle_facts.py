@@ -18,6 +18,8 @@ from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Precision
 from spach_deploy.validation.tolerance import ToleranceSet
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spach_deploy.quantization.plan import QuantizationPlan
 
 
@@ -30,13 +32,20 @@ class QuantizationFacts:
     """What a quantized bundle was made with.
 
     `record`: the file of its quantization plan. `weights_sha256`: of the calibrated weights. `disabled`: as
-    `rewrites_left_out` says. `quantize`: the option.
+    `rewrites_left_out` says. `quantize`: the option. `in_float`: as the manifest says.
     """
 
     record: Path
     weights_sha256: str
     disabled: tuple[str, ...]
     quantize: tuple[str, ...]
+    in_float: tuple[str, ...] = ()
+
+    def static_model(self, model: nn.Module) -> nn.Module:
+        """The static model of the reference `model`, as the quantization plan knows it."""
+        from spach_deploy.blocks import rewrite
+
+        return rewrite(model, self.disabled, self.quantize, in_float=self.in_float).model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +116,9 @@ def read_record(facts: BundleFacts) -> QuantizationPlan | None:
 
 
 def _quantization(bundle: Bundle, section: QuantizationSection) -> QuantizationFacts:
-    record, quantize = bundle.path / section.scales, section.rewrites.quantize
-    return QuantizationFacts(record, section.calibration.weights_sha256, rewrites_left_out(bundle), quantize)
+    record, made = bundle.path / section.scales, section.rewrites
+    weights, disabled = section.calibration.weights_sha256, rewrites_left_out(bundle)
+    return QuantizationFacts(record, weights, disabled, made.quantize, made.in_float)
 
 
 def rewrites_left_out(bundle: Bundle) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ import onnx
 import onnx_ir as ir
 from msgspec import structs
 
-from spach_deploy.blocks import rewrite
 from spach_deploy.bundle.inputs import image_of
 from spach_deploy.bundle.outputs import INPUT, model_outputs
 from spach_deploy.bundle.schema import TensorInfo
@@ -102,7 +101,7 @@ def _bisected(validation: Validation, matched: MatchedGraph, loaded: LoadedModel
     images = image_of(as_images(inputs, matched.io_dtype, facts.preprocessing))
     try:
         made = facts.quantization  # a plan belongs to the static model that it was made of
-        static = None if made is None else rewrite(loaded.model, made.disabled, made.quantize).model
+        static = None if made is None else made.static_model(loaded.model)
         reference = ProbedReference(loaded.model, images, static=static, plan=read_record(facts), pixels=pixels)
         bisection = bisect_graph(matched.graph, reference)
     except SpachError as error:

@@ -316,13 +316,11 @@ def _quantized(loaded: LoadedModel, facts: BundleFacts) -> nn.Module | None:
     """The fake-quantized reference, by the bundle's quantization plan; None for bundles that are not quantized."""
     if facts.quantization is None:
         return None
-    from spach_deploy.blocks import rewrite
     from spach_deploy.quantization.fake_quantization import fake_quantized
     from spach_deploy.quantization.plan import read_plan
 
     plan = read_plan(facts.quantization.record)
-    static = rewrite(loaded.model, facts.quantization.disabled, facts.quantization.quantize).model
-    return fake_quantized(static, plan)
+    return fake_quantized(facts.quantization.static_model(loaded.model), plan)
 
 
 def _read(source: ImageSource, preprocessing: Preprocessing, say: Say) -> tuple[tuple[str, ...], Pixels, Labels | None]:

@@ -545,10 +545,13 @@ def _audited(graph: Path, facts: QuantizationFacts) -> Iterable[str]:
 
     from spach_deploy.quantization.plan import read_plan
     from spach_deploy.quantization.qdq import audit
+    from spach_deploy.quantization.spelt_quantize import join_quantizers
 
     plan = read_plan(facts.record)
     try:
-        return audit(ir.from_proto(onnx.load(graph)), plan)
+        model = ir.from_proto(onnx.load(graph))
+        join_quantizers(model)
+        return audit(model, plan)
     except Exception as error:  # a graph that somebody changed may break any reader, in the reader's own exceptions
         return (f"its scales cannot be read ({type(error).__name__}: {error})",)
 

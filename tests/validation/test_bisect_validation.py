@@ -88,8 +88,8 @@ def test_wrong_stored_answers_are_the_references_stage(spoiled: Path) -> None:
 def test_a_wrong_rewrite_is_the_static_models_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     right = stages.rewrite  # type: ignore[attr-defined]
 
-    def wrong(*arguments: object) -> object:
-        result = right(*arguments)  # type: ignore[arg-type]
+    def wrong(*arguments: object, **options: object) -> object:
+        result = right(*arguments, **options)  # type: ignore[arg-type]
         part = result.model.get_submodule("layer2.1.channel_func")
         assert isinstance(part, StaticChannelMLP)
         part.fc1 = type(part.fc1)(part.fc1.in_features, part.fc1.out_features)
@@ -115,9 +115,9 @@ def test_a_bisection_goes_without_what_the_export_went_without(spoiled: Path, mo
     small_bundles.write_manifest(spoiled, manifest)
     right, told = stages.rewrite, []  # type: ignore[attr-defined]
 
-    def watched(*arguments: object) -> object:
+    def watched(*arguments: object, **options: object) -> object:
         told.append(arguments[1:])
-        return right(*arguments)  # type: ignore[arg-type]
+        return right(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stages, "rewrite", watched)
     assert bisect(spoiled)[1]["first_stage"] is None

@@ -7,7 +7,9 @@ import dataclasses
 import onnx_ir as ir
 from torch import nn
 
+from spach_deploy import blocks
 from spach_deploy.blocks import RewriteResult, rewrite
+from spach_deploy.blocks.mixing_block import ABSORBING
 from spach_deploy.bundle.inputs import feeds_of
 from spach_deploy.bundle.outputs import graph_outputs
 from spach_deploy.bundle.schema import Form, LevelEntry
@@ -98,6 +100,27 @@ def form_of(options: ExportOptions) -> Form:
 def cpu_form(precision: Precision, rest: Precision) -> Form:
     """The form for ONNX Runtime on a CPU. It fuses eight bits with FP32 around them alone."""
     return Form.CPU_INT8 if precision.is_quantized and rest is Precision.FP32 else Form.CPU
+
+
+def rewrite_in_float(
+    static: RewriteResult, graph: Fp32Graph, plan: QuantizationPlan | None, options: ExportOptions
+) -> RewriteResult:
+    """Rewrites that only layers in floating point allow, as the plan leaves them: of the static model, and of the
+    weights of `graph`, in place.
+
+    Layers that share their weights with others stay as they are.
+    """
+    left_out = _left_out(options)
+    if plan is None or "tokens_first" in left_out:
+        return static
+    constants = graph.model.graph.initializers
+    own = {name for name, value in constants.items() if len(value.uses()) == 1}
+    in_float = [kept.module for kept in plan.kept if f"{kept.module}.weight" in own]
+    rewritten = blocks.rewrite_in_float(static, left_out, in_float)
+    for change in rewritten.outcomes["absorb_qkv_bias"].changes:
+        for name in (f"{change.module}.{part}" for part in ABSORBING):
+            constants[name].const_value = ir.Tensor(rewritten.model.get_parameter(name).detach().numpy(), name=name)
+    return rewritten
 
 
 def _passes(options: ExportOptions) -> tuple[Pass, ...]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from spach_deploy.blocks import RewriteResult
 from spach_deploy.blocks.base import Outcome
+from spach_deploy.blocks.mixing_block import ABSORBED
 from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.outputs import INPUT, graph_outputs
 from spach_deploy.bundle.schema import (
@@ -154,7 +155,7 @@ def _by_batch(errors: dict[int, float]) -> dict[str, float]:
 
 
 def quantization_sections(
-    quantized: CalibrationResult | None, choice: LayerSelection | None, options: ExportOptions
+    quantized: CalibrationResult | None, choice: LayerSelection | None, static: RewriteResult, options: ExportOptions
 ) -> QuantizationSection | None:
     """How the model was calibrated, and which layers stay in float and why; None for other precisions."""
     if quantized is None:
@@ -173,7 +174,11 @@ def quantization_sections(
         scales=bundles.QUANTIZATION,
         kept_float=tuple(entry(kept.to_dict(), KeptFloatEntry) for kept in plan.kept),
         sensitivity=None if choice is None else entry(choice.to_dict(), SensitivityEntry),
-        rewrites=RewritesEntry(disabled=options.disabled_rewrites, quantize=options.quantization.quantize),
+        rewrites=RewritesEntry(
+            disabled=options.disabled_rewrites,
+            quantize=options.quantization.quantize,
+            in_float=tuple(f"{change.module}.{ABSORBED}" for change in static.outcomes["absorb_qkv_bias"].changes),
+        ),
     )
 
 

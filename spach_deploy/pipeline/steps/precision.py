@@ -39,6 +39,7 @@ from spach_deploy.quantization.outlier_migration import MigrateOutliers
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.quantization.plan import summary as quantized_summary
 from spach_deploy.quantization.quantize import quantize_typed
+from spach_deploy.quantization.spelt_quantize import spell_quantizers
 from spach_deploy.runtime.onnxruntime_runner import save_model
 from spach_deploy.validation.tolerance import check_equal
 
@@ -120,6 +121,8 @@ def set_types(
     result, policy = typed.model, typed.policy
     if plan is not None:
         result = quantize_typed(result, plan)
+        if options.is_for_rtx:
+            spell_quantizers(result)
         policy = dataclasses.replace(policy, quantized=options.precision, quantized_summary=quantized_summary(plan))
     infer_all_types(result)
     check_operators(result)

@@ -16,8 +16,10 @@ from spach_deploy.pipeline.steps.graph import Fp32Graph
 from spach_deploy.pipeline.steps.images import GoldenImages
 from spach_deploy.pipeline.steps.reference import ReferenceOutputs
 from spach_deploy.pipeline.steps.sensitivity import HeldOut, choose_layers, draw_sensitivity, labelled_images
-from spach_deploy.quantization.plan import QuantizationPlan, write_plan
+from spach_deploy.quantization.paying import REASON, paying
+from spach_deploy.quantization.plan import QuantizationPlan, without, write_plan
 from spach_deploy.quantization.sensitivity import LayerSelection
+from spach_deploy.quantization.sites import Selection, find_sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,24 @@ def quantize(
 ) -> Quantized:
     """The plan with all layers that the rules allow, or with those that keep the requested bound."""
     calibration, selection = calibrated(graph, static, loaded, images, options, phases), None
+    if options.quantizes_paying:
+        calibration = _paying(calibration, graph, options)
     if options.quantization.is_bounded:
         with phases.phase("choose the layers"):
             held_out = _held_out(loaded, images, reference, options, phases)
             calibration, selection = choose_layers(calibration, static, held_out, options, phases)
     plan = dataclasses.replace(calibration.plan, vnni=options.quantization.vnni)
     return Quantized(calibration, selection, plan)
+
+
+def _paying(calibration: CalibrationResult, graph: Fp32Graph, options: ExportOptions) -> CalibrationResult:
+    """Only with the layers that pay on TensorRT for RTX, and those of --quantize."""
+    plan, spec = calibration.plan, options.quantization
+    found = paying(graph.model, find_sites(graph.model), options.engine.gpus)
+    asked = Selection(quantize=spec.quantize).names
+    left = frozenset(site.module for site in plan.sites if site.module not in found and not asked(site.module))
+    changed = dataclasses.replace(calibration.calibration, plan=without(plan, left, REASON))
+    return dataclasses.replace(calibration, calibration=changed)
 
 
 def calibrated(

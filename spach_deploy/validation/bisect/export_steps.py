@@ -48,7 +48,8 @@ class Sources:
 
     `images` float32 (N, 3, S, S); `expected` (N, ...): the reference's outputs, as the bundle stores them. `disabled`:
     rewrites and passes that were turned off. `quantize`: modules that were quantized against the rules, None where
-    nothing was quantized. `passes`: those that gave the graph its target's form, `disabled` ones included.
+    nothing was quantized. `passes`: those that gave the graph its target's form, `disabled` ones included. `in_float`:
+    layers of a quantized model that were rewritten because they stay in floating point.
     """
 
     loaded: LoadedModel
@@ -57,6 +58,7 @@ class Sources:
     disabled: tuple[str, ...] = ()
     quantize: tuple[str, ...] | None = None
     passes: tuple[Pass, ...] = TENSORRT_PASSES
+    in_float: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -125,7 +127,8 @@ def _of_reference(repeated: RepeatedSteps, sources: Sources) -> Outputs:
 
 
 def _of_static(repeated: RepeatedSteps, sources: Sources) -> Outputs:
-    repeated.static = rewrite(sources.loaded.model, sources.disabled, sources.quantize).model
+    made = rewrite(sources.loaded.model, sources.disabled, sources.quantize, in_float=sources.in_float)
+    repeated.static = made.model
     return evaluate_outputs(repeated.static, sources.images)
 
 

@@ -21,6 +21,7 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.editing import name_of, owner
 from spach_deploy.graph.precision.formats import FLOAT
+from spach_deploy.quantization.spelt_quantize import join_quantizers
 from spach_deploy.validation.bisect.fault_diagnosis import Fault, diagnose
 from spach_deploy.validation.bisect.opened_graph import Arrays, OpenedGraph
 from spach_deploy.validation.bisect.result import Bisection, ModuleResult, Suspect, Unmatched
@@ -90,6 +91,7 @@ class Location:
 
 def bisect_graph(graph: ir.Model, reference: ProbedReference) -> Bisection:
     """Compare every module of `graph` with the reference's. UsageError where the graph's tensors cannot be read."""
+    join_quantizers(graph)
     location = locate(graph, reference)
     return Bisection(tuple(_suspects(location)), tuple(_modules(location)), tuple(_unmatched(location)))
 
