@@ -1,7 +1,8 @@
 """The layers that pay in eight bits on TensorRT for RTX: those whose input is narrow already where it is written.
 
 Arithmetic halves in any layer; what decides is kernels and memory. A product in eight bits takes no epilogue, and its
-input must be quantized by a kernel that runs anyway. By the compiler's own schedule (`benchmarks/eight_bits.py`, RTX 1.7.1):
+input must be quantized by a kernel that runs anyway. By the compiler's own schedule (`benchmarks/eight_bits.py`, for
+RTX 1.7.1):
 
 - A layer that reads attention's result pays: the attention kernel writes eight bits itself.
 - A layer that reads a product through bias and activation alone (fc2) pays: the product before it writes eight bits
