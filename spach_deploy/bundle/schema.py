@@ -368,7 +368,9 @@ class GraphSection(Struct, frozen=True, kw_only=True):
 
 
 class KernelsEntry(Struct, frozen=True, kw_only=True):
-    """Kernels of the engine plan. `bytes_moved`: memory traffic of one inference of `batch` images."""
+    """Kernels of the engine plan. `bytes_moved`: memory traffic of one inference of `batch` images. `predicted_ms`: by
+    card, the time of one that was predicted (`engine.cost_model`), not measured.
+    """
 
     total: int | None = None
     by_kind: dict[str, int] = {}
@@ -376,6 +378,7 @@ class KernelsEntry(Struct, frozen=True, kw_only=True):
     products_by_dtype: dict[str, int] = {}
     batch: int | None = None
     bytes_moved: int | None = None
+    predicted_ms: dict[str, float] = {}
 
 
 class WarningEntry(Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from spach_deploy.common.errors import BundleError, UsageError, printable
 from spach_deploy.common.files import Destination, try_to_write
 from spach_deploy.common.progress import ExportObserver, Phase
 from spach_deploy.common.text import escaped, json_text, rendered
+from spach_deploy.engine.cost_model import in_words
 from spach_deploy.models.registry import ModelInfo, list_models
 from spach_deploy.options.specs import Flavour, size_in_words
 from spach_deploy.pipeline.estimate import MEASURED_CORES, DryRun
@@ -264,6 +265,9 @@ def _facts(manifest: Manifest) -> Iterator[str]:
         return
     yield f"engine     {engine.flavour.value} {engine.version} for {', '.join(engine.gpus)}, batch {engine.batch}"
     yield f"           {_plan_facts(engine)}"
+    kernels = engine.kernels
+    if kernels is not None and (predicted := in_words(kernels.predicted_ms, kernels.batch)):
+        yield f"           {predicted}"
 
 
 def _model_outputs(manifest: Manifest) -> str:

@@ -64,6 +64,17 @@ class KernelFact:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelWork:
+    """What a kernel does in one inference: bytes that it moves, multiply-adds of its products, and their data type
+    (TensorRT's name; empty without products).
+    """
+
+    bytes: int
+    macs: int = 0
+    dtype: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class _PlanTensor:
     dtype: str
     extents: tuple[str, ...]
@@ -131,6 +142,49 @@ class PlanFacts:
             return sum(self._operand_bytes(name, batch) for kernel in self.kernels for name in kernel.operands)
         except _UnexpectedTextError:
             return None
+
+    def work(self, batch: int) -> tuple[KernelWork, ...] | None:
+        """The work of every kernel in one inference of `batch` images; None when not known."""
+        try:
+            return tuple(self._work(kernel, batch) for kernel in self.kernels)
+        except _UnexpectedTextError:
+            return None
+
+    def _work(self, kernel: KernelFact, batch: int) -> KernelWork:
+        moved = sum(self._operand_bytes(name, batch) for name in kernel.operands)
+        if kernel.kind == "attention":
+            return KernelWork(moved, self._macs_of_attention(kernel, batch), self._product_dtype(kernel))
+        if kernel.kind in _PRODUCTS:
+            return KernelWork(moved, self._macs_of_product(kernel, batch), self._product_dtype(kernel))
+        return KernelWork(moved)
+
+    def _macs_of_product(self, kernel: KernelFact, batch: int) -> int:
+        """Of outputs times what each sums up: in a convolution a row of the weight, in a product as many as follow from
+        the sizes of its three tensors, (M, K) times (K, N) gives (M, N), so that (M K)(K N)(M N) = (M N K)^2.
+        """
+        shapes = [self._shape(name, batch) for name in kernel.operands]
+        later = [self._shape(name, batch + 1) for name in kernel.operands]
+        output = math.prod(shapes[-1])
+        pairs = list(zip(shapes[:-1], later[:-1], strict=True))
+        weights = [shape for shape, other in pairs if shape == other and len(shape) > 1]
+        if not weights:
+            raise _UnexpectedTextError(f"{kernel.name} without weights")
+        weight = max(weights, key=math.prod)
+        if kernel.kind == "convolution":
+            return output * math.prod(weight[1:])
+        sizes = [math.prod(shape) for shape, other in pairs if shape != other and len(shape) > 1]
+        read = next((size for size in sizes if size != output), output)
+        return math.isqrt(read * math.prod(weight) * output)
+
+    def _macs_of_attention(self, kernel: KernelFact, batch: int) -> int:
+        """Of q k^T and of the product with v; q is (..., N, d), k is (..., d, M)."""
+        query, key = (self._shape(name, batch) for name in kernel.operands[:2])
+        return 2 * math.prod(query) * key[-1]
+
+    def _shape(self, name: str, batch: int) -> tuple[int, ...]:
+        if name not in self._tensors:
+            raise _UnexpectedTextError(f"operand {name}")
+        return tuple(self._extents.value(extent, batch) for extent in self._tensors[name].extents)
 
     def _operand_bytes(self, name: str, batch: int) -> int:
         if name not in self._tensors:

@@ -1,15 +1,16 @@
 """`spach-export --auto`: export a model in FP16, INT8 and FP8, compare the bundles, and recommend one.
 
 The comparison uses what is known without a GPU: number of kernels, bytes moved, size of the plan, relative L2 of the
-logits, and changed predictions. Speed is not known, and 8 bits are not always faster: they halve the arithmetic but add
-passes over memory. So FP16 is recommended, unless another candidate has no more kernels and moves less memory. The
-recommendation says what only a measurement on the GPU can decide.
+logits, changed predictions, and the time that follows from the plan's schedule and public figures of the cards it is
+for (`engine.cost_model`), which is predicted, not measured. FP16 is recommended, unless another candidate is predicted
+to be faster on every card that both are for; where nothing is predicted, unless another has no more kernels and moves
+less memory. The recommendation says what only a measurement on the GPU can decide.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from spach_deploy.common.errors import MismatchError, SpachError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.progress import ExportObserver
 from spach_deploy.common.text import escaped
+from spach_deploy.engine.cost_model import error_in_words, in_words
 from spach_deploy.models.registry import known_name
 from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
 from spach_deploy.pipeline.export import ExportResult, export
@@ -29,7 +31,9 @@ CANDIDATES = (Precision.FP16, Precision.INT8, Precision.FP8)
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionCandidate:
-    """One precision: its bundle and figures, or why there is none. `rel_l2`: of the logits over all golden images."""
+    """One precision: its bundle and figures, or why there is none. `rel_l2`: of the logits over all golden images.
+    `predicted_ms`: by card.
+    """
 
     precision: Precision
     bundle: Path | None = None
@@ -38,6 +42,8 @@ class PrecisionCandidate:
     kernels: int | None = None
     bytes_moved: int | None = None
     plan_bytes: int | None = None
+    batch: int | None = None
+    predicted_ms: Mapping[str, float] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
     def keeps(self, bound: float | None) -> bool:
@@ -152,6 +158,8 @@ def _figures(precision: Precision, result: ExportResult) -> PrecisionCandidate:
         kernels=kernels.total,
         bytes_moved=kernels.bytes_moved,
         plan_bytes=engine.bytes,
+        batch=kernels.batch,
+        predicted_ms=kernels.predicted_ms,
     )
 
 
@@ -180,9 +188,26 @@ def judge_candidates(candidates: tuple[PrecisionCandidate, ...], bound: float | 
         reason = f"No precision stays within a relative L2 of {bound:g}; the closest has {least:.2g}. Stay with --fp32."
         return Recommendation(candidates, None, bound, (reason,))
     first = fitting[0]
-    lighter = [entry for entry in fitting[1:] if _is_lighter(entry, first)]
-    chosen = min(lighter, key=lambda entry: entry.bytes_moved or 0) if lighter else first
+    better = [entry for entry in fitting[1:] if _is_better(entry, first)]
+    chosen = min(better, key=lambda entry: _share_of_time(entry, first) or entry.bytes_moved or 0) if better else first
     return Recommendation(candidates, chosen, bound, tuple(_reasons(candidates, chosen, first, bound)))
+
+
+def _is_better(one: PrecisionCandidate, other: PrecisionCandidate) -> bool:
+    """Whether `one` is predicted to be faster on every card that both are for; where none is known, whether it is
+    lighter.
+    """
+    common = one.predicted_ms.keys() & other.predicted_ms.keys()
+    if not common:
+        return _is_lighter(one, other)
+    return all(one.predicted_ms[card] < other.predicted_ms[card] for card in common)
+
+
+def _share_of_time(one: PrecisionCandidate, other: PrecisionCandidate) -> float:
+    """Predicted time of `one` over that of `other`, the mean over the cards that both are for; 0 without any."""
+    common = one.predicted_ms.keys() & other.predicted_ms.keys()
+    shares = [one.predicted_ms[card] / other.predicted_ms[card] for card in common]
+    return sum(shares) / len(shares) if shares else 0.0
 
 
 def _is_lighter(one: PrecisionCandidate, other: PrecisionCandidate) -> bool:
@@ -203,7 +228,12 @@ def _reasons(
     bound: float | None,
 ) -> Iterator[str]:
     name = chosen.precision.value
-    if chosen is not first:
+    if chosen is not first and (share := _share_of_time(chosen, first)):
+        yield (
+            f"{name} is predicted to take {share:.0%} of the time of {first.precision.value}, the mean over"
+            f" {len(chosen.predicted_ms)} cards, and less on each, within the bound."
+        )
+    elif chosen is not first:
         yield f"{name} has no more kernels than {first.precision.value} and moves less memory, within the bound."
     elif bound is not None:
         yield f"{name} stays within a relative L2 of {bound:g}."
@@ -219,12 +249,21 @@ def _reasons(
         elif entry.precision.is_quantized:
             yield from _against(entry, first)
     yield "Kernels and bytes are the compiler's word. Which is faster, a stopwatch on the card decides: measure both."
+    if chosen.predicted_ms:
+        yield error_in_words()
 
 
 def _against(entry: PrecisionCandidate, half: PrecisionCandidate) -> Iterator[str]:
     name, other = entry.precision.value, half.precision.value
     if entry.kernels is None or half.kernels is None or entry is half:
         yield f"{name} halves the weights' memory; whether it is faster is not known without an engine."
+        return
+    if common := sorted(entry.predicted_ms.keys() & half.predicted_ms.keys()):
+        shares = [entry.predicted_ms[card] / half.predicted_ms[card] for card in common]
+        yield (
+            f"{name} is predicted to take {min(shares):.0%} to {max(shares):.0%} of the time of {other}, by card"
+            f" ({entry.kernels} kernels against {half.kernels})."
+        )
         return
     moved = ""
     if entry.bytes_moved and half.bytes_moved:
@@ -242,6 +281,11 @@ def as_table(recommendation: Recommendation) -> str:
     for entry in recommendation.candidates:
         mark = "->" if entry is recommendation.chosen else " *" if entry in best else "  "
         lines.append(f"{mark} {entry.precision.value:<5} {_row(entry)}")
+    lines += [
+        f"{entry.precision.value:>8} {said}"
+        for entry in recommendation.candidates
+        if (said := in_words(entry.predicted_ms, entry.batch))
+    ]
     lines += ["", "-> recommended, * not beaten in everything that is known", "", *recommendation.reasons]
     return escaped(lines)
 

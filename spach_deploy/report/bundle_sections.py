@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import structs
 
 from spach_deploy.bundle.schema import KernelsEntry, Manifest, PeakEntry, PhaseEntry, PrecisionSection
+from spach_deploy.engine.cost_model import error_in_words
 from spach_deploy.graph.levels import described
 from spach_deploy.options.specs import Precision
 from spach_deploy.report.content import Json, ReportContent, main_output
@@ -37,6 +38,8 @@ def graph(content: ReportContent) -> dict[str, Any] | None:
         "engine": engine,
         "kernels": _bars(kernels.by_kind),
         "facts": kernels,
+        "predicted": kernels.predicted_ms,
+        "error": error_in_words(),
         "build_seconds": engine.build_seconds,
     }
 

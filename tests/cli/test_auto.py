@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.options.specs import Precision
-from spach_deploy.pipeline.auto import PrecisionCandidate, judge_candidates, pareto
+from spach_deploy.pipeline.auto import PrecisionCandidate, as_table, judge_candidates, pareto
 from tests import small_bundles
 from tests.commands import export, refusal
 from tests.quantization.small_quantized import calibration_images
@@ -36,6 +37,29 @@ def test_half_is_recommended_where_eight_bits_need_more_kernels_and_the_reason_s
 def test_what_is_lighter_in_all_that_is_known_wins() -> None:
     lighter = candidate(Precision.INT8, 1.5e-2, 150, 1000, 87)
     assert judge_candidates((HALF, lighter), None).chosen is lighter
+
+
+def predicted(entry: PrecisionCandidate, l4: float, rtx_3060: float) -> PrecisionCandidate:
+    return dataclasses.replace(entry, batch=8, predicted_ms={"L4": l4, "RTX 3060": rtx_3060})
+
+
+def test_what_is_predicted_to_be_faster_on_every_card_wins() -> None:
+    half, eight, other = predicted(HALF, 4.0, 8.0), predicted(INT8, 3.5, 7.0), predicted(FP8, 3.0, 6.0)
+    found = judge_candidates((half, eight), None)
+    assert found.chosen is eight, "although it has more kernels and moves more"
+    assert (
+        "int8 is predicted to take 88% of the time of fp16, the mean over 2 cards, and less on each" in found.reasons[0]
+    )
+    assert "Times are predicted, not measured" in found.reasons[-1]
+    assert judge_candidates((half, eight, other), None).chosen is other
+    assert "predicted, not measured, at batch 8: RTX 3060 7.00 ms, L4 3.50 ms" in as_table(found)
+
+
+def test_what_is_predicted_to_be_slower_on_one_card_is_not_recommended() -> None:
+    half, eight = predicted(HALF, 4.0, 8.0), predicted(INT8, 4.2, 5.0)
+    found = judge_candidates((half, eight), None)
+    assert found.chosen is half
+    assert any("int8 is predicted to take 62% to 105% of the time of fp16, by card" in why for why in found.reasons)
 
 
 def test_a_bound_leaves_out_what_passes_it() -> None:

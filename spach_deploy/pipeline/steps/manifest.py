@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -41,6 +41,7 @@ from spach_deploy.bundle.schema import (
 from spach_deploy.common.progress import Phase
 from spach_deploy.common.versions import tool_versions
 from spach_deploy.engine.build import EngineResult
+from spach_deploy.engine.cost_model import predicted_ms
 from spach_deploy.engine.network_facts import AchievedPrecision
 from spach_deploy.engine.plan_facts import PlanFacts
 from spach_deploy.models.checkpoint import LoadedModel
@@ -206,7 +207,7 @@ def engine_section(
         hardware_compatible=target.hardware_compatible,
         layers_by_dtype=dict(achieved.layers_by_dtype),
         layers=dict(achieved.layers),
-        kernels=kernels(facts, engine.batch.opt),
+        kernels=kernels(facts, engine.batch.opt, tuple(map(str, engine.gpus))),
         warnings=tuple(WarningEntry(text=text, count=count) for text, count in engine.warnings),
         parse_seconds=round(engine.parse_seconds, 3),
         build_seconds=round(engine.build_seconds, 3),
@@ -214,8 +215,10 @@ def engine_section(
     )
 
 
-def kernels(facts: PlanFacts | None, batch: int) -> KernelsEntry | None:
-    """Counts of the plan's kernels; None where the text in the plan could not be read."""
+def kernels(facts: PlanFacts | None, batch: int, gpus: Collection[str] = ()) -> KernelsEntry | None:
+    """Counts of the plan's kernels, and predictions for cards of these `gpus` (`sm89`); None where the text in the plan
+    could not be read.
+    """
     if facts is None:
         return None
     return KernelsEntry(
@@ -225,6 +228,7 @@ def kernels(facts: PlanFacts | None, batch: int) -> KernelsEntry | None:
         products_by_dtype=facts.products_by_dtype,
         batch=batch,
         bytes_moved=facts.bytes_moved(batch),
+        predicted_ms=predicted_ms(facts, gpus, batch),
     )
 
 

@@ -17,6 +17,7 @@ from spach_deploy.common.errors import BundleError
 from spach_deploy.common.files import read_json
 from spach_deploy.common.text import escaped
 from spach_deploy.common.versions import tool_versions
+from spach_deploy.engine.cost_model import in_brief
 from spach_deploy.pipeline.zoo.child import ProcessEnd
 from spach_deploy.pipeline.zoo.folder import KIND
 from spach_deploy.pipeline.zoo.plan import Build
@@ -67,6 +68,7 @@ class Row:
     bundle_bytes: int | None = None
     plan_bytes: int | None = None
     kernels: int | None = None
+    predicted_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float | None = None
     peak_bytes: int | None = None
     expected_bytes: float | None = None
@@ -116,6 +118,7 @@ def finished_row(row: Row, target: Path) -> Row:
         bundle_bytes=sum(file.stat().st_size for file in target.iterdir()),
         plan_bytes=engine.bytes,
         kernels=None if engine.kernels is None else engine.kernels.total,
+        predicted_ms={} if engine.kernels is None else engine.kernels.predicted_ms,
         report=f"{target.name}/{PAGE}" if (target / PAGE).is_file() else None,
     )
 
@@ -186,12 +189,14 @@ class Summary:
 def as_table(rows: Sequence[Row]) -> str:
     """The rows as a table for the terminal; problems stand below their rows."""
     width = max((len(row.name) for row in rows), default=0)
-    head = f"{'bundle':<{width}}  verdict    evidence   rel. L2       MB  kernels    time"
+    head = f"{'bundle':<{width}}  verdict    evidence   rel. L2       MB  kernels    time  predicted"
     lines = [head.rstrip()]
     for row in rows:
         lines.append(f"{row.name:<{width}}  {_cells(row)}".rstrip())
         if row.problem:
             lines.append(f"{'':4}{row.problem}")
+    if any(row.predicted_ms for row in rows):
+        lines.append("Predicted: the time of one usual batch on that card, not measured.")
     return escaped(lines)
 
 
@@ -200,7 +205,8 @@ def _cells(row: Row) -> str:
     size = "" if row.bundle_bytes is None else f"{row.bundle_bytes / 1e6:,.1f}"
     kernels = "" if row.kernels is None else f"{row.kernels}"
     time = "kept" if row.is_kept else "" if row.seconds is None else f"{row.seconds:.0f} s"
-    return f"{row.verdict.value:<10} {row.level or '':<9} {error:>9} {size:>8} {kernels:>8} {time:>7}"
+    predicted = in_brief(row.predicted_ms)
+    return f"{row.verdict.value:<10} {row.level or '':<9} {error:>9} {size:>8} {kernels:>8} {time:>7}  {predicted}"
 
 
 _STATES = {BuildStatus.AGREED: "good", BuildStatus.DISAGREED: "bad", BuildStatus.FAILED: "bad"}
@@ -216,11 +222,20 @@ def page_of_zoo(summary: Summary) -> str:
         heading=heading(summary),
         sentence=summary.sentence(),
         graph_only=sum(row.level == "graph" and row.plan_bytes is not None for row in made),
-        rows=[{"row": row, "state": _STATES.get(row.verdict, "partial"), "link": link(row)} for row in summary.rows],
+        rows=[_shown(row) for row in summary.rows],
         failed=[row for row in summary.rows if row.said],
         total_bytes=sum(row.bundle_bytes or 0 for row in summary.rows),
         summary=summary,
     )
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    return {
+        "row": row,
+        "state": _STATES.get(row.verdict, "partial"),
+        "link": link(row),
+        "predicted": in_brief(row.predicted_ms) or "–",
+    }
 
 
 def state(summary: Summary) -> str:
