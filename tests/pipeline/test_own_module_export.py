@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,14 +19,17 @@ from torch import nn
 
 import spach_deploy
 from spach_deploy.bundle.schema import Manifest
+from spach_deploy.bundle.store import GRAPH
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import create_model
 from spach_deploy.models.demo import load_demo_weights
+from tests import small_bundles
 from tests.commands import export, refusal
 from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads
 from tests.quantization.small_quantized import pictures
 from tests.static_models import IMAGE_SIZE, small_model
+from tests.validation import faults
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 
@@ -268,7 +272,28 @@ class TestCommand:
         assert "Give --module" in refusal(validate(tmp_path / "bundle", "--images", tmp_path / "set.npz"))
         other = validate(tmp_path / "bundle", "--images", tmp_path / "set.npz", *given[:2])
         assert "does not draw weights at random" in refusal(other)
-        assert "is your own module" in refusal(validate(tmp_path / "bundle", "--bisect", *given))
+
+    def test_a_fault_in_its_graph_is_bisected_to_its_own_modules(self, tmp_path: Path) -> None:
+        torch.save(seeded(TwoHeads()).state_dict(), tmp_path / "run.pth")
+        given = ("--module", "tests.own_models:TwoHeads", "--checkpoint", tmp_path / "run.pth")
+        done = export(*given, "--fp16", "--engine", "none", "--image-size", 32, "-o", tmp_path / "bundle")
+        assert done.exit_code == 0, done.output
+        bisect = (tmp_path / "bundle" / GRAPH, "--bisect", "--json", "--accept", "graph")
+        assert "Give --module" in refusal(validate(*bisect))
+        right = validate(*bisect, *given)
+        assert (right.exit_code, json.loads(right.stdout)["bisect"]["suspects"]) == (0, [])
+        for weight, module in (
+            ("blocks.1.mix.qkv.weight", "blocks.1.mix"),
+            ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.up"),
+            ("classes.weight", "classes"),
+        ):
+            spoiled = small_bundles.copy(tmp_path / "bundle", tmp_path / module)
+            graph = small_bundles.load_graph(spoiled)
+            faults.perturb(graph, weight)
+            small_bundles.save_graph(graph, spoiled)
+            found = json.loads(validate(spoiled / GRAPH, *bisect[1:], *given).stdout)["bisect"]
+            assert found["first_stage"] == "typed graph"
+            assert [suspect["module"] for suspect in found["suspects"]] == [module]
 
     @pytest.mark.parametrize(
         ("words", "said"),
