@@ -138,5 +138,5 @@ def _error(module: nn.Module, form: nn.Module, call: Call) -> float | None:
         with torch.inference_mode():
             expected = double(module)(x)
             return relative_l2(double(form)(x).numpy(), expected.numpy())
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:  # the user's code raises what it likes
         return None

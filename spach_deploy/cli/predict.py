@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli.console import Command, command, say, show_answer
+from spach_deploy.cli.console import Command, command, results_stream, say, show_answer
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
@@ -129,7 +129,7 @@ def _described(values: NDArray[Any], first: NDArray[Any]) -> str:
 @contextlib.contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, if that is a terminal and stdout is not."""
-    if not sys.stderr.isatty() or sys.stdout.isatty():
+    if not sys.stderr.isatty() or results_stream().isatty():
         yield lambda done: None
         return
     from rich.console import Console

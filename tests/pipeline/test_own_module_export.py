@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,16 @@ def _with_another_forward(block: nn.Module) -> None:
     block.forward = lambda x: before(x) * 1.05
 
 
+def _with_another_method(block: nn.Module) -> None:
+    kind = type(block)
+    block.forward = types.MethodType(lambda self, x: kind.forward(self, x) * 1.05, block)
+
+
+def _with_a_partial_forward(block: nn.Module) -> None:
+    kind = type(block)
+    block.forward = functools.partial(lambda self, x: kind.forward(self, x) * 1.05, block)
+
+
 def _of_a_subclass(block: nn.Module) -> None:
     kind = type(block)
 
@@ -180,7 +193,10 @@ def _of_a_subclass(block: nn.Module) -> None:
     block.__class__ = type("Mine", (kind,), {"forward": forward})
 
 
-@pytest.mark.parametrize("change", [_with_a_hook, _of_a_subclass])
+CHANGES = (_with_a_hook, _of_a_subclass, _with_another_forward, _with_another_method, _with_a_partial_forward)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_known_block_that_the_user_changed_stays_as_it_is(
     change: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:
@@ -190,13 +206,6 @@ def test_a_known_block_that_the_user_changed_stays_as_it_is(
     known = manifest.graph.levels["known"].modules
     assert "model.layer3.1" not in known
     assert any(path.startswith("model.layer3.0") for path in known)
-
-
-def test_a_forward_that_was_replaced_on_a_block_is_refused(tmp_path: Path) -> None:
-    model = copy.deepcopy(small_model("hybrid"))
-    _with_another_forward(model.get_submodule("layer3.1"))
-    with pytest.raises(ModelError, match=r"The forward of layer3.1 was replaced on the object"):
-        exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 class BranchOnValues(PlainNet):
@@ -294,6 +303,36 @@ class TestCommand:
             found = json.loads(validate(spoiled / GRAPH, *bisect[1:], *given).stdout)["bisect"]
             assert found["first_stage"] == "typed graph"
             assert [suspect["module"] for suspect in found["suspects"]] == [module]
+
+    def test_what_the_module_prints_is_no_result(self, tmp_path: Path) -> None:
+        given = ("--module", "tests.own_models:Talking", "--fp32", "--engine", "none", "--image-size", "32")
+        words = [*given, "-o", str(tmp_path / "bundle"), "--json", "--no-cache"]
+        command = [sys.executable, "-m", "spach_deploy.cli.export", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"]["name"] == "Talking"
+        assert "made" in done.stderr
+        assert "called" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("factory", "said"),
+        [
+            (
+                "RaisesLater",
+                r"fails on an input of \(4, 3, 32, 32\): picky \(Picky.forward, .*own_models.py:\d+\) raises KeyError: 'four'",
+            ),
+            ("BadExample", r"cannot be made: OSError: no example \(.*own_models.py:\d+\)"),
+            ("Inner", r"cannot trace part \(Sign.forward, .*own_models.py:\d+\): what it does depends on the values"),
+            ("BatchOfFive", "of an image is another in a batch of 5 than alone"),
+        ],
+    )
+    def test_what_goes_wrong_in_the_users_code_is_told_with_its_place(
+        self, factory: str, said: str, tmp_path: Path
+    ) -> None:
+        given = ("--module", f"tests.own_models:{factory}", "--fp32", "--engine", "none", "--image-size", 32)
+        done = export(*given, "--batch", "1:4:8", "-o", tmp_path / "bundle")
+        assert done.exit_code == 2, done.output
+        assert re.search(said, " ".join(done.stderr.split())), done.stderr
 
     @pytest.mark.parametrize(
         ("words", "said"),

@@ -333,6 +333,7 @@ class _Recorder:
         """Record the norm before it, the spatial function and LayerScale; returns the name of the last point."""
         mixer = block.spatial_func
         assert mixer is not None
+        assert block.norm1 is not None
         last = self._chain(block.norm1, x)
         if isinstance(mixer, (Attention, StaticAttention)):
             last = self._chain(mixer.proj, self._core(mixer, self._chain(mixer.qkv, last)))
