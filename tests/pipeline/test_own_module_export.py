@@ -319,7 +319,7 @@ class TestCommand:
         [
             (
                 "RaisesLater",
-                r"fails on an input of \(4, 3, 32, 32\): picky \(Picky.forward, .*own_models.py:\d+\) raises KeyError: 'four'",
+                r"input of \(4, 3, 32, 32\): picky \(Picky.forward, .*own_models.py:\d+\) raises KeyError: 'four'",
             ),
             ("BadExample", r"cannot be made: OSError: no example \(.*own_models.py:\d+\)"),
             ("Inner", r"cannot trace part \(Sign.forward, .*own_models.py:\d+\): what it does depends on the values"),
