@@ -114,6 +114,8 @@ def _described(values: NDArray[Any], first: NDArray[Any]) -> str:
     """A vector's norm, and its cosine with the first picture's; a map's shape."""
     import numpy as np
 
+    if values.shape == (1,):
+        return f"{values[0]:.6g}"
     if values.ndim > 1:
         return " x ".join(map(str, values.shape))
     ours, theirs = values.astype(np.float64), first.astype(np.float64)

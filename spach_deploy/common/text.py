@@ -76,6 +76,11 @@ def without_surrogates(value: Any) -> Any:
     return [without_surrogates(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
+def counted(count: int, what: str) -> str:
+    """`1 class`, `1,000 classes`."""
+    return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
+
+
 SIZES = "K, M, G, T or KiB, MiB, … of 1024; KB, MB, … of 1000"
 """The accepted units, for help texts and error hints."""
 

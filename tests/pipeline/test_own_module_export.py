@@ -160,6 +160,9 @@ def test_a_transformer_encoder_in_halves_does_not_end_the_process(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "AGREED" in done.stdout
+    measure = [sys.executable, "-m", "spach_deploy.cli.benchmark", str(tmp_path / "bundle"), "--batch", "1"]
+    measured = subprocess.run([*measure, "--runner", "onnxruntime"], capture_output=True, text=True, check=False)
+    assert measured.returncode == 0, measured.stderr
 
 
 Change = Callable[[nn.Module], None]
