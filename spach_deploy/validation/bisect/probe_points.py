@@ -55,6 +55,7 @@ class ProbeKind(enum.Enum):
     """What is computed at a probe point."""
 
     LEAF = "module"
+    QKV = "query, key or value of attention, or all three"
     CORE = "attention between qkv and proj"
     SCALE = "LayerScale"
     SUM = "residual sum"
@@ -358,7 +359,9 @@ class _Recorder:
         return last
 
     def _core(self, mixer: Attention | StaticAttention, qkv: str) -> str:
-        packed = torch.from_numpy(self.recorded[qkv].value)
+        record = self.recorded[qkv]
+        self.recorded[qkv] = dataclasses.replace(record, point=dataclasses.replace(record.point, kind=ProbeKind.QKV))
+        packed = torch.from_numpy(record.value)
         self._add_parts(qkv, packed)
         core = AttentionCore(mixer.num_heads, mixer.scale)
         path = qkv.rpartition(".")[0]
@@ -372,7 +375,7 @@ class _Recorder:
         linear, inputs = whole.computation.module, whole.computation.inputs
         assert isinstance(linear, nn.Linear)
         for end, rows, value in zip(QKV_PARTS, _thirds(linear), packed.chunk(3, dim=-1), strict=True):
-            point = ProbePoint(qkv + end, qkv, ProbeKind.LEAF, whole.point.parents)
+            point = ProbePoint(qkv + end, qkv, ProbeKind.QKV, whole.point.parents)
             self._add(point, value, Computation(rows, inputs, _call, ChannelLayout(self._batch)))
 
     def _add_leaf(
