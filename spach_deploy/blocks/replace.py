@@ -29,7 +29,10 @@ def calls_of(model: nn.Module, inputs: Sequence[Tensor]) -> dict[nn.Module, Call
     """
     found: dict[nn.Module, set[Call | None]] = {}
     running: list[nn.Module] = []
-    owners = {part: [module for module in model.modules() if part in set(module.modules())] for part in model.modules()}
+    owners: dict[nn.Module, list[nn.Module]] = {}
+    for module in model.modules():
+        for part in module.modules():
+            owners.setdefault(part, []).append(module)
 
     def begin(module: nn.Module, _given: tuple[object, ...]) -> None:
         running.append(module)
