@@ -22,7 +22,7 @@ from spach_deploy.bundle.schema import IMAGE_LAYOUTS, Form, TensorInfo
 from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
-from spach_deploy.common.text import counted
+from spach_deploy.common.text import noun
 from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Preprocessing, Role
 from spach_deploy.runtime import Runner
 from spach_deploy.runtime.warm_start import StartOptions
@@ -326,7 +326,8 @@ def _labels(given: str | os.PathLike[str] | Sequence[str] | None, classes: int) 
         return read_labels(Path(given), classes)
     if len(given) != classes:
         raise UsageError(
-            f"There are {len(given)} labels for {counted(classes, 'class')}.", "Give one for each, in their order."
+            f"There are {len(given)} labels for {classes} {noun(classes, 'class')}.",
+            "Give one for each, in their order.",
         )
     return tuple(given)
 
