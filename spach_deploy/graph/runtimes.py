@@ -243,6 +243,13 @@ class Runtimes:
         clauses = (runtime.misfit(graph, on_gpu=on_gpu) for graph in needs)
         return next((clause for clause in clauses if clause), "")
 
+    def of_tensorrt(self, needs: GraphNeeds) -> GraphNeeds:
+        """The requirements of a graph that ONNX Runtime hands to TensorRT, which needs no kernels of its own.
+
+        Kernels that its CUDA provider has remain: they tell since when the provider of TensorRT takes BF16.
+        """
+        return dataclasses.replace(needs, bfloat16=needs.bfloat16 & self.onnxruntimes[-1].cuda_bfloat16)
+
     def truncates_fp16(self, version: str) -> bool:
         """Whether this version of ONNX Runtime is known to truncate where FP16 is quantized on a CPU."""
         runtime = self.onnxruntime(version)

@@ -313,9 +313,7 @@ def _graph(bundle: Bundle, served: Bundle | RuntimeGraph, facts: BundleFacts, op
         needs = GraphNeeds.of(served.path) or needs
     known, on_gpu = runtimes(), options.instances.device is not Device.CPU
     if options.accelerator is not None:
-        # TensorRT runs it, so kernels that no ONNX Runtime has are not asked for. The others still tell since when the
-        # provider takes BF16.
-        needs = dataclasses.replace(needs, bfloat16=needs.bfloat16 & known.onnxruntimes[-1].cuda_bfloat16)
+        needs = known.of_tensorrt(needs)
     fitting = known.fitting((needs,), on_gpu=on_gpu)
     warning = ""
     if not fitting:

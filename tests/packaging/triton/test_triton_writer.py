@@ -700,9 +700,10 @@ def block(repository: Path, name: str = "tiny") -> dict[str, str]:
 
 
 def test_the_accelerator_gets_precision_cache_and_the_bundles_profile(tmp_path: Path) -> None:
-    result = written(tmp_path, Tiny(batch=BatchProfile(2, 4, 6)), accelerator=Accelerator.TENSORRT)
+    tiny = Tiny(batch=BatchProfile(2, 4, 6), precision=Precision.BF16)
+    result = written(tmp_path, tiny, accelerator=Accelerator.TENSORRT)
     assert block(result.path) == {
-        "precision_mode": "FP16",
+        "precision_mode": "BF16",
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": "/tmp/tensorrt-engines/tiny",
         "trt_timing_cache_enable": "true",
@@ -722,6 +723,8 @@ def test_the_accelerator_keeps_tensorrts_form(tmp_path: Path) -> None:
     assert (result.path / "small" / "1" / GRAPH).read_bytes() == (bundle / GRAPH).read_bytes()
     assert block(result.path, "small")["trt_engine_cache_path"] == "/engines"
     assert block(result.path, "small")["trt_profile_max_shapes"].startswith("input:32x32x32x3")
+    assert block(result.path, "small")["precision_mode"] == "FP16"
+    assert check_repository(result.path).findings == ()
 
 
 def test_eight_bits_among_half_have_no_precision_mode(tmp_path: Path) -> None:
