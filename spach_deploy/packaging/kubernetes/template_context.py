@@ -130,9 +130,9 @@ def _pin_values(deployment: Deployment, image_tag: str) -> dict[str, str]:
     secrets = [{"name": name} for name in options.pull_secrets]
     values = {
         "IMAGE_REFERENCE": KUSTOMIZE_NAME,
-        "IMAGE_PIN": f"digest: {options.image_digest}" if options.image_digest else f'newTag: "{image_tag}"',
-        "IMAGE_DIGEST": options.image_digest or "",
-        "TRITON_DIGEST": f"@{options.triton_digest}" if options.triton_digest else "",
+        "IMAGE_PIN": f"digest: {options.image_digest.digest}" if options.image_digest else f'newTag: "{image_tag}"',
+        "IMAGE_DIGEST": options.image_digest.digest if options.image_digest else "",
+        "TRITON_DIGEST": f"@{options.triton_digest.digest}" if options.triton_digest else "",
         "PULL_SECRETS": "\n".join(["imagePullSecrets:", *(f"  - name: {name}" for name in options.pull_secrets)])
         if secrets
         else "",

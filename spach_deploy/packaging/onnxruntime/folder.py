@@ -53,7 +53,7 @@ from spach_deploy.common.files import sha256_of
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.graph.ep_context import RTX_PROVIDER, PlanContext, context_model
 from spach_deploy.graph.external_data import check_is_one_file
-from spach_deploy.graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.graph.runtimes import GraphNeeds, reading, runtimes
 from spach_deploy.options.specs import Precision, Role, size_in_words
 from spach_deploy.runtime.onnxruntime_runner import MENDED
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
@@ -75,11 +75,13 @@ _PLUGINS = {"1.7": "0.5.0", "1.6": "0.4.0", "1.5": "0.3.0"}
 @dataclasses.dataclass(frozen=True)
 class GraphProviders:
     """The execution providers of ONNX Runtime's own that run a graph, the fastest first, and the oldest version that
-    does, empty where every one that was tried does.
+    does, empty where every one that was tried does. `readers`: runtimes that read such graphs on a CPU; empty where
+    nothing is known.
     """
 
     names: tuple[str, ...]
     oldest: str = ""
+    readers: str = ""
 
     @classmethod
     def of(cls, graph: Path, *, cpu_only: bool) -> GraphProviders:
@@ -93,7 +95,7 @@ class GraphProviders:
                 raise UsageError("ONNX Runtime computes nothing in bfloat16 on a CPU.", "Leave --device out.")
             names = (CUDA,)
         first = next((one.version for one in known if not one.misfit(needs, on_gpu=CPU not in names)), None)
-        return cls(names, "" if first in (None, known[0].version) else first)
+        return cls(names, "" if first in (None, known[0].version) else first, reading(needs))
 
     @property
     def requirement(self) -> str:
@@ -262,6 +264,8 @@ def _notes(bundle: Bundle, facts: BundleFacts, form: RuntimeGraph, providers: Gr
         yield f"model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there, and {cuda}."
     elif providers.oldest:
         yield f"model.onnx needs ONNX Runtime {providers.oldest} or newer."
+    if providers.readers and not served.needs_vnni:
+        yield f"Read on a CPU, as small graphs of the same formats, opset and operators tell: {providers.readers}."
     if facts.quantization is not None and CUDA in providers.names:
         name = facts.precision.value.upper()
         device = " For the CPU's integer kernels write the folder with --device cpu." if name == "INT8" else ""

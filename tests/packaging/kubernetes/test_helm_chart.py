@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
+from spach_deploy.packaging.kubernetes.deployment import ImageDigest, KubernetesOptions, Replicas
 from spach_deploy.packaging.kubernetes.folder import write_folder
 from spach_deploy.packaging.triton.options import Instances
 from tests.packaging import programs
@@ -27,8 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "plan": {},
     "graph with an ensemble": {"ensemble": True, "instances": Instances.parse(["2"])},
     "kserve": {"kserve": True},
-    "pinned": {"image_digest": DIGEST, "pull_secrets": ("one", "two"), "replicas": Replicas(3, 3)},
-    "pinned kserve": {"kserve": True, "image_digest": DIGEST, "pull_secrets": ("one",)},
+    "pinned": {"image_digest": ImageDigest(DIGEST), "pull_secrets": ("one", "two"), "replicas": Replicas(3, 3)},
+    "pinned kserve": {"kserve": True, "image_digest": ImageDigest(DIGEST), "pull_secrets": ("one",)},
 }
 
 
@@ -56,7 +56,9 @@ def test_a_chart_has_a_template_for_everything_in_the_kustomization(tmp_path: Pa
 
 
 def test_its_values_are_what_was_asked_for(tmp_path: Path) -> None:
-    folder = chart(tmp_path, pull_secrets=("one",), replicas=Replicas(3, 7), image="team/vit", image_digest=DIGEST)
+    folder = chart(
+        tmp_path, pull_secrets=("one",), replicas=Replicas(3, 7), image="team/vit", image_digest=ImageDigest(DIGEST)
+    )
     values = yaml.safe_load((folder / "values.yaml").read_text())
     about = yaml.safe_load((folder / "Chart.yaml").read_text())
     assert values["image"] == {"repository": "team/vit", "tag": about["appVersion"], "digest": DIGEST}

@@ -35,6 +35,7 @@ from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import examine_target
 from spach_deploy.graph import ep_context
 from spach_deploy.graph.ep_context import COMPATIBILITY, RTX_PROVIDER, TENSORRT_PROVIDER
+from spach_deploy.graph.runtimes import GraphNeeds, reading
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import (
     BatchProfile,
@@ -329,6 +330,7 @@ def test_usage(folder: Path, words: list[str], code: int, capsys: pytest.Capture
 def test_every_interface(tmp_path: Path, tiny: Tiny) -> None:
     folder = written(tmp_path, tiny)
     assert run(folder) == 0
+    assert "Read on a CPU" not in (folder / "README.md").read_text()  # no graph like this was tried
     main = golden_file(folder, tiny.main)
     main.write_bytes((np.fromfile(main, np.float32) * np.float32(1.5)).tobytes())
     assert run(folder) == 1
@@ -336,9 +338,16 @@ def test_every_interface(tmp_path: Path, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
 def test_eight_bits(tmp_path: Path, precision: Precision) -> None:
+    """README.md says what the doctor does of runtimes that read the graph."""
     result = package(small_quantized.bundle(precision), "-o", tmp_path / "served")
     assert result.exit_code == 0, result.output
     assert f"On a GPU {precision.value.upper()} gains no time in ONNX Runtime" in result.stdout
+    needs = GraphNeeds.of(tmp_path / "served" / GRAPH)
+    assert needs is not None
+    assert reading(needs).startswith("ONNX Runtime from ")
+    assert reading(needs) in (tmp_path / "served" / "README.md").read_text()
+    findings = examine_target(tmp_path / "served", cpu_machine()).findings
+    assert [found.what for found in findings if found.topic == "read by"] == [reading(needs)]
     assert run(tmp_path / "served", CPU) == 0
     assert validate(tmp_path / "served").exit_code == 0
 
