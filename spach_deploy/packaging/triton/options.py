@@ -250,7 +250,7 @@ class Ensemble:
 class TritonOptions:
     """All options of `spach-package triton`. `force`: accept files that no known Triton image can load.
 
-    `engine_cache`: folder on the server, in which the accelerator keeps its engines.
+    `engine_cache`: folder on the server, in which each model gets a folder for the engines of the accelerator.
     """
 
     backend: Backend = Backend.AUTO

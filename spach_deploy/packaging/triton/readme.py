@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spach_deploy._version import __version__
 from spach_deploy.common.errors import printable
 from spach_deploy.graph.runtimes import REPOSITORY, TritonImage, runtimes
 from spach_deploy.options.command_line import joined, quoted
-from spach_deploy.packaging.triton.config import ENGINE_CACHE, LABELS_FILE, data_type_name, shown
+from spach_deploy.packaging.triton.config import LABELS_FILE, data_type_name, engine_folder, shown
 from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU, MOUNT, Device, TritonOptions
 from spach_deploy.packaging.triton.served_model import ServedModel, Version
 from spach_deploy.packaging.triton.serving import PILLOW, fitting_images, misfit, server_flags, shared_memory_bytes
 
 README = "README.md"
-
-ENGINE_VOLUME = "tensorrt-engines"
-"""The volume in which the command that starts a server keeps what TensorRT inside of it compiled."""
 
 _KINDS = {KIND_AUTO: "on each GPU, or on the CPU", KIND_CPU: "on the CPU"}
 _PORTS = "-p 8000:8000 -p 8001:8001 -p 8002:8002"
@@ -197,7 +194,7 @@ def _which_image(content: RepositoryContent) -> str:
 
 def _docker_run(content: RepositoryContent) -> str:
     gpus = "--gpus all " if content.on_gpu else ""
-    cache = f" -v {ENGINE_VOLUME}:{quoted(_engine_cache(content))}" if content.options.accelerator else ""
+    cache = "".join(f" \\\n      -v {volume}:{quoted(folder)}" for volume, folder in _engine_volumes(content))
     server = " ".join([f"tritonserver --model-repository={MOUNT}", *server_flags(content.models, content.options)])
     if content.decodes_pictures:
         server = f"bash -c 'pip install --no-cache-dir pillow=={PILLOW} && exec {server}'"
@@ -215,15 +212,19 @@ def _pillow() -> str:
     )
 
 
-def _engine_cache(content: RepositoryContent) -> str:
-    return content.options.engine_cache or ENGINE_CACHE
+def _engine_volumes(content: RepositoryContent) -> list[tuple[str, str]]:
+    """A volume for the engines of each model, and its folder; none without an accelerator."""
+    if content.options.accelerator is None:
+        return []
+    folders = [engine_folder(model, content.options) for model in content.models]
+    return [(f"engines-{PurePosixPath(folder).name}", folder) for folder in folders]
 
 
 def _engines(content: RepositoryContent) -> str:
+    volumes = ", ".join(f"`{volume}`" for volume, _ in _engine_volumes(content))
     return (
-        f"The volume `{ENGINE_VOLUME}` keeps the engines that the first start compiles, for minutes, in\n"
-        f"{_code(_engine_cache(content))}; they are for one kind of GPU and one image.\n"
-        f"`docker volume rm {ENGINE_VOLUME}` removes them."
+        f"What TensorRT compiles at the first start, for minutes, is kept: {volumes}. Engines are for one graph, one\n"
+        "kind of GPU and one image; `docker volume rm` removes them."
     )
 
 
@@ -425,7 +426,8 @@ def _packaged_again(model: ServedModel, content: RepositoryContent) -> str:
         for other in content.models
         for _ in other.versions
     ]
-    bundles.insert(next(i + 1 for i, text in enumerate(bundles) if "OLD" in text), f"{model.name}=NEW_BUNDLE")
+    after = next(i + 1 for i, text in enumerate(bundles) if "OLD" in text)
+    bundles.insert(after, f"{model.name}{'-new' if content.options.accelerator else ''}=NEW_BUNDLE")
     options = content.options
     if options.labels is not None:
         options = dataclasses.replace(options, labels=Path(model.name) / LABELS_FILE)

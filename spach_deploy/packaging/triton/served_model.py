@@ -158,6 +158,12 @@ def _served(name: str, bundles: list[Bundle], options: TritonOptions) -> ServedM
     facts = [BundleFacts.of(bundle) for bundle in bundles]
     choices = [_choose(bundle, fact, options) for bundle, fact in zip(bundles, facts, strict=True)]
     _check_alike(name, bundles, [choice.backend for choice in choices])
+    if options.accelerator is not None and len(bundles) > 1:
+        raise UsageError(
+            f"--accelerator tensorrt: versions of {name} would share one folder of engines, which ONNX Runtime names by"
+            " a graph's structure, whatever its weights.",
+            "Give each a name of its own: NAME=BUNDLE.",
+        )
     numbered = enumerate(zip(bundles, choices, strict=True), start=1)
     return ServedModel(
         name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,32 @@ def test_a_cache_folder_that_may_be_lost_is_a_warning(
     ]
     assert found in checked.findings[0].found
     assert checked.exit_code == 0
+
+
+def test_engines_in_a_common_folder_are_a_warning(tmp_path: Path) -> None:
+    bundle, repository = (
+        tiny_bundles.write(tmp_path / "bundle", Tiny(precision=Precision.BF16)),
+        tmp_path / "repository",
+    )
+    arguments = [BundleArgument(bundle, name) for name in ("tiny", "other")]
+    write_repository(arguments, repository, TritonOptions(accelerator=Accelerator.TENSORRT))
+    assert check_repository(repository).findings == ()
+    config = repository / "other" / "config.pbtxt"
+    config.write_text(re.sub(r"/tmp/other-\w+", "/engines", config.read_text()))
+    config = repository / "tiny" / "config.pbtxt"
+    config.write_text(re.sub(r"/tmp/tiny-\w+", "/engines", config.read_text()))
+    findings = check_repository(repository).findings
+    assert [finding.found for finding in findings] == [
+        '"/engines", which tiny uses too',
+        '"/engines", which other uses too',
+    ]
+    assert {finding.severity for finding in findings} == {Severity.WARNING}
+    block("trt_engine_cache_prefix", "tiny")(repository)
+    assert check_repository(repository).findings == ()
+    shutil.copytree(repository / "tiny" / "1", repository / "tiny" / "2")
+    assert [finding.found for finding in check_repository(repository).findings] == [
+        '"/engines", which its other versions use too'
+    ]
 
 
 def test_every_parameter_that_the_backend_documents_is_known(good: Callable[[str], Path], tmp_path: Path) -> None:

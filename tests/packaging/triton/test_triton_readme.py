@@ -221,12 +221,14 @@ def test_the_command_for_two_versions_has_the_options_of_this_repository(
 
 def test_the_engines_that_tensorrt_compiles_are_kept_in_a_volume(tmp_path: Path) -> None:
     text = of_one(tmp_path, ACCELERATED, accelerator=Accelerator.TENSORRT)
-    assert ' -v "$PWD":/models:ro -v tensorrt-engines:/tmp/tensorrt-engines nvcr' in commands(text, "docker run")[0]
+    volume = r" -v (engines-tiny-[0-9a-f]{12}):%s/tiny-[0-9a-f]{12} nvcr"
+    assert re.search(r' -v "\$PWD":/models:ro' + volume % "/tmp", commands(text, "docker run")[0])
     assert "TensorRT inside Triton was not compared" in text
     other = of_one(tmp_path / "other", ACCELERATED, accelerator=Accelerator.TENSORRT, engine_cache="/var/cache/engines")
-    assert " -v tensorrt-engines:/var/cache/engines nvcr" in commands(other, "docker run")[0]
+    assert re.search(volume % "/var/cache/engines", commands(other, "docker run")[0])
+    assert "    spach-package triton tiny=OLD_BUNDLE tiny-new=NEW_BUNDLE -o REPO --accelerator tensorrt" in text
     plain = of_one(tmp_path / "plain")
-    assert "tensorrt-engines" not in plain
+    assert "-v engines" not in plain
     assert "was not compared" not in plain
 
 

@@ -67,6 +67,7 @@ _ACCEPTED = {
 }
 
 _PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
+_PREFIX = "trt_engine_cache_prefix"
 _CACHES = (
     ("trt_engine_cache_enable", "trt_engine_cache_path", "engines"),
     ("trt_timing_cache_enable", "trt_timing_cache_path", "timings"),
@@ -180,6 +181,9 @@ def _cache(
     if not is_on:
         fix = f'Add {enable}: "true".'
         yield model.finding(field, f'"{folder}", which is not used', f"{enable}", fix, severity=warning)
+    if shared := _others_in(model, repository, parameters, path):
+        found, expected = f'"{folder}", which {shared} too', "a folder for each: engines are named by structure alone"
+        yield model.finding(field, found, expected, "Give another one.", severity=warning)
     if problem := _impossible(folder, repository.path):
         yield model.finding(field, f'"{folder}", {problem}', "a folder that the server can make", "Give another one.")
     elif is_mounted_over(folder):
@@ -188,6 +192,20 @@ def _cache(
     elif not PurePosixPath(folder).is_absolute():
         found = f'"{folder}", below wherever the server is started'
         yield model.finding(field, found, "an absolute path", "Give the whole path.", severity=warning)
+
+
+def _others_in(model: ModelFolder, repository: Repository, parameters: Mapping[str, str], path: str) -> str:
+    """Who else keeps engines in a model's folder, as a clause. A prefix of its own tells engines apart."""
+    if path != "trt_engine_cache_path":
+        return ""  # timings are of kernels, whatever the model
+    if len(model.versions) > 1:
+        return "its other versions use"
+    own = (parameters.get(path), parameters.get(_PREFIX))
+    for other in repository.models:
+        for block in other.config.optimization.execution_accelerators.gpu_execution_accelerator:
+            if other.name != model.name and (block.parameters.get(path), block.parameters.get(_PREFIX)) == own:
+                return f"{other.name} uses"
+    return ""
 
 
 def _impossible(folder: str, repository: Path) -> str:
