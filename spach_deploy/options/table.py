@@ -483,7 +483,7 @@ TABLE: tuple[Option, ...] = (
         Option("--accelerator", Kind.CHOICE, "What ONNX Runtime runs the graph with, on a GPU.", choices=("tensorrt",),
                shown="its own kernels"),
         Option("--engine-cache", Kind.TEXT,
-               "Folder on the server, in which the accelerator keeps each model's engines in a folder of its own.",
+               "Folder that is on the server, in which the accelerator keeps each model's engines in one of its own.",
                metavar="DIR", shown="/tmp"),
         Option("--force", Kind.FLAG,
                "Take a plan or a graph that Triton cannot load, for a repository that is only to be read."),

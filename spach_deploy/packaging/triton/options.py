@@ -269,6 +269,11 @@ class TritonOptions:
     def __post_init__(self) -> None:
         if self.engine_cache is not None and self.accelerator is None:
             raise UsageError("--engine-cache needs --accelerator tensorrt.", "Give both, or leave it out.")
+        if self.engine_cache is not None and not re.fullmatch(r"/[^:\0-\x1f]*", self.engine_cache):
+            raise UsageError(
+                f"--engine-cache {self.engine_cache!r} is no folder of a server.",
+                "Give an absolute path, such as /engines.",
+            )
         if self.engine_cache is not None and is_mounted_over(self.engine_cache):
             raise UsageError(
                 f"--engine-cache {self.engine_cache} is below {MOUNT}, where the server has the repository, read-only.",

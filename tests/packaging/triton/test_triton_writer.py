@@ -756,6 +756,10 @@ def test_eight_bits_among_half_have_no_precision_mode(tmp_path: Path) -> None:
         ({"accelerator": Accelerator.TENSORRT, "backend": Backend.TENSORRT}, "--backend tensorrt serves a plan"),
         ({"accelerator": Accelerator.TENSORRT, "instances": Instances(device=Device.CPU)}, "on GPUs alone"),
         ({"engine_cache": "/engines"}, "--engine-cache needs --accelerator"),
+        *(
+            ({"accelerator": Accelerator.TENSORRT, "engine_cache": folder}, "is no folder of a server")
+            for folder in ("engines", "", "/a:/b", "/a\n")
+        ),
     ],
 )
 def test_options_that_contradict_the_accelerator_are_refused(options: dict[str, Any], message: str) -> None:
