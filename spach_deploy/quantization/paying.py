@@ -6,9 +6,10 @@ RTX 1.7.1):
 
 - A layer that reads attention's result pays: the attention kernel writes eight bits itself.
 - A layer that reads a product through bias and activation alone (fc2) pays: the product before it writes eight bits
-  from its epilogue, and the widest tensor of the network is halved. Not for Turing (sm75), where the epilogue is lost.
+  from its epilogue, and the widest tensor of the network is halved.
 - A layer that reads a LayerNorm (qkv, fc1) does not: the norm writes eight bits, but the product loses its epilogue or,
   as qkv, its place before attention: one kernel more each, and at 224 pixels more memory than in half precision.
+- On Turing (sm75) all layers pay: half precision has no such epilogue there that eight bits could lose.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ _EPILOGUES_FROM = ComputeCapability(8, 0)
 
 def paying(model: ir.Model, sites: Sequence[Site], gpus: Collection[ComputeCapability]) -> frozenset[str]:
     """Modules of the `sites` of the FP32 graph `model` that pay on all `gpus` (none: those of the default)."""
-    has_epilogues = all(gpu >= _EPILOGUES_FROM for gpu in gpus)
+    if any(gpu < _EPILOGUES_FROM for gpu in gpus):
+        return frozenset(site.module for site in sites)
     nodes = {name_of(node): node for node in model.graph}
-    return frozenset(site.module for site in sites if _pays(nodes[site.node], site, has_epilogues=has_epilogues))
+    return frozenset(site.module for site in sites if _pays(nodes[site.node], site))
 
 
-def _pays(node: ir.Node, site: Site, *, has_epilogues: bool) -> bool:
+def _pays(node: ir.Node, site: Site) -> bool:
     read = node.inputs[site.slot]
     if site.kind not in (LayerKind.LINEAR, LayerKind.TOKEN_LINEAR) or read is None:
         return False
-    return _is_of_attention(read) or (has_epilogues and product_of(read) is not None)
+    return _is_of_attention(read) or product_of(read) is not None
 
 
 def _is_of_attention(value: ir.Value) -> bool:

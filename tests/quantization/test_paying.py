@@ -7,6 +7,8 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.cli.validate import main as validate
+from spach_deploy.common.progress import ExportObserver, Phases
 from spach_deploy.graph.export import export_canonical
 from spach_deploy.models import published
 from spach_deploy.options.specs import (
@@ -28,6 +31,8 @@ from spach_deploy.options.specs import (
     QuantizationSpec,
 )
 from spach_deploy.pipeline.export import export
+from spach_deploy.pipeline.steps.graph import Fp32Graph
+from spach_deploy.pipeline.steps.quantize import _paying
 from spach_deploy.quantization.paying import REASON, paying
 from spach_deploy.quantization.plan import read_plan, without
 from spach_deploy.quantization.qdq import audit
@@ -59,8 +64,19 @@ def test_layers_pay_whose_input_is_written_in_eight_bits(kind: str, expected: se
     assert found(kind, ADA) == expected == found(kind)
 
 
-def test_turing_has_no_epilogue_that_quantizes() -> None:
-    assert found("hybrid", TURING) == {"spatial_func.proj"}
+def test_turing_has_no_epilogue_to_lose() -> None:
+    assert found("hybrid", TURING) > found("hybrid", ADA)
+    assert found("hybrid", TURING) == found("hybrid", ADA, TURING) >= {"spatial_func.qkv", "channel_func.fc1"}
+
+
+def test_where_no_layer_pays_all_are_quantized_and_a_note_says_so() -> None:
+    graph = Fp32Graph(export_canonical(small_models.static("hybrid"), small_bundles.SIZE))
+    calibration = read_plan(small_quantized.bundle(Precision.FP8) / "quantization.json")
+    of_norms = frozenset(site.module for site in calibration.sites if not site.module.endswith(("qkv", "fc1")))
+    phases, given = Phases(ExportObserver()), without(calibration, of_norms, "asked")
+    made: Any = SimpleNamespace(plan=given)
+    assert _paying(made, graph, options(Path(), Precision.FP8), phases) is made
+    assert phases.notes == ["No layer of this model pays in eight bits on TensorRT for RTX, so all are quantized."]
 
 
 def test_without_ends_the_exchange_of_ranges_that_serves_nothing() -> None:

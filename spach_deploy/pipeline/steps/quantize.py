@@ -52,7 +52,7 @@ def quantize(
     """The plan with all layers that the rules allow, or with those that keep the requested bound."""
     calibration, selection = calibrated(graph, static, loaded, images, options, phases), None
     if options.quantizes_paying:
-        calibration = _paying(calibration, graph, options)
+        calibration = _paying(calibration, graph, options, phases)
     if options.quantization.is_bounded:
         with phases.phase("choose the layers"):
             held_out = _held_out(loaded, images, reference, options, phases)
@@ -61,12 +61,17 @@ def quantize(
     return Quantized(calibration, selection, plan)
 
 
-def _paying(calibration: CalibrationResult, graph: Fp32Graph, options: ExportOptions) -> CalibrationResult:
-    """Only with the layers that pay on TensorRT for RTX, and those of --quantize."""
+def _paying(
+    calibration: CalibrationResult, graph: Fp32Graph, options: ExportOptions, phases: Phases
+) -> CalibrationResult:
+    """Only with the layers that pay on TensorRT for RTX, and those of --quantize; all, with a note, where none does."""
     plan, spec = calibration.plan, options.quantization
     found = paying(graph.model, find_sites(graph.model), options.engine.gpus)
     asked = Selection(quantize=spec.quantize).names
     left = frozenset(site.module for site in plan.sites if site.module not in found and not asked(site.module))
+    if plan.sites and len(left) == len({site.module for site in plan.sites}):
+        phases.note("No layer of this model pays in eight bits on TensorRT for RTX, so all are quantized.")
+        return calibration
     changed = dataclasses.replace(calibration.calibration, plan=without(plan, left, REASON))
     return dataclasses.replace(calibration, calibration=changed)
 
