@@ -7,6 +7,8 @@
     report.json      the validation in full
     report.html      the same as a page to read
     build.log        messages of the engine's builder
+    openvino.xml     of --target cpu, where OpenVINO's own conversion was faster than every graph: that, with its
+                     weights in openvino.bin
 
 `check_target` refuses a target before the work begins. `writing` gives a hidden sibling directory to fill, which
 `seal` completes with the manifest; it is then moved into place in one step, so that a killed export leaves the old
@@ -48,6 +50,7 @@ MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
     "report.html",
 )
 BUILD_LOG = "build.log"
+OPENVINO_MODEL, OPENVINO_WEIGHTS = "openvino.xml", "openvino.bin"
 CONTEXT = "model_ctx.onnx"
 """In a folder of spach-package onnxruntime: the EPContext model that loads the plan."""
 
@@ -55,7 +58,7 @@ REWRITTEN = (REPORT, PAGE)
 """Files that spach-validate rewrites, and that are therefore not hashed."""
 
 QUANTIZATION = "quantization.json"
-HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION)
+HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION, OPENVINO_MODEL, OPENVINO_WEIGHTS)
 """Files that later commands read, and that must be exactly those of the export."""
 
 GOLDEN_BYTES = {"input": 1 << 30, "names": 1 << 24}

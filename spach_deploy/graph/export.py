@@ -188,7 +188,7 @@ def _program(
     """What torch.onnx makes of a module. ModelError for what it cannot trace."""
     batch = {0: torch.export.Dim(BATCH)} if symbolic else None
     try:
-        with _quiet_exporter():
+        with quiet_exporter():
             program = torch.onnx.export(
                 model,
                 tuple(example.values()),
@@ -291,7 +291,7 @@ def simplify(model: ModelProto) -> ModelProto:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silence what torch prints and logs while it exports: progress, warnings about packages that are not needed, and
     the graph up to where it failed. Exceptions still come.
     """
