@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,6 +127,7 @@ def scheduler_here() -> contextlib.AbstractContextManager[Scheduler]:
 def serve(connection_fd: int) -> None:
     """Main loop of the worker: run the steps that come over the connection, until its other end closes."""
     connection = Connection(connection_fd)
+    sys.stdout = sys.stderr  # what a user's own module prints is no result
     threading.Thread(target=_load, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -34,7 +34,7 @@ from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, writing
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.common.text import escaped, json_text
+from spach_deploy.common.text import escaped, json_text, noun
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.specs import IODtype, Preprocessing, Role
@@ -363,23 +363,14 @@ def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
         )
     if not 1 <= k <= model.classes:
         raise UsageError(
-            f"--top-k {k} of {model.classes} classes does not exist.",
+            f"--top-k {k} of {model.classes} {noun(model.classes, 'class')} does not exist.",
             f"Give a number from 1 to {model.classes}.",
         )
 
 
 def _preprocess(model: ServedModel, options: TritonOptions) -> EnsembleStep:
     tensor = model.inputs[0]
-    transform = model.facts.preprocessing
-    settings = {
-        "image_size": transform.image_size,
-        "resize_size": transform.resize_size,
-        "mean": transform.mean,
-        "std": transform.std,
-        "dtype": tensor.dtype,
-    }
-    if transform.interpolation != Preprocessing.interpolation:
-        settings["interpolation"] = transform.interpolation
+    settings = step_settings(model.facts.preprocessing, tensor.dtype)
     config = _step_config(
         f"{model.name}_preprocess",
         model,
@@ -389,6 +380,20 @@ def _preprocess(model: ServedModel, options: TritonOptions) -> EnsembleStep:
     config.instance_group.add(**step_group(config.name, options, PREPROCESS_INSTANCES))
     config.parameters["preprocessing"].string_value = json.dumps(settings)
     return EnsembleStep(config, "preprocess")
+
+
+def step_settings(transform: Preprocessing, dtype: str) -> dict[str, Any]:
+    """What the step that decodes pictures reads, as JSON. `dtype`: of the model's input."""
+    settings = {
+        "image_size": transform.image_size,
+        "resize_size": transform.resize_size,
+        "mean": transform.mean,
+        "std": transform.std,
+        "dtype": dtype,
+    }
+    if transform.interpolation != Preprocessing.interpolation:
+        settings["interpolation"] = transform.interpolation
+    return settings
 
 
 def _top_k(model: ServedModel, logits: TensorInfo, k: int, options: TritonOptions) -> EnsembleStep:
