@@ -211,7 +211,7 @@ def is_alike_in_batches(model: OwnForward, largest: int) -> bool:
     inputs = model.example(_TRACED_BATCH)
     batch = {0: torch.export.Dim(BATCH, min=2, max=max(largest, _TRACED_BATCH))}
     try:
-        with _quiet_exporter():
+        with quiet_exporter():
             torch.export.export(model, inputs, dynamic_shapes=_shapes(model, [batch for _ in inputs]), strict=False)
     except Exception:  # torch.export raises what it likes
         return False

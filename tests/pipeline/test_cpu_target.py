@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -47,7 +49,7 @@ SMALL = ("--model", small_bundles.NAME, "--image-size", small_bundles.SIZE, "--n
 class Stopwatch:
     """Answers for `measure`: so many times as fast as eager, and how right, by precision, or by runner in `plain`."""
 
-    def __init__(self, plain: dict[str, float], **speeds: tuple[float, bool]) -> None:
+    def __init__(self, plain: Mapping[str, float], **speeds: tuple[float, bool]) -> None:
         self.speeds = speeds
         self.plain = plain
         self.asked: list[BenchmarkRequest] = []
@@ -111,10 +113,10 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     target: Path,
     *arguments: object,
-    plain: dict[str, float] | None = None,
+    plain: Mapping[str, float] = MappingProxyType({}),
     **speeds: tuple[float, bool],
 ) -> Any:
-    watch = Stopwatch(plain or {}, **speeds)
+    watch = Stopwatch(plain, **speeds)
     monkeypatch.setattr(cpu_target, "measure", watch)
     with small_bundles.registered():
         result = export(*SMALL, "--target", "cpu", "-o", target, *arguments)
@@ -157,7 +159,8 @@ def on_a_machine(
 def test_the_fastest_right_form_becomes_the_bundle(
     speeds: dict[str, tuple[float, bool]], chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result, _ = run(monkeypatch, tmp_path / "b", "--calibration", calibration_images(), **speeds)
+    arguments = ("--calibration", calibration_images())
+    result, _ = run(monkeypatch, tmp_path / "b", *arguments, plain={}, **speeds)
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "b")  # its hashes are checked
     assert bundle.manifest.precision.asked == chosen
