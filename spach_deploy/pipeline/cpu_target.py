@@ -104,7 +104,7 @@ def export_for_cpu(
     check_cpu(options, requested)
     targets = _possible_targets(options)
     benchmarks: dict[Precision, Benchmark] = {}
-    with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
+    with tempfile.TemporaryDirectory(prefix="spach-cpu-", ignore_cleanup_errors=True) as folder:
         for precision in wanted(options, requested):
             destination = Destination.of(Path(folder) / precision.value)
             made = export(options_for(options, precision), observer, destination=destination, scheduler=scheduler)

@@ -122,7 +122,7 @@ def test_findings_and_abilities_are_of_one_mind(gpus: tuple[Any, ...], system: s
 
 # Commands
 
-NO_COMMAND_FOR = {"memory"}
+NO_COMMAND_FOR = {"memory", "platform"}
 COMMANDS: dict[str, Command] = {"spach-export": export_command, "spach-validate": validate_command}
 
 

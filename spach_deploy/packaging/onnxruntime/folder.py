@@ -169,13 +169,13 @@ def write_folder(
         _write_golden(staging, golden, facts)
         files = "".join(_file_line(staging / name) for name in (GRAPH, CONTEXT, PLAN) if (staging / name).is_file())
         text = files + model_text(opened.manifest, facts, len(golden.input), made.provider or None, providers.names)
-        (staging / MODEL_TEXT).write_text(text, encoding="utf-8")
+        (staging / MODEL_TEXT).write_text(text, encoding="utf-8", newline="\n")
         if names is not None:
-            (staging / LABELS).write_text(as_text(names), encoding="utf-8")
+            (staging / LABELS).write_text(as_text(names), encoding="utf-8", newline="\n")
         seal_as(ONNXRUNTIME, staging, form.manifest)  # before the files that their user may edit
         for name in PROGRAMS:
             shutil.copyfile(TEMPLATES / name, staging / name)
-        (staging / README).write_text(_readme(made), encoding="utf-8")
+        (staging / README).write_text(_readme(made), encoding="utf-8", newline="\n")
     return made
 
 
