@@ -86,20 +86,17 @@ def _faults(call: ast.Call) -> Iterator[str]:
 def _is_destination(call: ast.Call) -> bool:
     """Whether it is `Destination.write_text`, which writes UTF-8 as it is."""
     owner = ast.unparse(call.func)
-    return (
-        re.match(r"(Destination\.of\(.*\)|self\._(json|page)|destination)\.write_text$", owner, re.DOTALL) is not None
-    )
+    return bool(re.match(r"(Destination\.of\(.*\)|self\._(json|page)|destination)\.write_text$", owner, re.DOTALL))
 
 
 def _is_text(call: ast.Call) -> bool:
     """Whether it opens a file as text: by `open(path)`, `open(path, "w")` or `path.open("w")`."""
-    modes = [
-        a.value for a in call.args if isinstance(a, ast.Constant) and re.fullmatch(r"[rwxa+bt]{1,3}", str(a.value))
-    ]
+    texts = [str(argument.value) for argument in call.args if isinstance(argument, ast.Constant)]
+    modes = [text for text in texts if re.fullmatch(r"[rwxa+bt]{1,3}", text)]
     return (bool(modes) and "b" not in modes[0]) or (isinstance(call.func, ast.Name) and not modes)
 
 
-@pytest.mark.parametrize("file", files(), ids=lambda file: file.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("file", [*files()], ids=lambda file: file.relative_to(PACKAGE).as_posix())
 def test_texts_have_the_same_bytes_on_every_system(file: Path) -> None:
     assert faults_of(file.read_text(encoding="utf-8")) == []
 

@@ -106,6 +106,7 @@ class _Block:
         atexit.unregister(_leave_before_the_alarm)
         atexit.register(_leave_before_the_alarm)  # before the heavy imports, so that it runs after what they register
         self._hook = sys.unraisablehook
+        self._unwatch = self._interrupt.watch()
         self._previous = {number: signal.signal(number, self._interrupt) for number in _SIGNALS}
         sys.unraisablehook = _without_interrupts(self._hook)
 
@@ -115,6 +116,7 @@ class _Block:
         if self._is_inactive:
             return
         sys.unraisablehook = self._hook
+        self._unwatch()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._interrupt.happened:
@@ -133,15 +135,23 @@ class _Interrupt:
         self.is_reported = False
         self.kept = kept
         self._printable = printable
-        self._set_alarm = operating_system.set_alarm  # nothing is imported in a signal's handler
+        self._system = operating_system  # nothing is imported in a signal's handler
         self._grace_s = grace_s
 
     def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
         if self.happened:
             self._end_now()
         self.happened = True
-        self._set_alarm(self._grace_s, self._end_now)
+        self._start_limit()
         raise KeyboardInterrupt
+
+    def watch(self) -> Callable[[], None]:
+        """Start the time limit also where the main thread is not woken; returns a function that ends that."""
+        return self._system.watch_interrupts(self._start_limit)
+
+    def _start_limit(self) -> None:
+        if not self._system.alarm_is_set():
+            self._system.set_alarm(self._grace_s, self._end_now)
 
     def _end_now(self, *_: Any) -> NoReturn:
         """Exit without unwinding. The next export removes what this one leaves."""

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     from multiprocessing import connection as connections
@@ -303,8 +303,35 @@ if sys.platform == "win32":
         return PipeConnection(number)
 
     def interrupt(process: subprocess.Popen[bytes]) -> None:
-        """Press Ctrl-Break, which our commands take as Ctrl-C, in a process that `start` started."""
-        process.send_signal(signal.CTRL_BREAK_EVENT)
+        """Press Ctrl-Break, which our commands take as Ctrl-C, in a process that `start` started.
+
+        Without a console, as in a service, nothing can be pressed, and it is killed.
+        """
+        if process.poll() is None and not _kernel32.GenerateConsoleCtrlEvent(signal.CTRL_BREAK_EVENT, process.pid):
+            process.kill()
+
+    _watchers: list[Any] = []
+    """What Windows calls at Ctrl-C and Ctrl-Break; kept, because it holds no reference."""
+
+    def watch_interrupts(watch: Callable[[], object]) -> Callable[[], None]:
+        """Have `watch` called at Ctrl-C, in another thread. Returns a function that ends that.
+
+        Python's own handler does not run while the main thread waits for a lock.
+        """
+
+        def call(event: int) -> bool:
+            if event in (signal.CTRL_C_EVENT, signal.CTRL_BREAK_EVENT):
+                watch()
+            return False  # and then Python's own
+
+        watcher = ctypes.WINFUNCTYPE(wintypes.BOOL, wintypes.DWORD)(call)
+        _watchers.append(watcher)
+        _kernel32.SetConsoleCtrlHandler(watcher, True)
+
+        def stop() -> None:
+            _kernel32.SetConsoleCtrlHandler(watcher, False)
+
+        return stop
 
     def kill_with_children(process: subprocess.Popen[bytes]) -> None:
         """Kill a process that `start` has tied, and all that it started."""
@@ -349,6 +376,10 @@ if sys.platform == "win32":
         return bool(_alarms)
 
     # The machine
+
+    def takes_text(stream: TextIO | None) -> bool:
+        """Whether Python writes text to what is behind a stream, not bytes: to a console of Windows."""
+        return stream is not None and stream.isatty()
 
     def usable_cores() -> list[int]:
         """Numbers of the cores that this process may use."""
@@ -515,6 +546,10 @@ else:
         """Send SIGINT, as Ctrl-C does, to a process that `start` started."""
         process.send_signal(signal.SIGINT)
 
+    def watch_interrupts(watch: Callable[[], object]) -> Callable[[], None]:
+        """Nothing: Linux wakes the main thread at Ctrl-C, and Python's handler runs at once."""
+        return lambda: None
+
     def kill_with_children(process: subprocess.Popen[bytes]) -> None:
         """Kill a process that `start` started, and all that it started."""
         try:
@@ -560,6 +595,10 @@ else:
         return signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
     # The machine
+
+    def takes_text(stream: TextIO | None) -> bool:
+        """Whether Python writes text to what is behind a stream, not bytes: to a console of Windows."""
+        return False
 
     def usable_cores() -> list[int]:
         """Numbers of the cores that this process may use."""

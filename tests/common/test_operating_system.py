@@ -44,6 +44,19 @@ print(child.pid, flush=True)
 time.sleep(600)
 """
 
+INTERRUPTED = """
+import signal, sys, threading
+from spach_deploy.cli.interrupts import ending_on_interrupt
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with ending_on_interrupt(lambda: "The old one is kept.", grace_s=0.5):
+        print("ready", flush=True)
+        threading.Event().wait()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
 PARENT = """
 import subprocess, sys, time
 from spach_deploy.common import processes
@@ -181,6 +194,13 @@ def test_a_tied_process_ends_when_its_parent_is_killed() -> None:
     assert operating_system.is_alive(int(said))
     processes.end(parent)
     assert is_gone(int(said))
+
+
+def test_a_process_that_waits_for_a_lock_ends_when_it_is_interrupted() -> None:
+    process, said = started(INTERRUPTED)
+    assert said == "ready"
+    operating_system.interrupt(process)
+    assert process.wait(60) in ((130, 1) if sys.platform == "win32" else (130,))  # 1: killed, where no console is
 
 
 def test_an_ended_process_tells_its_code_and_memory() -> None:

@@ -241,9 +241,9 @@ def test_an_old_tensorrt() -> None:
 
 
 def test_no_compiler_without_a_gpu_on_another_architecture() -> None:
-    here = cpu_machine(machine="aarch64", tensorrt={})
+    here = cpu_machine(system="Darwin", machine="arm64", tensorrt={})
     found = finding(here, "tensorrt-rtx")
-    assert found.what == "not made for Linux on aarch64"
+    assert found.what == "not made for Darwin on arm64"
     assert not can(examine_machine(here))[Task.BUILD]
 
 
