@@ -250,6 +250,16 @@ def test_the_names_that_windows_refuses_are_named_with_the_reason() -> None:
     assert [name for name in bad if operating_system.problem_of_name(name, on_windows=False)] == []
 
 
+@pytest.mark.skipif(sys.platform != "win32", reason="names of Windows")
+@pytest.mark.parametrize("name", ["con", "bundle."])
+def test_an_output_that_windows_would_write_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    from spach_deploy.bundle.store import check_target
+    from spach_deploy.common.errors import BundleError
+
+    with pytest.raises(BundleError, match="Windows"):
+        check_target(tmp_path / name, overwrite=False)
+
+
 def test_an_exit_code_is_no_crash() -> None:
     assert [operating_system.crash(code) for code in (0, 1, 2, 3, 130, 255)] == [None] * 6
 
