@@ -35,7 +35,7 @@ def _places() -> tuple[str, Path] | None:
     return (wine, python) if wine and python.exists() else None
 
 
-def windows(*arguments: object, prefix: Path, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
+def windows(*arguments: object, prefix: Path, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
     """Run Python for Windows with these arguments, and this package's sources; `prefix` is Wine's directory."""
     places = _places()
     if places is None:
