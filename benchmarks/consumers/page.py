@@ -13,11 +13,11 @@ _PRECISIONS = ("fp32", "fp16", "int8", "int8 in fp32", "bf16", "fp8")
 _FORMS = ("cpu", "tensorrt")
 _HEAD = """# Which runtimes read the graphs
 
-Written by `benchmarks/consumers` from `spach_deploy/graph/consumers.json`, which `spach-doctor BUNDLE` reads too. Small
-models of every family ({families}) were exported in every precision, with
-`--engine none` (*cpu*) and in the form for TensorRT (*tensorrt*), and each runtime, from PyPI or npm, ran the bundles'
-golden images on a CPU, one at a time and all at once, on {read}. *int8* keeps the rest in FP16, *int8 in fp32* is
-`--int8 --rest fp32`.
+Written by `benchmarks/consumers` from `spach_deploy/graph/consumers.json`, which `spach-doctor BUNDLE` and
+`spach-package` read too. Small models of every family ({families})
+were exported in every precision, with `--engine none` (*cpu*) and in the form for TensorRT (*tensorrt*), and
+each runtime, from PyPI or npm, ran the bundles' golden images on a CPU, one at a time and all at once, on {read}.
+*int8* keeps the rest in FP16, *int8 in fp32* is `--int8 --rest fp32`.
 
 - **right**: of every family, every image within the bundle's tolerance for its graph.
 - **refused**: of every family; the runtime's words are below.

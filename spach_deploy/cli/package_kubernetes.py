@@ -11,7 +11,7 @@ from spach_deploy.cli.console import Command, command, show
 from spach_deploy.common.errors import UsageError
 from spach_deploy.options.click_options import FILE, click_options
 from spach_deploy.options.table import KUBERNETES
-from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
+from spach_deploy.packaging.kubernetes.deployment import ImageDigest, KubernetesOptions, Replicas
 from spach_deploy.packaging.triton.options import Backend, Instances
 
 
@@ -53,14 +53,18 @@ def _write(bundle: Path, output: Path, given: dict[str, Any]) -> int:
         instances=Instances.parse(given["instances"]),
         helm=given["helm"],
         pull_secrets=tuple(given["image_pull_secret"]),
-        image_digest=given["image_digest"],
-        triton_digest=given["triton_digest"],
+        image_digest=_digest(given, "image_digest"),
+        triton_digest=_digest(given, "triton_digest"),
     )
     from spach_deploy.packaging.kubernetes.folder import as_json, as_text, write_folder
 
     written = write_folder(bundle, output, options, overwrite=given["overwrite"])
     show(as_json(written) if given["as_json"] else as_text(written))
     return 0
+
+
+def _digest(given: dict[str, Any], key: str) -> ImageDigest | None:
+    return None if given[key] is None else ImageDigest.parse(f"--{key.replace('_', '-')}", given[key])
 
 
 def _list_versions() -> int:

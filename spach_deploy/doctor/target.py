@@ -231,7 +231,7 @@ def _in_runtime(bundle: Bundle, version: str, accept: str, needs: GraphNeeds | N
     if not misfit or known is None or needs is None:
         means = f"Even where the plan cannot run, {_graph_in_words(bundle)} can be verified."
         return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)
-    if known.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
+    if known.misfit(needs.in_fp32(), on_gpu=False):
         newer = installing("--upgrade", "onnxruntime")
         return Finding(Status.PROBLEM, GRAPH, misfit, "So the graph cannot be verified here.", newer, _VERIFY)
     means = "As it is it runs on no CPU; spach-validate runs it in FP32, every bfloat16 tensor rounded."

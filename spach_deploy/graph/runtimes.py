@@ -1,9 +1,9 @@
 """Which runtime reads which graph, and which ONNX Runtime each Triton image carries: `runtimes.json`, `consumers.json`.
 
-All advice on where a graph can run is read from these tables: Triton repositories and their check, Kubernetes
-manifests, the doctor, Polygraphy's folder. `sources` in runtimes.json says where its rows are from. consumers.json is
-what ONNX Runtime, OpenVINO, OpenCV and npm's packages made of small graphs of every family; `benchmarks/consumers`
-writes it, and docs/runtimes.md shows it.
+All advice on where a graph can run goes by both tables, through `OnnxRuntimeRelease.misfit` and `reading`: Triton
+repositories and their check, Kubernetes manifests, the folders for ONNX Runtime and Polygraphy, the doctor. `sources`
+in runtimes.json says where its rows are from. consumers.json is what ONNX Runtime, OpenVINO, OpenCV and npm's packages
+made of small graphs of every family; `benchmarks/consumers` writes it, and docs/runtimes.md shows it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import UsageError
+from spach_deploy.runtime.onnxruntime_runner import MENDED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,6 +47,10 @@ class GraphNeeds:
     has_fp8: bool = False
     formats: frozenset[str] = frozenset()
     operators: frozenset[str] = frozenset()
+
+    def in_fp32(self) -> GraphNeeds:
+        """Of the same graph with every half tensor rounded and computed in FP32."""
+        return dataclasses.replace(self, bfloat16=frozenset(), formats=self.formats - {"fp16", "bf16"})
 
     @classmethod
     def of(cls, graph: Path | bytes) -> GraphNeeds | None:
@@ -136,17 +141,22 @@ class OnnxRuntimeRelease:
 
     `opset`, `ir`: the newest opset and IR version that it loads. `fp8_opset`: the oldest opset in which it loads graphs
     with FP8. `cuda_bfloat16`: operators for which its CUDA provider has a kernel in bfloat16 (its CPU provider has none
-    that computes). `truncates_fp16`: on a CPU, its QuantizeLinear of FP16 truncates instead of rounding
-    (`runtime.truncation`). `seen`: keys of the table's `sources`.
+    that computes). `seen`: keys of the table's `sources`. `tried`: the newest release in consumers.json that is not
+    newer.
     """
 
     version: str
     opset: int
     ir: int
-    truncates_fp16: bool
     seen: str
     fp8_opset: int
     cuda_bfloat16: frozenset[str] = dataclasses.field(repr=False)
+    tried: Reader | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def truncates_fp16(self) -> bool:
+        """Whether its QuantizeLinear of FP16 truncates on a CPU instead of rounding."""
+        return version_numbers(self.version) < version_numbers(MENDED)
 
     def misfit(self, needs: GraphNeeds, *, on_gpu: bool) -> str:
         """Why this release cannot run a graph, as a clause; empty where no reason is known."""
@@ -162,6 +172,8 @@ class OnnxRuntimeRelease:
         lacking = sorted(needs.bfloat16 - self.cuda_bfloat16)
         if lacking:
             return f"ONNX Runtime {self.version} has no kernel for {' and '.join(lacking)} in bfloat16, on no device"
+        if not on_gpu and self.tried is not None and (problem := self.tried.misfit(needs)):
+            return f"ONNX Runtime {self.tried.version} does not read such a graph on a CPU: {problem}"
         return ""
 
 
@@ -179,9 +191,14 @@ class TritonImage:
     seen: Mapping[str, str] = dataclasses.field(repr=False)
 
     @property
+    def tag(self) -> str:
+        """The tag of the image with Python, such as `25.08-py3`."""
+        return f"{self.release}-py3"
+
+    @property
     def reference(self) -> str:
         """The image's name with its tag, as a Dockerfile has it."""
-        return f"{REPOSITORY}:{self.release}-py3"
+        return f"{REPOSITORY}:{self.tag}"
 
     @property
     def notes(self) -> str:
@@ -208,7 +225,11 @@ class Runtimes:
         since = content["cuda_bfloat16"]
         runtimes = [
             OnnxRuntimeRelease(
-                version, **entry, fp8_opset=_fp8_opset(version, content), cuda_bfloat16=_by(version, since)
+                version,
+                **entry,
+                fp8_opset=_fp8_opset(version, content),
+                cuda_bfloat16=_by(version, since),
+                tried=_tried(version),
             )
             for version, entry in content["onnxruntime"].items()
         ]
@@ -243,6 +264,13 @@ class Runtimes:
         clauses = (runtime.misfit(graph, on_gpu=on_gpu) for graph in needs)
         return next((clause for clause in clauses if clause), "")
 
+    def of_tensorrt(self, needs: GraphNeeds) -> GraphNeeds:
+        """The requirements of a graph that ONNX Runtime hands to TensorRT, which needs no kernels of its own.
+
+        Kernels that its CUDA provider has remain: they tell since when the provider of TensorRT takes BF16.
+        """
+        return dataclasses.replace(needs, bfloat16=needs.bfloat16 & self.onnxruntimes[-1].cuda_bfloat16)
+
     def truncates_fp16(self, version: str) -> bool:
         """Whether this version of ONNX Runtime is known to truncate where FP16 is quantized on a CPU."""
         runtime = self.onnxruntime(version)
@@ -255,7 +283,14 @@ class Runtimes:
         """
         asked = version_numbers(version)
         older = [runtime for runtime in self.onnxruntimes if version_numbers(runtime.version) <= asked]
-        return dataclasses.replace(older[-1], version=version) if older else None
+        return dataclasses.replace(older[-1], version=version, tried=_tried(version)) if older else None
+
+
+def _tried(version: str) -> Reader | None:
+    """The newest release of ONNX Runtime in consumers.json that is not newer than `version`."""
+    numbers = version_numbers(version)
+    older = [one for one in readers() if one.name == "ONNX Runtime" and version_numbers(one.version) <= numbers]
+    return older[-1] if older else None
 
 
 def _fp8_opset(version: str, content: Any) -> int:

@@ -6,7 +6,7 @@ Sessions are opened from files, because ONNX Runtime makes two more copies of al
 ties to even.
 
 ONNX Runtime rounds FP16 from 1.30 on (microsoft/onnxruntime issues 18576 and 22741, fixed by 32452), and FP32 in every
-version. The installed one is tested with a graph of nine numbers; graph/runtimes.json lists which others truncate.
+version (`MENDED`). The installed one is tested with a graph of nine numbers.
 Graphs that such a runtime computes wrongly are found by `graph.precision.formats.quantizes_fp16`: INT8 exports of
 earlier versions of this package with the rest in FP16, and graphs of other tools.
 """

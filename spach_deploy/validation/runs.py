@@ -533,7 +533,7 @@ def _check_runtime(graph: Path | bytes) -> None:
     needs, known = GraphNeeds.of(graph), runtimes().onnxruntime(onnxruntime.__version__)
     if needs is None or known is None:
         return
-    if misfit := known.misfit(dataclasses.replace(needs, bfloat16=frozenset()), on_gpu=False):
+    if misfit := known.misfit(needs.in_fp32(), on_gpu=False):
         raise UnavailableError(f"{misfit}.", "pip install --upgrade onnxruntime")
 
 

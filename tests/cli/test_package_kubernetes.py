@@ -67,12 +67,12 @@ def test_json_says_the_same(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_digest_leaves_one_command(bundle: Path, tmp_path: Path) -> None:
-    digest = f"sha256:{'12' * 32}"
+    digest, base = f"sha256:{'12' * 32}", f"sha256:{'34' * 32}"
     options = (
         "--image-digest",
         digest,
         "--triton-digest",
-        digest,
+        f"nvcr.io/nvidia/tritonserver@{base}",
         "--image-pull-secret",
         "a",
         "--image-pull-secret",
@@ -83,7 +83,14 @@ def test_a_digest_leaves_one_command(bundle: Path, tmp_path: Path) -> None:
     content = json.loads(done.stdout)
     assert content["image"] == f"registry.example.com/spach/tiny@{digest}"
     assert content["commands"] == [f"kubectl apply -k {tmp_path}/k8s/overlays/production"]
-    assert f"FROM {content['triton_image']}@{digest}\n" in (tmp_path / "k8s" / "image" / "Dockerfile").read_text()
+    assert f"FROM {content['triton_image']}@{base}\n" in (tmp_path / "k8s" / "image" / "Dockerfile").read_text()
+
+
+def test_a_digest_with_a_name_names_the_image(bundle: Path, tmp_path: Path) -> None:
+    pinned = f"reg.example.com:5000/team/vit@{DIGEST}"
+    done = package(bundle, "-o", tmp_path / "k8s", "--image-digest", pinned, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["image"] == pinned
 
 
 def test_a_chart_is_written_in_place_of_kustomizations(bundle: Path, tmp_path: Path) -> None:
@@ -125,6 +132,7 @@ def test_the_installed_command_does_it_too(bundle: Path, tmp_path: Path) -> None
     assert (tmp_path / "k8s" / "base" / "deployment.yaml").is_file()
 
 
+DIGEST = f"sha256:{'12' * 32}"
 REFUSED = {
     "unknown release": (("--triton-version", "25.13"), "--triton-version 25.13: what that Triton image carries"),
     "another TensorRT": (("--triton-version", "25.09"), "it carries TensorRT 10.13.3.9, and the engine was built with"),
@@ -133,6 +141,26 @@ REFUSED = {
     "a secret": (("--image-pull-secret", "My_Secret"), "--image-pull-secret 'My_Secret' is no secret's name"),
     "a digest": (("--image-digest", "0123"), "--image-digest '0123' is no digest"),
     "a digest of Triton": (("--triton-digest", "latest"), "--triton-digest 'latest' is no digest"),
+    "one digest of two images": (
+        ("--image-digest", DIGEST, "--triton-digest", f"nvcr.io/nvidia/tritonserver@{DIGEST}"),
+        "--image-digest and --triton-digest are the same",
+    ),
+    "Triton's digest as that of the image": (
+        ("--image-digest", f"nvcr.io/nvidia/tritonserver:25.08-py3@{DIGEST}"),
+        "Give it to --triton-digest",
+    ),
+    "a digest of another image": (
+        ("--image", "team/vit", "--image-digest", f"team/vit2@{DIGEST}"),
+        "--image-digest is of team/vit2, and --image is team/vit",
+    ),
+    "the image's digest as Triton's": (
+        ("--triton-digest", f"team/vit@{DIGEST}"),
+        "--triton-digest is of team/vit, and the image is built on nvcr.io/nvidia/tritonserver:25.08-py3",
+    ),
+    "a digest of another release": (
+        ("--triton-version", "25.08", "--triton-digest", f"nvcr.io/nvidia/tritonserver:25.07-py3@{DIGEST}"),
+        "--triton-digest is of nvcr.io/nvidia/tritonserver:25.07-py3, and the image is built on",
+    ),
     "no instances": (("--instances", "0"), "--instances 0 serves nothing"),
     "instances of nothing": (("--instances", "other:2"), "--instances names other, and nothing here runs under that"),
     "replicas": (("--replicas", "8:2"), "is no number of pods"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -19,6 +20,8 @@ from spach_deploy.graph.runtimes import (
     CONSUMERS,
     WEIGHT_SPLIT,
     GraphNeeds,
+    Reader,
+    Trial,
     needs_of_entry,
     readers,
     reading,
@@ -62,9 +65,23 @@ def test_what_is_said_of_tritons_images_is_what_their_onnx_runtime_did() -> None
         if reader.name != "ONNX Runtime" or version_numbers(reader.version) < OLDEST_IN_IMAGES or row is None:
             continue
         for trial in reader.trials:
-            assert bool(row.misfit(trial.needs, on_gpu=False)) == bool(trial.problem), (reader, trial)
+            by_versions = dataclasses.replace(row, tried=None)
+            assert bool(by_versions.misfit(trial.needs, on_gpu=False)) == bool(trial.problem), (reader, trial)
             seen.add(bool(trial.problem))
     assert seen == {True, False}
+
+
+def test_advice_on_onnx_runtime_goes_by_what_the_newest_release_before_it_made_of_graphs() -> None:
+    row, asked = runtimes().onnxruntime("1.29.0"), needs("conv", "cpu", "fp16")
+    assert row is not None
+    assert row.tried is not None
+    assert row.tried.version == "1.28.0"
+    assert row.misfit(asked, on_gpu=False) == ""
+    wrong = Reader("ONNX Runtime", "1.28.0", (Trial(asked, "no kernel for Gelu"),))
+    worse = dataclasses.replace(row, tried=wrong)
+    assert "ONNX Runtime 1.28.0 does not read such a graph on a CPU: no kernel" in worse.misfit(asked, on_gpu=False)
+    assert worse.misfit(asked, on_gpu=True) == ""
+    assert worse.misfit(asked.in_fp32(), on_gpu=False) == ""
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from spach_deploy.bundle.store import Bundle
 from spach_deploy.common.errors import UsageError
-from spach_deploy.graph.runtimes import Runtimes, TritonImage, runtimes
+from spach_deploy.graph.runtimes import REPOSITORY, Runtimes, TritonImage, runtimes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.packaging.triton.options import Backend, Device, Ensemble, Instances, TritonOptions
 from spach_deploy.packaging.triton.repository import EnsembleStep, ensemble_steps
@@ -147,11 +147,13 @@ class Deployment:
         served_with = triton_options(options)
         (model,) = resolve_models([BundleArgument(path, triton_name(title))], served_with)
         steps = ensemble_steps(model, served_with)
+        image = choose_image(model, options.triton_version)
+        _check_digests(options, image)
         return cls(
             title=title if _PLAIN.fullmatch(title) else model.name,
             name=options.name or kubernetes_name(title),
             model=model,
-            image=choose_image(model, options.triton_version),
+            image=image,
             sizes=Sizes.of(model, steps, served_with.instances.count_of(model.name, served_with.instances.count)),
             options=options,
         )
@@ -159,12 +161,13 @@ class Deployment:
     @property
     def image_name(self) -> str:
         """Name of the image in its registry, without a tag."""
-        return self.options.image or f"{REGISTRY}/{self.name}"
+        pushed = self.options.image_digest
+        return self.options.image or (pushed and pushed.name) or f"{REGISTRY}/{self.name}"
 
     def image_reference(self, tag: str) -> str:
         """The image as pods name it: by digest where there is one, else by `tag`."""
         digest = self.options.image_digest
-        return f"{self.image_name}:{tag}" if digest is None else f"{self.image_name}@{digest}"
+        return f"{self.image_name}:{tag}" if digest is None else f"{self.image_name}@{digest.digest}"
 
     def commands(self, tag: str, folder: str = "") -> tuple[str, ...]:
         """The commands that build, push and run it. An image with a digest was built and pushed before.
@@ -235,10 +238,13 @@ LONGEST = 40
 _LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _HOST = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?"
 _PART = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SUBDOMAIN_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 _SUBDOMAIN = re.compile(rf"{_SUBDOMAIN_PART}(\.{_SUBDOMAIN_PART})*")
-_IMAGE = re.compile(rf"({_HOST}/)?{_PART}(/{_PART})*")
+_IMAGE_NAME = rf"({_HOST}/)?{_PART}(/{_PART})*"
+_IMAGE = re.compile(_IMAGE_NAME)
+_PINNED = re.compile(
+    rf"((?P<name>{_IMAGE_NAME})(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}))?@)?(?P<digest>sha256:[0-9a-f]{{64}})"
+)
 
 
 def kubernetes_name(model: str) -> str:
@@ -285,12 +291,57 @@ def check_secret_name(name: str) -> None:
         )
 
 
-def check_digest(option: str, digest: str | None) -> None:
-    """UsageError unless `digest` is the digest of an image."""
-    if digest is not None and not _DIGEST.fullmatch(digest):
+@dataclasses.dataclass(frozen=True)
+class ImageDigest:
+    """The digest of an image, `sha256:...`. `name`: of which image, without a tag; empty where it was not said.
+
+    `tag`: the tag that stood behind the name.
+    """
+
+    digest: str
+    name: str = ""
+    tag: str = ""
+
+    @classmethod
+    def parse(cls, option: str, text: str) -> ImageDigest:
+        """Parse `sha256:...`, or `NAME@sha256:...` and `NAME:TAG@sha256:...` as Docker shows them. UsageError for
+        anything else.
+        """
+        match = _PINNED.fullmatch(text)
+        if match is None:
+            raise UsageError(
+                f"{option} {text!r} is no digest.",
+                "Give sha256: and 64 hexadecimal digits, as docker buildx imagetools inspect IMAGE shows it, or"
+                " NAME@sha256:... to say of which image.",
+            )
+        return cls(match["digest"], match["name"] or "", match["tag"] or "")
+
+    def __str__(self) -> str:
+        return f"{self.name}{':' if self.tag else ''}{self.tag}{'@' if self.name else ''}{self.digest}"
+
+
+def _check_digests(options: KubernetesOptions, triton: TritonImage) -> None:
+    """UsageError for a digest that is said to be of another image, and for one digest of two images."""
+    pushed, base = options.image_digest, options.triton_digest
+    if pushed is not None and base is not None and pushed.digest == base.digest:
         raise UsageError(
-            f"{option} {digest!r} is no digest.",
-            "Give sha256: and 64 hexadecimal digits, as docker buildx imagetools inspect IMAGE shows it.",
+            "--image-digest and --triton-digest are the same, and the image that you pushed is built on Triton's.",
+            "Give the digest of each: NAME@sha256:... says of which image it is.",
+        )
+    if pushed is not None and pushed.name == REPOSITORY:
+        raise UsageError(
+            f"--image-digest is of the image that you pushed, and {pushed} is Triton's.", "Give it to --triton-digest."
+        )
+    if pushed is not None and pushed.name and options.image not in (None, pushed.name):
+        raise UsageError(
+            f"--image-digest is of {pushed.name}, and --image is {options.image}.",
+            f"Give the digest of {options.image}, or leave --image out.",
+        )
+    if base is not None and base.name and f"{base.name}:{base.tag or triton.tag}" != triton.reference:
+        raise UsageError(
+            f"--triton-digest is of {base.name}{':' if base.tag else ''}{base.tag}, and the image is built on"
+            f" {triton.reference}.",
+            f"Give the digest of {triton.reference}, or another --triton-version.",
         )
 
 
@@ -320,7 +371,7 @@ class KubernetesOptions:
 
     `triton_version` None: the newest image that fits. `name` and `image` None: made from the model's name. `helm`: a
     chart instead of kustomizations. `image_digest`, `triton_digest`: of the image that is pushed, and of the image that
-    it is built on, each as `sha256:...`.
+    it is built on.
     """
 
     triton_version: str | None = None
@@ -334,8 +385,8 @@ class KubernetesOptions:
     instances: Instances = dataclasses.field(default_factory=Instances)
     helm: bool = False
     pull_secrets: tuple[str, ...] = ()
-    image_digest: str | None = None
-    triton_digest: str | None = None
+    image_digest: ImageDigest | None = None
+    triton_digest: ImageDigest | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -344,5 +395,3 @@ class KubernetesOptions:
             check_image_name(self.image)
         for secret in self.pull_secrets:
             check_secret_name(secret)
-        check_digest("--image-digest", self.image_digest)
-        check_digest("--triton-digest", self.triton_digest)

@@ -118,7 +118,7 @@ def _write_manifests(staging: Path, context: TemplateContext, options: Kubernete
     own, where = (_KSERVE, "kserve") if options.kserve else (_PLAIN, "base")
     templates = {name: f"base/{name}" for name in _SHARED} | {name: f"{where}/{name}" for name in own}
     if options.helm:
-        _write_chart(staging / "chart", templates, context)
+        _write_chart(staging / "chart", templates, context, options)
         return
     for name, template in {_KUSTOMIZATION: f"{where}/{_KUSTOMIZATION}", **templates}.items():
         _render_to(staging / "base" / name, template, context)
@@ -127,12 +127,12 @@ def _write_manifests(staging: Path, context: TemplateContext, options: Kubernete
     _render_folder(staging, "components/prometheus-operator", context)
 
 
-def _write_chart(folder: Path, templates: dict[str, str], context: TemplateContext) -> None:
+def _write_chart(folder: Path, templates: dict[str, str], context: TemplateContext, options: KubernetesOptions) -> None:
     """A Helm chart of the same templates, and a PodMonitor; what it makes by default is what production gets."""
     for name in ("Chart.yaml", "values.yaml", "values.schema.json"):
         _render_to(folder / name, f"chart/{name}", context)
     _render_to(folder / "templates" / "_helpers.tpl", "chart/helpers.tpl", context)
-    values = chart_context(context)
+    values = chart_context(context, kserve=options.kserve)
     for name, template in {**templates, _POD_MONITOR: f"components/prometheus-operator/{_POD_MONITOR}"}.items():
         text = render(read_template(template), values)
         if name in _CONDITIONS:

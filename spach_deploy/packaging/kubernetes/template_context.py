@@ -33,6 +33,7 @@ from spach_deploy.common.errors import BundleError
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import BatchProfile, Role
 from spach_deploy.packaging.kubernetes.deployment import (
+    LONGEST,
     PROBE_SECONDS,
     Deployment,
     listed,
@@ -99,6 +100,7 @@ def _model_values(deployment: Deployment) -> dict[str, str]:
     version = model.versions[-1]
     return {
         "NAME": deployment.name,
+        "LONGEST": str(LONGEST),
         "MODEL": deployment.title,
         "TRITON_MODEL": model.name,
         "SERVES": deployment.serves,
@@ -128,14 +130,13 @@ def _pin_values(deployment: Deployment, image_tag: str) -> dict[str, str]:
     secrets = [{"name": name} for name in options.pull_secrets]
     values = {
         "IMAGE_REFERENCE": KUSTOMIZE_NAME,
-        "IMAGE_PIN": f"digest: {options.image_digest}" if options.image_digest else f'newTag: "{image_tag}"',
-        "IMAGE_DIGEST": options.image_digest or "",
-        "TRITON_DIGEST": f"@{options.triton_digest}" if options.triton_digest else "",
+        "IMAGE_PIN": f"digest: {options.image_digest.digest}" if options.image_digest else f'newTag: "{image_tag}"',
+        "IMAGE_DIGEST": options.image_digest.digest if options.image_digest else "",
+        "TRITON_DIGEST": f"@{options.triton_digest.digest}" if options.triton_digest else "",
         "PULL_SECRETS": "\n".join(["imagePullSecrets:", *(f"  - name: {name}" for name in options.pull_secrets)])
         if secrets
         else "",
         "PULL_SECRETS_JSON": json.dumps(secrets),
-        "MANAGED_BY": "kustomize",
         "REPLICAS": "",
         "ZONE_SPREAD": "",
         "COMMANDS": _commands(deployment, image_tag),
@@ -165,11 +166,22 @@ def _commands(deployment: Deployment, image_tag: str) -> str:
     )
 
 
-def chart_context(context: TemplateContext) -> TemplateContext:
-    """The values for templates of a Helm chart: what can be changed there is read from the chart's values."""
-    zone = context["ZONE"].splitlines()
+def chart_context(context: TemplateContext, *, kserve: bool) -> TemplateContext:
+    """The values for templates of a Helm chart: names are the release's, and what can be changed is read from the
+    chart's values.
+    """
+    fullname = f'{{{{ include "{context["NAME"]}.fullname" . }}}}'
+    named = context.with_values(
+        NAME=fullname,
+        DEPLOYMENT=f"{fullname}-predictor" if kserve else fullname,
+        LABELS=render(read_template("fragments/helm-labels.yaml"), context),
+        SELECTOR=f"serving.kserve.io/inferenceservice: {fullname}"
+        if kserve
+        else render(read_template("fragments/helm-selector.yaml"), context),
+    )
+    zone = named["ZONE"].splitlines()
     enabled, replicas = "{{ if .Values.autoscaling.enabled }}", "{{ else }}{{ .Values.replicas }}{{ end }}"
-    return context.with_values(
+    return named.with_values(
         IMAGE_REFERENCE=f'{{{{ include "{context["NAME"]}.image" . | quote }}}}',
         PULL_SECRETS=read_template("fragments/helm-pull-secrets.yaml"),
         REPLICAS=read_template("fragments/helm-replicas.yaml"),
@@ -177,7 +189,6 @@ def chart_context(context: TemplateContext) -> TemplateContext:
         MAX_REPLICAS=f"{enabled}{{{{ .Values.autoscaling.maxReplicas }}}}{replicas}",
         QUEUE_US="{{ .Values.autoscaling.queueMicroseconds }}",
         RESOURCES="{{ toJson .Values.resources }}",  # JSON is YAML, whatever the indentation
-        MANAGED_BY="{{ .Release.Service }}",
         ZONE_SPREAD="\n".join([f"- {zone[0]}", *(f"  {line}" for line in zone[1:])]),
     )
 

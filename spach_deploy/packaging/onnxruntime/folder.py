@@ -7,6 +7,7 @@ FOLDER/
   model_ctx.onnx   where the bundle has a plan: the EPContext model that loads engine.plan, or holds it with --embed
   engine.plan      the plan
   run.py main.cpp CMakeLists.txt   run the golden images with the best execution provider, the same for every bundle
+  golden.py golden.h               the comparison that they make
   model.txt golden.*.bin           what they read; labels.txt with --labels
   golden.npz       what spach-validate reads; quantization.json where the bundle has it
 
@@ -16,10 +17,11 @@ other. model.txt has one entry a line, words with spaces between them:
     batch N                                        images to run at once
     input NAME ROLE DTYPE STORED EXTENTS...        of one image; STORED is the dtype in golden.NAME.bin
     output NAME ROLE DTYPE STORED EXTENTS...
-    file FILE BYTES SHA256                         of the models and the plan beside them
-    run FILE PROVIDER                              what to try, the best first
+    file FILE BYTES SHA256                         of every file that the programs read
+    run FILE PROVIDER NEEDS...                     what to try, the best first, and what that takes
     bound FILE NAME REL_L2 MAX_ABS TIE             how far the output may be from PyTorch's in FP32; inf for no bound.
-                                                   TIE: classes whose scores PyTorch has so close may change places
+                                                   TIE, of logits and top_indices: classes whose scores PyTorch has so
+                                                   close may change places
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ from spach_deploy.bundle.store import (
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
 from spach_deploy.data.labels import as_text, read_labels
-from spach_deploy.graph.ep_context import RTX_PROVIDER, PlanContext, context_model
+from spach_deploy.graph.ep_context import RTX_PROVIDER, TENSORRT_PROVIDER, PlanContext, context_model
 from spach_deploy.graph.external_data import check_is_one_file
-from spach_deploy.graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.graph.runtimes import GraphNeeds, reading, runtimes
 from spach_deploy.options.specs import Precision, Role, size_in_words
 from spach_deploy.runtime.onnxruntime_runner import MENDED
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).with_name("templates")
 MODEL_TEXT, LABELS, README = "model.txt", "labels.txt", "README.md"
-PROGRAMS = ("run.py", "main.cpp", "CMakeLists.txt")
+PROGRAMS = ("run.py", "golden.py", "main.cpp", "golden.h", "CMakeLists.txt")
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 PLUGIN = "onnxruntime-ep-nv-tensorrt-rtx"
@@ -75,11 +77,13 @@ _PLUGINS = {"1.7": "0.5.0", "1.6": "0.4.0", "1.5": "0.3.0"}
 @dataclasses.dataclass(frozen=True)
 class GraphProviders:
     """The execution providers of ONNX Runtime's own that run a graph, the fastest first, and the oldest version that
-    does, empty where every one that was tried does.
+    does, empty where every one that was tried does. `readers`: runtimes that read such graphs on a CPU; empty where
+    nothing is known.
     """
 
     names: tuple[str, ...]
     oldest: str = ""
+    readers: str = ""
 
     @classmethod
     def of(cls, graph: Path, *, cpu_only: bool) -> GraphProviders:
@@ -93,7 +97,7 @@ class GraphProviders:
                 raise UsageError("ONNX Runtime computes nothing in bfloat16 on a CPU.", "Leave --device out.")
             names = (CUDA,)
         first = next((one.version for one in known if not one.misfit(needs, on_gpu=CPU not in names)), None)
-        return cls(names, "" if first in (None, known[0].version) else first)
+        return cls(names, "" if first in (None, known[0].version) else first, reading(needs))
 
     @property
     def requirement(self) -> str:
@@ -167,11 +171,12 @@ def write_folder(
             if (opened.path / name).is_file():
                 shutil.copyfile(opened.path / name, staging / name)
         _write_golden(staging, golden, facts)
-        files = "".join(_file_line(staging / name) for name in (GRAPH, CONTEXT, PLAN) if (staging / name).is_file())
-        text = files + model_text(opened.manifest, facts, len(golden.input), made.provider or None, providers.names)
-        (staging / MODEL_TEXT).write_text(text, encoding="utf-8", newline="\n")
         if names is not None:
             (staging / LABELS).write_text(as_text(names), encoding="utf-8", newline="\n")
+        read = [staging / name for name in (GRAPH, CONTEXT, PLAN, LABELS) if (staging / name).is_file()]
+        files = "".join(map(_file_line, [*read, *sorted(staging.glob("golden.*.bin"))]))
+        text = files + model_text(opened.manifest, facts, len(golden.input), made.provider or None, providers.names)
+        (staging / MODEL_TEXT).write_text(text, encoding="utf-8", newline="\n")
         seal_as(ONNXRUNTIME, staging, form.manifest)  # before the files that their user may edit
         for name in PROGRAMS:
             shutil.copyfile(TEMPLATES / name, staging / name)
@@ -232,24 +237,38 @@ def _lines(
     tolerances = facts.tolerances
     bounds = {GRAPH: tolerances.graph.outputs, **({} if provider is None else {CONTEXT: tolerances.engine.outputs})}
     if provider is not None:
-        yield "run", CONTEXT, provider
-    yield from (("run", GRAPH, name) for name in of_graph)
+        yield "run", CONTEXT, provider, *_needs(provider, manifest.engine.version)
+    yield from (("run", GRAPH, name, *_needs(name)) for name in of_graph)
     logits = of_role(facts.outputs, Role.LOGITS)
     for file, outputs in bounds.items():
         for tensor in facts.outputs:
             of = logits if tensor.role is Role.TOP_INDICES and logits is not None else tensor
             if of.name not in outputs:
                 raise BundleError(f"The manifest has no tolerance for the output {of.name}.", "Export it again.")
-            yield "bound", file, tensor.name, *_figures(outputs[of.name])
+            yield "bound", file, tensor.name, *_figures(outputs[of.name], tensor.role)
 
 
 def _tensor(tensor: TensorInfo, role: str, stored: str) -> tuple[str, ...]:
     return tensor.name, role, tensor.dtype, stored, *map(str, tensor.shape[1:])
 
 
-def _figures(tolerance: Tolerance) -> tuple[str, ...]:
-    largest = math.inf if tolerance.max_abs is None else tolerance.max_abs
-    return tuple(repr(float(figure)) for figure in (tolerance.rel_l2, largest, tolerance.flip_margin))
+def _figures(tolerance: Tolerance, role: Role | None) -> tuple[str, ...]:
+    """Bounds of an output: numbers of classes have no error, and what ranks no classes has no ties."""
+    is_index = role is Role.TOP_INDICES
+    error = math.inf if is_index else tolerance.rel_l2
+    largest = math.inf if is_index or tolerance.max_abs is None else tolerance.max_abs
+    tie = tolerance.flip_margin if role in (Role.LOGITS, Role.TOP_INDICES) else math.inf
+    return tuple(repr(float(figure)) for figure in (error, largest, tie))
+
+
+def _needs(provider: str, version: str = "") -> list[str]:
+    """What an execution provider takes, in words. `version`: of the TensorRT that built the plan."""
+    needs = {
+        RTX_PROVIDER: f"{plugin_command(version)}; an RTX GPU and its driver",
+        TENSORRT_PROVIDER: f"pip install onnxruntime-gpu, TensorRT {version}, and the GPU of the plan",
+        CUDA: "pip install onnxruntime-gpu; an NVIDIA GPU and its driver",
+    }
+    return needs.get(provider, "").split()
 
 
 def _notes(bundle: Bundle, facts: BundleFacts, form: RuntimeGraph, providers: GraphProviders) -> Iterator[str]:
@@ -262,6 +281,8 @@ def _notes(bundle: Bundle, facts: BundleFacts, form: RuntimeGraph, providers: Gr
         yield f"model.onnx runs on no CPU: ONNX Runtime computes nothing in bfloat16 there, and {cuda}."
     elif providers.oldest:
         yield f"model.onnx needs ONNX Runtime {providers.oldest} or newer."
+    if providers.readers and not served.needs_vnni:
+        yield f"Read on a CPU, as small graphs of the same formats, opset and operators tell: {providers.readers}."
     if facts.quantization is not None and CUDA in providers.names:
         name = facts.precision.value.upper()
         device = " For the CPU's integer kernels write the folder with --device cpu." if name == "INT8" else ""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from spach_deploy.bundle.inputs import feeds_of
 from spach_deploy.bundle.outputs import CLASS_SCORES
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import GOLDEN
+from spach_deploy.common.files import sha256_of
 from spach_deploy.packaging.triton.options import (
     KIND_AUTO,
     KIND_CPU,
@@ -170,8 +172,18 @@ def model_configuration(model: ServedModel, options: TritonOptions, warm_up: War
     return config
 
 
-ENGINE_CACHE = "/tmp/tensorrt-engines"
-"""Folder for the engines of all models where none is given: every image can write there."""
+ENGINE_CACHE = "/tmp"
+"""Where the folders for engines are made if nothing else is given: every image can write there."""
+
+
+def engine_folder(model: ServedModel, options: TritonOptions) -> str:
+    """The server's folder for the engines of a model, which ONNX Runtime makes, but not the folders above it.
+
+    It is of this graph alone: ONNX Runtime names engines by a graph's structure, so that in a common folder a model
+    with other weights gets the engine of the one before (microsoft/onnxruntime#6455).
+    """
+    digests = "".join(sha256_of(version.artifact) for version in model.versions)
+    return f"{options.engine_cache or ENGINE_CACHE}/{model.name}-{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
 
 
 def accelerated(model: ServedModel, options: TritonOptions) -> dict[str, Any] | None:
@@ -183,7 +195,7 @@ def accelerated(model: ServedModel, options: TritonOptions) -> dict[str, Any] | 
     """
     if options.accelerator is None:
         return None
-    folder = options.engine_cache or f"{ENGINE_CACHE}/{model.name}"
+    folder = engine_folder(model, options)
     parameters = {
         "precision_mode": precision_mode(model.facts),
         "trt_engine_cache_enable": "true",

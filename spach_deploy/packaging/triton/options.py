@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import posixpath
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from spach_deploy.common.errors import UsageError
+from spach_deploy.options.command_line import words_of
+from spach_deploy.options.table import TRITON, options_of
 
 KIND_AUTO, KIND_GPU, KIND_CPU, KIND_MODEL = range(4)
 """Triton's numbers for the kind of an instance group."""
+
+
+MOUNT = PurePosixPath("/models")
+"""Where a server has the repository, read-only."""
+
+
+def is_mounted_over(folder: str) -> bool:
+    """Whether a folder on the server is in the repository that is mounted there."""
+    path = PurePosixPath(posixpath.normpath(folder))
+    return MOUNT in (path, *path.parents)
 
 
 class Backend(str, enum.Enum):
@@ -70,6 +83,10 @@ class ModelNumber:
     value: int
     model: str | None = None
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return f"{f'{self.model}:' if self.model else ''}{self.value}"
+
     @classmethod
     def parse(cls, text: str, option: str, failure: str) -> ModelNumber:
         """Parse `N` or `MODEL:N`, N from 1. UsageError for anything else, with `failure` at the end of its sentence."""
@@ -118,6 +135,11 @@ class Resource:
     count: int
     is_global: bool = False
     model: str | None = None
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        model, end = f"{self.model}:" if self.model else "", ":global" if self.is_global else ""
+        return f"{model}{self.name}={self.count}{end}"
 
     @classmethod
     def parse(cls, text: str) -> Resource:
@@ -181,6 +203,12 @@ class VersionPolicy:
     latest: int | None = None
     specific: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        if self.specific:
+            return f"specific:{','.join(map(str, self.specific))}"
+        return "all" if self.latest is None else f"latest:{self.latest}"
+
     @classmethod
     def parse(cls, text: str) -> VersionPolicy:
         """`latest`, `latest:N`, `all` or `specific:1,3`. UsageError for anything else."""
@@ -222,7 +250,7 @@ class Ensemble:
 class TritonOptions:
     """All options of `spach-package triton`. `force`: accept files that no known Triton image can load.
 
-    `engine_cache`: folder on the server, in which the accelerator keeps its engines.
+    `engine_cache`: folder on the server, in which each model gets a folder for the engines of the accelerator.
     """
 
     backend: Backend = Backend.AUTO
@@ -241,6 +269,16 @@ class TritonOptions:
     def __post_init__(self) -> None:
         if self.engine_cache is not None and self.accelerator is None:
             raise UsageError("--engine-cache needs --accelerator tensorrt.", "Give both, or leave it out.")
+        if self.engine_cache is not None and not re.fullmatch(r"/[^:\0-\x1f]*", self.engine_cache):
+            raise UsageError(
+                f"--engine-cache {self.engine_cache!r} is no folder of a server.",
+                "Give an absolute path, such as /engines.",
+            )
+        if self.engine_cache is not None and is_mounted_over(self.engine_cache):
+            raise UsageError(
+                f"--engine-cache {self.engine_cache} is below {MOUNT}, where the server has the repository, read-only.",
+                "Give a folder elsewhere.",
+            )
         if self.accelerator is None:
             return
         if self.backend is Backend.TENSORRT:
@@ -257,3 +295,33 @@ class TritonOptions:
         numbers += [("--rate-limit-resource", resource.model) for resource in self.rate_limiter.resources]
         numbers += [("--rate-limit-priority", number.model) for number in self.rate_limiter.priorities]
         return tuple((option, model) for option, model in numbers if model is not None)
+
+    def words(self) -> list[str]:
+        """The words of spach-package triton that give these options; what is as by default is left out."""
+        instances, limiter, ensemble = self.instances, self.rate_limiter, self.ensemble
+        counts = [*([str(instances.count)] if instances.count != 1 else []), *map(str, instances.named)]
+        given = {
+            "backend": self.backend,
+            "accelerator": self.accelerator,
+            "engine_cache": self.engine_cache,
+            "force": self.force,
+            "instances": counts,
+            "rate_limit_resource": limiter.resources,
+            "rate_limit_priority": limiter.priorities,
+            "device": instances.device,
+            "gpus": instances.gpus,
+            "no_dynamic_batching": not self.batching.dynamic,
+            "queue_delay_us": self.batching.queue_delay_us,
+            "version_policy": self.version_policy,
+            "response_cache": self.response_cache,
+            "no_warm_up": not self.warm_up,
+            "labels": self.labels,
+            "ensemble": ensemble is not None,
+            "ensemble_input": ensemble.input if ensemble is not None and ensemble.input is not Ensemble.input else None,
+            "top_k": ensemble.top_k if ensemble is not None else None,
+        }
+        options = {option.key: option for option in options_of(TRITON)}
+        chosen = {
+            key: value for key, value in given.items() if value not in (None, False, [], (), options[key].default)
+        }
+        return [word for key, value in chosen.items() for word in words_of(options[key], value)]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spach_deploy._version import __version__
 from spach_deploy.common.errors import printable
 from spach_deploy.graph.runtimes import REPOSITORY, TritonImage, runtimes
-from spach_deploy.options.command_line import quoted
-from spach_deploy.packaging.triton.config import data_type_name, shown
-from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU, Device, TritonOptions
+from spach_deploy.options.command_line import joined, quoted
+from spach_deploy.packaging.triton.config import LABELS_FILE, data_type_name, engine_folder, shown
+from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU, MOUNT, Device, TritonOptions
 from spach_deploy.packaging.triton.served_model import ServedModel, Version
 from spach_deploy.packaging.triton.serving import PILLOW, fitting_images, misfit, server_flags, shared_memory_bytes
 
@@ -163,6 +164,7 @@ def _start(content: RepositoryContent) -> str:
         f"## Start\n\n{_which_image(content)}",
         _docker_run(content),
         *([_pillow()] if content.decodes_pictures else []),
+        *([_engines(content)] if content.options.accelerator else []),
         *(["On a machine without a GPU leave `--gpus all` out."] if _runs_on_cpus(content) else []),
         f"Is it up? Each command ends with 0 where it is.\n\n    curl -fsS localhost:8000/v2/health/ready\n{ready}",
     ]
@@ -192,12 +194,13 @@ def _which_image(content: RepositoryContent) -> str:
 
 def _docker_run(content: RepositoryContent) -> str:
     gpus = "--gpus all " if content.on_gpu else ""
-    server = " ".join(["tritonserver --model-repository=/models", *server_flags(content.models, content.options)])
+    cache = "".join(f" \\\n      -v {volume}:{quoted(folder)}" for volume, folder in _engine_volumes(content))
+    server = " ".join([f"tritonserver --model-repository={MOUNT}", *server_flags(content.models, content.options)])
     if content.decodes_pictures:
         server = f"bash -c 'pip install --no-cache-dir pillow=={PILLOW} && exec {server}'"
     return (
         f"    docker run --rm {gpus}--shm-size={content.shared_memory_mebibytes}m {_PORTS} \\\n"
-        f'      -v "$PWD":/models:ro {content.image} \\\n'
+        f'      -v "$PWD":{MOUNT}:ro{cache} {content.image} \\\n'
         f"      {server}"
     )
 
@@ -206,6 +209,22 @@ def _pillow() -> str:
     return (
         "The image has no Pillow, which decodes pictures, so this command installs it. Where a server has no network,\n"
         "put it into an image of your own, as `spach-package kubernetes` does."
+    )
+
+
+def _engine_volumes(content: RepositoryContent) -> list[tuple[str, str]]:
+    """A volume for the engines of each model, and its folder; none without an accelerator."""
+    if content.options.accelerator is None:
+        return []
+    folders = [engine_folder(model, content.options) for model in content.models]
+    return [(f"engines-{PurePosixPath(folder).name}", folder) for folder in folders]
+
+
+def _engines(content: RepositoryContent) -> str:
+    volumes = ", ".join(f"`{volume}`" for volume, _ in _engine_volumes(content))
+    return (
+        f"What TensorRT compiles at the first start, for minutes, is kept: {volumes}. Engines are for one graph, one\n"
+        "kind of GPU and one image; `docker volume rm` removes them."
     )
 
 
@@ -238,6 +257,10 @@ def _takes_pictures(config: Any) -> bool:
     return bool(config.platform == "ensemble" and _data_type(config.input[0]) == "BYTES")
 
 
+def _takes_pixels(config: Any) -> bool:
+    return bool(config.platform == "ensemble" and _data_type(config.input[0]) != "BYTES")
+
+
 # Evidence
 
 
@@ -251,9 +274,18 @@ def _verified(content: RepositoryContent) -> str:
         if version.number in _served(model, content)
     )
     return (
-        f"## What was verified\n\n{table}\n\n"
+        f"## What was verified\n\n{table}\n\n{_not_verified(content)}"
         "That was on the machine of the export. What this server answers on its own device, one command compares,\n"
         f"with spach-deploy and the bundle at hand:\n\n{again}"
+    )
+
+
+def _not_verified(content: RepositoryContent) -> str:
+    if content.options.accelerator is None:
+        return ""
+    return (
+        "**TensorRT inside Triton was not compared:** the server compiles the graph itself, by its own TensorRT, and\n"
+        "only the command below compares what it answers.\n\n"
     )
 
 
@@ -278,7 +310,11 @@ def _speed(content: RepositoryContent) -> str:
     sdk = f"{content.image}-sdk"
     gpus = "--gpus all " if content.on_gpu else ""
     commands = [
-        command for model in content.models for command in _perf_commands(model, content.configs[model.name][0])
+        command
+        for model in content.models
+        for config in content.configs[model.name]
+        if config is content.configs[model.name][0] or _takes_pixels(config)
+        for command in _perf_commands(model, config)
     ]
     ensembles = [config.name for config in content.all_configs if _takes_pictures(config)]
     parts = [
@@ -307,7 +343,7 @@ def _perf_commands(model: ServedModel, config: Any) -> Iterable[str]:
             shapes.append(f"--shape {quoted(tensor.name)}:{','.join(map(str, dims))}")
         batch = f"-b {size} " if has_batch else ""
         shape = " ".join(shapes)
-        yield f"    perf_analyzer -m {model.name} -i grpc -u localhost:8001 {batch}{shape} --concurrency-range 1:4"
+        yield f"    perf_analyzer -m {config.name} -i grpc -u localhost:8001 {batch}{shape} --concurrency-range 1:4"
 
 
 def _model_analyzer(content: RepositoryContent, sdk: str, gpus: str) -> str:
@@ -383,6 +419,21 @@ def _served(model: ServedModel, content: RepositoryContent) -> tuple[int, ...]:
     return numbers[-1:] if policy is None else policy.serves(numbers)
 
 
+def _packaged_again(model: ServedModel, content: RepositoryContent) -> str:
+    """The command that writes this repository with two versions of a model, with the options of this one."""
+    bundles = [
+        f"{other.name}={'OLD_BUNDLE' if other is model else 'BUNDLE'}"
+        for other in content.models
+        for _ in other.versions
+    ]
+    after = next(i + 1 for i, text in enumerate(bundles) if "OLD" in text)
+    bundles.insert(after, f"{model.name}{'-new' if content.options.accelerator else ''}=NEW_BUNDLE")
+    options = content.options
+    if options.labels is not None:
+        options = dataclasses.replace(options, labels=Path(model.name) / LABELS_FILE)
+    return joined(["spach-package", "triton", *bundles, "-o", "REPO", *options.words()])
+
+
 def _way_back(model: ServedModel, content: RepositoryContent) -> str:
     numbers, served = [version.number for version in model.versions], _served(model, content)
     name = model.name
@@ -390,7 +441,7 @@ def _way_back(model: ServedModel, content: RepositoryContent) -> str:
         return (
             f"`{name}` has one version, so the way back is the folder of the release before: keep it, and start the\n"
             "server on it. To have both in one folder, oldest first:\n\n"
-            f"    spach-package triton {name}=OLD_BUNDLE {name}=NEW_BUNDLE -o REPO"
+            f"    {_packaged_again(model, content)}"
         )
     newest, before = max(served), max((number for number in numbers if number < max(served)), default=None)
     said = f"`{name}` has versions {', '.join(map(str, numbers))}; {', '.join(map(str, served))} of them served."

@@ -370,16 +370,7 @@ def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
 
 def _preprocess(model: ServedModel, options: TritonOptions) -> EnsembleStep:
     tensor = model.inputs[0]
-    transform = model.facts.preprocessing
-    settings = {
-        "image_size": transform.image_size,
-        "resize_size": transform.resize_size,
-        "mean": transform.mean,
-        "std": transform.std,
-        "dtype": tensor.dtype,
-    }
-    if transform.interpolation != Preprocessing.interpolation:
-        settings["interpolation"] = transform.interpolation
+    settings = step_settings(model.facts.preprocessing, tensor.dtype)
     config = _step_config(
         f"{model.name}_preprocess",
         model,
@@ -389,6 +380,20 @@ def _preprocess(model: ServedModel, options: TritonOptions) -> EnsembleStep:
     config.instance_group.add(**step_group(config.name, options, PREPROCESS_INSTANCES))
     config.parameters["preprocessing"].string_value = json.dumps(settings)
     return EnsembleStep(config, "preprocess")
+
+
+def step_settings(transform: Preprocessing, dtype: str) -> dict[str, Any]:
+    """What the step that decodes pictures reads, as JSON. `dtype`: of the model's input."""
+    settings = {
+        "image_size": transform.image_size,
+        "resize_size": transform.resize_size,
+        "mean": transform.mean,
+        "std": transform.std,
+        "dtype": dtype,
+    }
+    if transform.interpolation != Preprocessing.interpolation:
+        settings["interpolation"] = transform.interpolation
+    return settings
 
 
 def _top_k(model: ServedModel, logits: TensorInfo, k: int, options: TritonOptions) -> EnsembleStep:

@@ -161,6 +161,12 @@ def _served(name: str, bundles: list[Bundle], options: TritonOptions) -> ServedM
     facts = [BundleFacts.of(bundle) for bundle in bundles]
     choices = [_choose(bundle, fact, options) for bundle, fact in zip(bundles, facts, strict=True)]
     _check_alike(name, bundles, [choice.backend for choice in choices])
+    if options.accelerator is not None and len(bundles) > 1:
+        raise UsageError(
+            f"--accelerator tensorrt: versions of {name} would share one folder of engines, which ONNX Runtime names by"
+            " a graph's structure, whatever its weights.",
+            "Give each a name of its own: NAME=BUNDLE.",
+        )
     numbered = enumerate(zip(bundles, choices, strict=True), start=1)
     return ServedModel(
         name=name,
@@ -316,9 +322,7 @@ def _graph(bundle: Bundle, served: Bundle | RuntimeGraph, facts: BundleFacts, op
         needs = GraphNeeds.of(served.path) or needs
     known, on_gpu = runtimes(), options.instances.device is not Device.CPU
     if options.accelerator is not None:
-        # TensorRT runs it, so kernels that no ONNX Runtime has are not asked for. The others still tell since when the
-        # provider takes BF16.
-        needs = dataclasses.replace(needs, bfloat16=needs.bfloat16 & known.onnxruntimes[-1].cuda_bfloat16)
+        needs = known.of_tensorrt(needs)
     fitting = known.fitting((needs,), on_gpu=on_gpu)
     warning = ""
     if not fitting:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
+from spach_deploy.packaging.kubernetes.deployment import ImageDigest, KubernetesOptions, Replicas
 from spach_deploy.packaging.kubernetes.folder import write_folder
 from spach_deploy.packaging.triton.options import Instances
 from tests.packaging import programs
@@ -27,8 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "plan": {},
     "graph with an ensemble": {"ensemble": True, "instances": Instances.parse(["2"])},
     "kserve": {"kserve": True},
-    "pinned": {"image_digest": DIGEST, "pull_secrets": ("one", "two"), "replicas": Replicas(3, 3)},
-    "pinned kserve": {"kserve": True, "image_digest": DIGEST, "pull_secrets": ("one",)},
+    "pinned": {"image_digest": ImageDigest(DIGEST), "pull_secrets": ("one", "two"), "replicas": Replicas(3, 3)},
+    "pinned kserve": {"kserve": True, "image_digest": ImageDigest(DIGEST), "pull_secrets": ("one",)},
 }
 
 
@@ -56,7 +56,9 @@ def test_a_chart_has_a_template_for_everything_in_the_kustomization(tmp_path: Pa
 
 
 def test_its_values_are_what_was_asked_for(tmp_path: Path) -> None:
-    folder = chart(tmp_path, pull_secrets=("one",), replicas=Replicas(3, 7), image="team/vit", image_digest=DIGEST)
+    folder = chart(
+        tmp_path, pull_secrets=("one",), replicas=Replicas(3, 7), image="team/vit", image_digest=ImageDigest(DIGEST)
+    )
     values = yaml.safe_load((folder / "values.yaml").read_text())
     about = yaml.safe_load((folder / "Chart.yaml").read_text())
     assert values["image"] == {"repository": "team/vit", "tag": about["appVersion"], "digest": DIGEST}
@@ -81,23 +83,31 @@ def helm(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program(), *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-def rendered(folder: Path, *values: str) -> list[Resource]:
+def rendered(folder: Path, *values: str, release: str = "tiny") -> list[Resource]:
     """What Helm makes of a chart with some values set."""
     given = [word for value in values for word in ("--set-json", value)]
-    done = helm("template", "release", folder, "--namespace", "tiny", *given)
+    done = helm("template", release, folder, "--namespace", "tiny", *given)
     assert done.returncode == 0, done.stderr
     return documents(done.stdout)
 
 
 def comparable(resources: Sequence[Resource]) -> dict[tuple[str, str], Resource]:
-    """By kind and name, without what tells kustomize from Helm: the namespace, and the label that names the tool."""
+    """By kind and name, without what tells kustomize from Helm: the namespace, and labels of the tool and release."""
     found = {}
     for resource in copy.deepcopy(list(resources)):
         resource["metadata"].pop("namespace", None)
-        for part in (resource, resource.get("spec", {}).get("template", {})):
-            part.get("metadata", {}).get("labels", {}).pop("app.kubernetes.io/managed-by", None)
-        found[resource["kind"], resource["metadata"]["name"]] = resource
+        found[resource["kind"], resource["metadata"]["name"]] = without(resource, OF_HELM)
     return found
+
+
+OF_HELM = {"helm.sh/chart", *(f"app.kubernetes.io/{name}" for name in ("instance", "version", "managed-by"))}
+
+
+def without(content: Any, names: set[str]) -> Any:
+    """Nested content without the entries of these names."""
+    if isinstance(content, dict):
+        return {name: without(value, names) for name, value in content.items() if name not in names}
+    return [without(value, names) for value in content] if isinstance(content, list) else content
 
 
 def one(resources: Sequence[Resource], kind: str) -> Resource:
@@ -144,7 +154,51 @@ def test_its_values_change_what_they_say(tmp_path: Path) -> None:
     scaling = one(found, "HorizontalPodAutoscaler")["spec"]
     assert (scaling["minReplicas"], scaling["maxReplicas"]) == (4, 5)
     assert scaling["metrics"][0]["pods"]["target"]["averageValue"] == "77"
-    assert one(found, "PodMonitor")["spec"]["selector"]["matchLabels"] == {"app.kubernetes.io/name": "tiny"}
+    labels = {"app.kubernetes.io/name": "tiny", "app.kubernetes.io/instance": "tiny"}
+    assert one(found, "PodMonitor")["spec"]["selector"]["matchLabels"] == labels
+
+
+@pytest.mark.helm
+@pytest.mark.parametrize("kserve", [False, True])
+def test_two_releases_share_a_namespace(tmp_path: Path, kserve: bool) -> None:
+    """No object has the name of another's, and each selector takes the pods of its own release alone."""
+    folder = chart(tmp_path, kserve=kserve)
+    of = {name: rendered(folder, "podMonitor.enabled=true", release=name) for name in ("canary", "stable-tiny")}
+    named = {release: {(r["kind"], r["metadata"]["name"]) for r in found} for release, found in of.items()}
+    assert not named["canary"] & named["stable-tiny"]
+    assert {name for _, name in named["canary"]} == {"canary-tiny"}
+    assert {name for _, name in named["stable-tiny"]} == {"stable-tiny"}
+    for release, found in of.items():
+        name = "canary-tiny" if release == "canary" else release
+        own = {"app.kubernetes.io/name": "tiny", "app.kubernetes.io/instance": release}
+        selector = {"serving.kserve.io/inferenceservice": name} if kserve else own
+        for resource in found:
+            labels = resource["metadata"]["labels"]
+            assert labels.items() >= own.items()
+            assert re.fullmatch(r"tiny-1\.0\.0_[A-Za-z0-9._-]+", labels["helm.sh/chart"])
+            assert {"app.kubernetes.io/version", "app.kubernetes.io/component"} <= labels.keys()
+        assert one(found, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == selector
+        assert one(found, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == selector
+        target = one(found, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["name"]
+        assert target == (f"{name}-predictor" if kserve else name)
+        clients = one(found, "NetworkPolicy")["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+        assert clients == {f"{name}/client": "true"}
+        if kserve:
+            predictor = one(found, "InferenceService")["spec"]["predictor"]
+            assert (predictor["model"]["runtime"], predictor["serviceAccountName"]) == (name, name)
+        else:
+            spec = one(found, "Deployment")["spec"]
+            assert spec["selector"]["matchLabels"] == own == one(found, "Service")["spec"]["selector"]
+            assert spec["template"]["metadata"]["labels"].items() >= own.items()
+            assert spec["template"]["spec"]["serviceAccountName"] == name
+
+
+@pytest.mark.helm
+def test_a_name_of_ones_own_and_a_long_one(tmp_path: Path) -> None:
+    folder = chart(tmp_path)
+    assert one(rendered(folder, 'fullnameOverride="mine"'), "Service")["metadata"]["name"] == "mine"
+    long = one(rendered(folder, release="a" * 39 + "-tail"), "Service")["metadata"]["name"]
+    assert long == "a" * 39
 
 
 @pytest.mark.helm
@@ -171,6 +225,7 @@ def test_without_an_autoscaler_there_are_as_many_pods_as_said(tmp_path: Path, ks
         'imagePullSecrets=["name"]',
         'imagePullSecrets=[{"name": "My_Secret"}]',
         "replica=2",
+        'fullnameOverride="My_Name"',
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Path, value: str) -> None:

@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from spach_deploy.bundle.schema import Form, Manifest
 from spach_deploy.common.errors import BundleError
-from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions
+from spach_deploy.packaging.kubernetes.deployment import ImageDigest, KubernetesOptions
 from spach_deploy.packaging.kubernetes.folder import KubernetesPackage, write_folder
 from spach_deploy.packaging.triton.check import check_repository
 from tests import small_bundles
@@ -132,12 +133,13 @@ def test_the_readme_explains_every_file_and_gives_three_commands(kserve: bool, h
 
 
 def test_what_was_pushed_is_named_by_its_digest_and_not_built_again(tmp_path: Path) -> None:
-    digest = f"sha256:{'ab' * 32}"
-    written = write(tmp_path, options=KubernetesOptions("25.08", image_digest=digest, triton_digest=digest))
+    digest, base = f"sha256:{'ab' * 32}", f"sha256:{'cd' * 32}"
+    pinned: dict[str, Any] = {"image_digest": ImageDigest(digest), "triton_digest": ImageDigest(base)}
+    written = write(tmp_path, options=KubernetesOptions("25.08", **pinned))
     readme, dockerfile = ((written.path / name).read_text() for name in ("README.md", "image/Dockerfile"))
     assert "docker build" not in readme
     assert "\n    kubectl apply -k overlays/production\n" in readme
-    assert f"FROM nvcr.io/nvidia/tritonserver:25.08-py3@{digest}\n" in dockerfile
+    assert f"FROM nvcr.io/nvidia/tritonserver:25.08-py3@{base}\n" in dockerfile
     assert "--triton-digest" not in dockerfile
     assert hadolint(written.path / "image" / "Dockerfile").returncode == 0
     assert json.loads((written.path / "manifest.json").read_text())["image"].endswith(f"/tiny@{digest}")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from spach_deploy.options.specs import IODtype, OutputSpec, Precision
-from spach_deploy.packaging.kubernetes.deployment import KubernetesOptions, Replicas
+from spach_deploy.packaging.kubernetes.deployment import ImageDigest, KubernetesOptions, Replicas
 from spach_deploy.packaging.kubernetes.folder import KubernetesPackage, write_folder
 from tests.packaging.kubernetes.bundles import with_engine, with_rtx_engine
 from tests.packaging.kubernetes.kustomize import Resource, built, built_by_kustomize, command, documents, yaml
@@ -304,7 +304,7 @@ DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 
 @pytest.mark.parametrize("kserve", [False, True])
 def test_pods_name_what_was_pushed_by_its_digest_and_pull_it_with_the_secrets(kserve: bool, tmp_path: Path) -> None:
-    options = KubernetesOptions(kserve=kserve, image_digest=DIGEST, pull_secrets=("one", "two.of-them"))
+    options = KubernetesOptions(kserve=kserve, image_digest=ImageDigest(DIGEST), pull_secrets=("one", "two.of-them"))
     written = write_folder(with_engine(tmp_path / "b"), tmp_path / "k8s", options)
     found = built(written.path / "overlays" / "production")
     assert {container["image"] for container in containers(found)} == {f"registry.example.com/spach/tiny@{DIGEST}"}

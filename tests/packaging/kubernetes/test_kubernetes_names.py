@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +14,7 @@ from spach_deploy.packaging.kubernetes.deployment import (
     LONGEST,
     PROBE_SECONDS,
     Deployment,
+    ImageDigest,
     KubernetesOptions,
     Replicas,
     Sizes,
@@ -78,15 +78,33 @@ def test_a_name_that_no_secret_has_is_refused(secret: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "digest", ["", "0" * 64, "sha256:0", f"sha256:{'A' * 64}", f"sha512:{'0' * 64}", f"{DIGEST}\n"]
+    "digest",
+    [
+        "",
+        "0" * 64,
+        "sha256:0",
+        f"sha256:{'A' * 64}",
+        f"sha512:{'0' * 64}",
+        f"{DIGEST}\n",
+        f"Vit@{DIGEST}",
+        f"@{DIGEST}",
+    ],
 )
-@pytest.mark.parametrize("option", ["image_digest", "triton_digest"])
+@pytest.mark.parametrize("option", ["--image-digest", "--triton-digest"])
 def test_what_is_no_digest_is_refused(digest: str, option: str) -> None:
-    given: dict[str, Any] = {option: digest}
-    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} .* is no digest"):
-        KubernetesOptions(**given)
-    given = {option: DIGEST}
-    assert KubernetesOptions(**given)
+    with pytest.raises(UsageError, match=f"{option} .* is no digest"):
+        ImageDigest.parse(option, digest)
+    assert ImageDigest.parse(option, DIGEST) == ImageDigest(DIGEST)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"), [("vit", ""), ("localhost:5000/team/vit", ""), ("localhost:5000/vit", "25.08-py3")]
+)
+def test_a_digest_says_of_which_image_it_is(name: str, tag: str) -> None:
+    text = f"{name}{':' if tag else ''}{tag}@{DIGEST}"
+    read = ImageDigest.parse("--image-digest", text)
+    assert read == ImageDigest(DIGEST, name, tag)
+    assert str(read) == text
 
 
 @pytest.mark.parametrize(("text", "bounds"), [("2:8", (2, 8)), ("1", (1, 1)), ("3:3", (3, 3))])

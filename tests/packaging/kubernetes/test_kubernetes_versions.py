@@ -203,7 +203,7 @@ def test_an_image_whose_onnx_runtime_truncates_fp16_is_named_for_int8_that_is_ma
 def test_a_matrix_can_be_another_one(tmp_path: Path) -> None:
     model: ServedModel = Deployment.of(with_engine(tmp_path / "b"), KubernetesOptions()).model
     entry: dict[str, Any] = {"tensorrt": "10.13.2", "onnxruntime": "1.30.0", "cuda": "14.0", "seen": {}}
-    row = {"opset": 24, "ir": 11, "truncates_fp16": False, "seen": "a test"}
+    row = {"opset": 24, "ir": 11, "seen": "a test"}
     sections = {"onnxruntime": {"1.30.0": row}, "images": {"27.01": entry}, "sources": {}, "read": "2027-01-31"}
     other = Runtimes.parse({**sections, "cuda_bfloat16": {}, "fp8_below_opset_21": "1.32.0"})
     assert choose_image(model, None, other).cuda == "14.0"

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 
 from spach_deploy.common.files import sha256_of
-from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
 from spach_deploy.packaging.triton.config import parse, to_text
 from spach_deploy.packaging.triton.options import (
     Accelerator,
@@ -43,7 +43,10 @@ GOOD: dict[str, tuple[Tiny, TritonOptions]] = {
     "half": (Tiny(outputs=OutputSpec(IODtype.FP16)), TritonOptions(Backend.ONNXRUNTIME, ensemble=Ensemble())),
     "pixels": (Tiny(outputs=OutputSpec(IODtype.UINT8)), TritonOptions(ensemble=Ensemble(EnsembleInput.PIXELS))),
     "pictures": (Tiny(outputs=OutputSpec(IODtype.UINT8)), TritonOptions(ensemble=Ensemble())),
-    "accelerated": (Tiny(), TritonOptions(accelerator=Accelerator.TENSORRT, engine_cache="/engines")),
+    "accelerated": (
+        Tiny(precision=Precision.BF16),
+        TritonOptions(accelerator=Accelerator.TENSORRT, engine_cache="/engines"),
+    ),
     "options": (
         Tiny(),
         TritonOptions(version_policy=VersionPolicy.parse("specific:1"), response_cache=True, warm_up=False),
@@ -137,6 +140,16 @@ def set_(path: str, value: Any, file: str = CONFIG) -> Callable[[Path], None]:
             setattr(target, last, value)
 
     return edit(change, file)
+
+
+def step_setting(name: str, value: object) -> Callable[[Path], None]:
+    """Another value in the settings of the step that decodes pictures."""
+
+    def change(config: Any) -> None:
+        parameter = config.parameters["preprocessing"]
+        parameter.string_value = json.dumps({**json.loads(parameter.string_value), name: value})
+
+    return edit(change, "tiny_preprocess/config.pbtxt")
 
 
 GPU = "optimization.execution_accelerators.gpu_execution_accelerator"
@@ -508,6 +521,34 @@ BROKEN: dict[str, Broken] = {
         'parameters["preprocessing"]',
         "[3, 16, 16]",
     ),
+    **{
+        f"step settings of another {name}": Broken(
+            "graph", step_setting(name, value), "tiny_preprocess/config.pbtxt", 'parameters["preprocessing"]', found
+        )
+        for name, value, found in (
+            ("mean", [0.5, 0.5, 0.5], "mean [0.5, 0.5, 0.5]"),
+            ("std", [1, 1, 1], "std [1, 1, 1]"),
+            ("resize_size", 8, "resize_size [8, 8]"),
+            ("interpolation", "bilinear, antialiased", 'interpolation "bilinear, antialiased"'),
+        )
+    },
+    "step that is no Python": Broken(
+        "graph",
+        put("tiny_preprocess/1/model.py", "class TritonPythonModel:\n    def execute(self, requests:\n"),
+        "tiny_preprocess/1/model.py",
+        "line 2",
+        "no Python: '(' was never closed",
+    ),
+    "step with a null byte": Broken(
+        "graph", put("tiny_top_k/1/model.py", b"a = 1\0"), "tiny_top_k/1/model.py", "", "no Python"
+    ),
+    "step without its class": Broken(
+        "graph",
+        put("tiny_top_k/1/model.py", "def execute(requests):\n    return []\n"),
+        "tiny_top_k/1/model.py",
+        "",
+        "no TritonPythonModel",
+    ),
     "more best classes than classes": Broken(
         "graph",
         edit(lambda c: setattr(c.parameters["top_k"], "string_value", "9"), "tiny_top_k/config.pbtxt"),
@@ -604,6 +645,16 @@ BROKEN: dict[str, Broken] = {
     "unknown precision mode": Broken(
         "accelerated", block("precision_mode", "FP8"), CONFIG, parameter("precision_mode"), '"FP8"'
     ),
+    **{
+        f"precision mode {mode} of a BF16 graph": Broken(
+            "accelerated",
+            block("precision_mode", mode),
+            CONFIG,
+            parameter("precision_mode"),
+            mode or "FP32, the default",
+        )
+        for mode in ("FP32", "INT8", "FP16", None)
+    },
     "flag that is none": Broken(
         "accelerated",
         block("trt_engine_cache_enable", "yes"),

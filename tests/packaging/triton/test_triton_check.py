@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from spach_deploy.common.errors import UsageError
 from spach_deploy.options.specs import Precision
 from spach_deploy.packaging.triton.check import Checked, Severity, check_repository
 from spach_deploy.packaging.triton.check.findings import as_json, as_text
-from spach_deploy.packaging.triton.options import Backend, TritonOptions
+from spach_deploy.packaging.triton.options import Accelerator, Backend, TritonOptions
 from spach_deploy.packaging.triton.repository import write_repository
 from spach_deploy.packaging.triton.served_model import BundleArgument
 from tests.packaging.triton import tiny_bundles
@@ -100,6 +101,26 @@ def test_a_graph_that_no_triton_runs_is_found(tmp_path: Path) -> None:
     write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions(force=True))
     (found,) = check_repository(tmp_path / "repository").errors
     assert "has no kernel for Pad in bfloat16" in found.found
+
+
+def test_what_tensorrt_compiles_needs_no_kernel_of_onnx_runtime(tmp_path: Path) -> None:
+    padded = Tiny(engine="none", precision=Precision.BF16, bfloat16=("Pad",))
+    bundle = tiny_bundles.write(tmp_path / "bundle", padded)
+    write_repository([BundleArgument(bundle)], tmp_path / "repository", TritonOptions(accelerator=Accelerator.TENSORRT))
+    assert check_repository(tmp_path / "repository").findings == ()
+
+
+def test_a_mode_that_was_not_compared_is_a_warning(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(precision=Precision.FP32))
+    repository = tmp_path / "repository"
+    write_repository([BundleArgument(bundle)], repository, TritonOptions(accelerator=Accelerator.TENSORRT))
+    assert check_repository(repository).findings == ()
+    block("precision_mode", "FP16")(repository)
+    (finding,) = check_repository(repository).findings
+    assert (finding.severity, finding.field) == (Severity.WARNING, parameter("precision_mode"))
+    block("int8_calibration_table_name", "calibration.flatbuffers")(repository)
+    block("precision_mode", "INT8")(repository)
+    assert check_repository(repository).findings == ()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +263,8 @@ def test_the_report_names_file_field_found_expected_and_fix(good: Callable[[str]
         ("trt_engine_cache_path", "", "none"),
         ("trt_engine_cache_path", "engines", "below wherever the server is started"),
         ("trt_engine_cache_enable", "false", "which is not used"),
+        ("trt_engine_cache_path", "/models/engines", "read-only"),
+        ("trt_engine_cache_path", "/engines/../models", "read-only"),
     ],
 )
 def test_a_cache_folder_that_may_be_lost_is_a_warning(
@@ -256,6 +279,32 @@ def test_a_cache_folder_that_may_be_lost_is_a_warning(
     ]
     assert found in checked.findings[0].found
     assert checked.exit_code == 0
+
+
+def test_engines_in_a_common_folder_are_a_warning(tmp_path: Path) -> None:
+    bundle, repository = (
+        tiny_bundles.write(tmp_path / "bundle", Tiny(precision=Precision.BF16)),
+        tmp_path / "repository",
+    )
+    arguments = [BundleArgument(bundle, name) for name in ("tiny", "other")]
+    write_repository(arguments, repository, TritonOptions(accelerator=Accelerator.TENSORRT))
+    assert check_repository(repository).findings == ()
+    config = repository / "other" / "config.pbtxt"
+    config.write_text(re.sub(r"/tmp/other-\w+", "/engines", config.read_text()))
+    config = repository / "tiny" / "config.pbtxt"
+    config.write_text(re.sub(r"/tmp/tiny-\w+", "/engines", config.read_text()))
+    findings = check_repository(repository).findings
+    assert [finding.found for finding in findings] == [
+        '"/engines", which tiny uses too',
+        '"/engines", which other uses too',
+    ]
+    assert {finding.severity for finding in findings} == {Severity.WARNING}
+    block("trt_engine_cache_prefix", "tiny")(repository)
+    assert check_repository(repository).findings == ()
+    shutil.copytree(repository / "tiny" / "1", repository / "tiny" / "2")
+    assert [finding.found for finding in check_repository(repository).findings] == [
+        '"/engines", which its other versions use too'
+    ]
 
 
 def test_every_parameter_that_the_backend_documents_is_known(good: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from spach_deploy.cli.package_triton import main
+from spach_deploy.common.errors import UsageError
 from spach_deploy.graph.runtimes import runtimes
-from spach_deploy.options.specs import BatchProfile, OutputSpec, Precision
+from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision
 from spach_deploy.packaging.triton.check import check_repository
 from spach_deploy.packaging.triton.options import (
+    Accelerator,
     Backend,
     Device,
     Ensemble,
+    EnsembleInput,
     Instances,
     RateLimiter,
     TritonOptions,
@@ -31,6 +37,7 @@ from tests.small_bundles import read_manifest, write_manifest
 
 NEWEST = runtimes().images[-1].reference
 GRAPH = Tiny(engine="none")
+ACCELERATED = Tiny(precision=Precision.BF16)
 
 
 def readme(folder: Path, *bundles: Path, **options: Any) -> str:
@@ -179,7 +186,66 @@ def test_the_way_back_of_a_policy_that_names_versions_is_another_policy(tmp_path
 def test_one_version_has_no_way_back_but_the_folder_before(tmp_path: Path) -> None:
     text = versions(tmp_path, 1)
     assert not commands(text, "mv")
-    assert "    spach-package triton tiny=OLD_BUNDLE tiny=NEW_BUNDLE -o REPO" in text
+    assert "    spach-package triton tiny=OLD_BUNDLE tiny=NEW_BUNDLE -o REPO\n" in text
+
+
+def test_the_command_for_two_versions_has_the_options_of_this_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its other models, which options may name; run, it writes the same configurations."""
+    (tmp_path / "names.txt").write_text("".join(f"animal {n}\n" for n in range(tiny_bundles.CLASSES)))
+    given = shlex.split(
+        "--instances 2 --instances one_preprocess:3 --rate-limit-resource gpu=2 --rate-limit-priority two:2 --gpus 0,1"
+        " --device gpu --backend onnxruntime --queue-delay-us 70 --response-cache --no-warm-up --ensemble --top-k 2"
+        " --version-policy latest:2"
+    )
+    tiny = [tiny_bundles.write(tmp_path / f"b{i}", Tiny(engine="none", seed=i)) for i in range(3)]
+    labels = ["--labels", str(tmp_path / "names.txt")]
+    done = CliRunner().invoke(
+        main, [f"one={tiny[0]}", f"two={tiny[1]}", "-o", str(tmp_path / "repository"), *given, *labels]
+    )
+    assert done.exit_code == 0, done.output
+    command = commands((tmp_path / "repository" / "README.md").read_text(), "spach-package")[0]
+    words = shlex.split(command)[2:]
+    assert words[:3] == ["one=OLD_BUNDLE", "one=NEW_BUNDLE", "two=BUNDLE"]
+    words = [word.replace("OLD_BUNDLE", str(tiny[0])).replace("NEW_BUNDLE", str(tiny[2])) for word in words]
+    words = [word.replace("two=BUNDLE", f"two={tiny[1]}").replace("REPO", str(tmp_path / "again")) for word in words]
+    monkeypatch.chdir(tmp_path / "repository")
+    again = CliRunner().invoke(main, words)
+    assert again.exit_code == 0, again.output
+    for config in (tmp_path / "repository").rglob("config.pbtxt"):
+        other = tmp_path / "again" / config.relative_to(tmp_path / "repository")
+        assert other.read_text() == config.read_text()
+    assert (tmp_path / "again" / "two" / "labels.txt").read_text().startswith("animal 0\n")
+
+
+def test_the_engines_that_tensorrt_compiles_are_kept_in_a_volume(tmp_path: Path) -> None:
+    text = of_one(tmp_path, ACCELERATED, accelerator=Accelerator.TENSORRT)
+    volume = r" -v (engines-tiny-[0-9a-f]{12}):%s/tiny-[0-9a-f]{12} nvcr"
+    assert re.search(r' -v "\$PWD":/models:ro' + volume % "/tmp", commands(text, "docker run")[0])
+    assert "TensorRT inside Triton was not compared" in text
+    other = of_one(tmp_path / "other", ACCELERATED, accelerator=Accelerator.TENSORRT, engine_cache="/var/cache/engines")
+    assert re.search(volume % "/var/cache/engines", commands(other, "docker run")[0])
+    assert "    spach-package triton tiny=OLD_BUNDLE tiny-new=NEW_BUNDLE -o REPO --accelerator tensorrt" in text
+    plain = of_one(tmp_path / "plain")
+    assert "-v engines" not in plain
+    assert "was not compared" not in plain
+
+
+@pytest.mark.parametrize("folder", ["/models", "/models/engines", "/engines/../models/x"])
+def test_engines_cannot_be_kept_where_the_repository_is(folder: str) -> None:
+    with pytest.raises(UsageError, match="is below /models, where the server has the repository, read-only"):
+        TritonOptions(accelerator=Accelerator.TENSORRT, engine_cache=folder)
+
+
+def test_an_ensemble_that_takes_pixels_has_its_lines_of_perf_analyzer(tmp_path: Path) -> None:
+    tiny = Tiny(engine="none", batch=BatchProfile(1, 1, 8), outputs=OutputSpec(IODtype.UINT8))
+    text = of_one(tmp_path, tiny, ensemble=Ensemble(EnsembleInput.PIXELS))
+    lines = [line for line in commands(text, "perf_analyzer") if "-m tiny_ensemble" in line]
+    assert [re.findall(r"-b \d+|--shape \S+", line) for line in lines] == [
+        [f"-b {size}", "--shape pixels:8,8,3"] for size in (1, 8)
+    ]
+    assert "pictures.json" not in text
 
 
 def test_pictures_become_what_perf_analyzer_reads(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -700,13 +701,16 @@ def block(repository: Path, name: str = "tiny") -> dict[str, str]:
 
 
 def test_the_accelerator_gets_precision_cache_and_the_bundles_profile(tmp_path: Path) -> None:
-    result = written(tmp_path, Tiny(batch=BatchProfile(2, 4, 6)), accelerator=Accelerator.TENSORRT)
+    tiny = Tiny(batch=BatchProfile(2, 4, 6), precision=Precision.BF16)
+    result = written(tmp_path, tiny, accelerator=Accelerator.TENSORRT)
+    folder = block(result.path)["trt_engine_cache_path"]
+    assert re.fullmatch(r"/tmp/tiny-[0-9a-f]{12}", folder)  # ONNX Runtime makes one folder, not those above it
     assert block(result.path) == {
-        "precision_mode": "FP16",
+        "precision_mode": "BF16",
         "trt_engine_cache_enable": "true",
-        "trt_engine_cache_path": "/tmp/tensorrt-engines/tiny",
+        "trt_engine_cache_path": folder,
         "trt_timing_cache_enable": "true",
-        "trt_timing_cache_path": "/tmp/tensorrt-engines/tiny",
+        "trt_timing_cache_path": folder,
         "trt_profile_min_shapes": "input:1x3x8x8",
         "trt_profile_opt_shapes": "input:4x3x8x8",
         "trt_profile_max_shapes": "input:6x3x8x8",
@@ -720,8 +724,23 @@ def test_the_accelerator_keeps_tensorrts_form(tmp_path: Path) -> None:
     bundle = small_bundles.for_tensorrt()
     result = small(tmp_path, bundle, accelerator=Accelerator.TENSORRT, engine_cache="/engines")
     assert (result.path / "small" / "1" / GRAPH).read_bytes() == (bundle / GRAPH).read_bytes()
-    assert block(result.path, "small")["trt_engine_cache_path"] == "/engines"
+    assert re.fullmatch(r"/engines/small-[0-9a-f]{12}", block(result.path, "small")["trt_engine_cache_path"])
     assert block(result.path, "small")["trt_profile_max_shapes"].startswith("input:32x32x32x3")
+    assert block(result.path, "small")["precision_mode"] == "FP16"
+    assert check_repository(result.path).findings == ()
+
+
+def test_a_graph_with_other_weights_gets_no_engine_of_the_one_before(tmp_path: Path) -> None:
+    """ONNX Runtime names engines by structure, so the folder has to tell weights apart."""
+    tiny = [Tiny(precision=Precision.BF16, seed=seed) for seed in (1, 1, 2)]
+    found = [
+        block(written(tmp_path / str(i), one, accelerator=Accelerator.TENSORRT).path)["trt_engine_cache_path"]
+        for i, one in enumerate(tiny)
+    ]
+    assert found[0] == found[1] != found[2]
+    bundles = [tiny_bundles.write(tmp_path / f"v{i}", one) for i, one in enumerate(tiny)]
+    with pytest.raises(UsageError, match="versions of tiny would share one folder of engines"):
+        resolve_models([BundleArgument(bundle) for bundle in bundles], TritonOptions(accelerator=Accelerator.TENSORRT))
 
 
 def test_eight_bits_among_half_have_no_precision_mode(tmp_path: Path) -> None:
@@ -737,6 +756,10 @@ def test_eight_bits_among_half_have_no_precision_mode(tmp_path: Path) -> None:
         ({"accelerator": Accelerator.TENSORRT, "backend": Backend.TENSORRT}, "--backend tensorrt serves a plan"),
         ({"accelerator": Accelerator.TENSORRT, "instances": Instances(device=Device.CPU)}, "on GPUs alone"),
         ({"engine_cache": "/engines"}, "--engine-cache needs --accelerator"),
+        *(
+            ({"accelerator": Accelerator.TENSORRT, "engine_cache": folder}, "is no folder of a server")
+            for folder in ("engines", "", "/a:/b", "/a\n")
+        ),
     ],
 )
 def test_options_that_contradict_the_accelerator_are_refused(options: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ Source: https://github.com/triton-inference-server/onnxruntime_backend, README.m
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from typing import Any
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
 from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository
 from spach_deploy.packaging.triton.config import shown
-from spach_deploy.packaging.triton.options import KIND_CPU
+from spach_deploy.packaging.triton.options import KIND_CPU, MOUNT, is_mounted_over
 
 TENSORRT, CUDA, OPENVINO = "tensorrt", "cuda", "openvino"
 
@@ -66,6 +67,7 @@ _ACCEPTED = {
 }
 
 _PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
+_PREFIX = "trt_engine_cache_prefix"
 _CACHES = (
     ("trt_engine_cache_enable", "trt_engine_cache_path", "engines"),
     ("trt_timing_cache_enable", "trt_timing_cache_path", "timings"),
@@ -116,9 +118,48 @@ def _tensorrt(
         yield model.finding(
             where, "TensorRT with KIND_CPU", "KIND_GPU: on a CPU it is never used", "Correct one of them."
         )
+    yield from _mode(model, f'{where}.parameters["precision_mode"]', parameters)
     for enable, path, what in _CACHES:
         yield from _cache(model, repository, where, parameters, (enable, path, what))
     yield from _profiles(model, where, parameters)
+
+
+def _mode(model: ModelFolder, field: str, parameters: Mapping[str, str]) -> Iterator[RepositoryFinding]:
+    """The mode must allow the types of the graph's weights: TensorRT takes no others."""
+    have = parameters.get("precision_mode", "FP32")
+    if "int8_calibration_table_name" in parameters:
+        return  # the types are the table's
+    for version in model.versions:
+        types = graph_modes(model.path / str(version) / model.file_name)
+        if types is None or types == {have}:
+            continue
+        found, wanted = (
+            f"{have}, the default" if "precision_mode" not in parameters else have,
+            " and ".join(sorted(types)),
+        )
+        if types == {"FP32"} and have in ("FP16", "BF16"):
+            expected = f"FP32, as the graph in {version} has: nothing compared {have} with it"
+            yield model.finding(field, found, expected, 'Write "FP32".', severity=Severity.WARNING)
+        else:
+            fix = f'Write "{wanted}".' if len(types) == 1 else "Export with --int8 --rest fp32: a mode names one type."
+            yield model.finding(field, found, f"{wanted}, as the graph in {version} has", fix)
+
+
+def graph_modes(file: Path) -> set[str] | None:
+    """The modes of TensorRT's provider that a graph needs, by its weights and Q/DQ pairs; None for what is no graph.
+
+    Whole tensors that stay in FP32 beside lower types need none: each mode allows them.
+    """
+    import onnx
+
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except Exception:  # protobuf's own, OSError; `check_files` reports it
+        return None
+    names = {onnx.TensorProto.FLOAT16: "FP16", onnx.TensorProto.BFLOAT16: "BF16"}
+    types = {names[w.data_type] for w in graph.initializer if w.data_type in names and math.prod(w.dims) > 1}
+    types |= {"INT8"} if any(node.op_type == "QuantizeLinear" for node in graph.node) else set()
+    return types or {"FP32"}
 
 
 def _cache(
@@ -140,11 +181,31 @@ def _cache(
     if not is_on:
         fix = f'Add {enable}: "true".'
         yield model.finding(field, f'"{folder}", which is not used', f"{enable}", fix, severity=warning)
+    if shared := _others_in(model, repository, parameters, path):
+        found, expected = f'"{folder}", which {shared} too', "a folder for each: engines are named by structure alone"
+        yield model.finding(field, found, expected, "Give another one.", severity=warning)
     if problem := _impossible(folder, repository.path):
         yield model.finding(field, f'"{folder}", {problem}', "a folder that the server can make", "Give another one.")
+    elif is_mounted_over(folder):
+        found = f'"{folder}", below {MOUNT}, where README.md has the repository, read-only'
+        yield model.finding(field, found, "a folder that the server can write", "Give another one.", severity=warning)
     elif not PurePosixPath(folder).is_absolute():
         found = f'"{folder}", below wherever the server is started'
         yield model.finding(field, found, "an absolute path", "Give the whole path.", severity=warning)
+
+
+def _others_in(model: ModelFolder, repository: Repository, parameters: Mapping[str, str], path: str) -> str:
+    """Who else keeps engines in a model's folder, as a clause. A prefix of its own tells engines apart."""
+    if path != "trt_engine_cache_path":
+        return ""  # timings are of kernels, whatever the model
+    if len(model.versions) > 1:
+        return "its other versions use"
+    own = (parameters.get(path), parameters.get(_PREFIX))
+    for other in repository.models:
+        for block in other.config.optimization.execution_accelerators.gpu_execution_accelerator:
+            if other.name != model.name and (block.parameters.get(path), block.parameters.get(_PREFIX)) == own:
+                return f"{other.name} uses"
+    return ""
 
 
 def _impossible(folder: str, repository: Path) -> str:

@@ -7,15 +7,18 @@ For spach-package's own steps, the parameters are compared with their tensors.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
+from spach_deploy.bundle.schema import Manifest
 from spach_deploy.common.files import parse_json
 from spach_deploy.options.specs import INTERPOLATIONS, Preprocessing, interpolation_text
 from spach_deploy.packaging.triton.check.fields import label_file
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding
-from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository
+from spach_deploy.packaging.triton.check.model_folder import ModelFolder, Repository, bundle_manifest
 from spach_deploy.packaging.triton.config import DATA_TYPES, data_type_name, shown
+from spach_deploy.packaging.triton.repository import step_settings
 
 _NEWEST = -1
 
@@ -184,12 +187,12 @@ def check_own_steps(model: ModelFolder, repository: Repository) -> Iterator[Repo
         return
     parameters = {name: value.string_value for name, value in model.config.parameters.items()}
     if "preprocessing" in parameters and model.config.output:
-        yield from _preprocess(model, parameters["preprocessing"])
+        yield from _preprocess(model, repository, parameters["preprocessing"])
     if "top_k" in parameters and model.config.input and model.config.input[0].dims:
         yield from _top_k(model, parameters)
 
 
-def _preprocess(model: ModelFolder, text: str) -> Iterator[RepositoryFinding]:
+def _preprocess(model: ModelFolder, repository: Repository, text: str) -> Iterator[RepositoryFinding]:
     output = model.config.output[0]
     try:
         settings = parse_json(text)
@@ -213,6 +216,41 @@ def _preprocess(model: ModelFolder, text: str) -> Iterator[RepositoryFinding]:
             f"the output's {have[0]} {shown(have[1])}",
             _AGAIN,
         )
+        return
+    for target, manifest in _prepared_for(model, repository):
+        ours, bundles = (
+            _complete(settings),
+            _complete(parse_json(json.dumps(step_settings(manifest.preprocessing, dtype)))),
+        )
+        for name, value in bundles.items():
+            if ours[name] != value:
+                yield model.finding(
+                    'parameters["preprocessing"]',
+                    f"{name} {json.dumps(ours[name])}",
+                    f"{json.dumps(value)}, as the bundle of {target} has",
+                    _AGAIN,
+                )
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with what is left out, and with both sides of sizes."""
+    sizes = {name: _sides(settings[name]) for name in ("image_size", "resize_size")}
+    return {"interpolation": Preprocessing.interpolation, **settings, **sizes}
+
+
+def _prepared_for(model: ModelFolder, repository: Repository) -> Iterator[tuple[str, Manifest]]:
+    """The models that get the step's output in an ensemble, each with the manifest of its newest version's bundle."""
+    seen = set()
+    for ensemble in repository.models:
+        steps = list(ensemble.config.ensemble_scheduling.step)
+        made = {name for step in steps if step.model_name == model.name for name in step.output_map.values()}
+        for target in (repository.find(step.model_name) for step in steps if made & {*step.input_map.values()}):
+            if target is None or not target.versions or target.name in seen:
+                continue
+            seen.add(target.name)
+            manifest = bundle_manifest(target.path / str(target.versions[-1]))
+            if manifest is not None:
+                yield target.name, manifest
 
 
 def _sides(size: Any) -> tuple[int, int]:

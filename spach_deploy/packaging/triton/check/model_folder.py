@@ -8,8 +8,10 @@ The rules for it look at version folders, the plan or graph in each, its weights
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,13 @@ from typing import Any
 from spach_deploy.bundle.schema import Manifest, TensorInfo
 from spach_deploy.bundle.store import GRAPH, PLAN
 from spach_deploy.common.errors import BundleError, printable
-from spach_deploy.common.files import sha256_of
+from spach_deploy.common.files import read_bytes, sha256_of
 from spach_deploy.graph.external_data import data_outside, missing_data
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import BatchProfile, Flavour
 from spach_deploy.packaging.triton.check.findings import RepositoryFinding, Severity
 from spach_deploy.packaging.triton.config import ACCEPTS_RTX
-from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU, Backend
+from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU, Accelerator, Backend
 from spach_deploy.packaging.triton.repository import FACTS
 from spach_deploy.packaging.triton.served_model import RTX_REASON
 from spach_deploy.runtime.plan_identity import identify_plan_file
@@ -124,6 +126,12 @@ class ModelFolder:
         return self.backend == Backend.TENSORRT.value
 
     @property
+    def is_accelerated(self) -> bool:
+        """Whether ONNX Runtime hands the graph to TensorRT."""
+        accelerators = self.config.optimization.execution_accelerators.gpu_execution_accelerator
+        return any(accelerator.name == Accelerator.TENSORRT.value for accelerator in accelerators)
+
+    @property
     def file_name(self) -> str:
         """Name of the file in each version's folder; empty for an ensemble or an unknown backend."""
         if self.is_ensemble:
@@ -197,6 +205,9 @@ class Repository:
 
 _AGAIN = "Write it again with spach-package triton."
 
+STEP_CLASS = "TritonPythonModel"
+"""The class that Triton's Python backend makes of a step's file."""
+
 
 def check_files(model: ModelFolder, repository: Repository) -> Iterator[RepositoryFinding]:
     """Check version folders, model files, and the manifest of the bundle in the same folder."""
@@ -243,6 +254,8 @@ def _version(model: ModelFolder, version: int) -> Iterator[RepositoryFinding]:
         yield model.finding("", _what_it_is(file), "an ONNX graph", "Correct the platform, or the file.", file=where)
     elif model.backend == "onnxruntime":
         yield from _graph(model, file, where)
+    elif model.backend == "python":
+        yield from _program(model, file, where)
     yield from _bundle(model, version, file, where)
 
 
@@ -273,6 +286,8 @@ def _graph(model: ModelFolder, file: Path, where: str) -> Iterator[RepositoryFin
         return
     known = runtimes()
     newest = known.images[-1]
+    if model.is_accelerated:
+        needs = known.of_tensorrt(needs)
     if not known.fitting((needs,), on_gpu=True):
         found = f"a graph that no known Triton image runs: {known.misfit(newest, (needs,), on_gpu=True)}"
         yield model.finding("", found, "one that ONNX Runtime runs", "Export it with --fp16.", file=where)
@@ -296,6 +311,28 @@ def _wrong_data(file: Path) -> tuple[str, str] | None:
     if missing := printable(missing_data(graph, file.parent)):
         return f"no {missing}, which holds its weights", f"Add {missing} beside it."
     return None
+
+
+def _program(model: ModelFolder, file: Path, where: str) -> Iterator[RepositoryFinding]:
+    """A Python step must be Python, and have the class that the server makes. It is not run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SyntaxWarning
+            tree = ast.parse(read_bytes(file))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f"line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        found = f"no Python: {error.msg if isinstance(error, SyntaxError) else error}"
+        yield model.finding(line, found, "a program that the server can load", "Correct it.", file=where)
+        return
+    names = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    names |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    if STEP_CLASS not in names:
+        yield model.finding("", f"no {STEP_CLASS}", "the class that the server makes", "Add it.", file=where)
 
 
 def _has_flag(model: ModelFolder) -> bool:
