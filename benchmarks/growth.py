@@ -36,6 +36,7 @@ from spach_deploy.models.registry import model_size
 from spach_deploy.options.architecture import Architecture, sides
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, ModelSpec, Precision
 from spach_deploy.pipeline.export import export
+from spach_deploy.runtime.onnxruntime_runner import new_session
 
 LINEAR = 1.15
 EXPORT, VALIDATION = "export the graph", "validate the graph"
@@ -110,7 +111,7 @@ def _session(graph: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return new_session(str(graph), options, ["CPUExecutionProvider"])
 
 
 @contextlib.contextmanager

@@ -147,3 +147,76 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class BatchOfFive(PlainNet):
+    """Another path for one size of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 2 * y if x.shape[0] == 5 else y
+
+
+class Talking(PlainNet):
+    """Prints in the factory and in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.1, 0.1)
+        print("made")
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("called")
+        return super().forward(x)
+
+
+class Picky(nn.Module):
+    """A part that raises in batches of four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 4:
+            raise KeyError("four")
+        return x
+
+
+class RaisesLater(PlainNet):
+    """Runs on its example, and raises what no one expects in a batch of the profile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picky = Picky()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.picky(super().forward(x))
+
+
+class BadExample(PlainNet):
+    """Its example inputs raise."""
+
+    @property
+    def example_inputs(self) -> Tensor:
+        raise OSError("no example")
+
+
+class Inner(nn.Module):
+    """Branches on data in a part, in a helper function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Sign()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x.mean((2, 3)))
+
+
+class Sign(nn.Module):
+    """See `Inner`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if _is_positive(x) else x
+
+
+def _is_positive(x: Tensor) -> bool:
+    return bool(x.sum() > 0)

@@ -28,6 +28,7 @@ from spach_deploy.common.versions import old_package
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import ComputeCapability, WeightSource
 from spach_deploy.runtime.devices import local_gpus
+from spach_deploy.runtime.onnxruntime_runner import new_session
 from spach_deploy.runtime.openvino_runner import OpenVinoRunner
 from spach_deploy.runtime.warm_start import COLD, StartOptions
 
@@ -248,7 +249,7 @@ def _session(graph: Path, threads: int, profile: str = "") -> Any:
         options.enable_profiling, options.profile_file_prefix = True, profile
     wanted = [name for name in (_CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
     with utf8_path(graph) as name:
-        return onnxruntime.InferenceSession(name, options, providers=wanted)
+        return new_session(name, options, wanted)
 
 
 def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -116,18 +117,37 @@ class _Descriptor(io.FileIO):
             return memoryview(data).nbytes
 
 
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
+def results_stream() -> TextIO:
+    """The command's stdout, which gets its results alone."""
+    return _results.get() or sys.stdout
+
+
+@contextlib.contextmanager
+def _others_print_to_stderr() -> Iterator[None]:
+    """Within the block, what other code prints, such as a user's own module, goes to stderr."""
+    before = _results.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(before)
+
+
 def is_colored() -> bool:
     """Whether stdout gets colours: on a terminal that has them, or with FORCE_COLOR; never with NO_COLOR."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
         return True
-    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+    return results_stream().isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def width(usual: int) -> int:
     """The width to wrap text at: that of the terminal or COLUMNS, 60 to 100; `usual` where stdout is no terminal."""
-    columns = shutil.get_terminal_size((usual, 24)).columns if sys.stdout.isatty() else usual
+    columns = shutil.get_terminal_size((usual, 24)).columns if results_stream().isatty() else usual
     return min(max(columns, NARROWEST), WIDEST)
 
 
@@ -248,7 +268,7 @@ def command(body: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(body)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
-            with ending_on_interrupt(lambda: NOTHING):
+            with ending_on_interrupt(lambda: NOTHING), _others_print_to_stderr():
                 code = body(*args, **kwargs) or 0
         except KeyboardInterrupt as error:
             say(sentence(str(error) or NOTHING))
@@ -279,12 +299,13 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 def show(text: str) -> None:
     """Print results to stdout. Text is escaped line by line, unless it is `Escaped`, as from `common.text`."""
-    click.echo(text if isinstance(text, Escaped) else printable_lines(text), color=True)
+    shown = text if isinstance(text, Escaped) else printable_lines(text)
+    click.echo(shown, file=results_stream(), color=True)
 
 
 def show_answer(text: str) -> None:
     """`show`, for a command whose stdout is what it makes: the OSError is raised where it cannot be written."""
-    file = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    file = getattr(getattr(results_stream(), "buffer", None), "raw", None)
     if not isinstance(file, _Descriptor):
         return show(text)
     file.complaint = ""

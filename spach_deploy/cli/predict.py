@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spach_deploy.cli.console import Command, command, say, show_answer
+from spach_deploy.cli.console import Command, command, results_stream, say, show_answer
 from spach_deploy.cli.interrupts import ending_on_interrupt
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.text import escaped, json_text
@@ -114,6 +114,8 @@ def _described(values: NDArray[Any], first: NDArray[Any]) -> str:
     """A vector's norm, and its cosine with the first picture's; a map's shape."""
     import numpy as np
 
+    if values.shape == (1,):
+        return f"{values[0]:.6g}"
     if values.ndim > 1:
         return " x ".join(map(str, values.shape))
     ours, theirs = values.astype(np.float64), first.astype(np.float64)
@@ -129,7 +131,7 @@ def _described(values: NDArray[Any], first: NDArray[Any]) -> str:
 @contextlib.contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, if that is a terminal and stdout is not."""
-    if not sys.stderr.isatty() or sys.stdout.isatty():
+    if not sys.stderr.isatty() or results_stream().isatty():
         yield lambda done: None
         return
     from rich.console import Console

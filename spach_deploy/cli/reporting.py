@@ -19,7 +19,7 @@ from spach_deploy.cli.console import is_colored, say, width
 from spach_deploy.common.errors import BundleError, UsageError, printable
 from spach_deploy.common.files import Destination, try_to_write
 from spach_deploy.common.progress import ExportObserver, Phase
-from spach_deploy.common.text import escaped, json_text, rendered
+from spach_deploy.common.text import escaped, json_text, noun, rendered
 from spach_deploy.models.registry import ModelInfo, list_models
 from spach_deploy.options.specs import Flavour, size_in_words
 from spach_deploy.pipeline.estimate import MEASURED_CORES, DryRun
@@ -251,7 +251,11 @@ def _lines(result: ExportResult, manifest: Manifest) -> Iterator[str]:
 
 def _facts(manifest: Manifest) -> Iterator[str]:
     model, engine, certificate = manifest.model, manifest.engine, manifest.graph.certificate
-    gives = f"{model.num_classes} classes" if model.num_classes else f"gives {_model_outputs(manifest)}"
+    gives = (
+        f"{model.num_classes} {noun(model.num_classes, 'class')}"
+        if model.num_classes
+        else f"gives {_model_outputs(manifest)}"
+    )
     yield f"model      {model.title}, {size_in_words(model.image_size)} px, {gives}"
     if manifest.graph.levels:
         from spach_deploy.graph.levels import described
@@ -371,7 +375,8 @@ def as_text(plan: DryRun, *, as_json: bool) -> str:
         lines += ["", "The same export was done before: its bundle would come from the cache, in about a second."]
     elif not plan.refusals:
         lines += ["", *(f"  {step.name:<34}{_seconds(step.seconds)}" for step in plan.steps)]
-    lines += ["", *_costs(plan)]
+    if plan.seconds is not None or not plan.refusals:
+        lines += ["", *_costs(plan)]
     if plan.refusals:
         lines += ["", "Refused:"]
         lines += [f"- {error.message} {error.hint}".rstrip() for error in plan.refusals]

@@ -76,6 +76,16 @@ def without_surrogates(value: Any) -> Any:
     return [without_surrogates(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
+def noun(count: int, what: str) -> str:
+    """`class` for one, else `classes`."""
+    return what if count == 1 else f"{what}es" if what.endswith("s") else f"{what}s"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 class`, `1,000 classes`."""
+    return f"{count:,} {noun(count, what)}"
+
+
 SIZES = "K, M, G, T or KiB, MiB, … of 1024; KB, MB, … of 1000"
 """The accepted units, for help texts and error hints."""
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from spach_deploy.common.errors import UsageError, printable
 from spach_deploy.common.files import read_bytes, read_text
+from spach_deploy.common.text import counted
 
 Labels = npt.NDArray[np.int64]
 
@@ -98,14 +99,14 @@ def _of_folders(path: Path, folders: tuple[str, ...], num_classes: int) -> OwnLa
             f"{path} has pictures outside of class folders, so its folders label nothing.",
             "Put each picture into its class's folder, or give a labels file.",
         )
-    origin = f"{_counted(len(folders), 'class folder')} of {path}"
+    origin = f"{counted(len(folders), 'class folder')} of {path}"
     if len(folders) == num_classes:
         return OwnLabels(path, num_classes, None, origin, _number_note(folders))
     if len(folders) < num_classes and _are_indices(folders, num_classes):
         note = f"{path} has {len(folders)} of the model's {num_classes} classes; its folders' names are their indices."
         return OwnLabels(path, num_classes, tuple(map(int, folders)), origin, (note,))
     raise UsageError(
-        f"{path} has {_counted(len(folders), 'class folder')}, the model {num_classes} classes, so a folder's place "
+        f"{path} has {counted(len(folders), 'class folder')}, the model {num_classes} classes, so a folder's place "
         "is not its class.",
         f"Give all {num_classes} folders (empty ones count), or a labels file with each image's class index.",
     )
@@ -152,12 +153,12 @@ class NamedLabels:
         there = next(iter(self.entries))
         if len(missing) == images:
             return UsageError(
-                f"{self.path} labels none of the {_counted(images, 'image')}: it names {_shown([there])}, they are"
+                f"{self.path} labels none of the {counted(images, 'image')}: it names {_shown([there])}, they are"
                 f" called {_shown(missing)}.",
                 "Name images by their path below --images.",
             )
         return UsageError(
-            f"{self.path} has no label for {len(missing)} of {_counted(images, 'image')}: {_shown(missing)}.",
+            f"{self.path} has no label for {len(missing)} of {counted(images, 'image')}: {_shown(missing)}.",
             "Add them, or give --images without these.",
         )
 
@@ -165,10 +166,10 @@ class NamedLabels:
         by_end = [(image, entry) for image, entry in found.items() if image != entry]
         if by_end:
             image, entry = by_end[0]
-            yield f"{_counted(len(by_end), 'label')} found by the end of the path: {image} is {entry} in {self.path}."
+            yield f"{counted(len(by_end), 'label')} found by the end of the path: {image} is {entry} in {self.path}."
         unused = len(self.entries) - len(set(found.values()))
         if unused:
-            yield f"{unused:,} of {_counted(len(self.entries), 'label')} in {self.path} name no image that was taken."
+            yield f"{unused:,} of {counted(len(self.entries), 'label')} in {self.path} name no image that was taken."
 
 
 def _found(names: Sequence[str], entries: Mapping[str, int]) -> dict[str, str]:
@@ -292,10 +293,6 @@ def _check_class(index: int, who: str, num_classes: int) -> None:
 def _shown(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return ", ".join(f"'{printable(name[:80])}'" for name in names[:_NAMED]) + more
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 _WANTED_NAMES = "Give a text file with the name of one class a line, in the model's order."

@@ -16,7 +16,6 @@ import functools
 import inspect
 import io
 import logging
-import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,7 +44,7 @@ from spach_deploy.graph.block_prototype import (
 from spach_deploy.graph.editing import array_of, as_proto, name_by_module, name_of, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.models.outputs import SelectableOutputs
-from spach_deploy.models.own_module import OwnForward, drawn, flattened, is_users_file
+from spach_deploy.models.own_module import OwnForward, drawn, flattened, place_in
 from spach_deploy.options.specs import OPSET, ImageSize, sides
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
@@ -205,6 +204,20 @@ def _program(
     return program.model
 
 
+def is_alike_in_batches(model: OwnForward, largest: int) -> bool:
+    """Whether torch.export finds that a user's module does the same in every batch of 2 to `largest`: that its forward
+    neither branches on the size of the batch nor takes it for a constant. False also for what it cannot trace.
+    """
+    inputs = model.example(_TRACED_BATCH)
+    batch = {0: torch.export.Dim(BATCH, min=2, max=max(largest, _TRACED_BATCH))}
+    try:
+        with _quiet_exporter():
+            torch.export.export(model, inputs, dynamic_shapes=_shapes(model, [batch for _ in inputs]), strict=False)
+    except Exception:  # torch.export raises what it likes
+        return False
+    return True
+
+
 def _shapes(model: nn.Module, inputs: list[dict[int, Any]]) -> tuple[Any, ...]:
     """Dynamic shapes in the structure of the arguments of forward, which may be `*inputs`."""
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
@@ -213,20 +226,14 @@ def _shapes(model: nn.Module, inputs: list[dict[int, Any]]) -> tuple[Any, ...]:
 
 def _place(model: nn.Module, error: BaseException) -> str:
     """The module and line of the model's own code at which tracing ended, and why, in words."""
-    paths = {id(module): path or "the model" for path, module in model.named_modules()}
-    causes, place = [error], ""
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    for cause in causes:
-        for frame, line in traceback.walk_tb(cause.__traceback__):
-            code, owner = frame.f_code, frame.f_locals.get("self")
-            if id(owner) in paths and is_users_file(code.co_filename):
-                name = f"{paths[id(owner)]} ({type(owner).__name__}.{code.co_name}"
-                place = f"{name}, {code.co_filename}:{line})"
-    reason = str(causes[-1]).strip().splitlines()
+    cause = error
+    while (earlier := cause.__cause__ or cause.__context__) is not None:
+        cause = earlier
+    reason = str(cause).strip().splitlines()
     if reason and "data-dependent" in reason[0]:
         reason = ["what it does depends on the values of a tensor"]
-    return f"{place or type(model).__name__}: {reason[0].rstrip('.') if reason else type(causes[-1]).__name__}"
+    why = reason[0].rstrip(".") if reason else type(cause).__name__
+    return f"{place_in(model, error) or type(model).__name__}: {why}"
 
 
 def export_canonical(model: nn.Module, image_size: ImageSize, channels: int = 3) -> ir.Model:

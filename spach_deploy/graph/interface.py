@@ -15,6 +15,7 @@ import onnx_ir as ir
 from spach_deploy.bundle.outputs import INPUT
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.common.errors import UsageError
+from spach_deploy.common.text import noun
 from spach_deploy.graph.editing import NodeWriter, constant, mark_float32, name_of, new_node
 from spach_deploy.graph.export import BATCH
 from spach_deploy.options.specs import IODtype, OutputSpec, Preprocessing, Role
@@ -49,7 +50,9 @@ def check_outputs(outputs: OutputSpec, classes: int) -> None:
     """UsageError for a top-k below 1 or above the number of classes, and for the softmax of one class."""
     k = outputs.top_k
     if k is not None and classes and not 1 <= k <= classes:
-        raise UsageError(f"--top-k {k} of {classes} classes does not exist.", f"Give a number from 1 to {classes}.")
+        raise UsageError(
+            f"--top-k {k} of {classes} {noun(classes, 'class')} does not exist.", f"Give a number from 1 to {classes}."
+        )
     if outputs.softmax and classes == 1:
         raise UsageError("--softmax: the softmax of one class is 1 for every image.", "Leave it out.")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spach_deploy.bundle.inputs import ModelInputs
 from spach_deploy.common.errors import CheckpointError
+from spach_deploy.common.text import noun
 from spach_deploy.models.checkpoint_content import StateDict, shown, state_dict_from_content
 from spach_deploy.models.checkpoint_file import find_index, read_checkpoint, read_shards
 from spach_deploy.models.demo import load_demo_weights
@@ -205,7 +206,7 @@ def _identify(spec: ModelSpec, state: StateDict) -> tuple[Match, list[str]]:
     given = spec.num_classes if asked is None or spec.architecture is None else asked.architecture.classes
     if given is not None and classes is not None and classes != given:
         raise CheckpointError(
-            f"The checkpoint's head has {classes} classes, but {given} were asked for.",
+            f"The checkpoint's head has {classes} {noun(classes, 'class')}, but {given} were asked for.",
             f"Give --num-classes {classes}{'' if spec.num_classes is None else ', or leave it out'}.",
         )
     if asked is None:
@@ -214,7 +215,7 @@ def _identify(spec: ModelSpec, state: StateDict) -> tuple[Match, list[str]]:
     else:
         (match, size_notes), notes = _fitting(spec, asked, state), []
     if spec.num_classes is None:
-        notes.append(f"{match.architecture.classes} classes: rows of the head")
+        notes.append(f"{match.architecture.classes} {noun(match.architecture.classes, 'class')}: rows of the head")
     notes += compare_model(state.args, match.name, asked=asked is not None)
     return match, [*notes, *compare_classes(state.args, match.architecture.classes), *size_notes]
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import CheckpointError, ModelError
+from spach_deploy.common.text import noun
 from spach_deploy.models.checkpoint_content import ignoring, shown
 from spach_deploy.models.published import ARCHITECTURES, CHANNELS_PER_HEAD, CHANNELS_PER_SHIFT, TORCH_EPS
 from spach_deploy.models.registry import Match, create_model, published_match, reference_name, resolve
@@ -76,10 +77,10 @@ def compare_classes(args: Mapping[str, Any], num_classes: int) -> list[str]:
         said = _number(args.get(field))
         if said is not None and said != num_classes:
             raise CheckpointError(
-                f"The checkpoint's args say {said} classes ({field}), but its head has {num_classes}.",
+                f"The checkpoint's args say {said} {noun(said, 'class')} ({field}), but its head has {num_classes}.",
                 _WRONG_FILE,
             )
-        notes += [f"args say {said} classes, which agrees"] if said is not None else []
+        notes += [f"args say {said} {noun(said, 'class')}, which agrees"] if said is not None else []
     return notes[:1]
 
 

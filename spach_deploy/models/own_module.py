@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import os
@@ -18,6 +19,7 @@ import re
 import sys
 import time
 import traceback
+import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,12 +71,13 @@ def made_by(factory: str) -> tuple[nn.Module, ExampleInputs | None]:
         for part in name.split("."):
             found = getattr(found, part)
         made = found if isinstance(found, nn.Module) else found()
-    module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        example = getattr(module, "example_inputs", None) if example is None else example
     if not isinstance(module, nn.Module):
         kind = type(made).__name__
         hint = f"Give {FORM} that returns a module, or a module and its example inputs."
         raise UsageError(f"--module {factory} gave a {kind}, not an nn.Module.", hint)
-    return module, getattr(module, "example_inputs", None) if example is None else example
+    return module, example
 
 
 @contextlib.contextmanager
@@ -88,8 +91,7 @@ def _users_code(factory: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
         where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"--module {factory} cannot be made: {reason}{where}.", f"Give {FORM}.") from error
+        raise UsageError(f"--module {factory} cannot be made: {_reason(error)}{where}.", f"Give {FORM}.") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
@@ -232,6 +234,10 @@ class OwnForward(SelectableOutputs):
         torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the modules, in one operator
         try:
             returned = _given_to(super().forward, self.arguments, inputs)  # of the user's class
+        except (Exception, SystemExit) as error:  # the user's code raises what it likes
+            if torch.compiler.is_compiling():  # the tracer has exceptions of its own
+                raise
+            raise _failure(self, inputs, error) from error
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         by_name = dict(zip(output_names(returned), flattened(returned), strict=True))
@@ -376,15 +382,43 @@ def _called(module: nn.Module, arguments: Sequence[str], inputs: Sequence[Tensor
     try:
         with torch.inference_mode():
             return _given_to(module, arguments, inputs)
-    except Exception as error:  # the user's code raises what it likes
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users_file(frame.filename)]
-        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-        raise ModelError(
-            f"The module fails on an input of {shapes}: {reason}{where}.",
-            "Give example inputs that it takes (--image-size, or example_inputs in Python), in float32.",
-        ) from error
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code raises what it likes
+        raise _failure(module, inputs, error) from error
+
+
+def _failure(module: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> ModelError:
+    """What the user's code raised, in a sentence that names the part of the module and the line."""
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+    place = place_in(module, error)
+    return ModelError(
+        f"The module fails on an input of {shapes}: {f'{place} raises ' if place else ''}{_reason(error)}.",
+        "Give example inputs that it takes (--image-size, or example_inputs in Python), in float32.",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """An exception's kind and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}".rstrip(".: ")
+
+
+def place_in(model: nn.Module, error: BaseException) -> str:
+    """The part of a user's module, and the line of the user's code, where an exception or its cause came from:
+    `body.2 (Net.forward, nets.py:12)`; "" where none of the user's code ran.
+    """
+    paths = {id(module): path or "the model" for path, module in model.named_modules()}
+    errors, part, line = [error], "", ""
+    while (cause := errors[-1].__cause__ or errors[-1].__context__) is not None:
+        errors.append(cause)
+    for raised in errors:
+        for frame, number in traceback.walk_tb(raised.__traceback__):
+            code, owner = frame.f_code, frame.f_locals.get("self")
+            if is_users_file(code.co_filename):
+                if id(owner) in paths:
+                    part = f"{paths[id(owner)]} ({type(owner).__name__}.{code.co_name}, "
+                line = f"{code.co_filename}:{number}"
+    return f"{part or '('}{line})" if line else ""
 
 
 def is_users_file(path: str) -> bool:
@@ -425,7 +459,7 @@ _CHECK_SECONDS = 120.0
 def check_batches(model: OwnForward, batches: Collection[int]) -> Iterator[str]:
     """Run the module in batches of these sizes: images of each have to get the answers that they get alone.
 
-    Yields a sentence for each size that was left out, for which the memory or the time does not suffice. ModelError for
+    Yields a sentence for sizes that were left out, for which the memory or the time does not suffice. ModelError for
     answers that differ, as where `forward` branches on the size of the batch.
     """
     one, memory = model.example(), find_memory()
@@ -434,14 +468,18 @@ def check_batches(model: OwnForward, batches: Collection[int]) -> Iterator[str]:
         start = time.perf_counter()
         _called(model, (), one)
         seconds = time.perf_counter() - start
+    left_out: dict[str, list[int]] = {}
     for batch in sorted({*batches} - {1}):
         needs = batch * sum(sizes) // 2  # of two runs
         if memory is not None and needs > memory.available_bytes // 2:
-            yield f"your module was not run in a batch of {batch}, which takes more memory than is free"
-        elif batch * seconds > _CHECK_SECONDS:
-            yield f"your module was not run in a batch of {batch}, which takes more than {_CHECK_SECONDS:.0f} s"
+            left_out.setdefault("more memory than is free", []).append(batch)
+        elif batch * seconds + time.perf_counter() - start > _CHECK_SECONDS:
+            left_out.setdefault(f"more than {_CHECK_SECONDS:.0f} s", []).append(batch)
         else:
             _check_batch(model, batch)
+    for what, which in left_out.items():
+        size = f"{which[0]}" if len(which) == 1 else f"{which[0]} to {which[-1]}"
+        yield f"your module was not run in a batch of {size}, which takes {what}"
 
 
 def _check_batch(model: OwnForward, batch: int) -> None:
@@ -570,12 +608,6 @@ def loaded_module(
         name = published_match(architecture).name
         if not _is_changed(module, architecture):
             return LoadedModel(module, name, "module", spec.checkpoint, sha256, notes, settings)
-        for path, part in module.named_modules():
-            if "forward" in vars(part) and next(part.parameters(), None) is not None:
-                problem = (
-                    f"The forward of {path or 'the model'} was replaced on the object, and its copies cannot use it."
-                )
-                raise ModelError(problem, "Write a subclass with that forward, or a forward hook.")
         module = Changed(module)
     ran = run_example(module, example)
     outputs = [_info(name, tensor, alone=len(ran.outputs) == 1) for name, tensor in ran.outputs.items()]
@@ -800,7 +832,42 @@ def _own(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         copied._modules = {
             name: None if child is None else _own(child, done) for name, child in module._modules.items()
         }
+        if "forward" in vars(module):
+            copied.forward = _of_copies(module.forward, done)
     return done[id(module)]
+
+
+class ReplacedForward:
+    """A function that the user put in the place of a module's forward, with copies of the modules that it holds."""
+
+    def __init__(self, function: types.FunctionType, held: tuple[Any, ...]) -> None:
+        self.function = function
+        self.held = held
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Call it."""
+        old, cells = self.function, tuple(map(types.CellType, self.held))
+        made = types.FunctionType(old.__code__, old.__globals__, old.__name__, old.__defaults__, cells)
+        made.__kwdefaults__ = old.__kwdefaults__
+        return made(*inputs, **named)
+
+
+def _of_copies(value: Any, done: dict[int, nn.Module]) -> Any:
+    """A forward that the user put on a module, or what it holds, with copies in the place of modules."""
+    if isinstance(value, nn.Module):
+        return _own(value, done)
+    if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+        return types.MethodType(value.__func__, _own(value.__self__, done))
+    if isinstance(value, functools.partial):
+        named = {name: _of_copies(given, done) for name, given in value.keywords.items()}
+        return functools.partial(
+            _of_copies(value.func, done), *(_of_copies(given, done) for given in value.args), **named
+        )
+    if isinstance(value, ReplacedForward):
+        return ReplacedForward(value.function, tuple(_of_copies(held, done) for held in value.held))
+    if isinstance(value, types.FunctionType) and value.__closure__:
+        return ReplacedForward(value, tuple(_of_copies(cell.cell_contents, done) for cell in value.__closure__))
+    return value
 
 
 def _shallow(module: nn.Module) -> nn.Module:

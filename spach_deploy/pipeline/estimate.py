@@ -22,6 +22,7 @@ from spach_deploy.common.errors import SpachError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.machine import available_threads, find_memory
 from spach_deploy.engine.flavours import EngineFlavour, choose_flavour
+from spach_deploy.models.hyperparameters import with_hyperparameters
 from spach_deploy.models.registry import check_spec, known_name, model_size, requested
 from spach_deploy.options.quantization import check_quantization
 from spach_deploy.options.specs import ExportOptions, ModelSpec, Precision, sides
@@ -218,7 +219,9 @@ def _with_checkpoint_facts(
 
 
 def _check_outputs(options: ExportOptions, own: LoadedModel | None = None) -> None:
-    """UsageError for outputs that the model, or the user's `own` module, cannot give."""
+    """UsageError for outputs that the model, or the user's `own` module, cannot give, and for hyperparameters that the
+    model cannot have.
+    """
     from spach_deploy.bundle.outputs import chosen_outputs
     from spach_deploy.graph.interface import check_outputs
 
@@ -229,6 +232,7 @@ def _check_outputs(options: ExportOptions, own: LoadedModel | None = None) -> No
             choose_outputs(own.model, options.outputs)
         check_outputs(options.outputs, own.num_classes)
     if (architecture := requested(options.model)) is not None:
+        with_hyperparameters(architecture, options.model.hyperparameters)
         stages = [(dim, *grid) for dim, grid in zip(architecture.stage_dims, architecture.grids, strict=True)]
         chosen_outputs(options.outputs, architecture.classes, stages)
         check_outputs(options.outputs, architecture.classes)

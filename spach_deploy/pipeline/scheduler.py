@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -128,6 +129,7 @@ def scheduler_here() -> contextlib.AbstractContextManager[Scheduler]:
 def serve(number: int) -> None:
     """Main loop of the worker: run the steps that come over the connection `number`, until its other end closes."""
     connection = shared_connection(number)
+    sys.stdout = sys.stderr  # what a user's own module prints is no result
     threading.Thread(target=_load, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:

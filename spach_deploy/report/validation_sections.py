@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import convert
 
 from spach_deploy.bundle.schema import ModelSection, SettingEntry
+from spach_deploy.common.text import counted
 from spach_deploy.models.hyperparameters import lines, read_section
 from spach_deploy.options.specs import size_in_words
 from spach_deploy.report.content import Json, ReportContent, count, percent, plural, scientific, sentence, size
@@ -190,7 +191,7 @@ def _model(report: Json, model: ModelSection | None) -> Iterator[str]:
     yield str(report["precision"]).upper()
     if model is not None:
         yield f"{size_in_words(model.image_size)} px"
-        yield f"{count(model.num_classes)} classes" if model.num_classes else "no head"
+        yield counted(model.num_classes, "class") if model.num_classes else "no head"
 
 
 def _weights(report: Json, model: ModelSection | None) -> str:

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import importlib
 import io
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -158,6 +158,14 @@ _CRASHING = ("MatmulTransposeFusion",)
 convolutions together end the process (segmentation fault) on FP16 graphs of a Conv before `nn.TransformerEncoder`.
 """
 
+
+def new_session(model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:
+    """An ONNX Runtime session, as all of this package are made: without the optimizations that crash."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(model, options, providers=list(providers), disabled_optimizers=list(_CRASHING))
+
+
 _DTYPES = {"float": "float32", "double": "float64"}
 NAME = "ONNX Runtime (CPU)"
 CPU, CUDA = "cpu", "cuda"
@@ -263,9 +271,7 @@ class OnnxRuntimeRunner:
                 if isinstance(self._model, bytes)
                 else utf8_path(self._model) as model
             ):
-                return ort.InferenceSession(
-                    model, options, providers=self._providers(ort), disabled_optimizers=list(_CRASHING)
-                )
+                return new_session(model, options, self._providers(ort))
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise self._explain(error) from error
 
@@ -352,6 +358,6 @@ def _quantized_here(numbers: NDArray[np.float16]) -> NDArray[np.int8]:
     model = ir.to_proto(ir.Model(graph, ir_version=9))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # do not print errors, they are raised
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = new_session(model.SerializeToString(), options, ["CPUExecutionProvider"])
     found: NDArray[np.int8] = session.run(None, {"x": numbers})[0]
     return found

@@ -22,6 +22,7 @@ from spach_deploy.bundle.schema import IMAGE_LAYOUTS, Form, TensorInfo
 from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
+from spach_deploy.common.text import noun
 from spach_deploy.options.specs import BatchProfile, Flavour, IODtype, Preprocessing, Role
 from spach_deploy.runtime import Runner
 from spach_deploy.runtime.warm_start import StartOptions
@@ -324,7 +325,10 @@ def _labels(given: str | os.PathLike[str] | Sequence[str] | None, classes: int) 
     if isinstance(given, (str, os.PathLike)):
         return read_labels(Path(given), classes)
     if len(given) != classes:
-        raise UsageError(f"There are {len(given)} labels for {classes} classes.", "Give one for each, in their order.")
+        raise UsageError(
+            f"There are {len(given)} labels for {classes} {noun(classes, 'class')}.",
+            "Give one for each, in their order.",
+        )
     return tuple(given)
 
 
@@ -357,18 +361,21 @@ class _Facts:
 
     @property
     def logits(self) -> TensorInfo | None:
-        """The logits; None where the graph has none."""
-        return of_role(self.outputs, Role.LOGITS)
+        """The logits; None where the graph has none to rank: of one class they are a number."""
+        return None if self.classes == 1 else of_role(self.outputs, Role.LOGITS)
 
     @property
     def others(self) -> tuple[str, ...]:
         """The other outputs that the model computes."""
-        return tuple(tensor.name for tensor in model_outputs(self.outputs) if tensor.role is not Role.LOGITS)
+        ranked = None if self.logits is None else self.logits.name
+        return tuple(tensor.name for tensor in model_outputs(self.outputs) if tensor.name != ranked)
 
     def no_classes(self, option: str, bundle: Bundle) -> UsageError:
         """The error for an option that is about classes, where there are none."""
         names = ", ".join(tensor.name for tensor in self.outputs)
-        return UsageError(f"{option} is about classes, and {bundle.path} gives {names} alone.", f"Leave {option} out.")
+        one = " of one class" if self.classes == 1 else ""
+        what = f"{option} is about classes, and {bundle.path} gives {names}{one} alone."
+        return UsageError(what, f"Leave {option} out.")
 
     def check_fits(self, wanted: TensorInfo, given: NDArray[Any]) -> None:
         """UsageError for an array of another dtype or shape than an input has."""

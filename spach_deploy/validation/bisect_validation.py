@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from spach_deploy.bundle.inputs import image_of, joined
 from spach_deploy.bundle.store import Bundle
-from spach_deploy.common.errors import UsageError
 from spach_deploy.data.preprocess import normalize
 from spach_deploy.graph.passes import CPU_PASSES, TENSORRT_PASSES, Pass
 from spach_deploy.options.specs import Flavour, IODtype
@@ -50,13 +49,10 @@ class BisectRequest:
 
 
 def bisected(validation: Validation, request: BisectRequest, say: Say) -> Validation:
-    """`validation` with its bisection. UsageError where the weights are needed and not given."""
-    model = request.bundle.manifest.model
-    if model.origin == "module":
-        raise UsageError(
-            f"--bisect looks into the models of spach-export --list, and {model.name} is your own module.",
-            "Let it return the tensors between its parts too: every output is compared.",
-        )
+    """`validation` with its bisection. UsageError where the weights, or the user's own module, are needed and not
+    given, and for a graph of several inputs.
+    """
+    request.facts.check_one_input("--bisect looks into graphs of one", "Every output is compared: return more of them.")
     say("Rebuilding the reference.")
     chosen = _worst_first(validation)
     sources = _sources(validation.eval_set, chosen, request)

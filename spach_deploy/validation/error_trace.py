@@ -54,7 +54,7 @@ class ActivationTracer:
 
     def __init__(self, model: nn.Module, expected: ExpectedActivations) -> None:
         self._expected = expected
-        self._kinds = {path: _kind(path, model) for path in expected.exact}
+        self._kinds = {path: _kind(model.get_submodule(path), exact) for path, exact in expected.exact.items()}
         self._tensors: dict[str, str] = {}
 
     def watch(self, graph: ir.Model) -> list[str]:
@@ -88,11 +88,21 @@ class ActivationTracer:
         )
 
 
-def _kind(path: str, model: nn.Module) -> str:
-    if path in ("stem", "head"):
-        return path
-    kind = type(model.get_submodule(path)).__name__
-    return {"LayerNorm": "norm", "Downsampling": "downsampling"}.get(kind, "block")
+def _kind(part: nn.Module, output: npt.NDArray[np.floating]) -> str:
+    """What a part of the model is, by its class; a head where it gives a vector."""
+    from torch import nn
+
+    from spach_deploy.models.shiftvit import PatchEmbedding
+    from spach_deploy.models.spach import ConvStem, Downsampling, PatchStem
+
+    if output.ndim == 2:
+        return "head"
+    kinds = {
+        "stem": (ConvStem, PatchStem, PatchEmbedding),
+        "norm": (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d),
+        "downsampling": (Downsampling,),
+    }
+    return next((kind for kind, classes in kinds.items() if isinstance(part, classes)), "block")
 
 
 def _finite(error: float | None) -> float | None:

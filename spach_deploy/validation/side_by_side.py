@@ -20,7 +20,7 @@ from spach_deploy.bundle.outputs import model_outputs, roles_of
 from spach_deploy.bundle.schema import KernelsEntry, Manifest, TensorInfo
 from spach_deploy.bundle.store import GOLDEN, Bundle
 from spach_deploy.common.errors import UsageError, printable
-from spach_deploy.common.text import Escaped, rendered
+from spach_deploy.common.text import Escaped, noun, rendered
 from spach_deploy.options.specs import Role, size_in_words
 from spach_deploy.validation.accuracy import ImagePredictions, notable_predictions
 from spach_deploy.validation.compare import OutputComparison, compare_outputs
@@ -169,7 +169,7 @@ def _check_comparable(first: Bundle, second: Bundle) -> None:
 
 
 def _classes(manifest: Manifest) -> str:
-    return f"{manifest.model.num_classes} classes"
+    return f"{manifest.model.num_classes} {noun(manifest.model.num_classes, 'class')}"
 
 
 def _images(manifest: Manifest) -> str:

@@ -15,7 +15,6 @@ epsilon) until they agree.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -45,16 +44,19 @@ FP32_FACTOR = 4.0
 MOST_IMAGES = 32
 """Number of images that are compared at most, the first in the file."""
 
-SEARCH_SECONDS = 120.0
+SEARCH_SECONDS = 300.0
 """Time limit of the search, whatever it has found."""
 
 _SAY_EVERY_S = 10.0
-_TRIFLE = 1e-4  # wrong heads, scales and activations give larger errors
 _MOST_BYTES = 2 * 10**9
 _LEAST_NOISE = 2.0**-24
 _EPSILONS = (1e-6, 1e-5, 1e-3, 1e-8, 1e-12)
 _SCALES = (None, 1.0)
-_SCALE_STEPS, _SCALE_RANGE, _SCALE_TOLERANCE = 13, (1e-3, 2.0), 1e-7
+_SCALE_GRID = tuple(2 * 3.5**-step for step in range(7))
+_NEAREST = 4  # combinations of heads and activation for which qk scale and epsilon are solved
+_LEAST_NUMBERS = 16  # that are compared in a search, where the file has as many
+_DIGITS = (1, 2, 3, 4, 6, 9)
+_STEPS, _DIFFERENCE, _SMALL_STEP, _LEAST_NUMBER = 20, 1e-2, 1e-7, 1e-30
 _NO_ANSWERS = 'Write it with np.savez("answers.npz", input=images.numpy(), logits=model(images).numpy()).'
 
 Array = npt.NDArray[Any]
@@ -185,7 +187,7 @@ def hold_to_answers(
     pairs = [pair for pair in zip(loaded.settings, best.settings, strict=True) if pair[0].value != pair[1].value]
     said, changed = [old for old, _ in pairs], [new for _, new in pairs]
     if not changed or not found.agrees:
-        raise _nothing_agrees(given, agreement, found, loaded.settings, changed)
+        raise _nothing_agrees(given, found, loaded.settings, changed)
     if is_fixed or not all(setting.is_assumed for setting in said):
         options = " ".join(map(_option, changed))
         raise MismatchError(
@@ -209,12 +211,12 @@ def compared(loaded: LoadedModel, given: GivenAnswers) -> Agreement:
 
 
 def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
-    """The model with the hyperparameters that come nearest to the first image's logits, of those that tensors do not
+    """The model with the hyperparameters that come nearest to the first images' answers, of those that tensors do not
     show.
 
     Tries each by itself; then heads, qk scale (divisions where channels are shifted) and activation in all
-    combinations; then any qk scale with these; after each of these, epsilon with the best so far. Ends where only FP32
-    error is left, and after `SEARCH_SECONDS`.
+    combinations; after each of these, usual epsilons with the best so far. Then solves for qk scale and epsilon, which
+    are real numbers, with the nearest of these. Ends where only FP32 error is left, and after `SEARCH_SECONDS`.
     """
     candidates = _Search(loaded, given, say)
     architecture = loaded.architecture
@@ -227,10 +229,10 @@ def search(loaded: LoadedModel, given: GivenAnswers, say: Say) -> LoadedModel:
     for choices in (mixing, activation, {**mixing, **activation}):
         candidates.improve(choices)
         candidates.improve(epsilon, candidates.values)
+    candidates.solve([candidates.values], ("norm_eps",))
     if heads:
         for others in ({}, activation):
-            candidates.improve_scale({"heads": heads, **others})
-            candidates.improve(epsilon, candidates.values)
+            candidates.solve(candidates.nearest({"heads": heads, **others}), ("qk_scale", "norm_eps"))
     return candidates.model()
 
 
@@ -238,7 +240,7 @@ Choices = dict[str, Sequence[Any]]
 
 
 class _Search:
-    """The best hyperparameters so far, and their error on the first image."""
+    """The best hyperparameters so far, and their error on the first images."""
 
     def __init__(self, loaded: LoadedModel, given: GivenAnswers, say: Say) -> None:
         self._loaded = loaded
@@ -246,7 +248,8 @@ class _Search:
         self._tried = 0
         self._end = time.monotonic() + SEARCH_SECONDS
         self._said = time.monotonic()
-        self._given = dataclasses.replace(given, input=given.input[:1], values=given.values[:1])
+        images = math.ceil(_LEAST_NUMBERS / given.values.shape[1])
+        self._given = dataclasses.replace(given, input=given.input[:images], values=given.values[:images])
         self._begun = {setting.name: setting.value for setting in loaded.settings}
         self.values = dict(self._begun)
         first = compared(loaded, self._given)
@@ -263,32 +266,49 @@ class _Search:
                 return
             self._try({**before, **dict(zip(choices, combination, strict=True))})
 
-    def improve_scale(self, choices: Choices) -> None:
-        """Try any qk scale, with all combinations of `choices`.
+    def nearest(self, choices: Choices) -> list[dict[str, Any]]:
+        """The combinations of `choices` that come nearest with some qk scale of a grid, each with that scale."""
+        found: list[tuple[float, dict[str, Any]]] = []
+        for combination in itertools.product(*choices.values()):
+            if self._is_over():
+                break
+            chosen = {**self._begun, **dict(zip(choices, combination, strict=True))}
+            scaled = [{**chosen, "qk_scale": scale} for scale in _SCALE_GRID]
+            found.append(min(((self._error(values), values) for values in scaled), key=lambda pair: pair[0]))
+        return [values for _, values in sorted(found, key=lambda pair: pair[0])[:_NEAREST]]
 
-        First a logarithmic grid, then golden-section search around its best point, then fewer digits where they do as
-        well.
-        """
-        if self._is_over() or self.error < _TRIFLE:
-            return
-        low, high = (math.log(limit) for limit in _SCALE_RANGE)
-        step = (high - low) / (_SCALE_STEPS - 1)
-        grid = [low + step * index for index in range(_SCALE_STEPS)]
-        others = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
-        pairs = ((log_scale, other) for other in others for log_scale in grid)
-        best, other = min(pairs, key=lambda pair: math.inf if self._is_late() else self._error(self._scaled(*pair)))
-        error = functools.cache(lambda log_scale: self._error(self._scaled(log_scale, other)))
-        left, right, ratio = best - step, best + step, (math.sqrt(5) - 1) / 2
-        while right - left > _SCALE_TOLERANCE and not self._is_late():
-            inner, outer = right - ratio * (right - left), left + ratio * (right - left)
-            left, right = (left, outer) if error(inner) < error(outer) else (inner, right)
-        exact = (left + right) / 2
-        for digits in (1, 2, 3, 4, 9):
-            self._try({**self._scaled(exact, other), "qk_scale": float(f"{math.exp(exact):.{digits}g}")})
+    def solve(self, starts: Iterable[dict[str, Any]], names: Sequence[str]) -> None:
+        """Solve for the real numbers `names`, from each of `starts`, and keep the best."""
+        for start in starts:
+            values = start
+            for free in dict.fromkeys((names[:1], tuple(names))):
+                if self._is_over():
+                    return
+                values = self._solved(self._with_usual_epsilon(values), free)
+            for name in reversed(names):
+                values = self._rounded(values, name)
+            self._try(values)
 
-    def _scaled(self, log_scale: float, other: dict[str, Any]) -> dict[str, Any]:
-        """The initial values with the qk scale exp(`log_scale`) and `other` values."""
-        return {**self._begun, **other, "qk_scale": math.exp(log_scale)}
+    def _with_usual_epsilon(self, values: dict[str, Any]) -> dict[str, Any]:
+        """`values` with the usual epsilon that comes nearest."""
+        tried = [values, *({**values, "norm_eps": epsilon} for epsilon in _EPSILONS)]
+        return min(tried, key=self._error)
+
+    def _solved(self, values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """`values` with the numbers `names` that come nearest, by least squares of their logarithms."""
+
+        def with_logarithms(point: Array) -> dict[str, Any]:
+            return {**values, **dict(zip(names, np.exp(point).tolist(), strict=True))}
+
+        start = np.log([max(values[name], _LEAST_NUMBER) for name in names])
+        return with_logarithms(least_squares(lambda point: self._off(with_logarithms(point)), start, self._is_late))
+
+    def _rounded(self, values: dict[str, Any], name: str) -> dict[str, Any]:
+        """`values` with the initial `name`, or as few of its digits, as do as well but for FP32's error."""
+        limit = max(self._error(values), self._noise)
+        fewer = (float(f"{values[name]:.{digits}g}") for digits in _DIGITS)
+        tried = ({**values, name: value} for value in (self._begun[name], *fewer))
+        return next((rounded for rounded in tried if self._error(rounded) <= limit), values)
 
     def _is_over(self) -> bool:
         return self.error <= self._noise or self._is_late()
@@ -306,13 +326,22 @@ class _Search:
             self.values, self.error = values, error
 
     def _error(self, values: dict[str, Any]) -> float:
+        """Relative L2, of the image that is furthest away."""
+        return worst_relative_l2(self._answers(values), self._given.values)
+
+    def _off(self, values: dict[str, Any]) -> Array:
+        """How far each number is away, as a share of the image's answer."""
+        size = np.maximum(np.linalg.norm(self._given.values, axis=1, keepdims=True), _LEAST_NUMBER)
+        return np.ravel((self._answers(values) - self._given.values) / size)
+
+    def _answers(self, values: dict[str, Any]) -> Array:
         self._tried += 1
         if time.monotonic() > self._said + _SAY_EVERY_S:
             self._said = time.monotonic()
             self._say(f"{self._tried} combinations tried, the nearest {self.error:.1e} off.")
         model = self._with(values).model
         with giving(model, self._given.output):
-            return worst_relative_l2(evaluate(model, self._given.input), self._given.values)
+            return evaluate(model, self._given.input)
 
     def _with(self, values: dict[str, Any]) -> LoadedModel:
         from spach_deploy.models.checkpoint import with_settings
@@ -322,6 +351,31 @@ class _Search:
             for old in self._loaded.settings
         )
         return with_settings(self._loaded, settings)
+
+
+def least_squares(off: Callable[[Array], Array], start: Array, is_late: Callable[[], bool]) -> Array:
+    """The point near `start` with the smallest sum of squares of `off`, by the method of Levenberg and Marquardt.
+
+    Derivatives are differences over `_DIFFERENCE`, as FP32 allows them. Ends where a step changes nothing that counts.
+    """
+    point, here, damping = start, off(start), 1e-3
+    slopes = None
+    for _ in range(_STEPS):
+        if is_late():
+            break
+        if slopes is None:
+            slopes = np.stack([(off(point + _DIFFERENCE * axis) - here) / _DIFFERENCE for axis in np.eye(len(start))])
+        square = slopes @ slopes.T
+        damped = square + np.diag(damping * np.diag(square) + _LEAST_NUMBER)
+        step = np.clip(np.linalg.solve(damped, -slopes @ here), -1, 1)
+        there = off(point + step)
+        if np.linalg.norm(there) < np.linalg.norm(here):
+            point, here, damping, slopes = point + step, there, damping / 10, None
+        else:
+            damping *= 10
+        if np.abs(step).max() < _SMALL_STEP:
+            break
+    return point
 
 
 def _check_fits(loaded: LoadedModel, given: GivenAnswers) -> None:
@@ -357,15 +411,17 @@ def _check_order(loaded: LoadedModel, given: GivenAnswers, allowed: float) -> No
 
 def _nothing_agrees(
     given: GivenAnswers,
-    agreement: Agreement,
     found: Agreement,
     settings: Sequence[Setting],
     changed: Sequence[Setting],
 ) -> MismatchError:
-    nearest = f"; nearest is {_words(changed)}, {found.rel_l2:.1e} off" if changed else ""
+    if changed:
+        why = f"and no {_searched(settings)} make it agree: nearest is {_words(changed)}, with a"
+    else:
+        why = f"and no other {_searched(settings)} come nearer:"
     return MismatchError(
-        f"The model does not agree with {given.path}: relative L2 {agreement.rel_l2:.1e} of"
-        f" {agreement.allowed:.1e} allowed. No {_searched(settings)} agree{nearest}.",
+        f"The model does not agree with {given.path}, {why} relative L2 of {found.rel_l2:.1e} ({found.allowed:.1e} is"
+        " allowed).",
         "Were they computed with these weights, in evaluation mode, in FP32 without autocast and TF32, on images as in"
         " `input`?",
     )

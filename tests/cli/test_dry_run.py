@@ -78,6 +78,15 @@ def test_every_refusal_is_told_at_once_with_the_exports_own_code(tmp_path: Path)
     assert any(message in real.stderr for message in said)
 
 
+def test_what_the_model_cannot_have_is_refused_without_costs(tmp_path: Path) -> None:
+    refused = export("--model", "ms_hybrid_s", "--heads", 5, "--engine", "none", "-o", tmp_path / "x", "--dry-run")
+    assert refused.exit_code == 2
+    assert "5 heads do not divide the model's" in refused.stdout
+    unknown = export("--model", "ms_hybrid_z", "--engine", "none", "-o", tmp_path / "x", "--dry-run")
+    assert unknown.exit_code == 2
+    assert "Time, memory and disk" not in unknown.stdout
+
+
 def test_missing_images_are_refused() -> None:
     content = run("--images", "nowhere")
     assert content["exit_code"] == 2

@@ -15,7 +15,7 @@ from PIL import Image
 import spach_deploy
 from spach_deploy.cli.predict import main
 from tests import small_bundles
-from tests.commands import console_script, refusal
+from tests.commands import console_script, export, refusal
 
 pytest.importorskip("onnxruntime")
 
@@ -52,6 +52,23 @@ def test_a_folder_is_answered_and_what_cannot_be_read_is_named(photos: Path) -> 
     assert said[-2] == f"Skipped {photos}/broken.png: It is not a picture in a known format."
     assert said[-1].startswith("3 pictures in ")
     assert said[-1].endswith("images/s in ONNX Runtime (CPU).")
+
+
+@pytest.mark.usefixtures("small_model_registered")
+def test_the_score_of_the_only_class_is_a_number(photos: Path, tmp_path: Path) -> None:
+    """Its softmax is 1 for every picture."""
+    given = ("--model", small_bundles.NAME, "--image-size", small_bundles.SIZE, "--num-classes", 1, "--engine", "none")
+    done = export(*given, "-o", tmp_path / "bundle")
+    assert done.exit_code == 0, done.output
+    assert "1 class\n" in done.stdout
+    told = predict(tmp_path / "bundle", photos / "a.png")
+    assert told.exit_code == 0, told.output
+    name, score = told.stdout.splitlines()[1].split()
+    assert (name, float(score)) == ("logits", float(f"{float(score):.6g}"))
+    found = json.loads(predict(tmp_path / "bundle", photos / "a.png", "--json").stdout)
+    assert found["logits"] == [pytest.approx(float(score), rel=1e-5)]
+    assert "classes" not in found
+    assert "logits of one class alone" in refusal(predict(tmp_path / "bundle", photos / "a.png", "--top-k", 1))
 
 
 def test_json_is_a_line_for_each_picture(photos: Path, tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def test_a_forward_that_raises_names_the_users_line() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise ValueError("no such thing")
 
-    with pytest.raises(ModelError, match=r"ValueError: no such thing \(.*test_own_module.py:\d+\)"):
+    with pytest.raises(
+        ModelError, match=r"the model \(Raising.forward, .*test_own_module.py:\d+\) raises ValueError: no such thing\."
+    ):
         run_example(Raising(), [IMAGE])
 
 

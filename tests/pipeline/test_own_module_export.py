@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +22,17 @@ from torch import nn
 
 import spach_deploy
 from spach_deploy.bundle.schema import Manifest
+from spach_deploy.bundle.store import GRAPH
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import create_model
 from spach_deploy.models.demo import load_demo_weights
+from tests import small_bundles
 from tests.commands import export, refusal
 from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads
 from tests.quantization.small_quantized import pictures
 from tests.static_models import IMAGE_SIZE, small_model
+from tests.validation import faults
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 
@@ -153,6 +160,9 @@ def test_a_transformer_encoder_in_halves_does_not_end_the_process(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "AGREED" in done.stdout
+    measure = [sys.executable, "-m", "spach_deploy.cli.benchmark", str(tmp_path / "bundle"), "--batch", "1"]
+    measured = subprocess.run([*measure, "--runner", "onnxruntime"], capture_output=True, text=True, check=False)
+    assert measured.returncode == 0, measured.stderr
 
 
 Change = Callable[[nn.Module], None]
@@ -167,6 +177,16 @@ def _with_another_forward(block: nn.Module) -> None:
     block.forward = lambda x: before(x) * 1.05
 
 
+def _with_another_method(block: nn.Module) -> None:
+    kind = type(block)
+    block.forward = types.MethodType(lambda self, x: kind.forward(self, x) * 1.05, block)
+
+
+def _with_a_partial_forward(block: nn.Module) -> None:
+    kind = type(block)
+    block.forward = functools.partial(lambda self, x: kind.forward(self, x) * 1.05, block)
+
+
 def _of_a_subclass(block: nn.Module) -> None:
     kind = type(block)
 
@@ -176,7 +196,10 @@ def _of_a_subclass(block: nn.Module) -> None:
     block.__class__ = type("Mine", (kind,), {"forward": forward})
 
 
-@pytest.mark.parametrize("change", [_with_a_hook, _of_a_subclass])
+CHANGES = (_with_a_hook, _of_a_subclass, _with_another_forward, _with_another_method, _with_a_partial_forward)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_known_block_that_the_user_changed_stays_as_it_is(
     change: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:
@@ -186,13 +209,6 @@ def test_a_known_block_that_the_user_changed_stays_as_it_is(
     known = manifest.graph.levels["known"].modules
     assert "model.layer3.1" not in known
     assert any(path.startswith("model.layer3.0") for path in known)
-
-
-def test_a_forward_that_was_replaced_on_a_block_is_refused(tmp_path: Path) -> None:
-    model = copy.deepcopy(small_model("hybrid"))
-    _with_another_forward(model.get_submodule("layer3.1"))
-    with pytest.raises(ModelError, match=r"The forward of layer3.1 was replaced on the object"):
-        exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 class BranchOnValues(PlainNet):
@@ -268,7 +284,58 @@ class TestCommand:
         assert "Give --module" in refusal(validate(tmp_path / "bundle", "--images", tmp_path / "set.npz"))
         other = validate(tmp_path / "bundle", "--images", tmp_path / "set.npz", *given[:2])
         assert "does not draw weights at random" in refusal(other)
-        assert "is your own module" in refusal(validate(tmp_path / "bundle", "--bisect", *given))
+
+    def test_a_fault_in_its_graph_is_bisected_to_its_own_modules(self, tmp_path: Path) -> None:
+        torch.save(seeded(TwoHeads()).state_dict(), tmp_path / "run.pth")
+        given = ("--module", "tests.own_models:TwoHeads", "--checkpoint", tmp_path / "run.pth")
+        done = export(*given, "--fp16", "--engine", "none", "--image-size", 32, "-o", tmp_path / "bundle")
+        assert done.exit_code == 0, done.output
+        bisect = (tmp_path / "bundle" / GRAPH, "--bisect", "--json", "--accept", "graph")
+        assert "Give --module" in refusal(validate(*bisect))
+        right = validate(*bisect, *given)
+        assert (right.exit_code, json.loads(right.stdout)["bisect"]["suspects"]) == (0, [])
+        for weight, module in (
+            ("blocks.1.mix.qkv.weight", "blocks.1.mix"),
+            ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.up"),
+            ("classes.weight", "classes"),
+        ):
+            spoiled = small_bundles.copy(tmp_path / "bundle", tmp_path / module)
+            graph = small_bundles.load_graph(spoiled)
+            faults.perturb(graph, weight)
+            small_bundles.save_graph(graph, spoiled)
+            found = json.loads(validate(spoiled / GRAPH, *bisect[1:], *given).stdout)["bisect"]
+            assert found["first_stage"] == "typed graph"
+            assert [suspect["module"] for suspect in found["suspects"]] == [module]
+
+    def test_what_the_module_prints_is_no_result(self, tmp_path: Path) -> None:
+        given = ("--module", "tests.own_models:Talking", "--fp32", "--engine", "none", "--image-size", "32")
+        words = [*given, "-o", str(tmp_path / "bundle"), "--json", "--no-cache"]
+        command = [sys.executable, "-m", "spach_deploy.cli.export", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"]["name"] == "Talking"
+        assert "made" in done.stderr
+        assert "called" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("factory", "said"),
+        [
+            (
+                "RaisesLater",
+                r"input of \(4, 3, 32, 32\): picky \(Picky.forward, .*own_models.py:\d+\) raises KeyError: 'four'",
+            ),
+            ("BadExample", r"cannot be made: OSError: no example \(.*own_models.py:\d+\)"),
+            ("Inner", r"cannot trace part \(Sign.forward, .*own_models.py:\d+\): what it does depends on the values"),
+            ("BatchOfFive", "of an image is another in a batch of 5 than alone"),
+        ],
+    )
+    def test_what_goes_wrong_in_the_users_code_is_told_with_its_place(
+        self, factory: str, said: str, tmp_path: Path
+    ) -> None:
+        given = ("--module", f"tests.own_models:{factory}", "--fp32", "--engine", "none", "--image-size", 32)
+        done = export(*given, "--batch", "1:4:8", "-o", tmp_path / "bundle")
+        assert done.exit_code == 2, done.output
+        assert re.search(said, " ".join(done.stderr.split())), done.stderr
 
     @pytest.mark.parametrize(
         ("words", "said"),

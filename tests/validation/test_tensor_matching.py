@@ -96,8 +96,9 @@ def test_in_eight_bits_a_graph_follows_the_form_that_it_is_nearest_to() -> None:
     forms = (candidate(EQUALIZED, VALUE), candidate(STATIC, exchanged))
     matcher = Matcher({"blocks.0.norm1": forms}, {"t": 0}, MATCH_LIMIT_EIGHT_BITS)
     matcher.add("t", off_by(0.01))
-    assert matcher.forms().follows("blocks.0.norm1", EQUALIZED)
-    assert not matcher.forms().follows("blocks.0.norm1", STATIC)
+    point = forms[0].recorded.point
+    assert matcher.forms().follows(point, EQUALIZED)
+    assert not matcher.forms().follows(point, STATIC)
 
 
 def test_query_key_and_value_are_places_where_a_graph_makes_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,11 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no qk scale": ({"qk_scale": 1.0}, {"qk_scale": 1.0}),
     "any qk scale": ({"qk_scale": 0.05}, {"qk_scale": 0.05}),
     "heads and epsilon": ({"heads": 4, "norm_eps": 1e-5}, {"heads": 4, "norm_eps": 1e-5}),
+    "any qk scale with other heads, activation and epsilon": (
+        {"heads": 4, "qk_scale": 0.37, "activation": "relu", "norm_eps": 1e-3},
+        {"heads": 4, "qk_scale": 0.37, "activation": "relu", "norm_eps": 1e-3},
+    ),
+    "any qk scale and any epsilon": ({"qk_scale": 0.21, "norm_eps": 0.004}, {"qk_scale": 0.21, "norm_eps": 0.004}),
     "two at once": ({"heads": 4, "activation": "relu"}, {"heads": 4, "activation": "relu"}),
 }
 
@@ -126,8 +132,9 @@ def test_other_weights_agree_with_nothing(tmp_path: Path, weights: Path) -> None
     path = answers_of(tmp_path)
     with np.load(path) as arrays:
         np.savez(path, input=arrays["input"], logits=arrays["logits"] * 1.001)
-    with pytest.raises(MismatchError, match="No heads, qk scale, activation or epsilon agree"):
+    with pytest.raises(MismatchError, match=r"no (other )?heads, qk scale, activation or epsilon") as caught:
         hold_to_answers(loaded(weights), read_answers(path), lambda text: None)
+    assert len(re.findall(r"\d\.\de-\d\d", caught.value.message)) == 2  # how far the nearest is, and what is allowed
 
 
 @pytest.mark.parametrize("changed", [{"divisions": 8}, {"divisions": 6, "activation": "relu"}])

@@ -20,7 +20,7 @@ from spach_deploy.common.errors import ImageError, MissingPackageError
 from spach_deploy.common.files import utf8_path
 from spach_deploy.graph.editing import is_marked_float32, made_values, name_of, tensor_of
 from spach_deploy.graph.precision.formats import FLOAT, infer_all_types, is_view, shown
-from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED, saved_graph
+from spach_deploy.runtime.onnxruntime_runner import NOT_SPINNING, UNPACKED, new_session, saved_graph
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -199,4 +199,4 @@ def open_session(*models: ir.Model, threads: int | None = None, plain: bool = Fa
     if plain:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     with saved_graph(*models) as path, utf8_path(path) as name:
-        return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+        return new_session(name, options, ["CPUExecutionProvider"])

@@ -34,7 +34,7 @@ from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import MANIFEST, DirectoryKind, check_target, writing
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import Destination
-from spach_deploy.common.text import escaped, json_text
+from spach_deploy.common.text import escaped, json_text, noun
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.specs import IODtype, Preprocessing, Role
@@ -363,7 +363,7 @@ def _check(model: ServedModel, ensemble: Ensemble, k: int) -> None:
         )
     if not 1 <= k <= model.classes:
         raise UsageError(
-            f"--top-k {k} of {model.classes} classes does not exist.",
+            f"--top-k {k} of {model.classes} {noun(model.classes, 'class')} does not exist.",
             f"Give a number from 1 to {model.classes}.",
         )
 

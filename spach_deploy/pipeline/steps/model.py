@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from pathlib import Path
 
 from spach_deploy.blocks import REWRITES
@@ -11,13 +12,14 @@ from spach_deploy.bundle.store import default_directory
 from spach_deploy.common.errors import MissingPackageError, UsageError
 from spach_deploy.common.progress import Phases
 from spach_deploy.common.versions import refuse_unfit_packages
+from spach_deploy.graph.export import is_alike_in_batches
 from spach_deploy.graph.interface import check_outputs
 from spach_deploy.graph.opset import check_opset
 from spach_deploy.graph.passes import CPU_INT8_PASSES, TENSORRT_PASSES
 from spach_deploy.models import own_module
 from spach_deploy.models.checkpoint import LoadedModel
 from spach_deploy.options.quantization import check_quantization
-from spach_deploy.options.specs import ExportOptions, Role
+from spach_deploy.options.specs import BatchProfile, ExportOptions, Role
 from spach_deploy.validation import user_answers
 from spach_deploy.validation.user_answers import Agreement, read_answers
 
@@ -42,8 +44,7 @@ def load(options: ExportOptions, phases: Phases, loaded: LoadedModel | None = No
     loaded = loaded or own_module.load(options.model)
     if isinstance(loaded.model, own_module.OwnForward):
         own_module.choose_outputs(loaded.model, options.outputs)
-        profile = options.engine.batch
-        for problem in own_module.check_batches(loaded.model, (profile.min, profile.opt, profile.max)):
+        for problem in own_module.check_batches(loaded.model, _batches_to_run(loaded.model, options.engine.batch)):
             phases.note(f"{problem[0].upper()}{problem[1:]}.")
     else:
         loaded.model.outputs = chosen_outputs(options.outputs, loaded.num_classes, loaded.model.stage_shapes)
@@ -52,6 +53,16 @@ def load(options: ExportOptions, phases: Phases, loaded: LoadedModel | None = No
     for note in loaded.notes:
         phases.note(f"{note[0].upper()}{note[1:]}.")
     return loaded
+
+
+def _batches_to_run(model: own_module.OwnForward, profile: BatchProfile) -> Collection[int]:
+    """Sizes of the batches that a user's module is run in: the profile's three where its forward does the same in
+    every batch, else all.
+    """
+    ends = {profile.min, profile.opt, profile.max}
+    if len(ends) == profile.max - profile.min + 1 or is_alike_in_batches(model, profile.max):
+        return ends
+    return range(profile.min, profile.max + 1)
 
 
 def _check_bounds(loaded: LoadedModel, options: ExportOptions) -> None:

@@ -190,8 +190,9 @@ def _parts_of(published: nn.Module, images: Float32Array) -> tuple[dict[str, tor
     outputs: dict[str, torch.Tensor] = {}
 
     def watch(path: str, part: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(_module: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
-            inputs[path], outputs[path] = given[0], made
+        def hook(_module: nn.Module, given: tuple[object, ...], made: object) -> None:
+            if len(given) == 1 and isinstance(given[0], torch.Tensor) and isinstance(made, torch.Tensor):
+                inputs[path], outputs[path] = given[0], made
 
         return part.register_forward_hook(hook)
 

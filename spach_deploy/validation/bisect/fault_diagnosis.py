@@ -24,7 +24,6 @@ from spach_deploy.validation.bisect.probe_points import (
     AttentionCore,
     Computation,
     ProbeKind,
-    ProbePoint,
     ProbeRecord,
     Rounding,
     recompute,
@@ -99,7 +98,8 @@ def hypotheses(recorded: ProbeRecord, value: Array) -> Iterator[Hypothesis]:
     yield from _weight_layouts(computation)
     yield from _grid_layouts(exact, recorded.grid)
     yield from _grid_readings(computation, exact)
-    yield from _channel_orders(exact, value, has_heads=_has_heads(recorded.point))
+    has_heads = recorded.point.kind in (ProbeKind.CORE, ProbeKind.QKV)
+    yield from _channel_orders(exact, value, has_heads=has_heads)
     if recorded.point.kind is ProbeKind.SUM:
         yield from _missing_parts(computation)
     yield from _roundings(computation, exact)
@@ -274,10 +274,6 @@ def _grid_readings(computation: Computation, exact: Array) -> Iterator[Hypothesi
         value = recompute(dataclasses.replace(computation, inputs=(x.reshape(*x.shape[:2], width, height),)))
         if value.shape == exact.shape:
             yield Hypothesis(Fault.LAYOUT, f"It reads its {height} by {width} grid as {width} by {height}.", value)
-
-
-def _has_heads(point: ProbePoint) -> bool:
-    return point.kind is ProbeKind.CORE or point.module.endswith(".qkv")
 
 
 def _channel_orders(exact: Array, value: Array, *, has_heads: bool) -> Iterator[Hypothesis]:

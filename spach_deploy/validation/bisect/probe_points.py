@@ -1,9 +1,10 @@
 """Probe points of a model: tensors of the reference that bisection compares, each with the module that makes it.
 
-A probe point is the output of a leaf module (convolution, linear layer, norm, activation), of attention between qkv and
-proj, of LayerScale, of either sum of a block, or of the mean over tokens. A packed qkv is one point, and query, key and
-value are three more, because a graph may compute them apart; `points_of_graph` keeps those that a graph has. Values are
-(B, N, C), tokens by channels, whatever layout the module works in, so that they can be found in a graph of any layout.
+A probe point is the output of a leaf module (convolution, linear layer, norm, activation, pooling), the first time that
+it runs, of attention between qkv and proj, of LayerScale, of either sum of a mixing block, or of the mean over tokens.
+A packed qkv is one point, and query, key and value are three more, because a graph may compute them apart;
+`points_of_graph` keeps those that a graph has. Values are (B, N, C), tokens by channels, whatever layout the module
+works in, so that they can be found in a graph of any layout.
 
 `measure_rounding` gives the error at a point that rounding alone explains.
 """
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spach_deploy.blocks.attention import StaticAttention
+from spach_deploy.blocks.channel_mlp import StaticChannelMLP
+from spach_deploy.blocks.depthwise import StaticPositionEncoding
 from spach_deploy.blocks.mixing_block import StaticBlock
-from spach_deploy.blocks.token_mlp import TokenLinear
+from spach_deploy.blocks.token_mlp import StaticSpatialMLP, TokenLinear
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.graph.passes.tokens_first import PARTS
-from spach_deploy.models.spach import Attention, MixingBlock, SpatialMLP
+from spach_deploy.models.own_module import has_own_behaviour
+from spach_deploy.models.spach import Attention, ChannelMLP, MixingBlock, PositionEncoding, SpatialMLP
 from spach_deploy.validation.rounding_error import StorageFormat, converted, rounding_of
 from spach_deploy.validation.tolerance import ROUNDING_FACTOR
 
@@ -41,13 +45,17 @@ CORE, SCALE, MIDDLE, MEAN = "/core", "/gamma_1", "/middle", "mean"
 QKV_PARTS = tuple(f"/{part}" for part in PARTS)
 """Suffixes of the points of query, key and value."""
 
-_LEAVES = (nn.Conv2d, nn.Linear, TokenLinear, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.SiLU)
+_POOLING = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+_CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.BatchNorm2d, nn.ReLU, *_POOLING)
+_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)
+_LEAVES = (*_CHANNELS_FIRST, *_ACTIVATIONS, nn.Linear, TokenLinear, nn.LayerNorm)
 
 
 class ProbeKind(enum.Enum):
     """What is computed at a probe point."""
 
     LEAF = "module"
+    QKV = "query, key or value of attention, or all three"
     CORE = "attention between qkv and proj"
     SCALE = "LayerScale"
     SUM = "residual sum"
@@ -57,20 +65,27 @@ class ProbeKind(enum.Enum):
 @dataclasses.dataclass(frozen=True)
 class ProbePoint:
     """One probe point. `module`: path of the PyTorch module to blame; `parents`: the points that it is computed
-    from.
+    from. `is_output`: it is an output of the model. `block`: path of the mixing block that it is in, or "".
     """
 
     name: str
     module: str
     kind: ProbeKind
     parents: tuple[str, ...]
+    is_output: bool = False
+    block: str = ""
+
+    @property
+    def role(self) -> str:
+        """Its name without its block: `.spatial_func.qkv` of `layer3.2.spatial_func.qkv`."""
+        return self.name.removeprefix(self.block)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelLayout:
     """Converts between a module's layout and (B, N, C).
 
-    `channels`: "last" (B, N, C), "first" (B, C, H, W), "transposed" (B, C, N).
+    `channels`: "last" (B, N, C), "first" (B, C, H, W) or (B, C), "transposed" (B, C, N).
     """
 
     batch: int
@@ -79,7 +94,7 @@ class ChannelLayout:
     def of(self, tensor: Tensor) -> Tensor:
         """`tensor` as (B, N, C)."""
         if self.channels == "first":
-            tensor = tensor.permute(0, 2, 3, 1)
+            tensor = tensor.movedim(1, -1)
         elif self.channels == "transposed":
             tensor = tensor.transpose(1, 2)
         return tensor.reshape(self.batch, -1, tensor.shape[-1])
@@ -134,10 +149,10 @@ def record(
     with torch.inference_mode(), flow:
         recorder.attach()
         try:
-            model(torch.from_numpy(images))
+            returned = model(torch.from_numpy(images))
         finally:
             recorder.detach()
-        return recorder.recorded
+        return recorder.with_outputs(returned)
 
 
 class _DataFlow(TorchFunctionMode):
@@ -174,13 +189,30 @@ class _DataFlow(TorchFunctionMode):
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
+    elif isinstance(value, (tuple, list, Mapping)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(entry)
 
 
+def _is_whole(block: nn.Module) -> bool:
+    """Whether a module is a mixing block of this package, and all its parts are the usual ones."""
+    parts = {name: type(part) for name, part in block.named_children()} if type(block) in _BLOCKS else {}
+    known = all(kind in _PARTS for kind in parts.values())
+    return bool(parts) and known and not any(map(has_own_behaviour, block.modules()))
+
+
+_BLOCKS = (MixingBlock, StaticBlock)
+_PARTS = (
+    *(nn.LayerNorm, PositionEncoding, Attention, SpatialMLP, ChannelMLP),
+    *(StaticPositionEncoding, StaticAttention, StaticSpatialMLP, StaticChannelMLP),
+)
+
+Call = tuple[str, Tensor, Tensor, ChannelLayout]
+"""A leaf module's path, its input, its output and the output's layout."""
+
+
 class _Recorder:
-    """Forward hooks on all leaf modules and blocks. A shared module is told apart by the block that calls it."""
+    """Forward hooks on all leaf modules and mixing blocks. A shared module is told apart by the block that calls it."""
 
     def __init__(self, model: Model, batch: int, other_form: Mapping[str, ProbeRecord], flow: _DataFlow) -> None:
         self.recorded: dict[str, ProbeRecord] = {}
@@ -191,16 +223,18 @@ class _Recorder:
         self._model = model
         self._batch = batch
         self._block: tuple[str, MixingBlock | StaticBlock] | None = None
-        self._calls: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+        self._calls: dict[nn.Module, Call] = {}
         self._stream = ""
+        self._tensors: dict[str, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
         paths: dict[nn.Module, list[str]] = {}
         for path, module in self._model.named_modules(remove_duplicate=False):
             paths.setdefault(module, []).append(path)
+        blocks = {module for module in paths if _is_whole(module)}
         for module, names in paths.items():
-            if isinstance(module, (MixingBlock, StaticBlock)):
+            if module in blocks:
                 self._handles.append(module.register_forward_pre_hook(self._on_block_entry(names[0])))
                 self._handles.append(module.register_forward_hook(self._on_block_exit))
             elif isinstance(module, _LEAVES):
@@ -217,28 +251,41 @@ class _Recorder:
         return hook
 
     def _on_leaf_call(self, paths: list[str]) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self._block is not None:
-                inside = self._block[0] + "."
-                path = next(path for path in paths if path.startswith(inside))
-                transposed = isinstance(self._block[1].spatial_func, SpatialMLP) if ".spatial_func." in path else False
-                output = self._substituted(path, output, self._rows_of(module, transposed=transposed))
-                self._calls[path.removeprefix(inside)] = (module, inputs[0], output)
+                path = next(path for path in paths if path.startswith(f"{self._block[0]}."))
+                rows = self._rows_of(module, output)
+                output = self._substituted(path, output, rows)
+                self._calls[module] = path, inputs[0], output, rows
+                return output
+            if paths[0] in self.recorded or not self._is_batch(inputs, output):
                 return output
             parents = self._flow.points_of(inputs[0])
-            if paths[0] == "head":
+            if self._is_mean(inputs[0]):
                 self._mean(inputs[0])
                 parents = (MEAN,)
             folded = self._stream if isinstance(module, nn.BatchNorm2d) else paths[0]
-            output = self._substituted(
-                paths[0] if paths[0] in self._other_form else folded, output, self._rows_of(module)
-            )
-            self._add_leaf(paths[0], parents, module, inputs[0], output, transposed=False)
+            rows = self._rows_of(module, output, parents)
+            output = self._substituted(paths[0] if paths[0] in self._other_form else folded, output, rows)
+            self._add_leaf(paths[0], parents, module, inputs[0], output, rows)
             self._stream = paths[0]
             self._flow.set_points(output, (paths[0],))
             return output
 
         return hook
+
+    def _is_batch(self, inputs: tuple[Tensor, ...], output: Tensor) -> bool:
+        """Whether a call takes one tensor and gives rows of channels for every image."""
+        rows = output.numel() // max(output.shape[-1], 1) if output.ndim > 1 else 0
+        return len(inputs) == 1 and rows > 0 and rows % self._batch == 0
+
+    def _is_mean(self, pooled: Tensor) -> bool:
+        """Whether a tensor is the mean over tokens of the last point's value."""
+        if not self._stream or MEAN in self.recorded or pooled.ndim != 2:
+            return False
+        tokens = torch.from_numpy(self.recorded[self._stream].value)
+        mean = tokens.mean(dim=1)
+        return tokens.shape[1] > 1 and mean.shape == pooled.shape and bool((mean - pooled).norm() <= SAME * mean.norm())
 
     def _substituted(self, name: str, output: Tensor, rows: ChannelLayout) -> Tensor:
         """The other form's value, in this form's layout, where both are the same; else `output`."""
@@ -260,10 +307,12 @@ class _Recorder:
         """Record the points of a whole block, from the calls of its leaf modules."""
         assert self._block is not None
         path = self._block[0]
-        self._block = None
-        x, x_rows = self._stream, ChannelLayout(self._batch).of(inputs[0])
-        branches = [self._leaf_of(path, "cpe_net.net.1", x)] if "cpe_net.net.1" in self._calls else []
-        if "norm1" in self._calls:
+        points = self._flow.points_of(inputs[0])
+        x = self._stream if self._stream in points or not points else points[-1]
+        x_rows = ChannelLayout(self._batch).of(inputs[0])
+        encoding = getattr(block, "cpe_net", None)
+        branches = [] if encoding is None else [self._chain(encoding, x)]
+        if getattr(block, "spatial_func", None) is not None:
             branches.append(self._spatial(path, block, x))
         includes = isinstance(block, StaticBlock) and block.includes_residual
         parts = () if includes else (x_rows,)
@@ -271,29 +320,26 @@ class _Recorder:
         if branches and (not includes or len(branches) > 1):
             middle = path + MIDDLE
             values = (*parts, *(torch.from_numpy(self.recorded[name].value) for name in branches))
-            self._add_sum(ProbePoint(middle, path, ProbeKind.SUM, (*branches, x)), self._calls["norm2"][1], values)
-        last = middle
-        for name in ("norm2", "channel_func.fc1", "channel_func.act", "channel_func.fc2"):
-            last = self._leaf_of(path, name, last)
+            self._add_sum(ProbePoint(middle, path, ProbeKind.SUM, (*branches, x)), self._calls[block.norm2][1], values)
+        last = self._chain(block.channel_func, self._chain(block.norm2, middle))
         values = (torch.from_numpy(self.recorded[middle].value), torch.from_numpy(self.recorded[last].value))
         output = self._substituted(path, output, ChannelLayout(self._batch))
         self._add_sum(ProbePoint(path, path, ProbeKind.SUM, (last, middle)), output, values)
         self._stream = path
-        self._flow.is_paused = False
+        self._block, self._flow.is_paused = None, False
         self._flow.set_points(output, (path,))
         return output
 
     def _spatial(self, path: str, block: MixingBlock | StaticBlock, x: str) -> str:
-        """Record norm1, the spatial function and LayerScale; returns the name of the last point."""
-        last = self._leaf_of(path, "norm1", x)
+        """Record the norm before it, the spatial function and LayerScale; returns the name of the last point."""
         mixer = block.spatial_func
+        assert mixer is not None
+        assert block.norm1 is not None
+        last = self._chain(block.norm1, x)
         if isinstance(mixer, (Attention, StaticAttention)):
-            last = self._core(path, mixer, self._leaf_of(path, "spatial_func.qkv", last))
-            last = self._leaf_of(path, "spatial_func.proj", last)
+            last = self._chain(mixer.proj, self._core(mixer, self._chain(mixer.qkv, last)))
         else:
-            transposed = isinstance(mixer, SpatialMLP)
-            for name in ("fc1", "act", "fc2"):
-                last = self._leaf_of(path, f"spatial_func.{name}", last, transposed=transposed)
+            last = self._chain(mixer, last)
         gamma = getattr(block, "gamma_1", None)
         if gamma is None:
             return last
@@ -303,14 +349,24 @@ class _Recorder:
         self._add(point, scaled, Computation(_Scale(gamma), (branch,), _call, ChannelLayout(self._batch)))
         return point.name
 
-    def _core(self, path: str, mixer: Attention | StaticAttention, qkv: str) -> str:
-        packed = torch.from_numpy(self.recorded[qkv].value)
+    def _chain(self, part: nn.Module, last: str) -> str:
+        """Record the leaf modules that a part of the block called, one after another; returns the last's name."""
+        own = set(part.modules())
+        for module in [module for module in self._calls if module in own]:
+            path, x, y, rows = self._calls[module]
+            self._add_leaf(path, (last,), module, x, y, rows)
+            last = path
+        return last
+
+    def _core(self, mixer: Attention | StaticAttention, qkv: str) -> str:
+        record = self.recorded[qkv]
+        self.recorded[qkv] = dataclasses.replace(record, point=dataclasses.replace(record.point, kind=ProbeKind.QKV))
+        packed = torch.from_numpy(record.value)
         self._add_parts(qkv, packed)
         core = AttentionCore(mixer.num_heads, mixer.scale)
-        point = ProbePoint(f"{path}.spatial_func{CORE}", f"{path}.spatial_func", ProbeKind.CORE, (qkv,))
-        self._add(
-            point, self._calls["spatial_func.proj"][1], Computation(core, (packed,), _core, ChannelLayout(self._batch))
-        )
+        path = qkv.rpartition(".")[0]
+        point = ProbePoint(path + CORE, path, ProbeKind.CORE, (qkv,))
+        self._add(point, self._calls[mixer.proj][1], Computation(core, (packed,), _core, ChannelLayout(self._batch)))
         return point.name
 
     def _add_parts(self, qkv: str, packed: Tensor) -> None:
@@ -319,37 +375,49 @@ class _Recorder:
         linear, inputs = whole.computation.module, whole.computation.inputs
         assert isinstance(linear, nn.Linear)
         for end, rows, value in zip(QKV_PARTS, _thirds(linear), packed.chunk(3, dim=-1), strict=True):
-            point = ProbePoint(qkv + end, qkv, ProbeKind.LEAF, whole.point.parents)
+            point = ProbePoint(qkv + end, qkv, ProbeKind.QKV, whole.point.parents)
             self._add(point, value, Computation(rows, inputs, _call, ChannelLayout(self._batch)))
 
-    def _leaf_of(self, path: str, name: str, parent: str, *, transposed: bool = False) -> str:
-        module, x, y = self._calls[name]
-        self._add_leaf(f"{path}.{name}", (parent,), module, x, y, transposed=transposed)
-        return f"{path}.{name}"
-
     def _add_leaf(
-        self, path: str, parents: tuple[str, ...], module: nn.Module, x: Tensor, y: Tensor, *, transposed: bool
+        self, path: str, parents: tuple[str, ...], module: nn.Module, x: Tensor, y: Tensor, rows: ChannelLayout
     ) -> None:
-        rows = self._rows_of(module, transposed=transposed)
         if rows.channels == "first" and y.ndim == 4:
             self._grids.setdefault(y.shape[2] * y.shape[3], (y.shape[2], y.shape[3]))
-        point = ProbePoint(path, path, ProbeKind.LEAF, tuple(parent for parent in parents if parent))
-        self._add(point, y, Computation(module, (x,), _call, rows))
+        self._add(ProbePoint(path, path, ProbeKind.LEAF, parents), y, Computation(module, (x,), _call, rows))
 
     def _add_sum(self, point: ProbePoint, value: Tensor, parts: tuple[Tensor, ...]) -> None:
         self._add(point, value, Computation(None, parts, _sum, ChannelLayout(self._batch)))
 
     def _add(self, point: ProbePoint, value: Tensor, computation: Computation) -> None:
         """Record a point. Where the value equals the other form's, both share one array."""
+        block = "" if self._block is None else self._block[0]
+        parents = tuple(filter(None, point.parents))  # the images are no point
+        point = dataclasses.replace(point, parents=parents, block=block)
+        self._tensors[point.name] = value
         array = computation.rows.of(value).contiguous().numpy()
         other = self._other_form.get(point.name)
         if other is not None and other.value.shape == array.shape and np.array_equal(other.value, array):
             array = other.value
         self.recorded[point.name] = ProbeRecord(point, array, computation, self._grids.get(array.shape[1]))
 
-    def _rows_of(self, module: nn.Module, *, transposed: bool = False) -> ChannelLayout:
-        first = isinstance(module, (nn.Conv2d, nn.GroupNorm, nn.BatchNorm2d, nn.ReLU))
-        return ChannelLayout(self._batch, "first" if first else "transposed" if transposed else "last")
+    def _rows_of(self, module: nn.Module, output: Tensor, parents: Collection[str] = ()) -> ChannelLayout:
+        """The layout of a leaf module's output; of an activation it is that of its input."""
+        mixer = None if self._block is None else getattr(self._block[1], "spatial_func", None)
+        if isinstance(mixer, SpatialMLP) and module in set(mixer.modules()):
+            return ChannelLayout(self._batch, "transposed")
+        read = (self.recorded[name].computation.rows.channels for name in parents)
+        follows = isinstance(module, _ACTIVATIONS) and output.ndim == 4 and "first" in read
+        return ChannelLayout(self._batch, "first" if follows or isinstance(module, _CHANNELS_FIRST) else "last")
+
+    def with_outputs(self, returned: object) -> dict[str, ProbeRecord]:
+        """The records, those of the model's outputs marked."""
+        outputs = {id(tensor) for tensor in _tensors(returned)}
+        return {
+            name: dataclasses.replace(
+                entry, point=dataclasses.replace(entry.point, is_output=id(self._tensors[name]) in outputs)
+            )
+            for name, entry in self.recorded.items()
+        }
 
 
 def points_of_graph(points: Mapping[str, ProbePoint], tensors: Collection[str]) -> dict[str, ProbePoint]:

@@ -78,8 +78,10 @@ class TensorSearch:
         self._match_all()
 
     def _find_output_tensors(self) -> dict[str, list[str]]:
-        """For the last point only the graph's outputs are candidates, whatever the graph does before them."""
+        """For the last point, if the model gives it, only the graph's outputs are candidates, whatever is before."""
         last = list(self._view.points)[-1]
+        if not self._view.points[last].is_output:
+            return {}
         sizes = {candidate.recorded.value.size for candidate in self._view.candidates[last]}
         fitting = {*self._opened.tensors(sizes)} & {*self._opened.outputs}
         return {last: sorted(fitting)} if fitting else {}
@@ -252,7 +254,11 @@ class TensorSearch:
     def _forms_of_point(self, point: str) -> tuple[ReferenceTensor, ...]:
         """The point's value in the form that the graph follows; in every form where that is unknown."""
         every = self._view.candidates[point]
-        own = tuple(entry for entry in every if self._forms is not None and self._forms.follows(point, entry.form))
+        own = tuple(
+            entry
+            for entry in every
+            if self._forms is not None and self._forms.follows(self._view.points[point], entry.form)
+        )
         return own or every
 
     def _is_input(self, rows: NDArray[np.floating], inputs: list[str]) -> bool:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import re
+import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from spach_deploy.blocks import rewrite
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.outputs import SelectableOutputs
+from spach_deploy.models.own_module import OwnForward
 from spach_deploy.quantization.fake_quantization import QuantizedAttention, equalized_model, fake_quantized
 from spach_deploy.quantization.plan import QuantizationPlan
 from spach_deploy.validation.bisect.probe_points import (
@@ -123,15 +124,9 @@ class GraphForms:
     by_role: Mapping[str, str]
     overall: str
 
-    def follows(self, point: str, form: str) -> bool:
+    def follows(self, point: ProbePoint, form: str) -> bool:
         """Whether the graph follows this form at a point."""
-        return form == self.by_role.get(role(point), self.overall)
-
-
-def role(point: str) -> str:
-    """A point's name without its block: `spatial_func.qkv` of `layer3.2.spatial_func.qkv`."""
-    block = re.match(r"(blocks|layer\d+)\.\d+", point)
-    return point if block is None else point[block.end() :]
+        return form == self.by_role.get(point.role, self.overall)
 
 
 def _winner(votes: Counter[str]) -> str:
@@ -160,6 +155,7 @@ class Matcher:
         self._found: list[Match] = []
         self._fingerprints: dict[int, list[_Fingerprint]] = {}
         self._folded = {name for name, candidates in points.items() if _is_folded(candidates)}
+        self._roles = {name: candidates[0].recorded.point.role for name, candidates in points.items()}
         self._varied = {
             name: [candidate.form for candidate in candidates]
             for name, candidates in points.items()
@@ -208,7 +204,7 @@ class Matcher:
             best = self._alike * min(errors.values()) + _FLOOR
             # The last: with LayerScale outside of it, a projection's folded value is there too, as LayerScale's.
             form = [form for form in self._varied[point] if errors.get(form, np.inf) <= best][-1]
-            by_role.setdefault(role(point), Counter())[form] += 1
+            by_role.setdefault(self._roles[point], Counter())[form] += 1
         overall = sum(by_role.values(), Counter())
         return GraphForms({name: _winner(votes) for name, votes in by_role.items()}, _winner(overall))
 
@@ -229,7 +225,7 @@ class Matcher:
     def _is_own(self, match: Match, forms: GraphForms) -> bool:
         if match.point in self._folded:
             return False
-        return match.point not in self._varied or forms.follows(match.point, match.candidate.form)
+        return match.point not in self._varied or forms.follows(match.candidate.recorded.point, match.candidate.form)
 
     def _assign(self, found: list[Match], result: dict[str, Match], taken: list[Match]) -> None:
         used = {match.tensor for match in taken}
@@ -304,6 +300,17 @@ class ProbeView:
         points = points_of_graph(self.points, tensors)
         return ProbeView(self.images, points, {name: self.candidates[name] for name in points})
 
+    def blaming_together(self) -> ProbeView:
+        """The same, where a point that follows points of no static form is blamed by the module that has them all: a
+        known block's parts have other values and names in its static form.
+        """
+        points = dict(self.points)
+        for name, point in self.points.items():
+            inner = [parent for parent in point.parents if not self.is_expected(parent)]
+            if inner and (owner := _common_path([name, *inner])):
+                points[name] = dataclasses.replace(point, module=owner)
+        return dataclasses.replace(self, points=points)
+
     def is_expected(self, name: str) -> bool:
         """Whether an exported graph has a tensor for this point, rather than folding it into a neighbour."""
         return any(candidate.form != PUBLISHED for candidate in self.candidates[name])
@@ -361,6 +368,8 @@ class ProbedReference:
         for form, model in forms.items():
             first = next(iter(recorded.values()), None)
             recorded[form] = record(model, images, first)
+        if isinstance(self.model, OwnForward):
+            recorded = {form: _under_names_of(recorded[PUBLISHED], entries) for form, entries in recorded.items()}
         points = {name: entry.point for name, entry in recorded[PUBLISHED].items()}
         candidates = {
             name: _distinct(
@@ -368,7 +377,8 @@ class ProbedReference:
             )
             for name in points
         }
-        return ProbeView(images, points, candidates)
+        view = ProbeView(images, points, candidates)
+        return view.blaming_together() if isinstance(self.model, OwnForward) else view
 
     def form_of(self, name: str, form: str) -> ReferenceTensor:
         """A point's value in `form`, or in its first form without it; at any batch size that was viewed."""
@@ -412,6 +422,28 @@ class _QuantizedCore(AttentionCore):
 def _quantized_point(name: str, module: nn.Module) -> tuple[str, nn.Module]:
     """The point at which a quantized module is compared. For attention: between qkv and proj, whose input is packed."""
     return (f"{name}{CORE}", _QuantizedCore(module)) if isinstance(module, QuantizedAttention) else (name, module)
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """The path of the module that has all these parts: `blocks.0` for `blocks.0.fc1` and `blocks.0.fc2`."""
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(same[0] for same in itertools.takewhile(lambda parts: len(set(parts)) == 1, parts))
+
+
+def _under_names_of(published: Mapping[str, ProbeRecord], entries: Mapping[str, ProbeRecord]) -> dict[str, ProbeRecord]:
+    """`entries` of a user's module with its known blocks replaced, whose parts may have other names: under the name
+    of the point of the user's own that has the same value.
+    """
+    free = {name: entry.value for name, entry in published.items() if name not in entries}
+    renamed: dict[str, ProbeRecord] = {}
+    for name, entry in entries.items():
+        own, value = name, entry.value
+        if name not in published:
+            alike = (free_name for free_name, other in free.items() if other.shape == value.shape)
+            own = next((free_name for free_name in alike if relative_l2(value, free[free_name]) < SAME), name)
+            free.pop(own, None)
+        renamed[own] = entry if own == name else dataclasses.replace(entry, point=published[own].point)
+    return renamed
 
 
 def _distinct(candidates: Iterable[ReferenceTensor]) -> tuple[ReferenceTensor, ...]:
