@@ -123,7 +123,7 @@ def export_for_cpu(
     check_cpu(options, requested)
     targets = _possible_targets(options)
     benchmarks: dict[Precision, Benchmark] = {}
-    with tempfile.TemporaryDirectory(prefix="spach-cpu-") as name:
+    with tempfile.TemporaryDirectory(prefix="spach-cpu-", ignore_cleanup_errors=True) as name:
         folder, converted = Path(name), Path(name) / "converted"
         converted.mkdir()
 
