@@ -78,7 +78,7 @@ def rewrite(
     module computes.
     """
     form = GraphForm("shift_depthwise" not in disabled, "tokens_first" not in disabled, quantized is not None)
-    off = Outcome(skipped=("turned off with --no-rewrite",))
+    off = Outcome(skipped=("turned off: by --no-rewrite, or because it costs in this graph's runtime",))
     with torch_threads(1):  # tensors that are compared are small
         static, replaced = _static(model, inputs)
         _mark_quantized(static, quantized or ())
