@@ -16,6 +16,7 @@ from PIL import Image
 
 UInt8Array = npt.NDArray[np.uint8]
 
+CALIBRATION = "calibration.npz"
 SIDE = 256
 _TO_CALIBRATE = (
     *("astronaut.png", "brick.png", "chelsea.png", "coins.png", "grass.png", "hubble_deep_field.jpg", "ihc.png"),
@@ -58,7 +59,7 @@ def _crop(picture: Image.Image, generator: np.random.Generator) -> UInt8Array:
 def write(folder: Path) -> tuple[Path, Path]:
     """calibration.npz and held_out.npz in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = folder / "calibration.npz", folder / "held_out.npz"
+    files = folder / CALIBRATION, folder / "held_out.npz"
     np.savez(files[0], images=calibration_photographs())
     np.savez(files[1], images=held_out_photographs())
     return files

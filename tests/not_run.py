@@ -18,6 +18,7 @@ HOW = {
     "ray": ".venv/bin/pip install -c constraints.txt ray && scripts/test -m ray",
     "browser": "apt-get install chromium && scripts/test -m browser",
     "mingw": "apt-get install g++-mingw-w64-x86-64 cmake ninja-build && scripts/test -m mingw",
+    "wine": "apt-get install wine64 g++-mingw-w64-x86-64 && scripts/windows_python && scripts/test -m wine",
     "cpp": "apt-get install g++ cmake ninja-build && scripts/onnxruntime_headers && scripts/test -m cpp",
     "gpu": "scripts/test -m gpu, where there is an NVIDIA GPU",
 }

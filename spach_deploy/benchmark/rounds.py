@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import random
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ from spach_deploy.bundle.store import GOLDEN, GRAPH, Bundle
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.common.machine import available_threads, cpu_flags, processor_name, torch_threads
 from spach_deploy.common.metrics import worst_relative_l2
+from spach_deploy.common.operating_system import load_average
 from spach_deploy.common.versions import installed, tool_versions
 from spach_deploy.options.specs import BatchProfile
 from spach_deploy.validation.bundle_facts import BundleFacts
@@ -365,9 +365,10 @@ def facts_after() -> dict[str, Any]:
     return {"load_after": load(), "gpus_after": gpus()}
 
 
-def load() -> float:
-    """The load average of the last minute: processes that wanted a core."""
-    return round(os.getloadavg()[0], 2)
+def load() -> float | None:
+    """The load average of the last minute: processes that wanted a core. None on Windows, which does not count them."""
+    average = load_average()
+    return None if average is None else round(average, 2)
 
 
 def gpus() -> list[dict[str, str]]:

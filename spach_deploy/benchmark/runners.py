@@ -14,14 +14,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from spach_deploy.benchmark.layers import by_module, owners_of
 from spach_deploy.bundle.inputs import arrays_of, feeds_of
 from spach_deploy.bundle.outputs import model_outputs
-from spach_deploy.bundle.store import GRAPH, Bundle
+from spach_deploy.bundle.store import GRAPH, OPENVINO_MODEL, Bundle
 from spach_deploy.common.files import utf8_path
 from spach_deploy.common.machine import has_bf16, has_vnni
 from spach_deploy.common.versions import old_package
@@ -31,6 +31,9 @@ from spach_deploy.runtime.devices import local_gpus
 from spach_deploy.runtime.onnxruntime_runner import new_session
 from spach_deploy.runtime.openvino_runner import OpenVinoRunner
 from spach_deploy.runtime.warm_start import COLD, StartOptions
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Array = npt.NDArray[Any]
 
@@ -43,23 +46,50 @@ EAGER, COMPILE, BF16, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16, ENGINE = (
     "openvino-bf16",
     "tensorrt",
 )
+COMPILE_BF16, ONNX_PLAIN, OPENVINO_PLAIN, OPENVINO_PLAIN_BF16, NNCF = (
+    "compile-bf16",
+    "onnxruntime-plain",
+    "openvino-plain",
+    "openvino-plain-bf16",
+    "nncf",
+)
 CPU, GPU = "cpu", "cuda"
 TITLES: Mapping[str, str] = {
     EAGER: "PyTorch eager",
     COMPILE: "torch.compile",
     BF16: "PyTorch, bf16 autocast",
+    COMPILE_BF16: "torch.compile, bf16",
+    ONNX_PLAIN: "ONNX Runtime, plain",
+    OPENVINO_PLAIN: "OpenVINO, plain",
+    OPENVINO_PLAIN_BF16: "OpenVINO, plain, bf16",
+    NNCF: "NNCF",
     ONNX_RUNTIME: "ONNX Runtime",
     OPENVINO: "OpenVINO",
     OPENVINO_BF16: "OpenVINO, bf16",
     ENGINE: "TensorRT",
 }
-TORCH = (EAGER, COMPILE, BF16)
+IN_OPENVINO: Mapping[str, str] = {OPENVINO_PLAIN: "plain.xml", OPENVINO_PLAIN_BF16: "plain.xml", NNCF: "nncf.xml"}
+"""Plain ways that end in an OpenVINO model, with the name of its file in `RunnerSetup.converted`."""
+
+PLAIN = (COMPILE_BF16, ONNX_PLAIN, *IN_OPENVINO)
+"""What a user does without spach-deploy: the reference in torch.compile, or converted by the runtime's own tools."""
+
+TORCH = (EAGER, COMPILE, BF16, *PLAIN)
 """Runners of the reference model, which take the checkpoint's weights."""
 
-IN_BF16 = (BF16, OPENVINO_BF16)
+ON_GPU_TOO = (EAGER, COMPILE, BF16, COMPILE_BF16)
+"""Runners of the reference that run on a GPU where PyTorch has one; the other plain ways are compared on a CPU."""
+
+IN_BF16 = (BF16, COMPILE_BF16, OPENVINO_BF16, OPENVINO_PLAIN_BF16)
 """Runners that compute in bfloat16 whatever the bundle's precision is."""
 
-OPENVINO_HINTS: Mapping[str, str] = {OPENVINO: "f32", OPENVINO_BF16: "bf16"}
+OPENVINO_HINTS: Mapping[str, str] = {
+    OPENVINO: "f32",
+    OPENVINO_BF16: "bf16",
+    OPENVINO_PLAIN: "f32",
+    OPENVINO_PLAIN_BF16: "bf16",
+    NNCF: "f32",
+}
 """OpenVINO's INFERENCE_PRECISION_HINT: without one it takes bfloat16 where the CPU has it."""
 
 _CUDA = "CUDAExecutionProvider"
@@ -73,7 +103,8 @@ _NO_BF16 = "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
 class RunnerSetup:
     """What to run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads.
 
-    `is_cold`: engines of TensorRT for RTX start without their runtime cache, as on a new machine.
+    `is_cold`: engines of TensorRT for RTX start without their runtime cache, as on a new machine. `calibration`: images
+    that NNCF calibrates on. `converted`: a folder that keeps the OpenVINO models of the plain ways; None keeps none.
     """
 
     bundle: Path
@@ -82,6 +113,8 @@ class RunnerSetup:
     threads: int = 1
     ignore: tuple[str, ...] = ()
     is_cold: bool = False
+    calibration: Path | None = None
+    converted: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +167,7 @@ def why_no_openvino(name: str) -> str:
         return "not installed: pip install openvino"
     if old := old_package("openvino"):
         return str(old)
-    return _NO_BF16 if name == OPENVINO_BF16 and not has_bf16() else ""
+    return _NO_BF16 if OPENVINO_HINTS[name] == "bf16" and not has_bf16() else ""
 
 
 def _why_not_torch(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
@@ -142,11 +175,23 @@ def _why_not_torch(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
         return "the bundle is of your own module, which the benchmark does not have"
     if lacks_weights(setup, bundle):
         return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model.checkpoint}"
-    if name == COMPILE and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
+    if name in (COMPILE, COMPILE_BF16) and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
         return "it needs a C++ compiler: apt-get install g++"
-    if name == BF16 and not (has_bf16() or _has_bf16_gpu()):
+    if name in (BF16, COMPILE_BF16) and not (has_bf16() or _has_bf16_gpu()):
         return _NO_BF16
-    return ""
+    if name == ONNX_PLAIN and importlib.util.find_spec("onnxruntime") is None:
+        return "not installed: pip install onnxruntime"
+    if name == NNCF and importlib.util.find_spec("nncf") is None:
+        return "not installed: pip install nncf"
+    if name == NNCF and setup.calibration is None and not _holds(bundle, name):
+        return "it calibrates on images: give --calibration DIR"
+    return why_no_openvino(name) if name in IN_OPENVINO else ""
+
+
+def _holds(bundle: Bundle, name: str) -> bool:
+    """Whether the bundle holds the OpenVINO model of this plain way."""
+    cpu = bundle.manifest.cpu
+    return cpu is not None and cpu.chosen.runner == name and OPENVINO_MODEL in bundle.manifest.files
 
 
 def lacks_weights(setup: RunnerSetup, bundle: Bundle) -> bool:
@@ -182,14 +227,12 @@ def _torch(
     import torch
 
     from spach_deploy.validation.bundle_facts import BundleFacts
-    from spach_deploy.validation.live_reference import Weights, as_images, rebuild
+    from spach_deploy.validation.live_reference import as_images
 
     torch.set_num_threads(setup.threads)
     facts = BundleFacts.of(bundle)
     device = GPU if torch.cuda.is_available() else CPU
-    weights = Weights(setup.checkpoint, setup.weights, setup.ignore)
-    reference = rebuild(bundle.manifest.model, weights, facts.outputs).model.to(device)
-    model = change(reference)
+    model = change(_reference(bundle, setup).to(device))
 
     def run(images: Any) -> Array:
         made = model(*(image.to(device) for image in images))
@@ -206,6 +249,14 @@ def _torch(
         )
 
 
+def _reference(bundle: Bundle, setup: RunnerSetup) -> nn.Module:
+    """The model that the bundle was made of, with its outputs, on the CPU."""
+    from spach_deploy.validation.live_reference import Weights, rebuild
+
+    weights = Weights(setup.checkpoint, setup.weights, setup.ignore)
+    return rebuild(bundle.manifest.model, weights, bundle.manifest.outputs).model
+
+
 def _compiled(bundle: Bundle, setup: RunnerSetup) -> AbstractContextManager[OpenRunner]:
     import torch
 
@@ -213,12 +264,51 @@ def _compiled(bundle: Bundle, setup: RunnerSetup) -> AbstractContextManager[Open
 
 
 @contextlib.contextmanager
-def _autocast(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+def _autocast(
+    runner_of: Callable[[Bundle, RunnerSetup], AbstractContextManager[OpenRunner]], bundle: Bundle, setup: RunnerSetup
+) -> Iterator[OpenRunner]:
     import torch
 
     device = GPU if torch.cuda.is_available() else CPU
-    with torch.autocast(device, torch.bfloat16), _torch(bundle, setup) as runner:
+    with torch.autocast(device, torch.bfloat16), runner_of(bundle, setup) as runner:
         yield runner
+
+
+@contextlib.contextmanager
+def _onnx_plain(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    """The reference as torch.onnx exports it, in ONNX Runtime on the CPU."""
+    from spach_deploy.benchmark.plain import PlainModel, plain_onnx
+
+    wanted = first_output(bundle)
+    with tempfile.TemporaryDirectory(prefix="spach-") as folder:
+        graph = Path(folder) / GRAPH
+        plain_onnx(PlainModel(_reference(bundle, setup), bundle.manifest), bundle.manifest, graph)
+        session = _session(graph, setup.threads, on_gpu=False)
+    yield OpenRunner(lambda feeds: session.run([wanted], feeds)[0], feeds_of)
+
+
+@contextlib.contextmanager
+def _openvino_plain(name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+    """The reference as OpenVINO converts it: from the bundle, from `setup.converted`, or made now."""
+    with contextlib.ExitStack() as stack:
+        if _holds(bundle, name):
+            model = bundle.file(OPENVINO_MODEL)
+        else:
+            folder = setup.converted or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spach-")))
+            model = folder / IN_OPENVINO[name]
+            if not model.exists():
+                _convert(name, bundle, setup, model)
+        yield stack.enter_context(_in_openvino(model, name, bundle, setup))
+
+
+def _convert(name: str, bundle: Bundle, setup: RunnerSetup, path: Path) -> None:
+    from spach_deploy.benchmark import plain
+
+    converted = plain.plain_openvino(plain.PlainModel(_reference(bundle, setup), bundle.manifest), bundle.manifest)
+    if name == NNCF:
+        assert setup.calibration is not None
+        converted = plain.quantize_plain(converted, plain.calibration_inputs(setup.calibration, bundle.manifest))
+    plain.save_openvino(converted, path)
 
 
 @contextlib.contextmanager
@@ -239,7 +329,7 @@ def _onnx_runtime(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     yield OpenRunner(lambda feeds: session.run([wanted], feeds)[0], feeds_of, profile, device)
 
 
-def _session(graph: Path, threads: int, profile: str = "") -> Any:
+def _session(graph: Path, threads: int, profile: str = "", *, on_gpu: bool = True) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -247,7 +337,8 @@ def _session(graph: Path, threads: int, profile: str = "") -> Any:
     options.log_severity_level = 4
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
-    wanted = [name for name in (_CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
+    known = (_CUDA, "CPUExecutionProvider") if on_gpu else ("CPUExecutionProvider",)
+    wanted = [name for name in known if name in onnxruntime.get_available_providers()]
     with utf8_path(graph) as name:
         return new_session(name, options, wanted)
 
@@ -261,10 +352,14 @@ def seconds_by_layer(profile: Path, runs: int) -> dict[str, float]:
     return {layer: statistics.median(seconds[-runs + 1 :]) for layer, seconds in times.items()}
 
 
+def _openvino(name: str, bundle: Bundle, setup: RunnerSetup) -> AbstractContextManager[OpenRunner]:
+    return _in_openvino(bundle.file(GRAPH), name, bundle, setup)
+
+
 @contextlib.contextmanager
-def _openvino(name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
+def _in_openvino(model: Path, name: str, bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
     wanted = first_output(bundle)
-    with OpenVinoRunner(bundle.file(GRAPH), threads=setup.threads, precision_hint=OPENVINO_HINTS[name]) as runner:
+    with OpenVinoRunner(model, threads=setup.threads, precision_hint=OPENVINO_HINTS[name]) as runner:
         yield OpenRunner(lambda feeds: runner.run(feeds)[wanted], feeds_of)
 
 
@@ -287,7 +382,10 @@ def _engine(bundle: Bundle, setup: RunnerSetup) -> Iterator[OpenRunner]:
 _OPENERS: Mapping[str, Callable[[Bundle, RunnerSetup], AbstractContextManager[OpenRunner]]] = {
     EAGER: _torch,
     COMPILE: _compiled,
-    BF16: _autocast,
+    BF16: functools.partial(_autocast, _torch),
+    COMPILE_BF16: functools.partial(_autocast, _compiled),
+    ONNX_PLAIN: _onnx_plain,
+    **{name: functools.partial(_openvino_plain, name) for name in IN_OPENVINO},
     ONNX_RUNTIME: _onnx_runtime,
     OPENVINO: functools.partial(_openvino, OPENVINO),
     OPENVINO_BF16: functools.partial(_openvino, OPENVINO_BF16),

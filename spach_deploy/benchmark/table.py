@@ -48,13 +48,18 @@ def _lines(result: Benchmark) -> Iterator[str]:
     yield from _conclusion(result)
 
 
+def _load(machine: Mapping[str, Any], when: str) -> str:
+    load = machine.get(when)
+    return "unknown" if load is None else f"{load:.2f}"
+
+
 def _head(result: Benchmark) -> Iterator[str]:
     machine = result.machine
     yield f"bundle     {result.bundle} ({result.model}, {result.precision})"
     flags = "".join(f", {flag}" for flag in machine["flags"])
     yield from _named("machine", f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores{flags}")
     peaks = f"{result.peaks['flops'] / 1e9:,.0f} GFLOP/s in FP32, {result.peaks['bytes'] / 1e9:,.1f} GB/s, measured now"
-    yield from _named("", f"{peaks}; load {machine['load_before']:.2f} before it began")
+    yield from _named("", f"{peaks}; load {_load(machine, 'load_before')} before it began")
     macs, moved = sum(layer.macs for layer in result.layers), sum(layer.bytes for layer in result.layers)
     batch = result.batches[-1]
     products = f"{macs / batch / 1e9:.2f} G multiplications an image in convolutions and matrix products"
@@ -141,7 +146,7 @@ def _remarks(result: Benchmark) -> Iterator[str]:
         yield from _filled(
             "Where it says 'too noisy to tell' the rounds disagree too much: the ends of the interval are more than"
             " 30 % apart, or 10 % with 1 between them. The load was"
-            f" {result.machine['load_before']:.2f} before and {result.machine.get('load_after', 0):.2f} after on"
+            f" {_load(result.machine, 'load_before')} before and {_load(result.machine, 'load_after')} after on"
             f" {result.machine['cores']} cores. Stop what else uses this machine, or give more --rounds and --seconds."
         )
     if any(timing.ratio and _is_same(timing.ratio) for runner in result.runners for timing in runner.timings):

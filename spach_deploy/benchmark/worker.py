@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import subprocess
 import time
-from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +16,13 @@ import numpy.typing as npt
 
 from spach_deploy.benchmark.runners import OpenRunner, RunnerSetup, opened
 from spach_deploy.bundle.inputs import Batch
-from spach_deploy.common import processes
+from spach_deploy.common import operating_system, processes
 from spach_deploy.common.errors import SpachError, UnavailableError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from spach_deploy.common.operating_system import Connection
 
 _WARM_RUNS, _WARM_S, _LEAST_RUNS = 1, 0.1, 2
 _PATIENCE_S = 5.0
@@ -127,7 +127,7 @@ class RunnerProcess:
 
 def main(connection_fd: int) -> None:
     """The worker's main function: open the runner, then serve requests until the other end closes."""
-    connection = Connection(connection_fd)
+    connection = operating_system.shared_connection(connection_fd)
     try:
         wanted, begun = connection.recv(), time.perf_counter()
         with opened(*wanted) as runner:
@@ -150,7 +150,7 @@ def _reply(runner: OpenRunner, what: str, argument: Any) -> Any:
     fed = runner.prepare(inputs)
     _timed(runner, fed, _WARM_S, _WARM_RUNS)
     times, last = _timed(runner, fed, seconds, _LEAST_RUNS)
-    return TimedRuns(times, np.asarray(last, np.float32), _peak_bytes())
+    return TimedRuns(times, np.asarray(last, np.float32), operating_system.peak_bytes_of_program())
 
 
 def _first_outputs(runner: OpenRunner, inputs: Batch, batch: int) -> FirstOutputs:
@@ -161,12 +161,6 @@ def _first_outputs(runner: OpenRunner, inputs: Batch, batch: int) -> FirstOutput
         parts.append(np.asarray(runner.run(fed), np.float32))
         times.append(time.perf_counter() - begun)
     return FirstOutputs(np.concatenate(parts)[: len(inputs)], times[0])
-
-
-def _peak_bytes() -> int:
-    """This program's peak resident memory. getrusage would also count the process before it became a worker."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def _timed(runner: OpenRunner, fed: Any, seconds: float, least: int) -> tuple[tuple[float, ...], Any]:

@@ -79,7 +79,7 @@ def rewrite(
     floating point. Raises RewriteError when a rewrite changes what a module computes.
     """
     form = _form(disabled, is_quantized=quantized is not None, in_float=in_float)
-    off = Outcome(skipped=("turned off with --no-rewrite",))
+    off = Outcome(skipped=("turned off: by --no-rewrite, or because it costs in this graph's runtime",))
     with torch_threads(1):  # tensors that are compared are small
         static, replaced = _static(model, inputs)
         _mark_quantized(static, quantized or ())

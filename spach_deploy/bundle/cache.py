@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from spach_deploy.common import operating_system
 from spach_deploy.common.errors import UsageError
 from spach_deploy.common.files import (
     Destination,
@@ -35,7 +35,6 @@ from spach_deploy.common.files import (
     read_json,
     sha256_of,
 )
-from spach_deploy.common.processes import is_alive
 
 RECORD = "entry.json"
 _KEY = re.compile("[0-9a-f]{64}")
@@ -148,7 +147,7 @@ class Store:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with lock_file(private_folder(self.root) / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it does
+            operating_system.lock(lock, wait=True)
             yield
 
     def _drop(self, path: Path) -> None:
@@ -172,7 +171,7 @@ class Store:
         """Delete what dead processes left, and directories that are not whole entries."""
         for draft in (self.root / "partial").iterdir():
             owner = _DRAFT.fullmatch(draft.name)
-            if owner and not is_alive(int(owner[1])):
+            if owner and not operating_system.is_alive(int(owner[1])):
                 shutil.rmtree(draft, ignore_errors=True)
         for path in (self.root / "entries").iterdir():
             if _KEY.fullmatch(path.name) and _entry(path) is None:

@@ -7,6 +7,8 @@
     report.json      the validation in full
     report.html      the same as a page to read
     build.log        messages of the engine's builder
+    openvino.xml     of --target cpu, where OpenVINO's own conversion was faster than every graph: that, with its
+                     weights in openvino.bin
 
 `check_target` refuses a target before the work begins. `writing` gives a hidden sibling directory to fill, which
 `seal` completes with the manifest; it is then moved into place in one step, so that a killed export leaves the old
@@ -32,7 +34,7 @@ import msgspec
 from spach_deploy.bundle.schema import FileEntry, Manifest
 from spach_deploy.common.errors import BundleError, ChangedFileError
 from spach_deploy.common.files import Destination, draft_name, npz_headers, npz_names, read_json, sha256_of, short_name
-from spach_deploy.common.processes import is_alive
+from spach_deploy.common.operating_system import flush, is_alive, problem_of_name
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import Precision
 
@@ -48,6 +50,7 @@ MANIFEST, GRAPH, PLAN, GOLDEN, REPORT, PAGE = (
     "report.html",
 )
 BUILD_LOG = "build.log"
+OPENVINO_MODEL, OPENVINO_WEIGHTS = "openvino.xml", "openvino.bin"
 CONTEXT = "model_ctx.onnx"
 """In a folder of spach-package onnxruntime: the EPContext model that loads the plan."""
 
@@ -55,7 +58,7 @@ REWRITTEN = (REPORT, PAGE)
 """Files that spach-validate rewrites, and that are therefore not hashed."""
 
 QUANTIZATION = "quantization.json"
-HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION)
+HASHED = (GRAPH, PLAN, GOLDEN, QUANTIZATION, OPENVINO_MODEL, OPENVINO_WEIGHTS)
 """Files that later commands read, and that must be exactly those of the export."""
 
 GOLDEN_BYTES = {"input": 1 << 30, "names": 1 << 24}
@@ -217,6 +220,8 @@ def check_target(target: Path, *, overwrite: bool, contents: DirectoryKind = BUN
     Returns the destination for `writing`, which replaces only what is at `target` now. BundleError where refused.
     """
     destination = Destination.of(target)
+    if problem := problem_of_name(target.name):
+        raise BundleError(f"{target} cannot be written: {problem}.", "Choose another --output.")
     if os.path.ismount(target) or target.absolute() == Path.cwd():
         what = "a mount point" if os.path.ismount(target) else "the directory you are in"
         raise BundleError(f"{target} is {what}, which cannot be replaced.", "Give an --output inside it.")
@@ -265,7 +270,7 @@ def writing(destination: Destination) -> Iterator[Path]:
     try:
         yield staging
         destination.put(staging)
-        _flush(target.absolute().parent)
+        flush(target.absolute().parent)
     except OSError as error:
         raise _write_error(target, error) from error
     finally:
@@ -286,7 +291,7 @@ def digest_files(staging: Path, known: FileDigests = MappingProxyType({})) -> Fi
 
 
 def _file_entry(file: Path) -> FileEntry:
-    _flush(file)
+    flush(file)
     return FileEntry(sha256=sha256_of(file), bytes=file.stat().st_size)
 
 
@@ -318,18 +323,10 @@ def seal_again(staging: Path, source: Path, **sections: msgspec.Struct) -> Manif
 def _sealed(staging: Path, content: Mapping[str, Any]) -> Manifest:
     text = json_text(content) + "\n"
     manifest = Manifest.parse(text, str(staging / MANIFEST))
-    (staging / MANIFEST).write_text(text, encoding="utf-8")
+    (staging / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
     for file in staging.iterdir():
-        _flush(file)
+        flush(file)
     return manifest
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_error(target: Path, error: OSError) -> BundleError:

@@ -7,6 +7,7 @@ from typing import Any
 
 from spach_deploy.bundle.cache import CacheEntry, Store
 from spach_deploy.common.files import CACHE_VARIABLE, NO_CACHE, is_own
+from spach_deploy.common.operating_system import make_private
 from spach_deploy.common.text import escaped, json_text
 from spach_deploy.pipeline.cache import SIZE_VARIABLE, open_store
 
@@ -39,7 +40,7 @@ def _why_none(store: Store) -> str:
     """Why entries of a directory in which others may write are not used; empty otherwise."""
     if not store.root.exists() or is_own(store.root):
         return ""
-    return f": nothing is taken from where others may write (chmod -R go-w {store.root})"
+    return f": nothing is taken from where others may write ({make_private(store.root)})"
 
 
 def cleared() -> str:

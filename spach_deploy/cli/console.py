@@ -27,6 +27,7 @@ import click
 
 from spach_deploy.cli.interrupts import INTERRUPTED, NOTHING, ending_on_interrupt, is_our_script, sentence
 from spach_deploy.common.errors import SpachError, printable, printable_lines
+from spach_deploy.common.operating_system import takes_text
 from spach_deploy.common.text import Escaped
 from spach_deploy.common.versions import refuse_unfit_packages
 from spach_deploy.options.click_options import write_groups
@@ -77,7 +78,7 @@ def _open_closed_ones() -> None:
 def _replaced(name: str, number: int, complaint: str) -> Iterator[None]:
     """Replace the stream by a tolerant one on the same descriptor, unless a caller has replaced it already."""
     before: TextIO | None = getattr(sys, name)
-    if before is not getattr(sys, f"__{name}__"):
+    if before is not getattr(sys, f"__{name}__") or takes_text(before):
         yield
         return
     if before is not None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code."""
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGBREAK") if hasattr(signal, name)]
+"""Ctrl-C, and on Windows Ctrl-Break, by which one process interrupts another there."""
+
 NOTHING = "Nothing was written."
 _SHOW_CURSOR = "\x1b[?25h"
 GRACE_S = 5.0
@@ -36,7 +39,8 @@ GRACE_S = 5.0
 def install_early_interrupt_handler() -> None:
     """In a command of this package, end without a traceback on Ctrl-C before and after the command's own handling."""
     if is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: _exit_now("Interrupted.\n"))
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: _exit_now("Interrupted.\n"))
 
 
 def is_our_script() -> bool:
@@ -87,7 +91,7 @@ def ending_on_interrupt(kept: Callable[[], str], *, grace_s: float = GRACE_S) ->
 class _Block:
     def __init__(self, interrupt: _Interrupt) -> None:
         self._interrupt = interrupt
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._hook: Any = None
         self._is_inactive = False
 
@@ -95,15 +99,15 @@ class _Block:
         import atexit
         import threading
 
-        self._previous = signal.getsignal(signal.SIGINT)
-        self._is_inactive = self._previous in (signal.SIG_IGN, None)
+        self._is_inactive = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
         self._is_inactive |= threading.current_thread() is not threading.main_thread()
         if self._is_inactive:
             return
         atexit.unregister(_leave_before_the_alarm)
         atexit.register(_leave_before_the_alarm)  # before the heavy imports, so that it runs after what they register
         self._hook = sys.unraisablehook
-        signal.signal(signal.SIGINT, self._interrupt)
+        self._unwatch = self._interrupt.watch()
+        self._previous = {number: signal.signal(number, self._interrupt) for number in _SIGNALS}
         sys.unraisablehook = _without_interrupts(self._hook)
 
     def __exit__(
@@ -112,31 +116,42 @@ class _Block:
         if self._is_inactive:
             return
         sys.unraisablehook = self._hook
-        signal.signal(signal.SIGINT, self._previous)
+        self._unwatch()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
         if self._interrupt.happened:
             self._interrupt.is_reported = True  # by the code that catches this
             raise KeyboardInterrupt(self._interrupt.kept()) from None
 
 
 class _Interrupt:
-    """A handler of SIGINT that records the signal, starts the time limit and raises KeyboardInterrupt."""
+    """A handler of Ctrl-C that records the signal, starts the time limit and raises KeyboardInterrupt."""
 
     def __init__(self, kept: Callable[[], str], grace_s: float) -> None:
+        from spach_deploy.common import operating_system
         from spach_deploy.common.errors import printable
 
         self.happened = False
         self.is_reported = False
         self.kept = kept
         self._printable = printable
+        self._system = operating_system  # nothing is imported in a signal's handler
         self._grace_s = grace_s
 
     def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
         if self.happened:
             self._end_now()
         self.happened = True
-        signal.signal(signal.SIGALRM, self._end_now)
-        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        self._start_limit()
         raise KeyboardInterrupt
+
+    def watch(self) -> Callable[[], None]:
+        """Start the time limit also where the main thread is not woken; returns a function that ends that."""
+        return self._system.watch_interrupts(self._start_limit)
+
+    def _start_limit(self) -> None:
+        if not self._system.alarm_is_set():
+            self._system.set_alarm(self._grace_s, self._end_now)
 
     def _end_now(self, *_: Any) -> NoReturn:
         """Exit without unwinding. The next export removes what this one leaves."""
@@ -154,7 +169,9 @@ def _exit_now(text: str) -> NoReturn:
 
 def _leave_before_the_alarm() -> None:
     """At exit, leave at once if the time limit runs: Python's shutdown removes handlers, so SIGALRM would kill it."""
-    if signal.getitimer(signal.ITIMER_REAL)[0] > 0:
+    from spach_deploy.common.operating_system import alarm_is_set
+
+    if alarm_is_set():
         for stream in (sys.stdout, sys.stderr):
             try:  # noqa: SIM105
                 stream.flush()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -27,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from spach_deploy.common import operating_system
 from spach_deploy.common.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ _LONG_NAME = 100
 
 CACHE_VARIABLE, NO_CACHE = "SPACH_CACHE", "none"
 """Environment variable with the folder of caches, and its value for none."""
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +158,12 @@ def is_own(path: Path) -> bool:
     except OSError:
         return False
     is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    return is_plain and status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return is_plain and operating_system.is_private(path, status)
 
 
 def user_cache() -> Path | None:
-    """This user's cache folder: `SPACH_CACHE`, by default ~/.cache/spach-deploy. None where that variable is `none`, or
-    there is no home directory.
+    """This user's cache folder: `SPACH_CACHE`, by default ~/.cache/spach-deploy, and on Windows that name in
+    %LOCALAPPDATA%. None where that variable is `none`, or there is no home directory.
     """
     folder = os.environ.get(CACHE_VARIABLE, "")
     if folder == NO_CACHE:
@@ -173,7 +171,7 @@ def user_cache() -> Path | None:
     if folder:
         return Path(folder)
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spach-deploy"
+        return operating_system.caches() / "spach-deploy"
     except RuntimeError:  # no HOME, and a user without an entry in passwd, as in containers
         return None
 
@@ -182,8 +180,7 @@ def private_folder(path: Path) -> Path:
     """Create a directory for this user alone, unless it exists. PermissionError where others may write in it."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_own(path):
-        reason = f"others may write in it, or own it; chmod -R go-w {path} where it is yours"
-        raise PermissionError(errno.EPERM, reason, str(path))
+        raise PermissionError(errno.EPERM, operating_system.make_private(path), str(path))
     return path
 
 
@@ -193,7 +190,7 @@ def lock_file(path: Path) -> Iterator[int]:
 
     OSError for anything but a regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    descriptor = operating_system.open_to_lock(path)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
@@ -231,7 +228,7 @@ def _move(draft: Path, path: Path) -> None:
     """Move to a free path; a directory may also replace an empty directory."""
     try:
         if draft.is_dir():
-            draft.rename(path)  # fails by itself where a file or a directory with anything in it is
+            operating_system.move_directory(draft, path)  # fails where a file or a directory with anything in it is
         else:
             _link(draft, path)
     except OSError:
@@ -252,10 +249,8 @@ def _link(draft: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two names: renameat2(RENAME_EXCHANGE) in one step, or three renames where the system has none."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    if hasattr(libc, "renameat2") and libc.renameat2(*arguments) == 0:
+    """Swap two names: in one step where the system has one for them, else by three renames."""
+    if operating_system.exchange(one, other):
         return
     aside = one.with_name(f"{one.name}-old")
     other.rename(aside)
@@ -333,6 +328,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+_OPEN_FILES = Path("/proc/self/fd")
+
+
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[str]:
     """A UTF-8 path to the file, valid within the block: its own, or one through an open descriptor in /proc.
@@ -343,10 +341,12 @@ def utf8_path(path: Path) -> Iterator[str]:
     if _is_utf8(str(path)):
         yield str(path)
         return
+    if not _OPEN_FILES.is_dir():
+        raise OSError(errno.EILSEQ, "its name is not valid text", str(path))
     is_named = _is_utf8(path.name)
     descriptor = os.open(path.parent if is_named else path, os.O_RDONLY)
     try:
-        yield f"/proc/self/fd/{descriptor}{f'/{path.name}' if is_named else ''}"
+        yield f"{_OPEN_FILES}/{descriptor}{f'/{path.name}' if is_named else ''}"
     finally:
         os.close(descriptor)
 

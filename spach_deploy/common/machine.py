@@ -19,13 +19,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from spach_deploy.common import operating_system
+
 MOST_THREADS = 1024
 """Most CPU threads that can be asked for: far more than cores, and few enough that starting them works."""
 
 
 def available_threads() -> int:
     """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(operating_system.usable_cores())
 
 
 def worker_threads(is_busy: bool) -> int:
@@ -69,7 +71,7 @@ def all_cpu_flags() -> str:
 
 def processor_name() -> str:
     """The CPU's model name, or its architecture where the system gives no name."""
-    return _cpuinfo("model name") or platform.machine()
+    return operating_system.processor_name() or _cpuinfo("model name") or platform.machine()
 
 
 def has_bf16() -> bool:
@@ -123,6 +125,8 @@ def find_memory(root: Path = _ROOT) -> Memory | None:
 
 
 def _meminfo(root: Path) -> Memory | None:
+    if (known := operating_system.memory_of_machine()) is not None:
+        return Memory(known.available, known.total)
     fields = _numbers(root / "proc/meminfo")
     if "MemAvailable" not in fields:
         return None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from spach_deploy.common.operating_system import peak_resident_bytes
 
 Result = TypeVar("Result")
 
@@ -82,8 +83,3 @@ class Phases:
         """Record a sentence for the manifest, and pass it to the observer."""
         self.notes.append(text)
         self.observer.note(text)
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident size of this process so far, as Linux counts it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import importlib
 import os
 import socket
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.common import operating_system
 from spach_deploy.common.errors import MissingPackageError, SpachError, UnavailableError
 from spach_deploy.common.files import lock_file, private_folder
 from spach_deploy.common.machine import available_threads
@@ -190,11 +190,11 @@ def cores(count: int) -> Iterator[frozenset[int]]:
     Each core has a lock file, which the kernel releases when a process ends for any reason. The files are in a private
     directory of this user; where another user has made that directory, all cores are returned.
     """
-    known = sorted(os.sched_getaffinity(0))
+    known = operating_system.usable_cores()
     with contextlib.ExitStack() as stack:
         held: list[int] = []
         with contextlib.suppress(OSError):
-            folder = private_folder(Path(tempfile.gettempdir()) / f"spach-deploy-cores-{os.getuid()}")
+            folder = private_folder(Path(tempfile.gettempdir()) / f"spach-deploy-cores-{operating_system.user_name()}")
             for core in known:
                 if len(held) < count and _taken(folder / str(core), stack):
                     held.append(core)
@@ -203,7 +203,7 @@ def cores(count: int) -> Iterator[frozenset[int]]:
 
 def _taken(file: Path, stack: contextlib.ExitStack) -> bool:
     try:
-        fcntl.flock(stack.enter_context(lock_file(file)), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        operating_system.lock(stack.enter_context(lock_file(file)), wait=False)
     except OSError:
         return False
     return True

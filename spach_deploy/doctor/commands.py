@@ -61,7 +61,8 @@ def _python() -> str:
     found = shutil.which("python")
     if found is not None and os.path.realpath(Path(found).parent) == os.path.realpath(Path(sys.executable).parent):
         return "python"
-    return sys.executable or "python3"
+    # Without backslashes it needs no quotes, with which PowerShell would take it for a text.
+    return Path(sys.executable).as_posix() if sys.executable else "python3"
 
 
 def exporting(bundle: Bundle, *changes: str) -> str:

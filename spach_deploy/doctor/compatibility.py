@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from spach_deploy.common.operating_system import setting_variable
 from spach_deploy.common.versions import is_older, release
 from spach_deploy.doctor.commands import installing
 from spach_deploy.doctor.driver import LEAST_DRIVER, Gpu
@@ -205,7 +206,7 @@ def _wrong_gpu(plan: PlanRequirements, info: MachineInfo, first: Gpu, built_for:
     fitting = [ordinal for ordinal, gpu in enumerate(info.driver.gpus) if _runs_on(plan, gpu.capability)]
     if fitting:
         means = f"Engines run on the first GPU. The one that fits is GPU {fitting[0]}, {info.driver.gpus[fitting[0]]}."
-        choose = f"export CUDA_VISIBLE_DEVICES={fitting[0]}"
+        choose = setting_variable("CUDA_VISIBLE_DEVICES", str(fitting[0]))
         return Finding(Status.PROBLEM, "NVIDIA GPU", what, means, choose, _RUN)
     if plan.flavour is Flavour.TENSORRT_RTX and first.capability not in RTX_CAPABILITIES:
         means = f"TensorRT for RTX runs on {format_gpus(RTX_CAPABILITIES)} only. Build it with tensorrt, here."

@@ -26,7 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from spach_deploy.common.processes import signal_name, start
+from spach_deploy.common.operating_system import RESTART, crash, setting_variable
+from spach_deploy.common.processes import start
 from spach_deploy.doctor.driver_question import kernel_module_version
 from spach_deploy.options.specs import ComputeCapability
 
@@ -39,16 +40,16 @@ LEAST_DRIVER = {11: "450", 12: "525", 13: "580"}
 
 _NO_DEVICE = 100
 _ERRORS = {
-    34: ("a stub library of the CUDA toolkit stands in for the driver", "unset LD_LIBRARY_PATH"),
+    34: ("a stub library of the CUDA toolkit stands in for the driver", setting_variable("LD_LIBRARY_PATH", None)),
     802: ("the GPU's fabric is not ready (802)", "sudo systemctl restart nvidia-fabricmanager"),
-    803: ("its library and its kernel module are of different versions (803), as after an update", "sudo reboot"),
+    803: ("its library and its kernel module are of different versions (803), as after an update", RESTART),
     804: ("a cuda-compat library stands in for the driver, and this GPU does not allow it (804)", None),
-    999: ("it failed for a reason that it does not tell (999)", "sudo reboot"),
+    999: ("it failed for a reason that it does not tell (999)", RESTART),
 }
 """Results of cuInit with a known remedy: code -> (problem, command)."""
 
 _IN_CONTAINER = "docker run --gpus all IMAGE"
-_UNHIDE = "unset CUDA_VISIBLE_DEVICES"
+_UNHIDE = setting_variable("CUDA_VISIBLE_DEVICES", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def driver_from(answer: ProbeResult, surroundings: DriverSurroundings) -> Driver
     """The driver, from what `driver_question` reported."""
     if answer.content is None:
         problem = f"the NVIDIA driver does not answer: {answer.failure}"
-        return Driver(problem=problem, remedy="sudo reboot", is_broken=True)
+        return Driver(problem=problem, remedy=RESTART, is_broken=True)
     found = answer.content
     driver = Driver(_gpus(found), found.get("driver"), _cuda(found), upgrade=surroundings.install)
     if driver.gpus:
@@ -176,7 +177,7 @@ def _no_gpu(code: int, surroundings: DriverSurroundings) -> Driver:
             return Driver(problem=f"CUDA_VISIBLE_DEVICES={shown!r} hides every GPU", remedy=_UNHIDE, is_broken=True)
         remedy = _IN_CONTAINER if surroundings.in_container else None
         return Driver(problem="the NVIDIA driver is here, but sees no GPU", remedy=remedy)
-    reason, remedy = _ERRORS.get(code, (f"it does not start (CUDA error {code})", "sudo reboot"))
+    reason, remedy = _ERRORS.get(code, (f"it does not start (CUDA error {code})", RESTART))
     return Driver(problem=f"the NVIDIA driver does not work: {reason}", remedy=remedy, is_broken=True)
 
 
@@ -234,8 +235,8 @@ class Probe:
 
 def _parse(output: bytes, returncode: int) -> ProbeResult:
     """The last line of the output; libraries may print others before it."""
-    if returncode < 0:
-        return ProbeResult(None, f"it crashed ({signal_name(-returncode)})")
+    if crashed := crash(returncode):
+        return ProbeResult(None, f"it crashed ({crashed.name})")
     try:
         content = json.loads(output.rsplit(b"\n", 1)[-1])
     except ValueError:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spach_deploy.common.operating_system import CUDA_DRIVER, NVML
 from spach_deploy.runtime.devices import local_gpus
 
-_CUDA, _NVML = "libcuda.so.1", "libnvidia-ml.so.1"
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 _TEXT_BYTES = 80
 
@@ -31,7 +31,7 @@ def ask(open_library: Open = ctypes.CDLL) -> dict[str, Any]:
     """
     version = _driver_version(open_library)
     try:
-        driver = open_library(_CUDA)
+        driver = open_library(CUDA_DRIVER)
     except OSError as error:
         return {"init": None, "reason": str(error), "driver": version, "cuda": None, "gpus": []}
     code = int(driver.cuInit(0))
@@ -63,7 +63,7 @@ def _driver_version(open_library: Open) -> str | None:
     """The driver's version, such as 580.65.06: from NVML, else from the kernel module."""
     text = ctypes.create_string_buffer(_TEXT_BYTES)
     try:
-        library = open_library(_NVML)
+        library = open_library(NVML)
         if not library.nvmlInit_v2() and not library.nvmlSystemGetDriverVersion(text, _TEXT_BYTES):
             return text.value.decode(errors="replace")
     except (OSError, AttributeError):

@@ -12,6 +12,7 @@ from typing import Any
 
 from spach_deploy._version import __version__
 from spach_deploy.common.machine import FolderCheck
+from spach_deploy.common.operating_system import setting_variable
 from spach_deploy.common.versions import Requirement, is_older, release
 from spach_deploy.doctor.commands import installing, installing_torch, reinstalling
 from spach_deploy.doctor.compatibility import RUNS_ON, builders, driver_runs, runners, runs_on_gpu, works
@@ -28,8 +29,23 @@ LEAST_MEMORY_BYTES = 3 * 10**9
 LEAST_DISK_BYTES = 10**9
 """A bundle of ms_hybrid_s takes 0.3 GB, and an export writes its graphs several times."""
 
+_BUILD_THEM = "they must be built from source"
 _ELSEWHERE = "/path/with/space"
 _ON_ANOTHER = "spach-validate build/ms_hybrid_s-fp16  # on a machine with an NVIDIA GPU"
+
+
+def about_platform(info: MachineInfo) -> Iterator[Finding]:
+    """What was run on this system and kind of processor, and what has no wheels for it."""
+    here = info.platform
+    what, topic = f"{info.system} on {info.machine}", "platform"
+    if here is None:
+        yield Finding(Status.UNKNOWN, topic, what, "Nothing of spach-deploy was ever run there (docs/platforms.md).")
+    elif here.lacking:
+        means = f"{here.ran} {' and '.join(here.lacking)} have no wheels for it: {_BUILD_THEM} (docs/platforms.md)."
+        yield Finding(Status.UNKNOWN, topic, what, means)
+    else:
+        status = Status.OK if here.is_tested else Status.UNKNOWN
+        yield Finding(status, topic, what, here.ran if here.is_tested else f"{here.ran} (docs/platforms.md)")
 
 
 def about_driver(info: MachineInfo) -> Iterator[Finding]:
@@ -63,7 +79,7 @@ def _gpu(info: MachineInfo, ordinal: int) -> Finding:
     topic = "NVIDIA GPU" if len(info.driver.gpus) == 1 else f"NVIDIA GPU {ordinal}"
     what = f"{gpu}, {gigabytes(gpu.memory_bytes)}" if gpu.memory_bytes else str(gpu)
     flavours = [flavour.value for flavour, runs_on in RUNS_ON.items() if gpu.capability in runs_on]
-    choose = f"export CUDA_VISIBLE_DEVICES={ordinal}"
+    choose = setting_variable("CUDA_VISIBLE_DEVICES", str(ordinal))
     if not flavours:
         means = f"No TensorRT here runs on it: they cover {format_gpus(SUPPORTED)}."
         return Finding(Status.PROBLEM, topic, what, means, choose, () if ordinal else (Task.RUN,))
@@ -91,7 +107,7 @@ def about_memory(info: MachineInfo) -> Iterator[Finding]:
 def about_disk(info: MachineInfo) -> Iterator[Finding]:
     """Whether bundles and temporary files can be written."""
     yield _folder(info.output, "bundles", f"spach-export --model ms_hybrid_s --fp16 -o {_ELSEWHERE}/bundle")
-    yield _folder(info.temporary, "temporary files", f"export TMPDIR={_ELSEWHERE}")
+    yield _folder(info.temporary, "temporary files", setting_variable("TMPDIR", _ELSEWHERE))
 
 
 def _folder(folder: FolderCheck, topic: str, command: str) -> Finding:
@@ -111,8 +127,10 @@ def gigabytes(count: int) -> str:
 
 
 _LEAST_PYTHON = "3.10"
-_OTHER_PYTHON = "PYTHON=/path/to/python3 scripts/setup"
-_SETUP, _UPGRADE = "scripts/setup", "spach-deploy"
+_OTHER_PYTHON = {"Windows": "py -3.12 -m venv .venv"}
+_SETUP = {"Windows": "pip install --constraint constraints.txt --editable '.[cpu,report]'"}
+"""By system; elsewhere it is scripts/setup."""
+_UPGRADE = "spach-deploy"
 _TEST_TOOLS = frozenset({"pytest", "pytest-xdist", "scikit-image", "scikit-learn", "mypy", "ruff"})
 _SHOWN_CORE = ("onnx", "onnxscript", "onnxsim", "polygraphy")
 _PROVIDERS = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
@@ -126,11 +144,12 @@ def about_python(info: MachineInfo) -> Iterator[Finding]:
     """Whether Python is new enough."""
     version = ".".join(str(number) for number in info.python)
     least = ".".join(str(number) for number in release(info.requirements.python)) or _LEAST_PYTHON
+    other = _OTHER_PYTHON.get(info.system, "PYTHON=/path/to/python3 scripts/setup")
     if is_older(version, least):
         means = f"spach-deploy needs Python {least} or newer."
-        yield Finding(Status.PROBLEM, "Python", version, means, _OTHER_PYTHON, EVERYTHING)
+        yield Finding(Status.PROBLEM, "Python", version, means, other, EVERYTHING)
     else:
-        yield Finding(Status.OK, "Python", f"{version} in {sys.prefix}", f"{least} or newer is needed.", _OTHER_PYTHON)
+        yield Finding(Status.OK, "Python", f"{version} in {sys.prefix}", f"{least} or newer is needed.", other)
 
 
 def about_core(info: MachineInfo) -> Iterator[Finding]:
@@ -160,7 +179,11 @@ def _install(packages: list[Requirement]) -> str:
 
 def _set_up(info: MachineInfo) -> str:
     """The command that installs everything: a checkout has a script for it, with pinned versions."""
-    return _SETUP if info.pins else installing("--upgrade", _UPGRADE)
+    return _set_up_checkout(info) if info.pins else installing("--upgrade", _UPGRADE)
+
+
+def _set_up_checkout(info: MachineInfo) -> str:
+    return _SETUP.get(info.system, "scripts/setup")
 
 
 def about_torch(info: MachineInfo) -> Iterator[Finding]:
@@ -224,9 +247,9 @@ def _words(providers: tuple[str, ...]) -> str:
 def about_tensorrt_rtx(info: MachineInfo) -> Iterator[Finding]:
     """TensorRT for RTX, which builds without a GPU."""
     flavour = Flavour.TENSORRT_RTX
-    if info.tensorrt.get(flavour) is None and not info.is_x86_linux:
+    if info.tensorrt.get(flavour) is None and not (info.platform and info.platform.has_rtx):
         what = f"not made for {info.system} on {info.machine}"
-        means = "Build engines on x86-64 Linux, or with tensorrt on a machine that has a GPU."
+        means = "Build engines on Linux or Windows, or with tensorrt on a machine that has a GPU."
         yield Finding(Status.MISSING, flavour.value, what, means, None, _blocked_tasks(info, flavour))
         return
     good = f"Builds engines on the CPU, for {format_gpus(RTX_CAPABILITIES)}."
@@ -295,14 +318,14 @@ def about_pins(info: MachineInfo) -> Iterator[Finding]:
         yield Finding(Status.OK, "pinned versions", f"{len(other)} of {len(pinned)} differ", means, change)
     elif pinned:
         means = "These are the versions that the tests run with."
-        yield Finding(Status.OK, "pinned versions", f"all {len(pinned)}", means, _SETUP)
+        yield Finding(Status.OK, "pinned versions", f"all {len(pinned)}", means, _set_up_checkout(info))
 
 
 CORE_FLOW = (Task.EXPORT, Task.BUILD, Task.VERIFY)
 """Tasks of `spach-export --model ms_hybrid_s --fp16`; it needs no GPU."""
 
 TOPICS: tuple[Callable[[MachineInfo], Iterator[Finding]], ...] = (
-    *(about_python, about_core, about_torch, about_onnxruntime, about_tensorrt_rtx, about_tensorrt),
+    *(about_platform, about_python, about_core, about_torch, about_onnxruntime, about_tensorrt_rtx, about_tensorrt),
     *(about_driver, about_memory, about_disk, about_reports, about_pins),
 )
 """Topics in the order of the report, which is the order in which to fix them."""

@@ -43,6 +43,33 @@ class TensorRTPackage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Platform:
+    """What holds on a system and a kind of processor. `ran`: what the tests ran there. `lacking`: packages that an
+    export needs and that have no wheels for it in the public package index. `has_rtx`: tensorrt-rtx has wheels.
+    """
+
+    ran: str
+    has_rtx: bool = True
+    lacking: tuple[str, ...] = ()
+    is_tested: bool = False
+
+
+PLATFORMS: Mapping[tuple[str, str], Platform] = {
+    ("Linux", "x86-64"): Platform("All tests run there.", is_tested=True),
+    ("Linux", "aarch64"): Platform(
+        "No export was ever run there. All that an export takes has wheels; that of tensorrt-rtx needs glibc 2.35."
+    ),
+    ("Windows", "x86-64"): Platform(
+        "No export was ever run there, only in Wine. All that an export takes has wheels, tensorrt-rtx too."
+    ),
+    ("Windows", "aarch64"): Platform("No export was ever run there.", lacking=("torch", "onnxsim")),
+}
+"""By system and processor; docs/platforms.md has the same at length."""
+
+_PROCESSORS = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
+
+
+@dataclasses.dataclass(frozen=True)
 class MachineInfo:
     """Facts about this machine. `packages`: version of each required package, None where it is not installed."""
 
@@ -61,9 +88,9 @@ class MachineInfo:
     temporary: FolderCheck
 
     @property
-    def is_x86_linux(self) -> bool:
-        """Whether this is the platform that tensorrt-rtx is used on."""
-        return self.system == "Linux" and self.machine in ("x86_64", "AMD64")
+    def platform(self) -> Platform | None:
+        """What holds on its system and processor; None where no wheels are known."""
+        return PLATFORMS.get((self.system, _PROCESSORS.get(self.machine.lower(), self.machine)))
 
 
 def gather(limit_s: float = LIMIT_S) -> MachineInfo:

@@ -21,14 +21,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
-from spach_deploy.common import processes
+from spach_deploy.common import operating_system, processes
 from spach_deploy.common.errors import BuildError, UsageError
 from spach_deploy.engine.flavours import EngineFlavour
 from spach_deploy.engine.network_facts import NetworkFacts
@@ -110,14 +109,14 @@ class _BuildProcess:
         self._start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             self._plan_fd, self._output_fd = (_memory_file(stack, name) for name in ("plan", "output"))
-            output = self._output_fd
+            output, plan = self._output_fd, operating_system.shared_number(self._plan_fd)
             self._connection, self._process = processes.start_worker(
-                _WORKER, target.flavour.value, stdout=output, stderr=output, pass_fds=(self._plan_fd,)
+                _WORKER, target.flavour.value, stdout=output, stderr=output, shared=(plan,)
             )
             stack.callback(self._connection.close)
             self._stack = stack.pop_all()
         with contextlib.suppress(OSError):  # if the worker has ended already, `_read` sets the error on the future
-            self._connection.send(Request(onnx_path.resolve(), target, self._plan_fd))
+            self._connection.send(Request(onnx_path.resolve(), target, plan))
         self._reader = threading.Thread(target=self._read, args=(on_progress,), daemon=True)
         self._reader.start()
 
@@ -165,19 +164,20 @@ class _BuildProcess:
 
     def _crash(self) -> BuildError:
         code = self._process.wait()
-        how = f"was ended by {processes.signal_name(-code)}" if code < 0 else f"ended with code {code}"
+        crash = operating_system.crash(code)
+        how = f"was ended by {crash.name}" if crash else f"ended with code {code}"
         words = " ".join(_contents(self._output_fd).decode(errors="replace").split())[-_SHOWN_OUTPUT:]
         return BuildError(
             f"The process that built {self._name} with {self._target.flavour.value} {how}"
             f"{f', saying: {words}' if words else ' without a word'}.",
-            _crash_hint(-code) if code < 0 else "",
+            _crash_hint(crash) if crash else "",
         )
 
 
-def _crash_hint(number: int) -> str:
-    """The next step after a signal ended the compiler."""
-    if number == signal.SIGKILL:
-        return "SIGKILL mostly means too little memory: give fewer --gpu or a smaller --batch."
+def _crash_hint(crash: operating_system.Crash) -> str:
+    """The next step after the system ended the compiler."""
+    if crash.of_memory:
+        return f"{crash.name} mostly means too little memory: give fewer --gpu or a smaller --batch."
     return (
         "That is a defect of the compiler that this graph meets: --no-rewrite NAME gives it another graph,"
         " and --engine none exports the graph alone."
@@ -185,8 +185,8 @@ def _crash_hint(number: int) -> str:
 
 
 def _memory_file(stack: contextlib.ExitStack, name: str) -> int:
-    """An open file in memory (memfd), because a disk may be full. `stack` closes it."""
-    descriptor = os.memfd_create(f"spach-deploy-{name}")
+    """A new open file, in memory where the system can, because a disk may be full. `stack` closes it."""
+    descriptor = operating_system.memory_file(f"spach-deploy-{name}")
     stack.callback(os.close, descriptor)
     return descriptor
 

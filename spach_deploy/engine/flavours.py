@@ -119,7 +119,7 @@ class TensorRT:
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTForRTX:
-    """TensorRT for RTX: builds on any x86-64 Linux, without a GPU, one plan for one or several GPUs."""
+    """TensorRT for RTX: builds without a GPU, wherever it has a wheel, one plan for one or several GPUs."""
 
     flavour = Flavour.TENSORRT_RTX
 

@@ -17,10 +17,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from spach_deploy.common import operating_system
 from spach_deploy.common.errors import BuildError, SpachError, UsageError
 from spach_deploy.engine.flavours import FLAVOURS, EngineFlavour, Profile
 from spach_deploy.engine.network_facts import NetworkFacts, TensorFact, read_network_facts
@@ -28,14 +28,17 @@ from spach_deploy.options.specs import BatchProfile, EngineTarget, Flavour
 from spach_deploy.runtime.devices import missing_package
 from spach_deploy.runtime.polygraphy_session import LogLine, captured_log, reason_of_failure, use_tensorrt
 
+if TYPE_CHECKING:
+    from spach_deploy.common.operating_system import Connection
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to build. `plan_fd`: descriptor of the open file to which the plan is written."""
+    """What to build. `plan`: number of the open file to which it is written (`operating_system.shared_descriptor`)."""
 
     onnx_path: Path
     target: EngineTarget
-    plan_fd: int
+    plan: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +53,9 @@ class Built:
     build_seconds: float
 
 
-def main(connection_fd: int, flavour: str) -> None:
-    """Build for the one request on the connection `connection_fd`; return if the connection closes without one."""
-    connection = Connection(connection_fd)
+def main(number: int, flavour: str) -> None:
+    """Build for the one request on the shared connection `number`; return if it closes without one."""
+    connection = operating_system.shared_connection(number)
     with contextlib.suppress(Exception):  # ignored here; compile_plan raises it again
         use_tensorrt(Flavour(flavour))
     try:
@@ -66,7 +69,7 @@ def main(connection_fd: int, flavour: str) -> None:
 def _outcome(request: Request, send: Callable[[ProgressEvent], None]) -> Built | SpachError:
     try:
         compiled = compile_plan(request.onnx_path, request.target, FLAVOURS[request.target.flavour], send)
-        _write_plan(compiled, request.plan_fd)
+        _write_plan(compiled, request.plan)
     except SpachError as error:
         return error
     return Built(
@@ -79,8 +82,8 @@ def _outcome(request: Request, send: Callable[[ProgressEvent], None]) -> Built |
     )
 
 
-def _write_plan(compiled: Compiled, plan_fd: int) -> None:
-    with open(plan_fd, "wb") as file:
+def _write_plan(compiled: Compiled, number: int) -> None:
+    with open(operating_system.shared_descriptor(number), "wb") as file:
         file.write(compiled.plan)
 
 

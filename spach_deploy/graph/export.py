@@ -187,7 +187,7 @@ def _program(
     """What torch.onnx makes of a module. ModelError for what it cannot trace."""
     batch = {0: torch.export.Dim(BATCH)} if symbolic else None
     try:
-        with _quiet_exporter():
+        with quiet_exporter():
             program = torch.onnx.export(
                 model,
                 tuple(example.values()),
@@ -211,7 +211,7 @@ def is_alike_in_batches(model: OwnForward, largest: int) -> bool:
     inputs = model.example(_TRACED_BATCH)
     batch = {0: torch.export.Dim(BATCH, min=2, max=max(largest, _TRACED_BATCH))}
     try:
-        with _quiet_exporter():
+        with quiet_exporter():
             torch.export.export(model, inputs, dynamic_shapes=_shapes(model, [batch for _ in inputs]), strict=False)
     except Exception:  # torch.export raises what it likes
         return False
@@ -298,7 +298,7 @@ def simplify(model: ModelProto) -> ModelProto:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silence what torch prints and logs while it exports: progress, warnings about packages that are not needed, and
     the graph up to where it failed. Exceptions still come.
     """

@@ -1,9 +1,11 @@
 """`spach-export --target cpu`: measure which precision and runtime is fastest on this machine's CPU, and export that.
 
 Candidates: FP32; BF16, where the CPU multiplies it and OpenVINO is installed; with a calibration set also INT8 with
-everything else in FP32 (or, in OpenVINO, in BF16). Each runs in ONNX Runtime and, where installed, OpenVINO. All are
-measured against PyTorch eager in rounds of one run. The fastest candidate whose outputs are within its bundle's
-tolerances becomes the bundle. Its manifest has all measurements in the section `cpu`, with the settings of the runner.
+everything else in FP32 (or, in OpenVINO, in BF16). Each runs in ONNX Runtime and, where installed, OpenVINO. Beside
+them run the plain ways (`benchmark.plain`): the reference as each runtime's own tools convert it. All are measured
+against PyTorch eager in rounds of one run. The fastest form whose outputs are within its bundle's tolerances becomes
+the bundle: where a plain way is the fastest, the bundle holds that. Its manifest has all measurements in the section
+`cpu`, with the settings of the runner.
 """
 
 from __future__ import annotations
@@ -12,17 +14,24 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spach_deploy.benchmark.rounds import BenchmarkRequest, measure
 from spach_deploy.benchmark.runners import (
+    COMPILE_BF16,
     EAGER,
+    IN_OPENVINO,
+    NNCF,
+    ONNX_PLAIN,
     ONNX_RUNTIME,
     OPENVINO,
     OPENVINO_BF16,
     OPENVINO_HINTS,
+    OPENVINO_PLAIN,
+    OPENVINO_PLAIN_BF16,
+    PLAIN,
     TITLES,
     RunnerSetup,
     why_no_openvino,
@@ -30,7 +39,7 @@ from spach_deploy.benchmark.runners import (
 )
 from spach_deploy.bundle import store as bundles
 from spach_deploy.bundle.schema import CpuFormEntry, CpuSection
-from spach_deploy.bundle.store import Bundle
+from spach_deploy.bundle.store import GRAPH, OPENVINO_MODEL, OPENVINO_WEIGHTS, Bundle
 from spach_deploy.common.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.machine import available_threads, has_vnni
@@ -38,35 +47,45 @@ from spach_deploy.common.progress import ExportObserver
 from spach_deploy.common.text import escaped
 from spach_deploy.graph.opset import check_opset
 from spach_deploy.models.registry import known_name
+from spach_deploy.options.quantization import CALIBRATION_SUFFIX
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec
 from spach_deploy.pipeline.export import ExportResult, export
 from spach_deploy.pipeline.scheduler import Scheduler
+from spach_deploy.pipeline.steps.model import all_rewrites
 
 if TYPE_CHECKING:
     from spach_deploy.benchmark.result import Benchmark, RunnerResult
 
 RUNNERS: Mapping[Precision, tuple[str, ...]] = {
-    Precision.INT8: (EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16),
-    Precision.BF16: (EAGER, OPENVINO_BF16),
-    Precision.FP32: (EAGER, ONNX_RUNTIME, OPENVINO),
+    Precision.INT8: (EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16, NNCF),
+    Precision.BF16: (EAGER, OPENVINO_BF16, OPENVINO_PLAIN_BF16, COMPILE_BF16),
+    Precision.FP32: (EAGER, ONNX_RUNTIME, OPENVINO, ONNX_PLAIN, OPENVINO_PLAIN),
 }
 """The runners of each candidate precision. ONNX Runtime has no bfloat16 on CPUs."""
+
+_PRECISION_OF = {name: precision for precision, names in RUNNERS.items() for name in names if name in PLAIN}
+"""The precision of each plain way."""
 
 _ROUNDS, _SECONDS = 5, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuChoice:
-    """The bundle that was written, the chosen candidate, and all measured candidates.
+    """The bundle that was written, and what its manifest says of the measurement.
 
     `is_requested`: the user named the precision, so that no other was tried.
     """
 
     bundle: Bundle
-    chosen: CpuFormEntry
-    forms: tuple[CpuFormEntry, ...]
-    machine: Mapping[str, Any]
+    section: CpuSection
     is_requested: bool = False
+
+    @property
+    def plain(self) -> CpuFormEntry | None:
+        """The fastest plain way that is right; None without any."""
+        return max(
+            (form for form in self.section.forms if form.runner in PLAIN and form.is_right), key=_speed, default=None
+        )
 
 
 def check_cpu(options: ExportOptions, requested: Precision | None) -> None:
@@ -104,16 +123,39 @@ def export_for_cpu(
     check_cpu(options, requested)
     targets = _possible_targets(options)
     benchmarks: dict[Precision, Benchmark] = {}
-    with tempfile.TemporaryDirectory(prefix="spach-cpu-") as folder:
+    with tempfile.TemporaryDirectory(prefix="spach-cpu-", ignore_cleanup_errors=True) as name:
+        folder, converted = Path(name), Path(name) / "converted"
+        converted.mkdir()
+
+        def exported(chosen: ExportOptions, where: str) -> ExportResult:
+            return export(chosen, observer, destination=Destination.of(folder / where), scheduler=scheduler)
+
         for precision in wanted(options, requested):
-            destination = Destination.of(Path(folder) / precision.value)
-            made = export(options_for(options, precision), observer, destination=destination, scheduler=scheduler)
-            benchmarks[precision] = measured(made, options, tell)
+            made = exported(options_for(options, precision), precision.value)
+            names = RUNNERS[precision] if requested is None else (*RUNNERS[precision], *_other_plain(precision))
+            benchmarks[precision] = measured(made, options, names, converted, tell)
         forms = tuple(form for precision, benchmark in benchmarks.items() for form in _forms(precision, benchmark))
-        chosen, machine = best_of(forms), next(iter(benchmarks.values())).machine
+        chosen, machine = best_of(forms, requested), next(iter(benchmarks.values())).machine
+        source = folder / chosen.precision.value
+        if chosen.runner == ONNX_PLAIN:
+            source = exported(_without_rewrites(options_for(options, chosen.precision)), "plain").bundle.path
+        files = {file.name: file for file in source.iterdir() if file.name != bundles.MANIFEST}
+        if chosen.runner in IN_OPENVINO:
+            model = converted / IN_OPENVINO[chosen.runner]
+            files |= {OPENVINO_MODEL: model, OPENVINO_WEIGHTS: model.with_suffix(".bin")}
         section = CpuSection(chosen=chosen, forms=forms, machine=dict(machine))
-        bundle = _copied_to_target(Path(folder) / chosen.precision.value, options, targets, section)
-    return CpuChoice(bundle, chosen, forms, machine, requested is not None)
+        bundle = _copied_to_target(source, files, options, targets, section)
+    return CpuChoice(bundle, section, requested is not None)
+
+
+def _other_plain(precision: Precision) -> tuple[str, ...]:
+    """The plain ways of other precisions."""
+    return tuple(name for name in PLAIN if _PRECISION_OF[name] is not precision)
+
+
+def _without_rewrites(options: ExportOptions) -> ExportOptions:
+    """Options of an export that leaves the graph as torch.onnx writes it."""
+    return dataclasses.replace(options, disabled_rewrites=all_rewrites())
 
 
 def _possible_targets(options: ExportOptions) -> Mapping[Path, Destination]:
@@ -152,18 +194,38 @@ def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
     return dataclasses.replace(options, precision=precision, quantization=quantization, engine=engine)
 
 
-def measured(result: ExportResult, options: ExportOptions, tell: Callable[[str, float], None]) -> Benchmark:
-    """A benchmark of PyTorch eager and every runner that can run the graph, at the profile's `opt` batch."""
+def measured(
+    result: ExportResult,
+    options: ExportOptions,
+    runners: Sequence[str],
+    converted: Path,
+    tell: Callable[[str, float], None],
+) -> Benchmark:
+    """A benchmark of those of `runners` that can run here, at the profile's `opt` batch.
+
+    `converted`: the folder for the OpenVINO models of the plain ways.
+    """
     bundle = result.bundle
-    setup = RunnerSetup(bundle.path, options.model.checkpoint, options.model.weights, available_threads())
-    if options.model.checkpoint is None:
-        setup = dataclasses.replace(setup, weights=None)
-    runners = RUNNERS[bundle.manifest.precision.asked]
+    checkpoint = options.model.checkpoint
+    setup = RunnerSetup(
+        bundle.path,
+        checkpoint,
+        None if checkpoint is None else options.model.weights,
+        available_threads(),
+        calibration=_images_of(options),
+        converted=converted,
+    )
     names = tuple(name for name in runners if not why_not(name, setup, bundle))
     if set(names) <= {EAGER}:
         raise UnavailableError("Nothing here runs a graph on the CPU.", "pip install onnxruntime")
     batches = (options.engine.batch.opt,)
     return measure(BenchmarkRequest(setup, batches, names, _ROUNDS, _SECONDS), tell)
+
+
+def _images_of(options: ExportOptions) -> Path | None:
+    """The calibration set, where that is images."""
+    calibration = options.quantization.calibration
+    return None if calibration is None or calibration.suffix == CALIBRATION_SUFFIX else calibration
 
 
 def _forms(precision: Precision, benchmark: Benchmark) -> Iterator[CpuFormEntry]:
@@ -178,7 +240,7 @@ def _form(precision: Precision, runner: RunnerResult, eager: RunnerResult) -> Cp
     timing, base = runner.timings[0], eager.timings[0]
     hint = OPENVINO_HINTS.get(runner.name)
     return CpuFormEntry(
-        precision=precision,
+        precision=_PRECISION_OF.get(runner.name, precision),
         runner=runner.name,
         batch=timing.batch,
         images_per_second=timing.images_per_second,
@@ -190,50 +252,94 @@ def _form(precision: Precision, runner: RunnerResult, eager: RunnerResult) -> Cp
     )
 
 
-def best_of(forms: tuple[CpuFormEntry, ...]) -> CpuFormEntry:
-    """The fastest correct candidate, by its ratio to PyTorch eager, which ran in the same rounds."""
-    right = [form for form in forms if form.is_right]
+def best_of(forms: tuple[CpuFormEntry, ...], requested: Precision | None = None) -> CpuFormEntry:
+    """The fastest correct form that a bundle can hold, by its ratio to PyTorch eager, which ran in the same rounds.
+
+    `requested`: the only precision to choose from.
+    """
+    asked = [form for form in forms if requested in (None, form.precision) and form.runner != COMPILE_BF16]
+    right = [form for form in asked if form.is_right]
     if not right:
-        listed = ", ".join(f"{form.precision.value} in {TITLES[form.runner]} {form.rel_l2:.1e}" for form in forms)
+        listed = ", ".join(f"{form.precision.value} in {TITLES[form.runner]} {form.rel_l2:.1e}" for form in asked)
         raise MismatchError(f"No form computes what PyTorch computes: {listed or 'none could be run'}.")
-    return max(right, key=lambda form: form.times_eager)
+    return max(right, key=_speed)
+
+
+def _speed(form: CpuFormEntry) -> float:
+    return form.times_eager
 
 
 def _copied_to_target(
-    source: Path, options: ExportOptions, targets: Mapping[Path, Destination], section: CpuSection
+    source: Path,
+    files: Mapping[str, Path],
+    options: ExportOptions,
+    targets: Mapping[Path, Destination],
+    section: CpuSection,
 ) -> Bundle:
-    """The bundle at `source`, copied to its target with the section `cpu` added to its manifest."""
+    """The bundle at `source` with these files, copied to its target with the section `cpu` added to its manifest."""
     manifest = Bundle.open(source).manifest
     target = options.output or bundles.default_directory(manifest.model.name, manifest.precision.asked.value)
     destination = bundles.check_target(target, overwrite=options.overwrite)
     with bundles.writing(targets.get(target, destination)) as staging:
-        for file in source.iterdir():
-            if file.name != bundles.MANIFEST:
-                shutil.copy2(file, staging / file.name)
+        for name, file in files.items():
+            shutil.copy2(file, staging / name)
         bundles.seal_again(staging, source, cpu=section)
     return Bundle.open(target, verify=False)
 
 
 def as_table(choice: CpuChoice) -> str:
-    """One line for each candidate, then the choice and how to run it."""
-    head = f"{'precision':<11}{'runner':<16}{'images/s':>9}{'x eager':>20}  error"
-    lines = [head, "─" * 70, *map(_row, choice.forms), ""]
-    chosen = choice.chosen
+    """One line for each form, then the choice, what the plain ways are beside it, and how to run it."""
+    head = f"{'precision':<11}{'runner':<23}{'images/s':>9}{'x eager':>20}  error"
+    chosen, forms = choice.section.chosen, choice.section.forms
+    lines = [head, "─" * 77, *map(_row, forms), ""]
     lines.append(
         f"Fastest of the right ones at batch {chosen.batch}: {chosen.precision.value} in {TITLES[chosen.runner]},"
         f" {chosen.images_per_second:,.1f} images/s."
     )
-    if hint := chosen.settings:
-        lines.append(f'Run it so: openvino.Core().compile_model("model.onnx", "CPU", {json.dumps(hint)})')
-    if Precision.INT8 not in {form.precision for form in choice.forms} and not choice.is_requested:
+    lines.append(_beside_plain(choice))
+    if chosen.settings:
+        lines += _in_openvino(choice.bundle, chosen)
+    if Precision.INT8 not in {form.precision for form in forms} and not choice.is_requested:
         lines.append("With --calibration DIR, INT8 is tried too.")
     return escaped([*lines, "", f"Bundle: {choice.bundle.path}"])
+
+
+def _in_openvino(bundle: Bundle, chosen: CpuFormEntry) -> list[str]:
+    """Lines of Python that run the chosen form as it was measured: its batch fixed, which is faster than a free one."""
+    file = OPENVINO_MODEL if chosen.runner in IN_OPENVINO else GRAPH
+    shape = [chosen.batch, *bundle.manifest.inputs[0].shape[1:]]
+    return [
+        "Run it as it was measured, with its batch fixed (spach_deploy.Session does so):",
+        f'    model = openvino.Core().read_model("{file}")',
+        f"    model.reshape({shape})",
+        f'    openvino.Core().compile_model(model, "CPU", {json.dumps(chosen.settings)})',
+    ]
+
+
+def _beside_plain(choice: CpuChoice) -> str:
+    """A sentence that compares the chosen form with the fastest plain way."""
+    chosen, plain = choice.section.chosen, choice.plain
+    if plain is None:
+        return "No plain way (the model as a runtime's own tools convert it) was both able to run here and right."
+    title = TITLES[plain.runner]
+    if plain is chosen:
+        holds = "its graph is without rewrites" if plain.runner == ONNX_PLAIN else f"it holds {OPENVINO_MODEL}"
+        return f"That is a plain way: no form of ours is faster here. The bundle has it: {holds}."
+    times = chosen.times_eager / plain.times_eager
+    if times >= 1:
+        return f"That is {times:.2f} times as fast as the best plain way, {title}."
+    why = (
+        "torch.compile leaves no file that a bundle could hold"
+        if plain.runner == COMPILE_BF16
+        else "you asked for this precision"
+    )
+    return f"A plain way, {title}, is {1 / times:.2f} times as fast as that; {why}."
 
 
 def _row(form: CpuFormEntry) -> str:
     ratio = "too noisy to tell" if form.ratio is None else f"{form.ratio:.2f}"
     wrong = "" if form.is_right else "  WRONG"
     return (
-        f"{form.precision.value:<11}{TITLES[form.runner]:<16}{form.images_per_second:>9,.1f}{ratio:>20}"
+        f"{form.precision.value:<11}{TITLES[form.runner]:<23}{form.images_per_second:>9,.1f}{ratio:>20}"
         f"  {form.rel_l2:.1e}{wrong}"
     )

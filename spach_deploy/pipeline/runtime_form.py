@@ -174,7 +174,7 @@ def _made(own: RuntimeGraph, bundle: Bundle, facts: BundleFacts, rest: Precision
     model, policy = _typed(exact, plan, facts, rest)
     certificate = certify(model, modules, is_own=bundle.manifest.model.origin == "module")
     with naming_tmpdir():
-        folder = tempfile.TemporaryDirectory(prefix="spach-")
+        folder = tempfile.TemporaryDirectory(prefix="spach-", ignore_cleanup_errors=True)
     path = Path(folder.name) / GRAPH
     save_model(model, path)
     size = GraphSize(certificate.nodes, path.stat().st_size)

@@ -14,17 +14,19 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from spach_deploy.common.errors import SpachError
 from spach_deploy.common.machine import available_threads, torch_threads
+from spach_deploy.common.operating_system import shared_connection
 from spach_deploy.common.processes import end, start_worker
 from spach_deploy.common.progress import results_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from spach_deploy.common.operating_system import Connection
 
 Result = TypeVar("Result")
 
@@ -124,9 +126,9 @@ def scheduler_here() -> contextlib.AbstractContextManager[Scheduler]:
     return Overlapped() if available_threads() > 1 else contextlib.nullcontext(Sequential())
 
 
-def serve(connection_fd: int) -> None:
-    """Main loop of the worker: run the steps that come over the connection, until its other end closes."""
-    connection = Connection(connection_fd)
+def serve(number: int) -> None:
+    """Main loop of the worker: run the steps that come over the connection `number`, until its other end closes."""
+    connection = shared_connection(number)
     sys.stdout = sys.stderr  # what a user's own module prints is no result
     threading.Thread(target=_load, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):

@@ -320,8 +320,8 @@ def _short(number: float) -> float:
 
 def write_plan(plan: QuantizationPlan, path: Path) -> None:
     """Write quantization.json, one layer a line."""
-    text = json_text(plan.to_dict(), indent=None)
-    path.write_text(text.replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"') + "\n", encoding="utf-8")
+    text = json_text(plan.to_dict(), indent=None).replace('{"module"', '\n{"module"').replace('{"name"', '\n{"name"')
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def read_plan(path: Path) -> QuantizationPlan:

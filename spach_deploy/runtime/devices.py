@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from spach_deploy.common.errors import MissingPackageError
+from spach_deploy.common.operating_system import CUDA_DRIVER
 from spach_deploy.options.specs import ComputeCapability, Flavour
 
-_DRIVER_LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _NAME_BYTES = 256
 
@@ -41,7 +41,7 @@ class LocalGpu:
 def local_gpus(open_library: Callable[[str], Any] = ctypes.CDLL) -> tuple[LocalGpu, ...]:
     """GPUs that this process may use, in the driver's order; empty where there is no driver or no GPU."""
     try:
-        driver = open_library(_DRIVER_LIBRARY)
+        driver = open_library(CUDA_DRIVER)
     except OSError:
         return ()
     count = ctypes.c_int()

@@ -17,7 +17,6 @@ import contextlib
 import functools
 import importlib
 import io
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 
 from spach_deploy.common.errors import MissingPackageError, UnavailableError, UsageError, printable
 from spach_deploy.common.files import naming_tmpdir, utf8_path
+from spach_deploy.common.operating_system import temporary_folder
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
 
@@ -56,7 +56,7 @@ def saved_graph(*models: ir.Model) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         with naming_tmpdir():
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spach-"))) / "graph.onnx"
+            path = stack.enter_context(temporary_folder("spach-")) / "graph.onnx"
             _save(models, path)
         yield path
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from spach_deploy.bundle.outputs import model_outputs, of_role, softmax
 from spach_deploy.bundle.schema import IMAGE_LAYOUTS, Form, TensorInfo
-from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
+from spach_deploy.bundle.store import GRAPH, OPENVINO_MODEL, PLAN, Bundle
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
 from spach_deploy.common.text import noun
@@ -347,7 +347,7 @@ class _Facts:
     @classmethod
     def of(cls, bundle: Bundle) -> _Facts:
         manifest = bundle.manifest
-        is_for_openvino = manifest.cpu is not None and manifest.cpu.chosen.runner.startswith(OPENVINO)
+        is_for_openvino = manifest.cpu is not None and "INFERENCE_PRECISION_HINT" in manifest.cpu.chosen.settings
         on_cpu = (OPENVINO, ONNX_RUNTIME) if is_for_openvino else (ONNX_RUNTIME, OPENVINO)
         return cls(
             manifest.inputs,
@@ -437,7 +437,8 @@ def _openvino(bundle: Bundle, settings: _Settings) -> LocalRunner:
     _check_processor(bundle)
     cpu = bundle.manifest.cpu
     hint = "f32" if cpu is None else cpu.chosen.settings.get("INFERENCE_PRECISION_HINT", "f32")
-    return OpenVinoRunner(bundle.file(GRAPH), threads=settings.threads, precision_hint=hint, max_batch=settings.batch)
+    model = bundle.file(OPENVINO_MODEL if OPENVINO_MODEL in bundle.manifest.files else GRAPH)
+    return OpenVinoRunner(model, threads=settings.threads, precision_hint=hint, max_batch=settings.batch)
 
 
 def _check_processor(bundle: Bundle) -> None:

@@ -122,7 +122,7 @@ def test_findings_and_abilities_are_of_one_mind(gpus: tuple[Any, ...], system: s
 
 # Commands
 
-NO_COMMAND_FOR = {"memory"}
+NO_COMMAND_FOR = {"memory", "platform"}
 COMMANDS: dict[str, Command] = {"spach-export": export_command, "spach-validate": validate_command}
 
 
@@ -241,10 +241,31 @@ def test_an_old_tensorrt() -> None:
 
 
 def test_no_compiler_without_a_gpu_on_another_architecture() -> None:
-    here = cpu_machine(machine="aarch64", tensorrt={})
+    here = cpu_machine(system="Darwin", machine="arm64", tensorrt={})
     found = finding(here, "tensorrt-rtx")
-    assert found.what == "not made for Linux on aarch64"
+    assert found.what == "not made for Darwin on arm64"
     assert not can(examine_machine(here))[Task.BUILD]
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "status", "said"),
+    [
+        ("Linux", "x86_64", Status.OK, "All tests run there."),
+        ("Linux", "aarch64", Status.UNKNOWN, "No export was ever run there."),
+        ("Windows", "AMD64", Status.UNKNOWN, "No export was ever run there, only in Wine."),
+        ("Windows", "ARM64", Status.UNKNOWN, "torch and onnxsim have no wheels for it"),
+        ("Darwin", "arm64", Status.UNKNOWN, "Nothing of spach-deploy was ever run there"),
+    ],
+)
+def test_what_was_run_on_a_system_is_said(system: str, machine: str, status: Status, said: str) -> None:
+    found = finding(cpu_machine(system=system, machine=machine), "platform")
+    assert (found.status, found.what) == (status, f"{system} on {machine}")
+    assert said in found.means
+
+
+def test_on_windows_no_script_of_bash_is_shown() -> None:
+    here = examine_machine(cpu_machine(system="Windows", machine="AMD64"))
+    assert not [item for item in here.findings if "scripts/" in (item.command or "")]
 
 
 def test_versions_that_the_tests_do_not_run_with() -> None:

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from spach_deploy.benchmark import runners as contestants
+from spach_deploy.benchmark.plain import PlainModel, plain_openvino, save_openvino
 from spach_deploy.benchmark.result import Benchmark, Latency, OutputError, Ratio, RunnerResult, Timing
 from spach_deploy.benchmark.rounds import BenchmarkRequest
-from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16
-from spach_deploy.bundle.store import MANIFEST, Bundle
+from spach_deploy.benchmark.runners import (
+    COMPILE_BF16,
+    EAGER,
+    IN_OPENVINO,
+    ONNX_PLAIN,
+    ONNX_RUNTIME,
+    OPENVINO,
+    OPENVINO_BF16,
+    OPENVINO_PLAIN,
+    OPENVINO_PLAIN_BF16,
+    PLAIN,
+    RunnerSetup,
+)
+from spach_deploy.blocks import STATIC
+from spach_deploy.bundle.golden import Golden
+from spach_deploy.bundle.store import GOLDEN, MANIFEST, Bundle
+from spach_deploy.common.errors import BundleError
 from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
 from spach_deploy.pipeline import cpu_target
 from spach_deploy.pipeline import export as pipeline
 from spach_deploy.pipeline.export import ExportResult
+from spach_deploy.runtime.session import Session
+from spach_deploy.validation.live_reference import Weights, rebuild
 from tests import small_bundles
 from tests.commands import contents, export, refusal
 from tests.quantization.small_quantized import calibration_images
@@ -27,10 +47,11 @@ SMALL = ("--model", small_bundles.NAME, "--image-size", small_bundles.SIZE, "--n
 
 
 class Stopwatch:
-    """Answers for `measure`: so many times as fast as eager, and how right, by precision."""
+    """Answers for `measure`: so many times as fast as eager, and how right, by precision, or by runner in `plain`."""
 
-    def __init__(self, **speeds: tuple[float, bool]) -> None:
+    def __init__(self, plain: Mapping[str, float], **speeds: tuple[float, bool]) -> None:
         self.speeds = speeds
+        self.plain = plain
         self.asked: list[BenchmarkRequest] = []
 
     def __call__(self, question: BenchmarkRequest, tell: Any) -> Benchmark:
@@ -46,8 +67,24 @@ class Stopwatch:
             )
 
         names = [name for name in question.names if name != EAGER]
-        runners = (runner(EAGER, 1, 0.0), *(runner(name, times, 1e-3 if is_right else 0.5) for name in names))
+        runners = (runner(EAGER, 1, 0.0), *(runner(*self.result(name, times, is_right)) for name in names))
+        assert question.setup.converted is not None
+        for name in {*IN_OPENVINO} & {*names}:
+            convert(bundle, question.setup.converted / IN_OPENVINO[name])
         return Benchmark("b", "small", "fp32", (batch,), 5, runners, {}, (), {}, {"processor": "a clock"})
+
+    def result(self, name: str, times: float, is_right: bool) -> tuple[str, float, float]:
+        """The runner with its speed and error; a plain way that is not in `plain` is slow and right."""
+        if name in PLAIN:
+            return name, self.plain.get(name, 0.5), 1e-3
+        return name, times, 1e-3 if is_right else 0.5
+
+
+def convert(bundle: Bundle, path: Path) -> None:
+    """What the runner of a plain way leaves behind."""
+    manifest = bundle.manifest
+    model = PlainModel(rebuild(manifest.model, Weights(), manifest.outputs).model, manifest)
+    save_openvino(plain_openvino(model, manifest), path)
 
 
 EXPORTED: dict[str, Path] = {}
@@ -62,7 +99,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     ) -> ExportResult:
         if options.model.name != small_bundles.NAME:
             return pipeline.export(options, observer, destination=destination)
-        name = options.precision.value
+        name = options.precision.value + ("-plain" if options.disabled_rewrites else "")
         if name not in EXPORTED:
             EXPORTED[name] = tmp_path_factory.mktemp("exported") / name
             pipeline.export(options, observer, destination=Destination.of(EXPORTED[name]))
@@ -72,8 +109,14 @@ def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cpu_target, "export", exported)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, target: Path, *arguments: object, **speeds: tuple[float, bool]) -> Any:
-    watch = Stopwatch(**speeds)
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    target: Path,
+    *arguments: object,
+    plain: Mapping[str, float] = MappingProxyType({}),
+    **speeds: tuple[float, bool],
+) -> Any:
+    watch = Stopwatch(plain, **speeds)
     monkeypatch.setattr(cpu_target, "measure", watch)
     with small_bundles.registered():
         result = export(*SMALL, "--target", "cpu", "-o", target, *arguments)
@@ -86,10 +129,19 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_machine(monkeypatch, openvino=False)
 
 
-def on_a_machine(monkeypatch: pytest.MonkeyPatch, *, openvino: bool, bf16: bool = False, vnni: bool = False) -> None:
+def on_a_machine(
+    monkeypatch: pytest.MonkeyPatch, *, openvino: bool, bf16: bool = False, vnni: bool = False, plain: bool = False
+) -> None:
     def why(name: str) -> str:
         return "not installed: pip install openvino" if not openvino else "" if bf16 or "bf16" not in name else "no"
 
+    asked = contestants.why_not
+
+    def why_not(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
+        return "not today" if name in PLAIN and not plain else asked(name, setup, bundle)
+
+    monkeypatch.setattr(cpu_target, "why_not", why_not)
+    monkeypatch.setattr(contestants, "has_bf16", lambda: bf16)
     monkeypatch.setattr(contestants, "why_no_openvino", why)
     monkeypatch.setattr(cpu_target, "why_no_openvino", why)
     monkeypatch.setattr(cpu_target, "has_vnni", lambda: vnni)
@@ -107,7 +159,8 @@ def on_a_machine(monkeypatch: pytest.MonkeyPatch, *, openvino: bool, bf16: bool 
 def test_the_fastest_right_form_becomes_the_bundle(
     speeds: dict[str, tuple[float, bool]], chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result, _ = run(monkeypatch, tmp_path / "b", "--calibration", calibration_images(), **speeds)
+    arguments = ("--calibration", calibration_images())
+    result, _ = run(monkeypatch, tmp_path / "b", *arguments, plain={}, **speeds)
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "b")  # its hashes are checked
     assert bundle.manifest.precision.asked == chosen
@@ -140,7 +193,9 @@ def test_bf16_is_tried_in_openvino_where_the_cpu_has_it(tmp_path: Path, monkeypa
     manifest = Bundle.open(tmp_path / "b").manifest
     assert manifest.precision.asked == "bf16"
     assert manifest.content()["cpu"]["chosen"]["settings"] == {"INFERENCE_PRECISION_HINT": "bf16"}
-    assert 'compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})' in result.stdout
+    assert 'read_model("model.onnx")' in result.stdout
+    assert f"model.reshape([8, 3, {small_bundles.SIZE}, {small_bundles.SIZE}])" in result.stdout
+    assert 'compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})' in result.stdout
     assert "With --calibration DIR, INT8 is tried too." in result.stdout
 
 
@@ -227,3 +282,67 @@ def test_an_opset_that_one_of_the_candidates_cannot_have_is_refused_before_the_f
     monkeypatch.setattr(cpu_target, "export", exported)
     sentence = refusal(export("--model", "ms_conv_xxs", "--target", "cpu", "--opset", 20))
     assert "Conv in bfloat16 needs opset 22" in sentence
+
+
+def test_where_openvinos_own_conversion_is_fastest_the_bundle_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    on_a_machine(monkeypatch, openvino=True, bf16=True, plain=True)
+    fast = {OPENVINO_PLAIN_BF16: 5.0, OPENVINO_PLAIN: 3.0}
+    result, _ = run(monkeypatch, tmp_path / "b", plain=fast, bf16=(4.0, True), fp32=(2.0, True))
+    assert result.exit_code == 0, result.output
+    assert "That is a plain way: no form of ours is faster here" in result.stdout
+    assert 'read_model("openvino.xml")' in result.stdout
+    bundle = Bundle.open(tmp_path / "b")  # its hashes are checked
+    assert bundle.manifest.precision.asked == "bf16"
+    assert {"openvino.xml", "openvino.bin"} <= {*bundle.manifest.files}
+    golden = Golden.load(bundle.file(GOLDEN))
+    with Session(bundle, runtime="auto") as session:
+        assert session.runtime == "openvino"
+        assert session.run(golden.input[:1])["logits"].shape == (1, small_bundles.CLASSES)
+    (bundle.path / "openvino.bin").write_bytes(b"other weights")
+    with pytest.raises(BundleError, match=r"openvino\.bin was changed"):
+        Bundle.open(tmp_path / "b")
+
+
+def test_where_onnx_runtimes_own_graph_is_fastest_the_bundle_has_no_rewrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_machine(monkeypatch, openvino=False, plain=True)
+    result, _ = run(monkeypatch, tmp_path / "b", plain={ONNX_PLAIN: 3.0}, fp32=(2.0, True))
+    assert result.exit_code == 0, result.output
+    assert "The bundle has it: its graph is without rewrites." in result.stdout
+    graph = Bundle.open(tmp_path / "b").manifest.graph
+    assert not any(graph.passes.values())
+    assert {name for name, entry in graph.rewrites.items() if entry.modules} <= {STATIC}
+
+
+def test_the_chosen_form_is_compared_with_the_best_plain_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine(monkeypatch, openvino=False, plain=True)
+    result, _ = run(monkeypatch, tmp_path / "b", plain={ONNX_PLAIN: 2.0}, fp32=(3.0, True))
+    assert "That is 1.50 times as fast as the best plain way, ONNX Runtime, plain." in result.stdout
+
+
+def test_a_plain_way_that_leaves_no_file_is_told_and_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    on_a_machine(monkeypatch, openvino=True, bf16=True, plain=True)
+    result, _ = run(monkeypatch, tmp_path / "b", plain={COMPILE_BF16: 6.0}, bf16=(4.0, True), fp32=(2.0, True))
+    assert "bf16 in OpenVINO, bf16" in result.stdout
+    assert (
+        "A plain way, torch.compile, bf16, is 1.50 times as fast as that; torch.compile leaves no file" in result.stdout
+    )
+
+
+def test_a_precision_that_was_asked_for_is_kept_beside_faster_plain_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    on_a_machine(monkeypatch, openvino=True, bf16=True, plain=True)
+    arguments = ("--calibration", calibration_images(), "--int8")
+    result, watch = run(monkeypatch, tmp_path / "b", *arguments, plain={OPENVINO_PLAIN_BF16: 6.0}, int8=(3.0, True))
+    assert {OPENVINO_PLAIN, OPENVINO_PLAIN_BF16, ONNX_PLAIN} <= {*watch.asked[0].names}
+    assert Bundle.open(tmp_path / "b").manifest.precision.asked == "int8"
+    assert "is 2.00 times as fast as that; you asked for this precision." in result.stdout

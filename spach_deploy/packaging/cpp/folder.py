@@ -153,7 +153,7 @@ def _manifest(model: PackagedModel) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 @dataclasses.dataclass(frozen=True)

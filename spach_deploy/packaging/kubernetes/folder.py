@@ -164,7 +164,7 @@ def _manifest(deployment: Deployment, tag: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 _LABEL_WIDTH = 12

@@ -172,15 +172,15 @@ def write_folder(
                 shutil.copyfile(opened.path / name, staging / name)
         _write_golden(staging, golden, facts)
         if names is not None:
-            (staging / LABELS).write_text(as_text(names), encoding="utf-8")
+            (staging / LABELS).write_text(as_text(names), encoding="utf-8", newline="\n")
         read = [staging / name for name in (GRAPH, CONTEXT, PLAN, LABELS) if (staging / name).is_file()]
         files = "".join(map(_file_line, [*read, *sorted(staging.glob("golden.*.bin"))]))
         text = files + model_text(opened.manifest, facts, len(golden.input), made.provider or None, providers.names)
-        (staging / MODEL_TEXT).write_text(text, encoding="utf-8")
+        (staging / MODEL_TEXT).write_text(text, encoding="utf-8", newline="\n")
         seal_as(ONNXRUNTIME, staging, form.manifest)  # before the files that their user may edit
         for name in PROGRAMS:
             shutil.copyfile(TEMPLATES / name, staging / name)
-        (staging / README).write_text(_readme(made), encoding="utf-8")
+        (staging / README).write_text(_readme(made), encoding="utf-8", newline="\n")
     return made
 
 

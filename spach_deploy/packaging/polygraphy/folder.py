@@ -80,9 +80,9 @@ def write_folder(bundle: Path, output: Path, *, overwrite: bool = False) -> Poly
         for script in (LOADER, COMPARE):
             shutil.copyfile(SCRIPTS / script, staging / script)
         _write_data(staging, golden, facts, batches)
-        (staging / BOUNDS).write_text(_bounds(facts), encoding="utf-8")
-        (staging / "README.md").write_text(_readme(opened, facts, run), encoding="utf-8")
-        (staging / MANIFEST).write_text(_manifest(opened), encoding="utf-8")
+        (staging / BOUNDS).write_text(_bounds(facts), encoding="utf-8", newline="\n")
+        (staging / "README.md").write_text(_readme(opened, facts, run), encoding="utf-8", newline="\n")
+        (staging / MANIFEST).write_text(_manifest(opened), encoding="utf-8", newline="\n")
     sizes = tuple(len(batch) for batch in batches)
     return PolygraphyPackage(output, opened.manifest.model.name, sizes, run)
 

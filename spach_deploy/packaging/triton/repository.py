@@ -181,7 +181,7 @@ def _labels(model: ServedModel, options: TritonOptions) -> tuple[str, ...]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _check_policy(model: ServedModel, options: TritonOptions) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from spach_deploy.bundle.schema import Form, Manifest, TensorInfo
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.operating_system import problem_of_name
 from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, runtimes
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision
@@ -47,6 +48,8 @@ def check_name(name: str) -> None:
     """UsageError unless `name` can name a model: it becomes a folder's name and part of a URL."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is no name for a model.", "Use letters, digits, dots, hyphens and underscores.")
+    if problem := problem_of_name(name):
+        raise UsageError(f"{name!r} is no name for a model: {problem}.", "Choose another.")
 
 
 @dataclasses.dataclass(frozen=True)

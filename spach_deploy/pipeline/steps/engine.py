@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -82,8 +83,8 @@ def check_engine(
     kept = [entry.node for entry in typed.policy.kept]
     achieved = check_achieved_precision(result.network, typed.policy.precision, kept, quantized)
     (staging / bundles.PLAN).write_bytes(result.plan)
-    log = result.log_text.replace(f"{staging}/", "")  # the bundle is moved away from there
-    (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8")
+    log = result.log_text.replace(f"{staging}{os.sep}", "")  # the bundle is moved away from there
+    (staging / bundles.BUILD_LOG).write_text(log, encoding="utf-8", newline="\n")
     phases.record("engine build (alongside)", result.seconds)
     for text, count in result.warnings:
         phases.note(f"The engine builder warns{'' if count == 1 else f' {count} times'}: {text}")

@@ -31,10 +31,16 @@ def check_options(options: ExportOptions) -> None:
         raise MissingPackageError("onnxruntime", "Validating a graph", "pip install 'spach-deploy[cpu]'")
     check_quantization(options)
     check_opset(options)
-    known = [*(step.name for step in REWRITES), *(step.name for step in (*TENSORRT_PASSES, *CPU_INT8_PASSES))]
+    known = all_rewrites()
     for name in options.disabled_rewrites:
         if name not in known:
             raise UsageError(f"There is no rewrite {name!r} to turn off.", f"One of {', '.join(known)}.")
+
+
+def all_rewrites() -> tuple[str, ...]:
+    """The names of all rewrites and passes, which --no-rewrite takes."""
+    passes = (step.name for step in (*TENSORRT_PASSES, *CPU_INT8_PASSES))
+    return tuple(dict.fromkeys([*(step.name for step in REWRITES), *passes]))
 
 
 def load(options: ExportOptions, phases: Phases, loaded: LoadedModel | None = None) -> LoadedModel:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -13,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
-from spach_deploy.common.processes import end_with, signal_name, start
+from spach_deploy.common import operating_system
+from spach_deploy.common.processes import start
 
 _GRACE_S = 8.0
 """Seconds to wait for an interrupted export, which takes at most five."""
@@ -43,16 +42,15 @@ class ProcessEnd:
         errors = [line.removeprefix("Error: ") for line in self.said if line.startswith("Error: ")]
         if errors:
             return errors[-1]
-        if self.code < 0:
-            return f"Ended by {signal_name(-self.code)}{_REASONS.get(-self.code, '.')}"
+        if crash := operating_system.crash(self.code):
+            return f"Ended by {crash.name}{_reason(crash)}"
         return f"Ended with exit code {self.code}{f', saying: {self.said[-1]}' if self.said else ' without a word.'}"
 
 
-_REASONS: dict[int, str] = {
-    signal.SIGKILL: ", which mostly means too little memory. Run again with a smaller --jobs.",
-    signal.SIGSEGV: ": a crash in native code.",
-    signal.SIGABRT: ": a crash in native code.",
-}
+def _reason(crash: operating_system.Crash) -> str:
+    if crash.of_memory:
+        return ", which mostly means too little memory. Run again with a smaller --jobs."
+    return ": a crash in native code." if crash.of_native_code else "."
 
 
 class RunningExport(Protocol):
@@ -69,7 +67,7 @@ class RunningExport(Protocol):
 
 
 class ExportProcess:
-    """A process that runs `command` on `cores` (None: all). It is interrupted when this process dies."""
+    """A process that runs `command` on `cores` (None: all). It ends when this process dies."""
 
     def __init__(
         self, command: Sequence[str], *, cores: frozenset[int] | None = None, folder: Path | None = None
@@ -77,43 +75,34 @@ class ExportProcess:
         self._start = time.monotonic()
         self._ended: ProcessEnd | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by _end)
-        parent = os.getpid()
-
-        def prepare() -> None:
-            _end_with_parent(parent)
-            if cores:
-                os.sched_setaffinity(0, cores)
-
         self._process = start(
             command,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr.fileno(),
             threads=None if cores is None else len(cores),
             folder=folder,
-            prepare=prepare,
+            cores=cores,
+            is_tied=True,
         )
 
     def poll(self) -> ProcessEnd | None:
         """How it ended; None while it runs."""
-        if self._ended is None:
-            pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
-            if pid:
-                self._process.returncode = os.waitstatus_to_exitcode(status)
-                self._ended = self._end(usage.ru_maxrss * 1024)
+        if self._ended is None and (ended := operating_system.ended(self._process)) is not None:
+            self._ended = self._end(ended)
         return self._ended
 
-    def _end(self, peak_bytes: int) -> ProcessEnd:
+    def _end(self, ended: operating_system.Ended) -> ProcessEnd:
         with self._stderr as stream:
             stream.seek(0, os.SEEK_END)
             stream.seek(max(0, stream.tell() - _SAID_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()
         said = tuple(line.rstrip() for line in lines[-_SAID_LINES:] if line.strip())
-        return ProcessEnd(self._process.returncode, said, time.monotonic() - self._start, peak_bytes)
+        return ProcessEnd(ended.code, said, time.monotonic() - self._start, ended.peak_bytes)
 
     def interrupt(self) -> None:
-        """Send SIGINT, as Ctrl-C does, so that the export removes what it has begun."""
+        """Do what Ctrl-C does, so that the export removes what it has begun."""
         if self.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            operating_system.interrupt(self._process)
 
     def stop(self) -> None:
         """Wait a few seconds after `interrupt`, then kill the process."""
@@ -121,14 +110,6 @@ class ExportProcess:
         while self.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            operating_system.kill_with_children(self._process)
             while self.poll() is None:
                 time.sleep(0.01)
-
-
-def _end_with_parent(parent: int) -> None:
-    """In the new process: receive SIGINT when the parent dies, and do not ignore SIGINT and SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a shell's background jobs, and inherited from them
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    end_with(parent, signal.SIGINT)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from spach_deploy.bundle.store import MANIFEST, Bundle, remove_leftovers
 from spach_deploy.common.errors import BundleError, CheckpointError, UsageError
 from spach_deploy.common.files import Destination, lock_file, read_json, sha256_of
+from spach_deploy.common.operating_system import lock
 from spach_deploy.options.specs import ExportOptions
 from spach_deploy.pipeline.cache import content_digest, export_key, input_files, without_inputs
 from spach_deploy.pipeline.zoo.plan import Build
@@ -57,9 +57,7 @@ class ZooFolder:
         with contextlib.ExitStack() as stack:
             try:
                 (self.root / _RECORDS).mkdir(parents=True, exist_ok=True)
-                fcntl.flock(
-                    stack.enter_context(lock_file(self.root / _RECORDS / "lock")), fcntl.LOCK_EX | fcntl.LOCK_NB
-                )
+                lock(stack.enter_context(lock_file(self.root / _RECORDS / "lock")), wait=False)
             except BlockingIOError:
                 raise UsageError(
                     f"Another spach-export --zoo works in {self.root}.", "Wait for it, or choose another --output."

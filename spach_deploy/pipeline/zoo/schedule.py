@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from spach_deploy.common.machine import available_threads, find_memory
+from spach_deploy.common.operating_system import usable_cores
 from spach_deploy.pipeline.zoo.child import ProcessEnd, RunningExport
 from spach_deploy.pipeline.zoo.plan import Build
 
@@ -108,7 +108,7 @@ def end_all(processes: Sequence[RunningExport]) -> None:
 
 def _shares(jobs: int) -> list[frozenset[int]]:
     """Cores for each job: disjoint where there are enough, else one core each, some shared."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable_cores()
     return [frozenset(cores[job::jobs]) or frozenset({cores[job % len(cores)]}) for job in range(jobs)]
 
 
