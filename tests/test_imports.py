@@ -41,8 +41,9 @@ IMPORTED_AS = {
 CORE = {"pillow": "PIL", "protobuf": "google", "typing-extensions": "typing_extensions", "onnx-ir": "onnx_ir"}
 """Packages of the core that are imported as something else than what they are called."""
 
-ASKED_FOR = {"tritonclient", "triton_python_backend_utils", "onnxruntime_ep_nv_tensorrt_rtx"}
-"""What is no dependency: named with its install command where it is used, and what a Triton server brings itself."""
+ASKED_FOR = {"tritonclient", "triton_python_backend_utils", "onnxruntime_ep_nv_tensorrt_rtx", "nncf", "golden"}
+"""What is no dependency: named with its install command where it is used, what a Triton server brings itself, and what
+lies beside a program in a package."""
 
 HEAVY = ("torch", "onnx", "numpy", "onnxruntime", "polygraphy", "onnxsim", "tensorrt", "tensorrt_rtx", "PIL", "rich")
 

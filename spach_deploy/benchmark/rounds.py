@@ -22,7 +22,18 @@ import numpy.typing as npt
 
 from spach_deploy.benchmark.layers import Layer, layers
 from spach_deploy.benchmark.result import Benchmark, Latency, OutputError, RunnerResult, Timing, ratio
-from spach_deploy.benchmark.runners import CPU, EAGER, GPU, IN_BF16, TITLES, TORCH, RunnerSetup, lacks_weights, why_not
+from spach_deploy.benchmark.runners import (
+    CPU,
+    EAGER,
+    GPU,
+    IN_BF16,
+    PLAIN,
+    TITLES,
+    TORCH,
+    RunnerSetup,
+    lacks_weights,
+    why_not,
+)
 from spach_deploy.benchmark.worker import RunnerProcess
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.inputs import Batch
@@ -338,7 +349,7 @@ def _runner(
 ) -> RunnerResult:
     record = records[name]
     timings = tuple(_timing(record, records.get(EAGER), batch, least) for batch in record.runs)
-    must_be_right = name not in IN_BF16 or name in request.names
+    must_be_right = name not in (*IN_BF16, *PLAIN) or name in request.names
     seconds = modules.get(name, {})
     return RunnerResult(
         *(name, record.accuracy, timings, seconds, record.problem, record.worker.device, must_be_right),

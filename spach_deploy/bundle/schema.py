@@ -637,7 +637,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
         graph = content["graph"]
         certificate, engine = graph["certificate"], content["engine"]
         absences = ((graph, "form"), (graph, "made"), (graph, "levels"), (certificate, "broken"), (engine, "start"))
-        for section, name in absences:
+        rewrites = (content["quantization"] or {}).get("rewrites", {})
+        for section, name in (*absences, (rewrites, "in_float"), (engine.get("kernels") or {}, "predicted_ms")):
             if not section.get(name):
                 section.pop(name, None)
         if self.model.architecture is None:  # as older versions wrote it

@@ -19,6 +19,9 @@ from pathlib import Path
 from spach_deploy._version import __version__
 from spach_deploy.common.errors import MissingPackageError, OldPackageError
 
+ROUNDS_FP16 = "1.30"
+"""First version of ONNX Runtime that rounds where it quantizes FP16 on a CPU; older ones truncate."""
+
 _ROOT = Path(__file__).parents[2]
 _LINE = re.compile(r"\s*([\w.-]+)(?:\[[\w,.-]+\])?\s*(?:>=\s*([\d.]+))?\s*\)?\s*(?:;(.*))?$")
 _PYTHON_BELOW = re.compile(r"""python_version\s*<\s*['"]([\d.]+)['"]""")

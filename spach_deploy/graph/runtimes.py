@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.runtime.onnxruntime_runner import MENDED
+from spach_deploy.common.versions import ROUNDS_FP16
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -156,7 +156,7 @@ class OnnxRuntimeRelease:
     @property
     def truncates_fp16(self) -> bool:
         """Whether its QuantizeLinear of FP16 truncates on a CPU instead of rounding."""
-        return version_numbers(self.version) < version_numbers(MENDED)
+        return version_numbers(self.version) < version_numbers(ROUNDS_FP16)
 
     def misfit(self, needs: GraphNeeds, *, on_gpu: bool) -> str:
         """Why this release cannot run a graph, as a clause; empty where no reason is known."""

@@ -177,6 +177,12 @@ def _choices(kind: type[enum.Enum]) -> tuple[str, ...]:
     return tuple(entry.value for entry in kind)
 
 
+_RUNNERS = (
+    *("eager", "compile", "bf16", "compile-bf16", "onnxruntime-plain", "openvino-plain", "openvino-plain-bf16"),
+    *("nncf", "onnxruntime", "openvino", "openvino-bf16", "tensorrt"),
+)
+
+
 _ONE_WRITES = "{flag} is a file that one export writes, and --zoo makes many."
 # fmt: off
 TABLE: tuple[Option, ...] = (
@@ -445,9 +451,8 @@ TABLE: tuple[Option, ...] = (
     *_of(MEASUREMENT, (BENCHMARK,),
         Option("--batch", Kind.TEXT, "Batches, such as 1,8.", metavar="N,N",
                shown="the profile's smallest and usual one", is_common=True),
-        Option("--runner", Kind.REPEATED, "Only these.",
-               choices=("eager", "compile", "bf16", "compile-bf16", "onnxruntime-plain", "openvino-plain",
-                        "openvino-plain-bf16", "nncf", "onnxruntime", "openvino", "openvino-bf16", "tensorrt"),
+        Option("--runner", Kind.REPEATED, "Only these: " + ", ".join(_RUNNERS) + ".", metavar="NAME",
+               choices=_RUNNERS,
                shown="all that can run here", is_common=True),
         Option("--rounds", Kind.WHOLE, "Rounds in which all take turns.", least=2, default=5),
         Option("--seconds", Kind.REAL, "Of each turn of each runner.", least=0.01, default=1.0),

@@ -6,7 +6,7 @@ Sessions are opened from files, because ONNX Runtime makes two more copies of al
 ties to even.
 
 ONNX Runtime rounds FP16 from 1.30 on (microsoft/onnxruntime issues 18576 and 22741, fixed by 32452), and FP32 in every
-version (`MENDED`). The installed one is tested with a graph of nine numbers.
+version (`ROUNDS_FP16`). The installed one is tested with a graph of nine numbers.
 Graphs that such a runtime computes wrongly are found by `graph.precision.formats.quantizes_fp16`: INT8 exports of
 earlier versions of this package with the rest in FP16, and graphs of other tools.
 """
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from spach_deploy.common.errors import MissingPackageError, UnavailableError, UsageError, printable
 from spach_deploy.common.files import naming_tmpdir, utf8_path
 from spach_deploy.common.operating_system import temporary_folder
+from spach_deploy.common.versions import ROUNDS_FP16
 from spach_deploy.runtime import TensorSpec
 from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feeds, run_in_batches
 
@@ -311,9 +312,6 @@ NUMBERS = (0.5, -0.5, 1.5, -1.5, 2.5, 1.75, -1.75, 2.25, -0.75)
 ROUNDED = (0, 0, 2, -2, 2, 2, -2, 2, -1)
 """`NUMBERS` rounded to INT8 at a scale of 1."""
 
-MENDED = "1.30"
-"""First version of ONNX Runtime that rounds FP16."""
-
 Quantize = Callable[["NDArray[np.float16]"], "NDArray[np.int8]"]
 
 
@@ -339,11 +337,11 @@ def fault_of(version: str) -> str:
     """The fault of an ONNX Runtime that truncates, as a clause for messages."""
     return (
         f"ONNX Runtime {version}'s QuantizeLinear truncates FP16 on a CPU instead of rounding it"
-        f" (microsoft/onnxruntime#22741, mended in {MENDED})"
+        f" (microsoft/onnxruntime#22741, mended in {ROUNDS_FP16})"
     )
 
 
-REMEDY = f"Export it again, which makes INT8 of FP32, or take ONNX Runtime {MENDED} or newer."
+REMEDY = f"Export it again, which makes INT8 of FP32, or take ONNX Runtime {ROUNDS_FP16} or newer."
 
 
 def _quantized_here(numbers: NDArray[np.float16]) -> NDArray[np.int8]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, Bundle
-from spach_deploy.runtime.onnxruntime_runner import MENDED, REMEDY
+from spach_deploy.common.versions import ROUNDS_FP16
+from spach_deploy.runtime.onnxruntime_runner import REMEDY
 from spach_deploy.runtime.triton_runner import ServedAt, TritonRunner
 from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.result import Validation, golden_set, report_header
@@ -61,7 +62,7 @@ def truncation_hints(bundle: Bundle, evidence: RunResult) -> tuple[str, ...]:
     """
     if evidence.passed or evidence.level is Level.ENGINE or not bundle.quantizes_fp16:
         return ()
-    return (f"This graph makes INT8 of FP16, which ONNX Runtime before {MENDED} truncates on a CPU. {REMEDY}",)
+    return (f"This graph makes INT8 of FP16, which ONNX Runtime before {ROUNDS_FP16} truncates on a CPU. {REMEDY}",)
 
 
 def _evidence(request: ServerRequest, eval_set: EvaluationSet, tolerances: ToleranceSet) -> tuple[RunResult, str]:

@@ -75,6 +75,7 @@ rest = "bf16"
 keep_float = ["layer4.*"]
 quantize = "*.spatial_func"
 per_tensor = ["*.fc1", "*.fc2"]
+eight_bit_layers = "all"
 equalize = false
 allow_overlap = true
 max_rel_l2 = 1
@@ -127,7 +128,7 @@ def test_a_recipe_can_say_everything(tmp_path: Path) -> None:
     assert (said.calibration, said.cache) == (tmp_path / "set", Destination.of(tmp_path / "scales.json"))
     assert (said.method, said.rest, said.equalize, said.allow_overlap) == ("mse", Precision.BF16, False, True)
     assert (said.keep_float, said.quantize) == (("layer4.*",), ("*.spatial_func",))
-    assert said.per_tensor == ("*.fc1", "*.fc2")
+    assert (said.per_tensor, said.layers) == (("*.fc1", "*.fc2"), "all")
     assert (said.max_rel_l2, said.max_drop, said.labels) == (1.0, 0.3, tmp_path / "labels.txt")
 
 

@@ -82,7 +82,7 @@ def test_inputs_and_outputs_have_the_users_names() -> None:
 
 
 def test_an_example_that_the_module_does_not_take_is_one_sentence() -> None:
-    with pytest.raises(ModelError, match=r"fails on an input of \(1, 4, 16, 16\): RuntimeError"):
+    with pytest.raises(ModelError, match=r"fails on an input of \(1, 4, 16, 16\): .* raises RuntimeError"):
         run_example(PlainNet().eval(), [torch.rand(1, 4, 16, 16)])
     with pytest.raises(ModelError, match="no tensor with a batch first"):
         run_example(PlainNet().eval(), [torch.rand(3)])

@@ -7,8 +7,9 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from spach_deploy.common.versions import ROUNDS_FP16
 from spach_deploy.graph.runtimes import runtimes, version_numbers
-from spach_deploy.runtime.onnxruntime_runner import MENDED, NUMBERS, Quantize, truncates, truncating_runtime
+from spach_deploy.runtime.onnxruntime_runner import NUMBERS, Quantize, truncates, truncating_runtime
 
 
 def stored(rounding: np.ufunc) -> Quantize:
@@ -41,4 +42,4 @@ def test_the_table_knows_each_version_from_having_asked_it(version: str) -> None
     known = runtimes().onnxruntime(version)
     assert known is not None
     assert "quantized" in known.seen
-    assert runtimes().truncates_fp16(version) == (version_numbers(version) < version_numbers(MENDED))
+    assert runtimes().truncates_fp16(version) == (version_numbers(version) < version_numbers(ROUNDS_FP16))

@@ -52,12 +52,12 @@ from spach_deploy.bundle.store import (
 )
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
+from spach_deploy.common.versions import ROUNDS_FP16
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.graph.ep_context import RTX_PROVIDER, TENSORRT_PROVIDER, PlanContext, context_model
 from spach_deploy.graph.external_data import check_is_one_file
 from spach_deploy.graph.runtimes import GraphNeeds, reading, runtimes
 from spach_deploy.options.specs import Precision, Role, size_in_words
-from spach_deploy.runtime.onnxruntime_runner import MENDED
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 from spach_deploy.validation.verdict import Tolerance
 
@@ -291,7 +291,7 @@ def _notes(bundle: Bundle, facts: BundleFacts, form: RuntimeGraph, providers: Gr
             f" rounds to {name} and multiplies in floats. A bundle in fp16 is faster there.{device}"
         )
     if served.quantizes_fp16:
-        yield f"On a CPU it needs ONNX Runtime {MENDED} or newer: older ones truncate FP16 where they should round."
+        yield f"On a CPU it needs ONNX Runtime {ROUNDS_FP16} or newer: older ones truncate FP16 instead of rounding."
     if served.needs_vnni:
         yield "It is for CPUs with VNNI: without it, sums of INT8 overflow and the answers are wrong."
 
