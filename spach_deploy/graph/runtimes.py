@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spach_deploy.common.errors import UsageError
-from spach_deploy.runtime.onnxruntime_runner import MENDED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -163,6 +162,8 @@ class OnnxRuntimeRelease:
     @property
     def truncates_fp16(self) -> bool:
         """Whether its QuantizeLinear of FP16 truncates on a CPU instead of rounding."""
+        from spach_deploy.runtime.onnxruntime_runner import MENDED  # loads NumPy, which the doctor does without
+
         return version_numbers(self.version) < version_numbers(MENDED)
 
     def misfit(self, needs: GraphNeeds, *, on_gpu: bool) -> str:

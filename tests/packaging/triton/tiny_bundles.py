@@ -120,7 +120,12 @@ def of_int8(bundle: Path, **section: Any) -> Path:
 def for_cpu(bundle: Path, precision: Precision = Precision.BF16, **settings: str) -> Path:
     """The bundle as one of --target cpu; `settings` of the runner that was chosen, by default OpenVINO in bf16."""
     settings = settings or {"INFERENCE_PRECISION_HINT": "bf16"}
-    form = {"precision": precision.value, "runner": "openvino-bf16", "batch": 8, "images_per_second": 9.0}
+    form: dict[str, Any] = {
+        "precision": precision.value,
+        "runner": "openvino-bf16",
+        "batch": 8,
+        "images_per_second": 9.0,
+    }
     form |= {"times_eager": 2.0, "ratio": None, "rel_l2": 1e-3, "is_right": True, "settings": settings}
     manifest = small_bundles.read_manifest(bundle)
     manifest["cpu"] = {"chosen": form, "forms": [form], "machine": {}}
