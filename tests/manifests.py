@@ -46,7 +46,7 @@ def preprocessing(image_size: int) -> dict[str, Any]:
     }
 
 
-def quantization(**changed: str) -> dict[str, Any]:
+def quantization(**changed: Any) -> dict[str, Any]:
     """The section of an INT8 export with the rest in FP16, as exports wrote it before they said `quantized_from`."""
     return {
         **{"format": "int8", "rest": "fp16", "scales": "quantization.json"},

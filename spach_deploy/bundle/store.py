@@ -126,6 +126,16 @@ class Bundle:
         return section is not None and section.vnni
 
     @property
+    def is_for_cpu(self) -> bool:
+        """Whether it was exported with --target cpu."""
+        return self.manifest.cpu is not None
+
+    @property
+    def is_for_openvino(self) -> bool:
+        """Whether --target cpu chose OpenVINO, whose precision it sets."""
+        return self.manifest.cpu is not None and "INFERENCE_PRECISION_HINT" in self.manifest.cpu.chosen.settings
+
+    @property
     def quantizes_fp16(self) -> bool:
         """Whether its graph quantizes FP16 tensors, where some versions of ONNX Runtime truncate instead of rounding
         (`runtime.truncation`). Manifests without `quantized_from` are of exports that did so."""

@@ -185,7 +185,8 @@ class Command(click.Command):
         except click.UsageError as error:
             wrong = " ".join(error.format_message().split()).rstrip(".")
             wrong = wrong if wrong.endswith("?") else f"{wrong}."
-            fail(error, f"{wrong} See {info_name} --help.", debug="--debug" in args)
+            name = info_name if parent is None else f"{parent.command_path} {info_name}"
+            fail(error, f"{wrong} See {name} --help.", debug="--debug" in args)
             sys.exit(2)
 
 

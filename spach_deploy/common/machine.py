@@ -79,6 +79,10 @@ def has_bf16() -> bool:
     return bool(cpu_flags() & _BF16)
 
 
+VNNI_ONLY = "It is for CPUs with VNNI: without it, sums of INT8 overflow and the answers are wrong."
+"""What packages say of an INT8 graph that was exported with --vnni."""
+
+
 def has_vnni() -> bool:
     """Whether the CPU multiplies unsigned by signed 8-bit integers and accumulates in 32 bits."""
     return bool(cpu_flags() & _VNNI)

@@ -86,7 +86,8 @@ def _verdict(target: Target) -> tuple[str, str]:
         return f"NO, this machine cannot run it: {why}.", "bold yellow"
     if any(finding.status is Status.UNKNOWN for finding in target.findings):
         return "PERHAPS: nothing stands in the way, but not all is known. TensorRT decides.", "bold yellow"
-    return "YES, this machine can run it.", "bold green"
+    where = f" in {target.runtime}" if target.runtime else ""
+    return f"YES,{where} this machine can run it.", "bold green"
 
 
 def _in_the_way(target: Target) -> tuple[Finding, ...]:

@@ -22,9 +22,9 @@ from spach_deploy.doctor.commands import exporting, installing
 from spach_deploy.doctor.compatibility import RUNS_ON, PlanRequirements, compatibility
 from spach_deploy.doctor.driver import ProbeResult
 from spach_deploy.doctor.finding import Finding, Status, Task, blockers
-from spach_deploy.doctor.machine_info import MachineInfo, ask_tensorrt
+from spach_deploy.doctor.machine_info import InstalledOnnxRuntime, MachineInfo, ask_tensorrt
 from spach_deploy.doctor.plan_file import PlanFile, find_plan, identify_other_file
-from spach_deploy.graph.runtimes import GraphNeeds, reading, runtimes
+from spach_deploy.graph.runtimes import GraphNeeds, readers, reading, runtimes
 from spach_deploy.options.command_line import quoted
 from spach_deploy.options.gpus import parse_gpus
 from spach_deploy.options.specs import ComputeCapability, Flavour, Precision
@@ -35,19 +35,20 @@ FILES = "files"
 _RUN, _VERIFY = (Task.RUN,), (Task.VERIFY,)
 
 
-def about_bundle(bundle: Bundle, info: MachineInfo, ask: AskTensorRT) -> tuple[Finding, ...]:
-    """All findings about a bundle; compares its files with their hashes.
+def about_bundle(
+    bundle: Bundle, info: MachineInfo, ask: AskTensorRT, needs: GraphNeeds | None, runs: GraphRuntime
+) -> tuple[Finding, ...]:
+    """All findings about a bundle; compares its files with their hashes. `needs`, `runs`: of its graph.
 
     Raises BundleError for a manifest with entries of the wrong kind, OSError where a file cannot be read.
     """
     plan = _requirements(bundle)
     changed = {name: state for name, state in bundle.changed_files().items() if name not in REWRITTEN}
-    needs = _needs(bundle)
     return (
         *_files(bundle, changed),
         _golden(bundle, changed),
         _inputs(bundle),
-        *_engine(bundle, plan, changed, info, ask),
+        *_engine(bundle, plan, changed, info, ask, runs),
         _graph(bundle, info, needs),
         *_readers(bundle, needs),
     )
@@ -91,7 +92,8 @@ def _golden(bundle: Bundle, changed: dict[str, str]) -> Finding:
     if validation.level == "engine":
         means = "At the export the plan itself ran and agreed."
     else:
-        means = "At the export the graph agreed; the plan itself did not run there."
+        plan = "" if bundle.plan is None else "; the plan itself did not run there"
+        means = f"At the export the graph agreed{plan}."
     return Finding(Status.OK, "golden data", what, means, validate)
 
 
@@ -115,7 +117,12 @@ def _inputs(bundle: Bundle) -> Finding:
 
 
 def _engine(
-    bundle: Bundle, plan: PlanRequirements, changed: dict[str, str], info: MachineInfo, ask: AskTensorRT
+    bundle: Bundle,
+    plan: PlanRequirements,
+    changed: dict[str, str],
+    info: MachineInfo,
+    ask: AskTensorRT,
+    runs: GraphRuntime,
 ) -> Iterator[Finding]:
     if bundle.plan is None and CONTEXT in bundle.manifest.files:
         what = f"{plan.flavour.value} {plan.version or 'of unknown version'}, embedded"
@@ -125,10 +132,7 @@ def _engine(
             yield from compatibility(plan, info)
         return
     if bundle.plan is None:
-        reason = bundle.manifest.engine.why_none
-        again = exporting(bundle, "--engine", "auto")
-        means = "The bundle was exported without an engine; its graph can be verified."
-        yield Finding(Status.MISSING, PLAN, reason, means, again, _RUN)
+        yield _without_plan(bundle, runs)
         return
     found = None
     if PLAN not in changed:
@@ -138,6 +142,85 @@ def _engine(
         yield from compatibility(plan, info)
     if found is not None:
         yield from about_header(found, plan, info, ask)
+
+
+def _without_plan(bundle: Bundle, runs: GraphRuntime) -> Finding:
+    """A bundle without an engine is whole: its graph runs in ONNX Runtime or OpenVINO. No engine is advised for one of
+    --target cpu, which it would replace.
+    """
+    reason = bundle.manifest.engine.why_none
+    engine = None if bundle.is_for_cpu else exporting(bundle, "--engine", "auto")
+    if runs.name:
+        return Finding(Status.OK, PLAN, reason, f"It needs none: {runs.name} runs its graph here.", engine)
+    means = f"Nothing here runs its graph. {'; '.join(runs.reasons)}."
+    return Finding(Status.MISSING, PLAN, reason, means, runs.remedy or engine, _RUN)
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphRuntime:
+    """The runtime that `Session` takes for a bundle's graph on this machine. `name` empty: none runs it. `reasons`: why
+    those before it do not, as clauses; `remedy`: the command that installs the best one, where it is missing.
+    """
+
+    name: str = ""
+    reasons: tuple[str, ...] = ()
+    remedy: str | None = None
+
+    @classmethod
+    def find(cls, bundle: Bundle, info: MachineInfo, needs: GraphNeeds | None) -> GraphRuntime:
+        """By the graph, the installed packages, and what the export chose for its machine's CPU."""
+        if bundle.needs_vnni and not has_vnni():
+            return cls(reasons=("It is for CPUs with VNNI, and this one has none",))
+        order = ("openvino", "onnxruntime") if bundle.is_for_openvino else ("onnxruntime", "openvino")
+        reasons: list[str] = []
+        for package in order:
+            problem = _PROBLEMS[package](bundle, info, needs)
+            if not problem:
+                return cls(_TITLES[package], tuple(reasons))
+            reasons.append(problem)
+        is_missing = reasons[0] == _missing(order[0])
+        return cls("", tuple(reasons), installing(str(info.requirements.get(order[0]))) if is_missing else None)
+
+
+_TITLES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+
+
+def _missing(package: str) -> str:
+    return f"{package} is not here"
+
+
+def _onnxruntime_problem(bundle: Bundle, info: MachineInfo, needs: GraphNeeds | None) -> str:
+    """Why the installed ONNX Runtime does not run the graph, as a clause; empty where nothing is known against it."""
+    if info.onnxruntime is None or info.onnxruntime.broken:
+        return _missing("onnxruntime")
+    version = _version(info.onnxruntime)
+    known, on_gpu = runtimes().onnxruntime(version), "cuda" in info.onnxruntime.providers and bool(info.driver.gpus)
+    if known is None:
+        return ""
+    if known.truncates_fp16 and bundle.quantizes_fp16 and not on_gpu:
+        from spach_deploy.runtime.onnxruntime_runner import fault_of
+
+        return fault_of(version)
+    return known.misfit(needs, on_gpu=on_gpu) if needs else ""
+
+
+def _openvino_problem(bundle: Bundle, info: MachineInfo, needs: GraphNeeds | None) -> str:
+    """The same of OpenVINO. What the export measured in it runs."""
+    version, wanted = info.packages.get("openvino"), info.requirements.get("openvino")
+    if version is None:
+        return _missing("openvino")
+    if not wanted.is_met_by(version):
+        return f"openvino {version} is older than any that was run ({wanted})"
+    tried = [reader for reader in readers() if reader.name == _TITLES["openvino"]]
+    misfit = tried[-1].misfit(needs) if needs and tried and not bundle.is_for_openvino else None
+    return f"OpenVINO does not read such a graph: {misfit}" if misfit else ""
+
+
+_PROBLEMS = {"openvino": _openvino_problem, "onnxruntime": _onnxruntime_problem}
+
+
+def _version(runtime: InstalledOnnxRuntime) -> str:
+    return runtime.files_version or next(iter(runtime.wheels.values()), "")
 
 
 def _capabilities(gpus: tuple[str, ...]) -> tuple[ComputeCapability, ...] | None:
@@ -181,12 +264,13 @@ def _graph(bundle: Bundle, info: MachineInfo, needs: GraphNeeds | None) -> Findi
         means = "ONNX Runtime's sums of it overflow here. Run it on CPUs with avx512_vnni, avx_vnni or amx_int8."
         again = exporting(bundle)
         return Finding(Status.PROBLEM, GRAPH, "INT8 for CPUs with VNNI, and this one has none", means, again, _VERIFY)
-    version = info.onnxruntime.files_version or next(iter(info.onnxruntime.wheels.values()), "")
-    return _in_runtime(bundle, version, accept, needs)
+    return _in_runtime(bundle, _version(info.onnxruntime), accept, needs)
 
 
 def _graph_in_words(bundle: Bundle) -> str:
     is_made = bundle.manifest.graph.made is not None
+    if bundle.plan is None and not is_made:
+        return "the graph"
     return "the graph, in the form for ONNX Runtime," if is_made else "the graph that it was built from"
 
 
@@ -229,18 +313,21 @@ def _in_runtime(bundle: Bundle, version: str, accept: str, needs: GraphNeeds | N
         means = f"In it the graph is wrong; spach-validate judges it in FP32 with every half tensor rounded. {REMEDY}"
         return Finding(Status.PROBLEM, GRAPH, fault_of(version), means, exporting(bundle))
     if not misfit or known is None or needs is None:
-        means = f"Even where the plan cannot run, {_graph_in_words(bundle)} can be verified."
+        where = "On a CPU" if bundle.plan is None else "Even where the plan cannot run"
+        means = f"{where}, {_graph_in_words(bundle)} can be verified."
         return Finding(Status.OK, GRAPH, f"runs in ONNX Runtime {version}".rstrip(), means, accept)
     if known.misfit(needs.in_fp32(), on_gpu=False):
         newer = installing("--upgrade", "onnxruntime")
         return Finding(Status.PROBLEM, GRAPH, misfit, "So the graph cannot be verified here.", newer, _VERIFY)
-    means = "As it is it runs on no CPU; spach-validate runs it in FP32, every bfloat16 tensor rounded."
+    means = "In it the graph runs on no CPU as it is; spach-validate runs it in FP32, every bfloat16 tensor rounded."
     return Finding(Status.OK, GRAPH, misfit, means, accept)
 
 
 def _readers(bundle: Bundle, needs: GraphNeeds | None) -> Iterator[Finding]:
-    """Which runtimes read the graph, if graphs like it were tried; none was for processors with VNNI alone."""
-    if needs is not None and not bundle.needs_vnni and (known := reading(needs)):
+    """Which runtimes read the graph, if graphs like it were tried; none was for processors with VNNI alone, and what
+    was measured in OpenVINO runs there.
+    """
+    if needs is not None and not (bundle.needs_vnni or bundle.is_for_openvino) and (known := reading(needs)):
         means = "Known of small graphs of the same formats, opset and operators, on a CPU (docs/runtimes.md)."
         yield Finding(Status.OK, "read by", known, means)
 
@@ -314,11 +401,14 @@ _LISTED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The findings about a target. `name` says in words what it is."""
+    """The findings about a target. `name` says in words what it is. `runtime`: what runs a bundle's graph here;
+    empty where none does, and for an engine.
+    """
 
     path: str
     name: str
     findings: tuple[Finding, ...]
+    runtime: str = ""
 
     @property
     def can_run(self) -> bool:
@@ -347,6 +437,7 @@ class Target:
             "target": self.path,
             "is": self.name,
             "can_run": self.can_run and not self.is_bad,
+            "runtime": self.runtime or None,
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
@@ -429,6 +520,9 @@ def _plan(path: Path, plan: PlanFile, info: MachineInfo, ask: AskTensorRT) -> Ta
 
 
 def _bundle(path: Path, bundle: Bundle, info: MachineInfo, ask: AskTensorRT) -> Target:
-    findings = about_bundle(bundle, info, ask)
+    needs = _needs(bundle)
+    has_plan = bundle.plan is not None or CONTEXT in bundle.manifest.files
+    runs = GraphRuntime() if has_plan else GraphRuntime.find(bundle, info, needs)
+    findings = about_bundle(bundle, info, ask, needs, runs)
     name, precision = bundle.manifest.model.name, bundle.manifest.precision.asked.value
-    return Target(str(path), f"{name} in {precision}, a bundle", findings)
+    return Target(str(path), f"{name} in {precision}, a bundle", findings, runs.name)

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 REPOSITORY = "nvcr.io/nvidia/tritonserver"
 
+NO_BFLOAT16 = "ONNX Runtime computes nothing in bfloat16 on a CPU."
+INSTEAD_OF_BFLOAT16 = (
+    "Export it for ONNX Runtime, with --target cpu --int8 --calibration DIR or with --fp32 --engine none, or run this"
+    " bundle in OpenVINO with spach_deploy.Session."
+)
+"""The next step where a bundle of --target cpu has a graph in bfloat16, which OpenVINO computes."""
+
 DATA = Path(__file__).with_name("runtimes.json")
 """File of the table."""
 

@@ -284,7 +284,8 @@ class OnnxRuntimeRunner:
         what = "The given graph" if isinstance(self._model, bytes) else f"{self._model}"
         reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
         if type(error).__name__ == "NotImplemented":
-            return UnavailableError(f"ONNX Runtime has no CPU kernel for a node of {what}: {reason}")
+            reason = reason.rpartition(" : ")[2]  # behind "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED"
+            return UnavailableError(f"ONNX Runtime has no CPU kernel for a node of {what}: {reason.rstrip('.')}.")
         return UsageError(f"{what} does not load in ONNX Runtime: {reason}", "Give an ONNX file such as model.onnx.")
 
 

@@ -234,6 +234,8 @@ class Session:
             try:
                 return name, stack.enter_context(_OPENERS[name](self.bundle, self._settings)), reasons
             except SpachError as error:
+                if self._asked == ONNX_RUNTIME and isinstance(error, UnavailableError) and not error.hint:
+                    error.hint = f"Run it with --runtime {OPENVINO}, or leave --runtime out to take what runs it."
                 if self._asked != AUTO:
                     raise
                 reasons[name] = error.message.removeprefix("The engine cannot run here: ").rstrip(".")
@@ -347,8 +349,7 @@ class _Facts:
     @classmethod
     def of(cls, bundle: Bundle) -> _Facts:
         manifest = bundle.manifest
-        is_for_openvino = manifest.cpu is not None and "INFERENCE_PRECISION_HINT" in manifest.cpu.chosen.settings
-        on_cpu = (OPENVINO, ONNX_RUNTIME) if is_for_openvino else (ONNX_RUNTIME, OPENVINO)
+        on_cpu = (OPENVINO, ONNX_RUNTIME) if bundle.is_for_openvino else (ONNX_RUNTIME, OPENVINO)
         return cls(
             manifest.inputs,
             manifest.output_options.io_dtype,

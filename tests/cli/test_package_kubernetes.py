@@ -204,3 +204,9 @@ def test_a_folder_that_exists_is_one_sentence(bundle: Path, tmp_path: Path) -> N
     assert package(bundle, "-o", target, "--overwrite").exit_code == 0
     (tmp_path / "file").write_text("")
     assert "exists and is not a directory" in refusal(package(bundle, "-o", tmp_path / "file"))
+
+
+def test_a_wrong_call_names_the_whole_command() -> None:
+    assert refusal(package("A", "B")) == (
+        "Error: Got unexpected extra argument (B). See spach-package kubernetes --help."
+    )

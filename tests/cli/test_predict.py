@@ -14,8 +14,11 @@ from PIL import Image
 
 import spach_deploy
 from spach_deploy.cli.predict import main
+from spach_deploy.options.specs import Precision
 from tests import small_bundles
 from tests.commands import console_script, export, refusal
+from tests.packaging.triton import tiny_bundles
+from tests.packaging.triton.tiny_bundles import Tiny
 
 pytest.importorskip("onnxruntime")
 
@@ -171,3 +174,11 @@ def test_ctrl_c_says_how_many_were_answered(many: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert re.fullmatch(r"Interrupted\. \d+ pictures were answered\.", said.splitlines()[-1])
     assert "Traceback" not in said
+
+
+def test_a_graph_that_onnx_runtime_has_no_kernels_for_names_the_runtime_that_has(photos: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16))
+    done = predict(bundle, photos, "--runtime", "onnxruntime")
+    assert done.exit_code == 3
+    assert "Run it with --runtime openvino, or leave --runtime out to take what runs it." in done.stderr
+    assert "NOT_IMPLEMENTED" not in done.stderr

@@ -24,7 +24,7 @@ from spach_deploy.doctor.machine_info import InstalledOnnxRuntime, MachineInfo
 from spach_deploy.doctor.table import as_text
 from spach_deploy.doctor.target import Target, examine_target
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision
-from tests import manifests, small_bundles
+from tests import manifests, processors, small_bundles
 from tests.doctor import bundles
 from tests.doctor.machines import A100, H100, L4, T4, cpu_machine, gpu_machine
 from tests.doctor.plans import old_plan, ordinary_plan, rtx_plan, with_metadata
@@ -153,9 +153,56 @@ def test_a_bundle_without_a_plan(bundle: Path) -> None:
     bundles.rewrite(bundle, engine={"flavour": "none", "reason": "--engine none was asked for"})
     target = examine(bundle)
     found = finding(target, PLAN)
-    assert (target.exit_code, found.what) == (3, "--engine none was asked for")
+    assert (target.exit_code, found.status, found.what) == (0, Status.OK, "--engine none was asked for")
+    assert verdict(target) == "YES, in ONNX Runtime this machine can run it."
+    assert target.to_dict()["runtime"] == "ONNX Runtime"
     assert found.command is not None
     assert "--engine auto" in found.command
+
+
+def test_a_bundle_without_a_plan_where_nothing_runs_its_graph(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "b", Tiny(engine="none"))
+    target = examine(bundle, cpu_machine(onnxruntime=None))
+    found = finding(target, PLAN)
+    assert target.exit_code == 3
+    assert verdict(target).startswith("NO, this machine cannot run it: engine.plan: --engine none was asked for")
+    assert found.means == "Nothing here runs its graph. onnxruntime is not here; openvino is not here."
+    assert found.command is not None
+    assert "pip install" in found.command
+
+
+WITH_OPENVINO = {**cpu_machine().packages, "openvino": "2026.4.1"}
+
+
+def test_a_bundle_of_target_cpu_runs_where_the_export_measured_it(tmp_path: Path) -> None:
+    bundle = tiny_bundles.for_cpu(tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16)))
+    target = examine(bundle, cpu_machine(packages=WITH_OPENVINO))
+    text = as_text(target, width=500)
+    assert target.exit_code == 0
+    assert verdict(target) == "YES, in OpenVINO this machine can run it."
+    assert "--engine auto" not in text
+    assert "no runtime" not in text
+
+
+def test_a_bundle_of_target_cpu_without_openvino_is_told_to_install_it(tmp_path: Path) -> None:
+    bundle = tiny_bundles.for_cpu(tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16)))
+    target = examine(bundle, cpu_machine())
+    found = finding(target, PLAN)
+    assert target.exit_code == 3
+    assert "openvino is not here; ONNX Runtime 1.32.0 computes nothing in bfloat16 on a CPU" in found.means
+    assert found.command is not None
+    assert found.command.endswith("install openvino")
+
+
+def test_int8_for_vnni_runs_on_no_processor_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tiny_bundles.for_vnni(tmp_path / "b")
+    here = cpu_machine(packages=WITH_OPENVINO)
+    processors.pretend("AVX-512", tmp_path, monkeypatch)
+    assert examine(bundle, here).exit_code == 0
+    processors.pretend("AVX2", tmp_path, monkeypatch)
+    target = examine(bundle, here)
+    assert target.exit_code == 3
+    assert "Nothing here runs its graph. It is for CPUs with VNNI" in finding(target, PLAN).means
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ GRAPH_FACTOR = 2
 
 PROBE_SECONDS = 5
 
+CORES = 2
+"""CPU cores that a pod requests; it may use more where the node has them free."""
+
 _SERVER_BYTES = 4 * GIBI  # CUDA's libraries, and host memory of the CUDA context
 _COPIES = 3  # copies of the model in host memory during loading: file, parsed, converted
 _STEP_BYTES = GIBI  # an instance of an ensemble's step: a Python process that may hold the largest picture
@@ -143,8 +146,9 @@ class Deployment:
         Raises BundleError where it is not a bundle, was changed, or has no file for the backend; UsageError where the
         requested Triton image, or every known one, cannot load it.
         """
-        title = Bundle.open(path, verify=False).manifest.model.name
-        served_with = triton_options(options)
+        opened = Bundle.open(path, verify=False)
+        title = opened.manifest.model.name
+        served_with = triton_options(options, Device.CPU if opened.is_for_cpu else Device.GPU)
         (model,) = resolve_models([BundleArgument(path, triton_name(title))], served_with)
         steps = ensemble_steps(model, served_with)
         image = choose_image(model, options.triton_version)
@@ -181,6 +185,16 @@ class Deployment:
             chart = quoted(f"{folder}chart")
             apply = f"helm upgrade --install {self.name} {chart} --namespace {self.name} --create-namespace"
         return (*(build if self.options.image_digest is None else ()), apply)
+
+    @property
+    def device(self) -> Device:
+        """Where its instances run: on GPUs, or of a bundle of --target cpu on the CPU."""
+        return Device.CPU if self.model.on_cpu else Device.GPU
+
+    @property
+    def takes(self) -> str:
+        """What a pod takes besides memory, in a few words."""
+        return f"{CORES} CPU cores" if self.model.on_cpu else "1 GPU"
 
     @property
     def is_plan(self) -> bool:
@@ -222,11 +236,11 @@ class Deployment:
         return built if _PLAIN.fullmatch(built) else "unknown"
 
 
-def triton_options(options: KubernetesOptions) -> TritonOptions:
-    """Options of the model repository. Instances run on GPUs: a pod without one fails, instead of being slow."""
+def triton_options(options: KubernetesOptions, device: Device) -> TritonOptions:
+    """Options of the model repository. On GPUs a pod without one fails, instead of being slow."""
     return TritonOptions(
         backend=options.backend,
-        instances=dataclasses.replace(options.instances, device=Device.GPU),
+        instances=dataclasses.replace(options.instances, device=device),
         labels=options.labels,
         ensemble=Ensemble() if options.ensemble else None,
     )

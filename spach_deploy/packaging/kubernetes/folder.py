@@ -92,7 +92,8 @@ def _write_image(folder: Path, deployment: Deployment, pack: GoldenPack) -> str:
     """Write everything that `docker build` reads. Returns the image's tag, which changes with every file."""
     folder.mkdir()
     repository = folder / MODELS
-    write_models([deployment.model], Destination.of(repository), repository, triton_options(deployment.options))
+    options = triton_options(deployment.options, deployment.device)
+    write_models([deployment.model], Destination.of(repository), repository, options)
     (folder / GOLDEN_FOLDER).mkdir()
     for name, content in pack.files.items():
         (folder / GOLDEN_FOLDER / name).write_bytes(content)
@@ -178,7 +179,8 @@ def as_text(written: KubernetesPackage) -> str:
         "model": f"{deployment.title}, {deployment.model.facts.precision.value}, as {deployment.model.name} in Triton",
         "serves": deployment.serves,
         "image": f"{deployment.image.reference} ({deployment.carries})",
-        "pods": f"{_replicas(written)} of {deployment.name}, each with 1 GPU and {quantity(sizes.memory_bytes)}"
+        "pods": f"{_replicas(written)} of {deployment.name}, each with {deployment.takes} and"
+        f" {quantity(sizes.memory_bytes)}"
         f"{' for ' + ', '.join(deployment.gpus) if deployment.gpus else ''}",
         "start-up": f"{sizes.startup_seconds} s ({sizes.arithmetic})",
         "folder": str(written.path),

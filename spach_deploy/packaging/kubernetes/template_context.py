@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.outputs import CLASS_SCORES, expected_outputs, of_role
 from spach_deploy.bundle.schema import TensorInfo
 from spach_deploy.bundle.store import GOLDEN
-from spach_deploy.common.errors import BundleError
+from spach_deploy.common.errors import BundleError, printable
 from spach_deploy.common.text import json_text
 from spach_deploy.options.specs import BatchProfile, Role
 from spach_deploy.packaging.kubernetes.deployment import (
+    CORES,
     LONGEST,
     PROBE_SECONDS,
     Deployment,
@@ -45,6 +47,9 @@ from spach_deploy.packaging.triton.served_model import ServedModel
 from spach_deploy.packaging.triton.serving import PILLOW, is_version_compatible
 from spach_deploy.validation.runs import repeated_images
 from spach_deploy.validation.tolerance import Bounds
+
+WIDTH = 120
+"""Of a line of the README."""
 
 _QUEUE_FACTOR = 10
 _PULL_SECONDS = 600  # Triton's images have 10 GB
@@ -197,6 +202,7 @@ def _size_values(deployment: Deployment) -> dict[str, str]:
     sizes, delay = deployment.sizes, Batching().queue_delay_us
     return {
         "MEGABYTES": f"{sizes.artifact_bytes / 1e6:.1f}",
+        "CORES": str(CORES),
         "MEMORY": quantity(sizes.memory_bytes),
         "SHM": quantity(sizes.shm_bytes),
         "STARTUP_SECONDS": str(sizes.startup_seconds),
@@ -219,12 +225,25 @@ def _conditional_blocks(deployment: Deployment) -> dict[str, str]:
         if is_version_compatible(model)
         else "",
         "REQUIREMENTS": _requirements(deployment),
+        "NOTES": "".join(f"\n{note}" for note in _notes(deployment)),
+        "GPU": "" if model.on_cpu else 'nvidia.com/gpu: "1"',
+        "WHOLE_GPU": "" if model.on_cpu else "A whole GPU. ",
     }
+    if model.on_cpu:
+        values["GPU_TOLERATIONS"] = ""
     if allows_tf32(model):
         values["TF32"] = ""
     if not deployment.options.ensemble:
         values["STEP_PACKAGES"] = ""
     return values
+
+
+def _notes(deployment: Deployment) -> Iterator[str]:
+    """Remarks on the model as a list, with the bundle's name in place of where it was on the writing machine."""
+    path = deployment.model.bundle.path
+    for note in deployment.notes:
+        text = printable(note.replace(str(path), path.name))
+        yield textwrap.fill(f"- {text}", WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _is_hardware_compatible(deployment: Deployment) -> bool:
@@ -261,9 +280,12 @@ def _term(operator: str, major: str, minor: str | None = None) -> list[str]:
 
 def _requirements(deployment: Deployment) -> str:
     image = deployment.image
-    lines = [
+    driver = [
         f"- NVIDIA's device plugin (`nvidia.com/gpu`), and on the nodes a driver for CUDA {image.cuda}, see",
         f"  {image.notes}",
+    ]
+    lines = [
+        *([] if deployment.model.on_cpu else driver),
         "- for autoscaling, Prometheus and prometheus-adapter with the rule in monitoring/prometheus-adapter.yaml",
         "- a network plugin that enforces network policies, or they are only words",
     ]

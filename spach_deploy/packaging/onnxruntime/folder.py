@@ -52,11 +52,12 @@ from spach_deploy.bundle.store import (
 )
 from spach_deploy.common.errors import BundleError, UsageError
 from spach_deploy.common.files import sha256_of
+from spach_deploy.common.machine import VNNI_ONLY
 from spach_deploy.common.versions import ROUNDS_FP16
 from spach_deploy.data.labels import as_text, read_labels
 from spach_deploy.graph.ep_context import RTX_PROVIDER, TENSORRT_PROVIDER, PlanContext, context_model
 from spach_deploy.graph.external_data import check_is_one_file
-from spach_deploy.graph.runtimes import GraphNeeds, reading, runtimes
+from spach_deploy.graph.runtimes import INSTEAD_OF_BFLOAT16, NO_BFLOAT16, GraphNeeds, reading, runtimes
 from spach_deploy.options.specs import Precision, Role, size_in_words
 from spach_deploy.validation.bundle_facts import BundleFacts, check_interface
 from spach_deploy.validation.verdict import Tolerance
@@ -86,15 +87,17 @@ class GraphProviders:
     readers: str = ""
 
     @classmethod
-    def of(cls, graph: Path, *, cpu_only: bool) -> GraphProviders:
-        """By the formats, opset and operators of the graph. UsageError where it is for a CPU and runs on none."""
+    def of(cls, graph: Path, *, cpu_only: bool, instead: str = "Leave --device out.") -> GraphProviders:
+        """By the formats, opset and operators of the graph. UsageError, with the next step `instead`, where it is for a
+        CPU and runs on none.
+        """
         needs, known = GraphNeeds.of(graph), runtimes().onnxruntimes
         names = (CPU,) if cpu_only else (CUDA, CPU)
         if needs is None:
             return cls(names)
         if needs.bfloat16:
             if cpu_only:
-                raise UsageError("ONNX Runtime computes nothing in bfloat16 on a CPU.", "Leave --device out.")
+                raise UsageError(NO_BFLOAT16, instead)
             names = (CUDA,)
         first = next((one.version for one in known if not one.misfit(needs, on_gpu=CPU not in names)), None)
         return cls(names, "" if first in (None, known[0].version) else first, reading(needs))
@@ -132,9 +135,9 @@ def write_folder(
     """Write the graph of `bundle` in ONNX Runtime's form to `output`, and its plan as an EPContext model.
 
     `embed`: the plan's bytes are in that model. `cpu_only`: model.onnx is for the CPU alone, INT8 in the form that it
-    computes in integers. Raises BundleError where `bundle` is not a bundle or was changed, or
-    the target cannot be written; UsageError for labels that do not fit, and with `embed` for no plan or one that is
-    too large.
+    computes in integers; always so of a bundle of --target cpu. Raises BundleError where `bundle`
+    is not a bundle or was changed, or the target cannot be written; UsageError for labels that do not fit, for a graph
+    in bfloat16 that is for the CPU, and with `embed` for no plan or one that is too large.
     """
     destination = check_target(output, overwrite=overwrite, contents=ONNXRUNTIME)
     opened = Bundle.open(bundle)
@@ -151,9 +154,11 @@ def write_folder(
     golden.check(opened)
     from spach_deploy.pipeline.runtime_form import graph_for_runtime  # loads PyTorch, after what may be refused
 
+    cpu_only = cpu_only or opened.is_for_cpu
     in_integers = cpu_only and facts.precision is Precision.INT8
     form = graph_for_runtime(opened, rest=Precision.FP32 if in_integers else None)
-    providers = GraphProviders.of(form.path, cpu_only=cpu_only)
+    instead = INSTEAD_OF_BFLOAT16 if opened.is_for_cpu else "Leave --device out."
+    providers = GraphProviders.of(form.path, cpu_only=cpu_only, instead=instead)
     context = None if opened.plan is None else PlanContext.of(opened.manifest.engine, opened.plan)
     made = OnnxRuntimePackage(
         output,
@@ -293,7 +298,7 @@ def _notes(bundle: Bundle, facts: BundleFacts, form: RuntimeGraph, providers: Gr
     if served.quantizes_fp16:
         yield f"On a CPU it needs ONNX Runtime {ROUNDS_FP16} or newer: older ones truncate FP16 instead of rounding."
     if served.needs_vnni:
-        yield "It is for CPUs with VNNI: without it, sums of INT8 overflow and the answers are wrong."
+        yield VNNI_ONLY
 
 
 def _readme(made: OnnxRuntimePackage) -> str:

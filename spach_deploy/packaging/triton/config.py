@@ -254,6 +254,8 @@ def version_policy(policy: VersionPolicy | None) -> dict[str, Any] | None:
 
 
 def _device(model: ServedModel, instances: Instances, *, needs_gpu: bool) -> Device:
+    if model.on_cpu:
+        return Device.CPU
     if instances.device is not None:
         return instances.device
     return Device.GPU if needs_gpu or model.needs_gpu or instances.gpus else Device.AUTO

@@ -288,6 +288,13 @@ class TritonOptions:
         if self.instances.device is Device.CPU:
             raise UsageError("--accelerator tensorrt runs on GPUs alone.", "Leave --device cpu out.")
 
+    def for_cpu(self) -> TritonOptions:
+        """These options for bundles of --target cpu: instances run on the CPU unless an option says where."""
+        instances = self.instances
+        if self.accelerator is not None or instances.device is not None or instances.gpus:
+            return self
+        return dataclasses.replace(self, instances=dataclasses.replace(instances, device=Device.CPU))
+
     @property
     def named_models(self) -> tuple[tuple[str, str], ...]:
         """The models that options name, each with its option."""

@@ -16,7 +16,7 @@ from spach_deploy.common.errors import printable
 from spach_deploy.graph.runtimes import REPOSITORY, TritonImage, runtimes
 from spach_deploy.options.command_line import joined, quoted
 from spach_deploy.packaging.triton.config import LABELS_FILE, data_type_name, engine_folder, shown
-from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU, MOUNT, Device, TritonOptions
+from spach_deploy.packaging.triton.options import KIND_AUTO, KIND_CPU, MOUNT, TritonOptions
 from spach_deploy.packaging.triton.served_model import ServedModel, Version
 from spach_deploy.packaging.triton.serving import PILLOW, fitting_images, misfit, server_flags, shared_memory_bytes
 
@@ -55,12 +55,12 @@ class RepositoryContent:
     @property
     def on_gpu(self) -> bool:
         """Whether instances may run on a GPU."""
-        return self.options.instances.device is not Device.CPU
+        return not all(model.on_cpu for model in self.models)
 
     @property
     def images(self) -> tuple[TritonImage, ...]:
         """The known images that load every model, oldest first."""
-        fitting = [_images_of(model, self) for model in self.models]
+        fitting = [fitting_images(model, runtimes()) for model in self.models]
         return tuple(image for image in runtimes().images if all(image in images for images in fitting))
 
     @property
@@ -184,8 +184,8 @@ def _which_image(content: RepositoryContent) -> str:
     if images:
         return f"Known to load everything here: {_releases(images)} ({_carries(images[-1])} in {images[-1].release})."
     needs = "\n".join(
-        f"- `{model.name}`: {_releases(_images_of(model, content))}. In {known.images[-1].release},"
-        f" {misfit(model, known.images[-1], known, on_gpu=content.on_gpu) or 'it loads'}."
+        f"- `{model.name}`: {_releases(fitting_images(model, known))}. In {known.images[-1].release},"
+        f" {misfit(model, known.images[-1], known) or 'it loads'}."
         for model in content.models
     )
     together = " all of these together" if len(content.models) > 1 else " this"
@@ -232,10 +232,6 @@ def _runs_on_cpus(content: RepositoryContent) -> bool:
     return (
         content.on_gpu and not any(model.needs_gpu for model in content.models) and not content.options.instances.gpus
     )
-
-
-def _images_of(model: ServedModel, content: RepositoryContent) -> tuple[TritonImage, ...]:
-    return fitting_images(model, runtimes(), on_gpu=content.on_gpu)
 
 
 def _releases(images: Sequence[TritonImage]) -> str:

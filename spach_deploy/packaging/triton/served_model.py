@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from spach_deploy.bundle.schema import Form, Manifest, TensorInfo
 from spach_deploy.bundle.store import GRAPH, Bundle
 from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.machine import VNNI_ONLY
 from spach_deploy.common.operating_system import problem_of_name
 from spach_deploy.graph.external_data import check_is_one_file
-from spach_deploy.graph.runtimes import GraphNeeds, runtimes
+from spach_deploy.graph.runtimes import INSTEAD_OF_BFLOAT16, GraphNeeds, runtimes
 from spach_deploy.options.specs import BatchProfile, Flavour, Precision
 from spach_deploy.packaging.triton.options import Backend, Device, TritonOptions
 from spach_deploy.runtime.onnxruntime_runner import REMEDY, fault_of
@@ -76,8 +77,9 @@ class ServedModel:
     """A model of the repository. All versions have the same inputs and outputs.
 
     `batch`: the profile that every version accepts. `facts`: of the newest version. `accepts_rtx`: a version has a plan
-    of TensorRT for RTX, which the user forced. `needs_gpu`: at least one version cannot run on a CPU. `needs`: what the
-    graphs need from ONNX Runtime, if it serves them. `notes`: remarks; `warnings`: what will not work.
+    of TensorRT for RTX, which the user forced. `on_cpu`: its instances run on the CPU alone. `needs_gpu`: at least one
+    version cannot run on a CPU. `needs`: what the graphs need from ONNX Runtime, if it serves them.
+    `notes`: remarks; `warnings`: what will not work.
     """
 
     name: str
@@ -86,6 +88,7 @@ class ServedModel:
     batch: BatchProfile
     facts: BundleFacts
     accepts_rtx: bool = False
+    on_cpu: bool = False
     needs_gpu: bool = False
     needs: tuple[GraphNeeds, ...] = ()
     notes: tuple[str, ...] = ()
@@ -158,6 +161,7 @@ def resolve_models(arguments: Sequence[BundleArgument], options: TritonOptions) 
 
 
 def _served(name: str, bundles: list[Bundle], options: TritonOptions) -> ServedModel:
+    options = options.for_cpu() if all(bundle.is_for_cpu for bundle in bundles) else options
     facts = [BundleFacts.of(bundle) for bundle in bundles]
     choices = [_choose(bundle, fact, options) for bundle, fact in zip(bundles, facts, strict=True)]
     _check_alike(name, bundles, [choice.backend for choice in choices])
@@ -178,6 +182,7 @@ def _served(name: str, bundles: list[Bundle], options: TritonOptions) -> ServedM
         batch=_common_profile(name, [fact.batch for fact in facts]),
         facts=facts[-1],
         accepts_rtx=any(choice.is_rtx_plan for choice in choices),
+        on_cpu=options.instances.device is Device.CPU,
         needs_gpu=options.accelerator is not None
         or any(choice.needs is None or bool(choice.needs.bfloat16) for choice in choices),
         needs=tuple(choice.needs for choice in choices if choice.needs is not None),
@@ -231,12 +236,13 @@ def _in_its_form(bundle: Bundle, facts: BundleFacts, options: TritonOptions) -> 
     in_integers = options.instances.device is Device.CPU and facts.precision is Precision.INT8
     graph = graph_for_runtime(bundle, rest=Precision.FP32 if in_integers else None)
     choice = _graph(bundle, graph, facts, options)
+    is_for_vnni = Bundle(bundle.path, graph.manifest).needs_vnni and options.instances.device is not Device.GPU
     return dataclasses.replace(
         choice,
         artifact=graph.path,
         manifest=graph.manifest,
         made=graph if graph.is_made else None,
-        further=(*choice.further, graph.note),
+        further=(*choice.further, graph.note, VNNI_ONLY if is_for_vnni else ""),
     )
 
 
@@ -327,7 +333,7 @@ def _graph(bundle: Bundle, served: Bundle | RuntimeGraph, facts: BundleFacts, op
     warning = ""
     if not fitting:
         newest = known.images[-1]
-        where = "" if on_gpu else " with --device cpu"
+        where = "" if on_gpu or bundle.is_for_cpu else " with --device cpu"
         reason = f"in the newest, {newest.release}, {known.misfit(newest, (needs,), on_gpu=on_gpu)}"
         warning = f"No known Triton image runs the graph of {bundle.path}{where}: {reason}."
         if not options.force:
@@ -342,6 +348,8 @@ def _graph(bundle: Bundle, served: Bundle | RuntimeGraph, facts: BundleFacts, op
 
 def _instead_of_graph(needs: GraphNeeds, bundle: Bundle, facts: BundleFacts) -> str:
     """The next step where no Triton image runs a graph."""
+    if needs.bfloat16 and bundle.is_for_cpu:
+        return INSTEAD_OF_BFLOAT16
     if runtimes().fitting((needs,), on_gpu=True):
         return "Leave --device cpu out."
     if needs.has_fp8:

@@ -27,15 +27,15 @@ _LEAST_SHM, _STEP_SHM = 128 * MEBI, 64 * MEBI
 _BATCHES_IN_SHM = 4
 
 
-def fitting_images(model: ServedModel, known: Runtimes, *, on_gpu: bool = True) -> tuple[TritonImage, ...]:
+def fitting_images(model: ServedModel, known: Runtimes) -> tuple[TritonImage, ...]:
     """The images that can load `model`, oldest first."""
-    return tuple(image for image in known.images if not misfit(model, image, known, on_gpu=on_gpu))
+    return tuple(image for image in known.images if not misfit(model, image, known))
 
 
-def misfit(model: ServedModel, image: TritonImage, known: Runtimes, *, on_gpu: bool = True) -> str:
+def misfit(model: ServedModel, image: TritonImage, known: Runtimes) -> str:
     """Why `image` cannot load `model`, without a full stop; empty where it can."""
     if model.backend is not Backend.TENSORRT:
-        return known.misfit(image, model.needs, on_gpu=on_gpu)
+        return known.misfit(image, model.needs, on_gpu=not model.on_cpu)
     built = model.bundle.manifest.engine.version
     if model.facts.flavour is Flavour.TENSORRT_RTX:
         return f"the engine is TensorRT for RTX {built}, and {RTX_REASON}"

@@ -16,9 +16,11 @@ import onnx
 import pytest
 
 from spach_deploy.bundle.schema import Form, Manifest
-from spach_deploy.common.errors import BundleError
+from spach_deploy.common.errors import BundleError, UsageError
+from spach_deploy.common.machine import VNNI_ONLY
+from spach_deploy.options.specs import Precision
 from spach_deploy.packaging.kubernetes.deployment import ImageDigest, KubernetesOptions
-from spach_deploy.packaging.kubernetes.folder import KubernetesPackage, write_folder
+from spach_deploy.packaging.kubernetes.folder import KubernetesPackage, as_text, write_folder
 from spach_deploy.packaging.triton.check import check_repository
 from tests import small_bundles
 from tests.commands import contents
@@ -244,3 +246,21 @@ def test_a_bundle_of_tensorrts_is_served_in_onnxruntimes_form_and_a_note_says_so
     assert [note for note in written.deployment.notes if "Made anew in the form for ONNX Runtime" in note]
     assert written.deployment.sizes.artifact_bytes == served.stat().st_size
     assert check_repository(written.path / "image" / "models").findings == ()
+
+
+@pytest.mark.parametrize("options", [KubernetesOptions(), KubernetesOptions(kserve=True), KubernetesOptions(helm=True)])
+def test_a_bundle_of_target_cpu_asks_for_no_gpu(options: KubernetesOptions, tmp_path: Path) -> None:
+    written = write(tmp_path, tiny_bundles.for_vnni(tmp_path / "b"), options)
+    texts = {file: file.read_text() for file in written.path.rglob("*") if file.suffix in (".yaml", ".md", ".tpl")}
+    assert [str(file) for file, text in texts.items() if "nvidia.com" in text] == []
+    assert "each with 2 CPU cores and" in as_text(written)
+    assert VNNI_ONLY in as_text(written)
+    assert VNNI_ONLY in texts[written.path / "README.md"]
+    config = (written.path / "image" / "models" / "tiny" / "config.pbtxt").read_text()
+    assert "kind: KIND_CPU" in config
+
+
+def test_bfloat16_of_target_cpu_is_refused(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "b", Tiny(engine="none", precision=Precision.BF16))
+    with pytest.raises(UsageError, match=r"in bfloat16 on a CPU\. Export it for ONNX Runtime"):
+        write(tmp_path, tiny_bundles.for_cpu(bundle))

@@ -687,3 +687,19 @@ def test_the_manifest_marks_it(folder: Path) -> None:
     assert manifest["kind"] == "onnxruntime"
     assert RUN not in manifest["files"]
     assert manifest["files"][PLAN]["sha256"] == sha256_of(folder / PLAN)
+
+
+def test_a_bundle_of_target_cpu_is_for_the_cpu(tmp_path: Path) -> None:
+    bundle = tiny_bundles.for_cpu(tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none")), onnxruntime="1")
+    result = package(bundle, "-o", tmp_path / "served")
+    assert result.exit_code == 0, result.output
+    assert "graph      model.onnx, for CPUExecutionProvider\n" in result.stdout
+    assert "CUDA" not in (tmp_path / "served" / MODEL_TEXT).read_text()
+
+
+def test_bfloat16_of_target_cpu_is_refused_with_what_runs_it(tmp_path: Path) -> None:
+    written = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none", precision=Precision.BF16))
+    said = refusal(package(tiny_bundles.for_cpu(written), "-o", tmp_path / "served"))
+    assert "ONNX Runtime computes nothing in bfloat16 on a CPU. Export it for ONNX Runtime" in said
+    assert "or run this bundle in OpenVINO with spach_deploy.Session." in said
+    assert not (tmp_path / "served").exists()

@@ -470,7 +470,7 @@ BROKEN: dict[str, Broken] = {
     "graph as a plan": Broken("plan", graph_in_place_of_the_plan, PLAN_FILE, "", "an ONNX graph"),
     "text as a plan": Broken("plan", put(PLAN_FILE, "hello"), PLAN_FILE, "", "text file"),
     "plan as a graph": Broken("graph", put(GRAPH_FILE, b"ftrt" + bytes(200)), GRAPH_FILE, "", "a plan of tensorrt"),
-    "graph cut": Broken("graph", put(GRAPH_FILE, b"\x08\x08\x12\x01"), GRAPH_FILE, "", "no ONNX graph"),
+    "graph cut": Broken("graph", put(GRAPH_FILE, b"\x08\x08\x12\x01"), GRAPH_FILE, "", "no whole ONNX graph"),
     "plan of RTX": Broken(
         "plan", put(PLAN_FILE, tiny_bundles.plan_bytes("tensorrt-rtx")), PLAN_FILE, "", "TensorRT for RTX"
     ),

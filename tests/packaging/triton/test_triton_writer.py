@@ -15,6 +15,7 @@ from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.schema import Form, Manifest
 from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import BundleError, SpachError, UsageError
+from spach_deploy.common.machine import VNNI_ONLY
 from spach_deploy.options.specs import BatchProfile, IODtype, OutputSpec, Precision, Preprocessing, channel_statistics
 from spach_deploy.packaging.polygraphy.folder import write_folder
 from spach_deploy.packaging.triton.check import check_repository
@@ -765,3 +766,27 @@ def test_eight_bits_among_half_have_no_precision_mode(tmp_path: Path) -> None:
 def test_options_that_contradict_the_accelerator_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TritonOptions(**options)
+
+
+def test_a_bundle_of_target_cpu_is_served_on_the_cpu_unless_a_device_is_given(tmp_path: Path) -> None:
+    bundle = tiny_bundles.for_cpu(tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none")))
+    for device, kind in ((None, 2), (Device.GPU, 1), (Device.AUTO, 0)):
+        options = TritonOptions(instances=Instances(device=device))
+        result = write_repository([BundleArgument(bundle)], tmp_path / f"repository-{kind}", options)
+        assert [group.kind for group in config(result.path).instance_group] == [kind]
+        assert ("--gpus all" in (result.path / "README.md").read_text()) is (kind != 2)
+
+
+def test_bfloat16_of_target_cpu_is_refused_with_what_runs_it(tmp_path: Path) -> None:
+    bundle = tiny_bundles.write(tmp_path / "bundle", Tiny(engine="none", precision=Precision.BF16))
+    write_repository([BundleArgument(bundle)], tmp_path / "on-gpu", TritonOptions())
+    with pytest.raises(UsageError, match=r"in bfloat16 on a CPU\. Export it for ONNX Runtime, .* in OpenVINO with"):
+        write_repository([BundleArgument(tiny_bundles.for_cpu(bundle))], tmp_path / "on-cpu", TritonOptions())
+
+
+@pytest.mark.parametrize(("device", "is_said"), [(None, True), (Device.AUTO, True), (Device.GPU, False)])
+def test_int8_for_vnni_says_so(device: Device | None, is_said: bool, tmp_path: Path) -> None:
+    options = TritonOptions(instances=Instances(device=device))
+    result = write_repository([BundleArgument(tiny_bundles.for_vnni(tmp_path / "b"))], tmp_path / "r", options)
+    assert (VNNI_ONLY in result.models[0].notes) is is_said
+    assert (VNNI_ONLY in (result.path / "README.md").read_text()) is is_said

@@ -109,12 +109,34 @@ def with_weights_in(bundle: Path, location: str) -> Path:
     return bundle
 
 
-def of_int8(bundle: Path, **section: str) -> Path:
+def of_int8(bundle: Path, **section: Any) -> Path:
     """The bundle as one of INT8 with the rest in FP16; `section` says more, as `quantized_from`."""
     manifest = small_bundles.read_manifest(bundle)
     manifest["quantization"] = manifests.quantization(**section)
     small_bundles.write_manifest(bundle, manifest)
     return bundle
+
+
+def for_cpu(bundle: Path, precision: Precision = Precision.BF16, **settings: str) -> Path:
+    """The bundle as one of --target cpu; `settings` of the runner that was chosen, by default OpenVINO in bf16."""
+    settings = settings or {"INFERENCE_PRECISION_HINT": "bf16"}
+    form: dict[str, Any] = {
+        "precision": precision.value,
+        "runner": "openvino-bf16",
+        "batch": 8,
+        "images_per_second": 9.0,
+    }
+    form |= {"times_eager": 2.0, "ratio": None, "rel_l2": 1e-3, "is_right": True, "settings": settings}
+    manifest = small_bundles.read_manifest(bundle)
+    manifest["cpu"] = {"chosen": form, "forms": [form], "machine": {}}
+    small_bundles.write_manifest(bundle, manifest)
+    return bundle
+
+
+def for_vnni(folder: Path) -> Path:
+    """A bundle of --target cpu that is INT8 for processors with VNNI, by its manifest."""
+    bundle = for_cpu(write(folder, Tiny(engine="none")), Precision.INT8, INFERENCE_PRECISION_HINT="f32")
+    return of_int8(bundle, rest="fp32", quantized_from="fp32", vnni=True)
 
 
 def weights(tiny: Tiny) -> npt.NDArray[np.float32]:

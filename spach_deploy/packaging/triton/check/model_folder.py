@@ -340,10 +340,10 @@ def _has_flag(model: ModelFolder) -> bool:
 
 
 def _what_it_is(file: Path) -> str:
-    identity = identify_plan_file(file)
-    if identity.flavour is not None:
-        return f"a plan of {identity.flavour.value}"
-    return f"no ONNX graph: {identity.problem}" if identity.problem else "no ONNX graph"
+    """What a file is that should be an ONNX graph and is none."""
+    if (flavour := identify_plan_file(file).flavour) is not None:
+        return f"a plan of {flavour.value}"
+    return "no whole ONNX graph: it is empty, cut off, or of another kind"
 
 
 def _bundle(model: ModelFolder, version: int, file: Path, where: str) -> Iterator[RepositoryFinding]:
