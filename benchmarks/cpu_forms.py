@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import random
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 from benchmarks.photographs import CALIBRATION, write
 from benchmarks.results import record, table
 from spach_deploy.benchmark.result import OutputError, Ratio, ratio
-from spach_deploy.benchmark.rounds import accuracy
+from spach_deploy.benchmark.rounds import accuracy, paired_rounds
 from spach_deploy.benchmark.runners import EAGER, ONNX_RUNTIME, PLAIN, TITLES, RunnerSetup, why_not
 from spach_deploy.benchmark.worker import RunnerProcess
 from spach_deploy.bundle.golden import Golden
@@ -41,6 +40,7 @@ from spach_deploy.pipeline.export import export
 from spach_deploy.validation.bundle_facts import BundleFacts
 
 Form = tuple[Precision, str]
+Times = dict[Form, tuple[float, ...]]
 BASE: Form = (Precision.FP32, EAGER)
 FP32: Form = (Precision.FP32, ONNX_RUNTIME)
 SECONDS = 1.0
@@ -73,9 +73,8 @@ def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle], folder: 
     return found
 
 
-def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]], dict[Form, OutputError]]:
+def measured(name: str, batch: int, rounds: int) -> tuple[Times, dict[Form, OutputError]]:
     """Median seconds of each form in each round, and its error."""
-    times: dict[Form, list[float]] = {}
     errors: dict[Form, OutputError] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         made = dict(bundles(name, Path(folder)))
@@ -85,15 +84,11 @@ def measured(name: str, batch: int, rounds: int) -> tuple[dict[Form, list[float]
         for form, worker in running.items():
             allowed = BundleFacts.of(made[form[0]]).tolerances.graph.outputs["logits"].rel_l2
             errors[form] = accuracy(worker.first_outputs(golden.input, batch).values, golden.outputs["logits"], allowed)
-        chance = random.Random(0)
-        for number in range(rounds):
-            print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-            for form in chance.sample(list(running), len(running)):
-                times.setdefault(form, []).append(statistics.median(running[form].turn(images, SECONDS).seconds))
+        times = paired_rounds(running, images, rounds, SECONDS, lambda what, share: print(what, file=sys.stderr))
     return times, errors
 
 
-def rows(name: str, batch: int, times: dict[Form, list[float]], errors: dict[Form, OutputError]) -> list[list[object]]:
+def rows(name: str, batch: int, times: Times, errors: dict[Form, OutputError]) -> list[list[object]]:
     """A line a form."""
     lines: list[list[object]] = []
     for form in sorted(times, key=lambda form: -statistics.median(times[form])):
@@ -112,7 +107,7 @@ def _words(found: Ratio | None) -> str:
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def verdict(times: dict[Form, list[float]], errors: dict[Form, OutputError]) -> list[str]:
+def verdict(times: Times, errors: dict[Form, OutputError]) -> list[str]:
     """Whether the goals hold, by the right forms alone, and by ratios that the rounds can tell."""
     right = {form: seconds for form, seconds in times.items() if errors[form].is_right and form != BASE}
     plain = {form: seconds for form, seconds in right.items() if form[1] in PLAIN}
@@ -126,7 +121,7 @@ def verdict(times: dict[Form, list[float]], errors: dict[Form, OutputError]) -> 
     return judged
 
 
-def _judged(ours: dict[Form, list[float]], peers: dict[Form, list[float]], goal: float) -> str:
+def _judged(ours: Times, peers: Times, goal: float) -> str:
     if not ours or not peers:
         return "-"
     best, peer = (min(forms, key=lambda form: statistics.median(forms[form])) for forms in (ours, peers))

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ from spach_deploy.validation.bundle_facts import BundleFacts
 from spach_deploy.validation.tolerance import ToleranceSet
 
 Array = npt.NDArray[Any]
+Key = TypeVar("Key")
 OnProgress = Callable[[str, float], None]
 """Called with what is under way, and the share of the benchmark that is done."""
 
@@ -206,6 +207,19 @@ def _drop_unmeasured(records: dict[str, _RunnerRecord], request: BenchmarkReques
     if not records:
         reasons = "; ".join(f"{TITLES[name]}: {reason}" for name, reason in skipped.items())
         raise UnavailableError(f"Nothing here can run this bundle. {reasons}.", "See spach-doctor.")
+
+
+def paired_rounds(
+    workers: Mapping[Key, RunnerProcess], inputs: Batch, rounds: int, seconds: float, report: OnProgress
+) -> dict[Key, tuple[float, ...]]:
+    """Median seconds of a batch of `inputs` in each round, in which all workers take turns in random order."""
+    times: dict[Key, list[float]] = {key: [] for key in workers}
+    shuffler = random.Random(0)
+    for number in range(rounds):
+        for key in shuffler.sample(list(workers), len(workers)):
+            report(f"round {number + 1} of {rounds}: {TITLES[workers[key].name]}", number / rounds)
+            times[key].append(float(np.median(workers[key].turn(inputs, seconds).seconds)))
+    return {key: tuple(medians) for key, medians in times.items()}
 
 
 def chosen_batches(asked: Sequence[int], profile: BatchProfile) -> tuple[int, ...]:

@@ -539,20 +539,23 @@ class ValidationSection(Struct, frozen=True, kw_only=True):
 
 
 class CpuFormEntry(Struct, frozen=True, kw_only=True):
-    """A precision measured in a runner at `batch`. `ratio`: speed relative to PyTorch eager, null where too noisy.
+    """A precision measured in a runner at `batch`.
 
-    `settings`: settings of the runner that this result needs.
+    `times_eager`: speed relative to PyTorch eager, null where that does not run; `ratio`: the same, null where too
+    noisy. `settings`: settings of the runner that this result needs. `seconds_by_round`: of the forms between which the
+    choice was made, the median seconds in each round that they all took turns in.
     """
 
     precision: Precision
     runner: str
     batch: int
     images_per_second: float
-    times_eager: float
+    times_eager: float | None
     ratio: float | None
     rel_l2: float
     is_right: bool
     settings: dict[str, str]
+    seconds_by_round: tuple[float, ...] = ()
 
 
 class CpuSection(Struct, frozen=True, kw_only=True):

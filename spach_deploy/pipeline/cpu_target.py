@@ -2,23 +2,30 @@
 
 Candidates: FP32; BF16, where the CPU multiplies it and OpenVINO is installed; with a calibration set also INT8 with
 everything else in FP32 (or, in OpenVINO, in BF16). Each runs in ONNX Runtime and, where installed, OpenVINO. Beside
-them run the plain ways (`benchmark.plain`): the reference as each runtime's own tools convert it. All are measured
-against PyTorch eager in rounds of one run. The fastest form whose outputs are within its bundle's tolerances becomes
-the bundle: where a plain way is the fastest, the bundle holds that. Its manifest has all measurements in the section
-`cpu`, with the settings of the runner.
+them run the plain ways (`benchmark.plain`): the reference as each runtime's own tools convert it. The forms
+of a precision are measured against PyTorch eager in rounds of one run, and those whose outputs are within the bundle's
+tolerances are right. The fastest right form and the fastest right plain way of every precision then take turns in one
+more run, which decides. The winner becomes the bundle: where that is a plain way, the bundle holds it. Its manifest has
+all measurements in the section `cpu`, with the settings of the runner.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from spach_deploy.benchmark.rounds import BenchmarkRequest, measure
+import msgspec
+import numpy as np
+
+from spach_deploy.benchmark.result import ratio
+from spach_deploy.benchmark.rounds import BenchmarkRequest, measure, paired_rounds
 from spach_deploy.benchmark.runners import (
     COMPILE_BF16,
     EAGER,
@@ -37,9 +44,11 @@ from spach_deploy.benchmark.runners import (
     why_no_openvino,
     why_not,
 )
+from spach_deploy.benchmark.worker import RunnerProcess
 from spach_deploy.bundle import store as bundles
+from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.schema import CpuFormEntry, CpuSection
-from spach_deploy.bundle.store import GRAPH, OPENVINO_MODEL, OPENVINO_WEIGHTS, Bundle
+from spach_deploy.bundle.store import GOLDEN, GRAPH, OPENVINO_MODEL, OPENVINO_WEIGHTS, Bundle
 from spach_deploy.common.errors import MismatchError, UnavailableError, UsageError
 from spach_deploy.common.files import Destination
 from spach_deploy.common.machine import available_threads, has_vnni
@@ -63,6 +72,12 @@ RUNNERS: Mapping[Precision, tuple[str, ...]] = {
 }
 """The runners of each candidate precision. ONNX Runtime has no bfloat16 on CPUs."""
 
+FormKey = tuple[Precision, str]
+"""A form's precision and runner."""
+
+_FP32_ERROR = 1e-4
+"""Relative L2 that no rounding in FP32 explains; the bundle of another precision allows more."""
+
 _PRECISION_OF = {name: precision for precision, names in RUNNERS.items() for name in names if name in PLAIN}
 """The precision of each plain way."""
 
@@ -73,19 +88,21 @@ _ROUNDS, _SECONDS = 5, 1.0
 class CpuChoice:
     """The bundle that was written, and what its manifest says of the measurement.
 
-    `is_requested`: the user named the precision, so that no other was tried.
+    `is_requested`: the user named the precision, so that no other was tried. `not_run`: the plain ways that did not
+    run, with the reason.
     """
 
     bundle: Bundle
     section: CpuSection
     is_requested: bool = False
+    not_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def plain(self) -> CpuFormEntry | None:
         """The fastest plain way that is right; None without any."""
-        return max(
-            (form for form in self.section.forms if form.runner in PLAIN and form.is_right), key=_speed, default=None
-        )
+        plain = [form for form in self.section.forms if form.runner in PLAIN and form.is_right]
+        decided = [form for form in plain if form.seconds_by_round] or plain
+        return max(decided, key=lambda form: form.images_per_second, default=None)
 
 
 def check_cpu(options: ExportOptions, requested: Precision | None) -> None:
@@ -122,7 +139,10 @@ def export_for_cpu(
     """
     check_cpu(options, requested)
     targets = _possible_targets(options)
-    benchmarks: dict[Precision, Benchmark] = {}
+    forms: dict[FormKey, CpuFormEntry] = {}
+    setups: dict[FormKey, RunnerSetup] = {}
+    not_run: dict[str, str] = {}
+    machine: Mapping[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="spach-cpu-", ignore_cleanup_errors=True) as name:
         folder, converted = Path(name), Path(name) / "converted"
         converted.mkdir()
@@ -131,11 +151,20 @@ def export_for_cpu(
             return export(chosen, observer, destination=Destination.of(folder / where), scheduler=scheduler)
 
         for precision in wanted(options, requested):
-            made = exported(options_for(options, precision), precision.value)
+            bundle = exported(options_for(options, precision), precision.value).bundle
+            setup = _setup(bundle, options, converted)
             names = RUNNERS[precision] if requested is None else (*RUNNERS[precision], *_other_plain(precision))
-            benchmarks[precision] = measured(made, options, names, converted, tell)
-        forms = tuple(form for precision, benchmark in benchmarks.items() for form in _forms(precision, benchmark))
-        chosen, machine = best_of(forms, requested), next(iter(benchmarks.values())).machine
+            not_run |= {runner: reason for runner in names if (reason := why_not(runner, setup, bundle))}
+            benchmark = measured(setup, options, [runner for runner in names if runner not in not_run], tell)
+            machine = machine or benchmark.machine
+            for form in _forms(precision, benchmark):
+                forms[form.precision, form.runner] = form
+                setups[form.precision, form.runner] = setup
+        finalists = finalists_of(forms.values(), requested)
+        if len(finalists) > 1:
+            times = paired({key: setups[key] for key in finalists}, options.engine.batch.opt, tell)
+            forms |= {key: _timed(forms[key], seconds) for key, seconds in times.items()}
+        chosen = best_of([forms[key] for key in finalists], requested)
         source = folder / chosen.precision.value
         if chosen.runner == ONNX_PLAIN:
             source = exported(_without_rewrites(options_for(options, chosen.precision)), "plain").bundle.path
@@ -143,9 +172,39 @@ def export_for_cpu(
         if chosen.runner in IN_OPENVINO:
             model = converted / IN_OPENVINO[chosen.runner]
             files |= {OPENVINO_MODEL: model, OPENVINO_WEIGHTS: model.with_suffix(".bin")}
-        section = CpuSection(chosen=chosen, forms=forms, machine=dict(machine))
+        section = CpuSection(chosen=chosen, forms=tuple(forms.values()), machine=dict(machine))
         bundle = _copied_to_target(source, files, options, targets, section)
-    return CpuChoice(bundle, section, requested is not None)
+    plain_not_run = {runner: reason for runner, reason in not_run.items() if runner in PLAIN}
+    return CpuChoice(bundle, section, requested is not None, plain_not_run)
+
+
+def finalists_of(forms: Collection[CpuFormEntry], requested: Precision | None = None) -> list[FormKey]:
+    """The fastest right form and the fastest right plain way of each precision, and torch.compile where it is right.
+
+    MismatchError where none of them is one that a bundle can hold, in the precision that was `requested`.
+    """
+    check_right(forms, requested)
+    best: dict[tuple[Precision, bool, bool], CpuFormEntry] = {}
+    for form in sorted((form for form in forms if form.is_right), key=lambda form: form.images_per_second):
+        best[form.precision, form.runner in PLAIN, form.runner == COMPILE_BF16] = form
+    return [(form.precision, form.runner) for form in best.values()]
+
+
+def paired(
+    setups: Mapping[FormKey, RunnerSetup], batch: int, tell: Callable[[str, float], None]
+) -> dict[FormKey, tuple[float, ...]]:
+    """Median seconds of a batch in each round, in which all of these forms take turns in random order."""
+    bundle = Bundle.open(next(iter(setups.values())).bundle, verify=False)
+    inputs = Golden.load(bundle.file(GOLDEN)).batch(bundle.manifest.inputs)
+    with contextlib.ExitStack() as stack:
+        workers = {key: stack.enter_context(RunnerProcess(key[1], setup)) for key, setup in setups.items()}
+        return paired_rounds(workers, inputs[np.arange(batch) % len(inputs)], _ROUNDS, _SECONDS, tell)
+
+
+def _timed(form: CpuFormEntry, seconds: tuple[float, ...]) -> CpuFormEntry:
+    """The form with the figures of the rounds that decide."""
+    speed = form.batch / statistics.median(seconds)
+    return msgspec.structs.replace(form, images_per_second=speed, seconds_by_round=seconds)
 
 
 def _other_plain(precision: Precision) -> tuple[str, ...]:
@@ -194,32 +253,21 @@ def options_for(options: ExportOptions, precision: Precision) -> ExportOptions:
     return dataclasses.replace(options, precision=precision, quantization=quantization, engine=engine)
 
 
-def measured(
-    result: ExportResult,
-    options: ExportOptions,
-    runners: Sequence[str],
-    converted: Path,
-    tell: Callable[[str, float], None],
-) -> Benchmark:
-    """A benchmark of those of `runners` that can run here, at the profile's `opt` batch.
-
-    `converted`: the folder for the OpenVINO models of the plain ways.
-    """
-    bundle = result.bundle
+def _setup(bundle: Bundle, options: ExportOptions, converted: Path) -> RunnerSetup:
+    """How a bundle's forms run. `converted`: the folder for the OpenVINO models of the plain ways."""
     checkpoint = options.model.checkpoint
-    setup = RunnerSetup(
-        bundle.path,
-        checkpoint,
-        None if checkpoint is None else options.model.weights,
-        available_threads(),
-        calibration=_images_of(options),
-        converted=converted,
-    )
-    names = tuple(name for name in runners if not why_not(name, setup, bundle))
-    if set(names) <= {EAGER}:
+    weights = None if checkpoint is None else options.model.weights
+    threads, images = available_threads(), _images_of(options)
+    return RunnerSetup(bundle.path, checkpoint, weights, threads, calibration=images, converted=converted)
+
+
+def measured(
+    setup: RunnerSetup, options: ExportOptions, names: Sequence[str], tell: Callable[[str, float], None]
+) -> Benchmark:
+    """A benchmark of these runners at the profile's `opt` batch."""
+    if {*names} <= {EAGER}:
         raise UnavailableError("Nothing here runs a graph on the CPU.", "pip install onnxruntime")
-    batches = (options.engine.batch.opt,)
-    return measure(BenchmarkRequest(setup, batches, names, _ROUNDS, _SECONDS), tell)
+    return measure(BenchmarkRequest(setup, (options.engine.batch.opt,), tuple(names), _ROUNDS, _SECONDS), tell)
 
 
 def _images_of(options: ExportOptions) -> Path | None:
@@ -229,44 +277,49 @@ def _images_of(options: ExportOptions) -> Path | None:
 
 
 def _forms(precision: Precision, benchmark: Benchmark) -> Iterator[CpuFormEntry]:
-    eager = next(runner for runner in benchmark.runners if runner.name == EAGER)
+    eager = next((runner for runner in benchmark.runners if runner.name == EAGER), None)
     for runner in benchmark.runners:
         if runner is not eager and runner.timings:
             yield _form(precision, runner, eager)
 
 
-def _form(precision: Precision, runner: RunnerResult, eager: RunnerResult) -> CpuFormEntry:
+def _form(measured_for: Precision, runner: RunnerResult, eager: RunnerResult | None) -> CpuFormEntry:
     """From a benchmark of one batch size."""
-    timing, base = runner.timings[0], eager.timings[0]
-    hint = OPENVINO_HINTS.get(runner.name)
+    timing, precision = runner.timings[0], _PRECISION_OF.get(runner.name, measured_for)
+    times = None
+    if eager is not None:
+        base = eager.timings[0].latency.median / timing.latency.median
+        times = base if timing.ratio is None else timing.ratio.value
+    hint, error = OPENVINO_HINTS.get(runner.name), runner.accuracy
+    is_fp32_beside_others = precision is Precision.FP32 and measured_for is not Precision.FP32
     return CpuFormEntry(
-        precision=_PRECISION_OF.get(runner.name, precision),
+        precision=precision,
         runner=runner.name,
         batch=timing.batch,
         images_per_second=timing.images_per_second,
-        times_eager=base.latency.median / timing.latency.median if timing.ratio is None else timing.ratio.value,
+        times_eager=times,
         ratio=timing.ratio.value if timing.ratio is not None and timing.ratio.is_conclusive else None,
-        rel_l2=runner.accuracy.rel_l2,
-        is_right=runner.accuracy.is_right,
+        rel_l2=error.rel_l2,
+        is_right=error.is_right and not (is_fp32_beside_others and error.rel_l2 > _FP32_ERROR),
         settings={"INFERENCE_PRECISION_HINT": hint} if hint else {},
     )
 
 
-def best_of(forms: tuple[CpuFormEntry, ...], requested: Precision | None = None) -> CpuFormEntry:
-    """The fastest correct form that a bundle can hold, by its ratio to PyTorch eager, which ran in the same rounds.
-
-    `requested`: the only precision to choose from.
-    """
-    asked = [form for form in forms if requested in (None, form.precision) and form.runner != COMPILE_BF16]
-    right = [form for form in asked if form.is_right]
-    if not right:
+def check_right(forms: Collection[CpuFormEntry], requested: Precision | None = None) -> None:
+    """MismatchError where no form that a bundle can hold, of the `requested` precision, is right."""
+    asked = [form for form in forms if _can_be_chosen(form, requested)]
+    if not any(form.is_right for form in asked):
         listed = ", ".join(f"{form.precision.value} in {TITLES[form.runner]} {form.rel_l2:.1e}" for form in asked)
         raise MismatchError(f"No form computes what PyTorch computes: {listed or 'none could be run'}.")
-    return max(right, key=_speed)
 
 
-def _speed(form: CpuFormEntry) -> float:
-    return form.times_eager
+def _can_be_chosen(form: CpuFormEntry, requested: Precision | None) -> bool:
+    return requested in (None, form.precision) and form.runner != COMPILE_BF16
+
+
+def best_of(finalists: Sequence[CpuFormEntry], requested: Precision | None = None) -> CpuFormEntry:
+    """The fastest of the finalists that a bundle can hold, of the `requested` precision."""
+    return max((form for form in finalists if _can_be_chosen(form, requested)), key=lambda form: form.images_per_second)
 
 
 def _copied_to_target(
@@ -289,9 +342,12 @@ def _copied_to_target(
 
 def as_table(choice: CpuChoice) -> str:
     """One line for each form, then the choice, what the plain ways are beside it, and how to run it."""
-    head = f"{'precision':<11}{'runner':<23}{'images/s':>9}{'x eager':>20}  error"
+    head = f"{'precision':<11}{'runner':<23}{'images/s':>9}{'x eager':>13}  error"
     chosen, forms = choice.section.chosen, choice.section.forms
-    lines = [head, "─" * 77, *map(_row, forms), ""]
+    lines = [head, "─" * 70, *map(_row, forms)]
+    if chosen.seconds_by_round:
+        lines.append("* in the rounds that decide, in which these took turns; the others in earlier ones")
+    lines += [*(f"Not run: {TITLES[name]}, {reason}." for name, reason in choice.not_run.items()), ""]
     lines.append(
         f"Fastest of the right ones at batch {chosen.batch}: {chosen.precision.value} in {TITLES[chosen.runner]},"
         f" {chosen.images_per_second:,.1f} images/s."
@@ -325,21 +381,27 @@ def _beside_plain(choice: CpuChoice) -> str:
     if plain is chosen:
         holds = "its graph is without rewrites" if plain.runner == ONNX_PLAIN else f"it holds {OPENVINO_MODEL}"
         return f"That is a plain way: no form of ours is faster here. The bundle has it: {holds}."
-    times = chosen.times_eager / plain.times_eager
+    found = ratio(chosen.seconds_by_round, plain.seconds_by_round)
+    times = chosen.images_per_second / plain.images_per_second
+    if found is None or not found.is_conclusive:
+        return (
+            f"That is {times:.2f} times as fast as the best plain way, {title}, by medians that are too noisy to tell."
+        )
     if times >= 1:
-        return f"That is {times:.2f} times as fast as the best plain way, {title}."
-    why = (
-        "torch.compile leaves no file that a bundle could hold"
-        if plain.runner == COMPILE_BF16
-        else "you asked for this precision"
-    )
-    return f"A plain way, {title}, is {1 / times:.2f} times as fast as that; {why}."
+        between = f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+        return f"That is {between} times as fast as the best plain way, {title}."
+    why = "you asked for this precision"
+    if plain.runner == COMPILE_BF16:
+        why = "torch.compile leaves no file that a bundle could hold"
+    return f"A plain way, {title}, is {1 / found.value:.2f} times as fast as that; {why}."
 
 
 def _row(form: CpuFormEntry) -> str:
-    ratio = "too noisy to tell" if form.ratio is None else f"{form.ratio:.2f}"
-    wrong = "" if form.is_right else "  WRONG"
+    times = "-"
+    if form.times_eager is not None:
+        times = f"{form.times_eager:.2f}" if form.ratio is not None else f"about {form.times_eager:.1f}"
+    mark, wrong = "*" if form.seconds_by_round else "", "" if form.is_right else "  WRONG"
     return (
-        f"{form.precision.value:<11}{TITLES[form.runner]:<23}{form.images_per_second:>9,.1f}{ratio:>20}"
+        f"{form.precision.value:<11}{TITLES[form.runner]:<23}{form.images_per_second:>9,.1f}{mark:<2}{times:>11}"
         f"  {form.rel_l2:.1e}{wrong}"
     )

@@ -36,6 +36,7 @@ from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
 from spach_deploy.pipeline import cpu_target
 from spach_deploy.pipeline import export as pipeline
+from spach_deploy.pipeline.cpu_target import FormKey
 from spach_deploy.pipeline.export import ExportResult
 from spach_deploy.runtime.session import Session
 from spach_deploy.validation.live_reference import Weights, rebuild
@@ -67,11 +68,20 @@ class Stopwatch:
             )
 
         names = [name for name in question.names if name != EAGER]
-        runners = (runner(EAGER, 1, 0.0), *(runner(*self.result(name, times, is_right)) for name in names))
+        eager = (runner(EAGER, 1, 0.0),) if EAGER in question.names else ()
+        runners = (*eager, *(runner(*self.result(name, times, is_right)) for name in names))
         assert question.setup.converted is not None
         for name in {*IN_OPENVINO} & {*names}:
             convert(bundle, question.setup.converted / IN_OPENVINO[name])
         return Benchmark("b", "small", "fp32", (batch,), 5, runners, {}, (), {}, {"processor": "a clock"})
+
+    def paired(self, setups: Mapping[FormKey, RunnerSetup], batch: int, tell: Any) -> dict[FormKey, tuple[float, ...]]:
+        """Answers for `paired`: seconds of three rounds that differ by 1 %."""
+        seconds: dict[FormKey, tuple[float, ...]] = {}
+        for (precision, name), setup in setups.items():
+            speed = self.result(name, *self.speeds[Bundle.open(setup.bundle).manifest.precision.asked.value])[1]
+            seconds[precision, name] = (0.99 / speed, 1 / speed, 1.01 / speed)
+        return seconds
 
     def result(self, name: str, times: float, is_right: bool) -> tuple[str, float, float]:
         """The runner with its speed and error; a plain way that is not in `plain` is slow and right."""
@@ -118,6 +128,7 @@ def run(
 ) -> Any:
     watch = Stopwatch(plain, **speeds)
     monkeypatch.setattr(cpu_target, "measure", watch)
+    monkeypatch.setattr(cpu_target, "paired", watch.paired)
     with small_bundles.registered():
         result = export(*SMALL, "--target", "cpu", "-o", target, *arguments)
     return result, watch
@@ -321,7 +332,7 @@ def test_where_onnx_runtimes_own_graph_is_fastest_the_bundle_has_no_rewrites(
 def test_the_chosen_form_is_compared_with_the_best_plain_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_machine(monkeypatch, openvino=False, plain=True)
     result, _ = run(monkeypatch, tmp_path / "b", plain={ONNX_PLAIN: 2.0}, fp32=(3.0, True))
-    assert "That is 1.50 times as fast as the best plain way, ONNX Runtime, plain." in result.stdout
+    assert "That is 1.50 (1.50 to 1.50) times as fast as the best plain way, ONNX Runtime, plain." in result.stdout
 
 
 def test_a_plain_way_that_leaves_no_file_is_told_and_not_chosen(
@@ -346,3 +357,45 @@ def test_a_precision_that_was_asked_for_is_kept_beside_faster_plain_ways(
     assert {OPENVINO_PLAIN, OPENVINO_PLAIN_BF16, ONNX_PLAIN} <= {*watch.asked[0].names}
     assert Bundle.open(tmp_path / "b").manifest.precision.asked == "int8"
     assert "is 2.00 times as fast as that; you asked for this precision." in result.stdout
+
+
+def test_rounds_of_all_decide_not_ratios_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def paired(self: Stopwatch, setups: Mapping[FormKey, RunnerSetup], *rest: Any) -> dict[FormKey, tuple[float, ...]]:
+        return {key: (1.0, 1.0, 1.01) if key[0] is Precision.FP32 else (2.0, 2.0, 2.01) for key in setups}
+
+    monkeypatch.setattr(Stopwatch, "paired", paired)
+    arguments = ("--calibration", calibration_images())
+    result, _ = run(monkeypatch, tmp_path / "b", *arguments, plain={}, int8=(3.0, True), fp32=(2.0, True))
+    section = Bundle.open(tmp_path / "b").manifest.cpu
+    assert section is not None
+    assert section.chosen.precision is Precision.FP32
+    assert section.chosen.images_per_second == 8.0
+    assert "fp32 in ONNX Runtime, 8.0 images/s" in result.stdout
+
+
+def test_a_plain_way_in_fp32_is_not_judged_by_what_eight_bits_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    on_a_machine(monkeypatch, openvino=True, bf16=False, plain=True)
+    arguments = ("--calibration", calibration_images(), "--int8")
+    result, _ = run(monkeypatch, tmp_path / "b", *arguments, plain={OPENVINO_PLAIN: 9.0}, int8=(3.0, True))
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("fp32") and "OpenVINO, plain" in line]
+    assert row.endswith("1.0e-03  WRONG")
+
+
+def test_a_plain_way_that_did_not_run_is_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = run(monkeypatch, tmp_path / "b", fp32=(2.0, True))
+    assert "Not run: ONNX Runtime, plain, not today." in result.stdout
+
+
+def test_a_module_of_ones_own_has_no_pytorch_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch({}, fp32=(2.0, True))
+    monkeypatch.setattr(cpu_target, "measure", watch)
+    monkeypatch.setattr(cpu_target, "paired", watch.paired)
+    module = ("--module", "tests.own_models:PlainNet", "--image-size", "32")
+    result = export(*module, "--target", "cpu", "-o", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    section = Bundle.open(tmp_path / "b").manifest.cpu
+    assert section is not None
+    assert section.chosen.times_eager is None
