@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -155,6 +158,47 @@ class BatchOfFive(PlainNet):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return 2 * y if x.shape[0] == 5 else y
+
+
+class Looping(PlainNet):
+    """Runs its images one by one, in a loop over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [super(Looping, self).forward(x[index : index + 1])[0] for index in range(x.shape[0])]
+        return torch.stack(rows)
+
+
+class Locked(PlainNet):
+    """Holds what cannot be copied, a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return super().forward(x)
+
+
+class HiddenByTry(PlainNet):
+    """A branch on values, hidden from a trace by an `except`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        with contextlib.suppress(Exception):
+            if x.abs().max() > 50:
+                found = found * 2
+        return found
+
+
+class HiddenFromExport(PlainNet):
+    """A branch on values, which its code leaves out while it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        if not torch.compiler.is_compiling() and x.mean().item() > 5:
+            found = found * 2
+        return found
 
 
 class Talking(PlainNet):

@@ -6,7 +6,6 @@ it changed, how far each is from the one it replaced (in FP64, on random tokens)
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from spach_deploy.common.errors import RewriteError
 from spach_deploy.common.metrics import relative_l2
+from spach_deploy.models.deep_copy import deep_copied
 from spach_deploy.models.own_module import own as own
 
 FP64_LIMIT = 1e-12
@@ -105,7 +105,7 @@ def double(module: StaticT) -> StaticT:
     made: dict[int, Tensor] = {id(buffer): buffer.double() for buffer in module.buffers() if buffer.is_floating_point()}
     for parameter in module.parameters():
         made[id(parameter)] = nn.Parameter(parameter.detach().double(), requires_grad=False)
-    return copy.deepcopy(module, made)
+    return deep_copied(module, made)
 
 
 def with_parameters(module: StaticT, values: Mapping[str, Tensor]) -> StaticT:

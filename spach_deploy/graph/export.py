@@ -44,7 +44,7 @@ from spach_deploy.graph.block_prototype import (
 from spach_deploy.graph.editing import array_of, as_proto, name_by_module, name_of, name_unowned
 from spach_deploy.graph.passes.block_boundaries import restore_block_boundaries
 from spach_deploy.models.outputs import SelectableOutputs
-from spach_deploy.models.own_module import OwnForward, drawn, flattened, place_in
+from spach_deploy.models.own_module import OwnForward, drawn, flattened, place_in, place_of_forward
 from spach_deploy.options.specs import OPSET, ImageSize, sides
 from spach_deploy.runtime.onnxruntime_runner import OnnxRuntimeRunner, saved_graph
 
@@ -110,7 +110,19 @@ def export_module(
             graph = traced(model, fed, outputs)
             if _is_right(graph, model, feeds(_OTHER_BATCH)):
                 return graph
-    return _named(_program(model, fed, outputs, symbolic=True), model)
+    program = _program(model, fed, outputs, symbolic=True)
+    _check_is_free(program, model)
+    return _named(program, model)
+
+
+def _check_is_free(program: ir.Model, model: nn.Module) -> None:
+    """ModelError where a trace with a symbolic batch has a fixed one, which torch.onnx tries next and does not say."""
+    if any(value.shape and isinstance(value.shape[0], int) for value in program.graph.inputs):
+        raise ModelError(
+            f"The forward of {place_of_forward(model)}, or of a part of it, fixes the batch: what it does, such as a"
+            " loop over the images, is traced for one size.",
+            "Write it with operations on the whole batch.",
+        )
 
 
 def _whole(model: nn.Module, fed: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from spach_deploy.bundle.inputs import ROWS, ModelInputs, rows_of
 from spach_deploy.bundle.outputs import DERIVED, INPUT, graph_outputs, named
@@ -274,13 +275,14 @@ def prepared(module: nn.Module, outputs: Sequence[TensorInfo], example: Example)
 class Example:
     """Inputs of a module, a batch of one, by the graph's names, and what it returns for them, by name.
 
-    `takes`, `arguments`: as in `OwnForward`.
+    `takes`, `arguments`: as in `OwnForward`. `notes`: what may surprise, in sentences.
     """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     takes: ModelInputs = dataclasses.field(default_factory=ModelInputs)
     arguments: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 _SAME = 1e-3
@@ -301,8 +303,12 @@ def run_example(module: nn.Module, inputs: ExampleInputs) -> Example:
     several = drawn(takes, _OTHER_BATCH)
     one = [tensor[:1] for tensor in several]
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with _seeing_halves(module) as halves:
+    given = [tensor.clone() for tensor in one]
+    with _seeing_halves(module) as halves, SeeingValues() as values:
         returned, again, together = (_called(module, arguments, tensors) for tensors in (one, one, several))
+    pairs = zip(takes.names, given, one, strict=True)
+    changed = [f"its {name}" if takes.is_single else f"its input {name}" for name, *two in pairs if not _is_same(*two)]
+    changed += [f"its buffer {name}" for name, now in module.named_buffers() if not _is_same(before[name], now)]
     for name, buffer in module.named_buffers():
         buffer.data = before[name]
     if halves:
@@ -316,12 +322,50 @@ def run_example(module: nn.Module, inputs: ExampleInputs) -> Example:
         what = "no tensors" if not names else "more outputs for some batches than for others"
         raise ModelError(f"The module returns {what}.", "Return the same tensors for every batch.")
     for name, first, second, third in zip(names, *found, strict=True):
-        _check_output(name, first, second, third)
+        _check_output(name, first, second, third, changed)
     tensors = dict(zip(names, flattened(returned), strict=True))
     if len(tensors) < len(names):
         raise ModelError(f"Two outputs of the module are called alike: {', '.join(names)}.", "Give them other names.")
     takes = _apart(takes, tensors)
-    return Example(dict(zip(takes.names, one, strict=True)), tensors, takes, arguments)
+    return Example(dict(zip(takes.names, one, strict=True)), tensors, takes, arguments, tuple(values.notes()))
+
+
+def _is_same(before: Tensor, now: Tensor) -> bool:
+    """Whether a tensor has the values that it had, NaN among them."""
+    return bool(torch.equal(before.nan_to_num(), now.nan_to_num()) and torch.equal(before.isnan(), now.isnan()))
+
+
+class SeeingValues(TorchFunctionMode):
+    """Sees, within the block, where the user's code takes values of tensors into Python: `bool`, `item`.
+
+    Of what is decided by them a trace knows nothing: torch.export refuses it, unless the code hides it from the trace,
+    with a `try` around it or by `torch.compiler.is_exporting()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, None] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        frame = inspect.currentframe()
+        caller = None if frame is None else frame.f_back
+        if func in _INTO_PYTHON and caller is not None and is_users_file(caller.f_code.co_filename):
+            self.lines[f"{caller.f_code.co_filename}:{caller.f_lineno}"] = None
+        return func(*args, **(kwargs or {}))
+
+    def notes(self) -> Iterator[str]:
+        """A sentence where there are such lines."""
+        if self.lines:
+            yield (
+                f"your code takes values of tensors into Python ({', '.join(self.lines)}): what it decides by them is"
+                " not in the graph"
+            )
+
+
+_INTO_PYTHON = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist)
+"""Functions that give the values of a tensor as Python's own."""
 
 
 @contextlib.contextmanager
@@ -421,14 +465,24 @@ def place_in(model: nn.Module, error: BaseException) -> str:
     return f"{part or '('}{line})" if line else ""
 
 
+def place_of_forward(model: nn.Module) -> str:
+    """The class of a user's module and the line of its forward: `Net (nets.py:12)`."""
+    codes = (getattr(vars(kind).get("forward"), "__code__", None) for kind in type(model).__mro__)
+    own_code = next((code for code in codes if code is not None and is_users_file(code.co_filename)), None)
+    where = "" if own_code is None else f" ({own_code.co_filename}:{own_code.co_firstlineno})"
+    return f"{type(model).__name__}{where}"
+
+
 def is_users_file(path: str) -> bool:
     """Whether a file is neither of PyTorch nor of this package, whose own frames a traceback has too."""
     others = (Path(torch.__file__).parent, Path(__file__).parents[1])
     return not path.startswith("<") and not any(Path(path).is_relative_to(folder) for folder in others)
 
 
-def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> None:
-    """`again`: of the same input as `first`; `together`: of a batch of `_OTHER_BATCH` that begins with it."""
+def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor, changed: Sequence[str]) -> None:
+    """`again`: of the same input as `first`; `together`: of a batch of `_OTHER_BATCH` that begins with it. `changed`:
+    what the module changed as it ran.
+    """
     if first.dtype != torch.float32:
         is_float = first.is_floating_point()
         hint = "Return it as float32, with .float()." if is_float else "Leave it out of what it returns."
@@ -439,10 +493,15 @@ def _check_output(name: str, first: Tensor, again: Tensor, together: Tensor) -> 
             f" {_OTHER_BATCH}, so it does not begin with the batch.",
             "Return one row for each image.",
         )
+    if not first.isfinite().all():
+        raise ModelError(
+            f"The output {name!r} has numbers that are not finite (infinite or NaN).",
+            "Look for a division by zero, a logarithm or an exponential in its forward, and at its weights.",
+        )
     if not relative_l2(again.float().numpy(), first.float().numpy()) <= _SAME:
         raise ModelError(
-            f"The output {name!r} is another when the module runs again on the same input: it draws at random, changes"
-            " itself, or is not finite.",
+            f"The output {name!r} is another when the module runs again on the same input: it"
+            f" {f'changes {shown(changed)}' if changed else 'draws at random, or changes an attribute of itself'}.",
             "An export needs a module that always computes the same.",
         )
     if not relative_l2(together[:1].float().numpy(), first.float().numpy()) <= _SAME:
@@ -580,6 +639,22 @@ def load_module(spec: ModelSpec, takes: ModelInputs | None = None) -> LoadedMode
     return loaded
 
 
+_MADE_AGAIN_BYTES = 1 << 30
+"""Largest module that is made a second time to see whether its weights are the same."""
+
+
+def draws_weights(factory: str, loaded: LoadedModel) -> bool:
+    """Whether the user's factory makes a module with other weights than `loaded` when it is called again."""
+    weights = list(loaded.model.state_dict().values())
+    if sum(tensor.nbytes for tensor in weights) > _MADE_AGAIN_BYTES:
+        return False
+    try:
+        again = plain_module(made_by(factory)[0]).state_dict().values()
+    except UsageError:  # a factory that works once; its module is there already
+        return False
+    return not all(torch.equal(one, other.to(one)) for one, other in zip(weights, again, strict=True))
+
+
 def _example_of(module: nn.Module, takes: ModelInputs) -> ExampleInputs:
     """Example inputs of a module as a bundle has them: by name where its forward has these names, else by order."""
     example = dict(zip(takes.names, drawn(takes, ROWS), strict=True))
@@ -613,7 +688,7 @@ def loaded_module(
     outputs = [_info(name, tensor, alone=len(ran.outputs) == 1) for name, tensor in ran.outputs.items()]
     model = prepared(module, outputs, ran)
     settings = _settings(spec, ran.takes.shape[0])
-    notes = (*notes, *_inputs_notes(ran.takes))
+    notes = (*notes, *ran.notes, *_inputs_notes(ran.takes))
     return OwnLoadedModel(
         model, type(module).__name__, "module", spec.checkpoint, sha256, notes, settings, example=ran.inputs
     )

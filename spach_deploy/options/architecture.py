@@ -133,6 +133,8 @@ class Architecture:
         stages = tuple(
             tuple((_PUBLISHED_MIXERS.get(mixer, mixer), depth) for mixer, depth in stage) for stage in self.stages
         )
+        size = sides(self.image_size)
+        object.__setattr__(self, "image_size", tuple(size) if isinstance(size, list) else size)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "qk_scale", self.qk_scale or None)
         object.__setattr__(self, "channel_ratio", float(self.channel_ratio))
@@ -144,9 +146,7 @@ class Architecture:
         _check_image_size(self)
 
     def replace(self, **changes: Any) -> Architecture:
-        """The same architecture with other values. `image_size` may be one number, for both sides."""
-        if "image_size" in changes:
-            changes["image_size"] = sides(changes["image_size"])
+        """The same architecture with other values."""
         return dataclasses.replace(self, **changes)
 
     @property
@@ -396,8 +396,8 @@ def _heads_in_words(architecture: Architecture) -> str:
 
 def _check_image_size(architecture: Architecture) -> None:
     size, smallest = architecture.image_size, architecture.smallest_image_size
-    if not (len(size) == 2 and all(type(side) is int for side in size)):
-        raise ModelError(f"image_size {size} is not height and width in pixels.", "Give two whole numbers.")
+    if not (isinstance(size, tuple) and len(size) == 2 and all(type(side) is int for side in size)):
+        raise ModelError(f"image_size {str(size)[:40]} is not height and width in pixels.", "Give two whole numbers.")
     if min(architecture.grids[-1]) < 2:
         raise ModelError(
             f"Image size {size_in_words(size)} is too small: mixing needs a grid of 2 by 2 tokens in the last stage.",

@@ -11,7 +11,6 @@ evaluation.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping
@@ -242,8 +241,10 @@ def _each(convert: Rounding, made: Any) -> Any:
 
 def converted(module: nn.Module, convert: Rounding) -> nn.Module:
     """A copy of `module` with every floating tensor converted; shared modules and tensors stay shared."""
+    from spach_deploy.models.deep_copy import deep_copied
+
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
-    return copy.deepcopy(module, {id(tensor): convert(tensor) for tensor in tensors})
+    return deep_copied(module, {id(tensor): convert(tensor) for tensor in tensors})
 
 
 def _to_fp16(tensor: Tensor) -> Tensor:

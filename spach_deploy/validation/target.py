@@ -499,7 +499,7 @@ def _images_reference(
         )
     golden = Golden.load(bundle.file(GOLDEN))
     eval_set = golden_set(golden, bundle.manifest.validation.images, facts.outputs, facts.batch, facts.inputs)
-    if request.checkpoint is not None:
+    if request.checkpoint is not None or request.module is not None:
         eval_set = rebuilt_on_golden(section, facts, eval_set, weights, say)
     return ImagesReference(eval_set, facts.tolerances)
 

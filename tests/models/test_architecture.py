@@ -6,6 +6,7 @@ and the published implementation's answers, with weights and input as in `golden
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -139,6 +140,10 @@ def test_published_names_and_short_forms_are_read() -> None:
     """The published names of mixers, one number for a square, one stage as the published code writes it."""
     read = Architecture.of({**CONTENT, "image_size": 64, "stages": [["pass", 1], ["attn", 2]]})
     assert read.image_size == (64, 64)
+    for size in (64, [64, 64], (64, 64)):
+        assert dataclasses.replace(read, image_size=size) == read  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="is not height and width in pixels"):
+        dataclasses.replace(read, image_size=64.5)  # type: ignore[arg-type]
     assert read.stages == ((("conv", 1), ("trans", 2)),)
     assert Architecture.of({**CONTENT, "qk_scale": 0}).qk_scale is None
     grey = Architecture.of({**CONTENT, "channels": 1, "mean": 0.5, "std": 0.25})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from spach_deploy.blocks.base import double
 from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
 from spach_deploy.common.machine import Memory
 from spach_deploy.models.own_module import (
@@ -20,7 +22,7 @@ from spach_deploy.models.own_module import (
     run_example,
 )
 from spach_deploy.options.specs import ModelSpec
-from tests.own_models import PlainNet, TwoHeads, TwoInputs
+from tests.own_models import HiddenByTry, HiddenFromExport, Locked, PlainNet, TwoHeads, TwoInputs
 
 IMAGE = torch.rand(3, 3, 16, 16)
 
@@ -82,7 +84,10 @@ def test_inputs_and_outputs_have_the_users_names() -> None:
 
 
 def test_an_example_that_the_module_does_not_take_is_one_sentence() -> None:
-    with pytest.raises(ModelError, match=r"fails on an input of \(1, 4, 16, 16\): .* raises RuntimeError"):
+    with pytest.raises(
+        ModelError,
+        match=r"an input of \(1, 4, 16, 16\): the model \(PlainNet.forward, .*own_models.py:\d+\) raises RuntimeError",
+    ):
         run_example(PlainNet().eval(), [torch.rand(1, 4, 16, 16)])
     with pytest.raises(ModelError, match="no tensor with a batch first"):
         run_example(PlainNet().eval(), [torch.rand(3)])
@@ -125,11 +130,23 @@ class Classes(nn.Module):
         return x.mean((2, 3)).argmax(1)
 
 
+class InPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2).mean((2, 3))
+
+
+class NotFinite(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) / 0
+
+
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (Drawing(), "is another when the module runs again on the same input"),
-        (Counting(), "is another when the module runs again on the same input"),
+        (Drawing(), "again on the same input: it draws at random, or changes an attribute of itself"),
+        (Counting(), "again on the same input: it changes its buffer calls"),
+        (InPlace(), r"again on the same input: it changes its input\."),
+        (NotFinite(), "has numbers that are not finite"),
         (OfTheBatch(), "depends on the other images of its batch"),
         (Scalar(), r"has the shape \(\) for one image and \(\) for 3, so it does not begin with the batch"),
         (OneImage(), "does not begin with the batch"),
@@ -156,6 +173,20 @@ def test_a_forward_that_raises_names_the_users_line() -> None:
         ModelError, match=r"the model \(Raising.forward, .*test_own_module.py:\d+\) raises ValueError: no such thing\."
     ):
         run_example(Raising(), [IMAGE])
+
+
+@pytest.mark.parametrize("kind", [HiddenByTry, HiddenFromExport])
+def test_a_branch_on_values_that_is_hidden_from_the_trace_is_noted_with_its_line(kind: type[nn.Module]) -> None:
+    (note,) = run_example(kind().eval(), IMAGE).notes
+    assert re.search(r"values of tensors into Python \(.*own_models.py:\d+\).*not in the graph", note)
+    assert run_example(PlainNet().eval(), IMAGE).notes == ()
+
+
+def test_what_cannot_be_copied_is_shared_and_the_rest_is_copied() -> None:
+    model = Locked()
+    copied = double(model)
+    assert copied.lock is model.lock
+    assert (copied.head.weight.dtype, model.head.weight.dtype) == (torch.float64, torch.float32)
 
 
 class BranchOnBatch(nn.Module):

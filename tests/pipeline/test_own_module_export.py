@@ -29,7 +29,7 @@ from spach_deploy.models import create_model
 from spach_deploy.models.demo import load_demo_weights
 from tests import small_bundles
 from tests.commands import export, refusal
-from tests.own_models import Branching, ClassToken, PlainNet, TwoHeads
+from tests.own_models import Branching, ClassToken, Locked, Looping, PlainNet, TwoHeads
 from tests.quantization.small_quantized import pictures
 from tests.static_models import IMAGE_SIZE, small_model
 from tests.validation import faults
@@ -233,6 +233,10 @@ def test_a_published_model_as_a_module_has_the_graph_of_that_model(name: str, tm
     assert own.graph.levels == {}
 
 
+def test_a_module_that_holds_a_lock_is_exported(tmp_path: Path) -> None:
+    assert exported(seeded(Locked()), tmp_path).graph.levels["plain"].macs == 1
+
+
 def test_outputs_are_chosen_by_role_and_renamed(tmp_path: Path) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -253,6 +257,7 @@ def test_outputs_are_chosen_by_role_and_renamed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "example", "said"),
     [
+        (Looping(), IMAGE, r"forward of Looping \(.*own_models.py:\d+\), or of a part of it, fixes the batch"),
         (Branching(), IMAGE, r"cannot trace the model \(Branching.forward"),
         (PlainNet(), torch.zeros(1, 5, 32, 32), "fails on an input of"),
         (PlainNet(), None, "inputs are not known"),
@@ -284,6 +289,19 @@ class TestCommand:
         assert "Give --module" in refusal(validate(tmp_path / "bundle", "--images", tmp_path / "set.npz"))
         other = validate(tmp_path / "bundle", "--images", tmp_path / "set.npz", *given[:2])
         assert "does not draw weights at random" in refusal(other)
+
+    def test_weights_that_each_call_draws_are_noted_and_do_not_validate_the_bundle(self, tmp_path: Path) -> None:
+        options = ("--fp32", "--engine", "none", "--image-size", 32, "--no-cache", "-o", tmp_path / "bundle")
+        done = export("--module", "tests.own_models:PlainNet", *options)
+        assert done.exit_code == 0, done.output
+        assert "tests.own_models:PlainNet makes other weights each time" in done.stderr
+        assert "this module has others" in refusal(
+            validate(tmp_path / "bundle", "--module", "tests.own_models:PlainNet")
+        )
+        again = export("--module", "tests.own_models:Talking", *options, "--overwrite")
+        assert again.exit_code == 0, again.output
+        assert "makes other weights" not in again.stderr
+        assert validate(tmp_path / "bundle", "--module", "tests.own_models:Talking").exit_code == 0
 
     def test_a_fault_in_its_graph_is_bisected_to_its_own_modules(self, tmp_path: Path) -> None:
         torch.save(seeded(TwoHeads()).state_dict(), tmp_path / "run.pth")

@@ -47,6 +47,7 @@ def load(options: ExportOptions, phases: Phases, loaded: LoadedModel | None = No
     """The reference model with its weights, which gives the outputs that are asked for. Notes say what was inferred
     from the checkpoint or unwrapped. `loaded`: the model, if it is there already.
     """
+    factory = options.model.module if loaded is None and options.model.checkpoint is None else None
     loaded = loaded or own_module.load(options.model)
     if isinstance(loaded.model, own_module.OwnForward):
         own_module.choose_outputs(loaded.model, options.outputs)
@@ -58,6 +59,11 @@ def load(options: ExportOptions, phases: Phases, loaded: LoadedModel | None = No
     _check_bounds(loaded, options)
     for note in loaded.notes:
         phases.note(f"{note[0].upper()}{note[1:]}.")
+    if factory is not None and own_module.draws_weights(factory, loaded):
+        phases.note(
+            f"{factory} makes other weights each time, so later commands cannot make these again: give --checkpoint"
+            " FILE, or a factory that loads or seeds them."
+        )
     return loaded
 
 

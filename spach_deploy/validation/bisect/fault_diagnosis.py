@@ -7,7 +7,6 @@ enough, a wrong weight.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import enum
 import functools
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from spach_deploy.blocks.token_mlp import TokenLinear
 from spach_deploy.common.metrics import relative_l2
+from spach_deploy.models.deep_copy import deep_copied
 from spach_deploy.validation.bisect.probe_points import (
     AttentionCore,
     Computation,
@@ -127,7 +127,7 @@ def _overflow(exact: Array, value: Array) -> Diagnosis | None:
 def _with_changed_module(computation: Computation, change: Callable[[nn.Module], None]) -> Array:
     """The probe point's value after `change` was applied to a copy of its module."""
     assert computation.module is not None
-    module = copy.deepcopy(computation.module)
+    module = deep_copied(computation.module)
     with torch.inference_mode():
         change(module)
     return recompute(dataclasses.replace(computation, module=module))
