@@ -636,10 +636,10 @@ class Manifest(Struct, frozen=True, kw_only=True):
         }
         graph = content["graph"]
         certificate, engine = graph["certificate"], content["engine"]
-        absences = ((graph, "form"), (graph, "made"), (graph, "levels"), (certificate, "broken"), (engine, "start"))
+        absences = [(graph, "form"), (graph, "made"), (graph, "levels"), (certificate, "broken"), (engine, "start")]
         rewrites = (content["quantization"] or {}).get("rewrites", {})
         cpu = content["cpu"] or {"forms": [], "chosen": {}}
-        absences += ((rewrites, "in_float"), (engine.get("kernels") or {}, "predicted_ms"))
+        absences += [(rewrites, "in_float"), (engine.get("kernels") or {}, "predicted_ms")]
         for section, name in (*absences, *((form, "seconds_by_round") for form in (cpu["chosen"], *cpu["forms"]))):
             if not section.get(name):
                 section.pop(name, None)
