@@ -64,7 +64,7 @@ def test_the_manifest_says_how_it_was_quantized(precision: Precision) -> None:
     assert calibration["weights_sha256"] == model["weights_sha256"]
     assert len(calibration["survey"]["channel_mean"]) == 3
     quantize = [ATTENTION] if precision is Precision.INT8 else []
-    assert section["rewrites"] == {"disabled": [], "quantize": quantize, "in_float": []}
+    assert section["rewrites"] == {"disabled": [], "quantize": quantize}
 
 
 @both
