@@ -59,7 +59,8 @@ class BenchmarkRequest:
     """What to measure.
 
     `batches` empty: the smallest and the usual batch of the profile. `names` empty: every runner that can run here.
-    `seconds`: how long a runner is timed in each round at each batch size.
+    `optional`: those of `names` that may fail, as when none had been named. `seconds`: how long a runner is timed in
+    each round at each batch size.
     """
 
     setup: RunnerSetup
@@ -67,6 +68,7 @@ class BenchmarkRequest:
     names: tuple[str, ...] = ()
     rounds: int = 5
     seconds: float = 1.0
+    optional: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _open_runners(
 
 
 def _skip_or_raise(name: str, reason: str, request: BenchmarkRequest, skipped: dict[str, str]) -> None:
-    if name in request.names:
+    if name in request.names and name not in request.optional:
         raise UnavailableError(f"{TITLES[name]} cannot run here: {reason}.")
     skipped[name] = reason
 

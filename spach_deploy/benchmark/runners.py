@@ -77,9 +77,6 @@ PLAIN = (COMPILE_BF16, ONNX_PLAIN, *IN_OPENVINO)
 TORCH = (EAGER, COMPILE, BF16, *PLAIN)
 """Runners of the reference model, which take the checkpoint's weights."""
 
-ON_GPU_TOO = (EAGER, COMPILE, BF16, COMPILE_BF16)
-"""Runners of the reference that run on a GPU where PyTorch has one; the other plain ways are compared on a CPU."""
-
 IN_BF16 = (BF16, COMPILE_BF16, OPENVINO_BF16, OPENVINO_PLAIN_BF16)
 """Runners that compute in bfloat16 whatever the bundle's precision is."""
 

@@ -154,8 +154,9 @@ def export_for_cpu(
             bundle = exported(options_for(options, precision), precision.value).bundle
             setup = _setup(bundle, options, converted)
             names = RUNNERS[precision] if requested is None else (*RUNNERS[precision], *_other_plain(precision))
-            not_run |= {runner: reason for runner in names if (reason := why_not(runner, setup, bundle))}
-            benchmark = measured(setup, options, [runner for runner in names if runner not in not_run], tell)
+            reasons = {runner: reason for runner in names if (reason := why_not(runner, setup, bundle))}
+            benchmark = measured(setup, options, [runner for runner in names if runner not in reasons], tell)
+            not_run |= {runner: why for runner, why in {**reasons, **benchmark.skipped}.items() if runner in PLAIN}
             machine = machine or benchmark.machine
             for form in _forms(precision, benchmark):
                 forms[form.precision, form.runner] = form
@@ -174,8 +175,7 @@ def export_for_cpu(
             files |= {OPENVINO_MODEL: model, OPENVINO_WEIGHTS: model.with_suffix(".bin")}
         section = CpuSection(chosen=chosen, forms=tuple(forms.values()), machine=dict(machine))
         bundle = _copied_to_target(source, files, options, targets, section)
-    plain_not_run = {runner: reason for runner, reason in not_run.items() if runner in PLAIN}
-    return CpuChoice(bundle, section, requested is not None, plain_not_run)
+    return CpuChoice(bundle, section, requested is not None, not_run)
 
 
 def finalists_of(forms: Collection[CpuFormEntry], requested: Precision | None = None) -> list[FormKey]:
@@ -264,10 +264,11 @@ def _setup(bundle: Bundle, options: ExportOptions, converted: Path) -> RunnerSet
 def measured(
     setup: RunnerSetup, options: ExportOptions, names: Sequence[str], tell: Callable[[str, float], None]
 ) -> Benchmark:
-    """A benchmark of these runners at the profile's `opt` batch."""
+    """A benchmark of these runners at the profile's `opt` batch. A plain way that fails is left out."""
     if {*names} <= {EAGER}:
         raise UnavailableError("Nothing here runs a graph on the CPU.", "pip install onnxruntime")
-    return measure(BenchmarkRequest(setup, (options.engine.batch.opt,), tuple(names), _ROUNDS, _SECONDS), tell)
+    batches = (options.engine.batch.opt,)
+    return measure(BenchmarkRequest(setup, batches, tuple(names), _ROUNDS, _SECONDS, optional=PLAIN), tell)
 
 
 def _images_of(options: ExportOptions) -> Path | None:
@@ -279,7 +280,7 @@ def _images_of(options: ExportOptions) -> Path | None:
 def _forms(precision: Precision, benchmark: Benchmark) -> Iterator[CpuFormEntry]:
     eager = next((runner for runner in benchmark.runners if runner.name == EAGER), None)
     for runner in benchmark.runners:
-        if runner is not eager and runner.timings:
+        if runner is not eager and runner.timings and not runner.problem:
             yield _form(precision, runner, eager)
 
 

@@ -256,6 +256,13 @@ def test_a_runner_asked_for_that_never_ran_is_an_error(bundle: Path) -> None:
         measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,)))
 
 
+def test_an_optional_runner_that_never_ran_is_told_with_the_reason(bundle: Path) -> None:
+    with faked(bundle, dies_at=1):
+        result = measure(question(bundle, EAGER, ONNX_RUNTIME, batches=(1,), optional=(ONNX_RUNTIME,)))
+    assert [runner.name for runner in result.runners] == [EAGER]
+    assert result.skipped[ONNX_RUNTIME].startswith("stopped at batch 1")
+
+
 def test_an_experiment_that_is_wrong_is_no_fault_unless_asked_for(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

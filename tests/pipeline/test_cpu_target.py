@@ -384,6 +384,23 @@ def test_a_plain_way_in_fp32_is_not_judged_by_what_eight_bits_allow(
     assert row.endswith("1.0e-03  WRONG")
 
 
+def test_a_runner_that_cannot_run_one_precision_is_not_left_out_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why_not(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
+        is_int8 = bundle.manifest.precision.asked is Precision.INT8
+        return "not in eight bits" if is_int8 and name == OPENVINO else contestants.why_not(name, setup, bundle)
+
+    pytest.importorskip("openvino")
+    on_a_machine(monkeypatch, openvino=True)
+    monkeypatch.setattr(cpu_target, "why_not", why_not)
+    arguments = ("--calibration", calibration_images())
+    result, watch = run(monkeypatch, tmp_path / "b", *arguments, plain={}, int8=(3.0, True), fp32=(2.0, True))
+    assert result.exit_code == 0, result.output
+    assert [OPENVINO in question.names for question in watch.asked] == [False, True]
+    assert [{*PLAIN} <= {*question.optional} for question in watch.asked] == [True, True]
+
+
 def test_a_plain_way_that_did_not_run_is_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result, _ = run(monkeypatch, tmp_path / "b", fp32=(2.0, True))
     assert "Not run: ONNX Runtime, plain, not today." in result.stdout
