@@ -94,6 +94,18 @@ class PlainNet(nn.Module):
         return self.head(self.body(x))
 
 
+class Growing(PlainNet):
+    """A factory that makes a layer more each time; the others have the same weights."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        Growing.made += 1
+        self.more = nn.ModuleList(nn.Linear(2, 2) for _ in range(Growing.made))
+
+
 class TwoInputs(nn.Module):
     """An image and a vector: outputs as a tuple."""
 

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from spach_deploy.bundle.inputs import ROWS, ModelInputs, rows_of
 from spach_deploy.bundle.outputs import DERIVED, INPUT, graph_outputs, named
 from spach_deploy.bundle.schema import TensorInfo
-from spach_deploy.common.errors import CheckpointError, ModelError, UsageError
+from spach_deploy.common.errors import CheckpointError, ModelError, SpachError, UsageError
 from spach_deploy.common.machine import find_memory
 from spach_deploy.common.metrics import relative_l2
 from spach_deploy.models.checkpoint import LoadedModel, load_model, read_values
@@ -649,9 +649,11 @@ def draws_weights(factory: str, loaded: LoadedModel) -> bool:
     if sum(tensor.nbytes for tensor in weights) > _MADE_AGAIN_BYTES:
         return False
     try:
-        again = plain_module(made_by(factory)[0]).state_dict().values()
-    except UsageError:  # a factory that works once; its module is there already
+        again = list(plain_module(made_by(factory)[0]).state_dict().values())
+    except SpachError:  # a factory that works once; its module is there already
         return False
+    if len(again) != len(weights):
+        return True
     return not all(torch.equal(one, other.to(one)) for one, other in zip(weights, again, strict=True))
 
 

@@ -15,6 +15,8 @@ from spach_deploy.common.machine import Memory
 from spach_deploy.models.own_module import (
     OwnForward,
     check_batches,
+    draws_weights,
+    load,
     load_values,
     loaded_module,
     made_by,
@@ -215,3 +217,8 @@ def test_a_batch_for_which_memory_does_not_suffice_is_left_out_and_said(monkeypa
     assert list(check_batches(model, (1, 8))) == [
         "your module was not run in a batch of 8, which takes more memory than is free"
     ]
+
+
+def test_a_factory_that_makes_another_number_of_weights_draws_them() -> None:
+    loaded = load(ModelSpec(module="tests.own_models:Growing", image_size=32))
+    assert draws_weights("tests.own_models:Growing", loaded)
