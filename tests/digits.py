@@ -265,7 +265,7 @@ def canonical(model: Spach, *, quantized: bool = True) -> ModelProto:
     key = f"{hashlib.sha256(weights).hexdigest()} {quantized}"
     if key not in _exported:
         static = rewrite(model, quantized=() if quantized else None).model
-        _exported[key] = as_proto(export_canonical(static, IMAGE_SIZE)).SerializeToString()
+        _exported[key] = as_proto(export_canonical(static, model.architecture.image_size[0])).SerializeToString()
     return load_model_from_string(_exported[key])
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,13 @@ ARCHITECTURE = Architecture(
     crop=1.0,
 )
 PREPROCESSING = Preprocessing.for_size(32, MEAN, STD, crop=1)
-ARGS = {
-    **{"input_size": 32, "num_heads": 3, "act_layer": "gelu", "norm_eps": 1e-6},
-    **{"mean": MEAN, "std": STD, "crop_pct": 1.0},
-}
-"""What tensors do not show; `spach-export` reads it in the checkpoint."""
+
+
+def args_of(architecture: Architecture) -> dict[str, Any]:
+    """What tensors do not show; `spach-export` reads it in the checkpoint."""
+    pixels = {"mean": architecture.mean, "std": architecture.std, "crop_pct": architecture.crop}
+    heads = {"num_heads": architecture.heads} if architecture.heads else {}
+    return {"input_size": architecture.image_size[0], **heads, "act_layer": "gelu", "norm_eps": 1e-6, **pixels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +80,10 @@ class Pictures:
 class Training:
     """Model, optimizers and what is left of the schedule; `step` counts batches, `seconds` the time of all runs."""
 
-    def __init__(self, recipe: Recipe, train: Pictures) -> None:
+    def __init__(self, recipe: Recipe, train: Pictures, architecture: Architecture = ARCHITECTURE) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.train = recipe, train
-        self.model = new_model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = new_model(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         matrices, others = _parameters(self.model)
         decay = recipe.weight_decay
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -143,9 +146,9 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def new_model() -> Spach:
+def new_model(architecture: Architecture = ARCHITECTURE) -> Spach:
     """The model before training. The published initialisation is for wide models: its small values cost many epochs."""
-    model = Spach(ARCHITECTURE)
+    model = Spach(architecture)
     for name, parameter in model.named_parameters():
         if name.endswith("gamma_1"):
             nn.init.constant_(parameter, 0.5)
@@ -197,15 +200,15 @@ def accuracy(model: nn.Module, pictures: Pictures, dtype: torch.dtype = torch.fl
     return 100 * right / len(pictures.labels)
 
 
-def write_checkpoint(model: nn.Module, path: Path) -> None:
+def write_checkpoint(model: Spach, path: Path) -> None:
     """FP16 tensors, and what they do not show."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    torch.save({"model": state, "args": ARGS}, path)
+    torch.save({"model": state, "args": args_of(model.architecture)}, path)
 
 
-def read_checkpoint(path: Path) -> Spach:
+def read_checkpoint(path: Path, architecture: Architecture = ARCHITECTURE) -> Spach:
     """The model in float32 with the values of the file."""
-    model = new_model()
+    model = new_model(architecture)
     model.load_state_dict(torch.load(path, weights_only=True)["model"])
     return model
 
@@ -217,7 +220,14 @@ def main() -> None:
     recipe = Recipe(options.epochs, seed=options.seed)
     training = Training(recipe, Pictures.read(options.pictures / "train"))
     test = Pictures.read(options.pictures / "test")
-    state = options.state or options.output.with_suffix(".state")
+    finish(training, test, options.state or options.output.with_suffix(".state"))
+    write_checkpoint(training.model, options.output)
+    reached = accuracy(read_checkpoint(options.output), test)
+    print(f"{options.output}: {reached:.2f} % of {len(test.labels)} test pictures")
+
+
+def finish(training: Training, test: Pictures, state: Path) -> None:
+    """Train to the end, from where `state` stands if it exists, and say what each epoch reached."""
     if state.exists():
         training.resume(state)
     while training.progress < 1:
@@ -226,9 +236,6 @@ def main() -> None:
         found = accuracy(training.model, test, torch.bfloat16)
         done, minutes = f"{training.progress:4.0%}", training.seconds / 60
         print(f"{done}  step {training.step}  loss {loss:.4f}  test {found:.2f} %  {minutes:.1f} min", flush=True)
-    write_checkpoint(training.model, options.output)
-    reached = accuracy(read_checkpoint(options.output), test)
-    print(f"{options.output}: {reached:.2f} % of {len(test.labels)} test pictures")
 
 
 def _options() -> argparse.Namespace:

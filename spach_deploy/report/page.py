@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -102,13 +101,6 @@ def fill(template: str, **values: Any) -> str:
     return printable_lines(page.render(generator=f"{GENERATOR} {__version__}", style=style, **values))
 
 
-def load_templates() -> None:
-    """Compile the templates of most pages in advance. MissingPackageError without jinja2."""
-    made = environment()
-    for name in ("base.html.jinja", "page.html.jinja", "parts.jinja", *(f"sections/{s.name}.jinja" for s in SECTIONS)):
-        made.get_template(name)
-
-
 @functools.cache
 def environment() -> Environment:
     """The jinja2 environment: everything is escaped, and an unknown name is an error.
@@ -143,13 +135,6 @@ def check_can_make_pages() -> None:
     """Raises MissingPackageError without jinja2 or matplotlib."""
     environment()
     check_matplotlib()
-
-
-def load_page_modules() -> None:
-    """Import in advance what a page needs, if it is installed."""
-    with contextlib.suppress(MissingPackageError):
-        check_can_make_pages()
-        load_templates()
 
 
 def content_of(validation: Validation, manifest: Manifest | None) -> ReportContent:
