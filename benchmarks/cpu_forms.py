@@ -1,7 +1,7 @@
 """What --target cpu chooses from, side by side: FP32, BF16 and INT8 in ONNX Runtime and OpenVINO against PyTorch eager,
 and against the plain ways: the model as runtimes' own tools convert it (NNCF's INT8 where `pip install nncf` was run).
 
-    python -m benchmarks.cpu_forms [MODEL ...] [--batch 8] [--rounds 9]
+    python -m benchmarks.cpu_forms [MODEL ...] [--batch 1 8] [--rounds 9]
 
 Every form runs in a process of its own, all of them in every round, in an order of chance. Ratios are those of the same
 rounds, with Student's 95 % interval. Errors are the worst image's relative L2 against PyTorch, WRONG beyond what the
@@ -19,7 +19,7 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,19 +73,21 @@ def workers(stack: contextlib.ExitStack, made: dict[Precision, Bundle], folder: 
     return found
 
 
-def measured(name: str, batch: int, rounds: int) -> tuple[Times, dict[Form, OutputError]]:
-    """Median seconds of each form in each round, and its error."""
-    errors: dict[Form, OutputError] = {}
+def measured(name: str, batches: Sequence[int], rounds: int) -> Iterator[tuple[int, Times, dict[Form, OutputError]]]:
+    """For each batch size: median seconds of each form in each round, and its error."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         made = dict(bundles(name, Path(folder)))
         running = workers(stack, made, Path(folder))
         golden = Golden.load(made[Precision.FP32].file(GOLDEN))
-        images = golden.input[np.arange(batch) % len(golden.input)]
-        for form, worker in running.items():
-            allowed = BundleFacts.of(made[form[0]]).tolerances.graph.outputs["logits"].rel_l2
-            errors[form] = accuracy(worker.first_outputs(golden.input, batch).values, golden.outputs["logits"], allowed)
-        times = paired_rounds(running, images, rounds, SECONDS, lambda what, share: print(what, file=sys.stderr))
-    return times, errors
+        for batch in batches:
+            images = golden.input[np.arange(batch) % len(golden.input)]
+            errors: dict[Form, OutputError] = {}
+            for form, worker in running.items():
+                allowed = BundleFacts.of(made[form[0]]).tolerances.graph.outputs["logits"].rel_l2
+                found = worker.first_outputs(golden.input, batch).values
+                errors[form] = accuracy(found, golden.outputs["logits"], allowed)
+            times = paired_rounds(running, images, rounds, SECONDS, lambda what, share: print(what, file=sys.stderr))
+            yield batch, times, errors
 
 
 def rows(name: str, batch: int, times: Times, errors: dict[Form, OutputError]) -> list[list[object]]:
@@ -135,26 +137,30 @@ def _judged(ours: Times, peers: Times, goal: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    lines: list[list[object]] = []
-    verdicts: list[list[object]] = []
+    lines: dict[int, list[list[object]]] = {batch: [] for batch in arguments.batch}
+    verdicts: dict[int, list[list[object]]] = {batch: [] for batch in arguments.batch}
     for name in arguments.models:
-        times, errors = measured(name, arguments.batch, arguments.rounds)
-        lines += rows(name, arguments.batch, times, errors)
-        verdicts.append([name, *verdict(times, errors)])
-        print(table(("",) * 7, lines[-len(times) :]), verdicts[-1], flush=True)
+        for batch, times, errors in measured(name, arguments.batch, arguments.rounds):
+            lines[batch] += rows(name, batch, times, errors)
+            verdicts[batch].append([name, *verdict(times, errors)])
+            print(table(("",) * 7, lines[batch][-len(times) :]), verdicts[batch][-1], flush=True)
     headings = ("model", "precision", "runner", "images/s", "x PyTorch eager", "x ONNX Runtime FP32", "worst rel. L2")
     goals = (
         "model",
         *(f"{precision.value} to the best plain way (goal {goal:g})" for precision, goal in GOALS.items()),
     )
-    command = f"python -m benchmarks.cpu_forms {' '.join(arguments.models)} --batch {arguments.batch}"
-    body = f"{table(headings, lines)}\n\n{table(goals, verdicts)}"
-    title, is_whole = f"Forms on a CPU, batch {arguments.batch}", {*MODELS} <= {*arguments.models}
     packages = [name for name in ("torch", "onnxruntime", "openvino", "nncf") if importlib.util.find_spec(name)]
-    record(title, command, body, packages, is_whole=is_whole)
+    for batch in arguments.batch:
+        record(
+            f"Forms on a CPU, batch {batch}",
+            f"python -m benchmarks.cpu_forms {' '.join(arguments.models)} --batch {batch} --rounds {arguments.rounds}",
+            f"{table(headings, lines[batch])}\n\n{table(goals, verdicts[batch])}",
+            packages,
+            is_whole={*MODELS} <= {*arguments.models},
+        )
 
 
 if __name__ == "__main__":

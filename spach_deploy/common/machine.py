@@ -30,11 +30,6 @@ def available_threads() -> int:
     return len(operating_system.usable_cores())
 
 
-def worker_threads(is_busy: bool) -> int:
-    """All cores, or all but one where other work is running (`is_busy`)."""
-    return max(1, available_threads() - is_busy)
-
-
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Let PyTorch's operators use `count` threads within the block."""
