@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spach_deploy.bundle.store import GRAPH, OPENVINO_MODEL
 from spach_deploy.common.errors import MissingPackageError, UnavailableError, UsageError, printable
 from spach_deploy.common.files import utf8_path
 from spach_deploy.common.versions import old_package
@@ -21,6 +22,8 @@ from spach_deploy.runtime.batching import Arrays, BatchLimits, Feeds, check_feed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from spach_deploy.bundle.store import Bundle
 
 
 class OpenVinoRunner:
@@ -91,6 +94,16 @@ class OpenVinoRunner:
         except RuntimeError as error:
             hint = "Give an ONNX file such as model.onnx."
             raise UsageError(f"{self._model} does not load in OpenVINO: {_reason(error)}.", hint) from error
+
+
+def runner_of(bundle: Bundle, *, threads: int | None = None, max_batch: int | None = None) -> OpenVinoRunner:
+    """What OpenVINO runs of a bundle: the OpenVINO model that it holds, or its graph, in the precision that --target
+    cpu chose.
+    """
+    cpu = bundle.manifest.cpu
+    hint = "f32" if cpu is None else cpu.chosen.settings.get("INFERENCE_PRECISION_HINT", "f32")
+    model = bundle.file(OPENVINO_MODEL if OPENVINO_MODEL in bundle.manifest.files else GRAPH)
+    return OpenVinoRunner(model, threads=threads, precision_hint=hint, max_batch=max_batch)
 
 
 def _import_openvino() -> Any:

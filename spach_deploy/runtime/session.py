@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from spach_deploy.bundle.outputs import model_outputs, of_role, softmax
 from spach_deploy.bundle.schema import IMAGE_LAYOUTS, Form, TensorInfo
-from spach_deploy.bundle.store import GRAPH, OPENVINO_MODEL, PLAN, Bundle
+from spach_deploy.bundle.store import GRAPH, PLAN, Bundle
 from spach_deploy.common.errors import MismatchError, SpachError, UnavailableError, UsageError, printable
 from spach_deploy.common.machine import MOST_THREADS, available_threads, has_vnni
 from spach_deploy.common.text import noun
@@ -433,13 +433,10 @@ def _onnx_runtime(bundle: Bundle, settings: _Settings) -> LocalRunner:
 
 
 def _openvino(bundle: Bundle, settings: _Settings) -> LocalRunner:
-    from spach_deploy.runtime.openvino_runner import OpenVinoRunner
+    from spach_deploy.runtime.openvino_runner import runner_of
 
     _check_processor(bundle)
-    cpu = bundle.manifest.cpu
-    hint = "f32" if cpu is None else cpu.chosen.settings.get("INFERENCE_PRECISION_HINT", "f32")
-    model = bundle.file(OPENVINO_MODEL if OPENVINO_MODEL in bundle.manifest.files else GRAPH)
-    return OpenVinoRunner(model, threads=settings.threads, precision_hint=hint, max_batch=settings.batch)
+    return runner_of(bundle, threads=settings.threads, max_batch=settings.batch)
 
 
 def _check_processor(bundle: Bundle) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from spach_deploy.bundle.store import (
     GRAPH,
     MANIFEST,
     ONNXRUNTIME,
+    OPENVINO_MODEL,
     PLAN,
     REWRITTEN,
     Bundle,
@@ -42,6 +44,7 @@ from spach_deploy.common.machine import has_vnni
 from spach_deploy.graph.ep_context import EPContext
 from spach_deploy.graph.external_data import missing_data
 from spach_deploy.options.specs import Role, WeightSource
+from spach_deploy.runtime.openvino_runner import runner_of
 from spach_deploy.runtime.plan_identity import PlanIdentity, identify_plan_file
 from spach_deploy.validation.accuracy import Accuracy, paired
 from spach_deploy.validation.bundle_facts import BundleFacts, QuantizationFacts, check_interface
@@ -68,6 +71,7 @@ from spach_deploy.validation.runs import (
     EvaluationSet,
     Level,
     RunResult,
+    examine_runner,
     examine_typed,
     executions_here,
     in_other_batches,
@@ -296,6 +300,8 @@ def _plan_validation(
     evidence, missing = _plan_or_graph(path, kind, bundle, facts, reference)
     if missing is not None and not findings:
         notes = (*notes, "By its SHA-256 the plan is the one that was built from this graph.")
+    if _lacks_openvino(bundle):
+        notes = (*notes, "What --target cpu chose runs in OpenVINO and was not compared here: pip install openvino.")
     if any(item.level is Level.GRAPH for item in evidence):
         notes = (*notes, *truncation_notes(bundle.path / GRAPH, facts.rest))
     trace = None if GRAPH in changed else bundle.manifest.validation.trace  # of the export's graph
@@ -574,9 +580,21 @@ def _plan_or_graph(
             return (tried,), None
         missing = tried
     graph = bundle.path / GRAPH
-    if not graph.is_file():
-        return (), missing
-    return _graph_evidence(graph, facts, reference), missing
+    of_graph = _graph_evidence(graph, facts, reference) if graph.is_file() else ()
+    return (*_in_openvino(bundle, reference), *of_graph), missing
+
+
+def _in_openvino(bundle: Bundle, reference: ImagesReference) -> tuple[RunResult, ...]:
+    """The run of what --target cpu chose, where that is for OpenVINO and OpenVINO is installed."""
+    if _lacks_openvino(bundle) or not bundle.is_for_openvino or reference.graph is not None:
+        return ()
+    what = f"what --target cpu chose, {OPENVINO_MODEL if OPENVINO_MODEL in bundle.manifest.files else GRAPH},"
+    with runner_of(bundle) as runner:
+        return (examine_runner(runner, Level.GRAPH, reference.eval_set, reference.tolerances.graph, what),)
+
+
+def _lacks_openvino(bundle: Bundle) -> bool:
+    return bundle.is_for_openvino and importlib.util.find_spec("openvino") is None
 
 
 def _graph_evidence(graph: Path, facts: BundleFacts, reference: ImagesReference) -> tuple[RunResult, ...]:

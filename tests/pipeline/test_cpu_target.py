@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from spach_deploy.benchmark import runners as contestants
 from spach_deploy.benchmark.plain import PlainModel, plain_openvino, save_openvino
@@ -31,6 +32,7 @@ from spach_deploy.benchmark.runners import (
 from spach_deploy.blocks import STATIC
 from spach_deploy.bundle.golden import Golden
 from spach_deploy.bundle.store import GOLDEN, MANIFEST, Bundle
+from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.errors import BundleError
 from spach_deploy.common.files import Destination
 from spach_deploy.options.specs import ExportOptions, Precision, QuantizationSpec
@@ -312,6 +314,9 @@ def test_where_openvinos_own_conversion_is_fastest_the_bundle_holds_it(
     with Session(bundle, runtime="auto") as session:
         assert session.runtime == "openvino"
         assert session.run(golden.input[:1])["logits"].shape == (1, small_bundles.CLASSES)
+    validated = CliRunner().invoke(validate_command, [str(bundle.path)])
+    assert validated.exit_code == 0, validated.output
+    assert "What --target cpu chose, openvino.xml, in OpenVINO (CPU)" in validated.stdout
     (bundle.path / "openvino.bin").write_bytes(b"other weights")
     with pytest.raises(BundleError, match=r"openvino\.bin was changed"):
         Bundle.open(tmp_path / "b")
