@@ -437,7 +437,7 @@ class Peaks:
         self._work = self._work or self._prepared()
         with torch_threads(self._threads):
             for name, (amount, work) in self._work.items():
-                self.best[name] = max(self.best.get(name, 0.0), amount / _shortest(work, self._device))
+                self.best[name] = max(self.best.get(name, 0.0), amount / shortest(work, self._device))
 
     def release(self) -> None:
         """Free the memory that `measure` allocated."""
@@ -457,7 +457,7 @@ class Peaks:
         }
 
 
-def _shortest(work: Callable[[], Any], device: str) -> float:
+def shortest(work: Callable[[], Any], device: str) -> float:
     """Seconds of the shortest of at least three runs; on a GPU each run is synchronized."""
     import torch
 

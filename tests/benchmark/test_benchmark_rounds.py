@@ -319,7 +319,7 @@ def test_no_memory_is_told_with_the_remedy(error: Exception) -> None:
 
 def test_the_best_peaks_count_and_a_gpu_that_is_not_there_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([2.0, 4.0, 1.0, 8.0])
-    monkeypatch.setattr(rounds, "_shortest", lambda work, device: next(seconds))
+    monkeypatch.setattr(rounds, "shortest", lambda work, device: next(seconds))
     peaks = rounds.Peaks(1)
     peaks.measure()
     first = dict(peaks.best)
