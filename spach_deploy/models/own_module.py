@@ -304,7 +304,7 @@ def run_example(module: nn.Module, inputs: ExampleInputs) -> Example:
     one = [tensor[:1] for tensor in several]
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     given = [tensor.clone() for tensor in one]
-    with _seeing_halves(module) as halves, SeeingValues() as values:
+    with _seeing_halves(module) as halves, SeeingValues() as values, _refusing_hidden(module):
         returned, again, together = (_called(module, arguments, tensors) for tensors in (one, one, several))
     pairs = zip(takes.names, given, one, strict=True)
     changed = [f"its {name}" if takes.is_single else f"its input {name}" for name, *two in pairs if not _is_same(*two)]
@@ -387,6 +387,38 @@ def _seeing_halves(module: nn.Module) -> Iterator[dict[str, None]]:
         yield halves
 
 
+@contextlib.contextmanager
+def _refusing_hidden(module: nn.Module) -> Iterator[None]:
+    """ModelError, within the block, where a part runs that PyTorch does not see because a list or the like holds it."""
+    seen = {id(part) for part in module.modules()}
+    with contextlib.ExitStack() as hooks:
+        for path, part in module.named_modules():
+            for name, value in vars(part).items():
+                for hidden in _held(value):
+                    if id(hidden) not in seen:
+                        refuse = functools.partial(_refuse_hidden, f"{path}.{name}" if path else name, value)
+                        hooks.enter_context(hidden.register_forward_pre_hook(refuse))
+        yield
+
+
+def _held(value: Any) -> Iterator[nn.Module]:
+    """The modules in a list, a tuple or a dictionary, and in those that it holds."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for one in values:
+        if isinstance(one, nn.Module):
+            yield one
+        else:
+            yield from _held(one)
+
+
+def _refuse_hidden(path: str, holder: Any, part: nn.Module, _inputs: Any) -> None:
+    raise ModelError(
+        f"{path} keeps parts of the module in a {type(holder).__name__}, where PyTorch does not see them: it neither"
+        " puts them into evaluation mode, nor converts or saves them.",
+        f"Keep them in an nn.{'ModuleDict' if isinstance(holder, dict) else 'ModuleList'}.",
+    )
+
+
 def named_inputs(module: nn.Module, inputs: ExampleInputs) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Example inputs by the graph's names, and the arguments of forward that they go to (none: by their order)."""
     if isinstance(inputs, Mapping):
@@ -436,10 +468,27 @@ def _failure(module: nn.Module, inputs: Sequence[Tensor], error: BaseException) 
     """What the user's code raised, in a sentence that names the part of the module and the line."""
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
     place = place_in(module, error)
+    if any(tensor.dtype is torch.float64 for tensor in inputs):
+        plain = next(_plain_tensors(module), "")
+        return ModelError(
+            f"The module computes in FP32 and not in FP64, in which an export is proven: {place} raises"
+            f" {_reason(error)}.",
+            f"Make {plain}, a tensor that PyTorch does not move with the module, a buffer (register_buffer)."
+            if plain
+            else "Make the tensors of its forward in the type of its input, such as torch.zeros(n, dtype=x.dtype).",
+        )
     return ModelError(
         f"The module fails on an input of {shapes}: {f'{place} raises ' if place else ''}{_reason(error)}.",
         "Give example inputs that it takes (--image-size, or example_inputs in Python), in float32.",
     )
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[str]:
+    """Paths of floating tensors that are attributes of a module, and neither its parameters nor its buffers."""
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                yield f"{path}.{name}" if path else name
 
 
 def _reason(error: BaseException) -> str:

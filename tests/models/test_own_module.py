@@ -137,6 +137,41 @@ class InPlace(nn.Module):
         return x.mul_(2).mean((2, 3))
 
 
+class Listed(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = [list(parts)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts[0]:
+            x = part(x)
+        return x.mean((2, 3))
+
+
+class Teaching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 1)
+        self.teacher = [self.body, nn.Conv2d(3, 4, 1)]  # for training, out of the checkpoint
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).mean((2, 3))
+
+
+class Blurring(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = torch.ones(3, 1, 3, 3) / 9
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.kernel, groups=3).mean((2, 3))
+
+
+class MakingTensors(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) @ torch.ones(3, 4)
+
+
 class NotFinite(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean((2, 3)) / 0
@@ -152,6 +187,8 @@ class NotFinite(nn.Module):
         (OfTheBatch(), "depends on the other images of its batch"),
         (Scalar(), r"has the shape \(\) for one image and \(\) for 3, so it does not begin with the batch"),
         (OneImage(), "does not begin with the batch"),
+        (Listed(nn.Conv2d(3, 4, 1)), r"parts keeps parts of the module in a list.*Keep them in an nn\.ModuleList"),
+        (nn.Sequential(Listed(nn.Conv2d(3, 4, 1))), r"^0\.parts keeps"),
         (Classes(), "is int64, and a graph's outputs are floats"),
     ],
 )
@@ -160,6 +197,23 @@ def test_what_is_no_function_of_each_image_by_itself_is_refused(module: nn.Modul
     with pytest.raises(ModelError, match=said):
         run_example(module, [IMAGE])
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_parts_in_a_list_that_do_not_run_are_the_users_own_matter() -> None:
+    assert [*run_example(Teaching().eval(), [IMAGE]).outputs] == ["output"]
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Blurring(), r"not in FP64.*Blurring\.forward.*Make kernel, a tensor .*register_buffer"),
+        (MakingTensors(), r"not in FP64.*in the type of its input"),
+    ],
+)
+def test_a_module_of_fp32_alone_is_told_what_keeps_it_there(module: nn.Module, said: str) -> None:
+    model = loaded_module(module, IMAGE, ModelSpec()).model
+    with pytest.raises(ModelError, match=said):
+        model(IMAGE.double())
 
 
 def test_outputs_get_names_that_every_package_can_hold() -> None:
