@@ -205,8 +205,8 @@ def _for_cpu(given: dict[str, Any], recipe: Path | None, *, verbose: bool, as_js
         from spach_deploy.pipeline.cpu_target import as_table, export_for_cpu
         from spach_deploy.pipeline.scheduler import scheduler_here
 
-        with scheduler_here() as scheduler, ProgressDisplay(verbose=verbose) as observer:
-            choice = export_for_cpu(options, requested, observer, scheduler=scheduler)
+        with scheduler_here() as scheduler, ProgressDisplay(verbose=verbose) as progress:
+            choice = export_for_cpu(options, requested, progress, progress.measuring, scheduler)
         show(json_text(choice.bundle.manifest.content()) if as_json else as_table(choice))
     return choice.bundle.path / PAGE
 

@@ -28,7 +28,7 @@ def main(**given: Any) -> int:
     spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s --kserve
     spach-package kubernetes build/ms_hybrid_s-fp16 -o k8s --helm
 
-    Pods check the model with the bundle's golden pack on their own GPU before they take traffic. README.md in DIR
+    Pods check the model with the bundle's golden pack, where they run, before they take traffic. README.md in DIR
     explains every file and the commands to use them.
 
     Exit codes: 0 written, 1 a file is not the one that was exported, 2 bad usage or input.

@@ -168,7 +168,9 @@ class ProgressDisplay(ExportObserver):
             disable=not self._console.is_terminal,
         )
         self._has_heading = False
+        self._told: set[str] = set()
         self._task: Any = None
+        self._measured: Any = None
         self._build: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -197,8 +199,19 @@ class ProgressDisplay(ExportObserver):
             say(f"{phase.name:<28} {phase.seconds:7.2f}  {phase.peak_bytes / 1e9:7.2f}")
 
     def note(self, text: str) -> None:
-        """Print a line."""
-        say(text)
+        """Print a line, once, however many exports of one command say it."""
+        if text not in self._told:
+            self._told.add(text)
+            say(text)
+
+    def measuring(self, what: str, share: float) -> None:
+        """Show what is being measured, in a bar, or in a line every ten seconds where there are no bars."""
+        if self._console.is_terminal:
+            self._measured = self._bars.add_task("", total=1) if self._measured is None else self._measured
+            self._bars.update(self._measured, description=f"measure: {what}", completed=share)
+        elif (now := time.monotonic()) - self._said >= _LINE_EVERY_S:
+            self._said = now
+            say(f"Measuring: {what} ({share:.0%}).")
 
     def building(self, event: Any) -> None:
         """Show a bar for each outermost phase of the engine builder."""

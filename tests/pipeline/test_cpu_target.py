@@ -60,6 +60,7 @@ class Stopwatch:
     def __call__(self, question: BenchmarkRequest, tell: Any) -> Benchmark:
         self.asked.append(question)
         bundle = Bundle.open(question.setup.bundle)
+        tell("batch 8, round 1 of 5: a clock", 0.25)
         times, is_right = self.speeds[bundle.manifest.precision.asked.value]
         batch = question.batches[0]
 
@@ -320,6 +321,17 @@ def test_where_openvinos_own_conversion_is_fastest_the_bundle_holds_it(
     (bundle.path / "openvino.bin").write_bytes(b"other weights")
     with pytest.raises(BundleError, match=r"openvino\.bin was changed"):
         Bundle.open(tmp_path / "b")
+
+
+def test_what_is_measured_is_told_and_what_every_export_says_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spach_deploy.cli.reporting._LINE_EVERY_S", 0.0)
+    arguments = ("--calibration", calibration_images())
+    result, watch = run(monkeypatch, tmp_path / "b", *arguments, int8=(3.0, True), fp32=(2.0, True))
+    assert len(watch.asked) == 2
+    assert result.stderr.count("Measuring: batch 8, round 1 of 5: a clock (25%).") == 2
+    assert result.stderr.count("Demo weights") == 1
 
 
 def test_where_onnx_runtimes_own_graph_is_fastest_the_bundle_has_no_rewrites(
