@@ -155,7 +155,8 @@ class Teaching(nn.Module):
         self.teacher = [self.body, nn.Conv2d(3, 4, 1)]  # for training, out of the checkpoint
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x).mean((2, 3))
+        maps: torch.Tensor = self.body(x)
+        return maps.mean((2, 3))
 
 
 class Blurring(nn.Module):
