@@ -269,7 +269,7 @@ _WANTED = ("float16", "quantize_static, rest FP32", "quantization, entropy")
 def _of_tool(subject: Subject, recipe: Recipe, where: Environment) -> Run:
     output = subject.folder / f"{recipe.peer}-{recipe.precision}.onnx"
     images = subject.folder / "calibration.npz"
-    np.savez(images, images=subject.calibration_images)
+    np.savez(images, input=subject.calibration_images)
     if problem := made(recipe, where, subject.plain, images, output, run):
         raise SpachError(problem)
     return as_written(output, rounded=recipe.precision == "FP16")

@@ -3,12 +3,12 @@
     python -m benchmarks.cpu_bound [MODEL ...] [--batch 8] [--rounds 5]
 
 Milliseconds by type of layer from OpenVINO's own profile: the least of the rounds, in which all forms take turns. Two
-bounds on what a form in bfloat16 can gain over the plain conversion:
+bounds on what a form in bfloat16, or in FP32, can gain over the plain conversion in the same precision:
 
 - all but its products is free: the whole over its products (FullyConnected, MatMul, attention, convolutions), which are
   the same kernels of the same library in every form;
-- its products at the highest speed that a product in bfloat16 reaches here, or at the speed of memory, where that is
-  longer (a roofline; bytes in bfloat16).
+- its products at the highest speed that a product in that precision reaches here, or at the speed of memory, where that
+  is longer (a roofline).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import functools
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.cpu_forms import MODELS, bundles
 from benchmarks.results import record, table
-from spach_deploy.benchmark.layers import layers
+from spach_deploy.benchmark.layers import Layer, layers
 from spach_deploy.benchmark.plain import PlainModel, plain_openvino, save_openvino
 from spach_deploy.benchmark.rounds import Peaks, shortest
 from spach_deploy.bundle.golden import Golden
@@ -38,6 +38,8 @@ from spach_deploy.options.specs import ModelSpec, Precision
 
 PRODUCTS = {"FullyConnected", "MatMul", "ScaledDotProductAttention", "Convolution", "GroupConvolution"}
 PLAIN, OURS, OURS_INT8 = "plain, bf16", "ours, bf16", "ours, int8"
+PLAIN_FP32, OURS_FP32 = "plain, fp32", "ours, fp32"
+_IN_FP32 = (PLAIN_FP32, OURS_FP32)
 _SIDES = (1024, 2048, 4096)
 _SHOWN = 12
 
@@ -49,16 +51,20 @@ def files(made: Mapping[Precision, Bundle], name: str, folder: Path) -> Iterator
     yield PLAIN, path
     yield OURS, made[Precision.BF16].file(GRAPH)
     yield OURS_INT8, made[Precision.INT8].file(GRAPH)
+    yield PLAIN_FP32, path
+    yield OURS_FP32, made[Precision.FP32].file(GRAPH)
 
 
-def request_of(path: Path, shape: tuple[int, ...]) -> Any:
-    """A profiled inference request on all cores, its batch fixed, in bfloat16 where the graph is not in integers."""
+def request_of(path: Path, shape: tuple[int, ...], hint: str) -> Any:
+    """A profiled inference request on all cores, its batch fixed, in the hint's precision where the graph is not in
+    integers.
+    """
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape(list(shape))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": available_threads(),
         "PERF_COUNT": True,
     }
@@ -82,30 +88,28 @@ def milliseconds(requests: Mapping[str, Any], images: np.ndarray[Any, Any], roun
     return sums
 
 
-def peaks() -> tuple[float, float]:
-    """FLOP/s of the fastest product in bfloat16, and bytes/s of copies."""
+def peaks(dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of the fastest product in `dtype`, and bytes/s of copies."""
     memory = Peaks(available_threads())
     memory.measure()
     best = 0.0
     with torch_threads(available_threads()):
         for side in _SIDES:
-            left, right = (torch.rand(side, side).bfloat16() for _ in range(2))
+            left, right = (torch.rand(side, side).to(dtype) for _ in range(2))
             best = max(best, 2.0 * side**3 / shortest(functools.partial(torch.mm, left, right), "cpu"))
     return best, memory.best["bytes"]
 
 
-def judged(name: str, batch: int, times: Mapping[str, Mapping[str, float]], graph: Path) -> str:
-    """Both bounds, in words."""
-    flops, bandwidth = peaks()
-    whole = sum(times[PLAIN].values())
-    products = sum(time for kind, time in times[PLAIN].items() if kind in PRODUCTS)
-    found = layers(graph, batch)
-    arithmetic = 1000 * sum(max(2 * layer.macs / flops, layer.bytes / 2 / bandwidth) for layer in found)
+def judged(plain: str, dtype: torch.dtype, times: Mapping[str, float], products: Sequence[Layer]) -> str:
+    """Both bounds for the plain conversion in `dtype`, in words. `products`: of the graph, with their bytes in FP32."""
+    flops, bandwidth = peaks(dtype)
+    whole, share = sum(times.values()), dtype.itemsize / torch.float32.itemsize
+    took = sum(time for kind, time in times.items() if kind in PRODUCTS)
+    least = 1000 * sum(max(2 * layer.macs / flops, share * layer.bytes / bandwidth) for layer in products)
     return (
-        f"{name}, batch {batch}: the plain conversion takes {whole:.0f} ms, of which {products:.0f} are its products."
-        f" With all else free, a form would be {whole / products:.2f} times as fast. At the peak of {flops / 1e9:.0f}"
-        f" GFLOP/s and {bandwidth / 1e9:.0f} GB/s the products take {arithmetic:.0f} ms: they run at"
-        f" {arithmetic / products:.0%} of the roofline."
+        f"{plain}: {whole:.0f} ms, of which {took:.0f} are products. With all else free, a form would be"
+        f" {whole / took:.2f} times as fast. At the peak of {flops / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.0f} GB/s"
+        f" the products take {least:.0f} ms: they run at {least / took:.0%} of the roofline."
     )
 
 
@@ -135,9 +139,17 @@ def main() -> None:
             made = dict(bundles(name, Path(folder)))
             golden = Golden.load(made[Precision.FP32].file(GOLDEN))
             images = golden.input[np.arange(arguments.batch) % len(golden.input)]
-            requests = {form: request_of(path, images.shape) for form, path in files(made, name, Path(folder))}
+            requests = {
+                form: request_of(path, images.shape, "f32" if form in _IN_FP32 else "bf16")
+                for form, path in files(made, name, Path(folder))
+            }
             times = milliseconds(requests, images, arguments.rounds)
-            words = judged(name, arguments.batch, times, made[Precision.FP32].file(GRAPH))
+            products = layers(made[Precision.FP32].file(GRAPH), arguments.batch)
+            bounds = [
+                judged(plain, dtype, times[plain], products)
+                for plain, dtype in ((PLAIN, torch.bfloat16), (PLAIN_FP32, torch.float32))
+            ]
+            words = f"{name}, batch {arguments.batch}. {' '.join(bounds)}"
             parts.append(f"{words}\n\n{table((f'{name}, ms', *times), rows(times))}")
             print(parts[-1], flush=True)
     command = f"python -m benchmarks.cpu_bound {' '.join(arguments.models)} --batch {arguments.batch}"
