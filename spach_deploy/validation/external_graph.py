@@ -73,7 +73,8 @@ def validate_external(
     """Compare the graph at `header.target` with PyTorch, as a whole and module by module.
 
     Without the weights (the bundle is from a checkpoint that was not given) only as a whole, by the bundle's
-    tolerances; a note says so. Raises UsageError where the graph's input or outputs cannot be found.
+    tolerances; a note says so. Raises UsageError where the graph's input or outputs cannot be found, and without the
+    weights for a graph in another half precision than the bundle's: they would tell what that may cost.
     """
     graph = _read(Path(header.target))
     _check_quantization(graph, facts)
@@ -86,6 +87,9 @@ def validate_external(
         say("Rebuilding the reference.")
         loaded = rebuild(bundle.manifest.model, weights, matched.outputs)
     except UsageError as error:
+        if not (_has_bounds(facts, matched) or matched.precision is Precision.FP32):
+            why = f"The graph is in {matched.precision.value}, and the bundle allows for {facts.precision.value} alone."
+            raise UsageError(f"{why} {error.message}", error.hint) from error
         note = f"Not bisected by module: {error.message} {error.hint}"
         bounds = _of_compared(reference.tolerances.graph, matched)
         return Validation(header, eval_set, _evidence(matched, eval_set, bounds), notes=(*matched.notes, note))
@@ -113,8 +117,10 @@ def _bisected(validation: Validation, matched: MatchedGraph, loaded: LoadedModel
 
 def _read(path: Path) -> ir.Model:
     try:
-        return ir.from_proto(onnx.load(path))
-    except ir.serde.SerdeError as error:
+        model = ir.from_proto(onnx.load(path))
+        model.graph.sort()  # onnxruntime's converter to float16 appends its casts behind the nodes that read them
+        return model
+    except (ir.serde.SerdeError, ValueError) as error:
         raise UsageError(f"{path} is not a valid graph ({error.__cause__ or error}).", "Give another graph.") from error
 
 
@@ -162,14 +168,19 @@ def _graph_inputs(eval_set: EvaluationSet, facts: BundleFacts, matched: MatchedG
 def _bounds(
     loaded: LoadedModel, eval_set: EvaluationSet, facts: BundleFacts, reference: ImagesReference, matched: MatchedGraph
 ) -> Bounds:
-    """The bundle's bounds where it has the graph's precision, else bounds derived for that precision."""
-    if facts.quantization is not None and _is_quantized(matched.graph):
-        return _of_compared(reference.tolerances.graph, matched)
-    if facts.precision is matched.precision and facts.io_dtype is matched.io_dtype:
+    """The bundle's bounds where they are for such a graph, else bounds derived for its precision."""
+    if _has_bounds(facts, matched):
         return _of_compared(reference.tolerances.graph, matched)
     count = len(eval_set)
     images = as_images(eval_set.inputs(0, count), matched.io_dtype, facts.preprocessing)
     return derive_tolerances(loaded.model, images, eval_set.expected, matched.precision, eval_set.outputs).graph
+
+
+def _has_bounds(facts: BundleFacts, matched: MatchedGraph) -> bool:
+    """Whether the bundle's bounds are for graphs like this one: quantized, or of its precision and types."""
+    if facts.quantization is not None and _is_quantized(matched.graph):
+        return True
+    return facts.precision is matched.precision and facts.io_dtype is matched.io_dtype
 
 
 def _of_compared(bounds: Bounds, matched: MatchedGraph) -> Bounds:

@@ -15,9 +15,9 @@ from onnx import ModelProto, TensorProto, helper
 from spach_deploy.cli.validate import main
 from spach_deploy.common.errors import UsageError
 from spach_deploy.models.checkpoint import load_model
-from spach_deploy.options.specs import ModelSpec
+from spach_deploy.options.specs import ModelSpec, Precision
 from tests import small_bundles
-from tests.protos import map_interface
+from tests.protos import map_interface, type_graph
 from tests.small_bundles import CLASSES, NAME, SIZE
 from tests.static_models import plain_export
 from tests.validation import faults
@@ -100,6 +100,23 @@ def test_without_the_checkpoint_the_whole_is_compared_and_the_rest_is_said(plain
     assert result.exit_code == 0
     assert "Not bisected by module" in result.stdout
     assert "run7.pth" in result.stdout
+    onnx.save(type_graph(graph(plain), Precision.BF16).model, tmp_path / "half.onnx")
+    result = validate(tmp_path / "half.onnx", "--against", bundle)
+    assert result.exit_code == 2
+    assert "The graph is in bf16, and the bundle allows for fp16 alone." in result.stderr
+    assert "run7.pth" in result.stderr
+
+
+def test_nodes_may_stand_in_any_order(plain: bytes, tmp_path: Path) -> None:
+    """As converters to float16 leave them, with their casts behind the nodes that read them."""
+    half = type_graph(graph(plain), Precision.FP16).model
+    nodes = list(half.graph.node)
+    casts = [node for node in nodes if node.op_type == "Cast"]
+    del half.graph.node[:]
+    half.graph.node.extend([*(node for node in nodes if node.op_type != "Cast"), *casts])
+    assert casts
+    result = against(half, tmp_path)
+    assert result.exit_code == 0, result.output
 
 
 def two_inputs(model: ModelProto) -> None:

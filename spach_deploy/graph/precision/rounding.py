@@ -27,8 +27,10 @@ def rounded_graph(typed: ir.Model) -> ir.Model:
     """An FP32 copy of `typed` that rounds every tensor that is half there, with the same inputs and outputs.
 
     Tensors keep their names, and are infinite beyond the half format's limit. ONNX Runtime runs it on any CPU, also
-    where `typed` is bfloat16. Raises PrecisionError for a tensor whose type cannot be inferred.
+    where `typed` is bfloat16. The nodes of `typed` are put in order, which other tools leave them out of. Raises
+    PrecisionError for a tensor whose type cannot be inferred.
     """
+    typed.graph.sort()
     rounded = typed.clone()
     infer_all_types(rounded)
     _RoundedGraph(rounded.graph).write()
