@@ -8,6 +8,7 @@ threads. `submit` returns a `concurrent.futures.Future`; futures among a step's 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import sys
@@ -24,6 +25,8 @@ from spach_deploy.common.processes import end, start_worker
 from spach_deploy.common.progress import results_of
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
     from spach_deploy.common.operating_system import Connection
@@ -117,8 +120,8 @@ class Overlapped:
         """The step's result from the worker, or its SpachError. EOFError or OSError where there is no worker."""
         if self._connection is None:
             raise EOFError
-        self._connection.send_bytes(pickle.dumps((step, inputs), protocol=pickle.HIGHEST_PROTOCOL))
-        return self._connection.recv()
+        _send(self._connection, (step, inputs))
+        return _receive(self._connection)
 
 
 def scheduler_here() -> contextlib.AbstractContextManager[Scheduler]:
@@ -133,15 +136,50 @@ def serve(number: int) -> None:
     threading.Thread(target=_load, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            step, inputs = pickle.loads(connection.recv_bytes())
+            step, inputs = _receive(connection)
             try:
                 outcome = step(*inputs)
             except SpachError as error:
                 outcome = error
             except Exception:  # the step runs again in the other process, which raises it there
                 os._exit(1)
-            connection.send(outcome)
+            _send(connection, outcome)
     os._exit(0)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as arrays, whose numbers go out of band: PyTorch would copy each of them several times."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a dense tensor on the CPU is made again; others as PyTorch does it."""
+        torch = sys.modules.get("torch")
+        if torch is None or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            return NotImplemented
+        if value.device.type != "cpu" or not value.is_contiguous() or value.dtype is torch.bfloat16:
+            return NotImplemented
+        return _tensor, (value.detach().numpy(), type(value), value.requires_grad)
+
+
+def _tensor(array: NDArray[Any], kind: Callable[..., torch.Tensor], requires_grad: bool) -> torch.Tensor:
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.requires_grad_(requires_grad) if kind is torch.Tensor else kind(tensor, requires_grad)
+
+
+def _send(connection: Connection, value: Any) -> None:
+    """Send what `_receive` returns: the pickled value, and each of its arrays in a message of its own."""
+    arrays: list[pickle.PickleBuffer] = []
+    content = io.BytesIO()
+    _Pickler(content, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append).dump(value)
+    connection.send((content.getvalue(), len(arrays)))
+    for array in arrays:
+        connection.send_bytes(array.raw())
+
+
+def _receive(connection: Connection) -> Any:
+    content, count = connection.recv()
+    return pickle.loads(content, buffers=[bytearray(connection.recv_bytes()) for _ in range(count)])
 
 
 def _load() -> None:

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from spach_deploy.common.errors import MissingPackageError
 from spach_deploy.options.specs import Precision, QuantizationSpec
@@ -28,6 +30,34 @@ def add(one: int, other: int) -> int:
 
 def divide(one: int, other: int) -> float:
     return one / other
+
+
+def described(values: list[torch.Tensor]) -> list[tuple[object, ...]]:
+    """What is to be the same of tensors in both processes, whether two are one, and that they can be written to."""
+    same = [one is other for one in values for other in values]
+    found = [
+        (type(value), value.dtype, value.shape, value.stride(), value.requires_grad, value.double().tolist())
+        for value in values
+    ]
+    for value in values:
+        value.detach().zero_()
+    return [*found, tuple(same)]
+
+
+def tensors() -> list[torch.Tensor]:
+    whole = torch.arange(24.0).reshape(2, 3, 2, 2)
+    parameter = nn.Parameter(whole[0].clone())
+    return [
+        *(
+            whole,
+            parameter,
+            parameter,
+            nn.Parameter(torch.ones(2), requires_grad=False),
+            torch.tensor(3),
+            torch.ones(0),
+        ),
+        *(whole.to(memory_format=torch.channels_last), whole.mT.clone().mT, whole.half(), whole.bfloat16(), whole > 3),
+    ]
 
 
 def refuse() -> None:
@@ -56,6 +86,13 @@ def test_an_error_of_a_step_comes_with_its_hint_and_its_kind(kind: type[Sequenti
         assert caught.value.exit_code == 3
         with pytest.raises(MissingPackageError):  # and so does whatever takes its result
             scheduler.submit(add, failed, 1).result()
+
+
+def test_tensors_come_to_the_other_process_as_they_are() -> None:
+    with Overlapped() as scheduler:
+        assert scheduler.submit(described, tensors()).result() == described(tensors())
+        assert scheduler.submit(tensors).result()[1].equal(tensors()[1])
+        assert scheduler.submit(process).result() != os.getpid()  # it did not run here for want of the other
 
 
 def test_an_overlapped_step_runs_in_another_process_which_ends_with_the_block() -> None:
