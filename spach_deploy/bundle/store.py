@@ -319,7 +319,7 @@ def seal_as(kind: DirectoryKind, staging: Path, manifest: Manifest) -> Manifest:
     return _sealed(staging, {"kind": kind.kind, **msgspec.structs.replace(manifest, files=digests).content()})
 
 
-def seal_again(staging: Path, source: Path, **sections: msgspec.Struct) -> Manifest:
+def seal_again(staging: Path, source: Path, **sections: msgspec.Struct | str) -> Manifest:
     """`seal` a copy of the bundle at `source`, with `sections` replaced in or added to its manifest.
 
     All other fields of that manifest are kept, those of later versions too.

@@ -69,7 +69,7 @@ def exporting(bundle: Bundle, *changes: str) -> str:
     """The command that exports `bundle` again, into the same folder; of a package, which is no bundle, into a new one
     beside it. Options in `changes` replace those of the first export.
     """
-    dropped = {"--output", "-o", "--overwrite", *changes, *(("--gpu",) if "--engine" in changes else ())}
+    dropped = {"--output", "-o", "--overwrite", *changes, *(("--gpu", "--target") if "--engine" in changes else ())}
     words = list(_without(_recorded(bundle) or _by_sections(bundle), dropped))
     from spach_deploy.bundle.store import BUNDLE
 

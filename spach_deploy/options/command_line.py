@@ -11,7 +11,7 @@ from typing import Any
 
 from spach_deploy.common.files import Destination
 from spach_deploy.options.recipe import keys_of_quantization, value_of
-from spach_deploy.options.specs import ExportOptions, size_in_words
+from spach_deploy.options.specs import ExportOptions, Precision, size_in_words
 from spach_deploy.options.table import EXPORT, TABLE, VALIDATE, Kind, Option, filling, options_of
 
 
@@ -41,6 +41,14 @@ def joined(words: Iterable[object]) -> str:
 def export_command(options: ExportOptions) -> str:
     """The spach-export command for `options`. Default values are left out, except for the precision."""
     return joined([EXPORT, *export_words(options)])
+
+
+def cpu_command(options: ExportOptions, requested: Precision | None) -> str:
+    """The spach-export command that measures forms with `options` on a CPU, in the `requested` precision or in all."""
+    words = export_words(options)
+    if requested is None:
+        words.remove(f"--{options.precision.value}")
+    return joined([EXPORT, *words, "--target", "cpu"])
 
 
 def export_words(options: ExportOptions, table: Sequence[Option] = TABLE) -> list[str]:

@@ -56,8 +56,10 @@ from spach_deploy.common.progress import ExportObserver
 from spach_deploy.common.text import escaped
 from spach_deploy.graph.opset import check_opset
 from spach_deploy.models.registry import known_name
+from spach_deploy.options.command_line import cpu_command
 from spach_deploy.options.quantization import CALIBRATION_SUFFIX
 from spach_deploy.options.specs import EngineTarget, ExportOptions, Flavour, Precision, QuantizationSpec
+from spach_deploy.options.table import EXPORT
 from spach_deploy.pipeline.export import ExportResult, export
 from spach_deploy.pipeline.scheduler import Scheduler
 from spach_deploy.pipeline.steps.model import all_rewrites
@@ -174,7 +176,7 @@ def export_for_cpu(
             model = converted / IN_OPENVINO[chosen.runner]
             files |= {OPENVINO_MODEL: model, OPENVINO_WEIGHTS: model.with_suffix(".bin")}
         section = CpuSection(chosen=chosen, forms=tuple(forms.values()), machine=dict(machine))
-        bundle = _copied_to_target(source, files, options, targets, section)
+        bundle = _copied_to_target(source, files, options, targets, section, requested)
     return CpuChoice(bundle, section, requested is not None, not_run)
 
 
@@ -329,15 +331,20 @@ def _copied_to_target(
     options: ExportOptions,
     targets: Mapping[Path, Destination],
     section: CpuSection,
+    requested: Precision | None,
 ) -> Bundle:
-    """The bundle at `source` with these files, copied to its target with the section `cpu` added to its manifest."""
+    """The bundle at `source` with these files, copied to its target. Its manifest gets the section `cpu`, and the
+    command that measures again; of a module that was given in Python it keeps how that was called.
+    """
     manifest = Bundle.open(source).manifest
     target = options.output or bundles.default_directory(manifest.model.name, manifest.precision.asked.value)
     destination = bundles.check_target(target, overwrite=options.overwrite)
     with bundles.writing(targets.get(target, destination)) as staging:
         for name, file in files.items():
             shutil.copy2(file, staging / name)
-        bundles.seal_again(staging, source, cpu=section)
+        is_command = manifest.command.startswith(EXPORT)
+        command = cpu_command(options, requested) if is_command else manifest.command
+        bundles.seal_again(staging, source, cpu=section, command=command)
     return Bundle.open(target, verify=False)
 
 

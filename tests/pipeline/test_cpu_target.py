@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,9 +116,12 @@ def once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
         name = options.precision.value + ("-plain" if options.disabled_rewrites else "")
         if name not in EXPORTED:
             EXPORTED[name] = tmp_path_factory.mktemp("exported") / name
-            pipeline.export(options, observer, destination=Destination.of(EXPORTED[name]))
+            pipeline.export(options, destination=Destination.of(EXPORTED[name]))
         shutil.copytree(EXPORTED[name], destination.path)
-        return ExportResult(Bundle.open(destination.path), None, None)  # type: ignore[arg-type]
+        bundle = Bundle.open(destination.path)
+        for note in bundle.manifest.notes:
+            observer.note(note)
+        return ExportResult(bundle, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cpu_target, "export", exported)
 
@@ -310,6 +314,8 @@ def test_where_openvinos_own_conversion_is_fastest_the_bundle_holds_it(
     assert 'read_model("openvino.xml")' in result.stdout
     bundle = Bundle.open(tmp_path / "b")  # its hashes are checked
     assert bundle.manifest.precision.asked == "bf16"
+    words = [*map(str, SMALL), "--output", str(tmp_path / "b"), "--target", "cpu"]
+    assert bundle.manifest.command == f"spach-export {shlex.join(words)}"
     assert {"openvino.xml", "openvino.bin"} <= {*bundle.manifest.files}
     golden = Golden.load(bundle.file(GOLDEN))
     with Session(bundle, runtime="auto") as session:
