@@ -100,8 +100,9 @@ _NO_BF16 = "this CPU has no bfloat16 arithmetic (avx512_bf16, amx_bf16)"
 class RunnerSetup:
     """What to run: the bundle, where its weights are (as `spach-validate --checkpoint` takes them), CPU threads.
 
-    `is_cold`: engines of TensorRT for RTX start without their runtime cache, as on a new machine. `calibration`: images
-    that NNCF calibrates on. `converted`: a folder that keeps the OpenVINO models of the plain ways; None keeps none.
+    `module`: the factory of the user's own module, where the bundle is of one. `is_cold`: engines of TensorRT for RTX
+    start without their runtime cache, as on a new machine. `calibration`: images that NNCF calibrates on. `converted`:
+    a folder that keeps the OpenVINO models of the plain ways; None keeps none.
     """
 
     bundle: Path
@@ -112,6 +113,7 @@ class RunnerSetup:
     is_cold: bool = False
     calibration: Path | None = None
     converted: Path | None = None
+    module: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +170,10 @@ def why_no_openvino(name: str) -> str:
 
 
 def _why_not_torch(name: str, setup: RunnerSetup, bundle: Bundle) -> str:
-    if bundle.manifest.model.origin == "module":
-        return "the bundle is of your own module, which the benchmark does not have"
     if lacks_weights(setup, bundle):
-        return f"the weights are not in the bundle: give --checkpoint {bundle.manifest.model.checkpoint}"
+        return f"the weights are not in the bundle: give {_weights_option(bundle)}"
+    if len(bundle.manifest.inputs) > 1 and name in (ONNX_PLAIN, *IN_OPENVINO):
+        return "the plain way of a model of several inputs is not measured"
     if name in (COMPILE, COMPILE_BF16) and not (os.environ.get("CXX") or any(map(shutil.which, _COMPILERS))):
         return "it needs a C++ compiler: apt-get install g++"
     if name in (BF16, COMPILE_BF16) and not (has_bf16() or _has_bf16_gpu()):
@@ -192,8 +194,19 @@ def _holds(bundle: Bundle, name: str) -> bool:
 
 
 def lacks_weights(setup: RunnerSetup, bundle: Bundle) -> bool:
-    """Whether PyTorch's runners need a checkpoint that was not given."""
-    return bundle.manifest.model.origin == "checkpoint" and setup.checkpoint is None
+    """Whether PyTorch's runners need a checkpoint, or the user's own module, that was not given."""
+    model = bundle.manifest.model
+    lacks_module = model.origin == "module" and setup.module is None
+    return lacks_module or (model.checkpoint is not None and setup.checkpoint is None)
+
+
+def _weights_option(bundle: Bundle) -> str:
+    """The options that give the weights."""
+    from spach_deploy.models.own_module import FORM
+
+    model = bundle.manifest.model
+    module = f"--module {FORM}" if model.origin == "module" else ""
+    return " ".join(filter(None, [module, model.checkpoint and f"--checkpoint {model.checkpoint}"]))
 
 
 def _has_bf16_gpu() -> bool:
@@ -248,10 +261,11 @@ def _torch(
 
 def _reference(bundle: Bundle, setup: RunnerSetup) -> nn.Module:
     """The model that the bundle was made of, with its outputs, on the CPU."""
+    from spach_deploy.validation.bundle_facts import BundleFacts
     from spach_deploy.validation.live_reference import Weights, rebuild
 
-    weights = Weights(setup.checkpoint, setup.weights, setup.ignore)
-    return rebuild(bundle.manifest.model, weights, bundle.manifest.outputs).model
+    weights, facts = Weights(setup.checkpoint, setup.weights, setup.ignore, setup.module), BundleFacts.of(bundle)
+    return rebuild(bundle.manifest.model, weights, facts.outputs, facts.takes).model
 
 
 def _compiled(bundle: Bundle, setup: RunnerSetup) -> AbstractContextManager[OpenRunner]:
@@ -267,7 +281,7 @@ def _autocast(
     import torch
 
     device = GPU if torch.cuda.is_available() else CPU
-    with torch.autocast(device, torch.bfloat16), runner_of(bundle, setup) as runner:
+    with runner_of(bundle, setup) as runner, torch.autocast(device, torch.bfloat16):
         yield runner
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import subprocess
+import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,7 @@ class RunnerProcess:
 def main(connection_fd: int) -> None:
     """The worker's main function: open the runner, then serve requests until the other end closes."""
     connection = operating_system.shared_connection(connection_fd)
+    sys.stdout = sys.stderr  # what a user's own module prints is no result
     try:
         wanted, begun = connection.recv(), time.perf_counter()
         with opened(*wanted) as runner:
@@ -179,4 +181,4 @@ def _sentence(error: Exception) -> str:
     first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, MemoryError) or any(word in text for word in _NO_MEMORY):
         return "not enough memory: give a smaller --batch, or close other programs"
-    return first if isinstance(error, SpachError) else f"{type(error).__name__}: {first}"
+    return first.rstrip(".") if isinstance(error, SpachError) else f"{type(error).__name__}: {first}"

@@ -28,6 +28,7 @@ def main(
     rounds: int,
     seconds: float,
     threads: int | None,
+    module: str | None,
     checkpoint: Path | None,
     weights: str | None,
     ignore: tuple[str, ...],
@@ -59,7 +60,8 @@ def main(
     destination = None if plot is None else check_plot(plot)
     check_ignore(checkpoint, ignore)
     source = None if weights is None else WeightSource(weights)
-    setup = RunnerSetup(bundle, checkpoint, source, threads or available_threads(), ignore, cold)
+    threads = threads or available_threads()
+    setup = RunnerSetup(bundle, checkpoint, source, threads, ignore, cold, module=module)
     request = BenchmarkRequest(setup, _batches(batch), tuple(dict.fromkeys(runner)), rounds, seconds)
     with _progress() as tell:
         result = measure(request, tell)

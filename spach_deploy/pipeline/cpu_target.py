@@ -83,6 +83,9 @@ _FP32_ERROR = 1e-4
 _PRECISION_OF = {name: precision for precision, names in RUNNERS.items() for name in names if name in PLAIN}
 """The precision of each plain way."""
 
+PYTORCH = (EAGER, *PLAIN)
+"""What runs the reference itself, which is not to be had where a factory draws its weights anew each time."""
+
 _ROUNDS, _SECONDS = 5, 1.0
 
 
@@ -90,8 +93,8 @@ _ROUNDS, _SECONDS = 5, 1.0
 class CpuChoice:
     """The bundle that was written, and what its manifest says of the measurement.
 
-    `is_requested`: the user named the precision, so that no other was tried. `not_run`: the plain ways that did not
-    run, with the reason.
+    `is_requested`: the user named the precision, so that no other was tried. `not_run`: what of `PYTORCH` did not run,
+    with the reason.
     """
 
     bundle: Bundle
@@ -158,7 +161,7 @@ def export_for_cpu(
             names = RUNNERS[precision] if requested is None else (*RUNNERS[precision], *_other_plain(precision))
             reasons = {runner: reason for runner in names if (reason := why_not(runner, setup, bundle))}
             benchmark = measured(setup, options, [runner for runner in names if runner not in reasons], tell)
-            not_run |= {runner: why for runner, why in {**reasons, **benchmark.skipped}.items() if runner in PLAIN}
+            not_run |= {runner: why for runner, why in {**reasons, **benchmark.skipped}.items() if runner in PYTORCH}
             machine = machine or benchmark.machine
             for form in _forms(precision, benchmark):
                 forms[form.precision, form.runner] = form
@@ -260,17 +263,22 @@ def _setup(bundle: Bundle, options: ExportOptions, converted: Path) -> RunnerSet
     checkpoint = options.model.checkpoint
     weights = None if checkpoint is None else options.model.weights
     threads, images = available_threads(), _images_of(options)
-    return RunnerSetup(bundle.path, checkpoint, weights, threads, calibration=images, converted=converted)
+    return RunnerSetup(
+        *(bundle.path, checkpoint, weights, threads),
+        calibration=images,
+        converted=converted,
+        module=options.model.module,
+    )
 
 
 def measured(
     setup: RunnerSetup, options: ExportOptions, names: Sequence[str], tell: Callable[[str, float], None]
 ) -> Benchmark:
-    """A benchmark of these runners at the profile's `opt` batch. A plain way that fails is left out."""
+    """A benchmark of these runners at the profile's `opt` batch. PyTorch, or a plain way, that fails is left out."""
     if {*names} <= {EAGER}:
         raise UnavailableError("Nothing here runs a graph on the CPU.", "pip install onnxruntime")
     batches = (options.engine.batch.opt,)
-    return measure(BenchmarkRequest(setup, batches, tuple(names), _ROUNDS, _SECONDS, optional=PLAIN), tell)
+    return measure(BenchmarkRequest(setup, batches, tuple(names), _ROUNDS, _SECONDS, optional=PYTORCH), tell)
 
 
 def _images_of(options: ExportOptions) -> Path | None:

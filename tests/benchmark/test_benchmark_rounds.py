@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
+import spach_deploy
 from spach_deploy.benchmark import rounds, worker
 from spach_deploy.benchmark import runners as contestants
 from spach_deploy.benchmark.result import Benchmark
@@ -21,6 +25,7 @@ from spach_deploy.benchmark.rounds import BenchmarkRequest, chosen_batches, meas
 from spach_deploy.benchmark.runners import (
     BF16,
     EAGER,
+    ONNX_PLAIN,
     ONNX_RUNTIME,
     OPENVINO,
     OPENVINO_BF16,
@@ -31,6 +36,7 @@ from spach_deploy.benchmark.runners import (
 from spach_deploy.benchmark.table import as_text, draw, pareto_front
 from spach_deploy.benchmark.worker import FirstOutputs, RunnerProcess, TimedRuns
 from spach_deploy.bundle.store import Bundle
+from spach_deploy.cli.benchmark import main
 from spach_deploy.common import machine as processor
 from spach_deploy.common.errors import UnavailableError, UsageError
 from spach_deploy.common.files import Destination
@@ -39,6 +45,7 @@ from spach_deploy.runtime.warm_start import StartOptions
 from spach_deploy.validation.bundle_facts import BundleFacts
 from tests import small_bundles
 from tests.commands import export
+from tests.own_models import TwoInputs
 from tests.packaging.triton import tiny_bundles
 from tests.packaging.triton.tiny_bundles import Tiny
 from tests.processors import CPUINFO, pretend
@@ -444,3 +451,27 @@ def test_an_engine_is_fed_by_name_and_starts_cold_or_warm(
 def test_bounds_are_the_bundles(bundle: Path, found: Benchmark) -> None:
     allowed = BundleFacts.of(Bundle.open(bundle)).tolerances.graph.outputs["logits"].rel_l2
     assert {runner.accuracy.allowed for runner in found.runners} == {allowed}
+
+
+def test_a_module_of_ones_own_is_measured_too_where_it_is_given(tmp_path: Path) -> None:
+    module, bundle = "tests.own_models:Talking", tmp_path / "b"
+    assert export("--module", module, "--image-size", 32, "--engine", "none", "-o", bundle).exit_code == 0
+    assert "give --module package.module:factory" in why_not(EAGER, RunnerSetup(bundle), Bundle.open(bundle))
+    names = [EAGER, ONNX_PLAIN, ONNX_RUNTIME, *([BF16] if processor.has_bf16() else [])]
+    words = ["--module", module, "--batch", "1", "--rounds", "2", "--seconds", "0.01", "--json"]
+    asked = itertools.chain.from_iterable(("--runner", name) for name in names)
+    done = CliRunner().invoke(main, [str(bundle), *words, *asked])
+    found = {runner["runner"]: runner["accuracy"]["rel_l2"] for runner in json.loads(done.stdout)["runners"]}
+    assert {*found} == {*names}
+    assert all(error < 1e-5 or name == BF16 for name, error in found.items())
+    for other, why in (("tests.own_models:PlainNet", "has others"), ("tests.nowhere:make", "cannot be made")):
+        with pytest.raises(UnavailableError, match=why), RunnerProcess(EAGER, RunnerSetup(bundle, module=other)):
+            pass
+
+
+def test_a_plain_way_of_several_inputs_is_not_measured(tmp_path: Path) -> None:
+    inputs = (torch.rand(1, 3, 32, 32), torch.rand(1, 4))
+    made = spach_deploy.export(TwoInputs(), inputs, precision="fp32", engine="none", output=tmp_path / "b")
+    setup = RunnerSetup(tmp_path / "b", module="tests.own_models:TwoInputs")
+    assert "several inputs" in why_not(ONNX_PLAIN, setup, made.bundle)
+    assert why_not(EAGER, setup, made.bundle) == ""

@@ -431,13 +431,13 @@ def test_a_plain_way_that_did_not_run_is_told_with_the_reason(tmp_path: Path, mo
     assert "Not run: ONNX Runtime, plain, not today." in result.stdout
 
 
-def test_a_module_of_ones_own_has_no_pytorch_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plain_ways_of_a_module_of_ones_own_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Stopwatch({}, fp32=(2.0, True))
     monkeypatch.setattr(cpu_target, "measure", watch)
     monkeypatch.setattr(cpu_target, "paired", watch.paired)
     module = ("--module", "tests.own_models:PlainNet", "--image-size", "32")
     result = export(*module, "--target", "cpu", "-o", tmp_path / "b")
     assert result.exit_code == 0, result.output
-    section = Bundle.open(tmp_path / "b").manifest.cpu
-    assert section is not None
-    assert section.chosen.times_eager is None
+    (asked,) = watch.asked
+    assert asked.setup.module == module[1]
+    assert EAGER in {*asked.names} & {*asked.optional}  # it may draw its weights anew each time
