@@ -29,7 +29,7 @@ from spach_deploy.pipeline.steps.quantize import Quantized, calibrated, quantize
 from spach_deploy.pipeline.steps.reference import derive_tolerances, reference_outputs
 from spach_deploy.pipeline.steps.validation import judge_engine, judge_graph
 from spach_deploy.quantization.calibration import Calibration
-from spach_deploy.report.page import page_problem
+from spach_deploy.report.page import page_problem, why_no_pages
 from spach_deploy.validation.result import Validation, manifest_section, write_report
 
 
@@ -96,11 +96,14 @@ def export(
                 *("validate the graph", judge_graph, staging / bundles.GRAPH, loaded, images, reference),
                 *(tolerances, options),
             )
+            no_page = why_no_pages()  # loads what draws, while the engine is built
             engine = do("wait for the engine", check_engine, build, typed, quantized.plan, staging, phases)
         validation = do("validate the engine", judge_engine, judged, engine, target, loaded, agreement, options)
         if not validation.passed:
             raise MismatchError(validation.failure(), "Nothing was written.")
         write_report(validation, Destination.of(staging / bundles.REPORT))
+        if no_page:
+            phases.note(no_page)
         manifest = sections.seal(
             staging,
             {} if engine is None else engine.files,
@@ -118,7 +121,8 @@ def export(
             phases=phases.done,
             notes=phases.notes,
         )
-        if problem := page_problem(validation, manifest, Destination.of(staging / bundles.PAGE)):
+        page = Destination.of(staging / bundles.PAGE)
+        if not no_page and (problem := page_problem(validation, manifest, page)):
             phases.note(problem)
     return ExportResult(Bundle.open(destination.path, verify=False), validation, engine)
 

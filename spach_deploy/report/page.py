@@ -137,6 +137,15 @@ def check_can_make_pages() -> None:
     check_matplotlib()
 
 
+def why_no_pages() -> str:
+    """In a sentence what is missing to make pages, or ""."""
+    try:
+        check_can_make_pages()
+    except SpachError as error:
+        return str(error)
+    return ""
+
+
 def content_of(validation: Validation, manifest: Manifest | None) -> ReportContent:
     """A validation and its bundle's manifest as a page's content, with the pictures that the page shows."""
     report = validation.to_dict()

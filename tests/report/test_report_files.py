@@ -33,7 +33,7 @@ from spach_deploy.report.page import (
     write_page,
 )
 from tests import small_bundles
-from tests.commands import ROOT, contents
+from tests.commands import ROOT, contents, export
 from tests.report import made_up
 
 VALIDATION = made_up.validation(made_up.evidence(made_up.WRONG))
@@ -129,6 +129,16 @@ def test_without_jinja2_the_report_is_written_and_a_sentence_says_what_to_instal
     )
     assert json.loads((bundle / REPORT).read_text())["passed"]
     assert not (bundle / PAGE).exists()
+
+
+def test_an_export_without_jinja2_says_so_once_and_in_its_manifest(tmp_path: Path, without_jinja2: None) -> None:
+    with small_bundles.registered():
+        size, classes = str(small_bundles.SIZE), str(small_bundles.CLASSES)
+        words = ("--model", small_bundles.NAME, "--image-size", size, "--num-classes", classes, "--engine", "none")
+        done = export(*words, "-o", tmp_path / "b", "--no-cache")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("needs jinja2") == 1
+    assert any("needs jinja2" in note for note in Bundle.open(tmp_path / "b").manifest.notes)
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
