@@ -25,14 +25,16 @@ def benchmark(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_json_has_figures_facts_and_what_did_not_run() -> None:
+def test_json_has_figures_facts_and_what_did_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle is measured as it is, and by PyTorch, which rebuilds its model from the manifest's architecture."""
+    monkeypatch.setattr("spach_deploy.benchmark.runners.has_bf16", lambda: False)  # half of the runners
     result = benchmark(small_bundles.bundle(), *QUICK, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["batches"] == [2]
-    assert {"onnxruntime", "eager"} <= {runner["runner"] for runner in found["runners"]}
+    assert {"onnxruntime", "eager", "compile"} <= {runner["runner"] for runner in found["runners"]}
     assert "tensorrt" in found["skipped"]
+    assert "no bfloat16" in found["skipped"]["compile-bf16"]
     assert found["machine"]["threads"] == found["machine"]["cores"]
     assert found["machine"]["versions"]["onnxruntime"]
     assert found["macs"] > 0

@@ -21,12 +21,15 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import spach_deploy
+from spach_deploy.blocks import rewrite
 from spach_deploy.bundle.schema import Manifest
 from spach_deploy.bundle.store import GRAPH
 from spach_deploy.cli.validate import main as validate_command
 from spach_deploy.common.errors import ModelError, UsageError
 from spach_deploy.models import create_model
 from spach_deploy.models.demo import load_demo_weights
+from spach_deploy.models.own_module import loaded_module
+from spach_deploy.options.specs import ModelSpec
 from tests import small_bundles
 from tests.commands import export, refusal
 from tests.own_models import Branching, ClassToken, Locked, Looping, PlainNet, TwoHeads
@@ -200,15 +203,20 @@ CHANGES = (_with_a_hook, _of_a_subclass, _with_another_forward, _with_another_me
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_known_block_that_the_user_changed_stays_as_it_is(
-    change: Callable[[nn.Module], None], tmp_path: Path
-) -> None:
+def test_a_known_block_that_the_user_changed_stays_as_it_is(change: Callable[[nn.Module], None]) -> None:
     model = seeded(copy.deepcopy(small_model("hybrid")))
     change(model.get_submodule("layer3.1"))
-    manifest = exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    known = manifest.graph.levels["known"].modules
+    known = rewrite(loaded_module(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), ModelSpec()).model).known
     assert "model.layer3.1" not in known
-    assert any(path.startswith("model.layer3.0") for path in known)
+    assert {"model.layer3.0", "model.layer3.1.spatial_func"} <= {*known}
+
+
+def test_a_changed_block_is_exported_as_it_is_beside_known_ones(tmp_path: Path) -> None:
+    model = seeded(copy.deepcopy(small_model("hybrid")))
+    _with_a_hook(model.get_submodule("layer3.1"))
+    levels = exported(model, tmp_path, example=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).graph.levels
+    assert "model.layer3.1" not in levels["known"].modules
+    assert any(path.startswith("model.layer3.0") for path in levels["known"].modules)
 
 
 class BranchOnValues(PlainNet):
