@@ -96,7 +96,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class WorkerHere(contextlib.ExitStack):
     """A benchmark's runner in this process, which alone knows the small model, and in short turns."""
 
-    device, pid = "cpu", 0
+    device, pid, open_s = "cpu", 0, 0.0
 
     def __init__(self, name: str, setup: RunnerSetup) -> None:
         super().__init__()
