@@ -380,9 +380,9 @@ def test_two_zoos_in_one_directory_do_not_meet() -> None:
 # The real thing
 
 SMALL = f"""
-from spach_deploy.models import configs
+from spach_deploy.models import published
 from tests import static_models
-configs.ARCHITECTURES[{small_bundles.NAME!r}] = static_models.ARCHITECTURES["hybrid"]
+published.ARCHITECTURES[{small_bundles.NAME!r}] = static_models.ARCHITECTURES["hybrid"]
 """
 
 
