@@ -182,15 +182,26 @@ def _kind(tensor: Tensor) -> str:
 
 
 def output_names(outputs: Any, prefix: str = "") -> list[str]:
-    """Names of what a module returned, in order: a dictionary's keys, `output` for one tensor, `output_0`, `output_1`
-    for several; within these, joined by underscores. None within these, such as a loss in training alone, is left out.
+    """Names of what a module returned, in order: a dictionary's keys, a named tuple's or dataclass's fields, `output`
+    for one tensor, `output_0`, `output_1` for several; within these, joined by underscores. None within these, such as
+    a loss in training alone, is left out.
     """
     if isinstance(outputs, Tensor):
         return [prefix or "output"]
+    outputs = _as_dictionary(outputs)
     named = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     start = f"{prefix}_" if prefix else "" if isinstance(outputs, Mapping) else "output_"
     parts = [(key, value) for key, value in named if value is not None]
     return [name for key, value in parts for name in output_names(value, _usable(f"{start}{key}"))]
+
+
+def _as_dictionary(outputs: Any) -> Any:
+    """A named tuple or a dataclass as a dictionary of its fields; anything else as it is."""
+    if isinstance(outputs, tuple) and hasattr(outputs, "_asdict"):
+        return outputs._asdict()
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, (type, Mapping)):
+        return {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    return outputs
 
 
 def _usable(name: str) -> str:
@@ -200,18 +211,19 @@ def _usable(name: str) -> str:
 
 
 def flattened(outputs: Any) -> list[Tensor]:
-    """The tensors that a module returned: one, or those of a tuple, list or dictionary, in order. None is left out;
-    ModelError for what else is among them.
+    """The tensors that a module returned: one, or those of a tuple, list, dictionary or dataclass, in order. None is
+    left out; ModelError for what else is among them.
     """
     if isinstance(outputs, Tensor):
         return [outputs]
+    outputs = _as_dictionary(outputs)
     if isinstance(outputs, Mapping):
         outputs = list(outputs.values())
     if isinstance(outputs, tuple | list):
         return [tensor for part in outputs if part is not None for tensor in flattened(part)]
     raise ModelError(
         f"The model returns {type(outputs).__name__}, and a graph returns tensors.",
-        "Return a tensor, or a tuple or dictionary of tensors.",
+        "Return a tensor, or a tuple, dictionary or dataclass of tensors.",
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from spach_deploy.models.own_module import (
     OwnForward,
     check_batches,
     draws_weights,
+    flattened,
     load,
     load_values,
     loaded_module,
@@ -27,6 +30,17 @@ from spach_deploy.options.specs import ModelSpec
 from tests.own_models import HiddenByTry, HiddenFromExport, Locked, PlainNet, TwoHeads, TwoInputs
 
 IMAGE = torch.rand(3, 3, 16, 16)
+
+
+class NamedOutputs(NamedTuple):
+    logits: torch.Tensor
+    maps: list[torch.Tensor | None]
+
+
+@dataclasses.dataclass
+class DataOutputs:
+    logits: torch.Tensor
+    maps: list[torch.Tensor | None]
 
 
 def test_a_factory_a_class_and_an_object_make_a_module() -> None:
@@ -83,6 +97,12 @@ def test_inputs_and_outputs_have_the_users_names() -> None:
     heads = run_example(TwoHeads().eval(), [IMAGE])
     assert {name: tuple(tensor.shape) for name, tensor in heads.outputs.items()} == {"classes": (1, 7), "angle": (1, 1)}
     assert output_names({"maps": (IMAGE, IMAGE), "vector": IMAGE}) == ["maps_0", "maps_1", "vector"]
+    for kind in (NamedOutputs, DataOutputs):
+        returned = kind(IMAGE, [IMAGE + 1, None])
+        assert output_names(returned) == ["logits", "maps_0"]
+        first, second = flattened(returned)
+        assert first is returned.logits
+        assert second is returned.maps[0]
 
 
 def test_an_example_that_the_module_does_not_take_is_one_sentence() -> None:
